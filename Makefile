@@ -1,0 +1,66 @@
+# Everything a newcomer types. `make help` lists it.
+# A virtual environment in .venv is made on the first use of any target; PYTHON chooses its interpreter.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+MODEL  ?= runs/tiny
+ARGS   ?=
+# PyPI serves CUDA builds of torch on Linux (2 GB more). Without a GPU:
+#   make install PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev quickstart chat serve check test docs clean browser
+
+help:
+	@echo "make quickstart   install, fetch data, train the whole road (about 13 minutes on 2 cores)"
+	@echo "make chat         talk to the result in the terminal      (MODEL=smollm2 for a real assistant)"
+	@echo "make serve        talk to it in the browser, and an OpenAI-compatible API on the same port"
+	@echo "make install      the package alone, in .venv"
+	@echo "make check        ruff, mypy --strict, import-linter, docs up to date"
+	@echo "make test         check and all fast tests, as CI does"
+	@echo "make docs         write docs/cli.md anew from the program's own help"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e ".[serve]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e ".[serve,dev]"
+	@touch $@
+
+install: $(VENV)/.installed
+
+install-dev: $(VENV)/.installed-dev
+
+quickstart: install
+	$(BIN)/chatwright run recipes/tiny.yaml $(ARGS)
+
+chat: install
+	$(BIN)/chatwright chat $(MODEL) $(ARGS)
+
+serve: install
+	$(BIN)/chatwright serve $(MODEL) $(ARGS)
+
+check: install-dev
+	$(BIN)/ruff check chatwright tests scripts
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/write_cli_docs.py --check
+
+# Chromium for the browser tests. Without apt-get (or without the rights) those tests skip and say so.
+browser:
+	@sh scripts/install_browser.sh
+
+test: check browser
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+docs: install-dev
+	$(BIN)/python scripts/write_cli_docs.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

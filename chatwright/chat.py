@@ -1,0 +1,220 @@
+"""Messages -> token ids and a loss mask: the only code that knows how a conversation is written.
+
+A template is a Jinja text, the same that transformers and vLLM read, so that what a model was trained with is what
+it is served with. It is rendered once with a unique mark in place of every content; the text between the marks is the
+template's own and its control tokens count, while contents are encoded as plain text. Hence a user who types
+`<|assistant|>` has typed thirteen characters, nothing more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypedDict
+
+from chatwright.config import UserError
+from chatwright.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Message(TypedDict):
+    """One turn. `role` is one of ROLES; `content` is plain text."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """`mask` is True on what the model must learn to write: assistant contents and the token that ends them."""
+
+    ids: list[int]
+    mask: list[bool]
+
+
+@dataclass(frozen=True)
+class FittedChat:
+    """What is left of a conversation that had to fit; `dropped` counts the messages that went."""
+
+    messages: list[Message]
+    ids: list[int]
+    dropped: int
+
+
+def check_messages(messages: Sequence[Any]) -> list[Message]:
+    """The messages, if they are well-formed. Raises UserError naming the first that is not."""
+    if not messages:
+        raise UserError("a conversation needs at least one message")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise UserError(f"message {number}: expected an object with role and content")
+        if message["role"] not in ROLES:
+            raise UserError(f"message {number}: role {message['role']!r} is none of {', '.join(ROLES)}")
+        if not isinstance(message["content"], str):
+            raise UserError(f"message {number}: content must be text, not {type(message['content']).__name__}")
+    return [Message(role=message["role"], content=message["content"]) for message in messages]
+
+
+@lru_cache(maxsize=32)
+def _compiled(source: str) -> Any:
+    """The template in Jinja's sandbox: it comes with the model, from whoever made the model."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise UserError(f"the chat template refuses this conversation: {message}")
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = raise_exception
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the chat template is broken: {error}") from None
+
+
+class ChatTemplate:
+    """How a conversation is written in tokens."""
+
+    def __init__(self, source: str, end: str) -> None:
+        """`source` is the Jinja text; `end` the control token that closes an assistant's turn."""
+        self.source, self.end = source, end
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ChatTemplate) and (self.source, self.end) == (other.source, other.end)
+
+    def __hash__(self) -> int:
+        return hash((self.source, self.end))
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of the template's text."""
+        return hashlib.sha256(f"{self.end}\n{self.source}".encode()).hexdigest()[:16]
+
+    @classmethod
+    def load(cls, directory: str | Path) -> ChatTemplate:
+        """From `chat_template.jinja` in a model directory. Raises UserError when missing or unusable."""
+        file = Path(directory) / "chat_template.jinja"
+        try:
+            return cls.from_source(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{file} does not exist: this model has no chat template (is it a base model?)") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: {error}") from None
+
+    @classmethod
+    def from_source(cls, source: str) -> ChatTemplate:
+        """A template whose end token is found by rendering: the first control-like word behind an answer."""
+        probe = secrets.token_hex(8)
+        text = cls(source, "").render([Message(role="user", content="u"), Message(role="assistant", content=probe)])
+        found = re.search(r"<[^<>\s]+>", text.partition(probe)[2])
+        if not found:
+            raise UserError("the chat template writes no control token after an assistant's turn")
+        return cls(source, found.group())
+
+    def save(self, directory: str | Path) -> None:
+        """Write `chat_template.jinja`."""
+        (Path(directory) / "chat_template.jinja").write_text(self.source, encoding="utf-8")
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The conversation as one text, as transformers' apply_chat_template(tokenize=False) gives it."""
+        import jinja2
+
+        try:
+            return str(
+                _compiled(self.source).render(
+                    messages=list(messages), add_generation_prompt=add_generation_prompt, bos_token="", eos_token=""
+                )
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            raise UserError(f"the chat template fails on this conversation: {error}") from None
+
+    def encode(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = False
+    ) -> EncodedChat:
+        """Ids and loss mask of a conversation; with `add_generation_prompt`, up to where the answer begins."""
+        mark = secrets.token_hex(8)
+        marked = [
+            Message(role=message["role"], content=f"{mark}x{number}x{mark}") for number, message in enumerate(messages)
+        ]
+        text = self.render(marked, add_generation_prompt=add_generation_prompt)
+        ids: list[int] = []
+        mask: list[bool] = []
+        ending = False  # the last content was the assistant's: its end token belongs to the loss
+        for number, piece in enumerate(re.split(f"{mark}x([0-9]+)x{mark}", text)):
+            if number % 2:
+                message = messages[int(piece)]
+                new = tokenizer.encode(message["content"])
+                ending = message["role"] == "assistant"
+                ids += new
+                mask += [ending] * len(new)
+                continue
+            for token in self._literal(piece, tokenizer):
+                ids.append(token)
+                mask.append(ending)
+                if token == tokenizer.control_ids.get(self.end):
+                    ending = False
+            ending = False
+        return EncodedChat(ids, mask)
+
+    def _literal(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        """Ids of the template's own text, in which control tokens count."""
+        return list(_literal_ids(text, tokenizer))
+
+    def end_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """Ids at which an answer is finished: the turn's end and the end of text. Raises UserError when unknown."""
+        if self.end not in tokenizer.control_ids:
+            raise UserError(f"the chat template ends turns with {self.end}, which the tokenizer does not know")
+        return frozenset({tokenizer.control_ids[self.end], tokenizer.end_of_text_id})
+
+
+def _literal_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    cache: dict[str, tuple[int, ...]] = tokenizer.__dict__.setdefault("_literal_cache", {})
+    if text not in cache:
+        controls = "|".join(re.escape(control) for control in sorted(tokenizer.controls, key=len, reverse=True))
+        ids: list[int] = []
+        for piece in re.split(f"({controls})", text):
+            if piece in tokenizer.control_ids:
+                ids.append(tokenizer.control_ids[piece])
+            elif piece:
+                ids += tokenizer.encode(piece)
+        if len(cache) > 1_000:  # templates have few literals; a hostile one must not fill the memory
+            cache.clear()
+        cache[text] = tuple(ids)
+    return cache[text]
+
+
+NATIVE = ChatTemplate(
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    end="<|end|>",
+)
+"""The template of models trained here: <|user|>Hello<|end|><|assistant|>Hi<|end|>"""
+
+
+def fit_context(
+    messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer, budget: int
+) -> FittedChat:
+    """The conversation cut to at most `budget` tokens, ready for the model's answer.
+
+    The oldest turns go first, a user's together with the answers to it; a leading system message stays. Raises
+    UserError when even the system message and the last turn are too long.
+    """
+    kept = check_messages(messages)
+    system = [kept.pop(0)] if kept[0]["role"] == "system" else []
+    while True:
+        ids = template.encode(system + kept, tokenizer, add_generation_prompt=True).ids
+        if len(ids) <= budget:
+            return FittedChat(system + kept, ids, len(messages) - len(system) - len(kept))
+        later = [number for number, message in enumerate(kept) if number and message["role"] == "user"]
+        if not later:
+            raise UserError(
+                f"the message is too long: {len(ids)} tokens with its frame, room for {budget}; "
+                "shorten it, or ask for fewer new tokens"
+            )
+        kept = kept[later[0] :]

@@ -1,0 +1,65 @@
+"""The command line: verb -> module:function, imported when it is used, and nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from chatwright.config import UsageError, UserError, fail, near_match
+
+VERBS = {
+    "run": ("chatwright.pipeline:main_run", "every stage of a recipe, from raw text to a chat model"),
+    "data": ("chatwright.pipeline:main_data", "fetch, read and split data; `data list` shows the sources"),
+    "tokenizer": ("chatwright.pipeline:main_stage", "train a byte-level BPE and write token shards"),
+    "pretrain": ("chatwright.pipeline:main_stage", "train a language model on raw text"),
+    "sft": ("chatwright.pipeline:main_stage", "fine-tune on conversations"),
+    "reward": ("chatwright.pipeline:main_stage", "train a reward model on comparisons"),
+    "ppo": ("chatwright.pipeline:main_stage", "optimise answers against a reward model"),
+    "eval": ("chatwright.pipeline:main_stage", "compare two chat models on held-out prompts"),
+    "generate": ("chatwright.serve.generate:main", "continue a text"),
+    "chat": ("chatwright.serve.terminal:main", "talk to a model in the terminal"),
+    "serve": ("chatwright.serve.server:main", "talk to a model in the browser; OpenAI-compatible API"),
+    "import": ("chatwright.serve.tools:main_import", "turn another format into a model directory"),
+    "doctor": ("chatwright.serve.tools:main_doctor", "check a recipe or a model before the hours are spent"),
+}
+
+
+def usage() -> str:
+    """What `chatwright --help` prints."""
+    lines = ["usage: chatwright VERB [...]", "", "The road of the GPT lineage, from raw text to an aligned chat model.", ""]
+    lines += [f"  {verb:10} {text}" for verb, (_, text) in VERBS.items()]
+    lines += ["", "chatwright VERB --help tells more. Exit codes: 0 done, 1 failed, 2 wrong arguments."]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from chatwright import __version__
+
+        print(f"chatwright {__version__}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    try:
+        if verb not in VERBS:
+            raise UsageError(f"no verb is called {verb!r}{near_match(verb, list(VERBS))}")
+        module, _, name = VERBS[verb][0].partition(":")
+        function = getattr(importlib.import_module(module), name)
+        return int(function(verb, rest) if name == "main_stage" else function(rest))
+    except UserError as error:
+        return fail(error, debug=debug)
+    except KeyboardInterrupt:
+        print("chatwright: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

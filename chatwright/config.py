@@ -1,0 +1,179 @@
+"""Settings: a frozen dataclass <- YAML file <- `--key value`, through jsonargparse.
+
+A stage declares its settings as a dataclass whose fields carry a docstring each; the docstrings are the command
+line's help. Unknown keys fail and name the nearest known one. Also here: the two errors that are meant for people.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend. The message says what, where, and what to do. Exit code 1."""
+
+
+class UsageError(UserError):
+    """The command line or a recipe is wrong; nothing has been started. Exit code 2."""
+
+
+def parse(
+    cls: type[Config],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str = "",
+    defaults: Mapping[str, Any] | None = None,
+    positionals: Mapping[str, str] | None = None,
+) -> tuple[Config, dict[str, str | None]]:
+    """Settings of type `cls` from `--config FILE` and `--key value`, over `defaults` over the dataclass's own.
+
+    `positionals` maps the name of each leading positional argument to its help; a name that ends in `?` is optional.
+    Returns the settings and the positionals. `--help` prints and exits with 0. Raises UsageError.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, default_env=False, allow_abbrev=False
+    )
+    for name, help_text in (positionals or {}).items():
+        optional: dict[str, Any] = {"nargs": "?", "default": None} if name.endswith("?") else {}
+        parser.add_argument(name.rstrip("?"), help=help_text, **optional)
+    parser.add_argument("--config", action="config", help="A YAML file with any of the settings below.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    parser.add_class_arguments(cls, nested_key=None, fail_untyped=False)
+    if defaults:
+        check_keys(defaults, [field.name for field in dataclasses.fields(cls)], where=prog)  # type: ignore[arg-type]
+        parser.set_defaults(dict(defaults))
+    swallowed = io.StringIO()
+    try:
+        with redirect_stderr(swallowed):
+            namespace = parser.parse_args(list(argv))
+            made = parser.instantiate(namespace)
+        values = {field.name: getattr(made, field.name) for field in _fields(cls)}
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UsageError(_one_line(swallowed.getvalue())) from None
+    except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
+        raise UsageError(_explain(str(error), _option_names(parser))) from None
+    return cls(**values), {name.rstrip("?"): getattr(namespace, name.rstrip("?")) for name in positionals or {}}
+
+
+def _fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(cls)
+
+
+def build(cls: type[Config], values: Mapping[str, Any], *, where: str) -> Config:
+    """Settings of type `cls` from a mapping (a recipe's stage), typed and checked. Raises UsageError."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, nested_key=None, fail_untyped=False)
+    _check_nested(cls, values, where)
+    try:
+        namespace = parser.instantiate(parser.parse_object(dict(values)))
+    except (jsonargparse.ArgumentError, TypeError, ValueError, KeyError) as error:
+        raise UsageError(f"{where}: {_one_line(str(error))}") from None
+    return cls(**{field.name: getattr(namespace, field.name) for field in _fields(cls)})
+
+
+def _check_nested(cls: Any, values: Mapping[str, Any], where: str) -> None:
+    import typing
+
+    hints = typing.get_type_hints(cls)
+    check_keys(values, [field.name for field in _fields(cls)], where=where)
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            _check_nested(hints[key], value, f"{where}.{key}")
+
+
+def check_keys(values: Iterable[str], known: Sequence[str], *, where: str) -> None:
+    """Raise UsageError naming the nearest known key when `values` has a key that is not in `known`."""
+    for key in values:
+        if key not in known:
+            raise UsageError(f"{where}: unknown setting {key!r}{near_match(key, known)}")
+
+
+def near_match(word: str, known: Sequence[str]) -> str:
+    """'; did you mean X?' or '; known: ...' to end an error message with."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A mapping from a YAML file. Raises UsageError: missing, not UTF-8, not YAML, not a mapping."""
+    import yaml
+
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: {_one_line(str(error))}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
+    return values
+
+
+def to_plain(config: Any) -> Any:
+    """A dataclass as nested dicts, lists and scalars, ready for YAML or JSON."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): to_plain(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_plain(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def to_yaml(values: Any) -> str:
+    """YAML text with the keys in their given order."""
+    import yaml
+
+    return str(yaml.safe_dump(to_plain(values), sort_keys=False, allow_unicode=True, width=110))
+
+
+def _option_names(parser: Any) -> list[str]:
+    names = []
+    for action in parser._actions:
+        names += [option.lstrip("-") for option in action.option_strings if option.startswith("--")]
+    return names
+
+
+def _one_line(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return re.sub(r"^error: ", "", " ".join(lines[-3:])) or "wrong arguments"
+
+
+def _explain(message: str, options: list[str]) -> str:
+    """jsonargparse's message in one line, with the nearest option where one is unknown."""
+    text = _one_line(message)
+    unknown = re.search(r"[Uu]nrecognized arguments?: (?:--)?([\w.\-]+)", text) or re.search(
+        r"[Kk]ey '([\w.\-]+)' is not expected|does not accept nested key '([\w.\-]+)'", text
+    )
+    if unknown:
+        word = next(group for group in unknown.groups() if group)
+        near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+        return f"unknown option --{word}" + (f"; did you mean --{near[0]}?" if near else "; --help lists the options")
+    return text
+
+
+def fail(error: BaseException, *, debug: bool) -> int:
+    """Print an error as one line on standard error and return its exit code."""
+    if debug:
+        raise error
+    print(f"chatwright: {_one_line(str(error))}", file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1

@@ -1,0 +1,238 @@
+"""The typed records that every stage reads, and the content id that decides their side of the split.
+
+A record's id is a hash of what it says, not of where it stood: the same text has the same id in any file and
+in any order, and a conversation has the same id as a `Document` (its transcript) and as a `Dialogue`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:  # only a type: at run time a message is a plain dict
+    from chatwright.chat import Message
+
+ROLES = ("system", "user", "assistant", "tool")
+
+Record = TypeVar("Record")
+
+
+def content_id(text: str) -> str:
+    """32 hex digits: SHA-256 of the text in Unicode NFC with every run of white space made one space.
+
+    Line ends, indentation and joined lines therefore do not change the id; anything that a reader sees does.
+    Raises ValueError when the text cannot be written as UTF-8 (an unpaired surrogate, from a broken JSON
+    escape).
+    """
+    plain = " ".join(text.split())
+    if not plain.isascii():
+        plain = unicodedata.normalize("NFC", plain)
+    try:
+        encoded = plain.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"an unpaired surrogate {plain[error.start]!r} stands in the text") from None
+    return hashlib.sha256(encoded).hexdigest()[:32]
+
+
+def transcript(messages: Iterable[Message]) -> str:
+    """The contents of a conversation as plain text, one turn a line (line breaks inside a turn become
+    spaces).
+    """
+    return "\n".join(" ".join(message["content"].split()) for message in messages)
+
+
+def check_message(message: object) -> Message:
+    """The message as {"role", "content"} and nothing else. Raises ValueError naming what is wrong with it."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"a message must be an object with role and content, found {_kind(message)}")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"a message has role {role!r}; known roles: {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise ValueError(f"the content of a {role} message must be text, found {_kind(content)}")
+    return {"role": role, "content": content}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text to learn the language from."""
+
+    id: str
+    """Content id of the text."""
+    text: str
+    """Not empty; may hold line breaks."""
+
+    def __post_init__(self) -> None:
+        _require_text(self.id, "id")
+        _require_text(self.text, "text")
+
+    @classmethod
+    def of(cls, text: str) -> Document:
+        """The document with this text, its id worked out. Raises ValueError: empty, not writable as UTF-8."""
+        _require_text(text, "text")
+        return cls(content_id(text), text)
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return _dump({"id": self.id, "text": self.text})
+
+    @classmethod
+    def from_json(cls, line: str) -> Document:
+        """The inverse of `to_json`. Raises ValueError."""
+        fields = _load(line, cls, ("id", "text"))
+        return cls(fields["id"], fields["text"])
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One conversation. Roles and texts are checked; that the roles alternate is up to the source."""
+
+    id: str
+    """Content id of the transcript: the same conversation as a `Document` has the same id."""
+    messages: tuple[Message, ...]
+    """At least one."""
+
+    def __post_init__(self) -> None:
+        _require_text(self.id, "id")
+        object.__setattr__(self, "messages", _check_messages(self.messages, "messages"))
+
+    @classmethod
+    def of(cls, messages: Sequence[Message]) -> Dialogue:
+        """The dialogue of these messages, its id worked out. Raises ValueError."""
+        checked = _check_messages(messages, "messages")
+        return cls(content_id(transcript(checked)), checked)
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return _dump({"id": self.id, "messages": list(self.messages)})
+
+    @classmethod
+    def from_json(cls, line: str) -> Dialogue:
+        """The inverse of `to_json`. Raises ValueError."""
+        fields = _load(line, cls, ("id", "messages"))
+        return cls(fields["id"], _sequence(fields["messages"], "messages"))
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A text and a number that people gave it (a mean rating, a class)."""
+
+    id: str
+    """Content id of the text."""
+    text: str
+    label: float
+    """Finite; the source says which scale."""
+
+    def __post_init__(self) -> None:
+        _require_text(self.id, "id")
+        _require_text(self.text, "text")
+        object.__setattr__(self, "label", _number(self.label, "label"))
+
+    @classmethod
+    def of(cls, text: str, label: float) -> LabelledText:
+        """The labelled text, its id worked out. Raises ValueError."""
+        _require_text(text, "text")
+        return cls(content_id(text), text, label)
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return _dump({"id": self.id, "text": self.text, "label": self.label})
+
+    @classmethod
+    def from_json(cls, line: str) -> LabelledText:
+        """The inverse of `to_json`. Raises ValueError."""
+        fields = _load(line, cls, ("id", "text", "label"))
+        return cls(fields["id"], fields["text"], fields["label"])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """K answers to one prompt with a score each: higher is preferred, equal is a tie."""
+
+    id: str
+    """Content id of the prompt's transcript: all comparisons of a prompt are on one side of the split."""
+    prompt: tuple[Message, ...]
+    """The conversation up to the answer; at least one message."""
+    responses: tuple[str, ...]
+    """At least two."""
+    scores: tuple[float, ...]
+    """One for each response; finite."""
+
+    def __post_init__(self) -> None:
+        _require_text(self.id, "id")
+        object.__setattr__(self, "prompt", _check_messages(self.prompt, "prompt"))
+        object.__setattr__(self, "responses", tuple(self.responses))
+        object.__setattr__(self, "scores", tuple(_number(score, "a score") for score in self.scores))
+        if len(self.responses) < 2:
+            raise ValueError(f"a comparison needs at least two responses, found {len(self.responses)}")
+        if len(self.responses) != len(self.scores):
+            raise ValueError(f"{len(self.responses)} responses but {len(self.scores)} scores")
+        for response in self.responses:
+            if not isinstance(response, str):
+                raise ValueError(f"a response must be text, found {_kind(response)}")
+
+    @classmethod
+    def of(cls, prompt: Sequence[Message], responses: Sequence[str], scores: Sequence[float]) -> Comparison:
+        """The comparison, its id worked out. Raises ValueError."""
+        checked = _check_messages(prompt, "prompt")
+        return cls(content_id(transcript(checked)), checked, tuple(responses), tuple(scores))
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        fields = {"prompt": list(self.prompt), "responses": list(self.responses), "scores": list(self.scores)}
+        return _dump({"id": self.id, **fields})
+
+    @classmethod
+    def from_json(cls, line: str) -> Comparison:
+        """The inverse of `to_json`. Raises ValueError."""
+        fields = _load(line, cls, ("id", "prompt", "responses", "scores"))
+        prompt, responses, scores = (_sequence(fields[key], key) for key in ("prompt", "responses", "scores"))
+        return cls(fields["id"], prompt, responses, scores)
+
+
+def _check_messages(messages: object, name: str) -> tuple[Message, ...]:
+    checked = tuple(check_message(message) for message in _sequence(messages, name))
+    if not checked:
+        raise ValueError(f"{name} is empty")
+    return checked
+
+
+def _sequence(value: object, name: str) -> tuple[Any, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise ValueError(f"{name} must be a list, found {_kind(value)}")
+    return tuple(value)
+
+
+def _require_text(value: object, name: str) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, found {_kind(value)}")
+    if not value.strip():
+        raise ValueError(f"{name} is empty")
+
+
+def _number(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, found {_kind(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, found {value}")
+    return float(value)
+
+
+def _kind(value: object) -> str:
+    return "nothing (null)" if value is None else f"{type(value).__name__} {value!r:.40}"
+
+
+def _dump(fields: Mapping[str, object]) -> str:
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def _load(line: str, cls: type[Record], keys: Sequence[str]) -> dict[str, Any]:
+    fields = json.loads(line)  # json.JSONDecodeError is a ValueError
+    if not isinstance(fields, dict) or set(fields) != set(keys):
+        raise ValueError(f"a {cls.__name__} must be an object with exactly {', '.join(keys)}")
+    return fields

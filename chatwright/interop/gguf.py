@@ -1,0 +1,335 @@
+"""Models in GGUF, the format of llama.cpp: weights (often quantised), shape, tokenizer and template in one file.
+
+The `gguf` library reads the file and dequantises its blocks; here they are named and laid out as our decoder has
+them. Carried: the architectures llama, qwen3 and gpt2, with byte-level BPE. Metadata that we do not know is refused,
+because it may change what the model computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import tokenizers
+import torch
+from gguf.quants import dequantize
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from chatwright.chat import ChatTemplate
+from chatwright.config import UserError
+from chatwright.interop.loaded import (
+    Loaded,
+    Rule,
+    Stored,
+    build,
+    chat_template,
+    end_of_text,
+    translate,
+)
+from chatwright.model.config import GPTConfig
+from chatwright.tokenizer import Tokenizer
+
+_ENDS = (
+    Rule("token_embd.weight", "embed.weight"),
+    Rule("output_norm.weight", "final_norm.weight"),
+    Rule("output.weight", "head.weight"),
+)
+_GATED_BLOCK = (
+    Rule("blk.{}.attn_norm.weight", "blocks.{}.attention_norm.weight"),
+    Rule("blk.{}.attn_v.weight", "blocks.{}.attention.value.weight"),
+    Rule("blk.{}.attn_output.weight", "blocks.{}.attention.output.weight"),
+    Rule("blk.{}.ffn_norm.weight", "blocks.{}.mlp_norm.weight"),
+    Rule("blk.{}.ffn_gate.weight", "blocks.{}.mlp.gate.weight"),
+    Rule("blk.{}.ffn_up.weight", "blocks.{}.mlp.up.weight"),
+    Rule("blk.{}.ffn_down.weight", "blocks.{}.mlp.down.weight"),
+)
+LLAMA_RULES = (
+    *_ENDS,
+    *_GATED_BLOCK,
+    Rule("blk.{}.attn_q.weight", "blocks.{}.attention.query.weight", paired="heads"),
+    Rule("blk.{}.attn_k.weight", "blocks.{}.attention.key.weight", paired="kv_heads"),
+)
+QWEN3_RULES = (
+    *_ENDS,
+    *_GATED_BLOCK,
+    Rule("blk.{}.attn_q.weight", "blocks.{}.attention.query.weight"),
+    Rule("blk.{}.attn_k.weight", "blocks.{}.attention.key.weight"),
+    Rule("blk.{}.attn_q_norm.weight", "blocks.{}.attention.query_norm.weight"),
+    Rule("blk.{}.attn_k_norm.weight", "blocks.{}.attention.key_norm.weight"),
+)
+GPT2_RULES = (
+    *_ENDS,
+    Rule("position_embd.weight", "positions.weight"),
+    Rule("output_norm.bias", "final_norm.bias"),
+    *(
+        rule
+        for kind in ("weight", "bias")
+        for rule in (
+            Rule(f"blk.{{}}.attn_norm.{kind}", f"blocks.{{}}.attention_norm.{kind}"),
+            Rule(
+                f"blk.{{}}.attn_qkv.{kind}",
+                tuple(f"blocks.{{}}.attention.{part}.{kind}" for part in ("query", "key", "value")),
+            ),
+            Rule(f"blk.{{}}.attn_output.{kind}", f"blocks.{{}}.attention.output.{kind}"),
+            Rule(f"blk.{{}}.ffn_norm.{kind}", f"blocks.{{}}.mlp_norm.{kind}"),
+            Rule(f"blk.{{}}.ffn_up.{kind}", f"blocks.{{}}.mlp.up.{kind}"),
+            Rule(f"blk.{{}}.ffn_down.{kind}", f"blocks.{{}}.mlp.down.{kind}"),
+        )
+    ),
+)
+RULES = {"llama": LLAMA_RULES, "qwen3": QWEN3_RULES, "gpt2": GPT2_RULES}
+
+# Metadata of an architecture that `_config` reads, and what else is harmless at the given values.
+_READ = {
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "vocab_size",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_epsilon",
+    "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count",
+    "rope.freq_base",
+}
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0.0, 1.0),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scale_linear": (1.0,),
+    "attention.causal": (True,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "use_parallel_residual": (False,),
+}
+
+# How text is cut before merging, by llama.cpp's name for it.
+_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # GPT-2's pattern
+_SINGLE_DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _WORDS])
+
+
+def _split(digits: str) -> pre_tokenizers.Sequence:
+    """The pattern of Llama 3 and Qwen 2, which differ in how many digits stay together."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+        + digits
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+PRE_TOKENIZERS = {
+    "gpt-2": _WORDS,
+    "smollm": _SINGLE_DIGITS,
+    "starcoder": _SINGLE_DIGITS,
+    "llama-bpe": _split(r"\p{N}{1,3}"),
+    "qwen2": _split(r"\p{N}"),
+}
+_CONTROL, _USER_DEFINED = 3, 4  # token types of llama.cpp
+
+
+class _Reader(gguf.GGUFReader):  # type: ignore[misc,unused-ignore]
+    """The library's reader over a plain array: numpy's memmap makes its 250,000 small reads five times as slow."""
+
+    @property
+    def data(self) -> Any:
+        return self._data
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        self._data = np.asarray(value)
+
+
+def _open(path: Path) -> _Reader:
+    if not path.is_file():
+        raise UserError(f"{path} is not a file")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{path} is not a GGUF file")
+    try:
+        reader = _Reader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}); fetch it again") from None
+    if reader.byte_order == "S":
+        raise UserError(f"{path} was written for machines of the other byte order")
+    return reader
+
+
+class _Metadata:
+    """Keys and values of the file; names without a prefix belong to its architecture."""
+
+    def __init__(self, reader: _Reader, where: str) -> None:
+        self.where = where
+        try:
+            self.values: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+        except (ValueError, IndexError) as error:
+            raise UserError(f"{where} is damaged ({error}); fetch it again") from None
+        self.architecture = str(self.values.get("general.architecture"))
+        if self.architecture not in RULES:
+            known = ", ".join(RULES)
+            raise UserError(
+                f"{where}: architecture {self.architecture!r} is not supported; supported: {known}"
+            )
+        if self.values.get("split.count", 1) > 1:
+            raise UserError(f"{where}: one of several pieces; merge them with llama-gguf-split --merge first")
+        for key, value in self.values.items():
+            name = key.removeprefix(f"{self.architecture}.")
+            if name != key and name not in _READ and value not in _HARMLESS.get(name, ()):
+                raise UserError(f"{where}: {key} = {value!r} is not supported")
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        """A positive whole number of the architecture."""
+        value = self.values.get(f"{self.architecture}.{name}", default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{self.where}: {self.architecture}.{name} must be a whole number, not {value!r}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A number of the architecture. It is stored as float32: the shortest decimal is what its maker wrote."""
+        value = self.values.get(f"{self.architecture}.{name}", default)
+        if not isinstance(value, float):
+            raise UserError(f"{self.where}: {self.architecture}.{name} must be a number, not {value!r}")
+        return float(str(np.float32(value)))
+
+
+def _config(metadata: _Metadata, tensors: Mapping[str, Stored]) -> GPTConfig:
+    """The shape of the model, from the metadata and the size of the vocabulary."""
+    if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].shape) != 2:
+        raise UserError(f"{metadata.where}: no token_embd.weight in it: this is not a language model")
+    width, heads = metadata.whole("embedding_length"), metadata.whole("attention.head_count")
+    shared: dict[str, Any] = {
+        "vocab_size": metadata.whole("vocab_size", tensors["token_embd.weight"].shape[0]),
+        "context": metadata.whole("context_length"),
+        "layers": metadata.whole("block_count"),
+        "width": width,
+        "heads": heads,
+        "mlp_width": metadata.whole("feed_forward_length"),
+        "tied": "output.weight" not in tensors,
+    }
+    if metadata.architecture == "gpt2":
+        return GPTConfig(
+            **shared, norm_eps=metadata.number("attention.layer_norm_epsilon"), activation="gelu_tanh"
+        )
+    head_dim = metadata.whole("attention.key_length", width // heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if metadata.whole(name, head_dim) != head_dim:
+            raise UserError(f"{metadata.where}: {name} differs from the head size {head_dim}; not supported")
+    return GPTConfig(
+        **shared,
+        kv_heads=metadata.whole("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        position="rotary",
+        rope_base=metadata.number("rope.freq_base", 10_000.0),
+        norm="rms",
+        norm_eps=metadata.number("attention.layer_norm_rms_epsilon"),
+        activation="swiglu",
+        bias=False,
+        qk_norm=metadata.architecture == "qwen3",
+    )
+
+
+def _stored(tensor: gguf.ReaderTensor, where: str) -> Stored:
+    """One tensor of the file. GGUF writes the innermost size first; torch writes it last."""
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+
+    def read() -> torch.Tensor:
+        try:
+            numbers = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise UserError(f"{where}: {tensor.name} is quantised as {kind}, which cannot be read") from None
+        return torch.from_numpy(np.require(numbers, np.float32, "W")).reshape(shape)
+
+    return Stored(shape, read)
+
+
+def _tokenizer(metadata: _Metadata) -> Tokenizer | None:
+    """The tokenizer that the metadata spells out; None when there is none."""
+    values, where = metadata.values, metadata.where
+    if "tokenizer.ggml.model" not in values:
+        return None
+    if values["tokenizer.ggml.model"] != "gpt2":
+        raise UserError(
+            f"{where}: its tokenizer is of kind {values['tokenizer.ggml.model']!r}; only byte-level BPE ('gpt2') is "
+            "supported, load_gguf(..., tokenizer=False) reads the weights alone"
+        )
+    kind = values.get("tokenizer.ggml.pre")
+    if kind not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise UserError(f"{where}: pre-tokenizer {kind!r} is not supported; supported: {known}")
+    tokens, types = values.get("tokenizer.ggml.tokens", []), values.get("tokenizer.ggml.token_type", [])
+    merges = [tuple(merge.split(" ")) for merge in values.get("tokenizer.ggml.merges", [])]
+    if not tokens or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+        raise UserError(f"{where}: its list of tokens is damaged (missing types, or tokens that occur twice)")
+    try:
+        backend = tokenizers.Tokenizer(
+            models.BPE(
+                vocab={token: number for number, token in enumerate(tokens)},
+                merges=merges,  # type: ignore[arg-type,unused-ignore]
+                ignore_merges=kind
+                == "llama-bpe",  # Llama 3 takes a whole word first, if the vocabulary has it
+            )
+        )
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{where}: its merges do not fit its tokens ({error})") from None
+    backend.pre_tokenizer = PRE_TOKENIZERS[kind]
+    backend.decoder = decoders.ByteLevel()
+    controls = [token for token, type_ in zip(tokens, types, strict=True) if type_ == _CONTROL]
+    plain = [token for token, type_ in zip(tokens, types, strict=True) if type_ == _USER_DEFINED]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in controls])
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    end = end_of_text(controls, _named(metadata, "eos"), where=where)
+    return Tokenizer(backend, end_of_text=end, controls=controls)
+
+
+def _named(metadata: _Metadata, role: str) -> str | None:
+    """The token that plays a role (bos, eos), or None."""
+    number, tokens = (
+        metadata.values.get(f"tokenizer.ggml.{role}_token_id"),
+        metadata.values["tokenizer.ggml.tokens"],
+    )
+    if number is None:
+        return None
+    if not isinstance(number, int) or number >= len(tokens):
+        raise UserError(
+            f"{metadata.where}: tokenizer.ggml.{role}_token_id is {number!r}, not one of its tokens"
+        )
+    return str(tokens[number])
+
+
+def _template(metadata: _Metadata) -> ChatTemplate | None:
+    source = metadata.values.get("tokenizer.chat_template")
+    if not source:
+        return None
+    return chat_template(str(source), begin=_named(metadata, "bos"), end=_named(metadata, "eos"))
+
+
+def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: bool = True) -> Loaded:
+    """A model out of one GGUF file, dequantised to `dtype` (bfloat16 halves the memory).
+
+    `tokenizer=False` reads the weights alone. Raises UserError, in one line, for a file that is damaged or that asks
+    for something we do not carry.
+    """
+    path = Path(path)
+    reader = _open(path)
+    metadata = _Metadata(reader, str(path))
+    tensors = {tensor.name: _stored(tensor, str(path)) for tensor in reader.tensors}
+    config = _config(metadata, tensors)
+    text = _tokenizer(metadata) if tokenizer else None
+    if text is not None and text.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{path}: {text.vocab_size} tokens in its tokenizer, {config.vocab_size} in the model"
+        )
+    state = translate(tensors, RULES[metadata.architecture], config, where=str(path), dtype=dtype)
+    return Loaded(build(config, state), text, _template(metadata) if text else None, str(path))

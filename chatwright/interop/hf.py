@@ -1,0 +1,188 @@
+"""Models in the format of transformers: `config.json`, safetensors, `tokenizer.json`. Transformers is not needed.
+
+Names and settings of the families are in families.py; here is the reading of directories and of the hub. Pickles are
+never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from chatwright.chat import ChatTemplate
+from chatwright.config import UserError
+from chatwright.interop.families import config_from_hf, family_of
+from chatwright.interop.loaded import (
+    Loaded,
+    Stored,
+    build,
+    chat_template,
+    end_of_text,
+    in_memory,
+    translate,
+)
+from chatwright.tokenizer import Tokenizer
+
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+
+# Constants that old versions of transformers saved among the weights: causal masks and rotary frequencies.
+_CONSTANTS = re.compile(r"(.*\.)?(h\.\d+\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
+
+
+def state_dict_from_hf(
+    values: Mapping[str, Any],
+    tensors: Mapping[str, Tensor | Stored],
+    *,
+    where: str = "config.json",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """The tensors of a transformers model as a state dict for `build(config_from_hf(values), ...)`.
+
+    Raises UserError naming tensors that are missing, unexpected, of the wrong shape, or untied against the config.
+    """
+    family, config = family_of(values, where), config_from_hf(values, where=where)
+    stored = {
+        name: tensor if isinstance(tensor, Stored) else in_memory(tensor)
+        for name, tensor in tensors.items()
+        if not _CONSTANTS.fullmatch(name)
+    }
+    rules = family.rules
+    if not any(name.startswith(family.base) for name in stored):
+        rules = tuple(replace(rule, theirs=rule.theirs.removeprefix(family.base)) for rule in rules)
+    head = stored.pop("lm_head.weight", None) if config.tied else None
+    embed = stored.get(rules[0].theirs)
+    if head and embed and (head.shape != embed.shape or not torch.equal(head.read(), embed.read())):
+        raise UserError(
+            f"{where}: says tie_word_embeddings, but lm_head.weight differs from {rules[0].theirs}"
+        )
+    return translate(stored, rules, config, where=where, dtype=dtype)
+
+
+@contextmanager
+def _weights(directory: Path) -> Iterator[dict[str, Stored]]:
+    """All tensors of the safetensors files in a directory, by name, open for reading."""
+    with ExitStack() as stack:
+        tensors: dict[str, Stored] = {}
+        for file in _weight_files(directory):
+            try:
+                opened = stack.enter_context(safetensors.safe_open(str(file), framework="pt"))
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    shape = tuple(opened.get_slice(name).get_shape())
+                    tensors[name] = Stored(shape, partial(opened.get_tensor, name))
+            except (safetensors.SafetensorError, OSError) as error:
+                reason = "does not exist" if not file.exists() else f"is damaged or cut short ({error})"
+                raise UserError(f"{file} {reason}; fetch it again") from None
+        yield tensors
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if single.exists():
+        return [single]
+    if index.exists():
+        names = _read_json(index).get("weight_map")
+        if (
+            not isinstance(names, dict)
+            or not names
+            or not all(isinstance(name, str) for name in names.values())
+        ):
+            raise UserError(f"{index}: no weight_map in it")
+        strange = [name for name in names.values() if Path(name).name != name]
+        if strange:
+            raise UserError(f"{index}: {strange[0]!r} is not the name of a file beside it")
+        return [directory / name for name in sorted(set(names.values()))]
+    pickles = sorted(
+        file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in directory.glob(f"*.{suffix}")
+    )
+    if pickles:
+        raise UserError(
+            f"{directory}: the weights are a pickle ({pickles[0]}), which could run any program when opened; "
+            "save the model with transformers' save_pretrained(..., safe_serialization=True) and load that"
+        )
+    raise UserError(f"{directory}: no model.safetensors in it")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: expected an object")
+    return values
+
+
+def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: bool = True) -> Loaded:
+    """A model directory as `save_pretrained` writes it. Raises UserError when anything in it is not what we carry.
+
+    `tokenizer=False` reads the weights alone, for models whose tokenizer is not byte-level BPE.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory with a model")
+    file = directory / "config.json"
+    values = _read_json(file)
+    config = config_from_hf(values, where=str(file))
+    with _weights(directory) as tensors:
+        state = state_dict_from_hf(values, tensors, where=str(directory), dtype=dtype)
+    text, template = _text_side(directory) if tokenizer else (None, None)
+    if text is not None and text.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{directory}: {text.vocab_size} tokens in tokenizer.json, {config.vocab_size} in the model"
+        )
+    return Loaded(build(config, state), text, template, str(directory))
+
+
+def _text_side(directory: Path) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    """The tokenizer and the chat template of a model directory."""
+    file = directory / "tokenizer.json"
+    if not file.exists():
+        return None, None
+    content = _read_json(file)
+    decoder = content.get("decoder") or {}
+    if "ByteLevel" not in {one.get("type") for one in (decoder, *decoder.get("decoders", []))}:
+        raise UserError(f"{file}: not byte-level BPE; load_hf(..., tokenizer=False) reads the weights alone")
+    extra = directory / "tokenizer_config.json"
+    settings = _read_json(extra) if extra.exists() else {}
+    begin, end = (_token(settings.get(name)) for name in ("bos_token", "eos_token"))
+    controls = [token["content"] for token in content.get("added_tokens", []) if token.get("special")]
+    tokenizer = Tokenizer.load(file, end_of_text=end_of_text(controls, end, where=str(file)))
+    jinja = directory / "chat_template.jinja"
+    source = jinja.read_text(encoding="utf-8") if jinja.exists() else settings.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = next((one["template"] for one in source if one.get("name") == "default"), None)
+    return tokenizer, chat_template(source, begin=begin, end=end) if source else None
+
+
+def _token(value: Any) -> str | None:
+    """A token of tokenizer_config.json: its text, or an object with its text."""
+    found = value.get("content") if isinstance(value, dict) else value
+    return found if isinstance(found, str) else None
+
+
+def load_hub(name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Loaded:
+    """`owner/name` from the Hugging Face hub, through its cache. Raises UserError in one line when out of reach."""
+    import huggingface_hub
+
+    try:
+        # Files beside the model only: some repositories keep the same weights once more in folders.
+        directory = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
+        )
+    except Exception as error:  # the library and its HTTP client raise kinds without a common ancestor
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"hf:{name} cannot be fetched: {reason}") from None
+    loaded = load_hf(directory, dtype=dtype)
+    return replace(loaded, source=f"hf:{name}")

@@ -1,0 +1,209 @@
+"""What an import gives, and the one way in which foreign tensors become ours.
+
+A family of files (GPT-2's safetensors, llama.cpp's GGUF) is a table of `Rule`s: their name, our names, and how the
+numbers lie. Every rule can be inverted, so the same table serves for writing. Names and shapes of the whole file are
+checked before a single number is read, and nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from chatwright.chat import ChatTemplate
+from chatwright.config import UserError
+from chatwright.model.config import GPTConfig
+from chatwright.model.gpt import GPT
+from chatwright.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and what came with it."""
+
+    model: GPT
+    tokenizer: Tokenizer | None
+    """None when the source holds weights only."""
+    template: ChatTemplate | None
+    """None when the source has no chat template."""
+    source: str
+    """Where it came from, for messages."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that lies in a file: its shape is known, its numbers are read when they are wanted."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def in_memory(tensor: Tensor) -> Stored:
+    """A tensor that is already here."""
+    return Stored(tuple(tensor.shape), lambda: tensor)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one of their tensors becomes one or several of ours. `{}` in a name stands for the number of the block.
+
+    To invert it: pair the rotary halves again, stack our tensors along dimension 0, then transpose.
+    """
+
+    theirs: str
+    own: str | tuple[str, ...]
+    """Several when theirs is fused: ours follow one another along dimension 0 (the outputs of a linear layer)."""
+    transposed: bool = False
+    """Theirs is (inputs, outputs), as in GPT-2's Conv1D; ours, like torch's, is (outputs, inputs)."""
+    paired: Literal["heads", "kv_heads"] | None = None
+    """Rotary pairs lie side by side (x_0 with x_1), as llama.cpp stores Llama's; ours are (x_i, x_{i + K/2}).
+    Names the configuration's number of heads in this tensor."""
+
+    def names(self, layer: int) -> tuple[str, tuple[str, ...]]:
+        """Their name and ours for one block."""
+        own = (self.own,) if isinstance(self.own, str) else self.own
+        return self.theirs.format(layer), tuple(name.format(layer) for name in own)
+
+    def stored_shape(self, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        """The shape of theirs, given the shapes of ours."""
+        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return shape[::-1] if self.transposed else shape
+
+    def apply(self, tensor: Tensor, rows: Sequence[int], config: GPTConfig) -> tuple[Tensor, ...]:
+        """Theirs -> ours; `rows` are the sizes of ours along dimension 0."""
+        if self.transposed:
+            tensor = tensor.T
+        if self.paired:
+            heads = getattr(config, self.paired)
+            pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])  # (H, K / 2, 2, D)
+            tensor = pairs.transpose(1, 2).reshape(tensor.shape)
+        return tuple(torch.split(tensor, list(rows)))
+
+
+def translate(
+    tensors: Mapping[str, Stored],
+    rules: Iterable[Rule],
+    config: GPTConfig,
+    *,
+    where: str,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Their tensors as a state dict for `GPT(config)`; a tied output matrix is not in it.
+
+    Raises UserError naming the tensors that are missing, unexpected, or of another shape than `config` implies.
+    """
+    if config.layers > len(tensors):  # before anything is built to that number
+        raise UserError(
+            f"{where}: {config.layers} blocks in the configuration, {len(tensors)} tensors in all"
+        )
+    own_shapes = _own_shapes(config)
+    plan: list[tuple[Rule, str, tuple[str, ...]]] = []
+    missing, wrong, known = [], [], set()
+    for rule in rules:
+        for layer in range(config.layers) if "{}" in rule.theirs else (0,):
+            theirs, own = rule.names(layer)
+            if own[0] not in own_shapes:  # the output matrix of a tied model
+                continue
+            known.add(theirs)
+            want = rule.stored_shape([own_shapes[name] for name in own])
+            if theirs not in tensors:
+                missing.append(theirs)
+            elif tensors[theirs].shape != want:
+                wrong.append(f"{theirs} ({_times(tensors[theirs].shape)}, not {_times(want)})")
+            plan.append((rule, theirs, own))
+    problems = [
+        f"{what} {_listed(names)}"
+        for what, names in (
+            ("missing tensors:", missing),
+            ("tensors that this model has no place for:", sorted(set(tensors) - known)),
+            ("tensors of the wrong shape:", wrong),
+        )
+        if names
+    ]
+    if problems:
+        raise UserError(f"{where}: the weights do not fit the configuration; {'; '.join(problems)}")
+    state = {}
+    for rule, theirs, own in plan:
+        parts = rule.apply(tensors[theirs].read(), [own_shapes[name][0] for name in own], config)
+        for name, part in zip(own, parts, strict=True):
+            # A copy of its own: neither a view of a mapped file nor of the fused tensor.
+            state[name] = part.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+    return state
+
+
+def build(config: GPTConfig, state: Mapping[str, Tensor]) -> GPT:
+    """A model with these weights, in evaluation mode. It takes the tensors over, it does not copy them."""
+    model = _empty(config)
+    whole = dict(state)
+    if config.tied:
+        whole["head.weight"] = whole["embed.weight"]
+    model.load_state_dict(whole, assign=True)
+    if config.tied:
+        model.head.weight = model.embed.weight
+    return model.eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Draw no random numbers: on the meta device there are none, yet torch takes two seconds to find that out."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.nn.init.normal_:
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _empty(config: GPTConfig) -> GPT:
+    """The model without memory for its parameters."""
+    with torch.device("meta"), _Undrawn():
+        return GPT(config)
+
+
+def _own_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in _empty(config).state_dict().items()}
+    if config.tied:
+        del shapes["head.weight"]
+    return shapes
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "a single number"
+
+
+def _listed(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+"""What families call the token between documents. A chat model's end of sequence may be the end of a turn instead."""
+
+
+def end_of_text(controls: Iterable[str], end_of_sequence: str | None, *, where: str) -> str:
+    """The token that ends a document: the first usual name among the control tokens, else the end of sequence."""
+    names = set(controls)
+    for name in (*ENDS_OF_TEXT, end_of_sequence):
+        if name is not None and name in names:
+            return name
+    raise UserError(f"{where}: none of the tokenizer's control tokens ends a text; name one as its eos_token")
+
+
+def chat_template(source: str, *, begin: str | None, end: str | None) -> ChatTemplate:
+    """A template from elsewhere. `begin` and `end` are its begin- and end-of-sequence tokens, None where unknown.
+
+    Templates may speak of them as `bos_token` and `eos_token`; these are written into the text, so that the template
+    means the same wherever it is rendered.
+    """
+    values = {"bos_token": begin, "eos_token": end}
+    used = [name for name in values if re.search(rf"\b{name}\b", source)]
+    source = "".join(f"{{%- set {name} = {values[name] or ''!r} -%}}" for name in used) + source
+    if end is not None and end in source:
+        return ChatTemplate(source, end)
+    return ChatTemplate.from_source(source)

@@ -1,0 +1,179 @@
+"""A model with its tokenizer and template, ready for use: what `chatwright.load` gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from chatwright import checkpoint, runtime
+from chatwright.chat import ChatTemplate, FittedChat, Message, fit_context
+from chatwright.config import UserError
+from chatwright.generate.engine import Engine
+from chatwright.generate.request import Completion, Piece, Request
+from chatwright.generate.sampling import Sampling
+from chatwright.interop.loaded import Loaded
+from chatwright.model.config import GPTConfig
+from chatwright.model.gpt import GPT
+from chatwright.tokenizer import Tokenizer
+
+
+class LanguageModel:
+    """A GPT that speaks text. Sampling options are those of `chatwright.generate.sampling.Sampling`."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, template: ChatTemplate | None, name: str) -> None:
+        if model.config.vocab_size < tokenizer.vocab_size:
+            raise UserError(
+                f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
+                "they do not belong together"
+            )
+        self.model, self.tokenizer, self.template, self.name = model.eval(), tokenizer, template, name
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The scheduler that all generation goes through; made when first used."""
+        return Engine(self.model, self.tokenizer)
+
+    def logits(self, ids: Sequence[Sequence[int]] | Tensor) -> Float[Tensor, "batch time vocab"]:
+        """Logits (float32) of the token after each position; rows of equal length."""
+        tokens = torch.as_tensor(ids, dtype=torch.int64, device=next(self.model.parameters()).device)
+        with runtime.evaluating(self.model):
+            return self.model(tokens)  # type: ignore[no-any-return]
+
+    def _request(self, ids: Sequence[int], end_ids: frozenset[int], options: dict[str, Any]) -> Request:
+        return Request(prompt=tuple(ids), sampling=Sampling(**options), end_ids=end_ids)
+
+    def _prompt(self, prompt: str, options: dict[str, Any]) -> Request:
+        ids = [self.tokenizer.end_of_text_id, *self.tokenizer.encode(prompt)]
+        return self._request(ids, frozenset({self.tokenizer.end_of_text_id}), options)
+
+    def complete(self, prompt: str, **options: Any) -> Completion:
+        """Continue a text; everything that is known about the continuation."""
+        return self.engine.generate([self._prompt(prompt, options)])[0]
+
+    def generate(self, prompt: str, **options: Any) -> str:
+        """Continue a text: `generate("Once", max_new_tokens=20, temperature=0.0)`."""
+        return self.complete(prompt, **options).text
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[Piece]:
+        """`generate`, piece by piece."""
+        return self.engine.stream(self._prompt(prompt, options))
+
+    def require_template(self) -> ChatTemplate:
+        """The chat template. Raises UserError for a base model, which has none."""
+        if self.template is None:
+            raise UserError(f"{self.name} has no chat template: it is a base model; use `chatwright generate`, or sft it")
+        return self.template
+
+    def encode_chat(self, messages: Sequence[Message], *, max_new_tokens: int = 128) -> FittedChat:
+        """A conversation cut to what fits beside the answer, at least half of the context; ready for the engine."""
+        context = self.model.config.context
+        room = max(context - max_new_tokens, context // 2)
+        return fit_context(messages, self.require_template(), self.tokenizer, room)
+
+    def chat_request(self, messages: Sequence[Message], **options: Any) -> tuple[Request, FittedChat]:
+        """The engine's request for an answer, and what was left of the conversation."""
+        fitted = self.encode_chat(messages, max_new_tokens=int(options.get("max_new_tokens", 128)))
+        return self._request(fitted.ids, self.require_template().end_ids(self.tokenizer), options), fitted
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> str:
+        """The assistant's answer to a conversation."""
+        return self.engine.generate([self.chat_request(messages, **options)[0]])[0].text
+
+    def stream_chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Piece]:
+        """`chat`, piece by piece."""
+        return self.engine.stream(self.chat_request(messages, **options)[0])
+
+
+def find_checkpoint(path: Path) -> checkpoint.Checkpoint | None:
+    """The checkpoint that a run, stage or checkpoint directory stands for; None when it is none of these.
+
+    A stage names its model in result.json; an unfinished stage stands for its newest whole checkpoint; a run for its
+    last finished stage that made a language model.
+    """
+    if (path / "state.json").is_file():
+        return checkpoint.Checkpoint(path)
+    if (path / "result.json").is_file():
+        chosen = checkpoint.read_json(path / "result.json").get("model")
+        if chosen:
+            return checkpoint.Checkpoint(path / chosen)
+    newest, _ = checkpoint.newest_valid(path / "checkpoints")
+    if newest is not None:
+        return newest
+    results = sorted(path.glob("*/result.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for result in results:
+        found = find_checkpoint(result.parent) if checkpoint.read_json(result).get("model") else None
+        if found is not None and found.state().get("kind") == "language":
+            return found
+    return None
+
+
+def load_checkpoint(found: checkpoint.Checkpoint, *, verify: bool = True) -> Loaded:
+    """The language model in a checkpoint of ours. Raises UserError: damaged, or another kind of model."""
+    state = found.state()
+    if state.get("kind") != "language":
+        kind = state.get("kind", "unknown")
+        raise UserError(f"{found.path} holds a model of kind {kind!r}, not a language model")
+    if verify:
+        found.verify()
+    if not isinstance(state.get("model"), dict):
+        raise UserError(f"{found.path / 'state.json'} does not describe a model")
+    with torch.device("meta"):
+        model = GPT(GPTConfig.from_dict(state["model"]))
+    model = model.to_empty(device="cpu")
+    if model.config.tied:  # torch gives a shared parameter memory of its own for each place: tie them again
+        model.head.weight = model.embed.weight
+    checkpoint.load_model_tensors(model, found.tensors("model"), where=str(found.path))
+    has_template = (found.path / "chat_template.jinja").is_file()
+    template = ChatTemplate.load(found.path) if has_template else None
+    return Loaded(model, Tokenizer.load(found.path), template, str(found.path))
+
+
+def load_parts(name: str | Path) -> Loaded:
+    """Model, tokenizer and template by name. Raises UserError when the name leads nowhere, saying what is possible.
+
+    Names: a run, stage or checkpoint directory of ours; a Hugging Face directory; `smollm2`; `hf:owner/name`; a .gguf
+    file.
+    """
+    text = str(name)
+    if text == "smollm2":
+        from chatwright.data.archives import smollm2_gguf
+        from chatwright.interop.gguf import load_gguf
+
+        return load_gguf(smollm2_gguf())
+    if text.startswith("hf:"):
+        from chatwright.interop.hf import load_hub
+
+        return load_hub(text.removeprefix("hf:"))
+    path = Path(name)
+    if path.is_file() and path.suffix == ".gguf":
+        from chatwright.interop.gguf import load_gguf
+
+        return load_gguf(path)
+    if path.is_dir():
+        found = find_checkpoint(path)
+        if found is not None:
+            return load_checkpoint(found)
+        if (path / "config.json").is_file():
+            from chatwright.interop.hf import load_hf
+
+            return load_hf(path)
+        raise UserError(f"{path} holds no model: neither state.json, checkpoints/, a finished stage nor config.json")
+    raise UserError(
+        f"no model {text!r}: it is no directory, and no .gguf file; also known: smollm2, hf:owner/name "
+        "(runs/tiny appears after `chatwright run tiny`)"
+    )
+
+
+def load(name: str | Path) -> LanguageModel:
+    """A ready language model by name; see `load_parts`. Raises UserError."""
+    parts = load_parts(name)
+    if parts.tokenizer is None:
+        raise UserError(f"{name} has no tokenizer.json beside its weights")
+    runtime.set_threads()
+    return LanguageModel(parts.model.to(runtime.device()), parts.tokenizer, parts.template, str(name))

@@ -1,0 +1,1 @@
+"""Models: their shape, the decoder, its cache and heads."""

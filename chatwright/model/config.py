@@ -1,0 +1,197 @@
+"""The shape of a model, and the shapes that have names.
+
+One dataclass describes every decoder of the lineage. A preset is a row of a paper's table:
+
+* `gpt1`      Radford et al. 2018, section 4.1
+* `gpt2*`     Radford et al. 2019, table 2
+* `gpt3-*`    Brown et al. 2020 (arXiv:2005.14165), table 2.1
+* `modern-*`  the Qwen3 shape (arXiv:2505.09388) at small widths: RMS norm, rotary positions, grouped queries,
+              QK-norm, SwiGLU. With `qk_norm=False` it is the Llama shape.
+* `smollm2-135m`  SmolLM2 (arXiv:2502.02737), Llama shape
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from chatwright.config import UserError
+
+Position = Literal["learned", "sinusoidal", "rotary"]
+Norm = Literal["layer", "rms"]
+Activation = Literal["gelu", "gelu_tanh", "swiglu", "relu2"]
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A decoder-only Transformer. Widths in numbers, nothing about devices, data or training."""
+
+    vocab_size: int
+    """Number of tokens."""
+    context: int
+    """Longest sequence, in tokens."""
+    layers: int
+    """Number of blocks."""
+    width: int
+    """Size of the residual stream."""
+    heads: int
+    """Query heads."""
+    kv_heads: int = 0
+    """Key/value heads; 0 means as many as query heads. Fewer is grouped-query attention (arXiv:2305.13245)."""
+    head_dim: int = 0
+    """Size of a head; 0 means width / heads."""
+    mlp_width: int = 0
+    """Hidden size of the MLP; 0 means 4 x width."""
+    position: Position = "learned"
+    """How a token knows where it stands. Sinusoids have base 10000 (Vaswani et al. 2017, section 3.5)."""
+    rope_base: float = 10_000.0
+    """Base of the rotary angles (arXiv:2104.09864)."""
+    norm: Norm = "layer"
+    """Layer norm (arXiv:1607.06450) or RMS norm (arXiv:1910.07467)."""
+    norm_eps: float = 1e-5
+    """Added to the variance."""
+    pre_norm: bool = True
+    """Normalise what enters a sub-layer (GPT-2) or what leaves it (GPT-1). Post-norm has no final norm."""
+    activation: Activation = "gelu_tanh"
+    """Non-linearity of the MLP. `swiglu` has a gate matrix (arXiv:2002.05202), `relu2` is max(x, 0) squared."""
+    bias: bool = True
+    """Biases in the linear layers."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys, per head, before the rotation."""
+    tied: bool = True
+    """The output matrix is the token embedding."""
+    dropout: float = 0.0
+    """Share of activations dropped in training: embeddings, attention weights, sub-layer outputs."""
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        if not self.kv_heads:
+            set_(self, "kv_heads", self.heads)
+        if self.heads < 1 or self.layers < 1 or self.width < 1:
+            raise UserError("model: layers, width and heads must be at least 1")
+        if not self.head_dim:
+            if self.width % self.heads:
+                raise UserError(f"model: width {self.width} is not a multiple of heads {self.heads}; set head_dim")
+            set_(self, "head_dim", self.width // self.heads)
+        if not self.mlp_width:
+            set_(self, "mlp_width", 4 * self.width)
+        if self.heads % self.kv_heads:
+            raise UserError(f"model: heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.position == "rotary" and self.head_dim % 2:
+            raise UserError(f"model: rotary positions need an even head_dim, not {self.head_dim}")
+        if self.position == "sinusoidal" and self.width % 2:
+            raise UserError(f"model: sinusoidal positions need an even width, not {self.width}")
+        for name, choices in (
+            ("position", ("learned", "sinusoidal", "rotary")),
+            ("norm", ("layer", "rms")),
+            ("activation", ("gelu", "gelu_tanh", "swiglu", "relu2")),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(f"model: {name} is {getattr(self, name)!r}; it can be {', '.join(choices)}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"model: dropout {self.dropout} is not in [0, 1)")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> GPTConfig:
+        """The named shape, with fields changed. Raises UserError with a near match for an unknown name."""
+        if name not in PRESETS:
+            near = difflib.get_close_matches(name.lower(), PRESETS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(PRESETS)}"
+            raise UserError(f"no model shape is called {name!r}{hint}")
+        base = PRESETS[name]
+        # Sizes that the preset derived from others are derived anew: a narrower gpt2 has a narrower MLP.
+        usual = {"kv_heads": base.heads, "head_dim": base.width // base.heads, "mlp_width": 4 * base.width}
+        derived = {field: 0 for field, value in usual.items() if getattr(base, field) == value}
+        return replace(base, **{**derived, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GPTConfig:
+        """Inverse of `to_dict`. Raises UserError when fields are unknown or missing."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"model: unknown fields {', '.join(unknown)} (written by a newer chatwright?)")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"model: {error}") from None
+
+
+def _gpt2(layers: int, width: int, heads: int) -> GPTConfig:
+    return GPTConfig(vocab_size=50_257, context=1_024, layers=layers, width=width, heads=heads)
+
+
+def _gpt3(layers: int, width: int, heads: int) -> GPTConfig:
+    # Table 2.1 gives 128-dimensional heads for 13B with 40 heads (5120 wide, printed as 5140), 96 for 2.7B and so on:
+    # always width / heads. GPT-3's alternating sparse layers are an option of their own, not part of the shape.
+    return GPTConfig(vocab_size=50_257, context=2_048, layers=layers, width=width, heads=heads)
+
+
+def _modern(layers: int, width: int, heads: int, kv_heads: int, mlp_width: int, **changes: Any) -> GPTConfig:
+    base = GPTConfig(
+        vocab_size=4_096,
+        context=256,
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        mlp_width=mlp_width,
+        position="rotary",
+        norm="rms",
+        norm_eps=1e-6,
+        activation="swiglu",
+        bias=False,
+        qk_norm=True,
+    )
+    return replace(base, **changes)
+
+
+PRESETS: dict[str, GPTConfig] = {
+    "gpt1": GPTConfig(
+        vocab_size=40_478,
+        context=512,
+        layers=12,
+        width=768,
+        heads=12,
+        pre_norm=False,
+        activation="gelu_tanh",
+        dropout=0.1,
+    ),
+    "gpt2": _gpt2(12, 768, 12),
+    "gpt2-medium": _gpt2(24, 1_024, 16),
+    "gpt2-large": _gpt2(36, 1_280, 20),
+    "gpt2-xl": _gpt2(48, 1_600, 25),
+    "gpt3-125m": _gpt3(12, 768, 12),
+    "gpt3-350m": _gpt3(24, 1_024, 16),
+    "gpt3-760m": _gpt3(24, 1_536, 16),
+    "gpt3-1.3b": _gpt3(24, 2_048, 16),
+    "gpt3-2.7b": _gpt3(32, 2_560, 32),
+    "gpt3-6.7b": _gpt3(32, 4_096, 32),
+    "gpt3-13b": _gpt3(40, 5_120, 40),
+    "gpt3-175b": _gpt3(96, 12_288, 96),
+    "modern-nano": _modern(2, 64, 2, 1, 192, vocab_size=512, context=128),
+    "modern-tiny": _modern(4, 256, 4, 2, 768),
+    "modern-small": _modern(12, 512, 8, 4, 1_536, vocab_size=16_384, context=1_024),
+    "modern-base": _modern(12, 768, 12, 4, 2_048, vocab_size=32_768, context=2_048),
+    "modern-large": _modern(24, 1_536, 12, 4, 4_096, vocab_size=49_152, context=4_096, head_dim=128),
+    "smollm2-135m": GPTConfig(
+        vocab_size=49_152,
+        context=8_192,
+        layers=30,
+        width=576,
+        heads=9,
+        kv_heads=3,
+        mlp_width=1_536,
+        position="rotary",
+        rope_base=100_000.0,
+        norm="rms",
+        norm_eps=1e-5,
+        activation="swiglu",
+        bias=False,
+    ),
+}

@@ -1,0 +1,298 @@
+"""The decoder of the whole lineage: GPT-1, GPT-2, GPT-3, Llama, Qwen3. Read it top to bottom.
+
+    ids -> token embedding (+ position) -> blocks of [attention, MLP] -> (norm) -> logits
+
+Shapes in the comments: B batch, T tokens of this call, S tokens to attend to, H query heads, G key/value heads,
+K head size, D width, V vocabulary. The model knows no device, no optimiser, no file format; masks are True where
+a token counts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from chatwright.config import UserError
+from chatwright.model.cache import KVCache
+from chatwright.model.config import GPTConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight.to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm whose input and weight may differ in precision (arXiv:1607.06450, eq. 4)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None and self.bias is not None
+        shape = self.normalized_shape
+        return F.layer_norm(x.float(), shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
+def norm(config: GPTConfig, width: int) -> nn.Module:
+    """The norm layer that the configuration asks for."""
+    if config.norm == "rms":
+        return RMSNorm(width, config.norm_eps)
+    return LayerNorm(width, eps=config.norm_eps)
+
+
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """(B, T) -> (B, T, width): sines in the first half, cosines in the second (Vaswani et al. 2017, section 3.5).
+
+    The paper interleaves the two; the order of features is a permutation that the first layer absorbs.
+    """
+    rates = torch.exp(torch.arange(0, width, 2, device=positions.device) * (-math.log(10_000.0) / width))
+    angles = positions[..., None].float() * rates
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """(B, T) -> cos and sin, each (B, 1, T, K / 2), in float32 (Su et al. 2021, arXiv:2104.09864, eq. 15)."""
+    rates = base ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angles = (positions[..., None].float() * rates)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + K/2}) of (B, H, T, K) by its angle: the half-split order of Llama and Qwen."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, softmax(q k^T / sqrt(K)) v, heads in parallel, keys and values shared in groups."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.dropout = config.dropout
+        self.query = nn.Linear(config.width, config.heads * config.head_dim, bias=config.bias)
+        self.key = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.bias)
+        self.value = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.bias)
+        self.output = nn.Linear(config.heads * config.head_dim, config.width, bias=config.bias)
+        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        angles: tuple[Tensor, Tensor] | None,
+        attend: Bool[Tensor, "B 1 T S"] | None,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Float[Tensor, "B T D"]:
+        batch, tokens, _ = x.shape
+        q = self.query(x).view(batch, tokens, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, K)
+        k = self.key(x).view(batch, tokens, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
+        v = self.value(x).view(batch, tokens, self.kv_heads, self.head_dim).transpose(1, 2)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, G, S, K)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=attend,
+            is_causal=attend is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return self.output(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))  # type: ignore[no-any-return]  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """Two linear layers around a non-linearity; with SwiGLU a third one gates: down(silu(gate x) * up x)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.gate = (
+            nn.Linear(config.width, config.mlp_width, bias=config.bias) if config.activation == "swiglu" else None
+        )
+        self.up = nn.Linear(config.width, config.mlp_width, bias=config.bias)
+        self.down = nn.Linear(config.mlp_width, config.width, bias=config.bias)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        h = self.up(x)
+        if self.gate is not None:
+            h = F.silu(self.gate(x)) * h
+        elif self.activation == "relu2":
+            h = F.relu(h).square()  # So et al. 2021, arXiv:2109.08668
+        else:
+            h = F.gelu(h, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return self.down(h)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to the residual stream; the norm stands before or after."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        self.attention_norm = norm(config, config.width)
+        self.attention = Attention(config)
+        self.mlp_norm = norm(config, config.width)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        attend: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
+        if self.pre_norm:
+            x = x + self.drop(self.attention(self.attention_norm(x), angles, attend, cache, layer))
+            return x + self.drop(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
+        x = self.attention_norm(x + self.drop(self.attention(x, angles, attend, cache, layer)))
+        return self.mlp_norm(x + self.drop(self.mlp(x)))  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """A language model: `forward` gives the logits of the next token at every position."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.positions = nn.Embedding(config.context, config.width) if config.position == "learned" else None
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_norm = norm(config, config.width) if config.pre_norm else nn.Identity()
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Normal(0, 0.02) (Radford et al. 2018, section 4.1); what writes into the residual stream starts smaller.
+
+        GPT-2 divides it by sqrt(2 x layers) (section 2.3). The `rms` family starts it at zero instead, so that every
+        block is the identity at first, and scales the other matrices by their fan-in.
+        """
+        config = self.config
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta or "norm" in name:
+                continue
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif name.endswith(("attention.output.weight", "mlp.down.weight")):
+                if config.norm == "rms":
+                    parameter.zero_()
+                else:
+                    parameter.normal_(0.0, 0.02 / math.sqrt(2 * config.layers))
+            elif config.norm == "rms" and ".blocks." in f".{name}":
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+            else:
+                parameter.normal_(0.0, 0.02)
+
+    def parameter_count(self, *, embeddings: bool = True) -> int:
+        """Number of parameters, shared ones once; without token and position tables when `embeddings` is False."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        if not embeddings:
+            total -= self.embed.weight.numel() + (self.positions.weight.numel() if self.positions else 0)
+        return total
+
+    def hidden(
+        self,
+        ids: Int[Tensor, "B T"],
+        *,
+        mask: Bool[Tensor, "B T"] | None = None,
+        positions: Int[Tensor, "B T"] | None = None,
+        documents: Int[Tensor, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Final hidden states, what the output matrix sees.
+
+        mask: True on real tokens (all, when None). Padding may stand left or right; positions count real tokens only.
+            Hidden states at padding are meaningless numbers, never NaN. With a cache, padding must stand on the right.
+        positions: overrides the counting, for packed rows.
+        documents: a number per token; a token attends only to tokens of the same number (packed rows).
+        cache: keys and values of earlier calls; the real tokens of this call are appended to it.
+        Raises UserError when a sequence is longer than the context.
+        """
+        config = self.config
+        start = cache.lengths if cache is not None else None
+        if positions is None:
+            positions = token_positions(ids, mask, start)
+        longest = ids.shape[1] if cache is None else cache.longest + ids.shape[1]
+        if config.position == "learned" and longest > config.context:
+            raise UserError(f"{longest} tokens do not fit into the model's context of {config.context}")
+        attend = attention_mask(ids, mask, documents, cache)
+        x = self.embed(ids)
+        if self.positions is not None:
+            x = x + self.positions(positions.clamp(max=config.context - 1))
+        elif config.position == "sinusoidal":
+            x = x + sinusoids(positions, config.width).to(x.dtype)
+        angles = None
+        if config.position == "rotary":
+            angles = rotary_angles(positions, config.head_dim, config.rope_base)
+        x = self.drop(x)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, angles, attend, cache, layer)
+        if cache is not None:
+            cache.advance(ids.shape[1] if mask is None else mask.sum(1))
+        return self.final_norm(x)  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        ids: Int[Tensor, "B T"],
+        *,
+        mask: Bool[Tensor, "B T"] | None = None,
+        positions: Int[Tensor, "B T"] | None = None,
+        documents: Int[Tensor, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """Logits of the next token, float32. Arguments as in `hidden`."""
+        x = self.hidden(ids, mask=mask, positions=positions, documents=documents, cache=cache)
+        return self.head(x).float()  # type: ignore[no-any-return]
+
+
+def token_positions(ids: Tensor, mask: Tensor | None, start: Tensor | None) -> Tensor:
+    """Position of each token of (B, T): how many real tokens stand before it, those in the cache included."""
+    if mask is None:
+        count = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    else:
+        count = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return count if start is None else count + start[:, None]
+
+
+def attention_mask(
+    ids: Tensor, mask: Tensor | None, documents: Tensor | None, cache: KVCache | None
+) -> Bool[Tensor, "B 1 T S"] | None:
+    """Who may look at whom; None means plain causal.
+
+    Every token may always look at itself, padding included: a row of the softmax without any True would be NaN.
+    """
+    if cache is not None:
+        return cache.attention_mask(ids.shape[1])
+    if mask is None and documents is None:
+        return None
+    tokens = ids.shape[1]
+    attend = torch.ones(tokens, tokens, dtype=torch.bool, device=ids.device).tril()[None]
+    if mask is not None:
+        attend = attend & mask[:, None, :]
+    if documents is not None:
+        attend = attend & (documents[:, :, None] == documents[:, None, :])
+    return (attend | torch.eye(tokens, dtype=torch.bool, device=ids.device))[:, None]

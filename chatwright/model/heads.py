@@ -1,0 +1,52 @@
+"""A GPT that answers with a number instead of a token: the reward model, and the critic of PPO."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from chatwright.model.config import GPTConfig
+from chatwright.model.gpt import GPT
+
+
+class ScalarModel(nn.Module):
+    """A decoder with one output per position (Ouyang et al. 2022, section 3.5: the unembedding replaced by a scalar).
+
+    Outputs are `scale * (head(hidden) - offset)`; the two constants are set once after training and not trained.
+    """
+
+    offset: Tensor
+    scale: Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.body = GPT(config)
+        self.body.head = nn.Identity()  # type: ignore[assignment]
+        self.scalar = nn.Linear(config.width, 1)
+        nn.init.normal_(self.scalar.weight, std=1 / (config.width + 1) ** 0.5)  # Stiennon et al. 2020, appendix B
+        nn.init.zeros_(self.scalar.bias)
+        self.register_buffer("offset", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+
+    @torch.no_grad()
+    def start_from(self, model: GPT) -> None:
+        """Copy a language model's body; its output matrix is left behind."""
+        own = dict(self.body.named_parameters())
+        for name, parameter in model.named_parameters():
+            if not name.startswith("head."):
+                own[name].copy_(parameter)
+
+    def forward(
+        self, ids: Int[Tensor, "B T"], *, mask: Bool[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T"]:
+        """One number per position, float32; `mask` as in GPT.hidden."""
+        values = self.scalar(self.body.hidden(ids, mask=mask)).squeeze(-1).float()
+        return self.scale * (values - self.offset)  # type: ignore[no-any-return]
+
+    def score(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
+        """The number at each row's last real token: what the model thinks of the whole row."""
+        places = torch.arange(ids.shape[1], device=ids.device)
+        last = torch.where(mask, places, -1).max(dim=1).values
+        return self(ids, mask=mask).gather(1, last[:, None]).squeeze(1)  # type: ignore[no-any-return]

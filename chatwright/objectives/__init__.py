@@ -1,0 +1,1 @@
+"""Losses and estimators: pure functions of tensors."""

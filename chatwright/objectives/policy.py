@@ -1,0 +1,129 @@
+"""Policy-gradient objectives for language models: pure functions of tensors.
+
+Everywhere (B, T) runs over positions of a sequence; `mask` is True on response tokens, their end token included, and
+only those count. `log_probs[b, t]` is log pi(token t | tokens before t).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Values = Float[Tensor, "batch time"]
+Mask = Bool[Tensor, "batch time"]
+
+
+def masked_mean(values: Values, mask: Mask) -> Float[Tensor, ""]:
+    """Mean over the True positions; 0 when there are none."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(values: Values, mask: Mask, *, shift_mean: bool = True) -> Values:
+    """Scale to variance 1 over the mask and, with `shift_mean`, to mean 0; 0 outside the mask.
+
+    `shift_mean=False` keeps the mean, as reward whitening must (Ziegler et al. 2019 code; arXiv:2403.17031, 4.7).
+    """
+    mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean).square(), mask)
+    white = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return torch.where(mask, white if shift_mean else white + mean, 0.0)
+
+
+def kl_k1(log_probs: Values, reference: Values) -> Values:
+    """log(pi / pi_ref) per token: unbiased for KL(pi || pi_ref) when tokens come from pi (Schulman 2020, k1)."""
+    return log_probs - reference
+
+
+def kl_k3(log_probs: Values, reference: Values) -> Values:
+    """(r - 1) - log r with r = pi_ref / pi: unbiased, never negative, low variance (Schulman 2020, k3)."""
+    log_ratio = reference - log_probs
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def entropy(logits: Float[Tensor, "batch time vocab"]) -> Values:
+    """Entropy of the next-token distribution at every position, in nats."""
+    log_p = logits.float().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def end_positions(mask: Mask) -> Bool[Tensor, "batch time"]:
+    """True on the last True of each row; a row without any stays False."""
+    later = mask.flip(1).long().cumsum(1).flip(1)  # True positions from here on
+    return mask & (later == 1)
+
+
+def token_rewards(
+    scores: Float[Tensor, " batch"], log_probs: Values, reference: Values, mask: Mask, *, beta: float
+) -> Values:
+    """-beta x k1 on every response token, plus the model's score on the last one (arXiv:2203.02155, eq. 2)."""
+    penalty = torch.where(mask, -beta * kl_k1(log_probs, reference), 0.0)
+    return penalty + torch.where(end_positions(mask), scores[:, None], 0.0)
+
+
+def generalized_advantages(
+    rewards: Values, values: Values, mask: Mask, *, discount: float = 1.0, lam: float = 0.95
+) -> Values:
+    """Advantage of every response token (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
+
+    `values[b, t]` estimates the return from token t on, before it is chosen. The response of a row is one stretch of
+    True; the episode ends at its last token: the value beyond it is 0, and positions outside get advantage 0.
+    """
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        here = mask[:, t]
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        following = torch.where(here, delta + discount * lam * following, 0.0)
+        advantages[:, t] = following
+        next_value = torch.where(here, values[:, t], 0.0)
+    return advantages
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """A clipped loss (mean over the mask) and the share of tokens on which the clipped side was taken."""
+
+    loss: Tensor
+    fraction: Tensor
+
+
+def policy_loss(log_probs: Values, old: Values, advantages: Values, mask: Mask, *, clip: float = 0.2) -> Clipped:
+    """-min(r A, clip(r, 1 - c, 1 + c) A) with r = pi / pi_old (Schulman et al. 2017, arXiv:1707.06347, eq. 7)."""
+    ratio = torch.where(mask, log_probs - old, 0.0).exp()
+    plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    return Clipped(
+        -masked_mean(torch.minimum(plain, clipped), mask), masked_mean((clipped < plain).float(), mask)
+    )
+
+
+def value_loss(values: Values, old: Values, returns: Values, mask: Mask, *, clip: float = 0.2) -> Clipped:
+    """1/2 max((V - R)^2, (clip(V, old -+ c) - R)^2): a value may move by at most `clip` per batch for free."""
+    plain = (values - returns).square()
+    near = torch.minimum(torch.maximum(values, old - clip), old + clip)
+    clipped = (near - returns).square()
+    return Clipped(
+        0.5 * masked_mean(torch.maximum(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
+    )
+
+
+def explained_variance(values: Values, returns: Values, mask: Mask) -> float:
+    """1 - Var(R - V) / Var(R) over the mask: 1 is a perfect critic, 0 a constant one, below 0 a harmful one."""
+    target, error = returns[mask], (returns - values)[mask]
+    if len(target) < 2 or float(target.var()) == 0.0:
+        return 0.0
+    return float(1 - error.var() / target.var())
+
+
+def next_beta(beta: float, kl: float, *, target: float, episodes: int, horizon: float, floor: float = 0.0) -> float:
+    """The KL coefficient after a batch (Ziegler et al. 2019, arXiv:1909.08593, section 2.2).
+
+    beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon), never below `floor`. `kl` is in nats per response.
+    """
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return max(floor, beta * (1.0 + error * episodes / horizon))
+
+

@@ -1,0 +1,395 @@
+"""A recipe's stages, one after the other; what is finished is skipped, what was interrupted goes on.
+
+A stage's settings name the stages it needs (fields marked as inputs), and these make the order. A stage is finished
+when its directory has a `result.json` whose fingerprint - settings, seed, and the fingerprints of its inputs - is
+the one that would be made now. A stage whose settings have changed is run again; what it made before is moved aside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+from chatwright import __version__, checkpoint, runtime
+from chatwright.config import UsageError, build, check_keys, near_match, parse, read_yaml, to_plain, to_yaml
+from chatwright.evaluate import report as reports
+from chatwright.metrics import console, duration, say
+from chatwright.train.loop import Interrupted
+from chatwright.train.workspace import Report, Workspace
+
+STAGES = {
+    "data": "chatwright.train.data",
+    "tokenizer": "chatwright.train.tokenizer",
+    "pretrain": "chatwright.train.pretrain",
+    "sft": "chatwright.train.sft",
+    "reward": "chatwright.train.reward",
+    "ppo": "chatwright.train.ppo",
+    "eval": "chatwright.evaluate.replies",
+}
+"""Verb -> the module with its Config and run."""
+
+PROMPT = "Hi! How are you today?"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One entry of a recipe."""
+
+    name: str
+    verb: str
+    config: Any
+
+    @property
+    def inputs(self) -> list[str]:
+        """What its settings name as inputs: stages or paths."""
+        return input_names(self.config)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole road."""
+
+    name: str
+    stages: dict[str, Stage]
+    seed: int = 1337
+    prompt: str = PROMPT
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of `chatwright run`. Any setting of a stage can follow as --STAGE.KEY VALUE."""
+
+    out: str = "runs"
+    """Directory in which the run's own directory is made."""
+    name: str = ""
+    """Name of the run; empty takes the recipe's."""
+    seed: int = -1
+    """Seed of everything random; -1 takes the recipe's."""
+    until: str = ""
+    """Stop after this stage."""
+
+
+def input_names(config: Any) -> list[str]:
+    """The values of a configuration's input fields."""
+    return [getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata.get("input")]
+
+
+def module_of(verb: str) -> Any:
+    """The module of a stage verb. Raises UsageError with a near match."""
+    if verb not in STAGES:
+        raise UsageError(f"no stage is called {verb!r}{near_match(verb, list(STAGES))}")
+    return importlib.import_module(STAGES[verb])
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file by path, or by its bare name out of the package (`tiny`). Raises UsageError."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    packaged = resources.files("chatwright") / "recipes"
+    beside = Path(__file__).parent.parent / "recipes"  # a checkout keeps them at its top
+    for folder in (Path(str(packaged)), beside):
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted(file.stem for folder in (Path(str(packaged)), beside) for file in folder.glob("*.yaml"))
+    raise UsageError(f"no recipe {name!r}: no such file, and none of that name is built in{near_match(name, known)}")
+
+
+def read_recipe(path: Path, overrides: Mapping[str, Mapping[str, Any]]) -> Recipe:
+    """A recipe with overrides applied. Raises UsageError naming the stage and the setting that is wrong."""
+    values = read_yaml(path)
+    check_keys(values, ["name", "seed", "prompt", "stages"], where=str(path))
+    entries = values.get("stages")
+    if not isinstance(entries, dict) or not entries:
+        raise UsageError(f"{path}: `stages` must be a mapping with at least one stage")
+    check_keys(overrides, list(entries), where=f"{path.name} has no such stage")
+    stages = {}
+    for name, settings in entries.items():
+        if settings is not None and not isinstance(settings, dict):
+            raise UsageError(f"{path}: the settings of stage {name} must be a mapping")
+        merged = _merge(dict(settings or {}), overrides.get(name, {}))
+        verb = str(merged.pop("use", name))
+        stages[name] = Stage(name, verb, build(module_of(verb).Config, merged, where=f"{path}: {name}"))
+    return Recipe(
+        str(values.get("name") or path.stem), _ordered(stages), int(values.get("seed", 1337)),
+        str(values.get("prompt", PROMPT)),
+    )  # fmt: skip
+
+
+def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    for key, change in changes.items():
+        both = isinstance(change, Mapping) and isinstance(values.get(key), Mapping)
+        values[key] = _merge(dict(values[key]), change) if both else change
+    return values
+
+
+def _ordered(stages: dict[str, Stage]) -> dict[str, Stage]:
+    """The stages so that each comes after those it needs, else as written. Raises UsageError on a circle."""
+    done: dict[str, Stage] = {}
+    left = dict(stages)
+    while left:
+        ready = next((s for s in left.values() if not any(name in left for name in s.inputs)), None)
+        if ready is None:
+            raise UsageError(f"the stages {', '.join(left)} wait for each other")
+        done[ready.name] = left.pop(ready.name)
+    return done
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`--ppo.iterations 3 --pretrain.fit.steps=5` -> {"ppo": {"iterations": 3}, ...}. Raises UsageError."""
+    import yaml
+
+    result: dict[str, dict[str, Any]] = {}
+    pending = list(arguments)
+    while pending:
+        option = pending.pop(0)
+        if not option.startswith("--") or "." not in option:
+            raise UsageError(f"unexpected argument {option!r}; settings of a stage look like --ppo.iterations 20")
+        key, equals, text = option[2:].partition("=")
+        if not equals:
+            if not pending:
+                raise UsageError(f"{option} needs a value")
+            text = pending.pop(0)
+        *path, last = key.split(".")
+        target: dict[str, Any] = result
+        for part in path:
+            target = target.setdefault(part, {})
+        try:
+            target[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            target[last] = text
+    return result
+
+
+def fingerprint(stage: Stage, seed: int, inputs: Mapping[str, Path]) -> str:
+    """Sixteen hexadecimal digits of what a stage's result depends on."""
+    before = {name: checkpoint.read_json(inputs[name] / "result.json")["fingerprint"] for name in stage.inputs if name in inputs}
+    text = json.dumps([stage.verb, to_plain(stage.config), seed, before, __version__], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_stage(stage: Stage, directory: Path, *, seed: int, inputs: Mapping[str, Path], prompt: str) -> dict[str, Any]:
+    """Run one stage in its directory, or take its finished result; returns the content of result.json."""
+    mark = fingerprint(stage, seed, inputs)
+    _make_way(directory, mark)
+    finished = directory / "result.json"
+    if finished.exists():
+        result = checkpoint.read_json(finished)
+        say(f"[{stage.name}] finished before, in {duration(result['seconds'])}: skipped")
+        return cast("dict[str, Any]", result)
+    say(f"[{stage.name}]")
+    directory.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(directory / "config.yaml", to_yaml({"use": stage.verb, **to_plain(stage.config)}))
+    clock = _Clock(directory / "clock.json", mark)
+    try:
+        report: Report = module_of(stage.verb).run(stage.config, Workspace(directory, seed, inputs))
+    finally:
+        clock.stop()
+    result = {
+        "fingerprint": mark,
+        "verb": stage.verb,
+        "model": report.model,
+        "seconds": clock.seconds,
+        "memory_bytes": runtime.peak_memory_bytes(),
+        "measures": [dataclasses.asdict(measure) for measure in report.measures],
+        "curves": [dataclasses.asdict(curve) for curve in report.curves],
+        "facts": report.facts,
+        "notes": report.notes,
+        "sample": report.facts.pop("sample", "") or _sample(directory, report, prompt, seed),
+    }
+    reports.write_stage_report(directory, stage.name, result)
+    checkpoint.write_json(finished, result)
+    for row in reports.table_rows(stage.name, result):
+        say(f"  {row[1]}: {row[2]} -> {row[3]}" if row[2] != "-" else f"  {row[1]}: {row[3]}")
+    return result
+
+
+class _Clock:
+    """Seconds a stage has taken, interruptions left out; kept on disk between attempts."""
+
+    def __init__(self, file: Path, mark: str) -> None:
+        self.file, self.mark, self.started = file, mark, time.monotonic()
+        earlier = checkpoint.read_json(file) if file.exists() else {}
+        self.before = float(earlier["seconds"]) if earlier.get("fingerprint") == mark else 0.0
+        checkpoint.write_json(file, {"fingerprint": mark, "seconds": self.before})
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    def stop(self) -> None:
+        checkpoint.write_json(self.file, {"fingerprint": self.mark, "seconds": self.seconds})
+
+
+def _make_way(directory: Path, mark: str) -> None:
+    """Move a directory aside that was made, or begun, with other settings."""
+    file = directory / "clock.json"
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if file.exists() and checkpoint.read_json(file).get("fingerprint") == mark:
+        return
+    number = 1
+    while (aside := directory.with_name(f"{directory.name}.old-{number}")).exists():
+        number += 1
+    directory.rename(aside)
+    say(f"[{directory.name}] settings or inputs have changed: running again; the earlier result is now {aside}")
+
+
+def _sample(directory: Path, report: Report, prompt: str, seed: int) -> str:
+    """The stage's model answers the recipe's prompt; empty when the stage made no language model."""
+    from chatwright.evaluate.replies import one_answer
+
+    if report.model is None or checkpoint.Checkpoint(directory / report.model).state().get("kind") != "language":
+        return ""
+    return one_answer(str(directory / report.model), [{"role": "user", "content": prompt}], seed=seed)
+
+
+def run_recipe(recipe: Recipe, root: Path, *, until: str = "") -> dict[str, dict[str, Any]]:
+    """All stages of a recipe under `root`; writes the run's report and returns the results by stage."""
+    if until:
+        check_keys([until], list(recipe.stages), where="until")
+    runtime.set_threads()
+    results: dict[str, dict[str, Any]] = {}
+    inputs: dict[str, Path] = {}
+    for stage in recipe.stages.values():
+        directory = root / stage.name
+        results[stage.name] = run_stage(stage, directory, seed=recipe.seed, inputs=inputs, prompt=recipe.prompt)
+        inputs[stage.name] = directory
+        reports.write_run_report(root, recipe.name, results, recipe.prompt)
+        if stage.name == until:
+            break
+    return results
+
+
+def print_results(root: Path, recipe: Recipe, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """The closing table, one prompt after each stage, and what to type next."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"Run {recipe.name}", title_justify="left")
+    for column, side in (("stage", "left"), ("measured on held-out data", "left"), ("before", "right"),
+                         ("after", "right"), ("time", "right")):  # fmt: skip
+        table.add_column(column, justify=side)  # type: ignore[arg-type]
+    for stage, result in results.items():
+        for row in reports.table_rows(stage, result):
+            table.add_row(*map(Text, row))
+    total = sum(result["seconds"] for result in results.values())
+    memory = max(result["memory_bytes"] for result in results.values())
+    table.add_section()
+    table.add_row("total", f"largest resident size {memory / 1e9:.1f} GB", "", "", duration(total))
+    console.print(table)
+    say(f"\nOne prompt, {recipe.prompt!r}, after each stage:")
+    for stage, result in results.items():
+        if result.get("sample"):
+            say(f"  {stage:9} {result['sample']!r}" if stage != "reward" else f"  {stage:9} {result['sample']}")
+    say(f"\nThe report with pictures: {root / 'report.md'}")
+    say(f"Next:  chatwright chat {root}      (or: make chat)\n       chatwright serve {root}     (or: make serve)")
+
+
+def main_run(argv: Sequence[str]) -> int:
+    """`chatwright run RECIPE`."""
+    own = {f.name for f in dataclasses.fields(RunConfig)} | {"config", "debug", "help"}
+    plain, overrides = split_arguments(argv, own)
+    config, positionals = parse(
+        RunConfig, plain, prog="chatwright run",
+        description="Run every stage of a recipe; finished stages are skipped. Any setting of a stage can be given "
+        "as --STAGE.KEY VALUE, for example --pretrain.fit.seconds 60.",
+        positionals={"recipe": "A YAML file, or the name of a built-in recipe (tiny)."},
+    )  # fmt: skip
+    recipe = read_recipe(find_recipe(str(positionals["recipe"])), parse_overrides(overrides))
+    if config.seed >= 0:
+        recipe = dataclasses.replace(recipe, seed=config.seed)
+    if config.name:
+        recipe = dataclasses.replace(recipe, name=config.name)
+    root = Path(config.out) / recipe.name
+    try:
+        results = run_recipe(recipe, root, until=config.until)
+    except Interrupted as stop:
+        say(str(stop))
+        return 0
+    print_results(root, recipe, results)
+    return 0
+
+
+def split_arguments(argv: Sequence[str], own: set[str]) -> tuple[list[str], list[str]]:
+    """Arguments of `chatwright run` itself, and those of stages (--STAGE.KEY VALUE)."""
+    plain: list[str] = []
+    rest: list[str] = []
+    pending = list(argv)
+    while pending:
+        argument = pending.pop(0)
+        is_stage = argument.startswith("--") and "." in argument.partition("=")[0]
+        (rest if is_stage else plain).append(argument)
+        if is_stage and "=" not in argument and pending:
+            rest.append(pending.pop(0))
+        elif argument in {f"--{name}" for name in own - {"debug", "help"}} and pending:
+            plain.append(pending.pop(0))
+    return plain, rest
+
+
+def main_stage(verb: str, argv: Sequence[str]) -> int:
+    """`chatwright VERB`: one stage by itself. Its inputs are the finished stages beside --out, or paths."""
+    module = module_of(verb)
+    plain, out, seed = _take_options(argv)
+    config, _ = parse(
+        module.Config, plain, prog=f"chatwright {verb}",
+        description=f"{(module.__doc__ or '').splitlines()[0]} Also: --out DIR (default runs/my/{verb}; inputs that are "
+        "stage names are looked for beside it), --seed N.",
+    )  # fmt: skip
+    directory = Path(out or f"runs/my/{verb}")
+    beside = {file.parent.name: file.parent for file in sorted(directory.parent.glob("*/result.json"))}
+    beside.pop(directory.name, None)
+    runtime.set_threads()
+    try:
+        run_stage(Stage(directory.name, verb, config), directory, seed=seed, inputs=beside, prompt=PROMPT)
+    except Interrupted as stop:
+        say(str(stop))
+        return 0
+    say(f"  {directory / 'report.md'}")
+    return 0
+
+
+def main_data(argv: Sequence[str]) -> int:
+    """`chatwright data list`, or the data stage by itself."""
+    if list(argv[:1]) != ["list"]:
+        return main_stage("data", argv)
+    from rich.table import Table
+
+    from chatwright.data import sources
+
+    table = Table("name", "kind", "licence", "what", title="Data that installs by itself", title_justify="left")
+    for source in sources.catalogue():
+        table.add_row(source.name, ", ".join(source.kinds), source.licence, f"{source.title}\n{source.homepage}")
+    console.print(table)
+    say("Also: a .txt, .jsonl or .parquet file, a directory of them, or hf:owner/name[:config[:split]][#column]")
+    return 0
+
+
+def _take_options(argv: Sequence[str]) -> tuple[list[str], str, int]:
+    plain, out, seed = [], "", 1337
+    pending = list(argv)
+    while pending:
+        argument = pending.pop(0)
+        key, equals, value = argument.partition("=")
+        if key not in ("--out", "--seed"):
+            plain.append(argument)
+            continue
+        if not equals:
+            if not pending:
+                raise UsageError(f"{key} needs a value")
+            value = pending.pop(0)
+        if key == "--out":
+            out = value
+        elif value.isdigit():
+            seed = int(value)
+        else:
+            raise UsageError(f"--seed {value!r} is not a whole number")
+    return plain, out, seed

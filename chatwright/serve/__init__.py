@@ -1,0 +1,1 @@
+"""Terminal chat, HTTP interface and pages."""

@@ -1,0 +1,145 @@
+"""What every request passes before any route sees it: the host's name, the origin, the size; and what every answer
+carries: the security headers.
+
+A server on 127.0.0.1 has no password, and every web page that its owner visits may send requests to it. Two rules
+keep such pages out. The Host header must name this machine (a page that points its own domain at 127.0.0.1, "DNS
+rebinding", gives itself away there). A request that changes something and comes from a page must come from our page
+(its Origin is this server). Programs send no Origin and are not concerned.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+SECURITY_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
+DRAIN = 16
+"""A body that is too large is read and thrown away up to this multiple of the limit, so that its sender, who reads
+only after writing, sees the answer and not a broken connection."""
+
+
+def is_loopback(host: str) -> bool:
+    """True for localhost and the addresses that never leave this machine."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Guard:
+    """ASGI middleware. `hosts` are the names accepted beside loopback ones; None accepts any name."""
+
+    def __init__(self, app: ASGIApp, *, hosts: Iterable[str] | None, max_body: int) -> None:
+        self._app = app
+        self._hosts = None if hosts is None else {host.lower() for host in hosts}
+        self._max_body = max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on with the body already read."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers[name] = value
+                headers.setdefault("cache-control", "no-store")
+            await send(message)
+
+        headers = Headers(scope=scope)
+        if problem := self._wrong_host(headers) or self._wrong_origin(scope["method"], headers):
+            await refuse(send_with_headers, 403, problem, "forbidden")
+            return
+        if scope["method"] in ("GET", "HEAD"):
+            await self._app(scope, receive, send_with_headers)
+            return
+        body = await self._read(headers, receive)
+        if body is None:
+            problem = f"the request is larger than {self._max_body} bytes"
+            await refuse(send_with_headers, 413, problem, "request_too_large")
+            return
+        await self._app(scope, _replay(body, receive), send_with_headers)
+
+    def _wrong_host(self, headers: Headers) -> str:
+        if self._hosts is None:
+            return ""
+        host = _hostname(headers.get("host", ""))
+        if is_loopback(host) or host in self._hosts:
+            return ""
+        return f"this server does not answer to the name {host!r}; start it with --allowed_hosts to add names"
+
+    def _wrong_origin(self, method: str, headers: Headers) -> str:
+        origin = headers.get("origin")
+        if method in ("GET", "HEAD", "OPTIONS") or origin is None:
+            return ""
+        if urlsplit(origin).netloc.lower() == headers.get("host", "").lower():
+            return ""
+        return "requests from other sites' pages are not accepted"
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+        """The body, or None when it is too large."""
+        announced = headers.get("content-length", "")
+        total, kept = 0, bytearray()
+        if announced.isdigit() and int(announced) > DRAIN * self._max_body:
+            return None
+        while total <= DRAIN * self._max_body:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return bytes(kept)
+            total += len(message.get("body", b""))
+            if total <= self._max_body:
+                kept += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        return bytes(kept) if total <= self._max_body else None
+
+
+def _hostname(host: str) -> str:
+    """The Host header without its port and brackets, in lower case; "" when it makes no sense."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A receive that gives `body` first and then what the connection gives (that is: that the client has gone)."""
+    given = False
+
+    async def replayed() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+async def refuse(send: Send, status: int, message: str, code: str) -> None:
+    """An error in the shape that OpenAI's clients understand."""
+    body = json.dumps(
+        {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
+    )
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body.encode()})

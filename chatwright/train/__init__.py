@@ -1,0 +1,1 @@
+"""Training stages; a file name is a CLI verb."""

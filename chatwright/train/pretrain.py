@@ -1,0 +1,162 @@
+"""Pre-training: predict the next token of raw text.  Radford et al. 2018, section 3.1.
+
+Departures from the papers, each for small budgets and each measured (docs/performance.md):
+* Muon for the blocks' matrices (Jordan et al. 2024) instead of AdamW for all.
+* A constant learning rate that falls linearly at the end, instead of a cosine: the length need not be known at first.
+* Windows start anywhere in the token stream, as GPT-2's and GPT-3's do: documents are not kept apart, only marked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from chatwright import runtime
+from chatwright.data.loader import SampleOrder
+from chatwright.data.shards import TokenShards
+from chatwright.metrics import say
+from chatwright.model.config import GPTConfig
+from chatwright.model.gpt import GPT
+from chatwright.objectives.language import bits_per_byte, next_token_loss
+from chatwright.optim import OptimConfig
+from chatwright.tokenizer import Tokenizer
+from chatwright.train.loop import Fit, FitConfig, Step, Trainer
+from chatwright.train.workspace import Curve, Measure, Report, Workspace
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of pre-training."""
+
+    tokenizer: str = field(default="tokenizer", metadata={"input": True})
+    """The stage, or directory, with tokenizer.json and the token shards."""
+    preset: str = "modern-tiny"
+    """Shape of the model: gpt1, gpt2, gpt3-125m, modern-tiny, ... (docs/cli.md lists them)."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of the shape to change, for example {layers: 6}. The vocabulary is always the tokenizer's."""
+    fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=300.0))
+    """Length and portions of training."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(name="muon", learning_rate=6e-3, schedule="trapezoid", decay=0.6)
+    )
+    """Optimiser and schedule."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Windows of tokens: inputs are all but the last column, targets all but the first."""
+
+    tokens: Int[Tensor, "batch time+1"]
+
+    @property
+    def weight(self) -> float:
+        """Number of targets."""
+        return float(self.tokens.shape[0] * (self.tokens.shape[1] - 1))
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Training windows in an order that depends on the seed and the index alone."""
+
+    shards: TokenShards
+    context: int
+    order: SampleOrder
+
+    def take(self, start: int, count: int) -> TokenBatch:
+        """Samples start ... start + count - 1."""
+        return TokenBatch(torch.stack([self.shards.window(n, self.context) for n in self.order.take(start, count)]))
+
+
+def step(model: GPT, batch: TokenBatch) -> Step:
+    """Next-token loss of a batch."""
+    return Step(next_token_loss(model(batch.tokens[:, :-1]), batch.tokens[:, 1:]))
+
+
+def held_out_bits_per_byte(model: GPT, shards: TokenShards, *, context: int, dtype: torch.dtype) -> float:
+    """Bits per byte of held-out text: windows of `context` tokens side by side, each token a target exactly once.
+
+    The first token of a window is predicted from one token only, so that this is a little above what the model can
+    do with full context everywhere. End-of-text tokens count as targets, though they are no bytes of the text.
+    """
+    nats = 0.0
+    rows: list[Tensor] = []
+    with runtime.autocast(dtype):
+        for stretch in shards.stretches(context):
+            rows.append(stretch)
+            if len(rows) == 32:
+                nats += _sum_of(model, rows)
+                rows = []
+        for row in rows:  # the last ones may be of any length
+            nats += _sum_of(model, [row])
+    return bits_per_byte(nats, shards.text_bytes)
+
+
+def _sum_of(model: GPT, rows: list[Tensor]) -> float:
+    if len({len(row) for row in rows}) > 1:
+        return sum(_sum_of(model, [row]) for row in rows)
+    tokens = torch.stack(rows)
+    return float(next_token_loss(model(tokens[:, :-1]), tokens[:, 1:]))
+
+
+def compiled_step(model: GPT, config: FitConfig) -> tuple[Callable[[TokenBatch], Step], torch.dtype, str]:
+    """`step` in the precision and, where that works, the compiled form that the machine offers; and a line about it."""
+    dtype = runtime.compute_dtype(config.precision)
+
+    def loss_of(tokens: Tensor) -> Tensor:
+        with runtime.autocast(dtype):
+            return step(model, TokenBatch(tokens)).loss
+
+    compiled, line = runtime.compile_function(loss_of, enabled=config.compile)
+    name = "bf16 products, float32 weights" if dtype == torch.bfloat16 else "float32"
+    return lambda batch: Step(compiled(batch.tokens)), dtype, f"{name}; {line}"
+
+
+def run(config: Config, workspace: Workspace) -> Report:
+    """Train a new model on token shards and measure bits per byte on held-out text before and after."""
+    directory = workspace.resolve(config.tokenizer)
+    tokenizer = Tokenizer.load(directory)
+    shards = TokenShards.open(directory / "train", tokenizer)
+    held_out = TokenShards.open(directory / "validation", tokenizer)
+    shape = GPTConfig.preset(config.preset, **{**config.model, "vocab_size": tokenizer.vocab_size})
+    runtime.tune_allocator()
+    torch.manual_seed(runtime.seed_for(workspace.seed, "pretrain"))
+    model = GPT(shape).to(runtime.device())
+    trainer = Trainer(
+        {"model": model},
+        config.optim,
+        workspace,
+        card={"kind": "language", "model": shape.to_dict(), "tokenizer": tokenizer.fingerprint},
+        texts={"tokenizer.json": tokenizer.to_json()},
+        keep=config.fit.keep,
+    )
+    train_step, dtype, line = compiled_step(model, config.fit)
+    windows = Windows(shards, shape.context, SampleOrder(shards.windows(shape.context), workspace.seed))
+    count = model.parameter_count()
+    say(f"  {config.preset}: {count / 1e6:.1f} M parameters; {shards.tokens / 1e6:.1f} M training tokens; {line}")
+
+    def evaluate() -> dict[str, float]:
+        return {"bits_per_byte": held_out_bits_per_byte(model, held_out, context=shape.context, dtype=dtype)}
+
+    fitted = Fit(
+        trainer, config.fit, windows, train_step, evaluate,
+        title="pretrain", main="bits_per_byte", throughput=("tokens", float(shape.context)),
+    ).run()  # fmt: skip
+    tokens = fitted.progress.consumed * shape.context
+    baseline = workspace.result(config.tokenizer).get("facts", {}) if config.tokenizer in workspace.inputs else {}
+    measures = [Measure("bits per byte, held out", fitted.before["bits_per_byte"], fitted.after["bits_per_byte"])]
+    for name in ("gzip", "xz"):
+        if f"{name}_bits_per_byte" in baseline:
+            value = baseline[f"{name}_bits_per_byte"]
+            measures.append(Measure(f"{name} -9, the same text", None, value, "context"))
+    return Report(
+        measures=measures,
+        curves=[Curve("Pre-training loss", ["loss"], "nats per token"), Curve("Held out", ["bits_per_byte"], "bits")],
+        model=f"checkpoints/{fitted.checkpoint.path.name}",
+        facts={"parameters": count, "steps": fitted.progress.step, "tokens": tokens, "how": line,
+               "training_seconds": fitted.progress.elapsed, "flop": 6 * count * tokens},
+    )  # fmt: skip

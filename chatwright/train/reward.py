@@ -1,0 +1,273 @@
+"""Reward model: which of K answers would people prefer?  Ouyang et al. 2022, section 3.5.
+
+Departures from the paper: by default the comparisons are made from texts that people rated one by one (a prompt with
+K rated texts as its answers, ranked by their mean ratings), because that is the human preference data that installs as
+a package; pairs closer than `margin` count as ties and are left out. The score is shifted and scaled after training so
+that held-in answers have mean 0 and standard deviation 1 (the paper: demonstrations score 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from chatwright import runtime
+from chatwright.chat import ChatTemplate, Message
+from chatwright.config import UserError
+from chatwright.data.examples import Comparison, Dialogue, LabelledText
+from chatwright.data.loader import SampleOrder, pad
+from chatwright.language_model import load_parts
+from chatwright.metrics import say
+from chatwright.model.heads import ScalarModel
+from chatwright.objectives.preference import bradley_terry_loss, pair_accuracy, preferred_pairs
+from chatwright.optim import OptimConfig
+from chatwright.tokenizer import Tokenizer
+from chatwright.train.loop import Fit, FitConfig, Step, Trainer
+from chatwright.train.sft import read_records
+from chatwright.train.tokenizer import records_of
+from chatwright.train.workspace import Curve, Measure, Report, Workspace
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the reward model."""
+
+    base: str = field(default="sft", metadata={"input": True})
+    """The model whose body to start from; its template frames prompt and answer."""
+    data: str = field(default="data", metadata={"input": True})
+    """The stage, or directory, with ratings-*.jsonl (and dialogues-*.jsonl, whose first turns are the prompts)."""
+    comparisons: str = ""
+    """Your own comparisons instead: a directory with comparisons-train.jsonl and comparisons-validation.jsonl."""
+    k: int = 8
+    """Answers per prompt when comparisons are made from ratings (the paper: 4 to 9)."""
+    margin: float = 0.5
+    """Ratings (or scores) closer than this are ties."""
+    max_tokens: int = 96
+    """Longer prompts lose their beginning, longer answers their end."""
+    fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=90.0, batch_size=4, compile=False))
+    """Length and portions of training; a sample is a prompt with its K answers."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            name="adamw", learning_rate=5e-4, schedule="trapezoid", decay=0.6, weight_decay=0.01
+        )
+    )
+    """Optimiser and schedule."""
+
+
+@dataclass(frozen=True)
+class RankedBatch:
+    """N prompts with K answers each, one row per answer, padded on the right."""
+
+    ids: Int[Tensor, "rows time"]
+    mask: Bool[Tensor, "rows time"]
+    labels: Float[Tensor, "prompts k"]
+    margin: float
+
+    @property
+    def weight(self) -> float:
+        """Number of prompts with at least one pair that is no tie."""
+        return float(preferred_pairs(self.labels, self.margin).flatten(1).any(1).sum())
+
+
+def encode_answer(
+    prompt: Sequence[Message], answer: str, template: ChatTemplate, tokenizer: Tokenizer, max_tokens: int
+) -> list[int]:
+    """Prompt, answer and end token as at most `max_tokens` ids: the scored row always ends with the end token."""
+    before = template.encode(list(prompt), tokenizer, add_generation_prompt=True).ids
+    content = tokenizer.encode(answer)[: max_tokens - 2]
+    room = max_tokens - 1 - len(content)
+    return [*before[len(before) - min(room, len(before)) :], *content, tokenizer.control_ids[template.end]]
+
+
+def first_prompts(records: Sequence[Dialogue], most: int) -> list[tuple[Message, ...]]:
+    """The first user turn of up to `most` conversations."""
+    return [dialogue.messages[:1] for dialogue in islice(records, most) if dialogue.messages[0]["role"] == "user"]
+
+
+def from_ratings(
+    texts: Sequence[LabelledText], prompts: Sequence[tuple[Message, ...]], k: int, seed: int, passes: int = 1
+) -> list[Comparison]:
+    """Each text once per pass, K at a time, as the answers to a prompt drawn at random; ratings are the scores.
+
+    Prompt and text have nothing to do with each other: the model is to judge the text whatever came before.
+    """
+    if not prompts:
+        raise UserError("there are no conversations to take prompts from; set `dialogues` in the data stage")
+    result = []
+    for turn in range(passes):
+        draw = runtime.generator("ratings", seed, turn)
+        order = torch.randperm(len(texts), generator=draw).tolist()
+        for start in range(0, len(order) - k + 1, k):
+            group = [texts[n] for n in order[start : start + k]]
+            prompt = prompts[int(torch.randint(len(prompts), (1,), generator=draw))]
+            result.append(Comparison.of(prompt, [text.text for text in group], [text.label for text in group]))
+    if not result:
+        raise UserError(f"{len(texts)} rated texts are too few for comparisons of {k}; lower k or add ratings")
+    return result
+
+
+@dataclass(frozen=True)
+class Rankings:
+    """Comparisons in an order that depends on the seed and the index alone."""
+
+    comparisons: list[Comparison]
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    config: Config
+    order: SampleOrder
+
+    def take(self, start: int, count: int) -> RankedBatch:
+        """Samples start ... start + count - 1."""
+        return self.batch([self.comparisons[n] for n in self.order.take(start, count)])
+
+    def batch(self, chosen: Sequence[Comparison]) -> RankedBatch:
+        """These comparisons as tensors; prompts with fewer answers than others are filled with unrated empty ones."""
+        k = max(len(one.responses) for one in chosen)
+        rows, labels = [], []
+        for one in chosen:
+            for n in range(k):
+                answer = one.responses[n] if n < len(one.responses) else ""
+                rows.append(encode_answer(one.prompt, answer, self.template, self.tokenizer, self.config.max_tokens))
+                labels.append(one.scores[n] if n < len(one.scores) else float("nan"))
+        ids = pad(rows, self.tokenizer.end_of_text_id)
+        mask = pad([[1] * len(row) for row in rows], 0).bool()
+        return RankedBatch(ids, mask, torch.tensor(labels).view(-1, k), self.config.margin)
+
+
+def step(model: ScalarModel, batch: RankedBatch) -> Step:
+    """Bradley-Terry loss over all pairs of each prompt, every answer forwarded once; accuracy beside it."""
+    scores = model.score(batch.ids, batch.mask).view(batch.labels.shape)
+    right, pairs = pair_accuracy(scores.detach(), batch.labels, batch.margin)
+    accuracy = torch.tensor(batch.weight * right / max(pairs, 1))
+    return Step(bradley_terry_loss(scores, batch.labels, batch.margin), {"accuracy": accuracy})
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's correlation."""
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12))
+
+
+def judge(model: ScalarModel, rankings: Rankings, chosen: Sequence[Comparison]) -> tuple[Tensor, Tensor]:
+    """Scores and labels (N, K) of comparisons that all have K answers."""
+    scores, labels = [], []
+    for start in range(0, len(chosen), 16):
+        batch = rankings.batch(chosen[start : start + 16])
+        scores.append(model.score(batch.ids, batch.mask).view(batch.labels.shape).float())
+        labels.append(batch.labels)
+    return torch.cat(scores), torch.cat(labels)
+
+
+def load_comparisons(config: Config, workspace: Workspace) -> tuple[list[Comparison], list[Comparison]]:
+    """Training and held-out comparisons: the user's own, or made from ratings."""
+    if config.comparisons:
+        directory = workspace.resolve(config.comparisons)
+        both = [list(read_records(directory / f"comparisons-{side}.jsonl", Comparison)) for side in SIDES]
+        return both[0], both[1]
+    records = records_of(workspace.resolve(config.data))
+    made = []
+    for side, passes in zip(SIDES, (8, 1), strict=True):
+        texts = list(read_records(records / f"ratings-{side}.jsonl", LabelledText))
+        dialogues = read_records(records / f"dialogues-{side}.jsonl", Dialogue)
+        made.append(from_ratings(texts, first_prompts(dialogues, 2_000), config.k, workspace.seed, passes))  # type: ignore[arg-type]
+    return made[0], made[1]
+
+
+SIDES = ("train", "validation")
+
+
+def length_baseline(train: Sequence[Comparison], held_out: Sequence[Comparison], margin: float) -> float:
+    """Accuracy of "the longer (or the shorter) answer wins", whichever is better on the training pairs."""
+
+    def accuracy(comparisons: Sequence[Comparison]) -> float:
+        right = pairs = 0.0
+        for one in comparisons:
+            lengths = torch.tensor([[float(len(answer)) for answer in one.responses]])
+            won, count = pair_accuracy(lengths, torch.tensor([one.scores]), margin)
+            right, pairs = right + won, pairs + count
+        return right / max(pairs, 1.0)
+
+    longer = accuracy(held_out)
+    return longer if accuracy(train) >= 0.5 else 1 - longer
+
+
+def run(config: Config, workspace: Workspace) -> Report:
+    """Train the reward model and measure its accuracy on held-out comparisons before and after."""
+    base = load_parts(workspace.resolve(config.base) if config.base in workspace.inputs else config.base)
+    if base.tokenizer is None or base.template is None:
+        raise UserError(f"{config.base} has no chat template; the reward model needs a model after sft")
+    train, held_out = load_comparisons(config, workspace)
+    torch.manual_seed(runtime.seed_for(workspace.seed, "reward"))
+    model = ScalarModel(base.model.config)
+    model.start_from(base.model)
+    model.to(runtime.device())
+    runtime.tune_allocator()
+    dtype = runtime.compute_dtype(config.fit.precision)
+    order = SampleOrder(len(train), workspace.seed)
+    rankings = Rankings(train, base.template, base.tokenizer, config, order)
+    trainer = Trainer(
+        {"model": model},
+        config.optim,
+        workspace,
+        card={"kind": "reward", "model": model.config.to_dict(), "tokenizer": base.tokenizer.fingerprint,
+              "template": base.template.fingerprint},
+        texts={"tokenizer.json": base.tokenizer.to_json(), "chat_template.jinja": base.template.source},
+        keep=config.fit.keep,
+    )  # fmt: skip
+    say(f"  {len(train):,} comparisons of {len(train[0].responses)} answers, {len(held_out):,} held out")
+
+    def train_step(batch: RankedBatch) -> Step:
+        with runtime.autocast(dtype):
+            return step(model, batch)
+
+    def evaluate() -> dict[str, float]:
+        with runtime.autocast(dtype):
+            scores, labels = judge(model, rankings, held_out)
+        right, pairs = pair_accuracy(scores, labels, config.margin)
+        known = ~labels.isnan()
+        return {
+            "held_out_accuracy": right / max(pairs, 1),
+            "held_out_correlation": correlation(scores[known], labels[known]),
+        }
+
+    fitted = Fit(
+        trainer, config.fit, rankings, train_step, evaluate,
+        title="reward", main="held_out_accuracy", throughput=("answers", float(config.k)),
+    ).run()  # fmt: skip
+    saved = normalise(trainer, model, rankings, train[:64], dtype)
+    before, after = fitted.before, fitted.after
+    return Report(
+        measures=[
+            Measure("accuracy on held-out pairs", before["held_out_accuracy"], after["held_out_accuracy"], "higher"),
+            Measure("accuracy of length alone", None, length_baseline(train, held_out, config.margin), "context"),
+            Measure("correlation with held-out ratings", before["held_out_correlation"],
+                    after["held_out_correlation"], "higher"),
+        ],
+        curves=[Curve("Reward model loss", ["loss"], "nats per prompt"), Curve("Accuracy", ["accuracy"])],
+        model=saved,
+        facts={"comparisons": len(train), "steps": fitted.progress.step,
+               "held_out_correlation": after["held_out_correlation"],
+               "held_out_accuracy": after["held_out_accuracy"]},
+    )  # fmt: skip
+
+
+def normalise(
+    trainer: Trainer, model: ScalarModel, rankings: Rankings, chosen: Sequence[Comparison], dtype: torch.dtype
+) -> str:
+    """Give scores mean 0 and standard deviation 1 on training answers, save, and return the checkpoint's name.
+
+    Done once: a stage that is run again after this keeps the constants it has.
+    """
+    with runtime.evaluating(model), runtime.autocast(dtype):
+        scores, _ = judge(model, rankings, chosen)
+    with torch.no_grad():
+        deviation = scores.std().clamp(min=1e-6)
+        model.offset.add_(scores.mean() / model.scale)
+        model.scale.div_(deviation)
+    saved = trainer.save(final=True)
+    return f"checkpoints/{saved.path.name}"

@@ -1,0 +1,153 @@
+"""Rollouts: prompts -> sampled answers with everything PPO needs to know about each token.
+
+Columns of all (B, T) tensors are positions of prompt + answer, padded on the right. `log_probs[b, t]` belongs to token
+t; `values[b, t]` is the critic's opinion BEFORE token t, its output at position t - 1 (rlhf details 7: values are
+shifted by one against the log-probabilities).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from chatwright import runtime
+from chatwright.chat import ChatTemplate
+from chatwright.data.examples import Dialogue
+from chatwright.data.loader import pad
+from chatwright.generate.engine import Engine
+from chatwright.generate.request import Request
+from chatwright.generate.sampling import Sampling
+from chatwright.model.gpt import GPT
+from chatwright.model.heads import ScalarModel
+from chatwright.objectives.language import log_probs_of
+from chatwright.objectives.policy import entropy
+from chatwright.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Sampled answers. `real` is True on tokens that are not padding, `response` on answer tokens, end included."""
+
+    ids: Int[Tensor, "batch time"]
+    real: Bool[Tensor, "batch time"]
+    response: Bool[Tensor, "batch time"]
+    finished: Bool[Tensor, " batch"]
+    """Whether the answer came to its end token."""
+    sampled: Float[Tensor, "batch time"]
+    """The sampler's own log-probabilities of the answer tokens, 0 elsewhere."""
+
+    def rows(self, chosen: Tensor) -> Answers:
+        """Some of the rows."""
+        return Answers(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+
+def prompts_from(
+    dialogues: Sequence[Dialogue], template: ChatTemplate, tokenizer: Tokenizer, *, max_tokens: int, most: int
+) -> list[list[int]]:
+    """Up to `most` conversations that end with a user's turn, as ids ready for the answer.
+
+    The first three user turns of a conversation each give one; those longer than `max_tokens` are left out.
+    """
+    prompts: list[list[int]] = []
+    for dialogue in dialogues:
+        turns = [n for n, message in enumerate(dialogue.messages) if message["role"] == "user"]
+        for n in turns[:3]:
+            ids = template.encode(dialogue.messages[: n + 1], tokenizer, add_generation_prompt=True).ids
+            if len(ids) <= max_tokens:
+                prompts.append(ids)
+        if len(prompts) >= most:
+            break
+    return prompts[:most]
+
+
+def sample_answers(
+    policy: GPT,
+    prompts: Sequence[Sequence[int]],
+    *,
+    end: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed_parts: Sequence[object],
+    max_batch: int = 64,
+) -> Answers:
+    """Sample one answer to each prompt; each has a random stream of its own, named by `seed_parts` and its number."""
+    requests = [
+        Request(
+            prompt=tuple(prompt),
+            sampling=Sampling(
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=runtime.seed_for(*seed_parts, number),
+            ),
+            end_ids=frozenset({end}),
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    done = Engine(policy, None, max_batch=max_batch).generate(requests)
+    rows = [[*prompt, *one.ids] for prompt, one in zip(prompts, done, strict=True)]
+    starts = torch.tensor([len(prompt) for prompt in prompts])
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = pad(rows, 0)
+    place = torch.arange(ids.shape[1])
+    real = place < lengths[:, None]
+    response = real & (place >= starts[:, None])
+    sampled = torch.zeros(ids.shape)
+    sampled[response] = torch.tensor([value for one in done for value in one.logprobs])
+    finished = torch.tensor([bool(one.ids) and one.ids[-1] == end for one in done])
+    return Answers(ids, real, response, finished, sampled)
+
+
+def answer_log_probs(
+    model: GPT, answers: Answers, *, temperature: float, with_entropy: bool = False
+) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
+    """Log-probability, and if asked the entropy, of every answer token under `model`; 0 elsewhere.
+
+    Logits are divided by the sampling temperature, as they were when the tokens were drawn.
+    """
+    hidden = model.hidden(answers.ids, mask=answers.real)
+    chosen = answers.response[:, 1:]
+    logits = model.head(hidden[:, :-1][chosen]).float() / temperature  # (answer tokens, V)
+    targets = answers.ids[:, 1:][chosen]
+    log_probs = torch.zeros(answers.ids.shape, device=logits.device)
+    log_probs[answers.response] = log_probs_of(logits[None], targets[None])[0]
+    spread = torch.zeros_like(log_probs)
+    if with_entropy:
+        spread[answers.response] = entropy(logits[None])[0]
+    return log_probs, spread
+
+
+def values_before(critic: ScalarModel, answers: Answers) -> Float[Tensor, "batch time"]:
+    """The critic's value before each answer token, 0 elsewhere."""
+    outputs = critic(answers.ids, mask=answers.real)
+    before = torch.cat((torch.zeros_like(outputs[:, :1]), outputs[:, :-1]), dim=1)
+    return torch.where(answers.response, before, 0.0)
+
+
+def degenerate(answers: Answers, *, min_tokens: int, max_repeats: float) -> Bool[Tensor, " batch"]:
+    """Answers of fewer than `min_tokens` tokens (the end not counted), or whose bigrams repeat too often.
+
+    `max_repeats` is the largest allowed share of an answer's bigrams that occurred in it before.
+    """
+    flags = []
+    for ids, mask in zip(answers.ids, answers.response, strict=True):
+        tokens = ids[mask].tolist()
+        bigrams = list(pairwise(tokens))
+        repeats = 1 - len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+        flags.append(len(tokens) - 1 < min_tokens or repeats > max_repeats)
+    return torch.tensor(flags)
+
+
+def texts_of(answers: Answers, tokenizer: Tokenizer) -> list[str]:
+    """The answers as text."""
+    return [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(answers.ids, answers.response, strict=True)]
+
+
+def distinct(texts: Sequence[str], n: int = 2) -> float:
+    """Different word n-grams over all word n-grams of the texts together (Li et al. 2016, arXiv:1510.03055)."""
+    grams = [tuple(words[i : i + n]) for words in (text.split() for text in texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0

@@ -1,0 +1,170 @@
+"""Supervised fine-tuning: answer as people did.  Ouyang et al. 2022, section 3.5.
+
+Departures from the paper: short conversations share a row (packing; they cannot see each other, so that no result
+changes), and a conversation longer than the context is cut between exchanges instead of being left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+from chatwright import runtime
+from chatwright.chat import NATIVE, ChatTemplate
+from chatwright.config import UserError
+from chatwright.data.examples import Dialogue
+from chatwright.data.loader import SampleOrder
+from chatwright.data.packing import ChatBatch, PackedRow, batch_rows, cut_dialogue, pack
+from chatwright.language_model import load_parts
+from chatwright.metrics import say
+from chatwright.model.gpt import GPT
+from chatwright.objectives.language import next_token_loss
+from chatwright.optim import OptimConfig
+from chatwright.tokenizer import Tokenizer
+from chatwright.train.loop import Fit, FitConfig, Step, Trainer
+from chatwright.train.tokenizer import records_of
+from chatwright.train.workspace import Curve, Measure, Report, Workspace
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of supervised fine-tuning."""
+
+    base: str = field(default="pretrain", metadata={"input": True})
+    """The model to start from: a stage, a directory, smollm2, hf:owner/name ..."""
+    data: str = field(default="data", metadata={"input": True})
+    """The stage, or directory, with dialogues-train.jsonl and dialogues-validation.jsonl."""
+    packing: bool = True
+    """Let short conversations share a row; they cannot see each other."""
+    held_out: int = 128
+    """Rows to measure the held-out loss on."""
+    fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=75.0, compile=False))
+    """Length and portions of training; a sample is a packed row."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(name="adamw", learning_rate=1e-3, schedule="trapezoid", decay=0.6)
+    )
+    """Optimiser and schedule."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows in an order that depends on the seed and the index alone."""
+
+    rows: list[PackedRow]
+    length: int
+    order: SampleOrder
+
+    def take(self, start: int, count: int) -> ChatBatch:
+        """Samples start ... start + count - 1."""
+        return batch_rows([self.rows[n] for n in self.order.take(start, count)], self.length)
+
+
+Record = TypeVar("Record")
+
+
+def read_records(file: Path, kind: type[Record]) -> Iterator[Record]:
+    """The records of a file that the data stage wrote. Raises UserError when missing or damaged."""
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                yield kind.from_json(line)  # type: ignore[attr-defined]
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist; the data stage writes it (its settings name the sources)") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+
+
+def rows_of(
+    file: Path, template: ChatTemplate, tokenizer: Tokenizer, length: int, *, packing: bool, limit: int = 0
+) -> list[PackedRow]:
+    """The conversations of a file as rows; those of the first `limit` rows' worth of tokens when it is above 0."""
+    pieces, tokens = [], 0
+    for dialogue in read_records(file, Dialogue):
+        for piece in cut_dialogue(dialogue.messages, template, tokenizer, length):
+            if any(piece.mask):
+                pieces.append(piece)
+                tokens += len(piece.ids)
+        if limit and tokens > limit * length:
+            break
+    if not pieces:
+        raise UserError(f"{file} holds no conversation with an assistant's answer; nothing to learn from")
+    return pack(pieces, length, enabled=packing)
+
+
+def check_end_is_learnt(rows: list[PackedRow], template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    """Raise UserError unless the token that ends an answer is inside the loss: without it, no answer would end."""
+    end = tokenizer.control_ids[template.end]
+    if not any(flag and token == end for row in rows for token, flag in zip(row.ids, row.mask, strict=True)):
+        raise UserError(
+            f"no training row learns the end token {template.end}: the model would never stop talking. "
+            "Look at the chat template (chatwright doctor MODEL shows the loss mask)"
+        )
+
+
+def step(model: GPT, batch: ChatBatch) -> Step:
+    """Loss of the answers' tokens and their end tokens."""
+    hidden = model.hidden(batch.ids, documents=batch.documents, positions=batch.positions)
+    learn = batch.learn[:, 1:]
+    logits: Tensor = model.head(hidden[:, :-1][learn])  # only where there is something to learn
+    return Step(next_token_loss(logits[None], batch.ids[:, 1:][learn][None]))
+
+
+def run(config: Config, workspace: Workspace) -> Report:
+    """Fine-tune on conversations and measure the loss of held-out answers before and after."""
+    base = load_parts(workspace.resolve(config.base) if config.base in workspace.inputs else config.base)
+    if base.tokenizer is None:
+        raise UserError(f"{config.base} has no tokenizer")
+    model, tokenizer, template = base.model.to(runtime.device()), base.tokenizer, base.template or NATIVE
+    template.end_ids(tokenizer)
+    records = records_of(workspace.resolve(config.data))
+    length = model.config.context
+    rows = rows_of(records / "dialogues-train.jsonl", template, tokenizer, length, packing=config.packing)
+    check_end_is_learnt(rows, template, tokenizer)
+    held_out = rows_of(
+        records / "dialogues-validation.jsonl", template, tokenizer, length, packing=True, limit=config.held_out
+    )[: config.held_out]
+    filled = sum(len(row.ids) for row in rows) / (len(rows) * length)
+    runtime.tune_allocator()
+    dtype = runtime.compute_dtype(config.fit.precision)
+    trainer = Trainer(
+        {"model": model},
+        config.optim,
+        workspace,
+        card={"kind": "language", "model": model.config.to_dict(), "tokenizer": tokenizer.fingerprint,
+              "template": template.fingerprint},
+        texts={"tokenizer.json": tokenizer.to_json(), "chat_template.jinja": template.source},
+        keep=config.fit.keep,
+    )  # fmt: skip
+    say(f"  {len(rows):,} rows of {length} tokens, {100 * filled:.0f} % filled; "
+        f"{100 * sum(map(sum, (row.mask for row in rows))) / sum(len(row.ids) for row in rows):.0f} % of the tokens are learnt")  # fmt: skip
+
+    def train_step(batch: ChatBatch) -> Step:
+        with runtime.autocast(dtype):
+            return step(model, batch)
+
+    def evaluate() -> dict[str, float]:
+        total = weight = 0.0
+        for start in range(0, len(held_out), 16):
+            batch = batch_rows(held_out[start : start + 16], length)
+            total += float(train_step(batch).loss)
+            weight += batch.weight
+        return {"held_out_loss": total / weight}
+
+    fitted = Fit(
+        trainer, config.fit, Rows(rows, length, SampleOrder(len(rows), workspace.seed)), train_step, evaluate,
+        title="sft", main="held_out_loss", throughput=("tokens", filled * length),
+    ).run()  # fmt: skip
+    return Report(
+        measures=[
+            Measure("loss of held-out answers", fitted.before["held_out_loss"], fitted.after["held_out_loss"],
+                    note="nats per token")
+        ],
+        curves=[Curve("SFT loss", ["loss"], "nats per answer token")],
+        model=f"checkpoints/{fitted.checkpoint.path.name}",
+        facts={"rows": len(rows), "filled": filled, "steps": fitted.progress.step,
+               "epochs": fitted.progress.consumed / len(rows)},
+    )  # fmt: skip

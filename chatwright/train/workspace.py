@@ -1,0 +1,80 @@
+"""Where a stage runs: its directory, its inputs, its seed, and what it reports when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chatwright import checkpoint
+from chatwright.config import UserError
+from chatwright.metrics import MetricsLog
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One held-out measure of a stage, before and after it."""
+
+    name: str
+    before: float | None
+    after: float | None
+    better: str = "lower"
+    """`lower`, `higher`, or `context` for a number to compare with rather than to improve."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What to draw from metrics.jsonl: the keys that share one picture."""
+
+    title: str
+    keys: Sequence[str]
+    unit: str = ""
+
+
+@dataclass
+class Report:
+    """What a stage gives back; `result.json` and `report.md` are made of it."""
+
+    measures: list[Measure] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    model: str | None = None
+    """The checkpoint to use, relative to the stage's directory; None when the stage makes no model."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Anything worth keeping: counts, settings that were chosen at run time."""
+    notes: list[str] = field(default_factory=list)
+    """Lines for the report: departures, warnings."""
+
+
+@dataclass
+class Workspace:
+    """A stage's place on disk. `inputs` maps the names of finished stages of this run to their directories."""
+
+    directory: Path
+    seed: int = 1337
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the stage's checkpoints are."""
+        return self.directory / "checkpoints"
+
+    @property
+    def metrics(self) -> MetricsLog:
+        """The stage's metrics.jsonl."""
+        return MetricsLog(self.directory / "metrics.jsonl")
+
+    def resolve(self, name: str) -> Path:
+        """The directory that an input names: a stage of this run, or a path. Raises UserError when there is none."""
+        if name in self.inputs:
+            return self.inputs[name]
+        path = Path(name)
+        if path.exists():
+            return path
+        known = ", ".join(self.inputs) or "none"
+        raise UserError(f"{name!r} is neither a finished stage of this run ({known}) nor an existing path")
+
+    def result(self, name: str) -> dict[str, Any]:
+        """What stage `name` left in its result.json."""
+        return dict(checkpoint.read_json(self.resolve(name) / "result.json"))
