@@ -35,7 +35,7 @@ class FitConfig:
     """How long, in which portions, and how often to look and to save."""
 
     steps: int = 0
-    """Optimiser steps. 0: as many as fit into `seconds`."""
+    """Optimiser steps; above 0 it goes before `seconds`. 0: as many as fit into `seconds`."""
     seconds: float = 0.0
     """Training time in seconds, compilation not counted. The number of steps is settled when the learning rate begins to
     fall and then kept in the checkpoint. Needs the trapezoid schedule. Give `steps` for runs that repeat exactly."""
@@ -58,9 +58,9 @@ class FitConfig:
 
     def check(self, schedule: str) -> None:
         """Raise UsageError when the settings contradict each other."""
-        if (self.steps > 0) == (self.seconds > 0):
-            raise UsageError("give either steps or seconds (one of them above 0)")
-        if self.seconds > 0 and schedule not in ("trapezoid", "constant"):
+        if self.steps < 0 or (self.steps == 0 and self.seconds <= 0):
+            raise UsageError("give steps or seconds: one of them above 0")
+        if not self.steps and schedule not in ("trapezoid", "constant"):
             raise UsageError(f"a budget in seconds needs the trapezoid schedule, not {schedule}: steps are not known")
         if self.batch_size < 1 or self.micro_batch < 0 or self.batch_size % (self.micro_batch or self.batch_size):
             raise UsageError(f"batch_size {self.batch_size} must be a positive multiple of micro_batch")
@@ -340,7 +340,7 @@ class Fit(Generic[AnyBatch]):
         a number of steps (WARMUP_STEPS) there, and a share of the steps otherwise."""
         progress, config = self.trainer.progress, self.trainer.optim_config
         if progress.planned:
-            if self.config.seconds:  # warm-up is over; only the fall depends on the plan
+            if not self.config.steps:  # warm-up is over; only the fall depends on the plan
                 left = (progress.planned - progress.step) / max(1.0, config.decay * progress.planned)
                 return config.final + (1 - config.final) * min(1.0, left, (progress.step + 1) / WARMUP_STEPS)
             return optim.learning_rate(progress.step, progress.planned, config)
