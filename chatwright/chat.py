@@ -13,7 +13,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -61,20 +61,23 @@ def check_messages(messages: Sequence[Any]) -> list[Message]:
     return [Message(role=message["role"], content=message["content"]) for message in messages]
 
 
+_MARK = secrets.token_hex(8)  # stands for contents while a template is rendered; no template can know it
+_MARKED = re.compile(f"{_MARK}x([0-9]+)x{_MARK}")
+
+
 @lru_cache(maxsize=32)
 def _compiled(source: str) -> Any:
     """The template in Jinja's sandbox: it comes with the model, from whoever made the model."""
     import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from chatwright.sandbox import Sandbox
 
     def raise_exception(message: str) -> None:
         raise UserError(f"the chat template refuses this conversation: {message}")
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = raise_exception
     try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
+        return Sandbox(raise_exception=raise_exception).from_string(source)
+    except (jinja2.TemplateError, RecursionError) as error:
         raise UserError(f"the chat template is broken: {error}") from None
 
 
@@ -97,11 +100,15 @@ class ChatTemplate:
         return hashlib.sha256(f"{self.end}\n{self.source}".encode()).hexdigest()[:16]
 
     @classmethod
-    def load(cls, directory: str | Path) -> ChatTemplate:
-        """From `chat_template.jinja` in a model directory. Raises UserError when missing or unusable."""
+    def load(cls, directory: str | Path, *, end: str | None = None) -> ChatTemplate:
+        """From `chat_template.jinja` in a model directory; `end` as in `__init__`, found by rendering when None.
+
+        Raises UserError when missing or unusable.
+        """
         file = Path(directory) / "chat_template.jinja"
         try:
-            return cls.from_source(file.read_text(encoding="utf-8"))
+            source = file.read_text(encoding="utf-8")
+            return cls(source, end) if end is not None else cls.from_source(source)
         except FileNotFoundError:
             raise UserError(f"{file} does not exist: this model has no chat template (is it a base model?)") from None
         except UnicodeDecodeError as error:
@@ -117,6 +124,25 @@ class ChatTemplate:
             raise UserError("the chat template writes no control token after an assistant's turn")
         return cls(source, found.group())
 
+    @cached_property
+    def concatenates(self) -> bool:
+        """Whether a conversation is written as its turns are, one after the other; then each is encoded only once.
+
+        Templates that put something in front of the first turn (a default system message, a begin token) do not.
+        """
+        turns = [Message(role=role, content=f"{role} {n}") for n, role in enumerate(("user", "assistant") * 2)]
+        system = [Message(role="system", content="s")]
+        try:
+            parts = [self.render(turns[:2]), self.render(turns[2:])]
+            asked = self.render(turns[2:3], add_generation_prompt=True)
+            return (
+                self.render(turns) == parts[0] + parts[1]
+                and self.render(system + turns) == self.render(system) + parts[0] + parts[1]
+                and self.render(turns[:3], add_generation_prompt=True) == parts[0] + asked
+            )
+        except UserError:
+            return False
+
     def save(self, directory: str | Path) -> None:
         """Write `chat_template.jinja`."""
         (Path(directory) / "chat_template.jinja").write_text(self.source, encoding="utf-8")
@@ -125,28 +151,28 @@ class ChatTemplate:
         """The conversation as one text, as transformers' apply_chat_template(tokenize=False) gives it."""
         import jinja2
 
+        from chatwright import sandbox
+
+        values = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "bos_token": "", "eos_token": ""}
         try:
-            return str(
-                _compiled(self.source).render(
-                    messages=list(messages), add_generation_prompt=add_generation_prompt, bos_token="", eos_token=""
-                )
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            raise UserError(f"the chat template fails on this conversation: {error}") from None
+            return sandbox.render(_compiled(self.source), values)
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, MemoryError,
+                RecursionError, NotImplementedError) as error:  # fmt: skip
+            reason = str(error) or type(error).__name__
+            raise UserError(f"the chat template fails on this conversation: {reason}") from None
 
     def encode(
         self, messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = False
     ) -> EncodedChat:
         """Ids and loss mask of a conversation; with `add_generation_prompt`, up to where the answer begins."""
-        mark = secrets.token_hex(8)
         marked = [
-            Message(role=message["role"], content=f"{mark}x{number}x{mark}") for number, message in enumerate(messages)
+            Message(role=message["role"], content=f"{_MARK}x{number}x{_MARK}") for number, message in enumerate(messages)
         ]
         text = self.render(marked, add_generation_prompt=add_generation_prompt)
         ids: list[int] = []
         mask: list[bool] = []
         ending = False  # the last content was the assistant's: its end token belongs to the loss
-        for number, piece in enumerate(re.split(f"{mark}x([0-9]+)x{mark}", text)):
+        for number, piece in enumerate(_MARKED.split(text)):
             if number % 2:
                 message = messages[int(piece)]
                 new = tokenizer.encode(message["content"])
@@ -205,16 +231,23 @@ def fit_context(
     The oldest turns go first, a user's together with the answers to it; a leading system message stays. Raises
     UserError when even the system message and the last turn are too long.
     """
-    kept = check_messages(messages)
-    system = [kept.pop(0)] if kept[0]["role"] == "system" else []
-    while True:
-        ids = template.encode(system + kept, tokenizer, add_generation_prompt=True).ids
-        if len(ids) <= budget:
-            return FittedChat(system + kept, ids, len(messages) - len(system) - len(kept))
-        later = [number for number, message in enumerate(kept) if number and message["role"] == "user"]
-        if not later:
-            raise UserError(
-                f"the message is too long: {len(ids)} tokens with its frame, room for {budget}; "
-                "shorten it, or ask for fewer new tokens"
-            )
-        kept = kept[later[0] :]
+    checked = check_messages(messages)
+    system = checked[:1] if checked[0]["role"] == "system" else []
+    rest = checked[len(system) :]
+    starts = [0, *(n for n, message in enumerate(rest) if n and message["role"] == "user")]
+
+    def encoded(start: int) -> list[int]:
+        return template.encode(system + rest[start:], tokenizer, add_generation_prompt=True).ids
+
+    # The longest ending that fits, by bisection: shorter endings have fewer tokens.
+    low, high = 0, len(starts) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(encoded(starts[middle])) <= budget else (middle + 1, high)
+    ids = encoded(starts[low])
+    if len(ids) > budget:
+        raise UserError(
+            f"the message is too long: {len(ids)} tokens with its frame, room for {budget}; "
+            "shorten it, or ask for fewer new tokens"
+        )
+    return FittedChat(system + rest[starts[low] :], ids, starts[low])

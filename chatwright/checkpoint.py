@@ -104,8 +104,11 @@ def sha256(path: Path) -> str:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, in C order and on the CPU, as safetensors."""
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode
     try:
         safetensors.torch.save_file(content, path)
+        path.chmod(mode)  # the library makes files that nobody else can read, whatever the umask says
     except safetensors.SafetensorError as error:
         raise OSError(None, str(error)) from error
 
@@ -188,7 +191,10 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Compare every file with its checksum. Raises UserError naming the first that differs."""
-        for name, digest in self.state().get("files", {}).items():
+        files = self.state().get("files", {})
+        if not isinstance(files, dict):
+            raise UserError(f"{self.path / 'state.json'}: `files` must be an object of checksums")
+        for name, digest in files.items():
             file = self.path / name
             if not file.is_file():
                 raise UserError(f"checkpoint {self.path}: {name} is missing")
@@ -246,5 +252,5 @@ def prune(directory: Path, keep: int, *, spare: Sequence[int] = ()) -> None:
     for checkpoint in checkpoints(directory)[: -max(keep, 1)]:
         if checkpoint.step not in spare:
             shutil.rmtree(checkpoint.path, ignore_errors=True)
-    for leftover in directory.glob(".step-*.partial"):
+    for leftover in (*directory.glob(".step-*.partial"), *directory.glob(".step-*.old")):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,7 @@ VERBS = {
     "chat": ("chatwright.serve.terminal:main", "talk to a model in the terminal"),
     "serve": ("chatwright.serve.server:main", "talk to a model in the browser; OpenAI-compatible API"),
     "import": ("chatwright.serve.tools:main_import", "turn another format into a model directory"),
-    "doctor": ("chatwright.serve.tools:main_doctor", "check a recipe or a model before the hours are spent"),
+    "doctor": ("chatwright.serve.doctor:main_doctor", "check a recipe or a model before the hours are spent"),
 }
 
 
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("chatwright: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        # Whoever read has left. What is still in the buffer must not fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 

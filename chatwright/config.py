@@ -95,7 +95,9 @@ def _check_nested(cls: Any, values: Mapping[str, Any], where: str) -> None:
     hints = typing.get_type_hints(cls)
     check_keys(values, [field.name for field in _fields(cls)], where=where)
     for key, value in values.items():
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise UsageError(f"{where}.{key}: expected a mapping of settings, found {value!r}")
             _check_nested(hints[key], value, f"{where}.{key}")
 
 

@@ -48,13 +48,14 @@ class LanguageModel:
     def _request(self, ids: Sequence[int], end_ids: frozenset[int], options: dict[str, Any]) -> Request:
         return Request(prompt=tuple(ids), sampling=Sampling(**options), end_ids=end_ids)
 
-    def _prompt(self, prompt: str, options: dict[str, Any]) -> Request:
+    def prompt_request(self, prompt: str, **options: Any) -> Request:
+        """The engine's request for the continuation of a text, which stands at the beginning of a document."""
         ids = [self.tokenizer.end_of_text_id, *self.tokenizer.encode(prompt)]
         return self._request(ids, frozenset({self.tokenizer.end_of_text_id}), options)
 
     def complete(self, prompt: str, **options: Any) -> Completion:
         """Continue a text; everything that is known about the continuation."""
-        return self.engine.generate([self._prompt(prompt, options)])[0]
+        return self.engine.generate([self.prompt_request(prompt, **options)])[0]
 
     def generate(self, prompt: str, **options: Any) -> str:
         """Continue a text: `generate("Once", max_new_tokens=20, temperature=0.0)`."""
@@ -62,7 +63,7 @@ class LanguageModel:
 
     def stream(self, prompt: str, **options: Any) -> Iterator[Piece]:
         """`generate`, piece by piece."""
-        return self.engine.stream(self._prompt(prompt, options))
+        return self.engine.stream(self.prompt_request(prompt, **options))
 
     def require_template(self) -> ChatTemplate:
         """The chat template. Raises UserError for a base model, which has none."""
@@ -107,6 +108,8 @@ def find_checkpoint(path: Path) -> checkpoint.Checkpoint | None:
         return newest
     results = sorted(path.glob("*/result.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for result in results:
+        if ".old-" in result.parent.name:  # moved aside when its settings changed
+            continue
         found = find_checkpoint(result.parent) if checkpoint.read_json(result).get("model") else None
         if found is not None and found.state().get("kind") == "language":
             return found
@@ -123,15 +126,20 @@ def load_checkpoint(found: checkpoint.Checkpoint, *, verify: bool = True) -> Loa
         found.verify()
     if not isinstance(state.get("model"), dict):
         raise UserError(f"{found.path / 'state.json'} does not describe a model")
+    try:
+        shape = GPTConfig.from_dict(state["model"])
+    except UserError as error:
+        raise UserError(f"{found.path / 'state.json'}: {error}") from None
     with torch.device("meta"):
-        model = GPT(GPTConfig.from_dict(state["model"]))
+        model = GPT(shape)
     model = model.to_empty(device="cpu")
     if model.config.tied:  # torch gives a shared parameter memory of its own for each place: tie them again
         model.head.weight = model.embed.weight
     checkpoint.load_model_tensors(model, found.tensors("model"), where=str(found.path))
     has_template = (found.path / "chat_template.jinja").is_file()
-    template = ChatTemplate.load(found.path) if has_template else None
-    return Loaded(model, Tokenizer.load(found.path), template, str(found.path))
+    template = ChatTemplate.load(found.path, end=state.get("end_of_turn")) if has_template else None
+    tokenizer = Tokenizer.load(found.path, end_of_text=state.get("end_of_text"))
+    return Loaded(model, tokenizer, template, str(found.path))
 
 
 def load_parts(name: str | Path) -> Loaded:

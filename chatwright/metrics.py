@@ -80,12 +80,12 @@ class Bar:
         if self._first is None:
             self._first = share
         done = share - self._first
-        left = f"{duration((now - self._start) / done * (1 - share))} left" if done > 0 else ""
+        left = f"{duration((now - self._start) / done * (1 - share))} left" if done > 0.01 else ""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=share, note=note, left=left)
         elif now - self._said > 15 or share >= 1:
             self._said = now
-            console.print(Text(f"  {self.title} {100 * share:3.0f} %  {note}  {left}".rstrip()))
+            say(f"  {self.title} {100 * share:3.0f} %  {note}  {left}".rstrip())
 
 
 @contextmanager
@@ -108,4 +108,4 @@ def progress_bar(title: str) -> Iterator[Bar]:
 
 def say(text: str) -> None:
     """Print a line as it is: no markup is read from it."""
-    console.print(Text(text))
+    console.print(Text(text), soft_wrap=True)

@@ -83,7 +83,8 @@ def orthogonalise(matrices: Float[Tensor, "N rows columns"], steps: int = 5) -> 
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + (b g + c g^2) x
     result: Tensor = (x.mT if tall else x).to(matrices.dtype)
     return result
 
@@ -102,11 +103,11 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            shapes: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    shapes[parameter.shape].append(parameter)
-            for shape, parameters in shapes.items():
+                    shapes[min(parameter.shape), max(parameter.shape)].append(parameter)
+            for parameters in shapes.values():
                 updates = []
                 for parameter in parameters:
                     state = self.state[parameter]
@@ -115,11 +116,16 @@ class Muon(torch.optim.Optimizer):
                     gradient = parameter.grad
                     assert gradient is not None
                     mean = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-                    updates.append(torch.lerp(gradient, mean, group["momentum"]))  # Nesterov
-                scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                    update = torch.lerp(gradient, mean, group["momentum"])  # Nesterov
+                    updates.append(update.mT if _is_tall(update) else update)
                 for parameter, update in zip(parameters, orthogonalise(torch.stack(updates)), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update, alpha=-scale)
+                    scale = group["lr"] * max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
+                    parameter.add_(update.mT if _is_tall(parameter) else update, alpha=-scale)
+
+
+def _is_tall(matrix: Tensor) -> bool:
+    return matrix.shape[0] > matrix.shape[1]
 
 
 def build(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:

@@ -82,10 +82,10 @@ def input_names(config: Any) -> list[str]:
     return [getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata.get("input")]
 
 
-def module_of(verb: str) -> Any:
+def module_of(verb: str, *, where: str = "") -> Any:
     """The module of a stage verb. Raises UsageError with a near match."""
     if verb not in STAGES:
-        raise UsageError(f"no stage is called {verb!r}{near_match(verb, list(STAGES))}")
+        raise UsageError(f"{where}no stage is called {verb!r}{near_match(verb, list(STAGES))}")
     return importlib.import_module(STAGES[verb])
 
 
@@ -117,11 +117,12 @@ def read_recipe(path: Path, overrides: Mapping[str, Mapping[str, Any]]) -> Recip
             raise UsageError(f"{path}: the settings of stage {name} must be a mapping")
         merged = _merge(dict(settings or {}), overrides.get(name, {}))
         verb = str(merged.pop("use", name))
-        stages[name] = Stage(name, verb, build(module_of(verb).Config, merged, where=f"{path}: {name}"))
-    return Recipe(
-        str(values.get("name") or path.stem), _ordered(stages), int(values.get("seed", 1337)),
-        str(values.get("prompt", PROMPT)),
-    )  # fmt: skip
+        stages[name] = Stage(name, verb, build(module_of(verb, where=f"{path}: ").Config, merged, where=f"{path}: {name}"))
+    seed = values.get("seed", 1337)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise UsageError(f"{path}: seed is {seed!r}; it must be a whole number, at least 0")
+    name = str(values.get("name") or path.stem)
+    return Recipe(name, _ordered(stages, str(path)), seed, str(values.get("prompt", PROMPT)))
 
 
 def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,14 +132,14 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return values
 
 
-def _ordered(stages: dict[str, Stage]) -> dict[str, Stage]:
+def _ordered(stages: dict[str, Stage], where: str) -> dict[str, Stage]:
     """The stages so that each comes after those it needs, else as written. Raises UsageError on a circle."""
     done: dict[str, Stage] = {}
     left = dict(stages)
     while left:
         ready = next((s for s in left.values() if not any(name in left for name in s.inputs)), None)
         if ready is None:
-            raise UsageError(f"the stages {', '.join(left)} wait for each other")
+            raise UsageError(f"{where}: the stages {', '.join(left)} wait for each other")
         done[ready.name] = left.pop(ready.name)
     return done
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import hashlib
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,23 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+Moved = TypeVar("Moved")
+
+
+def on_device(value: Moved) -> Moved:
+    """A tensor, or a dataclass of tensors (nested ones too), on this rank's device; on a CPU the very same object."""
+    target: Any = device()
+    if target.type == "cpu":
+        return value
+    if isinstance(value, Tensor):
+        return cast("Moved", value.to(target, non_blocking=True))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{field.name: on_device(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        )
+    return value
 
 
 def rank() -> int:
@@ -102,7 +120,31 @@ def compile_function(function: Any, *, enabled: bool = True) -> tuple[Any, str]:
     missing = compiler_missing()
     if missing:
         return function, f"compile: off ({missing}); training runs, about 1.4 times slower"
-    return torch.compile(function, dynamic=False), "compile: on"
+    with contextlib.suppress(ImportError):
+        import setuptools  # noqa: F401  (the compiler's threads import it; two at once break each other's import)
+    return _OrPlain(function, torch.compile(function, dynamic=False)), "compile: on"
+
+
+class _OrPlain:
+    """A compiled function that goes back to the plain one, and says so, when the compiler fails on first use."""
+
+    def __init__(self, plain: Any, compiled: Any) -> None:
+        self.plain, self.chosen, self.proven = plain, compiled, False
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.proven:
+            return self.chosen(*arguments)
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            result = self.chosen(*arguments)
+        except TorchDynamoException as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            print(f"  compile: off, the compiler failed ({reason}); training runs, about 1.4 times slower")
+            self.chosen = self.plain
+            result = self.plain(*arguments)
+        self.proven = True
+        return result
 
 
 def tune_allocator() -> bool:
@@ -127,6 +169,18 @@ def peak_memory_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def total_memory_bytes() -> int | None:
+    """Memory that this process may use: of the GPU, else of the machine or its container; None where nobody says."""
+    if device().type == "cuda":
+        return int(torch.cuda.get_device_properties(device()).total_memory)
+    known: list[int] = []
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        known.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+        known.append(int(file.read()))  # the word "max" is no number
+    return min(known, default=None)
 
 
 def seed_for(*parts: object) -> int:

@@ -133,7 +133,10 @@ class Tokenizer:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def encode(self, text: str | bytes) -> list[int]:
-        """Ids of a text. Bytes that are not UTF-8, and lone surrogates, become single-byte tokens."""
+        """Ids of a text. Bytes that are not UTF-8, and lone surrogates, become single-byte tokens.
+
+        Raises UserError when such a byte has no token; every byte has one in tokenizers that are trained here.
+        """
         if isinstance(text, str):
             try:
                 return list(self.backend.encode(text, add_special_tokens=False).ids)
@@ -144,7 +147,7 @@ class Tokenizer:
             if isinstance(piece, str):
                 ids += self.backend.encode(piece, add_special_tokens=False).ids
             else:
-                ids += [self._byte_ids[byte] for byte in piece]
+                ids += [self._byte_id(byte) for byte in piece]
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -185,16 +188,19 @@ class Tokenizer:
                 result[number] = bytes(table[character] for character in token)
         return result
 
+    def _byte_id(self, byte: int) -> int:
+        """The id of a single byte. Raises UserError when there is none: vocabularies that were learnt without all 256
+        bytes lack those that never occur in UTF-8."""
+        number = self._byte_ids.get(byte)
+        if number is None:
+            raise UserError(f"the text is not UTF-8, and the tokenizer has no token for its byte {byte:#04x}")
+        return number
+
     @cached_property
-    def _byte_ids(self) -> list[int]:
-        """The id of each single byte. Raises UserError when the vocabulary lacks some (not byte-level)."""
-        numbers: dict[int, int] = {}
-        for character, byte in byte_alphabet().items():
-            number = self.backend.token_to_id(character)
-            if number is None:
-                raise UserError(f"the tokenizer has no token for byte {byte:#04x}: it is not byte-level")
-            numbers[byte] = number
-        return [numbers[byte] for byte in range(256)]
+    def _byte_ids(self) -> dict[int, int]:
+        """The id of each single byte that has one."""
+        found = {byte: self.backend.token_to_id(character) for character, byte in byte_alphabet().items()}
+        return {byte: number for byte, number in found.items() if number is not None}
 
 
 def _valid_pieces(data: bytes) -> Iterator[str | bytes]:

@@ -1,4 +1,4 @@
-"""Conversations -> rows of equal length for training: cut at turns, packed first-fit-decreasing, kept apart."""
+"""Conversations -> rows of equal length for training: cut at turns, packed best-fit-decreasing, kept apart."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ def cut_dialogue(
     held: list[Message] = []
     encoded: EncodedChat | None = None
     for exchange in exchanges:
-        longer = template.encode([*system, *held, *exchange], tokenizer)
+        if encoded is not None and template.concatenates:
+            new = template.encode(exchange, tokenizer)
+            longer = EncodedChat(encoded.ids + new.ids, encoded.mask + new.mask)
+        else:
+            longer = template.encode([*system, *held, *exchange], tokenizer)
         if len(longer.ids) <= context or not held:
             held, encoded = [*held, *exchange], longer
         else:
@@ -62,20 +66,22 @@ class PackedRow:
 
 
 def pack(pieces: Iterable[EncodedChat], length: int, *, enabled: bool = True) -> list[PackedRow]:
-    """Rows of at most `length` tokens. Longest piece first, each into the first row with room (Johnson 1973).
+    """Rows of at most `length` tokens. Longest piece first, each into the fullest row that has room for it.
 
     With `enabled` False every piece has its own row.
     """
     bins: list[list[EncodedChat]] = []
-    room: list[int] = []
+    room: list[list[int]] = [[] for _ in range(length + 1)]  # room[n]: the rows with space for exactly n more tokens
     for piece in sorted(pieces, key=lambda piece: -len(piece.ids)):
-        place = next((n for n, left in enumerate(room) if left >= len(piece.ids)), None) if enabled else None
-        if place is None:
+        size = len(piece.ids)
+        left = next((n for n in range(size, length) if room[n]), length) if enabled else length
+        if left == length:
             bins.append([])
-            room.append(length)
             place = len(bins) - 1
+        else:
+            place = room[left].pop()
         bins[place].append(piece)
-        room[place] -= len(piece.ids)
+        room[left - size].append(place)
     return [_row(group) for group in bins]
 
 

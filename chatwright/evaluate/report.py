@@ -82,13 +82,16 @@ def write_stage_report(directory: Path, name: str, result: Result) -> None:
     picture = draw_curves(directory, result["curves"])
     if picture is not None:
         lines += ["", f"![curves of {name}]({picture.name})"]
-    lines += ["", *(note if note.startswith(("-", "")) else f"- {note}" for note in map(_note, result["notes"]))]
+    lines += ["", *map(_note, result["notes"])]
     lines += ["", "Facts:", "", *(f"- {key}: {value}" for key, value in result["facts"].items())]
     checkpoint.write_text(directory / "report.md", "\n".join(lines) + "\n")
 
 
 def _note(text: str) -> str:
-    return _cell(text) if not text.startswith("- ") else "- " + _cell(text[2:])
+    """A note as an item of a list; what is empty, or introduces others with a colon, stands by itself."""
+    if not text or text.endswith(":"):
+        return _cell(text)
+    return "- " + _cell(text.removeprefix("- "))
 
 
 def write_run_report(directory: Path, name: str, results: Mapping[str, Result], prompt: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chatwright.config import UserError
+from chatwright.model.attention import CausalAttention, fused_attention
 from chatwright.model.cache import KVCache
 from chatwright.model.config import GPTConfig
 
@@ -85,6 +86,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.bias)
         self.value = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.bias)
         self.output = nn.Linear(config.heads * config.head_dim, config.width, bias=config.bias)
+        self.causal: CausalAttention = fused_attention
         self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
@@ -106,16 +108,14 @@ class Attention(nn.Module):
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, G, S, K)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=attend,
-            is_causal=attend is None,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.kv_heads != self.heads,
-        )
-        return self.output(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))  # type: ignore[no-any-return]  # type: ignore[no-any-return]
+        dropout = self.dropout if self.training else 0.0
+        if attend is None and dropout == 0.0:
+            y = self.causal(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attend, is_causal=attend is None, dropout_p=dropout, enable_gqa=True
+            )
+        return self.output(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -206,6 +206,12 @@ class GPT(nn.Module):
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5)
             else:
                 parameter.normal_(0.0, 0.02)
+
+    def use_attention(self, kernel: CausalAttention) -> None:
+        """Compute plain causal attention (no padding, no cache, no dropout) with this function; results are equal."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.causal = kernel
 
     def parameter_count(self, *, embeddings: bool = True) -> int:
         """Number of parameters, shared ones once; without token and position tables when `embeddings` is False."""

@@ -169,7 +169,7 @@ class Trainer:
         total = sum(batch.weight for batch in batches) or 1.0
         loss = 0.0
         for batch in batches:
-            outcome = step(batch)
+            outcome = step(runtime.on_device(batch))
             (outcome.loss / total).backward()  # type: ignore[no-untyped-call]
             loss += float(outcome.loss.detach()) / total
             for key, value in outcome.logged.items():
@@ -220,6 +220,7 @@ class Trainer:
             **self.card,
             "chatwright": __version__,
             "progress": asdict(self.progress),
+            "logged": {"sums": self._logged, "weight": self._weight},  # since the last row of metrics.jsonl
             "final": final,
             "runtime": runtime.describe(),
         }
@@ -235,6 +236,7 @@ class Trainer:
         for complaint in complaints:
             say(f"  {complaint}; trying the one before it")
         if found is None:
+            self.workspace.metrics.forget_after(-1)  # of a run that died before its first checkpoint
             return False
         state = found.state()
         for name, module in self.modules.items():
@@ -244,6 +246,7 @@ class Trainer:
             tensors = found.tensors("optimizer")
             runtime.set_rng_state(tensors.pop("rng"))
             checkpoint.load_optimiser_tensors(self.optimisers, tensors)
+            self._logged, self._weight = state["logged"]["sums"], state["logged"]["weight"]
         self.workspace.metrics.forget_after(self.progress.step)
         say(f"  going on from step {self.progress.step} ({found.path})")
         return True
@@ -336,15 +339,15 @@ class Fit(Generic[AnyBatch]):
             return self.evaluate()
 
     def _learning_rate(self) -> float:
-        """Share of the peak for the coming step. With a budget in seconds the end is not known at first, so that warm-up is
-        a number of steps (WARMUP_STEPS) there, and a share of the steps otherwise."""
+        """Share of the peak for the coming step. With a budget in seconds the number of steps is not known at first:
+        there warm-up is a share of the time, and only the fall at the end goes by steps."""
         progress, config = self.trainer.progress, self.trainer.optim_config
-        if progress.planned:
-            if not self.config.steps:  # warm-up is over; only the fall depends on the plan
-                left = (progress.planned - progress.step) / max(1.0, config.decay * progress.planned)
-                return config.final + (1 - config.final) * min(1.0, left, (progress.step + 1) / WARMUP_STEPS)
+        if self.config.steps:
             return optim.learning_rate(progress.step, progress.planned, config)
-        return min(1.0, (progress.step + 1) / WARMUP_STEPS)
+        if not progress.planned:
+            return min(1.0, max(progress.elapsed / self.config.seconds, 0.001) / max(config.warmup, 0.001))
+        left = (progress.planned - progress.step) / max(1.0, config.decay * progress.planned)
+        return config.final + (1 - config.final) * min(1.0, left)
 
     def _plan(self) -> None:
         """Settle the number of steps once the constant part of a time budget is used up."""
@@ -376,5 +379,3 @@ class Fit(Generic[AnyBatch]):
             },
         )
 
-
-WARMUP_STEPS = 40

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from chatwright import checkpoint, runtime
+from chatwright import checkpoint, optim, runtime
 from chatwright.config import UsageError, UserError
 from chatwright.data.examples import Dialogue
 from chatwright.data.loader import SampleOrder
@@ -239,7 +239,9 @@ def run(config: Config, workspace: Workspace) -> Report:
               "template": base.template.fingerprint},
         texts={"tokenizer.json": base.tokenizer.to_json(), "chat_template.jinja": base.template.source},
     )  # fmt: skip
-    if not trainer.resume():
+    if trainer.resume():
+        workspace.metrics.forget_after(trainer.progress.step - 1)  # the row of a round stands before its step is counted
+    else:
         trainer.progress.extra = {"beta": config.beta, "best": None, "history": []}
     say(f"  {len(prompts):,} prompts; {config.iterations} rounds of {config.batch_size} answers; KL budget "
         f"{config.kl_budget:g} nats")  # fmt: skip
@@ -249,6 +251,8 @@ def run(config: Config, workspace: Workspace) -> Report:
             line = run_.round()
             bar.update(trainer.progress.step / config.iterations, line)
             if stopper.asked:
+                if run_.finished:
+                    run_.extra["history"].pop()  # the last round counts no step: it is done again
                 trainer.save(spare=run_.spare)
                 raise Interrupted(f"ppo: saved at round {trainer.progress.step}; the same command goes on from there")
     return run_.report()
@@ -260,7 +264,7 @@ def make_players(base: Loaded, reward: ScalarModel) -> Players:
     policy = base.model.to(device)
     reference = GPT(policy.config)
     reference.load_state_dict(policy.state_dict())
-    critic = ScalarModel(policy.config)
+    critic = ScalarModel(reward.config)
     critic.load_state_dict(reward.state_dict())
     for frozen in (reference, reward):
         frozen.requires_grad_(False)
@@ -385,9 +389,7 @@ class _Run:
     def _update(self, rollout: Rollout) -> None:
         """Several passes over the round's answers in minibatches, in an order of their own."""
         config, progress = self.config, self.trainer.progress
-        share = max(0.0, 1 - progress.step / config.iterations)
-        warmup = max(1, round(config.optim.warmup * config.iterations))
-        share *= min(1.0, (progress.step + 1) / warmup)
+        share = optim.learning_rate(progress.step, config.iterations, config.optim)
         rows = len(rollout.scores)
         for epoch in range(config.epochs):
             draw = runtime.generator(self.workspace.seed, "ppo minibatches", progress.step, epoch)

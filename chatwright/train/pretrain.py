@@ -3,7 +3,7 @@
 Departures from the papers, each for small budgets and each measured (docs/performance.md):
 * Muon for the blocks' matrices (Jordan et al. 2024) instead of AdamW for all.
 * A constant learning rate that falls linearly at the end, instead of a cosine: the length need not be known at first.
-* Windows start anywhere in the token stream, as GPT-2's and GPT-3's do: documents are not kept apart, only marked.
+* Windows follow one another in the token stream, as GPT-2's and GPT-3's do: documents are not kept apart, only marked.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from chatwright import runtime
 from chatwright.data.loader import SampleOrder
 from chatwright.data.shards import TokenShards
 from chatwright.metrics import say
+from chatwright.model.attention import blocked_attention
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.objectives.language import bits_per_byte, next_token_loss
@@ -99,13 +100,15 @@ def held_out_bits_per_byte(model: GPT, shards: TokenShards, *, context: int, dty
 def _sum_of(model: GPT, rows: list[Tensor]) -> float:
     if len({len(row) for row in rows}) > 1:
         return sum(_sum_of(model, [row]) for row in rows)
-    tokens = torch.stack(rows)
+    tokens = runtime.on_device(torch.stack(rows))
     return float(next_token_loss(model(tokens[:, :-1]), tokens[:, 1:]))
 
 
 def compiled_step(model: GPT, config: FitConfig) -> tuple[Callable[[TokenBatch], Step], torch.dtype, str]:
     """`step` in the precision and, where that works, the compiled form that the machine offers; and a line about it."""
     dtype = runtime.compute_dtype(config.precision)
+    if config.compile and runtime.device().type == "cpu" and not runtime.compiler_missing():
+        model.use_attention(blocked_attention)  # faster than the fused kernel once it is compiled (docs/performance.md)
 
     def loss_of(tokens: Tensor) -> Tensor:
         with runtime.autocast(dtype):

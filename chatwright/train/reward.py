@@ -43,17 +43,17 @@ class Config:
     """The stage, or directory, with ratings-*.jsonl (and dialogues-*.jsonl, whose first turns are the prompts)."""
     comparisons: str = ""
     """Your own comparisons instead: a directory with comparisons-train.jsonl and comparisons-validation.jsonl."""
-    k: int = 8
-    """Answers per prompt when comparisons are made from ratings (the paper: 4 to 9)."""
+    k: int = 16
+    """Answers per prompt when comparisons are made from ratings (the paper: 4 to 9; here they cost no labeller's time)."""
     margin: float = 0.5
     """Ratings (or scores) closer than this are ties."""
-    max_tokens: int = 96
+    max_tokens: int = 80
     """Longer prompts lose their beginning, longer answers their end."""
-    fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=90.0, batch_size=4, compile=False))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=90.0, batch_size=2, micro_batch=1, compile=False))
     """Length and portions of training; a sample is a prompt with its K answers."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            name="adamw", learning_rate=5e-4, schedule="trapezoid", decay=0.6, weight_decay=0.01
+            name="adamw", learning_rate=5e-4, schedule="trapezoid", decay=0.7, weight_decay=0.01
         )
     )
     """Optimiser and schedule."""
@@ -85,8 +85,9 @@ def encode_answer(
 
 
 def first_prompts(records: Sequence[Dialogue], most: int) -> list[tuple[Message, ...]]:
-    """The first user turn of up to `most` conversations."""
-    return [dialogue.messages[:1] for dialogue in islice(records, most) if dialogue.messages[0]["role"] == "user"]
+    """The first user turn of up to `most` conversations, if it is short (under 60 characters)."""
+    first = (dialogue.messages[:1] for dialogue in islice(records, most))
+    return [turn for turn in first if turn[0]["role"] == "user" and len(turn[0]["content"]) < 60]
 
 
 def from_ratings(
@@ -94,14 +95,17 @@ def from_ratings(
 ) -> list[Comparison]:
     """Each text once per pass, K at a time, as the answers to a prompt drawn at random; ratings are the scores.
 
-    Prompt and text have nothing to do with each other: the model is to judge the text whatever came before.
+    Prompt and text have nothing to do with each other: the model is to judge the text whatever came before. The K texts
+    of a comparison are of about the same length (within the jitter of 20 % that makes each pass different): length
+    cannot decide a comparison, and little is wasted on padding.
     """
     if not prompts:
         raise UserError("there are no conversations to take prompts from; set `dialogues` in the data stage")
     result = []
+    lengths = torch.tensor([float(len(text.text)) for text in texts])
     for turn in range(passes):
         draw = runtime.generator("ratings", seed, turn)
-        order = torch.randperm(len(texts), generator=draw).tolist()
+        order = (lengths * (1 + 0.2 * torch.rand(len(texts), generator=draw))).argsort().tolist()
         for start in range(0, len(order) - k + 1, k):
             group = [texts[n] for n in order[start : start + k]]
             prompt = prompts[int(torch.randint(len(prompts), (1,), generator=draw))]
@@ -125,9 +129,10 @@ class Rankings:
         """Samples start ... start + count - 1."""
         return self.batch([self.comparisons[n] for n in self.order.take(start, count)])
 
-    def batch(self, chosen: Sequence[Comparison]) -> RankedBatch:
-        """These comparisons as tensors; prompts with fewer answers than others are filled with unrated empty ones."""
-        k = max(len(one.responses) for one in chosen)
+    def batch(self, chosen: Sequence[Comparison], k: int = 0) -> RankedBatch:
+        """These comparisons as tensors; prompts with fewer answers than others (or than `k`) are filled with unrated
+        empty ones."""
+        k = max(k, *(len(one.responses) for one in chosen))
         rows, labels = [], []
         for one in chosen:
             for n in range(k):
@@ -154,12 +159,13 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def judge(model: ScalarModel, rankings: Rankings, chosen: Sequence[Comparison]) -> tuple[Tensor, Tensor]:
-    """Scores and labels (N, K) of comparisons that all have K answers."""
+    """Scores and labels (N, K) of comparisons of up to K answers; labels are NaN where there is none."""
     scores, labels = [], []
+    k = max(len(one.responses) for one in chosen)
     for start in range(0, len(chosen), 16):
-        batch = rankings.batch(chosen[start : start + 16])
-        scores.append(model.score(batch.ids, batch.mask).view(batch.labels.shape).float())
-        labels.append(batch.labels)
+        batch = runtime.on_device(rankings.batch(chosen[start : start + 16], k))
+        scores.append(model.score(batch.ids, batch.mask).view(batch.labels.shape).float().cpu())
+        labels.append(batch.labels.cpu())
     return torch.cat(scores), torch.cat(labels)
 
 
@@ -264,7 +270,8 @@ def normalise(
     Done once: a stage that is run again after this keeps the constants it has.
     """
     with runtime.evaluating(model), runtime.autocast(dtype):
-        scores, _ = judge(model, rankings, chosen)
+        scores, labels = judge(model, rankings, chosen)
+    scores = scores[~labels.isnan()]
     with torch.no_grad():
         deviation = scores.std().clamp(min=1e-6)
         model.offset.add_(scores.mean() / model.scale)

@@ -1,8 +1,8 @@
 """Rollouts: prompts -> sampled answers with everything PPO needs to know about each token.
 
 Columns of all (B, T) tensors are positions of prompt + answer, padded on the right. `log_probs[b, t]` belongs to token
-t; `values[b, t]` is the critic's opinion BEFORE token t, its output at position t - 1 (rlhf details 7: values are
-shifted by one against the log-probabilities).
+t; `values[b, t]` is the critic's opinion BEFORE token t, its output at position t - 1 (docs/papers.md, point 7:
+values are shifted by one against the log-probabilities).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def sample_answers(
     sampled = torch.zeros(ids.shape)
     sampled[response] = torch.tensor([value for one in done for value in one.logprobs])
     finished = torch.tensor([bool(one.ids) and one.ids[-1] == end for one in done])
-    return Answers(ids, real, response, finished, sampled)
+    return runtime.on_device(Answers(ids, real, response, finished, sampled))
 
 
 def answer_log_probs(
@@ -139,7 +139,7 @@ def degenerate(answers: Answers, *, min_tokens: int, max_repeats: float) -> Bool
         bigrams = list(pairwise(tokens))
         repeats = 1 - len(set(bigrams)) / len(bigrams) if bigrams else 0.0
         flags.append(len(tokens) - 1 < min_tokens or repeats > max_repeats)
-    return torch.tensor(flags)
+    return torch.tensor(flags, device=answers.ids.device)
 
 
 def texts_of(answers: Answers, tokenizer: Tokenizer) -> list[str]:

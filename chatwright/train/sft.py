@@ -149,7 +149,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     def evaluate() -> dict[str, float]:
         total = weight = 0.0
         for start in range(0, len(held_out), 16):
-            batch = batch_rows(held_out[start : start + 16], length)
+            batch = runtime.on_device(batch_rows(held_out[start : start + 16], length))
             total += float(train_step(batch).loss)
             weight += batch.weight
         return {"held_out_loss": total / weight}

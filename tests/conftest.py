@@ -1,0 +1,48 @@
+"""A tiny model in a directory of its own, whole and real but untrained, for tests that need any model at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from chatwright import checkpoint
+from chatwright.chat import NATIVE
+from chatwright.model.config import GPTConfig
+from chatwright.model.gpt import GPT
+from chatwright.tokenizer import Tokenizer
+
+TEXTS = ("Hello there, how are you today?", "I am fine, thank you. And you?", "naïve café — 東京 🙂", "don't 1234 stop!")
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer() -> Tokenizer:
+    """A few merges over the 256 bytes."""
+    return Tokenizer.train(TEXTS * 4, 320)
+
+
+def write_tiny(directory: Path, tokenizer: Tokenizer, *, chat: bool) -> Path:
+    """Write an untrained model of the `modern-nano` shape as a model directory."""
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.preset("modern-nano", vocab_size=tokenizer.vocab_size))
+    torch.set_rng_state(state)
+    card = {"kind": "language", "model": model.config.to_dict(), "tokenizer": tokenizer.fingerprint}
+    texts = {"tokenizer.json": tokenizer.to_json()}
+    if chat:
+        texts["chat_template.jinja"] = NATIVE.source
+    checkpoint.save_checkpoint(directory, tensors={"model": checkpoint.model_tensors(model)}, state=card, texts=texts)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def chat_dir(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer) -> Path:
+    """A chat model; copy it before you change it."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "chat", small_tokenizer, chat=True)
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer) -> Path:
+    """The same without a chat template."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "base", small_tokenizer, chat=False)

@@ -1,0 +1,133 @@
+"""Bradley-Terry and pair accuracy against values worked by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from chatwright.objectives.preference import bradley_terry_loss, pair_accuracy, preferred_pairs
+
+NAN = float("nan")
+
+
+def loss_of(difference: float) -> float:
+    """-log sigmoid(difference) = log(1 + e^-difference)"""
+    return math.log1p(math.exp(-difference))
+
+
+def loss(scores: list[list[float]], labels: list[list[float]], margin: float = 0.0) -> float:
+    return float(bradley_terry_loss(torch.tensor(scores), torch.tensor(labels), margin))
+
+
+def test_two_answers() -> None:
+    # ln(1 + e^-2) = 0.126928
+    assert loss([[2.0, 0.0]], [[1.0, 0.0]]) == pytest.approx(0.126928, abs=1e-6)
+    assert loss([[2.0, 0.0]], [[0.0, 1.0]]) == pytest.approx(2.126928, abs=1e-6)  # the other one preferred: + 2
+
+
+# Three answers, the last two a tie: the pairs are (0, 1) with difference 1 and (0, 2) with difference 2.
+SCORES, LABELS = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[2.0, 1.0, 1.0]])
+HAND = (0.313262 + 0.126928) / 2  # (ln(1 + e^-1) + ln(1 + e^-2)) / 2 = 0.220095
+
+
+def test_three_answers_of_which_two_tie() -> None:
+    assert float(bradley_terry_loss(SCORES, LABELS)) == pytest.approx(HAND, abs=1e-6)
+
+
+def _wrong(pairs: list[tuple[int, int]], count: float, sign: float = 1.0) -> float:
+    row = SCORES[0].tolist()
+    return sum(loss_of(sign * (row[i] - row[j])) for i, j in pairs) / count
+
+
+WRONG: dict[str, Callable[[], float]] = {
+    "divided by all pairs, the tie included": lambda: _wrong([(0, 1), (0, 2)], 3),
+    "the tie counted as won": lambda: _wrong([(0, 1), (0, 2), (1, 2)], 3),
+    "the tie counted half each way": lambda: _wrong([(0, 1), (0, 2)], 3) + 0.5 * _wrong([(1, 2), (2, 1)], 3),
+    "not divided": lambda: _wrong([(0, 1), (0, 2)], 1),
+    "neighbours only": lambda: _wrong([(0, 1)], 1),
+    "sign lost": lambda: _wrong([(0, 1), (0, 2)], 2, sign=-1.0),
+    "difference not in the sigmoid": lambda: -float((SCORES[0, 0] - SCORES[0, 1:]).mean()),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_hand_value_tells_a_wrong_loss_from_the_right_one(wrong: str) -> None:
+    assert abs(WRONG[wrong]() - HAND) > 0.01
+
+
+def test_pairs_closer_than_the_margin_are_ties() -> None:
+    # differences of the labels 0.4, 2.0, 1.6: the first is within 0.5
+    assert loss([[1.0, 0.0, -1.0]], [[2.0, 1.6, 0.0]], margin=0.5) == pytest.approx((loss_of(2) + loss_of(1)) / 2)
+    assert loss([[1.0, 0.0, -1.0]], [[2.0, 1.6, 0.0]]) == pytest.approx((loss_of(1) + loss_of(2) + loss_of(1)) / 3)
+    assert loss([[5.0, 0.0]], [[1.0, 0.5]], margin=0.5) == 0.0  # exactly the margin is a tie
+
+
+def test_padding_with_nan_takes_part_in_no_pair() -> None:
+    assert loss([[1.0, 0.0, 100.0]], [[1.0, 0.0, NAN]]) == pytest.approx(loss_of(1))
+    scores = torch.tensor([[1.0, 0.0, 100.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    bradley_terry_loss(scores, torch.tensor([[1.0, 0.0, NAN], [NAN, NAN, NAN]])).backward()
+    # d/ds of -log sigmoid(s0 - s1) at difference 1: -(1 - sigmoid(1)) = -0.268941, and the opposite
+    expected = torch.tensor([[-0.268941, 0.268941, 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(scores.grad, expected, atol=1e-6, rtol=0)
+
+
+def test_every_prompt_weighs_the_same_however_many_pairs_it_has() -> None:
+    # one pair of difference 1; three pairs of differences 1, 3, 2
+    scores, labels = [[1.0, 0.0, 0.0], [3.0, 2.0, 0.0]], [[1.0, 0.0, NAN], [2.0, 1.0, 0.0]]
+    expected = loss_of(1) + (loss_of(1) + loss_of(3) + loss_of(2)) / 3
+    assert loss(scores, labels) == pytest.approx(expected)
+    pooled = 2 * (loss_of(1) + loss_of(1) + loss_of(3) + loss_of(2)) / 4  # all pairs in one pot
+    assert abs(pooled - expected) > 0.01
+
+
+def test_a_prompt_of_ties_adds_nothing() -> None:
+    assert loss([[3.0, -2.0]], [[1.0, 1.0]]) == 0.0
+
+
+@given(
+    st.lists(st.tuples(st.floats(-5, 5), st.integers(0, 3)), min_size=2, max_size=6),
+    st.floats(-10, 10),
+)
+def test_only_differences_of_scores_matter(rows: list[tuple[float, int]], shift: float) -> None:
+    scores = torch.tensor([[score for score, _ in rows]], dtype=torch.float64)
+    labels = torch.tensor([[float(label) for _, label in rows]], dtype=torch.float64)
+    own = bradley_terry_loss(scores, labels)
+    torch.testing.assert_close(bradley_terry_loss(scores + shift, labels), own, atol=1e-9, rtol=1e-9)
+    order = torch.arange(len(rows)).flip(0)
+    torch.testing.assert_close(bradley_terry_loss(scores[:, order], labels[:, order]), own)
+    assert float(own) >= 0
+
+
+def test_preferred_pairs() -> None:
+    found = preferred_pairs(torch.tensor([[2.0, 1.0, 1.0, NAN]])).nonzero().tolist()
+    assert found == [[0, 0, 1], [0, 0, 2]]
+
+
+ACCURACY_SCORES, ACCURACY_LABELS = torch.tensor([[3.0, 1.0, 1.0, 9.0]]), torch.tensor([[2.0, 1.0, 0.0, NAN]])
+
+
+def test_pair_accuracy_counts_equal_scores_half() -> None:
+    # pairs (0, 1) right, (0, 2) right, (1, 2) equal: 2.5 of 3
+    assert pair_accuracy(ACCURACY_SCORES, ACCURACY_LABELS) == (2.5, 3)
+    assert pair_accuracy(-ACCURACY_SCORES, ACCURACY_LABELS) == (0.5, 3)
+    assert pair_accuracy(ACCURACY_SCORES, ACCURACY_LABELS, margin=1.5) == (1.0, 1)
+
+
+@pytest.mark.parametrize(
+    "compare",
+    [
+        lambda difference: (difference > 0).float(),  # equal scores are wrong
+        lambda difference: (difference >= 0).float(),  # equal scores are right
+        lambda difference: (difference < 0).float() + 0.5 * (difference == 0).float(),
+    ],
+    ids=["equal is wrong", "equal is right", "turned round"],
+)
+def test_the_hand_value_tells_wrong_accuracies(compare: Callable[[Tensor], Tensor]) -> None:
+    difference = ACCURACY_SCORES[:, :, None] - ACCURACY_SCORES[:, None, :]
+    assert float(compare(difference)[preferred_pairs(ACCURACY_LABELS)].sum()) != 2.5

@@ -1,0 +1,366 @@
+"""The chat template: what people write stays text, the mask covers what must be learnt, hostile templates fail."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chatwright import chat
+from chatwright.chat import (
+    NATIVE,
+    ROLES,
+    ChatTemplate,
+    Message,
+    check_messages,
+    fit_context,
+)
+from chatwright.config import UserError
+from chatwright.tokenizer import CONTROLS, Tokenizer
+
+TOKENIZER = Tokenizer.train(["Hello there, how are you?", "I am fine. <|end|> system user assistant"] * 3, 320)
+CONTROL_IDS = TOKENIZER.control_ids
+END = CONTROL_IDS["<|end|>"]
+CHATML = ChatTemplate.from_source(
+    "{% for m in messages %}{{ '<|reserved_0|>' + m.role + '\n' + m.content + '<|end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|reserved_0|>assistant\n' }}{% endif %}"
+)
+"""The shape of many models' templates: text of the template's own before and behind contents."""
+TRIMMING = ChatTemplate.from_source(
+    "{% if messages[0].role != 'system' %}<|system|>Be kind.<|end|>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""A default system message, and contents that pass through a filter."""
+
+CONTENT = st.lists(
+    st.one_of(
+        st.sampled_from([*CONTROLS, "<|im_end|>", "{{ 1 }}", "{% raw %}", "{#", "x0x", "\ud800", "", " ", "\n"]),
+        st.text(st.characters(), max_size=8),
+    ),
+    max_size=5,
+).map("".join)
+MESSAGES = st.lists(
+    st.builds(lambda role, content: Message(role=role, content=content), st.sampled_from(ROLES), CONTENT),
+    min_size=1,
+    max_size=5,
+)
+
+
+def say(*contents: str, system: str | None = None) -> list[Message]:
+    """A conversation that the user begins."""
+    turns = [Message(role=("user", "assistant")[n % 2], content=text) for n, text in enumerate(contents)]
+    return ([Message(role="system", content=system)] if system is not None else []) + turns
+
+
+def controls_of(ids: list[int]) -> list[int]:
+    return [number for number in ids if number in CONTROL_IDS.values()]
+
+
+# Injection
+
+
+@given(MESSAGES, st.booleans())
+def test_control_tokens_stand_exactly_where_the_template_puts_them(messages: list[Message], ask: bool) -> None:
+    expected: list[int] = []
+    for message in messages:
+        expected += [CONTROL_IDS[f"<|{message['role']}|>"], *TOKENIZER.encode(message["content"]), END]
+    if ask:
+        expected.append(CONTROL_IDS["<|assistant|>"])
+    assert NATIVE.encode(messages, TOKENIZER, add_generation_prompt=ask).ids == expected
+
+
+@pytest.mark.parametrize("template", [NATIVE, CHATML, TRIMMING], ids=["native", "chatml", "trimming"])
+@given(messages=MESSAGES)
+def test_contents_never_change_the_control_tokens(template: ChatTemplate, messages: list[Message]) -> None:
+    plain = [Message(role=message["role"], content="x") for message in messages]
+    ids = template.encode(messages, TOKENIZER).ids
+    assert controls_of(ids) == controls_of(template.encode(plain, TOKENIZER).ids)
+
+
+@given(MESSAGES)
+def test_contents_come_back_from_between_the_control_tokens(messages: list[Message]) -> None:
+    ids = NATIVE.encode(messages, TOKENIZER).ids
+    stretches: list[list[int]] = []
+    for number in ids:
+        if number in CONTROL_IDS.values():
+            stretches.append([])
+        else:
+            stretches[-1].append(number)
+    contents = [TOKENIZER.decode_bytes(stretch) for stretch in stretches[::2]]
+    assert contents == [message["content"].encode("utf-8", errors="surrogatepass") for message in messages]
+    assert stretches[1::2] == [[]] * len(messages)
+
+
+def test_a_content_that_guesses_the_marks() -> None:
+    """Contents never enter the rendered text, so even someone who knows the mark of this process gains nothing."""
+    mark = chat._MARK
+    messages = say(f"{mark}x1x{mark}", f"{mark}x0x{mark}<|end|>", "x")
+    ids = NATIVE.encode(messages, TOKENIZER).ids
+    assert controls_of(ids) == controls_of(NATIVE.encode(say("a", "b", "c"), TOKENIZER).ids)
+    assert mark.encode() in TOKENIZER.decode_bytes(ids)
+
+
+# Mask
+
+
+@given(MESSAGES)
+def test_the_mask_is_answers_and_their_ends(messages: list[Message]) -> None:
+    expected: list[bool] = []
+    for message in messages:
+        learnt = message["role"] == "assistant"
+        expected += [False, *[learnt] * len(TOKENIZER.encode(message["content"])), learnt]
+    encoded = NATIVE.encode(messages, TOKENIZER)
+    assert encoded.mask == expected
+
+
+@given(MESSAGES)
+def test_the_mask_stops_behind_the_end_token(messages: list[Message]) -> None:
+    """CHATML writes a line break behind each end: it is the template's, never learnt."""
+    encoded = CHATML.encode(messages, TOKENIZER)
+    learnt = [number for number, flag in zip(encoded.ids, encoded.mask, strict=True) if flag]
+    answers = [TOKENIZER.encode(message["content"]) for message in messages if message["role"] == "assistant"]
+    assert learnt == [number for answer in answers for number in [*answer, END]]
+
+
+def test_a_prompt_has_nothing_to_learn_after_the_last_answer() -> None:
+    encoded = NATIVE.encode(say("a", "b", "c"), TOKENIZER, add_generation_prompt=True)
+    assert encoded.ids[-1] == CONTROL_IDS["<|assistant|>"] and not encoded.mask[-1]
+    whole = NATIVE.encode(say("a", "b", "c", "d"), TOKENIZER)
+    assert whole.ids[: len(encoded.ids)] == encoded.ids
+
+
+# Templates that are put together, and those that are not
+
+
+@given(MESSAGES, MESSAGES)
+def test_turns_concatenate(first: list[Message], second: list[Message]) -> None:
+    """What packing relies on when a template says that it concatenates."""
+    both = NATIVE.encode(first + second, TOKENIZER)
+    one, two = NATIVE.encode(first, TOKENIZER), NATIVE.encode(second, TOKENIZER)
+    assert (both.ids, both.mask) == (one.ids + two.ids, one.mask + two.mask)
+
+
+def test_concatenates_tells_templates_apart() -> None:
+    assert NATIVE.concatenates and CHATML.concatenates
+    assert not TRIMMING.concatenates
+    head = ChatTemplate.from_source("<|system|>" + NATIVE.source)
+    numbered = ChatTemplate.from_source("{% for m in messages %}{{ loop.index }}{{ m.content }}<|end|>{% endfor %}")
+    refusing = ChatTemplate(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + NATIVE.source, "<|end|>"
+    )
+    assert not head.concatenates and not numbered.concatenates and not refusing.concatenates
+
+
+def test_the_end_is_found_by_rendering() -> None:
+    assert CHATML.end == TRIMMING.end == "<|end|>"
+    assert ChatTemplate.from_source(NATIVE.source) == NATIVE
+    with pytest.raises(UserError, match=r"no control token after an assistant's turn"):
+        ChatTemplate.from_source("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+
+
+def test_end_ids() -> None:
+    assert NATIVE.end_ids(TOKENIZER) == {END, TOKENIZER.end_of_text_id}
+    with pytest.raises(UserError, match=r"ends turns with <\|eot\|>, which the tokenizer does not know"):
+        ChatTemplate(NATIVE.source, "<|eot|>").end_ids(TOKENIZER)
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    CHATML.save(tmp_path)
+    assert ChatTemplate.load(tmp_path) == CHATML and ChatTemplate.load(tmp_path).fingerprint == CHATML.fingerprint
+    assert CHATML.fingerprint != NATIVE.fingerprint and hash(CHATML) != hash(NATIVE)
+    assert ChatTemplate.load(tmp_path, end="<|tool|>").end == "<|tool|>"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"chat_template\.jinja"):
+        ChatTemplate.load(tmp_path)
+    with pytest.raises(UserError, match="is it a base model"):
+        ChatTemplate.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("template", [NATIVE, CHATML, TRIMMING], ids=["native", "chatml", "trimming"])
+def test_rendering_is_transformers(template: ChatTemplate, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    TOKENIZER.save(tmp_path)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=template.source)
+    for messages in (say("Hi", "Hello ", "x\ny"), say("Hi", system="Be brief.")):
+        for ask in (False, True):
+            wanted = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+            assert template.render(messages, add_generation_prompt=ask) == wanted
+            ids = theirs.apply_chat_template(messages, add_generation_prompt=ask, return_dict=False)
+            if template is not TRIMMING:
+                assert template.encode(messages, TOKENIZER, add_generation_prompt=ask).ids == ids
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([], "at least one message"),
+        (["hi"], "message 0: expected an object"),
+        ([{"role": "user"}], "message 0: expected an object with role and content"),
+        ([{"role": "user", "content": "x"}, {"role": "root", "content": "x"}], "message 1: role 'root' is none of"),
+        ([{"role": "user", "content": None}], "message 0: content must be text, not NoneType"),
+        ([{"role": "user", "content": ["x"]}], "content must be text, not list"),
+        ([{"role": ["user"], "content": "x"}], "role"),
+    ],
+)
+def test_messages_that_are_none(messages: list[object], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_messages(messages)
+    assert said in str(error.value)
+
+
+def test_messages_lose_what_else_they_carry() -> None:
+    assert check_messages([{"role": "user", "content": "x", "name": "n"}]) == [{"role": "user", "content": "x"}]
+
+
+# Fitting
+
+
+def size(messages: list[Message]) -> int:
+    return len(NATIVE.encode(messages, TOKENIZER, add_generation_prompt=True).ids)
+
+
+TALK = say("first question", "first answer", "second", "answer two", "third question", system="Be brief.")
+
+
+@pytest.mark.parametrize("budget", range(12, 120))
+def test_fitting_keeps_the_system_message_and_the_latest_turns(budget: int) -> None:
+    """For every budget: the most of the latest exchanges that fit, by trying all."""
+    endings = [TALK, [TALK[0], *TALK[3:]], [TALK[0], *TALK[5:]]]
+    best = next((ending for ending in endings if size(ending) <= budget), None)
+    if best is None:
+        with pytest.raises(UserError, match=f"room for {budget}; shorten it"):
+            fit_context(TALK, NATIVE, TOKENIZER, budget)
+        return
+    fitted = fit_context(TALK, NATIVE, TOKENIZER, budget)
+    assert (fitted.messages, fitted.dropped) == (best, len(TALK) - len(best))
+    assert fitted.ids == NATIVE.encode(best, TOKENIZER, add_generation_prompt=True).ids
+
+
+@given(st.lists(CONTENT, min_size=1, max_size=9), st.one_of(st.none(), CONTENT), st.integers(1, 200))
+def test_whatever_is_fitted_fits(contents: list[str], system: str | None, budget: int) -> None:
+    messages = say(*contents, system=system)
+    try:
+        fitted = fit_context(messages, NATIVE, TOKENIZER, budget)
+    except UserError:
+        head = messages[:1] if system is not None else []
+        last = max(n for n, message in enumerate(messages) if message["role"] == "user")
+        assert size(head + messages[last:]) > budget
+        return
+    assert len(fitted.ids) <= budget
+    kept = fitted.messages[1:] if system is not None else fitted.messages
+    assert kept[0]["role"] == "user" and messages[len(messages) - len(kept) :] == kept
+    assert fitted.dropped == len(messages) - len(fitted.messages)
+    assert system is None or fitted.messages[0] == messages[0]
+
+
+# Templates come from whoever made the model
+
+HOSTILE = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.__class__.__base__ }}",
+    "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "{{ messages.append(1) }}",
+    "{{ messages[0].update({'role': 'x'}) }}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}",
+    "{{ lipsum(n=100000) }}",
+    "{{ undefined_thing.x }}",
+    "{{ 1 / 0 }}",
+    "{{ messages[99].content }}",
+    "{{ 'x' + 1 }}",
+    "{{ messages | nothing }}",
+    "{% for %}",
+    "{% for i in range(10**9) %}x{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i %}{% endfor %}{% endfor %}",
+    "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+    "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x.replace('a', 'aa') %}{% endfor %}",
+    "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x | replace('a', 'aa') %}{% endfor %}",
+    "{% set n = namespace(x=2) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "{{ 'a' * 10**10 }}",
+    "{{ 10**10 * 'a' }}",
+    "{{ [0] * 10**10 }}",
+    "{{ 10**10**10 }}",
+    "{{ 2**(2**40) }}",
+    "{{ 'a'.center(10**10) }}",
+    "{{ 'a' | center(10**10) }}",
+    "{{ 'a' | indent(10**10) }}",
+    "{{ [1] | batch(10**10, 'x') | list }}",
+    "{{ '%9999999999d' % 1 }}",
+    "{{ '%*d' % (10**10, 1) }}",
+    "{{ '%9999999999d' | format(1) }}",
+    "{{ '{:>9999999999}'.format(1) }}",
+    "{{ messages | tojson(indent=10**9) }}",
+    "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}",
+    "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+    "{" * 50 + "{{" + "(" * 5000 + ")" * 5000 + "}}",
+    "{{ " + "-" * 50_000 + "1 }}",
+]
+
+
+@pytest.mark.parametrize("source", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_templates_fail_in_one_line_and_soon(source: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"^the chat template"):
+        ChatTemplate(source, "<|end|>").render(say("Hi"))
+    assert time.monotonic() - started < 5.0
+
+
+@pytest.mark.parametrize(
+    "expression", ["self._TemplateReference__context", "raise_exception.__globals__", "'{0.__class__}'.format(1)"]
+)
+def test_what_lies_behind_an_underscore_is_not_there(expression: str) -> None:
+    assert ChatTemplate("[{{ " + expression + " }}]", "<|end|>").render(say("Hi")) == "[]"
+
+
+def test_a_template_that_refuses_says_why() -> None:
+    template = ChatTemplate("{{ raise_exception('roles must alternate') }}", "<|end|>")
+    with pytest.raises(UserError, match=r"^the chat template refuses this conversation: roles must alternate$"):
+        template.render(say("Hi"))
+    assert not template.concatenates
+
+
+def test_what_real_templates_do_is_allowed() -> None:
+    """Macros, namespaces, filters, string methods, JSON, slices: as the templates of known models use them."""
+    source = (
+        "{%- set ns = namespace(system='', n=0) -%}"
+        "{%- macro line(role, self='x', context='', function=1) -%}{{ '<|' ~ role ~ '|>' }}{%- endmacro -%}"
+        "{%- for message in messages -%}"
+        "{%- if message['role'] == 'system' %}{% set ns.system = message['content'].strip() %}{% endif -%}"
+        "{%- set ns.n = ns.n + 1 * 2 ** 1 % 3 -%}"
+        "{{- line(message.role, context='y', function=2) }}{{ message.content | trim }}"
+        "{%- if not loop.last %}{{ '<|end|>' }}{% endif -%}"
+        "{%- endfor -%}"
+        "{{- messages[1:] | length }} {{ {'a': [1, 2]} | tojson(indent=2) }} {{ '%s:%02d' % ('k', 7) }}"
+        " {{ '{}-{:>3}'.format('a', 'b') }} {{ messages | map(attribute='role') | join(',') }}"
+        " {{ '%s' | format('f') }} {{ 'a,b'.split(',')[-1] }} {{ 'Ab'.upper() }} {{ 'x'.startswith('x') }}"
+        " {{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ ns.n }}"
+    )
+    text = ChatTemplate(source, "<|end|>").render(say("Hi ", "Yo"))
+    assert text == (
+        '<|user|>Hi<|end|><|assistant|>Yo1 {\n  "a": [\n    1,\n    2\n  ]\n} k:07 a-  b user,assistant f b AB True 1 4'
+    )
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 400))
+def test_long_conversations_are_within_the_budget(turns: int) -> None:
+    messages = say(*["x"] * turns)
+    assert len(NATIVE.encode(messages, TOKENIZER).ids) == 3 * turns
+
+
+def test_a_long_content_is_within_the_budget() -> None:
+    assert len(NATIVE.render(say("é" * 3_000_000))) > 3_000_000
+    assert NATIVE.encode(say("ab " * 100_000), TOKENIZER).ids.count(END) == 1

@@ -1,0 +1,456 @@
+"""PPO: the first minibatch is exact, a planted reward rises, and every guard does what it says."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from chatwright import checkpoint
+from chatwright.config import UsageError, UserError
+from chatwright.data.examples import Dialogue
+from chatwright.data.loader import SampleOrder
+from chatwright.interop.loaded import Loaded
+from chatwright.language_model import load_parts
+from chatwright.metrics import read_metrics
+from chatwright.model.config import GPTConfig
+from chatwright.model.gpt import GPT
+from chatwright.model.heads import ScalarModel
+from chatwright.objectives import policy as objective
+from chatwright.optim import OptimConfig
+from chatwright.tokenizer import Tokenizer
+from chatwright.train import ppo
+from chatwright.train.loop import Interrupted
+from chatwright.train.ppo import Config, Players, Rollout, load_reward, look_back, make_players, step
+from chatwright.train.rollout import (
+    Answers,
+    answer_log_probs,
+    degenerate,
+    prompts_from,
+    sample_answers,
+    values_before,
+)
+from chatwright.train.sft import read_records
+
+END = 5
+PROMPTS = [[7, 8, 9], [11], [20, 21, 22, 23, 24, 25, 26, 27, 28], [40, 41]] * 4
+
+
+def players_of(lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]) -> Players:
+    """Policy and reference differ, so that there is a KL; the critic is none of the others."""
+    return Players(lively_gpt(1), lively_gpt(2), lively_scalar(3), lively_scalar(4))
+
+
+def config_of(**changes: Any) -> Config:
+    settings = {"batch_size": 16, "minibatch_size": 4, "max_new_tokens": 10, "min_tokens": 0, "max_repeats": 1.0}
+    return Config(**{**settings, **changes})
+
+
+def round_of(players: Players, config: Config) -> tuple[Rollout, dict[str, float]]:
+    answers = sample_answers(
+        players.policy, PROMPTS, end=END, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+        seed_parts=(3, "ppo"),
+    )  # fmt: skip
+    return look_back(players, answers, 0.1, config)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_first_minibatch_has_ratio_one_and_the_loss_of_its_advantages(
+    lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel], temperature: float
+) -> None:
+    players, config = players_of(lively_gpt, lively_scalar), config_of(temperature=temperature)
+    rollout, logged = round_of(players, config)
+    assert logged["sampler_gap"] < 1e-4
+    for chosen in torch.arange(16).split(4):
+        batch = rollout.rows(chosen)
+        outcome = step(players, batch, config)
+        mask = batch.answers.response
+        ratio = answer_log_probs(players.policy, batch.answers, temperature=temperature)[0] - batch.log_probs
+        assert float((ratio.detach().exp() - 1).abs().max()) < 1e-5
+        seen = {key: float(value) / batch.weight for key, value in outcome.logged.items()}
+        assert seen["ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert seen["clip_fraction"] == 0.0 and seen["moved"] < 1e-8
+        assert seen["policy_loss"] == pytest.approx(-float(batch.advantages[mask].mean()), abs=1e-5)
+        # values have not moved either: half the mean square of advantages before they were whitened
+        error = (batch.values - batch.returns)[mask].square().mean()
+        assert seen["value_loss"] == pytest.approx(0.5 * float(error), rel=1e-4)
+        total = seen["policy_loss"] + config.value_coefficient * seen["value_loss"]
+        assert float(outcome.loss.detach()) / batch.weight == pytest.approx(total, abs=1e-5)
+    assert float(rollout.advantages[rollout.answers.response].mean()) == pytest.approx(0.0, abs=1e-5)
+    assert float(rollout.advantages[rollout.answers.response].var(correction=0)) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_trainer_at_another_temperature_would_show_in_the_first_ratio(
+    lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
+) -> None:
+    players = players_of(lively_gpt, lively_scalar)
+    rollout, _ = round_of(players, config_of(temperature=0.7))
+    outcome = step(players, rollout, config_of(temperature=1.0))
+    assert abs(float(outcome.logged["ratio"]) / rollout.weight - 1.0) > 0.01
+
+
+@torch.no_grad()
+def test_looking_back_is_what_the_formulas_say(
+    lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
+) -> None:
+    players, config = players_of(lively_gpt, lively_scalar), config_of(unfinished_score=-7.0, lam=0.9, discount=0.97)
+    rollout, logged = round_of(players, config)
+    answers, mask = rollout.answers, rollout.answers.response
+    assert torch.equal(rollout.scores == -7.0, ~answers.finished)
+    judged = players.reward.score(answers.ids, answers.real)
+    assert torch.equal(rollout.scores[answers.finished], judged[answers.finished])
+    reference, _ = answer_log_probs(players.reference, answers, temperature=1.0)
+    torch.testing.assert_close(rollout.reference, reference)
+    torch.testing.assert_close(rollout.values, values_before(players.critic, answers))
+    # the first row by hand, from the end
+    (places,) = mask[0].nonzero(as_tuple=True)
+    following = next_value = 0.0
+    raw = {}
+    for t in reversed(places.tolist()):
+        reward = -0.1 * float(rollout.log_probs[0, t] - reference[0, t]) + (float(rollout.scores[0]) if not raw else 0.0)
+        following = reward + 0.97 * next_value - float(rollout.values[0, t]) + 0.97 * 0.9 * following
+        next_value, raw[t] = float(rollout.values[0, t]), following
+    for t, advantage in raw.items():
+        assert float(rollout.returns[0, t] - rollout.values[0, t]) == pytest.approx(advantage, abs=1e-3)
+    kl = ((rollout.log_probs - reference) * mask).sum(1)
+    assert logged["kl"] == pytest.approx(float(kl.mean()), abs=1e-4)
+    assert logged["kl_error"] == pytest.approx(float(kl.std()) / 4.0, abs=1e-4)  # sqrt(16) answers
+    assert logged["kl"] > 0.5 and logged["kl_k3"] > 0
+    assert logged["tokens"] == rollout.weight and logged["length"] == rollout.weight / 16
+    assert logged["finished"] == pytest.approx(float(answers.finished.float().mean()))
+
+
+@torch.no_grad()
+def test_degenerate_answers_get_the_fixed_score(
+    lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
+) -> None:
+    players = players_of(lively_gpt, lively_scalar)
+    end_rich = replace(config_of(), min_tokens=3, unfinished_score=-7.0)
+    with torch.no_grad():
+        players.policy.head.weight[END] *= 8  # it ends early now and then
+    rollout, logged = round_of(players, end_rich)
+    poor = degenerate(rollout.answers, min_tokens=3, max_repeats=1.0) | ~rollout.answers.finished
+    short = degenerate(rollout.answers, min_tokens=3, max_repeats=1.0) & rollout.answers.finished
+    assert bool(short.any()) and not bool(poor.all())
+    assert torch.equal(rollout.scores == -7.0, poor)
+    assert logged["degenerate"] == pytest.approx(float(poor.float().mean()))
+
+
+@torch.no_grad()
+def test_whitened_rewards_keep_their_mean(
+    lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
+) -> None:
+    players = players_of(lively_gpt, lively_scalar)
+    plain, _ = round_of(players, config_of(lam=1.0))
+    white, _ = round_of(players, config_of(lam=1.0, whiten_rewards=True))
+    mask = plain.answers.response
+    rewards = objective.token_rewards(plain.scores, plain.log_probs, plain.reference, mask, beta=0.1)
+    expected = torch.where(mask, (rewards - rewards[mask].mean()) / rewards[mask].std(correction=0) + rewards[mask].mean(), 0.0)
+    # with lambda 1 the return of an answer's first token is the sum of its rewards
+    first = mask & (mask.long().cumsum(1) == 1)
+    torch.testing.assert_close(white.returns[first], expected.sum(1), atol=1e-3, rtol=1e-4)
+    assert float((white.returns - plain.returns)[first].abs().max()) > 0.1
+
+
+def test_the_entropy_bonus_is_subtracted(
+    lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
+) -> None:
+    players = players_of(lively_gpt, lively_scalar)
+    rollout, logged = round_of(players, config_of())
+    with torch.no_grad():
+        without = step(players, rollout, config_of()).loss / rollout.weight
+        with_bonus = step(players, rollout, config_of(entropy_coefficient=0.5)).loss / rollout.weight
+    assert float(without - with_bonus) == pytest.approx(0.5 * logged["entropy"], abs=1e-4)
+
+
+def test_only_policy_and_critic_are_trained(sft_parts: Callable[[], Any], lively_scalar: Callable[..., ScalarModel]) -> None:
+    base = sft_parts()
+    reward = lively_scalar(5, vocab_size=base.model.config.vocab_size, layers=1)  # of another shape than the policy
+    players = make_players(base, reward)
+    assert players.policy is base.model
+    trained = {True: (players.policy, players.critic), False: (players.reference, players.reward)}
+    for flag, models in trained.items():
+        for model in models:
+            assert all(parameter.requires_grad is flag for parameter in model.parameters())
+            assert not model.training  # no dropout, anywhere
+    for a, b in zip(players.policy.parameters(), players.reference.parameters(), strict=True):
+        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(players.critic(ids), reward(ids))
+    assert players.critic.scalar.weight.data_ptr() != reward.scalar.weight.data_ptr()
+
+
+class Planted(ScalarModel):
+    """A judge that likes some tokens: the share of them in the answer, from -1 to 2."""
+
+    liked: Tensor
+    begin: int
+
+    def score(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Counts behind the last token that begins an answer."""
+        begins = (ids == self.begin).long()
+        behind = (begins.flip(1).cumsum(1).flip(1) == 0) & mask
+        found = torch.isin(ids, self.liked) & behind
+        return 3.0 * found.sum(1) / behind.sum(1).clamp(min=1) - 1.0
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, words: str = "happy lovely great kind sweet bright") -> None:
+    """PPO's reward model likes these words."""
+
+    def planted(directory: Any, base: Loaded, min_correlation: float) -> ScalarModel:
+        torch.manual_seed(4)
+        model = Planted(base.model.config)
+        model.start_from(base.model)
+        assert base.tokenizer is not None
+        own = {base.tokenizer.encode(f"is {word}")[-1] for word in words.split()}
+        model.liked = torch.tensor(sorted(own))
+        model.begin = base.tokenizer.control_ids["<|assistant|>"]
+        return model
+
+    monkeypatch.setattr(ppo, "load_reward", planted)
+
+
+import os
+LR=float(os.environ.get('LR','3e-4'))
+MINI = Config(
+    iterations=10, batch_size=32, minibatch_size=16, epochs=2, max_prompt_tokens=40, max_new_tokens=18, beta=0.02,
+    beta_floor=0.02, kl_budget=8.0, min_tokens=1, max_repeats=0.6, save_every=4,
+    optim=OptimConfig(learning_rate=1e-3, eps=1e-5, schedule="linear", warmup=0.05),
+)  # fmt: skip
+
+
+@pytest.fixture
+def planted_bench(sft_bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The miniature road with a reward that is known to be right."""
+    plant(monkeypatch)
+    return sft_bench.with_(reward=sft_bench.inputs["sft"])
+
+
+def rows_of(directory: Path) -> list[dict[str, Any]]:
+    return read_metrics(directory / "metrics.jsonl")
+
+
+def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: Path) -> None:
+    directory = tmp_path / "ppo"
+    report = planted_bench.run(ppo, MINI, directory)
+    rows = rows_of(directory)
+    assert [row["step"] for row in rows] == list(range(11))
+    best = report.facts["best"]
+    assert best["score"] > rows[0]["score"] + 0.25
+    assert abs(rows[0]["kl"]) < 1e-4 and abs(rows[0]["kl_k3"]) < 1e-4  # policy and reference are the same at first
+    assert all(row["sampler_gap"] < 1e-4 for row in rows)
+    assert 0.05 < best["kl"] <= MINI.kl_budget
+    measured = {measure.name: (measure.before, measure.after) for measure in report.measures}
+    assert measured["reward model's score (training prompts)"] == (pytest.approx(rows[0]["score"], abs=1e-6), best["score"])
+    assert measured["KL to the SFT model"] == (0.0, best["kl"])
+    for row in rows[:-1]:
+        assert {"policy_loss", "value_loss", "clip_fraction", "entropy", "explained_variance", "beta"} <= set(row)
+    # the learning rate falls linearly to 0
+    rates = [row["learning_rate"] for row in rows[:-1]]
+    assert rates == pytest.approx([1e-3 * (1 - n / 10) for n in range(10)], abs=1e-6)
+    assert report.facts["stopped"] == "all rounds done"
+
+    # what is kept is the policy that gave the best answers: sampling again gives their score and KL
+    admissible = [row for row in rows if row["kl"] <= 8.0 and row["distinct_2"] >= 0.8 * rows[0]["distinct_2"]]
+    assert best["score"] == pytest.approx(max(row["score"] for row in admissible), abs=1e-6)
+    score, kl = measured_again(planted_bench, directory / str(report.model), best["step"])
+    assert score == pytest.approx(best["score"], abs=1e-4)
+    assert kl == pytest.approx(best["kl"], abs=1e-3)
+
+
+def measured_again(bench: Any, saved: Path, round_: int) -> tuple[float, float]:
+    kept, base = load_parts(saved), load_parts(bench.inputs["sft"])
+    tokenizer, template = kept.tokenizer, kept.template
+    assert tokenizer is not None and template is not None
+    dialogues = list(read_records(bench.inputs["data"] / "dialogues-train.jsonl", Dialogue))
+    prompts = prompts_from(dialogues, template, tokenizer, max_tokens=40, most=4_000)
+    chosen = SampleOrder(len(prompts), 11).take(round_ * 32, 32)
+    answers = sample_answers(
+        kept.model, [prompts[n] for n in chosen], end=tokenizer.control_ids["<|end|>"], max_new_tokens=18,
+        temperature=1.0, seed_parts=(11, "ppo", round_),
+    )  # fmt: skip
+    judge = ppo.load_reward("", base, 0.0)
+    players = Players(kept.model, base.model, judge, judge)
+    _, logged = look_back(players, answers, 0.0, MINI)
+    return logged["score"], logged["kl"]
+
+
+def test_it_stops_beyond_the_kl_budget_and_keeps_the_best_within(planted_bench: Any, tmp_path: Path) -> None:
+    config = replace(MINI, kl_budget=0.4, kl_target=0.0, beta=0.0, iterations=10, optim=replace(MINI.optim, learning_rate=3e-3))
+    report = planted_bench.run(ppo, config, tmp_path / "ppo")
+    rows = rows_of(tmp_path / "ppo")
+    assert "beyond the budget of 0.4 nats" in report.facts["stopped"]
+    assert report.facts["rounds"] == len(rows) - 1 < 10
+    assert rows[-1]["kl"] > 0.4 and all(row["kl"] <= 0.4 for row in rows[:-1])
+    assert report.facts["best"]["kl"] <= 0.4 and report.facts["best"]["step"] < rows[-1]["step"]
+    assert (tmp_path / "ppo" / str(report.model) / "model.safetensors").is_file()
+    assert [row["beta"] for row in rows] == [0.0] * len(rows)  # a target of 0 keeps beta as it is
+
+
+def test_a_best_without_variety_is_not_kept(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = iter([0.8, 0.7, 0.6, 0.5])  # 0.64 is 80 % of the first
+    monkeypatch.setattr(ppo, "distinct", lambda texts: next(shares))
+    scores = iter([0.0, 0.5, 1.0, 2.0])
+    real = ppo.look_back
+
+    def scored(*arguments: Any) -> Any:
+        rollout, logged = real(*arguments)
+        return rollout, {**logged, "score": next(scores)}
+
+    monkeypatch.setattr(ppo, "look_back", scored)
+    report = planted_bench.run(ppo, replace(MINI, iterations=3, batch_size=8, minibatch_size=8), tmp_path / "ppo")
+    assert report.facts["best"]["step"] == 1 and report.facts["best"]["score"] == 0.5
+
+
+def test_beta_follows_the_kl(planted_bench: Any, tmp_path: Path) -> None:
+    config = replace(
+        MINI, iterations=3, batch_size=8, minibatch_size=8, beta=0.5, beta_floor=0.3, kl_target=3.0, kl_horizon=40.0,
+        optim=replace(MINI.optim, learning_rate=1e-4),
+    )  # fmt: skip
+    planted_bench.run(ppo, config, tmp_path / "ppo")
+    rows = rows_of(tmp_path / "ppo")
+    assert all(row["kl"] < 2.0 for row in rows)
+    # far below the target: 0.5 x (1 - 0.2 x 8 / 40) = 0.48 and so on
+    assert [row["beta"] for row in rows] == pytest.approx([0.5, 0.48, 0.4608, 0.442368], abs=1e-6)
+
+
+def test_a_sampler_that_disagrees_stops_the_run(
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ppo.sample_answers
+
+    def hotter(*arguments: Any, **settings: Any) -> Answers:
+        return real(*arguments, **{**settings, "temperature": 1.3})
+
+    monkeypatch.setattr(ppo, "sample_answers", hotter)
+    with pytest.raises(UserError, match="stopped in round 0: sampler and trainer disagree"):
+        planted_bench.run(ppo, MINI, tmp_path / "ppo")
+
+
+def stage_with_reward(reward_bench: Any, directory: Path, **facts: Any) -> Path:
+    """A copy of the reward stage whose result says something else."""
+    shutil.copytree(reward_bench.inputs["reward"], directory)
+    result = checkpoint.read_json(directory / "result.json")
+    result["facts"] = facts
+    checkpoint.write_json(directory / "result.json", result)
+    return directory
+
+
+def test_a_weak_reward_model_is_refused_with_the_reason(reward_bench: Any, tmp_path: Path) -> None:
+    weak = stage_with_reward(reward_bench, tmp_path / "weak", held_out_correlation=0.31)
+    with pytest.raises(UserError, match=r"correlation with held-out ratings is 0\.31, PPO wants 0\.6.*exploited") as caught:
+        reward_bench.with_(reward=weak).run(ppo, MINI, tmp_path / "ppo")
+    assert "min_correlation" in str(caught.value)  # and how to go on all the same
+    assert not (tmp_path / "ppo" / "checkpoints").exists()
+    unknown = stage_with_reward(reward_bench, tmp_path / "unknown")
+    with pytest.raises(UserError, match="is not known"):
+        reward_bench.with_(reward=unknown).run(ppo, MINI, tmp_path / "ppo")
+
+
+def test_a_good_reward_model_is_taken(reward_bench: Any, sft_parts: Callable[[], Any]) -> None:
+    base = sft_parts()
+    reward = load_reward(reward_bench.inputs["reward"], base, 0.6)
+    result = checkpoint.read_json(reward_bench.inputs["reward"] / "result.json")
+    saved = checkpoint.Checkpoint(reward_bench.inputs["reward"] / result["model"])
+    assert torch.equal(reward.scale, saved.tensors("model")["scale"]) and float(reward.scale) != 1.0
+
+
+def test_what_is_no_reward_model_or_speaks_other_tokens_is_refused(
+    reward_bench: Any, sft_parts: Callable[[], Any], tmp_path: Path
+) -> None:
+    base = sft_parts()
+    with pytest.raises(UserError, match="holds no reward model"):
+        load_reward(reward_bench.inputs["sft"], base, 0.6)
+    other = replace(base, tokenizer=Tokenizer.train(["a b c a b c"], 266))
+    with pytest.raises(UserError, match="another tokenizer"):
+        load_reward(reward_bench.inputs["reward"], other, 0.6)
+    broken = stage_with_reward(reward_bench, tmp_path / "broken", held_out_correlation=0.9)
+    file = next((broken / "checkpoints").glob("*/model.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        load_reward(broken, base, 0.6)
+
+
+def test_ppo_with_the_trained_reward_model_improves_the_mood(reward_bench: Any, tmp_path: Path, babble: Any) -> None:
+    """The whole chain: ratings -> reward model -> policy; good words become more frequent, bad ones rarer."""
+    config = replace(MINI, min_correlation=0.5, iterations=14, batch_size=64, minibatch_size=32, optim=replace(MINI.optim, learning_rate=LR))
+    print(LR)
+    report = reward_bench.run(ppo, config, tmp_path / "ppo")
+    print([(r['score'],r['kl'],r['length'],r['finished'],r['distinct_2']) for r in rows_of(tmp_path/'ppo')])
+    first, best = report.measures[0].before, report.measures[0].after
+    assert first is not None and best is not None and best > first + 0.2
+
+    def mood(directory: Path) -> float:
+        parts = load_parts(directory)
+        assert parts.tokenizer is not None and parts.template is not None
+        prompts = [
+            parts.template.encode([{"role": "user", "content": f"How is the {thing} number {n}?"}], parts.tokenizer,
+                                  add_generation_prompt=True).ids
+            for thing in babble.THINGS for n in range(8)
+        ]  # fmt: skip
+        end = parts.tokenizer.control_ids["<|end|>"]
+        answers = sample_answers(parts.model, prompts, end=end, max_new_tokens=18, temperature=1.0, seed_parts=("mood",))
+        words = [word for text in ppo.texts_of(answers, parts.tokenizer) for word in text.replace(".", "").split()]
+        return (sum(word in babble.GOOD for word in words) - sum(word in babble.BAD for word in words)) / len(prompts)
+
+    print("MOOD", mood(tmp_path / "ppo" / str(report.model)), mood(reward_bench.inputs["sft"]), best, first)
+    assert mood(tmp_path / "ppo" / str(report.model)) > mood(reward_bench.inputs["sft"]) + 0.1
+
+
+def test_a_signal_stops_after_the_round(
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle, and in the last round, which counts no step: nothing is done twice."""
+    config = replace(MINI, iterations=2, batch_size=8, minibatch_size=8)
+    calls = []
+    real = ppo.look_back
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) in (1, 3):
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(ppo, "look_back", interrupted)
+    for message in ("saved at round 1", "saved at round 2"):
+        with pytest.raises(Interrupted, match=message):
+            planted_bench.run(ppo, config, tmp_path / "ppo")
+    report = planted_bench.run(ppo, config, tmp_path / "ppo")
+    assert len(calls) == 4 and report.facts["rounds"] == 2
+    assert [row["step"] for row in rows_of(tmp_path / "ppo")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"batch_size": 10, "minibatch_size": 4}, {"temperature": 0.0}, {"temperature": -1.0}]
+)
+def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Config(**settings)
+
+
+def test_prompts_that_are_all_too_long_are_an_error(planted_bench: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="raise max_prompt_tokens"):
+        planted_bench.run(ppo, replace(MINI, max_prompt_tokens=4), tmp_path / "ppo")
+
+
+def test_a_base_model_is_refused(pretrain_bench: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no chat template"):
+        pretrain_bench.run(ppo, replace(MINI, base="pretrain"), tmp_path / "ppo")
+
+
+def test_the_defaults_are_sane() -> None:
+    config = Config()
+    assert config.kl_target < config.kl_budget and config.beta >= config.beta_floor > 0
+    assert math.isclose(config.optim.eps, 1e-5)
+    assert GPTConfig.preset("modern-tiny").context >= config.max_prompt_tokens + config.max_new_tokens

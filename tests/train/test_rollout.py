@@ -1,0 +1,160 @@
+"""Rollouts: sampler and trainer agree on every token, values stand before their tokens, answers are judged as said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from chatwright.chat import NATIVE
+from chatwright.data.examples import Dialogue
+from chatwright.model.gpt import GPT
+from chatwright.model.heads import ScalarModel
+from chatwright.tokenizer import Tokenizer
+from chatwright.train.rollout import (
+    Answers,
+    answer_log_probs,
+    degenerate,
+    distinct,
+    prompts_from,
+    sample_answers,
+    texts_of,
+    values_before,
+)
+
+END = 5
+PROMPTS = [[7, 8, 9], [11], [20, 21, 22, 23, 24, 25, 26, 27, 28], [40, 41]] * 3
+
+
+def sampled(model: GPT, temperature: float, **changes: Any) -> Answers:
+    settings: dict[str, Any] = {"end": END, "max_new_tokens": 12, "seed_parts": (1, "test"), **changes}
+    return sample_answers(model, PROMPTS, temperature=temperature, **settings)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("preset", ["modern", "gpt2"])
+def test_sampler_and_trainer_agree_on_log_probabilities(
+    lively_gpt: Callable[..., GPT], temperature: float, preset: str
+) -> None:
+    shape = {} if preset == "modern" else {"position": "learned", "norm": "layer", "activation": "gelu_tanh", "bias": True}
+    model = lively_gpt(3, **shape)
+    answers = sampled(model, temperature)
+    with torch.no_grad():
+        found, _ = answer_log_probs(model, answers, temperature=temperature)
+        other, _ = answer_log_probs(model, answers, temperature=1.0 if temperature < 1 else 0.7)
+    assert float((found - answers.sampled).abs().max()) < 1e-4
+    assert float((found * ~answers.response).abs().max()) == 0.0
+    # the mutation: logits divided by another temperature than they were drawn with
+    assert float((other - answers.sampled).abs().max()) > 0.1
+
+
+@torch.no_grad()
+def test_log_probabilities_are_those_of_each_row_alone(lively_gpt: Callable[..., GPT]) -> None:
+    model = lively_gpt(4)
+    answers = sampled(model, 0.7)
+    found, spread = answer_log_probs(model, answers, temperature=0.7, with_entropy=True)
+    for row, prompt in enumerate(PROMPTS[:4]):
+        ids = answers.ids[row][answers.real[row]]
+        log_p = (model(ids[None])[0] / 0.7).log_softmax(-1)
+        for t in range(len(prompt), len(ids)):
+            assert float(found[row, t]) == pytest.approx(float(log_p[t - 1, ids[t]]), abs=1e-4)
+            expected = -float((log_p[t - 1].exp() * log_p[t - 1]).sum())
+            assert float(spread[row, t]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_answers_know_where_they_begin_and_whether_they_end(lively_gpt: Callable[..., GPT]) -> None:
+    model = lively_gpt(5, vocab_size=12)
+    prompts = [[number % 12 for number in prompt] for prompt in PROMPTS]
+    answers = sample_answers(model, prompts, end=END, max_new_tokens=12, temperature=1.0, seed_parts=(2,))
+    assert 0 < int(answers.finished.sum()) < len(prompts)  # some of each kind
+    for row, prompt in enumerate(prompts):
+        ids = answers.ids[row][answers.real[row]].tolist()
+        answer = answers.ids[row][answers.response[row]].tolist()
+        assert ids == [*prompt, *answer]
+        assert 1 <= len(answer) <= 12
+        assert END not in answer[:-1]
+        assert bool(answers.finished[row]) == (answer[-1] == END)
+        assert bool(answers.finished[row]) or len(answer) == 12
+
+
+def test_each_answer_has_a_random_stream_of_its_own(lively_gpt: Callable[..., GPT]) -> None:
+    model = lively_gpt(6)
+    whole = sampled(model, 1.0)
+    few = sampled(model, 1.0, max_batch=3)
+    assert torch.equal(whole.ids, few.ids)
+    again = sampled(model, 1.0, seed_parts=(1, "other"))
+    assert not torch.equal(whole.ids[:, :4], again.ids[:, :4])
+    assert whole.ids[0].tolist() != whole.ids[4].tolist()  # the same prompt, another number
+
+
+@torch.no_grad()
+def test_values_stand_before_their_tokens(
+    lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
+) -> None:
+    answers, critic = sampled(lively_gpt(3), 1.0), lively_scalar(2)
+    values = values_before(critic, answers)
+    outputs = critic(answers.ids, mask=answers.real)
+    for row, t in answers.response.nonzero().tolist():
+        assert float(values[row, t]) == float(outputs[row, t - 1])
+    assert float((values * ~answers.response).abs().max()) == 0.0
+    # the mutation: not shifted
+    assert float((torch.where(answers.response, outputs, 0.0) - values).abs().max()) > 0.1
+
+
+def answers_of(*rows: list[int], prompt: int = 2) -> Answers:
+    width = prompt + max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    response = torch.zeros(len(rows), width, dtype=torch.bool)
+    for row, answer in enumerate(rows):
+        ids[row, prompt : prompt + len(answer)] = torch.tensor(answer)
+        response[row, prompt : prompt + len(answer)] = True
+    real = response.clone()
+    real[:, :prompt] = True
+    return Answers(ids, real, response, torch.ones(len(rows), dtype=torch.bool), torch.zeros(len(rows), width))
+
+
+def test_degenerate_answers() -> None:
+    answers = answers_of(
+        [1, 2, 3, 4, END],  # four tokens and the end: fine
+        [1, 2, 3, END],  # three tokens: too short
+        [1, 2, 1, 2, 1, 2, END],  # bigrams 12 21 12 21 12 2E: 3 different of 6, half are repeats
+        [1, 2, 3, 1, 2, 4, END],  # 12 23 31 12 24 4E: one repeat of 6
+        [END],
+    )
+    assert degenerate(answers, min_tokens=4, max_repeats=0.3).tolist() == [False, True, True, False, True]
+    assert degenerate(answers, min_tokens=3, max_repeats=0.5).tolist() == [False, False, False, False, True]
+    assert degenerate(answers, min_tokens=3, max_repeats=0.1).tolist() == [False, False, True, True, True]
+
+
+def test_rows_of_answers() -> None:
+    answers = answers_of([1, 2, 3], [4, 5, 6])
+    chosen = answers.rows(torch.tensor([1]))
+    assert chosen.ids.tolist() == [[0, 0, 4, 5, 6]] and chosen.finished.tolist() == [True]
+
+
+def test_texts_are_the_answers_without_prompt_and_end(chat_tokenizer: Tokenizer) -> None:
+    ids = [*chat_tokenizer.encode("The cat sleeps."), chat_tokenizer.control_ids["<|end|>"]]
+    assert texts_of(answers_of(ids), chat_tokenizer) == ["The cat sleeps."]
+
+
+def test_distinct_n() -> None:
+    # bigrams: a b, b a, a b; b a, a c -> (a b), (b a), (a c) are 3 of 5
+    assert distinct(["a b a b", "b a c"]) == pytest.approx(3 / 5)
+    assert distinct(["a b a b", "b a c"], n=1) == pytest.approx(3 / 7)
+    assert distinct(["", "word"]) == 0.0
+
+
+def test_prompts_are_users_turns_with_what_stands_before_them(chat_tokenizer: Tokenizer) -> None:
+    turns = [(role, f"{role[0]}{n}") for n in range(4) for role in ("user", "assistant")]
+    dialogue = Dialogue.of([{"role": role, "content": content} for role, content in turns])
+    long = Dialogue.of([{"role": "user", "content": "word " * 100}])
+
+    def encoded(turns: int) -> list[int]:
+        return NATIVE.encode(dialogue.messages[:turns], chat_tokenizer, add_generation_prompt=True).ids
+
+    found = prompts_from([long, dialogue], NATIVE, chat_tokenizer, max_tokens=60, most=10)
+    assert found == [encoded(1), encoded(3), encoded(5)]  # three at most from one conversation
+    assert prompts_from([dialogue], NATIVE, chat_tokenizer, max_tokens=len(encoded(3)), most=10) == found[:2]
+    assert prompts_from([dialogue] * 9, NATIVE, chat_tokenizer, max_tokens=60, most=4) == [*found, found[0]]

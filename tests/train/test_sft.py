@@ -1,0 +1,156 @@
+"""Supervised fine-tuning: the loss mask, the end token, and that a miniature learns to answer and to stop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chatwright import checkpoint
+from chatwright.chat import NATIVE
+from chatwright.config import UserError
+from chatwright.data.examples import Dialogue
+from chatwright.data.loader import SampleOrder
+from chatwright.data.packing import PackedRow
+from chatwright.language_model import load, load_parts
+from chatwright.tokenizer import Tokenizer
+from chatwright.train import sft
+from chatwright.train.loop import FitConfig
+from chatwright.train.sft import check_end_is_learnt, read_records, rows_of
+
+
+def dialogues_file(directory: Path, *conversations: list[tuple[str, str]]) -> Path:
+    file = directory / "dialogues.jsonl"
+    made = [Dialogue.of([{"role": role, "content": content} for role, content in turns]) for turns in conversations]
+    file.write_text("".join(dialogue.to_json() + "\n" for dialogue in made), encoding="utf-8")
+    return file
+
+
+def test_answers_and_their_end_tokens_are_learnt_and_nothing_else(tmp_path: Path, chat_tokenizer: Tokenizer) -> None:
+    file = dialogues_file(tmp_path, [("user", "How is the cat?"), ("assistant", "The cat is old.")])
+    (row,) = rows_of(file, NATIVE, chat_tokenizer, 64, packing=True)
+    learnt = [token for token, flag in zip(row.ids, row.mask, strict=True) if flag]
+    rest = [token for token, flag in zip(row.ids, row.mask, strict=True) if not flag]
+    assert learnt == [*chat_tokenizer.encode("The cat is old."), chat_tokenizer.control_ids["<|end|>"]]
+    controls = chat_tokenizer.control_ids
+    question = chat_tokenizer.encode("How is the cat?")
+    assert rest == [controls["<|user|>"], *question, controls["<|end|>"], controls["<|assistant|>"]]
+    check_end_is_learnt([row], NATIVE, chat_tokenizer)
+
+
+def test_a_mask_that_leaves_the_end_token_out_is_refused(tmp_path: Path, chat_tokenizer: Tokenizer) -> None:
+    file = dialogues_file(tmp_path, [("user", "How?"), ("assistant", "Well.")])
+    rows = rows_of(file, NATIVE, chat_tokenizer, 64, packing=True)
+    end = chat_tokenizer.control_ids["<|end|>"]
+    broken = [
+        replace(row, mask=[flag and token != end for token, flag in zip(row.ids, row.mask, strict=True)])
+        for row in rows
+    ]
+    with pytest.raises(UserError, match="would never stop talking"):
+        check_end_is_learnt(broken, NATIVE, chat_tokenizer)
+    # the end of a user's turn does not count either
+    asked = PackedRow([end, 40], [False, True], [1, 1], [0, 1])
+    with pytest.raises(UserError, match="would never stop talking"):
+        check_end_is_learnt([asked], NATIVE, chat_tokenizer)
+
+
+def test_a_stage_whose_answers_are_all_cut_off_is_refused(
+    pretrain_bench: Any, tmp_path: Path, make_fit: Callable[..., FitConfig]
+) -> None:
+    turns = [("user", "Tell me a story"), ("assistant", "And then the cat sees the river. " * 40)]
+    for side in ("train", "validation"):
+        dialogues_file(tmp_path, turns).rename(tmp_path / f"dialogues-{side}.jsonl")
+    bench = pretrain_bench.with_(data=tmp_path)
+    with pytest.raises(UserError, match="would never stop talking"):
+        bench.run(sft, sft.Config(fit=make_fit(steps=2)), tmp_path / "sft")
+    assert not (tmp_path / "sft" / "checkpoints").exists()
+
+
+def test_conversations_without_an_answer_are_refused(tmp_path: Path, chat_tokenizer: Tokenizer) -> None:
+    file = dialogues_file(tmp_path, [("user", "Hello?")])
+    with pytest.raises(UserError, match="no conversation with an assistant's answer"):
+        rows_of(file, NATIVE, chat_tokenizer, 64, packing=True)
+
+
+def test_missing_and_damaged_records_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing\.jsonl does not exist"):
+        list(read_records(tmp_path / "nothing.jsonl", Dialogue))
+    (tmp_path / "bad.jsonl").write_text('{"id": "x"}\n')
+    with pytest.raises(UserError, match=r"bad\.jsonl is damaged"):
+        list(read_records(tmp_path / "bad.jsonl", Dialogue))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}\n')
+    with pytest.raises(UserError, match=r"latin\.jsonl is damaged"):
+        list(read_records(tmp_path / "latin.jsonl", Dialogue))
+
+
+def test_a_base_without_a_model_is_refused(data_bench: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no model"):
+        data_bench.run(sft, sft.Config(base=str(tmp_path)), tmp_path / "sft")
+
+
+def test_the_miniature_learns_to_answer(sft_bench: Any) -> None:
+    directory = sft_bench.inputs["sft"]
+    result = checkpoint.read_json(directory / "result.json")
+    extra = checkpoint.Checkpoint(directory / result["model"]).state()["progress"]["extra"]
+    assert extra["after"]["held_out_loss"] < 0.5 * extra["before"]["held_out_loss"]
+    model = load(directory)
+    answers = [
+        model.engine.generate([model.chat_request([{"role": "user", "content": f"How is the {thing} number 7?"}],
+                                                  max_new_tokens=24, seed=n)[0]])[0]
+        for n, thing in enumerate(("cat", "road", "river", "song", "friend", "winter"))
+    ]  # fmt: skip
+    assert sum(answer.finish_reason == "stop" for answer in answers) >= 5  # it has learnt to stop
+    assert sum(" is " in answer.text for answer in answers) >= 5  # and how answers go
+
+
+def test_the_saved_directory_chats_by_itself(sft_bench: Any, tmp_path: Path) -> None:
+    result = checkpoint.read_json(sft_bench.inputs["sft"] / "result.json")
+    copied = tmp_path / "elsewhere"
+    import shutil
+
+    shutil.copytree(sft_bench.inputs["sft"] / result["model"], copied)
+    assert sorted(file.name for file in copied.iterdir()) == [
+        "chat_template.jinja", "model.safetensors", "state.json", "tokenizer.json",
+    ]  # fmt: skip
+    assert isinstance(load(copied).chat([{"role": "user", "content": "Hi"}], max_new_tokens=4, seed=1), str)
+
+
+def test_rows_do_not_depend_on_the_portions(sft_bench: Any, sft_parts: Callable[[], Any]) -> None:
+    parts = sft_parts()
+    file = sft_bench.inputs["data"] / "dialogues-train.jsonl"
+    rows = rows_of(file, parts.template, parts.tokenizer, 64, packing=True)
+    source = sft.Rows(rows, 64, SampleOrder(len(rows), 3))
+    whole = source.take(5, 12)
+    parted = [source.take(5 + n, 3) for n in range(0, 12, 3)]
+    assert torch.equal(torch.cat([part.ids for part in parted]), whole.ids)
+    assert sum(part.weight for part in parted) == whole.weight
+
+
+def test_packing_changes_the_number_of_rows_and_not_what_is_learnt(
+    sft_bench: Any, sft_parts: Callable[[], Any]
+) -> None:
+    parts = sft_parts()
+    file = sft_bench.inputs["data"] / "dialogues-train.jsonl"
+    packed, alone = (rows_of(file, parts.template, parts.tokenizer, 160, packing=flag) for flag in (True, False))
+    assert len(packed) < 0.8 * len(alone)
+    assert sum(sum(row.mask) for row in packed) == sum(sum(row.mask) for row in alone)
+
+
+def test_the_held_out_part_is_limited_by_rows_of_tokens(sft_bench: Any, sft_parts: Callable[[], Any]) -> None:
+    parts = sft_parts()
+    file = sft_bench.inputs["data"] / "dialogues-train.jsonl"
+    few = rows_of(file, parts.template, parts.tokenizer, 160, packing=True, limit=4)
+    assert 4 <= len(few) <= 7
+    assert len(json.loads(file.read_text().splitlines()[0])["messages"]) == 4
+
+
+def test_a_model_that_is_not_a_language_model_is_no_base(reward_bench: Any, tmp_path: Path) -> None:
+    bench = reward_bench.with_(sft=reward_bench.inputs["reward"])
+    with pytest.raises(UserError, match="not a language model"):
+        bench.run(sft, sft.Config(base="sft"), tmp_path / "sft")
+    assert load_parts(reward_bench.inputs["sft"]).template == NATIVE
