@@ -59,7 +59,7 @@ def parse(
     swallowed = io.StringIO()
     try:
         with redirect_stderr(swallowed):
-            namespace = parser.parse_args(list(argv))
+            namespace = parser.parse_args(_with_values(argv, _switches(cls)))
             made = parser.instantiate(namespace)
         values = {field.name: getattr(made, field.name) for field in _fields(cls)}
     except SystemExit as stop:
@@ -69,6 +69,26 @@ def parse(
     except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
         raise UsageError(_explain(str(error), _option_names(parser))) from None
     return cls(**values), {name.rstrip("?"): getattr(namespace, name.rstrip("?")) for name in positionals or {}}
+
+
+def _switches(cls: Any, prefix: str = "--") -> set[str]:
+    """The options that are true or false, those of nested settings included."""
+    import typing
+
+    found: set[str] = set()
+    for name, kind in typing.get_type_hints(cls).items():
+        if kind is bool:
+            found.add(f"{prefix}{name}")
+        elif dataclasses.is_dataclass(kind):
+            found |= _switches(kind, f"{prefix}{name}.")
+    return found
+
+
+def _with_values(argv: Sequence[str], switches: set[str]) -> list[str]:
+    """`--force` alone means `--force true`."""
+    values = ("true", "false", "yes", "no")
+    alone = [number + 1 == len(argv) or argv[number + 1].lower() not in values for number in range(len(argv))]
+    return [f"{one}=true" if one in switches and bare else one for one, bare in zip(argv, alone, strict=True)]
 
 
 def _fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:

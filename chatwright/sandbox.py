@@ -14,7 +14,8 @@ from contextvars import ContextVar
 from typing import Any
 
 from jinja2 import Template, TemplateRuntimeError, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 STEPS = 200_000

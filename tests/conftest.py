@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from chatwright import checkpoint
 from chatwright.chat import NATIVE
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
+
+# How long an example takes says nothing on a machine that does other things as well.
+settings.register_profile("chatwright", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("chatwright")
 
 TEXTS = ("Hello there, how are you today?", "I am fine, thank you. And you?", "naïve café — 東京 🙂", "don't 1234 stop!")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -185,7 +186,9 @@ def test_rendering_is_transformers(template: ChatTemplate, tmp_path: Path) -> No
     from transformers import PreTrainedTokenizerFast
 
     TOKENIZER.save(tmp_path)
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=template.source)
+    theirs: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=template.source
+    )
     for messages in (say("Hi", "Hello ", "x\ny"), say("Hi", system="Be brief.")):
         for ask in (False, True):
             wanted = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
@@ -315,7 +318,7 @@ def test_hostile_templates_fail_in_one_line_and_soon(source: str) -> None:
     started = time.monotonic()
     with pytest.raises(UserError, match=r"^the chat template"):
         ChatTemplate(source, "<|end|>").render(say("Hi"))
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 20.0  # without limits: for ever, or until the memory is full
 
 
 @pytest.mark.parametrize(

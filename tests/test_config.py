@@ -77,6 +77,14 @@ def test_types() -> None:
     assert isinstance(made.inner, Inner)
 
 
+def test_a_switch_needs_no_value() -> None:
+    assert parsed("--flag").flag and parsed("--flag", "true").flag and parsed("--flag=true", "--steps", "1").flag
+    assert not parsed("--flag", "false").flag
+    made, names = parse(Outer, ["--flag", "m"], prog="t", positionals={"model": "A model."})
+    assert made.flag and names == {"model": "m"}
+    assert parsed("--flag", "--steps", "1") == Outer(1, flag=True)
+
+
 def test_positionals() -> None:
     positionals = {"model": "A model.", "other?": "Another."}
     assert parse(Outer, ["m"], prog="t", positionals=positionals) == (Outer(), {"model": "m", "other": None})
@@ -94,7 +102,7 @@ def test_positionals() -> None:
         (("--steps", "many"), "steps"),
         (("--steps", "1.5"), "steps"),
         (("--inner.mode", "warp"), "mode"),
-        (("--flag", "perhaps"), "flag"),
+        (("--flag=perhaps",), "flag"),
         (("--steps", "-1"), "steps must not be negative"),
         (("--steps",), "steps"),
         (("stray",), "stray"),

@@ -80,7 +80,7 @@ def test_nothing_is_read_as_markup(printed: io.StringIO) -> None:
 
 def test_without_a_terminal_a_line_now_and_then(printed: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     with progress_bar("sft") as bar:
         for share in (0.5, 0.6, 0.7, 0.9, 1.0):  # a resumed stage begins at a half
             bar.update(share, f"at {share}")

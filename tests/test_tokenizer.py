@@ -80,7 +80,7 @@ def test_control_tokens_stand_for_no_bytes() -> None:
 def test_the_byte_table_is_gpt2s() -> None:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    assert byte_alphabet() == {character: byte for byte, character in bytes_to_unicode().items()}
+    assert byte_alphabet() == {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
 
 
 def test_each_byte_and_the_size() -> None:
@@ -96,7 +96,7 @@ def in_transformers(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[n
 
     directory = tmp_path_factory.mktemp("tokenizer")
     TOKENIZER.save(directory)
-    return PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+    return PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))  # type: ignore[no-untyped-call]
 
 
 @settings(max_examples=50)

@@ -148,12 +148,17 @@ class Rollout:
 
 @dataclass
 class Players:
-    """The four models: what is trained, what it is compared with, what judges, what predicts the judgement."""
+    """The four models: what is trained, what it is compared with, what judges, what predicts the judgement.
+
+    Policy and reference compute in float32: their difference is the KL, and the first ratio must be 1. Reward model and
+    critic compute in `dtype`.
+    """
 
     policy: GPT
     reference: GPT
     reward: ScalarModel
     critic: ScalarModel
+    dtype: torch.dtype = torch.float32
 
 
 @torch.no_grad()
@@ -164,8 +169,9 @@ def look_back(players: Players, answers: Answers, beta: float, config: Config) -
         players.policy, answers, temperature=config.temperature, with_entropy=True
     )
     reference, _ = answer_log_probs(players.reference, answers, temperature=config.temperature)
-    values = values_before(players.critic, answers)
-    scores = players.reward.score(answers.ids, answers.real)
+    with runtime.autocast(players.dtype):
+        values = values_before(players.critic, answers)
+        scores = players.reward.score(answers.ids, answers.real)
     poor = degenerate(answers, min_tokens=config.min_tokens, max_repeats=config.max_repeats) | ~answers.finished
     scores = torch.where(poor, config.unfinished_score, scores)
     rewards = objective.token_rewards(scores, log_probs, reference, mask, beta=beta)
@@ -199,7 +205,8 @@ def step(players: Players, batch: Rollout, config: Config) -> Step:
     log_probs, spread = answer_log_probs(
         players.policy, batch.answers, temperature=config.temperature, with_entropy=True
     )
-    values = values_before(players.critic, batch.answers)
+    with runtime.autocast(players.dtype):
+        values = values_before(players.critic, batch.answers)
     actor = objective.policy_loss(log_probs, batch.log_probs, batch.advantages, mask, clip=config.clip)
     critic = objective.value_loss(values, batch.values, batch.returns, mask, clip=config.value_clip)
     bonus = objective.masked_mean(spread, mask)
@@ -230,6 +237,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     if not prompts:
         raise UserError(f"no prompt in {records} has at most {longest} tokens; raise max_prompt_tokens")
     runtime.tune_allocator()
+    torch.manual_seed(runtime.seed_for(workspace.seed, "ppo"))
     players = make_players(base, reward)
     trainer = Trainer(
         {"model": players.policy, "critic": players.critic},
@@ -268,7 +276,7 @@ def make_players(base: Loaded, reward: ScalarModel) -> Players:
     critic.load_state_dict(reward.state_dict())
     for frozen in (reference, reward):
         frozen.requires_grad_(False)
-    players = Players(policy, reference.to(device), reward.to(device), critic.to(device))
+    players = Players(policy, reference.to(device), reward.to(device), critic.to(device), runtime.compute_dtype())
     for model in (players.policy, players.reference, players.reward, players.critic):
         model.eval()  # no dropout, neither in rollouts nor in updates
     return players

@@ -53,7 +53,7 @@ class Config:
     """Length and portions of training; a sample is a prompt with its K answers."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            name="adamw", learning_rate=5e-4, schedule="trapezoid", decay=0.7, weight_decay=0.01
+            name="adamw", learning_rate=1e-3, schedule="trapezoid", decay=0.7, weight_decay=0.01
         )
     )
     """Optimiser and schedule."""
@@ -258,8 +258,19 @@ def run(config: Config, workspace: Workspace) -> Report:
         model=saved,
         facts={"comparisons": len(train), "steps": fitted.progress.step,
                "held_out_correlation": after["held_out_correlation"],
-               "held_out_accuracy": after["held_out_accuracy"]},
+               "held_out_accuracy": after["held_out_accuracy"],
+               "sample": example_scores(model, rankings)},
     )  # fmt: skip
+
+
+def example_scores(model: ScalarModel, rankings: Rankings) -> str:
+    """What the model thinks of two answers, in a sentence for the report."""
+    answers = ("That sounds great, I love it!", "That sounds awful, I hate it.")
+    prompt = (Message(role="user", content="I will go hiking on Saturday."),)
+    batch = runtime.on_device(rankings.batch([Comparison.of(prompt, answers, (0.0, 0.0))]))
+    with runtime.evaluating(model):
+        scores = model.score(batch.ids, batch.mask).tolist()
+    return ", ".join(f"scores {answer!r} {score:+.2f}" for answer, score in zip(answers, scores, strict=True))
 
 
 def normalise(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from chatwright import runtime
@@ -129,6 +130,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     )[: config.held_out]
     filled = sum(len(row.ids) for row in rows) / (len(rows) * length)
     runtime.tune_allocator()
+    torch.manual_seed(runtime.seed_for(workspace.seed, "sft"))  # dropout, where the model has any
     dtype = runtime.compute_dtype(config.fit.precision)
     trainer = Trainer(
         {"model": model},

@@ -1,0 +1,85 @@
+"""Reports: numbers for people, texts that stay inside their cells, pictures of what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatwright.evaluate.report import draw_curves, number, table_rows, write_run_report, write_stage_report
+from chatwright.metrics import MetricsLog
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def measure(name: str, before: float | None, after: float | None, note: str = "") -> dict[str, Any]:
+    return {"name": name, "before": before, "after": after, "better": "lower", "note": note}
+
+
+def result_of(**changes: Any) -> dict[str, Any]:
+    return {
+        "seconds": 75.4, "measures": [measure("loss", 2.5, 1.25, "nats"), measure("gzip", None, 3.0)],
+        "curves": [{"title": "Loss", "keys": ["loss"], "unit": "nats"}], "notes": [], "facts": {"steps": 7}, **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "-"), (1.23456, "1.235"), (-0.5, "-0.500"), (12345.6, "12,346"), (0.0, "0.000")]
+)
+def test_number(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_table_rows_name_the_stage_and_its_time_once() -> None:
+    assert table_rows("sft", result_of()) == [
+        ("sft", "loss (nats)", "2.500", "1.250", "1:15"),
+        ("", "gzip", "-", "3.000", ""),
+    ]
+    assert table_rows("data", result_of(measures=[])) == [("data", "", "-", "-", "1:15")]
+
+
+def test_a_picture_is_drawn_of_what_was_logged_twice(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(1, {"loss": 2.0, "once": 1.0})
+    log.write(2, {"loss": float("nan")})
+    log.write(3, {"loss": 1.0})
+    curves = [
+        {"title": "Loss", "keys": ["loss", "missing"], "unit": "nats"},
+        {"title": "Once", "keys": ["once"], "unit": ""},
+    ]
+    picture = draw_curves(tmp_path, curves)
+    assert picture == tmp_path / "curves.png" and picture.read_bytes().startswith(PNG)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
+    assert draw_curves(tmp_path, curves[1:]) is None  # a single point is no curve
+    assert draw_curves(tmp_path / "nowhere", curves) is None
+
+
+def test_the_report_of_a_stage(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        log.write(step, {"loss": 1.0 / step})
+    notes = ["one plain note", "- an item", "", "three answers:", "- 'a | b <i>' *x*"]
+    write_stage_report(tmp_path, "sft", result_of(notes=notes))
+    text = (tmp_path / "report.md").read_text()
+    assert "| loss (nats) | 2.500 | 1.250 |" in text and "| gzip | - | 3.000 |" in text
+    assert "![curves of sft](curves.png)" in text and "- steps: 7" in text and "1:15" in text
+    assert "\n- one plain note\n- an item\n\nthree answers:\n" in text
+    assert r"- 'a \| b \<i\>' \*x\*" in text
+
+
+def test_the_report_of_a_run(tmp_path: Path) -> None:
+    for stage in ("sft", "ppo"):
+        (tmp_path / stage).mkdir()
+    (tmp_path / "sft" / "curves.png").write_bytes(PNG)
+    hostile = "| x | <script>alert(1)</script>\n# head [a](b) `c`"
+    results = {"sft": result_of(sample=hostile), "ppo": result_of(seconds=3725.0)}
+    text = write_run_report(tmp_path, "tiny", results, "Hi | you?")
+    assert text == (tmp_path / "report.md").read_text()
+    assert "2 stages in 1:03:20" in text
+    assert "| sft | loss (nats) | 2.500 | 1.250 | 1:15 |" in text
+    assert "| ppo | loss (nats) | 2.500 | 1.250 | 1:02:05 |" in text
+    assert "![curves of sft](sft/curves.png)" in text and "curves of ppo" not in text
+    assert r"Hi \| you?" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("- **sft**")]
+    assert "<script" not in line.replace("\\<", "") and r"# head \[a\](b) \`c\`" in line

@@ -1,0 +1,318 @@
+"""Recipes and their stages: order, overrides, what is skipped, what is run again, what is moved aside."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from chatwright import checkpoint, pipeline
+from chatwright.config import UsageError, UserError
+from chatwright.pipeline import (
+    Stage,
+    find_recipe,
+    fingerprint,
+    main_run,
+    main_stage,
+    parse_overrides,
+    read_recipe,
+    run_recipe,
+    split_arguments,
+)
+from chatwright.train.loop import Interrupted
+from chatwright.train.workspace import Measure, Report, Workspace
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@dataclass(frozen=True)
+class First:
+    """A stage without inputs."""
+
+    size: int = 1
+    """A number."""
+
+
+@dataclass(frozen=True)
+class Second:
+    """A stage that needs another."""
+
+    source: str = field(default="one", metadata={"input": True})
+    """The stage to start from."""
+    fail: str = ""
+    """How to end: error, interrupt, or well."""
+
+
+@dataclass
+class Ran:
+    """Which stages ran, in order."""
+
+    stages: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
+    """Two small verbs, `first` and `second`, that note when they run."""
+    log = Ran()
+
+    def run_first(config: First, workspace: Workspace) -> Report:
+        log.stages.append(workspace.directory.name)
+        log.seeds.append(workspace.seed)
+        (workspace.directory / "made.txt").write_text(str(config.size))
+        return Report(measures=[Measure("size", None, float(config.size))], facts={"sample": "a sample", "size": config.size})
+
+    def run_second(config: Second, workspace: Workspace) -> Report:
+        log.stages.append(workspace.directory.name)
+        if config.fail == "error":
+            raise UserError("it failed")
+        if config.fail == "interrupt":
+            raise Interrupted("saved at step 3")
+        made = (workspace.resolve(config.source) / "made.txt").read_text()
+        return Report(measures=[Measure("made", None, float(made), note="of the other")])
+
+    for name, config, run in (("first", First, run_first), ("second", Second, run_second)):
+        module = ModuleType(f"stage_{name}", doc="A stage for tests.")
+        module.Config, module.run = config, run  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, f"stage_{name}", module)
+        monkeypatch.setitem(pipeline.STAGES, name, f"stage_{name}")
+    return log
+
+
+Write = Callable[[str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, ran: Ran) -> Write:
+    """Writes a recipe."""
+
+    def write_recipe(text: str) -> Path:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(text)
+        return file
+
+    return write_recipe
+
+
+TWO = "name: two\nseed: 9\nprompt: Hello?\nstages:\n  other: {use: second}\n  one: {use: first, size: 4}\n"
+
+
+def test_stages_come_after_those_they_need(write: Write, ran: Ran, tmp_path: Path) -> None:
+    recipe = read_recipe(write(TWO), {})
+    assert (recipe.name, recipe.seed, recipe.prompt) == ("two", 9, "Hello?")
+    assert list(recipe.stages) == ["one", "other"]  # written the other way round
+    results = run_recipe(recipe, tmp_path / "run")
+    assert ran.stages == ["one", "other"] and ran.seeds == [9]
+    assert results["other"]["measures"][0]["after"] == 4.0
+    assert results["one"]["sample"] == "a sample" and results["one"]["facts"] == {"size": 4}
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "| one | size | - | 4.000 |" in report and "| other | made (of the other) | - | 4.000 |" in report
+    assert "- **one**: a sample" in report
+    assert "size: 4" in (tmp_path / "run" / "one" / "config.yaml").read_text()
+
+
+def test_what_is_finished_is_skipped_with_a_line(
+    write: Write, ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = read_recipe(write(TWO), {})
+    first = run_recipe(recipe, tmp_path / "run")
+    capsys.readouterr()
+    assert run_recipe(recipe, tmp_path / "run") == first
+    assert ran.stages == ["one", "other"]
+    told = capsys.readouterr().out
+    assert "[one] finished before" in told and "[other] finished before" in told and told.count("skipped") == 2
+
+
+def test_a_changed_setting_runs_the_stage_and_those_behind_it_again(
+    write: Write, ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, root = write(TWO), tmp_path / "run"
+    run_recipe(read_recipe(file, {}), root)
+    results = run_recipe(read_recipe(file, {"one": {"size": 7}}), root)
+    assert ran.stages == ["one", "other"] * 2
+    assert results["other"]["measures"][0]["after"] == 7.0
+    # what was there is kept beside it
+    assert (root / "one.old-1" / "made.txt").read_text() == "4" and (root / "other.old-1" / "result.json").is_file()
+    assert "settings or inputs have changed" in capsys.readouterr().out
+    # and back again: the older results are not found again, they are old
+    run_recipe(read_recipe(file, {}), root)
+    assert (root / "one.old-2" / "made.txt").read_text() == "7"
+    assert (root / "one" / "made.txt").read_text() == "4"
+
+
+def test_a_change_at_the_end_leaves_the_beginning_alone(write: Write, ran: Ran, tmp_path: Path) -> None:
+    file = write(TWO)
+    run_recipe(read_recipe(file, {}), tmp_path / "run")
+    run_recipe(read_recipe(file, {"other": {"fail": "well"}}), tmp_path / "run")
+    assert ran.stages == ["one", "other", "other"]
+    assert not (tmp_path / "run" / "one.old-1").exists()
+
+
+def test_another_seed_is_another_run(write: Write, ran: Ran, tmp_path: Path) -> None:
+    recipe = read_recipe(write(TWO), {})
+    run_recipe(recipe, tmp_path / "run")
+    run_recipe(replace(recipe, seed=10), tmp_path / "run")
+    assert ran.seeds == [9, 10]
+
+
+def test_a_failed_stage_is_tried_again_and_no_result_is_left(write: Write, ran: Ran, tmp_path: Path) -> None:
+    file, root = write(TWO), tmp_path / "run"
+    recipe = read_recipe(file, {"other": {"fail": "error"}})
+    for _ in range(2):
+        with pytest.raises(UserError, match="it failed"):
+            run_recipe(recipe, root)
+    assert ran.stages == ["one", "other", "other"]
+    assert not (root / "other" / "result.json").exists()
+    assert not (root / "other.old-1").exists()  # begun with the same settings: it goes on in place
+    assert "other" not in (root / "report.md").read_text()
+
+
+def test_the_time_of_interrupted_attempts_is_counted(
+    write: Write, ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, root = read_recipe(write(TWO), {"other": {"fail": "interrupt"}}), tmp_path / "run"
+    now = [1000.0]
+    monkeypatch.setattr(pipeline.time, "monotonic", lambda: now[0])
+    real = pipeline.module_of
+
+    def slow(verb: str, **settings: Any) -> Any:
+        now[0] += 5.0 if verb == "second" else 0.0
+        return real(verb, **settings)
+
+    monkeypatch.setattr(pipeline, "module_of", slow)
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            run_recipe(recipe, root)
+        now[0] += 100.0  # between the attempts
+    assert checkpoint.read_json(root / "other" / "clock.json")["seconds"] == pytest.approx(10.0)
+
+
+def test_until(write: Write, ran: Ran, tmp_path: Path) -> None:
+    recipe = read_recipe(write(TWO), {})
+    assert list(run_recipe(recipe, tmp_path / "run", until="one")) == ["one"]
+    with pytest.raises(UsageError, match="did you mean 'other'"):
+        run_recipe(recipe, tmp_path / "run", until="othr")
+
+
+def test_the_fingerprint_depends_on_everything_that_matters(ran: Ran, tmp_path: Path) -> None:
+    def mark(config: Any = Second(), verb: str = "second", seed: int = 1, before: str = "a") -> str:
+        checkpoint.write_json(tmp_path / "one" / "result.json", {"fingerprint": before})
+        return fingerprint(Stage("s", verb, config), seed, {"one": tmp_path / "one"})
+
+    marks = [mark(), mark(Second(fail="x")), mark(verb="first"), mark(seed=2), mark(before="b")]
+    assert len(set(marks)) == 5 and mark() == marks[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stages: {one: {use: first, sise: 2}}", "sise.*did you mean 'size'"),
+        ("stages: {one: {use: first, size: many}}", "one"),
+        ("stages: {one: {use: frist}}", "no stage is called 'frist'.*'first'"),
+        ("stages: {one: 3}", "must be a mapping"),
+        ("stages: {}", "at least one stage"),
+        ("name: x", "at least one stage"),
+        ("stage: {one: {use: first}}", "unknown setting 'stage'.*'stages'"),
+        ("stages: {a: {use: second, source: b}, b: {use: second, source: a}}", "a, b wait for each other"),
+        ("stages: {one: {use: first}}\nseed: many", "seed"),
+        ("stages: {one: {use: first}}\nseed: -4", "seed"),
+        ("[1, 2]", "expected a mapping"),
+        ("stages: {one: [", "recipe.yaml"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named(write: Write, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        read_recipe(write(text), {})
+
+
+def test_overrides_of_stages_that_are_not_there(write: Write) -> None:
+    with pytest.raises(UsageError, match=r"no such stage.*'othr'.*did you mean 'other'"):
+        read_recipe(write(TWO), {"othr": {"fail": "x"}})
+    with pytest.raises(UsageError, match="unknown setting 'sixe'"):
+        read_recipe(write(TWO), {"one": {"sixe": 3}})
+
+
+def test_parse_overrides() -> None:
+    found = parse_overrides(["--ppo.iterations", "3", "--pretrain.fit.steps=5", "--pretrain.fit.compile", "false",
+                             "--pretrain.model", "{layers: 6}", "--data.text=a,b"])  # fmt: skip
+    assert found == {
+        "ppo": {"iterations": 3},
+        "pretrain": {"fit": {"steps": 5, "compile": False}, "model": {"layers": 6}},
+        "data": {"text": "a,b"},
+    }
+    with pytest.raises(UsageError, match="needs a value"):
+        parse_overrides(["--ppo.iterations"])
+    with pytest.raises(UsageError, match="unexpected argument 'extra'"):
+        parse_overrides(["extra"])
+
+
+def test_overrides_go_into_nested_settings(write: Write) -> None:
+    recipe = read_recipe(RECIPES / "tiny.yaml", {"pretrain": {"fit": {"seconds": 5.0}}})
+    assert recipe.stages["pretrain"].config.fit.seconds == 5.0
+    assert recipe.stages["pretrain"].config.fit.batch_size == 8  # the recipe's own stays
+    assert recipe.stages["sft"].config.fit.seconds > 0
+
+
+def test_arguments_are_parted_between_run_and_stages() -> None:
+    own = {"out", "name", "seed", "until", "config", "debug", "help"}
+    plain, rest = split_arguments(["tiny", "--out", "a.b", "--ppo.beta", "0.2", "--seed=3", "--sft.fit.steps=4"], own)
+    assert plain == ["tiny", "--out", "a.b", "--seed=3"]
+    assert parse_overrides(rest) == {"ppo": {"beta": 0.2}, "sft": {"fit": {"steps": 4}}}
+
+
+def test_the_recipe_of_the_quickstart_is_whole() -> None:
+    recipe = read_recipe(find_recipe("tiny"), {})
+    assert list(recipe.stages) == ["data", "tokenizer", "pretrain", "sft", "reward", "ppo", "eval"]
+    for stage in recipe.stages.values():
+        assert set(stage.inputs) <= set(recipe.stages)
+    for stage in ("pretrain", "sft", "reward"):
+        config = recipe.stages[stage].config
+        config.fit.check(config.optim.schedule)
+
+
+def test_every_recipe_builds() -> None:
+    files = sorted(RECIPES.glob("*.yaml"))
+    assert files
+    for file in files:
+        assert read_recipe(file, {}).stages
+
+
+def test_an_unknown_recipe_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no recipe 'tinny'.*tiny"):
+        find_recipe("tinny")
+
+
+def test_run_by_its_command_line(
+    write: Write, ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(write(TWO)), "--out", str(tmp_path), "--name", "mine", "--seed", "3", "--one.size", "6"]
+    assert main_run(argv) == 0
+    assert (tmp_path / "mine" / "report.md").is_file() and ran.seeds == [3]
+    told = capsys.readouterr().out
+    assert "a sample" in told and "6.000" in told and "chatwright chat" in told and "total" in told
+
+
+def test_an_interrupted_run_says_where_it_stopped(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main_run([str(write(TWO)), "--out", str(tmp_path), "--other.fail", "interrupt"])
+    told = capsys.readouterr().out
+    assert "saved at step 3" in told and "chatwright chat" not in told
+    assert code in (0, 130)
+
+
+def test_one_stage_by_itself_finds_its_inputs_beside_it(ran: Ran, tmp_path: Path) -> None:
+    assert main_stage("first", ["--out", str(tmp_path / "one"), "--size", "3"]) == 0
+    assert main_stage("second", [f"--out={tmp_path / 'other'}", "--seed=4"]) == 0
+    assert checkpoint.read_json(tmp_path / "other" / "result.json")["measures"][0]["after"] == 3.0
+    with pytest.raises(UsageError, match="--seed 'x'"):
+        main_stage("first", ["--seed", "x"])
+    with pytest.raises(UsageError, match="--out needs a value"):
+        main_stage("first", ["--out"])
+    with pytest.raises(UserError, match="neither a finished stage"):
+        main_stage("second", ["--out", str(tmp_path / "lonely" / "other"), "--source", "nothing"])
