@@ -286,7 +286,7 @@ def test_members_are_read_by_exact_name_only(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def named(index: FakeIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def named(index: FakeIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache and an index that serves small archives in the format of the real ones."""
     quiet = conversation([[(A, "Hello"), (A, "anyone?")]])
     short = conversation([[(A, "hi")], [(B, "hey")], [(A, "bye")]])
@@ -350,7 +350,7 @@ def named(index: FakeIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         index.served[archive.filename] = data
     listed = tuple(replace(source, archive=pinned[source.archive]) for source in sources.CATALOGUE)
     monkeypatch.setattr(sources, "CATALOGUE", listed)
-    yield tmp_path / "cache"
+    return tmp_path / "cache"
 
 
 def texts(specs: Any, **options: Any) -> list[str]:

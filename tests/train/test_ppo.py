@@ -1,4 +1,4 @@
-"""PPO: the first minibatch is exact, a planted reward rises, and every guard does what it says."""
+"""PPO as a stage: a planted reward rises, the best is kept, and every guard does what it says."""
 
 from __future__ import annotations
 
@@ -22,171 +22,18 @@ from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
 from chatwright.metrics import read_metrics
 from chatwright.model.config import GPTConfig
-from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
-from chatwright.objectives import policy as objective
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
 from chatwright.train import ppo
 from chatwright.train.loop import Interrupted
-from chatwright.train.ppo import Config, Players, Rollout, load_reward, look_back, make_players, step
+from chatwright.train.ppo import Config, Players, load_reward, look_back
 from chatwright.train.rollout import (
     Answers,
-    answer_log_probs,
-    degenerate,
     prompts_from,
     sample_answers,
-    values_before,
 )
 from chatwright.train.sft import read_records
-
-END = 5
-PROMPTS = [[7, 8, 9], [11], [20, 21, 22, 23, 24, 25, 26, 27, 28], [40, 41]] * 4
-
-
-def players_of(lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]) -> Players:
-    """Policy and reference differ, so that there is a KL; the critic is none of the others."""
-    return Players(lively_gpt(1), lively_gpt(2), lively_scalar(3), lively_scalar(4))
-
-
-def config_of(**changes: Any) -> Config:
-    settings = {"batch_size": 16, "minibatch_size": 4, "max_new_tokens": 10, "min_tokens": 0, "max_repeats": 1.0}
-    return Config(**{**settings, **changes})
-
-
-def round_of(players: Players, config: Config) -> tuple[Rollout, dict[str, float]]:
-    answers = sample_answers(
-        players.policy, PROMPTS, end=END, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        seed_parts=(3, "ppo"),
-    )  # fmt: skip
-    return look_back(players, answers, 0.1, config)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_first_minibatch_has_ratio_one_and_the_loss_of_its_advantages(
-    lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel], temperature: float
-) -> None:
-    players, config = players_of(lively_gpt, lively_scalar), config_of(temperature=temperature)
-    rollout, logged = round_of(players, config)
-    assert logged["sampler_gap"] < 1e-4
-    for chosen in torch.arange(16).split(4):
-        batch = rollout.rows(chosen)
-        outcome = step(players, batch, config)
-        mask = batch.answers.response
-        ratio = answer_log_probs(players.policy, batch.answers, temperature=temperature)[0] - batch.log_probs
-        assert float((ratio.detach().exp() - 1).abs().max()) < 1e-5
-        seen = {key: float(value) / batch.weight for key, value in outcome.logged.items()}
-        assert seen["ratio"] == pytest.approx(1.0, abs=1e-5)
-        assert seen["clip_fraction"] == 0.0 and seen["moved"] < 1e-8
-        assert seen["policy_loss"] == pytest.approx(-float(batch.advantages[mask].mean()), abs=1e-5)
-        # values have not moved either: half the mean square of advantages before they were whitened
-        error = (batch.values - batch.returns)[mask].square().mean()
-        assert seen["value_loss"] == pytest.approx(0.5 * float(error), rel=1e-4)
-        total = seen["policy_loss"] + config.value_coefficient * seen["value_loss"]
-        assert float(outcome.loss.detach()) / batch.weight == pytest.approx(total, abs=1e-5)
-    assert float(rollout.advantages[rollout.answers.response].mean()) == pytest.approx(0.0, abs=1e-5)
-    assert float(rollout.advantages[rollout.answers.response].var(correction=0)) == pytest.approx(1.0, abs=1e-4)
-
-
-def test_a_trainer_at_another_temperature_would_show_in_the_first_ratio(
-    lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
-) -> None:
-    players = players_of(lively_gpt, lively_scalar)
-    rollout, _ = round_of(players, config_of(temperature=0.7))
-    outcome = step(players, rollout, config_of(temperature=1.0))
-    assert abs(float(outcome.logged["ratio"]) / rollout.weight - 1.0) > 0.01
-
-
-@torch.no_grad()
-def test_looking_back_is_what_the_formulas_say(
-    lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
-) -> None:
-    players, config = players_of(lively_gpt, lively_scalar), config_of(unfinished_score=-7.0, lam=0.9, discount=0.97)
-    rollout, logged = round_of(players, config)
-    answers, mask = rollout.answers, rollout.answers.response
-    assert torch.equal(rollout.scores == -7.0, ~answers.finished)
-    judged = players.reward.score(answers.ids, answers.real)
-    assert torch.equal(rollout.scores[answers.finished], judged[answers.finished])
-    reference, _ = answer_log_probs(players.reference, answers, temperature=1.0)
-    torch.testing.assert_close(rollout.reference, reference)
-    torch.testing.assert_close(rollout.values, values_before(players.critic, answers))
-    # the first row by hand, from the end
-    (places,) = mask[0].nonzero(as_tuple=True)
-    following = next_value = 0.0
-    raw = {}
-    for t in reversed(places.tolist()):
-        reward = -0.1 * float(rollout.log_probs[0, t] - reference[0, t]) + (float(rollout.scores[0]) if not raw else 0.0)
-        following = reward + 0.97 * next_value - float(rollout.values[0, t]) + 0.97 * 0.9 * following
-        next_value, raw[t] = float(rollout.values[0, t]), following
-    for t, advantage in raw.items():
-        assert float(rollout.returns[0, t] - rollout.values[0, t]) == pytest.approx(advantage, abs=1e-3)
-    kl = ((rollout.log_probs - reference) * mask).sum(1)
-    assert logged["kl"] == pytest.approx(float(kl.mean()), abs=1e-4)
-    assert logged["kl_error"] == pytest.approx(float(kl.std()) / 4.0, abs=1e-4)  # sqrt(16) answers
-    assert logged["kl"] > 0.5 and logged["kl_k3"] > 0
-    assert logged["tokens"] == rollout.weight and logged["length"] == rollout.weight / 16
-    assert logged["finished"] == pytest.approx(float(answers.finished.float().mean()))
-
-
-@torch.no_grad()
-def test_degenerate_answers_get_the_fixed_score(
-    lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
-) -> None:
-    players = players_of(lively_gpt, lively_scalar)
-    end_rich = replace(config_of(), min_tokens=3, unfinished_score=-7.0)
-    with torch.no_grad():
-        players.policy.head.weight[END] *= 8  # it ends early now and then
-    rollout, logged = round_of(players, end_rich)
-    poor = degenerate(rollout.answers, min_tokens=3, max_repeats=1.0) | ~rollout.answers.finished
-    short = degenerate(rollout.answers, min_tokens=3, max_repeats=1.0) & rollout.answers.finished
-    assert bool(short.any()) and not bool(poor.all())
-    assert torch.equal(rollout.scores == -7.0, poor)
-    assert logged["degenerate"] == pytest.approx(float(poor.float().mean()))
-
-
-@torch.no_grad()
-def test_whitened_rewards_keep_their_mean(
-    lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
-) -> None:
-    players = players_of(lively_gpt, lively_scalar)
-    plain, _ = round_of(players, config_of(lam=1.0))
-    white, _ = round_of(players, config_of(lam=1.0, whiten_rewards=True))
-    mask = plain.answers.response
-    rewards = objective.token_rewards(plain.scores, plain.log_probs, plain.reference, mask, beta=0.1)
-    expected = torch.where(mask, (rewards - rewards[mask].mean()) / rewards[mask].std(correction=0) + rewards[mask].mean(), 0.0)
-    # with lambda 1 the return of an answer's first token is the sum of its rewards
-    first = mask & (mask.long().cumsum(1) == 1)
-    torch.testing.assert_close(white.returns[first], expected.sum(1), atol=1e-3, rtol=1e-4)
-    assert float((white.returns - plain.returns)[first].abs().max()) > 0.1
-
-
-def test_the_entropy_bonus_is_subtracted(
-    lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
-) -> None:
-    players = players_of(lively_gpt, lively_scalar)
-    rollout, logged = round_of(players, config_of())
-    with torch.no_grad():
-        without = step(players, rollout, config_of()).loss / rollout.weight
-        with_bonus = step(players, rollout, config_of(entropy_coefficient=0.5)).loss / rollout.weight
-    assert float(without - with_bonus) == pytest.approx(0.5 * logged["entropy"], abs=1e-4)
-
-
-def test_only_policy_and_critic_are_trained(sft_parts: Callable[[], Any], lively_scalar: Callable[..., ScalarModel]) -> None:
-    base = sft_parts()
-    reward = lively_scalar(5, vocab_size=base.model.config.vocab_size, layers=1)  # of another shape than the policy
-    players = make_players(base, reward)
-    assert players.policy is base.model
-    trained = {True: (players.policy, players.critic), False: (players.reference, players.reward)}
-    for flag, models in trained.items():
-        for model in models:
-            assert all(parameter.requires_grad is flag for parameter in model.parameters())
-            assert not model.training  # no dropout, anywhere
-    for a, b in zip(players.policy.parameters(), players.reference.parameters(), strict=True):
-        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
-    ids = torch.arange(6)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(players.critic(ids), reward(ids))
-    assert players.critic.scalar.weight.data_ptr() != reward.scalar.weight.data_ptr()
 
 
 class Planted(ScalarModel):
@@ -294,19 +141,35 @@ def test_it_stops_beyond_the_kl_budget_and_keeps_the_best_within(planted_bench: 
     assert [row["beta"] for row in rows] == [0.0] * len(rows)  # a target of 0 keeps beta as it is
 
 
-def test_a_best_without_variety_is_not_kept(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shares = iter([0.8, 0.7, 0.6, 0.5])  # 0.64 is 80 % of the first
-    monkeypatch.setattr(ppo, "distinct", lambda texts: next(shares))
-    scores = iter([0.0, 0.5, 1.0, 2.0])
+ROUNDS = {
+    # (score, KL, distinct-2) of each round -> the round that is kept; 80 % of the first distinct-2 are 0.64
+    "the best score": ([(0.0, 0.0, 0.8), (2.0, 1.0, 0.8), (1.0, 2.0, 0.8), (1.5, 2.0, 0.8)], 1),
+    "variety is lost": ([(0.0, 0.0, 0.8), (0.5, 1.0, 0.65), (1.0, 1.0, 0.63), (2.0, 1.0, 0.5)], 1),
+    "beyond the KL budget": ([(0.0, 0.0, 0.8), (0.5, 1.0, 0.8), (1.0, 7.9, 0.8), (2.0, 8.1, 0.8)], 2),
+    "nothing is better": ([(0.0, 0.0, 0.8), (-0.5, 1.0, 0.8), (-1.0, 1.0, 0.8), (0.0, 1.0, 0.8)], 0),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_what_is_kept(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    told, kept = ROUNDS[name]
+    table = iter(told)
+    variety: list[float] = []
     real = ppo.look_back
 
-    def scored(*arguments: Any) -> Any:
+    def planted(*arguments: Any) -> Any:
         rollout, logged = real(*arguments)
-        return rollout, {**logged, "score": next(scores)}
+        score, kl, distinct = next(table)
+        variety.append(distinct)
+        return rollout, {**logged, "score": score, "kl": kl}
 
-    monkeypatch.setattr(ppo, "look_back", scored)
-    report = planted_bench.run(ppo, replace(MINI, iterations=3, batch_size=8, minibatch_size=8), tmp_path / "ppo")
-    assert report.facts["best"]["step"] == 1 and report.facts["best"]["score"] == 0.5
+    monkeypatch.setattr(ppo, "look_back", planted)
+    monkeypatch.setattr(ppo, "distinct", lambda texts: variety[-1])
+    config = replace(MINI, iterations=3, batch_size=8, minibatch_size=8)
+    report = planted_bench.run(ppo, config, tmp_path / "ppo")
+    assert len(rows_of(tmp_path / "ppo")) == 4
+    assert report.facts["best"]["step"] == kept and report.facts["best"]["score"] == told[kept][0]
+    assert report.model == f"checkpoints/step-{kept:06}" and (tmp_path / "ppo" / report.model).is_dir()
 
 
 def test_beta_follows_the_kl(planted_bench: Any, tmp_path: Path) -> None:
