@@ -21,6 +21,7 @@ from chatwright.language_model import load_parts
 from chatwright.metrics import progress_bar
 from chatwright.model.gpt import GPT
 from chatwright.objectives.policy import kl_k1
+from chatwright.tokenizer import Tokenizer
 from chatwright.train.rollout import (
     Answers,
     answer_log_probs,
@@ -115,7 +116,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     length = {side: float(sampled[side].response.sum(1).float().mean()) for side in sampled}
     ended = {side: float(sampled[side].finished.float().mean()) for side in sampled}
     pairs = [
-        {"prompt": tokenizer.decode(prompts[n]), "before": texts["before"][n], "after": texts["after"][n]}
+        {"prompt": _turns(prompts[n], tokenizer), "before": texts["before"][n], "after": texts["after"][n]}
         for n in range(min(10, len(prompts)))
     ]
     checkpoint.write_json(workspace.directory / "pairs.json", pairs)
@@ -134,6 +135,18 @@ def run(config: Config, workspace: Workspace) -> Report:
                "distinct_2": variety},
         notes=lines,
     )  # fmt: skip
+
+
+def _turns(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """A prompt for people to read: its turns with ` / ` between them."""
+    controls = set(tokenizer.control_ids.values())
+    turns: list[list[int]] = [[]]
+    for number in ids:
+        if number in controls:
+            turns.append([])
+        else:
+            turns[-1].append(number)
+    return " / ".join(tokenizer.decode(turn) for turn in turns if turn)
 
 
 @torch.no_grad()

@@ -274,16 +274,15 @@ class Fit(Generic[AnyBatch]):
         evaluate: Callable[[], dict[str, float]],
         *,
         title: str,
-        main: str,
         throughput: tuple[str, float] = ("samples", 1.0),
     ) -> None:
-        """`step` is given a micro-batch; `evaluate` measures on held-out data; `main` is the measure to show.
+        """`step` is given a micro-batch; `evaluate` measures on held-out data.
 
         `throughput` names what is counted per sample, for the speed shown: ("tokens", 256.0).
         """
         config.check(trainer.optim_config.schedule)
         self.trainer, self.config, self.batches, self.step, self.evaluate = trainer, config, batches, step, evaluate
-        self.title, self.main, self.throughput = title, main, throughput
+        self.title, self.throughput = title, throughput
         self.modules = list(trainer.modules.values())
 
     def run(self) -> Fitted:
@@ -300,7 +299,7 @@ class Fit(Generic[AnyBatch]):
         for module in self.modules:
             module.train()
         with progress_bar(self.title) as bar, Stopper().listening() as stopper:
-            fresh = 0  # steps of this process: the first one compiles and is not counted
+            fresh = 0  # steps of this process: the first two compile and warm up, their time is not counted
             while not progress.planned or progress.step < progress.planned:
                 started = time.monotonic()
                 loss = self._one_step()

@@ -67,8 +67,8 @@ class Config:
     """Answers sampled per round."""
     minibatch_size: int = 32
     """Answers per optimiser step."""
-    epochs: int = 2
-    """Passes over a round's answers."""
+    epochs: int = 1
+    """Passes over a round's answers (InstructGPT: 1, the earlier papers: 4)."""
     max_prompt_tokens: int = 96
     """Prompts longer than this are left out."""
     max_new_tokens: int = 32

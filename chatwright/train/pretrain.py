@@ -43,7 +43,9 @@ class Config:
     fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=300.0))
     """Length and portions of training."""
     optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(name="muon", learning_rate=6e-3, schedule="trapezoid", decay=0.6)
+        default_factory=lambda: OptimConfig(
+            name="muon", learning_rate=3e-2, matrix_learning_rate=0.02, schedule="trapezoid", decay=0.6
+        )
     )
     """Optimiser and schedule."""
 
@@ -147,7 +149,7 @@ def run(config: Config, workspace: Workspace) -> Report:
 
     fitted = Fit(
         trainer, config.fit, windows, train_step, evaluate,
-        title="pretrain", main="bits_per_byte", throughput=("tokens", float(shape.context)),
+        title="pretrain", throughput=("tokens", float(shape.context)),
     ).run()  # fmt: skip
     tokens = fitted.progress.consumed * shape.context
     baseline = workspace.result(config.tokenizer).get("facts", {}) if config.tokenizer in workspace.inputs else {}

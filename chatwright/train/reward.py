@@ -243,7 +243,7 @@ def run(config: Config, workspace: Workspace) -> Report:
 
     fitted = Fit(
         trainer, config.fit, rankings, train_step, evaluate,
-        title="reward", main="held_out_accuracy", throughput=("answers", float(config.k)),
+        title="reward", throughput=("answers", float(config.k)),
     ).run()  # fmt: skip
     saved = normalise(trainer, model, rankings, train[:64], dtype)
     before, after = fitted.before, fitted.after

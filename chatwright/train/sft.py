@@ -158,7 +158,7 @@ def run(config: Config, workspace: Workspace) -> Report:
 
     fitted = Fit(
         trainer, config.fit, Rows(rows, length, SampleOrder(len(rows), workspace.seed)), train_step, evaluate,
-        title="sft", main="held_out_loss", throughput=("tokens", filled * length),
+        title="sft", throughput=("tokens", filled * length),
     ).run()  # fmt: skip
     return Report(
         measures=[

@@ -66,7 +66,7 @@ def trained(make: Callable[..., Any], directory: Path, micro_batch: int, steps: 
     trainer = sgd(make_trainer(model, directory, clip=0.0, schedule="constant", warmup=0.0), model)
     rows = Rows(pack(conversations(), 64, enabled=False))
     config = FitConfig(steps=steps, batch_size=8, micro_batch=micro_batch, compile=False, log_every=1)
-    Fit(trainer, config, rows, lambda batch: sft.step(model, batch), dict, title="t", main="").run()
+    Fit(trainer, config, rows, lambda batch: sft.step(model, batch), dict, title="t").run()
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
@@ -226,7 +226,7 @@ class Ones:
 
 
 def make_fit(bed: Bed, config: FitConfig) -> Fit[Numbers]:
-    return Fit(bed.trainer, config, Ones(), bed.step, lambda: {"measure": 1.0}, title="t", main="measure")
+    return Fit(bed.trainer, config, Ones(), bed.step, lambda: {"measure": 1.0}, title="t")
 
 
 def rates(directory: Path) -> list[float]:
