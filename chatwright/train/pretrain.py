@@ -43,9 +43,7 @@ class Config:
     fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=300.0))
     """Length and portions of training."""
     optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(
-            name="muon", learning_rate=3e-2, matrix_learning_rate=0.02, schedule="trapezoid", decay=0.6
-        )
+        default_factory=lambda: OptimConfig(name="muon", learning_rate=6e-3, schedule="trapezoid", decay=0.6)
     )
     """Optimiser and schedule."""
 
