@@ -39,7 +39,12 @@ def _permutation(size: int, seed: int, epoch: int) -> Int[Tensor, " size"]:
     return torch.randperm(size, generator=runtime.generator("order", seed, epoch))
 
 
-def pad(rows: list[list[int]], value: int, *, length: int = 0) -> Int[Tensor, "rows time"]:
-    """Rows of unequal length as one tensor, padded on the right to the longest (or to `length`)."""
-    width = max(length, max(len(row) for row in rows))
+WIDTH_STEP = 16
+"""Widths of padded batches are multiples of this: the matrix library prepares a kernel for every new shape, which takes
+longer than a small product itself."""
+
+
+def pad(rows: list[list[int]], value: int, *, multiple: int = 1) -> Int[Tensor, "rows time"]:
+    """Rows of unequal length as one tensor, padded on the right to the longest, or to the next multiple of `multiple`."""
+    width = -(-max(len(row) for row in rows) // multiple) * multiple
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])

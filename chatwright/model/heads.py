@@ -46,7 +46,10 @@ class ScalarModel(nn.Module):
         return self.scale * (values - self.offset)  # type: ignore[no-any-return]
 
     def score(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
-        """The number at each row's last real token: what the model thinks of the whole row."""
+        """The number at each row's last real token: what the model thinks of the whole row.
+
+        Padding must stand on the right, where no real token can see it: plain causal attention is then enough.
+        """
         places = torch.arange(ids.shape[1], device=ids.device)
         last = torch.where(mask, places, -1).max(dim=1).values
-        return self(ids, mask=mask).gather(1, last[:, None]).squeeze(1)  # type: ignore[no-any-return]
+        return self(ids).gather(1, last[:, None]).squeeze(1)  # type: ignore[no-any-return]

@@ -29,6 +29,7 @@ from chatwright.data.loader import SampleOrder
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import find_checkpoint, load_parts
 from chatwright.metrics import progress_bar, say
+from chatwright.model.attention import plain_attention
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
@@ -279,6 +280,9 @@ def make_players(base: Loaded, reward: ScalarModel) -> Players:
     players = Players(policy, reference.to(device), reward.to(device), critic.to(device), runtime.compute_dtype())
     for model in (players.policy, players.reference, players.reward, players.critic):
         model.eval()  # no dropout, neither in rollouts nor in updates
+        body = model if isinstance(model, GPT) else model.body
+        if device.type == "cpu":
+            body.use_attention(plain_attention)
     return players
 
 

@@ -20,9 +20,10 @@ from chatwright import runtime
 from chatwright.chat import ChatTemplate, Message
 from chatwright.config import UserError
 from chatwright.data.examples import Comparison, Dialogue, LabelledText
-from chatwright.data.loader import SampleOrder, pad
+from chatwright.data.loader import WIDTH_STEP, SampleOrder, pad
 from chatwright.language_model import load_parts
 from chatwright.metrics import say
+from chatwright.model.attention import plain_attention
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives.preference import bradley_terry_loss, pair_accuracy, preferred_pairs
 from chatwright.optim import OptimConfig
@@ -85,9 +86,9 @@ def encode_answer(
 
 
 def first_prompts(records: Sequence[Dialogue], most: int) -> list[tuple[Message, ...]]:
-    """The first user turn of up to `most` conversations, if it is short (under 60 characters)."""
+    """The first user turn of up to `most` conversations, if it is short (under 24 characters): a prompt costs time in every row."""
     first = (dialogue.messages[:1] for dialogue in islice(records, most))
-    return [turn for turn in first if turn[0]["role"] == "user" and len(turn[0]["content"]) < 60]
+    return [turn for turn in first if turn[0]["role"] == "user" and len(turn[0]["content"]) < 24]
 
 
 def from_ratings(
@@ -139,8 +140,8 @@ class Rankings:
                 answer = one.responses[n] if n < len(one.responses) else ""
                 rows.append(encode_answer(one.prompt, answer, self.template, self.tokenizer, self.config.max_tokens))
                 labels.append(one.scores[n] if n < len(one.scores) else float("nan"))
-        ids = pad(rows, self.tokenizer.end_of_text_id)
-        mask = pad([[1] * len(row) for row in rows], 0).bool()
+        ids = pad(rows, self.tokenizer.end_of_text_id, multiple=WIDTH_STEP)
+        mask = pad([[1] * len(row) for row in rows], 0, multiple=WIDTH_STEP).bool()
         return RankedBatch(ids, mask, torch.tensor(labels).view(-1, k), self.config.margin)
 
 
@@ -212,6 +213,8 @@ def run(config: Config, workspace: Workspace) -> Report:
     model = ScalarModel(base.model.config)
     model.start_from(base.model)
     model.to(runtime.device())
+    if runtime.device().type == "cpu":
+        model.body.use_attention(plain_attention)
     runtime.tune_allocator()
     dtype = runtime.compute_dtype(config.fit.precision)
     order = SampleOrder(len(train), workspace.seed)

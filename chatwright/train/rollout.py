@@ -18,7 +18,7 @@ from torch import Tensor
 from chatwright import runtime
 from chatwright.chat import ChatTemplate
 from chatwright.data.examples import Dialogue
-from chatwright.data.loader import pad
+from chatwright.data.loader import WIDTH_STEP, pad
 from chatwright.generate.engine import Engine
 from chatwright.generate.request import Request
 from chatwright.generate.sampling import Sampling
@@ -92,7 +92,7 @@ def sample_answers(
     rows = [[*prompt, *one.ids] for prompt, one in zip(prompts, done, strict=True)]
     starts = torch.tensor([len(prompt) for prompt in prompts])
     lengths = torch.tensor([len(row) for row in rows])
-    ids = pad(rows, 0)
+    ids = pad(rows, 0, multiple=WIDTH_STEP)
     place = torch.arange(ids.shape[1])
     real = place < lengths[:, None]
     response = real & (place >= starts[:, None])
@@ -109,7 +109,7 @@ def answer_log_probs(
 
     Logits are divided by the sampling temperature, as they were when the tokens were drawn.
     """
-    hidden = model.hidden(answers.ids, mask=answers.real)
+    hidden = model.hidden(answers.ids)  # padding is on the right, where no real token can see it
     chosen = answers.response[:, 1:]
     logits = model.head(hidden[:, :-1][chosen]).float() / temperature  # (answer tokens, V)
     targets = answers.ids[:, 1:][chosen]
@@ -123,7 +123,7 @@ def answer_log_probs(
 
 def values_before(critic: ScalarModel, answers: Answers) -> Float[Tensor, "batch time"]:
     """The critic's value before each answer token, 0 elsewhere."""
-    outputs = critic(answers.ids, mask=answers.real)
+    outputs = critic(answers.ids)  # padding is on the right
     before = torch.cat((torch.zeros_like(outputs[:, :1]), outputs[:, :-1]), dim=1)
     return torch.where(answers.response, before, 0.0)
 

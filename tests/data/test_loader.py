@@ -59,5 +59,6 @@ def test_no_samples_is_an_error_that_says_so() -> None:
 
 def test_pad() -> None:
     assert pad([[1, 2, 3], [4]], 9).tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert pad([[1], [2]], 0, length=3).tolist() == [[1, 0, 0], [2, 0, 0]]
-    assert pad([[1, 2]], 0, length=1).tolist() == [[1, 2]]  # never cuts
+    assert pad([[1], [2]], 0, multiple=3).tolist() == [[1, 0, 0], [2, 0, 0]]
+    assert pad([[1, 2, 3], [4]], 0, multiple=3).tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert pad([[1, 2, 3, 4]], 0, multiple=3).shape == (1, 6)
