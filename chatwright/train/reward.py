@@ -86,9 +86,10 @@ def encode_answer(
 
 
 def first_prompts(records: Sequence[Dialogue], most: int) -> list[tuple[Message, ...]]:
-    """The first user turn of up to `most` conversations, if it is short (under 24 characters): a prompt costs time in every row."""
-    first = (dialogue.messages[:1] for dialogue in islice(records, most))
-    return [turn for turn in first if turn[0]["role"] == "user" and len(turn[0]["content"]) < 24]
+    """The first user turn of up to `most` conversations: the short ones (under 24 characters) where there are any, for
+    a prompt costs time in every row; else all."""
+    first = [dialogue.messages[:1] for dialogue in islice(records, most) if dialogue.messages[0]["role"] == "user"]
+    return [turn for turn in first if len(turn[0]["content"]) < 24] or first
 
 
 def from_ratings(
