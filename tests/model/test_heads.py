@@ -43,18 +43,21 @@ def test_one_number_per_position_from_the_hidden_state(model: ScalarModel) -> No
 
 
 @torch.no_grad()
-def test_the_score_is_the_last_real_tokens_whatever_the_padding(model: ScalarModel) -> None:
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_score_is_the_last_real_tokens_whatever_the_padding(model: ScalarModel, side: str) -> None:
     lengths = [9, 5, 2]
     ids = torch.full((3, 9), 7)
     mask = torch.zeros(3, 9, dtype=torch.bool)
     for row, length in enumerate(lengths):
-        ids[row, :length] = IDS[row, :length]
-        mask[row, :length] = True
+        place = slice(0, length) if side == "right" else slice(9 - length, 9)
+        ids[row, place] = IDS[row, :length]
+        mask[row, place] = True
     scores = model.score(ids, mask)
     alone = torch.stack([model(IDS[row : row + 1, :length])[0, -1] for row, length in enumerate(lengths)])
     torch.testing.assert_close(scores, alone, atol=1e-5, rtol=0)
     # a score read in the last column, or at the first token, would show
-    assert float((model(ids, mask=mask)[:, -1] - alone).abs().max()) > 1e-2
+    if side == "right":
+        assert float((model(ids, mask=mask)[:, -1] - alone).abs().max()) > 1e-2
     assert float((model(ids, mask=mask)[:, 0] - alone).abs().max()) > 1e-2
 
 
