@@ -102,7 +102,10 @@ def find_checkpoint(path: Path) -> checkpoint.Checkpoint | None:
     if (path / "result.json").is_file():
         chosen = checkpoint.read_json(path / "result.json").get("model")
         if chosen:
-            return checkpoint.Checkpoint(path / chosen)
+            place = path / str(chosen)
+            if not place.resolve().is_relative_to(path.resolve()):  # a directory from elsewhere speaks for itself alone
+                raise UserError(f"{path / 'result.json'} names a model outside of its directory: {chosen!r}")
+            return checkpoint.Checkpoint(place)
     newest, _ = checkpoint.newest_valid(path / "checkpoints")
     if newest is not None:
         return newest

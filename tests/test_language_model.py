@@ -226,3 +226,12 @@ def test_no_random_state_is_touched(model: LanguageModel) -> None:
     model.generate("x", max_new_tokens=3, seed=1)
     model.chat(HELLO, max_new_tokens=3)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_result_cannot_point_outside_of_its_directory(chat_dir: Path, tmp_path: Path) -> None:
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    for outside in ("../elsewhere", str(chat_dir.resolve())):
+        (stage / "result.json").write_text(json.dumps({"model": outside}))
+        with pytest.raises(UserError, match="outside of its directory"):
+            find_checkpoint(stage)
