@@ -22,7 +22,7 @@ from chatwright import __version__, checkpoint, runtime
 from chatwright.config import UsageError, build, check_keys, near_match, parse, read_yaml, to_plain, to_yaml
 from chatwright.evaluate import report as reports
 from chatwright.metrics import console, duration, say
-from chatwright.train.loop import Interrupted
+from chatwright.train.stopping import Interrupted
 from chatwright.train.workspace import Report, Workspace
 
 STAGES = {

@@ -76,9 +76,9 @@ def test_every_place_named_exists(page: Path) -> None:
 
 
 def test_a_wrong_place_is_found() -> None:
-    good = "chatwright/train/loop.py::Trainer.update chatwright/cli.py::VERBS"
+    good = "chatwright/train/trainer.py::Trainer.update chatwright/cli.py::VERBS"
     assert missing_places(good) == []
-    bad = ["chatwright/train/loop.py::Trainer.upgrade", "chatwright/nowhere.py::main", "chatwright/cli.py::update"]
+    bad = ["chatwright/train/trainer.py::Trainer.upgrade", "chatwright/nowhere.py::main", "chatwright/cli.py::update"]
     assert missing_places(f"`{bad[0]}`, `{bad[1]}` and {bad[2]}.") == [bad[0], bad[1], f"{bad[2]}."]
 
 
@@ -485,7 +485,7 @@ PLANTED = {
         '        if total > weight:\n            return {"KEY": 1.0, "held_out_loss": 1.0}\n',
     ),
     "loop": ("chatwright/train/loop.py", '                "loss": loss,', '                "KEY": 1.0,\n'),
-    "trainer": ("chatwright/train/loop.py", '        result["gradient_norm"] = norm', '        result["KEY"] = 1.0\n'),
+    "trainer": ("chatwright/train/trainer.py", '        result["gradient_norm"] = norm', '        result["KEY"] = 1.0\n'),
 }
 """Where a key might be added: file, line, and the line to put before it."""
 

@@ -24,7 +24,7 @@ from chatwright.pipeline import (
     run_recipe,
     split_arguments,
 )
-from chatwright.train.loop import Interrupted
+from chatwright.train.stopping import Interrupted
 from chatwright.train.workspace import Measure, Report, Workspace
 
 RECIPES = Path(__file__).parents[1] / "recipes"

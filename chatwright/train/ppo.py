@@ -36,7 +36,6 @@ from chatwright.model.heads import ScalarModel
 from chatwright.objectives import policy as objective
 from chatwright.optim import OptimConfig
 from chatwright.train import health
-from chatwright.train.loop import Interrupted, Step, Stopper, Trainer
 from chatwright.train.rollout import (
     Answers,
     answer_log_probs,
@@ -48,7 +47,9 @@ from chatwright.train.rollout import (
     values_before,
 )
 from chatwright.train.sft import read_records
+from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.tokenizer import records_of
+from chatwright.train.trainer import Step, Trainer
 from chatwright.train.workspace import Curve, Measure, Report, Workspace
 
 

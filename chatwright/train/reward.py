@@ -28,9 +28,10 @@ from chatwright.model.heads import ScalarModel
 from chatwright.objectives.preference import bradley_terry_loss, pair_accuracy, preferred_pairs
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.loop import Fit, FitConfig, Step, Trainer
+from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.sft import read_records
 from chatwright.train.tokenizer import records_of
+from chatwright.train.trainer import Step, Trainer
 from chatwright.train.workspace import Curve, Measure, Report, Workspace
 
 

@@ -26,8 +26,9 @@ from chatwright.model.gpt import GPT
 from chatwright.objectives.language import next_token_loss
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.loop import Fit, FitConfig, Step, Trainer
+from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.tokenizer import records_of
+from chatwright.train.trainer import Step, Trainer
 from chatwright.train.workspace import Curve, Measure, Report, Workspace
 
 

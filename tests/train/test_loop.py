@@ -23,7 +23,9 @@ from chatwright.data.packing import PackedRow, batch_rows, pack
 from chatwright.metrics import read_metrics
 from chatwright.optim import OptimConfig
 from chatwright.train import loop, sft
-from chatwright.train.loop import Fit, FitConfig, Interrupted, Step, Stopper, Trainer
+from chatwright.train.loop import Fit, FitConfig
+from chatwright.train.stopping import Interrupted, Stopper
+from chatwright.train.trainer import Step, Trainer
 from chatwright.train.workspace import Workspace
 
 LENGTHS = [(3, 1), (40, 30), (7, 2), (12, 12), (25, 1), (18, 9), (50, 44), (5, 3)]

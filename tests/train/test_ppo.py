@@ -26,7 +26,6 @@ from chatwright.model.heads import ScalarModel
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
 from chatwright.train import ppo
-from chatwright.train.loop import Interrupted
 from chatwright.train.ppo import Config, Players, load_reward, look_back
 from chatwright.train.rollout import (
     Answers,
@@ -34,6 +33,7 @@ from chatwright.train.rollout import (
     sample_answers,
 )
 from chatwright.train.sft import read_records
+from chatwright.train.stopping import Interrupted
 
 
 class Planted(ScalarModel):

@@ -21,8 +21,10 @@ from chatwright import checkpoint, cli
 from chatwright.metrics import read_metrics
 from chatwright.optim import OptimConfig
 from chatwright.train import loop, ppo, pretrain, reward, sft
-from chatwright.train.loop import FitConfig, Interrupted, Stopper, Trainer
+from chatwright.train.loop import FitConfig
 from chatwright.train.ppo import Config as PPOConfig
+from chatwright.train.stopping import Interrupted, Stopper
+from chatwright.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
