@@ -2,7 +2,7 @@
 
 A checkpoint is a directory `step-000100/` with `model.safetensors`, `state.json` and, while training goes on,
 `optimizer.safetensors`. It is written under a temporary name, flushed to the disk and renamed; `state.json` holds the
-SHA-256 of every other file, so that a flipped byte is found and named. Nothing here is ever unpickled.
+SHA-256 of every file, its own included, so that a flipped byte is found and named. Nothing here is ever unpickled.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ from torch import Tensor, nn
 from chatwright.config import UserError
 
 STEP = re.compile(r"step-(\d{6,})$")
+BEST = "best"
+"""The file beside the checkpoints that holds the name of the best one (`fit.keep_best`)."""
+PARTS = "sharded"
+"""The folder of a checkpoint that many processes write together, a file each."""
+_NO_DIGEST = "0" * 64  # stands for the checksum of state.json while that checksum is computed
 
 
 @contextlib.contextmanager
@@ -37,22 +42,26 @@ def whole_directory(target: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
-        for file in aside.iterdir():
-            if file.is_file():
-                _flush(file)
-        if target.exists():
-            old = target.parent / f".{target.name}.{os.getpid()}.old"
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-            aside.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            aside.rename(target)
-        _flush(target.parent)
+        take_place(aside, target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}; what was there before is intact") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def take_place(aside: Path, target: Path) -> None:
+    """Flush a finished directory to the disk and give it its name; what had that name before goes."""
+    for file in aside.rglob("*"):
+        _flush(file)
+    if target.exists():
+        old = target.parent / f".{target.name}.{os.getpid()}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        aside.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        aside.rename(target)
+    _flush(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -194,6 +203,11 @@ class Checkpoint:
         files = self.state().get("files", {})
         if not isinstance(files, dict):
             raise UserError(f"{self.path / 'state.json'}: `files` must be an object of checksums")
+        if not _state_is_whole((self.path / "state.json").read_bytes(), files.pop("state.json", None)):
+            raise UserError(
+                f"checkpoint {self.path}: state.json is damaged (its checksum differs); if it was edited on purpose, "
+                "take the entry state.json out of its `files`"
+            )
         for name, digest in files.items():
             file = self.path / name
             if not file.is_file():
@@ -202,8 +216,17 @@ class Checkpoint:
                 raise UserError(f"checkpoint {self.path}: {name} is damaged (its checksum differs)")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one of its files, `model` or `optimizer`."""
+        """The tensors of one of its files, `model` or `optimizer`, or of the parts that many processes wrote."""
+        if self.in_parts:
+            from chatwright import sharded  # torch's distributed part takes a while to import
+
+            return sharded.whole_tensors(self.path, name)
         return load_tensors(self.path / f"{name}.safetensors")
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether many processes wrote it together (`sharded`)."""
+        return (self.path / PARTS).is_dir()
 
 
 def save_checkpoint(
@@ -222,9 +245,32 @@ def save_checkpoint(
             save_tensors(aside / f"{name}.safetensors", content)
         for file_name, text in (texts or {}).items():
             (aside / file_name).write_text(text, encoding="utf-8")
-        files = {file.name: sha256(file) for file in sorted(aside.iterdir())}
-        (aside / "state.json").write_text(json.dumps({**state, "files": files}, indent=1), encoding="utf-8")
+        write_state(aside, state)
     return Checkpoint(target)
+
+
+def write_state(directory: Path, state: Mapping[str, Any], known: Mapping[str, str] | None = None) -> None:
+    """`state.json` of a directory whose other files are all written: `state`, and `files` with everyone's checksum.
+
+    Its own is that of its text with 64 zeros in the place of the checksum: every byte of the file counts. `known` are
+    checksums of files in folders below, made by those who wrote them.
+    """
+    files = {file.name: sha256(file) for file in sorted(directory.iterdir()) if file.is_file()} | dict(known or {})
+    text = json.dumps({**state, "files": {**files, "state.json": _NO_DIGEST}}, indent=1)
+    own = hashlib.sha256(text.encode()).hexdigest()
+    (directory / "state.json").write_bytes(own.join(text.rsplit(_NO_DIGEST, 1)).encode())
+
+
+def _state_is_whole(text: bytes, own: object) -> bool:
+    """Whether a state.json passes its own checksum. One without (by hand, or of the first versions) does.
+
+    The checksum is looked for in the text, as a flipped byte may have changed the key that it stood under.
+    """
+    found = re.findall(rb'"state\.json": "([0-9a-f]{64})"', text)
+    if not found:
+        return own is None
+    zeroed = _NO_DIGEST.encode().join(text.rsplit(found[-1], 1))
+    return hashlib.sha256(zeroed).hexdigest().encode() == found[-1]
 
 
 def checkpoints(directory: Path) -> list[Checkpoint]:
@@ -251,6 +297,43 @@ def prune(directory: Path, keep: int, *, spare: Sequence[int] = ()) -> None:
     """Delete all but the newest `keep` checkpoints and those whose step is in `spare`; also unfinished leftovers."""
     for checkpoint in checkpoints(directory)[: -max(keep, 1)]:
         if checkpoint.step not in spare:
-            shutil.rmtree(checkpoint.path, ignore_errors=True)
-    for leftover in (*directory.glob(".step-*.partial"), *directory.glob(".step-*.old")):
-        shutil.rmtree(leftover, ignore_errors=True)
+            delete(checkpoint)
+    for kind in ("partial", "old", "gone"):
+        for leftover in directory.glob(f".step-*.{kind}"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def delete(checkpoint: Checkpoint) -> None:
+    """Delete a checkpoint: out of sight first, so that whoever dies meanwhile leaves no half of it under its name."""
+    gone = checkpoint.path.with_name(f".{checkpoint.path.name}.{os.getpid()}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        checkpoint.path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def recover(directory: Path) -> None:
+    """Bring back a checkpoint whose writer died between moving the old one away and the new one into its place.
+
+    Only for the one process that writes here: another's half-done exchange looks the same.
+    """
+    for old in directory.glob(".step-*.old"):
+        target = directory / old.name[1:].split(".")[0]
+        if not target.exists():
+            old.rename(target)
+
+
+def write_best(directory: Path, step: int) -> None:
+    """Say which checkpoint of a directory is the best: the file `best` holds its name."""
+    write_text(directory / BEST, f"step-{step:06}\n")
+
+
+def best(directory: Path) -> Checkpoint | None:
+    """The checkpoint that `write_best` named; None when there is none. Raises UserError when the name is no checkpoint's."""
+    file = directory / BEST
+    if not file.is_file():
+        return None
+    name = file.read_text(encoding="utf-8", errors="replace").strip()
+    if not STEP.fullmatch(name) or not (directory / name).is_dir():
+        raise UserError(f"{file} names {name!r}, which is no checkpoint beside it")
+    return Checkpoint(directory / name)

@@ -95,8 +95,10 @@ def find_checkpoint(path: Path) -> checkpoint.Checkpoint | None:
     """The checkpoint that a run, stage or checkpoint directory stands for; None when it is none of these.
 
     A stage names its model in result.json; an unfinished stage stands for its newest whole checkpoint; a run for its
-    last finished stage that made a language model.
+    last finished stage that made a language model. The file checkpoints/best stands for the checkpoint it names.
     """
+    if path.name == checkpoint.BEST and path.is_file():
+        return checkpoint.best(path.parent)
     if (path / "state.json").is_file():
         return checkpoint.Checkpoint(path)
     if (path / "result.json").is_file():
@@ -166,7 +168,7 @@ def load_parts(name: str | Path) -> Loaded:
         from chatwright.interop.gguf import load_gguf
 
         return load_gguf(path)
-    if path.is_dir():
+    if path.is_dir() or (path.name == checkpoint.BEST and path.is_file()):
         found = find_checkpoint(path)
         if found is not None:
             return load_checkpoint(found)

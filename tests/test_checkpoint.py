@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -58,10 +59,14 @@ def test_the_state_names_each_file_with_its_checksum(tmp_path: Path) -> None:
     state = saved.state()
     assert saved.step == 12 and state["value"] == 1.0
     others = [name for name in names(saved.path) if name != "state.json"]
-    assert sorted(state["files"]) == others
+    assert sorted(state["files"]) == sorted([*others, "state.json"])
     assert others == ["chat_template.jinja", "model.safetensors", "optimizer.safetensors", "tokenizer.json"]
+    own = state["files"].pop("state.json")
     for name, digest in state["files"].items():
         assert checkpoint.sha256(saved.path / name) == digest
+    text = (saved.path / "state.json").read_text()
+    assert text.count(own) == 1
+    assert hashlib.sha256(text.replace(own, "0" * 64).encode()).hexdigest() == own
     saved.verify()
 
 
@@ -141,6 +146,25 @@ def test_a_flipped_bit_is_found_and_named(tmp_path: Path, name: str) -> None:
     file.unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
         saved.verify()
+
+
+def test_any_flipped_bit_of_the_state_is_found(tmp_path: Path) -> None:
+    saved = save(tmp_path / "step-000001", 0.1)
+    file = saved.path / "state.json"
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 8
+        file.write_bytes(data)
+        with pytest.raises(UserError, match=r"step-000001"):
+            saved.verify()
+    file.write_bytes(whole.replace(b'"value": 0.1', b'"value": 0.2'))
+    with pytest.raises(UserError, match=r"step-000001: state\.json is damaged"):
+        saved.verify()
+    state = json.loads(whole)
+    del state["files"]["state.json"]  # as the first versions wrote it, and how an edit by hand is kept
+    file.write_text(json.dumps(state))
+    saved.verify()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b"null"])
@@ -329,3 +353,48 @@ def test_prune(tmp_path: Path, keep: int, spare: tuple[int, ...], left: list[int
 
 def test_the_state_is_plain_json(tmp_path: Path) -> None:
     assert json.loads((save(tmp_path / "x").path / "state.json").read_text())["kind"] == "language"
+
+
+def test_a_writer_killed_between_its_two_renames_loses_nothing(tmp_path: Path) -> None:
+    saved = save(tmp_path / "step-000001")
+    saved.path.rename(tmp_path / ".step-000001.123.old")
+    save(tmp_path / "step-000002")
+    (tmp_path / ".step-000002.123.old").mkdir()  # its new one came into place: the old one is only a leftover
+    checkpoint.recover(tmp_path)
+    assert [found.step for found in checkpoint.checkpoints(tmp_path)] == [1, 2]
+    for found in checkpoint.checkpoints(tmp_path):
+        found.verify()
+    checkpoint.prune(tmp_path, 1)
+    assert names(tmp_path) == ["step-000002"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_a_process_killed_while_it_deletes_leaves_no_half_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path / f"step-{step:06}")
+    program = f"""
+import os, signal
+from pathlib import Path
+from chatwright import checkpoint
+checkpoint.shutil.rmtree = lambda path, **_: Path(path).exists() and os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.prune(Path({str(tmp_path)!r}), 1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert [found.step for found in checkpoint.checkpoints(tmp_path)] == [2]
+    assert any(name.endswith(".gone") for name in names(tmp_path))
+    checkpoint.recover(tmp_path)
+    checkpoint.prune(tmp_path, 1)
+    assert names(tmp_path) == ["step-000002"]
+
+
+def test_the_best_is_a_name_in_a_file(tmp_path: Path) -> None:
+    assert checkpoint.best(tmp_path) is None
+    save(tmp_path / "step-000007")
+    checkpoint.write_best(tmp_path, 7)
+    found = checkpoint.best(tmp_path)
+    assert found is not None and found.path == tmp_path / "step-000007"
+    for name in ("step-000008", "../step-000007", "", "step-000007/.."):
+        (tmp_path / "best").write_text(name)
+        with pytest.raises(UserError, match="no checkpoint beside it"):
+            checkpoint.best(tmp_path)
