@@ -22,6 +22,7 @@ from chatwright import __version__, checkpoint, runtime
 from chatwright.config import UsageError, build, check_keys, near_match, parse, read_yaml, to_plain, to_yaml
 from chatwright.evaluate import report as reports
 from chatwright.metrics import console, duration, say
+from chatwright.train import parallel
 from chatwright.train.stopping import Interrupted
 from chatwright.train.workspace import Report, Workspace
 
@@ -171,29 +172,49 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def fingerprint(stage: Stage, seed: int, inputs: Mapping[str, Path]) -> str:
-    """Sixteen hexadecimal digits of what a stage's result depends on."""
+    """Sixteen hexadecimal digits of what a stage's result depends on: not on how processes shared the work."""
+    settings = to_plain(stage.config)
+    settings.pop("parallel", None)
     before = {name: checkpoint.read_json(inputs[name] / "result.json")["fingerprint"] for name in stage.inputs if name in inputs}
-    text = json.dumps([stage.verb, to_plain(stage.config), seed, before, __version__], sort_keys=True, default=str)
+    text = json.dumps([stage.verb, settings, seed, before, __version__], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def run_stage(stage: Stage, directory: Path, *, seed: int, inputs: Mapping[str, Path], prompt: str) -> dict[str, Any]:
-    """Run one stage in its directory, or take its finished result; returns the content of result.json."""
+    """Run one stage in its directory, or take its finished result; returns the content of result.json.
+
+    Under torchrun every process calls this. Stages that cannot share their work are left to the first one.
+    """
+    if hasattr(stage.config, "parallel") or runtime.is_first():
+        _run_stage(stage, directory, seed=seed, inputs=inputs, prompt=prompt)
+    runtime.barrier()
+    return cast("dict[str, Any]", checkpoint.read_json(directory / "result.json"))
+
+
+def _run_stage(stage: Stage, directory: Path, *, seed: int, inputs: Mapping[str, Path], prompt: str) -> None:
     mark = fingerprint(stage, seed, inputs)
-    _make_way(directory, mark)
     finished = directory / "result.json"
-    if finished.exists():
-        result = checkpoint.read_json(finished)
-        say(f"[{stage.name}] finished before, in {duration(result['seconds'])}: skipped")
-        return cast("dict[str, Any]", result)
-    say(f"[{stage.name}]")
-    directory.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(directory / "config.yaml", to_yaml({"use": stage.verb, **to_plain(stage.config)}))
+
+    def begin() -> bool:
+        _make_way(directory, mark)
+        if finished.exists():
+            seconds = checkpoint.read_json(finished)["seconds"]
+            say(f"[{stage.name}] finished before, in {duration(seconds)}: skipped")
+            return False
+        say(f"[{stage.name}]")
+        directory.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(directory / "config.yaml", to_yaml({"use": stage.verb, **to_plain(stage.config)}))
+        return True
+
+    if not (runtime.told_by_first(begin) if hasattr(stage.config, "parallel") else begin()):
+        return
     clock = _Clock(directory / "clock.json", mark)
     try:
         report: Report = module_of(stage.verb).run(stage.config, Workspace(directory, seed, inputs))
     finally:
         clock.stop()
+    if not runtime.is_first():
+        return
     result = {
         "fingerprint": mark,
         "verb": stage.verb,
@@ -210,7 +231,6 @@ def run_stage(stage: Stage, directory: Path, *, seed: int, inputs: Mapping[str, 
     checkpoint.write_json(finished, result)
     for row in reports.table_rows(stage.name, result):
         say(f"  {row[1]}: {row[2]} -> {row[3]}" if row[2] != "-" else f"  {row[1]}: {row[3]}")
-    return result
 
 
 class _Clock:
@@ -220,14 +240,18 @@ class _Clock:
         self.file, self.mark, self.started = file, mark, time.monotonic()
         earlier = checkpoint.read_json(file) if file.exists() else {}
         self.before = float(earlier["seconds"]) if earlier.get("fingerprint") == mark else 0.0
-        checkpoint.write_json(file, {"fingerprint": mark, "seconds": self.before})
+        self._write(self.before)
 
     @property
     def seconds(self) -> float:
         return self.before + time.monotonic() - self.started
 
     def stop(self) -> None:
-        checkpoint.write_json(self.file, {"fingerprint": self.mark, "seconds": self.seconds})
+        self._write(self.seconds)
+
+    def _write(self, seconds: float) -> None:
+        if runtime.is_first():
+            checkpoint.write_json(self.file, {"fingerprint": self.mark, "seconds": seconds})
 
 
 def _make_way(directory: Path, mark: str) -> None:
@@ -264,7 +288,8 @@ def run_recipe(recipe: Recipe, root: Path, *, until: str = "") -> dict[str, dict
         directory = root / stage.name
         results[stage.name] = run_stage(stage, directory, seed=recipe.seed, inputs=inputs, prompt=recipe.prompt)
         inputs[stage.name] = directory
-        reports.write_run_report(root, recipe.name, results, recipe.prompt)
+        if runtime.is_first():
+            reports.write_run_report(root, recipe.name, results, recipe.prompt)
         if stage.name == until:
             break
     return results
@@ -295,6 +320,7 @@ def print_results(root: Path, recipe: Recipe, results: Mapping[str, Mapping[str,
     say(f"Next:  chatwright chat {root}      (or: make chat)\n       chatwright serve {root}     (or: make serve)")
 
 
+@parallel.processes()
 def main_run(argv: Sequence[str]) -> int:
     """`chatwright run RECIPE`."""
     own = {f.name for f in dataclasses.fields(RunConfig)} | {"config", "debug", "help"}
@@ -336,6 +362,7 @@ def split_arguments(argv: Sequence[str], own: set[str]) -> tuple[list[str], list
     return plain, rest
 
 
+@parallel.processes()
 def main_stage(verb: str, argv: Sequence[str]) -> int:
     """`chatwright VERB`: one stage by itself. Its inputs are the finished stages beside --out, or paths."""
     module = module_of(verb)

@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import datetime
+import functools
 import hashlib
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -44,7 +47,8 @@ def on_device(value: Moved) -> Moved:
     if target.type == "cpu":
         return value
     if isinstance(value, Tensor):
-        return cast("Moved", value.to(target, non_blocking=True))
+        pinned = value.pin_memory() if value.device.type == "cpu" else value  # only from there a copy can run beside work
+        return cast("Moved", pinned.to(target, non_blocking=True))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(
             value, **{field.name: on_device(getattr(value, field.name)) for field in dataclasses.fields(value)}
@@ -60,6 +64,86 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes train together; 1 alone."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and speaks."""
+    return rank() == 0
+
+
+_groups: dict[str, Any] = {}
+
+
+def join() -> None:
+    """Meet the other processes that torchrun started; does nothing alone, or when called again.
+
+    Tensors travel by NCCL between GPUs and by gloo between CPUs. Two further gloo groups are for small agreements and
+    for checkpoints that are written in the background: each needs its own, so that neither takes the other's messages.
+    They wait long, as the first process may be busy with a stage that the others have no part in.
+    """
+    import torch.distributed as dist
+
+    if world_size() == 1 or dist.is_initialized():
+        return
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device())
+    else:
+        dist.init_process_group("gloo")
+    for name in ("agreeing", "saving"):
+        _groups[name] = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
+
+
+def group(name: str) -> Any:
+    """The process group `agreeing` or `saving`, both on CPUs; None alone."""
+    return _groups.get(name)
+
+
+def leave() -> None:
+    """End what `join` began."""
+    import torch.distributed as dist
+
+    if _groups:
+        _groups.clear()
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait here until every process has come here; nothing alone."""
+    if _groups:
+        import torch.distributed as dist
+
+        dist.barrier(group=group("agreeing"))
+
+
+Said = TypeVar("Said")
+
+
+def told_by_first(make: Callable[[], Said]) -> Said:
+    """What `make` gives in the first process, the only one that calls it, in every process.
+
+    Raises UserError everywhere when it does there.
+    """
+    if not _groups:
+        return make()
+    import torch.distributed as dist
+
+    said: list[Any] = [None, None]
+    failure: BaseException | None = None
+    if is_first():
+        try:
+            said[0] = make()
+        except UserError as error:
+            failure, said[1] = error, str(error)
+    dist.broadcast_object_list(said, src=0, group=group("agreeing"))  # pickled between our own processes
+    if said[1] is not None:
+        raise failure or UserError(said[1])
+    return cast("Said", said[0])
 
 
 def set_threads(threads: int = 0) -> int:
@@ -147,6 +231,27 @@ class _OrPlain:
         return result
 
 
+@functools.lru_cache
+def matmul_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of this process's device at the product of two square matrices, the best of some: what `mfu` is a share of.
+
+    A measure of 0.2 s, once a process. Other programs that run meanwhile make it smaller, and `mfu` larger.
+    """
+    size, where = (8192, device()) if device().type == "cuda" else (1024, device())
+    draw = generator("peak")
+    left, right = (torch.randn(size, size, generator=draw).to(where, dtype) for _ in range(2))
+    best, begun = float("inf"), time.perf_counter()
+    while time.perf_counter() - begun < 0.2 or best == float("inf"):
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+        started = time.perf_counter()
+        torch.mm(left, right)
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
 def tune_allocator() -> bool:
     """Keep freed memory in the process instead of giving it back to the system (glibc only); True when set.
 
@@ -195,13 +300,19 @@ def generator(*parts: object) -> torch.Generator:
 
 
 def rng_state() -> Tensor:
-    """The state of torch's global random stream (uint8), for checkpoints."""
+    """The state of torch's global random stream (uint8), the GPU's behind it where there is one, for checkpoints."""
+    if device().type == "cuda":
+        return torch.cat((torch.get_rng_state(), torch.cuda.get_rng_state(device())))
     return torch.get_rng_state()
 
 
 def set_rng_state(state: Tensor) -> None:
-    """Restore what `rng_state` gave."""
-    torch.set_rng_state(state.cpu())
+    """Restore what `rng_state` gave; a checkpoint from a CPU leaves the GPU's stream as it is."""
+    state = state.cpu()
+    size = torch.get_rng_state().numel()
+    torch.set_rng_state(state[:size].clone())
+    if device().type == "cuda" and state.numel() > size:
+        torch.cuda.set_rng_state(state[size:].clone(), device())
 
 
 @contextlib.contextmanager
@@ -228,6 +339,7 @@ def describe() -> dict[str, Any]:
         "device": str(device()),
         "threads": torch.get_num_threads(),
         "bf16": has_bf16(),
+        "processes": world_size(),
     }
 
 

@@ -1,0 +1,161 @@
+"""Checkpoints that many processes write together, each its own part, while training goes on.
+
+The engine is torch.distributed.checkpoint (DCP). Its usual format describes the parts in a pickle (`.metadata`), and
+nothing here is ever unpickled: parts are written by its safetensors writer instead, which puts the place of every
+part into the safetensors header. Any number of processes can read them, each the pieces that it needs.
+
+The directory keeps the discipline of `checkpoint`: `sharded/` with one file a process, the texts, and `state.json` with
+every file's SHA-256 last; all of it under another name until it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+
+from chatwright import checkpoint, runtime
+from chatwright.config import UserError
+
+PARTS = checkpoint.PARTS
+
+
+def aside_of(target: Path) -> Path:
+    """Where a checkpoint is written until it is whole: the same name in every process."""
+    return target.parent / f".{target.name}.shared.partial"
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """DCP's safetensors writer, with a checksum of each file made by the process that wrote it."""
+
+    def __init__(self, target: Path, state: Mapping[str, Any], texts: Mapping[str, str], then: Callable[[], None]) -> None:
+        super().__init__(str(aside_of(target) / PARTS), save_distributed=True)
+        self.target, self.state, self.texts, self.then = target, dict(state), dict(texts), then
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        """Write this process's parts, and beside each file its digest."""
+        written = super().write_data(plan, planner)
+        if plan.items:
+            for file in (aside_of(self.target) / PARTS).glob(f"shard-{plan.storage_data['shard_index']:05}-*.safetensors"):
+                file.with_suffix(".sha256").write_text(checkpoint.sha256(file), encoding="ascii")
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """In the first process, when all have written: texts, checksums, state.json, and the name that counts."""
+        aside = aside_of(self.target)
+        files = {}
+        for digest in sorted((aside / PARTS).glob("*.sha256")):
+            files[f"{PARTS}/{digest.stem}.safetensors"] = digest.read_text(encoding="ascii")
+            digest.unlink()
+        for name, text in self.texts.items():
+            (aside / name).write_text(text, encoding="utf-8")
+        checkpoint.write_state(aside, self.state, files)
+        checkpoint.take_place(aside, self.target)
+        self.then()
+
+
+class Saving:
+    """A checkpoint on its way to the disk. One at a time: `settle` before the next."""
+
+    def __init__(self) -> None:
+        self._future: Future[Any] | None = None
+        self._target = Path()
+
+    def start(
+        self,
+        target: Path,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        texts: Mapping[str, str],
+        then: Callable[[], None],
+    ) -> None:
+        """Copy the tensors (DTensors, or equal ones in every process) and write the copies in the background.
+
+        Every process must call this. `then` is called in the first one when the checkpoint is whole.
+        """
+        self.settle()
+        if runtime.is_first():
+            shutil.rmtree(aside_of(target), ignore_errors=True)
+        runtime.barrier()
+        self._target = target
+        with _without_dcp_warnings():
+            self._future = dcp.async_save(  # type: ignore[assignment]
+                {name: tensor.detach() for name, tensor in tensors.items()},
+                storage_writer=_Writer(target, state, texts, then),
+                process_group=runtime.group("saving"),
+            )
+
+    def settle(self) -> None:
+        """Wait until the checkpoint is on the disk. Raises UserError, in every process, when it could not be written."""
+        future, self._future = self._future, None
+        if future is None:
+            return
+        try:
+            future.result()
+        except CheckpointException as error:
+            reason = next(iter(error.failures.values()))
+            cause = reason[0] if isinstance(reason, tuple) else reason
+            raise UserError(f"cannot write {self._target}: {cause}; what was there before is intact") from error
+        finally:
+            if runtime.is_first():
+                shutil.rmtree(aside_of(self._target), ignore_errors=True)
+
+
+def describe(directory: Path) -> dict[str, TensorStorageMetadata]:
+    """Name -> size and type of every tensor in a checkpoint's parts. Raises UserError when a part is damaged."""
+    try:
+        found = HuggingFaceStorageReader(str(directory / PARTS)).read_metadata().state_dict_metadata
+    except Exception as error:  # the library's own errors have no common class
+        raise UserError(f"{directory / PARTS} is damaged: {error}") from None
+    return {name: item for name, item in found.items() if isinstance(item, TensorStorageMetadata)}
+
+
+def read(directory: Path, tensors: Mapping[str, Tensor], *, alone: bool = False) -> None:
+    """Fill tensors of the right shapes, DTensors or plain ones, from a checkpoint's parts.
+
+    Every process must call this, unless `alone`. Raises UserError naming what is missing or of another shape.
+    """
+    known = describe(directory)
+    for name, tensor in tensors.items():
+        if name not in known:
+            raise UserError(f"{directory}: missing tensor {name!r}")
+        if tuple(known[name].size) != tuple(tensor.shape):
+            shapes = f"{tuple(known[name].size)}, the model has {tuple(tensor.shape)}"
+            raise UserError(f"{directory}: tensor {name} has shape {shapes}")
+    with _without_dcp_warnings():
+        dcp.load(
+            dict(tensors),
+            storage_reader=HuggingFaceStorageReader(str(directory / PARTS)),
+            process_group=None if alone else runtime.group("saving"),
+            no_dist=alone,
+        )
+
+
+def whole_tensors(directory: Path, part: str) -> dict[str, Tensor]:
+    """The tensors `part/...` of a checkpoint put together, on the CPU of this process, under their names without it."""
+    wanted = {name: item for name, item in describe(directory).items() if name.startswith(f"{part}/")}
+    tensors = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in wanted.items()}
+    read(directory, tensors, alone=True)
+    return {name.removeprefix(f"{part}/"): tensor for name, tensor in tensors.items()}
+
+
+@contextlib.contextmanager
+def _without_dcp_warnings() -> Iterator[None]:
+    """DCP warns that one process alone is one process, and of its own later changes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
