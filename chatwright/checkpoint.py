@@ -270,7 +270,7 @@ def _state_is_whole(text: bytes, own: object) -> bool:
     if not found:
         return own is None
     zeroed = _NO_DIGEST.encode().join(text.rsplit(found[-1], 1))
-    return hashlib.sha256(zeroed).hexdigest().encode() == found[-1]
+    return bool(hashlib.sha256(zeroed).hexdigest().encode() == found[-1])
 
 
 def checkpoints(directory: Path) -> list[Checkpoint]:

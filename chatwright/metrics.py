@@ -1,4 +1,5 @@
-"""What a run tells: `metrics.jsonl` always, and a progress bar (plain lines where there is no terminal)."""
+"""What a run tells: `metrics.jsonl` always, a tracker where one is asked for, and a progress bar (plain lines where there
+is no terminal)."""
 
 from __future__ import annotations
 
@@ -14,19 +15,30 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from chatwright import runtime
+from chatwright.config import UserError
+from chatwright.trackers import Reporting, Tracker, open_tracker
+
+TIMED = frozenset({"elapsed", "memory_mb", "tokens_per_second", "answers_per_second", "mfu", "energy_kwh", "cost"})
+"""Keys that are measured by a clock or a meter: all others of a run that is repeated are the same, bit for bit."""
+
 console = Console(highlight=False, stderr=False)
 
 
 class MetricsLog:
     """`metrics.jsonl`: one object a line, `step` first. What the keys mean stands in docs/metrics.md."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, reporting: Reporting | None = None) -> None:
+        self.path, self.reporting = path, reporting or Reporting()
+        self._tracker: Tracker | None = None
+        self._next = 0  # the step from which on rows are new to the tracker
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def forget_after(self, step: int) -> None:
         """Drop the rows of steps that will be done again after a resume."""
-        if self.path.exists():
+        self.close()
+        self._next = step + 1
+        if self.path.exists() and runtime.is_first():
             rows = [row for row in read_metrics(self.path) if row["step"] <= step]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             aside = self.path.with_suffix(".partial")
@@ -34,15 +46,42 @@ class MetricsLog:
             aside.replace(self.path)
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
-        """Append one row. NaN and infinity become null: they are not JSON."""
-        row: dict[str, Any] = {"step": step}
-        for key, value in values.items():
-            if isinstance(value, float):
-                row[key] = round(value, 7) if math.isfinite(value) else None
-            else:
-                row[key] = value
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append one row, in the first process. NaN and infinity become null: they are not JSON."""
+        if not runtime.is_first():
+            return
+        row = _row(step, values)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; the last checkpoint is intact") from error
+        if self._tracker is None:
+            self._tracker = open_tracker(self.reporting, self.path.parent, self._next)
+        if self._tracker is not None:
+            numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+            self._tracker.write(step, numbers)
+
+    def write_once(self, step: int, values: Mapping[str, float | int | str]) -> None:
+        """`write`, unless this very row is there. For rows between two checkpoints of one step: whoever dies behind such
+        a row goes on before it."""
+        if _row(step, values) not in read_metrics(self.path):
+            self.write(step, values)
+
+    def close(self) -> None:
+        """Send what a tracker still holds; the next row opens it again."""
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
+
+
+def _row(step: int, values: Mapping[str, float | int | str]) -> dict[str, Any]:
+    row: dict[str, Any] = {"step": step}
+    for key, value in values.items():
+        if isinstance(value, float):
+            row[key] = round(value, 7) if math.isfinite(value) else None
+        else:
+            row[key] = value
+    return row
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

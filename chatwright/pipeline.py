@@ -7,6 +7,7 @@ the one that would be made now. A stage whose settings have changed is run again
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -19,11 +20,22 @@ from pathlib import Path
 from typing import Any, cast
 
 from chatwright import __version__, checkpoint, runtime
-from chatwright.config import UsageError, build, check_keys, near_match, parse, read_yaml, to_plain, to_yaml
+from chatwright.config import (
+    UsageError,
+    UserError,
+    build,
+    check_keys,
+    near_match,
+    parse,
+    read_yaml,
+    to_plain,
+    to_yaml,
+)
 from chatwright.evaluate import report as reports
 from chatwright.metrics import console, duration, say
+from chatwright.trackers import Reporting
 from chatwright.train import parallel
-from chatwright.train.stopping import Interrupted
+from chatwright.train.stopping import Interrupted, terminable
 from chatwright.train.workspace import Report, Workspace
 
 STAGES = {
@@ -76,6 +88,8 @@ class RunConfig:
     """Seed of everything random; -1 takes the recipe's."""
     until: str = ""
     """Stop after this stage."""
+    report: Reporting = dataclasses.field(default_factory=Reporting)
+    """Where metrics go beside metrics.jsonl, and what energy and hours cost. Changes no result."""
 
 
 def input_names(config: Any) -> list[str]:
@@ -180,19 +194,30 @@ def fingerprint(stage: Stage, seed: int, inputs: Mapping[str, Path]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def run_stage(stage: Stage, directory: Path, *, seed: int, inputs: Mapping[str, Path], prompt: str) -> dict[str, Any]:
+def run_stage(
+    stage: Stage,
+    directory: Path,
+    *,
+    seed: int,
+    inputs: Mapping[str, Path],
+    prompt: str,
+    reporting: Reporting | None = None,
+) -> dict[str, Any]:
     """Run one stage in its directory, or take its finished result; returns the content of result.json.
 
     Under torchrun every process calls this. Stages that cannot share their work are left to the first one.
     """
     if hasattr(stage.config, "parallel") or runtime.is_first():
-        _run_stage(stage, directory, seed=seed, inputs=inputs, prompt=prompt)
+        workspace = Workspace(directory, seed, inputs, reporting or Reporting())
+        with terminable(stage.name):
+            _run_stage(stage, workspace, prompt=prompt)
     runtime.barrier()
     return cast("dict[str, Any]", checkpoint.read_json(directory / "result.json"))
 
 
-def _run_stage(stage: Stage, directory: Path, *, seed: int, inputs: Mapping[str, Path], prompt: str) -> None:
-    mark = fingerprint(stage, seed, inputs)
+def _run_stage(stage: Stage, workspace: Workspace, *, prompt: str) -> None:
+    directory, seed = workspace.directory, workspace.seed
+    mark = fingerprint(stage, seed, workspace.inputs)
     finished = directory / "result.json"
 
     def begin() -> bool:
@@ -203,6 +228,7 @@ def _run_stage(stage: Stage, directory: Path, *, seed: int, inputs: Mapping[str,
             return False
         say(f"[{stage.name}]")
         directory.mkdir(parents=True, exist_ok=True)
+        _Clock(directory / "clock.json", mark)  # first: it says whose directory this is
         checkpoint.write_text(directory / "config.yaml", to_yaml({"use": stage.verb, **to_plain(stage.config)}))
         return True
 
@@ -210,8 +236,9 @@ def _run_stage(stage: Stage, directory: Path, *, seed: int, inputs: Mapping[str,
         return
     clock = _Clock(directory / "clock.json", mark)
     try:
-        report: Report = module_of(stage.verb).run(stage.config, Workspace(directory, seed, inputs))
+        report: Report = module_of(stage.verb).run(stage.config, workspace)
     finally:
+        workspace.metrics.close()
         clock.stop()
     if not runtime.is_first():
         return
@@ -247,7 +274,8 @@ class _Clock:
         return self.before + time.monotonic() - self.started
 
     def stop(self) -> None:
-        self._write(self.seconds)
+        with contextlib.suppress(UserError):  # a full disk: what ended the stage is the error to tell, not this
+            self._write(self.seconds)
 
     def _write(self, seconds: float) -> None:
         if runtime.is_first():
@@ -257,7 +285,7 @@ class _Clock:
 def _make_way(directory: Path, mark: str) -> None:
     """Move a directory aside that was made, or begun, with other settings."""
     file = directory / "clock.json"
-    if not directory.exists() or not any(directory.iterdir()):
+    if not directory.exists() or all(file.name.startswith(".") for file in directory.iterdir()):
         return
     if file.exists() and checkpoint.read_json(file).get("fingerprint") == mark:
         return
@@ -277,7 +305,9 @@ def _sample(directory: Path, report: Report, prompt: str, seed: int) -> str:
     return one_answer(str(directory / report.model), [{"role": "user", "content": prompt}], seed=seed)
 
 
-def run_recipe(recipe: Recipe, root: Path, *, until: str = "") -> dict[str, dict[str, Any]]:
+def run_recipe(
+    recipe: Recipe, root: Path, *, until: str = "", reporting: Reporting | None = None
+) -> dict[str, dict[str, Any]]:
     """All stages of a recipe under `root`; writes the run's report and returns the results by stage."""
     if until:
         check_keys([until], list(recipe.stages), where="until")
@@ -286,7 +316,9 @@ def run_recipe(recipe: Recipe, root: Path, *, until: str = "") -> dict[str, dict
     inputs: dict[str, Path] = {}
     for stage in recipe.stages.values():
         directory = root / stage.name
-        results[stage.name] = run_stage(stage, directory, seed=recipe.seed, inputs=inputs, prompt=recipe.prompt)
+        results[stage.name] = run_stage(
+            stage, directory, seed=recipe.seed, inputs=inputs, prompt=recipe.prompt, reporting=reporting
+        )
         inputs[stage.name] = directory
         if runtime.is_first():
             reports.write_run_report(root, recipe.name, results, recipe.prompt)
@@ -337,8 +369,9 @@ def main_run(argv: Sequence[str]) -> int:
     if config.name:
         recipe = dataclasses.replace(recipe, name=config.name)
     root = Path(config.out) / recipe.name
+    config.report.check()
     try:
-        results = run_recipe(recipe, root, until=config.until)
+        results = run_recipe(recipe, root, until=config.until, reporting=config.report)
     except Interrupted as stop:
         say(str(stop))
         return 0
@@ -354,9 +387,10 @@ def split_arguments(argv: Sequence[str], own: set[str]) -> tuple[list[str], list
     while pending:
         argument = pending.pop(0)
         is_stage = argument.startswith("--") and "." in argument.partition("=")[0]
-        (rest if is_stage else plain).append(argument)
+        target = rest if is_stage and argument[2:].partition(".")[0] not in own else plain  # --report.to is its own
+        target.append(argument)
         if is_stage and "=" not in argument and pending:
-            rest.append(pending.pop(0))
+            target.append(pending.pop(0))
         elif argument in {f"--{name}" for name in own - {"debug", "help"}} and pending:
             plain.append(pending.pop(0))
     return plain, rest
@@ -366,18 +400,21 @@ def split_arguments(argv: Sequence[str], own: set[str]) -> tuple[list[str], list
 def main_stage(verb: str, argv: Sequence[str]) -> int:
     """`chatwright VERB`: one stage by itself. Its inputs are the finished stages beside --out, or paths."""
     module = module_of(verb)
-    plain, out, seed = _take_options(argv)
+    plain, out, seed, reporting = _take_options(argv)
     config, _ = parse(
         module.Config, plain, prog=f"chatwright {verb}",
         description=f"{(module.__doc__ or '').splitlines()[0]} Also: --out DIR (default runs/my/{verb}; inputs that are "
-        "stage names are looked for beside it), --seed N.",
+        "stage names are looked for beside it), --seed N, and --report.to, .watts, .price as in `chatwright run`.",
     )  # fmt: skip
+    reporting.check()
     directory = Path(out or f"runs/my/{verb}")
     beside = {file.parent.name: file.parent for file in sorted(directory.parent.glob("*/result.json"))}
     beside.pop(directory.name, None)
     runtime.set_threads()
     try:
-        run_stage(Stage(directory.name, verb, config), directory, seed=seed, inputs=beside, prompt=PROMPT)
+        run_stage(
+            Stage(directory.name, verb, config), directory, seed=seed, inputs=beside, prompt=PROMPT, reporting=reporting
+        )
     except Interrupted as stop:
         say(str(stop))
         return 0
@@ -401,23 +438,27 @@ def main_data(argv: Sequence[str]) -> int:
     return 0
 
 
-def _take_options(argv: Sequence[str]) -> tuple[list[str], str, int]:
+def _take_options(argv: Sequence[str]) -> tuple[list[str], str, int, Reporting]:
     plain, out, seed = [], "", 1337
+    report: list[str] = []
     pending = list(argv)
     while pending:
         argument = pending.pop(0)
         key, equals, value = argument.partition("=")
-        if key not in ("--out", "--seed"):
+        if key not in ("--out", "--seed") and not key.startswith("--report."):
             plain.append(argument)
             continue
         if not equals:
             if not pending:
                 raise UsageError(f"{key} needs a value")
             value = pending.pop(0)
-        if key == "--out":
+        if key.startswith("--report."):
+            report += [key, value]
+        elif key == "--out":
             out = value
         elif value.isdigit():
             seed = int(value)
         else:
             raise UsageError(f"--seed {value!r} is not a whole number")
-    return plain, out, seed
+    settings = parse_overrides(report).get("report", {})
+    return plain, out, seed, build(Reporting, settings, where="report")

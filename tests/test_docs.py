@@ -303,13 +303,13 @@ class LoggedKeys:
         """The keys, `step` included. Fails when the log is reached in a way that this class cannot see."""
         used = [node for node in self.nodes if isinstance(node, ast.Attribute) and node.attr == "metrics"]
         known = [call.func.value for call in self.calls if isinstance(call.func, ast.Attribute)
-                 and call.func.attr in ("write", "forget_after")]  # fmt: skip
+                 and call.func.attr in ("write", "write_once", "forget_after", "close")]  # fmt: skip
         for node in used:
             assert node in known, f"line {node.lineno}: `{ast.unparse(node)}` is used for something else than .write(...)"
         made = [call for call in self.calls if ast.unparse(call.func).endswith("MetricsLog")]
         assert len(made) == 1, "MetricsLog is to be made in Workspace.metrics alone"
-        writes = [call for call in self.calls if isinstance(call.func, ast.Attribute) and call.func.attr == "write"
-                  and call.func.value in used]  # fmt: skip
+        writes = [call for call in self.calls if isinstance(call.func, ast.Attribute)
+                  and call.func.attr in ("write", "write_once") and call.func.value in used]  # fmt: skip
         assert writes
         keys = {"step"}
         for call in writes:
@@ -338,6 +338,8 @@ class LoggedKeys:
                 return self.of(value.left) | self.of(value.right)
             case ast.Name(name):
                 return self.assigned(name, self.scope_of[value])
+            case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="spread"), attr="forward"), args=[ast.Attribute(attr=name)]):
+                return self.returned(name)  # `Spread.forward` gives what the function that it is given gives
             case ast.Call(func=ast.Name(name) | ast.Attribute(attr=name)):
                 return self.returned(name)
             case ast.Attribute(attr="logged"):  # of a Step: the second argument wherever one is made
@@ -366,8 +368,12 @@ class LoggedKeys:
         raise AssertionError(f"line {key.lineno}: cannot work out the logged key `{ast.unparse(key)}`")
 
     def looped(self, name: str, target: ast.expr, source: ast.expr) -> set[str]:
-        """A key that is the first loop variable over `....items()`."""
+        """A key that is the first loop variable over `....items()`, or over `zip(list(names)[1:], ...)`."""
         match target, source:
+            case ast.Tuple(elts=[ast.Name(first), *_]), ast.Call(
+                func=ast.Name("zip"), args=[ast.Subscript(value=ast.Call(func=ast.Name("list"), args=[names])), *_]
+            ) if first == name:
+                return self.of(names) - {""}
             case ast.Tuple(elts=[ast.Name(first), *_]), ast.Call(func=ast.Attribute(attr="items")) if first == name:
                 assert isinstance(source, ast.Call) and isinstance(source.func, ast.Attribute)
                 return self.of(source.func.value)

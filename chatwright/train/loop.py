@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Generic, Literal, Protocol, TypeVar
 
 from chatwright import checkpoint, optim, runtime
 from chatwright.checkpoint import Checkpoint
-from chatwright.config import UsageError
-from chatwright.metrics import progress_bar
+from chatwright.config import UsageError, UserError
+from chatwright.metrics import progress_bar, say
+from chatwright.train import account, spikes
+from chatwright.train.spikes import SpikeConfig
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import AnyBatch, Batch, Progress, Step, Trainer
 
@@ -30,9 +33,13 @@ class FitConfig:
     batch_size: int = 8
     """Samples per optimiser step."""
     micro_batch: int = 0
-    """Samples per forward pass; 0 means the whole batch. Smaller saves memory and changes no result."""
+    """Samples per forward pass of a process; 0 means its whole share of the batch. Smaller saves memory and changes no
+    result."""
     precision: str = "auto"
     """Products in `bf16`, `fp32`, or `auto`: bf16 where the processor computes it. Weights are float32 always."""
+    recompute: bool = False
+    """Keep only what enters each block and compute the rest again in the backward pass: memory of one block's activations
+    instead of all, for about a third more time. Changes no result."""
     compile: bool = True
     """Use torch.compile when a C++ compiler is there."""
     log_every: int = 10
@@ -41,8 +48,16 @@ class FitConfig:
     """Steps between held-out measures during training; 0 means only before and after."""
     save_every: float = 120.0
     """Seconds between checkpoints."""
+    save_steps: int = 0
+    """Also a checkpoint whenever the step is a multiple of this; 0: by the clock alone. Above 0 the rule for loss spikes
+    returns to these checkpoints only, and so repeats exactly."""
     keep: int = 2
     """Checkpoints to keep."""
+    keep_best: bool = False
+    """Also keep the checkpoint whose held-out measure was best (needs `evaluate_every`); the stage's result is then that
+    one, and the file checkpoints/best names it. Off: the result is the last step's."""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    """What is done when the loss jumps."""
 
     def check(self, schedule: str) -> None:
         """Raise UsageError when the settings contradict each other."""
@@ -52,6 +67,11 @@ class FitConfig:
             raise UsageError(f"a budget in seconds needs the trapezoid schedule, not {schedule}: steps are not known")
         if self.batch_size < 1 or self.micro_batch < 0 or self.batch_size % (self.micro_batch or self.batch_size):
             raise UsageError(f"batch_size {self.batch_size} must be a positive multiple of micro_batch")
+        if self.keep_best and not self.evaluate_every:
+            raise UsageError("keep_best chooses by the held-out measures during training: set evaluate_every above 0")
+        if self.save_steps < 0:
+            raise UsageError("save_steps must be at least 0")
+        self.spikes.check()
 
 
 Made = TypeVar("Made", bound=Batch, covariant=True)
@@ -66,12 +86,24 @@ class Batches(Protocol[Made]):
 
 @dataclass(frozen=True)
 class Fitted:
-    """The end of `fit`."""
+    """The end of `fit`. `checkpoint` is the stage's result and `after` its measures: the last step's, or the best one's
+    with `keep_best`; the modules have its weights. `facts` and `notes` are for the stage's report."""
 
     checkpoint: Checkpoint
     before: dict[str, float]
     after: dict[str, float]
     progress: Progress
+    facts: dict[str, float]
+    notes: list[str]
+
+    @property
+    def samples(self) -> int:
+        """Samples that the model was trained on, each pass counted; those that a rollback passed over are not."""
+        return self.progress.consumed - int(self.progress.extra.get("passed_over", 0))
+
+
+Best = tuple[str, Literal["lower", "higher"]]
+"""A held-out measure's name, and which of its values are better."""
 
 
 class Fit(Generic[AnyBatch]):
@@ -87,67 +119,187 @@ class Fit(Generic[AnyBatch]):
         *,
         title: str,
         throughput: tuple[str, float] = ("samples", 1.0),
+        best: Best | None = None,
+        flop_per_sample: float | None = None,
     ) -> None:
         """`step` is given a micro-batch; `evaluate` measures on held-out data.
 
-        `throughput` names what is counted per sample, for the speed shown: ("tokens", 256.0).
+        `throughput` names what is counted per sample, for the speed shown: ("tokens", 256.0). `best` is what `keep_best`
+        chooses by, `flop_per_sample` the operations of training on a sample, where they are known.
         """
         config.check(trainer.optim_config.schedule)
+        if config.keep_best and best is None:
+            raise UsageError("keep_best: this stage has no single measure to choose by")
+        if config.keep_best and trainer.spread.in_parts:
+            raise UsageError("keep_best is for models that each process holds whole: parallel.plan ddp, or one process")
+        self.best, self.flop_per_sample, self.meter = best, flop_per_sample, account.EnergyMeter()
+        self.fresh = 0  # steps of this process: the first two compile and warm up, their time is not counted
         self.trainer, self.config, self.batches, self.step, self.evaluate = trainer, config, batches, step, evaluate
         self.title, self.throughput = title, throughput
         self.modules = list(trainer.modules.values())
 
     def run(self) -> Fitted:
-        """Train to the end, or to where someone stops it. Raises Interrupted after saving."""
-        trainer, progress = self.trainer, self.trainer.progress
-        if trainer.resume():
+        """Train to the end, or to where someone stops it. Raises Interrupted, after saving where there is anything new."""
+        trainer = self.trainer
+        with Stopper().listening() as stopper:
+            resumed = trainer.resume()
             progress = trainer.progress
-        else:
-            progress.planned = self.config.steps
-            progress.extra["before"] = self._measure()
-        if progress.planned and progress.step >= progress.planned and "after" in progress.extra:
-            newest = checkpoint.checkpoints(trainer.workspace.checkpoints)[-1]
-            return Fitted(newest, progress.extra["before"], progress.extra["after"], progress)
+            if not resumed:
+                progress.planned = self.config.steps
+                progress.extra["before"] = self._measure(stopper)
+            if not (progress.planned and progress.step >= progress.planned and "after" in progress.extra):
+                self._train(stopper)
+                progress = trainer.progress  # another one after a rollback
+                progress.extra["after"] = self._measure(stopper)
+                trainer.workspace.metrics.write_once(progress.step, progress.extra["after"])
+                self._keep_if_best(progress.extra["after"])
+                trainer.save(final=True, spare=self._spare())
+        return self._result()
+
+    def _train(self, stopper: Stopper) -> None:
+        trainer, config = self.trainer, self.config
         for module in self.modules:
             module.train()
-        with progress_bar(self.title) as bar, Stopper().listening() as stopper:
-            fresh = 0  # steps of this process: the first two compile and warm up, their time is not counted
-            while not progress.planned or progress.step < progress.planned:
+        self.meter.spent()
+        with progress_bar(self.title) as bar:
+            while not trainer.progress.planned or trainer.progress.step < trainer.progress.planned:
+                self._look(stopper)
                 started = time.monotonic()
-                loss = self._one_step()
-                spent = time.monotonic() - started
-                fresh += 1
-                progress.elapsed += spent if fresh > 2 else 0.0
+                with self._may_stop_at_once(stopper, when=self.fresh == 0):  # compilation: nothing is lost yet
+                    loss = self._one_step()
+                progress = trainer.progress
+                spent, asked, due = self._agreed(time.monotonic() - started, stopper.asked)
+                self.fresh += 1
+                progress.elapsed += spent if self.fresh > 2 else 0.0
+                progress.joules += self.meter.spent()
                 self._plan()
-                if progress.step % self.config.log_every == 0 or progress.step == progress.planned:
+                if progress.step % config.log_every == 0 or progress.step == progress.planned:
                     self._log(loss, spent)
                 bar.update(self._share(), self._note(loss, spent))
-                if stopper.asked:
-                    trainer.save()
-                    raise Interrupted(f"{self.title}: saved at step {progress.step}; the same command goes on from there")
-                if time.monotonic() - trainer.saved_at > self.config.save_every:
-                    trainer.save()
-        progress.extra["after"] = self._measure()
-        trainer.workspace.metrics.write(progress.step, progress.extra["after"])
-        saved = trainer.save(final=True)
-        return Fitted(saved, progress.extra["before"], progress.extra["after"], progress)
+                if asked:
+                    raise self._interrupted()
+                if spikes.damaged(config.spikes, progress.extra):
+                    self._answer_spikes()
+                elif due and not progress.extra.get("spikes_in_a_row"):  # nothing to return to is saved inside a jump
+                    trainer.save(wait=False, spare=self._spare())
+
+    def _interrupted(self) -> Interrupted:
+        """Save what this process has done, and the exception that says so."""
+        where = f"{self.title}: stopped before the first step of this attempt, nothing had to be saved"
+        if self.fresh:
+            self.trainer.save(spare=self._spare())
+            where = f"{self.title}: saved at step {self.trainer.progress.step}"
+        return Interrupted(f"{where}; the same command goes on from there")
+
+    def _may_stop_at_once(self, stopper: Stopper, *, when: bool) -> AbstractContextManager[None]:
+        """Where a signal need not wait for the end of the step. Several processes stop together, or wait forever."""
+        return stopper.at_once(self._interrupted) if when and not self.trainer.spread.together else nullcontext()
+
+    def _look(self, stopper: Stopper) -> None:
+        """The held-out measure of `evaluate_every`, at the beginning of the step after: where a run that was stopped in
+        the middle of it goes on."""
+        progress, every = self.trainer.progress, self.config.evaluate_every
+        if not every or progress.step == 0 or progress.step % every or progress.extra.get("measured") == progress.step:
+            return
+        values = self._measure(stopper)
+        self.trainer.workspace.metrics.write_once(progress.step, values)
+        progress.extra["measured"] = progress.step
+        if self._keep_if_best(values):
+            self.trainer.save(spare=self._spare())
+            self._name_best()
+
+    def _agreed(self, spent: float, asked: bool) -> tuple[float, bool, bool]:
+        """Seconds of the step, whether to stop, whether to save: the same answers in every process."""
+        every = self.config.save_steps
+        due = time.monotonic() - self.trainer.saved_at > self.config.save_every
+        due = due or (every > 0 and self.trainer.progress.step % every == 0)
+        spent, *flags = self.trainer.spread.most([spent, float(asked), float(due)])
+        return spent, bool(flags[0]), bool(flags[1])
 
     def _one_step(self) -> float:
-        progress, config = self.trainer.progress, self.config
-        size = config.micro_batch or config.batch_size
-        portions = [self.batches.take(progress.consumed + n, size) for n in range(0, config.batch_size, size)]
+        progress, config, spread = self.trainer.progress, self.config, self.trainer.spread
+        mine = config.batch_size // spread.data_size  # this process's samples lie side by side
+        first = progress.consumed + spread.data_rank * mine
+        size = min(config.micro_batch or mine, mine)
+        portions = [self.batches.take(first + n, size) for n in range(0, mine, size)]
         share = self._learning_rate()
-        loss = self.trainer.update(portions, self.step, share)
+        limit, before = spikes.limit(config.spikes, progress.extra), progress.extra.get("spikes", 0)
+        loss = self.trainer.update(
+            portions, self.step, share, accept=lambda loss: spikes.accept(config.spikes, progress.extra, loss)
+        )
         progress.step += 1
         progress.consumed += config.batch_size
-        every = config.evaluate_every
-        if every and progress.step % every == 0 and progress.step != progress.planned:
-            self.trainer.workspace.metrics.write(progress.step, self._measure())
+        if progress.extra.get("spikes", 0) > before:
+            self.trainer.workspace.metrics.write(progress.step, {"spike_loss": loss, "spike_limit": limit})
+            say(f"  step {progress.step}: the loss jumped to {loss:.3f} (limit {limit:.3f}); its update is left out")
         return loss
 
-    def _measure(self) -> dict[str, float]:
-        with runtime.evaluating(*self.modules):
-            return self.evaluate()
+    def _answer_spikes(self) -> None:
+        """After `patience` spikes in a row: back to the last checkpoint, or the new level is taken for the normal one."""
+        trainer, config = self.trainer, self.config.spikes
+        if config.action == "skip":
+            trainer.progress.extra |= {"losses": [], "spikes_in_a_row": 0}
+            say(f"  step {trainer.progress.step}: {config.patience} jumps in a row; this is taken for the new level")
+            return
+        if trainer.progress.extra.get("rollbacks", 0) >= config.most:
+            raise UserError(
+                f"{self.title}: the loss jumped for good at step {trainer.progress.step}, after {config.most} returns to a "
+                "checkpoint; lower the learning rate, or look for broken samples"
+            )
+        trainer.roll_back(every=self.config.save_steps, spare=self._spare)
+        self._name_best()
+
+    def _keep_if_best(self, values: dict[str, float]) -> bool:
+        """Note this step as the best one when `keep_best` asks for it and its measure says so."""
+        progress = self.trainer.progress
+        if not self.config.keep_best or self.best is None:
+            return False
+        name, better = self.best
+        sign = 1 if better == "higher" else -1
+        known = progress.extra.get("best")
+        if known is not None and not sign * values[name] > sign * known["measures"][name]:
+            return False
+        progress.extra["best"] = {"step": progress.step, "measures": values}
+        return True
+
+    def _spare(self) -> list[int]:
+        """Steps whose checkpoints stay: the best one's, the one that the file `best` still names, and the one that a
+        rollback would go to."""
+        progress, every = self.trainer.progress, self.config.save_steps
+        steps = [progress.extra["best"]["step"]] if "best" in progress.extra else []
+        with suppress(UserError):
+            named = checkpoint.best(self.trainer.workspace.checkpoints)
+            steps += [named.step] if named else []
+        return [*steps, progress.step - progress.step % every] if every else steps
+
+    def _name_best(self) -> None:
+        """Let the file `best` name the best checkpoint."""
+        known = self.trainer.progress.extra.get("best")
+        if known is not None and runtime.is_first():
+            checkpoint.write_best(self.trainer.workspace.checkpoints, known["step"])
+
+    def _result(self) -> Fitted:
+        """What the finished run gives: its last checkpoint, or the best one, whose weights the modules then get back."""
+        trainer, progress = self.trainer, self.trainer.progress
+        chosen, after, notes = checkpoint.checkpoints(trainer.workspace.checkpoints)[-1], progress.extra["after"], []
+        best = progress.extra.get("best")
+        if self.config.keep_best and best is not None and self.best is not None:
+            name = self.best[0]
+            self._name_best()
+            notes.append(f"the model is that of step {best['step']}, whose {name} was the best: "
+                         f"{best['measures'][name]:.4f}; after the last step ({progress.step}) {after[name]:.4f}")  # fmt: skip
+            if best["step"] != progress.step:
+                chosen = Checkpoint(trainer.workspace.checkpoints / f"step-{best['step']:06}")
+                trainer.load_weights(chosen)
+                after = best["measures"]
+        for key, line in (("spikes", "{} losses jumped and had no update"), ("rollbacks", "{} returns to a checkpoint")):
+            if progress.extra.get(key):
+                notes.append(line.format(progress.extra[key]) + " (chatwright/train/spikes.py)")
+        return Fitted(chosen, progress.extra["before"], after, progress, self._account(), notes)
+
+    def _measure(self, stopper: Stopper) -> dict[str, float]:
+        with self._may_stop_at_once(stopper, when=True), runtime.evaluating(*self.modules):
+            return self.trainer.spread.forward(self.evaluate)
 
     def _learning_rate(self) -> float:
         """Share of the peak for the coming step. With a budget in seconds the number of steps is not known at first:
@@ -178,15 +330,32 @@ class Fit(Generic[AnyBatch]):
 
     def _log(self, loss: float, spent: float) -> None:
         unit, amount = self.throughput
-        self.trainer.workspace.metrics.write(
-            self.trainer.progress.step,
+        batch, trainer = self.config.batch_size, self.trainer
+        rates = {"learning_rate": trainer.optimisers[-1].param_groups[0]["lr"]}
+        if len(trainer.optimisers) > 1:
+            rates["matrix_learning_rate"] = trainer.optimisers[0].param_groups[0]["lr"]
+        trainer.workspace.metrics.write(
+            trainer.progress.step,
             {
                 "loss": loss,
-                **self.trainer.take_logged(),
-                "learning_rate": self.trainer.optimisers[-1].param_groups[0]["lr"],
-                f"{unit}_per_second": self.config.batch_size * amount / spent,
-                "elapsed": self.trainer.progress.elapsed,
+                **trainer.take_logged(),
+                **rates,
+                f"{unit}_per_second": batch * amount / spent,
+                "elapsed": trainer.progress.elapsed,
                 "memory_mb": runtime.peak_memory_bytes() / 1e6,
+                **self._account(rate=batch / spent),
             },
         )
 
+    def _account(self, rate: float = 0.0) -> dict[str, float]:
+        """Operations, energy and money so far; with `rate`, samples per second, also the share of the machine's peak."""
+        progress, each = self.trainer.progress, self.flop_per_sample
+        samples = progress.consumed - progress.extra.get("passed_over", 0)
+        return account.account_row(
+            self.trainer.workspace.reporting,
+            flop=None if each is None else each * samples,
+            elapsed=progress.elapsed,
+            joules=progress.joules,
+            rate=None if each is None or not rate else each * rate,
+            peak=account.peak_of(self.config.precision) if each is not None and rate else 0.0,
+        )

@@ -248,7 +248,7 @@ def run(config: Config, workspace: Workspace) -> Report:
 
     fitted = Fit(
         trainer, config.fit, rankings, train_step, evaluate,
-        title="reward", throughput=("answers", float(config.k)),
+        title="reward", throughput=("answers", float(config.k)), best=("held_out_accuracy", "higher"),
     ).run()  # fmt: skip
     saved = normalise(trainer, model, rankings, train[:64], dtype)
     before, after = fitted.before, fitted.after
@@ -264,7 +264,8 @@ def run(config: Config, workspace: Workspace) -> Report:
         facts={"comparisons": len(train), "steps": fitted.progress.step,
                "held_out_correlation": after["held_out_correlation"],
                "held_out_accuracy": after["held_out_accuracy"],
-               "sample": example_scores(model, rankings)},
+               "sample": example_scores(model, rankings), **fitted.facts},
+        notes=fitted.notes,
     )  # fmt: skip
 
 

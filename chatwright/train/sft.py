@@ -26,6 +26,7 @@ from chatwright.model.gpt import GPT
 from chatwright.objectives.language import next_token_loss
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
+from chatwright.train.account import training_flop
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.tokenizer import records_of
 from chatwright.train.trainer import Step, Trainer
@@ -159,7 +160,8 @@ def run(config: Config, workspace: Workspace) -> Report:
 
     fitted = Fit(
         trainer, config.fit, Rows(rows, length, SampleOrder(len(rows), workspace.seed)), train_step, evaluate,
-        title="sft", throughput=("tokens", filled * length),
+        title="sft", throughput=("tokens", filled * length), best=("held_out_loss", "lower"),
+        flop_per_sample=training_flop(model, length),
     ).run()  # fmt: skip
     return Report(
         measures=[
@@ -169,5 +171,6 @@ def run(config: Config, workspace: Workspace) -> Report:
         curves=[Curve("SFT loss", ["loss"], "nats per answer token")],
         model=f"checkpoints/{fitted.checkpoint.path.name}",
         facts={"rows": len(rows), "filled": filled, "steps": fitted.progress.step,
-               "epochs": fitted.progress.consumed / len(rows)},
+               "epochs": fitted.samples / len(rows), **fitted.facts},
+        notes=fitted.notes,
     )  # fmt: skip

@@ -1,9 +1,10 @@
-"""Ctrl-C and SIGTERM: finish the step, save, and say how to go on."""
+"""Ctrl-C and SIGTERM: finish the step, save, and say how to go on; at once where there is nothing to save."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -14,17 +15,33 @@ class Interrupted(Exception):
     """The run was asked to stop (Ctrl-C or SIGTERM) and has saved; the same command goes on from there."""
 
 
+class StopNow(BaseException):
+    """A signal came inside `Stopper.at_once`. Not an Exception: no handler of errors may take it for one."""
+
+
 class Stopper:
-    """Turns the first Ctrl-C or SIGTERM into a flag; a second Ctrl-C stops at once."""
+    """Turns the first Ctrl-C or SIGTERM into a flag; a second Ctrl-C stops at once, without saving.
+
+    A second SIGTERM changes nothing: launchers send several, and what they want is the checkpoint.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self._signals = 0
+        self._at_once = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
+        self._signals += 1
+        if self._at_once:
+            self._at_once = False  # raised once: what unwinds must not be interrupted by the next signal
+            raise StopNow
+        if self._signals > 1:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.asked = True
-        say("  stopping after this step; again to stop at once without saving")
+        with contextlib.suppress(RuntimeError):  # the signal came while this very stream was being written to
+            say("  stopping after this step; Ctrl-C again stops at once, without saving")
 
     @contextmanager
     def listening(self) -> Iterator[Stopper]:
@@ -40,3 +57,37 @@ class Stopper:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self, reason: Callable[[], Exception]) -> Iterator[None]:
+        """Inside nothing is half done, or nothing that counts: the first signal, or one from before, ends the block there
+        and `reason()` is raised, which may save first."""
+        try:
+            if self._signals:
+                raise StopNow
+            self._at_once = True
+            yield
+        except StopNow:
+            raise reason() from None
+        finally:
+            self._at_once = False
+
+
+@contextmanager
+def terminable(title: str) -> Iterator[None]:
+    """Outside of training loops, which have their own Stopper: SIGTERM raises Interrupted. Ctrl-C is Python's own."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StopNow
+
+    try:
+        old = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    except StopNow:
+        raise Interrupted(f"{title}: stopped; the same command goes on from the last finished part") from None
+    finally:
+        signal.signal(signal.SIGTERM, old)

@@ -7,12 +7,12 @@ steps) are all in the checkpoint.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from chatwright import __version__, checkpoint, optim, runtime
@@ -20,6 +20,7 @@ from chatwright.checkpoint import Checkpoint
 from chatwright.config import UserError
 from chatwright.metrics import say
 from chatwright.optim import OptimConfig
+from chatwright.train.parallel import ALONE, Spread
 from chatwright.train.workspace import Workspace
 
 
@@ -49,6 +50,7 @@ class Progress:
     step: int = 0
     consumed: int = 0
     elapsed: float = 0.0
+    joules: float = 0.0
     planned: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -65,12 +67,16 @@ class Trainer:
         card: Mapping[str, Any],
         texts: Mapping[str, str],
         keep: int = 2,
+        spread: Spread = ALONE,
     ) -> None:
         """`modules["model"]` is what others load; further ones (a critic) are saved beside it. `card` goes into
-        state.json (the model's shape), `texts` are files that make the directory self-contained."""
+        state.json (the model's shape), `texts` are files that make the directory self-contained. `spread` puts the
+        modules on many processes."""
         self.modules, self.optim_config, self.workspace = dict(modules), optim_config, workspace
         self.card, self.texts, self.keep = dict(card), dict(texts), keep
-        self.optimisers = optim.build(nn.ModuleDict(self.modules), optim_config)
+        self.spread = spread
+        spread.spread(self.modules)
+        self.optimisers = spread.optimisers(self.modules, optim_config)
         self.progress = Progress()
         self.saved_at = time.monotonic()
         self._logged: dict[str, float] = {}
@@ -81,30 +87,41 @@ class Trainer:
         """Everything that is trained."""
         return [p for optimiser in self.optimisers for group in optimiser.param_groups for p in group["params"]]
 
-    def update(self, batches: Sequence[AnyBatch], step: Callable[[AnyBatch], Step], share: float) -> float:
+    def update(
+        self,
+        batches: Sequence[AnyBatch],
+        step: Callable[[AnyBatch], Step],
+        share: float,
+        accept: Callable[[float], bool] | None = None,
+    ) -> float:
         """One optimiser step on the sum of the micro-batches' losses over their total weight; returns the loss.
 
         `share` is the learning rate's share of its peak. A gradient that is not finite changes nothing and is counted
-        in `skipped`. Raises UserError after 20 such steps in a row.
+        in `skipped`; nor does a loss that `accept` refuses. Raises UserError after 20 bad gradients in a row.
         """
-        total = sum(batch.weight for batch in batches) or 1.0
-        loss = 0.0
-        for batch in batches:
-            outcome = step(runtime.on_device(batch))
-            (outcome.loss / total).backward()  # type: ignore[no-untyped-call]
-            loss += float(outcome.loss.detach()) / total
+        spread = self.spread
+        total = spread.sum([sum(batch.weight for batch in batches)])[0] or 1.0
+        sums = {"": 0.0}  # the loss first, then what is logged beside it
+        for number, batch in enumerate(batches, 1):
+            with spread.accumulating(more=number < len(batches)):
+                outcome = spread.forward(step, runtime.on_device(batch))
+                # Gradients are averaged over the processes: dividing by the mean weight of one of them makes it a sum.
+                (outcome.loss / (total / spread.data_size)).backward()  # type: ignore[no-untyped-call]
+            sums[""] += float(outcome.loss.detach()) / total
             for key, value in outcome.logged.items():
-                self._logged[key] = self._logged.get(key, 0.0) + float(value)
+                sums[key] = sums.get(key, 0.0) + float(value)
+        loss, *others = spread.sum(list(sums.values()))
+        for key, value in zip(list(sums)[1:], others, strict=True):
+            self._logged[key] = self._logged.get(key, 0.0) + value
         self._weight += total
-        limit = self.optim_config.clip or float("inf")
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        norm = spread.clip(self.parameters, self.optim_config.clip or float("inf"))
         optim.set_learning_rate(self.optimisers, share)
-        if norm == norm and norm != float("inf"):
+        if not math.isfinite(norm):
+            self._skip()
+        elif accept is None or accept(loss):
             for optimiser in self.optimisers:
                 optimiser.step()
             self.progress.extra["skipped_in_a_row"] = 0
-        else:
-            self._skip()
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         self._logged["gradient_norm"] = norm
@@ -130,13 +147,18 @@ class Trainer:
         self._logged, self._weight = {}, 0.0
         return result
 
-    def save(self, *, final: bool = False, spare: Sequence[int] = ()) -> Checkpoint:
-        """Write a checkpoint of this step; a `final` one has no optimiser state. Older ones are pruned."""
+    def save(self, *, final: bool = False, spare: Sequence[int] = (), wait: bool = True) -> Checkpoint:
+        """Write a checkpoint of this step; a `final` one has no optimiser state. Older ones are pruned.
+
+        Where processes hold a part of the model each, every one must call this. They write their parts in the background
+        (with `wait` False it may still be going on at the return) and a `final` checkpoint is put together by the first.
+        """
+        self.spread.settle()
         tensors: dict[str, dict[str, Tensor]] = {
             name: checkpoint.model_tensors(module) for name, module in self.modules.items()
         }
         if not final:
-            tensors["optimizer"] = checkpoint.optimiser_tensors(self.optimisers) | {"rng": runtime.rng_state()}
+            tensors["optimizer"] = self.spread.optimiser_tensors(self.optimisers) | self.spread.rng_tensors()
         state = {
             **self.card,
             "chatwright": __version__,
@@ -146,28 +168,105 @@ class Trainer:
             "runtime": runtime.describe(),
         }
         target = self.workspace.checkpoints / f"step-{self.progress.step:06}"
-        saved = checkpoint.save_checkpoint(target, tensors=tensors, state=state, texts=self.texts)
-        checkpoint.prune(self.workspace.checkpoints, self.keep, spare=spare)
+
+        def prune() -> None:
+            checkpoint.prune(self.workspace.checkpoints, self.keep, spare=spare)
+
+        if self.spread.in_parts and not final:
+            self.spread.save_parts(target, tensors, state, self.texts, prune)
+        else:
+            whole = {part: self.spread.whole_for_first(content) for part, content in tensors.items()}
+
+            def write() -> None:
+                checkpoint.save_checkpoint(target, tensors=whole, state=state, texts=self.texts)
+                prune()
+
+            self.spread.told_by_first(write)
+        if wait:
+            self.spread.settle()
         self.saved_at = time.monotonic()
-        return saved
+        return Checkpoint(target)
 
     def resume(self) -> bool:
         """Go on from the newest valid checkpoint, if there is one; says so, and names the damaged ones it passed."""
-        found, complaints = checkpoint.newest_valid(self.workspace.checkpoints)
+        self.spread.told_by_first(lambda: checkpoint.recover(self.workspace.checkpoints))
+        found, complaints = self.spread.told_by_first(lambda: checkpoint.newest_valid(self.workspace.checkpoints))
         for complaint in complaints:
             say(f"  {complaint}; trying the one before it")
         if found is None:
             self.workspace.metrics.forget_after(-1)  # of a run that died before its first checkpoint
             return False
-        state = found.state()
-        for name, module in self.modules.items():
-            checkpoint.load_model_tensors(module, found.tensors(name), where=str(found.path))
-        self.progress = Progress(**state["progress"])
-        if not state["final"]:
-            tensors = found.tensors("optimizer")
-            runtime.set_rng_state(tensors.pop("rng"))
-            checkpoint.load_optimiser_tensors(self.optimisers, tensors)
-            self._logged, self._weight = state["logged"]["sums"], state["logged"]["weight"]
-        self.workspace.metrics.forget_after(self.progress.step)
+        self._take_up(found)
         say(f"  going on from step {self.progress.step} ({found.path})")
         return True
+
+    def _take_up(self, found: Checkpoint) -> None:
+        state = found.state()
+        self.progress = Progress(**state["progress"])
+        self._load(found, final=state["final"])
+        if not state["final"]:
+            self._logged, self._weight = state["logged"]["sums"], state["logged"]["weight"]
+        self.workspace.metrics.forget_after(self.progress.step)
+
+    def roll_back(self, *, every: int, spare: Callable[[], Sequence[int]]) -> None:
+        """Return to the newest checkpoint from before the loss jumped, and pass over the samples since (spikes.py).
+
+        Above 0 `every` admits only steps that are its multiples. `spare` is asked afterwards, as in `save`. Raises
+        UserError when there is no such checkpoint. What is done here is in the checkpoint's place when this returns;
+        whoever is killed before does the same again.
+        """
+        before, directory = self.progress, self.workspace.checkpoints
+
+        def choose() -> Checkpoint:
+            for found in reversed(checkpoint.checkpoints(directory)):
+                if found.step % max(every, 1) == 0 and _is_before_spikes(found):
+                    return found
+            raise UserError(
+                f"the loss jumped at step {before.step} and there is no checkpoint to return to; "
+                "set fit.save_steps or a smaller fit.save_every"
+            )
+
+        found = self.spread.told_by_first(choose)
+        self._take_up(found)
+        now = self.progress
+        passed_over = now.extra.get("passed_over", 0) + before.consumed - now.consumed
+        now.extra |= {"passed_over": passed_over, "rollbacks": before.extra.get("rollbacks", 0) + 1,
+                      "spikes": before.extra["spikes"], "spikes_in_a_row": 0}  # fmt: skip
+        now.consumed, now.planned, now.elapsed, now.joules = before.consumed, before.planned, before.elapsed, before.joules
+        self.workspace.metrics.write_once(now.step, {"rolled_back_from": before.step})
+
+        def forget() -> None:  # before the new state is saved: else it could be taken for older than these
+            for later in checkpoint.checkpoints(directory):
+                if later.step > now.step:
+                    checkpoint.delete(later)
+
+        self.spread.told_by_first(forget)
+        self.save(spare=spare())
+        say(f"  back from step {before.step} to step {now.step}; the samples in between are passed over")
+
+    def load_weights(self, found: Checkpoint) -> None:
+        """Give the modules the weights of a checkpoint; all else stays."""
+        self._load(found, final=True)
+
+    def _load(self, found: Checkpoint, *, final: bool) -> None:
+        if self.spread.in_parts and found.in_parts:
+            tensors = self.spread.load_parts(found, self.modules, final=final)
+        else:
+            for name, module in self.modules.items():
+                self.spread.load_model_tensors(module, found.tensors(name), where=str(found.path))
+            tensors = {} if final else found.tensors("optimizer")
+        if final:
+            return
+        streams = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rng")}
+        self.spread.set_rng_tensors(streams)
+        self.spread.load_optimiser_tensors(self.optimisers, tensors)
+
+
+def _is_before_spikes(found: Checkpoint) -> bool:
+    """Whether a checkpoint is whole, can be trained on from, and was not made in the middle of a jump of the loss."""
+    try:
+        found.verify()
+    except UserError:
+        return False
+    state = found.state()
+    return not state["final"] and not state["progress"]["extra"].get("spikes_in_a_row")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from chatwright import checkpoint
 from chatwright.config import UserError
 from chatwright.metrics import MetricsLog
+from chatwright.trackers import Reporting
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,17 @@ class Workspace:
     directory: Path
     seed: int = 1337
     inputs: Mapping[str, Path] = field(default_factory=dict)
+    reporting: Reporting = field(default_factory=Reporting)
 
     @property
     def checkpoints(self) -> Path:
         """Where the stage's checkpoints are."""
         return self.directory / "checkpoints"
 
-    @property
+    @cached_property
     def metrics(self) -> MetricsLog:
         """The stage's metrics.jsonl."""
-        return MetricsLog(self.directory / "metrics.jsonl")
+        return MetricsLog(self.directory / "metrics.jsonl", self.reporting)
 
     def resolve(self, name: str) -> Path:
         """The directory that an input names: a stage of this run, or a path. Raises UserError when there is none."""

@@ -290,11 +290,11 @@ def signal_in_step(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: signal.
     """Send signals to this process in the middle of a step (from 1)."""
     update, count = Trainer.update, itertools.count(1)
 
-    def interrupted(self: Trainer, *arguments: Any) -> float:
+    def interrupted(self: Trainer, *arguments: Any, **settings: Any) -> float:
         if next(count) == step:
             for number in numbers:
                 signal.raise_signal(number)
-        return update(self, *arguments)
+        return update(self, *arguments, **settings)
 
     monkeypatch.setattr(Trainer, "update", interrupted)
 
