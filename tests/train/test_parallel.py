@@ -1,0 +1,353 @@
+"""Many processes are one: equal loss curves under every plan, checkpoints that change hands, a killed process that is no
+matter. Two and four processes with gloo on the CPU; what only GPUs can show skips, and says what it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chatwright import checkpoint, cli, sharded
+from chatwright.config import UsageError, UserError, build, to_yaml
+from chatwright.language_model import load_parts
+from chatwright.metrics import TIMED, read_metrics
+from chatwright.model.config import GPTConfig
+from chatwright.train import loop, parallel, pretrain
+from chatwright.train.parallel import ParallelConfig, Sizes
+from chatwright.train.stopping import Interrupted, Stopper
+from chatwright.train.workspace import Workspace
+
+HERE = Path(__file__).parent
+SEED, STEPS, PART = 11, 50, 20
+SETTINGS: dict[str, Any] = {
+    "preset": "modern-nano",
+    "model": {"context": 32, "kv_heads": 2},
+    # AdamW: Muon brings tiny singular values to 1, and with them the last bits in which two orders of a sum differ.
+    "optim": {"name": "adamw", "learning_rate": 2e-3, "schedule": "trapezoid"},
+    "fit": {"steps": STEPS, "batch_size": 8, "micro_batch": 2, "compile": False, "precision": "fp32", "log_every": 1,
+            "save_every": 1e6, "evaluate_every": 25, "keep": 9},
+}  # fmt: skip
+
+
+def settings(plan: str = "auto", *, micro_batch: int = 2, **sizes: int) -> dict[str, Any]:
+    fit = {**SETTINGS["fit"], "micro_batch": micro_batch, "save_steps": PART if plan == "fsdp" else 0}
+    return {**SETTINGS, "parallel": {"plan": plan, **sizes}, "fit": fit}
+
+
+def torchrun(processes: int, *arguments: str, restarts: int = 0) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--max-restarts", str(restarts),
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *arguments,
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CHATWRIGHT_DEVICE": "cpu"}
+
+
+@dataclass
+class Launches:
+    """Directories of finished runs by name; `begin` starts further ones."""
+
+    root: Path
+    inputs: dict[str, Path]
+
+    def __getitem__(self, name: str) -> Path:
+        return self.root / name
+
+    def work(self, name: str, plan: dict[str, Any], stop: int = 0, **more: Any) -> dict[str, Any]:
+        inputs = {key: str(path) for key, path in self.inputs.items()}
+        return {"out": str(self[name]), "inputs": inputs, "settings": plan, "stop": stop, **more}
+
+    def begin(self, processes: int, *work: dict[str, Any]) -> None:
+        file = self.root / f"work-{time.monotonic_ns()}.json"
+        file.write_text(json.dumps(work), encoding="utf-8")
+        command = torchrun(processes, str(HERE / "many.py"), str(file))
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+    def alone(self, name: str, stop: int = 0) -> None:
+        """One process, this one, from where the directory stands."""
+        workspace = Workspace(self[name], SEED, self.inputs)
+        try:
+            report = pretrain.run(build(pretrain.Config, settings(), where="test"), workspace)
+            checkpoint.write_json(self[name] / "result.json", {"model": report.model})
+        except Interrupted:
+            assert stop
+
+
+@pytest.fixture(scope="module")
+def launches(tokenizer_bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
+    """Two processes by each plan, one after the other; the checkpoint of step 20 goes through several hands."""
+    made = Launches(tmp_path_factory.mktemp("many"), {"tokenizer": tokenizer_bench.inputs["tokenizer"]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHATWRIGHT_DEVICE", "cpu")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        made.alone("one")
+        made.begin(
+            2,
+            made.work("ddp", settings("ddp")),
+            made.work("fsdp", settings("fsdp")),
+            made.work("tp", settings("tp", micro_batch=8)),
+            made.work("parted", settings("fsdp"), stop=PART, copy_to=str(made["handed on"])),
+            made.work("parted", settings("fsdp")),
+            {"muon": str(made["muon.safetensors"])},
+        )
+        stopper = loop.Stopper
+        patch.setattr(loop, "Stopper", stopping_after(15))
+        made.alone("handed on", stop=15)  # from two processes to one ...
+        patch.setattr(loop, "Stopper", stopper)
+        made.begin(
+            4,
+            made.work("handed on", settings("hsdp", shard=2)),  # ... to four
+            made.work("hsdp", settings("hsdp", shard=2)),
+        )
+        yield made
+        torch.set_num_threads(threads)
+
+
+def stopping_after(steps: int) -> type[Stopper]:
+    sys.path.insert(0, str(HERE))
+    from many import stopping_after
+
+    return stopping_after(steps)  # type: ignore[no-any-return]
+
+
+def curve(directory: Path, key: str = "loss") -> list[float]:
+    return [row[key] for row in read_metrics(directory / "metrics.jsonl") if key in row]
+
+
+def rows(directory: Path) -> list[dict[str, Any]]:
+    found = read_metrics(directory / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in TIMED} for row in found]
+
+
+def final(directory: Path) -> dict[str, torch.Tensor]:
+    found = checkpoint.checkpoints(directory / "checkpoints")[-1]
+    assert found.step == STEPS and found.state()["final"]
+    return found.tensors("model")
+
+
+@pytest.mark.parametrize("plan", ["ddp", "fsdp", "tp", "hsdp", "handed on"])
+def test_the_loss_curve_is_that_of_one_process(launches: Launches, plan: str) -> None:
+    """Losses, norms of the whole gradient and held-out measures; `handed on` went from 2 processes to 1 to 4."""
+    for key, count in (("loss", STEPS), ("gradient_norm", STEPS), ("bits_per_byte", 2)):
+        one, many = curve(launches["one"], key), curve(launches[plan], key)
+        assert len(one) == len(many) == count
+        assert many == pytest.approx(one, abs=1e-5 if key != "gradient_norm" else 5e-5)
+    assert curve(launches["one"])[-1] < curve(launches["one"])[0] - 2  # it has learnt, far beyond the tolerance
+    for name, tensor in final(launches["one"]).items():
+        torch.testing.assert_close(final(launches[plan])[name], tensor, atol=1e-4, rtol=0)
+
+
+def test_only_one_process_writes(launches: Launches) -> None:
+    steps = [row["step"] for row in read_metrics(launches["hsdp"] / "metrics.jsonl") if "loss" in row]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_resumed_in_parts_is_uninterrupted_bit_for_bit(launches: Launches) -> None:
+    assert rows(launches["parted"]) == rows(launches["fsdp"])
+    whole, parted = final(launches["fsdp"]), final(launches["parted"])
+    assert all(torch.equal(whole[name], parted[name]) for name in whole)
+
+
+def test_a_checkpoint_written_beside_training_is_that_of_its_moment(launches: Launches) -> None:
+    """`fsdp` went on while step 20 was being written; `parted` waited."""
+    beside, waited = (
+        checkpoint.Checkpoint(launches[name] / "checkpoints" / f"step-{PART:06}") for name in ("fsdp", "handed on")
+    )
+    for found in (beside, waited):
+        found.verify()
+        assert found.in_parts and len(list((found.path / checkpoint.PARTS).iterdir())) == 2
+    for part in ("model", "optimizer"):
+        left, right = beside.tensors(part), waited.tensors(part)
+        assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    assert {name.split(".")[-1] for name in beside.tensors("optimizer")} == {"exp_avg", "exp_avg_sq", "step", "0", "1"}
+
+
+def test_no_checkpoint_in_parts_holds_a_pickle(launches: Launches) -> None:
+    files = [file.name for file in (launches["fsdp"] / "checkpoints" / f"step-{PART:06}").rglob("*") if file.is_file()]
+    assert sorted(files) == ["shard-00001-model-00001-of-00001.safetensors",
+                             "shard-00002-model-00001-of-00001.safetensors", "state.json", "tokenizer.json"]  # fmt: skip
+
+
+def test_a_damaged_part_is_named(launches: Launches, tmp_path: Path) -> None:
+    copy = tmp_path / "step-000020"
+    shutil.copytree(launches["handed on"] / "checkpoints" / copy.name, copy)
+    part = copy / checkpoint.PARTS / "shard-00002-model-00001-of-00001.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-5] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard-00002.* is damaged"):
+        checkpoint.Checkpoint(copy).verify()
+    part.write_bytes(content[:100])
+    with pytest.raises(UserError, match="is damaged"):
+        sharded.describe(copy)
+
+
+def test_a_missing_tensor_and_another_shape_are_named(launches: Launches) -> None:
+    path = launches["fsdp"] / "checkpoints" / f"step-{PART:06}"
+    with pytest.raises(UserError, match="missing tensor 'model/nothing'"):
+        sharded.read(path, {"model/nothing": torch.zeros(1)}, alone=True)
+    with pytest.raises(UserError, match=r"embed.weight has shape \(.*\), the model has \(1,\)"):
+        sharded.read(path, {"model/embed.weight": torch.zeros(1)}, alone=True)
+
+
+def test_a_run_in_parts_is_a_model_to_chat_with(launches: Launches) -> None:
+    """At the end, and in the middle of it."""
+    assert {file.name for file in checkpoint.checkpoints(launches["hsdp"] / "checkpoints")[-1].path.iterdir()} == {
+        "model.safetensors", "state.json", "tokenizer.json"}  # fmt: skip
+    for directory in (launches["hsdp"], launches["fsdp"] / "checkpoints" / f"step-{PART:06}"):
+        logits = load_parts(directory).model(torch.tensor([[1, 2, 3]]))
+        assert logits.shape[:2] == (1, 3) and bool(logits.isfinite().all())
+
+
+def test_muon_sees_whole_matrices(launches: Launches) -> None:
+    """Each process holds a part of each matrix; to orthogonalise the parts would be something else altogether."""
+    found = checkpoint.load_tensors(launches["muon.safetensors"])
+    assert len(found) == 8
+    for number in range(4):
+        assert torch.equal(found[f"{number}.whole"], found[f"{number}.parts"])
+
+
+def worker(launcher: int, rank: int) -> int:
+    """Process id of a worker that torchrun started; 0 when there is none (any more)."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == launcher and f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                return int(entry.name)
+        except (OSError, ValueError):
+            continue
+    return 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc: Linux only")
+def test_a_killed_process_is_no_matter(launches: Launches, tmp_path: Path) -> None:
+    """SIGKILL in the middle: torchrun starts both processes again, they go on from the newest checkpoint by themselves,
+    and the end is that of the run that nobody disturbed."""
+    plan = settings("fsdp")
+    plan["fit"] |= {"save_steps": 4}
+    file = tmp_path / "pretrain.yaml"
+    file.write_text(to_yaml({"tokenizer": str(launches.inputs["tokenizer"]), **plan}), encoding="utf-8")
+    out = tmp_path / "run" / "pretrain"
+    arguments = ["-m", "chatwright", "pretrain", "--config", str(file), "--out", str(out), "--seed", str(SEED)]
+    with (tmp_path / "log").open("w+") as log:
+        launcher = subprocess.Popen(torchrun(2, *arguments, restarts=3), env=environment(), stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 120
+            while not (out / "checkpoints" / "step-000012").exists():
+                assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.02)
+            os.kill(worker(launcher.pid, 1), signal.SIGKILL)
+            assert launcher.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+        finally:
+            launcher.kill()
+    told = (tmp_path / "log").read_text()
+    assert told.count("going on from step") == 1
+    assert rows(out) == rows(launches["fsdp"])
+    left, right = final(out), final(launches["fsdp"])
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert [found.name for found in out.parent.parent.rglob("*.partial")] == []
+
+
+def test_wrong_sizes_are_refused_once_by_a_real_launch(launches: Launches, tmp_path: Path) -> None:
+    arguments = ["-m", "chatwright", "pretrain", "--tokenizer", str(launches.inputs["tokenizer"]), "--preset", "modern-nano",
+                 "--out", str(tmp_path / "x" / "pretrain"), "--parallel.plan", "tp"]  # fmt: skip
+    done = subprocess.run(torchrun(2, *arguments), env=environment(), capture_output=True, text=True, timeout=120)
+    line = "chatwright: the model's kv_heads, 1, cannot be divided among 2 processes: choose another parallel.tensor"
+    assert done.returncode != 0 and done.stderr.count("cannot be divided") == 1
+    assert line in done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert not (tmp_path / "x" / "pretrain" / "checkpoints").exists()
+
+
+def test_a_plan_without_torchrun_is_one_clear_line(launches: Launches, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["pretrain", "--tokenizer", str(launches.inputs["tokenizer"]), "--preset", "modern-nano",
+                 "--out", str(tmp_path / "pretrain"), "--parallel.plan", "fsdp"]  # fmt: skip
+    assert cli.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "parallel.plan fsdp needs processes that torchrun starts: torchrun --nproc-per-node 2" in told
+
+
+@pytest.mark.parametrize(
+    ("plan", "world", "local", "box"),
+    [
+        (ParallelConfig(), 8, 8, Sizes(8, 1, 1)),
+        (ParallelConfig("ddp"), 8, 8, Sizes(8, 1, 1)),
+        (ParallelConfig("fsdp"), 8, 4, Sizes(1, 8, 1)),
+        (ParallelConfig("hsdp"), 16, 8, Sizes(2, 8, 1)),
+        (ParallelConfig("hsdp", shard=4), 16, 8, Sizes(4, 4, 1)),
+        (ParallelConfig("tp"), 8, 8, Sizes(1, 1, 8)),
+        (ParallelConfig("tp", tensor=2), 8, 8, Sizes(1, 4, 2)),
+    ],
+)
+def test_the_box_of_processes(plan: ParallelConfig, world: int, local: int, box: Sizes) -> None:
+    assert parallel.sizes(plan, world, local) == box
+    assert box.copies * box.shard * box.tensor == world
+
+
+@pytest.mark.parametrize(
+    ("plan", "world", "line"),
+    [
+        (ParallelConfig("hsdp", shard=3), 8, "8 processes are not several groups of 3"),
+        (ParallelConfig("hsdp", shard=8), 8, "not several groups of 8"),
+        (ParallelConfig("tp", tensor=3), 8, "8 processes are not groups of 3"),
+        (ParallelConfig("tp", tensor=1), 8, "not groups of 1"),
+        (ParallelConfig("fsdp", shard=2), 8, "parallel.shard is for the plan hsdp, not fsdp"),
+        (ParallelConfig("ddp", tensor=2), 8, "parallel.tensor is for the plan tp, not ddp"),
+        (ParallelConfig("zero"), 8, "'zero' is none of"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_plan_that_does_not_fit_the_processes(plan: ParallelConfig, world: int, line: str) -> None:
+    with pytest.raises(UsageError, match=line):
+        parallel.sizes(plan, world, world)
+
+
+def test_a_batch_or_a_model_that_cannot_be_divided() -> None:
+    box, shape = Sizes(2, 2, 3), GPTConfig.preset("modern-nano", heads=6, kv_heads=3, mlp_width=192, head_dim=32)
+    parallel.check(ParallelConfig(), box, batch_size=8, micro_batch=2, shape=shape)
+    for values, line in (
+        ({"batch_size": 6}, "batch_size 6 cannot be divided among 4 processes: make it a multiple of 4"),
+        ({"batch_size": 8, "micro_batch": 4}, "micro_batch 4 must divide 2, each process's share of batch_size 8"),
+        ({"batch_size": 8, "shape": GPTConfig.preset("gpt2-xl")}, "heads, 25, cannot be divided among 3"),
+        ({"batch_size": 8, "shape": GPTConfig.preset("gpt2")}, None),
+    ):
+        if line is None:
+            parallel.check(ParallelConfig(), box, **values)  # type: ignore[arg-type]
+            continue
+        with pytest.raises(UsageError, match=line):
+            parallel.check(ParallelConfig(), box, **values)  # type: ignore[arg-type]
+
+
+def test_one_process_under_torchrun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run may go on with fewer processes, down to one, without changing its settings."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert parallel.start(ParallelConfig("fsdp"), batch_size=8) is parallel.ALONE
+
+
+def test_random_streams_of_another_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    saved = {"rng.0": torch.get_rng_state(), "rng.1": torch.get_rng_state()}
+    drawn = []
+    for rank in ("0", "1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        parallel.ALONE.set_rng_tensors(saved)
+        drawn.append(torch.rand(3).tolist())
+    assert drawn[0] == drawn[2] != drawn[1]
+    parallel.ALONE.set_rng_tensors({"rng": saved["rng.0"]})
+    assert torch.equal(torch.get_rng_state(), saved["rng.0"])
