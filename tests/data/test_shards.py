@@ -125,12 +125,76 @@ def test_damage_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
     content[5] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"tokens-00001\.bin is damaged"):
-        TokenShards.open(directory).verify(directory)
+        TokenShards.open(directory)
     file.write_bytes(content[:-2])
     with pytest.raises(UserError, match=r"tokens-00001\.bin is missing or cut off"):
         TokenShards.open(directory)
     file.unlink()
     with pytest.raises(UserError, match=r"tokens-00001\.bin is missing"):
+        TokenShards.open(directory)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of any size are checked block by block, and blocks have 16 tokens."""
+    monkeypatch.setattr(module, "WHOLE", 0)
+    monkeypatch.setattr(module, "BLOCK", 32)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_damaged_block_of_a_large_shard_is_found_when_it_is_first_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    directory = tmp_path / "s"
+    write_shards(directory, ["x" * 199], tokenizer, shard_tokens=100)
+    whole = [TokenShards.open(directory).window(number, 10).tolist() for number in range(18)]
+    file = directory / "tokens-00001.bin"
+    content = bytearray(file.read_bytes())
+    content[2 * 50] ^= 1  # token 50, in the fourth block: tokens 48 ... 63
+    file.write_bytes(content)
+    found = TokenShards.open(directory)  # opening reads none of it
+    for number in range(18):
+        tokens = range(number % 9 * 10, number % 9 * 10 + 11)
+        blocks = {token // 16 for token in tokens} if number >= 9 else set()
+        if 3 in blocks:
+            with pytest.raises(UserError, match=r"tokens-00001\.bin is damaged"):
+                found.window(number, 10)
+        else:
+            assert found.window(number, 10).tolist() == whole[number]
+    with pytest.raises(UserError, match=r"tokens-00001\.bin is damaged"):
+        list(found.stretches(10))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_every_flipped_byte_of_large_shards_is_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    directory = tmp_path / "s"
+    expected = everything(write_shards(directory, TEXTS, tokenizer, shard_tokens=64))
+    for file in sorted(directory.glob("tokens-*")):
+        content = file.read_bytes()
+        for place in range(len(content)):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << place % 8
+            file.write_bytes(flipped)
+            with pytest.raises(UserError, match=f"{file.name} is damaged"):
+                list(TokenShards.open(directory).stretches(7))
+        file.write_bytes(content)
+    found = TokenShards.open(directory)
+    targets = [int(token) for stretch in found.stretches(7) for token in stretch[1:]]
+    assert targets == [int(token) for array in found.arrays for token in array[1:]] and len(found.guards) > 1
+    assert everything(found) == expected
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_large_shards_of_the_first_versions_are_checked_as_a_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    directory = tmp_path / "s"
+    write_shards(directory, TEXTS, tokenizer)
+    index = json.loads((directory / "shards.json").read_text())
+    for entry in index["shards"]:
+        (directory / entry.pop("blocks")).unlink()
+        del entry["blocks_sha256"]
+    (directory / "shards.json").write_text(json.dumps(index))
+    assert TokenShards.open(directory).guards == ()
+    file = directory / "tokens-00000.bin"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(UserError, match=r"tokens-00000\.bin is damaged"):
         TokenShards.open(directory)
 
 
