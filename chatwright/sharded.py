@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 
 from chatwright import checkpoint, runtime
@@ -92,7 +93,7 @@ class Saving:
         runtime.barrier()
         self._target = target
         with _without_dcp_warnings():
-            self._future = dcp.async_save(  # type: ignore[assignment]
+            self._future = async_save(  # type: ignore[assignment]
                 {name: tensor.detach() for name, tensor in tensors.items()},
                 storage_writer=_Writer(target, state, texts, then),
                 process_group=runtime.group("saving"),
@@ -136,7 +137,7 @@ def read(directory: Path, tensors: Mapping[str, Tensor], *, alone: bool = False)
             shapes = f"{tuple(known[name].size)}, the model has {tuple(tensor.shape)}"
             raise UserError(f"{directory}: tensor {name} has shape {shapes}")
     with _without_dcp_warnings():
-        dcp.load(
+        load(
             dict(tensors),
             storage_reader=HuggingFaceStorageReader(str(directory / PARTS)),
             process_group=None if alone else runtime.group("saving"),

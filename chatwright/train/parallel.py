@@ -236,7 +236,8 @@ def start(
         return ALONE
     from chatwright.train.together import Together
 
-    return Together(box, dtype=runtime.compute_dtype(precision), compile_blocks=compile_blocks)
+    can_compile = compile_blocks and runtime.compiler_missing() is None
+    return Together(box, dtype=runtime.compute_dtype(precision), compile_blocks=can_compile)
 
 
 @contextlib.contextmanager

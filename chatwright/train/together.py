@@ -16,8 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from chatwright import checkpoint, optim, runtime, sharded
@@ -58,9 +64,9 @@ class Together(Spread):
         self.in_parts = box.shard > 1 or box.tensor > 1
         self._door: nn.Module | None = None
         self._saving = sharded.Saving()
-        self._partial: list[nn.Parameter] = []
-        self._replicated: list[nn.Parameter] = []
-        self._places: dict[nn.Parameter, str] = {}
+        self._partial: list[Tensor] = []
+        self._replicated: list[Tensor] = []
+        self._places: dict[Tensor, str] = {}
 
     def spread(self, modules: Mapping[str, nn.Module]) -> None:
         door = _Door(modules)
@@ -70,7 +76,7 @@ class Together(Spread):
                 self._cut_products(block)
         if self.compile_blocks and self.in_parts:
             for block in blocks:  # one graph for all of them, and nothing of FSDP's hooks in it
-                block.compile(dynamic=False)
+                _compile_for_training(block)
         if self.box.shard > 1:
             self._cut_parameters(door, blocks)
             self._door = door
@@ -85,9 +91,13 @@ class Together(Spread):
     def _cut_products(self, block: Block) -> None:
         """Query, key, value, gate and up by columns: each process its own heads; output and down by rows, then a sum."""
         columns = ["attention.query", "attention.key", "attention.value", "mlp.up", *(["mlp.gate"] if block.mlp.gate else [])]
-        plan = {name: ColwiseParallel() for name in columns}
-        plan |= {name: RowwiseParallel() for name in ("attention.output", "mlp.down")}  # type: ignore[misc]
-        parallelize_module(block, self.mesh["tensor"], plan)  # type: ignore[arg-type]
+        plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns}
+        plan |= {name: RowwiseParallel() for name in ("attention.output", "mlp.down")}
+        # What enters is the same everywhere. Saying so once, not once a matrix, makes its gradient one sum instead of three.
+        same, other = Replicate(), (None, None, None, None)
+        plan |= {"attention": PrepareModuleInput(input_layouts=(same, *other), desired_input_layouts=(same, *other)),
+                 "mlp": PrepareModuleInput(input_layouts=(same,), desired_input_layouts=(same,))}  # fmt: skip
+        parallelize_module(block, self.mesh["tensor"], plan)
         block.attention.heads //= self.box.tensor
         block.attention.kv_heads //= self.box.tensor
 
@@ -175,8 +185,9 @@ class Together(Spread):
             together = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(together, group=group)
             together /= share
-            for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+            for gradient in gradients:
+                gradient.copy_(together[: gradient.numel()].view_as(gradient))
+                together = together[gradient.numel() :]
 
     def whole_for_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kept = {}
@@ -256,6 +267,17 @@ class Together(Spread):
         found = [torch.empty_like(own) for _ in range(runtime.world_size())]
         dist.all_gather(found, own, group=runtime.group("agreeing"))
         return {f"rng.{number}": state for number, state in enumerate(found)}
+
+
+def _compile_for_training(block: nn.Module) -> None:
+    """Compile a block's forward pass where gradients are wanted; held-out texts, of many lengths, take the plain one."""
+    plain = block.forward
+    compiled = torch.compile(plain)  # not dynamic=False: each block's number would ask for a graph of its own
+
+    def forward(*arguments: Any) -> Any:
+        return compiled(*arguments) if torch.is_grad_enabled() else plain(*arguments)
+
+    block.forward = forward
 
 
 def _reduced(values: Sequence[float], how: Any) -> list[float]:

@@ -110,9 +110,10 @@ class Trainer:
             sums[""] += float(outcome.loss.detach()) / total
             for key, value in outcome.logged.items():
                 sums[key] = sums.get(key, 0.0) + float(value)
-        loss, *others = spread.sum(list(sums.values()))
-        for key, value in zip(list(sums)[1:], others, strict=True):
-            self._logged[key] = self._logged.get(key, 0.0) + value
+        sums = dict(zip(sums, spread.sum(list(sums.values())), strict=True))
+        loss = sums.pop("")
+        for key, total_of in sums.items():
+            self._logged[key] = self._logged.get(key, 0.0) + total_of
         self._weight += total
         norm = spread.clip(self.parameters, self.optim_config.clip or float("inf"))
         optim.set_learning_rate(self.optimisers, share)
@@ -215,6 +216,7 @@ class Trainer:
         UserError when there is no such checkpoint. What is done here is in the checkpoint's place when this returns;
         whoever is killed before does the same again.
         """
+        self.spread.settle()
         before, directory = self.progress, self.workspace.checkpoints
 
         def choose() -> Checkpoint:
