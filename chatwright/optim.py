@@ -68,20 +68,30 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     return config.final + (1.0 - config.final) * left
 
 
-# Coefficients of the five steps, found by Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon): a steep
-# polynomial that brings every singular value into [0.7, 1.2], which is near enough to 1 for an update.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Four odd polynomials a x + b x^3 + c x^5, applied one after another to all singular values. Each is the best
+# approximation of 1 on the interval that the one before leaves, starting from [0.003, 1] (the construction of Polar
+# Express, Amsel et al. 2025, arXiv:2505.16932, algorithm 1; found by linear programming): what was above 0.003 ends
+# within about 20 % of 1. Muon's own five equal steps (Jordan et al. 2024) end within 32 % and cost a quarter more.
+POLYNOMIALS = (
+    (8.3837, -24.7659, 18.3571),
+    (4.0434, -3.0114, 0.5695),
+    (3.5056, -2.6267, 0.5257),
+    (2.4901, -1.8343, 0.4368),
+)
+
+MARGIN = 1.02
+"""No singular value exceeds the Frobenius norm; this much to spare, because the first polynomial rises steeply beyond 1 and
+bf16 rounds by up to 0.4 %."""
 
 
-def orthogonalise(matrices: Float[Tensor, "N rows columns"], steps: int = 5) -> Float[Tensor, "N rows columns"]:
+def orthogonalise(matrices: Float[Tensor, "N rows columns"]) -> Float[Tensor, "N rows columns"]:
     """The nearest semi-orthogonal matrix of each, roughly: U V^T of its singular value decomposition, in bf16."""
-    a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    x = x / (MARGIN * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for a, b, c in POLYNOMIALS:
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + (b g + c g^2) x
@@ -92,8 +102,8 @@ def orthogonalise(matrices: Float[Tensor, "N rows columns"], steps: int = 5) -> 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024): every direction of a matrix is updated by the same amount.
 
-    torch.optim.Muon does one matrix at a time; here matrices of one shape go through Newton-Schulz as one batch, which
-    is what makes it affordable for small models on a CPU.
+    torch.optim.Muon does one matrix at a time; here matrices of one shape, transposed ones included, go through the
+    polynomials as one batch, which is what makes it affordable for small models on a CPU.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
@@ -108,24 +118,50 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     shapes[min(parameter.shape), max(parameter.shape)].append(parameter)
             for parameters in shapes.values():
-                updates = []
-                for parameter in parameters:
-                    state = self.state[parameter]
-                    if "momentum" not in state:
-                        state["momentum"] = torch.zeros_like(parameter)
-                    gradient = parameter.grad
-                    assert gradient is not None
-                    mean = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-                    update = torch.lerp(gradient, mean, group["momentum"])  # Nesterov
-                    updates.append(update.mT if _is_tall(update) else update)
-                for parameter, update in zip(parameters, orthogonalise(torch.stack(updates)), strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    scale = group["lr"] * max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
-                    parameter.add_(update.mT if _is_tall(parameter) else update, alpha=-scale)
+                self._update(parameters, group)
+
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """One step of matrices that are of one shape, or transposes of it."""
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        means = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(gradients, means, group["momentum"])
+        wholes = [_whole(update) for update in nesterov]
+        wide = torch.stack([update.mT if _is_tall(update) else update for update in wholes])
+        updates = list(orthogonalise(wide))
+        for number, parameter in enumerate(parameters):
+            if _is_tall(parameter):
+                # A tall matrix is scaled up: its update has fewer singular values for as many outputs.
+                updates[number] = updates[number].mT * (parameter.shape[0] / parameter.shape[1]) ** 0.5
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        updates = [_part_of(update, parameter) for update, parameter in zip(updates, parameters, strict=True)]
+        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 
 
 def _is_tall(matrix: Tensor) -> bool:
     return matrix.shape[0] > matrix.shape[1]
+
+
+def _whole(matrix: Tensor) -> Tensor:
+    """A matrix with all its parts where processes hold a part each (a DTensor): singular values belong to the whole.
+
+    Every process then orthogonalises every matrix: simple, and exact; momentum stays in parts.
+    """
+    return matrix.full_tensor() if hasattr(matrix, "full_tensor") else matrix  # type: ignore[no-any-return]
+
+
+def _part_of(matrix: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a whole matrix, cut as `parameter` is; every process has the same whole."""
+    if not hasattr(parameter, "device_mesh"):
+        return matrix
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(matrix, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def build(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+CHUNK = 1024
+"""Positions whose logits exist at once in `chunked_next_token_loss`: enough rows to keep the matrix library busy."""
 
 
 def next_token_loss(
@@ -22,6 +26,57 @@ def next_token_loss(
     """
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
     return losses.sum() if mask is None else torch.where(mask, losses, 0.0).sum()
+
+
+def chunked_next_token_loss(
+    hidden: Float[Tensor, "batch time width"],
+    head: Float[Tensor, "vocab width"],
+    targets: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"] | None = None,
+    *,
+    chunk: int = CHUNK,
+) -> Float[Tensor, ""]:
+    """`next_token_loss(hidden @ head.T, targets, mask)` without ever holding all logits.
+
+    The head dominates a small model's memory: at a vocabulary of 32,768 the float32 logits of 4,096 positions, their
+    softmax and its gradient take 1.6 GB. Here `chunk` positions at a time go to the loss *and* to its gradient
+    (softmax - one-hot), which the forward pass therefore keeps instead of the logits: (N, D) and (V, D). Products are
+    computed in the head's precision, sums and softmax in float32.
+    """
+    counted = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
+    loss: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden.flatten(0, 1), head, targets.flatten(), counted.flatten(), chunk
+    )
+    return loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Rows (N, D), head (V, D), targets (N), counted (N) -> the sum of the losses that count."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, head: Tensor, targets: Tensor, counted: Tensor, chunk: int) -> Tensor:
+        loss = torch.zeros((), dtype=torch.float32, device=rows.device)
+        row_gradients = []
+        head_gradient = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
+        for start in range(0, rows.shape[0], chunk):
+            part = rows[start : start + chunk].to(head.dtype)
+            wanted, counts = targets[start : start + chunk, None], counted[start : start + chunk, None]
+            logits = (part @ head.mT).float()  # (C, V)
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            loss = loss + torch.where(counts, normaliser - logits.gather(1, wanted), 0.0).sum()
+            slope = logits.sub_(normaliser).exp_()  # in place: one buffer of (C, V), the softmax ...
+            slope.add_(torch.arange(head.shape[0], device=head.device) == wanted, alpha=-1)  # ... minus one-hot
+            slope = slope.mul_(counts).to(head.dtype)
+            row_gradients.append((slope @ head).to(rows.dtype))
+            head_gradient = head_gradient + (slope.mT @ part)
+        ctx.save_for_backward(torch.cat(row_gradients), head_gradient.to(head.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        row_gradient, head_gradient = ctx.saved_tensors
+        (scale,) = gradients
+        return row_gradient * scale, head_gradient * scale, None, None, None
 
 
 def log_probs_of(

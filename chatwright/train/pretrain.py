@@ -23,10 +23,14 @@ from chatwright.metrics import say
 from chatwright.model.attention import blocked_attention
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
-from chatwright.objectives.language import bits_per_byte, next_token_loss
+from chatwright.objectives.language import bits_per_byte, chunked_next_token_loss, next_token_loss
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
+from chatwright.train import parallel, plan
+from chatwright.train.account import training_flop
 from chatwright.train.loop import Fit, FitConfig
+from chatwright.train.parallel import ParallelConfig
+from chatwright.train.precision import WorkingCopy
 from chatwright.train.trainer import Step, Trainer
 from chatwright.train.workspace import Curve, Measure, Report, Workspace
 
@@ -47,6 +51,8 @@ class Config:
         default_factory=lambda: OptimConfig(name="muon", learning_rate=6e-3, schedule="trapezoid", decay=0.6)
     )
     """Optimiser and schedule."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How processes share the work."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,15 @@ class Windows:
         return TokenBatch(torch.stack([self.shards.window(n, self.context) for n in self.order.take(start, count)]))
 
 
-def step(model: GPT, batch: TokenBatch) -> Step:
-    """Next-token loss of a batch."""
-    return Step(next_token_loss(model(batch.tokens[:, :-1]), batch.tokens[:, 1:]))
+def step(model: GPT, batch: TokenBatch, angles: tuple[Tensor, Tensor] | None = None) -> Step:
+    """Next-token loss of a batch; `angles` are those of its positions, when they are at hand."""
+    hidden = model.hidden(batch.tokens[:, :-1], angles=angles)
+    return Step(chunked_next_token_loss(hidden, model.head.weight, batch.tokens[:, 1:]))
+
+
+def held_out_rows(shape: GPTConfig) -> int:
+    """Windows measured at once: few enough that their logits stay under 34 MB, at most 32."""
+    return max(1, min(32, 2**23 // (shape.context * shape.vocab_size)))
 
 
 def held_out_bits_per_byte(model: GPT, shards: TokenShards, *, context: int, dtype: torch.dtype) -> float:
@@ -90,7 +102,7 @@ def held_out_bits_per_byte(model: GPT, shards: TokenShards, *, context: int, dty
     with runtime.autocast(dtype):
         for stretch in shards.stretches(context):
             rows.append(stretch)
-            if len(rows) == 32:
+            if len(rows) == held_out_rows(model.config):
                 nats += _sum_of(model, rows)
                 rows = []
         for row in rows:  # the last ones may be of any length
@@ -105,19 +117,38 @@ def _sum_of(model: GPT, rows: list[Tensor]) -> float:
     return float(next_token_loss(model(tokens[:, :-1]), tokens[:, 1:]))
 
 
-def compiled_step(model: GPT, config: FitConfig) -> tuple[Callable[[TokenBatch], Step], torch.dtype, str]:
-    """`step` in the precision and, where that works, the compiled form that the machine offers; and a line about it."""
+def fast_step(
+    model: GPT, config: FitConfig, *, alone: bool, in_parts: bool = False
+) -> tuple[Callable[[TokenBatch], Step], torch.dtype, str]:
+    """`step` in the precision and, where that works, the compiled form that the machine offers; and a line about it.
+
+    What makes it fast on a CPU, each measured in docs/performance.md: bf16 copies of the matrices (one process `alone`;
+    with several, the plan decides what is cast, and compiles the blocks when they are `in_parts`), attention in blocks, rotary angles computed once, one compiled graph.
+    """
     dtype = runtime.compute_dtype(config.precision)
+    copies = WorkingCopy(model) if alone and dtype == torch.bfloat16 else None
+    used = copies.twin if copies else model
     if config.compile and runtime.device().type == "cpu" and not runtime.compiler_missing():
-        model.use_attention(blocked_attention)  # faster than the fused kernel once it is compiled (docs/performance.md)
+        used.use_attention(blocked_attention)  # faster than the fused kernel once it is compiled
+    # Inside the graph they would be computed again for every layer and every head.
+    angles = model.angles(torch.arange(model.config.context, device=runtime.device())[None])
 
     def loss_of(tokens: Tensor) -> Tensor:
         with runtime.autocast(dtype):
-            return step(model, TokenBatch(tokens)).loss
+            here = tuple(part[:, :, : tokens.shape[1] - 1] for part in angles) if angles else None
+            return step(used, TokenBatch(tokens), here).loss  # type: ignore[arg-type]
 
-    compiled, line = runtime.compile_function(loss_of, enabled=config.compile)
+    compiled, line = runtime.compile_function(loss_of, enabled=config.compile and not in_parts)
+    if in_parts and config.compile:
+        line = runtime.compiler_missing() or "compile: on, block by block"
+
+    def train_step(batch: TokenBatch) -> Step:
+        if copies:
+            copies.refresh()
+        return Step(compiled(batch.tokens))
+
     name = "bf16 products, float32 weights" if dtype == torch.bfloat16 else "float32"
-    return lambda batch: Step(compiled(batch.tokens)), dtype, f"{name}; {line}"
+    return train_step, dtype, f"{name}; {line}"
 
 
 def run(config: Config, workspace: Workspace) -> Report:
@@ -127,9 +158,15 @@ def run(config: Config, workspace: Workspace) -> Report:
     shards = TokenShards.open(directory / "train", tokenizer)
     held_out = TokenShards.open(directory / "validation", tokenizer)
     shape = GPTConfig.preset(config.preset, **{**config.model, "vocab_size": tokenizer.vocab_size})
+    spread = parallel.start(
+        config.parallel, batch_size=config.fit.batch_size, micro_batch=config.fit.micro_batch, shape=shape,
+        precision=config.fit.precision, compile_blocks=config.fit.compile,
+    )  # fmt: skip
+    config = plan.ahead("pretrain", config, shape, spread)
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, "pretrain"))
     model = GPT(shape).to(runtime.device())
+    model.recompute = config.fit.recompute
     trainer = Trainer(
         {"model": model},
         config.optim,
@@ -137,8 +174,9 @@ def run(config: Config, workspace: Workspace) -> Report:
         card={"kind": "language", "model": shape.to_dict(), "tokenizer": tokenizer.fingerprint},
         texts={"tokenizer.json": tokenizer.to_json()},
         keep=config.fit.keep,
+        spread=spread,
     )
-    train_step, dtype, line = compiled_step(model, config.fit)
+    train_step, dtype, line = fast_step(model, config.fit, alone=not spread.together, in_parts=spread.in_parts)
     windows = Windows(shards, shape.context, SampleOrder(shards.windows(shape.context), workspace.seed))
     count = model.parameter_count()
     say(f"  {config.preset}: {count / 1e6:.1f} M parameters; {shards.tokens / 1e6:.1f} M training tokens; {line}")
@@ -148,9 +186,10 @@ def run(config: Config, workspace: Workspace) -> Report:
 
     fitted = Fit(
         trainer, config.fit, windows, train_step, evaluate,
-        title="pretrain", throughput=("tokens", float(shape.context)),
+        title="pretrain", throughput=("tokens", float(shape.context)), best=("bits_per_byte", "lower"),
+        flop_per_sample=training_flop(model, shape.context),
     ).run()  # fmt: skip
-    tokens = fitted.progress.consumed * shape.context
+    tokens = fitted.samples * shape.context
     baseline = workspace.result(config.tokenizer).get("facts", {}) if config.tokenizer in workspace.inputs else {}
     measures = [Measure("bits per byte, held out", fitted.before["bits_per_byte"], fitted.after["bits_per_byte"])]
     for name in ("gzip", "xz"):
@@ -162,5 +201,6 @@ def run(config: Config, workspace: Workspace) -> Report:
         curves=[Curve("Pre-training loss", ["loss"], "nats per token"), Curve("Held out", ["bits_per_byte"], "bits")],
         model=f"checkpoints/{fitted.checkpoint.path.name}",
         facts={"parameters": count, "steps": fitted.progress.step, "tokens": tokens, "how": line,
-               "training_seconds": fitted.progress.elapsed, "flop": 6 * count * tokens},
+               "training_seconds": fitted.progress.elapsed, **fitted.facts},
+        notes=fitted.notes,
     )  # fmt: skip

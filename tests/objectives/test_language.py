@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from chatwright.objectives.language import bits_per_byte, log_probs_of, next_token_loss
+from chatwright.objectives.language import (
+    bits_per_byte,
+    chunked_next_token_loss,
+    log_probs_of,
+    next_token_loss,
+)
 
 # Logits that are log-probabilities, so that the softmax changes nothing.
 LOGITS = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]]).log()
@@ -74,3 +79,65 @@ def test_bits_per_byte() -> None:
     assert bits_per_byte(8 * math.log(2), 4) == pytest.approx(2.0)
     for wrong in (8 * math.log(2) / 4, 8 * math.log(2) * math.log(2) / 4, 8.0, 4 / 8):
         assert wrong != pytest.approx(2.0, abs=0.1)
+
+
+# ---- chunked linear + cross entropy: equal to the plain one, with its gradients
+
+
+def chunked_case(tokens: int = 23) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    hidden, head = torch.randn(2, tokens, 16, generator=draw), torch.randn(50, 16, generator=draw)
+    return hidden, head, torch.randint(50, (2, tokens), generator=draw), torch.rand(2, tokens, generator=draw) < 0.6
+
+
+def with_gradients(loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    value = loss(hidden, head)
+    (value * 0.37).backward()  # a scale other than 1: whoever divides by the number of targets does so afterwards
+    assert hidden.grad is not None and head.grad is not None
+    return value.detach(), hidden.grad, head.grad
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 46, 1000])  # 46 rows in all: many chunks, an uneven last one, exactly one, one
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_chunked_loss_equals_the_plain_one(chunk: int, masked: bool) -> None:
+    hidden, head, targets, mask = chunked_case()
+    chosen = mask if masked else None
+    plain = with_gradients(lambda x, w: next_token_loss(x @ w.mT, targets, chosen), hidden, head)
+    found = with_gradients(lambda x, w: chunked_next_token_loss(x, w, targets, chosen, chunk=chunk), hidden, head)
+    for ours, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_chunked_loss_in_bf16_is_as_near_as_bf16_allows() -> None:
+    hidden, head, targets, mask = chunked_case(200)
+    exact = with_gradients(lambda x, w: next_token_loss(x @ w.mT, targets, mask), hidden, head.bfloat16().float())
+    found = with_gradients(lambda x, w: chunked_next_token_loss(x, w, targets, mask, chunk=64), hidden, head.bfloat16())
+    assert found[2].dtype == torch.bfloat16
+    for ours, theirs in zip(found, exact, strict=True):
+        assert float((ours.float() - theirs).norm() / theirs.norm()) < 1e-2  # 8 bits: 0.4 % for each rounding
+
+
+def test_a_masked_position_counts_nothing_in_the_chunked_loss_even_when_impossible() -> None:
+    hidden, head, targets, mask = chunked_case()
+    spoilt = hidden.clone()
+    spoilt[~mask] = 1e30  # logits that overflow: infinite losses where nothing counts
+    plain = with_gradients(lambda x, w: chunked_next_token_loss(x, w, targets, mask, chunk=9), hidden, head)
+    found = with_gradients(lambda x, w: chunked_next_token_loss(x, w, targets, mask, chunk=9), spoilt, head)
+    assert torch.equal(found[0], plain[0]) and bool(found[1].isfinite().all())
+    assert float(found[1][~mask].abs().max()) == 0.0
+
+
+WRONG_SLOPES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "softmax without one-hot": lambda x, w, t, m: (x @ w.mT).logsumexp(-1)[m].sum(),
+    "mask ignored": lambda x, w, t, m: next_token_loss(x @ w.mT, t),
+    "one-hot of the neighbour": lambda x, w, t, m: next_token_loss(x @ w.mT, t.roll(1, 1), m),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_SLOPES)
+def test_a_wrong_gradient_would_be_seen(wrong: str) -> None:
+    hidden, head, targets, mask = chunked_case()
+    mutant = with_gradients(lambda x, w: WRONG_SLOPES[wrong](x, w, targets, mask), hidden, head)
+    found = with_gradients(lambda x, w: chunked_next_token_loss(x, w, targets, mask, chunk=9), hidden, head)
+    assert float((mutant[1] - found[1]).abs().max()) > 0.1 and float((mutant[2] - found[2]).abs().max()) > 0.1
