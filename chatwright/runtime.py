@@ -90,11 +90,15 @@ def join() -> None:
 
     if world_size() == 1 or dist.is_initialized():
         return
+    from chatwright.meeting import fresh_store
+
+    store, number, count = fresh_store()
     if device().type == "cuda":
         torch.cuda.set_device(device())
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device())
+        backend, gpu = "cpu:gloo,cuda:nccl", device()
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, device_id=gpu)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", store=store, rank=number, world_size=count)
     for name in ("agreeing", "saving"):
         _groups[name] = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
 
@@ -242,12 +246,10 @@ def matmul_peak(dtype: torch.dtype) -> float:
     left, right = (torch.randn(size, size, generator=draw).to(where, dtype) for _ in range(2))
     best, begun = float("inf"), time.perf_counter()
     while time.perf_counter() - begun < 0.2 or best == float("inf"):
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
+        synchronise()
         started = time.perf_counter()
         torch.mm(left, right)
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
+        synchronise()
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
 
@@ -286,6 +288,37 @@ def total_memory_bytes() -> int | None:
     with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
         known.append(int(file.read()))  # the word "max" is no number
     return min(known, default=None)
+
+
+def memory_is_limited() -> bool:
+    """Whether CHATWRIGHT_MEMORY says how much memory a run may take."""
+    return bool(os.environ.get("CHATWRIGHT_MEMORY"))
+
+
+def memory_budget_bytes() -> float | None:
+    """Memory that a run may plan with: CHATWRIGHT_MEMORY ("8GB", "500MB", "8e9"), else 92 % of all there is, shared by
+    the processes of this machine. Not what happens to be free now: a run that goes on must decide as it did before."""
+    asked = os.environ.get("CHATWRIGHT_MEMORY", "")
+    if asked:
+        number, unit = asked.strip().upper().removesuffix("B"), 1.0
+        if number[-1:] in ("K", "M", "G", "T"):
+            number, unit = number[:-1], {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[number[-1]]
+        try:
+            size = float(number) * unit
+        except ValueError:
+            size = 0.0
+        if not 0 < size < float("inf"):
+            raise UserError(f"CHATWRIGHT_MEMORY={asked} is not a size above 0; try 8GB or 500MB")
+        return size
+    total = total_memory_bytes()
+    sharing = 1 if device().type == "cuda" else local_world_size()
+    return None if total is None else 0.92 * total / sharing
+
+
+def synchronise() -> None:
+    """Wait until the GPU has done what it was given; CPUs have."""
+    if device().type == "cuda":
+        torch.cuda.synchronize(device())
 
 
 def seed_for(*parts: object) -> int:

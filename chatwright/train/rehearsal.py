@@ -10,6 +10,7 @@ that everything is a straight line in the number of layers.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -58,12 +59,13 @@ class Rehearsed:
     """Phase (`step`, `update`, `measure`) -> part -> bytes."""
     flop: float
     operations: Mapping[Operation, float] = field(repr=False, default_factory=dict)
-    """How often each operation occurs in an optimiser step."""
+    """How often each operation occurs in an optimiser step; below 0 for the shorter lists of a line through two depths."""
 
     @property
     def memory(self) -> dict[str, float]:
         """The parts of the largest phase."""
-        return dict(max(self.phases.values(), key=lambda parts: sum(parts.values())))
+        largest = max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+        return dict(self.phases[largest])
 
 
 def rehearse(
@@ -80,7 +82,7 @@ def rehearse(
     steps = (layers - 3) / 2
 
     def line(a: float, b: float) -> float:
-        return max(0.0, a + steps * (b - a))
+        return a + steps * (b - a)
 
     def lines(a: Mapping[Any, float], b: Mapping[Any, float]) -> dict[Any, float]:
         return {key: line(a.get(key, 0.0), b.get(key, 0.0)) for key in (*a, *(key for key in b if key not in a))}
@@ -95,7 +97,8 @@ def rehearse(
 
 def _rehearse(build: Callable[[], Scene], optim_config: OptimConfig, micro: int, portions: int) -> Rehearsed:
     flops = FlopCounterMode(display=False, custom_mapping=_attention_on_cpus())
-    with FakeTensorMode(), _Watch() as watch, flops:
+    with warnings.catch_warnings(), FakeTensorMode(), _Watch() as watch, flops:
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copy.deepcopy looks for one
         scene = build()
         modules = nn.ModuleList([*scene.trained, *scene.frozen])
         watch.name("weights", (*modules.parameters(), *modules.buffers()))
@@ -136,11 +139,11 @@ def _state(optimisers: Iterable[torch.optim.Optimizer]) -> Iterator[Tensor]:
             yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation: notes what is allocated and freed, and counts operations by their shapes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: Counter[Operation] = Counter()
         self.shapes: set[tuple[int, ...]] = set()
         self.vocabulary = 0
@@ -155,7 +158,8 @@ class _Watch(TorchDispatchMode):
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self._made(value)
-        self.operations[_signature(func, args, kwargs or {})] += 1
+        if func.namespace == "aten" and not func.is_view:  # the others take no time to speak of
+            self.operations[_signature(func, args, kwargs or {})] += 1
         return result
 
     def _made(self, tensor: Tensor) -> None:

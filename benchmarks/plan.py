@@ -1,0 +1,154 @@
+"""Predicted against what then happens: memory and time of pre-training steps.
+
+    python benchmarks/plan.py [--steps 12] [--only NAME ...]
+
+Each case is predicted in one process and run in another, the way `chatwright pretrain` runs it. Memory is the largest
+resident size above that before the model is made; time is the median step after the first three. Results go to
+benchmarks/results/plan.json; docs/plan.md quotes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "plan.json"
+
+SMALL_GPT2 = {"layers": 6, "width": 384, "heads": 6, "vocab_size": 8192, "context": 256}
+CASES: dict[str, dict[str, Any]] = {
+    "tiny-eager": {"preset": "modern-tiny", "batch": 8, "compile": False},
+    "tiny-eager-fp32-adamw": {"preset": "modern-tiny", "batch": 8, "compile": False, "precision": "fp32", "optim": "adamw"},
+    "tiny-eager-32": {"preset": "modern-tiny", "batch": 32, "compile": False},
+    "tiny-eager-2-of-8": {"preset": "modern-tiny", "batch": 8, "micro": 2, "compile": False},
+    "14m-eager": {"preset": "gpt2", "model": SMALL_GPT2, "batch": 16, "compile": False, "optim": "adamw"},
+    "14m-eager-fp32": {"preset": "gpt2", "model": SMALL_GPT2, "batch": 8, "compile": False, "precision": "fp32"},
+    "small-eager": {"preset": "modern-small", "model": {"layers": 4, "context": 512}, "batch": 4, "compile": False},
+    "tiny-compiled": {"preset": "modern-tiny", "batch": 8},
+    "tiny-compiled-32": {"preset": "modern-tiny", "batch": 32},
+    "14m-compiled": {"preset": "gpt2", "model": SMALL_GPT2, "batch": 16, "optim": "adamw"},
+    "small-compiled": {"preset": "modern-small", "model": {"layers": 4, "context": 512}, "batch": 4},
+}
+
+
+def settings(case: dict[str, Any]) -> Any:
+    """The stage's settings of a case."""
+    from chatwright.optim import OptimConfig
+    from chatwright.train.loop import FitConfig
+    from chatwright.train.pretrain import Config
+
+    fit = FitConfig(
+        steps=1000, batch_size=case["batch"], micro_batch=case.get("micro", 0), compile=case.get("compile", True),
+        precision=case.get("precision", "auto"),
+    )  # fmt: skip
+    return Config(preset=case["preset"], model=case.get("model", {}), fit=fit,
+                  optim=OptimConfig(name=case.get("optim", "muon")))  # fmt: skip
+
+
+def predicted(case: dict[str, Any]) -> dict[str, float]:
+    """Bytes above the baseline and seconds a step, by the planner."""
+    from chatwright import runtime
+    from chatwright.model.config import GPTConfig
+    from chatwright.train.plan import Subject, choose
+
+    runtime.set_threads()
+    runtime.tune_allocator()
+    config, began = settings(case), time.monotonic()
+    plan = choose(Subject("pretrain", "pretrain", GPTConfig.preset(config.preset, **config.model), config))
+    parts = {name: size for name, size in plan.memory.items() if name not in ("allocator", "program")}
+    return {"bytes": plan.above_baseline, "live": sum(parts.values()), "seconds": plan.seconds or 0.0,
+            "planning": time.monotonic() - began, "parts": plan.memory}  # type: ignore[dict-item]  # fmt: skip
+
+
+def happened(case: dict[str, Any], steps: int) -> dict[str, float]:
+    """The same of real steps on made-up tokens, by the stage's own step and trainer."""
+    import torch
+
+    from chatwright import runtime
+    from chatwright.model.config import GPTConfig
+    from chatwright.model.gpt import GPT
+    from chatwright.train import pretrain
+    from chatwright.train.trainer import Trainer
+    from chatwright.train.workspace import Workspace
+
+    config = settings(case)
+    shape = GPTConfig.preset(config.preset, **config.model)
+    micro = config.fit.micro_batch or config.fit.batch_size
+    runtime.set_threads()
+    runtime.tune_allocator()
+    before = resident("VmRSS")
+    model = GPT(shape).to(runtime.device())
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = Trainer({"model": model}, config.optim, Workspace(Path(directory)), card={}, texts={})
+        step, dtype, _ = pretrain.fast_step(model, config.fit, alone=True)
+        with runtime.evaluating(model), runtime.autocast(dtype):
+            pretrain._sum_of(model, list(torch.randint(shape.vocab_size, (pretrain.held_out_rows(shape), shape.context + 1))))
+        spent = []
+        for _ in range(steps):
+            batches = [pretrain.TokenBatch(torch.randint(shape.vocab_size, (micro, shape.context + 1)))
+                       for _ in range(config.fit.batch_size // micro)]  # fmt: skip
+            started = time.perf_counter()
+            trainer.update(batches, step, 0.1)
+            spent.append(time.perf_counter() - started)
+    return {"bytes": resident("VmHWM") - before, "seconds": statistics.median(spent[3:]), "fastest": min(spent[3:])}
+
+
+def resident(key: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes (Linux)."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("needs /proc/self/status")
+
+
+def main() -> int:
+    """Run the cases and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--only", nargs="*", default=list(CASES))
+    parser.add_argument("--part", choices=("predicted", "happened"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        case = CASES[options.only[0]]
+        print(json.dumps(predicted(case) if options.part == "predicted" else happened(case, options.steps)))
+        return 0
+    rows = json.loads(RESULTS.read_text())["samples"] if RESULTS.exists() else {}
+    for name in options.only:
+        row: dict[str, Any] = {}
+        for part in ("predicted", "happened"):
+            command = [sys.executable, __file__, "--part", part, "--only", name, "--steps", str(options.steps)]
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            row[part] = json.loads(printed.splitlines()[-1])
+        rows[name] = row
+        a, b = row["predicted"], row["happened"]
+        print(f"{name:24} memory {a['bytes'] / 1e6:6,.0f} of {b['bytes'] / 1e6:6,.0f} MB = {a['bytes'] / b['bytes']:.2f}"
+              f"  (live {a['live'] / 1e6:,.0f})   time {a['seconds']:.3f} of {b['seconds']:.3f} s = {a['seconds'] / b['seconds']:.2f}"
+              f"   planned in {a['planning']:.0f} s", flush=True)  # fmt: skip
+    write(rows)
+    return 0
+
+
+def write(rows: dict[str, Any]) -> None:
+    """benchmarks/results/plan.json."""
+    import torch
+
+    from chatwright import runtime
+
+    ratios = {}
+    for name, row in rows.items():
+        for key in ("bytes", "seconds"):
+            ratios[f"{name}/{key}"] = round(row["predicted"][key] / row["happened"][key], 3)
+    RESULTS.parent.mkdir(exist_ok=True)
+    content = {"ratios": ratios, "command": "python benchmarks/plan.py", "machine": runtime.describe(),
+               "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}, "samples": rows}  # fmt: skip
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""Plans: a rehearsal sees what a real step does, the micro-batch fits, and what cannot fit is refused with the sum."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from chatwright import cli, optim, runtime
+from chatwright.config import UserError
+from chatwright.model.config import GPTConfig
+from chatwright.optim import OptimConfig
+from chatwright.train import plan, pretrain, timing
+from chatwright.train.loop import FitConfig
+from chatwright.train.parallel import ALONE
+from chatwright.train.rehearsal import rehearse
+
+ROOT = Path(__file__).parents[2]
+
+
+def subject(preset: str = "modern-nano", optimiser: str = "muon", model: dict[str, Any] | None = None, **fit: Any) -> plan.Subject:
+    settings = FitConfig(**{"steps": 100, "batch_size": 8, "compile": False, "precision": "fp32", **fit})
+    config = pretrain.Config(preset=preset, model=model or {}, fit=settings, optim=OptimConfig(name=optimiser))  # type: ignore[arg-type]
+    return plan.Subject("pretrain", "pretrain", GPTConfig.preset(preset, **config.model), config)
+
+
+def seen_of(what: plan.Subject, *, micro: int = 8, portions: int = 1, layers: int = 0) -> Any:
+    return rehearse(plan.scene_of(what), layers or what.shape.layers, what.config.optim, micro=micro, portions=portions)
+
+
+def test_operations_are_those_of_a_real_step() -> None:
+    """torch's own counter over a real forward and backward pass, on a model without fused attention's own count."""
+    what = subject(optimiser="adamw")
+    model = pretrain.GPT(what.shape)
+    from chatwright.model.attention import plain_attention
+
+    model.use_attention(plain_attention)
+    step, _, _ = pretrain.fast_step(model, what.fit, alone=True)
+    with FlopCounterMode(display=False) as counter:
+        step(pretrain.TokenBatch(torch.zeros(8, what.shape.context + 1, dtype=torch.long))).loss.backward()
+    scene = plan.scene_of(what)
+
+    def plain(layers: int) -> Any:
+        made = scene(layers)
+        made.trained[0].use_attention(plain_attention)  # type: ignore[operator]
+        return made
+
+    found = rehearse(plain, what.shape.layers, what.config.optim, micro=8, portions=1)
+    assert found.flop == counter.get_total_flops() > 1e8
+
+
+def test_fused_attention_is_counted_as_its_products_are() -> None:
+    what = subject(optimiser="adamw")
+    shape = what.shape
+    without = seen_of(replace(what, shape=replace(shape, heads=1, kv_heads=1, head_dim=shape.head_dim * shape.heads)))
+    with_heads = seen_of(replace(what, shape=replace(shape, kv_heads=shape.heads)))
+    assert without.flop < with_heads.flop * 1.2
+    product = 2 * 8 * shape.heads * shape.context**2 * shape.head_dim  # q k^T, all rows and layers' heads
+    linear = 6 * 8 * shape.context * sum(
+        p.numel() for name, p in pretrain.GPT(replace(shape, kv_heads=shape.heads)).named_parameters()
+        if p.ndim == 2
+    )  # fmt: skip
+    assert with_heads.flop == pytest.approx(linear + shape.layers * 7 * product, rel=1e-9)
+
+
+def test_portions_change_memory_but_not_the_operations() -> None:
+    what = subject()
+    whole, parts = seen_of(what), seen_of(what, micro=2, portions=4)
+    assert parts.flop == whole.flop
+    assert sum(parts.phases["step"].values()) < 0.6 * sum(whole.phases["step"].values())
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_the_state_is_what_real_optimisers_hold(optimiser: str) -> None:
+    what = subject(optimiser=optimiser)
+    model = pretrain.GPT(what.shape)
+    optimisers = optim.build(model, what.config.optim)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for one in optimisers:
+        one.step()
+    held = sum(v.nbytes for one in optimisers for s in one.state.values() for v in s.values() if torch.is_tensor(v))
+    parts = seen_of(what).memory
+    assert parts["optimiser"] == held
+    assert parts["weights"] == sum(p.nbytes for p in model.parameters())
+
+
+def test_many_layers_are_a_line_through_few() -> None:
+    what = subject(model={"layers": 9})
+    line = seen_of(what)
+    direct = plan.rehearse.__globals__["_rehearse"](lambda: plan.scene_of(what)(9), what.config.optim, 8, 1)
+    assert line.parameters == direct.parameters
+    assert line.flop == pytest.approx(direct.flop, rel=1e-9)
+    for phase, parts in direct.phases.items():
+        assert sum(line.phases[phase].values()) == pytest.approx(sum(parts.values()), rel=0.03)
+
+
+CASES = {
+    "modern": {"preset": "modern-tiny", "batch": 8, "compile": False, "precision": "fp32"},
+    "gpt2": {"preset": "gpt2", "model": {"layers": 4, "width": 256, "heads": 4, "vocab_size": 4096, "context": 256},
+             "batch": 12, "compile": False, "precision": "fp32", "optim": "adamw"},
+}  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status: predicted memory was not compared")
+@pytest.mark.parametrize("name", CASES)
+def test_memory_within_a_fifth_of_what_happens(name: str) -> None:
+    code = ("import sys, json; sys.path.insert(0, 'benchmarks'); import plan; case = json.loads(sys.argv[1]);"
+            "print(json.dumps(plan.happened(case, 6)))")  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(CASES[name])], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    happened = json.loads(done.stdout.splitlines()[-1])["bytes"]
+    case = CASES[name]
+    what = subject(case["preset"], case.get("optim", "muon"), case.get("model"), batch_size=case["batch"])  # type: ignore[arg-type]
+    predicted, _ = plan.predict(what)
+    assert predicted.above_baseline == pytest.approx(happened, rel=0.2)
+
+
+def test_the_largest_micro_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    what = subject(batch_size=96)
+    need = {n: plan.predict(what, micro=n)[0].total for n in (32, 48, 96)}
+    assert need[32] < need[48] < need[96]
+    for size, expected in ((need[96], 96), (need[96] - 1, 48), (need[48] - 1, 32)):
+        assert plan.choose(what, timed=False, available=size).micro == expected
+    for size, expected in ((need[48], 48), (need[96], 0)):  # 0: as the settings have it
+        monkeypatch.setenv("CHATWRIGHT_MEMORY", str(size))
+        assert plan.ahead("pretrain", what.config, what.shape, ALONE).fit.micro_batch == expected
+
+
+def test_what_does_not_fit_is_refused_with_the_sum() -> None:
+    with pytest.raises(UserError) as refusal:
+        plan.choose(subject(), timed=False, available=4e8)
+    numbers = re.search(r"needs ([\d.]+) MB = (.*?); this machine has 400.0 MB", str(refusal.value))
+    assert numbers is not None and "micro-batches of 1" in str(refusal.value)
+    parts = [float(part.split()[-1]) for part in numbers[2].split(" + ")]
+    assert sum(parts) == pytest.approx(float(numbers[1]), rel=0.03)  # the smallest parts are not shown
+    with pytest.raises(UserError, match=r"micro_batch 0 lets the plan choose"):
+        plan.choose(subject(micro_batch=8), timed=False, available=4e8)
+
+
+def test_the_largest_shape_is_refused_without_being_made(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "gpt3-175b", "--memory_gb", "24"]) == 1
+    said = capsys.readouterr().out
+    assert "weights 698" in said and "24.0 GB" in said
+
+
+def test_the_verb_shows_every_training_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "tiny", "--time", "false", "--pretrain.fit.batch_size", "4", "--memory_gb", "8"]) == 0
+    said = capsys.readouterr().out
+    for word in ("pretrain", "sft", "reward", "ppo", "4.2 M", "4 x 256", "8.0 GB"):
+        assert word in said
+    assert cli.main(["plan", "tiny", "--memory_gb", "-1"]) == 2
+    assert cli.main(["plan", "gpt2", "--sft.fit.steps", "3"]) == 2
+
+
+def test_small_runs_are_not_planned() -> None:
+    assert not plan.worth_planning(subject())
+    assert plan.worth_planning(subject("gpt2"))
+
+
+def test_the_memory_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, size in (("8GB", 8e9), ("500m", 5e8), ("2e9", 2e9)):
+        monkeypatch.setenv("CHATWRIGHT_MEMORY", text)
+        assert runtime.memory_budget_bytes() == size and runtime.memory_is_limited()
+    for text in ("much", "-1GB", "0", "inf", "nan"):
+        monkeypatch.setenv("CHATWRIGHT_MEMORY", text)
+        with pytest.raises(UserError, match="8GB"):
+            runtime.memory_budget_bytes()
+    monkeypatch.delenv("CHATWRIGHT_MEMORY")
+    total = runtime.total_memory_bytes()
+    assert total is None or runtime.memory_budget_bytes() == pytest.approx(0.92 * total)
+
+
+def test_time_is_the_sum_of_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    what = subject()
+    one = seen_of(what).operations
+    monkeypatch.setattr(timing, "_time", lambda operation: 0.001)
+    assert timing.seconds_of(one, compiled=False) == pytest.approx(timing.APART * 0.001 * sum(one.values()))
+    assert timing.seconds_of(one, compiled=True) < timing.seconds_of(one, compiled=False)
+    monkeypatch.undo()
+    for operation in one:
+        assert timing._time(operation) > 0  # each can be done with made-up numbers
