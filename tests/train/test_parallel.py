@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from chatwright import checkpoint, cli, runtime, sharded
+from chatwright import checkpoint, cli, meeting, runtime, sharded
 from chatwright.config import UsageError, UserError, build, to_yaml
 from chatwright.language_model import load_parts
 from chatwright.metrics import TIMED, read_metrics
@@ -265,6 +266,23 @@ def test_a_killed_process_is_no_matter(launches: Launches, tmp_path: Path) -> No
     left, right = final(out), final(launches["fsdp"])
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert [found.name for found in out.parent.parent.rglob("*.partial")] == []
+
+
+def test_processes_that_are_started_again_do_not_hear_the_dead() -> None:
+    """Two attempts in one store: everyone has the name of its attempt, though the first one's words are still there."""
+    store = torch.distributed.HashStore()
+    names = []
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            names.append({pool.submit(meeting.agree, store, rank, 3) for rank in (1, 2, 0)})
+    first, second = ({one.result() for one in attempt} for attempt in names)
+    assert len(first) == len(second) == 1 and first != second
+
+
+def test_a_process_that_stays_away_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "PATIENCE", 0.1)
+    with pytest.raises(UserError, match="process 0 waited 0 seconds for all 2 processes"):
+        meeting.agree(torch.distributed.HashStore(), 0, 2)
 
 
 def test_wrong_sizes_are_refused_once_by_a_real_launch(launches: Launches, tmp_path: Path) -> None:
