@@ -110,10 +110,9 @@ class Trainer:
             sums[""] += float(outcome.loss.detach()) / total
             for key, value in outcome.logged.items():
                 sums[key] = sums.get(key, 0.0) + float(value)
-        sums = dict(zip(sums, spread.sum(list(sums.values())), strict=True))
-        loss = sums.pop("")
-        for key, total_of in sums.items():
-            self._logged[key] = self._logged.get(key, 0.0) + total_of
+        loss, *others = spread.sum(list(sums.values()))
+        for key, summed in zip(list(sums)[1:], others, strict=True):
+            self._logged[key] = self._logged.get(key, 0.0) + summed
         self._weight += total
         norm = spread.clip(self.parameters, self.optim_config.clip or float("inf"))
         optim.set_learning_rate(self.optimisers, share)
