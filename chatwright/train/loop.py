@@ -154,6 +154,9 @@ class Fit(Generic[AnyBatch]):
                 trainer.workspace.metrics.write_once(progress.step, progress.extra["after"])
                 self._keep_if_best(progress.extra["after"])
                 trainer.save(final=True, spare=self._spare())
+            self._name_best()
+            if runtime.is_first():  # of the ones that were the best before; here, as a run may be killed behind its last save
+                checkpoint.prune(trainer.workspace.checkpoints, trainer.keep, spare=self._spare())
         return self._result()
 
     def _train(self, stopper: Stopper) -> None:
@@ -285,7 +288,6 @@ class Fit(Generic[AnyBatch]):
         best = progress.extra.get("best")
         if self.config.keep_best and best is not None and self.best is not None:
             name = self.best[0]
-            self._name_best()
             notes.append(f"the model is that of step {best['step']}, whose {name} was the best: "
                          f"{best['measures'][name]:.4f}; after the last step ({progress.step}) {after[name]:.4f}")  # fmt: skip
             if best["step"] != progress.step:

@@ -20,7 +20,7 @@ from chatwright import checkpoint
 from chatwright.chat import EncodedChat
 from chatwright.config import UsageError, UserError
 from chatwright.data.packing import PackedRow, batch_rows, pack
-from chatwright.metrics import read_metrics
+from chatwright.metrics import TIMED, read_metrics
 from chatwright.optim import OptimConfig
 from chatwright.train import loop, sft
 from chatwright.train.loop import Fit, FitConfig
@@ -373,3 +373,105 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
     kept.verify()
     assert {file.name: file.read_bytes() for file in kept.path.iterdir()} == before
+
+
+class Curve:
+    """Held-out measures as given, one after the other: before training, every two steps, at the end."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = list(values)
+
+    def __call__(self) -> dict[str, float]:
+        return {"measure": self.values.pop(0)}
+
+
+def best_fit(bed: Bed, curve: Curve, better: Any = "lower", **settings: Any) -> Any:
+    config = FitConfig(**{"steps": 8, "evaluate_every": 2, "keep": 1, "keep_best": True, **settings})
+    return Fit(bed.trainer, config, Ones(), bed.step, curve, title="t", best=("measure", better))
+
+
+@pytest.mark.parametrize(
+    ("better", "curve", "step"),
+    [("lower", (9, 3, 1, 2, 4), 4), ("higher", (9, 3, 1, 2, 1), 2), ("lower", (9, 3, 2, 2, 1), 8), ("lower", (9, 3, 3, 3, 3), 2)],
+)
+def test_the_best_checkpoint_is_kept_and_is_the_result(tmp_path: Path, better: Any, curve: Any, step: int) -> None:
+    bed = Bed(tmp_path)
+    fitted = best_fit(bed, Curve(*curve), better).run()
+    assert fitted.checkpoint.step == step and fitted.before == {"measure": 9}
+    assert fitted.after == {"measure": curve[step // 2]}
+    kept = checkpoint.checkpoints(tmp_path / "checkpoints")
+    assert [found.step for found in kept] == sorted({step, 8})
+    named = checkpoint.best(tmp_path / "checkpoints")
+    assert named == fitted.checkpoint
+    named.verify()
+    assert torch.equal(named.tensors("model")["blocks.weight"], bed.model.blocks.weight)  # the modules have its weights
+    assert (step == 8) is torch.equal(kept[-1].tensors("model")["blocks.weight"], bed.model.blocks.weight)
+    assert f"the model is that of step {step}, whose measure was the best" in fitted.notes[0]
+    again = Bed(tmp_path)
+    found = best_fit(again, Curve(), better).run()  # a finished run: neither measured nor trained again
+    assert (found.checkpoint, found.after) == (fitted.checkpoint, fitted.after)
+    assert torch.equal(again.model.blocks.weight, bed.model.blocks.weight)
+
+
+def test_without_keep_best_the_last_step_is_the_result(tmp_path: Path) -> None:
+    fitted = best_fit(Bed(tmp_path), Curve(9, 3, 1, 2, 4), keep_best=False).run()
+    assert fitted.checkpoint.step == 8 and fitted.after == {"measure": 4} and fitted.notes == []
+    assert checkpoint.best(tmp_path / "checkpoints") is None
+
+
+def test_keep_best_needs_measures(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="set evaluate_every above 0"):
+        best_fit(Bed(tmp_path), Curve(), evaluate_every=0)
+    with pytest.raises(UsageError, match="no single measure"):
+        make_fit(Bed(tmp_path), FitConfig(steps=5, evaluate_every=2, keep_best=True))
+
+
+def test_save_steps_saves_at_its_multiples(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    saved: list[int] = []
+    real = bed.trainer.save
+    bed.trainer.save = lambda **settings: (saved.append(bed.trainer.progress.step), real(**settings))[1]  # type: ignore[method-assign]
+    make_fit(bed, FitConfig(steps=8, save_steps=3, save_every=1e9)).run()
+    assert saved == [3, 6, 8]
+
+
+def test_a_signal_in_the_first_step_stops_at_once(tmp_path: Path) -> None:
+    """Where compilation happens: nothing is lost, and nothing saved."""
+    bed = Bed(tmp_path)
+
+    def slow(batch: Numbers) -> Step:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the step went on")
+
+    bed.step = slow  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="nothing had to be saved"):
+        make_fit(bed, FitConfig(steps=5)).run()
+    assert checkpoint.checkpoints(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize("at", [2, 4, 6])
+def test_a_signal_in_a_held_out_measure_saves_at_once_and_the_measure_is_done_again(tmp_path: Path, at: int) -> None:
+    """In those of steps 2 and 4, and in the last one."""
+    calls = itertools.count(1)
+
+    def evaluate() -> dict[str, float]:
+        if next(calls) == at // 2 + 1:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("the measure went on")
+        return {"measure": 1.0}
+
+    config = FitConfig(steps=6, evaluate_every=2, log_every=1)
+
+    def fit(directory: Path, measure: Callable[[], dict[str, float]]) -> None:
+        bed = Bed(directory)
+        Fit(bed.trainer, config, Ones(), bed.step, measure, title="t").run()
+
+    with pytest.raises(Interrupted, match=f"saved at step {at}"):
+        fit(tmp_path / "stopped", evaluate)
+    fit(tmp_path / "stopped", lambda: {"measure": 1.0})
+    fit(tmp_path / "whole", lambda: {"measure": 1.0})
+    left, right = (
+        [{k: v for k, v in row.items() if k not in {*TIMED, "samples_per_second"}} for row in read_metrics(path / "metrics.jsonl")]
+        for path in (tmp_path / "stopped", tmp_path / "whole")
+    )
+    assert left == right and sum("measure" in row for row in left) == 3
