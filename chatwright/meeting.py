@@ -20,10 +20,11 @@ PATIENCE = 600.0
 
 def fresh_store() -> tuple[Any, int, int]:
     """The store of this attempt, this process's number, and how many there are. Raises UserError when some stay away."""
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
-    store, rank, world = next(iter(dist.rendezvous("env://")))
-    return dist.PrefixStore(agree(store, rank, world), store), rank, world
+    store, rank, world = next(iter(rendezvous("env://")))
+    return PrefixStore(agree(store, rank, world), store), rank, world
 
 
 def agree(store: Any, rank: int, world: int) -> str:
