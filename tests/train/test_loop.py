@@ -386,7 +386,8 @@ class Curve:
 
 
 def best_fit(bed: Bed, curve: Curve, better: Any = "lower", **settings: Any) -> Any:
-    config = FitConfig(**{"steps": 8, "evaluate_every": 2, "keep": 1, "keep_best": True, **settings})
+    bed.trainer.keep = 1
+    config = FitConfig(**{"steps": 8, "evaluate_every": 2, "keep_best": True, **settings})
     return Fit(bed.trainer, config, Ones(), bed.step, curve, title="t", best=("measure", better))
 
 

@@ -277,3 +277,14 @@ def test_a_run_killed_around_a_return_ends_as_an_uninterrupted_one(
             assert file.read_bytes() == (other.path / file.name).read_bytes(), file
 
 
+def test_checkpoints_of_the_abandoned_steps_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved after every step, returned to every tenth: killed just behind the return, it does not go on from beyond it."""
+    whole, killed = (Run(tmp_path / place, DAMAGE, {"action": "rollback"}) for place in ("whole", "killed"))
+    whole.fit(save_every=0.0, save_steps=10)
+    with monkeypatch.context() as patch:
+        crash(patch, Trainer, "update", 24, behind=False)  # the first one behind the return
+        with pytest.raises(MemoryError):
+            killed.fit(save_every=0.0, save_steps=10)
+    assert [found.step for found in checkpoint.checkpoints(killed.directory / "checkpoints")][-1] == 20  # not 21
+    killed.fit(save_every=0.0, save_steps=10)
+    assert killed.rows() == whole.rows() and torch.equal(killed.model.scale, whole.model.scale)
