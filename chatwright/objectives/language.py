@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 1024
-"""Positions whose logits exist at once in `chunked_next_token_loss`: enough rows to keep the matrix library busy."""
+CHUNK_LOGITS = 2**23
+"""Logits that exist at once in `chunked_next_token_loss`: 34 MB in float32. Rows of a chunk are this over the vocabulary:
+2,048 at 4,096, 256 at 32,768, still enough to keep the matrix library busy."""
 
 
 def next_token_loss(
@@ -34,15 +35,18 @@ def chunked_next_token_loss(
     targets: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"] | None = None,
     *,
-    chunk: int = CHUNK,
+    chunk: int = 0,
 ) -> Float[Tensor, ""]:
     """`next_token_loss(hidden @ head.T, targets, mask)` without ever holding all logits.
 
     The head dominates a small model's memory: at a vocabulary of 32,768 the float32 logits of 4,096 positions, their
-    softmax and its gradient take 1.6 GB. Here `chunk` positions at a time go to the loss *and* to its gradient
-    (softmax - one-hot), which the forward pass therefore keeps instead of the logits: (N, D) and (V, D). Products are
-    computed in the head's precision, sums and softmax in float32.
+    softmax and its gradient take 1.6 GB. Here `chunk` positions at a time (0: by `CHUNK_LOGITS`) go to the loss *and* to
+    its gradient (softmax - one-hot), which the forward pass therefore keeps instead of the logits: (N, D) and (V, D).
+    Products are computed in the head's precision, or autocast's; sums and softmax in float32.
     """
+    if torch.is_autocast_enabled(head.device.type):
+        head = head.to(torch.get_autocast_dtype(head.device.type))
+    chunk = chunk or max(128, CHUNK_LOGITS // head.shape[0])
     counted = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
     loss: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden.flatten(0, 1), head, targets.flatten(), counted.flatten(), chunk
@@ -68,7 +72,10 @@ class _ChunkedLoss(torch.autograd.Function):
             slope.add_(torch.arange(head.shape[0], device=head.device) == wanted, alpha=-1)  # ... minus one-hot
             slope = slope.mul_(counts).to(head.dtype)
             row_gradients.append((slope @ head).to(rows.dtype))
-            head_gradient = head_gradient + (slope.mT @ part)
+            if head.dtype == torch.float32:
+                head_gradient.addmm_(slope.mT, part)
+            else:
+                head_gradient += slope.mT @ part
         ctx.save_for_backward(torch.cat(row_gradients), head_gradient.to(head.dtype))
         return loss
 

@@ -56,7 +56,7 @@ class WorkingCopy:
             self.twin.train(self.model.training)
 
 
-class _onto:  # noqa: N801  (used like a function; a closure could not be typed for the hook)
+class _onto:
     """Moves a copy's gradient onto its master, in float32, so that micro-batches add up without rounding."""
 
     def __init__(self, master: nn.Parameter) -> None:

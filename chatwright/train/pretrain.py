@@ -20,7 +20,6 @@ from chatwright import runtime
 from chatwright.data.loader import SampleOrder
 from chatwright.data.shards import TokenShards
 from chatwright.metrics import say
-from chatwright.model.attention import blocked_attention
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.objectives.language import bits_per_byte, chunked_next_token_loss, next_token_loss
@@ -123,13 +122,14 @@ def fast_step(
     """`step` in the precision and, where that works, the compiled form that the machine offers; and a line about it.
 
     What makes it fast on a CPU, each measured in docs/performance.md: bf16 copies of the matrices (one process `alone`;
-    with several, the plan decides what is cast, and compiles the blocks when they are `in_parts`), attention in blocks, rotary angles computed once, one compiled graph.
+    with several, the plan decides what is cast, and compiles the blocks when they are `in_parts`), attention in blocks,
+    rotary angles computed once, one compiled graph.
     """
     dtype = runtime.compute_dtype(config.precision)
     copies = WorkingCopy(model) if alone and dtype == torch.bfloat16 else None
     used = copies.twin if copies else model
     if config.compile and runtime.device().type == "cpu" and not runtime.compiler_missing():
-        used.use_attention(blocked_attention)  # faster than the fused kernel once it is compiled
+        used.write_out()
     # Inside the graph they would be computed again for every layer and every head.
     angles = model.angles(torch.arange(model.config.context, device=runtime.device())[None])
 

@@ -20,6 +20,7 @@ from chatwright.model.gpt import (
     MLP,
     LayerNorm,
     RMSNorm,
+    gelu_written_out,
     rotary_angles,
     rotate,
     sinusoids,
@@ -378,3 +379,24 @@ def test_too_long() -> None:
     model(some_ids(1, 20), cache=cache)
     with pytest.raises(UserError, match="25 tokens do not fit"):
         model(some_ids(1, 5), cache=cache)
+
+
+def test_gelu_written_out_is_gelu() -> None:
+    x = torch.linspace(-12, 12, 4_001, requires_grad=True)
+    found, wanted = gelu_written_out(x), torch.nn.functional.gelu(x, approximate="tanh")
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+    slopes = [torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in (found, wanted)]
+    torch.testing.assert_close(slopes[0], slopes[1], atol=2e-6, rtol=1e-6)
+    assert float((found - torch.nn.functional.gelu(x)).detach().abs().max()) > 1e-4  # the exact form is another function
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "modern-nano"])
+def test_a_model_written_out_gives_the_same_logits(preset: str) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.preset(preset, layers=2, width=64, heads=2, vocab_size=96, context=48)).eval()
+    ids = torch.randint(96, (2, 48))
+    with torch.no_grad():
+        before = model(ids)
+        model.write_out()
+        assert all(block.mlp.written_out for block in model.blocks)
+        torch.testing.assert_close(model(ids), before, atol=1e-5, rtol=1e-5)
