@@ -11,7 +11,7 @@ ARGS   ?=
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart chat serve check test docs clean browser
+.PHONY: help install install-dev quickstart chat serve check test docs clean browser bench-train bench-learn bench-plan
 
 help:
 	@echo "make quickstart   install, fetch data, train the whole road (about 13 minutes on 2 cores)"
@@ -20,6 +20,7 @@ help:
 	@echo "make install      the package alone, in .venv"
 	@echo "make check        ruff, mypy --strict, import-linter, docs up to date"
 	@echo "make test         check and all fast tests, as CI does"
+	@echo "make bench-train  training speed next to transformers and litgpt (15 minutes); bench-learn: how soon it is learnt (an hour)"
 	@echo "make docs         write docs/cli.md anew from the program's own help"
 
 $(BIN)/python:
@@ -61,6 +62,22 @@ test: check browser
 
 docs: install-dev
 	$(BIN)/python scripts/write_cli_docs.py
+
+# Benchmarks want a quiet machine. benchmarks/README.md has the figures and says how they are made.
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e ".[bench]"
+	@touch $@
+
+bench-train: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/train.py $(ARGS)
+	$(BIN)/python benchmarks/train.py --head
+
+bench-learn: install-dev
+	$(BIN)/chatwright run tiny --until tokenizer
+	$(BIN)/python benchmarks/learn.py $(ARGS)
+
+bench-plan: install-dev
+	$(BIN)/python benchmarks/plan.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,9 +120,10 @@ class Muon(torch.optim.Optimizer):
             for parameters in shapes.values():
                 self._update(parameters, group)
 
-    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _update(self, parameters: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
         """One step of matrices that are of one shape, or transposes of it."""
-        gradients = [parameter.grad for parameter in parameters]
+        matrices = tuple(parameters)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
@@ -137,9 +138,9 @@ class Muon(torch.optim.Optimizer):
                 # A tall matrix is scaled up: its update has fewer singular values for as many outputs.
                 updates[number] = updates[number].mT * (parameter.shape[0] / parameter.shape[1]) ** 0.5
         if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
         updates = [_part_of(update, parameter) for update, parameter in zip(updates, parameters, strict=True)]
-        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+        torch._foreach_add_(matrices, updates, alpha=-group["lr"])
 
 
 def _is_tall(matrix: Tensor) -> bool:

@@ -16,6 +16,7 @@ import platform
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
@@ -208,7 +209,8 @@ def compile_function(function: Any, *, enabled: bool = True) -> tuple[Any, str]:
     missing = compiler_missing()
     if missing:
         return function, f"compile: off ({missing}); training runs, about 1.4 times slower"
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it complains when someone has imported distutils before
         import setuptools  # noqa: F401  (the compiler's threads import it; two at once break each other's import)
     return _OrPlain(function, torch.compile(function, dynamic=False)), "compile: on"
 

@@ -29,9 +29,9 @@ class SampleOrder:
         epoch, place = divmod(index, self.size)
         return int(_permutation(self.size, self.seed, epoch)[place])
 
-    def take(self, start: int, count: int, *, rank: int = 0, world: int = 1) -> list[int]:
-        """Samples start ... start + count - 1; each of `world` processes takes every world-th of them."""
-        return [self[index] for index in range(start + rank, start + count, world)]
+    def take(self, start: int, count: int) -> list[int]:
+        """Samples start ... start + count - 1. Several processes take neighbouring stretches (`train/loop.py`)."""
+        return [self[index] for index in range(start, start + count)]
 
 
 @lru_cache(maxsize=4)

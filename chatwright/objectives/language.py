@@ -73,7 +73,7 @@ class _ChunkedLoss(torch.autograd.Function):
             slope = slope.mul_(counts).to(head.dtype)
             row_gradients.append((slope @ head).to(rows.dtype))
             if head.dtype == torch.float32:
-                head_gradient.addmm_(slope.mT, part)
+                torch.addmm(head_gradient, slope.mT, part, out=head_gradient)  # no second buffer of (V, D)
             else:
                 head_gradient += slope.mT @ part
         ctx.save_for_backward(torch.cat(row_gradients), head_gradient.to(head.dtype))

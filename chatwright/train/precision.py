@@ -35,7 +35,7 @@ class WorkingCopy:
                 if isinstance(module, nn.Linear) and master.ndim == 2:
                     low = nn.Parameter(master.detach().to(dtype), requires_grad=master.requires_grad)
                     if low.requires_grad:
-                        low.register_post_accumulate_grad_hook(_onto(master))
+                        low.register_post_accumulate_grad_hook(_onto(master))  # type: ignore[no-untyped-call]
                     setattr(twin, key, low)
                     self.masters.append(master)
                     self.copies.append(low)
@@ -50,7 +50,7 @@ class WorkingCopy:
         versions = tuple(master._version for master in self.masters)
         if versions != self._cast:
             with torch.no_grad():
-                torch._foreach_copy_(self.copies, self.masters)
+                torch._foreach_copy_(tuple(self.copies), tuple(self.masters))
             self._cast = versions
         if self.twin.training != self.model.training:
             self.twin.train(self.model.training)

@@ -162,6 +162,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         config.parallel, batch_size=config.fit.batch_size, micro_batch=config.fit.micro_batch, shape=shape,
         precision=config.fit.precision, compile_blocks=config.fit.compile,
     )  # fmt: skip
+    windows = Windows(shards, shape.context, SampleOrder(shards.windows(shape.context), workspace.seed))
     config = plan.ahead("pretrain", config, shape, spread)
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, "pretrain"))
@@ -177,7 +178,6 @@ def run(config: Config, workspace: Workspace) -> Report:
         spread=spread,
     )
     train_step, dtype, line = fast_step(model, config.fit, alone=not spread.together, in_parts=spread.in_parts)
-    windows = Windows(shards, shape.context, SampleOrder(shards.windows(shape.context), workspace.seed))
     count = model.parameter_count()
     say(f"  {config.preset}: {count / 1e6:.1f} M parameters; {shards.tokens / 1e6:.1f} M training tokens; {line}")
 

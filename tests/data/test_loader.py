@@ -24,16 +24,6 @@ def test_the_order_does_not_depend_on_the_batch_size(size: int, seed: int, start
     assert found == whole
 
 
-@given(size=Sizes, seed=st.integers(0, 5), start=st.integers(0, 100), count=st.integers(0, 50), world=st.integers(1, 9))
-def test_ranks_share_the_samples_without_loss_or_double(size: int, seed: int, start: int, count: int, world: int) -> None:
-    order = SampleOrder(size, seed)
-    whole = order.take(start, count)
-    shares = [order.take(start, count, rank=rank, world=world) for rank in range(world)]
-    dealt = [shares[n % world][n // world] for n in range(count)]
-    assert dealt == whole
-    assert sum(map(len, shares)) == count
-
-
 @given(size=Sizes, seed=st.integers(0, 5), epoch=st.integers(0, 4))
 def test_each_pass_visits_every_sample_once(size: int, seed: int, epoch: int) -> None:
     assert sorted(SampleOrder(size, seed).take(epoch * size, size)) == list(range(size))

@@ -67,9 +67,10 @@ def plant(monkeypatch: pytest.MonkeyPatch, words: str = "happy lovely great kind
 
 
 MINI = Config(
-    iterations=10, batch_size=32, minibatch_size=16, epochs=2, max_prompt_tokens=40, max_new_tokens=18, beta=0.02,
+    iterations=20, batch_size=32, minibatch_size=16, epochs=2, max_prompt_tokens=40, max_new_tokens=18, beta=0.02,
     beta_floor=0.02, kl_budget=8.0, min_tokens=1, max_repeats=0.6, save_every=4,
-    optim=OptimConfig(learning_rate=1e-3, eps=1e-5, schedule="linear", warmup=0.05),
+    # Adam's first steps are of full size whatever the gradient: without warm-up, noise alone moves a miniature by 10 nats.
+    optim=OptimConfig(learning_rate=1e-3, eps=1e-5, schedule="linear", warmup=0.3),
 )  # fmt: skip
 
 
@@ -88,7 +89,7 @@ def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: P
     directory = tmp_path / "ppo"
     report = planted_bench.run(ppo, MINI, directory)
     rows = rows_of(directory)
-    assert [row["step"] for row in rows] == list(range(11))
+    assert [row["step"] for row in rows] == list(range(21))
     best = report.facts["best"]
     assert best["score"] > rows[0]["score"] + 0.25
     assert abs(rows[0]["kl"]) < 1e-4 and abs(rows[0]["kl_k3"]) < 1e-4  # policy and reference are the same at first
@@ -99,9 +100,10 @@ def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: P
     assert measured["KL to the SFT model"] == (0.0, best["kl"])
     for row in rows[:-1]:
         assert {"policy_loss", "value_loss", "clip_fraction", "entropy", "explained_variance", "beta"} <= set(row)
-    # one round of warm-up, then the learning rate falls linearly to 0
+    # six rounds of warm-up, then the learning rate falls linearly to 0
     rates = [row["learning_rate"] for row in rows[:-1]]
-    assert rates == pytest.approx([1e-3, *(1e-3 * (1 - n / 9) for n in range(9))], abs=1e-6)
+    expected = [*(1e-3 * n / 6 for n in range(1, 7)), *(1e-3 * (1 - n / 14) for n in range(14))]
+    assert rates == pytest.approx(expected, abs=1e-6)
     assert report.facts["stopped"] == "all rounds done"
 
     # what is kept is the policy that gave the best answers: sampling again gives their score and KL
