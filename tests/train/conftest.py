@@ -108,7 +108,7 @@ def sft_bench(pretrain_bench: Bench) -> Bench:
 
 
 REWARD = reward.Config(
-    k=4, max_tokens=48, fit=fit(steps=80, batch_size=4), optim=OptimConfig(learning_rate=2e-3, schedule="trapezoid")
+    k=4, max_tokens=48, fit=fit(steps=120, batch_size=4), optim=OptimConfig(learning_rate=2e-3, schedule="trapezoid")
 )
 
 
