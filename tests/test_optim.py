@@ -59,7 +59,7 @@ def test_orthogonalised_singular_values_are_near_one(shape: tuple[int, int], sca
     result = orthogonalise(gradients)
     assert result.shape == gradients.shape and result.dtype == gradients.dtype
     values = torch.linalg.svdvals(result)
-    assert float(values.min()) > 0.7 and float(values.max()) < 1.4  # 0.8 to 1.2, and what bf16's 8 bits add
+    assert float(values.min()) > 0.8 and float(values.max()) < 1.3  # 0.91 to 1.09, and what bf16's 8 bits add
     before = torch.linalg.svdvals(gradients / gradients.norm(dim=(1, 2), keepdim=True))
     assert float(before.min()) < 0.3  # dividing by the norm alone would not do
 
@@ -74,7 +74,7 @@ def test_orthogonalised_matrices_point_where_u_vt_points(shape: tuple[int, int])
     assert float(cosine.min()) > 0.97
     # each direction keeps its sign: u_i^T X v_i is the new singular value, above 0
     along = torch.einsum("nri,nrc,nic->ni", u, result, vt)
-    assert float(along.min()) > 0.7 and float(along.max()) < 1.4
+    assert float(along.min()) > 0.8 and float(along.max()) < 1.3
 
 
 def test_a_zero_gradient_stays_zero() -> None:
@@ -82,15 +82,15 @@ def test_a_zero_gradient_stays_zero() -> None:
 
 
 def test_the_scalar_map_of_the_polynomials() -> None:
-    """What orthogonalise does to a singular value: all that were above 0.003 of the norm end within 20 % of 1."""
-    s = torch.logspace(math.log10(0.003), 0, 2000, dtype=torch.float64)
+    """What orthogonalise does to a singular value: all that were above 0.005 of the norm end within 9 % of 1."""
+    s = torch.logspace(math.log10(0.005), 0, 2000, dtype=torch.float64)
     for number, (a, b, c) in enumerate(POLYNOMIALS):
         s = a * s + b * s**3 + c * s**5
         if number < len(POLYNOMIALS) - 1:  # each is the best on the interval that the one before leaves:
             low, high = 1 - float(s.min()), float(s.max()) - 1  # ... its largest errors on both sides are equal
             assert low == pytest.approx(high, abs=3e-3)
-    assert float(s.min()) > 0.79 and float(s.max()) < 1.21
-    jordan = torch.logspace(math.log10(0.003), 0, 2000, dtype=torch.float64)
+    assert float(s.min()) > 0.91 and float(s.max()) < 1.09
+    jordan = torch.logspace(math.log10(0.005), 0, 2000, dtype=torch.float64)
     for _ in range(5):
         jordan = 3.4445 * jordan - 4.7750 * jordan**3 + 2.0315 * jordan**5
     assert float((jordan - 1).abs().max()) > 0.3  # the original five steps, for comparison
