@@ -10,7 +10,6 @@ so wheels are preferred.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import IO
 
@@ -243,7 +243,9 @@ def _scratch_folder(folder: Path) -> Iterator[Path]:
 
 def _pip_download(archive: Archive, scratch: Path, progress: Progress | None) -> None:
     """Let pip put the archive into `scratch`. Raises UserError with what pip said."""
-    if importlib.util.find_spec("pip") is None:
+    # PathFinder, not importlib.util.find_spec: the latter asks setuptools' import hook, which takes a look for pip as a
+    # sign that pip is running and from then on refuses to import setuptools in this process; the compiler needs it.
+    if PathFinder.find_spec("pip") is None:
         raise UserError(
             f"this Python ({sys.executable}) has no pip, which fetches {archive.filename}: "
             f"run `{sys.executable} -m ensurepip`, or {_by_hand(archive, scratch.parent)}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import json
+import os
+import subprocess
 import sys
 import tarfile
 import time
@@ -200,9 +201,23 @@ def test_no_network_is_one_line_with_what_pip_said(index: FakeIndex, tmp_path: P
 
 
 def test_a_python_without_pip_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(archives.PathFinder, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"has no pip.*ensurepip"):
         archives.fetch(pin(b"right"), tmp_path)
+
+
+def test_looking_for_pip_leaves_the_compiler_alone(tmp_path: Path) -> None:
+    """The data stage and a compiled stage run in one process: setuptools must still be there for the compiler."""
+    script = (
+        "from pathlib import Path; from chatwright.config import UserError; from chatwright.data import archives\n"
+        f"try: archives.fetch(archives.Archive('toy-data', '1.0', 'toy_data-1.0.tar.gz', '0' * 64, 9, 'MIT'), Path({str(tmp_path)!r}))\n"
+        "except UserError: pass\n"
+        "else: raise SystemExit('fetched?')\n"
+        "import setuptools"
+    )
+    environment = {**os.environ, "PIP_NO_INDEX": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_cache_that_cannot_be_written_is_told(index: FakeIndex, tmp_path: Path) -> None:
