@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from chatwright import runtime
 from chatwright.config import UsageError
 
 Shape = Literal["constant", "linear", "cosine", "trapezoid"]
@@ -37,6 +38,9 @@ class OptimConfig:
     """AdamW's epsilon."""
     momentum: float = 0.95
     """Muon's momentum."""
+    matrix_precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Products inside Muon. `auto` is bf16 where the hardware computes it; its rounding, which Muon makes larger, is that of
+    the order in which processes add their gradients: with fp32 their curves are those of one process."""
     schedule: Shape = "linear"
     """After warm-up: constant, linear or cosine to `final`, or constant with a linear end (`trapezoid`)."""
     warmup: float = 0.02
@@ -84,9 +88,11 @@ MARGIN = 1.02
 bf16 rounds by up to 0.4 %."""
 
 
-def orthogonalise(matrices: Float[Tensor, "N rows columns"]) -> Float[Tensor, "N rows columns"]:
-    """The nearest semi-orthogonal matrix of each, roughly: U V^T of its singular value decomposition, in bf16."""
-    x = matrices.bfloat16()
+def orthogonalise(
+    matrices: Float[Tensor, "N rows columns"], dtype: torch.dtype = torch.bfloat16
+) -> Float[Tensor, "N rows columns"]:
+    """The nearest semi-orthogonal matrix of each, roughly: U V^T of its singular value decomposition. Products in `dtype`."""
+    x = matrices.to(dtype)
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
@@ -106,8 +112,16 @@ class Muon(torch.optim.Optimizer):
     polynomials as one batch, which is what makes it affordable for small models on a CPU.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -132,7 +146,7 @@ class Muon(torch.optim.Optimizer):
         nesterov = torch._foreach_lerp(gradients, means, group["momentum"])
         wholes = [_whole(update) for update in nesterov]
         wide = torch.stack([update.mT if _is_tall(update) else update for update in wholes])
-        updates = list(orthogonalise(wide))
+        updates = list(orthogonalise(wide, self.dtype))
         for number, parameter in enumerate(parameters):
             if _is_tall(parameter):
                 # A tall matrix is scaled up: its update has fewer singular values for as many outputs.
@@ -180,7 +194,8 @@ def build(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     optimisers: list[torch.optim.Optimizer] = []
     groups = [{"params": tables + vectors, "weight_decay": 0.0}]
     if config.name == "muon":
-        optimisers.append(Muon(hidden, config.matrix_learning_rate, config.momentum, config.weight_decay))
+        dtype = runtime.compute_dtype(config.matrix_precision)
+        optimisers.append(Muon(hidden, config.matrix_learning_rate, config.momentum, config.weight_decay, dtype))
     else:
         groups.append({"params": hidden, "weight_decay": config.weight_decay})
     groups = [group for group in groups if group["params"]]

@@ -22,8 +22,8 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import BytesIO
 from importlib.machinery import PathFinder
+from io import BytesIO
 from pathlib import Path
 from typing import IO
 

@@ -334,7 +334,8 @@ def ahead(verb: str, config: Any, shape: GPTConfig, spread: Spread, *, learnt: f
 def _ahead(subject: Subject) -> int:
     started = time.monotonic()
     plan = choose(subject)
-    say(f"  {plan.line()} (planned in {time.monotonic() - started:.0f} s)")
+    besides = "; sampling comes on top" if subject.verb == "ppo" else ""
+    say(f"  {plan.line()}{besides} (planned in {time.monotonic() - started:.0f} s)")
     if subject.fit is None or subject.fit.micro_batch or plan.micro == plan.batch:
         return 0
     say(f"  the whole batch of {plan.batch} does not fit; micro-batches of {plan.micro} change no result")

@@ -35,7 +35,8 @@ from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives import policy as objective
 from chatwright.optim import OptimConfig
-from chatwright.train import health
+from chatwright.train import health, plan
+from chatwright.train.parallel import ALONE
 from chatwright.train.rollout import (
     Answers,
     answer_log_probs,
@@ -239,6 +240,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     prompts = prompts_from(dialogues, base.template, base.tokenizer, max_tokens=longest, most=4_000)
     if not prompts:
         raise UserError(f"no prompt in {records} has at most {longest} tokens; raise max_prompt_tokens")
+    plan.ahead("ppo", config, base.model.config, ALONE)
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, "ppo"))
     players = make_players(base, reward)

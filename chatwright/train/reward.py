@@ -28,7 +28,9 @@ from chatwright.model.heads import ScalarModel
 from chatwright.objectives.preference import bradley_terry_loss, pair_accuracy, preferred_pairs
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
+from chatwright.train import plan
 from chatwright.train.loop import Fit, FitConfig
+from chatwright.train.parallel import ALONE
 from chatwright.train.sft import read_records
 from chatwright.train.tokenizer import records_of
 from chatwright.train.trainer import Step, Trainer
@@ -211,6 +213,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     if base.tokenizer is None or base.template is None:
         raise UserError(f"{config.base} has no chat template; the reward model needs a model after sft")
     train, held_out = load_comparisons(config, workspace)
+    config = plan.ahead("reward", config, base.model.config, ALONE)
     torch.manual_seed(runtime.seed_for(workspace.seed, "reward"))
     model = ScalarModel(base.model.config)
     model.start_from(base.model)

@@ -26,8 +26,10 @@ from chatwright.model.gpt import GPT
 from chatwright.objectives.language import next_token_loss
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
+from chatwright.train import plan
 from chatwright.train.account import training_flop
 from chatwright.train.loop import Fit, FitConfig
+from chatwright.train.parallel import ALONE
 from chatwright.train.tokenizer import records_of
 from chatwright.train.trainer import Step, Trainer
 from chatwright.train.workspace import Curve, Measure, Report, Workspace
@@ -131,6 +133,8 @@ def run(config: Config, workspace: Workspace) -> Report:
         records / "dialogues-validation.jsonl", template, tokenizer, length, packing=True, limit=config.held_out
     )[: config.held_out]
     filled = sum(len(row.ids) for row in rows) / (len(rows) * length)
+    learnt = sum(sum(row.mask) for row in rows)
+    config = plan.ahead("sft", config, model.config, ALONE, learnt=learnt / (len(rows) * length))
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, "sft"))  # dropout, where the model has any
     dtype = runtime.compute_dtype(config.fit.precision)
@@ -144,7 +148,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         keep=config.fit.keep,
     )  # fmt: skip
     say(f"  {len(rows):,} rows of {length} tokens, {100 * filled:.0f} % filled; "
-        f"{100 * sum(map(sum, (row.mask for row in rows))) / sum(len(row.ids) for row in rows):.0f} % of the tokens are learnt")  # fmt: skip
+        f"{100 * learnt / (filled * len(rows) * length):.0f} % of the tokens are learnt")  # fmt: skip
 
     def train_step(batch: ChatBatch) -> Step:
         with runtime.autocast(dtype):
