@@ -3,6 +3,7 @@
     python benchmarks/train.py                  14 M parameters: 6 x 384, vocabulary 8,192, context 256, batch 16
     python benchmarks/train.py --shape 124m     GPT-2: 12 x 768, vocabulary 50,257, context 1,024, batch 2
     python benchmarks/train.py --head           memory of the loss head at vocabulary 32,768
+    python benchmarks/train.py --profile        where the milliseconds of our steps go
 
 A round is some optimiser steps: forward, backward, clipping at 1.0, AdamW (fused, for all contenders), zero_grad. Every
 contender gets the same tokens in the same order. `gemm` multiplies bf16 matrices of 2,048 in the same turns: the peak.
@@ -280,11 +281,50 @@ def head() -> int:
     return 0
 
 
+def part_of(event: torch.autograd.profiler_util.FunctionEvent) -> str:
+    """What an event of the profiler belongs to."""
+    above = event
+    while above is not None:
+        if above.name.startswith("Optimizer.step"):
+            return "Muon" if "Muon" in above.name else "AdamW"
+        above = above.cpu_parent
+    if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+        return "matrix products of the model and the loss head"
+    if event.name in ("aten::bmm", "aten::baddbmm"):
+        return "products of attention"
+    if "ompiled" in event.name:
+        return "compiled: norms, activations, softmax, rotary, loss"
+    return "the rest: bf16 copies, gradients onto the masters, clipping, Python"
+
+
+def profile(shape: Shape) -> int:
+    """Milliseconds of a step by part, torch.profiler over a round; self times, so that they add up to the step."""
+    makers = {
+        "GPT-2 shape, AdamW": lambda: ours(shape, shape.gpt2(), "adamw"),
+        "modern, AdamW": lambda: ours(shape, shape.modern(), "adamw"),
+        "modern, Muon": lambda: ours(shape, shape.modern(), "muon"),
+    }
+    for name, make in makers.items():
+        one_round = make()
+        plain = statistics.median(one_round() for _ in range(3)) / shape.steps
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            watched = one_round() / shape.steps
+        spent: dict[str, float] = {}
+        for event in seen.events():
+            spent[part_of(event)] = spent.get(part_of(event), 0.0) + event.self_cpu_time_total / 1e3 / shape.steps
+        spent["the rest: bf16 copies, gradients onto the masters, clipping, Python"] += 1e3 * watched - sum(spent.values())
+        print(f"\n{name}: {1e3 * plain:,.0f} ms a step ({1e3 * watched:,.0f} under the profiler)")
+        for part, milliseconds in sorted(spent.items(), key=lambda row: -row[1]):
+            print(f"  {milliseconds:8,.1f}  {part}")
+    return 0
+
+
 def main() -> int:
     """Run the contenders of a shape, print the table, write results/train.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="14m")
     parser.add_argument("--head", action="store_true", help="memory of the loss head instead")
+    parser.add_argument("--profile", action="store_true", help="where the milliseconds of our steps go, instead")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", nargs="*", help="some of the contenders; gemm and ours are always there")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
@@ -297,6 +337,8 @@ def main() -> int:
         print(head_memory(who))
         return 0
     shape = SHAPES[name]
+    if options.profile:
+        return profile(shape)
     if who:
         return side_by_side.serve_rounds(contenders(shape)[who])
     chosen = [key for key in contenders(shape) if not options.only or key in ("gemm", "ours", *options.only)]

@@ -61,6 +61,9 @@ class GPTConfig:
     """RMS-normalise queries and keys, per head, before the rotation."""
     tied: bool = True
     """The output matrix is the token embedding."""
+    logit_softcap: float = 0.0
+    """Bends logits to stay within this: c tanh(logit / c) (Gemma 2, arXiv:2408.00118, section 2); 0 leaves them alone. Of the
+    families that others run, only Gemma's have it: no preset does."""
     dropout: float = 0.0
     """Share of activations dropped in training: embeddings, attention weights, sub-layer outputs."""
 
@@ -89,6 +92,8 @@ class GPTConfig:
         ):
             if getattr(self, name) not in choices:
                 raise UserError(f"model: {name} is {getattr(self, name)!r}; it can be {', '.join(choices)}")
+        if not 0.0 <= self.logit_softcap < float("inf"):
+            raise UserError(f"model: logit_softcap {self.logit_softcap} is neither 0 nor a positive number")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model: dropout {self.dropout} is not in [0, 1)")
 

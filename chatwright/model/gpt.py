@@ -181,6 +181,18 @@ class Block(nn.Module):
         return self.mlp_norm(x + self.drop(self.mlp(x)))  # type: ignore[no-any-return]
 
 
+class Head(nn.Linear):
+    """Hidden states to logits, bent by the configuration's soft cap if there is one."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config.width, config.vocab_size, bias=False)
+        self.softcap = config.logit_softcap
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        logits = super().forward(x)
+        return self.softcap * torch.tanh(logits.float() / self.softcap) if self.softcap else logits
+
+
 class GPT(nn.Module):
     """A language model: `forward` gives the logits of the next token at every position."""
 
@@ -192,7 +204,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = norm(config, config.width) if config.pre_norm else nn.Identity()
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = Head(config)
         if config.tied:
             self.head.weight = self.embed.weight
         self.recompute = False

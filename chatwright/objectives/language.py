@@ -35,9 +35,11 @@ def chunked_next_token_loss(
     targets: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"] | None = None,
     *,
+    softcap: float = 0.0,
     chunk: int = 0,
 ) -> Float[Tensor, ""]:
-    """`next_token_loss(hidden @ head.T, targets, mask)` without ever holding all logits.
+    """`next_token_loss(hidden @ head.T, targets, mask)` without ever holding all logits. Above 0, `softcap` bends them first:
+    c tanh(logit / c) (Gemma 2, arXiv:2408.00118, section 2).
 
     The head dominates a small model's memory: at a vocabulary of 32,768 the float32 logits of 4,096 positions, their
     softmax and its gradient take 1.6 GB. Here `chunk` positions at a time (0: by `CHUNK_LOGITS`) go to the loss *and* to
@@ -49,7 +51,7 @@ def chunked_next_token_loss(
     chunk = chunk or max(128, CHUNK_LOGITS // head.shape[0])
     counted = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
     loss: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden.flatten(0, 1), head, targets.flatten(), counted.flatten(), chunk
+        hidden.flatten(0, 1), head, targets.flatten(), counted.flatten(), softcap, chunk
     )
     return loss
 
@@ -58,7 +60,9 @@ class _ChunkedLoss(torch.autograd.Function):
     """Rows (N, D), head (V, D), targets (N), counted (N) -> the sum of the losses that count."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, head: Tensor, targets: Tensor, counted: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, head: Tensor, targets: Tensor, counted: Tensor, softcap: float, chunk: int
+    ) -> Tensor:
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
         row_gradients = []
         head_gradient = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
@@ -66,10 +70,15 @@ class _ChunkedLoss(torch.autograd.Function):
             part = rows[start : start + chunk].to(head.dtype)
             wanted, counts = targets[start : start + chunk, None], counted[start : start + chunk, None]
             logits = (part @ head.mT).float()  # (C, V)
+            if softcap:
+                bent = logits.div_(softcap).tanh_()
+                logits = softcap * bent
             normaliser = logits.logsumexp(-1, keepdim=True)
             loss = loss + torch.where(counts, normaliser - logits.gather(1, wanted), 0.0).sum()
             slope = logits.sub_(normaliser).exp_()  # in place: one buffer of (C, V), the softmax ...
             slope.add_(torch.arange(head.shape[0], device=head.device) == wanted, alpha=-1)  # ... minus one-hot
+            if softcap:
+                slope.mul_(1 - bent.square_())  # d c tanh(x / c) / dx
             slope = slope.mul_(counts).to(head.dtype)
             row_gradients.append((slope @ head).to(rows.dtype))
             if head.dtype == torch.float32:
@@ -83,7 +92,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         row_gradient, head_gradient = ctx.saved_tensors
         (scale,) = gradients
-        return row_gradient * scale, head_gradient * scale, None, None, None
+        return row_gradient * scale, head_gradient * scale, None, None, None, None
 
 
 def log_probs_of(

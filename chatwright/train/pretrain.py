@@ -82,7 +82,8 @@ class Windows:
 def step(model: GPT, batch: TokenBatch, angles: tuple[Tensor, Tensor] | None = None) -> Step:
     """Next-token loss of a batch; `angles` are those of its positions, when they are at hand."""
     hidden = model.hidden(batch.tokens[:, :-1], angles=angles)
-    return Step(chunked_next_token_loss(hidden, model.head.weight, batch.tokens[:, 1:]))
+    loss = chunked_next_token_loss(hidden, model.head.weight, batch.tokens[:, 1:], softcap=model.config.logit_softcap)
+    return Step(loss)
 
 
 def held_out_rows(shape: GPTConfig) -> int:

@@ -73,6 +73,7 @@ def test_hopeless_preset_lists_all() -> None:
         ({"position": "relative"}, "position is 'relative'; it can be learned, sinusoidal, rotary"),
         ({"norm": "batch"}, "norm is 'batch'; it can be layer, rms"),
         ({"activation": "relu"}, "activation is 'relu'; it can be gelu,"),
+        ({"logit_softcap": -1.0}, "logit_softcap -1.0 is neither"),
         ({"dropout": 1.0}, "dropout 1.0 is not in"),
         ({"dropout": -0.1}, "dropout -0.1 is not in"),
     ],

@@ -318,6 +318,18 @@ def test_rotary_base_makes_a_difference() -> None:
     assert not close(other(some_ids(1, 9)), make(base)(some_ids(1, 9)))
 
 
+@torch.no_grad()
+def test_soft_cap_bends_the_logits() -> None:
+    plain = make(CONFIGS["post-norm, learned"])
+    with torch.no_grad():
+        plain.head.weight.mul_(20)
+    model = make(replace(plain.config, logit_softcap=2.0))
+    model.load_state_dict(plain.state_dict())
+    logits = plain(some_ids(1, 9))
+    assert float(logits.abs().max()) > 4
+    torch.testing.assert_close(model(some_ids(1, 9)), 2 * (logits / 2).tanh(), atol=1e-6, rtol=0)
+
+
 def test_dropout_acts_in_training_only() -> None:
     plain = make(CONFIGS["post-norm, learned"])
     model = make(replace(plain.config, dropout=0.5))

@@ -109,6 +109,22 @@ def test_the_chunked_loss_equals_the_plain_one(chunk: int, masked: bool) -> None
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_the_chunked_loss_of_capped_logits(chunk: int) -> None:
+    """The cap of 3 bends logits that are spread by 4."""
+    hidden, head, targets, mask = chunked_case()
+
+    def capped(x: Tensor, w: Tensor) -> Tensor:
+        return next_token_loss(3 * torch.tanh(x @ w.mT / 3), targets, mask)
+
+    plain = with_gradients(capped, hidden, head)
+    found = with_gradients(lambda x, w: chunked_next_token_loss(x, w, targets, mask, softcap=3.0, chunk=chunk), hidden, head)
+    without = with_gradients(lambda x, w: chunked_next_token_loss(x, w, targets, mask, chunk=chunk), hidden, head)
+    for ours, theirs, other in zip(found, plain, without, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        assert float((ours - other).abs().max()) > 0.1
+
+
 def test_the_chunked_loss_in_bf16_is_as_near_as_bf16_allows() -> None:
     hidden, head, targets, mask = chunked_case(200)
     exact = with_gradients(lambda x, w: next_token_loss(x @ w.mT, targets, mask), hidden, head.bfloat16().float())

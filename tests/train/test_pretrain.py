@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from chatwright.data.loader import SampleOrder
 from chatwright.data.shards import TokenShards
 from chatwright.language_model import load_parts
 from chatwright.metrics import read_metrics
-from chatwright.objectives.language import bits_per_byte
+from chatwright.objectives.language import bits_per_byte, next_token_loss
 from chatwright.train import pretrain
 from chatwright.train.pretrain import TokenBatch, Windows, held_out_bits_per_byte
 
@@ -75,6 +76,17 @@ def vars_of() -> dict[str, Any]:
     from chatwright.train.loop import FitConfig
 
     return {"model": {"context": 64}, "fit": FitConfig(steps=120, batch_size=8, compile=False, precision="fp32")}
+
+
+def test_the_step_of_a_model_with_a_soft_cap_is_that_of_its_logits(lively_gpt: Callable[..., Any]) -> None:
+    plain = lively_gpt()
+    model = pretrain.GPT(replace(plain.config, logit_softcap=1.5))
+    model.load_state_dict(plain.state_dict())
+    tokens = torch.arange(18).view(2, 9)
+    expected = float(next_token_loss(model(tokens[:, :-1]), tokens[:, 1:]).detach())
+    batch = pretrain.TokenBatch(tokens)
+    assert float(pretrain.step(model, batch).loss.detach()) == pytest.approx(expected, rel=1e-6)
+    assert abs(float(pretrain.step(plain, batch).loss.detach()) - expected) > 0.1
 
 
 @torch.no_grad()
