@@ -10,6 +10,7 @@ a token counts.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -154,6 +155,48 @@ class MLP(nn.Module):
         return self.down(h)  # type: ignore[no-any-return]
 
 
+@torch.library.custom_op("chatwright::rows_added", mutates_args=())
+def rows_added(rows: Tensor, ids: Tensor, count: int) -> Tensor:
+    """(count, D) of zeros to which each row of (N, D) is added at its id: the gradient of a table that is looked up.
+
+    An operation of its own so that the compiler leaves it whole: it would add number by number, atomically, and torch's
+    `embedding_dense_backward` is no faster on a CPU (12 ms for 4,096 rows of 384; this: 0.3 ms).
+    """
+    return rows.new_zeros(count, rows.shape[1]).index_add_(0, ids, rows)
+
+
+@rows_added.register_fake
+def _(rows: Tensor, ids: Tensor, count: int) -> Tensor:
+    return rows.new_empty(count, rows.shape[1])
+
+
+class _Lookup(torch.autograd.Function):
+    """table[ids], with `rows_added` as its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.count = table.shape[0]
+        return F.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        (gradient,) = gradients
+        return torch.ops.chatwright.rows_added(gradient.flatten(0, -2), ids.flatten(), ctx.count), None
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors, looked up by number."""
+
+    written_out = False
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.written_out:
+            return _Lookup.apply(self.weight, ids)  # type: ignore[no-untyped-call, no-any-return]
+        return super().forward(ids)
+
+
 class Block(nn.Module):
     """Attention, then MLP, each added to the residual stream; the norm stands before or after."""
 
@@ -199,8 +242,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.positions = nn.Embedding(config.context, config.width) if config.position == "learned" else None
+        self.embed = Embedding(config.vocab_size, config.width)
+        self.positions = Embedding(config.context, config.width) if config.position == "learned" else None
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = norm(config, config.width) if config.pre_norm else nn.Identity()
@@ -245,7 +288,7 @@ class GPT(nn.Module):
         """Choose the forms that are fastest once compiled for a CPU, and slower as they are; results are equal."""
         self.use_attention(blocked_attention)
         for module in self.modules():
-            if isinstance(module, MLP):
+            if isinstance(module, MLP | Embedding):
                 module.written_out = True
 
     def parameter_count(self, *, embeddings: bool = True) -> int:
