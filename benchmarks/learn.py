@@ -4,7 +4,7 @@
     python benchmarks/learn.py                  # about 50 minutes; stopped, it goes on where it was
     python benchmarks/learn.py --parts ablation
 
-* `sweep`     GPT-2's shape with AdamW at several learning rates, a short run each: the best is taken.
+* `sweep`     GPT-2's shape with AdamW at several learning rates, 1,000 steps each: the best is taken.
 * `baseline`  GPT-2's shape with that rate for 300 s, three seeds: the bits per byte that are to be reached.
 * `race`      the recipe's settings with a budget of 100 s and of 60 s, three seeds: is it there in a third, in a fifth?
 * `recipe`    the recipe's settings for 300 s.
@@ -32,7 +32,8 @@ SHAPE = {"layers": 4, "width": 256, "heads": 4}
 GPT2 = {"preset": "gpt2", "model": {**SHAPE, "context": 256}}
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (1, 2, 3)
-RECIPE = {"name": "muon", "learning_rate": 0.03, "matrix_learning_rate": 0.02, "schedule": "trapezoid", "decay": 0.6}
+RECIPE = {"name": "muon", "learning_rate": 0.03, "matrix_learning_rate": 0.02, "momentum": 0.8, "beta1": 0.8,
+          "schedule": "trapezoid", "decay": 0.6}  # fmt: skip
 ADAMW = {"name": "adamw", "schedule": "trapezoid", "decay": 0.6}
 MODERN = {"preset": "modern-tiny"}
 
@@ -57,6 +58,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "all key/value heads": modern(kv_heads=4),
     "head of its own (untied)": modern(tied=False),
     "cosine instead of trapezoid": {"optim": {**RECIPE, "schedule": "cosine"}},
+    "Muon's momentum 0.95": {"optim": {**RECIPE, "momentum": 0.95}},
+    "AdamW's beta1 0.9": {"optim": {**RECIPE, "beta1": 0.9}},
+    "logits capped at 15": modern(logit_softcap=15.0),
     "batch 16, half the steps": {"fit": {"steps": 200, "batch_size": 16}},
     "batch 4, twice the steps": {"fit": {"steps": 800, "batch_size": 4}},
 }
@@ -143,7 +147,7 @@ class Bench:
     def sweep(self) -> float:
         """The learning rate for GPT-2's shape."""
         found = {
-            rate: self.run(f"sweep/gpt2 adamw {rate}", **GPT2, fit={"steps": 300}, optim={**ADAMW, "learning_rate": rate})
+            rate: self.run(f"sweep/gpt2 adamw {rate}", **GPT2, fit={"steps": 1000}, optim={**ADAMW, "learning_rate": rate})
             for rate in RATES
         }
         best = min(found, key=lambda rate: found[rate]["bits_per_byte"])

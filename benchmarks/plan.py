@@ -4,7 +4,7 @@
 
 Each case is predicted in one process and run in another, the way `chatwright pretrain` runs it. Memory is the largest
 resident size above that before the model is made; time is the median step after the first three. Results go to
-benchmarks/results/plan.json; docs/plan.md quotes them.
+benchmarks/results/plan.json; docs/plan.md quotes them. Exit code 1 when a prediction is off by more than 20 %.
 """
 
 from __future__ import annotations
@@ -55,15 +55,19 @@ def predicted(case: dict[str, Any]) -> dict[str, float]:
     """Bytes above the baseline and seconds a step, by the planner."""
     from chatwright import runtime
     from chatwright.model.config import GPTConfig
-    from chatwright.train.plan import Subject, choose
+    from chatwright.train import timing
+    from chatwright.train.plan import Subject, choose, predict
 
     runtime.set_threads()
     runtime.tune_allocator()
     config, began = settings(case), time.monotonic()
-    plan = choose(Subject("pretrain", "pretrain", GPTConfig.preset(config.preset, **config.model), config))
+    subject = Subject("pretrain", "pretrain", GPTConfig.preset(config.preset, **config.model), config)
+    plan = choose(subject)
+    planning = time.monotonic() - began
+    products, others = timing.parts_of(predict(subject)[1])  # what timing.py's factors are fitted to
     parts = {name: size for name, size in plan.memory.items() if name not in ("allocator", "program")}
     return {"bytes": plan.above_baseline, "live": sum(parts.values()), "seconds": plan.seconds or 0.0,
-            "planning": time.monotonic() - began, "parts": plan.memory}  # type: ignore[dict-item]  # fmt: skip
+            "planning": planning, "parts": plan.memory, "products": products, "others": others}  # type: ignore[dict-item]  # fmt: skip
 
 
 def happened(case: dict[str, Any], steps: int) -> dict[str, float]:
@@ -130,12 +134,15 @@ def main() -> int:
         print(f"{name:24} memory {a['bytes'] / 1e6:6,.0f} of {b['bytes'] / 1e6:6,.0f} MB = {a['bytes'] / b['bytes']:.2f}"
               f"  (live {a['live'] / 1e6:,.0f})   time {a['seconds']:.3f} of {b['seconds']:.3f} s = {a['seconds'] / b['seconds']:.2f}"
               f"   planned in {a['planning']:.0f} s", flush=True)  # fmt: skip
-    write(rows)
-    return 0
+    ratios = write(rows)
+    astray = {key: ratio for key, ratio in ratios.items() if not 0.8 <= ratio <= 1.2}
+    for key, ratio in astray.items():
+        print(f"beyond 20 %: {key} {ratio}")
+    return 1 if astray else 0
 
 
-def write(rows: dict[str, Any]) -> None:
-    """benchmarks/results/plan.json."""
+def write(rows: dict[str, Any]) -> dict[str, float]:
+    """benchmarks/results/plan.json; returns the ratios of predicted to measured."""
     import torch
 
     from chatwright import runtime
@@ -148,6 +155,7 @@ def write(rows: dict[str, Any]) -> None:
     content = {"ratios": ratios, "command": "python benchmarks/plan.py", "machine": runtime.describe(),
                "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}, "samples": rows}  # fmt: skip
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    return ratios
 
 
 if __name__ == "__main__":

@@ -31,11 +31,17 @@ _WHOLE = ("mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_product", 
 
 def seconds_of(operations: Mapping[Operation, float], *, compiled: bool) -> float:
     """Predicted seconds of the operations of one step. They must fit into memory one at a time."""
-    return sum(
-        count * _time(operation) * (FUSED if compiled and not _is_whole(operation[0]) else APART)
-        for operation, count in operations.items()
-        if count
-    )
+    products, others = parts_of(operations)
+    return products * APART + others * (FUSED if compiled else APART)
+
+
+def parts_of(operations: Mapping[Operation, float]) -> tuple[float, float]:
+    """Seconds, each operation timed alone: of the products and other large kernels; of what a compiler would fuse."""
+    spent = {True: 0.0, False: 0.0}
+    for operation, count in operations.items():
+        if count:
+            spent[_is_whole(operation[0])] += count * _time(operation)
+    return spent[True], spent[False]
 
 
 def _is_whole(function: Any) -> bool:
