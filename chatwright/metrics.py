@@ -114,10 +114,11 @@ class Bar:
         self._said = self._start
 
     def update(self, share: float, note: str = "") -> None:
-        """`share` in [0, 1]; a resumed task starts where it was and its time left counts from there."""
+        """`share` in [0, 1]. Time left counts from the first call: what a resumed task had done, and a first step that
+        compiles, say nothing about the steps to come."""
         now = time.monotonic()
         if self._first is None:
-            self._first = share
+            self._start, self._first = now, share
         done = share - self._first
         left = f"{duration((now - self._start) / done * (1 - share))} left" if done > 0.01 else ""
         if self._progress is not None and self._task is not None:

@@ -91,6 +91,17 @@ def test_without_a_terminal_a_line_now_and_then(printed: io.StringIO, monkeypatc
     ]
 
 
+def test_a_first_step_that_compiles_says_nothing_about_the_others(printed: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with progress_bar("pretrain") as bar:
+        now[0] += 100.0
+        for share in (0.1, 0.2, 0.3):
+            bar.update(share)
+            now[0] += 10.0
+    assert printed.getvalue().splitlines()[-1] == "  pretrain  30 %    1:10 left"  # 20 s for a fifth
+
+
 def test_with_a_terminal_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     monkeypatch.setattr(metrics, "console", Console(file=out, highlight=False, width=120, force_terminal=True))
