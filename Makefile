@@ -11,7 +11,7 @@ ARGS   ?=
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart chat serve check test docs clean browser bench-train bench-learn bench-plan
+.PHONY: help install install-dev quickstart chat serve check test docs clean browser bench-train bench-learn bench-plan bench-encode
 
 help:
 	@echo "make quickstart   install, fetch data, train the whole road (about 13 minutes on 2 cores)"
@@ -78,6 +78,10 @@ bench-learn: install-dev
 
 bench-plan: install-dev
 	$(BIN)/python benchmarks/plan.py $(ARGS)
+
+bench-encode: install-dev
+	$(BIN)/chatwright run tiny --until tokenizer
+	$(BIN)/python benchmarks/encode.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

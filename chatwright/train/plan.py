@@ -20,7 +20,7 @@ from chatwright.metrics import duration, say
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
-from chatwright.objectives.language import log_probs_of, next_token_loss
+from chatwright.objectives.language import chunked_next_token_loss, log_probs_of
 from chatwright.train.parallel import Spread
 from chatwright.train.rehearsal import Operation, Rehearsed, Scene, rehearse
 from chatwright.train.timing import seconds_of
@@ -194,7 +194,7 @@ def _sft(subject: Subject, shape: GPTConfig) -> Scene:
         with runtime.autocast(dtype):
             hidden = model.hidden(ids, documents=ids, positions=ids)
             learnt = hidden.flatten(0, 1)[: max(1, round(subject.learnt * samples * shape.context))]
-            return next_token_loss(model.head(learnt)[None], ids.flatten()[None, : learnt.shape[0]])
+            return chunked_next_token_loss(learnt[None], model.head.weight, ids.flatten()[None, : learnt.shape[0]])
 
     return Scene([model], step, vocabulary=shape.vocab_size)
 

@@ -43,12 +43,15 @@ class WorkingCopy:
                     setattr(twin, key, master)
 
     def refresh(self) -> None:
-        """Cast the matrices again if they have changed, and take over the model's mode; before each use of `twin`.
+        """Cast the matrices again if they may have changed, and take over the model's mode; before each use of `twin`.
 
-        The masters' version counters tell: an optimiser's step and a resumed checkpoint both raise them.
+        They may have where a gradient is missing: a step of any optimiser ends with its gradients thrown away. And where
+        the version counters say so, which a resumed checkpoint raises. The counters alone would not do: the fused AdamW
+        changes its parameters without raising them.
         """
         versions = tuple(master._version for master in self.masters)
-        if versions != self._cast:
+        begins = any(master.grad is None for master in self.masters if master.requires_grad)
+        if begins or versions != self._cast:
             with torch.no_grad():
                 torch._foreach_copy_(tuple(self.copies), tuple(self.masters))
             self._cast = versions

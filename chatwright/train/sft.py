@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch.nn import functional as F
 
 from chatwright import runtime
 from chatwright.chat import NATIVE, ChatTemplate
@@ -23,7 +23,7 @@ from chatwright.data.packing import ChatBatch, PackedRow, batch_rows, cut_dialog
 from chatwright.language_model import load_parts
 from chatwright.metrics import say
 from chatwright.model.gpt import GPT
-from chatwright.objectives.language import next_token_loss
+from chatwright.objectives.language import chunked_next_token_loss
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
 from chatwright.train import plan
@@ -110,12 +110,21 @@ def check_end_is_learnt(rows: list[PackedRow], template: ChatTemplate, tokenizer
         )
 
 
+PORTION = 256
+"""Positions that are learnt from come in multiples of this: a buffer of a new size in every step would fit into no hole that
+the one before has left, and the process would grow to several times what it uses."""
+
+
 def step(model: GPT, batch: ChatBatch) -> Step:
     """Loss of the answers' tokens and their end tokens."""
     hidden = model.hidden(batch.ids, documents=batch.documents, positions=batch.positions)
-    learn = batch.learn[:, 1:]
-    logits: Tensor = model.head(hidden[:, :-1][learn])  # only where there is something to learn
-    return Step(next_token_loss(logits[None], batch.ids[:, 1:][learn][None]))
+    learnt = batch.learn[:, 1:].flatten().nonzero()[:, 0]  # logits only where there is something to learn
+    size = PORTION * max(1, -(-len(learnt) // PORTION))
+    places = F.pad(learnt, (0, size - len(learnt)))  # filled up with position 0, which does not count
+    counted = torch.arange(size, device=places.device) < len(learnt)
+    rows, targets = hidden[:, :-1].flatten(0, 1)[places], batch.ids[:, 1:].flatten()[places]
+    cap = model.config.logit_softcap
+    return Step(chunked_next_token_loss(rows[None], model.head.weight, targets[None], counted[None], softcap=cap))
 
 
 def run(config: Config, workspace: Workspace) -> Report:

@@ -68,7 +68,8 @@ def test_micro_batches_add_up_in_float32(lively_gpt: Callable[..., Any]) -> None
     assert float(torch.tensor(1.0, dtype=torch.bfloat16) + 2.0**-12) == 1.0  # what a sum in bf16 would give
 
 
-def test_copies_follow_every_change_of_the_masters(lively_gpt: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_copies_follow_every_change_of_the_masters(name: Any, lively_gpt: Callable[..., Any]) -> None:
     model = lively_gpt(1)
     copies = WorkingCopy(model)
 
@@ -77,12 +78,13 @@ def test_copies_follow_every_change_of_the_masters(lively_gpt: Callable[..., Any
         pairs = zip(copies.copies, copies.masters, strict=True)
         return all(torch.equal(low, master.detach().bfloat16()) for low, master in pairs)
 
-    optimisers = optim.build(model, OptimConfig(name="muon", learning_rate=0.05, weight_decay=0.1))
+    optimisers = optim.build(model, OptimConfig(name=name, learning_rate=0.05, weight_decay=0.1))
     for _ in range(2):  # the second step takes other paths: the state exists
         before = [low.detach().clone() for low in copies.copies]
         loss_of(copies.twin, batch()).backward()
         for optimiser in optimisers:
             optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         assert fresh()
         assert all(not torch.equal(old, low) for old, low in zip(before, copies.copies, strict=True))
     other = lively_gpt(2)
@@ -104,13 +106,14 @@ def test_norms_and_tables_are_the_models_own(lively_gpt: Callable[..., Any]) -> 
 
 
 @pytest.mark.skipif(runtime.compiler_missing() is not None, reason=f"compiled training not covered: {runtime.compiler_missing()}")
-def test_the_fast_step_trains_like_the_plain_one(lively_gpt: Callable[..., Any]) -> None:
-    """Compiled, bf16, blocked attention, angles made once, chunked loss: three steps of Muon like plain float32's."""
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_the_fast_step_trains_like_the_plain_one(name: Any, lively_gpt: Callable[..., Any]) -> None:
+    """Compiled, bf16, blocked attention, angles made once, chunked loss: three steps like plain float32's."""
     found = {}
     for precision, compile_ in (("fp32", False), ("bf16", True)):
         model = lively_gpt(1, layers=1)
         step, _, line = pretrain.fast_step(model, FitConfig(steps=1, precision=precision, compile=compile_), alone=True)
-        optimisers = optim.build(model, OptimConfig(name="muon", learning_rate=0.01))
+        optimisers = optim.build(model, OptimConfig(name=name, learning_rate=0.01))
         losses = []
         for seed in range(3):
             outcome = step(batch(seed))

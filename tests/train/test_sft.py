@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from chatwright import checkpoint
 from chatwright.chat import NATIVE
 from chatwright.config import UserError
 from chatwright.data.examples import Dialogue
 from chatwright.data.loader import SampleOrder
-from chatwright.data.packing import PackedRow
+from chatwright.data.packing import ChatBatch, PackedRow
 from chatwright.language_model import load, load_parts
+from chatwright.objectives.language import next_token_loss
 from chatwright.tokenizer import Tokenizer
 from chatwright.train import sft
 from chatwright.train.loop import FitConfig
@@ -41,6 +43,31 @@ def test_answers_and_their_end_tokens_are_learnt_and_nothing_else(tmp_path: Path
     question = chat_tokenizer.encode("How is the cat?")
     assert rest == [controls["<|user|>"], *question, controls["<|end|>"], controls["<|assistant|>"]]
     check_end_is_learnt([row], NATIVE, chat_tokenizer)
+
+
+def test_the_step_is_the_loss_of_the_learnt_tokens(lively_gpt: Callable[..., Any]) -> None:
+    """Against logits of every position; filled up to a portion, exactly one portion, more than one, and nothing at all."""
+    model = lively_gpt()
+    draw = torch.Generator().manual_seed(4)
+    shape = (30, 20)
+    ids = torch.randint(96, shape, generator=draw)
+    positions, documents = torch.arange(20).expand(shape), torch.zeros(shape, dtype=torch.long)
+    order = torch.randperm(30 * 19, generator=draw)
+    for count in (5, sft.PORTION, sft.PORTION + 1, 0):
+        learn = torch.zeros(30 * 19, dtype=torch.bool)
+        learn[order[:count]] = True
+        batch = ChatBatch(ids=ids, learn=F.pad(learn.view(30, 19), (1, 0)), documents=documents, positions=positions)
+        found = []
+        for loss in (
+            sft.step(model, batch).loss,
+            next_token_loss(model(ids, positions=positions, documents=documents)[:, :-1], ids[:, 1:], batch.learn[:, 1:]),
+        ):
+            model.zero_grad()
+            loss.backward()
+            found.append((loss.detach(), model.head.weight.grad.clone(), model.blocks[0].mlp.down.weight.grad.clone()))
+        assert (float(found[0][0]) > 1) == (count > 0)
+        for ours, plain in zip(*found, strict=True):
+            torch.testing.assert_close(ours, plain, atol=2e-4, rtol=1e-4)  # sums of up to 257 losses, in another order
 
 
 def test_a_mask_that_leaves_the_end_token_out_is_refused(tmp_path: Path, chat_tokenizer: Tokenizer) -> None:
