@@ -4,7 +4,7 @@
     python benchmarks/learn.py                  # about 50 minutes; stopped, it goes on where it was
     python benchmarks/learn.py --parts ablation
 
-* `sweep`     GPT-2's shape with AdamW at several learning rates, 1,000 steps each: the best is taken.
+* `sweep`     GPT-2's shape with AdamW at several learning rates, 500 steps each: the best is taken.
 * `baseline`  GPT-2's shape with that rate for 300 s, three seeds: the bits per byte that are to be reached.
 * `race`      the recipe's settings with a budget of 100 s and of 60 s, three seeds: is it there in a third, in a fifth?
 * `recipe`    the recipe's settings for 300 s.
@@ -147,7 +147,7 @@ class Bench:
     def sweep(self) -> float:
         """The learning rate for GPT-2's shape."""
         found = {
-            rate: self.run(f"sweep/gpt2 adamw {rate}", **GPT2, fit={"steps": 1000}, optim={**ADAMW, "learning_rate": rate})
+            rate: self.run(f"sweep/gpt2 adamw {rate}", **GPT2, fit={"steps": 500}, optim={**ADAMW, "learning_rate": rate})
             for rate in RATES
         }
         best = min(found, key=lambda rate: found[rate]["bits_per_byte"])

@@ -347,7 +347,8 @@ def main() -> int:
     ratios = table(name, shape, samples)
     command = "python benchmarks/train.py" + (f" --shape {name}" if name != "14m" else "")
     kept = {name: {"shape": dataclasses.asdict(shape), "contenders": samples}}
-    print(side_by_side.write_results("train", ratios, command, ["transformers", "litgpt"], kept))
+    packages = [package for package in ("transformers", "litgpt") if any(key.startswith(package) for key in samples)]
+    print(side_by_side.write_results("train", ratios, command, packages, kept))
     return 0
 
 

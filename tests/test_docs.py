@@ -222,7 +222,7 @@ def unknown_settings(text: str) -> list[str]:
     for line in re.findall(rf"chatwright (?:{'|'.join(stages)}) (?:.*\\\n)*.*", text):
         stage = line.split()[1]
         text = text.replace(line, re.sub(r"--((?:fit|optim)\.)", rf"--{stage}.\1", line))
-    for option in re.findall(r"--([a-z]+\.[a-z_.]+)", text):
+    for option in re.findall(r"--([a-z]+\.[a-z0-9_.]+)", text):
         stage, key, *rest = option.split(".")
         fine = stage in stages and key in class_fields(stages[stage], "Config")
         if fine and rest and key in nested:
