@@ -30,7 +30,7 @@ import side_by_side
 
 SHAPE = {"layers": 4, "width": 256, "heads": 4}
 GPT2 = {"preset": "gpt2", "model": {**SHAPE, "context": 256}}
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (1, 2, 3)
 RECIPE = {"name": "muon", "learning_rate": 0.03, "matrix_learning_rate": 0.02, "momentum": 0.8, "beta1": 0.8,
           "schedule": "trapezoid", "decay": 0.6}  # fmt: skip
