@@ -45,9 +45,9 @@ class WorkingCopy:
     def refresh(self) -> None:
         """Cast the matrices again if they may have changed, and take over the model's mode; before each use of `twin`.
 
-        They may have where a gradient is missing: a step of any optimiser ends with its gradients thrown away. And where
-        the version counters say so, which a resumed checkpoint raises. The counters alone would not do: the fused AdamW
-        changes its parameters without raising them.
+        They may have where a gradient is missing: a step ends with its gradients set to None (`zero_grad(set_to_none=True)`,
+        as the Trainer does). And where the version counters say so, which a resumed checkpoint raises. The counters alone
+        would not do: the fused AdamW changes its parameters without raising them.
         """
         versions = tuple(master._version for master in self.masters)
         begins = any(master.grad is None for master in self.masters if master.requires_grad)
