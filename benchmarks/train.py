@@ -345,7 +345,7 @@ def main() -> int:
     found = side_by_side.run_rounds(__file__, [f"{name}:{key}" for key in chosen], options.rounds)
     samples = {key.partition(":")[2]: row for key, row in found.items()}
     ratios = table(name, shape, samples)
-    command = "python benchmarks/train.py" + (f" --shape {name}" if name != "14m" else "")
+    command = " ".join(["python benchmarks/train.py", *sys.argv[1:]])
     kept = {name: {"shape": dataclasses.asdict(shape), "contenders": samples}}
     packages = [package for package in ("transformers", "litgpt") if any(key.startswith(package) for key in samples)]
     print(side_by_side.write_results("train", ratios, command, packages, kept))
