@@ -1,0 +1,56 @@
+"""What the scheduler asks of whatever computes: tokens and pages in, logits out.
+
+Keys and values lie in pages of a few tokens each, one pool per engine. The scheduler (engine.py) decides which page
+holds what, pages.py counts who uses it; a runner has the memory and does the arithmetic. There is one for torch, which
+runs on any device and every shape (torch_runner.py), and one of compiled CPU kernels (kernels/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from chatwright.model.config import GPTConfig
+
+
+@dataclass(frozen=True)
+class Feed:
+    """New tokens of one sequence."""
+
+    ids: Sequence[int]
+    """At least one; they stand behind the `start` tokens that the pages hold already."""
+    start: int
+    """Tokens of the sequence whose keys and values are stored."""
+    pages: Sequence[int]
+    """The sequence's pages in order: position p lies in pages[p // size]. Room for start + len(ids) tokens."""
+    wanted: int = 1
+    """Logits are wanted behind so many of the last new tokens; 0 in the middle of a prompt."""
+
+
+class Runner(Protocol):
+    """A model that computes with paged keys and values."""
+
+    config: GPTConfig
+    device: torch.device
+    """Where logits appear."""
+
+    def token_bytes(self) -> int:
+        """Memory that the keys and values of one token take in all layers."""
+        ...
+
+    def allocate(self, pages: int, size: int) -> None:
+        """Make room for `pages` pages of `size` tokens; called once, before anything else."""
+        ...
+
+    def forward(self, feeds: Sequence[Feed]) -> Float[Tensor, "wanted vocab"]:
+        """Store the keys and values of all new tokens; float32 logits, one row per wanted token, in the feeds' order."""
+        ...
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Make page `target` a copy of page `source`, in all layers."""
+        ...
