@@ -1,0 +1,253 @@
+"""Matrix products: packed weights (packing.py) times a few rows of activations.
+
+A tile is sixteen outputs, one per lane, so nothing is ever added across lanes. Weights are read once, in the order in which
+they lie in memory, and each tile serves four rows of activations before the next is touched. The plain reference of every
+form is `Packed.matrix(...) @ activations`, with activations rounded to int8 where weights are integers (tests).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from chatwright.generate.kernels.simd import (
+    GROUP,
+    LANES,
+    add,
+    dots4,
+    dots8,
+    even_bf16,
+    fma,
+    larger,
+    largest,
+    load,
+    load_bf16,
+    load_int,
+    multiply,
+    odd_bf16,
+    rounded,
+    splat,
+    store,
+    store_rounded,
+    subtract,
+    to_float,
+    total,
+    unrounded,
+)
+
+F32_WEIGHTS, BF16_WEIGHTS, INT8_WEIGHTS, INT4_WEIGHTS = range(4)
+FORMAT, WEIGHTS, SCALES, BIAS, TILES, GROUPS, PLAN_COLUMNS = range(7)
+"""Columns of a plan, one row per matrix: format, byte offsets in the arena, place of the bias (-1: none), sizes."""
+
+_compiled = njit(cache=True, nogil=True, error_model="numpy")
+_inlined = njit(forceinline=True, error_model="numpy")
+
+
+@_inlined
+def _start(vectors, bias, tile, out, at, adding):
+    """What the sums of a tile begin with: the bias, and what is there already when the product is added to it."""
+    value = splat(np.float32(0.0))
+    if bias >= 0:
+        value = load(vectors, bias + tile * LANES)
+    if adding:
+        value = add(value, load(out, at))
+    return value
+
+
+@_compiled
+def quantise(x, x_at, x_stride, rows, first, last, groups, words, factors, sums):
+    """Round rows `first` to `last` of x to int8, a factor per group of 32: x ~ factor * word. Also each group's sum of words.
+
+    Row r goes to words[r * groups * 32], factors[r * groups], sums[r * groups].
+    """
+    for row in range(first, last):
+        for group in range(groups):
+            at = x_at + row * x_stride + group * GROUP
+            a, b = load(x, at), load(x, at + LANES)
+            zero = splat(np.float32(0.0))
+            top = largest(larger(larger(a, subtract(zero, a)), larger(b, subtract(zero, b))))
+            inverse = np.float32(127.0) / top if top > np.float32(1e-30) else np.float32(0.0)
+            place = row * groups + group
+            factors[place] = top / np.float32(127.0)
+            a, b = rounded(multiply(a, splat(inverse))), rounded(multiply(b, splat(inverse)))
+            store_rounded(words, place * GROUP, a)
+            store_rounded(words, place * GROUP + LANES, b)
+            sums[place] = total(add(unrounded(a), unrounded(b)))
+
+
+@_compiled
+def _product_f32(arena, weights, tiles, groups, first, last, x, x_at, x_stride, rows, out, stride, vectors, bias, adding):
+    inputs = groups * GROUP
+    for tile in range(first, last):
+        base = weights + tile * inputs * 64
+        row = 0
+        while row + 4 <= rows:
+            at = row * stride + tile * LANES
+            p = x_at + row * x_stride
+            a = _start(vectors, bias, tile, out, at, adding)
+            b = _start(vectors, bias, tile, out, at + stride, adding)
+            c = _start(vectors, bias, tile, out, at + 2 * stride, adding)
+            d = _start(vectors, bias, tile, out, at + 3 * stride, adding)
+            for i in range(inputs):
+                w = load(arena, base + i * 64)
+                a = fma(w, splat(x[p + i]), a)
+                b = fma(w, splat(x[p + x_stride + i]), b)
+                c = fma(w, splat(x[p + 2 * x_stride + i]), c)
+                d = fma(w, splat(x[p + 3 * x_stride + i]), d)
+            store(out, at, a)
+            store(out, at + stride, b)
+            store(out, at + 2 * stride, c)
+            store(out, at + 3 * stride, d)
+            row += 4
+        while row < rows:
+            at = row * stride + tile * LANES
+            p = x_at + row * x_stride
+            a = _start(vectors, bias, tile, out, at, adding)
+            b = splat(np.float32(0.0))
+            for i in range(0, inputs, 2):
+                a = fma(load(arena, base + i * 64), splat(x[p + i]), a)
+                b = fma(load(arena, base + i * 64 + 64), splat(x[p + i + 1]), b)
+            store(out, at, add(a, b))
+            row += 1
+
+
+@_compiled
+def _product_bf16(arena, weights, tiles, groups, first, last, x, x_at, x_stride, rows, out, stride, vectors, bias, adding):
+    inputs = groups * GROUP
+    for tile in range(first, last):
+        base = weights + tile * inputs * 32
+        row = 0
+        while row + 4 <= rows:
+            at = row * stride + tile * LANES
+            p = x_at + row * x_stride
+            a = _start(vectors, bias, tile, out, at, adding)
+            b = _start(vectors, bias, tile, out, at + stride, adding)
+            c = _start(vectors, bias, tile, out, at + 2 * stride, adding)
+            d = _start(vectors, bias, tile, out, at + 3 * stride, adding)
+            for i in range(0, inputs, 2):
+                pair = load_int(arena, base + i * 32)
+                w = even_bf16(pair)
+                a = fma(w, splat(x[p + i]), a)
+                b = fma(w, splat(x[p + x_stride + i]), b)
+                c = fma(w, splat(x[p + 2 * x_stride + i]), c)
+                d = fma(w, splat(x[p + 3 * x_stride + i]), d)
+                w = odd_bf16(pair)
+                a = fma(w, splat(x[p + i + 1]), a)
+                b = fma(w, splat(x[p + x_stride + i + 1]), b)
+                c = fma(w, splat(x[p + 2 * x_stride + i + 1]), c)
+                d = fma(w, splat(x[p + 3 * x_stride + i + 1]), d)
+            store(out, at, a)
+            store(out, at + stride, b)
+            store(out, at + 2 * stride, c)
+            store(out, at + 3 * stride, d)
+            row += 4
+        while row < rows:
+            at = row * stride + tile * LANES
+            p = x_at + row * x_stride
+            a = _start(vectors, bias, tile, out, at, adding)
+            b = splat(np.float32(0.0))
+            for i in range(0, inputs, 2):
+                pair = load_int(arena, base + i * 32)
+                a = fma(even_bf16(pair), splat(x[p + i]), a)
+                b = fma(odd_bf16(pair), splat(x[p + i + 1]), b)
+            store(out, at, add(a, b))
+            row += 1
+
+
+@_compiled
+def _product_int8(path, arena, weights, scales, groups, first, last, words, factors, place, rows, out, stride, vectors, bias, adding):
+    """`place` is the first row's place in `factors`; its words are at place * 32."""
+    for tile in range(first, last):
+        base = weights + tile * groups * 512
+        scale_at = scales + tile * groups * 32
+        row = 0
+        while row + 4 <= rows:
+            at = row * stride + tile * LANES
+            p = place + row * groups
+            a = _start(vectors, bias, tile, out, at, adding)
+            b = _start(vectors, bias, tile, out, at + stride, adding)
+            c = _start(vectors, bias, tile, out, at + 2 * stride, adding)
+            d = _start(vectors, bias, tile, out, at + 3 * stride, adding)
+            for g in range(groups):
+                s = load_bf16(arena, scale_at + g * 32)
+                w = base + g * 512
+                q, r, t = p + g, p + groups + g, p + 2 * groups + g
+                u = p + 3 * groups + g
+                a = fma(to_float(dots8(path, arena, w, words, q * GROUP)), multiply(s, splat(factors[q])), a)
+                b = fma(to_float(dots8(path, arena, w, words, r * GROUP)), multiply(s, splat(factors[r])), b)
+                c = fma(to_float(dots8(path, arena, w, words, t * GROUP)), multiply(s, splat(factors[t])), c)
+                d = fma(to_float(dots8(path, arena, w, words, u * GROUP)), multiply(s, splat(factors[u])), d)
+            store(out, at, a)
+            store(out, at + stride, b)
+            store(out, at + 2 * stride, c)
+            store(out, at + 3 * stride, d)
+            row += 4
+        while row < rows:
+            at = row * stride + tile * LANES
+            p = place + row * groups
+            a = _start(vectors, bias, tile, out, at, adding)
+            for g in range(groups):
+                s = multiply(load_bf16(arena, scale_at + g * 32), splat(factors[p + g]))
+                a = fma(to_float(dots8(path, arena, base + g * 512, words, (p + g) * GROUP)), s, a)
+            store(out, at, a)
+            row += 1
+
+
+@_inlined
+def _grouped4(path, arena, w, s, words, factors, sums, place, value):
+    """value + factor * (scale * sum of q x + least * sum of x), the sums over one group."""
+    dots = to_float(dots4(path, arena, w, words, place * GROUP))
+    value = fma(load_bf16(arena, s + 32), splat(factors[place] * sums[place]), value)
+    return fma(dots, multiply(load_bf16(arena, s), splat(factors[place])), value)
+
+
+@_compiled
+def _product_int4(path, arena, weights, scales, groups, first, last, words, factors, sums, place, rows, out, stride, vectors, bias, adding):
+    for tile in range(first, last):
+        base = weights + tile * groups * 256
+        scale_at = scales + tile * groups * 64
+        row = 0
+        while row + 4 <= rows:
+            at = row * stride + tile * LANES
+            p = place + row * groups
+            a = _start(vectors, bias, tile, out, at, adding)
+            b = _start(vectors, bias, tile, out, at + stride, adding)
+            c = _start(vectors, bias, tile, out, at + 2 * stride, adding)
+            d = _start(vectors, bias, tile, out, at + 3 * stride, adding)
+            for g in range(groups):
+                s, w = scale_at + g * 64, base + g * 256
+                a = _grouped4(path, arena, w, s, words, factors, sums, p + g, a)
+                b = _grouped4(path, arena, w, s, words, factors, sums, p + groups + g, b)
+                c = _grouped4(path, arena, w, s, words, factors, sums, p + 2 * groups + g, c)
+                d = _grouped4(path, arena, w, s, words, factors, sums, p + 3 * groups + g, d)
+            store(out, at, a)
+            store(out, at + stride, b)
+            store(out, at + 2 * stride, c)
+            store(out, at + 3 * stride, d)
+            row += 4
+        while row < rows:
+            at = row * stride + tile * LANES
+            p = place + row * groups
+            a = _start(vectors, bias, tile, out, at, adding)
+            for g in range(groups):
+                a = _grouped4(path, arena, base + g * 256, scale_at + g * 64, words, factors, sums, p + g, a)
+            store(out, at, a)
+            row += 1
+
+
+@_compiled
+def product(path, arena, matrix, first, last, x, x_at, x_stride, words, factors, sums, place, rows, out, stride, vectors, adding):
+    """Tiles `first` to `last` of out = W x + bias, or of out += W x + bias, for `rows` rows.
+
+    matrix: a row of the plan. Row r of x begins at x[x_at + r * x_stride]; its int8 form, which integer weights take
+    instead, has its factors from factors[place + r * groups] on. Row r of out begins at out[r * stride].
+    """
+    kind, weights, scales, bias, tiles, groups = matrix[0], matrix[1], matrix[2], matrix[3], matrix[4], matrix[5]
+    if kind == F32_WEIGHTS:
+        _product_f32(arena, weights, tiles, groups, first, last, x, x_at, x_stride, rows, out, stride, vectors, bias, adding)
+    elif kind == BF16_WEIGHTS:
+        _product_bf16(arena, weights, tiles, groups, first, last, x, x_at, x_stride, rows, out, stride, vectors, bias, adding)
+    elif kind == INT8_WEIGHTS:
+        _product_int8(path, arena, weights, scales, groups, first, last, words, factors, place, rows, out, stride, vectors, bias, adding)
+    else:
+        _product_int4(path, arena, weights, scales, groups, first, last, words, factors, sums, place, rows, out, stride, vectors, bias, adding)

@@ -1,0 +1,91 @@
+"""What the kernels should compute, by plain torch: slow, and short enough to be believed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chatwright.generate.kernels.packing import Packed, up_to
+from chatwright.generate.kernels.products import FORMAT, INT8_WEIGHTS
+from chatwright.generate.kernels.simd import GROUP, LANES
+from chatwright.generate.kernels.step import DOWN, MATRICES, OUTPUT, QKV, UP
+from chatwright.model.cache import KVCache
+from chatwright.model.gpt import GPT, Block
+
+
+def rounded_activations(x: Tensor) -> Tensor:
+    """x as int8 times a factor per group of 32 of its last dimension."""
+    width = x.shape[-1]
+    padded = nn.functional.pad(x.float(), (0, up_to(width, GROUP) - width))
+    groups = padded.view(*x.shape[:-1], -1, GROUP)
+    top = groups.abs().amax(-1, keepdim=True)
+    # torch writes 127 / top as 127 * (1 / top), which rounds twice: hence a tensor of 127.
+    inverse = torch.where(top > 1e-30, torch.tensor(127.0) / top, torch.zeros_like(top))
+    rounded: Tensor = (groups * inverse).round() * (top / 127.0)
+    return rounded.flatten(-2)[..., :width]
+
+
+def _round_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (rounded_activations(inputs[0]),)
+
+
+def _round_heads(block: Block) -> Any:
+    """For the output matrix of attention: each head is padded to whole groups, so no group has parts of two heads."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        heads = inputs[0].view(*inputs[0].shape[:-1], block.attention.heads, -1)
+        return (rounded_activations(heads).flatten(-2),)
+
+    return hook
+
+
+def _restore(block: Block, matrices: list[Tensor]) -> None:
+    """Give a block the weights that were packed: the inverse of packing.py's joining and padding."""
+    attention, mlp = block.attention, block.mlp
+    at = 0
+    for part in (attention.query, attention.key, attention.value):
+        part.weight.copy_(matrices[QKV][at : at + part.out_features, : part.in_features])
+        at += part.out_features
+    heads = matrices[OUTPUT].view(len(matrices[OUTPUT]), attention.heads, -1)
+    attention.output.weight.copy_(heads[: attention.output.out_features, :, : attention.head_dim].flatten(1))
+    if mlp.gate is None:
+        mlp.up.weight.copy_(matrices[UP][: mlp.up.out_features, : mlp.up.in_features])
+    else:
+        pairs = matrices[UP].view(-1, 2, LANES, matrices[UP].shape[1])
+        for number, part in enumerate((mlp.gate, mlp.up)):
+            part.weight.copy_(pairs[:, number].flatten(0, 1)[: part.out_features, : part.in_features])
+    mlp.down.weight.copy_(matrices[DOWN][: mlp.down.out_features, : mlp.down.in_features])
+
+
+@torch.no_grad()
+def reference(model: GPT, packed: Packed) -> GPT:
+    """A copy of the model with the packed weights read back, and inputs of integer matrices rounded as the kernels do."""
+    plain = copy.deepcopy(model).float().eval()
+    kinds = packed.plan[:, FORMAT]
+    for number, block in enumerate(plain.blocks):
+        assert isinstance(block, Block)
+        first = number * MATRICES
+        _restore(block, [packed.matrix(first + which) for which in range(MATRICES)])
+        if kinds[first] >= INT8_WEIGHTS:
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    output = module is block.attention.output
+                    module.register_forward_pre_hook(_round_heads(block) if output else _round_inputs)
+    head = packed.matrix(len(packed.plan) - 1)[: model.config.vocab_size, : model.config.width]
+    plain.head.weight.copy_(head)  # the token table as well, where they are one
+    if kinds[-1] >= INT8_WEIGHTS:
+        plain.head.register_forward_pre_hook(_round_inputs)
+    if packed.embedding is not None:
+        plain.embed.weight.copy_(packed.embedding)
+    return plain
+
+
+@torch.no_grad()
+def reference_logits(plain: GPT, ids: Tensor, dtype: str) -> Tensor:
+    """(T,) ids -> (T, V) logits, keys and values held as the kernels hold them."""
+    held = torch.float32 if dtype == "fp32" else torch.bfloat16
+    cache = KVCache(plain.config, 1, len(ids), dtype=held)
+    return plain(ids[None], cache=cache)[0]  # type: ignore[no-any-return]

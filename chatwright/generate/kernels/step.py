@@ -1,0 +1,311 @@
+"""The whole model for a few tokens at once, as one compiled function that every thread runs.
+
+Threads share the work of each product and meet before its result is read. What is cheap (norms, rounding to int8) each
+thread does for itself while there are few rows, which saves a meeting; with many rows they share that as well.
+
+A row is a token of any sequence: decoding of many sequences, a piece of a prompt, and guesses to be checked all look alike. The
+keys and values of all rows are stored before any row looks at them, and a row looks at what stands before it.
+
+Keys lie so that one vector has sixteen tokens of one page, values so that it has sixteen features of one token; a page is
+sixteen tokens. As bfloat16 two neighbours share a lane: keys feature 2 i with 2 i + 1, values i with 16 + i of thirty-two.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from chatwright.generate.kernels.products import (
+    FORMAT,
+    GROUPS,
+    INT8_WEIGHTS,
+    TILES,
+    _compiled,
+    _inlined,
+    product,
+    quantise,
+)
+from chatwright.generate.kernels.simd import (
+    LANES,
+    add,
+    divide,
+    even_bf16,
+    exp,
+    fma,
+    keep_first,
+    larger,
+    largest,
+    load,
+    load_int,
+    meet,
+    multiply,
+    odd_bf16,
+    splat,
+    store,
+    store_one,
+    store_one_bf16,
+    subtract,
+    total,
+)
+
+(WIDTH, STRIDE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HEAD_STRIDE, MLP_STRIDE, QKV_STRIDE, LOGIT_STRIDE, NORM, ACTIVATION, QK_NORM,
+ ROTARY, PAGES, BF16_CACHE, LONGEST, DIMS) = range(18)  # fmt: skip
+"""Places in `dims`. Strides are widths rounded up to 32, heads apart."""
+RMS, LAYER = range(2)
+SWIGLU, GELU_TANH, RELU2 = range(3)
+QKV, OUTPUT, UP, DOWN, MATRICES = range(5)
+"""Matrices of a layer in the plan; the last row is the output matrix."""
+ATTENTION_NORM, MLP_NORM, QUERY_NORM, KEY_NORM, NORMS = range(5)
+"""Norm vectors of a layer: places in `vectors`. The last row of the table has the final norm."""
+ALONE = 4
+"""Up to so many rows every thread normalises and rounds all of them for itself."""
+
+
+@_inlined
+def _part(count, thread, threads):
+    """This thread's share of `count` things: from, to."""
+    return count * thread // threads, count * (thread + 1) // threads
+
+
+@_inlined
+def _row_norm(kind, x, at, width, eps, vectors, norm, out, out_at):
+    """RMS norm (arXiv:1910.07467) or layer norm (arXiv:1607.06450) of one row; layer norm's bias follows its weight."""
+    zero = splat(np.float32(0.0))
+    mean = np.float32(0.0)
+    if kind == LAYER:
+        sums = zero
+        for i in range(0, width, LANES):
+            sums = add(sums, keep_first(load(x, at + i), width - i, np.float32(0.0)))
+        mean = total(sums) / np.float32(width)
+    squares = zero
+    for i in range(0, width, LANES):
+        value = keep_first(subtract(load(x, at + i), splat(mean)), width - i, np.float32(0.0))
+        squares = fma(value, value, squares)
+    scale = np.float32(1.0) / np.sqrt(total(squares) / np.float32(width) + eps)
+    for i in range(0, width, LANES):
+        value = multiply(multiply(subtract(load(x, at + i), splat(mean)), splat(scale)), load(vectors, norm + i))
+        if kind == LAYER:
+            value = add(value, load(vectors, norm + (width + LANES - 1) // LANES * LANES + i))
+        store(out, out_at + i, keep_first(value, width - i, np.float32(0.0)))
+
+
+@_compiled
+def _normalise(kind, x, stride, which, first, last, width, eps, vectors, norm, out):
+    """Rows which[first] to which[last] of x, normalised, to rows `first` to `last` of out."""
+    for row in range(first, last):
+        _row_norm(kind, x, which[row] * stride, width, eps, vectors, norm, out, row * stride)
+
+
+@_inlined
+def _head_norm(x, at, size, eps, vectors, norm):
+    squares = np.float32(0.0)
+    for i in range(size):
+        squares += x[at + i] * x[at + i]
+    scale = np.float32(1.0) / np.sqrt(squares / np.float32(size) + eps)
+    for i in range(size):
+        x[at + i] = x[at + i] * scale * vectors[norm + i]
+
+
+@_inlined
+def _rotate(x, at, half, cos, sin, angle):
+    """Turn the pairs (i, i + half): Su et al. 2021, arXiv:2104.09864, eq. 15."""
+    for i in range(half):
+        a, b = x[at + i], x[at + half + i]
+        c, s = cos[angle + i], sin[angle + i]
+        x[at + i] = a * c - b * s
+        x[at + half + i] = b * c + a * s
+
+
+@_compiled
+def _place(dims, eps, vectors, norms, layer, first, last, qkv, cos, sin, positions, pages, keys, values):
+    """Normalise and rotate queries and keys; write keys and values into their pages. A unit is a head of a row."""
+    heads, groups, size, room = dims[HEADS], dims[KV_HEADS], dims[HEAD_DIM], dims[HEAD_STRIDE]
+    narrow = dims[BF16_CACHE] != 0
+    item = 2 if narrow else 4
+    for unit in range(first, last):
+        row, head = unit // (heads + groups), unit % (heads + groups)
+        at = row * dims[QKV_STRIDE] + head * size
+        if dims[QK_NORM]:
+            _head_norm(qkv, at, size, eps, vectors, norms[layer, QUERY_NORM if head < heads else KEY_NORM])
+        if dims[ROTARY]:
+            _rotate(qkv, at, size // 2, cos, sin, row * (size // 2))
+        if head < heads:
+            continue
+        position = positions[row]
+        token = position % LANES
+        base = ((layer * dims[PAGES] + pages[row, position // LANES]) * groups + head - heads) * room * LANES * item
+        value_at = at + groups * size
+        for i in range(size):
+            if narrow:
+                store_one_bf16(keys, base + (i // 2 * 32 + token * 2 + i % 2) * 2, qkv[at + i])
+            else:
+                store_one(keys, base + (i * LANES + token) * 4, qkv[at + i])
+        for i in range(room):  # the padding is read with the rest: whatever lies there now might be no number
+            value = qkv[value_at + i] if i < size else np.float32(0.0)
+            if narrow:
+                lane = i // 32 * 32 + i % 16 * 2 + i % 32 // 16
+                store_one_bf16(values, base + (token * room + lane) * 2, value)
+            else:
+                store_one(values, base + (token * room + i) * 4, value)
+
+
+@_compiled
+def _attend(dims, layer, first, last, qkv, positions, pages, keys, values, scores, score_at, attended):
+    """softmax(q k^T / sqrt(K)) v for the heads `first` to `last` (row after row)."""
+    heads, groups, size, room = dims[HEADS], dims[KV_HEADS], dims[HEAD_DIM], dims[HEAD_STRIDE]
+    narrow = dims[BF16_CACHE] != 0
+    page_bytes = room * LANES * (2 if narrow else 4)
+    scale = splat(np.float32(1.0) / np.sqrt(np.float32(size)))
+    for unit in range(first, last):
+        row, head = unit // heads, unit % heads
+        group = head // (heads // groups)
+        query = row * dims[QKV_STRIDE] + head * size
+        tokens = positions[row] + 1
+        used = (tokens + LANES - 1) // LANES
+        tops = splat(np.float32(-np.inf))
+        for number in range(used):
+            base = ((layer * dims[PAGES] + pages[row, number]) * groups + group) * page_bytes
+            a = b = splat(np.float32(0.0))
+            if narrow:
+                for i in range(0, size, 2):
+                    pair = load_int(keys, base + i * 32)
+                    a = fma(even_bf16(pair), splat(qkv[query + i]), a)
+                    b = fma(odd_bf16(pair), splat(qkv[query + i + 1]), b)
+            else:
+                for i in range(0, size, 2):
+                    a = fma(load(keys, base + i * 64), splat(qkv[query + i]), a)
+                    b = fma(load(keys, base + i * 64 + 64), splat(qkv[query + i + 1]), b)
+            a = keep_first(multiply(add(a, b), scale), tokens - number * LANES, np.float32(-np.inf))
+            store(scores, score_at + number * LANES, a)
+            tops = larger(tops, a)
+        top = splat(largest(tops))
+        sums = splat(np.float32(0.0))
+        for number in range(used):
+            weight = exp(subtract(load(scores, score_at + number * LANES), top))
+            weight = keep_first(weight, tokens - number * LANES, np.float32(0.0))
+            store(scores, score_at + number * LANES, weight)
+            sums = add(sums, weight)
+        inverse = splat(np.float32(1.0) / total(sums))
+        out = (row * heads + head) * room
+        for chunk in range(0, room, 32):
+            a = b = splat(np.float32(0.0))
+            for number in range(used):
+                base = ((layer * dims[PAGES] + pages[row, number]) * groups + group) * page_bytes
+                inside = min(LANES, tokens - number * LANES)
+                if narrow:
+                    for token in range(inside):
+                        pair = load_int(values, base + (token * room + chunk) * 2)
+                        weight = splat(scores[score_at + number * LANES + token])
+                        a = fma(even_bf16(pair), weight, a)
+                        b = fma(odd_bf16(pair), weight, b)
+                else:
+                    for token in range(inside):
+                        at = base + (token * room + chunk) * 4
+                        weight = splat(scores[score_at + number * LANES + token])
+                        a = fma(load(values, at), weight, a)
+                        b = fma(load(values, at + 64), weight, b)
+            store(attended, out + chunk, multiply(a, inverse))
+            store(attended, out + chunk + LANES, multiply(b, inverse))
+
+
+@_inlined
+def _sigmoid(x):
+    one = splat(np.float32(1.0))
+    return divide(one, add(one, exp(subtract(splat(np.float32(0.0)), x))))
+
+
+@_compiled
+def _activate(kind, raw, raw_stride, rows, first, last, hidden, stride):
+    """The non-linearity of the hidden tiles `first` to `last`. With a gate, tiles of `raw` come in pairs: gate, up."""
+    for row in range(rows):
+        for tile in range(first, last):
+            if kind == SWIGLU:
+                at = row * raw_stride + 2 * tile * LANES
+                x = load(raw, at)
+                x = multiply(multiply(x, _sigmoid(x)), load(raw, at + LANES))
+            elif kind == RELU2:
+                x = larger(load(raw, row * raw_stride + tile * LANES), splat(np.float32(0.0)))
+                x = multiply(x, x)
+            else:  # 0.5 x (1 + tanh u) = x sigmoid(2 u): arXiv:1606.08415, section 2
+                x = load(raw, row * raw_stride + tile * LANES)
+                inner = multiply(x, fma(multiply(x, x), splat(np.float32(0.044715)), splat(np.float32(1.0))))
+                x = multiply(x, _sigmoid(multiply(inner, splat(np.float32(1.5957691216057308)))))
+            store(hidden, row * stride + tile * LANES, x)
+
+
+@_compiled
+def _prepare(matrix, x, x_at, stride, rows, slot, slots, first, last, words, factors, sums):
+    """Round what an integer matrix will be multiplied with; floats are taken as they are."""
+    if matrix[FORMAT] >= INT8_WEIGHTS:
+        quantise(x, x_at, stride, rows, first, last, matrix[GROUPS], words[slot], factors[slot], sums[slot])
+
+
+@_compiled
+def forward(path, thread, threads, sync, dims, eps, arena, plan, vectors, norms, rows, every, wanted, x, normed, words, factors,
+            sums, qkv, attended, raw, hidden, scores, cos, sin, positions, pages, keys, values, logits):  # fmt: skip
+    """One thread's part of the forward pass of `rows` tokens.
+
+    x: (rows, STRIDE) embedded tokens, flat; used up. positions: (rows,). pages: (rows, most) page numbers. cos, sin: (rows, K / 2).
+    every: 0, 1, 2, ...; wanted: rows whose logits are asked for. keys, values: bytes. logits: (wanted, LOGIT_STRIDE), flat.
+    normed, words, factors, sums and scores have a first dimension of threads; sync is zeros. All float32 but words (bytes).
+    """
+    stride, layers = dims[STRIDE], dims[LAYERS]
+    shared = rows > ALONE and threads > 1
+    slot = 0 if shared else thread
+    first, last = _part(rows, thread, threads) if shared else (0, rows)
+    heads_stride = dims[HEADS] * dims[HEAD_STRIDE]
+    units = rows * (dims[HEADS] + dims[KV_HEADS])
+    for layer in range(layers):
+        matrix = plan[layer * MATRICES + QKV]
+        norm = norms[layer, ATTENTION_NORM]
+        _normalise(dims[NORM], x, stride, every, first, last, dims[WIDTH], eps, vectors, norm, normed[slot])
+        _prepare(matrix, normed[slot], 0, stride, rows, slot, threads, first, last, words, factors, sums)
+        if shared:
+            meet(sync, threads)
+        a, b = _part(matrix[TILES], thread, threads)
+        product(path, arena, matrix, a, b, normed[slot], 0, stride, words[slot], factors[slot], sums[slot], 0, rows, qkv, dims[QKV_STRIDE], vectors, False)
+        meet(sync, threads)
+        a, b = _part(units, thread, threads)
+        _place(dims, eps, vectors, norms, layer, a, b, qkv, cos, sin, positions, pages, keys, values)
+        meet(sync, threads)
+        a, b = _part(rows * dims[HEADS], thread, threads)
+        _attend(dims, layer, a, b, qkv, positions, pages, keys, values, scores[thread], 0, attended)
+        meet(sync, threads)
+        matrix = plan[layer * MATRICES + OUTPUT]
+        _prepare(matrix, attended, 0, heads_stride, rows, slot, threads, first, last, words, factors, sums)
+        if shared:
+            meet(sync, threads)
+        a, b = _part(matrix[TILES], thread, threads)
+        product(path, arena, matrix, a, b, attended, 0, heads_stride, words[slot], factors[slot], sums[slot], 0, rows, x, stride, vectors, True)
+        meet(sync, threads)
+        matrix = plan[layer * MATRICES + UP]
+        norm = norms[layer, MLP_NORM]
+        _normalise(dims[NORM], x, stride, every, first, last, dims[WIDTH], eps, vectors, norm, normed[slot])
+        _prepare(matrix, normed[slot], 0, stride, rows, slot, threads, first, last, words, factors, sums)
+        if shared:
+            meet(sync, threads)
+        tiles_each = 2 if dims[ACTIVATION] == SWIGLU else 1
+        a, b = _part(matrix[TILES] // tiles_each, thread, threads)
+        raw_stride = matrix[TILES] * LANES
+        product(path, arena, matrix, a * tiles_each, b * tiles_each, normed[slot], 0, stride, words[slot], factors[slot], sums[slot], 0, rows, raw, raw_stride, vectors, False)
+        _activate(dims[ACTIVATION], raw, raw_stride, rows, a, b, hidden, dims[MLP_STRIDE])
+        meet(sync, threads)
+        matrix = plan[layer * MATRICES + DOWN]
+        _prepare(matrix, hidden, 0, dims[MLP_STRIDE], rows, slot, threads, first, last, words, factors, sums)
+        if shared:
+            meet(sync, threads)
+        a, b = _part(matrix[TILES], thread, threads)
+        product(path, arena, matrix, a, b, hidden, 0, dims[MLP_STRIDE], words[slot], factors[slot], sums[slot], 0, rows, x, stride, vectors, True)
+        meet(sync, threads)
+    count = len(wanted)
+    if count == 0:
+        return
+    shared = count > ALONE and threads > 1
+    slot = 0 if shared else thread
+    first, last = _part(count, thread, threads) if shared else (0, count)
+    _normalise(dims[NORM], x, stride, wanted, first, last, dims[WIDTH], eps, vectors, norms[layers, 0], normed[slot])
+    matrix = plan[layers * MATRICES]
+    _prepare(matrix, normed[slot], 0, stride, count, slot, threads, first, last, words, factors, sums)
+    if shared:
+        meet(sync, threads)
+    a, b = _part(matrix[TILES], thread, threads)
+    product(path, arena, matrix, a, b, normed[slot], 0, stride, words[slot], factors[slot], sums[slot], 0, count, logits, dims[LOGIT_STRIDE], vectors, False)

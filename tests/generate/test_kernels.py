@@ -1,0 +1,242 @@
+"""The CPU kernels against plain torch: every path that this processor can run, every weight format, every kind of row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llvmlite import ir
+from numba import njit
+
+from chatwright.config import UserError
+from chatwright.generate.kernels import KernelRunner, packing, paths, simd
+from chatwright.generate.kernels.reference import reference, reference_logits, rounded_activations
+from chatwright.generate.runner import Feed
+from chatwright.model.gpt import GPT
+
+MakeModel = Callable[..., GPT]
+DTYPES = ("fp32", "bf16", "int8", "int4")
+SHAPES = {
+    "qwen": {"heads": 4, "kv_heads": 2},
+    "llama": {"qk_norm": False, "tied": True, "vocab_size": 515},
+    "gpt2": {"preset": "gpt2", "layers": 2, "width": 104, "heads": 4, "context": 96, "vocab_size": 515, "tied": True},
+    "relu2": {"activation": "relu2", "heads": 1, "kv_heads": 1, "head_dim": 40, "mlp_width": 100},
+}
+BOUND = {"fp32": 3e-5, "bf16": 2e-2, "int8": 0.4, "int4": 0.4}
+"""Largest distance of a logit, where logits spread by about 3. When sums are added in another order, a key or a value may fall to
+the other of two neighbouring bfloat16 numbers, and an activation, from the second block on, to the other of two whole ones; random
+weights make much of that. In a single block few sums come before a rounding: there most positions are held to the strict bound."""
+STRICT = 5e-5
+
+
+def shape(make_model: MakeModel, name: str, **more: Any) -> GPT:
+    changes = {**SHAPES[name], **more}
+    return make_model(str(changes.pop("preset", "modern-nano")), **changes)
+
+
+def runner(model: GPT, dtype: str, *, threads: int = 2, path: str | None = None) -> KernelRunner:
+    made = KernelRunner(model, dtype, threads=threads, path=path)
+    made.allocate(16, 16)
+    return made
+
+
+def missing(path: str) -> str | None:
+    return None if path in paths.possible() else f"this processor cannot run the {path} path: it is NOT covered here"
+
+
+@njit
+def _both_dots(path, weights, activations, out):  # type: ignore[no-untyped-def]
+    simd.store(out, 0, simd.to_float(simd.dots8(path, weights, 0, activations, 0)))
+    simd.store(out, 16, simd.to_float(simd.dots4(path, weights, 0, activations, 0)))
+
+
+@pytest.mark.parametrize("path", paths.NAMES)
+def test_integer_products_are_exact(path: str) -> None:
+    if reason := missing(path):
+        pytest.skip(reason)
+    rng = np.random.default_rng(0)
+    for extreme in (False, True):  # at the extremes 16-bit sums would overflow
+        draw = (lambda size: rng.choice([-127, 127], size)) if extreme else (lambda size: rng.integers(-127, 128, size))
+        weights, activations = draw(512).astype(np.int8), draw(32).astype(np.int8)
+        out = np.zeros(32, dtype=np.float32)
+        _both_dots(paths.typed(path), weights.view(np.uint8), activations.view(np.uint8), out)
+        words = activations.reshape(8, 4).astype(np.int64)
+        assert np.array_equal(out[:16], np.einsum("wrk,wk->r", weights.reshape(8, 16, 4).astype(np.int64), words))
+        packed = weights.view(np.uint8)[:256].reshape(4, 16, 4).astype(np.int64)
+        unpacked = np.concatenate([packed & 15, packed >> 4])
+        assert np.array_equal(out[16:], np.einsum("wrk,wk->r", unpacked, words))
+
+
+@pytest.mark.parametrize(
+    ("number", "triple", "processor", "features", "instruction", "times"),
+    [
+        (1, "x86_64-unknown-linux-gnu", "haswell", "", "vpmaddubsw", (16, 16)),
+        (2, "x86_64-unknown-linux-gnu", "icelake-server", "", "vpdpbusd", (16, 8)),
+        (3, "aarch64-unknown-linux-gnu", "neoverse-n1", "+dotprod", "sdot", (32, 32)),
+    ],
+)
+def test_paths_become_the_instructions_they_are_named_after(
+    number: int, triple: str, processor: str, features: str, instruction: str, times: tuple[int, int]
+) -> None:
+    """Compiled for other processors too, which cannot run it here."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    for bits, count in zip((8, 4), times, strict=True):
+        module = ir.Module("dots")
+        module.triple = triple
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()] * 3), "dots")
+        builder = ir.IRBuilder(function.append_basic_block())
+        sums = simd.DOTS[number](builder, function.args[0], function.args[1], bits)
+        builder.store(sums, builder.bitcast(function.args[2], sums.type.as_pointer()), align=4)
+        builder.ret_void()
+        machine = llvm.Target.from_triple(triple).create_target_machine(cpu=processor, features=features, opt=3)
+        assert machine.emit_assembly(llvm.parse_assembly(str(module))).count(instruction) == count
+
+
+@njit
+def _exponentials(x, out):  # type: ignore[no-untyped-def]
+    for i in range(0, len(x), 16):
+        simd.store(out, i, simd.exp(simd.load(x, i)))
+
+
+def test_exponential() -> None:
+    x = np.linspace(-87, 88, 16_000, dtype=np.float32)
+    out = np.empty_like(x)
+    _exponentials(x, out)
+    exact = np.exp(x.astype(np.float64))
+    assert np.abs(out / exact - 1).max() < 3e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_weights_read_back(dtype: str, make_model: MakeModel) -> None:
+    """Each weight is off by at most half a step of its group, and a step is what the format's bits allow."""
+    model = shape(make_model, "gpt2")
+    packed = packing.pack(model, dtype)
+    down = model.blocks[1].mlp.down.weight.detach()  # type: ignore[union-attr]
+    read = packed.matrix(1 * 4 + 3)
+    assert read.shape == (112, 416)
+    assert not read[104:].any()
+    groups = down.view(104, 13, 32)
+    if dtype == "fp32":
+        limit = torch.zeros(104, 13, 1)
+    elif dtype == "bf16":
+        limit = groups.abs() * 2**-8
+    elif dtype == "int8":
+        limit = groups.abs().amax(-1, keepdim=True) * (0.5 + 127 * 2**-8) / 127  # a scale rounded down cuts the largest
+    else:  # ends may be drawn in by a tenth of the range, when that serves the others
+        limit = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) * (0.5 / 15 + 0.105 + 2**-7)
+    error = (read[:104].view(104, 13, 32) - groups).abs()
+    assert (error <= limit).all()
+    assert error.square().mean().sqrt() <= {"fp32": 0.0, "bf16": 2e-4, "int8": 8e-4, "int4": 1.1e-2}[dtype]
+    ids = torch.tensor([0, 514, 17, 17])
+    assert torch.equal(packed.embed(ids), packed.matrix(8)[ids, :104])  # tied: a row of the output matrix
+
+
+@pytest.mark.parametrize("path", paths.NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_equal_plain_torch(name: str, layers: int, dtype: str, path: str, make_model: MakeModel) -> None:
+    """A prompt in two pieces, then token by token; every position's logits."""
+    if reason := missing(path):
+        pytest.skip(reason)
+    model = shape(make_model, name, layers=layers)
+    ids = torch.randint(0, model.config.vocab_size, (40,), generator=torch.Generator().manual_seed(1))
+    run = runner(model, dtype, path=path)
+    pages = [5, 0, 9]
+    parts = [(0, 21), (21, 30), *((at, at + 1) for at in range(30, 40))]
+    found = torch.cat([run.forward([Feed(ids[a:b].tolist(), a, pages, b - a)]) for a, b in parts])
+    wanted = reference_logits(reference(model, run.packed), ids, dtype)
+    distance = (found - wanted).abs()
+    assert distance.max() < BOUND[dtype]
+    if layers == 1:
+        assert distance.amax(1).median() < STRICT
+    if dtype in ("fp32", "bf16"):  # and near to the model itself
+        with torch.no_grad():
+            assert (found - model(ids[None])[0]).abs().max() < {"fp32": 3e-5, "bf16": 0.3}[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_company_and_threads_change_nothing(dtype: str, make_model: MakeModel) -> None:
+    """Sequences of many lengths in one call, each wanting other logits, against each alone; 1, 2 and 3 threads."""
+    model = shape(make_model, "qwen")
+    generator = torch.Generator().manual_seed(2)
+    lengths, wanted = (1, 5, 17, 33, 2, 16), (1, 0, 3, 1, 2, 16)
+    prompts = [torch.randint(0, 512, (length,), generator=generator).tolist() for length in lengths]
+    runs = [runner(model, dtype, threads=threads) for threads in (1, 2, 3)]
+    first = iter(range(16))
+    feeds = []
+    for prompt, want in zip(prompts, wanted, strict=True):
+        feeds.append(Feed(prompt, 0, [next(first) for _ in range(-(-len(prompt) // 16))], want))
+    together = [run.forward(feeds) for run in runs]
+    assert torch.equal(together[0], together[1]) and torch.equal(together[0], together[2])
+    alone = torch.cat([runs[0].forward([feed]) for feed in feeds if feed.wanted])
+    assert (together[0] - alone).abs().max() < BOUND[dtype]
+
+
+def test_more_rows_than_one_call_takes(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from chatwright.generate.kernels import runner as module
+
+    model = shape(make_model, "qwen")
+    ids = list(range(40))
+    whole = runner(model, "fp32").forward([Feed(ids, 0, [0, 1, 2], 40), Feed(ids[:9], 0, [3], 1)])
+    monkeypatch.setattr(module, "ROWS", 7)
+    pieces = runner(model, "fp32").forward([Feed(ids, 0, [0, 1, 2], 40), Feed(ids[:9], 0, [3], 1)])
+    assert (whole - pieces).abs().max() < 1e-5
+
+
+def test_a_copied_page_is_the_page(make_model: MakeModel) -> None:
+    model = shape(make_model, "qwen")
+    run = runner(model, "int8")
+    ids = list(range(3, 31))
+    first = run.forward([Feed(ids, 0, [2, 4], 1)])
+    run.copy_page(4, 7)
+    run.forward([Feed([9] * 16, 0, [4], 1)])  # the original is overwritten
+    assert torch.equal(run.forward([Feed(ids[-1:], 27, [2, 7], 1)]), run.forward([Feed(ids[-1:], 27, [2, 7], 1)]))
+    assert (run.forward([Feed(ids[-1:], 27, [2, 7], 1)]) - first).abs().max() < BOUND["int8"]
+
+
+def test_shapes_that_the_kernels_lack_are_refused(make_model: MakeModel) -> None:
+    for changes, reason in (
+        ({"preset": "gpt1", "layers": 1, "width": 32, "heads": 2, "vocab_size": 50}, "post-norm"),
+        ({"position": "sinusoidal"}, "sinusoidal"),
+        ({"logit_softcap": 15.0}, "soft cap"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            KernelRunner(make_model(**changes), "bf16")
+    with pytest.raises(UserError, match="int3"):
+        KernelRunner(make_model(), "int3")
+    with pytest.raises(UserError, match="pages of 16"):
+        KernelRunner(make_model(), "bf16").allocate(4, 32)
+
+
+def test_the_path_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHATWRIGHT_KERNELS", "plain")
+    assert paths.choose() == "plain"
+    assert "without special instructions" in paths.described("plain", 2)
+    monkeypatch.setenv("CHATWRIGHT_KERNELS", "mmx")
+    with pytest.raises(UserError, match="plain"):
+        paths.choose()
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 100), st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 1.0, 1e4]))
+def test_rounding_activations(width: int, seed: int, size: float) -> None:
+    """What the kernels round to, read back, is what the reference says."""
+    from chatwright.generate.kernels.products import quantise
+
+    x = torch.randn(width, generator=torch.Generator().manual_seed(seed)) * size
+    padded = packing.up_to(width, 32)
+    flat = torch.zeros(padded)
+    flat[:width] = x
+    words, factors, sums = np.zeros(padded, np.uint8), np.zeros(padded // 32, np.float32), np.zeros(padded // 32, np.float32)
+    quantise(flat.numpy(), 0, padded, 1, 0, 1, padded // 32, words, factors, sums)
+    read = torch.from_numpy(words.view(np.int8).astype(np.float32)).view(-1, 32) * torch.from_numpy(factors)[:, None]
+    assert torch.allclose(read.flatten()[:width], rounded_activations(x), rtol=1e-6, atol=0)
+    assert np.array_equal(sums, words.view(np.int8).reshape(-1, 32).sum(1).astype(np.float32))
