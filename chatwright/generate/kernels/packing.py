@@ -102,52 +102,40 @@ class Packed:
     config: GPTConfig
     arena: np.ndarray[tuple[int], np.dtype[np.uint8]]
     plan: np.ndarray[tuple[int, int], np.dtype[np.int64]]
-    """A row per matrix (see products.py): QKV, OUTPUT, UP, DOWN of each layer, then the output matrix."""
+    """A row per matrix (see products.py): QKV, OUTPUT, UP, DOWN of each layer, then the output matrix and the token table."""
     vectors: np.ndarray[tuple[int], np.dtype[np.float32]]
     """Norm weights and biases."""
     norms: np.ndarray[tuple[int, int], np.dtype[np.int64]]
     """(layers + 1, 4) places of norm vectors in `vectors`."""
-    embedding: Tensor | None
-    """(V, D) token table where it is not the output matrix."""
-    positions: Tensor | None
-    """(context, D) learned positions."""
+    positions: int
+    """Place of the (context, D rounded up to 32) position table in `vectors`; -1 without one."""
 
     def matrix(self, number: int) -> Tensor:
         """A matrix of the plan as float32 (rows, inputs), padding included, out of the packed bytes."""
         kind, weights, scales, _, tiles, groups = (int(value) for value in self.plan[number])
-        return self._tiles(kind, weights, scales, tiles, groups, slice(None)).reshape(tiles * LANES, groups * GROUP)
-
-    def _tiles(self, kind: int, weights: int, scales: int, tiles: int, groups: int, chosen: slice | Tensor) -> Tensor:
-        """(chosen tiles, 16, inputs) as float32."""
         size = tiles * groups * BYTES_PER_GROUP[kind]
-        data = torch.from_numpy(self.arena[weights : weights + size]).view(tiles, -1)[chosen]
+        data = torch.from_numpy(self.arena[weights : weights + size])
+        shape = (tiles * LANES, groups * GROUP)
         if kind == F32_WEIGHTS:
-            return data.view(torch.float32).view(-1, groups * GROUP, LANES).transpose(1, 2)
+            return data.view(torch.float32).view(tiles, -1, LANES).transpose(1, 2).reshape(shape)
         if kind == BF16_WEIGHTS:
-            pairs = data.view(torch.bfloat16).view(-1, groups * GROUP // 2, LANES, 2)
-            return pairs.transpose(1, 2).float().reshape(-1, LANES, groups * GROUP)
+            return data.view(torch.bfloat16).view(tiles, -1, LANES, 2).transpose(1, 2).float().reshape(shape)
         if kind == INT8_WEIGHTS:
-            whole = data.view(torch.int8).view(-1, groups, 8, LANES, 4).float()
+            whole = data.view(torch.int8).view(tiles, groups, 8, LANES, 4).float()
         else:
-            nibbles = data.view(-1, groups, 4, LANES, 4)
+            nibbles = data.view(tiles, groups, 4, LANES, 4)
             whole = torch.cat((nibbles & 15, nibbles >> 4), dim=2).float()
         each = 1 if kind == INT8_WEIGHTS else 2
-        bits = torch.from_numpy(self.arena[scales : scales + tiles * groups * each * LANES * 2])
-        scale = bits.view(torch.bfloat16).view(tiles, groups, each, LANES, 1)[chosen].float().transpose(1, 3)  # (.., 16, each, groups, 1)
+        bits = torch.from_numpy(self.arena[scales : scales + tiles * groups * each * LANES * 2]).view(torch.bfloat16)
+        scale = bits.view(tiles, groups, each, LANES, 1).float().transpose(1, 3)  # (tiles, 16, each, groups, 1)
         values = whole.permute(0, 3, 1, 2, 4).flatten(3) * scale[:, :, 0]
-        return (values if each == 1 else values + scale[:, :, 1]).flatten(2)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """(N,) ids -> (N, D) rows of the token table."""
-        if self.embedding is not None:
-            return self.embedding[ids].float()
-        kind, weights, scales, _, tiles, groups = (int(value) for value in self.plan[-1])
-        rows = self._tiles(kind, weights, scales, tiles, groups, ids // LANES)
-        return rows[torch.arange(len(ids)), ids % LANES, : self.config.width]
+        return (values if each == 1 else values + scale[:, :, 1]).reshape(shape)
 
     def weight_bytes(self) -> int:
         """Bytes that one token's forward pass reads."""
-        return int(self.arena.nbytes)
+        read = self.plan[:-1]  # of the token table only a row
+        sizes = {F32_WEIGHTS: 0, BF16_WEIGHTS: 0, INT8_WEIGHTS: 2 * LANES, INT4_WEIGHTS: 4 * LANES}  # of scales
+        return sum(int(row[TILES] * row[GROUPS]) * (BYTES_PER_GROUP[int(row[FORMAT])] + sizes[int(row[FORMAT])]) for row in read)
 
 
 class _Packer:
@@ -282,15 +270,20 @@ def pack(model: GPT, dtype: str) -> Packed:
     packer = _Packer()
     norms = [_pack_block(packer, block, dtype) for block in model.blocks]  # type: ignore[arg-type]
     packer.matrix(model.head.weight, None, "int8" if dtype == "int4" else dtype)
+    if model.config.tied:
+        packer.plan.append(packer.plan[-1])
+    else:
+        packer.matrix(model.embed.weight, None, "fp32" if dtype == "fp32" else "bf16")
     norms.append([_norm_place(packer, model.final_norm), -1, -1, -1])
-    vectors = packer.vectors or [torch.zeros(LANES)]
+    positions = -1
+    if model.positions is not None:
+        table = model.positions.weight
+        positions = packer.vector(torch.nn.functional.pad(table, (0, up_to(table.shape[1], GROUP) - table.shape[1])).flatten())
     return Packed(
         model.config,
         packer.arena(),
         np.array(packer.plan, dtype=np.int64),
-        torch.cat(vectors).numpy(),
+        torch.cat([*packer.vectors, torch.zeros(LANES)]).numpy(),
         np.array(norms, dtype=np.int64),
-        None if model.config.tied else model.embed.weight.detach().bfloat16() if dtype != "fp32" else model.embed.weight.detach(),
-        model.positions.weight.detach() if model.positions is not None else None,
+        positions,
     )
-

@@ -17,6 +17,7 @@ from chatwright.generate.kernels.simd import (
     dots4,
     dots8,
     even_bf16,
+    fetch_ahead,
     fma,
     larger,
     largest,
@@ -39,6 +40,8 @@ F32_WEIGHTS, BF16_WEIGHTS, INT8_WEIGHTS, INT4_WEIGHTS = range(4)
 FORMAT, WEIGHTS, SCALES, BIAS, TILES, GROUPS, PLAN_COLUMNS = range(7)
 """Columns of a plan, one row per matrix: format, byte offsets in the arena, place of the bias (-1: none), sizes."""
 
+AHEAD = 2048
+"""How many bytes before they are used weights are asked for: the processor itself looks ahead no further than a page."""
 _compiled = njit(cache=True, nogil=True, error_model="numpy")
 _inlined = njit(forceinline=True, error_model="numpy")
 
@@ -148,6 +151,7 @@ def _product_bf16(arena, weights, tiles, groups, first, last, x, x_at, x_stride,
             b = splat(np.float32(0.0))
             for i in range(0, inputs, 2):
                 pair = load_int(arena, base + i * 32)
+                fetch_ahead(arena, base + i * 32 + AHEAD)
                 a = fma(even_bf16(pair), splat(x[p + i]), a)
                 b = fma(odd_bf16(pair), splat(x[p + i + 1]), b)
             store(out, at, add(a, b))
@@ -187,6 +191,8 @@ def _product_int8(path, arena, weights, scales, groups, first, last, words, fact
             p = place + row * groups
             a = _start(vectors, bias, tile, out, at, adding)
             for g in range(groups):
+                for line in range(0, 512, 64):
+                    fetch_ahead(arena, base + g * 512 + AHEAD + line)
                 s = multiply(load_bf16(arena, scale_at + g * 32), splat(factors[p + g]))
                 a = fma(to_float(dots8(path, arena, base + g * 512, words, (p + g) * GROUP)), s, a)
             store(out, at, a)
@@ -230,6 +236,8 @@ def _product_int4(path, arena, weights, scales, groups, first, last, words, fact
             p = place + row * groups
             a = _start(vectors, bias, tile, out, at, adding)
             for g in range(groups):
+                for line in range(0, 256, 64):
+                    fetch_ahead(arena, base + g * 256 + AHEAD + line)
                 a = _grouped4(path, arena, base + g * 256, scale_at + g * 64, words, factors, sums, p + g, a)
             store(out, at, a)
             row += 1

@@ -74,12 +74,11 @@ def reference(model: GPT, packed: Packed) -> GPT:
                 if isinstance(module, nn.Linear):
                     output = module is block.attention.output
                     module.register_forward_pre_hook(_round_heads(block) if output else _round_inputs)
-    head = packed.matrix(len(packed.plan) - 1)[: model.config.vocab_size, : model.config.width]
-    plain.head.weight.copy_(head)  # the token table as well, where they are one
-    if kinds[-1] >= INT8_WEIGHTS:
+    size, width, last = model.config.vocab_size, model.config.width, len(packed.plan) - 1
+    plain.head.weight.copy_(packed.matrix(last - 1)[:size, :width])
+    plain.embed.weight.copy_(packed.matrix(last)[:size, :width])  # the same once more, where they are one
+    if kinds[last - 1] >= INT8_WEIGHTS:
         plain.head.register_forward_pre_hook(_round_inputs)
-    if packed.embedding is not None:
-        plain.embed.weight.copy_(packed.embedding)
     return plain
 
 

@@ -63,6 +63,23 @@ class Team:
             self._done.release()
 
 
+def _flattened(feeds: Sequence[Feed]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of all new tokens: ids, positions, pages of their sequence (padded with 0), and the numbers of those wanted."""
+    count = sum(len(feed.ids) for feed in feeds)
+    ids, positions = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+    pages = np.zeros((count, max(len(feed.pages) for feed in feeds)), dtype=np.int64)
+    wanted: list[int] = []
+    at = 0
+    for feed in feeds:
+        end = at + len(feed.ids)
+        ids[at:end] = feed.ids
+        positions[at:end] = range(feed.start, feed.start + len(feed.ids))
+        pages[at:end, : len(feed.pages)] = feed.pages
+        wanted.extend(range(end - feed.wanted, end))
+        at = end
+    return ids, positions, pages, np.array(wanted, dtype=np.int64)
+
+
 class KernelRunner:
     """Runs a model on this machine's CPU with packed weights.
 
@@ -77,6 +94,8 @@ class KernelRunner:
         self.path = path or paths.choose()
         self.packed = packing.pack(model, dtype)
         self._angles = model.angles
+        self._cos = self._sin = np.zeros(1, dtype=np.float32)
+        self._turned = 0  # positions that they hold
         self.team = Team(threads or torch.get_num_threads())
         self._dims = self._describe()
         self._buffers(ROWS)
@@ -113,6 +132,7 @@ class KernelRunner:
             (step.QK_NORM, int(config.qk_norm)),
             (step.ROTARY, int(config.position == "rotary")),
             (step.BF16_CACHE, int(self.dtype != "fp32")),
+            (step.POSITIONS, self.packed.positions),
         ):
             dims[place] = value
         return dims
@@ -163,48 +183,37 @@ class KernelRunner:
 
     def forward(self, feeds: Sequence[Feed]) -> Float[Tensor, "wanted vocab"]:
         """Logits behind the wanted tokens; see `Runner`."""
-        ids = np.concatenate([np.asarray(feed.ids, dtype=np.int64) for feed in feeds])
-        positions = np.concatenate([np.arange(feed.start, feed.start + len(feed.ids)) for feed in feeds])
-        most = max(len(feed.pages) for feed in feeds)
-        pages = np.zeros((len(ids), most), dtype=np.int64)
-        wanted, at = [], 0
-        for feed in feeds:
-            pages[at : at + len(feed.ids), : len(feed.pages)] = feed.pages
-            at += len(feed.ids)
-            wanted.append(np.arange(at - feed.wanted, at))
-        asked = np.concatenate(wanted)
-        logits = torch.empty(len(asked), int(self._dims[step.LOGIT_STRIDE]))
+        ids, positions, pages, asked = _flattened(feeds)
+        logits = np.empty((len(asked), int(self._dims[step.LOGIT_STRIDE])), dtype=np.float32)
         # In order: the tokens of a sequence that are cut apart find their predecessors stored.
         for start in range(0, len(ids), ROWS):
             end = min(start + ROWS, len(ids))
-            here = (asked >= start) & (asked < end)
-            out = logits[torch.from_numpy(np.flatnonzero(here))] if not here.all() else logits
-            self._rows(ids[start:end], positions[start:end], pages[start:end], asked[here] - start, out)
-            if out is not logits:
-                logits[torch.from_numpy(np.flatnonzero(here))] = out
-        return logits[:, : self.config.vocab_size]
+            first, last = np.searchsorted(asked, (start, end))
+            part = logits[first:last].reshape(-1)
+            self._rows(ids[start:end], positions[start:end], pages[start:end], asked[first:last] - start, part)
+        return torch.from_numpy(logits)[:, : self.config.vocab_size]
 
-    def _rows(self, ids: np.ndarray, positions: np.ndarray, pages: np.ndarray, wanted: np.ndarray, logits: Tensor) -> None:
+    def _turn(self, longest: int) -> None:
+        """Have the rotary angles of positions below `longest`."""
+        if longest <= self._turned or self.config.position != "rotary":
+            return
+        self._turned = packing.up_to(longest, 1024)
+        angles = self._angles(torch.arange(self._turned)[None])
+        assert angles is not None
+        self._cos, self._sin = (part.flatten().contiguous().numpy() for part in angles)
+
+    def _rows(self, ids: np.ndarray, positions: np.ndarray, pages: np.ndarray, wanted: np.ndarray, logits: np.ndarray) -> None:
         """One compiled call: up to ROWS tokens."""
-        count, where = len(ids), torch.from_numpy(positions)
-        embedded = self.packed.embed(torch.from_numpy(ids))
-        if self.packed.positions is not None:
-            embedded = embedded + self.packed.positions[where]
-        stride = int(self._dims[step.STRIDE])
-        self._x[: count * stride].reshape(count, stride)[:, : self.config.width] = embedded.numpy()
-        angles = self._angles(where[None])
-        cos, sin = (part.flatten().contiguous().numpy() for part in angles) if angles else (self._factors[0], self._factors[0])
-        flat = logits.view(-1).numpy()
-        wanted = np.ascontiguousarray(wanted)
-        typed, threads = paths.typed(self.path), self.team.threads
+        self._turn(int(positions.max()) + 1)
+        path, threads = paths.typed(self.path), self.team.threads
         packed, eps = self.packed, np.float32(self.config.norm_eps)
 
         def job(thread: int) -> None:
             step.forward(
-                typed, thread, threads, self._sync, self._dims, eps, packed.arena, packed.plan, packed.vectors, packed.norms,
-                count, self._every, wanted, self._x, self._normed, self._words, self._factors, self._sums, self._qkv,
-                self._attended, self._raw, self._hidden, self._scores, cos, sin, positions, pages, self._keys,
-                self._values, flat,
+                path, thread, threads, self._sync, self._dims, eps, packed.arena, packed.plan, packed.vectors, packed.norms,
+                ids, positions, pages, wanted, self._every, self._x, self._normed, self._words, self._factors, self._sums,
+                self._qkv, self._attended, self._raw, self._hidden, self._scores, self._cos, self._sin, self._keys, self._values,
+                logits,
             )  # fmt: skip
 
         self.team.run(job)

@@ -104,6 +104,19 @@ def load_bf16(typing: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
+def fetch_ahead(typing: Any, array: Any, index: Any) -> Any:
+    """Have the cache line of array[index] brought near; harmless beyond the array's end."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.bitcast(_address(context, builder, signature.args[0], args[0], args[1]), _I8.as_pointer())
+        numbers = [ir.Constant(_I32, number) for number in (0, 3, 1)]  # to read, to keep, data
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *numbers])
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64), code
+
+
+@intrinsic
 def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
     """Write sixteen float32 to array[index] on."""
 
@@ -113,6 +126,27 @@ def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(array, types.int64, F32), code
+
+
+@intrinsic
+def read_one(typing: Any, array: Any, index: Any) -> Any:
+    """One float32 out of an array of bytes."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _load(builder, _address(context, builder, signature.args[0], args[0], args[1]), _FLOAT, 4)
+
+    return types.float32(array, types.int64), code
+
+
+@intrinsic
+def read_one_bf16(typing: Any, array: Any, index: Any) -> Any:
+    """One bfloat16 out of an array of bytes, as float32."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        half = _load(builder, _address(context, builder, signature.args[0], args[0], args[1]), _I16, 2)
+        return builder.bitcast(builder.shl(builder.zext(half, _I32), ir.Constant(_I32, 16)), _FLOAT)
+
+    return types.float32(array, types.int64), code
 
 
 @intrinsic

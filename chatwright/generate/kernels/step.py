@@ -15,16 +15,21 @@ from __future__ import annotations
 import numpy as np
 
 from chatwright.generate.kernels.products import (
+    BF16_WEIGHTS,
+    F32_WEIGHTS,
     FORMAT,
     GROUPS,
     INT8_WEIGHTS,
+    SCALES,
     TILES,
+    WEIGHTS,
     _compiled,
     _inlined,
     product,
     quantise,
 )
 from chatwright.generate.kernels.simd import (
+    GROUP,
     LANES,
     add,
     divide,
@@ -39,6 +44,8 @@ from chatwright.generate.kernels.simd import (
     meet,
     multiply,
     odd_bf16,
+    read_one,
+    read_one_bf16,
     splat,
     store,
     store_one,
@@ -48,12 +55,13 @@ from chatwright.generate.kernels.simd import (
 )
 
 (WIDTH, STRIDE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HEAD_STRIDE, MLP_STRIDE, QKV_STRIDE, LOGIT_STRIDE, NORM, ACTIVATION, QK_NORM,
- ROTARY, PAGES, BF16_CACHE, LONGEST, DIMS) = range(18)  # fmt: skip
-"""Places in `dims`. Strides are widths rounded up to 32, heads apart."""
+ ROTARY, PAGES, BF16_CACHE, POSITIONS, DIMS) = range(18)  # fmt: skip
+"""Places in `dims`. Strides are widths rounded up to 32, heads apart. POSITIONS is the place of the position table in `vectors`,
+-1 without one."""
 RMS, LAYER = range(2)
 SWIGLU, GELU_TANH, RELU2 = range(3)
 QKV, OUTPUT, UP, DOWN, MATRICES = range(5)
-"""Matrices of a layer in the plan; the last row is the output matrix."""
+"""Matrices of a layer in the plan; then follow the output matrix and the token table (once more, where they are one)."""
 ATTENTION_NORM, MLP_NORM, QUERY_NORM, KEY_NORM, NORMS = range(5)
 """Norm vectors of a layer: places in `vectors`. The last row of the table has the final norm."""
 ALONE = 4
@@ -116,6 +124,29 @@ def _rotate(x, at, half, cos, sin, angle):
 
 
 @_compiled
+def _embed(matrix, dims, arena, vectors, ids, positions, first, last, x):
+    """Rows `first` to `last` of x: a row of the token table each, and of the position table."""
+    kind, weights, scales, groups = matrix[FORMAT], matrix[WEIGHTS], matrix[SCALES], matrix[GROUPS]
+    for row in range(first, last):
+        tile, lane = ids[row] // LANES, ids[row] % LANES
+        at = row * dims[STRIDE]
+        for i in range(dims[WIDTH]):
+            group = tile * groups + i // GROUP
+            if kind == F32_WEIGHTS:
+                value = read_one(arena, weights + ((tile * groups * GROUP + i) * LANES + lane) * 4)
+            elif kind == BF16_WEIGHTS:
+                pair = (tile * groups * GROUP + i) // 2
+                value = read_one_bf16(arena, weights + ((pair * LANES + lane) * 2 + i % 2) * 2)
+            else:  # int8: the token table is never rounded to four bits
+                word = i % GROUP // 4
+                whole = np.int8(arena[weights + group * 512 + word * 64 + lane * 4 + i % 4])
+                value = np.float32(whole) * read_one_bf16(arena, scales + (group * LANES + lane) * 2)
+            if dims[POSITIONS] >= 0:
+                value += vectors[dims[POSITIONS] + positions[row] * dims[STRIDE] + i]
+            x[at + i] = value
+
+
+@_compiled
 def _place(dims, eps, vectors, norms, layer, first, last, qkv, cos, sin, positions, pages, keys, values):
     """Normalise and rotate queries and keys; write keys and values into their pages. A unit is a head of a row."""
     heads, groups, size, room = dims[HEADS], dims[KV_HEADS], dims[HEAD_DIM], dims[HEAD_STRIDE]
@@ -127,7 +158,7 @@ def _place(dims, eps, vectors, norms, layer, first, last, qkv, cos, sin, positio
         if dims[QK_NORM]:
             _head_norm(qkv, at, size, eps, vectors, norms[layer, QUERY_NORM if head < heads else KEY_NORM])
         if dims[ROTARY]:
-            _rotate(qkv, at, size // 2, cos, sin, row * (size // 2))
+            _rotate(qkv, at, size // 2, cos, sin, positions[row] * (size // 2))
         if head < heads:
             continue
         position = positions[row]
@@ -240,20 +271,24 @@ def _prepare(matrix, x, x_at, stride, rows, slot, slots, first, last, words, fac
 
 
 @_compiled
-def forward(path, thread, threads, sync, dims, eps, arena, plan, vectors, norms, rows, every, wanted, x, normed, words, factors,
-            sums, qkv, attended, raw, hidden, scores, cos, sin, positions, pages, keys, values, logits):  # fmt: skip
-    """One thread's part of the forward pass of `rows` tokens.
+def forward(path, thread, threads, sync, dims, eps, arena, plan, vectors, norms, ids, positions, pages, wanted, every, x, normed,
+            words, factors, sums, qkv, attended, raw, hidden, scores, cos, sin, keys, values, logits):  # fmt: skip
+    """One thread's part of the forward pass of some tokens ("rows").
 
-    x: (rows, STRIDE) embedded tokens, flat; used up. positions: (rows,). pages: (rows, most) page numbers. cos, sin: (rows, K / 2).
-    every: 0, 1, 2, ...; wanted: rows whose logits are asked for. keys, values: bytes. logits: (wanted, LOGIT_STRIDE), flat.
-    normed, words, factors, sums and scores have a first dimension of threads; sync is zeros. All float32 but words (bytes).
+    ids, positions: (rows,). pages: (rows, most) page numbers. wanted: rows whose logits are asked for. every: 0, 1, 2, ...
+    cos, sin: (positions, K / 2), flat. keys, values: bytes. logits: (wanted, LOGIT_STRIDE), flat.
+    The rest is for what is computed on the way; normed, words, factors, sums and scores have a first dimension of threads.
     """
+    rows = len(ids)
     stride, layers = dims[STRIDE], dims[LAYERS]
     shared = rows > ALONE and threads > 1
     slot = 0 if shared else thread
     first, last = _part(rows, thread, threads) if shared else (0, rows)
     heads_stride = dims[HEADS] * dims[HEAD_STRIDE]
     units = rows * (dims[HEADS] + dims[KV_HEADS])
+    a, b = _part(rows, thread, threads)
+    _embed(plan[layers * MATRICES + 1], dims, arena, vectors, ids, positions, a, b, x)
+    meet(sync, threads)
     for layer in range(layers):
         matrix = plan[layer * MATRICES + QKV]
         norm = norms[layer, ATTENTION_NORM]
