@@ -16,28 +16,65 @@ from chatwright.chat import ChatTemplate, FittedChat, Message, fit_context
 from chatwright.config import UserError
 from chatwright.generate.engine import Engine
 from chatwright.generate.request import Completion, Piece, Request
+from chatwright.generate.runner import Runner
 from chatwright.generate.sampling import Sampling
 from chatwright.interop.loaded import Loaded
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
 
+DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
+"""How the weights are held for generation; see `make_runner`."""
+WORTH_COMPILING = 20_000_000
+"""Parameters from which `auto` takes the CPU kernels: smaller models answer at once anyway, and exactly."""
+
+
+def make_runner(model: GPT, dtype: str) -> Runner | None:
+    """What computes for the engine, given the wish for a dtype; None is the model itself, in its own precision.
+
+    On a CPU a named dtype means the compiled kernels with weights of that kind. `auto` means bf16 kernels for models worth
+    it, where the kernels carry the shape. Raises UserError when what was asked for by name cannot be had.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if next(model.parameters()).device.type != "cpu":
+        if dtype in ("int8", "int4"):
+            raise UserError(f"{dtype} weights are for CPUs; on a GPU take bf16 or fp32")
+        if dtype == "bf16":
+            model.bfloat16()
+        return None
+    if dtype == "auto":
+        from chatwright.generate.shapes import unsupported
+
+        if model.parameter_count() < WORTH_COMPILING or unsupported(model.config):
+            return None
+        dtype = "bf16"
+    from chatwright.generate.kernels import KernelRunner
+
+    return KernelRunner(model, dtype)
+
 
 class LanguageModel:
     """A GPT that speaks text. Sampling options are those of `chatwright.generate.sampling.Sampling`."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, template: ChatTemplate | None, name: str) -> None:
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, template: ChatTemplate | None, name: str, *, dtype: str = "auto"
+    ) -> None:
         if model.config.vocab_size < tokenizer.vocab_size:
             raise UserError(
                 f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
                 "they do not belong together"
             )
         self.model, self.tokenizer, self.template, self.name = model.eval(), tokenizer, template, name
+        self.dtype = dtype
 
     @cached_property
     def engine(self) -> Engine:
-        """The scheduler that all generation goes through; made when first used."""
-        return Engine(self.model, self.tokenizer)
+        """The scheduler that all generation goes through; made when first used. Raises UserError as `make_runner`.
+
+        Weights are packed for it once: one who trains `model` afterwards makes a new LanguageModel.
+        """
+        return Engine(self.model, self.tokenizer, runner=make_runner(self.model, self.dtype))
 
     def logits(self, ids: Sequence[Sequence[int]] | Tensor) -> Float[Tensor, "batch time vocab"]:
         """Logits (float32) of the token after each position; rows of equal length."""
@@ -183,10 +220,10 @@ def load_parts(name: str | Path) -> Loaded:
     )
 
 
-def load(name: str | Path) -> LanguageModel:
-    """A ready language model by name; see `load_parts`. Raises UserError."""
+def load(name: str | Path, *, dtype: str = "auto") -> LanguageModel:
+    """A ready language model by name; see `load_parts`, and for `dtype` `make_runner`. Raises UserError."""
     parts = load_parts(name)
     if parts.tokenizer is None:
         raise UserError(f"{name} has no tokenizer.json beside its weights")
     runtime.set_threads()
-    return LanguageModel(parts.model.to(runtime.device()), parts.tokenizer, parts.template, str(name))
+    return LanguageModel(parts.model.to(runtime.device()), parts.tokenizer, parts.template, str(name), dtype=dtype)

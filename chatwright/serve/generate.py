@@ -46,6 +46,8 @@ class GenerateConfig:
     """Makes the result repeatable: sample k (from 0) uses seed + k."""
     count: int = 1
     """How many continuations; each has a heading when there are several."""
+    dtype: str = "auto"
+    """Weights while generating: fp32, bf16, int8 or int4 (compiled CPU kernels); auto takes bf16 for models above 20 M."""
     beams: int = 0
     """Above 0: the `count` best continuations found by beam search with so many beams, without chance."""
     length_penalty: float = 1.0
@@ -85,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal's encoding may lack a character
     from chatwright.language_model import load
 
-    model = load(str(positionals["model"]))
+    model = load(str(positionals["model"]), dtype=config.dtype)
     show = harmless if sys.stdout.isatty() else str
     if config.beams:
         return _search(model, prompt, config, show)

@@ -33,6 +33,8 @@ class ServeConfig:
     """Host names the server answers to beside this machine's own. Empty: any name, if `host` is not loopback."""
     max_requests: int = 64
     """Answers that may be under way or waiting at a time; more are refused with status 429."""
+    dtype: str = "auto"
+    """Weights while generating: fp32, bf16, int8 or int4 (compiled CPU kernels); auto takes bf16 for models above 20 M."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -62,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         from chatwright.language_model import load
 
-        return serve(load(str(positionals["model"])), listener, config)
+        return serve(load(str(positionals["model"]), dtype=config.dtype), listener, config)
     finally:
         listener.close()
 

@@ -49,6 +49,8 @@ class ChatConfig:
     """System prompt."""
     seed: int | None = None
     """Makes the answers repeatable: turn k uses seed + k."""
+    dtype: str = "auto"
+    """Weights while generating: fp32, bf16, int8 or int4 (compiled CPU kernels); auto takes bf16 for models above 20 M."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
             stream.reconfigure(errors="replace")
     from chatwright.language_model import load
 
-    chat = TerminalChat(load(str(positionals["model"])), config, out=sys.stdout)
+    chat = TerminalChat(load(str(positionals["model"]), dtype=config.dtype), config, out=sys.stdout)
     return chat.talk() if sys.stdin.isatty() else chat.answer_lines(sys.stdin)
 
 

@@ -35,6 +35,7 @@ from chatwright.generate.kernels.products import (
     WEIGHTS,
 )
 from chatwright.generate.kernels.simd import GROUP, LANES
+from chatwright.generate.shapes import unsupported
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT, Attention, Block
 
@@ -48,20 +49,6 @@ HUGE_PAGE = 2 << 20
 def up_to(size: int, multiple: int) -> int:
     """The next multiple that holds `size`."""
     return -(-size // multiple) * multiple
-
-
-def unsupported(config: GPTConfig) -> str | None:
-    """Why the kernels cannot run this shape, or None when they can."""
-    for wrong, reason in (
-        (not config.pre_norm, "post-norm blocks"),
-        (config.position == "sinusoidal", "sinusoidal positions"),
-        (config.activation == "gelu", "the exact GELU"),
-        (bool(config.logit_softcap), "a soft cap on logits"),
-        (config.head_dim % 2 == 1, "an odd head size"),
-    ):
-        if wrong:
-            return reason
-    return None
 
 
 def quantised8(weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,19 @@
+"""Which shapes the CPU kernels carry; apart from them, because to ask should not cost the import of a compiler."""
+
+from __future__ import annotations
+
+from chatwright.model.config import GPTConfig
+
+
+def unsupported(config: GPTConfig) -> str | None:
+    """Why the kernels cannot run this shape, or None when they can."""
+    for wrong, reason in (
+        (not config.pre_norm, "post-norm blocks"),
+        (config.position == "sinusoidal", "sinusoidal positions"),
+        (config.activation == "gelu", "the exact GELU"),
+        (bool(config.logit_softcap), "a soft cap on logits"),
+        (config.head_dim % 2 == 1, "an odd head size"),
+    ):
+        if wrong:
+            return reason
+    return None
