@@ -33,6 +33,8 @@ _FILE_TYPES = {
     Kind.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
 }
 
+_POSITIONS = "position_embd.weight"
+
 
 def _architecture(config: GPTConfig) -> str:
     family = family_name(config)
@@ -84,7 +86,7 @@ class _Planned(reading._Metadata):
 def kind_of(name: str, shape: tuple[int, ...], wanted: Kind) -> Kind:
     """How a tensor is stored, by its name in the file: vectors and learned positions always in float32, as llama.cpp
     has them, and rows that cannot be cut into blocks as well."""
-    if len(shape) < 2 or name == "position_embd.weight":
+    if len(shape) < 2 or name == _POSITIONS:
         return Kind.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     return Kind.F32 if shape[-1] % block else wanted
@@ -182,13 +184,10 @@ class GGUFExport:
     tensors: Mapping[str, Stored]
     kind: Kind
 
-    def not_quantised(self) -> list[str]:
-        """Matrices that stay in float32 although smaller numbers were asked for."""
-        return [
-            name
-            for name, tensor in self.tensors.items()
-            if len(tensor.shape) > 1 and kind_of(name, tensor.shape, self.kind) != self.kind
-        ]
+    def left_out(self) -> list[str]:
+        """Matrices that stay in float32 because their rows cannot be cut into the blocks that were asked for."""
+        block, _ = gguf.GGML_QUANT_SIZES[self.kind]
+        return [name for name, one in self.tensors.items() if len(one.shape) > 1 and one.shape[-1] % block and name != _POSITIONS]
 
 
 def plan_gguf(parts: Loaded, *, dtype: str = "f32") -> GGUFExport:

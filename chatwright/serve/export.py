@@ -137,9 +137,10 @@ def write_export(
                 notes.append(_compare(before, parts, aside, form=form, where=str(target)))
         return f"transformers' {hf.family}", notes
     assert gguf is not None
-    left = gguf.not_quantised()
+    left = gguf.left_out()
     if left:
-        notes.append(f"In float32, not {dtype}: {', '.join(left[:3])}{' and more' if len(left) > 3 else ''}.")
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        notes.append(f"In float32, as {dtype} wants rows of a multiple of 32: {', '.join(left[:3])}{more}.")
     with checkpoint.whole_file(target) as aside:
         gguf_export.write_gguf(gguf, aside)
         if before is not None:

@@ -17,7 +17,7 @@ TEXTS = ("Hello there, how are you today?", "I am fine, thank you. And you?", "n
 VOCAB = 331
 """An odd number, larger than the tokenizer's: the table has rows without a token, as published models have."""
 
-LEARNED: dict[str, Any] = {"vocab_size": VOCAB, "context": 160, "layers": 2, "width": 48, "heads": 3}
+LEARNED: dict[str, Any] = {"vocab_size": VOCAB, "context": 160, "layers": 2, "width": 64, "heads": 4}
 GATED: dict[str, Any] = {
     **LEARNED,
     "mlp_width": 96,
@@ -34,11 +34,11 @@ SHAPES: dict[str, GPTConfig] = {
     "gpt2-untied": GPTConfig(**LEARNED, tied=False, mlp_width=64, norm_eps=1e-3),
     "gpt2-erf": GPTConfig(**LEARNED, activation="gelu"),
     "llama": GPTConfig(**GATED, tied=False),
-    "llama-grouped": GPTConfig(**{**GATED, "heads": 6, "kv_heads": 2, "rope_base": 500_000.0}),
+    "llama-grouped": GPTConfig(**{**GATED, "heads": 8, "kv_heads": 2, "rope_base": 500_000.0}),
     "llama-wide-heads": GPTConfig(**{**GATED, "kv_heads": 1, "head_dim": 32}),
     "qwen3": GPTConfig(**GATED, qk_norm=True),
     "qwen3-untied": GPTConfig(
-        **{**GATED, "heads": 5, "kv_heads": 1, "head_dim": 24, "mlp_width": 100, "tied": False}, qk_norm=True
+        **{**GATED, "width": 48, "heads": 5, "kv_heads": 1, "head_dim": 24, "mlp_width": 100, "tied": False}, qk_norm=True
     ),
     "arcee": GPTConfig(**{**GATED, "activation": "relu2"}),
     "arcee-grouped": GPTConfig(**{**GATED, "activation": "relu2", "heads": 4, "kv_heads": 2, "tied": False}),

@@ -306,9 +306,11 @@ def test_where_ids_differ(twins: dict[str, Any], tokenizer: Tokenizer) -> None:
     spelled = [Message(role="user", content="<|end|>")]
     assert tokenizer.control_ids["<|end|>"] in their_ids(twins["native"], spelled)[1:2]
     assert NATIVE.encode(spelled, tokenizer).ids.count(tokenizer.control_ids["<|end|>"]) == 1
-    joined = [Message(role="user", content="\nyou")]
-    assert joins(NATIVE, joined, tokenizer, prompt=False) is False
+    joined = [Message(role="user", content="you")]  # "user: " and "you", but " you" is a token
+    assert joins(WORDY, joined, tokenizer, prompt=False) and not joins(NATIVE, joined, tokenizer, prompt=False)
     assert their_ids(twins["native"], joined) == NATIVE.encode(joined, tokenizer).ids
+    assert their_ids(twins["wordy"], joined) != WORDY.encode(joined, tokenizer).ids
+    assert twins["wordy"].decode(their_ids(twins["wordy"], joined)) == "user: you\n<|end|>\n"
 
 
 @pytest.mark.parametrize(
@@ -350,7 +352,7 @@ REFUSED = [
     ({**LEARNED, "activation": "relu2"}, "the model has activation 'relu2', and transformers' gpt2"),
     ({**LEARNED, "pre_norm": False, "mlp_width": 64}, "the model has mlp_width 64, and transformers' openai-gpt"),
     ({**LEARNED, "pre_norm": False, "activation": "gelu"}, "the model has activation 'gelu', and transformers' openai-gpt"),
-    ({**GATED, "heads": 5, "head_dim": 8}, "the model's width 48 is not a multiple of its 5 heads"),
+    ({**GATED, "heads": 5, "head_dim": 8}, "the model's width 64 is not a multiple of its 5 heads"),
 ]
 
 
