@@ -217,7 +217,7 @@ def test_every_character_is_cut_alike(cutting: tuple[Any, Tokenizer]) -> None:
 
 def test_a_revealing_tokenizer_reveals() -> None:
     """The comparison is sharp: cut in another way, the same text has other tokens."""
-    texts = {pre: tuple(revealing(pre).encode("1111 .a")) for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2")}
+    texts = {pre: tuple(revealing(pre).encode("1111.a")) for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2")}
     assert len(set(texts.values())) == 4
 
 
