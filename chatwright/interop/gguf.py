@@ -30,7 +30,7 @@ from chatwright.interop.loaded import (
     translate,
 )
 from chatwright.model.config import GPTConfig
-from chatwright.tokenizer import Tokenizer
+from chatwright.tokenizer import PATTERN, Tokenizer
 
 _ENDS = (
     Rule("token_embd.weight", "embed.weight"),
@@ -117,11 +117,7 @@ _SINGLE_DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digit
 
 def _split(digits: str) -> pre_tokenizers.Sequence:
     """The pattern of Llama 3 and Qwen 2, which differ in how many digits stay together."""
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-        + digits
-        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
+    pattern = PATTERN.replace(r"|\p{N}|", f"|{digits}|")
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),

@@ -24,7 +24,7 @@ from chatwright.interop import gguf as reading
 from chatwright.interop.leaving import check_shape, ends_of, family_name, portable
 from chatwright.interop.loaded import Loaded, Stored, foreign
 from chatwright.model.config import GPTConfig
-from chatwright.tokenizer import Tokenizer
+from chatwright.tokenizer import PATTERN, Tokenizer
 
 DTYPES = {"f32": Kind.F32, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
 _FILE_TYPES = {
@@ -96,11 +96,16 @@ def kind_of(name: str, shape: tuple[int, ...], wanted: Kind) -> Kind:
 
 
 def _pre_tokenizer(backend: tokenizers.Tokenizer) -> Any:
-    """How a tokenizer cuts text, as JSON, without what changes no ids."""
+    """How a tokenizer cuts text, as JSON, without what changes no ids.
+
+    Contractions are spelled out: llama.cpp reads the published (?i:'s|'t|...) so too (see PATTERN for the difference).
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(one) for key, one in value.items() if key != "trim_offsets"}
+        if isinstance(value, str):
+            return value.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", PATTERN.partition("|[^")[0])
         return [plain(one) for one in value] if isinstance(value, list) else value
 
     return plain(json.loads(backend.to_str())["pre_tokenizer"])

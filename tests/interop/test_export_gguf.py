@@ -146,6 +146,18 @@ def test_the_pattern_is_qwen2s() -> None:
     assert trained["pretokenizers"][0]["pattern"]["Regex"] == PATTERN
 
 
+@pytest.mark.parametrize(("digits", "name"), [(r"\p{N}", "qwen2"), (r"\p{N}{1,3}", "llama-bpe")])
+def test_the_published_spelling_is_known(digits: str, name: str, tokenizer: Tokenizer) -> None:
+    """As it stands in the tokenizer.json of Qwen and Llama 3."""
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern.replace("DIGITS", digits)), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    assert pre_name(Tokenizer(backend)) == name
+
+
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_every_way_that_is_read_is_written(name: str, tokenizer: Tokenizer, file: Path) -> None:
     """And what is written is read as the same."""
@@ -176,7 +188,7 @@ def with_normalizer(tokenizer: Tokenizer) -> Tokenizer:
 
 def with_old_pattern(tokenizer: Tokenizer) -> Tokenizer:
     backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
-    pattern = tokenizers.Regex(PATTERN.replace(r"\p{N}|", r"\p{N}{1,2}|"))
+    pattern = tokenizers.Regex(PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,2}|"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
