@@ -182,17 +182,47 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class GGUFExport:
-    """All of a file but the weights, made and checked before anything is written."""
+    """A file that is made and checked, all but the weights, and not yet written."""
 
     architecture: str
     values: Mapping[str, Any]
     tensors: Mapping[str, Stored]
     kind: Kind
 
-    def left_out(self) -> list[str]:
-        """Matrices that stay in float32 because their rows cannot be cut into the blocks that were asked for."""
+    @property
+    def family(self) -> str:
+        """Who computes it."""
+        return f"llama.cpp's {self.architecture}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say: which matrices stay in float32 because their rows cannot be cut into blocks."""
         block, _ = gguf.GGML_QUANT_SIZES[self.kind]
-        return [name for name, one in self.tensors.items() if len(one.shape) > 1 and one.shape[-1] % block and name != _POSITIONS]
+        left = [name for name, one in self.tensors.items() if len(one.shape) > 1 and one.shape[-1] % block]
+        left = [name for name in left if name != _POSITIONS]
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        kind, names = self.kind.name.lower(), ", ".join(left[:3])
+        return [f"In float32, as {kind} wants rows of a multiple of {block}: {names}{more}."] if left else []
+
+    def write(self, path: Path) -> None:
+        """Write the file, one tensor in memory at a time. Raises OSError when the disk is full."""
+        writer = gguf.GGUFWriter(path, self.architecture)
+        try:
+            for key, value in self.values.items():
+                _add(writer, key, value)
+            for name, tensor in self.tensors.items():
+                kind = kind_of(name, tensor.shape, self.kind)
+                block, size = gguf.GGML_QUANT_SIZES[kind]
+                count = torch.Size(tensor.shape).numel() // block * size
+                writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), count, raw_dtype=kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for name, tensor in self.tensors.items():
+                numbers = tensor.read().float().cpu().contiguous().numpy()
+                writer.write_tensor_data(quantize(numbers, kind_of(name, tensor.shape, self.kind)))
+        finally:
+            writer.close()
 
 
 def plan_gguf(parts: Loaded, *, dtype: str = "f32") -> GGUFExport:
@@ -212,27 +242,6 @@ def plan_gguf(parts: Loaded, *, dtype: str = "f32") -> GGUFExport:
     if parts.template is not None:
         values["tokenizer.chat_template"] = portable(parts.template)
     return GGUFExport(architecture, values, tensors, kind)
-
-
-def write_gguf(plan: GGUFExport, path: Path) -> None:
-    """Write a planned export, one tensor in memory at a time. Raises OSError when the disk is full."""
-    writer = gguf.GGUFWriter(path, plan.architecture)
-    try:
-        for key, value in plan.values.items():
-            _add(writer, key, value)
-        for name, tensor in plan.tensors.items():
-            kind = kind_of(name, tensor.shape, plan.kind)
-            block, size = gguf.GGML_QUANT_SIZES[kind]
-            count = torch.Size(tensor.shape).numel() // block * size
-            writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), count, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, tensor in plan.tensors.items():
-            numbers = tensor.read().float().cpu().contiguous().numpy()
-            writer.write_tensor_data(quantize(numbers, kind_of(name, tensor.shape, plan.kind)))
-    finally:
-        writer.close()
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
@@ -266,5 +275,5 @@ def round_gguf(parts: Loaded, dtype: str) -> None:
         if kind == Kind.BF16:
             parameter.copy_(parameter.bfloat16())
         elif kind != Kind.F32:
-            numbers = dequantize(quantize(parameter.float().numpy(), kind), kind)
+            numbers = dequantize(quantize(parameter.detach().float().cpu().numpy(), kind), kind)
             parameter.copy_(torch.from_numpy(numbers))

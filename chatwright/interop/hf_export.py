@@ -7,13 +7,12 @@ config.json gives the same shape again, so that whatever a family cannot say is 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from chatwright.checkpoint import save_tensors
 from chatwright.config import UserError
@@ -119,12 +118,47 @@ def config_to_hf(config: GPTConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class HFExport:
-    """All of a model directory but the weights, made and checked before anything is written."""
+    """A model directory that is made and checked, all but the weights, and not yet written."""
 
+    family: str
     texts: Mapping[str, str]
     tensors: Mapping[str, Stored]
     dtype: torch.dtype
-    family: str
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say about it: nothing."""
+        return []
+
+    def write(self, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+        """Write into an existing directory, one file's tensors in memory at a time. Raises OSError: disk full."""
+        for name, text in self.texts.items():
+            (directory / name).write_text(text, encoding="utf-8")
+        shards = self._shards(shard_bytes)
+        index: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            tensors = {name: self.tensors[name].read().to(self.dtype) for name in names}
+            save_tensors(directory / file, tensors, {"format": "pt"})  # without the note, transformers 4 refuses it
+            index |= dict.fromkeys(names, file)
+        if len(shards) > 1:
+            content = {"metadata": {"total_size": sum(map(self._size, index))}, "weight_map": index}
+            (directory / "model.safetensors.index.json").write_text(_json(content), encoding="utf-8")
+
+    def _size(self, name: str) -> int:
+        return torch.Size(self.tensors[name].shape).numel() * self.dtype.itemsize
+
+    def _shards(self, most: int) -> list[list[str]]:
+        """The tensors of each file: as many as fit, at least one."""
+        shards: list[list[str]] = [[]]
+        filled = 0
+        for name in self.tensors:
+            if shards[-1] and filled + self._size(name) > most:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += self._size(name)
+        return shards
 
 
 def plan_hf(parts: Loaded, *, dtype: str = "fp32") -> HFExport:
@@ -161,47 +195,7 @@ def plan_hf(parts: Loaded, *, dtype: str = "fp32") -> HFExport:
     if parts.template is not None:
         texts["chat_template.jinja"] = portable(parts.template)
     texts["config.json"] = _json(values)
-    return HFExport(texts, tensors, DTYPES[dtype], family)
-
-
-def write_hf(plan: HFExport, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a planned export into an existing directory. Raises OSError when the disk is full."""
-    for name, text in plan.texts.items():
-        (directory / name).write_text(text, encoding="utf-8")
-    shards = _shards(plan, shard_bytes)
-    index: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        # Made one file at a time; the format's note lets older versions of transformers know whose layout it is.
-        save_tensors(directory / file, dict(_read(plan, names)), {"format": "pt"})
-        index |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        total = sum(_size(plan, name) for name in index)
-        content = {"metadata": {"total_size": total}, "weight_map": index}
-        (directory / "model.safetensors.index.json").write_text(_json(content), encoding="utf-8")
-
-
-def _read(plan: HFExport, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        yield name, plan.tensors[name].read().to(plan.dtype)
-
-
-def _size(plan: HFExport, name: str) -> int:
-    return torch.Size(plan.tensors[name].shape).numel() * plan.dtype.itemsize
-
-
-def _shards(plan: HFExport, most: int) -> list[list[str]]:
-    """The tensors of each file: as many as fit, at least one."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name in plan.tensors:
-        size = _size(plan, name)
-        if shards[-1] and filled + size > most:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
+    return HFExport(f"transformers' {family}", texts, tensors, DTYPES[dtype])
 
 
 def _json(value: Any) -> str:

@@ -48,6 +48,9 @@ def check_shape(config: GPTConfig, carried: GPTConfig, family: str) -> None:
 
 def ends_of(parts: Loaded, tokenizer: Tokenizer) -> Ends:
     """The end tokens of a model. Raises UserError when readers would take another token for one of them."""
+    size, rows = 1 + max(tokenizer.backend.get_vocab(with_added_tokens=True).values()), parts.model.config.vocab_size
+    if size > rows:
+        raise UserError(f"the tokenizer has {size} tokens and the model {rows}: they do not belong together")
     if parts.template is not None:
         parts.template.end_ids(tokenizer)  # a template whose end nobody knows is refused
     ends = Ends(parts.template.end if parts.template else None, tokenizer.end_of_text)

@@ -120,47 +120,39 @@ def write_export(
     UserError: the format cannot carry it, disk full, or what was read back differs.
     """
     from chatwright import checkpoint
-    from chatwright.interop import gguf_export, hf_export
+    from chatwright.interop.gguf_export import GGUFExport, plan_gguf
+    from chatwright.interop.hf_export import HFExport, plan_hf
 
+    plan: HFExport | GGUFExport
     try:
-        hf = hf_export.plan_hf(parts, dtype=dtype) if form == "hf" else None
-        gguf = gguf_export.plan_gguf(parts, dtype=dtype) if form == "gguf" else None
+        plan = plan_hf(parts, dtype=dtype) if form == "hf" else plan_gguf(parts, dtype=dtype)
     except UserError as error:
         raise UserError(f"{source} cannot be written as {form}: {error}") from None
-    notes: list[str] = []
+    family, notes = plan.family, plan.notes
     before = behaviour(parts) if verify else None
-    if hf is not None:
-        with checkpoint.whole_directory(target) as aside:
-            hf_export.write_hf(hf, aside)
-            if before is not None:
-                hf_export.round_hf(parts, dtype)
-                notes.append(_compare(before, parts, aside, form=form, where=str(target)))
-        return f"transformers' {hf.family}", notes
-    assert gguf is not None
-    left = gguf.left_out()
-    if left:
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        notes.append(f"In float32, as {dtype} wants rows of a multiple of 32: {', '.join(left[:3])}{more}.")
-    with checkpoint.whole_file(target) as aside:
-        gguf_export.write_gguf(gguf, aside)
+    with (checkpoint.whole_directory if form == "hf" else checkpoint.whole_file)(target) as aside:
+        plan.write(aside)
+        del plan  # it holds on to the weights
         if before is not None:
-            gguf_export.round_gguf(parts, dtype)
-            notes.append(_compare(before, parts, aside, form=form, where=str(target)))
-    return f"llama.cpp's {gguf.architecture}", notes
+            notes.append(_compare(before, parts, aside, form=form, dtype=dtype, where=str(target)))
+    return family, notes
 
 
-def _compare(before: Behaviour, rounded: Loaded, written: Path, *, form: Format, where: str) -> str:
+def _compare(before: Behaviour, parts: Loaded, written: Path, *, form: Format, dtype: str, where: str) -> str:
     """Read what was written and compare it with the source's tokens and the rounded source's logits, bit for bit.
 
-    `rounded` is emptied first, so that one copy of the weights is enough memory. Returns what to say.
+    `parts` is rounded and then emptied, so that one copy of the weights is enough memory. Returns what to say.
     """
     import torch
 
     from chatwright.interop.gguf import load_gguf
+    from chatwright.interop.gguf_export import round_gguf
     from chatwright.interop.hf import load_hf
+    from chatwright.interop.hf_export import round_hf
 
-    wanted = behaviour(rounded)
-    rounded.model.to("meta")
+    (round_hf if form == "hf" else round_gguf)(parts, dtype)
+    wanted = behaviour(parts)
+    parts.model.to("meta")
     again = load_hf(written) if form == "hf" else load_gguf(written)
     if again.tokenizer is None:
         raise UserError(f"{where}: what was written has lost its tokenizer; nothing is kept")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
-from chatwright.chat import NATIVE
+from chatwright.chat import NATIVE, Message
 from chatwright.interop.loaded import Loaded
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
+from chatwright.serve.export import write_export
 from chatwright.tokenizer import Tokenizer
 
 TEXTS = ("Hello there, how are you today?", "I am fine, thank you. And you?", "naïve café — 東京 🙂", "don't 1234 stop!")
@@ -69,3 +72,23 @@ def tokenizer() -> Tokenizer:
 def parts_of(config: GPTConfig, tokenizer: Tokenizer, *, chat: bool = True) -> Loaded:
     """A random model of this shape, ready to be exported."""
     return Loaded(random_model(config), tokenizer, NATIVE if chat else None, "a random model")
+
+
+def export_hf(parts: Loaded, target: Path, *, dtype: str = "fp32") -> Path:
+    write_export(parts, target, form="hf", dtype=dtype, verify=True, source="x")
+    return target
+
+
+def their_model(directory: Path) -> Any:
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, local_files_only=True
+    )
+    return model.eval()
+
+
+def their_tokenizer(directory: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def their_ids(theirs: Any, messages: list[Message], *, prompt: bool = False) -> list[int]:
+    return list(theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False))

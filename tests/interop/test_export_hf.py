@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import assume, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
@@ -24,44 +23,28 @@ from chatwright.config import UserError
 from chatwright.interop import gguf as gguf_reading
 from chatwright.interop.families import FAMILIES
 from chatwright.interop.hf import load_hf
-from chatwright.interop.hf_export import config_to_hf, plan_hf, write_hf
-from chatwright.interop.leaving import portable
-from chatwright.interop.loaded import Loaded, Rule, foreign
+from chatwright.interop.hf_export import config_to_hf, plan_hf
+from chatwright.interop.loaded import Rule, foreign
 from chatwright.language_model import load_parts
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.serve.export import write_export
 from chatwright.tokenizer import Tokenizer
 
-from .conftest import GATED, LEARNED, SHAPES, VOCAB, parts_of, random_model
+from .conftest import (
+    GATED,
+    LEARNED,
+    SHAPES,
+    VOCAB,
+    export_hf,
+    parts_of,
+    random_model,
+    their_ids,
+    their_model,
+    their_tokenizer,
+)
 
 TOLERANCE = 1e-5  # float32, logits of order one; both add the same numbers in another order
-TALK = [
-    Message(role="system", content="Be brief."),
-    Message(role="user", content="What is 12 + 7?\n\n"),
-    Message(role="assistant", content=" 19, naïve 東京 🙂"),
-    Message(role="user", content=""),
-]
-
-
-def export(parts: Loaded, target: Path, *, dtype: str = "fp32") -> Path:
-    write_export(parts, target, form="hf", dtype=dtype, verify=True, source="x")
-    return target
-
-
-def their_model(directory: Path) -> Any:
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, local_files_only=True
-    )
-    return model.eval()
-
-
-def their_tokenizer(directory: Path) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-
-
-def their_ids(theirs: Any, messages: list[Message], *, prompt: bool = False) -> list[int]:
-    return list(theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False))
 
 
 def some_ids(tokens: int = 40) -> Tensor:
@@ -131,7 +114,7 @@ def test_a_tensor_without_a_place() -> None:
 @torch.no_grad()
 def test_transformers_computes_the_same(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     config = SHAPES[name]
-    directory = export(parts_of(config, tokenizer), tmp_path / "out")
+    directory = export_hf(parts_of(config, tokenizer), tmp_path / "out")
     ours = random_model(config)
     theirs = their_model(directory)
     assert theirs.config.model_type.startswith(name.split("-")[0].replace("gpt1", "openai-gpt"))
@@ -149,7 +132,7 @@ def test_transformers_computes_the_same(name: str, tokenizer: Tokenizer, tmp_pat
 @torch.no_grad()
 def test_bfloat16(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """The numbers are those of our own weights, rounded to the nearest."""
-    directory = export(parts_of(SHAPES[name], tokenizer), tmp_path / "out", dtype="bf16")
+    directory = export_hf(parts_of(SHAPES[name], tokenizer), tmp_path / "out", dtype="bf16")
     rounded = random_model(SHAPES[name])
     for parameter in rounded.parameters():
         parameter.copy_(parameter.bfloat16())
@@ -164,7 +147,7 @@ def test_bfloat16(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_several_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
     parts = parts_of(SHAPES["llama"], tokenizer)
-    write_hf(plan_hf(parts), tmp_path, shard_bytes=60_000)
+    plan_hf(parts).write(tmp_path, shard_bytes=60_000)
     files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -179,7 +162,7 @@ def test_several_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 def test_settings_for_old_and_new(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Transformers 5 reads rope_parameters and dtype, 4 and most other programs rope_theta and torch_dtype."""
-    values = json.loads((export(parts_of(SHAPES["llama-grouped"], tokenizer), tmp_path / "a") / "config.json").read_text())
+    values = json.loads((export_hf(parts_of(SHAPES["llama-grouped"], tokenizer), tmp_path / "a") / "config.json").read_text())
     assert values["rope_theta"] == values["rope_parameters"]["rope_theta"] == 500_000.0
     assert values["dtype"] == values["torch_dtype"] == "float32"
     assert values["architectures"] == ["LlamaForCausalLM"]
@@ -190,12 +173,12 @@ def test_settings_for_old_and_new(tokenizer: Tokenizer, tmp_path: Path) -> None:
 def test_ends(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """What stops an answer in other programs: the end of the turn and the end of text."""
     turn, text = tokenizer.control_ids["<|end|>"], tokenizer.end_of_text_id
-    directory = export(parts_of(SHAPES["qwen3"], tokenizer), tmp_path / "chat")
+    directory = export_hf(parts_of(SHAPES["qwen3"], tokenizer), tmp_path / "chat")
     generation = transformers.GenerationConfig.from_pretrained(directory)
     assert (generation.eos_token_id, generation.bos_token_id, generation.pad_token_id) == ([turn, text], text, text)
     theirs = their_tokenizer(directory)
     assert (theirs.eos_token, theirs.bos_token, theirs.model_max_length) == ("<|end|>", "<|endoftext|>", 160)
-    directory = export(parts_of(SHAPES["qwen3"], tokenizer, chat=False), tmp_path / "base")
+    directory = export_hf(parts_of(SHAPES["qwen3"], tokenizer, chat=False), tmp_path / "base")
     assert transformers.GenerationConfig.from_pretrained(directory).eos_token_id == [text]
     theirs = their_tokenizer(directory)
     assert theirs.eos_token == "<|endoftext|>" and theirs.chat_template is None
@@ -211,126 +194,9 @@ def test_transformers_stops_where_we_do(end: str, tokenizer: Tokenizer, tmp_path
     number = tokenizer.control_ids[end]
     # What stands behind the prompt is most like the end's row of the output matrix.
     parts.model.head.weight[number] = 10 * parts.model.hidden(torch.tensor([prompt]))[0, -1]
-    theirs = their_model(export(parts, tmp_path / "out"))
+    theirs = their_model(export_hf(parts, tmp_path / "out"))
     found = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
     assert found[0].tolist() == [*prompt, number]
-
-
-# ---- conversations -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["gpt1", "gpt2", "llama", "qwen3", "arcee"])
-def test_text_has_the_same_ids(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Whatever class transformers takes for the family, it cuts text as we do."""
-    theirs = their_tokenizer(export(parts_of(SHAPES[name], tokenizer), tmp_path / "out"))
-    for text in ("Hello there,  how are 1234 you?\n\n\tnaïve café — 東京 🙂 don't", "", " ", "x" * 99):
-        assert theirs(text)["input_ids"] == tokenizer.encode(text)
-        assert theirs.decode(tokenizer.encode(text)) == text
-    assert theirs.apply_chat_template(TALK, tokenize=False) == NATIVE.render(TALK)
-    assert their_ids(theirs, TALK) == NATIVE.encode(TALK, tokenizer).ids
-
-
-WORDY = ChatTemplate(
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n<|end|>\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
-    "<|end|>",
-)
-"""A template whose text touches the contents: there, tokens may join."""
-
-
-@pytest.fixture(scope="module")
-def twins(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    made = {}
-    for name, template in (("native", NATIVE), ("wordy", WORDY)):
-        parts = replace(parts_of(SHAPES["qwen3"], tokenizer), template=template)
-        made[name] = their_tokenizer(export(parts, tmp_path_factory.mktemp("twin") / name))
-    return made
-
-
-PIECES = st.sampled_from(
-    [" ", "\n", "\t", "a", "you", "'s", "1", "12", "é", "東", "🙂", ":", "<", "<|", "|>", "<|end", "|", "end|>", ".", "\u0300"]
-)
-CONTENTS = st.one_of(st.text(max_size=20), st.lists(PIECES, max_size=12).map("".join))
-CHATS = st.lists(
-    st.builds(Message, role=st.sampled_from(["system", "user", "assistant", "tool"]), content=CONTENTS),
-    min_size=1,
-    max_size=4,
-)
-
-
-def spells_a_control(messages: list[Message], tokenizer: Tokenizer) -> bool:
-    return any(control in message["content"] for message in messages for control in tokenizer.controls)
-
-
-def joins(template: ChatTemplate, messages: list[Message], tokenizer: Tokenizer, *, prompt: bool) -> bool:
-    """Whether, between two control tokens, text and contents have other tokens together than one by one."""
-    marked = [Message(role=one["role"], content=f"\ue000{number}\ue001") for number, one in enumerate(messages)]
-    frame = template.render(marked, add_generation_prompt=prompt)
-    controls = "|".join(re.escape(control) for control in tokenizer.controls)
-    for stretch in re.split(controls, frame):
-        pieces = [
-            messages[int(piece[1:-1])]["content"] if piece.startswith("\ue000") else piece
-            for piece in re.split("(\ue000\\d+\ue001)", stretch)
-        ]
-        if tokenizer.encode("".join(pieces)) != [token for piece in pieces for token in tokenizer.encode(piece)]:
-            return True
-    return False
-
-
-@given(messages=CHATS, prompt=st.booleans())
-@settings(max_examples=300)
-def test_conversations_have_the_same_ids(
-    twins: dict[str, Any], tokenizer: Tokenizer, messages: list[Message], prompt: bool
-) -> None:
-    """With the template of models trained here, all but contents that spell a control token: it stands on both sides
-    of every content, so that nothing can join."""
-    assume(not spells_a_control(messages, tokenizer))
-    ours = NATIVE.encode(messages, tokenizer, add_generation_prompt=prompt).ids
-    assert their_ids(twins["native"], messages, prompt=prompt) == ours
-
-
-@given(messages=CHATS, prompt=st.booleans())
-@settings(max_examples=300)
-def test_ids_differ_exactly_where_tokens_join(
-    twins: dict[str, Any], tokenizer: Tokenizer, messages: list[Message], prompt: bool
-) -> None:
-    """With text beside the contents: equal if and only if each stretch between control tokens has the same tokens whole
-    and in pieces."""
-    assume(not spells_a_control(messages, tokenizer))
-    ours = WORDY.encode(messages, tokenizer, add_generation_prompt=prompt).ids
-    theirs = their_ids(twins["wordy"], messages, prompt=prompt)
-    assert (theirs == ours) != joins(WORDY, messages, tokenizer, prompt=prompt)
-
-
-def test_where_ids_differ(twins: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """The two exceptions, one of each: a control token that is spelled out, and tokens that join at a border."""
-    spelled = [Message(role="user", content="<|end|>")]
-    assert tokenizer.control_ids["<|end|>"] in their_ids(twins["native"], spelled)[1:2]
-    assert NATIVE.encode(spelled, tokenizer).ids.count(tokenizer.control_ids["<|end|>"]) == 1
-    joined = [Message(role="user", content="you")]  # "user: " and "you", but " you" is a token
-    assert joins(WORDY, joined, tokenizer, prompt=False) and not joins(NATIVE, joined, tokenizer, prompt=False)
-    assert their_ids(twins["native"], joined) == NATIVE.encode(joined, tokenizer).ids
-    assert their_ids(twins["wordy"], joined) != WORDY.encode(joined, tokenizer).ids
-    assert twins["wordy"].decode(their_ids(twins["wordy"], joined)) == "user: you\n<|end|>\n"
-
-
-@pytest.mark.parametrize(
-    ("source", "wanted"),
-    [
-        ("{{ bos_token }}{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", "hi<|end|>"),
-        ("{%- set eos_token = '!' -%}{% for m in messages %}{{ m.content }}{{ eos_token }}<|end|>{% endfor %}", "hi!<|end|>"),
-    ],
-)
-def test_templates_that_speak_of_special_tokens(
-    source: str, wanted: str, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    """Programs hand templates their own bos_token and eos_token; ours are empty, and stay so elsewhere."""
-    template = ChatTemplate(source, "<|end|>")
-    parts = replace(parts_of(SHAPES["llama"], tokenizer), template=template)
-    theirs = their_tokenizer(export(parts, tmp_path / "out"))
-    messages = [Message(role="user", content="hi")]
-    assert template.render(messages) == wanted == theirs.apply_chat_template(messages, tokenize=False)
-    assert their_ids(theirs, messages) == template.encode(messages, tokenizer).ids
-    assert portable(NATIVE) == NATIVE.source
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
@@ -359,7 +225,7 @@ REFUSED = [
 @pytest.mark.parametrize(("shape", "message"), REFUSED)
 def test_shapes_that_no_family_has(shape: dict[str, Any], message: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        export(parts_of(GPTConfig(**shape), tokenizer), tmp_path / "deep" / "out")
+        export_hf(parts_of(GPTConfig(**shape), tokenizer), tmp_path / "deep" / "out")
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "deep").exists()
 
@@ -374,10 +240,18 @@ def test_ends_that_readers_would_mistake(tokenizer: Tokenizer, tmp_path: Path) -
     unusual = Tokenizer(tokenizer.backend, end_of_text="<|reserved_0|>")
     parts = replace(parts_of(SHAPES["llama"], tokenizer), tokenizer=unusual)
     with pytest.raises(UserError, match=r"end with <\|reserved_0\|>, which other programs would take to be <\|endoftext\|>"):
-        export(parts, tmp_path / "out")
+        export_hf(parts, tmp_path / "out")
     parts = replace(parts_of(SHAPES["llama"], tokenizer), template=ChatTemplate("{{ messages[0].content }}<|eot|>", "<|eot|>"))
     with pytest.raises(UserError, match="which the tokenizer does not know"):
-        export(parts, tmp_path / "out")
+        export_hf(parts, tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_a_tokenizer_that_does_not_belong(form: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    parts = parts_of(replace(SHAPES["llama"], vocab_size=300), tokenizer)
+    with pytest.raises(UserError, match="the tokenizer has 320 tokens and the model 300"):
+        write_export(parts, tmp_path / "out.gguf", form=form, dtype="bf16", verify=False, source="x")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("values", [config_to_hf(shape) for shape in SHAPES.values()], ids=list(SHAPES))
@@ -490,7 +364,7 @@ def test_smollm2(tmp_path: Path) -> None:
     parts = load_parts("smollm2")
     assert parts.tokenizer is not None and parts.template is not None
     source = load_parts("smollm2").model
-    directory = export(parts, tmp_path / "out")
+    directory = export_hf(parts, tmp_path / "out")
     theirs, text = their_model(directory), their_tokenizer(directory)
     prompt = "Once upon a time, in a small village by the sea, 1234 fishermen"
     ids = text(prompt)["input_ids"]
