@@ -57,10 +57,6 @@ check: install-dev
 $(VENV)/.installed-peers: $(VENV)/.installed-dev
 	@if sh scripts/install_peers.sh $(BIN)/python -c constraints.txt $(PIP_ARGS); then touch $@; fi
 
-peers: $(VENV)/.installed-dev
-	@sh scripts/install_peers.sh $(BIN)/python "$(PEERS)" $(PIP_ARGS)
-	@touch $@
-
 peers: $(VENV)/.installed-peers
 
 # Chromium for the browser tests. Without apt-get (or without the rights) those tests skip and say so.
