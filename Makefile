@@ -11,7 +11,7 @@ ARGS   ?=
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart chat serve check test docs clean browser bench-train bench-learn bench-plan bench-encode
+.PHONY: help install install-dev quickstart chat serve check test docs clean browser peers bench-train bench-learn bench-plan bench-encode
 
 help:
 	@echo "make quickstart   install, fetch data, train the whole road (10 to 13 minutes on 2 cores)"
@@ -53,11 +53,17 @@ check: install-dev
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/write_cli_docs.py --check
 
+# llama.cpp, which runs exported GGUF files in the tests: pip compiles it, once. Where that fails, those tests skip and say so.
+$(VENV)/.installed-peers: $(VENV)/.installed-dev
+	@if sh scripts/install_peers.sh $(BIN)/python -c constraints.txt $(PIP_ARGS); then touch $@; fi
+
+peers: $(VENV)/.installed-peers
+
 # Chromium for the browser tests. Without apt-get (or without the rights) those tests skip and say so.
 browser:
 	@sh scripts/install_browser.sh
 
-test: check browser
+test: check browser peers
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 docs: install-dev

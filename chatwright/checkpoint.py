@@ -49,6 +49,23 @@ def whole_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """The name of a file beside `target` that becomes `target` when the block ends without an error."""
+    aside = target.parent / f".{target.name}.{os.getpid()}.partial"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        _flush(aside)
+        os.replace(aside, target)
+        _flush(target.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}; what was there before is intact") from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
 def take_place(aside: Path, target: Path) -> None:
     """Flush a finished directory to the disk and give it its name; what had that name before goes."""
     for file in aside.rglob("*"):
@@ -110,13 +127,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, in C order and on the CPU, as safetensors."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors, in C order and on the CPU, as safetensors; `metadata` goes into the file's header."""
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path.touch()
     mode = path.stat().st_mode
     try:
-        safetensors.torch.save_file(content, path)
+        safetensors.torch.save_file(content, path, metadata)
         path.chmod(mode)  # the library makes files that nobody else can read, whatever the umask says
     except safetensors.SafetensorError as error:
         raise OSError(None, str(error)) from error

@@ -83,6 +83,8 @@ QWEN3_RULES = (
     Rule("model.layers.{}.self_attn.k_norm.weight", "blocks.{}.attention.key_norm.weight"),
 )
 
+ARCEE_RULES = tuple(rule for rule in LLAMA_RULES if "gate_proj" not in rule.theirs)
+
 
 class _Settings:
     """`config.json`, read with care."""
@@ -184,6 +186,13 @@ def _llama_config(settings: _Settings) -> GPTConfig:
     )
 
 
+def _arcee_config(settings: _Settings) -> GPTConfig:
+    """Llama with ReLU-squared in place of the gated MLP."""
+    settings.only("hidden_act", "relu2", default="relu2")
+    like_llama = _Settings({"rms_norm_eps": 1e-5, **settings.values, "hidden_act": "silu"}, settings.where)
+    return replace(_llama_config(like_llama), activation="relu2")
+
+
 def _qwen3_config(settings: _Settings) -> GPTConfig:
     layers = settings.whole("num_hidden_layers")
     kinds = settings.values.get("layer_types")
@@ -227,6 +236,7 @@ FAMILIES = {
     "gpt2": Family(_gpt2_config, GPT2_RULES, "transformer."),
     "llama": Family(_llama_config, LLAMA_RULES, "model."),
     "qwen3": Family(_qwen3_config, QWEN3_RULES, "model."),
+    "arcee": Family(_arcee_config, ARCEE_RULES, "model."),
 }
 
 

@@ -1,7 +1,7 @@
 """Models in GGUF, the format of llama.cpp: weights (often quantised), shape, tokenizer and template in one file.
 
 The `gguf` library reads the file and dequantises its blocks; here they are named and laid out as our decoder has
-them. Carried: the architectures llama, qwen3 and gpt2, with byte-level BPE. Metadata that we do not know is refused,
+them. Carried: the architectures llama, qwen3, arcee and gpt2, with byte-level BPE. Metadata that we do not know is refused,
 because it may change what the model computes.
 """
 
@@ -30,7 +30,7 @@ from chatwright.interop.loaded import (
     translate,
 )
 from chatwright.model.config import GPTConfig
-from chatwright.tokenizer import Tokenizer
+from chatwright.tokenizer import PATTERN, Tokenizer
 
 _ENDS = (
     Rule("token_embd.weight", "embed.weight"),
@@ -52,6 +52,7 @@ LLAMA_RULES = (
     Rule("blk.{}.attn_q.weight", "blocks.{}.attention.query.weight", paired="heads"),
     Rule("blk.{}.attn_k.weight", "blocks.{}.attention.key.weight", paired="kv_heads"),
 )
+ARCEE_RULES = tuple(rule for rule in LLAMA_RULES if "ffn_gate" not in rule.theirs)
 QWEN3_RULES = (
     *_ENDS,
     *_GATED_BLOCK,
@@ -80,7 +81,7 @@ GPT2_RULES = (
         )
     ),
 )
-RULES = {"llama": LLAMA_RULES, "qwen3": QWEN3_RULES, "gpt2": GPT2_RULES}
+RULES = {"llama": LLAMA_RULES, "qwen3": QWEN3_RULES, "gpt2": GPT2_RULES, "arcee": ARCEE_RULES}
 
 # Metadata of an architecture that `_config` reads, and what else is harmless at the given values.
 _READ = {
@@ -116,11 +117,7 @@ _SINGLE_DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digit
 
 def _split(digits: str) -> pre_tokenizers.Sequence:
     """The pattern of Llama 3 and Qwen 2, which differ in how many digits stay together."""
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-        + digits
-        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
+    pattern = PATTERN.replace(r"|\p{N}|", f"|{digits}|")
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
@@ -136,7 +133,8 @@ PRE_TOKENIZERS = {
     "llama-bpe": _split(r"\p{N}{1,3}"),
     "qwen2": _split(r"\p{N}"),
 }
-_CONTROL, _USER_DEFINED = 3, 4  # token types of llama.cpp
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+"""Token types of llama.cpp. Unused ones fill the vocabulary up to the size of the model's table."""
 
 
 class _Reader(gguf.GGUFReader):  # type: ignore[misc,unused-ignore]
@@ -233,7 +231,7 @@ def _config(metadata: _Metadata, tensors: Mapping[str, Stored]) -> GPTConfig:
         rope_base=metadata.number("rope.freq_base", 10_000.0),
         norm="rms",
         norm_eps=metadata.number("attention.layer_norm_rms_epsilon"),
-        activation="swiglu",
+        activation="relu2" if metadata.architecture == "arcee" else "swiglu",
         bias=False,
         qk_norm=metadata.architecture == "qwen3",
     )
@@ -272,6 +270,8 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer | None:
     merges = [tuple(merge.split(" ")) for merge in values.get("tokenizer.ggml.merges", [])]
     if not tokens or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise UserError(f"{where}: its list of tokens is damaged (missing types, or tokens that occur twice)")
+    while types and types[-1] == UNUSED:
+        tokens, types = tokens[:-1], types[:-1]
     try:
         backend = tokenizers.Tokenizer(
             models.BPE(
@@ -285,8 +285,8 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer | None:
         raise UserError(f"{where}: its merges do not fit its tokens ({error})") from None
     backend.pre_tokenizer = PRE_TOKENIZERS[kind]
     backend.decoder = decoders.ByteLevel()
-    controls = [token for token, type_ in zip(tokens, types, strict=True) if type_ == _CONTROL]
-    plain = [token for token, type_ in zip(tokens, types, strict=True) if type_ == _USER_DEFINED]
+    controls = [token for token, type_ in zip(tokens, types, strict=True) if type_ == CONTROL]
+    plain = [token for token, type_ in zip(tokens, types, strict=True) if type_ == USER_DEFINED]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in controls])
     backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
     end = end_of_text(controls, _named(metadata, "eos"), where=where)

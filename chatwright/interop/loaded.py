@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -51,10 +52,7 @@ def in_memory(tensor: Tensor) -> Stored:
 
 @dataclass(frozen=True)
 class Rule:
-    """How one of their tensors becomes one or several of ours. `{}` in a name stands for the number of the block.
-
-    To invert it: pair the rotary halves again, stack our tensors along dimension 0, then transpose.
-    """
+    """How one of their tensors becomes one or several of ours. `{}` in a name stands for the number of the block."""
 
     theirs: str
     own: str | tuple[str, ...]
@@ -84,6 +82,15 @@ class Rule:
             pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])  # (H, K / 2, 2, D)
             tensor = pairs.transpose(1, 2).reshape(tensor.shape)
         return tuple(torch.split(tensor, list(rows)))
+
+    def invert(self, parts: Sequence[Tensor], config: GPTConfig) -> Tensor:
+        """Ours -> theirs: stack ours along dimension 0, pair the rotary halves, transpose. Undoes `apply`."""
+        tensor = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        if self.paired:
+            heads = getattr(config, self.paired)
+            halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])  # (H, 2, K / 2, D)
+            tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        return tensor.T if self.transposed else tensor
 
 
 def translate(
@@ -135,6 +142,32 @@ def translate(
             # A copy of its own: neither a view of a mapped file nor of the fused tensor.
             state[name] = part.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
     return state
+
+
+def foreign(model: GPT, rules: Iterable[Rule]) -> dict[str, Stored]:
+    """A model's tensors as their format names and lays them out, each made when it is read: undoes `translate`.
+
+    A tied output matrix is not among them. Raises UserError naming a tensor of ours that no rule has a place for.
+    """
+    config = model.config
+    own_tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if config.tied:
+        del own_tensors["head.weight"]
+    tensors: dict[str, Stored] = {}
+    left = set(own_tensors)
+    for rule in rules:
+        for layer in range(config.layers) if "{}" in rule.theirs else (0,):
+            theirs, own = rule.names(layer)
+            if not set(own) <= set(own_tensors):
+                continue
+            left -= set(own)
+            parts = [own_tensors[name] for name in own]
+            tensors[theirs] = Stored(
+                rule.stored_shape([part.shape for part in parts]), partial(rule.invert, parts, config)
+            )
+    if left:
+        raise UserError(f"no place for {_listed(sorted(left))} in this format")
+    return tensors
 
 
 def build(config: GPTConfig, state: Mapping[str, Tensor]) -> GPT:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,12 +59,15 @@ def main_import(argv: Sequence[str]) -> int:
     return 0
 
 
-def check_target(target: Path, *, force: bool) -> None:
-    """Raise UserError unless `target` can be written without a loss that nobody asked for."""
+def check_target(target: Path, *, force: bool, known: Callable[[str], bool] = OURS.__contains__) -> None:
+    """Raise UserError unless `target` can be written without a loss that nobody asked for.
+
+    `known` says which files belong to a model and may be replaced.
+    """
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; name a directory")
     names = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
-    others = sorted(names - OURS)
+    others = sorted(name for name in names if not known(name))
     if others:
         raise UserError(f"{target} holds other things than a model ({', '.join(others[:3])}); choose another directory")
     if names and not force:
@@ -95,7 +98,7 @@ def write_model(parts: Loaded, target: Path, *, source: str) -> None:
         template.end_ids(tokenizer)  # a template whose end nobody knows is refused now
         state |= {"template": template.fingerprint, "end_of_turn": template.end}
         texts["chat_template.jinja"] = template.source
-    before = _behaviour(parts)
+    before = behaviour(parts)
     with checkpoint.whole_directory(target) as aside:
         checkpoint.save_checkpoint(
             aside, tensors={"model": checkpoint.model_tensors(parts.model)}, state=state, texts=texts
@@ -104,7 +107,7 @@ def write_model(parts: Loaded, target: Path, *, source: str) -> None:
         _compare(before, aside, where=str(target))
 
 
-def _behaviour(parts: Loaded) -> tuple[list[int], list[int], Tensor]:
+def behaviour(parts: Loaded) -> tuple[list[int], list[int], Tensor]:
     """What must stay the same: ids of a text, ids of a conversation, and the logits of both."""
     import torch
 
@@ -128,7 +131,7 @@ def _compare(before: tuple[list[int], list[int], Tensor], written: Path, *, wher
     from chatwright.checkpoint import Checkpoint
     from chatwright.language_model import load_checkpoint
 
-    after = _behaviour(load_checkpoint(Checkpoint(written)))
+    after = behaviour(load_checkpoint(Checkpoint(written)))
     # Bit for bit: the same float32 numbers take the same way through the same code.
     for what, same in (
         ("tokens of a text", before[0] == after[0]),

@@ -35,6 +35,7 @@ LLAMA: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 8}
+ARCEE = {**LLAMA, "model_type": "arcee", "hidden_act": "relu2"}
 GPT2: dict[str, Any] = {
     "model_type": "gpt2",
     "vocab_size": 300,
@@ -80,7 +81,7 @@ def error_of(directory: Path, **options: Any) -> str:
     return message
 
 
-@pytest.mark.parametrize("values", [LLAMA, QWEN3, GPT2, GPT1], ids=lambda values: values["model_type"])
+@pytest.mark.parametrize("values", [LLAMA, QWEN3, ARCEE, GPT2, GPT1], ids=lambda values: values["model_type"])
 def test_every_tensor_arrives(values: dict[str, Any]) -> None:
     """Each number of the file is in the model, once: sums of all parameters agree, and so do their counts."""
     tensors = tensors_of(values)
@@ -118,6 +119,8 @@ REFUSED = [
     (LLAMA, {"model_type": None}, "None are not supported"),
     (LLAMA, {"hidden_act": "gelu"}, 'hidden_act = "gelu"'),
     (LLAMA, {"attention_bias": True}, "attention_bias = true"),
+    (ARCEE, {"hidden_act": "silu"}, 'hidden_act = "silu" is not supported, only "relu2"'),
+    (ARCEE, {"mlp_bias": True}, "mlp_bias = true"),
     (LLAMA, {"mlp_bias": True}, "mlp_bias = true"),
     (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "scaling of type 'llama3'"),
     (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaling of type 'linear'"),

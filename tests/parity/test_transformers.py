@@ -1,4 +1,4 @@
-"""Same weights, same logits: our decoder against transformers' OpenAIGPT, GPT2, Llama and Qwen3.
+"""Same weights, same logits: our decoder against transformers' OpenAIGPT, GPT2, Llama, Qwen3 and Arcee.
 
 Every parameter is random, norms and biases too, so that no part is trivially one or zero. Everything is float32, and
 the largest difference between two logits may be 1e-4 (they are of order one): both libraries add the same numbers in
@@ -69,6 +69,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-tied": (
         "Qwen3",
         _gated(64, 2, 4, 4, 80, head_dim=8, tie_word_embeddings=True, rope_parameters={"rope_theta": 1e6}),
+    ),
+    "arcee": ("Arcee", _gated(48, 3, 4, 2, 100)),
+    "arcee-tied": (
+        "Arcee",
+        _gated(
+            64, 2, 4, 4, 80, head_dim=24, tie_word_embeddings=True, rms_norm_eps=1e-3, rope_parameters={"rope_theta": 1e6}
+        ),
     ),
 }
 CACHED = [name for name, (family, _) in CASES.items() if family != "OpenAIGPT"]  # theirs has no cache
@@ -201,6 +208,7 @@ def test_unequal_rows_in_one_cache(cached_pair: tuple[Any, GPT]) -> None:
         ("llama", {"rope_base": 20_000.0}),
         ("qwen3", {"norm_eps": 1e-2}),
         ("qwen3", {"qk_norm": False}),
+        ("arcee", {"activation": "gelu_tanh"}),
     ],
 )
 @torch.no_grad()

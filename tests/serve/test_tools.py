@@ -172,7 +172,7 @@ def test_targets_that_cannot_be(run: Run, good: Path, tmp_path: Path) -> None:
 def test_what_reads_back_otherwise_is_not_kept(
     run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    behaviour, calls = tools._behaviour, []
+    behaviour, calls = tools.behaviour, []
 
     def spoilt(parts: Any) -> Any:
         text, talk, logits = behaviour(parts)
@@ -183,7 +183,7 @@ def test_what_reads_back_otherwise_is_not_kept(
             logits = logits.nextafter(logits + 1) if what == "logits" else logits
         return text, talk, logits
 
-    monkeypatch.setattr(tools, "_behaviour", spoilt)
+    monkeypatch.setattr(tools, "behaviour", spoilt)
     code, _, err = run("import", good, tmp_path / "deep" / "made")
     assert code == 1 and f"gives other {what} than its source" in err
     assert list((tmp_path / "deep").iterdir()) == []

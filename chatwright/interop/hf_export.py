@@ -1,0 +1,209 @@
+"""Models out, in the format of transformers: config.json, safetensors, tokenizer.json, chat template.
+
+Names and layouts are the readers' tables (families.py), applied backwards. A shape is written only if reading its
+config.json gives the same shape again, so that whatever a family cannot say is refused and not lost.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chatwright.checkpoint import save_tensors
+from chatwright.config import UserError
+from chatwright.interop.families import FAMILIES, config_from_hf
+from chatwright.interop.leaving import check_shape, ends_of, family_name, portable
+from chatwright.interop.loaded import Loaded, Stored, foreign
+from chatwright.model.config import GPTConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHARD_BYTES = 5_000_000_000
+"""A larger model is written in several files with an index, as transformers does."""
+
+_CLASSES = {
+    "openai-gpt": "OpenAIGPTLMHeadModel",
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "arcee": "ArceeForCausalLM",
+}
+
+
+def _conv1d(config: GPTConfig) -> dict[str, Any]:
+    """What OpenAI GPT and GPT-2 have in common."""
+    return {
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context,
+        "n_ctx": config.context,
+        "n_embd": config.width,
+        "n_layer": config.layers,
+        "n_head": config.heads,
+        "layer_norm_epsilon": config.norm_eps,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def _gpt2(config: GPTConfig) -> dict[str, Any]:
+    names = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
+    return {
+        **_conv1d(config),
+        "n_inner": config.mlp_width,
+        "activation_function": names.get(config.activation, "gelu_new"),
+    }
+
+
+def _gated(config: GPTConfig) -> dict[str, Any]:
+    """What Llama, Qwen3 and Arcee have in common. The rotary base stands where transformers 5 and 4 look for it."""
+    return {
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "relu2" if config.activation == "relu2" else "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        "attention_bias": False,
+        "attention_dropout": config.dropout,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def _llama(config: GPTConfig) -> dict[str, Any]:
+    return {**_gated(config), "mlp_bias": False}
+
+
+def _qwen3(config: GPTConfig) -> dict[str, Any]:
+    return {
+        **_gated(config),
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": config.layers,
+    }
+
+
+_SETTINGS: dict[str, Callable[[GPTConfig], dict[str, Any]]] = {
+    "openai-gpt": lambda config: {**_conv1d(config), "afn": "gelu"},  # its "gelu" is the tanh approximation
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "qwen3": _qwen3,
+    "arcee": _llama,
+}
+
+
+def config_to_hf(config: GPTConfig) -> dict[str, Any]:
+    """The `config.json` of a shape, without its tokens. Raises UserError naming what the nearest family cannot say."""
+    family = family_name(config)
+    values = {"model_type": family, "architectures": [_CLASSES[family]], **_SETTINGS[family](config)}
+    check_shape(config, config_from_hf(values), f"transformers' {family}")
+    if family in ("llama", "arcee") and config.width % config.heads:
+        raise UserError(
+            f"the model's width {config.width} is not a multiple of its {config.heads} heads, and transformers refuses "
+            f"such a {family}"
+        )
+    return values
+
+
+@dataclass(frozen=True)
+class HFExport:
+    """A model directory that is made and checked, all but the weights, and not yet written."""
+
+    family: str
+    texts: Mapping[str, str]
+    tensors: Mapping[str, Stored]
+    dtype: torch.dtype
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say about it: nothing."""
+        return []
+
+    def write(self, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+        """Write into an existing directory, one file's tensors in memory at a time. Raises OSError: disk full."""
+        for name, text in self.texts.items():
+            (directory / name).write_text(text, encoding="utf-8")
+        shards = self._shards(shard_bytes)
+        index: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            tensors = {name: self.tensors[name].read().to(self.dtype) for name in names}
+            save_tensors(directory / file, tensors, {"format": "pt"})  # without the note, transformers 4 refuses it
+            index |= dict.fromkeys(names, file)
+        if len(shards) > 1:
+            content = {"metadata": {"total_size": sum(map(self._size, index))}, "weight_map": index}
+            (directory / "model.safetensors.index.json").write_text(_json(content), encoding="utf-8")
+
+    def _size(self, name: str) -> int:
+        return torch.Size(self.tensors[name].shape).numel() * self.dtype.itemsize
+
+    def _shards(self, most: int) -> list[list[str]]:
+        """The tensors of each file: as many as fit, at least one."""
+        shards: list[list[str]] = [[]]
+        filled = 0
+        for name in self.tensors:
+            if shards[-1] and filled + self._size(name) > most:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += self._size(name)
+        return shards
+
+
+def plan_hf(parts: Loaded, *, dtype: str = "fp32") -> HFExport:
+    """What will be written. Raises UserError for whatever the format cannot carry."""
+    config = parts.model.config
+    values = config_to_hf(config)
+    family = str(values["model_type"])
+    tensors = foreign(parts.model, FAMILIES[family].rules)
+    name = str(DTYPES[dtype]).removeprefix("torch.")
+    values |= {"dtype": name, "torch_dtype": name}  # transformers 5 and 4
+    texts: dict[str, str] = {}
+    if parts.tokenizer is not None:
+        tokenizer = parts.tokenizer
+        ends = ends_of(parts, tokenizer)
+        ids = {"bos_token_id": tokenizer.end_of_text_id, "eos_token_id": tokenizer.control_ids[ends.sequence]}
+        values |= ids
+        stops = [tokenizer.control_ids[end] for end in dict.fromkeys((ends.sequence, ends.text))]
+        generation = {**ids, "eos_token_id": stops, "pad_token_id": tokenizer.end_of_text_id}
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is, in every version
+            "bos_token": ends.text,
+            "eos_token": ends.sequence,
+            "pad_token": ends.text,
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config.context,
+        }
+        texts |= {
+            "tokenizer.json": tokenizer.to_json(),
+            "tokenizer_config.json": _json(settings),
+            "generation_config.json": _json(generation),
+        }
+    if parts.template is not None:
+        texts["chat_template.jinja"] = portable(parts.template)
+    texts["config.json"] = _json(values)
+    return HFExport(f"transformers' {family}", texts, tensors, DTYPES[dtype])
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+@torch.no_grad()
+def round_hf(parts: Loaded, dtype: str) -> None:
+    """Give a model, in place, the values that its weights have after being stored as `dtype`."""
+    for parameter in parts.model.parameters():
+        parameter.copy_(parameter.to(DTYPES[dtype]))

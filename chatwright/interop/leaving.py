@@ -1,0 +1,77 @@
+"""What every export needs: which format's family a shape is, its end tokens, and a template that speaks for itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from chatwright.chat import ChatTemplate
+from chatwright.config import UserError
+from chatwright.interop.loaded import Loaded, end_of_text
+from chatwright.model.config import GPTConfig
+from chatwright.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The tokens that end something."""
+
+    turn: str | None
+    """Closes an assistant's turn; None for a base model."""
+    text: str
+    """Stands between documents."""
+
+    @property
+    def sequence(self) -> str:
+        """What other programs call the end-of-sequence token: where generation stops."""
+        return self.turn or self.text
+
+
+def family_name(config: GPTConfig) -> str:
+    """The nearest family of the formats, by transformers' names; whether it carries all of the shape is `check_shape`'s."""
+    if config.position == "rotary":
+        if config.activation == "relu2":
+            return "arcee"
+        return "qwen3" if config.qk_norm else "llama"
+    return "gpt2" if config.pre_norm else "openai-gpt"
+
+
+def check_shape(config: GPTConfig, carried: GPTConfig, family: str) -> None:
+    """Raise UserError unless the shape that the format would be read back as is the one that is to be written."""
+    for field in fields(GPTConfig):
+        mine, theirs = getattr(config, field.name), getattr(carried, field.name)
+        if mine != theirs:
+            raise UserError(
+                f"the model has {field.name} {mine!r}, and {family}, the nearest family, can only say {theirs!r}: "
+                "it would compute something else there"
+            )
+
+
+def ends_of(parts: Loaded, tokenizer: Tokenizer) -> Ends:
+    """The end tokens of a model. Raises UserError when readers would take another token for one of them."""
+    size, rows = 1 + max(tokenizer.backend.get_vocab(with_added_tokens=True).values()), parts.model.config.vocab_size
+    if size > rows:
+        raise UserError(f"the tokenizer has {size} tokens and the model {rows}: they do not belong together")
+    if parts.template is not None:
+        parts.template.end_ids(tokenizer)  # a template whose end nobody knows is refused
+    ends = Ends(parts.template.end if parts.template else None, tokenizer.end_of_text)
+    guessed = end_of_text(tokenizer.controls, ends.sequence, where=parts.source)
+    if guessed != ends.text:
+        raise UserError(f"its texts end with {ends.text}, which other programs would take to be {guessed}")
+    return ends
+
+
+def portable(template: ChatTemplate) -> str:
+    """The template's text such that it means the same to programs that hand it their own bos_token and eos_token.
+
+    Ours renders with both empty: where the text uses one that it does not set itself, it is set to be empty.
+    """
+    import jinja2
+    from jinja2 import meta
+
+    try:
+        syntax = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template.source)
+    except (jinja2.TemplateError, RecursionError):  # tags that only transformers has: nothing is known about the text
+        free = {"bos_token", "eos_token"}
+    else:
+        free = meta.find_undeclared_variables(syntax) & {"bos_token", "eos_token"}
+    return "".join(f"{{%- set {name} = '' -%}}" for name in sorted(free)) + template.source
