@@ -352,9 +352,9 @@ class Engine:
         with self.arrived:
             while at < len(self._waiting):
                 row = self._waiting[at]
-                if row.handle.cancelled and row.alive:
+                if row.handle.cancelled:
                     row.finish("cancelled")
-                if row.alive:
+                else:
                     if len(self._rows) + at >= self.max_batch or budget <= 0:
                         break
                     match = self._pool.match(row.tokens[:-1])
@@ -461,8 +461,9 @@ class Engine:
         for row in self._rows:
             if row.alive:
                 row.handle._fail(error)
-        self._rows = []
-        self._sampler = None
+        with self.arrived:
+            self._waiting = deque(row for row in self._waiting if row.alive)
+        self._rows, self._sampler = [], None
         self._pool = PagePool(self._pool.pages)
 
 
