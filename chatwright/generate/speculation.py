@@ -41,7 +41,8 @@ class Lookup:
         for size in range(min(LONGEST, len(tokens)), SHORTEST - 1, -1):
             at = self._followed.get(tuple(tokens[-size:]))
             if at is not None:
-                return list(tokens[at : at + min(most, self.size)])
+                period = len(tokens) - at  # behind the end of the text, a guess goes on with itself
+                return [tokens[at + number % period] for number in range(min(most, self.size))]
         return []
 
     def learn(self, proposed: int, accepted: int) -> None:

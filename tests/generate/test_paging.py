@@ -260,7 +260,7 @@ def test_random_arrivals_in_little_memory_equal_a_fresh_engine(
 
 def test_new_weights_make_old_pages_worthless(make_model: MakeModel) -> None:
     model = make_model()
-    engine, runner = counting(model)
+    engine = Engine(model)
     request = Request(tokens(40), Sampling(5, temperature=0.0))
     before = engine.generate([request])[0]
     model.load_state_dict(make_model(seed=1).state_dict())  # torch counts this as a change
