@@ -1,7 +1,8 @@
 """The runner for every device and every shape: torch tensors, one forward pass of the model for many sequences.
 
 A layer writes the new keys and values into their pages and then lays each sequence's pages side by side for torch's
-attention. Where everything lies is worked out once per pass, not once per layer.
+attention, or adds to a copy that has them so already (workbench.py). Where everything lies is worked out once per pass,
+not once per layer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from chatwright.config import UserError
 from chatwright.generate.runner import Feed
+from chatwright.generate.workbench import Workbench
 from chatwright.model.gpt import GPT
 
 PADDED = 16
@@ -26,11 +28,11 @@ class PagedCache:
     """What `GPT.hidden` takes as its cache for one pass: rows whose keys and values lie in pages.
 
     keys, values: (layers, pages + 2, size, G, K). The page behind the last takes in what padding writes; the one behind
-    that is all zeros and stands where a row has fewer pages than the longest.
+    that is all zeros and stands where a row has fewer pages than the longest. bench: holds these rows, in this order.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, feeds: Sequence[Feed]) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, keys: Tensor, values: Tensor, feeds: Sequence[Feed], bench: Workbench | None = None) -> None:
+        self.keys, self.values, self.bench = keys, values, bench
         pages, size = keys.shape[1] - 2, keys.shape[2]
         tokens = max(len(feed.ids) for feed in feeds)
         ends = [feed.start + len(feed.ids) for feed in feeds]
@@ -48,6 +50,8 @@ class PagedCache:
         self.lengths: Int[Tensor, " B"] = torch.tensor([feed.start for feed in feeds], device=device)
         self._table = torch.tensor(table, device=device).flatten()
         self._slots = torch.tensor(slots, device=device).flatten()
+        self._row = torch.arange(len(feeds), device=device)[:, None]
+        self._column = self.lengths[:, None] + torch.arange(tokens, device=device)
 
     def extend(
         self, layer: int, keys: Float[Tensor, "B G T K"], values: Float[Tensor, "B G T K"]
@@ -57,6 +61,8 @@ class PagedCache:
         self._store(self.values[layer], values)
         if self.fresh:
             return keys, values
+        if self.bench is not None:
+            return self._add(self.bench.keys[layer], keys), self._add(self.bench.values[layer], values)
         return self._rows(self.keys[layer], keys), self._rows(self.values[layer], values)
 
     def _store(self, pages: Tensor, new: Tensor) -> None:
@@ -66,13 +72,16 @@ class PagedCache:
         found = pages.index_select(0, self._table)  # (B * width, size, G, K)
         return found.view(like.shape[0], -1, *pages.shape[2:])[:, : self.span].transpose(1, 2).to(like.dtype)
 
+    def _add(self, bench: Tensor, new: Tensor) -> Tensor:
+        bench[self._row, self._column] = new.transpose(1, 2).to(bench.dtype)
+        return bench[: len(new), : self.span].transpose(1, 2).to(new.dtype)
+
     def attention_mask(self, tokens: int) -> Bool[Tensor, "B 1 T S"] | None:
         """True where a new token may look: everything of its own row up to itself. None: plain causal."""
         if self.fresh:
             return None  # padding stands on the right, where no real token looks
         stored = torch.arange(self.span, device=self.lengths.device)
-        new = self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
-        return (stored[None, None, :] <= new[:, :, None])[:, None]
+        return (stored[None, None, :] <= self._column[:, :, None])[:, None]
 
     def advance(self, tokens: Tensor | int) -> None:
         """Nothing: the scheduler counts."""
@@ -117,18 +126,24 @@ class TorchRunner:
             raise UserError(
                 f"there is no memory for a key-value cache of {pages * size} tokens ({need:.0f} MiB); lower cache_tokens"
             ) from error
+        self._bench = Workbench((self._keys, self._values), lambda shape: _zeros(shape, self._dtype, self.device))
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> Float[Tensor, "wanted vocab"]:
         """Store the keys and values of all new tokens; float32 logits of the wanted ones, in the feeds' order."""
         self._clean(feeds)
-        with _evaluating(self.model):
-            parts, order = [], []
-            for group in _alike(feeds):
-                parts.append(self._pass([feeds[at] for at in group]))
-                order += group
-            hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
-            logits = self.model.head(hidden).float()
+        parts, order = [], []
+        try:
+            with _evaluating(self.model):
+                for group in _alike(feeds):
+                    group, bench = self._arrange(feeds, group)
+                    parts.append(self._pass([feeds[at] for at in group], bench))
+                    order += group
+                hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
+                logits = self.model.head(hidden).float()
+        except BaseException:
+            self._bench.clear()  # it may say more than was done
+            raise
         if order == sorted(order):
             return logits  # type: ignore[no-any-return]
         starts = np.cumsum([0, *(feeds[at].wanted for at in order)])
@@ -141,15 +156,30 @@ class TorchRunner:
         with torch.inference_mode():
             self._keys[:, target] = self._keys[:, source]
             self._values[:, target] = self._values[:, source]
+        self._bench.written([target])
 
-    def _pass(self, feeds: list[Feed]) -> Float[Tensor, "wanted D"]:
+    def _arrange(self, feeds: Sequence[Feed], group: list[int]) -> tuple[list[int], Workbench | None]:
+        """The order of a group on the bench; the bench is for answers that grow, not for prompts."""
+        chosen = [feeds[at] for at in group]
+        tokens = max(len(feed.ids) for feed in chosen)
+        if tokens <= PADDED and all(feed.start for feed in chosen):
+            order = self._bench.arrange(chosen, tokens)
+            if order is not None:
+                return [group[number] for number in order], self._bench
+        size = self._keys.shape[2]
+        self._bench.written(
+            {page for feed in chosen for page in feed.pages[feed.start // size : (feed.start + len(feed.ids) - 1) // size + 1]}
+        )
+        return group, None
+
+    def _pass(self, feeds: list[Feed], bench: Workbench | None) -> Float[Tensor, "wanted D"]:
         lengths = [len(feed.ids) for feed in feeds]
         longest, device = max(lengths), self.device
         ids = torch.tensor([[*feed.ids, *[0] * (longest - len(feed.ids))] for feed in feeds], device=device)
         mask = None
         if min(lengths) < longest:
             mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(device)
-        hidden = self.model.hidden(ids, mask=mask, cache=PagedCache(self._keys, self._values, feeds))
+        hidden = self.model.hidden(ids, mask=mask, cache=PagedCache(self._keys, self._values, feeds, bench))
         wanted = [
             row * longest + at
             for row, (feed, length) in enumerate(zip(feeds, lengths, strict=True))
@@ -193,7 +223,7 @@ def _alike(feeds: Sequence[Feed]) -> list[list[int]]:
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros that on a CPU take up memory only once they are written to: a cache is seldom full."""
-    if device.type != "cpu":
+    if device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)
