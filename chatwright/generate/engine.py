@@ -1,122 +1,81 @@
 """Requests in, tokens out: one scheduler for the command line, the server, rollouts and evaluation.
 
-Continuous batching (Yu et al. 2022, "Orca", OSDI): every `step` makes one token for each running row; a row that ends gives its
-place away at once, and waiting requests join, their prompts read in one padded batch. Rows keep their own lengths in
-the key-value cache, so prompts of any lengths mix.
+Every `step` makes one token for each running row (continuous batching: Yu et al. 2022, "Orca", OSDI). A row that ends gives
+its place away at once; a request that joins has its prompt read in chunks, so that a long one never keeps the running
+answers waiting for more than `prefill_tokens` (Agrawal et al. 2023, "Sarathi", arXiv:2308.16369).
 
-A request's tokens do not depend on its company beyond rounding: matrix products of other sizes add in another order,
-which moves float32 logits by less than 1e-4 (tested), and every request draws from its own random stream.
+Keys and values lie in pages under one memory budget (Kwon et al. 2023, arXiv:2309.06180; pages.py). A prompt pays only for
+what no earlier text began with: a system prompt, the turns before, the K - 1 other samples of the same prompt. When pages run
+out, the request that came last loses its own and goes on later; it keeps its text and its random stream.
+
+A request's tokens do not depend on its company, on what was cached, or on what it lost, beyond rounding: matrix products of
+other sizes add in another order, which moves float32 logits by less than 1e-4 (tested), and every request draws from its
+own random stream.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from chatwright.config import UserError
+from chatwright.generate.pages import PAGE_TOKENS, Match, PagePool
 from chatwright.generate.request import Completion, FinishReason, Handle, Piece, Request
+from chatwright.generate.rows import Choice, Row, Text
+from chatwright.generate.runner import Feed, Runner
 from chatwright.generate.sampling import BatchSampler, make_generator
-from chatwright.model.cache import KVCache
+from chatwright.generate.speculation import Lookup
+from chatwright.generate.torch_runner import TorchRunner
 from chatwright.model.gpt import GPT
-from chatwright.tokenizer import TextStream, Tokenizer
+from chatwright.tokenizer import Tokenizer
 
-__all__ = ["Completion", "Engine", "FinishReason", "Handle", "Piece", "Request"]
+__all__ = ["Completion", "Engine", "FinishReason", "Handle", "Piece", "Request", "Stats"]
 
-PREFILL_TOKENS = 4096
-"""Prompt tokens, padding included, that one step reads at most (a longer prompt goes alone): running answers wait."""
-ROOM = 64
-"""Tokens of room that a fresh cache has behind its longest prompt; it grows by half when that is used up."""
-
-
-class _Text:
-    """A row's text: whole characters, up to the first stop text; what may begin a stop text is held back."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
-        self.stream, self.stops, self.vocab_size = TextStream(tokenizer), stops, tokenizer.vocab_size
-        self.held = ""
-        self.reach = max(map(len, stops), default=1) - 1
-
-    def push(self, token: int) -> tuple[str, bool]:
-        """The text that `token` sets free, and whether a stop text has come."""
-        # A model's table may be padded beyond the tokenizer's last id; such ids spell nothing.
-        return self._release(self.stream.push(token) if token < self.vocab_size else "", final=False)
-
-    def flush(self) -> tuple[str, bool]:
-        """What is left when no more tokens come."""
-        return self._release(self.stream.flush(), final=True)
-
-    def _release(self, new: str, *, final: bool) -> tuple[str, bool]:
-        text = self.held + new
-        self.held = ""
-        cuts = [at for at in map(text.find, self.stops) if at >= 0]
-        if cuts:
-            return text[: min(cuts)], True
-        for size in range(0 if final else min(self.reach, len(text)), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self.stops):
-                self.held = text[-size:]
-                return text[:-size], False
-        return text, False
+PREFILL_TOKENS = 512
+"""Prompt tokens that a step reads while answers are running: they wait for it."""
+IDLE_PREFILL_TOKENS = 4096
+"""The same while nobody waits but those whose prompts are read."""
+CACHE_BYTES = 2**30
+"""Most memory for keys and values when no budget is given (one request that fills the context always has room)."""
+LOOKUP_ROWS = 2
+"""Guesses are made while so few rows are running."""
 
 
-@dataclass(eq=False)
-class _Row:
-    """An admitted request."""
+@dataclass
+class Stats:
+    """What an engine has done since it was made."""
 
-    handle: Handle
-    room: int
-    """Tokens it may produce."""
-    generator: torch.Generator | None
-    text: _Text | None
-    said: list[str] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-    @property
-    def alive(self) -> bool:
-        return not self.handle.finished
-
-    def add(self, token: int, logprob: float) -> None:
-        """Take a token in, hand its text out, and see whether the answer ends."""
-        if not math.isfinite(logprob):
-            self.handle._fail(UserError("the model's logits are not finite (did its training diverge?)"))
-            return
-        self.ids.append(token)
-        self.logprobs.append(logprob)
-        text, stopped = "", False
-        ended = token in self.handle.request.end_ids
-        if self.text is not None and not ended:
-            text, stopped = self.text.push(token)
-        if ended or stopped or len(self.ids) >= self.room:
-            self.finish("stop" if ended or stopped else "length", [token], text, stopped)
-        else:
-            self.said.append(text)
-            self.handle._put(text, [token])
-
-    def finish(self, reason: FinishReason, ids: list[int], text: str = "", stopped: bool = False) -> None:
-        """Hand out the completion. `ids` and `text` are new; `stopped` says that a stop text ended `text`."""
-        if self.text is not None and not stopped:
-            rest, stopped = self.text.flush()
-            text += rest
-            reason = "stop" if stopped else reason
-        self.said.append(text)
-        prompt_tokens = len(self.handle.request.prompt)
-        completion = Completion(self.ids, "".join(self.said), reason, self.logprobs, prompt_tokens)
-        self.handle._put(text, ids, completion)
+    prompt_tokens: int = 0
+    """Tokens of the prompts that were given a place."""
+    cached_tokens: int = 0
+    """Those of them that were known already."""
+    new_tokens: int = 0
+    """Tokens that were chosen."""
+    proposed: int = 0
+    """Tokens guessed by prompt lookup."""
+    accepted: int = 0
+    """Guesses that were right."""
+    preempted: int = 0
+    """Times that a running request lost its pages."""
 
 
 class Engine:
     """Runs requests through a model, up to `max_batch` at a time.
 
-    The model may be used elsewhere between steps: its parameters are read only, and modules in training mode are put
-    back into it (while a step runs there is no dropout). No global random state is touched. Without a tokenizer there
-    are no texts and no stop texts. `max_context` limits prompt plus answer, in tokens, below the model's own limit.
+    The model may be used elsewhere between steps, and trained: `forget` when it was (what torch counts as a change, loading
+    weights for example, is noticed). No global random state is touched. Without a tokenizer there are no texts and no stop
+    texts. `max_context` limits prompt plus answer, in tokens, below the model's own limit.
+
+    runner: computes instead of the model itself (runner.py).
+    cache_tokens: the budget for keys and values, in tokens; None takes what `max_batch` requests of `max_context` tokens
+        need, but at most CACHE_BYTES.
+    lookup: most tokens to guess per step for a greedy answer (speculation.py); 0 guesses nothing.
     """
 
     def __init__(
@@ -126,28 +85,47 @@ class Engine:
         *,
         max_batch: int = 16,
         max_context: int | None = None,
+        runner: Runner | None = None,
+        cache_tokens: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
+        lookup: int = 0,
     ) -> None:
         context = model.config.context
-        if max_batch < 1:
-            raise UserError(f"engine: max_batch is {max_batch}; it must be at least 1")
+        if max_batch < 1 or prefill_tokens < 1 or lookup < 0:
+            raise UserError(
+                f"engine: max_batch ({max_batch}) and prefill_tokens ({prefill_tokens}) must be at least 1, lookup ({lookup}) 0"
+            )
         if max_context is not None and not 2 <= max_context <= context:
             raise UserError(f"engine: max_context is {max_context}; this model allows 2 to {context}")
+        if cache_tokens is not None and cache_tokens < PAGE_TOKENS:
+            raise UserError(f"engine: cache_tokens is {cache_tokens}; it must be at least {PAGE_TOKENS}, one page")
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.config.vocab_size}: "
                 "they do not belong together"
             )
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.runner = model, tokenizer, runner or TorchRunner(model)
         self.max_batch, self.max_context = max_batch, max_context or context
+        self.prefill_tokens, self.lookup = prefill_tokens, lookup
+        self.stats = Stats()
         self.arrived = threading.Condition()  # guards `_waiting`; notified when a request comes
-        self._waiting: deque[Handle] = deque()
+        self._waiting: deque[Row] = deque()
+        self._count = 0
         self._stepping = threading.Lock()  # one step at a time; guards everything below
-        self._rows: list[_Row] = []  # rows of the cache, in order; finished ones stay until `_compact`
-        self._cache: KVCache | None = None
-        self._tokens = torch.empty(
-            0, dtype=torch.int64
-        )  # (rows,) the newest token of each, not yet in the cache
+        self._rows: list[Row] = []  # those with a place, in the order in which they got it
+        self._pool = PagePool(self._pages(cache_tokens))
+        self._allocated = False
+        self._weights: object = None
         self._sampler: BatchSampler | None = None
+        self._sampled: list[Row] = []  # the rows that `_sampler` was made for
+
+    def _pages(self, cache_tokens: int | None) -> int:
+        """The memory budget, in pages."""
+        if cache_tokens is not None:
+            return cache_tokens // PAGE_TOKENS
+        one = -(-self.max_context // PAGE_TOKENS)
+        affordable = CACHE_BYTES // (self.runner.token_bytes() * PAGE_TOKENS)
+        return max(one, min(self.max_batch * one, affordable))
 
     @property
     def waiting(self) -> int:
@@ -164,13 +142,32 @@ class Engine:
         """Whether `step` has anything to do."""
         return bool(self._waiting) or self.active > 0
 
+    # ---- requests ------------------------------------------------------------------------------------------------
+
     def submit(self, request: Request, *, background: bool = False) -> Handle:
         """Queue a request. Any thread may call it.
 
         background: somebody else calls `step` (EngineThread); otherwise reading from the handle does.
-        Raises UserError when the prompt is empty, too long or not of this vocabulary, or stop texts lack a tokenizer.
+        Raises UserError when the prompt is empty, too long or not of this vocabulary, the answer could outgrow the cache, or
+        stop texts lack a tokenizer.
         """
-        prompt, vocab_size = request.prompt, self.model.config.vocab_size
+        room = self._check(request)
+        handle = Handle(request, None if background else self.step)
+        sampling = request.sampling
+        guesses = self.lookup and sampling.temperature == 0.0 and not sampling.looks_back
+        text = Text(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
+        generator = make_generator(sampling, self.runner.device)
+        lookup = Lookup(self.lookup) if guesses else None
+        with self.arrived:
+            row = Row(handle, self._count, room, generator, text, lookup, list(request.prompt))
+            self._count += 1
+            self._waiting.append(row)
+            self.arrived.notify_all()
+        return handle
+
+    def _check(self, request: Request) -> int:
+        """How many tokens the answer may have. Raises UserError when the request cannot be carried out."""
+        prompt, sampling, vocab_size = request.prompt, request.sampling, self.model.config.vocab_size
         if not prompt:
             raise UserError(
                 "the prompt has no tokens; begin with the end-of-text token when there is nothing to say"
@@ -184,13 +181,18 @@ class Engine:
             raise UserError(
                 f"the prompt has token ids outside of the model's vocabulary (0 to {vocab_size - 1})"
             )
-        if request.sampling.stop and self.tokenizer is None:
+        if any(token >= vocab_size for token, _ in sampling.logit_bias):
+            raise UserError(f"logit_bias has token ids outside of the model's vocabulary (0 to {vocab_size - 1})")
+        if sampling.stop and self.tokenizer is None:
             raise UserError("stop texts need an engine with a tokenizer")
-        handle = Handle(request, None if background else self.step)
-        with self.arrived:
-            self._waiting.append(handle)
-            self.arrived.notify_all()
-        return handle
+        room = min(sampling.max_new_tokens, self.max_context - len(prompt))
+        stored = len(prompt) + room - 1  # the last token is never fed
+        if self._pool.needed(stored) > self._pool.pages:
+            raise UserError(
+                f"a prompt of {len(prompt)} tokens and an answer of up to {room} store up to {stored} tokens, but the "
+                f"key-value cache holds {self._pool.pages * self._pool.size}; lower max_new_tokens or raise cache_tokens"
+            )
+        return room
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer all requests; completions in the order of the requests. Raises as `submit` and `Handle.result`."""
@@ -207,134 +209,262 @@ class Engine:
         """Pieces of one answer; leaving the loop early cancels it. Raises as `submit` (at once) and `result`."""
         return _until_closed(self.submit(request))
 
+    def forget(self) -> None:
+        """Drop every stored prompt: call it when the model was trained. What is being answered goes on."""
+        with self._stepping:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._pool.forget()
+        for row in self._rows:
+            row.private = True
+
+    # ---- one step ------------------------------------------------------------------------------------------------
+
     def step(self) -> bool:
         """Make a token for every row, the first one for requests that join; False when there was nothing to do.
 
         What goes wrong in a step is told to the requests that it hits (their handles raise) and not raised here.
         """
-        with self._stepping, torch.inference_mode(), _evaluating(self.model):
+        with self._stepping, torch.inference_mode():
             worked = self.busy
-            for row in self._rows:
-                if row.alive and row.handle.cancelled:
-                    row.finish("cancelled", [])
-            if any(row.alive for row in self._rows):
-                with _blame(self._rows):
-                    self._decode()
-            with _blame(self._rows):
-                self._compact()
-            joining = self._admit()
-            if joining:
-                read = None
-                with _blame(joining):
-                    read = self._read(joining)
-                if read is not None:
-                    with _blame([*self._rows, *joining]):
-                        self._join(joining, *read)
-            if not any(row.alive for row in self._rows):
-                self._compact()  # an idle engine holds no memory
+            try:
+                self._part_with_finished()
+                self._notice_new_weights()
+                self._decode()
+                self._part_with_finished()
+                self._read()
+            except BaseException as error:
+                self._start_over(error)
+                if not isinstance(error, Exception):  # Ctrl-C goes on
+                    raise
             return worked
 
-    def _compact(self) -> None:
-        """Give the places of finished rows away: at once when somebody waits, else when an eighth is finished.
-
-        Rows are copied together, which costs more than a few rows that are computed in vain.
-        """
-        keep = [at for at, row in enumerate(self._rows) if row.alive]
-        gone = len(self._rows) - len(keep)
-        if not gone or (keep and not self._waiting and 8 * gone < len(self._rows)):
-            return
-        self._rows = [self._rows[at] for at in keep]
-        self._sampler = None
-        if not keep or self._cache is None:
-            self._cache = None
-            self._tokens = self._tokens[:0]
-            return
-        chosen = torch.tensor(keep, device=self._tokens.device)
-        self._cache.select(chosen)
-        self._tokens = self._tokens[chosen]
-
-    def _admit(self) -> list[_Row]:
-        """Take requests from the queue, as many as there are places and as one step may read."""
-        joining: list[_Row] = []
-        longest = 0
-        with self.arrived:
-            while self._waiting:
-                handle = self._waiting[0]
-                longest = max(longest, len(handle.request.prompt))
-                full = len(self._rows) + len(joining) == self.max_batch
-                if not handle.cancelled and (
-                    full or (joining and longest * (len(joining) + 1) > PREFILL_TOKENS)
-                ):
-                    break
-                self._waiting.popleft()
-                row = self._row(handle)
-                if handle.cancelled:
-                    row.finish("cancelled", [])
-                else:
-                    joining.append(row)
-        return joining
-
-    def _row(self, handle: Handle) -> _Row:
-        sampling = handle.request.sampling
-        room = min(sampling.max_new_tokens, self.max_context - len(handle.request.prompt))
-        text = _Text(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
-        return _Row(handle, room, make_generator(sampling, self.model.embed.weight.device), text)
-
-    def _read(self, rows: list[_Row]) -> tuple[KVCache, Tensor]:
-        """Read the prompts and make the first token of each: the rows' cache and (rows,) tokens."""
-        prompts = [row.handle.request.prompt for row in rows]
-        weight = self.model.embed.weight
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        longest = int(lengths.max())
-        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-        for at, prompt in enumerate(prompts):
-            ids[at, : len(prompt)] = torch.tensor(prompt)
-        mask = (torch.arange(longest) < lengths[:, None]).to(weight.device)
-        capacity = min(self.max_context, longest + ROOM)
-        cache = KVCache(self.model.config, len(rows), capacity, dtype=weight.dtype, device=weight.device)
-        hidden = self.model.hidden(ids.to(weight.device), mask=mask, cache=cache)
-        last = hidden[torch.arange(len(rows), device=weight.device), lengths.to(weight.device) - 1]
-        tokens, logprobs = self._sampler_of(rows)(self.model.head(last))
-        _hand_out(rows, tokens, logprobs)
-        return cache, tokens
-
-    def _join(self, rows: list[_Row], cache: KVCache, tokens: Tensor) -> None:
-        if self._cache is None:
-            self._cache, self._tokens = cache, tokens
-        else:
-            self._cache.append(cache)
-            self._tokens = torch.cat((self._tokens, tokens))
-        self._rows = [*self._rows, *rows]
-        self._sampler = None
-
     def _decode(self) -> None:
-        """One token for every row."""
-        cache = self._cache
-        assert cache is not None
-        if cache.longest == cache.capacity:
-            cache.grow(min(self.max_context, cache.capacity + max(ROOM, cache.capacity // 2)))
-        if self._sampler is None:
-            self._sampler = self._sampler_of(self._rows)
-        alive = [row.alive for row in self._rows]
-        mask = None if all(alive) else torch.tensor(alive, device=self._tokens.device)[:, None]
-        hidden = self.model.hidden(self._tokens[:, None], mask=mask, cache=cache)
-        self._tokens, logprobs = self._sampler(self.model.head(hidden[:, -1]))
-        _hand_out(self._rows, self._tokens, logprobs)
+        """A token, or several where guesses come true, for every row that has read its prompt."""
+        self._make_room()
+        rows = [row for row in self._rows if not row.reading]
+        if not rows:
+            return
+        with _blame(rows):
+            guesses = [self._guess(row) if len(rows) <= LOOKUP_ROWS else [] for row in rows]
+            feeds = [
+                Feed([row.tokens[-1], *guess], row.stored, row.pages, 1 + len(guess))
+                for row, guess in zip(rows, guesses, strict=True)
+            ]
+            logits = self._forward(feeds)
+            choices = iter(self._choose([row for row, feed in zip(rows, feeds, strict=True) for _ in feed.ids], logits))
+            for row, guess in zip(rows, guesses, strict=True):
+                self._take_in(row, guess, [next(choices) for _ in range(1 + len(guess))])
 
-    def _sampler_of(self, rows: list[_Row]) -> BatchSampler:
-        return BatchSampler(
-            [row.handle.request.sampling for row in rows],
-            [row.generator for row in rows],
-            [[*row.handle.request.prompt, *row.ids] for row in rows],
-            vocab_size=self.model.config.vocab_size,
-            device=self.model.embed.weight.device,
+    def _read(self) -> None:
+        """Read prompts, the oldest first, as many tokens as this step may; who comes to the end gets a first token."""
+        running = any(not row.reading for row in self._rows)
+        budget = self.prefill_tokens if running else max(self.prefill_tokens, IDLE_PREFILL_TOKENS)
+        while True:
+            self._admit(budget - sum(row.pending for row in self._rows if row.reading))
+            rows, feeds = [], []
+            for row in self._rows:
+                count = min(row.pending, budget) if row.reading else 0
+                if count:
+                    end = row.stored + count
+                    feeds.append(Feed(row.tokens[row.stored : end], row.stored, row.pages, int(end == len(row.tokens))))
+                    rows.append(row)
+                    budget -= count
+            if not rows:
+                return
+            with _blame(rows):
+                self._read_chunks(rows, feeds)
+            self._part_with_finished()
+
+    def _read_chunks(self, rows: list[Row], feeds: list[Feed]) -> None:
+        logits = self._forward(feeds)
+        done = [row for row, feed in zip(rows, feeds, strict=True) if feed.wanted]
+        choices = iter(self._choose(done, logits) if done else [])
+        for row, feed in zip(rows, feeds, strict=True):
+            row.stored += len(feed.ids)
+            # A page that is not full is remembered once the prompt is whole, not after every chunk.
+            whole = row.stored if feed.wanted else row.stored - row.stored % self._pool.size
+            if not row.private:
+                row.pages = self._pool.learn(row.tokens[:whole], row.pages)
+            if feed.wanted:
+                row.reading = False
+                row.add(next(choices))
+                self.stats.new_tokens += not row.handle.failed
+
+    def _forward(self, feeds: list[Feed]) -> Tensor:
+        if not self._allocated:
+            self.runner.allocate(self._pool.pages, self._pool.size)
+            self._allocated = True
+        return self.runner.forward(feeds)
+
+    def _choose(self, rows: list[Row], logits: Tensor) -> list[Choice]:
+        """A token for each row of logits; a row may have several."""
+        if self._sampler is None or rows != self._sampled:
+            self._sampled = rows
+            self._sampler = BatchSampler(
+                [row.sampling for row in rows],
+                [row.generator for row in rows],
+                [row.tokens for row in rows],
+                answered=[len(row.ids) for row in rows],
+                vocab_size=logits.shape[1],
+                device=logits.device,
+            )
+        tokens, logprobs = self._sampler(logits)
+        tops = self._sampler.alternatives(logits)
+        return list(map(Choice, tokens.tolist(), logprobs.tolist(), tops))
+
+    # ---- guesses -------------------------------------------------------------------------------------------------
+
+    def _guess(self, row: Row) -> list[int]:
+        """What may follow the row's newest token, and the pages for it; nothing where pages are scarce."""
+        if row.lookup is None:
+            return []
+        guess = row.lookup.propose(row.tokens, row.room - len(row.ids) - 1)
+        pages = self._pool.needed(row.stored + 1 + len(guess)) - len(row.pages)
+        if pages > self._pool.available - len(self._rows):
+            return []
+        row.pages += [self._pool.take() for _ in range(pages)]
+        return guess
+
+    def _take_in(self, row: Row, guess: list[int], choices: list[Choice]) -> None:
+        """Add tokens to a row as long as what was fed behind each is what the model says."""
+        accepted = 0
+        for number, choice in enumerate(choices):
+            row.add(choice)
+            if row.handle.failed:
+                return
+            row.stored += 1
+            self.stats.new_tokens += 1
+            if not row.alive or number == len(guess) or choice.token != guess[number]:
+                break
+            accepted += 1
+        if guess and row.lookup is not None:
+            row.lookup.learn(len(guess), accepted)
+            self.stats.proposed += len(guess)
+            self.stats.accepted += accepted
+
+    # ---- places and pages ----------------------------------------------------------------------------------------
+
+    def _admit(self, budget: int) -> None:
+        """Give places to waiting requests, in their order, until as many tokens are to be read as this step may."""
+        at = 0
+        with self.arrived:
+            while at < len(self._waiting):
+                row = self._waiting[at]
+                if row.handle.cancelled:
+                    row.finish("cancelled")
+                else:
+                    if len(self._rows) + at >= self.max_batch or budget <= 0:
+                        break
+                    match = self._pool.match(row.tokens[:-1])
+                    if self._is_being_read(row, match):
+                        at += 1
+                        continue
+                    if not self._give_pages(row, match):
+                        break
+                    budget -= row.pending
+                del self._waiting[at]
+
+    def _is_being_read(self, row: Row, match: Match) -> bool:
+        """Whether another row computes this moment what this one would need: it waits, and takes it over.
+
+        That is worth it for a whole page, and for another sample of the same prompt.
+        """
+        last = len(row.tokens) - 1
+        end = min(last, match.tokens - match.tokens % self._pool.size + self._pool.size)
+        if end <= match.tokens:
+            return False
+        begin = row.tokens[:end]
+        return any(
+            other.tokens[:end] == begin and (end % self._pool.size == 0 or other.tokens == row.tokens)
+            for other in self._rows
+            if other.reading and other.alive and not other.private
         )
 
+    def _give_pages(self, row: Row, match: Match) -> bool:
+        """Give a row its place and pages for all its tokens, shared ones first; False when there are too few.
 
-def _hand_out(rows: list[_Row], tokens: Tensor, logprobs: Tensor) -> None:
-    for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-        if row.alive:
-            row.add(token, logprob)
+        Every row that runs beside it must have a page to go on with.
+        """
+        pool = self._pool
+        fresh = pool.needed(len(row.tokens)) - len(match.pages)
+        spare = pool.available - sum(not pool.users[page] for page in match.pages) - fresh
+        if spare < (len(self._rows) + 1 if self._rows else 0):
+            return False
+        self._rows.append(row)
+        row.pages, row.stored = list(match.pages), len(match.pages) * pool.size
+        for page in match.pages:
+            pool.share(page)
+        source = match.source
+        if source is not None and (pool.users[source] or spare):  # it is held while the page for the copy is taken
+            pool.share(source)
+            row.pages.append(pool.take())
+            self.runner.copy_page(source, row.pages[-1])
+            pool.release([source])
+            row.stored = match.tokens
+        row.pages += [pool.take() for _ in range(pool.needed(len(row.tokens)) - len(row.pages))]
+        if row.cached is None:
+            row.cached = min(row.stored, len(row.handle.request.prompt))
+            self.stats.prompt_tokens += len(row.handle.request.prompt)
+            self.stats.cached_tokens += row.cached
+        return True
+
+    def _make_room(self) -> None:
+        """See that every running row has a page for its newest token. Who came last may lose its place for it."""
+        for row in sorted(self._rows, key=lambda row: row.number):
+            while row in self._rows and not row.reading and self._pool.needed(row.stored + 1) > len(row.pages):
+                if self._pool.available:
+                    row.pages.append(self._pool.take())
+                else:
+                    self._preempt(max(self._rows, key=lambda row: row.number))
+
+    def _preempt(self, row: Row) -> None:
+        """Back to the head of the queue; what it had computed stays known for as long as nobody needs its pages."""
+        self._rows.remove(row)
+        self._let_go(row)
+        row.reading, row.private = True, False
+        self.stats.preempted += 1
+        with self.arrived:
+            self._waiting.appendleft(row)
+
+    def _part_with_finished(self) -> None:
+        for row in self._rows:
+            if row.alive and row.handle.cancelled:
+                row.finish("cancelled")
+        for row in [row for row in self._rows if not row.alive]:
+            self._rows.remove(row)
+            self._let_go(row)
+        if not self._rows:
+            self._sampler, self._sampled = None, []
+
+    def _let_go(self, row: Row) -> None:
+        """Release a row's pages; others may find there what it has computed, unless that went wrong."""
+        if row.handle.failed:
+            self._pool.doubt(row.pages)
+        elif not row.private:
+            row.pages = self._pool.learn(row.tokens[: row.stored], row.pages)
+        self._pool.release(row.pages)
+        row.pages, row.stored = [], 0
+
+    def _notice_new_weights(self) -> None:
+        """Forget when torch says that a parameter was written to. Fused optimisers do not say so: hence `forget`."""
+        if self._rows or not self._waiting or not isinstance(self.runner, TorchRunner):
+            return
+        weights = self.runner.weights()
+        if weights != self._weights:
+            self._forget()
+        self._weights = weights
+
+    def _start_over(self, error: BaseException) -> None:
+        """After an error outside of a pass, or Ctrl-C anywhere, nobody knows who holds which page: all rows end."""
+        for row in self._rows:
+            if row.alive:
+                row.handle._fail(error)
+        with self.arrived:
+            self._waiting = deque(row for row in self._waiting if row.alive)
+        self._rows, self._sampler = [], None
+        self._pool = PagePool(self._pool.pages)
 
 
 def _until_closed(handle: Handle) -> Iterator[Piece]:
@@ -345,26 +475,11 @@ def _until_closed(handle: Handle) -> Iterator[Piece]:
 
 
 @contextmanager
-def _blame(rows: Sequence[_Row]) -> Iterator[None]:
-    """An error inside ends these rows; only what is no Exception (Ctrl-C) goes on."""
+def _blame(rows: Sequence[Row]) -> Iterator[None]:
+    """An error inside ends these rows."""
     try:
         yield
-    except BaseException as error:
+    except Exception as error:
         for row in rows:
             if row.alive:
                 row.handle._fail(error)
-        if not isinstance(error, Exception):
-            raise
-
-
-@contextmanager
-def _evaluating(model: GPT) -> Iterator[None]:
-    """No dropout inside; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

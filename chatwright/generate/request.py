@@ -11,6 +11,8 @@ from chatwright.config import UserError
 from chatwright.generate.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
+Alternatives = list[tuple[int, float]]
+"""The likeliest tokens at one place and their log-probabilities, best first."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class Piece:
     ids: list[int]
     finish_reason: FinishReason | None
     """None until the last piece."""
+    logprobs: list[float] = field(default_factory=list)
+    """Per id, as in `Completion`."""
+    top_logprobs: list[Alternatives] = field(default_factory=list)
+    """Per id, as in `Completion`."""
 
 
 @dataclass
@@ -51,6 +57,10 @@ class Completion:
     logprobs: list[float]
     """Per new token, in nats: log_softmax(logits / temperature), before penalty and filters (see sampling.py)."""
     prompt_tokens: int
+    top_logprobs: list[Alternatives] = field(default_factory=list)
+    """Per new token, when asked for (`Sampling.top_logprobs`), the likeliest tokens, on the scale of `logprobs`."""
+    cached_tokens: int = field(default=0, compare=False)
+    """Tokens of the prompt that were not computed, because an earlier request had begun in the same way."""
 
 
 class Handle:
@@ -62,6 +72,8 @@ class Handle:
         self._changed = threading.Condition()
         self._text = ""
         self._ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._top: list[Alternatives] = []
         self._completion: Completion | None = None
         self._error: BaseException | None = None
         self._last_taken = False
@@ -71,6 +83,11 @@ class Handle:
     def finished(self) -> bool:
         """Whether the answer is complete, cancelled or failed."""
         return self._completion is not None or self._error is not None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the computation went wrong; `result` raises."""
+        return self._error is not None
 
     def cancel(self) -> None:
         """Stop at the next step; the completion keeps what there is. Does nothing to a finished request."""
@@ -85,10 +102,9 @@ class Handle:
         while not self._last_taken:
             self._wait(lambda: self.finished or bool(self._ids))
             with self._changed:
-                piece = Piece(
-                    self._text, self._ids, self._completion.finish_reason if self._completion else None
-                )
-                self._text, self._ids = "", []
+                reason = self._completion.finish_reason if self._completion else None
+                piece = Piece(self._text, self._ids, reason, self._logprobs, self._top)
+                self._text, self._ids, self._logprobs, self._top = "", [], [], []
                 self._last_taken = self._completion is not None
             yield piece
 
@@ -114,10 +130,19 @@ class Handle:
             if self._drive is not None and not self._drive() and not ready() and self._error is None:
                 raise RuntimeError("generation was interrupted: the engine has lost this request")
 
-    def _put(self, text: str, ids: list[int], completion: Completion | None = None) -> None:
+    def _put(
+        self,
+        text: str,
+        ids: list[int],
+        logprobs: list[float],
+        top: list[Alternatives],
+        completion: Completion | None = None,
+    ) -> None:
         with self._changed:
             self._text += text
             self._ids += ids
+            self._logprobs += logprobs
+            self._top += top
             self._completion = completion
             self._changed.notify_all()
 

@@ -36,8 +36,11 @@ class Runner(Protocol):
     """A model that computes with paged keys and values."""
 
     config: GPTConfig
-    device: torch.device
-    """Where logits appear."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where logits appear."""
+        ...
 
     def token_bytes(self) -> int:
         """Memory that the keys and values of one token take in all layers."""

@@ -1,6 +1,7 @@
-"""From logits to a token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
+"""From logits to a token: greedy, temperature, top-k, top-p, min-p, penalties and biases.
 
-The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p. Everything is float32.
+The order is that of transformers: repetition penalty, (OpenAI's bias and presence and frequency penalties, which are
+added to the logits,) temperature, top-k, top-p, min-p. Everything is float32.
 
 A token is drawn by an exponential race: with u ~ Uniform(0, 1) per token, argmax p_i / -log(u_i) has distribution p
 (the Gumbel-max trick, written without the outer logarithm). It costs more random numbers than inverting the
@@ -8,7 +9,7 @@ cumulative distribution, but a rounding error in a logit then changes the choice
 while it moves every boundary of a cumulative sum. Each row draws from a generator of its own, so a request's tokens
 do not depend on what else is in the batch.
 
-Log-probabilities are those of log_softmax(logits / temperature), *before* the penalty and the filters: what a trainer
+Log-probabilities are those of log_softmax(logits / temperature), *before* the penalties, the bias and the filters: what a trainer
 recomputes for the same tokens, with the same temperature (policy-gradient methods need exactly that). Where filters
 are on, they are not the probabilities of the filtered distribution. At temperature 0 the temperature counts as 1.
 """
@@ -16,7 +17,7 @@ are on, they are not the probabilities of the filtered distribution. At temperat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,14 @@ class Sampling:
     """Drop tokens less likely than this share of the likeliest; 0 keeps all (Nguyen et al. 2024, arXiv:2407.01082)."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens in the prompt or the answer (arXiv:1909.05858, 4.1)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token that the answer has so far (OpenAI's definition); -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Subtracted for each time that the answer has the token so far (OpenAI's definition); -2 to 2."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit), -100 to 100; may be given as a dictionary."""
+    top_logprobs: int = 0
+    """Report so many of the likeliest tokens at each place, with their log-probabilities; 0 to 20."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
     seed: int | None = None
@@ -56,6 +65,7 @@ class Sampling:
                 f"sampling: stop is {self.stop!r}; it must be a list of texts, none of them empty"
             )
         object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
         checks = (
             ("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number, at least 1"),
             ("temperature", _within(self.temperature, 0.0, math.inf), "a number, 0 (greedy) or more"),
@@ -71,6 +81,9 @@ class Sampling:
                 _within(self.repetition_penalty, 0.0, math.inf) and self.repetition_penalty > 0,
                 "a number above 0 (1 changes nothing)",
             ),
+            ("presence_penalty", _within(self.presence_penalty, -2.0, 2.0), "a number from -2 to 2 (0 changes nothing)"),
+            ("frequency_penalty", _within(self.frequency_penalty, -2.0, 2.0), "a number from -2 to 2 (0 changes nothing)"),
+            ("top_logprobs", _whole(self.top_logprobs, 0, 21), "a whole number from 0 to 20"),
             (
                 "seed",
                 self.seed is None or _whole(self.seed, 0, 2**63),
@@ -84,6 +97,21 @@ class Sampling:
             raise UserError(
                 f"sampling: temperature {self.temperature} is too small to divide by; use 0 for greedy"
             )
+
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the choice of a token depends on those before it in other ways than through the model."""
+        return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
+
+
+def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
+    pairs = tuple(bias.items()) if isinstance(bias, Mapping) else bias
+    if isinstance(pairs, Sequence) and not isinstance(pairs, str):
+        pairs = tuple(tuple(pair) if isinstance(pair, Sequence) else pair for pair in pairs)
+        if all(isinstance(pair, tuple) and len(pair) == 2 and _whole(pair[0], 0) and _within(pair[1], -100.0, 100.0) for pair in pairs):
+            return pairs
+    raise UserError(f"sampling: logit_bias is {bias!r}; it must give token ids numbers from -100 to 100")
 
 
 def _whole(value: object, least: int, beyond: int | None = None) -> bool:
@@ -117,7 +145,8 @@ class BatchSampler:
     """The settings of a batch of rows as tensors, so that one pass over (B, V) logits serves them all.
 
     settings, generators and histories have an entry per row; a row's history is the ids that its repetition penalty
-    looks at (prompt and answer so far), and tokens drawn by `__call__` are added to it.
+    looks at (prompt and answer so far), of which the last `answered` are the answer, what the presence and frequency
+    penalties look at. Tokens drawn by `__call__` are added to both.
     """
 
     def __init__(
@@ -127,6 +156,7 @@ class BatchSampler:
         histories: Sequence[Sequence[int]],
         *,
         vocab_size: int,
+        answered: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         def column(values: list[float]) -> Tensor:
@@ -155,12 +185,30 @@ class BatchSampler:
             for row, (penalty, history) in enumerate(zip(penalties, histories, strict=True)):
                 if penalty != 1.0:
                     self.seen[row, torch.tensor(history, dtype=torch.int64, device=device)] = True
+        self.bias = self.counts = None
+        if any(sampling.logit_bias for sampling in settings):
+            self.bias = torch.zeros(len(settings), vocab_size, device=device)
+            for row, sampling in enumerate(settings):
+                for token, value in sampling.logit_bias:
+                    self.bias[row, token] += value
+        if any(sampling.presence_penalty or sampling.frequency_penalty for sampling in settings):
+            self.presence = column([sampling.presence_penalty for sampling in settings])
+            self.frequency = column([sampling.frequency_penalty for sampling in settings])
+            self.counts = torch.zeros(len(settings), vocab_size, device=device)
+            for row, (history, length) in enumerate(zip(histories, answered or [0] * len(settings), strict=True)):
+                answer = torch.tensor(history[len(history) - length :], dtype=torch.int64, device=device)
+                self.counts[row] = torch.bincount(answer, minlength=vocab_size)
+        self.tops = [sampling.top_logprobs for sampling in settings]
 
     def process(self, logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-        """Logits of the distribution to draw from; what must not be drawn is -inf. Greedy rows: only the penalty."""
+        """Logits of the distribution to draw from; what must not be drawn is -inf. Greedy rows: only penalties, bias."""
         x = logits.float()
         if self.seen is not None and self.penalty is not None:
             x = torch.where(self.seen, torch.where(x > 0, x / self.penalty, x * self.penalty), x)
+        if self.bias is not None:
+            x = x + self.bias
+        if self.counts is not None:
+            x = x - self.frequency * self.counts - self.presence * (self.counts > 0)
         if self.temperature is not None:
             x = x / self.temperature
         if self.top_k_rows is not None:
@@ -183,7 +231,20 @@ class BatchSampler:
         logprobs = scaled.gather(1, ids[:, None])[:, 0] - scaled.logsumexp(-1)
         if self.seen is not None:
             self.seen.scatter_(1, ids[:, None], True)
+        if self.counts is not None:
+            self.counts[torch.arange(len(ids), device=ids.device), ids] += 1.0
         return ids, logprobs
+
+    def alternatives(self, logits: Float[Tensor, "B V"]) -> list[list[list[tuple[int, float]]]]:
+        """Per row a list with one entry, its `top_logprobs` likeliest tokens, or an empty list when it wants none."""
+        if not any(self.tops):
+            return [[] for _ in self.tops]
+        scaled = logits.float() if self.temperature is None else logits.float() / self.temperature
+        values, ids = scaled.log_softmax(-1).topk(min(max(self.tops), logits.shape[1]), dim=-1)
+        return [
+            [list(zip(row_ids[:most], row_values[:most], strict=True))] if most else []
+            for most, row_ids, row_values in zip(self.tops, ids.tolist(), values.tolist(), strict=True)
+        ]
 
     def _race(self, like: Tensor) -> Tensor:
         """(B, V) standard exponential numbers, each row from its own generator.

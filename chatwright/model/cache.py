@@ -7,12 +7,37 @@ tokens. What lies beyond a row's length is left over and never attended to.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from chatwright.config import UserError
 from chatwright.model.config import GPTConfig
+
+
+class Cache(Protocol):
+    """What `GPT.hidden` needs of a cache: this file's, or one of pages (generate/torch_runner.py)."""
+
+    lengths: Int[Tensor, " B"]
+    """Tokens stored of each row."""
+    longest: int
+    """With the new tokens of a call, the most that any row holds; they must fit into the context."""
+
+    def extend(
+        self, layer: int, keys: Float[Tensor, "B G T K"], values: Float[Tensor, "B G T K"]
+    ) -> tuple[Float[Tensor, "B G S K"], Float[Tensor, "B G S K"]]:
+        """Store one layer's new keys and values; all keys and values of the rows."""
+        ...
+
+    def attention_mask(self, tokens: int) -> Bool[Tensor, "B 1 T S"] | None:
+        """Where new tokens may look; None for plain causal attention among the new tokens."""
+        ...
+
+    def advance(self, tokens: Tensor | int) -> None:
+        """Count the new tokens as stored, once all layers have written."""
+        ...
 
 
 class KVCache:

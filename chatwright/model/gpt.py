@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from chatwright.config import UserError
 from chatwright.model.attention import CausalAttention, blocked_attention, fused_attention
-from chatwright.model.cache import KVCache
+from chatwright.model.cache import Cache
 from chatwright.model.config import GPTConfig
 
 
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "B T D"],
         angles: tuple[Tensor, Tensor] | None,
         attend: Bool[Tensor, "B 1 T S"] | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         layer: int,
     ) -> Float[Tensor, "B T D"]:
         batch, tokens, _ = x.shape
@@ -214,7 +214,7 @@ class Block(nn.Module):
         x: Tensor,
         angles: tuple[Tensor, Tensor] | None,
         attend: Tensor | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         layer: int,
     ) -> Tensor:
         if self.pre_norm:
@@ -311,7 +311,7 @@ class GPT(nn.Module):
         mask: Bool[Tensor, "B T"] | None = None,
         positions: Int[Tensor, "B T"] | None = None,
         documents: Int[Tensor, "B T"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         angles: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Final hidden states, what the output matrix sees.
@@ -356,7 +356,7 @@ class GPT(nn.Module):
         mask: Bool[Tensor, "B T"] | None = None,
         positions: Int[Tensor, "B T"] | None = None,
         documents: Int[Tensor, "B T"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Logits of the next token, float32. Arguments as in `hidden`."""
         x = self.hidden(ids, mask=mask, positions=positions, documents=documents, cache=cache)
@@ -373,7 +373,7 @@ def token_positions(ids: Tensor, mask: Tensor | None, start: Tensor | None) -> T
 
 
 def attention_mask(
-    ids: Tensor, mask: Tensor | None, documents: Tensor | None, cache: KVCache | None
+    ids: Tensor, mask: Tensor | None, documents: Tensor | None, cache: Cache | None
 ) -> Bool[Tensor, "B 1 T S"] | None:
     """Who may look at whom; None means plain causal.
 

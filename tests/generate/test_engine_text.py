@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatwright.generate.engine import Engine, Piece, Request, _Text
+from chatwright.generate.engine import Engine, Piece, Request
+from chatwright.generate.rows import Text
 from chatwright.generate.sampling import Sampling
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
@@ -91,7 +92,7 @@ def test_a_held_back_text_comes_out_at_the_end(
     stops=st.lists(st.text("ab€", min_size=1, max_size=4), max_size=3),
 )
 def test_any_bytes_and_stop_texts(data: bytes, stops: list[str], tokenizer: Tokenizer) -> None:
-    text, parts = _Text(tokenizer, tuple(stops)), []
+    text, parts = Text(tokenizer, tuple(stops)), []
     stopped = False
     for token in tokenizer.encode(data):
         part, stopped = text.push(token)

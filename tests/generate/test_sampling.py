@@ -108,6 +108,57 @@ def test_penalty_sees_the_tokens_drawn_so_far() -> None:
     assert [int(sampler(logits)[0]) for _ in range(4)] == [1, 2, 0, 3]
 
 
+def test_presence_frequency_and_bias_worked_by_hand() -> None:
+    # OpenAI: logit - count * frequency_penalty - (count > 0) * presence_penalty, counted in the answer; then the bias.
+    sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 2.0, 1: -1.0}, temperature=0.5)
+    plain = Sampling()
+    history = [0, 0, 1, 2, 2, 2]  # the prompt is 0, 0; the answer 1, 2, 2, 2
+    generators = [make_generator(one) for one in (sampling, plain)]
+    sampler = BatchSampler([sampling, plain], generators, [history] * 2, answered=[4, 4], vocab_size=4)
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 2)
+    processed = sampler.process(logits)
+    by_hand = [1.0, 2.0 - 0.25 - 0.5 - 1.0, 3.0 - 3 * 0.25 - 0.5, 4.0 + 2.0]
+    torch.testing.assert_close(processed[0], torch.tensor(by_hand) / 0.5)
+    torch.testing.assert_close(processed[1], logits[1])
+    negative = BatchSampler(
+        [Sampling(frequency_penalty=-1.0)], [None], [[1, 1]], answered=[2], vocab_size=2
+    ).process(torch.zeros(1, 2))
+    assert negative.tolist() == [[0.0, 2.0]]
+
+
+def test_presence_and_frequency_see_the_tokens_drawn_so_far() -> None:
+    def greedy(logits: list[float], draws: int, **penalties: float) -> list[int]:
+        sampler = batch([Sampling(temperature=0.0, **penalties)], len(logits))
+        return [int(sampler(torch.tensor([logits]))[0]) for _ in range(draws)]
+
+    assert greedy([3.0, 2.0, 1.5], 6, presence_penalty=1.2) == [0, 1, 0, 0, 0, 0]
+    assert greedy([3.0, 2.0, 1.5], 6, frequency_penalty=0.6) == [0, 0, 1, 0, 2, 1]
+
+
+def test_a_bias_can_forbid_and_force() -> None:
+    logits = torch.tensor([1.0, 3.0, 2.9, -1.0])
+    assert sample(logits, Sampling(temperature=0.0, logit_bias=[(1, -100.0)])) == 2
+    assert sample(logits, Sampling(logit_bias={3: 100.0}, seed=0)) == 3
+    assert Sampling(logit_bias={3: 1}) == Sampling(logit_bias=((3, 1),))
+    assert hash(Sampling(logit_bias={3: 1.0})) == hash(Sampling(logit_bias=[[3, 1.0]]))  # type: ignore[arg-type]
+
+
+def test_alternatives_are_the_likeliest_tokens_before_penalties() -> None:
+    settings = [
+        Sampling(top_logprobs=3, temperature=0.5, logit_bias={7: 50.0}, seed=1),
+        Sampling(),
+        Sampling(top_logprobs=1, temperature=0.0),
+    ]
+    logits = random_logits(3, 40, seed=2)
+    top = batch(settings, 40).alternatives(logits)
+    expected = (logits[0] / 0.5).log_softmax(-1).sort(descending=True)
+    assert [token for token, _ in top[0][0]] == expected.indices[:3].tolist()
+    torch.testing.assert_close(torch.tensor([value for _, value in top[0][0]]), expected.values[:3])
+    assert top[1] == []
+    assert [len(one) for one in top[2]] == [1]
+    assert top[2][0][0][0] == int(logits[2].argmax())
+
+
 @pytest.mark.parametrize(
     ("values", "vocab_size"),
     [({}, 30), ({"temperature": 1.6}, 30), ({"top_k": 8}, 60), ({"temperature": 0.8, "top_p": 0.9}, 30)],
@@ -194,6 +245,15 @@ def test_impossible_tokens_are_never_drawn_and_broken_rows_are_marked() -> None:
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"stop": "text"}, "stop"),
         ({"stop": ("a", "")}, "stop"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"logit_bias": {3: 101}}, "logit_bias"),
+        ({"logit_bias": {"3": 1}}, "logit_bias"),
+        ({"logit_bias": {-3: 1}}, "logit_bias"),
+        ({"logit_bias": ((1, 2, 3),)}, "logit_bias"),
+        ({"logit_bias": "1:2"}, "logit_bias"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": -1}, "top_logprobs"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
     ],

@@ -10,6 +10,8 @@ import torch
 
 from chatwright.chat import NATIVE
 from chatwright.data.examples import Dialogue
+from chatwright.generate.engine import Engine, Request
+from chatwright.generate.sampling import Sampling
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.tokenizer import Tokenizer
@@ -158,3 +160,31 @@ def test_prompts_are_users_turns_with_what_stands_before_them(chat_tokenizer: To
     assert found == [encoded(1), encoded(3), encoded(5)]  # three at most from one conversation
     assert prompts_from([dialogue], NATIVE, chat_tokenizer, max_tokens=len(encoded(3)), most=10) == found[:2]
     assert prompts_from([dialogue] * 9, NATIVE, chat_tokenizer, max_tokens=60, most=4) == [*found, found[0]]
+
+
+def test_answers_after_an_update_are_those_of_the_new_policy(lively_gpt: Callable[..., GPT]) -> None:
+    """Fused AdamW changes weights without telling torch's counters: nothing computed before it may be used again."""
+    model = lively_gpt(6)
+    sampled(model, 1.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    model(torch.tensor(PROMPTS[2:3])).square().mean().backward()
+    optimizer.step()
+    after = sampled(model, 1.0)
+    with torch.no_grad():
+        found, _ = answer_log_probs(model, after, temperature=1.0)
+    assert float((found - after.sampled).abs().max()) < 1e-4
+
+    requests = [
+        Request(tuple(prompt * 7), Sampling(12, seed=row), frozenset({END})) for row, prompt in enumerate(PROMPTS)
+    ]
+    engine = Engine(model)
+    engine.generate(requests)
+    optimizer.step()
+    stale = engine.generate(requests)
+    engine.forget()
+    kept, fresh = engine.generate(requests), Engine(model).generate(requests)
+    assert [one.ids for one in kept] == [one.ids for one in fresh]
+    for one, other in zip(kept, fresh, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    # the mutation: keeping what the old policy computed
+    assert [one.ids for one in stale] != [one.ids for one in fresh]

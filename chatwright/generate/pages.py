@@ -1,0 +1,188 @@
+"""Who uses which page of the key-value cache, and which pages hold the beginning of a text that may come again.
+
+A page has room for the keys and values of `size` tokens (Kwon et al. 2023, "PagedAttention", arXiv:2309.06180). What is
+known is a tree (Zheng et al. 2023, SGLang's RadixAttention, arXiv:2312.07104): below the root the pages that hold the first
+tokens of some text, below each page those that go on. Keys are the tokens themselves, compared one by one, and a page
+stands for nothing but its whole path: two prompts can never be mixed up.
+
+Three rules make it safe:
+* Sequences share whole pages only, and nobody writes to a page that is whole. Who goes on in the middle of a page
+  takes a copy of it.
+* A page without users that holds something known stays until its room is needed: the one unused for longest goes first.
+* Who uses a page uses its whole path, so a page is never let go before those below it.
+
+This file counts; it has no tensors.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+PAGE_TOKENS = 16
+"""Tokens a page holds: small enough that little is copied or left empty, large enough to be moved in one piece."""
+
+
+class OutOfPages(Exception):
+    """Every page has a user."""
+
+
+@dataclass(eq=False, slots=True)
+class _Known:
+    """A page whose tokens are known, and what was seen to follow them."""
+
+    page: int
+    tokens: tuple[int, ...]
+    """Fewer than a page holds at the end of a text; such a page has nothing below it."""
+    above: _Known | None
+    whole: dict[tuple[int, ...], _Known] = field(default_factory=dict)
+    """The full pages below, by their tokens."""
+    below: dict[int, list[_Known]] = field(default_factory=dict)
+    """All pages below, by their first token."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """How much of a text is stored already."""
+
+    pages: tuple[int, ...]
+    """Full pages that hold its beginning; to be shared."""
+    source: int | None
+    """A page that goes on like the text for a while; to be copied."""
+    tokens: int
+    """Tokens known, those in the source included."""
+
+
+class PagePool:
+    """The pages of one engine, numbered from 0."""
+
+    def __init__(self, pages: int, size: int = PAGE_TOKENS) -> None:
+        self.pages, self.size = pages, size
+        self.users = [0] * pages
+        """How many sequences use each page."""
+        self._free = list(range(pages - 1, -1, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()  # known pages without users; unused for longest first
+        self._known: dict[int, _Known] = {}
+        self._root = _Known(-1, (), None)
+
+    @property
+    def available(self) -> int:
+        """Pages that `take` could give."""
+        return len(self._free) + len(self._idle)
+
+    def needed(self, tokens: int) -> int:
+        """Pages that hold so many tokens."""
+        return -(-tokens // self.size)
+
+    def take(self) -> int:
+        """A page for one user, to write to; its content is nothing that anybody knows. Raises OutOfPages."""
+        if self._free:
+            page = self._free.pop()
+        elif self._idle:
+            page, _ = self._idle.popitem(last=False)
+            self._unlearn(page)
+        else:
+            raise OutOfPages(f"all {self.pages} pages are in use")
+        self.users[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """Count another user of a page that is used or known."""
+        if not self.users[page]:
+            del self._idle[page]
+        self.users[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Count one user less of each page of a sequence. What is known stays, the end of the text to go first."""
+        for page in reversed(pages):
+            self.users[page] -= 1
+            if self.users[page]:
+                continue
+            if page in self._known:
+                self._idle[page] = None
+            else:
+                self._free.append(page)
+
+    def match(self, tokens: Sequence[int]) -> Match:
+        """The longest beginning of `tokens` that is known. Nothing is held: share before the next `take`."""
+        above, pages, at = self._root, [], 0
+        while at + self.size <= len(tokens):
+            found = above.whole.get(tuple(tokens[at : at + self.size]))
+            if found is None:
+                break
+            above, at = found, at + self.size
+            pages.append(found.page)
+        rest = tuple(tokens[at : at + self.size])
+        source, most = None, 0
+        for candidate in above.below.get(rest[0], ()) if rest else ():
+            alike = _alike(candidate.tokens, rest)
+            if alike > most:
+                source, most = candidate.page, alike
+        return Match(tuple(pages), source, at + most)
+
+    def learn(self, tokens: Sequence[int], pages: Sequence[int]) -> list[int]:
+        """Remember that `pages`, of a sequence that uses them, begin with `tokens`; the pages it uses from now on.
+
+        Where an equal full page is known already, the sequence goes over to that one and its own becomes free.
+        """
+        above, own = self._root, list(pages)
+        for number, at in enumerate(range(0, len(tokens), self.size)):
+            chunk, page = tuple(tokens[at : at + self.size]), own[number]
+            if len(chunk) < self.size:
+                if not any(known.page != page and known.tokens[: len(chunk)] == chunk for known in above.below.get(chunk[0], ())):
+                    self._remember(page, chunk, above)
+                break
+            twin = above.whole.get(chunk)
+            if twin is None:
+                twin = self._remember(page, chunk, above)
+            elif twin.page != page:
+                if page in self._known:
+                    self._unlearn(page)
+                self.share(twin.page)
+                self.release([page])
+                own[number] = twin.page
+            above = twin
+        return own
+
+    def doubt(self, pages: Sequence[int]) -> None:
+        """Forget those of the pages that are not full: who wrote behind their known tokens has failed."""
+        for page in pages:
+            known = self._known.get(page)
+            if known is not None and len(known.tokens) < self.size:
+                self._unlearn(page)
+
+    def forget(self) -> None:
+        """Forget every text, as is due when the model has changed. Pages in use stay their users'."""
+        self._known.clear()
+        self._root = _Known(-1, (), None)
+        self._free.extend(self._idle)
+        self._idle.clear()
+
+    def _remember(self, page: int, tokens: tuple[int, ...], above: _Known) -> _Known:
+        if page in self._known:  # it was remembered when it held fewer tokens
+            self._unlearn(page)
+        known = self._known[page] = _Known(page, tokens, above)
+        above.below.setdefault(tokens[0], []).append(known)
+        if len(tokens) == self.size:
+            above.whole[tokens] = known
+        return known
+
+    def _unlearn(self, page: int) -> None:
+        known = self._known.pop(page)
+        above = known.above
+        assert above is not None and not known.below
+        siblings = above.below[known.tokens[0]]
+        siblings.remove(known)
+        if not siblings:
+            del above.below[known.tokens[0]]
+        if len(known.tokens) == self.size:
+            del above.whole[known.tokens]
+
+
+def _alike(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their beginnings."""
+    for number, (one, other) in enumerate(zip(a, b, strict=False)):
+        if one != other:
+            return number
+    return min(len(a), len(b))

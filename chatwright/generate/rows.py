@@ -1,0 +1,140 @@
+"""One request on its way through the engine: its tokens, its pages, its text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from chatwright.config import UserError
+from chatwright.generate.request import Alternatives, Completion, FinishReason, Handle
+from chatwright.generate.sampling import Sampling
+from chatwright.generate.speculation import Lookup
+from chatwright.tokenizer import TextStream, Tokenizer
+
+
+class Text:
+    """A row's text: whole characters, up to the first stop text; what may begin a stop text is held back."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
+        self.stream, self.stops, self.vocab_size = TextStream(tokenizer), stops, tokenizer.vocab_size
+        self.held = ""
+        self.reach = max(map(len, stops), default=1) - 1
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """The text that `token` sets free, and whether a stop text has come."""
+        # A model's table may be padded beyond the tokenizer's last id; such ids spell nothing.
+        return self._release(self.stream.push(token) if token < self.vocab_size else "", final=False)
+
+    def flush(self) -> tuple[str, bool]:
+        """What is left when no more tokens come."""
+        return self._release(self.stream.flush(), final=True)
+
+    def _release(self, new: str, *, final: bool) -> tuple[str, bool]:
+        text = self.held + new
+        self.held = ""
+        cuts = [at for at in map(text.find, self.stops) if at >= 0]
+        if cuts:
+            return text[: min(cuts)], True
+        for size in range(0 if final else min(self.reach, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self.stops):
+                self.held = text[-size:]
+                return text[:-size], False
+        return text, False
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A token that the sampler chose."""
+
+    token: int
+    logprob: float
+    top: list[Alternatives]
+    """One entry when alternatives were asked for, else none."""
+
+
+@dataclass(eq=False)
+class Row:
+    """A request, from its arrival to its end. While it has a place among the running, it has pages."""
+
+    handle: Handle
+    number: int
+    """How many requests came before."""
+    room: int
+    """Tokens it may produce."""
+    generator: torch.Generator | None
+    text: Text | None
+    lookup: Lookup | None = None
+    """Guesses what comes next, if it may."""
+    tokens: list[int] = field(default_factory=list)
+    """Prompt and answer."""
+    pages: list[int] = field(default_factory=list)
+    """Where the keys and values of `tokens` lie, in order; possibly with room for more."""
+    stored: int = 0
+    """How many of the tokens have been computed. A running row has one that has not: the newest."""
+    reading: bool = True
+    """Whether its tokens, but for the newest, still have to be computed: at first, and after it lost its pages."""
+    private: bool = False
+    """Its pages are not for others: it was begun before the model changed."""
+    cached: int | None = None
+    """Tokens of the prompt that were known when it was first given a place."""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[Alternatives] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its tokens are chosen."""
+        return self.handle.request.sampling
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is not finished."""
+        return not self.handle.finished
+
+    @property
+    def pending(self) -> int:
+        """Tokens to compute before the next one can be chosen."""
+        return len(self.tokens) - self.stored
+
+    def add(self, choice: Choice) -> None:
+        """Take a token in, hand its text out, and see whether the answer ends."""
+        if not math.isfinite(choice.logprob):
+            self.handle._fail(UserError("the model's logits are not finite (did its training diverge?)"))
+            return
+        self.tokens.append(choice.token)
+        self.ids.append(choice.token)
+        self.logprobs.append(choice.logprob)
+        self.top += choice.top
+        text, stopped = "", False
+        ended = choice.token in self.handle.request.end_ids
+        if self.text is not None and not ended:
+            text, stopped = self.text.push(choice.token)
+        if ended or stopped or len(self.ids) >= self.room:
+            self.finish("stop" if ended or stopped else "length", choice, text, stopped)
+        else:
+            self.said.append(text)
+            self.handle._put(text, [choice.token], [choice.logprob], choice.top)
+
+    def finish(
+        self, reason: FinishReason, choice: Choice | None = None, text: str = "", stopped: bool = False
+    ) -> None:
+        """Hand out the completion. `choice` and `text` are new; `stopped` says that a stop text ended `text`."""
+        if self.text is not None and not stopped:
+            rest, stopped = self.text.flush()
+            text += rest
+            reason = "stop" if stopped else reason
+        self.said.append(text)
+        completion = Completion(
+            self.ids,
+            "".join(self.said),
+            reason,
+            self.logprobs,
+            len(self.handle.request.prompt),
+            self.top,
+            self.cached or 0,
+        )
+        new = ([choice.token], [choice.logprob], choice.top) if choice else ([], [], [])
+        self.handle._put(text, *new, completion)

@@ -1,0 +1,242 @@
+"""The runner for every device and every shape: torch tensors, one forward pass of the model for many sequences.
+
+A layer writes the new keys and values into their pages and then lays each sequence's pages side by side for torch's
+attention, or adds to a copy that has them so already (workbench.py). Where everything lies is worked out once per pass,
+not once per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from chatwright.config import UserError
+from chatwright.generate.runner import Feed
+from chatwright.generate.workbench import Workbench
+from chatwright.model.gpt import GPT
+
+PADDED = 16
+"""Feeds up to this length go together whatever their lengths: another pass costs more than the padding."""
+
+
+class PagedCache:
+    """What `GPT.hidden` takes as its cache for one pass: rows whose keys and values lie in pages.
+
+    keys, values: (layers, pages + 2, size, G, K). The page behind the last takes in what padding writes; the one behind
+    that is all zeros and stands where a row has fewer pages than the longest. bench: holds these rows, in this order.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, feeds: Sequence[Feed], bench: Workbench | None = None) -> None:
+        self.keys, self.values, self.bench = keys, values, bench
+        pages, size = keys.shape[1] - 2, keys.shape[2]
+        tokens = max(len(feed.ids) for feed in feeds)
+        ends = [feed.start + len(feed.ids) for feed in feeds]
+        self.fresh = not any(feed.start for feed in feeds)
+        self.span = max(ends)
+        self.longest = self.span - tokens  # with the tokens of this pass, the longest row
+        width = -(-self.span // size)
+        table, slots = [], []
+        for feed, end in zip(feeds, ends, strict=True):
+            own = feed.pages[: -(-end // size)]
+            table.append([*own, *[pages + 1] * (width - len(own))])
+            slots.append([own[at // size] * size + at % size for at in range(feed.start, end)])
+            slots[-1] += [pages * size] * (tokens - len(slots[-1]))
+        device = keys.device
+        self.lengths: Int[Tensor, " B"] = torch.tensor([feed.start for feed in feeds], device=device)
+        self._table = torch.tensor(table, device=device).flatten()
+        self._slots = torch.tensor(slots, device=device).flatten()
+        self._row = torch.arange(len(feeds), device=device)[:, None]
+        self._column = self.lengths[:, None] + torch.arange(tokens, device=device)
+
+    def extend(
+        self, layer: int, keys: Float[Tensor, "B G T K"], values: Float[Tensor, "B G T K"]
+    ) -> tuple[Float[Tensor, "B G S K"], Float[Tensor, "B G S K"]]:
+        """Store one layer's new keys and values; all of each row, S = the longest row with its new tokens."""
+        self._store(self.keys[layer], keys)
+        self._store(self.values[layer], values)
+        if self.fresh:
+            return keys, values
+        if self.bench is not None:
+            return self._add(self.bench.keys[layer], keys), self._add(self.bench.values[layer], values)
+        return self._rows(self.keys[layer], keys), self._rows(self.values[layer], values)
+
+    def _store(self, pages: Tensor, new: Tensor) -> None:
+        pages.flatten(0, 1).index_copy_(0, self._slots, new.transpose(1, 2).flatten(0, 1).to(pages.dtype))
+
+    def _rows(self, pages: Tensor, like: Tensor) -> Tensor:
+        found = pages.index_select(0, self._table)  # (B * width, size, G, K)
+        return found.view(like.shape[0], -1, *pages.shape[2:])[:, : self.span].transpose(1, 2).to(like.dtype)
+
+    def _add(self, bench: Tensor, new: Tensor) -> Tensor:
+        bench[self._row, self._column] = new.transpose(1, 2).to(bench.dtype)
+        return bench[: len(new), : self.span].transpose(1, 2).to(new.dtype)
+
+    def attention_mask(self, tokens: int) -> Bool[Tensor, "B 1 T S"] | None:
+        """True where a new token may look: everything of its own row up to itself. None: plain causal."""
+        if self.fresh:
+            return None  # padding stands on the right, where no real token looks
+        stored = torch.arange(self.span, device=self.lengths.device)
+        return (stored[None, None, :] <= self._column[:, :, None])[:, None]
+
+    def advance(self, tokens: Tensor | int) -> None:
+        """Nothing: the scheduler counts."""
+
+
+class TorchRunner:
+    """A GPT that computes with paged keys and values (runner.py).
+
+    The model may be used elsewhere between passes: its parameters are read only, and modules in training mode are put
+    back into it (there is no dropout inside).
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self.model, self.config = model, model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.embed.weight.device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.model.embed.weight.dtype
+
+    def weights(self) -> tuple[tuple[int, int], ...]:
+        """Where the parameters are and how often torch has seen them written to."""
+        return tuple((at.data_ptr(), 0 if at.is_inference() else at._version) for at in self.model.parameters())
+
+    def token_bytes(self) -> int:
+        """Memory of one token's keys and values in all layers."""
+        config = self.config
+        return 2 * config.layers * config.kv_heads * config.head_dim * self._dtype.itemsize
+
+    def allocate(self, pages: int, size: int) -> None:
+        """Make room for `pages` pages of `size` tokens. Raises UserError when there is not so much memory."""
+        config = self.config
+        shape = (config.layers, pages + 2, size, config.kv_heads, config.head_dim)
+        try:
+            self._keys, self._values = (_zeros(shape, self._dtype, self.device) for _ in range(2))
+        except (MemoryError, RuntimeError) as error:
+            need = self.token_bytes() * (pages + 2) * size / 2**20
+            raise UserError(
+                f"there is no memory for a key-value cache of {pages * size} tokens ({need:.0f} MiB); lower cache_tokens"
+            ) from error
+        self._bench = Workbench((self._keys, self._values), lambda shape: _zeros(shape, self._dtype, self.device))
+
+    @torch.inference_mode()
+    def forward(self, feeds: Sequence[Feed]) -> Float[Tensor, "wanted vocab"]:
+        """Store the keys and values of all new tokens; float32 logits of the wanted ones, in the feeds' order."""
+        self._clean(feeds)
+        parts, order = [], []
+        try:
+            with _evaluating(self.model):
+                for group in _alike(feeds):
+                    group, bench = self._arrange(feeds, group)
+                    parts.append(self._pass([feeds[at] for at in group], bench))
+                    order += group
+                hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
+                logits = self.model.head(hidden).float()
+        except BaseException:
+            self._bench.clear()  # it may say more than was done
+            raise
+        if order == sorted(order):
+            return logits  # type: ignore[no-any-return]
+        starts = np.cumsum([0, *(feeds[at].wanted for at in order)])
+        where = {at: range(starts[number], starts[number + 1]) for number, at in enumerate(order)}
+        rows = [row for at in range(len(feeds)) for row in where[at]]
+        return logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)]  # type: ignore[no-any-return]
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Make page `target` a copy of page `source`, in all layers."""
+        with torch.inference_mode():
+            self._keys[:, target] = self._keys[:, source]
+            self._values[:, target] = self._values[:, source]
+        self._bench.written([target])
+
+    def _arrange(self, feeds: Sequence[Feed], group: list[int]) -> tuple[list[int], Workbench | None]:
+        """The order of a group on the bench; the bench is for answers that grow, not for prompts."""
+        chosen = [feeds[at] for at in group]
+        tokens = max(len(feed.ids) for feed in chosen)
+        if tokens <= PADDED and all(feed.start for feed in chosen):
+            order = self._bench.arrange(chosen, tokens)
+            if order is not None:
+                return [group[number] for number in order], self._bench
+        size = self._keys.shape[2]
+        self._bench.written(
+            {page for feed in chosen for page in feed.pages[feed.start // size : (feed.start + len(feed.ids) - 1) // size + 1]}
+        )
+        return group, None
+
+    def _pass(self, feeds: list[Feed], bench: Workbench | None) -> Float[Tensor, "wanted D"]:
+        lengths = [len(feed.ids) for feed in feeds]
+        longest, device = max(lengths), self.device
+        ids = torch.tensor([[*feed.ids, *[0] * (longest - len(feed.ids))] for feed in feeds], device=device)
+        mask = None
+        if min(lengths) < longest:
+            mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(device)
+        hidden = self.model.hidden(ids, mask=mask, cache=PagedCache(self._keys, self._values, feeds, bench))
+        wanted = [
+            row * longest + at
+            for row, (feed, length) in enumerate(zip(feeds, lengths, strict=True))
+            for at in range(length - feed.wanted, length)
+        ]
+        flat = hidden.flatten(0, 1)
+        if len(wanted) == len(flat):
+            return flat
+        return flat[torch.tensor(wanted, dtype=torch.int64, device=device)]
+
+    def _clean(self, feeds: Sequence[Feed]) -> None:
+        """Empty the pages that are begun and not filled. What an earlier user left would be read with weight zero, and
+        zero times a number that is none (after an overflow) is none: one request could spoil another."""
+        size = self._keys.shape[2]
+        begun = []
+        for feed in feeds:
+            end = feed.start + len(feed.ids)
+            last = (end - 1) // size
+            if last * size >= feed.start and end % size:
+                begun.append(feed.pages[last])
+        if begun:
+            index = torch.tensor(begun, device=self.device)
+            self._keys.index_fill_(1, index, 0.0)
+            self._values.index_fill_(1, index, 0.0)
+
+
+def _alike(feeds: Sequence[Feed]) -> list[list[int]]:
+    """Groups of feeds for one pass each: in a group no feed is shorter than half of the longest, or all are short."""
+    lengths = [len(feed.ids) for feed in feeds]
+    if max(lengths) <= max(PADDED, 2 * min(lengths)):
+        return [list(range(len(feeds)))]
+    groups: list[list[int]] = []
+    longest = 0
+    for at in sorted(range(len(feeds)), key=lambda at: -lengths[at]):
+        if not groups or longest > max(PADDED, 2 * lengths[at]):
+            groups.append([])
+            longest = lengths[at]
+        groups[-1].append(at)
+    return groups
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that on a CPU take up memory only once they are written to: a cache is seldom full."""
+    if device.type != "cpu" or 0 in shape:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)
+
+
+@contextmanager
+def _evaluating(model: GPT) -> Iterator[None]:
+    """No dropout inside; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
