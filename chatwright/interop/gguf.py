@@ -7,7 +7,6 @@ because it may change what the model computes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,10 @@ from chatwright.interop.loaded import (
     build,
     chat_template,
     end_of_text,
+    located,
     translate,
 )
-from chatwright.model.config import GPTConfig
+from chatwright.model.config import GPTConfig, RotaryScaling
 from chatwright.tokenizer import Tokenizer
 
 _ENDS = (
@@ -97,12 +97,19 @@ _READ = {
     "attention.layer_norm_rms_epsilon",
     "rope.dimension_count",
     "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "rope.scaling.finetuned",  # says only how the model came about
 }
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (0.0, 1.0),
-    "rope.scaling.attn_factor": (1.0,),
-    "rope.scale_linear": (1.0,),
+    "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
+    "rope.scaling.yarn_attn_factor": (1.0,),  # versions of llama.cpp disagree on what others mean
+    "rope.scaling.yarn_log_multiplier": (0.0,),
     "attention.causal": (True,),
     "expert_count": (0,),
     "expert_used_count": (0,),
@@ -137,6 +144,9 @@ PRE_TOKENIZERS = {
     "qwen2": _split(r"\p{N}"),
 }
 _CONTROL, _USER_DEFINED = 3, 4  # token types of llama.cpp
+ROPE_DIVISORS = "rope_freqs.weight"
+"""What the rotary rates are divided by, one number a pair: the converter writes Llama 3.1's scaling so."""
+LARGEST_HEAD = 1 << 16
 
 
 class _Reader(gguf.GGUFReader):  # type: ignore[misc,unused-ignore]
@@ -203,8 +213,11 @@ class _Metadata:
         return float(str(np.float32(value)))
 
 
-def _config(metadata: _Metadata, tensors: Mapping[str, Stored]) -> GPTConfig:
-    """The shape of the model, from the metadata and the size of the vocabulary."""
+def _config(metadata: _Metadata, tensors: dict[str, Stored]) -> GPTConfig:
+    """The shape of the model, from the metadata and the size of the vocabulary.
+
+    The divisors of rotary rates become a part of it and are no longer among `tensors`.
+    """
     if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].shape) != 2:
         raise UserError(f"{metadata.where}: no token_embd.weight in it: this is not a language model")
     width, heads = metadata.whole("embedding_length"), metadata.whole("attention.head_count")
@@ -221,6 +234,8 @@ def _config(metadata: _Metadata, tensors: Mapping[str, Stored]) -> GPTConfig:
         return GPTConfig(
             **shared, norm_eps=metadata.number("attention.layer_norm_epsilon"), activation="gelu_tanh"
         )
+    # llama.cpp reads divisors for Llama alone.
+    divisors = tensors.pop(ROPE_DIVISORS, None) if metadata.architecture == "llama" else None
     head_dim = metadata.whole("attention.key_length", width // heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         if metadata.whole(name, head_dim) != head_dim:
@@ -231,12 +246,37 @@ def _config(metadata: _Metadata, tensors: Mapping[str, Stored]) -> GPTConfig:
         head_dim=head_dim,
         position="rotary",
         rope_base=metadata.number("rope.freq_base", 10_000.0),
+        rope_scaling=_scaling(metadata, divisors),
         norm="rms",
         norm_eps=metadata.number("attention.layer_norm_rms_epsilon"),
         activation="swiglu",
         bias=False,
         qk_norm=metadata.architecture == "qwen3",
     )
+
+
+def _scaling(metadata: _Metadata, divisors: Stored | None) -> RotaryScaling | None:
+    """How the rotary angles are stretched, as llama.cpp understands the metadata and the tensor of divisors."""
+    kind = metadata.values.get(f"{metadata.architecture}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise UserError(f"{metadata.where}: rotary scaling of type {kind!r} is not supported")
+    factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 0.0)) or 1.0
+    attention = metadata.number("rope.scaling.attn_factor", 1.0)
+    each: tuple[float, ...] = ()
+    if divisors is not None:
+        if len(divisors.shape) != 1 or divisors.shape[0] > LARGEST_HEAD:
+            raise UserError(f"{metadata.where}: {ROPE_DIVISORS} has a strange shape")
+        each = tuple(float(str(number)) for number in divisors.read().numpy())
+    if kind == "yarn":
+        original = metadata.whole("rope.scaling.original_context_length", metadata.whole("context_length"))
+        low = metadata.number("rope.scaling.yarn_beta_slow", 1.0)
+        high = metadata.number("rope.scaling.yarn_beta_fast", 32.0)
+        attention *= RotaryScaling.usual_attention_factor(factor)
+        return RotaryScaling("yarn", factor, original, low, high, attention_factor=attention, divisors=each)
+    scaling = RotaryScaling(
+        "linear", 1.0 if kind == "none" else factor, attention_factor=attention, divisors=each
+    )
+    return None if scaling == RotaryScaling("linear") else scaling
 
 
 def _stored(tensor: gguf.ReaderTensor, where: str) -> Stored:
@@ -325,7 +365,8 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer
     reader = _open(path)
     metadata = _Metadata(reader, str(path))
     tensors = {tensor.name: _stored(tensor, str(path)) for tensor in reader.tensors}
-    config = _config(metadata, tensors)
+    with located(str(path)):
+        config = _config(metadata, tensors)
     text = _tokenizer(metadata) if tokenizer else None
     if text is not None and text.vocab_size > config.vocab_size:
         raise UserError(

@@ -8,7 +8,8 @@ checked before a single number is read, and nothing is skipped in silence.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,6 +43,15 @@ class Stored:
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Errors of what happens inside name the file, unless they do already."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
 def in_memory(tensor: Tensor) -> Stored:
