@@ -1,7 +1,7 @@
 """Models in GGUF, the format of llama.cpp: weights (often quantised), shape, tokenizer and template in one file.
 
-The `gguf` library reads the file and dequantises its blocks; here they are named and laid out as our decoder has
-them. Carried: the architectures llama, qwen3 and gpt2, with byte-level BPE. Metadata that we do not know is refused,
+gguf_file.py reads the file, the `gguf` library dequantises its blocks; here they are named and laid out as our decoder
+has them. Carried: the architectures llama, qwen3 and gpt2, with byte-level BPE. Metadata that we do not know is refused,
 because it may change what the model computes.
 """
 
@@ -10,15 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import tokenizers
 import torch
-from gguf.quants import dequantize
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from chatwright.chat import ChatTemplate
 from chatwright.config import UserError
+from chatwright.interop.gguf_file import read_gguf
 from chatwright.interop.loaded import (
     Loaded,
     Rule,
@@ -149,68 +148,45 @@ ROPE_DIVISORS = "rope_freqs.weight"
 LARGEST_HEAD = 1 << 16
 
 
-class _Reader(gguf.GGUFReader):  # type: ignore[misc,unused-ignore]
-    """The library's reader over a plain array: numpy's memmap makes its 250,000 small reads five times as slow."""
-
-    @property
-    def data(self) -> Any:
-        return self._data
-
-    @data.setter
-    def data(self, value: Any) -> None:
-        self._data = np.asarray(value)
-
-
-def _open(path: Path) -> _Reader:
-    if not path.is_file():
-        raise UserError(f"{path} is not a file")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(f"{path} is not a GGUF file")
-    try:
-        reader = _Reader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or cut short ({error}); fetch it again") from None
-    if reader.byte_order == "S":
-        raise UserError(f"{path} was written for machines of the other byte order")
-    return reader
-
-
 class _Metadata:
     """Keys and values of the file; names without a prefix belong to its architecture."""
 
-    def __init__(self, reader: _Reader, where: str) -> None:
-        self.where = where
-        try:
-            self.values: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        except (ValueError, IndexError) as error:
-            raise UserError(f"{where} is damaged ({error}); fetch it again") from None
-        self.architecture = str(self.values.get("general.architecture"))
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+        self.architecture = str(values.get("general.architecture"))
         if self.architecture not in RULES:
             known = ", ".join(RULES)
             raise UserError(
-                f"{where}: architecture {self.architecture!r} is not supported; supported: {known}"
+                f"{where}: architecture {self.architecture!r:.80} is not supported; supported: {known}"
             )
-        if self.values.get("split.count", 1) > 1:
+        if values.get("split.count", 1) not in (0, 1):
             raise UserError(f"{where}: one of several pieces; merge them with llama-gguf-split --merge first")
         for key, value in self.values.items():
             name = key.removeprefix(f"{self.architecture}.")
             if name != key and name not in _READ and value not in _HARMLESS.get(name, ()):
-                raise UserError(f"{where}: {key} = {value!r} is not supported")
+                raise UserError(f"{where}: {key} = {value!r:.80} is not supported")
 
     def whole(self, name: str, default: int | None = None) -> int:
         """A positive whole number of the architecture."""
         value = self.values.get(f"{self.architecture}.{name}", default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{self.where}: {self.architecture}.{name} must be a whole number, not {value!r}")
+            raise UserError(f"{self.where}: {self.architecture}.{name} must be a whole number, not {value!r:.80}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """A number of the architecture. It is stored as float32: the shortest decimal is what its maker wrote."""
         value = self.values.get(f"{self.architecture}.{name}", default)
         if not isinstance(value, float):
-            raise UserError(f"{self.where}: {self.architecture}.{name} must be a number, not {value!r}")
+            raise UserError(f"{self.where}: {self.architecture}.{name} must be a number, not {value!r:.80}")
         return float(str(np.float32(value)))
+
+
+    def items(self, name: str, kind: type[Any]) -> list[Any]:
+        """A list of metadata whose items are all of this kind; empty when absent."""
+        found = self.values.get(name, [])
+        if not isinstance(found, list) or any(type(item) is not kind for item in found):
+            raise UserError(f"{self.where}: {name} is damaged: not a list of items of type {kind.__name__}")
+        return found
 
 
 def _config(metadata: _Metadata, tensors: dict[str, Stored]) -> GPTConfig:
@@ -279,21 +255,6 @@ def _scaling(metadata: _Metadata, divisors: Stored | None) -> RotaryScaling | No
     return None if scaling == RotaryScaling("linear") else scaling
 
 
-def _stored(tensor: gguf.ReaderTensor, where: str) -> Stored:
-    """One tensor of the file. GGUF writes the innermost size first; torch writes it last."""
-    shape = tuple(int(size) for size in reversed(tensor.shape))
-
-    def read() -> torch.Tensor:
-        try:
-            numbers = dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError:
-            kind = tensor.tensor_type.name
-            raise UserError(f"{where}: {tensor.name} is quantised as {kind}, which cannot be read") from None
-        return torch.from_numpy(np.require(numbers, np.float32, "W")).reshape(shape)
-
-    return Stored(shape, read)
-
-
 def _tokenizer(metadata: _Metadata) -> Tokenizer | None:
     """The tokenizer that the metadata spells out; None when there is none."""
     values, where = metadata.values, metadata.where
@@ -301,15 +262,15 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer | None:
         return None
     if values["tokenizer.ggml.model"] != "gpt2":
         raise UserError(
-            f"{where}: its tokenizer is of kind {values['tokenizer.ggml.model']!r}; only byte-level BPE ('gpt2') is "
+            f"{where}: its tokenizer is of kind {values['tokenizer.ggml.model']!r:.80}; only byte-level BPE ('gpt2') is "
             "supported, load_gguf(..., tokenizer=False) reads the weights alone"
         )
     kind = values.get("tokenizer.ggml.pre")
-    if kind not in PRE_TOKENIZERS:
+    if not isinstance(kind, str) or kind not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
-        raise UserError(f"{where}: pre-tokenizer {kind!r} is not supported; supported: {known}")
-    tokens, types = values.get("tokenizer.ggml.tokens", []), values.get("tokenizer.ggml.token_type", [])
-    merges = [tuple(merge.split(" ")) for merge in values.get("tokenizer.ggml.merges", [])]
+        raise UserError(f"{where}: pre-tokenizer {kind!r:.80} is not supported; supported: {known}")
+    tokens, types = metadata.items("tokenizer.ggml.tokens", str), metadata.items("tokenizer.ggml.token_type", int)
+    merges = [tuple(merge.split(" ")) for merge in metadata.items("tokenizer.ggml.merges", str)]
     if not tokens or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise UserError(f"{where}: its list of tokens is damaged (missing types, or tokens that occur twice)")
     try:
@@ -337,13 +298,13 @@ def _named(metadata: _Metadata, role: str) -> str | None:
     """The token that plays a role (bos, eos), or None."""
     number, tokens = (
         metadata.values.get(f"tokenizer.ggml.{role}_token_id"),
-        metadata.values["tokenizer.ggml.tokens"],
+        metadata.items("tokenizer.ggml.tokens", str),
     )
     if number is None:
         return None
-    if not isinstance(number, int) or number >= len(tokens):
+    if type(number) is not int or not 0 <= number < len(tokens):
         raise UserError(
-            f"{metadata.where}: tokenizer.ggml.{role}_token_id is {number!r}, not one of its tokens"
+            f"{metadata.where}: tokenizer.ggml.{role}_token_id is {number!r:.80}, not one of its tokens"
         )
     return str(tokens[number])
 
@@ -352,7 +313,9 @@ def _template(metadata: _Metadata) -> ChatTemplate | None:
     source = metadata.values.get("tokenizer.chat_template")
     if not source:
         return None
-    return chat_template(str(source), begin=_named(metadata, "bos"), end=_named(metadata, "eos"))
+    if not isinstance(source, str):
+        raise UserError(f"{metadata.where}: tokenizer.chat_template is no text")
+    return chat_template(source, begin=_named(metadata, "bos"), end=_named(metadata, "eos"))
 
 
 def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: bool = True) -> Loaded:
@@ -362,9 +325,9 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer
     for something we do not carry.
     """
     path = Path(path)
-    reader = _open(path)
-    metadata = _Metadata(reader, str(path))
-    tensors = {tensor.name: _stored(tensor, str(path)) for tensor in reader.tensors}
+    file = read_gguf(path)
+    metadata = _Metadata(file.values, str(path))
+    tensors = {tensor.name: Stored(tensor.shape, tensor.read) for tensor in file.tensors}
     with located(str(path)):
         config = _config(metadata, tensors)
     text = _tokenizer(metadata) if tokenizer else None
