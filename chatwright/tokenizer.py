@@ -10,6 +10,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -30,6 +31,10 @@ CONTROLS = (
     "<|reserved_0|>",
 )
 """Control tokens of a tokenizer trained here: between documents, around turns, and room for what comes later."""
+
+LARGEST_FILE = 256 << 20
+"""Most bytes of a tokenizer.json; published ones have up to 35 MB."""
+LARGEST_VOCABULARY = 1 << 24
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -57,6 +62,8 @@ class Tokenizer:
             raise UserError(f"the tokenizer has no control token {end_of_text!r} (it has {', '.join(self.controls)})")
         self.end_of_text = end_of_text
         self.backend = backend
+        if self.vocab_size > LARGEST_VOCABULARY:  # tables have a place for each id
+            raise UserError(f"the tokenizer has the id {self.vocab_size - 1}: no model has so many tokens")
         self.backend.encode_special_tokens = True  # control tokens spelled out in text are text
         self.control_ids: dict[str, int] = {}
         for control in self.controls:
@@ -98,11 +105,16 @@ class Tokenizer:
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
-        try:
+        if not file.exists():
+            raise UserError(f"{file} does not exist")
+        if file.stat().st_size > LARGEST_FILE:
+            raise UserError(f"{file} is larger than {LARGEST_FILE >> 20} MB: no tokenizer is")
+        with library(f"{file} is not a tokenizer"):
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            reason = "does not exist" if not file.exists() else f"is not a tokenizer ({error})"
-            raise UserError(f"{file} {reason}") from None
+            backend.no_padding()  # whoever encodes with it wants the ids of the text, no others and all of them
+            backend.no_truncation()
+        if not isinstance(backend.model, models.BPE):
+            raise UserError(f"{file} is a tokenizer of kind {type(backend.model).__name__}, not BPE")
         if end_of_text is None:
             names = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
             usual = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
@@ -121,10 +133,10 @@ class Tokenizer:
         """The content of tokenizer.json."""
         return str(self.backend.to_str())
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Number of ids, control tokens included."""
-        return int(self.backend.get_vocab_size(with_added_tokens=True))
+        """Number of ids, control tokens included, and those that no token has: the largest id and one more."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
     def fingerprint(self) -> str:
@@ -139,13 +151,14 @@ class Tokenizer:
         """
         if isinstance(text, str):
             try:
-                return list(self.backend.encode(text, add_special_tokens=False).ids)
+                with library("the tokenizer fails on this text"):
+                    return list(self.backend.encode(text, add_special_tokens=False).ids)
             except TypeError:  # a lone surrogate, which the library cannot take
                 text = text.encode("utf-8", errors="surrogatepass")
         ids: list[int] = []
         for piece in _valid_pieces(text):
             if isinstance(piece, str):
-                ids += self.backend.encode(piece, add_special_tokens=False).ids
+                ids += self.encode(piece)
             else:
                 ids += [self._byte_id(byte) for byte in piece]
         return ids
@@ -201,6 +214,17 @@ class Tokenizer:
         """The id of each single byte that has one."""
         found = {byte: self.backend.token_to_id(character) for character, byte in byte_alphabet().items()}
         return {byte: number for byte, number in found.items() if number is not None}
+
+
+@contextmanager
+def library(trouble: str) -> Iterator[None]:
+    """Errors of the tokenizers library, its panics included, become a UserError that says what the trouble is."""
+    try:
+        yield
+    except (TypeError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception; a panic of its Rust is not even that
+        raise UserError(f"{trouble} ({error})") from None
 
 
 def _valid_pieces(data: bytes) -> Iterator[str | bytes]:

@@ -84,6 +84,20 @@ QWEN3_RULES = (
 )
 
 
+def _shown(value: Any) -> str:
+    """A value of a file for a message, not all of it when it is long or deep."""
+    try:
+        text = json.dumps(value)
+    except (ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _python(value: Any) -> str:
+    """The same in Python's spelling, which names have in messages."""
+    return f"{value!r:.80}" if value is None or isinstance(value, str) else _shown(value)
+
+
 class _Settings:
     """`config.json`, read with care."""
 
@@ -95,7 +109,7 @@ class _Settings:
         value = self.values.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{self.where}: {key} must be a positive whole number, not {json.dumps(value)}")
+            raise UserError(f"{self.where}: {key} must be a positive whole number, not {_shown(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -103,7 +117,7 @@ class _Settings:
         value = self.values.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300:
-            raise UserError(f"{self.where}: {key} must be a number, not {json.dumps(value)}")
+            raise UserError(f"{self.where}: {key} must be a number, not {_shown(value)}")
         return float(value)
 
     def only(self, key: str, *allowed: Any, default: Any = None) -> Any:
@@ -111,7 +125,7 @@ class _Settings:
         value = self.values.get(key, default)
         if value not in allowed:
             known = " or ".join(json.dumps(one) for one in allowed)
-            raise UserError(f"{self.where}: {key} = {json.dumps(value)} is not supported, only {known}")
+            raise UserError(f"{self.where}: {key} = {_shown(value)} is not supported, only {known}")
         return value
 
     def truth(self, key: str, default: bool) -> bool:
@@ -219,15 +233,15 @@ def _rotary(settings: _Settings) -> dict[str, Any]:
     settings.only("partial_rotary_factor", None, 1, 1.0)
     found = settings.values.get("rope_parameters") or settings.values.get("rope_scaling") or {}
     if not isinstance(found, Mapping):
-        raise UserError(f"{settings.where}: rope_parameters must be an object, not {json.dumps(found)}")
+        raise UserError(f"{settings.where}: rope_parameters must be an object, not {_shown(found)}")
     rope = _Settings(found, settings.where)
     kind = found.get("rope_type", found.get("type", "default"))
     if not isinstance(kind, str) or kind not in _ROTARY:
-        raise UserError(f"{settings.where}: rotary scaling of type {kind!r} is not supported")
+        raise UserError(f"{settings.where}: rotary scaling of type {_python(kind)} is not supported")
     rope.only("partial_rotary_factor", None, 1, 1.0)
     strange = sorted(set(found) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"} - _ROTARY[kind])
     if strange:
-        raise UserError(f"{settings.where}: rotary setting {strange[0]!r} is not supported")
+        raise UserError(f"{settings.where}: rotary setting {strange[0]!r:.80} is not supported")
     base = rope.number("rope_theta", settings.number("rope_theta", 10_000.0))
     return {"rope_base": base, "rope_scaling": _scaling(kind, rope, settings)}
 
@@ -285,7 +299,7 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"{where}: models of type {kind!r} are not supported; supported: {', '.join(FAMILIES)}"
+            f"{where}: models of type {_python(kind)} are not supported; supported: {', '.join(FAMILIES)}"
         )
     if values.get("quantization_config"):
         raise UserError(

@@ -29,7 +29,7 @@ from chatwright.interop.loaded import (
     translate,
 )
 from chatwright.model.config import GPTConfig, RotaryScaling
-from chatwright.tokenizer import Tokenizer
+from chatwright.tokenizer import Tokenizer, library
 
 _ENDS = (
     Rule("token_embd.weight", "embed.weight"),
@@ -273,7 +273,7 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer | None:
     merges = [tuple(merge.split(" ")) for merge in metadata.items("tokenizer.ggml.merges", str)]
     if not tokens or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise UserError(f"{where}: its list of tokens is damaged (missing types, or tokens that occur twice)")
-    try:
+    with library(f"{where}: its merges do not fit its tokens"):
         backend = tokenizers.Tokenizer(
             models.BPE(
                 vocab={token: number for number, token in enumerate(tokens)},
@@ -282,8 +282,6 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer | None:
                 == "llama-bpe",  # Llama 3 takes a whole word first, if the vocabulary has it
             )
         )
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{where}: its merges do not fit its tokens ({error})") from None
     backend.pre_tokenizer = PRE_TOKENIZERS[kind]
     backend.decoder = decoders.ByteLevel()
     controls = [token for token, type_ in zip(tokens, types, strict=True) if type_ == _CONTROL]

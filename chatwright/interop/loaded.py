@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -112,7 +112,13 @@ def translate(
         raise UserError(
             f"{where}: {config.layers} blocks in the configuration, {len(tensors)} tensors in all"
         )
-    own_shapes = _own_shapes(config)
+    own_shapes = _own_shapes(replace(config, layers=1))  # all blocks are alike
+    for layer in range(1, config.layers):
+        own_shapes |= {
+            name.replace("blocks.0.", f"blocks.{layer}.", 1): shape
+            for name, shape in own_shapes.items()
+            if name.startswith("blocks.0.")
+        }
     plan: list[tuple[Rule, str, tuple[str, ...]]] = []
     missing, wrong, known = [], [], set()
     for rule in rules:

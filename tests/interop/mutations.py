@@ -174,14 +174,15 @@ def damage_gguf(random: Random, values: dict[str, Any], tensors: list[tuple[str,
     way = random.randrange(5)
     values, tensors = dict(values), [(name, list(shape), kind, offset) for name, shape, kind, offset in tensors]
     if way in (0, 4):
-        values = {str(key): value for key, value in damage_json(random, values).items()}
+        damaged = damage_json(random, values)
+        values = {str(key): value for key, value in damaged.items()} if isinstance(damaged, dict) else {}
     if way in (1, 4):
         for _ in range(random.choice((1, 2))):
             number = random.randrange(len(tensors))
             name, shape, kind, offset = tensors[number]
             match random.randrange(6):
                 case 0:
-                    shape[random.randrange(len(shape))] = random.choice(EDGES)
+                    shape[-1:] = [random.choice(EDGES)]
                 case 1:
                     kind = random.choice((*range(42), 2**31, 2**32 - 1))
                 case 2:

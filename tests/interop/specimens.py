@@ -166,8 +166,8 @@ class Specimens:
         if random.random() < 0.3:
             return "tokenizer.json", mutations.damage_bytes(random, json.dumps(self.tokens).encode(), head=1_500), model
         content = mutations.damage_json(random, self.tokens)
-        if random.random() < 0.3 and isinstance(content, dict):
-            content[random.choice(list(content))] = _strange_part(random)
+        if random.random() < 0.6:
+            content = dict([*self.tokens.items(), _strange_part(random)])
         return "tokenizer.json", mutations.json_text(random, content), model
 
     def _config(self, random: Random) -> tuple[str, bytes, str]:
@@ -203,31 +203,47 @@ class Specimens:
         return work
 
 
-def _strange_part(random: Random) -> Any:
-    """A part of a tokenizer.json that the library knows, with settings that cost time or memory."""
-    pattern = random.choice(("(a+)+$", "(x{1000}){1000}", "((((a{99}){99}){99}){99})", "(", "(?=(a*)*)b", "", "(?<!a{1,99})", "\\p{L}*" * 500))
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": random.random() < 0.5}
-    big = random.choice(mutations.EDGES)
+def _strange_part(random: Random) -> tuple[str, Any]:
+    """A part of a tokenizer.json in its place, with settings that cost time or memory, or that do not fit each other."""
+    patterns = ("(a+)+$", "(x{1000}){1000}", "((((a{99}){99}){99}){99})", "(", "(?=(a*)*)b", "", "(?<!a{1,99})", "\\p{L}*" * 500,
+                "(a|aa)+c", "(?:(?:a*)*)*c", "[[[[", "\\p{Nope}", "(?R)", "(?<x>a\\g<x>)")  # fmt: skip
+    pattern = random.choice(patterns)
+    behavior = random.choice(("Isolated", "Removed", "MergedWithNext", "Contiguous"))
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": random.random() < 0.5}
+    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": random.random() < 0.5}
+    big, content = random.choice(mutations.EDGES), random.choice(("", "a", "<|endoftext|>", "é" * 99, "\0", " "))
+    added = {"id": big, "content": content, "single_word": True, "lstrip": True, "rstrip": True, "normalized": True, "special": True}
+    known = {"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3, "Ġ": 4}
     return random.choice((
-        split,
-        {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}]},
-        {"type": "Replace", "pattern": {"Regex": pattern}, "content": "y" * random.choice((1, 100_000))},
-        {"type": "Prepend", "prepend": "z" * 100_000},
-        {"type": "Precompiled", "precompiled_charsmap": random.choice(("AAAA", "//////8=", "gAAAAP////8AAAAA", ""))},
-        {"type": "NFKC"},
-        {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True},
-        {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
-        {"strategy": {"Fixed": big}, "direction": "Right", "pad_to_multiple_of": random.choice((None, big)), "pad_id": big,
-         "pad_type_id": 0, "pad_token": "x"},
-        {"direction": "Left", "max_length": big, "strategy": "LongestFirst", "stride": random.choice(mutations.EDGES)},
-        {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}], "pair": [], "special_tokens": {}},
-        {"type": "Unigram", "unk_id": big, "vocab": [["a", -1.0], ["b", float("inf")]], "byte_fallback": True},
-        {"type": "WordLevel", "vocab": {"<|endoftext|>": big}, "unk_token": "a"},
-        {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "b", "continuing_subword_prefix": "##", "max_input_chars_per_word": big},
-        {"type": "BPE", "vocab": {"<|endoftext|>": big, "a": 2**31}, "merges": []},
-        {"type": "BPE", "dropout": 0.5, "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "fuse_unk": True, "unk_token": "q"},
-        [{"id": big, "content": random.choice(("", "a", "<|endoftext|>", "é" * 99)), "single_word": True, "lstrip": True, "rstrip": True,
-          "normalized": True, "special": random.random() < 0.5}],
+        ("pre_tokenizer", split),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [split, level]}),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [level] * random.choice((0, 2, 20))}),
+        ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}),
+        ("pre_tokenizer", {"type": "FixedLength", "length": big}),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": pattern}, "content": "y" * random.choice((0, 1, 100_000))}),
+        ("normalizer", {"type": "Replace", "pattern": {"String": content}, "content": "y" * random.choice((0, 1, 100_000))}),
+        ("normalizer", {"type": "Sequence", "normalizers": [
+            {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}] * random.choice((1, 4, 9))}),
+        ("normalizer", {"type": "Prepend", "prepend": "z" * 100_000}),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": random.choice(("AAAA", "//////8=", "gAAAAP////8AAAAA", ""))}),
+        ("normalizer", {"type": random.choice(("NFKC", "StripAccents", "Nmt", "Lowercase", "ByteLevel"))}),
+        ("padding", {"strategy": {"Fixed": big}, "direction": "Right", "pad_to_multiple_of": random.choice((None, big)), "pad_id": 0,
+                     "pad_type_id": 0, "pad_token": "x"}),
+        ("truncation", {"direction": "Left", "max_length": big, "strategy": "LongestFirst", "stride": random.choice(mutations.EDGES)}),
+        ("post_processor", {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 99, "pair": [],
+                            "special_tokens": {}}),
+        ("decoder", {"type": "Sequence", "decoders": [level, {"type": "Strip", "content": "a", "start": big, "stop": big}]}),
+        ("model", {"type": "Unigram", "unk_id": big, "vocab": [["a", -1.0], ["b", -2.0]], "byte_fallback": True}),
+        ("model", {"type": "WordLevel", "vocab": {"<|endoftext|>": big % 2**32}, "unk_token": "a"}),
+        ("model", {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "b", "continuing_subword_prefix": "##",
+                   "max_input_chars_per_word": big}),
+        ("model", {"type": "BPE", "vocab": {**known, "z": big % 2**32}, "merges": []}),
+        ("model", {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []}),
+        ("model", {"type": "BPE", "dropout": 0.5, "vocab": known, "merges": [["a", "b"]], "fuse_unk": True, "unk_token": "q"}),
+        ("model", {"type": "BPE", "vocab": known, "merges": [["a", "b"]], "continuing_subword_prefix": "é", "end_of_word_suffix": "b"}),
+        ("model", {"type": "BPE", "vocab": known, "merges": [["a", "b"]], "byte_fallback": True, "ignore_merges": True}),
+        ("added_tokens", [added]),
+        ("added_tokens", [{**added, "id": number} for number in range(random.choice((3, 3_000)))]),
     ))  # fmt: skip
 
 

@@ -124,7 +124,7 @@ REFUSED = [
     (LLAMA, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor must be a number, not null"),
     (LLAMA, {"rope_scaling": {"type": "linear", "factor": 0}}, "numbers of rope_scaling must be positive"),
     (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "scaling of type 'dynamic'"),
-    (LLAMA, {"rope_scaling": {"type": ["su"], "factor": 2.0}}, "scaling of type ['su']"),
+    (LLAMA, {"rope_scaling": {"type": ["su"], "factor": 2.0}}, 'scaling of type ["su"]'),
     (
         LLAMA,
         {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
