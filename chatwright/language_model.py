@@ -105,8 +105,12 @@ def find_checkpoint(path: Path) -> checkpoint.Checkpoint | None:
         chosen = _result(path / "result.json").get("model")
         if chosen:
             place = path / str(chosen)
-            if "\0" in str(chosen) or not place.resolve().is_relative_to(path.resolve()):  # a directory from elsewhere speaks for itself alone
-                raise UserError(f"{path / 'result.json'} names a model outside of its directory: {chosen!r}")
+            try:
+                inside = place.resolve().is_relative_to(path.resolve())
+            except (ValueError, OSError, RuntimeError):  # no name that a file can have
+                inside = False
+            if not inside:  # a directory from elsewhere speaks for itself alone
+                raise UserError(f"{path / 'result.json'} names a model outside of its directory: {chosen!r:.200}")
             return checkpoint.Checkpoint(place)
     newest, _ = checkpoint.newest_valid(path / "checkpoints")
     if newest is not None:

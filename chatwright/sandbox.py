@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, MappingView
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -100,9 +100,9 @@ def _weight(*values: Any) -> int:
         elif isinstance(value, dict):
             total += len(value)
             left += (*value.keys(), *value.values())
-        elif isinstance(value, (list, tuple, set, frozenset, MappingView)):
+        elif isinstance(value, (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)):
             total += len(value)
-            left += list(value)  # type: ignore[call-overload]
+            left += value
         elif isinstance(value, Namespace):
             left.append(object.__getattribute__(value, "_Namespace__attrs"))
     return total

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -32,9 +33,13 @@ CONTROLS = (
 )
 """Control tokens of a tokenizer trained here: between documents, around turns, and room for what comes later."""
 
-LARGEST_FILE = 256 << 20
+LARGEST_FILE = 64 << 20
 """Most bytes of a tokenizer.json; published ones have up to 35 MB."""
 LARGEST_VOCABULARY = 1 << 24
+NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Sequence")
+PRE_TOKENIZERS = ("ByteLevel", "Split", "Digits", "Punctuation", "Sequence")
+"""The parts that a tokenizer.json may have. Others of the library can make texts any number of times longer, or end the
+process when they are damaged; no byte-level BPE needs them."""
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -105,12 +110,10 @@ class Tokenizer:
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.exists():
-            raise UserError(f"{file} does not exist")
-        if file.stat().st_size > LARGEST_FILE:
-            raise UserError(f"{file} is larger than {LARGEST_FILE >> 20} MB: no tokenizer is")
+        content = _read(file)
+        _check_parts(content, str(file))
         with library(f"{file} is not a tokenizer"):
-            backend = tokenizers.Tokenizer.from_file(str(file))
+            backend = tokenizers.Tokenizer.from_str(json.dumps(content))  # what was checked, whatever the file spells
             backend.no_padding()  # whoever encodes with it wants the ids of the text, no others and all of them
             backend.no_truncation()
         if not isinstance(backend.model, models.BPE):
@@ -151,7 +154,7 @@ class Tokenizer:
         """
         if isinstance(text, str):
             try:
-                with library("the tokenizer fails on this text"):
+                with library("the tokenizer fails on this text", TypeError):
                     return list(self.backend.encode(text, add_special_tokens=False).ids)
             except TypeError:  # a lone surrogate, which the library cannot take
                 text = text.encode("utf-8", errors="surrogatepass")
@@ -217,14 +220,60 @@ class Tokenizer:
 
 
 @contextmanager
-def library(trouble: str) -> Iterator[None]:
+def library(trouble: str, *passing: type[Exception]) -> Iterator[None]:
     """Errors of the tokenizers library, its panics included, become a UserError that says what the trouble is."""
     try:
         yield
-    except (TypeError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # the library raises bare Exception; a panic of its Rust is not even that
+        if isinstance(error, passing):
+            raise
         raise UserError(f"{trouble} ({error})") from None
+
+
+def _read(file: Path) -> Any:
+    """What a tokenizer.json says."""
+    try:
+        if file.stat().st_size > LARGEST_FILE:
+            raise UserError(f"{file} is larger than {LARGEST_FILE >> 20} MB: no tokenizer is")
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not a tokenizer ({error})") from None
+
+
+def _check_parts(content: Any, where: str) -> None:
+    """Whether a tokenizer.json holds what we know. Raises UserError naming the part that we do not."""
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is not a tokenizer")
+    for place, known in (("normalizer", NORMALIZERS), ("pre_tokenizer", PRE_TOKENIZERS)):
+        kinds = list(_kinds(content.get(place)))
+        strange = [kind for kind in kinds if kind not in known]
+        if strange:
+            raise UserError(f"{where}: its {place} {strange[0]!r:.80} is not supported, only {', '.join(known)}")
+        if len(kinds) > 16 or kinds.count("ByteLevel") > 1:
+            raise UserError(f"{where}: its {place} has too many parts")
+    repeats = sum(len(one["single"]) for one in _parts(content.get("post_processor")) if isinstance(one.get("single"), list))
+    if repeats > 16:
+        raise UserError(f"{where}: its post_processor has too many parts")
+
+
+def _parts(value: Any) -> Iterator[dict[str, Any]]:
+    """The objects that make up a part of a tokenizer.json: itself, and those of a sequence."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            yield one
+            for name in ("normalizers", "pretokenizers", "processors"):
+                inner = one.get(name)
+                left += inner if isinstance(inner, list) else []
+
+
+def _kinds(value: Any) -> Iterator[str]:
+    return (str(one.get("type"))[:80] for one in _parts(value))
 
 
 def _valid_pieces(data: bytes) -> Iterator[str | bytes]:

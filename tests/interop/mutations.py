@@ -63,7 +63,7 @@ def damage_json(random: Random, value: Any, times: int | None = None) -> Any:
     """A copy with values changed, removed, renamed, moved or put inside others, somewhere within."""
     value = json.loads(json.dumps(value))
     for _ in range(times or random.choice((1, 1, 2, 3, 6))):
-        value = _damage_one(random, value)
+        value = json.loads(json.dumps(_damage_one(random, value)))  # no part of it is another part of it
     return value
 
 
