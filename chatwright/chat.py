@@ -61,6 +61,8 @@ def check_messages(messages: Sequence[Any]) -> list[Message]:
     return [Message(role=message["role"], content=message["content"]) for message in messages]
 
 
+LARGEST_TEMPLATE = 1 << 18
+"""Most characters of a chat template; published ones have up to 20,000."""
 _MARK = secrets.token_hex(8)  # stands for contents while a template is rendered; no template can know it
 _MARKED = re.compile(f"{_MARK}x([0-9]+)x{_MARK}")
 
@@ -75,10 +77,25 @@ def _compiled(source: str) -> Any:
     def raise_exception(message: str) -> None:
         raise UserError(f"the chat template refuses this conversation: {message}")
 
+    if len(source) > LARGEST_TEMPLATE:
+        raise UserError(f"the chat template is longer than {LARGEST_TEMPLATE:,} characters")
     try:
         return Sandbox(raise_exception=raise_exception).from_string(source)
-    except (jinja2.TemplateError, RecursionError) as error:
-        raise UserError(f"the chat template is broken: {error}") from None
+    except (jinja2.TemplateError, SyntaxError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        reason = str(error) or type(error).__name__  # Jinja writes Python, and Python has limits of its own
+        raise UserError(f"the chat template is broken: {reason}") from None
+
+
+def read_template(file: Path) -> str:
+    """The text of a chat template. Raises UserError when it is missing, no text, or too long to be one."""
+    try:
+        if file.stat().st_size > 4 * LARGEST_TEMPLATE:
+            raise UserError(f"{file} is longer than {LARGEST_TEMPLATE:,} characters")
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist: this model has no chat template (is it a base model?)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 class ChatTemplate:
@@ -105,14 +122,8 @@ class ChatTemplate:
 
         Raises UserError when missing or unusable.
         """
-        file = Path(directory) / "chat_template.jinja"
-        try:
-            source = file.read_text(encoding="utf-8")
-            return cls(source, end) if end is not None else cls.from_source(source)
-        except FileNotFoundError:
-            raise UserError(f"{file} does not exist: this model has no chat template (is it a base model?)") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: {error}") from None
+        source = read_template(Path(directory) / "chat_template.jinja")
+        return cls(source, end) if end is not None else cls.from_source(source)
 
     @classmethod
     def from_source(cls, source: str) -> ChatTemplate:

@@ -30,6 +30,8 @@ BEST = "best"
 """The file beside the checkpoints that holds the name of the best one (`fit.keep_best`)."""
 PARTS = "sharded"
 """The folder of a checkpoint that many processes write together, a file each."""
+LARGEST_JSON = 64 << 20
+"""Most bytes of a JSON file: as Python's objects they become twenty times as large, and more."""
 _NO_DIGEST = "0" * 64  # stands for the checksum of state.json while that checksum is computed
 
 
@@ -103,10 +105,12 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The value in a JSON file. Raises UserError when missing or broken."""
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise UserError(f"{path} is larger than {LARGEST_JSON >> 20} MB: no settings are")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
@@ -162,16 +166,24 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
     """Copy tensors into a model. Raises UserError naming what is missing, unexpected or of another shape."""
+    check_fit(model, tensors, where=where)
+    with torch.no_grad():
+        for name, tensor in model_tensors(model).items():
+            tensor.copy_(tensors[name])
+
+
+def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Whether tensors are a model's, which may still be without memory. Raises UserError as `load_model_tensors`."""
     wanted = model_tensors(model)
     missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or unexpected:
         raise UserError(f"{where}: missing tensors {missing[:3]}, unexpected tensors {unexpected[:3]}")
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            if tensor.shape != tensors[name].shape:
-                shapes = f"{tuple(tensors[name].shape)}, the model has {tuple(tensor.shape)}"
-                raise UserError(f"{where}: tensor {name} has shape {shapes}")
-            tensor.copy_(tensors[name])
+    for name, tensor in wanted.items():
+        if tensor.shape != tensors[name].shape:
+            shapes = f"{tuple(tensors[name].shape)}, the model has {tuple(tensor.shape)}"
+            raise UserError(f"{where}: tensor {name} has shape {shapes}")
+        if tensor.is_floating_point() != tensors[name].is_floating_point():
+            raise UserError(f"{where}: tensor {name} has numbers of type {tensors[name].dtype}")
 
 
 def optimiser_tensors(optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:

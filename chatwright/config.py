@@ -20,7 +20,16 @@ Config = TypeVar("Config")
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend. The message says what, where, and what to do. Exit code 1."""
+    """Something the person at the keyboard can mend. The message says what, where, and what to do. Exit code 1.
+
+    It may speak of names out of files of others: as text it is one line that cannot move a terminal's cursor.
+    """
+
+    def __str__(self) -> str:
+        text = " ".join(line.strip() for line in super().__str__().splitlines()).replace("\t", " ")
+        if text.isprintable():
+            return text
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class UsageError(UserError):

@@ -139,11 +139,15 @@ def find_checkpoint(path: Path) -> checkpoint.Checkpoint | None:
     if (path / "state.json").is_file():
         return checkpoint.Checkpoint(path)
     if (path / "result.json").is_file():
-        chosen = checkpoint.read_json(path / "result.json").get("model")
+        chosen = _result(path / "result.json").get("model")
         if chosen:
             place = path / str(chosen)
-            if not place.resolve().is_relative_to(path.resolve()):  # a directory from elsewhere speaks for itself alone
-                raise UserError(f"{path / 'result.json'} names a model outside of its directory: {chosen!r}")
+            try:
+                inside = place.resolve().is_relative_to(path.resolve())
+            except (ValueError, OSError, RuntimeError):  # no name that a file can have
+                inside = False
+            if not inside:  # a directory from elsewhere speaks for itself alone
+                raise UserError(f"{path / 'result.json'} names a model outside of its directory: {chosen!r:.200}")
             return checkpoint.Checkpoint(place)
     newest, _ = checkpoint.newest_valid(path / "checkpoints")
     if newest is not None:
@@ -152,10 +156,18 @@ def find_checkpoint(path: Path) -> checkpoint.Checkpoint | None:
     for result in results:
         if ".old-" in result.parent.name:  # moved aside when its settings changed
             continue
-        found = find_checkpoint(result.parent) if checkpoint.read_json(result).get("model") else None
+        found = find_checkpoint(result.parent) if _result(result).get("model") else None
         if found is not None and found.state().get("kind") == "language":
             return found
     return None
+
+
+def _result(file: Path) -> dict[str, Any]:
+    """The result.json of a stage."""
+    found = checkpoint.read_json(file)
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: expected an object")
+    return found
 
 
 def load_checkpoint(found: checkpoint.Checkpoint, *, verify: bool = True) -> Loaded:
@@ -168,19 +180,28 @@ def load_checkpoint(found: checkpoint.Checkpoint, *, verify: bool = True) -> Loa
         found.verify()
     if not isinstance(state.get("model"), dict):
         raise UserError(f"{found.path / 'state.json'} does not describe a model")
+    end_of_turn, end_of_text = (state.get(name) for name in ("end_of_turn", "end_of_text"))
+    if not all(token is None or isinstance(token, str) for token in (end_of_turn, end_of_text)):
+        raise UserError(f"{found.path / 'state.json'}: end_of_turn and end_of_text must be names of tokens")
     try:
         shape = GPTConfig.from_dict(state["model"])
     except UserError as error:
         raise UserError(f"{found.path / 'state.json'}: {error}") from None
+    tensors = found.tensors("model")
+    if shape.layers > len(tensors):  # before anything is built to that number
+        raise UserError(f"{found.path}: {shape.layers} blocks in state.json, {len(tensors)} tensors in all")
     with torch.device("meta"):
         model = GPT(shape)
+    checkpoint.check_fit(model, tensors, where=str(found.path))  # before memory is taken for it
     model = model.to_empty(device="cpu")
     if model.config.tied:  # torch gives a shared parameter memory of its own for each place: tie them again
         model.head.weight = model.embed.weight
-    checkpoint.load_model_tensors(model, found.tensors("model"), where=str(found.path))
+    checkpoint.load_model_tensors(model, tensors, where=str(found.path))
     has_template = (found.path / "chat_template.jinja").is_file()
-    template = ChatTemplate.load(found.path, end=state.get("end_of_turn")) if has_template else None
-    tokenizer = Tokenizer.load(found.path, end_of_text=state.get("end_of_text"))
+    template = ChatTemplate.load(found.path, end=end_of_turn) if has_template else None
+    tokenizer = Tokenizer.load(found.path, end_of_text=end_of_text)
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise UserError(f"{found.path}: {tokenizer.vocab_size} tokens in tokenizer.json, {shape.vocab_size} in the model")
     return Loaded(model, tokenizer, template, str(found.path))
 
 

@@ -1,34 +1,46 @@
 """The sandbox in which chat templates are rendered: they come with a model, from whoever made it.
 
 Jinja's own immutable sandbox keeps a template away from Python's attributes. Added here: it can neither run for ever
-nor fill the memory. Loops and macros take their turns from a budget, and no text or list may become huge.
+nor fill the memory. Loops and macros take their turns from a budget, and so does the processor's time; no text or list
+may become huge, nor all that is made together. A list that holds another one many times weighs as much as written out:
+that is what it becomes when it is printed, compared or hashed.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from jinja2 import Template, TemplateRuntimeError, nodes
+from jinja2 import Template, TemplateRuntimeError, nodes, pass_environment
 from jinja2.exceptions import SecurityError
+from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 STEPS = 200_000
 """Turns of all loops and macros of one rendering together. Real templates take a few per message."""
 LARGEST = 1 << 22
 """Most characters of a text or items of a list, most of any number that sizes one, and of what is written in all."""
+WORK = 1 << 26
+"""Most characters and items that all operations of one rendering make, together."""
+PRODUCT = 1 << 26
+"""Most that the two largest things given to one function may be, multiplied: `replace` and `join` repeat one by the other."""
+SECONDS = 2.0
+"""Most of the processor's time for one rendering."""
 
-_SIZE = "chatwright size"  # no template can spell a name with a space
+_SIZE, _TIME = "chatwright size", "chatwright time"  # no template can spell a name with a space
 
 
 class _Budget:
     def __init__(self) -> None:
-        self.steps, self.characters = STEPS, LARGEST
+        self.steps, self.characters, self.work = STEPS, LARGEST, WORK
+        self.end = time.thread_time() + SECONDS
 
 
 _budget: ContextVar[_Budget | None] = ContextVar("template budget", default=None)
@@ -51,32 +63,79 @@ def _tick() -> None:
         left.steps -= 1
         if left.steps < 0:
             raise TemplateRuntimeError(f"it takes more than {STEPS:,} steps")
+        _timed()
 
 
-def _written(value: Any) -> Any:
-    """What an expression is about to write."""
+def _timed(value: Any = None) -> Any:
+    """`value`, unless the time is up."""
+    left = _budget.get()
+    if left is not None and time.thread_time() > left.end:
+        raise TemplateRuntimeError(f"it takes more than {SECONDS:.0f} seconds")
+    return value
+
+
+def _wrote(characters: int) -> None:
+    """So many characters are about to be written."""
     left = _budget.get()
     if left is not None:
-        left.characters -= len(value) if isinstance(value, str) else 1
+        left.characters -= characters
         if left.characters < 0:
             raise TemplateRuntimeError(f"it writes more than {LARGEST:,} characters")
+
+
+@pass_environment  # which keeps Jinja from writing constants without asking
+def _written(_: Any, value: Any) -> Any:
+    """What an expression is about to write."""
+    _wrote(_weight(value) + 1)
     return value
+
+
+def _weight(*values: Any) -> int:
+    """Characters and items in values and within them, counted as often as they are met; not on beyond LARGEST."""
+    total, left = 0, list(values)
+    while left and total <= LARGEST:
+        value = left.pop()
+        if isinstance(value, (str, bytes)):
+            total += len(value)
+        elif isinstance(value, dict):
+            total += len(value)
+            left += (*value.keys(), *value.values())
+        elif isinstance(value, (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)):
+            total += len(value)
+            left += value
+        elif isinstance(value, Namespace):
+            left.append(object.__getattribute__(value, "_Namespace__attrs"))
+    return total
 
 
 def _bounded(value: Any) -> Any:
     """A result, unless it is huge."""
-    if isinstance(value, (str, bytes, list, tuple, dict)) and len(value) > LARGEST:
+    _timed()
+    weight = _weight(value)
+    if weight > LARGEST:
         raise SecurityError(f"it makes a {type(value).__name__} of more than {LARGEST:,} items")
+    left = _budget.get()
+    if left is not None:
+        left.work -= weight
+        if left.work < 0:
+            raise SecurityError(f"it makes more than {WORK:,} characters and items")
     if isinstance(value, int) and value.bit_length() > 4_096:
         raise SecurityError("it makes a number of more than 4,096 bits")
     return value
 
 
-def _check_sizes(values: Any) -> None:
-    """Numbers that are given to functions and filters become widths and counts there."""
+def _check_sizes(values: Any, *, multiply: bool = False) -> None:
+    """What is given to functions and filters: numbers become widths and counts there, and texts are repeated."""
+    sizes = []
     for value in values:
         if isinstance(value, int) and abs(value) > LARGEST:
             raise SecurityError(f"it uses a number above {LARGEST:,}")
+        sizes.append(abs(value) if isinstance(value, int) else _weight(value))
+        if sizes[-1] > LARGEST:
+            raise SecurityError(f"it works on a {type(value).__name__} of more than {LARGEST:,} items")
+    *_, second, first = sorted([0, 0, *sizes])
+    if multiply and first * second > PRODUCT:
+        raise SecurityError("it multiplies large things")
 
 
 def _check_format(text: Any) -> None:
@@ -88,12 +147,22 @@ def _check_format(text: Any) -> None:
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)  # keeps Jinja's marks on the function
     def checked(*args: Any, **kwargs: Any) -> Any:
-        _check_sizes((*args, *kwargs.values()))
+        _check_sizes((*args, *kwargs.values()), multiply=True)
         if function.__name__ == "do_format":
             _check_format(args[0])
         return _bounded(function(*args, **kwargs))
 
     return checked
+
+
+def _weighed(function: Any) -> Any:
+    @functools.wraps(function)
+    def weighed(*args: Any) -> Any:
+        _timed()
+        _check_sizes(arg for arg in args if not isinstance(arg, int))
+        return function(*args)
+
+    return weighed
 
 
 class _Guard(NodeTransformer):
@@ -108,14 +177,42 @@ class _Guard(NodeTransformer):
     def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
         return self._ticking(node)
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+    def visit_Concat(self, node: nodes.Concat) -> Any:
         self.generic_visit(node)
-        return nodes.Filter(node, _SIZE, [], [], None, None, lineno=node.lineno)
+        node.nodes = [self._through(_SIZE, one) for one in node.nodes]
+        return self._through(_SIZE, node)
+
+    def visit_Compare(self, node: nodes.Compare) -> Any:
+        self.generic_visit(node)
+        node.expr = self._through(_SIZE, node.expr)
+        for operand in node.ops:
+            operand.expr = self._through(_SIZE, operand.expr)
+        return self._through(_TIME, node)
+
+    def visit_Getitem(self, node: nodes.Getitem) -> Any:
+        self.generic_visit(node)
+        return self._through(_SIZE, node) if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
+        self.generic_visit(node)
+        node.key = self._through(_SIZE, node.key)
+        return node
+
+    def visit_Output(self, node: nodes.Output) -> Any:
+        self.generic_visit(node)
+        plain = sum(len(one.data) for one in node.nodes if isinstance(one, nodes.TemplateData))
+        return [self._calling("wrote", nodes.Const(plain), line=node.lineno), node] if plain else node
+
+    def _through(self, name: str, node: Any) -> Any:
+        return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+    def _calling(self, name: str, *args: Any, line: int) -> nodes.Node:
+        call = nodes.Call(nodes.EnvironmentAttribute(name), list(args), [], None, None)
+        return nodes.ExprStmt(call, lineno=line)
 
     def _ticking(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
-        tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
-        node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
+        node.body.insert(0, self._calling("tick", line=node.lineno))
         return node  # type: ignore[no-any-return]
 
 
@@ -126,18 +223,25 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self, **functions: Callable[..., Any]) -> None:
         """`functions` are those that templates may call by name."""
-        super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=_written)
+        super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=_written, optimized=False)
         self.filters = {name: _checked(function) for name, function in self.filters.items()}
         del self.globals["lipsum"]  # endless text on demand
         self.globals.update(functions)
-        self.filters[_SIZE] = _bounded
-        self.tick = _tick
+        self.filters |= {_SIZE: _bounded, _TIME: _timed}
+        self.tests = {name: _weighed(function) for name, function in self.tests.items()}
+        self.tick, self.wrote = _tick, _wrote
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """`obj[argument]`, unless the argument is huge."""
+        _check_sizes((argument,) if isinstance(argument, tuple) else ())
+        return super().getitem(obj, argument)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """`left operator right`, refused before it is computed when the result would be huge."""
         if operator == "%":
             _check_format(left)
             _check_sizes(right if isinstance(right, tuple) else (right,))
+            _check_sizes((left, right), multiply=True)
         if operator == "**":
             _check_sizes((left, right))
             if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > 4_096:
@@ -149,9 +253,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, RUF100
         """A call in the template, with checked arguments and result. (A macro may have an argument `self`.)"""
-        _check_sizes((*args, *kwargs.values()))
-        if getattr(__function, "__name__", "") in ("format", "format_map"):  # Jinja wraps these two
-            _check_format(getattr(getattr(__function, "__wrapped__", __function), "__self__", ""))
+        owner = getattr(getattr(__function, "__wrapped__", __function), "__self__", None)  # Jinja wraps format
+        _check_sizes((owner, *args, *kwargs.values()), multiply=not isinstance(__function, Macro))
+        if getattr(__function, "__name__", "") in ("format", "format_map"):
+            _check_format(owner)
         return _bounded(super().call(__context, __function, *args, **kwargs))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:

@@ -10,8 +10,10 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -30,6 +32,14 @@ CONTROLS = (
     "<|reserved_0|>",
 )
 """Control tokens of a tokenizer trained here: between documents, around turns, and room for what comes later."""
+
+LARGEST_FILE = 64 << 20
+"""Most bytes of a tokenizer.json; published ones have up to 35 MB."""
+LARGEST_VOCABULARY = 1 << 24
+NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Sequence")
+PRE_TOKENIZERS = ("ByteLevel", "Split", "Digits", "Punctuation", "Sequence")
+"""The parts that a tokenizer.json may have. Others of the library can make texts any number of times longer, or end the
+process when they are damaged; no byte-level BPE needs them."""
 
 PATTERN = (
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -63,6 +73,8 @@ class Tokenizer:
             raise UserError(f"the tokenizer has no control token {end_of_text!r} (it has {', '.join(self.controls)})")
         self.end_of_text = end_of_text
         self.backend = backend
+        if self.vocab_size > LARGEST_VOCABULARY:  # tables have a place for each id
+            raise UserError(f"the tokenizer has the id {self.vocab_size - 1}: no model has so many tokens")
         self.backend.encode_special_tokens = True  # control tokens spelled out in text are text
         self.control_ids: dict[str, int] = {}
         for control in self.controls:
@@ -104,11 +116,14 @@ class Tokenizer:
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            reason = "does not exist" if not file.exists() else f"is not a tokenizer ({error})"
-            raise UserError(f"{file} {reason}") from None
+        content = _read(file)
+        _check_parts(content, str(file))
+        with library(f"{file} is not a tokenizer"):
+            backend = tokenizers.Tokenizer.from_str(json.dumps(content))  # what was checked, whatever the file spells
+            backend.no_padding()  # whoever encodes with it wants the ids of the text, no others and all of them
+            backend.no_truncation()
+        if not isinstance(backend.model, models.BPE):
+            raise UserError(f"{file} is a tokenizer of kind {type(backend.model).__name__}, not BPE")
         if end_of_text is None:
             names = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
             usual = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
@@ -127,10 +142,10 @@ class Tokenizer:
         """The content of tokenizer.json."""
         return str(self.backend.to_str())
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Number of ids, control tokens included."""
-        return int(self.backend.get_vocab_size(with_added_tokens=True))
+        """Number of ids, control tokens included, and those that no token has: the largest id and one more."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
     def fingerprint(self) -> str:
@@ -145,13 +160,14 @@ class Tokenizer:
         """
         if isinstance(text, str):
             try:
-                return list(self.backend.encode(text, add_special_tokens=False).ids)
+                with library("the tokenizer fails on this text", TypeError):
+                    return list(self.backend.encode(text, add_special_tokens=False).ids)
             except TypeError:  # a lone surrogate, which the library cannot take
                 text = text.encode("utf-8", errors="surrogatepass")
         ids: list[int] = []
         for piece in _valid_pieces(text):
             if isinstance(piece, str):
-                ids += self.backend.encode(piece, add_special_tokens=False).ids
+                ids += self.encode(piece)
             else:
                 ids += [self._byte_id(byte) for byte in piece]
         return ids
@@ -207,6 +223,63 @@ class Tokenizer:
         """The id of each single byte that has one."""
         found = {byte: self.backend.token_to_id(character) for character, byte in byte_alphabet().items()}
         return {byte: number for byte, number in found.items() if number is not None}
+
+
+@contextmanager
+def library(trouble: str, *passing: type[Exception]) -> Iterator[None]:
+    """Errors of the tokenizers library, its panics included, become a UserError that says what the trouble is."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception; a panic of its Rust is not even that
+        if isinstance(error, passing):
+            raise
+        raise UserError(f"{trouble} ({error})") from None
+
+
+def _read(file: Path) -> Any:
+    """What a tokenizer.json says."""
+    try:
+        if file.stat().st_size > LARGEST_FILE:
+            raise UserError(f"{file} is larger than {LARGEST_FILE >> 20} MB: no tokenizer is")
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not a tokenizer ({error})") from None
+
+
+def _check_parts(content: Any, where: str) -> None:
+    """Whether a tokenizer.json holds what we know. Raises UserError naming the part that we do not."""
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is not a tokenizer")
+    for place, known in (("normalizer", NORMALIZERS), ("pre_tokenizer", PRE_TOKENIZERS)):
+        kinds = list(_kinds(content.get(place)))
+        strange = [kind for kind in kinds if kind not in known]
+        if strange:
+            raise UserError(f"{where}: its {place} {strange[0]!r:.80} is not supported, only {', '.join(known)}")
+        if len(kinds) > 16 or kinds.count("ByteLevel") > 1:
+            raise UserError(f"{where}: its {place} has too many parts")
+    repeats = sum(len(one["single"]) for one in _parts(content.get("post_processor")) if isinstance(one.get("single"), list))
+    if repeats > 16:
+        raise UserError(f"{where}: its post_processor has too many parts")
+
+
+def _parts(value: Any) -> Iterator[dict[str, Any]]:
+    """The objects that make up a part of a tokenizer.json: itself, and those of a sequence."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            yield one
+            for name in ("normalizers", "pretokenizers", "processors"):
+                inner = one.get(name)
+                left += inner if isinstance(inner, list) else []
+
+
+def _kinds(value: Any) -> Iterator[str]:
+    return (str(one.get("type"))[:80] for one in _parts(value))
 
 
 def _valid_pieces(data: bytes) -> Iterator[str | bytes]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from chatwright.config import UserError
-from chatwright.interop.loaded import Rule
-from chatwright.model.config import Activation, GPTConfig
+from chatwright.interop.loaded import Rule, located
+from chatwright.model.config import Activation, GPTConfig, RotaryScaling
 
 _HEAD = (Rule("lm_head.weight", "head.weight"),)
 
@@ -86,6 +86,20 @@ QWEN3_RULES = (
 ARCEE_RULES = tuple(rule for rule in LLAMA_RULES if "gate_proj" not in rule.theirs)
 
 
+def _shown(value: Any) -> str:
+    """A value of a file for a message, not all of it when it is long or deep."""
+    try:
+        text = json.dumps(value)
+    except (ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _python(value: Any) -> str:
+    """The same in Python's spelling, which names have in messages."""
+    return f"{value!r:.80}" if value is None or isinstance(value, str) else _shown(value)
+
+
 class _Settings:
     """`config.json`, read with care."""
 
@@ -97,14 +111,15 @@ class _Settings:
         value = self.values.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{self.where}: {key} must be a positive whole number, not {json.dumps(value)}")
+            raise UserError(f"{self.where}: {key} must be a positive whole number, not {_shown(value)}")
         return value
 
-    def number(self, key: str, default: float) -> float:
-        """A number that is not negative."""
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise UserError(f"{self.where}: {key} must be a number, not {json.dumps(value)}")
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number that is not negative; null and absence mean `default`."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300:
+            raise UserError(f"{self.where}: {key} must be a number, not {_shown(value)}")
         return float(value)
 
     def only(self, key: str, *allowed: Any, default: Any = None) -> Any:
@@ -112,7 +127,7 @@ class _Settings:
         value = self.values.get(key, default)
         if value not in allowed:
             known = " or ".join(json.dumps(one) for one in allowed)
-            raise UserError(f"{self.where}: {key} = {json.dumps(value)} is not supported, only {known}")
+            raise UserError(f"{self.where}: {key} = {_shown(value)} is not supported, only {known}")
         return value
 
     def truth(self, key: str, default: bool) -> bool:
@@ -176,7 +191,7 @@ def _llama_config(settings: _Settings) -> GPTConfig:
         head_dim=settings.whole("head_dim", width // heads),
         mlp_width=settings.whole("intermediate_size"),
         position="rotary",
-        rope_base=_rope_base(settings),
+        **_rotary(settings),
         norm="rms",
         norm_eps=settings.number("rms_norm_eps", 1e-6),
         activation="swiglu",
@@ -204,21 +219,70 @@ def _qwen3_config(settings: _Settings) -> GPTConfig:
     return replace(_llama_config(settings), head_dim=settings.whole("head_dim", 128), qk_norm=True)
 
 
-def _rope_base(settings: _Settings) -> float:
-    """The base of the rotary angles, out of the two places where versions of transformers keep it."""
+# The settings that each kind of rotary scaling has, next to its base.
+_ROTARY: dict[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+    "yarn": {
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "truncate",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+    },
+}
+
+
+def _rotary(settings: _Settings) -> dict[str, Any]:
+    """Base and scaling of the rotary angles, out of the places where versions of transformers keep them."""
     settings.only("partial_rotary_factor", None, 1, 1.0)
     found = settings.values.get("rope_parameters") or settings.values.get("rope_scaling") or {}
     if not isinstance(found, Mapping):
-        raise UserError(f"{settings.where}: rope_parameters must be an object, not {json.dumps(found)}")
+        raise UserError(f"{settings.where}: rope_parameters must be an object, not {_shown(found)}")
     rope = _Settings(found, settings.where)
     kind = found.get("rope_type", found.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"{settings.where}: rotary scaling of type {kind!r} is not supported")
+    if not isinstance(kind, str) or kind not in _ROTARY:
+        raise UserError(f"{settings.where}: rotary scaling of type {_python(kind)} is not supported")
     rope.only("partial_rotary_factor", None, 1, 1.0)
-    strange = sorted(set(found) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+    strange = sorted(set(found) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"} - _ROTARY[kind])
     if strange:
-        raise UserError(f"{settings.where}: rotary setting {strange[0]!r} is not supported")
-    return rope.number("rope_theta", settings.number("rope_theta", 10_000.0))
+        raise UserError(f"{settings.where}: rotary setting {strange[0]!r:.80} is not supported")
+    base = rope.number("rope_theta", settings.number("rope_theta", 10_000.0))
+    return {"rope_base": base, "rope_scaling": _scaling(kind, rope, settings)}
+
+
+def _scaling(kind: str, rope: _Settings, settings: _Settings) -> RotaryScaling | None:
+    if kind == "default":
+        return None
+    factor = rope.number("factor")
+    if kind == "linear":
+        return RotaryScaling("linear", factor)
+    # Where it stands at the top it is meant; else it stands with the scaling, else the context has not grown.
+    context = settings.values.get("original_max_position_embeddings")
+    original = rope.whole("original_max_position_embeddings", settings.whole("max_position_embeddings"))
+    original = original if context is None else settings.whole("original_max_position_embeddings")
+    if kind == "llama3":
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        return RotaryScaling("llama3", factor, original, low, high)
+    usual = RotaryScaling.usual_attention_factor
+    attention = usual(factor)
+    if rope.values.get("attention_factor") is not None:
+        attention = rope.number("attention_factor")
+    elif rope.values.get("mscale") and rope.values.get("mscale_all_dim"):
+        attention = usual(factor, rope.number("mscale")) / usual(factor, rope.number("mscale_all_dim"))
+    return RotaryScaling(
+        "yarn",
+        factor,
+        original,
+        low_turns=rope.number("beta_slow", 1.0) or 1.0,  # transformers takes 0 for absent
+        high_turns=rope.number("beta_fast", 32.0) or 32.0,
+        whole_pairs=rope.truth("truncate", True),
+        attention_factor=attention,
+    )
 
 
 @dataclass(frozen=True)
@@ -245,7 +309,7 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"{where}: models of type {kind!r} are not supported; supported: {', '.join(FAMILIES)}"
+            f"{where}: models of type {_python(kind)} are not supported; supported: {', '.join(FAMILIES)}"
         )
     if values.get("quantization_config"):
         raise UserError(
@@ -256,4 +320,5 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
 
 def config_from_hf(values: Mapping[str, Any], *, where: str = "config.json") -> GPTConfig:
     """The shape that a `config.json` describes. Raises UserError for whatever we do not carry."""
-    return family_of(values, where).config(_Settings(values, where))
+    with located(where):
+        return family_of(values, where).config(_Settings(values, where))

@@ -1,25 +1,23 @@
 """Models in GGUF, the format of llama.cpp: weights (often quantised), shape, tokenizer and template in one file.
 
-The `gguf` library reads the file and dequantises its blocks; here they are named and laid out as our decoder has
-them. Carried: the architectures llama, qwen3, arcee and gpt2, with byte-level BPE. Metadata that we do not know is refused,
+gguf_file.py reads the file, the `gguf` library dequantises its blocks; here they are named and laid out as our decoder
+has them. Carried: the architectures llama, qwen3, arcee and gpt2, with byte-level BPE. Metadata that we do not know is refused,
 because it may change what the model computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import tokenizers
 import torch
-from gguf.quants import dequantize
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from chatwright.chat import ChatTemplate
 from chatwright.config import UserError
+from chatwright.interop.gguf_file import read_gguf
 from chatwright.interop.loaded import (
     Loaded,
     Rule,
@@ -27,10 +25,11 @@ from chatwright.interop.loaded import (
     build,
     chat_template,
     end_of_text,
+    located,
     translate,
 )
-from chatwright.model.config import GPTConfig
-from chatwright.tokenizer import PATTERN, Tokenizer
+from chatwright.model.config import GPTConfig, RotaryScaling
+from chatwright.tokenizer import PATTERN, Tokenizer, library
 
 _ENDS = (
     Rule("token_embd.weight", "embed.weight"),
@@ -98,12 +97,19 @@ _READ = {
     "attention.layer_norm_rms_epsilon",
     "rope.dimension_count",
     "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "rope.scaling.finetuned",  # says only how the model came about
 }
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (0.0, 1.0),
-    "rope.scaling.attn_factor": (1.0,),
-    "rope.scale_linear": (1.0,),
+    "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
+    "rope.scaling.yarn_attn_factor": (1.0,),  # versions of llama.cpp disagree on what others mean
+    "rope.scaling.yarn_log_multiplier": (0.0,),
     "attention.causal": (True,),
     "expert_count": (0,),
     "expert_used_count": (0,),
@@ -135,74 +141,57 @@ PRE_TOKENIZERS = {
 }
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Token types of llama.cpp. Unused ones fill the vocabulary up to the size of the model's table."""
-
-
-class _Reader(gguf.GGUFReader):  # type: ignore[misc,unused-ignore]
-    """The library's reader over a plain array: numpy's memmap makes its 250,000 small reads five times as slow."""
-
-    @property
-    def data(self) -> Any:
-        return self._data
-
-    @data.setter
-    def data(self, value: Any) -> None:
-        self._data = np.asarray(value)
-
-
-def _open(path: Path) -> _Reader:
-    if not path.is_file():
-        raise UserError(f"{path} is not a file")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(f"{path} is not a GGUF file")
-    try:
-        reader = _Reader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or cut short ({error}); fetch it again") from None
-    if reader.byte_order == "S":
-        raise UserError(f"{path} was written for machines of the other byte order")
-    return reader
+ROPE_DIVISORS = "rope_freqs.weight"
+"""What the rotary rates are divided by, one number a pair: the converter writes Llama 3.1's scaling so."""
+LARGEST_HEAD = 1 << 16
 
 
 class _Metadata:
     """Keys and values of the file; names without a prefix belong to its architecture."""
 
-    def __init__(self, reader: _Reader, where: str) -> None:
-        self.where = where
-        try:
-            self.values: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        except (ValueError, IndexError) as error:
-            raise UserError(f"{where} is damaged ({error}); fetch it again") from None
-        self.architecture = str(self.values.get("general.architecture"))
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+        self.architecture = str(values.get("general.architecture"))
         if self.architecture not in RULES:
             known = ", ".join(RULES)
             raise UserError(
-                f"{where}: architecture {self.architecture!r} is not supported; supported: {known}"
+                f"{where}: architecture {self.architecture!r:.80} is not supported; supported: {known}"
             )
-        if self.values.get("split.count", 1) > 1:
+        if values.get("split.count", 1) not in (0, 1):
             raise UserError(f"{where}: one of several pieces; merge them with llama-gguf-split --merge first")
         for key, value in self.values.items():
             name = key.removeprefix(f"{self.architecture}.")
             if name != key and name not in _READ and value not in _HARMLESS.get(name, ()):
-                raise UserError(f"{where}: {key} = {value!r} is not supported")
+                raise UserError(f"{where}: {key} = {value!r:.80} is not supported")
 
     def whole(self, name: str, default: int | None = None) -> int:
         """A positive whole number of the architecture."""
         value = self.values.get(f"{self.architecture}.{name}", default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{self.where}: {self.architecture}.{name} must be a whole number, not {value!r}")
+            raise UserError(f"{self.where}: {self.architecture}.{name} must be a whole number, not {value!r:.80}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """A number of the architecture. It is stored as float32: the shortest decimal is what its maker wrote."""
         value = self.values.get(f"{self.architecture}.{name}", default)
         if not isinstance(value, float):
-            raise UserError(f"{self.where}: {self.architecture}.{name} must be a number, not {value!r}")
+            raise UserError(f"{self.where}: {self.architecture}.{name} must be a number, not {value!r:.80}")
         return float(str(np.float32(value)))
 
 
-def _config(metadata: _Metadata, tensors: Mapping[str, Stored]) -> GPTConfig:
-    """The shape of the model, from the metadata and the size of the vocabulary."""
+    def items(self, name: str, kind: type[Any]) -> list[Any]:
+        """A list of metadata whose items are all of this kind; empty when absent."""
+        found = self.values.get(name, [])
+        if not isinstance(found, list) or any(type(item) is not kind for item in found):
+            raise UserError(f"{self.where}: {name} is damaged: not a list of items of type {kind.__name__}")
+        return found
+
+
+def _config(metadata: _Metadata, tensors: dict[str, Stored]) -> GPTConfig:
+    """The shape of the model, from the metadata and the size of the vocabulary.
+
+    The divisors of rotary rates become a part of it and are no longer among `tensors`.
+    """
     if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].shape) != 2:
         raise UserError(f"{metadata.where}: no token_embd.weight in it: this is not a language model")
     width, heads = metadata.whole("embedding_length"), metadata.whole("attention.head_count")
@@ -219,6 +208,8 @@ def _config(metadata: _Metadata, tensors: Mapping[str, Stored]) -> GPTConfig:
         return GPTConfig(
             **shared, norm_eps=metadata.number("attention.layer_norm_epsilon"), activation="gelu_tanh"
         )
+    # llama.cpp reads divisors for Llama alone.
+    divisors = tensors.pop(ROPE_DIVISORS, None) if metadata.architecture == "llama" else None
     head_dim = metadata.whole("attention.key_length", width // heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         if metadata.whole(name, head_dim) != head_dim:
@@ -229,6 +220,7 @@ def _config(metadata: _Metadata, tensors: Mapping[str, Stored]) -> GPTConfig:
         head_dim=head_dim,
         position="rotary",
         rope_base=metadata.number("rope.freq_base", 10_000.0),
+        rope_scaling=_scaling(metadata, divisors),
         norm="rms",
         norm_eps=metadata.number("attention.layer_norm_rms_epsilon"),
         activation="relu2" if metadata.architecture == "arcee" else "swiglu",
@@ -237,19 +229,28 @@ def _config(metadata: _Metadata, tensors: Mapping[str, Stored]) -> GPTConfig:
     )
 
 
-def _stored(tensor: gguf.ReaderTensor, where: str) -> Stored:
-    """One tensor of the file. GGUF writes the innermost size first; torch writes it last."""
-    shape = tuple(int(size) for size in reversed(tensor.shape))
-
-    def read() -> torch.Tensor:
-        try:
-            numbers = dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError:
-            kind = tensor.tensor_type.name
-            raise UserError(f"{where}: {tensor.name} is quantised as {kind}, which cannot be read") from None
-        return torch.from_numpy(np.require(numbers, np.float32, "W")).reshape(shape)
-
-    return Stored(shape, read)
+def _scaling(metadata: _Metadata, divisors: Stored | None) -> RotaryScaling | None:
+    """How the rotary angles are stretched, as llama.cpp understands the metadata and the tensor of divisors."""
+    kind = metadata.values.get(f"{metadata.architecture}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise UserError(f"{metadata.where}: rotary scaling of type {kind!r} is not supported")
+    factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 0.0)) or 1.0
+    attention = metadata.number("rope.scaling.attn_factor", 1.0)
+    each: tuple[float, ...] = ()
+    if divisors is not None:
+        if len(divisors.shape) != 1 or divisors.shape[0] > LARGEST_HEAD:
+            raise UserError(f"{metadata.where}: {ROPE_DIVISORS} has a strange shape")
+        each = tuple(float(str(number)) for number in divisors.read().numpy())
+    if kind == "yarn":
+        original = metadata.whole("rope.scaling.original_context_length", metadata.whole("context_length"))
+        low = metadata.number("rope.scaling.yarn_beta_slow", 1.0)
+        high = metadata.number("rope.scaling.yarn_beta_fast", 32.0)
+        attention *= RotaryScaling.usual_attention_factor(factor)
+        return RotaryScaling("yarn", factor, original, low, high, attention_factor=attention, divisors=each)
+    scaling = RotaryScaling(
+        "linear", 1.0 if kind == "none" else factor, attention_factor=attention, divisors=each
+    )
+    return None if scaling == RotaryScaling("linear") else scaling
 
 
 def _tokenizer(metadata: _Metadata) -> Tokenizer | None:
@@ -259,20 +260,20 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer | None:
         return None
     if values["tokenizer.ggml.model"] != "gpt2":
         raise UserError(
-            f"{where}: its tokenizer is of kind {values['tokenizer.ggml.model']!r}; only byte-level BPE ('gpt2') is "
+            f"{where}: its tokenizer is of kind {values['tokenizer.ggml.model']!r:.80}; only byte-level BPE ('gpt2') is "
             "supported, load_gguf(..., tokenizer=False) reads the weights alone"
         )
     kind = values.get("tokenizer.ggml.pre")
-    if kind not in PRE_TOKENIZERS:
+    if not isinstance(kind, str) or kind not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
-        raise UserError(f"{where}: pre-tokenizer {kind!r} is not supported; supported: {known}")
-    tokens, types = values.get("tokenizer.ggml.tokens", []), values.get("tokenizer.ggml.token_type", [])
-    merges = [tuple(merge.split(" ")) for merge in values.get("tokenizer.ggml.merges", [])]
+        raise UserError(f"{where}: pre-tokenizer {kind!r:.80} is not supported; supported: {known}")
+    tokens, types = metadata.items("tokenizer.ggml.tokens", str), metadata.items("tokenizer.ggml.token_type", int)
+    merges = [tuple(merge.split(" ")) for merge in metadata.items("tokenizer.ggml.merges", str)]
     if not tokens or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise UserError(f"{where}: its list of tokens is damaged (missing types, or tokens that occur twice)")
     while types and types[-1] == UNUSED:
         tokens, types = tokens[:-1], types[:-1]
-    try:
+    with library(f"{where}: its merges do not fit its tokens"):
         backend = tokenizers.Tokenizer(
             models.BPE(
                 vocab={token: number for number, token in enumerate(tokens)},
@@ -281,8 +282,6 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer | None:
                 == "llama-bpe",  # Llama 3 takes a whole word first, if the vocabulary has it
             )
         )
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{where}: its merges do not fit its tokens ({error})") from None
     backend.pre_tokenizer = PRE_TOKENIZERS[kind]
     backend.decoder = decoders.ByteLevel()
     controls = [token for token, type_ in zip(tokens, types, strict=True) if type_ == CONTROL]
@@ -297,13 +296,13 @@ def _named(metadata: _Metadata, role: str) -> str | None:
     """The token that plays a role (bos, eos), or None."""
     number, tokens = (
         metadata.values.get(f"tokenizer.ggml.{role}_token_id"),
-        metadata.values["tokenizer.ggml.tokens"],
+        metadata.items("tokenizer.ggml.tokens", str),
     )
     if number is None:
         return None
-    if not isinstance(number, int) or number >= len(tokens):
+    if type(number) is not int or not 0 <= number < len(tokens):
         raise UserError(
-            f"{metadata.where}: tokenizer.ggml.{role}_token_id is {number!r}, not one of its tokens"
+            f"{metadata.where}: tokenizer.ggml.{role}_token_id is {number!r:.80}, not one of its tokens"
         )
     return str(tokens[number])
 
@@ -312,7 +311,9 @@ def _template(metadata: _Metadata) -> ChatTemplate | None:
     source = metadata.values.get("tokenizer.chat_template")
     if not source:
         return None
-    return chat_template(str(source), begin=_named(metadata, "bos"), end=_named(metadata, "eos"))
+    if not isinstance(source, str):
+        raise UserError(f"{metadata.where}: tokenizer.chat_template is no text")
+    return chat_template(source, begin=_named(metadata, "bos"), end=_named(metadata, "eos"))
 
 
 def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: bool = True) -> Loaded:
@@ -322,10 +323,11 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer
     for something we do not carry.
     """
     path = Path(path)
-    reader = _open(path)
-    metadata = _Metadata(reader, str(path))
-    tensors = {tensor.name: _stored(tensor, str(path)) for tensor in reader.tensors}
-    config = _config(metadata, tensors)
+    file = read_gguf(path)
+    metadata = _Metadata(file.values, str(path))
+    tensors = {tensor.name: Stored(tensor.shape, tensor.read) for tensor in file.tensors}
+    with located(str(path)):
+        config = _config(metadata, tensors)
     text = _tokenizer(metadata) if tokenizer else None
     if text is not None and text.vocab_size > config.vocab_size:
         raise UserError(

@@ -6,7 +6,6 @@ never opened.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from chatwright.chat import ChatTemplate
+from chatwright import checkpoint
+from chatwright.chat import ChatTemplate, read_template
 from chatwright.config import UserError
 from chatwright.interop.families import config_from_hf, family_of
 from chatwright.interop.loaded import (
@@ -36,6 +36,8 @@ from chatwright.tokenizer import Tokenizer
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 
 # Constants that old versions of transformers saved among the weights: causal masks and rotary frequencies.
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_SHARD = re.compile(r"(?!\.)[\w.-]{1,240}\.safetensors", re.ASCII)
 _CONSTANTS = re.compile(r"(.*\.)?(h\.\d+\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
 
 
@@ -77,8 +79,10 @@ def _weights(directory: Path) -> Iterator[dict[str, Stored]]:
             try:
                 opened = stack.enter_context(safetensors.safe_open(str(file), framework="pt"))
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    shape = tuple(opened.get_slice(name).get_shape())
-                    tensors[name] = Stored(shape, partial(opened.get_tensor, name))
+                    described = opened.get_slice(name)
+                    if described.get_dtype() not in _FLOATS:
+                        raise UserError(f"{file}: {name} has numbers of type {described.get_dtype()}, not weights")
+                    tensors[name] = Stored(tuple(described.get_shape()), partial(opened.get_tensor, name))
             except (safetensors.SafetensorError, OSError) as error:
                 reason = "does not exist" if not file.exists() else f"is damaged or cut short ({error})"
                 raise UserError(f"{file} {reason}; fetch it again") from None
@@ -97,9 +101,9 @@ def _weight_files(directory: Path) -> list[Path]:
             or not all(isinstance(name, str) for name in names.values())
         ):
             raise UserError(f"{index}: no weight_map in it")
-        strange = [name for name in names.values() if Path(name).name != name]
+        strange = [name for name in names.values() if not _SHARD.fullmatch(name)]
         if strange:
-            raise UserError(f"{index}: {strange[0]!r} is not the name of a file beside it")
+            raise UserError(f"{index}: {strange[0]!r:.80} is not the name of a file beside it")
         return [directory / name for name in sorted(set(names.values()))]
     pickles = sorted(
         file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in directory.glob(f"*.{suffix}")
@@ -113,12 +117,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+    values = checkpoint.read_json(file)
     if not isinstance(values, dict):
         raise UserError(f"{file}: expected an object")
     return values
@@ -151,19 +150,29 @@ def _text_side(directory: Path) -> tuple[Tokenizer | None, ChatTemplate | None]:
     if not file.exists():
         return None, None
     content = _read_json(file)
-    decoder = content.get("decoder") or {}
-    if "ByteLevel" not in {one.get("type") for one in (decoder, *decoder.get("decoders", []))}:
+    decoder = content.get("decoder")
+    decoders = [decoder, *_listed(decoder.get("decoders"))] if isinstance(decoder, dict) else []
+    if not any(isinstance(one, dict) and one.get("type") == "ByteLevel" for one in decoders):
         raise UserError(f"{file}: not byte-level BPE; load_hf(..., tokenizer=False) reads the weights alone")
     extra = directory / "tokenizer_config.json"
     settings = _read_json(extra) if extra.exists() else {}
     begin, end = (_token(settings.get(name)) for name in ("bos_token", "eos_token"))
-    controls = [token["content"] for token in content.get("added_tokens", []) if token.get("special")]
+    added = [token for token in _listed(content.get("added_tokens")) if isinstance(token, dict)]
+    controls = [str(token.get("content")) for token in added if token.get("special")]
     tokenizer = Tokenizer.load(file, end_of_text=end_of_text(controls, end, where=str(file)))
     jinja = directory / "chat_template.jinja"
-    source = jinja.read_text(encoding="utf-8") if jinja.exists() else settings.get("chat_template")
+    source = read_template(jinja) if jinja.exists() else settings.get("chat_template")
     if isinstance(source, list):  # several, by name
-        source = next((one["template"] for one in source if one.get("name") == "default"), None)
+        named = {str(one.get("name")): one.get("template") for one in source if isinstance(one, dict)}
+        source = named.get("default")
+    if source and not isinstance(source, str):
+        raise UserError(f"{extra}: its chat_template is no text")
     return tokenizer, chat_template(source, begin=begin, end=end) if source else None
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list out of a JSON file; empty when it is something else."""
+    return value if isinstance(value, list) else []
 
 
 def _token(value: Any) -> str | None:

@@ -8,8 +8,9 @@ checked before a single number is read, and nothing is skipped in silence.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -43,6 +44,15 @@ class Stored:
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Errors of what happens inside name the file, unless they do already."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
 def in_memory(tensor: Tensor) -> Stored:
@@ -109,7 +119,13 @@ def translate(
         raise UserError(
             f"{where}: {config.layers} blocks in the configuration, {len(tensors)} tensors in all"
         )
-    own_shapes = _own_shapes(config)
+    own_shapes = _own_shapes(replace(config, layers=1))  # all blocks are alike
+    for layer in range(1, config.layers):
+        own_shapes |= {
+            name.replace("blocks.0.", f"blocks.{layer}.", 1): shape
+            for name, shape in own_shapes.items()
+            if name.startswith("blocks.0.")
+        }
     plan: list[tuple[Rule, str, tuple[str, ...]]] = []
     missing, wrong, known = [], [], set()
     for rule in rules:

@@ -13,14 +13,77 @@ One dataclass describes every decoder of the lineage. A preset is a row of a pap
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from chatwright.config import UserError
 
+Shape = TypeVar("Shape")
 Position = Literal["learned", "sinusoidal", "rotary"]
 Norm = Literal["layer", "rms"]
 Activation = Literal["gelu", "gelu_tanh", "swiglu", "relu2"]
+LARGEST = 1 << 30
+"""Most of any size: beyond it the number of a matrix's bytes would not fit into 64 bits."""
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    """How rotary positions are stretched, in models that read longer texts than they were first trained on.
+
+    A pair of features that makes many turns within the original context knows where a word stands in its sentence;
+    one that makes less than a turn knows where the sentence stands. `linear` slows all pairs by `factor`; `llama3` and
+    `yarn` slow only the slow ones. See model/rotary.py for the equations.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float = 1.0
+    """How many times longer the context has become."""
+    original_context: int = 0
+    """Context of the first training, in tokens (llama3 and yarn)."""
+    low_turns: float = 1.0
+    """Pairs with fewer turns in the original context are slowed: llama3's low_freq_factor, yarn's beta_slow."""
+    high_turns: float = 4.0
+    """Pairs with more turns stay as they are: llama3's high_freq_factor, yarn's beta_fast (usually 32)."""
+    whole_pairs: bool = True
+    """yarn: the two limits are rounded to whole pairs, outwards."""
+    attention_factor: float = 1.0
+    """On cosine and sine: with its square queries meet keys. yarn's usual one is 1 + ln(factor) / 10."""
+    divisors: tuple[float, ...] = ()
+    """Before all that, the rate of each pair is divided by these: the `rope_freqs` of GGUF files, where Llama 3.1's
+    scaling is stored so. Empty means none."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "divisors", tuple(self.divisors))
+        _check_kinds(self, "rope_scaling.")
+        if self.kind not in ("linear", "llama3", "yarn"):
+            raise UserError(f"model: rope_scaling.kind is {self.kind!r}; it can be linear, llama3, yarn")
+        positive = (self.factor, self.low_turns, self.high_turns, self.attention_factor, *self.divisors)
+        if not all(isinstance(value, int | float) and 0.0 < value < math.inf for value in positive):
+            raise UserError("model: the numbers of rope_scaling must be positive")
+        if self.kind != "linear" and not 1 <= self.original_context <= LARGEST:
+            raise UserError(f"model: {self.kind} scaling needs an original_context, not {self.original_context}")
+        if self.kind != "linear" and self.low_turns >= self.high_turns:
+            raise UserError(f"model: rope_scaling: {self.low_turns} is no limit below {self.high_turns} turns")
+
+    @staticmethod
+    def usual_attention_factor(factor: float, share: float = 1.0) -> float:
+        """YaRN's factor on cosine and sine, 1 + ln(factor) / 10 (arXiv:2309.00071, section 3.4, eq. 22); `share` of its rise."""
+        return 1.0 + 0.1 * share * math.log(factor) if factor > 1.0 else 1.0
+
+
+def _check_kinds(config: Any, prefix: str = "") -> None:
+    """Every field is of the type that it is declared with. Raises UserError: the values may come out of any file."""
+    numbers: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+    for field in fields(config):
+        allowed = numbers.get(str(field.type))
+        value: Any = getattr(config, field.name)
+        if allowed is None:
+            continue
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise UserError(f"model: {prefix}{field.name} is {value!r:.80}, not of type {field.type}")
+        if float in allowed and not abs(getattr(config, field.name)) < 1e300:  # neither NaN nor infinite, nor a whole number beyond floats
+            raise UserError(f"model: {prefix}{field.name} is {value!r:.80}, which no computer can use")
 
 
 @dataclass(frozen=True)
@@ -47,6 +110,8 @@ class GPTConfig:
     """How a token knows where it stands. Sinusoids have base 10000 (Vaswani et al. 2017, section 3.5)."""
     rope_base: float = 10_000.0
     """Base of the rotary angles (arXiv:2104.09864)."""
+    rope_scaling: RotaryScaling | None = None
+    """How the rotary angles are stretched beyond an earlier context; None: not at all."""
     norm: Norm = "layer"
     """Layer norm (arXiv:1607.06450) or RMS norm (arXiv:1910.07467)."""
     norm_eps: float = 1e-5
@@ -69,6 +134,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
+        _check_kinds(self)
         if not self.kv_heads:
             set_(self, "kv_heads", self.heads)
         if self.heads < 1 or self.layers < 1 or self.width < 1:
@@ -81,8 +147,13 @@ class GPTConfig:
             set_(self, "mlp_width", 4 * self.width)
         if self.heads % self.kv_heads:
             raise UserError(f"model: heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
-        if self.position == "rotary" and self.head_dim % 2:
-            raise UserError(f"model: rotary positions need an even head_dim, not {self.head_dim}")
+        self._check_sizes()
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RotaryScaling):
+            raise UserError(f"model: rope_scaling is {self.rope_scaling!r:.80}, not an object")
+        if self.position == "rotary":
+            self._check_rotary()
+        elif self.rope_scaling is not None:
+            raise UserError("model: rope_scaling is for rotary positions")
         if self.position == "sinusoidal" and self.width % 2:
             raise UserError(f"model: sinusoidal positions need an even width, not {self.width}")
         for name, choices in (
@@ -96,6 +167,25 @@ class GPTConfig:
             raise UserError(f"model: logit_softcap {self.logit_softcap} is neither 0 nor a positive number")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model: dropout {self.dropout} is not in [0, 1)")
+
+    def _check_sizes(self) -> None:
+        """No size is absurd, before anything is made that large."""
+        sizes = ("vocab_size", "context", "layers", "width", "heads", "kv_heads", "head_dim", "mlp_width")
+        for name in sizes:
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise UserError(f"model: {name} is {getattr(self, name)}; it can be 1 to {LARGEST}")
+        if self.heads * self.head_dim > LARGEST:
+            raise UserError(f"model: {self.heads} heads of size {self.head_dim} are more than {LARGEST} features")
+
+    def _check_rotary(self) -> None:
+        """The settings of rotary positions."""
+        if self.head_dim % 2:
+            raise UserError(f"model: rotary positions need an even head_dim, not {self.head_dim}")
+        scaling = self.rope_scaling
+        if not self.rope_base > (1.0 if scaling is not None and scaling.kind == "yarn" else 0.0):
+            raise UserError(f"model: rope_base {self.rope_base} is too small")
+        if scaling is not None and len(scaling.divisors) not in (0, self.head_dim // 2):
+            raise UserError(f"model: {len(scaling.divisors)} divisors of rotary rates for {self.head_dim // 2} pairs")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GPTConfig:
@@ -117,14 +207,21 @@ class GPTConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GPTConfig:
         """Inverse of `to_dict`. Raises UserError when fields are unknown or missing."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(f"model: unknown fields {', '.join(unknown)} (written by a newer chatwright?)")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise UserError(f"model: {error}") from None
+        scaling = values.get("rope_scaling")  # checkpoints of earlier versions have none
+        if isinstance(scaling, dict):
+            values = {**values, "rope_scaling": _from_fields(RotaryScaling, scaling)}
+        return _from_fields(cls, values)
+
+
+def _from_fields(cls: type[Shape], values: dict[str, Any]) -> Shape:
+    """A dataclass from its fields. Raises UserError when some are unknown or missing."""
+    unknown = sorted(set(values) - {field.name for field in fields(cls)})  # type: ignore[arg-type]
+    if unknown:
+        raise UserError(f"model: unknown fields {', '.join(unknown)} (written by a newer chatwright?)")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise UserError(f"model: {error}") from None
 
 
 def _gpt2(layers: int, width: int, heads: int) -> GPTConfig:

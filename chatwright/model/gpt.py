@@ -22,6 +22,7 @@ from chatwright.config import UserError
 from chatwright.model.attention import CausalAttention, blocked_attention, fused_attention
 from chatwright.model.cache import Cache
 from chatwright.model.config import GPTConfig
+from chatwright.model.rotary import rotary_angles, rotary_rates, rotate, sinusoids
 
 
 class RMSNorm(nn.Module):
@@ -52,29 +53,6 @@ def norm(config: GPTConfig, width: int) -> nn.Module:
     if config.norm == "rms":
         return RMSNorm(width, config.norm_eps)
     return LayerNorm(width, eps=config.norm_eps)
-
-
-def sinusoids(positions: Tensor, width: int) -> Tensor:
-    """(B, T) -> (B, T, width): sines in the first half, cosines in the second (Vaswani et al. 2017, section 3.5).
-
-    The paper interleaves the two; the order of features is a permutation that the first layer absorbs.
-    """
-    rates = torch.exp(torch.arange(0, width, 2, device=positions.device) * (-math.log(10_000.0) / width))
-    angles = positions[..., None].float() * rates
-    return torch.cat((angles.sin(), angles.cos()), dim=-1)
-
-
-def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """(B, T) -> cos and sin, each (B, 1, T, K / 2), in float32 (Su et al. 2021, arXiv:2104.09864, eq. 15)."""
-    rates = base ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angles = (positions[..., None].float() * rates)[:, None]
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + K/2}) of (B, H, T, K) by its angle: the half-split order of Llama and Qwen."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -299,10 +277,10 @@ class GPT(nn.Module):
         return total
 
     def angles(self, positions: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor] | None:
-        """cos and sin of the rotary positions; None for other kinds of positions."""
+        """cos and sin of the rotary positions, times the scaling's factor; None for other kinds of positions."""
         if self.config.position != "rotary":
             return None
-        return rotary_angles(positions, self.config.head_dim, self.config.rope_base)
+        return rotary_angles(positions, *rotary_rates(self.config, positions.device))
 
     def hidden(
         self,

@@ -198,8 +198,8 @@ def test_weights_alone(file: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type = 'yarn' is not supported"),
-        ({"llama.rope.scaling.factor": 4.0}, "llama.rope.scaling.factor = 4.0 is not supported"),
+        ({"llama.rope.scaling.type": "longrope"}, "rotary scaling of type 'longrope' is not supported"),
+        ({"llama.rope.scaling.factor": -4.0}, "numbers of rope_scaling must be positive"),
         ({"llama.expert_count": 8}, "llama.expert_count = 8 is not supported"),
         ({"llama.attention.sliding_window": 4096}, "llama.attention.sliding_window = 4096 is not supported"),
         ({"llama.logit_scale": 0.5}, "llama.logit_scale = 0.5 is not supported"),
@@ -232,8 +232,8 @@ def test_harmless_metadata(file: Path) -> None:
 
 
 def test_refused_tensors(file: Path) -> None:
-    scaled = {**tensors(), "rope_freqs.weight": np.ones(8, np.float32)}
-    assert "no place for: rope_freqs.weight" in error_of(write(file, weights=scaled))
+    scaled = {**tensors(), "rope_factors_long.weight": np.ones(8, np.float32)}
+    assert "no place for: rope_factors_long.weight" in error_of(write(file, weights=scaled))
     biased = {**tensors(), "blk.0.attn_q.bias": np.ones(WIDTH, np.float32)}
     assert "no place for: blk.0.attn_q.bias" in error_of(write(file, weights=biased))
     assert "not a language model" in error_of(write(file, weights={"x": np.ones(4, np.float32)}))

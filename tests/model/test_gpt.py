@@ -21,11 +21,9 @@ from chatwright.model.gpt import (
     LayerNorm,
     RMSNorm,
     gelu_written_out,
-    rotary_angles,
-    rotate,
-    sinusoids,
     token_positions,
 )
+from chatwright.model.rotary import rotary_angles, rotate, sinusoids
 
 TOLERANCE = 1e-5  # float32, logits of order one, the same model on the same numbers in another arrangement
 
@@ -151,7 +149,7 @@ def test_sinusoids_by_hand() -> None:
 
 
 def test_rotation_by_hand() -> None:
-    cos, sin = rotary_angles(torch.tensor([[0, 3]]), 4, 100.0)
+    cos, sin = rotary_angles(torch.tensor([[0, 3]]), torch.tensor([1.0, 0.1]))
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(1, 1, 2, 4)
     out = rotate(x, cos, sin)[0, 0]
     assert close(out[0], x[0, 0, 0])  # position 0 is not turned
@@ -167,9 +165,10 @@ def test_rotation_by_hand() -> None:
 
 def test_rotation_sees_distances_only() -> None:
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+    rates = torch.tensor([1.0, 0.1, 0.01, 0.001])
 
     def score(i: int, j: int) -> Tensor:
-        turned = [rotate(x, *rotary_angles(torch.tensor([[p]]), 8, 1e4)) for x, p in ((q, i), (k, j))]
+        turned = [rotate(x, *rotary_angles(torch.tensor([[p]]), rates)) for x, p in ((q, i), (k, j))]
         return (turned[0] * turned[1]).sum()
 
     assert close(score(9, 4), score(105, 100))
