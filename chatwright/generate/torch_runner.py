@@ -50,8 +50,11 @@ class PagedCache:
         self.lengths: Int[Tensor, " B"] = torch.tensor([feed.start for feed in feeds], device=device)
         self._table = torch.tensor(table, device=device).flatten()
         self._slots = torch.tensor(slots, device=device).flatten()
-        self._row = torch.arange(len(feeds), device=device)[:, None]
-        self._column = self.lengths[:, None] + torch.arange(tokens, device=device)
+        self._column = self.lengths[:, None] + torch.arange(tokens, device=device)  # (B, T) positions of the new tokens
+        if bench is not None:
+            heads, room = bench.keys.shape[2:4]
+            first = torch.arange(len(feeds) * heads, device=device).view(-1, heads, 1) * room
+            self._on_bench = (first + self._column[:, None]).flatten()  # (B * G * T,)
 
     def extend(
         self, layer: int, keys: Float[Tensor, "B G T K"], values: Float[Tensor, "B G T K"]
@@ -73,8 +76,8 @@ class PagedCache:
         return found.view(like.shape[0], -1, *pages.shape[2:])[:, : self.span].transpose(1, 2).to(like.dtype)
 
     def _add(self, bench: Tensor, new: Tensor) -> Tensor:
-        bench[self._row, self._column] = new.transpose(1, 2).to(bench.dtype)
-        return bench[: len(new), : self.span].transpose(1, 2).to(new.dtype)
+        bench.flatten(0, 2).index_copy_(0, self._on_bench, new.flatten(0, 2).to(bench.dtype))
+        return bench[: len(new), :, : self.span].to(new.dtype)
 
     def attention_mask(self, tokens: int) -> Bool[Tensor, "B 1 T S"] | None:
         """True where a new token may look: everything of its own row up to itself. None: plain causal."""
@@ -140,16 +143,10 @@ class TorchRunner:
                     parts.append(self._pass([feeds[at] for at in group], bench))
                     order += group
                 hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
-                logits = self.model.head(hidden).float()
+                return self.model.head(hidden[_restored(feeds, order)]).float()  # type: ignore[no-any-return]
         except BaseException:
             self._bench.clear()  # it may say more than was done
             raise
-        if order == sorted(order):
-            return logits  # type: ignore[no-any-return]
-        starts = np.cumsum([0, *(feeds[at].wanted for at in order)])
-        where = {at: range(starts[number], starts[number + 1]) for number, at in enumerate(order)}
-        rows = [row for at in range(len(feeds)) for row in where[at]]
-        return logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)]  # type: ignore[no-any-return]
 
     def copy_page(self, source: int, target: int) -> None:
         """Make page `target` a copy of page `source`, in all layers."""
@@ -202,8 +199,8 @@ class TorchRunner:
                 begun.append(feed.pages[last])
         if begun:
             index = torch.tensor(begun, device=self.device)
-            self._keys.index_fill_(1, index, 0.0)
-            self._values.index_fill_(1, index, 0.0)
+            self._keys[:, index] = 0.0
+            self._values[:, index] = 0.0
 
 
 def _alike(feeds: Sequence[Feed]) -> list[list[int]]:
@@ -219,6 +216,15 @@ def _alike(feeds: Sequence[Feed]) -> list[list[int]]:
             longest = lengths[at]
         groups[-1].append(at)
     return groups
+
+
+def _restored(feeds: Sequence[Feed], order: Sequence[int]) -> slice | list[int]:
+    """Which rows of what was computed for the feeds in this order stand for them in their own."""
+    if all(at == number for number, at in enumerate(order)):
+        return slice(None)
+    ends = np.cumsum([feeds[at].wanted for at in order]).tolist()
+    end_of = dict(zip(order, ends, strict=True))
+    return [row for at, feed in enumerate(feeds) for row in range(end_of[at] - feed.wanted, end_of[at])]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -34,14 +34,14 @@ class _Place:
 
 
 class Workbench:
-    """Copies of up to `most` tokens in all; `keys` and `values` are (layers, rows, room, G, K)."""
+    """Copies of up to `most` tokens in all; `keys` and `values` are (layers, rows, G, room, K)."""
 
     def __init__(self, pages: tuple[Tensor, Tensor], zeros: Callable[[tuple[int, ...]], Tensor]) -> None:
         self._pages, self._zeros = pages, zeros
         layers, count, self._size, *shape = pages[0].shape
-        self._layers, self._shape, self.most = layers, shape, (count - 2) * self._size
+        self.most = (count - 2) * self._size
         self._places: list[_Place] = []
-        self.keys = self.values = zeros((layers, 0, 0, *shape))
+        self.keys = self.values = zeros((layers, 0, shape[0], 0, shape[1]))
 
     def arrange(self, feeds: Sequence[Feed], tokens: int) -> list[int] | None:
         """Bring these sequences to the front of the bench, with room for `tokens` new ones each; all have a beginning.
@@ -99,12 +99,12 @@ class Workbench:
     def _lay_out(self, row: int, feed: Feed) -> None:
         index = torch.tensor(feed.pages[: -(-feed.start // self._size)], device=self.keys.device)
         for copy, pages in ((self.keys, self._pages[0]), (self.values, self._pages[1])):
-            copy[:, row, : feed.start] = pages.index_select(1, index).flatten(1, 2)[:, : feed.start]
-            copy[:, row, feed.start :] = 0.0  # what lay there may be no number, which a weight of zero does not hide
+            copy[:, row, :, : feed.start] = pages.index_select(1, index).flatten(1, 2)[:, : feed.start].transpose(1, 2)
+            copy[:, row, :, feed.start :] = 0.0  # what lay there may be no number, which a weight of zero does not hide
 
     def _grow(self, rows: int, room: int) -> bool:
         """Make room for so many sequences of so many tokens; False, and nothing is left, when there is too little."""
-        _, old_rows, old_room = self.keys.shape[:3]
+        layers, old_rows, heads, old_room, width = self.keys.shape
         if rows <= old_rows and room <= old_room:
             return True
         if room > old_room:
@@ -112,10 +112,11 @@ class Workbench:
         room = max(room, old_room)
         fits = rows * room <= self.most
         kept, found = min(rows, old_rows), (self.keys, self.values)
-        self.keys, self.values = (self._zeros((self._layers, rows if fits else 0, room, *self._shape)) for _ in range(2))
+        shape = (layers, rows if fits else 0, heads, room, width)
+        self.keys, self.values = (self._zeros(shape) for _ in range(2))
         if not fits:
             self._places = []
             return False
         for copy, before in zip((self.keys, self.values), found, strict=True):
-            copy[:, :kept, :old_room] = before[:, :kept]
+            copy[:, :kept, :, :old_room] = before[:, :kept]
         return True
