@@ -23,7 +23,7 @@ from chatwright.config import UserError
 from chatwright.interop import gguf as reading
 from chatwright.interop.leaving import check_shape, ends_of, family_name, portable
 from chatwright.interop.loaded import Loaded, Stored, foreign
-from chatwright.model.config import GPTConfig
+from chatwright.model.config import GPTConfig, RotaryScaling
 from chatwright.tokenizer import PATTERN, Tokenizer
 
 DTYPES = {"f32": Kind.F32, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
@@ -66,6 +66,7 @@ def metadata_of(config: GPTConfig) -> dict[str, Any]:
             "attention.layer_norm_rms_epsilon": float(np.float32(config.norm_eps)),
             "rope.dimension_count": config.head_dim,
             "rope.freq_base": float(np.float32(config.rope_base)),
+            **_rotary(config.rope_scaling),
         }
     planned = _Planned(architecture, {f"{architecture}.{key}": value for key, value in values.items()})
     table = Stored((config.vocab_size, config.width), lambda: torch.empty(0))
@@ -74,6 +75,18 @@ def metadata_of(config: GPTConfig) -> dict[str, Any]:
     # Dropout acts in training only, and a GGUF file is not for training.
     check_shape(replace(config, dropout=carried.dropout), carried, f"llama.cpp's {architecture}")
     return planned.values
+
+
+def _rotary(scaling: RotaryScaling | None) -> dict[str, Any]:
+    """Rotary scaling, as far as metadata can say it: llama3's is a tensor of divisors in these files, and is refused."""
+    if scaling is None or scaling.kind == "llama3":
+        return {}
+    values: dict[str, Any] = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": float(np.float32(scaling.factor))}
+    if scaling.kind == "yarn":
+        values["rope.scaling.original_context_length"] = scaling.original_context
+        values["rope.scaling.yarn_beta_slow"] = float(np.float32(scaling.low_turns))
+        values["rope.scaling.yarn_beta_fast"] = float(np.float32(scaling.high_turns))
+    return values
 
 
 class _Planned(reading._Metadata):

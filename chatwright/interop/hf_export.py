@@ -19,7 +19,7 @@ from chatwright.config import UserError
 from chatwright.interop.families import FAMILIES, config_from_hf
 from chatwright.interop.leaving import check_shape, ends_of, family_name, portable
 from chatwright.interop.loaded import Loaded, Stored, foreign
-from chatwright.model.config import GPTConfig
+from chatwright.model.config import GPTConfig, RotaryScaling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000
@@ -60,6 +60,25 @@ def _gpt2(config: GPTConfig) -> dict[str, Any]:
     }
 
 
+def _rotary(scaling: RotaryScaling | None) -> dict[str, Any]:
+    """Families.py's reading of rotary scaling, backwards."""
+    if scaling is None:
+        return {"rope_type": "default"}
+    values: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "linear":
+        return values
+    values["original_max_position_embeddings"] = scaling.original_context
+    if scaling.kind == "llama3":
+        return {**values, "low_freq_factor": scaling.low_turns, "high_freq_factor": scaling.high_turns}
+    return {
+        **values,
+        "beta_slow": scaling.low_turns,
+        "beta_fast": scaling.high_turns,
+        "truncate": scaling.whole_pairs,
+        "attention_factor": scaling.attention_factor,
+    }
+
+
 def _gated(config: GPTConfig) -> dict[str, Any]:
     """What Llama, Qwen3 and Arcee have in common. The rotary base stands where transformers 5 and 4 look for it."""
     return {
@@ -74,7 +93,7 @@ def _gated(config: GPTConfig) -> dict[str, Any]:
         "hidden_act": "relu2" if config.activation == "relu2" else "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        "rope_parameters": {"rope_theta": config.rope_base, **_rotary(config.rope_scaling)},
         "attention_bias": False,
         "attention_dropout": config.dropout,
         "tie_word_embeddings": config.tied,

@@ -11,7 +11,7 @@ import transformers
 
 from chatwright.chat import NATIVE, Message
 from chatwright.interop.loaded import Loaded
-from chatwright.model.config import GPTConfig
+from chatwright.model.config import GPTConfig, RotaryScaling
 from chatwright.model.gpt import GPT
 from chatwright.serve.export import write_export
 from chatwright.tokenizer import Tokenizer
@@ -42,6 +42,14 @@ SHAPES: dict[str, GPTConfig] = {
     "qwen3": GPTConfig(**GATED, qk_norm=True),
     "qwen3-untied": GPTConfig(
         **{**GATED, "width": 48, "heads": 5, "kv_heads": 1, "head_dim": 24, "mlp_width": 100, "tied": False}, qk_norm=True
+    ),
+    "llama-linear": GPTConfig(**GATED, rope_scaling=RotaryScaling("linear", 4.0)),
+    "qwen3-yarn": GPTConfig(
+        **GATED,
+        qk_norm=True,
+        rope_scaling=RotaryScaling(
+            "yarn", 4.0, 40, 1.0, 32.0, attention_factor=RotaryScaling.usual_attention_factor(4.0)
+        ),
     ),
     "arcee": GPTConfig(**{**GATED, "activation": "relu2"}),
     "arcee-grouped": GPTConfig(**{**GATED, "activation": "relu2", "heads": 4, "kv_heads": 2, "tied": False}),

@@ -23,7 +23,7 @@ from chatwright.interop.gguf import PRE_TOKENIZERS, load_gguf
 from chatwright.interop.gguf_export import kind_of, metadata_of, plan_gguf, pre_name
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
-from chatwright.model.config import GPTConfig
+from chatwright.model.config import GPTConfig, RotaryScaling
 from chatwright.serve.export import write_export
 from chatwright.tokenizer import PATTERN, Tokenizer
 
@@ -247,6 +247,7 @@ REFUSED = [
     ({**GATED, "activation": "relu2", "bias": True}, "the model has bias True, and llama.cpp's arcee"),
     ({**GATED, "activation": "relu2", "qk_norm": True}, "the model has qk_norm True, and llama.cpp's arcee"),
     ({**GATED, "norm_eps": 1.00000000001e-6}, "the model has norm_eps 1.00000000001e-06, and llama.cpp's llama"),
+    ({**GATED, "rope_scaling": RotaryScaling("llama3", 8.0, 40, 1.0, 4.0)}, "the model has rope_scaling RotaryScaling(kind='llama3'"),
     ({**GATED, "rope_base": 10_000.0001}, "the model has rope_base 10000.0001, and llama.cpp's llama"),
 ]
 

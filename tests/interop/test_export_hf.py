@@ -26,7 +26,7 @@ from chatwright.interop.hf import load_hf
 from chatwright.interop.hf_export import config_to_hf, plan_hf
 from chatwright.interop.loaded import Rule, foreign
 from chatwright.language_model import load_parts
-from chatwright.model.config import GPTConfig
+from chatwright.model.config import GPTConfig, RotaryScaling
 from chatwright.model.gpt import GPT
 from chatwright.serve.export import write_export
 from chatwright.tokenizer import Tokenizer
@@ -108,6 +108,9 @@ def test_a_tensor_without_a_place() -> None:
 
 
 # ---- models --------------------------------------------------------------------------------------------------------
+
+
+SHAPES = {**SHAPES, "llama-llama3": GPTConfig(**GATED, rope_scaling=RotaryScaling("llama3", 8.0, 40, 1.0, 4.0))}
 
 
 @pytest.mark.parametrize("name", SHAPES)
