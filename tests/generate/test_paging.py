@@ -312,6 +312,18 @@ def test_numbers_that_are_none_do_not_spread(make_model: MakeModel) -> None:
                 handle.result()
 
 
+def test_the_last_page_of_a_failed_answer_is_not_for_others(make_model: MakeModel) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.embed.weight[13] = float("nan")
+    engine = Engine(model)
+    with pytest.raises(UserError, match="not finite"):  # at the second token, in the page where the prompt ends
+        engine.generate([Request(tokens(20, vocab_size=12), Sampling(9, 0.0, logit_bias={13: 100}))])
+    request = Request(tokens(20, vocab_size=12), Sampling(9, 0.0, logit_bias={13: -100}))
+    assert_equal(engine.generate([request])[0], fresh(model, request))
+    assert engine.stats.cached_tokens == 16
+
+
 def test_an_interrupt_leaves_nothing_behind(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     engine, runner = counting(model)

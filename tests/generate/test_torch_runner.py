@@ -83,8 +83,10 @@ def test_numbers_that_are_none_stay_where_they_were(model: GPT, runner: TorchRun
     runner.forward([Feed(B[:2], 0, [0], 0)])
     if many:  # a chunk that is laid out from its pages
         check(model, runner.forward([Feed(B[2:12], 2, [0]), Feed(A[13:30], 13, [2, 3])]), B[:12], A[:30])
-    else:
-        check(model, runner.forward([Feed(B[2:3], 2, [0]), Feed(A[13:14], 13, [2])]), B[:3], A[:14])
+    else:  # rows of the workbench
+        runner.forward([Feed(B[:2], 0, [1], 0)])
+        feeds = [Feed(B[2:3], 2, [0]), Feed(B[2:3], 2, [1]), Feed(A[13:14], 13, [2])]
+        check(model, runner.forward(feeds), B[:3], B[:3], A[:14])
 
 
 def test_without_memory_for_copies_answers_are_laid_out_anew(model: GPT, runner: TorchRunner) -> None:
