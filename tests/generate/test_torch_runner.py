@@ -29,7 +29,7 @@ def model(make_model: MakeModel) -> GPT:
 @pytest.fixture
 def runner(model: GPT) -> TorchRunner:
     runner = TorchRunner(model)
-    runner.allocate(6, 16)
+    runner.allocate(40, 16)
     return runner
 
 
@@ -90,6 +90,10 @@ def test_numbers_that_are_none_stay_where_they_were(model: GPT, runner: TorchRun
 
 
 def test_without_memory_for_copies_answers_are_laid_out_anew(model: GPT, runner: TorchRunner) -> None:
-    runner._bench.most = 0
+    runner._bench.most = 70  # enough for three short ones
     test_rows_that_change_places(model, runner)
+    assert 0 < runner._bench.keys.shape[1] * runner._bench.keys.shape[3] <= 70
+    runner._bench.most = 20
+    runner.forward([Feed(A, 0, [5, 4], 0), Feed(B, 0, [7, 6], 0)])
+    check(model, runner.forward([Feed([1], 30, [5, 4]), Feed([2], 30, [7, 6])]), [*A, 1], [*B, 2])
     assert runner._bench.keys.numel() == 0
