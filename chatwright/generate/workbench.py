@@ -107,10 +107,9 @@ class Workbench:
         layers, old_rows, heads, old_room, width = self.keys.shape
         if rows <= old_rows and room <= old_room:
             return True
-        if room > old_room:
-            room += max(ROOM, room // 2)
-        room = max(room, old_room)
         fits = rows * room <= self.most
+        wanted = room + max(ROOM, room // 2) if room > old_room else old_room
+        room = max(room, min(wanted, self.most // rows))
         kept, found = min(rows, old_rows), (self.keys, self.values)
         shape = (layers, rows if fits else 0, heads, room, width)
         self.keys, self.values = (self._zeros(shape) for _ in range(2))
@@ -118,5 +117,5 @@ class Workbench:
             self._places = []
             return False
         for copy, before in zip((self.keys, self.values), found, strict=True):
-            copy[:, :kept, :, :old_room] = before[:, :kept]
+            copy[:, :kept, :, :old_room] = before[:, :kept, :, :room]
         return True

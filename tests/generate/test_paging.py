@@ -279,18 +279,17 @@ def test_new_weights_make_old_pages_worthless(make_model: MakeModel) -> None:
 
 def test_what_was_begun_before_forgetting_is_not_for_others(make_model: MakeModel) -> None:
     model = make_model()
-    engine, runner = counting(model)
+    engine = Engine(model)
     request = Request(tokens(20), Sampling(40, temperature=0.0))
     running = engine.submit(request)
     engine.step()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data.mul_(1.1)
     engine.forget()
-    engine.step()
-    other = engine.submit(request)
-    engine.step()
-    assert runner.passes[-1] == [(0, 20)]
-    assert len(running.result().ids) == len(other.result().ids) == 40
-    engine.generate([Request((*tokens(20), *running.result().ids), Sampling(2))])
-    assert engine.stats.cached_tokens == 20 + 39  # from the second run of the request, which came after
+    assert len(running.result().ids) == 40
+    assert_equal(engine.generate([request])[0], fresh(model, request))
+    assert engine.stats.cached_tokens == 0
 
 
 def test_numbers_that_are_none_do_not_spread(make_model: MakeModel) -> None:
@@ -311,6 +310,18 @@ def test_numbers_that_are_none_do_not_spread(make_model: MakeModel) -> None:
         if handle.request in bad:
             with pytest.raises(UserError, match="not finite"):
                 handle.result()
+
+
+def test_the_last_page_of_a_failed_answer_is_not_for_others(make_model: MakeModel) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.embed.weight[13] = float("nan")
+    engine = Engine(model)
+    with pytest.raises(UserError, match="not finite"):  # at the second token, in the page where the prompt ends
+        engine.generate([Request(tokens(20, vocab_size=12), Sampling(9, 0.0, logit_bias={13: 100}))])
+    request = Request(tokens(20, vocab_size=12), Sampling(9, 0.0, logit_bias={13: -100}))
+    assert_equal(engine.generate([request])[0], fresh(model, request))
+    assert engine.stats.cached_tokens == 16
 
 
 def test_an_interrupt_leaves_nothing_behind(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
