@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -80,7 +81,8 @@ def _compiled(source: str) -> Any:
     if len(source) > LARGEST_TEMPLATE:
         raise UserError(f"the chat template is longer than {LARGEST_TEMPLATE:,} characters")
     try:
-        return Sandbox(raise_exception=raise_exception).from_string(source)
+        with warnings.catch_warnings(action="ignore"):  # Python has opinions on the code that Jinja makes of it
+            return Sandbox(raise_exception=raise_exception).from_string(source)
     except (jinja2.TemplateError, SyntaxError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         reason = str(error) or type(error).__name__  # Jinja writes Python, and Python has limits of its own
         raise UserError(f"the chat template is broken: {reason}") from None

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from jinja2 import Template, TemplateRuntimeError, nodes, pass_environment
+from jinja2 import Template, TemplateRuntimeError, nodes, pass_eval_context
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -83,7 +83,7 @@ def _wrote(characters: int) -> None:
             raise TemplateRuntimeError(f"it writes more than {LARGEST:,} characters")
 
 
-@pass_environment  # which keeps Jinja from writing constants without asking
+@pass_eval_context  # which keeps Jinja from writing constants without asking
 def _written(_: Any, value: Any) -> Any:
     """What an expression is about to write."""
     _wrote(_weight(value) + 1)

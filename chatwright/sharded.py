@@ -148,6 +148,10 @@ def read(directory: Path, tensors: Mapping[str, Tensor], *, alone: bool = False)
 def whole_tensors(directory: Path, part: str) -> dict[str, Tensor]:
     """The tensors `part/...` of a checkpoint put together, on the CPU of this process, under their names without it."""
     wanted = {name: item for name, item in describe(directory).items() if name.startswith(f"{part}/")}
+    claimed = sum(item.size.numel() * item.properties.dtype.itemsize for item in wanted.values())
+    there = sum(file.stat().st_size for file in (directory / PARTS).iterdir())
+    if claimed > there:  # before memory is taken for it
+        raise UserError(f"{directory / PARTS} is damaged: tensors of {claimed} bytes are said to be in {there}")
     tensors = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in wanted.items()}
     read(directory, tensors, alone=True)
     return {name.removeprefix(f"{part}/"): tensor for name, tensor in tensors.items()}

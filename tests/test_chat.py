@@ -310,6 +310,44 @@ HOSTILE = [
     "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
     "{" * 50 + "{{" + "(" * 5000 + ")" * 5000 + "}}",
     "{{ " + "-" * 50_000 + "1 }}",
+    "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
+    "{% if x %}" * 200 + "{% endif %}" * 200,
+    "{{ " + "(" * 300 + "x" + ".y)" * 300 + " }}",
+    "x" * 300_000,
+    # Things of moderate size that one operation multiplies.
+    "{{ ('x' * 4000).replace('x', 'y' * 4000000) }}",
+    "{{ 'x' * 4000 | replace('x', 'y' * 4000000) }}",
+    "{{ ('y' * 4000000).join(['x'] * 4000) }}",
+    "{{ ['x'] * 4000 | join('y' * 4000000) }}",
+    "{{ ('\t' * 4000).expandtabs(999999) }}",
+    "{{ ('%s' * 4000) % (('y' * 4000000,) * 4000) }}",
+    "{{ ('{0}' * 4000).format('y' * 4000000) }}",
+    # Lists that hold one another: small, and endless when they are written, compared or hashed.
+    *(
+        "{% set n = namespace(x=('a',), y=('a',)) %}{% for i in range(99) %}{% set n.x = (n.x, n.x) %}"
+        "{% set n.y = (n.y, n.y) %}{% endfor %}" + end
+        for end in (
+            "{{ n.x }}",
+            "{{ n }}",
+            "{{ n.x ~ 1 }}",
+            "{{ n.x | string }}",
+            "{{ n.x | tojson }}",
+            "{{ n.x == n.y }}",
+            "{{ n.x is eq n.y }}",
+            "{{ {n.x: 1} }}",
+            "{{ {'a': 1}[n.x] }}",
+            "{{ {'a': 1}.get(n.x) }}",
+            "{{ {'a': n.x}.items() }}",
+            "{{ '%s' % (n.x,) }}",
+        )
+    ),
+    # What a loop repeats.
+    "{% for i in range(99999) %}" + "t" * 5_000 + "{% endfor %}",
+    "{% for i in range(99999) %}{{ '" + "t" * 5_000 + "' }}{% endfor %}",
+    "{% for i in range(99999) %}{% set x = 'a' * 4000000 %}{% endfor %}",
+    "{% set x = 'a' * 4000000 %}{% for i in range(99999) %}{% set y = x[1:] %}{% endfor %}",
+    "{% set x = 'a' * 4000000 %}{% for i in range(99999) %}{% if 'ab' in x %}{% endif %}{% endfor %}",
+    "{% set x = 'a' * 4000000 %}{% for i in range(99999) %}{% if x is in [x ~ 'a'] %}{% endif %}{% endfor %}",
 ]
 
 
