@@ -234,7 +234,7 @@ def test_rounding_activations(width: int, seed: int, size: float) -> None:
     flat = torch.zeros(padded)
     flat[:width] = x
     words, factors, sums = np.zeros(padded, np.uint8), np.zeros(padded // 32, np.float32), np.zeros(padded // 32, np.float32)
-    quantise(flat.numpy(), 0, padded, 1, 0, 1, padded // 32, words, factors, sums)
+    quantise(flat.numpy(), padded, 0, 1, padded // 32, words, factors, sums)
     read = torch.from_numpy(words.view(np.int8).astype(np.float32)).view(-1, 32) * torch.from_numpy(factors)[:, None]
     assert torch.allclose(read.flatten()[:width], rounded_activations(x), rtol=1e-6, atol=0)
     assert np.array_equal(sums, words.view(np.int8).reshape(-1, 32).sum(1).astype(np.float32))

@@ -58,14 +58,14 @@ def _start(vectors, bias, tile, out, at, adding):
 
 
 @_compiled
-def quantise(x, x_at, x_stride, rows, first, last, groups, words, factors, sums):
+def quantise(x, x_stride, first, last, groups, words, factors, sums):
     """Round rows `first` to `last` of x to int8, a factor per group of 32: x ~ factor * word. Also each group's sum of words.
 
     Row r goes to words[r * groups * 32], factors[r * groups], sums[r * groups].
     """
     for row in range(first, last):
         for group in range(groups):
-            at = x_at + row * x_stride + group * GROUP
+            at = row * x_stride + group * GROUP
             a, b = load(x, at), load(x, at + LANES)
             zero = splat(np.float32(0.0))
             top = largest(larger(larger(a, subtract(zero, a)), larger(b, subtract(zero, b))))
@@ -79,14 +79,14 @@ def quantise(x, x_at, x_stride, rows, first, last, groups, words, factors, sums)
 
 
 @_compiled
-def _product_f32(arena, weights, tiles, groups, first, last, x, x_at, x_stride, rows, out, stride, vectors, bias, adding):
+def _product_f32(arena, weights, groups, first, last, x, x_stride, rows, out, stride, vectors, bias, adding):
     inputs = groups * GROUP
     for tile in range(first, last):
         base = weights + tile * inputs * 64
         row = 0
         while row + 4 <= rows:
             at = row * stride + tile * LANES
-            p = x_at + row * x_stride
+            p = row * x_stride
             a = _start(vectors, bias, tile, out, at, adding)
             b = _start(vectors, bias, tile, out, at + stride, adding)
             c = _start(vectors, bias, tile, out, at + 2 * stride, adding)
@@ -104,7 +104,7 @@ def _product_f32(arena, weights, tiles, groups, first, last, x, x_at, x_stride, 
             row += 4
         while row < rows:
             at = row * stride + tile * LANES
-            p = x_at + row * x_stride
+            p = row * x_stride
             a = _start(vectors, bias, tile, out, at, adding)
             b = splat(np.float32(0.0))
             for i in range(0, inputs, 2):
@@ -115,14 +115,14 @@ def _product_f32(arena, weights, tiles, groups, first, last, x, x_at, x_stride, 
 
 
 @_compiled
-def _product_bf16(arena, weights, tiles, groups, first, last, x, x_at, x_stride, rows, out, stride, vectors, bias, adding):
+def _product_bf16(arena, weights, groups, first, last, x, x_stride, rows, out, stride, vectors, bias, adding):
     inputs = groups * GROUP
     for tile in range(first, last):
         base = weights + tile * inputs * 32
         row = 0
         while row + 4 <= rows:
             at = row * stride + tile * LANES
-            p = x_at + row * x_stride
+            p = row * x_stride
             a = _start(vectors, bias, tile, out, at, adding)
             b = _start(vectors, bias, tile, out, at + stride, adding)
             c = _start(vectors, bias, tile, out, at + 2 * stride, adding)
@@ -146,7 +146,7 @@ def _product_bf16(arena, weights, tiles, groups, first, last, x, x_at, x_stride,
             row += 4
         while row < rows:
             at = row * stride + tile * LANES
-            p = x_at + row * x_stride
+            p = row * x_stride
             a = _start(vectors, bias, tile, out, at, adding)
             b = splat(np.float32(0.0))
             for i in range(0, inputs, 2):
@@ -158,29 +158,32 @@ def _product_bf16(arena, weights, tiles, groups, first, last, x, x_at, x_stride,
             row += 1
 
 
+@_inlined
+def _grouped8(path, arena, w, s, words, factors, place, value):
+    """value + factor * scale * sum of q x, the sum over one group."""
+    dots = to_float(dots8(path, arena, w, words, place * GROUP))
+    return fma(dots, multiply(load_bf16(arena, s), splat(factors[place])), value)
+
+
 @_compiled
-def _product_int8(path, arena, weights, scales, groups, first, last, words, factors, place, rows, out, stride, vectors, bias, adding):
-    """`place` is the first row's place in `factors`; its words are at place * 32."""
+def _product_int8(path, arena, weights, scales, groups, first, last, words, factors, rows, out, stride, vectors, bias, adding):
     for tile in range(first, last):
         base = weights + tile * groups * 512
         scale_at = scales + tile * groups * 32
         row = 0
         while row + 4 <= rows:
             at = row * stride + tile * LANES
-            p = place + row * groups
+            p = row * groups
             a = _start(vectors, bias, tile, out, at, adding)
             b = _start(vectors, bias, tile, out, at + stride, adding)
             c = _start(vectors, bias, tile, out, at + 2 * stride, adding)
             d = _start(vectors, bias, tile, out, at + 3 * stride, adding)
             for g in range(groups):
-                s = load_bf16(arena, scale_at + g * 32)
-                w = base + g * 512
-                q, r, t = p + g, p + groups + g, p + 2 * groups + g
-                u = p + 3 * groups + g
-                a = fma(to_float(dots8(path, arena, w, words, q * GROUP)), multiply(s, splat(factors[q])), a)
-                b = fma(to_float(dots8(path, arena, w, words, r * GROUP)), multiply(s, splat(factors[r])), b)
-                c = fma(to_float(dots8(path, arena, w, words, t * GROUP)), multiply(s, splat(factors[t])), c)
-                d = fma(to_float(dots8(path, arena, w, words, u * GROUP)), multiply(s, splat(factors[u])), d)
+                s, w = scale_at + g * 32, base + g * 512
+                a = _grouped8(path, arena, w, s, words, factors, p + g, a)
+                b = _grouped8(path, arena, w, s, words, factors, p + groups + g, b)
+                c = _grouped8(path, arena, w, s, words, factors, p + 2 * groups + g, c)
+                d = _grouped8(path, arena, w, s, words, factors, p + 3 * groups + g, d)
             store(out, at, a)
             store(out, at + stride, b)
             store(out, at + 2 * stride, c)
@@ -188,13 +191,12 @@ def _product_int8(path, arena, weights, scales, groups, first, last, words, fact
             row += 4
         while row < rows:
             at = row * stride + tile * LANES
-            p = place + row * groups
+            p = row * groups
             a = _start(vectors, bias, tile, out, at, adding)
             for g in range(groups):
                 for line in range(0, 512, 64):
                     fetch_ahead(arena, base + g * 512 + AHEAD + line)
-                s = multiply(load_bf16(arena, scale_at + g * 32), splat(factors[p + g]))
-                a = fma(to_float(dots8(path, arena, base + g * 512, words, (p + g) * GROUP)), s, a)
+                a = _grouped8(path, arena, base + g * 512, scale_at + g * 32, words, factors, p + g, a)
             store(out, at, a)
             row += 1
 
@@ -208,14 +210,14 @@ def _grouped4(path, arena, w, s, words, factors, sums, place, value):
 
 
 @_compiled
-def _product_int4(path, arena, weights, scales, groups, first, last, words, factors, sums, place, rows, out, stride, vectors, bias, adding):
+def _product_int4(path, arena, weights, scales, groups, first, last, words, factors, sums, rows, out, stride, vectors, bias, adding):
     for tile in range(first, last):
         base = weights + tile * groups * 256
         scale_at = scales + tile * groups * 64
         row = 0
         while row + 4 <= rows:
             at = row * stride + tile * LANES
-            p = place + row * groups
+            p = row * groups
             a = _start(vectors, bias, tile, out, at, adding)
             b = _start(vectors, bias, tile, out, at + stride, adding)
             c = _start(vectors, bias, tile, out, at + 2 * stride, adding)
@@ -233,7 +235,7 @@ def _product_int4(path, arena, weights, scales, groups, first, last, words, fact
             row += 4
         while row < rows:
             at = row * stride + tile * LANES
-            p = place + row * groups
+            p = row * groups
             a = _start(vectors, bias, tile, out, at, adding)
             for g in range(groups):
                 for line in range(0, 256, 64):
@@ -243,19 +245,19 @@ def _product_int4(path, arena, weights, scales, groups, first, last, words, fact
             row += 1
 
 
-@_compiled
-def product(path, arena, matrix, first, last, x, x_at, x_stride, words, factors, sums, place, rows, out, stride, vectors, adding):
+@_inlined
+def product(path, arena, matrix, first, last, x, x_stride, words, factors, sums, rows, out, stride, vectors, adding):
     """Tiles `first` to `last` of out = W x + bias, or of out += W x + bias, for `rows` rows.
 
-    matrix: a row of the plan. Row r of x begins at x[x_at + r * x_stride]; its int8 form, which integer weights take
-    instead, has its factors from factors[place + r * groups] on. Row r of out begins at out[r * stride].
+    matrix: a row of the plan. Row r of x begins at x[r * x_stride]; integer weights take its int8 form instead, as `quantise`
+    leaves it. Row r of out begins at out[r * stride].
     """
-    kind, weights, scales, bias, tiles, groups = matrix[0], matrix[1], matrix[2], matrix[3], matrix[4], matrix[5]
+    kind, weights, scales, bias, groups = matrix[FORMAT], matrix[WEIGHTS], matrix[SCALES], matrix[BIAS], matrix[GROUPS]
     if kind == F32_WEIGHTS:
-        _product_f32(arena, weights, tiles, groups, first, last, x, x_at, x_stride, rows, out, stride, vectors, bias, adding)
+        _product_f32(arena, weights, groups, first, last, x, x_stride, rows, out, stride, vectors, bias, adding)
     elif kind == BF16_WEIGHTS:
-        _product_bf16(arena, weights, tiles, groups, first, last, x, x_at, x_stride, rows, out, stride, vectors, bias, adding)
+        _product_bf16(arena, weights, groups, first, last, x, x_stride, rows, out, stride, vectors, bias, adding)
     elif kind == INT8_WEIGHTS:
-        _product_int8(path, arena, weights, scales, groups, first, last, words, factors, place, rows, out, stride, vectors, bias, adding)
+        _product_int8(path, arena, weights, scales, groups, first, last, words, factors, rows, out, stride, vectors, bias, adding)
     else:
-        _product_int4(path, arena, weights, scales, groups, first, last, words, factors, sums, place, rows, out, stride, vectors, bias, adding)
+        _product_int4(path, arena, weights, scales, groups, first, last, words, factors, sums, rows, out, stride, vectors, bias, adding)

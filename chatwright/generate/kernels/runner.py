@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from chatwright.config import UserError
 from chatwright.generate.kernels import packing, paths, step
 from chatwright.generate.kernels.simd import GROUP, LANES, SYNC_SIZE
 from chatwright.generate.runner import Feed
+from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 
 ROWS = 256
@@ -80,6 +82,35 @@ def _flattened(feeds: Sequence[Feed]) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return ids, positions, pages, np.array(wanted, dtype=np.int64)
 
 
+_compiled: set[str] = set()
+SOON = 2.0
+"""Seconds after which people are told what they wait for: what lies compiled on the disk is read in half a second."""
+
+
+def _tell(text: str) -> None:
+    """To the error output: the other one may be the text that is generated."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _compile_once(path: str) -> None:
+    """Have the step compiled, or read from the disk, by running a model of a few numbers."""
+    if path in _compiled:
+        return
+    note = threading.Timer(SOON, _tell, ["compiling the CPU kernels for this machine: once, about ten seconds"])
+    note.daemon = True
+    note.start()
+    try:
+        config = GPTConfig(vocab_size=16, context=16, layers=1, width=32, heads=1, norm="rms", position="rotary", bias=False)
+        with torch.device("meta"):  # which draws no random numbers
+            model = GPT(config)
+        runner = KernelRunner(model.to_empty(device="cpu"), "fp32", threads=1, path=path, warm=False)
+        runner.allocate(1, LANES)
+        runner.forward([Feed([0], 0, [0])])
+        _compiled.add(path)
+    finally:
+        note.cancel()
+
+
 class KernelRunner:
     """Runs a model on this machine's CPU with packed weights.
 
@@ -87,12 +118,20 @@ class KernelRunner:
     integer weights. Keys and values are bfloat16, float32 with fp32 weights. Raises UserError for shapes the kernels lack.
     """
 
-    def __init__(self, model: GPT, dtype: str = "bf16", *, threads: int = 0, path: str | None = None) -> None:
+    def __init__(
+        self, model: GPT, dtype: str = "bf16", *, threads: int = 0, path: str | None = None, warm: bool = True
+    ) -> None:
         self.config = model.config
         self.device = torch.device("cpu")
         self.dtype = dtype
         self.path = path or paths.choose()
+        # Compiling and packing take seconds each, and different processors can do them.
+        compiling = threading.Thread(target=_compile_once, args=(self.path,), daemon=True)
+        if warm:
+            compiling.start()
         self.packed = packing.pack(model, dtype)
+        if warm:
+            compiling.join()
         self._angles = model.angles
         self._cos = self._sin = np.zeros(1, dtype=np.float32)
         self._turned = 0  # positions that they hold

@@ -97,10 +97,17 @@ def _row_norm(kind, x, at, width, eps, vectors, norm, out, out_at):
 
 
 @_compiled
-def _normalise(kind, x, stride, which, first, last, width, eps, vectors, norm, out):
-    """Rows which[first] to which[last] of x, normalised, to rows `first` to `last` of out."""
+def _normalise(thread, threads, sync, dims, eps, x, which, count, vectors, norm, out):
+    """Rows which[0] to which[count - 1] of x, normalised, to the rows of out[slot]; the slot."""
+    shared = count > ALONE and threads > 1
+    slot = 0 if shared else thread
+    first, last = _part(count, thread, threads) if shared else (0, count)
+    stride = dims[STRIDE]
     for row in range(first, last):
-        _row_norm(kind, x, which[row] * stride, width, eps, vectors, norm, out, row * stride)
+        _row_norm(dims[NORM], x, which[row] * stride, dims[WIDTH], eps, vectors, norm, out[slot], row * stride)
+    if shared:
+        meet(sync, threads)
+    return slot
 
 
 @_inlined
@@ -180,7 +187,7 @@ def _place(dims, eps, vectors, norms, layer, first, last, qkv, cos, sin, positio
 
 
 @_compiled
-def _attend(dims, layer, first, last, qkv, positions, pages, keys, values, scores, score_at, attended):
+def _attend(dims, layer, first, last, qkv, positions, pages, keys, values, scores, attended):
     """softmax(q k^T / sqrt(K)) v for the heads `first` to `last` (row after row)."""
     heads, groups, size, room = dims[HEADS], dims[KV_HEADS], dims[HEAD_DIM], dims[HEAD_STRIDE]
     narrow = dims[BF16_CACHE] != 0
@@ -206,14 +213,14 @@ def _attend(dims, layer, first, last, qkv, positions, pages, keys, values, score
                     a = fma(load(keys, base + i * 64), splat(qkv[query + i]), a)
                     b = fma(load(keys, base + i * 64 + 64), splat(qkv[query + i + 1]), b)
             a = keep_first(multiply(add(a, b), scale), tokens - number * LANES, np.float32(-np.inf))
-            store(scores, score_at + number * LANES, a)
+            store(scores, number * LANES, a)
             tops = larger(tops, a)
         top = splat(largest(tops))
         sums = splat(np.float32(0.0))
         for number in range(used):
-            weight = exp(subtract(load(scores, score_at + number * LANES), top))
+            weight = exp(subtract(load(scores, number * LANES), top))
             weight = keep_first(weight, tokens - number * LANES, np.float32(0.0))
-            store(scores, score_at + number * LANES, weight)
+            store(scores, number * LANES, weight)
             sums = add(sums, weight)
         inverse = splat(np.float32(1.0) / total(sums))
         out = (row * heads + head) * room
@@ -225,13 +232,13 @@ def _attend(dims, layer, first, last, qkv, positions, pages, keys, values, score
                 if narrow:
                     for token in range(inside):
                         pair = load_int(values, base + (token * room + chunk) * 2)
-                        weight = splat(scores[score_at + number * LANES + token])
+                        weight = splat(scores[number * LANES + token])
                         a = fma(even_bf16(pair), weight, a)
                         b = fma(odd_bf16(pair), weight, b)
                 else:
                     for token in range(inside):
                         at = base + (token * room + chunk) * 4
-                        weight = splat(scores[score_at + number * LANES + token])
+                        weight = splat(scores[number * LANES + token])
                         a = fma(load(values, at), weight, a)
                         b = fma(load(values, at + 64), weight, b)
             store(attended, out + chunk, multiply(a, inverse))
@@ -264,10 +271,17 @@ def _activate(kind, raw, raw_stride, rows, first, last, hidden, stride):
 
 
 @_compiled
-def _prepare(matrix, x, x_at, stride, rows, slot, slots, first, last, words, factors, sums):
-    """Round what an integer matrix will be multiplied with; floats are taken as they are."""
+def _multiply(path, thread, threads, sync, tiles_each, arena, matrix, x, x_stride, words, factors, sums, rows, out, stride, vectors, adding):
+    """This thread's part of a product, once x is whole. Integer weights first have their input rounded."""
+    shared = rows > ALONE and threads > 1
+    slot = 0 if shared else thread
     if matrix[FORMAT] >= INT8_WEIGHTS:
-        quantise(x, x_at, stride, rows, first, last, matrix[GROUPS], words[slot], factors[slot], sums[slot])
+        first, last = _part(rows, thread, threads) if shared else (0, rows)
+        quantise(x, x_stride, first, last, matrix[GROUPS], words[slot], factors[slot], sums[slot])
+        if shared:
+            meet(sync, threads)
+    first, last = _part(matrix[TILES] // tiles_each, thread, threads)
+    product(path, arena, matrix, first * tiles_each, last * tiles_each, x, x_stride, words[slot], factors[slot], sums[slot], rows, out, stride, vectors, adding)
 
 
 @_compiled
@@ -279,68 +293,39 @@ def forward(path, thread, threads, sync, dims, eps, arena, plan, vectors, norms,
     cos, sin: (positions, K / 2), flat. keys, values: bytes. logits: (wanted, LOGIT_STRIDE), flat.
     The rest is for what is computed on the way; normed, words, factors, sums and scores have a first dimension of threads.
     """
-    rows = len(ids)
+    rows, count = len(ids), len(wanted)
     stride, layers = dims[STRIDE], dims[LAYERS]
-    shared = rows > ALONE and threads > 1
-    slot = 0 if shared else thread
-    first, last = _part(rows, thread, threads) if shared else (0, rows)
     heads_stride = dims[HEADS] * dims[HEAD_STRIDE]
     units = rows * (dims[HEADS] + dims[KV_HEADS])
+    paired = 2 if dims[ACTIVATION] == SWIGLU else 1
     a, b = _part(rows, thread, threads)
     _embed(plan[layers * MATRICES + 1], dims, arena, vectors, ids, positions, a, b, x)
     meet(sync, threads)
     for layer in range(layers):
         matrix = plan[layer * MATRICES + QKV]
-        norm = norms[layer, ATTENTION_NORM]
-        _normalise(dims[NORM], x, stride, every, first, last, dims[WIDTH], eps, vectors, norm, normed[slot])
-        _prepare(matrix, normed[slot], 0, stride, rows, slot, threads, first, last, words, factors, sums)
-        if shared:
-            meet(sync, threads)
-        a, b = _part(matrix[TILES], thread, threads)
-        product(path, arena, matrix, a, b, normed[slot], 0, stride, words[slot], factors[slot], sums[slot], 0, rows, qkv, dims[QKV_STRIDE], vectors, False)
+        slot = _normalise(thread, threads, sync, dims, eps, x, every, rows, vectors, norms[layer, ATTENTION_NORM], normed)
+        _multiply(path, thread, threads, sync, 1, arena, matrix, normed[slot], stride, words, factors, sums, rows, qkv, dims[QKV_STRIDE], vectors, False)
         meet(sync, threads)
         a, b = _part(units, thread, threads)
         _place(dims, eps, vectors, norms, layer, a, b, qkv, cos, sin, positions, pages, keys, values)
         meet(sync, threads)
         a, b = _part(rows * dims[HEADS], thread, threads)
-        _attend(dims, layer, a, b, qkv, positions, pages, keys, values, scores[thread], 0, attended)
+        _attend(dims, layer, a, b, qkv, positions, pages, keys, values, scores[thread], attended)
         meet(sync, threads)
         matrix = plan[layer * MATRICES + OUTPUT]
-        _prepare(matrix, attended, 0, heads_stride, rows, slot, threads, first, last, words, factors, sums)
-        if shared:
-            meet(sync, threads)
-        a, b = _part(matrix[TILES], thread, threads)
-        product(path, arena, matrix, a, b, attended, 0, heads_stride, words[slot], factors[slot], sums[slot], 0, rows, x, stride, vectors, True)
+        _multiply(path, thread, threads, sync, 1, arena, matrix, attended, heads_stride, words, factors, sums, rows, x, stride, vectors, True)
         meet(sync, threads)
         matrix = plan[layer * MATRICES + UP]
-        norm = norms[layer, MLP_NORM]
-        _normalise(dims[NORM], x, stride, every, first, last, dims[WIDTH], eps, vectors, norm, normed[slot])
-        _prepare(matrix, normed[slot], 0, stride, rows, slot, threads, first, last, words, factors, sums)
-        if shared:
-            meet(sync, threads)
-        tiles_each = 2 if dims[ACTIVATION] == SWIGLU else 1
-        a, b = _part(matrix[TILES] // tiles_each, thread, threads)
+        slot = _normalise(thread, threads, sync, dims, eps, x, every, rows, vectors, norms[layer, MLP_NORM], normed)
         raw_stride = matrix[TILES] * LANES
-        product(path, arena, matrix, a * tiles_each, b * tiles_each, normed[slot], 0, stride, words[slot], factors[slot], sums[slot], 0, rows, raw, raw_stride, vectors, False)
+        _multiply(path, thread, threads, sync, paired, arena, matrix, normed[slot], stride, words, factors, sums, rows, raw, raw_stride, vectors, False)
+        a, b = _part(matrix[TILES] // paired, thread, threads)  # the tiles that this thread has just made
         _activate(dims[ACTIVATION], raw, raw_stride, rows, a, b, hidden, dims[MLP_STRIDE])
         meet(sync, threads)
         matrix = plan[layer * MATRICES + DOWN]
-        _prepare(matrix, hidden, 0, dims[MLP_STRIDE], rows, slot, threads, first, last, words, factors, sums)
-        if shared:
-            meet(sync, threads)
-        a, b = _part(matrix[TILES], thread, threads)
-        product(path, arena, matrix, a, b, hidden, 0, dims[MLP_STRIDE], words[slot], factors[slot], sums[slot], 0, rows, x, stride, vectors, True)
+        _multiply(path, thread, threads, sync, 1, arena, matrix, hidden, dims[MLP_STRIDE], words, factors, sums, rows, x, stride, vectors, True)
         meet(sync, threads)
-    count = len(wanted)
-    if count == 0:
-        return
-    shared = count > ALONE and threads > 1
-    slot = 0 if shared else thread
-    first, last = _part(count, thread, threads) if shared else (0, count)
-    _normalise(dims[NORM], x, stride, wanted, first, last, dims[WIDTH], eps, vectors, norms[layers, 0], normed[slot])
-    matrix = plan[layers * MATRICES]
-    _prepare(matrix, normed[slot], 0, stride, count, slot, threads, first, last, words, factors, sums)
-    if shared:
-        meet(sync, threads)
-    a, b = _part(matrix[TILES], thread, threads)
-    product(path, arena, matrix, a, b, normed[slot], 0, stride, words[slot], factors[slot], sums[slot], 0, count, logits, dims[LOGIT_STRIDE], vectors, False)
+    if count:
+        matrix = plan[layers * MATRICES]
+        slot = _normalise(thread, threads, sync, dims, eps, x, wanted, count, vectors, norms[layers, 0], normed)
+        _multiply(path, thread, threads, sync, 1, arena, matrix, normed[slot], stride, words, factors, sums, count, logits, dims[LOGIT_STRIDE], vectors, False)
