@@ -11,7 +11,7 @@ ARGS   ?=
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart chat serve check test docs clean browser peers bench-train bench-learn bench-plan bench-encode
+.PHONY: help install install-dev quickstart chat serve check test docs clean browser peers bench-train bench-learn bench-plan bench-encode bench-generate
 
 help:
 	@echo "make quickstart   install, fetch data, train the whole road (10 to 13 minutes on 2 cores)"
@@ -88,6 +88,10 @@ bench-plan: install-dev
 bench-encode: install-dev
 	$(BIN)/chatwright run tiny --until tokenizer
 	$(BIN)/python benchmarks/encode.py $(ARGS)
+
+bench-generate: $(VENV)/.installed-bench peers
+	$(BIN)/chatwright run tiny --until data
+	$(BIN)/python benchmarks/generate.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
