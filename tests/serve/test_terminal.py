@@ -30,7 +30,7 @@ def chat(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Chat]:
     """Run the verb: lines typed (or piped) -> exit code, standard output, standard error."""
-    monkeypatch.setattr(chatwright.language_model, "load", lambda name: tiny)
+    monkeypatch.setattr(chatwright.language_model, "load", lambda name, dtype="auto": tiny)
 
     def run(*lines: Any, piped: bool = False, options: tuple[str, ...] = ("--temperature=0",)) -> Any:
         if piped:
