@@ -8,7 +8,6 @@ step only adds to it. The pages stay complete: the copy may be thrown away at an
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,20 +18,6 @@ ROOM = 64
 """Tokens of room behind the longest sequence of a new bench; it grows by half when that is used up."""
 
 
-@dataclass
-class _Place:
-    """A sequence that lies on the bench."""
-
-    pages: list[int]
-    stored: int
-    """Tokens that the copy holds; later ones may be wrong guesses."""
-
-    def holds(self, feed: Feed, size: int) -> bool:
-        """Whether it is the beginning of what `feed` goes on with."""
-        before = -(-feed.start // size)
-        return feed.start <= self.stored and list(feed.pages[:before]) == self.pages[:before]
-
-
 class Workbench:
     """Copies of up to `most` tokens in all; `keys` and `values` are (layers, rows, G, room, K)."""
 
@@ -40,7 +25,7 @@ class Workbench:
         self._pages, self._zeros = pages, zeros
         layers, count, self._size, *shape = pages[0].shape
         self.most = (count - 2) * self._size
-        self._places: list[_Place] = []
+        self._places: list[list[int]] = []  # the pages of what lies in each row; none when it is worth nothing
         self.keys = self.values = zeros((layers, 0, shape[0], 0, shape[1]))
 
     def arrange(self, feeds: Sequence[Feed], tokens: int) -> list[int] | None:
@@ -70,29 +55,25 @@ class Workbench:
             else:
                 order.append(new.pop())
                 self._lay_out(row, feeds[order[-1]])
-        self._places = []
-        for feed in (feeds[number] for number in order):
-            end = feed.start + len(feed.ids)
-            self._places.append(_Place(list(feed.pages[: -(-end // self._size)]), end))
+        self._places = [list(feeds[number].pages) for number in order]
         return order
 
     def written(self, pages: Collection[int]) -> None:
         """Pages were written to, and the bench was not: a copy of what they held is worth nothing."""
-        for place in self._places:
-            if not place.pages or not set(pages).isdisjoint(place.pages):
-                place.pages, place.stored = [], 0
+        self._places = [place if set(pages).isdisjoint(place) else [] for place in self._places]
 
     def clear(self) -> None:
         """Forget what lies here."""
         self._places = []
 
     def _claims(self, feeds: Sequence[Feed]) -> dict[int, int]:
-        """Row -> the feed that goes on with what lies there."""
-        owner = {page: row for row, place in enumerate(self._places) for page in place.pages}
+        """Row -> the feed that goes on with what lies there: nobody else has written to its pages."""
+        owner = {page: row for row, place in enumerate(self._places) for page in place}
         claims: dict[int, int] = {}
         for number, feed in enumerate(feeds):
-            row = owner.get(feed.pages[(feed.start - 1) // self._size])
-            if row is not None and row not in claims and self._places[row].holds(feed, self._size):
+            stored = -(-feed.start // self._size)
+            row = owner.get(feed.pages[stored - 1])
+            if row is not None and list(feed.pages[:stored]) == self._places[row][:stored]:
                 claims[row] = number
         return claims
 

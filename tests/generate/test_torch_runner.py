@@ -93,7 +93,44 @@ def test_without_memory_for_copies_answers_are_laid_out_anew(model: GPT, runner:
     runner._bench.most = 70  # enough for three short ones
     test_rows_that_change_places(model, runner)
     assert 0 < runner._bench.keys.shape[1] * runner._bench.keys.shape[3] <= 70
-    runner._bench.most = 20
-    runner.forward([Feed(A, 0, [5, 4], 0), Feed(B, 0, [7, 6], 0)])
-    check(model, runner.forward([Feed([1], 30, [5, 4]), Feed([2], 30, [7, 6])]), [*A, 1], [*B, 2])
+    runner._bench.clear()
+    pages = [[5, 4], [7, 6], [9, 8]]  # three long ones are too much
+    runner.forward([Feed(A, 0, own, 0) for own in pages])
+    check(model, runner.forward([Feed([token], 30, own) for token, own in enumerate(pages)]), *([*A, at] for at in range(3)))
     assert runner._bench.keys.numel() == 0
+
+
+def test_a_copy_is_of_all_pages_of_a_sequence(model: GPT, runner: TorchRunner) -> None:
+    """Two sequences with the same last page and different first ones, as no scheduler of ours would have them."""
+    runner.forward([Feed(A[:20], 0, [3, 1], 0), Feed(B[:16], 0, [4], 0)])
+    runner.forward([Feed(A[20:21], 20, [3, 1])])
+    mixed = Feed(A[21:22], 21, [4, 1])
+    logits = runner.forward([mixed])
+    runner._bench.clear()
+    runner._bench.most = 0
+    torch.testing.assert_close(logits, runner.forward([mixed]), atol=BOUND, rtol=0)
+
+
+def test_room_on_the_workbench_is_for_the_new_tokens_too(model: GPT, runner: TorchRunner) -> None:
+    runner._bench.most = 8
+    runner.forward([Feed(A[:6], 0, [0], 0)])
+    check(model, runner.forward([Feed(A[6:8], 6, [0])]), A[:8])
+    check(model, runner.forward([Feed(A[8:11], 8, [0])]), A[:11])
+
+
+def test_a_pass_that_fails_leaves_no_wrong_copy(
+    model: GPT, runner: TorchRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.forward([Feed(A[:6], 0, [0], 0), Feed(B[:6], 0, [1], 0)])
+    runner.forward([Feed(A[6:7], 6, [0])])
+    lay_out = runner._bench._lay_out
+
+    def interrupt(row: int, feed: Feed) -> None:
+        lay_out(row, feed)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner._bench, "_lay_out", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            runner.forward([Feed(B[6:7], 6, [1])])
+    check(model, runner.forward([Feed(A[7:8], 7, [0])]), A[:8])
