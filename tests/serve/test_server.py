@@ -87,7 +87,7 @@ from chatwright.chat import NATIVE
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
-def load(name):
+def load(name, dtype="auto"):
     parts = torch.load({str(parts)!r}, weights_only=True)
     model = GPT(GPTConfig.from_dict(parts["config"]))
     model.load_state_dict(parts["weights"])
