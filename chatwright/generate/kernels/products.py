@@ -3,19 +3,23 @@
 A tile is sixteen outputs, one per lane, so nothing is ever added across lanes. Weights are read once, in the order in which
 they lie in memory, and each tile serves four rows of activations before the next is touched. The plain reference of every
 form is `Packed.matrix(...) @ activations`, with activations rounded to int8 where weights are integers (tests).
+
+Each format's loops are written out, for one row and for four: Numba keeps no compiled function that was made by another function,
+and vectors cannot be put into arrays to be looped over.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numba import njit
 
+from chatwright.generate.kernels.dots import GROUP, dots4, dots8
 from chatwright.generate.kernels.simd import (
-    GROUP,
     LANES,
     add,
-    dots4,
-    dots8,
     even_bf16,
     fetch_ahead,
     fma,
@@ -42,7 +46,17 @@ FORMAT, WEIGHTS, SCALES, BIAS, TILES, GROUPS, PLAN_COLUMNS = range(7)
 
 AHEAD = 2048
 """How many bytes before they are used weights are asked for: the processor itself looks ahead no further than a page."""
-_compiled = njit(cache=True, nogil=True, error_model="numpy")
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Compiled when first called, without Python's lock, and kept on the disk where there is a folder to write to."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder: it is compiled in every process
+        return njit(**options)(function)
+
+
 _inlined = njit(forceinline=True, error_model="numpy")
 
 

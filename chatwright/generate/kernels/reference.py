@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chatwright.generate.kernels.dots import GROUP
 from chatwright.generate.kernels.packing import Packed, up_to
 from chatwright.generate.kernels.products import FORMAT, INT8_WEIGHTS
-from chatwright.generate.kernels.simd import GROUP, LANES
+from chatwright.generate.kernels.simd import LANES
 from chatwright.generate.kernels.step import DOWN, MATRICES, OUTPUT, QKV, UP
 from chatwright.model.cache import KVCache
 from chatwright.model.gpt import GPT, Block

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from chatwright.config import UserError
 from chatwright.generate.kernels import packing, paths, step
-from chatwright.generate.kernels.simd import GROUP, LANES, SYNC_SIZE
+from chatwright.generate.kernels.barrier import SYNC_SIZE
+from chatwright.generate.kernels.dots import GROUP
+from chatwright.generate.kernels.simd import LANES
 from chatwright.generate.runner import Feed
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
@@ -32,36 +35,46 @@ class Team:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._job: Callable[[int], Any] | None = None
+        self._closed = False
+        self._failure: BaseException | None = None
         self._start = [threading.Semaphore(0) for _ in range(threads - 1)]
         self._done = threading.Semaphore(0)
-        self._helpers = [
-            threading.Thread(target=self._help, args=(number,), name=f"chatwright-kernel-{number}", daemon=True)
-            for number in range(1, threads)
-        ]
-        for helper in self._helpers:
-            helper.start()
+        self._one_at_a_time = threading.Lock()
+        for number in range(1, threads):
+            name = f"chatwright-kernel-{number}"
+            threading.Thread(target=self._help, args=(number,), name=name, daemon=True).start()
 
     def run(self, job: Callable[[int], Any]) -> None:
-        """job(0) here and job(1), job(2), ... in the others; back when all are done."""
-        self._job = job
-        for start in self._start:
-            start.release()
-        job(0)
-        for _ in self._start:
-            self._done.acquire()
+        """job(0) here and job(1), job(2), ... in the others; back when all are done. Raises what a job raised."""
+        with self._one_at_a_time:
+            self._job, self._failure = job, None
+            for start in self._start:
+                start.release()
+            try:
+                job(0)
+            finally:  # an interrupted caller too leaves no helper behind in work that is not his any more
+                for _ in self._start:
+                    self._done.acquire()
+                self._job = None  # it holds on to all weights
+            if self._failure is not None:
+                raise self._failure
 
     def close(self) -> None:
         """Let the helpers go."""
-        self._job = None
+        self._closed = True
         for start in self._start:
             start.release()
 
     def _help(self, number: int) -> None:
         while True:
             self._start[number - 1].acquire()
-            if self._job is None:
+            if self._closed:
                 return
-            self._job(number)
+            assert self._job is not None
+            try:
+                self._job(number)
+            except BaseException as error:
+                self._failure = error
             self._done.release()
 
 
@@ -136,6 +149,7 @@ class KernelRunner:
         self._cos = self._sin = np.zeros(1, dtype=np.float32)
         self._turned = 0  # positions that they hold
         self.team = Team(threads or torch.get_num_threads())
+        weakref.finalize(self, self.team.close)  # the threads end when nobody has the runner any more
         self._dims = self._describe()
         self._buffers(ROWS)
         self._pages = 0
@@ -144,10 +158,6 @@ class KernelRunner:
         """One line for people: instructions, threads, weights."""
         size = self.packed.weight_bytes() / 1e6
         return f"{paths.described(self.path, self.team.threads)}, {self.dtype} weights ({size:,.0f} MB)"
-
-    def close(self) -> None:
-        """End the threads."""
-        self.team.close()
 
     def _describe(self) -> np.ndarray:
         config = self.config
@@ -195,7 +205,6 @@ class KernelRunner:
         self._attended = zeros(rows * attended)
         self._raw = zeros(rows * up)
         self._hidden = zeros(rows * int(dims[step.MLP_STRIDE]))
-        self._scores = zeros(threads, packing.up_to(self.config.context, LANES))
         self._every = np.arange(rows, dtype=np.int64)
         self._sync = np.zeros(SYNC_SIZE, dtype=np.int64)
 
@@ -205,14 +214,21 @@ class KernelRunner:
         return int(2 * self.config.layers * self.config.kv_heads * self._dims[step.HEAD_STRIDE] * item)
 
     def allocate(self, pages: int, size: int) -> None:
-        """Room for `pages` pages. Raises UserError for a page size other than the kernels'."""
+        """Room for `pages` pages. Raises UserError for a page size other than the kernels', or without the memory."""
         if size != LANES:
             raise UserError(f"the CPU kernels have pages of {LANES} tokens, not {size}")
         self._pages = pages
         self._dims[step.PAGES] = pages
         half = pages * size * self.token_bytes() // 2
-        # Untouched memory costs nothing, and numbers that were never written are never read.
-        self._keys, self._values = np.empty(half, dtype=np.uint8), np.empty(half, dtype=np.uint8)
+        try:
+            # Untouched memory costs nothing, and numbers that were never written are never read.
+            self._keys, self._values = np.empty(half, dtype=np.uint8), np.empty(half, dtype=np.uint8)
+            self._scores = np.zeros((self.team.threads, pages * size), dtype=np.float32)  # no sequence is longer
+        except (MemoryError, ValueError):
+            raise UserError(
+                f"there is no memory for a key-value cache of {pages * size} tokens ({2 * half / 2**20:.0f} MiB); "
+                "lower cache_tokens"
+            ) from None
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy a page in all layers."""

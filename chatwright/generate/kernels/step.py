@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from chatwright.generate.kernels.barrier import meet
+from chatwright.generate.kernels.dots import GROUP
 from chatwright.generate.kernels.products import (
     BF16_WEIGHTS,
     F32_WEIGHTS,
@@ -29,7 +31,6 @@ from chatwright.generate.kernels.products import (
     quantise,
 )
 from chatwright.generate.kernels.simd import (
-    GROUP,
     LANES,
     add,
     divide,
@@ -41,7 +42,6 @@ from chatwright.generate.kernels.simd import (
     largest,
     load,
     load_int,
-    meet,
     multiply,
     odd_bf16,
     read_one,
