@@ -30,6 +30,7 @@ LARGEST = 1 << 22
 """Most characters of a text, most of any number that sizes one, and of what is written in all."""
 ITEM = 16
 """Characters that an item of a list counts for: it takes about as much memory."""
+_TOO_LARGE = f"of more than {LARGEST:,} characters, an item counted as {ITEM}"
 WORK = 1 << 26
 """Most characters and items that all operations of one rendering make, together."""
 PRODUCT = 1 << 26
@@ -118,7 +119,7 @@ def _bounded(value: Any) -> Any:
     _timed()
     weight = _weight(value)
     if weight > LARGEST:
-        raise SecurityError(f"it makes a {type(value).__name__} of more than {LARGEST:,} items")
+        raise SecurityError(f"it makes a {type(value).__name__} {_TOO_LARGE}")
     left = _budget.get()
     if left is not None:
         left.work -= weight
@@ -137,7 +138,7 @@ def _check_sizes(values: Any, *, multiply: bool = False) -> None:
             raise SecurityError(f"it uses a number above {LARGEST:,}")
         sizes.append(abs(value) if isinstance(value, int) else _weight(value))
         if sizes[-1] > LARGEST:
-            raise SecurityError(f"it works on a {type(value).__name__} of more than {LARGEST:,} items")
+            raise SecurityError(f"it works on a {type(value).__name__} {_TOO_LARGE}")
     *_, second, first = sorted([0, 0, *sizes])
     if multiply and first * second > PRODUCT:
         raise SecurityError("it multiplies large things")
@@ -263,8 +264,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > 4_096:
                 raise SecurityError("it makes a number of more than 4,096 bits")
         for many, times in ((left, right), (right, left)):
-            if operator == "*" and isinstance(times, int) and hasattr(many, "__len__") and len(many) * times > LARGEST:
-                raise SecurityError(f"it makes a {type(many).__name__} of more than {LARGEST:,} items")
+            if operator == "*" and isinstance(times, int) and hasattr(many, "__len__") and _weight(many) * times > LARGEST:
+                raise SecurityError(f"it makes a {type(many).__name__} {_TOO_LARGE}")
         return _bounded(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, RUF100
