@@ -4,7 +4,7 @@ There is a form per kind of processor (paths.py) and a plain one that runs every
 equal results.
 
 A group is 32 inputs of 16 outputs ("rows" of the weight matrix). Its weights are vectors of 64 bytes, four inputs of each row; the
-activations of the group are 8 words of four int8. Every word is multiplied with all rows at once.
+activations of the group are 8 words of four whole numbers. Every word is multiplied with all rows at once.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ GROUP = 32
 _WORDS = GROUP // 4
 
 
-def _word(builder: Any, pointer: Any, number: int) -> Any:
-    return load_as(builder, builder.gep(pointer, [ir.Constant(I64, 4 * number)]), INT32, 4)
+def _word(builder: Any, pointer: Any, number: int, bits: int) -> Any:
+    """Four activations of 8 or 16 bits as one whole number."""
+    kind = ir.IntType(4 * bits)
+    return load_as(builder, builder.gep(pointer, [ir.Constant(I64, number * bits // 2)]), kind, bits // 8)
 
 
 def _bytes(builder: Any, pointer: Any, offset: int, count: int) -> Any:
@@ -63,20 +65,72 @@ def _joined(builder: Any, parts: list[Any]) -> Any:
     return parts[0]
 
 
-def _vectors(builder: Any, weights: Any, bits: int, offset: int, count: int) -> list[Any]:
-    """For each of the 8 words of a group the `count` weight bytes at `offset` within its 64, unpacked."""
-    if bits == 8:
-        return [_bytes(builder, weights, 64 * word + offset, count) for word in range(_WORDS)]
+def _nibble_vectors(builder: Any, weights: Any, offset: int, count: int) -> list[Any]:
+    """For each of the 8 words of a group of 4-bit weights the `count` bytes at `offset` within its 64, unpacked."""
     pairs = [_nibbles(builder, _bytes(builder, weights, 64 * half + offset, count)) for half in range(_WORDS // 2)]
     return [low for low, _ in pairs] + [high for _, high in pairs]
 
 
-def _dots_plain(builder: Any, weights: Any, activations: Any, bits: int) -> Any:
+def _neighbours_added(builder: Any, sums: Any) -> Any:
+    """Sums of lanes 0 and 1, 2 and 3, ..."""
+    count = sums.type.count
+    every_other = ir.VectorType(INT32, count // 2)
+    even, odd = (ir.Constant(every_other, list(range(first, count, 2))) for first in (0, 1))
+    return builder.add(builder.shuffle_vector(sums, sums, even), builder.shuffle_vector(sums, sums, odd))
+
+
+# --- 8-bit weights, 16-bit activations --------------------------------------------------------------------------------
+#
+# Rounding activations to 8 bits costs SmolLM2 0.34 % of its perplexity, to 12 bits 0.007 % (docs/performance.md); 16 take the
+# same instructions. A sum of 32 products, at most 127 * 32767 each, fits into 32 bits.
+
+
+def _dots8_plain(builder: Any, weights: Any, activations: Any) -> Any:
+    """Everywhere: both widened to 32 bits, multiplied, added. On NEON LLVM makes it smlal, which is as good as any."""
+    wide = ir.VectorType(INT32, 16)
+    parts = []
+    for offset in range(0, 64, 16):  # four rows
+        sums = ir.Constant(wide, [0] * 16)
+        for number in range(_WORDS):
+            vector = builder.sext(_bytes(builder, weights, 64 * number + offset, 16), wide)
+            word = builder.bitcast(copies(builder, _word(builder, activations, number, 16), 4), ir.VectorType(I16, 16))
+            sums = builder.add(sums, builder.mul(vector, builder.sext(word, wide)))
+        parts.append(sums)
+    return _neighbours_added(builder, _neighbours_added(builder, _joined(builder, parts)))
+
+
+def _dots8_pairs(builder: Any, weights: Any, activations: Any, rows: int, instruction: str) -> Any:
+    """vpmaddwd multiplies 16-bit numbers and adds neighbours: two sums per row, of `rows` rows at once."""
+    parts = []
+    for offset in range(0, 64, 4 * rows):
+        sums = ir.Constant(ir.VectorType(INT32, 2 * rows), [0] * 2 * rows)
+        for number in range(_WORDS):
+            vector = builder.sext(_bytes(builder, weights, 64 * number + offset, 4 * rows), ir.VectorType(I16, 4 * rows))
+            word = builder.bitcast(copies(builder, _word(builder, activations, number, 16), rows), vector.type)
+            sums = builder.add(sums, call_llvm(builder, instruction, sums.type, [vector, word]))
+        parts.append(sums)
+    return _neighbours_added(builder, _joined(builder, parts))
+
+
+def _dots8_avx2(builder: Any, weights: Any, activations: Any) -> Any:
+    """256 bits."""
+    return _dots8_pairs(builder, weights, activations, 4, "llvm.x86.avx2.pmadd.wd")
+
+
+def _dots8_vnni(builder: Any, weights: Any, activations: Any) -> Any:
+    """512 bits. Where it pays, LLVM adds in the same instruction, vpdpwssd."""
+    return _dots8_pairs(builder, weights, activations, 8, "llvm.x86.avx512.pmaddw.d.512")
+
+
+# --- 4-bit weights, 8-bit activations ---------------------------------------------------------------------------------
+
+
+def _dots4_plain(builder: Any, weights: Any, activations: Any) -> Any:
     """Everywhere: each byte widened to 32 bits, multiplied, added."""
     sums = ir.Constant(WIDE_I32, [0] * LANES)
-    for number, vector in enumerate(_vectors(builder, weights, bits, 0, 64)):
+    for number, vector in enumerate(_nibble_vectors(builder, weights, 0, 64)):
         wide = builder.bitcast(vector, WIDE_I32)
-        word = copies(builder, _word(builder, activations, number), LANES)
+        word = copies(builder, _word(builder, activations, number, 8), LANES)
         for byte in range(4):
             up = ir.Constant(WIDE_I32, [24 - 8 * byte] * LANES)
             down = ir.Constant(WIDE_I32, [24] * LANES)
@@ -86,84 +140,64 @@ def _dots_plain(builder: Any, weights: Any, activations: Any, bits: int) -> Any:
     return sums
 
 
-def _dots_avx2(builder: Any, weights: Any, activations: Any, bits: int) -> Any:
-    """vpmaddubsw multiplies unsigned by signed bytes and adds neighbours in 16 bits, which may overflow for 8-bit weights:
-    these go in as |x| times w with x's sign, at most 2 * 127 * 127. Sums of 4-bit weights fit into 16 bits for a whole group.
-    """
+def _dots4_avx2(builder: Any, weights: Any, activations: Any) -> Any:
+    """vpmaddubsw multiplies unsigned by signed bytes and adds neighbours in 16 bits; a whole group fits into these."""
     wide, ones = ir.VectorType(I16, 16), _halves(16, 1)
-    eight = ir.VectorType(INT32, 8)
-
-    def in_pairs(a: Any, b: Any) -> Any:
-        return call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", wide, [a, b])
-
-    def widened(a: Any) -> Any:
-        return call_llvm(builder, "llvm.x86.avx2.pmadd.wd", eight, [a, ones])
-
     parts = []
     for offset in (0, 32):  # rows 0 to 7, rows 8 to 15
-        sums = None
-        for number, vector in enumerate(_vectors(builder, weights, bits, offset, 32)):
-            word = builder.bitcast(copies(builder, _word(builder, activations, number), 8), ir.VectorType(I8, 32))
-            if bits == 4:
-                products = in_pairs(vector, word)
-            else:
-                size = call_llvm(builder, "llvm.abs.v32i8", word.type, [word, ir.Constant(ir.IntType(1), 0)])
-                signed = call_llvm(builder, "llvm.x86.avx2.psign.b", vector.type, [vector, word])
-                products = widened(in_pairs(size, signed))
-            sums = products if sums is None else builder.add(sums, products)
-        parts.append(widened(sums) if bits == 4 else sums)
+        sums = ir.Constant(wide, [0] * 16)
+        for number, vector in enumerate(_nibble_vectors(builder, weights, offset, 32)):
+            word = builder.bitcast(copies(builder, _word(builder, activations, number, 8), 8), ir.VectorType(I8, 32))
+            sums = builder.add(sums, call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", wide, [vector, word]))
+        parts.append(call_llvm(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT32, 8), [sums, ones]))
     return _joined(builder, parts)
 
 
-def _dots_vnni(builder: Any, weights: Any, activations: Any, bits: int) -> Any:
-    """vpdpbusd adds four products of unsigned and signed bytes to each 32-bit lane. 8-bit weights become unsigned by
-    adding 128, and 128 times the sum of the activations is taken off again."""
-    wide = ir.VectorType(I8, 64)
-    sums = excess = ir.Constant(WIDE_I32, [0] * LANES)
-    for number, vector in enumerate(_vectors(builder, weights, bits, 0, 64)):
-        word = builder.bitcast(copies(builder, _word(builder, activations, number), LANES), wide)
-        if bits == 8:
-            vector = builder.xor(vector, ir.Constant(wide, [-128] * 64))
-            offset = ir.Constant(wide, [-128] * 64)  # 128 as an unsigned byte
-            excess = call_llvm(builder, "llvm.x86.avx512.vpdpbusd.512", WIDE_I32, [excess, offset, word])
-        sums = call_llvm(builder, "llvm.x86.avx512.vpdpbusd.512", WIDE_I32, [sums, vector, word])
-    return builder.sub(sums, excess)
+def _dots4_vnni(builder: Any, weights: Any, activations: Any) -> Any:
+    """vpdpbusd adds four products of unsigned and signed bytes to each 32-bit lane."""
+    sums = ir.Constant(WIDE_I32, [0] * LANES)
+    for number, vector in enumerate(_nibble_vectors(builder, weights, 0, 64)):
+        word = copies(builder, _word(builder, activations, number, 8), LANES)
+        sums = call_llvm(builder, "llvm.x86.avx512.vpdpbusd.512", WIDE_I32, [sums, builder.bitcast(vector, WIDE_I32), word])
+    return sums
 
 
-def _dots_neon(builder: Any, weights: Any, activations: Any, bits: int) -> Any:
+def _dots4_neon(builder: Any, weights: Any, activations: Any) -> Any:
     """sdot adds four products of signed bytes to each of four 32-bit lanes."""
     four, sixteen = ir.VectorType(INT32, 4), ir.VectorType(I8, 16)
     parts = []
     for offset in range(0, 64, 16):
         sums = ir.Constant(four, [0] * 4)
-        for number, vector in enumerate(_vectors(builder, weights, bits, offset, 16)):
-            word = builder.bitcast(copies(builder, _word(builder, activations, number), 4), sixteen)
+        for number, vector in enumerate(_nibble_vectors(builder, weights, offset, 16)):
+            word = builder.bitcast(copies(builder, _word(builder, activations, number, 8), 4), sixteen)
             sums = call_llvm(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", four, [sums, vector, word])
         parts.append(sums)
     return _joined(builder, parts)
 
 
-DOTS = (_dots_plain, _dots_avx2, _dots_vnni, _dots_neon)
+DOTS8 = (_dots8_plain, _dots8_avx2, _dots8_vnni, _dots8_plain)
+DOTS4 = (_dots4_plain, _dots4_avx2, _dots4_vnni, _dots4_neon)
 """By the number of the path; paths.py has their names."""
 
 
-def _dots(bits: int) -> Any:
+def _dots(forms: tuple[Any, ...]) -> Any:
     def declared(typing: Any, path: Any, weights: Any, at: Any, activations: Any, word_at: Any) -> Any:
-        form = DOTS[path.count]  # the path is a tuple whose length is its number: known when this is compiled
+        form = forms[path.count]  # the path is a tuple whose length is its number: known when this is compiled
 
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _, weights_type, _, activations_type, _ = signature.args
             weight = address_of(context, builder, weights_type, args[1], args[2])
             activation = address_of(context, builder, activations_type, args[3], args[4])
-            return form(builder, weight, activation, bits)
+            return form(builder, weight, activation)
 
         return I32(path, weights, types.int64, activations, types.int64), code
 
     return intrinsic(declared)
 
 
-dots8 = _dots(8)
-"""dots8(path, weights, at, activations, word_at): per row the sum of 32 products of int8 weights and int8 activations.
-Weights: 8 vectors of 64 bytes. Neither may be -128."""
-dots4 = _dots(4)
-"""The same for weights from 0 to 15: 4 vectors of 64 bytes; vector j holds word j in its low and word j + 4 in its high bits."""
+dots8 = _dots(DOTS8)
+"""dots8(path, weights, at, activations, word_at): per row the sum of 32 products of int8 weights and int16 activations.
+Weights: 8 vectors of 64 bytes."""
+dots4 = _dots(DOTS4)
+"""The same for weights from 0 to 15 and int8 activations: 4 vectors of 64 bytes; vector j holds word j in its low and word
+j + 4 in its high bits."""

@@ -2,7 +2,7 @@
 
 A tile is sixteen outputs, one per lane, so nothing is ever added across lanes. Weights are read once, in the order in which
 they lie in memory, and each tile serves four rows of activations before the next is touched. The plain reference of every
-form is `Packed.matrix(...) @ activations`, with activations rounded to int8 where weights are integers (tests).
+form is `Packed.matrix(...) @ activations`, with activations rounded as `quantise` does where weights are integers (tests).
 
 Each format's loops are written out, for one row and for four: Numba keeps no compiled function that was made by another function,
 and vectors cannot be put into arrays to be looped over.
@@ -33,7 +33,8 @@ from chatwright.generate.kernels.simd import (
     rounded,
     splat,
     store,
-    store_rounded,
+    store_rounded8,
+    store_rounded16,
     subtract,
     to_float,
     total,
@@ -44,6 +45,8 @@ F32_WEIGHTS, BF16_WEIGHTS, INT8_WEIGHTS, INT4_WEIGHTS = range(4)
 FORMAT, WEIGHTS, SCALES, BIAS, TILES, GROUPS, PLAN_COLUMNS = range(7)
 """Columns of a plan, one row per matrix: format, byte offsets in the arena, place of the bias (-1: none), sizes."""
 
+WORD_LIMITS = (127.0, 32_767.0)
+"""Largest whole number that an activation becomes: before it meets int4 weights, int8 weights."""
 AHEAD = 2048
 """How many bytes before they are used weights are asked for: the processor itself looks ahead no further than a page."""
 
@@ -72,23 +75,29 @@ def _start(vectors, bias, tile, out, at, adding):
 
 
 @_compiled
-def quantise(x, x_stride, first, last, groups, words, factors, sums):
-    """Round rows `first` to `last` of x to int8, a factor per group of 32: x ~ factor * word. Also each group's sum of words.
+def quantise(kind, x, x_stride, first, last, groups, words, factors, sums):
+    """Round rows `first` to `last` of x to whole numbers, a factor per group of 32: x ~ factor * word. Also the sums of words.
 
-    Row r goes to words[r * groups * 32], factors[r * groups], sums[r * groups].
+    Words are int16 for int8 weights and int8 for int4 ones. Those of row r go to words[r * groups * 32 * bytes of a word],
+    its factors to factors[r * groups], the sum of each group's words to sums[r * groups].
     """
+    limit = np.float32(WORD_LIMITS[1] if kind == INT8_WEIGHTS else WORD_LIMITS[0])
     for row in range(first, last):
         for group in range(groups):
             at = row * x_stride + group * GROUP
             a, b = load(x, at), load(x, at + LANES)
             zero = splat(np.float32(0.0))
             top = largest(larger(larger(a, subtract(zero, a)), larger(b, subtract(zero, b))))
-            inverse = np.float32(127.0) / top if top > np.float32(1e-30) else np.float32(0.0)
+            inverse = limit / top if top > np.float32(1e-30) else np.float32(0.0)
             place = row * groups + group
-            factors[place] = top / np.float32(127.0)
+            factors[place] = top / limit
             a, b = rounded(multiply(a, splat(inverse))), rounded(multiply(b, splat(inverse)))
-            store_rounded(words, place * GROUP, a)
-            store_rounded(words, place * GROUP + LANES, b)
+            if kind == INT8_WEIGHTS:
+                store_rounded16(words, 2 * place * GROUP, a)
+                store_rounded16(words, 2 * (place * GROUP + LANES), b)
+            else:
+                store_rounded8(words, place * GROUP, a)
+                store_rounded8(words, place * GROUP + LANES, b)
             sums[place] = total(add(unrounded(a), unrounded(b)))
 
 
@@ -175,7 +184,7 @@ def _product_bf16(arena, weights, groups, first, last, x, x_stride, rows, out, s
 @_inlined
 def _grouped8(path, arena, w, s, words, factors, place, value):
     """value + factor * scale * sum of q x, the sum over one group."""
-    dots = to_float(dots8(path, arena, w, words, place * GROUP))
+    dots = to_float(dots8(path, arena, w, words, 2 * place * GROUP))
     return fma(dots, multiply(load_bf16(arena, s), splat(factors[place])), value)
 
 
@@ -263,7 +272,7 @@ def _product_int4(path, arena, weights, scales, groups, first, last, words, fact
 def product(path, arena, matrix, first, last, x, x_stride, words, factors, sums, rows, out, stride, vectors, adding):
     """Tiles `first` to `last` of out = W x + bias, or of out += W x + bias, for `rows` rows.
 
-    matrix: a row of the plan. Row r of x begins at x[r * x_stride]; integer weights take its int8 form instead, as `quantise`
+    matrix: a row of the plan. Row r of x begins at x[r * x_stride]; integer weights take its whole numbers instead, as `quantise`
     leaves it. Row r of out begins at out[r * stride].
     """
     kind, weights, scales, bias, groups = matrix[FORMAT], matrix[WEIGHTS], matrix[SCALES], matrix[BIAS], matrix[GROUPS]

@@ -10,35 +10,32 @@ from torch import Tensor, nn
 
 from chatwright.generate.kernels.dots import GROUP
 from chatwright.generate.kernels.packing import Packed, up_to
-from chatwright.generate.kernels.products import FORMAT, INT8_WEIGHTS
+from chatwright.generate.kernels.products import FORMAT, INT8_WEIGHTS, WORD_LIMITS
 from chatwright.generate.kernels.simd import LANES
 from chatwright.generate.kernels.step import DOWN, MATRICES, OUTPUT, QKV, UP
 from chatwright.model.cache import KVCache
 from chatwright.model.gpt import GPT, Block
 
 
-def rounded_activations(x: Tensor) -> Tensor:
-    """x as int8 times a factor per group of 32 of its last dimension."""
+def rounded_activations(x: Tensor, kind: int) -> Tensor:
+    """x as whole numbers times a factor per group of 32 of its last dimension, as weights of a format take it."""
+    limit = WORD_LIMITS[1] if kind == INT8_WEIGHTS else WORD_LIMITS[0]
     width = x.shape[-1]
     padded = nn.functional.pad(x.float(), (0, up_to(width, GROUP) - width))
     groups = padded.view(*x.shape[:-1], -1, GROUP)
     top = groups.abs().amax(-1, keepdim=True)
     # torch writes 127 / top as 127 * (1 / top), which rounds twice: hence a tensor of 127.
-    inverse = torch.where(top > 1e-30, torch.tensor(127.0) / top, torch.zeros_like(top))
-    rounded: Tensor = (groups * inverse).round() * (top / 127.0)
+    inverse = torch.where(top > 1e-30, torch.tensor(limit) / top, torch.zeros_like(top))
+    rounded: Tensor = (groups * inverse).round() * (top / limit)
     return rounded.flatten(-2)[..., :width]
 
 
-def _round_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (rounded_activations(inputs[0]),)
-
-
-def _round_heads(block: Block) -> Any:
-    """For the output matrix of attention: each head is padded to whole groups, so no group has parts of two heads."""
+def _round_inputs(kind: int, heads: int = 1) -> Any:
+    """For the output matrix of attention each head is padded to whole groups, so no group has parts of two heads."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        heads = inputs[0].view(*inputs[0].shape[:-1], block.attention.heads, -1)
-        return (rounded_activations(heads).flatten(-2),)
+        parts = inputs[0].view(*inputs[0].shape[:-1], heads, -1)
+        return (rounded_activations(parts, kind).flatten(-2),)
 
     return hook
 
@@ -73,13 +70,13 @@ def reference(model: GPT, packed: Packed) -> GPT:
         if kinds[first] >= INT8_WEIGHTS:
             for module in block.modules():
                 if isinstance(module, nn.Linear):
-                    output = module is block.attention.output
-                    module.register_forward_pre_hook(_round_heads(block) if output else _round_inputs)
+                    heads = block.attention.heads if module is block.attention.output else 1
+                    module.register_forward_pre_hook(_round_inputs(int(kinds[first]), heads))
     size, width, last = model.config.vocab_size, model.config.width, len(packed.plan) - 1
     plain.head.weight.copy_(packed.matrix(last - 1)[:size, :width])
     plain.embed.weight.copy_(packed.matrix(last)[:size, :width])  # the same once more, where they are one
     if kinds[last - 1] >= INT8_WEIGHTS:
-        plain.head.register_forward_pre_hook(_round_inputs)
+        plain.head.register_forward_pre_hook(_round_inputs(int(kinds[last - 1])))
     return plain
 
 

@@ -127,8 +127,8 @@ def _compile_once(path: str) -> None:
 class KernelRunner:
     """Runs a model on this machine's CPU with packed weights.
 
-    dtype: fp32, bf16, int8 or int4, of the weights; activations are float32, and rounded to int8 in groups of 32 before they meet
-    integer weights. Keys and values are bfloat16, float32 with fp32 weights. Raises UserError for shapes the kernels lack.
+    dtype: fp32, bf16, int8 or int4, of the weights; activations are float32, and rounded to whole numbers in groups of 32 before
+    they meet integer weights (int16 for int8, int8 for int4). Keys and values are bfloat16, float32 with fp32 weights. Raises UserError for shapes the kernels lack.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class KernelRunner:
 
         self._x = zeros(rows * int(dims[step.STRIDE]))
         self._normed = zeros(threads, rows * int(dims[step.STRIDE]))
-        self._words = np.zeros((threads, rows * widest), dtype=np.uint8)
+        self._words = np.zeros((threads, 2 * rows * widest), dtype=np.uint8)  # up to two bytes each
         self._factors = zeros(threads, rows * widest // GROUP)
         self._sums = zeros(threads, rows * widest // GROUP)
         self._qkv = zeros(rows * int(dims[step.QKV_STRIDE]) + GROUP)

@@ -175,18 +175,23 @@ def store_one_bf16(typing: Any, array: Any, index: Any, value: Any) -> Any:
     return types.none(array, types.int64, types.float32), code
 
 
-@intrinsic
-def store_rounded(typing: Any, array: Any, index: Any, rounded: Any) -> Any:
-    """Write sixteen results of `rounded` to an array of bytes, as int8."""
+def _store_rounded(bits: int) -> Any:
+    kind = ir.VectorType(ir.IntType(bits), LANES)
 
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = address_of(context, builder, signature.args[0], args[0], args[1])
-        kind = ir.VectorType(I8, LANES)
-        value = builder.trunc(builder.bitcast(args[2], WIDE_I32), kind)
-        builder.store(value, builder.bitcast(pointer, kind.as_pointer()), align=1)
-        return context.get_dummy_value()
+    def declared(typing: Any, array: Any, index: Any, rounded: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer = address_of(context, builder, signature.args[0], args[0], args[1])
+            value = builder.trunc(builder.bitcast(args[2], WIDE_I32), kind)
+            builder.store(value, builder.bitcast(pointer, kind.as_pointer()), align=1)
+            return context.get_dummy_value()
 
-    return types.none(array, types.int64, F32), code
+        return types.none(array, types.int64, F32), code
+
+    return intrinsic(declared)
+
+
+store_rounded8, store_rounded16 = _store_rounded(8), _store_rounded(16)
+"""Write sixteen results of `rounded` to an array of bytes, as int8 or int16."""
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
@@ -306,7 +311,7 @@ _TERMS = tuple(np.float32(1 / n) for n in (720, 120, 24, 6, 2))
 
 @njit(forceinline=True)
 def rounded(x):
-    """x (within 2^22) rounded to whole numbers, for `store_rounded` and `unrounded`."""
+    """x (within 2^22) rounded to whole numbers, for `store_rounded8` and `unrounded`."""
     return add(x, splat(_ROUNDER))
 
 

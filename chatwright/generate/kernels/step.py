@@ -277,7 +277,7 @@ def _multiply(path, thread, threads, sync, tiles_each, arena, matrix, x, x_strid
     slot = 0 if shared else thread
     if matrix[FORMAT] >= INT8_WEIGHTS:
         first, last = _part(rows, thread, threads) if shared else (0, rows)
-        quantise(x, x_stride, first, last, matrix[GROUPS], words[slot], factors[slot], sums[slot])
+        quantise(matrix[FORMAT], x, x_stride, first, last, matrix[GROUPS], words[slot], factors[slot], sums[slot])
         if shared:
             meet(sync, threads)
     first, last = _part(matrix[TILES] // tiles_each, thread, threads)
