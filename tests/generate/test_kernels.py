@@ -14,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llvmlite import ir
-from numba import njit
+from numba import njit, typeof
 
 from chatwright.config import UserError
-from chatwright.generate.kernels import KernelRunner, dots, packing, paths, simd
+from chatwright.generate.kernels import KernelRunner, dots, packing, paths, simd, step
+from chatwright.generate.kernels.products import INT4_WEIGHTS, INT8_WEIGHTS, quantise
 from chatwright.generate.kernels.reference import reference, reference_logits, rounded_activations
 from chatwright.generate.runner import Feed
 from chatwright.model.gpt import GPT
@@ -236,12 +237,15 @@ def test_the_path_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         paths.choose()
 
 
+@njit
+def _quantise(kind, x, stride, groups, words, factors, sums):  # type: ignore[no-untyped-def]
+    quantise(kind, x, stride, 0, 1, groups, words, factors, sums)
+
+
 @settings(max_examples=25)
 @given(st.integers(1, 100), st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 1.0, 1e4]))
 def test_rounding_activations(width: int, seed: int, size: float) -> None:
     """What the kernels round to, read back, is what the reference says."""
-    from chatwright.generate.kernels.products import INT4_WEIGHTS, INT8_WEIGHTS, quantise
-
     x = torch.randn(width, generator=torch.Generator().manual_seed(seed)) * size
     padded = packing.up_to(width, 32)
     flat = torch.zeros(padded)
@@ -249,10 +253,19 @@ def test_rounding_activations(width: int, seed: int, size: float) -> None:
     factors, sums = np.zeros(padded // 32, np.float32), np.zeros(padded // 32, np.float32)
     for kind, dtype in ((INT8_WEIGHTS, np.int16), (INT4_WEIGHTS, np.int8)):
         words = np.zeros(padded, dtype)
-        quantise(kind, flat.numpy(), padded, 0, 1, padded // 32, words.view(np.uint8), factors, sums)
+        _quantise(kind, flat.numpy(), padded, padded // 32, words.view(np.uint8), factors, sums)
         read = torch.from_numpy(words.astype(np.float32)).view(-1, 32) * torch.from_numpy(factors)[:, None]
         assert torch.allclose(read.flatten()[:width], rounded_activations(x, kind), rtol=1e-6, atol=0)
         assert np.array_equal(sums, words.reshape(-1, 32).astype(np.int64).sum(1).astype(np.float32))
+
+
+def test_one_compilation_serves_every_model(make_model: MakeModel) -> None:
+    """What is compiled ahead is what then runs: other argument types would be compiled anew, ten seconds each."""
+    path = paths.typed(paths.choose())
+    for dtype in DTYPES:
+        runner(make_model(), dtype).forward([Feed([1, 2], 0, [0], 1)])
+    kinds = [signature for signature in step.forward.signatures if signature[0] == typeof(path)]
+    assert len(kinds) == 1
 
 
 def test_a_team_tells_what_its_helpers_raise() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from chatwright.config import UserError
 from chatwright.generate.kernels.dots import GROUP
 from chatwright.generate.kernels.products import (
+    ADDS,
     BF16_WEIGHTS,
     BIAS,
     F32_WEIGHTS,
@@ -33,6 +34,7 @@ from chatwright.generate.kernels.products import (
     PLAN_COLUMNS,
     SCALES,
     TILES,
+    TOGETHER,
     WEIGHTS,
 )
 from chatwright.generate.kernels.simd import LANES
@@ -100,7 +102,7 @@ class Packed:
 
     def matrix(self, number: int) -> Tensor:
         """A matrix of the plan as float32 (rows, inputs), padding included, out of the packed bytes."""
-        kind, weights, scales, _, tiles, groups = (int(value) for value in self.plan[number])
+        kind, weights, scales, _, tiles, groups, *_ = (int(value) for value in self.plan[number])
         size = tiles * groups * BYTES_PER_GROUP[kind]
         data = torch.from_numpy(self.arena[weights : weights + size])
         shape = (tiles * LANES, groups * GROUP)
@@ -153,8 +155,8 @@ class _Packer:
             self.vector_size += padded.numel()
         return place
 
-    def matrix(self, weights: Tensor, bias: Tensor | None, dtype: str) -> None:
-        """(outputs, inputs) into tiles, padded with zeros to whole tiles and groups."""
+    def matrix(self, weights: Tensor, bias: Tensor | None, dtype: str, *, together: int = 1, adds: bool = False) -> None:
+        """(outputs, inputs) into tiles, padded with zeros to whole tiles and groups. `together`, `adds`: see the plan."""
         outputs, inputs = weights.shape
         whole = torch.zeros(up_to(outputs, LANES), up_to(inputs, GROUP))
         whole[:outputs, :inputs] = weights.detach().float()
@@ -173,7 +175,7 @@ class _Packer:
             else:
                 low, high = packed.to(torch.uint8).chunk(2, dim=2)
                 packed = low | high << 4
-        row[FORMAT], row[TILES], row[GROUPS] = kind, tiles, groups
+        row[FORMAT], row[TILES], row[GROUPS], row[TOGETHER], row[ADDS] = kind, tiles, groups, together, adds
         row[WEIGHTS] = self._append(packed)
         if scales:
             both = torch.cat(scales, dim=-1).bfloat16()  # (outputs, groups, 1 or 2)
@@ -234,15 +236,15 @@ def _pack_block(packer: _Packer, block: Block, dtype: str) -> list[int]:
     """The four matrices of a block; the places of its norms."""
     attention, mlp = block.attention, block.mlp
     packer.matrix(*_joined(attention), dtype)
-    packer.matrix(_output(attention), attention.output.bias, dtype)
+    packer.matrix(_output(attention), attention.output.bias, dtype, adds=True)
     if mlp.gate is None:
         packer.matrix(mlp.up.weight, mlp.up.bias, dtype)
     else:
         bias = None
         if mlp.up.bias is not None:
             bias = _interleaved(mlp.gate.bias[:, None], mlp.up.bias[:, None])[:, 0]
-        packer.matrix(_interleaved(mlp.gate.weight, mlp.up.weight), bias, dtype)
-    packer.matrix(mlp.down.weight, mlp.down.bias, dtype)
+        packer.matrix(_interleaved(mlp.gate.weight, mlp.up.weight), bias, dtype, together=2)
+    packer.matrix(mlp.down.weight, mlp.down.bias, dtype, adds=True)
     norms = (block.attention_norm, block.mlp_norm, attention.query_norm, attention.key_norm)
     return [_norm_place(packer, norm) for norm in norms]
 

@@ -10,12 +10,9 @@ and vectors cannot be put into arrays to be looped over.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import njit
 
+from chatwright.generate.kernels.compiling import inlined, inner
 from chatwright.generate.kernels.dots import GROUP, dots4, dots8
 from chatwright.generate.kernels.simd import (
     LANES,
@@ -42,8 +39,10 @@ from chatwright.generate.kernels.simd import (
 )
 
 F32_WEIGHTS, BF16_WEIGHTS, INT8_WEIGHTS, INT4_WEIGHTS = range(4)
-FORMAT, WEIGHTS, SCALES, BIAS, TILES, GROUPS, PLAN_COLUMNS = range(7)
-"""Columns of a plan, one row per matrix: format, byte offsets in the arena, place of the bias (-1: none), sizes."""
+FORMAT, WEIGHTS, SCALES, BIAS, TILES, GROUPS, TOGETHER, ADDS, PLAN_COLUMNS = range(9)
+"""Columns of a plan, one row per matrix: format, byte offsets in the arena, place of the bias (-1: none), sizes; how many
+neighbouring tiles one thread must compute (2 where a gate and what it gates take turns), whether the product is added to what
+is there already (1) or replaces it (0). These two are no arguments because Numba compiles a function anew for each constant."""
 
 WORD_LIMITS = (127.0, 32_767.0)
 """Largest whole number that an activation becomes: before it meets int4 weights, int8 weights."""
@@ -51,19 +50,7 @@ AHEAD = 2048
 """How many bytes before they are used weights are asked for: the processor itself looks ahead no further than a page."""
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """Compiled when first called, without Python's lock, and kept on the disk where there is a folder to write to."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder: it is compiled in every process
-        return njit(**options)(function)
-
-
-_inlined = njit(forceinline=True, error_model="numpy")
-
-
-@_inlined
+@inlined
 def _start(vectors, bias, tile, out, at, adding):
     """What the sums of a tile begin with: the bias, and what is there already when the product is added to it."""
     value = splat(np.float32(0.0))
@@ -74,7 +61,7 @@ def _start(vectors, bias, tile, out, at, adding):
     return value
 
 
-@_compiled
+@inner
 def quantise(kind, x, x_stride, first, last, groups, words, factors, sums):
     """Round rows `first` to `last` of x to whole numbers, a factor per group of 32: x ~ factor * word. Also the sums of words.
 
@@ -101,7 +88,7 @@ def quantise(kind, x, x_stride, first, last, groups, words, factors, sums):
             sums[place] = total(add(unrounded(a), unrounded(b)))
 
 
-@_compiled
+@inner
 def _product_f32(arena, weights, groups, first, last, x, x_stride, rows, out, stride, vectors, bias, adding):
     inputs = groups * GROUP
     for tile in range(first, last):
@@ -137,7 +124,7 @@ def _product_f32(arena, weights, groups, first, last, x, x_stride, rows, out, st
             row += 1
 
 
-@_compiled
+@inner
 def _product_bf16(arena, weights, groups, first, last, x, x_stride, rows, out, stride, vectors, bias, adding):
     inputs = groups * GROUP
     for tile in range(first, last):
@@ -181,14 +168,14 @@ def _product_bf16(arena, weights, groups, first, last, x, x_stride, rows, out, s
             row += 1
 
 
-@_inlined
+@inlined
 def _grouped8(path, arena, w, s, words, factors, place, value):
     """value + factor * scale * sum of q x, the sum over one group."""
     dots = to_float(dots8(path, arena, w, words, 2 * place * GROUP))
     return fma(dots, multiply(load_bf16(arena, s), splat(factors[place])), value)
 
 
-@_compiled
+@inner
 def _product_int8(path, arena, weights, scales, groups, first, last, words, factors, rows, out, stride, vectors, bias, adding):
     for tile in range(first, last):
         base = weights + tile * groups * 512
@@ -224,7 +211,7 @@ def _product_int8(path, arena, weights, scales, groups, first, last, words, fact
             row += 1
 
 
-@_inlined
+@inlined
 def _grouped4(path, arena, w, s, words, factors, sums, place, value):
     """value + factor * (scale * sum of q x + least * sum of x), the sums over one group."""
     dots = to_float(dots4(path, arena, w, words, place * GROUP))
@@ -232,7 +219,7 @@ def _grouped4(path, arena, w, s, words, factors, sums, place, value):
     return fma(dots, multiply(load_bf16(arena, s), splat(factors[place])), value)
 
 
-@_compiled
+@inner
 def _product_int4(path, arena, weights, scales, groups, first, last, words, factors, sums, rows, out, stride, vectors, bias, adding):
     for tile in range(first, last):
         base = weights + tile * groups * 256
@@ -268,14 +255,15 @@ def _product_int4(path, arena, weights, scales, groups, first, last, words, fact
             row += 1
 
 
-@_inlined
-def product(path, arena, matrix, first, last, x, x_stride, words, factors, sums, rows, out, stride, vectors, adding):
-    """Tiles `first` to `last` of out = W x + bias, or of out += W x + bias, for `rows` rows.
+@inlined
+def product(path, arena, matrix, first, last, x, x_stride, words, factors, sums, rows, out, stride, vectors):
+    """Tiles `first` to `last` of out = W x + bias, or of out += W x + bias where the plan says so, for `rows` rows.
 
     matrix: a row of the plan. Row r of x begins at x[r * x_stride]; integer weights take its whole numbers instead, as `quantise`
     leaves it. Row r of out begins at out[r * stride].
     """
     kind, weights, scales, bias, groups = matrix[FORMAT], matrix[WEIGHTS], matrix[SCALES], matrix[BIAS], matrix[GROUPS]
+    adding = matrix[ADDS]
     if kind == F32_WEIGHTS:
         _product_f32(arena, weights, groups, first, last, x, x_stride, rows, out, stride, vectors, bias, adding)
     elif kind == BF16_WEIGHTS:

@@ -19,7 +19,6 @@ from chatwright.generate.kernels.barrier import SYNC_SIZE
 from chatwright.generate.kernels.dots import GROUP
 from chatwright.generate.kernels.simd import LANES
 from chatwright.generate.runner import Feed
-from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 
 ROWS = 256
@@ -106,19 +105,14 @@ def _tell(text: str) -> None:
 
 
 def _compile_once(path: str) -> None:
-    """Have the step compiled, or read from the disk, by running a model of a few numbers."""
+    """Have the step compiled, or read from the disk."""
     if path in _compiled:
         return
     note = threading.Timer(SOON, _tell, ["compiling the CPU kernels for this machine: once, about ten seconds"])
     note.daemon = True
     note.start()
     try:
-        config = GPTConfig(vocab_size=16, context=16, layers=1, width=32, heads=1, norm="rms", position="rotary", bias=False)
-        with torch.device("meta"):  # which draws no random numbers
-            model = GPT(config)
-        runner = KernelRunner(model.to_empty(device="cpu"), "fp32", threads=1, path=path, warm=False)
-        runner.allocate(1, LANES)
-        runner.forward([Feed([0], 0, [0])])
+        step.compile_for(paths.typed(path))
         _compiled.add(path)
     finally:
         note.cancel()
@@ -128,23 +122,20 @@ class KernelRunner:
     """Runs a model on this machine's CPU with packed weights.
 
     dtype: fp32, bf16, int8 or int4, of the weights; activations are float32, and rounded to whole numbers in groups of 32 before
-    they meet integer weights (int16 for int8, int8 for int4). Keys and values are bfloat16, float32 with fp32 weights. Raises UserError for shapes the kernels lack.
+    they meet integer weights (int16 for int8, int8 for int4). Keys and values are bfloat16, float32 with fp32 weights. Raises
+    UserError for shapes the kernels lack.
     """
 
-    def __init__(
-        self, model: GPT, dtype: str = "bf16", *, threads: int = 0, path: str | None = None, warm: bool = True
-    ) -> None:
+    def __init__(self, model: GPT, dtype: str = "bf16", *, threads: int = 0, path: str | None = None) -> None:
         self.config = model.config
         self.device = torch.device("cpu")
         self.dtype = dtype
         self.path = path or paths.choose()
         # Compiling and packing take seconds each, and different processors can do them.
         compiling = threading.Thread(target=_compile_once, args=(self.path,), daemon=True)
-        if warm:
-            compiling.start()
+        compiling.start()
         self.packed = packing.pack(model, dtype)
-        if warm:
-            compiling.join()
+        compiling.join()
         self._angles = model.angles
         self._cos = self._sin = np.zeros(1, dtype=np.float32)
         self._turned = 0  # positions that they hold

@@ -13,8 +13,10 @@ sixteen tokens. As bfloat16 two neighbours share a lane: keys feature 2 i with 2
 from __future__ import annotations
 
 import numpy as np
+from numba import typeof, types
 
 from chatwright.generate.kernels.barrier import meet
+from chatwright.generate.kernels.compiling import entry, inlined, inner
 from chatwright.generate.kernels.dots import GROUP
 from chatwright.generate.kernels.products import (
     BF16_WEIGHTS,
@@ -24,9 +26,8 @@ from chatwright.generate.kernels.products import (
     INT8_WEIGHTS,
     SCALES,
     TILES,
+    TOGETHER,
     WEIGHTS,
-    _compiled,
-    _inlined,
     product,
     quantise,
 )
@@ -68,13 +69,13 @@ ALONE = 4
 """Up to so many rows every thread normalises and rounds all of them for itself."""
 
 
-@_inlined
+@inlined
 def _part(count, thread, threads):
     """This thread's share of `count` things: from, to."""
     return count * thread // threads, count * (thread + 1) // threads
 
 
-@_inlined
+@inlined
 def _row_norm(kind, x, at, width, eps, vectors, norm, out, out_at):
     """RMS norm (arXiv:1910.07467) or layer norm (arXiv:1607.06450) of one row; layer norm's bias follows its weight."""
     zero = splat(np.float32(0.0))
@@ -96,7 +97,7 @@ def _row_norm(kind, x, at, width, eps, vectors, norm, out, out_at):
         store(out, out_at + i, keep_first(value, width - i, np.float32(0.0)))
 
 
-@_compiled
+@inner
 def _normalise(thread, threads, sync, dims, eps, x, which, count, vectors, norm, out):
     """Rows which[0] to which[count - 1] of x, normalised, to the rows of out[slot]; the slot."""
     shared = count > ALONE and threads > 1
@@ -110,7 +111,7 @@ def _normalise(thread, threads, sync, dims, eps, x, which, count, vectors, norm,
     return slot
 
 
-@_inlined
+@inlined
 def _head_norm(x, at, size, eps, vectors, norm):
     squares = np.float32(0.0)
     for i in range(size):
@@ -120,7 +121,7 @@ def _head_norm(x, at, size, eps, vectors, norm):
         x[at + i] = x[at + i] * scale * vectors[norm + i]
 
 
-@_inlined
+@inlined
 def _rotate(x, at, half, cos, sin, angle):
     """Turn the pairs (i, i + half): Su et al. 2021, arXiv:2104.09864, eq. 15."""
     for i in range(half):
@@ -130,7 +131,7 @@ def _rotate(x, at, half, cos, sin, angle):
         x[at + half + i] = b * c + a * s
 
 
-@_compiled
+@inner
 def _embed(matrix, dims, arena, vectors, ids, positions, first, last, x):
     """Rows `first` to `last` of x: a row of the token table each, and of the position table."""
     kind, weights, scales, groups = matrix[FORMAT], matrix[WEIGHTS], matrix[SCALES], matrix[GROUPS]
@@ -153,7 +154,7 @@ def _embed(matrix, dims, arena, vectors, ids, positions, first, last, x):
             x[at + i] = value
 
 
-@_compiled
+@inner
 def _place(dims, eps, vectors, norms, layer, first, last, qkv, cos, sin, positions, pages, keys, values):
     """Normalise and rotate queries and keys; write keys and values into their pages. A unit is a head of a row."""
     heads, groups, size, room = dims[HEADS], dims[KV_HEADS], dims[HEAD_DIM], dims[HEAD_STRIDE]
@@ -186,7 +187,7 @@ def _place(dims, eps, vectors, norms, layer, first, last, qkv, cos, sin, positio
                 store_one(values, base + (token * room + i) * 4, value)
 
 
-@_compiled
+@inner
 def _attend(dims, layer, first, last, qkv, positions, pages, keys, values, scores, attended):
     """softmax(q k^T / sqrt(K)) v for the heads `first` to `last` (row after row)."""
     heads, groups, size, room = dims[HEADS], dims[KV_HEADS], dims[HEAD_DIM], dims[HEAD_STRIDE]
@@ -245,13 +246,13 @@ def _attend(dims, layer, first, last, qkv, positions, pages, keys, values, score
             store(attended, out + chunk + LANES, multiply(b, inverse))
 
 
-@_inlined
+@inlined
 def _sigmoid(x):
     one = splat(np.float32(1.0))
     return divide(one, add(one, exp(subtract(splat(np.float32(0.0)), x))))
 
 
-@_compiled
+@inner
 def _activate(kind, raw, raw_stride, rows, first, last, hidden, stride):
     """The non-linearity of the hidden tiles `first` to `last`. With a gate, tiles of `raw` come in pairs: gate, up."""
     for row in range(rows):
@@ -270,8 +271,8 @@ def _activate(kind, raw, raw_stride, rows, first, last, hidden, stride):
             store(hidden, row * stride + tile * LANES, x)
 
 
-@_compiled
-def _multiply(path, thread, threads, sync, tiles_each, arena, matrix, x, x_stride, words, factors, sums, rows, out, stride, vectors, adding):
+@inner
+def _multiply(path, thread, threads, sync, arena, matrix, x, x_stride, words, factors, sums, rows, out, stride, vectors):
     """This thread's part of a product, once x is whole. Integer weights first have their input rounded."""
     shared = rows > ALONE and threads > 1
     slot = 0 if shared else thread
@@ -280,11 +281,12 @@ def _multiply(path, thread, threads, sync, tiles_each, arena, matrix, x, x_strid
         quantise(matrix[FORMAT], x, x_stride, first, last, matrix[GROUPS], words[slot], factors[slot], sums[slot])
         if shared:
             meet(sync, threads)
-    first, last = _part(matrix[TILES] // tiles_each, thread, threads)
-    product(path, arena, matrix, first * tiles_each, last * tiles_each, x, x_stride, words[slot], factors[slot], sums[slot], rows, out, stride, vectors, adding)
+    together = matrix[TOGETHER]
+    first, last = _part(matrix[TILES] // together, thread, threads)
+    product(path, arena, matrix, first * together, last * together, x, x_stride, words[slot], factors[slot], sums[slot], rows, out, stride, vectors)
 
 
-@_compiled
+@entry
 def forward(path, thread, threads, sync, dims, eps, arena, plan, vectors, norms, ids, positions, pages, wanted, every, x, normed,
             words, factors, sums, qkv, attended, raw, hidden, scores, cos, sin, keys, values, logits):  # fmt: skip
     """One thread's part of the forward pass of some tokens ("rows").
@@ -297,14 +299,13 @@ def forward(path, thread, threads, sync, dims, eps, arena, plan, vectors, norms,
     stride, layers = dims[STRIDE], dims[LAYERS]
     heads_stride = dims[HEADS] * dims[HEAD_STRIDE]
     units = rows * (dims[HEADS] + dims[KV_HEADS])
-    paired = 2 if dims[ACTIVATION] == SWIGLU else 1
     a, b = _part(rows, thread, threads)
     _embed(plan[layers * MATRICES + 1], dims, arena, vectors, ids, positions, a, b, x)
     meet(sync, threads)
     for layer in range(layers):
         matrix = plan[layer * MATRICES + QKV]
         slot = _normalise(thread, threads, sync, dims, eps, x, every, rows, vectors, norms[layer, ATTENTION_NORM], normed)
-        _multiply(path, thread, threads, sync, 1, arena, matrix, normed[slot], stride, words, factors, sums, rows, qkv, dims[QKV_STRIDE], vectors, False)
+        _multiply(path, thread, threads, sync, arena, matrix, normed[slot], stride, words, factors, sums, rows, qkv, dims[QKV_STRIDE], vectors)
         meet(sync, threads)
         a, b = _part(units, thread, threads)
         _place(dims, eps, vectors, norms, layer, a, b, qkv, cos, sin, positions, pages, keys, values)
@@ -313,19 +314,34 @@ def forward(path, thread, threads, sync, dims, eps, arena, plan, vectors, norms,
         _attend(dims, layer, a, b, qkv, positions, pages, keys, values, scores[thread], attended)
         meet(sync, threads)
         matrix = plan[layer * MATRICES + OUTPUT]
-        _multiply(path, thread, threads, sync, 1, arena, matrix, attended, heads_stride, words, factors, sums, rows, x, stride, vectors, True)
+        _multiply(path, thread, threads, sync, arena, matrix, attended, heads_stride, words, factors, sums, rows, x, stride, vectors)
         meet(sync, threads)
         matrix = plan[layer * MATRICES + UP]
         slot = _normalise(thread, threads, sync, dims, eps, x, every, rows, vectors, norms[layer, MLP_NORM], normed)
         raw_stride = matrix[TILES] * LANES
-        _multiply(path, thread, threads, sync, paired, arena, matrix, normed[slot], stride, words, factors, sums, rows, raw, raw_stride, vectors, False)
-        a, b = _part(matrix[TILES] // paired, thread, threads)  # the tiles that this thread has just made
+        _multiply(path, thread, threads, sync, arena, matrix, normed[slot], stride, words, factors, sums, rows, raw, raw_stride, vectors)
+        a, b = _part(matrix[TILES] // matrix[TOGETHER], thread, threads)  # the tiles that this thread has just made
         _activate(dims[ACTIVATION], raw, raw_stride, rows, a, b, hidden, dims[MLP_STRIDE])
         meet(sync, threads)
         matrix = plan[layer * MATRICES + DOWN]
-        _multiply(path, thread, threads, sync, 1, arena, matrix, hidden, dims[MLP_STRIDE], words, factors, sums, rows, x, stride, vectors, True)
+        _multiply(path, thread, threads, sync, arena, matrix, hidden, dims[MLP_STRIDE], words, factors, sums, rows, x, stride, vectors)
         meet(sync, threads)
     if count:
         matrix = plan[layers * MATRICES]
         slot = _normalise(thread, threads, sync, dims, eps, x, wanted, count, vectors, norms[layers, 0], normed)
-        _multiply(path, thread, threads, sync, 1, arena, matrix, normed[slot], stride, words, factors, sums, count, logits, dims[LOGIT_STRIDE], vectors, False)
+        _multiply(path, thread, threads, sync, arena, matrix, normed[slot], stride, words, factors, sums, count, logits, dims[LOGIT_STRIDE], vectors)
+
+
+def compile_for(path: tuple[int, ...]) -> None:
+    """Compile `forward` for a path, or read it from the disk, before anything is there to be computed."""
+    one = {kind: types.Array(kind, 1, "C") for kind in (types.uint8, types.int64, types.float32)}
+    two = {kind: types.Array(kind, 2, "C") for kind in (types.uint8, types.int64, types.float32)}
+    byte, whole, real = types.uint8, types.int64, types.float32
+    forward.compile(
+        (
+            typeof(path), whole, whole, one[whole], one[whole], real, one[byte], two[whole], one[real], two[whole],
+            one[whole], one[whole], two[whole], one[whole], one[whole], one[real], two[real],
+            two[byte], two[real], two[real], one[real], one[real], one[real], one[real], two[real], one[real], one[real],
+            one[byte], one[byte], one[real],
+        )
+    )  # fmt: skip

@@ -1,0 +1,31 @@
+"""The three ways in which kernel functions are compiled. None holds Python's lock while it runs, or checks for division by zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit
+
+_OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+
+inlined = njit(forceinline=True, error_model="numpy")
+"""Becomes part of whoever calls it."""
+
+
+def _kept(function: Callable[..., Any], **options: Any) -> Any:
+    """Compiled when first called, and kept on the disk where there is a folder to write to."""
+    try:
+        return njit(cache=True, **_OPTIONS, **options)(function)
+    except RuntimeError:  # no folder: it is compiled in every process
+        return njit(**_OPTIONS, **options)(function)
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """For what only compiled code calls: what Python would need to call it takes a tenth of the time to compile."""
+    return _kept(function, no_cpython_wrapper=True)
+
+
+def entry(function: Callable[..., Any]) -> Any:
+    """For what Python calls."""
+    return _kept(function)
