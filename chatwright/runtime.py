@@ -161,6 +161,21 @@ def set_threads(threads: int = 0) -> int:
     return threads
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch's operations on the CPU run in the calling thread.
+
+    After a parallel operation torch's other threads wait for the next one in a loop, for milliseconds, and keep processors busy
+    that threads outside of torch would need.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def has_bf16() -> bool:
     """Whether bf16 products are computed by the hardware, not emulated."""
     if device().type == "cuda":

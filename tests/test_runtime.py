@@ -131,3 +131,15 @@ def test_the_allocator_can_be_tuned() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     glibc = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
     assert (done.stdout, done.stderr) == (f"{glibc}\n", "")
+
+
+def test_one_thread_for_a_while() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="inside"), runtime.one_thread():
+            assert torch.get_num_threads() == 1
+            raise ValueError("inside")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

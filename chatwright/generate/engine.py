@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,7 @@ from chatwright.generate.sampling import BatchSampler, make_generator
 from chatwright.generate.speculation import Lookup
 from chatwright.generate.torch_runner import TorchRunner
 from chatwright.model.gpt import GPT
+from chatwright.runtime import one_thread
 from chatwright.tokenizer import Tokenizer
 
 __all__ = ["Completion", "Engine", "FinishReason", "Handle", "Piece", "Request", "Stats"]
@@ -315,8 +316,9 @@ class Engine:
                 vocab_size=logits.shape[1],
                 device=logits.device,
             )
-        tokens, logprobs = self._sampler(logits)
-        tops = self._sampler.alternatives(logits)
+        with one_thread() if self.runner.own_threads else nullcontext():
+            tokens, logprobs = self._sampler(logits)
+            tops = self._sampler.alternatives(logits)
         return list(map(Choice, tokens.tolist(), logprobs.tolist(), tops))
 
     # ---- guesses -------------------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ class Runner(Protocol):
     """A model that computes with paged keys and values."""
 
     config: GPTConfig
+    own_threads: bool
+    """Whether it computes in threads of its own: then torch's must not wait beside them (runtime.one_thread)."""
 
     @property
     def device(self) -> torch.device:

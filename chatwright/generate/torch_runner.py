@@ -97,6 +97,8 @@ class TorchRunner:
     back into it (there is no dropout inside).
     """
 
+    own_threads = False
+
     def __init__(self, model: GPT) -> None:
         self.model, self.config = model, model.config
 

@@ -126,6 +126,8 @@ class KernelRunner:
     UserError for shapes the kernels lack.
     """
 
+    own_threads = True
+
     def __init__(self, model: GPT, dtype: str = "bf16", *, threads: int = 0, path: str | None = None) -> None:
         self.config = model.config
         self.device = torch.device("cpu")
