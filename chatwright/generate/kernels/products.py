@@ -29,6 +29,7 @@ from chatwright.generate.kernels.simd import (
     odd_bf16,
     rounded,
     splat,
+    spread,
     store,
     store_rounded8,
     store_rounded16,
@@ -103,10 +104,10 @@ def _product_f32(arena, weights, groups, first, last, x, x_stride, rows, out, st
             d = _start(vectors, bias, tile, out, at + 3 * stride, adding)
             for i in range(inputs):
                 w = load(arena, base + i * 64)
-                a = fma(w, splat(x[p + i]), a)
-                b = fma(w, splat(x[p + x_stride + i]), b)
-                c = fma(w, splat(x[p + 2 * x_stride + i]), c)
-                d = fma(w, splat(x[p + 3 * x_stride + i]), d)
+                a = fma(w, spread(x, p + i), a)
+                b = fma(w, spread(x, p + x_stride + i), b)
+                c = fma(w, spread(x, p + 2 * x_stride + i), c)
+                d = fma(w, spread(x, p + 3 * x_stride + i), d)
             store(out, at, a)
             store(out, at + stride, b)
             store(out, at + 2 * stride, c)
@@ -118,8 +119,8 @@ def _product_f32(arena, weights, groups, first, last, x, x_stride, rows, out, st
             a = _start(vectors, bias, tile, out, at, adding)
             b = splat(np.float32(0.0))
             for i in range(0, inputs, 2):
-                a = fma(load(arena, base + i * 64), splat(x[p + i]), a)
-                b = fma(load(arena, base + i * 64 + 64), splat(x[p + i + 1]), b)
+                a = fma(load(arena, base + i * 64), spread(x, p + i), a)
+                b = fma(load(arena, base + i * 64 + 64), spread(x, p + i + 1), b)
             store(out, at, add(a, b))
             row += 1
 
@@ -140,15 +141,15 @@ def _product_bf16(arena, weights, groups, first, last, x, x_stride, rows, out, s
             for i in range(0, inputs, 2):
                 pair = load_int(arena, base + i * 32)
                 w = even_bf16(pair)
-                a = fma(w, splat(x[p + i]), a)
-                b = fma(w, splat(x[p + x_stride + i]), b)
-                c = fma(w, splat(x[p + 2 * x_stride + i]), c)
-                d = fma(w, splat(x[p + 3 * x_stride + i]), d)
+                a = fma(w, spread(x, p + i), a)
+                b = fma(w, spread(x, p + x_stride + i), b)
+                c = fma(w, spread(x, p + 2 * x_stride + i), c)
+                d = fma(w, spread(x, p + 3 * x_stride + i), d)
                 w = odd_bf16(pair)
-                a = fma(w, splat(x[p + i + 1]), a)
-                b = fma(w, splat(x[p + x_stride + i + 1]), b)
-                c = fma(w, splat(x[p + 2 * x_stride + i + 1]), c)
-                d = fma(w, splat(x[p + 3 * x_stride + i + 1]), d)
+                a = fma(w, spread(x, p + i + 1), a)
+                b = fma(w, spread(x, p + x_stride + i + 1), b)
+                c = fma(w, spread(x, p + 2 * x_stride + i + 1), c)
+                d = fma(w, spread(x, p + 3 * x_stride + i + 1), d)
             store(out, at, a)
             store(out, at + stride, b)
             store(out, at + 2 * stride, c)
@@ -162,8 +163,8 @@ def _product_bf16(arena, weights, groups, first, last, x, x_stride, rows, out, s
             for i in range(0, inputs, 2):
                 pair = load_int(arena, base + i * 32)
                 fetch_ahead(arena, base + i * 32 + AHEAD)
-                a = fma(even_bf16(pair), splat(x[p + i]), a)
-                b = fma(odd_bf16(pair), splat(x[p + i + 1]), b)
+                a = fma(even_bf16(pair), spread(x, p + i), a)
+                b = fma(odd_bf16(pair), spread(x, p + i + 1), b)
             store(out, at, add(a, b))
             row += 1
 
@@ -172,7 +173,7 @@ def _product_bf16(arena, weights, groups, first, last, x, x_stride, rows, out, s
 def _grouped8(path, arena, w, s, words, factors, place, value):
     """value + factor * scale * sum of q x, the sum over one group."""
     dots = to_float(dots8(path, arena, w, words, 2 * place * GROUP))
-    return fma(dots, multiply(load_bf16(arena, s), splat(factors[place])), value)
+    return fma(dots, multiply(load_bf16(arena, s), spread(factors, place)), value)
 
 
 @inner
@@ -216,7 +217,7 @@ def _grouped4(path, arena, w, s, words, factors, sums, place, value):
     """value + factor * (scale * sum of q x + least * sum of x), the sums over one group."""
     dots = to_float(dots4(path, arena, w, words, place * GROUP))
     value = fma(load_bf16(arena, s + 32), splat(factors[place] * sums[place]), value)
-    return fma(dots, multiply(load_bf16(arena, s), splat(factors[place])), value)
+    return fma(dots, multiply(load_bf16(arena, s), spread(factors, place)), value)
 
 
 @inner

@@ -102,6 +102,17 @@ def load_bf16(typing: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
+def spread(typing: Any, array: Any, index: Any) -> Any:
+    """Sixteen copies of array[index], a float32. `splat(array[index])` would first ask whether the index is negative."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = address_of(context, builder, signature.args[0], args[0], args[1])
+        return copies(builder, load_as(builder, pointer, FLOAT, 4), LANES)
+
+    return F32(array, types.int64), code
+
+
+@intrinsic
 def fetch_ahead(typing: Any, array: Any, index: Any) -> Any:
     """Have the cache line of array[index] brought near; harmless beyond the array's end."""
 

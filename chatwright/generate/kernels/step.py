@@ -48,6 +48,7 @@ from chatwright.generate.kernels.simd import (
     read_one,
     read_one_bf16,
     splat,
+    spread,
     store,
     store_one,
     store_one_bf16,
@@ -207,12 +208,12 @@ def _attend(dims, layer, first, last, qkv, positions, pages, keys, values, score
             if narrow:
                 for i in range(0, size, 2):
                     pair = load_int(keys, base + i * 32)
-                    a = fma(even_bf16(pair), splat(qkv[query + i]), a)
-                    b = fma(odd_bf16(pair), splat(qkv[query + i + 1]), b)
+                    a = fma(even_bf16(pair), spread(qkv, query + i), a)
+                    b = fma(odd_bf16(pair), spread(qkv, query + i + 1), b)
             else:
                 for i in range(0, size, 2):
-                    a = fma(load(keys, base + i * 64), splat(qkv[query + i]), a)
-                    b = fma(load(keys, base + i * 64 + 64), splat(qkv[query + i + 1]), b)
+                    a = fma(load(keys, base + i * 64), spread(qkv, query + i), a)
+                    b = fma(load(keys, base + i * 64 + 64), spread(qkv, query + i + 1), b)
             a = keep_first(multiply(add(a, b), scale), tokens - number * LANES, np.float32(-np.inf))
             store(scores, number * LANES, a)
             tops = larger(tops, a)
@@ -233,13 +234,13 @@ def _attend(dims, layer, first, last, qkv, positions, pages, keys, values, score
                 if narrow:
                     for token in range(inside):
                         pair = load_int(values, base + (token * room + chunk) * 2)
-                        weight = splat(scores[number * LANES + token])
+                        weight = spread(scores, number * LANES + token)
                         a = fma(even_bf16(pair), weight, a)
                         b = fma(odd_bf16(pair), weight, b)
                 else:
                     for token in range(inside):
                         at = base + (token * room + chunk) * 4
-                        weight = splat(scores[number * LANES + token])
+                        weight = spread(scores, number * LANES + token)
                         a = fma(load(values, at), weight, a)
                         b = fma(load(values, at + 64), weight, b)
             store(attended, out + chunk, multiply(a, inverse))
