@@ -56,8 +56,15 @@ def missing(path: str) -> str | None:
 
 @njit
 def _both_dots(path, weights, wide, narrow, out):  # type: ignore[no-untyped-def]
-    simd.store(out, 0, simd.to_float(dots.dots8(path, weights, 0, wide, 0)))
-    simd.store(out, 16, simd.to_float(dots.dots4(path, weights, 0, narrow, 0)))
+    simd.store(out, 0, simd.to_float(dots.dots8(path, weights, 0, wide, 0, 0)[0]))
+    simd.store(out, 16, simd.to_float(dots.dots4(path, weights, 0, narrow, 0, 0)[0]))
+    # Four rows, the first of which is that one.
+    a, b, c, d = dots.four_dots8(path, weights, 0, wide, 0, 64)
+    for number, sums in enumerate((a, b, c, d)):
+        simd.store(out, 32 + 16 * number, simd.to_float(sums))
+    a, b, c, d = dots.four_dots4(path, weights, 0, narrow, 0, 32)
+    for number, sums in enumerate((a, b, c, d)):
+        simd.store(out, 96 + 16 * number, simd.to_float(sums))
 
 
 @pytest.mark.parametrize("path", paths.NAMES)
@@ -71,14 +78,20 @@ def test_integer_products_are_exact(path: str) -> None:
 
     for extreme in (False, True):  # at the extremes sums in fewer bits would overflow
         weights = draw(127, 512, extreme).astype(np.int8)
-        wide, narrow = draw(32_767, 32, extreme).astype(np.int16), draw(127, 32, extreme).astype(np.int8)
-        out = np.zeros(32, dtype=np.float32)
+        wide, narrow = draw(32_767, 128, extreme).astype(np.int16), draw(127, 128, extreme).astype(np.int8)
+        out = np.zeros(160, dtype=np.float32)
         _both_dots(paths.typed(path), weights.view(np.uint8), wide.view(np.uint8), narrow.view(np.uint8), out)
-        sums = np.einsum("wrk,wk->r", weights.reshape(8, 16, 4).astype(np.int64), wide.reshape(8, 4).astype(np.int64))
-        assert np.array_equal(out[:16], sums.astype(np.float32))
         packed = weights.view(np.uint8)[:256].reshape(4, 16, 4).astype(np.int64)
         unpacked = np.concatenate([packed & 15, packed >> 4])
-        assert np.array_equal(out[16:], np.einsum("wrk,wk->r", unpacked, narrow.reshape(8, 4).astype(np.int64)))
+        eights = _exact(weights.reshape(8, 16, 4), wide)
+        fours = _exact(unpacked, narrow)
+        assert np.array_equal(out, np.concatenate([eights[0], fours[0], *eights, *fours]))
+
+
+def _exact(weights: np.ndarray, activations: np.ndarray) -> np.ndarray:
+    """(words, outputs, 4) and (rows of 32) -> (rows, outputs)."""
+    words = activations.reshape(-1, 8, 4).astype(np.int64)
+    return np.einsum("wok,rwk->ro", weights.astype(np.int64), words).astype(np.float32)
 
 
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
@@ -105,7 +118,7 @@ def test_paths_become_the_instructions_they_are_named_after(
     module.triple = triple
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()] * 3), "dots")
     builder = ir.IRBuilder(function.append_basic_block())
-    sums = form(builder, function.args[0], function.args[1])
+    (sums,) = form(builder, function.args[0], [function.args[1]])
     builder.store(sums, builder.bitcast(function.args[2], sums.type.as_pointer()), align=4)
     builder.ret_void()
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=processor, features=features, opt=3)

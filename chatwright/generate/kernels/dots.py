@@ -3,8 +3,8 @@
 There is a form per kind of processor (paths.py) and a plain one that runs everywhere. Integer sums are exact, so all forms give
 equal results.
 
-A group is 32 inputs of 16 outputs ("rows" of the weight matrix). Its weights are vectors of 64 bytes, four inputs of each row; the
-activations of the group are 8 words of four whole numbers. Every word is multiplied with all rows at once.
+A group is 32 inputs of 16 outputs. Its weights are vectors of 64 bytes, four inputs of each output; the activations of a row (a
+token) for the group are 8 words of four whole numbers. Every word is multiplied with the weights of all outputs at once.
 """
 
 from __future__ import annotations
@@ -71,6 +71,11 @@ def _nibble_vectors(builder: Any, weights: Any, offset: int, count: int) -> list
     return [low for low, _ in pairs] + [high for _, high in pairs]
 
 
+def _append(lists: list[list[Any]], values: list[Any]) -> None:
+    for one, value in zip(lists, values, strict=True):
+        one.append(value)
+
+
 def _neighbours_added(builder: Any, sums: Any) -> Any:
     """Sums of lanes 0 and 1, 2 and 3, ..."""
     count = sums.type.count
@@ -85,94 +90,100 @@ def _neighbours_added(builder: Any, sums: Any) -> Any:
 # same instructions. A sum of 32 products, at most 127 * 32767 each, fits into 32 bits.
 
 
-def _dots8_plain(builder: Any, weights: Any, activations: Any) -> Any:
+def _dots8_plain(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
     """Everywhere: both widened to 32 bits, multiplied, added. On NEON LLVM makes it smlal, which is as good as any."""
     wide = ir.VectorType(INT32, 16)
-    parts = []
-    for offset in range(0, 64, 16):  # four rows
-        sums = ir.Constant(wide, [0] * 16)
+    parts: list[list[Any]] = [[] for _ in rows]
+    for offset in range(0, 64, 16):  # four outputs
+        sums = [ir.Constant(wide, [0] * 16) for _ in rows]
         for number in range(_WORDS):
             vector = builder.sext(_bytes(builder, weights, 64 * number + offset, 16), wide)
-            word = builder.bitcast(copies(builder, _word(builder, activations, number, 16), 4), ir.VectorType(I16, 16))
-            sums = builder.add(sums, builder.mul(vector, builder.sext(word, wide)))
-        parts.append(sums)
-    return _neighbours_added(builder, _neighbours_added(builder, _joined(builder, parts)))
+            for row, activations in enumerate(rows):
+                word = builder.bitcast(copies(builder, _word(builder, activations, number, 16), 4), ir.VectorType(I16, 16))
+                sums[row] = builder.add(sums[row], builder.mul(vector, builder.sext(word, wide)))
+        _append(parts, sums)
+    return [_neighbours_added(builder, _neighbours_added(builder, _joined(builder, part))) for part in parts]
 
 
-def _dots8_pairs(builder: Any, weights: Any, activations: Any, rows: int, instruction: str) -> Any:
-    """vpmaddwd multiplies 16-bit numbers and adds neighbours: two sums per row, of `rows` rows at once."""
-    parts = []
-    for offset in range(0, 64, 4 * rows):
-        sums = ir.Constant(ir.VectorType(INT32, 2 * rows), [0] * 2 * rows)
+def _dots8_pairs(builder: Any, weights: Any, rows: list[Any], outputs: int, instruction: str) -> list[Any]:
+    """vpmaddwd multiplies 16-bit numbers and adds neighbours: two sums per output, of `outputs` at once."""
+    parts: list[list[Any]] = [[] for _ in rows]
+    for offset in range(0, 64, 4 * outputs):
+        sums = [ir.Constant(ir.VectorType(INT32, 2 * outputs), [0] * 2 * outputs) for _ in rows]
         for number in range(_WORDS):
-            vector = builder.sext(_bytes(builder, weights, 64 * number + offset, 4 * rows), ir.VectorType(I16, 4 * rows))
-            word = builder.bitcast(copies(builder, _word(builder, activations, number, 16), rows), vector.type)
-            sums = builder.add(sums, call_llvm(builder, instruction, sums.type, [vector, word]))
-        parts.append(sums)
-    return _neighbours_added(builder, _joined(builder, parts))
+            vector = builder.sext(_bytes(builder, weights, 64 * number + offset, 4 * outputs), ir.VectorType(I16, 4 * outputs))
+            for row, activations in enumerate(rows):
+                word = builder.bitcast(copies(builder, _word(builder, activations, number, 16), outputs), vector.type)
+                sums[row] = builder.add(sums[row], call_llvm(builder, instruction, sums[row].type, [vector, word]))
+        _append(parts, sums)
+    return [_neighbours_added(builder, _joined(builder, part)) for part in parts]
 
 
-def _dots8_avx2(builder: Any, weights: Any, activations: Any) -> Any:
+def _dots8_avx2(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
     """256 bits."""
-    return _dots8_pairs(builder, weights, activations, 4, "llvm.x86.avx2.pmadd.wd")
+    return _dots8_pairs(builder, weights, rows, 4, "llvm.x86.avx2.pmadd.wd")
 
 
-def _dots8_vnni(builder: Any, weights: Any, activations: Any) -> Any:
+def _dots8_vnni(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
     """512 bits. Where it pays, LLVM adds in the same instruction, vpdpwssd."""
-    return _dots8_pairs(builder, weights, activations, 8, "llvm.x86.avx512.pmaddw.d.512")
+    return _dots8_pairs(builder, weights, rows, 8, "llvm.x86.avx512.pmaddw.d.512")
 
 
 # --- 4-bit weights, 8-bit activations ---------------------------------------------------------------------------------
 
 
-def _dots4_plain(builder: Any, weights: Any, activations: Any) -> Any:
+def _dots4_plain(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
     """Everywhere: each byte widened to 32 bits, multiplied, added."""
-    sums = ir.Constant(WIDE_I32, [0] * LANES)
+    sums = [ir.Constant(WIDE_I32, [0] * LANES) for _ in rows]
     for number, vector in enumerate(_nibble_vectors(builder, weights, 0, 64)):
         wide = builder.bitcast(vector, WIDE_I32)
-        word = copies(builder, _word(builder, activations, number, 8), LANES)
         for byte in range(4):
             up = ir.Constant(WIDE_I32, [24 - 8 * byte] * LANES)
             down = ir.Constant(WIDE_I32, [24] * LANES)
             a = builder.ashr(builder.shl(wide, up), down)
-            b = builder.ashr(builder.shl(word, up), down)
-            sums = builder.add(sums, builder.mul(a, b))
+            for row, activations in enumerate(rows):
+                word = copies(builder, _word(builder, activations, number, 8), LANES)
+                sums[row] = builder.add(sums[row], builder.mul(a, builder.ashr(builder.shl(word, up), down)))
     return sums
 
 
-def _dots4_avx2(builder: Any, weights: Any, activations: Any) -> Any:
+def _dots4_avx2(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
     """vpmaddubsw multiplies unsigned by signed bytes and adds neighbours in 16 bits; a whole group fits into these."""
     wide, ones = ir.VectorType(I16, 16), _halves(16, 1)
-    parts = []
-    for offset in (0, 32):  # rows 0 to 7, rows 8 to 15
-        sums = ir.Constant(wide, [0] * 16)
+    parts: list[list[Any]] = [[] for _ in rows]
+    for offset in (0, 32):  # outputs 0 to 7, outputs 8 to 15
+        sums = [ir.Constant(wide, [0] * 16) for _ in rows]
         for number, vector in enumerate(_nibble_vectors(builder, weights, offset, 32)):
-            word = builder.bitcast(copies(builder, _word(builder, activations, number, 8), 8), ir.VectorType(I8, 32))
-            sums = builder.add(sums, call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", wide, [vector, word]))
-        parts.append(call_llvm(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT32, 8), [sums, ones]))
-    return _joined(builder, parts)
+            for row, activations in enumerate(rows):
+                word = builder.bitcast(copies(builder, _word(builder, activations, number, 8), 8), ir.VectorType(I8, 32))
+                sums[row] = builder.add(sums[row], call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", wide, [vector, word]))
+        _append(parts, [call_llvm(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT32, 8), [one, ones]) for one in sums])
+    return [_joined(builder, part) for part in parts]
 
 
-def _dots4_vnni(builder: Any, weights: Any, activations: Any) -> Any:
+def _dots4_vnni(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
     """vpdpbusd adds four products of unsigned and signed bytes to each 32-bit lane."""
-    sums = ir.Constant(WIDE_I32, [0] * LANES)
+    sums = [ir.Constant(WIDE_I32, [0] * LANES) for _ in rows]
     for number, vector in enumerate(_nibble_vectors(builder, weights, 0, 64)):
-        word = copies(builder, _word(builder, activations, number, 8), LANES)
-        sums = call_llvm(builder, "llvm.x86.avx512.vpdpbusd.512", WIDE_I32, [sums, builder.bitcast(vector, WIDE_I32), word])
+        vector = builder.bitcast(vector, WIDE_I32)
+        for row, activations in enumerate(rows):
+            word = copies(builder, _word(builder, activations, number, 8), LANES)
+            sums[row] = call_llvm(builder, "llvm.x86.avx512.vpdpbusd.512", WIDE_I32, [sums[row], vector, word])
     return sums
 
 
-def _dots4_neon(builder: Any, weights: Any, activations: Any) -> Any:
+def _dots4_neon(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
     """sdot adds four products of signed bytes to each of four 32-bit lanes."""
     four, sixteen = ir.VectorType(INT32, 4), ir.VectorType(I8, 16)
-    parts = []
+    parts: list[list[Any]] = [[] for _ in rows]
     for offset in range(0, 64, 16):
-        sums = ir.Constant(four, [0] * 4)
+        sums = [ir.Constant(four, [0] * 4) for _ in rows]
         for number, vector in enumerate(_nibble_vectors(builder, weights, offset, 16)):
-            word = builder.bitcast(copies(builder, _word(builder, activations, number, 8), 4), sixteen)
-            sums = call_llvm(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", four, [sums, vector, word])
-        parts.append(sums)
-    return _joined(builder, parts)
+            for row, activations in enumerate(rows):
+                word = builder.bitcast(copies(builder, _word(builder, activations, number, 8), 4), sixteen)
+                sums[row] = call_llvm(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", four, [sums[row], vector, word])
+        _append(parts, sums)
+    return [_joined(builder, part) for part in parts]
 
 
 DOTS8 = (_dots8_plain, _dots8_avx2, _dots8_vnni, _dots8_plain)
@@ -180,24 +191,27 @@ DOTS4 = (_dots4_plain, _dots4_avx2, _dots4_vnni, _dots4_neon)
 """By the number of the path; paths.py has their names."""
 
 
-def _dots(forms: tuple[Any, ...]) -> Any:
-    def declared(typing: Any, path: Any, weights: Any, at: Any, activations: Any, word_at: Any) -> Any:
+def _dots(forms: tuple[Any, ...], rows: int) -> Any:
+    def declared(typing: Any, path: Any, weights: Any, at: Any, activations: Any, word_at: Any, stride: Any) -> Any:
         form = forms[path.count]  # the path is a tuple whose length is its number: known when this is compiled
+        result = types.UniTuple(I32, rows)
 
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _, weights_type, _, activations_type, _ = signature.args
+            _, weights_type, _, activations_type, *_ = signature.args
             weight = address_of(context, builder, weights_type, args[1], args[2])
-            activation = address_of(context, builder, activations_type, args[3], args[4])
-            return form(builder, weight, activation)
+            places = [builder.add(args[4], builder.mul(args[5], ir.Constant(I64, row))) for row in range(rows)]
+            words = [address_of(context, builder, activations_type, args[3], place) for place in places]
+            return context.make_tuple(builder, result, form(builder, weight, words))
 
-        return I32(path, weights, types.int64, activations, types.int64), code
+        return result(path, weights, types.int64, activations, types.int64, types.int64), code
 
     return intrinsic(declared)
 
 
-dots8 = _dots(DOTS8)
-"""dots8(path, weights, at, activations, word_at): per row the sum of 32 products of int8 weights and int16 activations.
-Weights: 8 vectors of 64 bytes."""
-dots4 = _dots(DOTS4)
+dots8, four_dots8 = _dots(DOTS8, 1), _dots(DOTS8, 4)
+"""dots8(path, weights, at, activations, word_at, stride): for each of 16 outputs the sum of 32 products of int8 weights and int16
+activations, as a tuple of one vector; four_dots8 of four, for rows of activations that lie `stride` bytes apart: weights are
+unpacked once for all of them. Weights: 8 vectors of 64 bytes."""
+dots4, four_dots4 = _dots(DOTS4, 1), _dots(DOTS4, 4)
 """The same for weights from 0 to 15 and int8 activations: 4 vectors of 64 bytes; vector j holds word j in its low and word
 j + 4 in its high bits."""

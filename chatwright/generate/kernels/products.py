@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from chatwright.generate.kernels.compiling import inlined, inner
-from chatwright.generate.kernels.dots import GROUP, dots4, dots8
+from chatwright.generate.kernels.dots import GROUP, dots4, dots8, four_dots4, four_dots8
 from chatwright.generate.kernels.simd import (
     LANES,
     add,
@@ -170,10 +170,9 @@ def _product_bf16(arena, weights, groups, first, last, x, x_stride, rows, out, s
 
 
 @inlined
-def _grouped8(path, arena, w, s, words, factors, place, value):
+def _scaled8(arena, s, dots, factors, place, value):
     """value + factor * scale * sum of q x, the sum over one group."""
-    dots = to_float(dots8(path, arena, w, words, 2 * place * GROUP))
-    return fma(dots, multiply(load_bf16(arena, s), spread(factors, place)), value)
+    return fma(to_float(dots), multiply(load_bf16(arena, s), spread(factors, place)), value)
 
 
 @inner
@@ -190,11 +189,12 @@ def _product_int8(path, arena, weights, scales, groups, first, last, words, fact
             c = _start(vectors, bias, tile, out, at + 2 * stride, adding)
             d = _start(vectors, bias, tile, out, at + 3 * stride, adding)
             for g in range(groups):
-                s, w = scale_at + g * 32, base + g * 512
-                a = _grouped8(path, arena, w, s, words, factors, p + g, a)
-                b = _grouped8(path, arena, w, s, words, factors, p + groups + g, b)
-                c = _grouped8(path, arena, w, s, words, factors, p + 2 * groups + g, c)
-                d = _grouped8(path, arena, w, s, words, factors, p + 3 * groups + g, d)
+                s = scale_at + g * 32
+                ad, bd, cd, dd = four_dots8(path, arena, base + g * 512, words, (p + g) * 2 * GROUP, groups * 2 * GROUP)
+                a = _scaled8(arena, s, ad, factors, p + g, a)
+                b = _scaled8(arena, s, bd, factors, p + groups + g, b)
+                c = _scaled8(arena, s, cd, factors, p + 2 * groups + g, c)
+                d = _scaled8(arena, s, dd, factors, p + 3 * groups + g, d)
             store(out, at, a)
             store(out, at + stride, b)
             store(out, at + 2 * stride, c)
@@ -207,17 +207,18 @@ def _product_int8(path, arena, weights, scales, groups, first, last, words, fact
             for g in range(groups):
                 for line in range(0, 512, 64):
                     fetch_ahead(arena, base + g * 512 + AHEAD + line)
-                a = _grouped8(path, arena, base + g * 512, scale_at + g * 32, words, factors, p + g, a)
+                dots = dots8(path, arena, base + g * 512, words, (p + g) * 2 * GROUP, 0)[0]
+                a = _scaled8(arena, scale_at + g * 32, dots, factors, p + g, a)
             store(out, at, a)
             row += 1
 
 
 @inlined
-def _grouped4(path, arena, w, s, words, factors, sums, place, value):
+def _scaled4(arena, s, dots, factors, sums, place, value):
     """value + factor * (scale * sum of q x + least * sum of x), the sums over one group."""
-    dots = to_float(dots4(path, arena, w, words, place * GROUP))
-    value = fma(load_bf16(arena, s + 32), splat(factors[place] * sums[place]), value)
-    return fma(dots, multiply(load_bf16(arena, s), spread(factors, place)), value)
+    factor = spread(factors, place)
+    value = fma(load_bf16(arena, s + 32), multiply(factor, spread(sums, place)), value)
+    return fma(to_float(dots), multiply(load_bf16(arena, s), factor), value)
 
 
 @inner
@@ -234,11 +235,12 @@ def _product_int4(path, arena, weights, scales, groups, first, last, words, fact
             c = _start(vectors, bias, tile, out, at + 2 * stride, adding)
             d = _start(vectors, bias, tile, out, at + 3 * stride, adding)
             for g in range(groups):
-                s, w = scale_at + g * 64, base + g * 256
-                a = _grouped4(path, arena, w, s, words, factors, sums, p + g, a)
-                b = _grouped4(path, arena, w, s, words, factors, sums, p + groups + g, b)
-                c = _grouped4(path, arena, w, s, words, factors, sums, p + 2 * groups + g, c)
-                d = _grouped4(path, arena, w, s, words, factors, sums, p + 3 * groups + g, d)
+                s = scale_at + g * 64
+                ad, bd, cd, dd = four_dots4(path, arena, base + g * 256, words, (p + g) * GROUP, groups * GROUP)
+                a = _scaled4(arena, s, ad, factors, sums, p + g, a)
+                b = _scaled4(arena, s, bd, factors, sums, p + groups + g, b)
+                c = _scaled4(arena, s, cd, factors, sums, p + 2 * groups + g, c)
+                d = _scaled4(arena, s, dd, factors, sums, p + 3 * groups + g, d)
             store(out, at, a)
             store(out, at + stride, b)
             store(out, at + 2 * stride, c)
@@ -251,7 +253,8 @@ def _product_int4(path, arena, weights, scales, groups, first, last, words, fact
             for g in range(groups):
                 for line in range(0, 256, 64):
                     fetch_ahead(arena, base + g * 256 + AHEAD + line)
-                a = _grouped4(path, arena, base + g * 256, scale_at + g * 64, words, factors, sums, p + g, a)
+                dots = dots4(path, arena, base + g * 256, words, (p + g) * GROUP, 0)[0]
+                a = _scaled4(arena, scale_at + g * 64, dots, factors, sums, p + g, a)
             store(out, at, a)
             row += 1
 
