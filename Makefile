@@ -14,7 +14,7 @@ PIP_ARGS ?=
 .PHONY: help install install-dev quickstart chat serve check test docs clean browser peers bench-train bench-learn bench-plan bench-encode bench-generate
 
 help:
-	@echo "make quickstart   install, fetch data, train the whole road (10 to 13 minutes on 2 cores)"
+	@echo "make quickstart   install, fetch data, train the whole road (10 to 18 minutes on 2 cores)"
 	@echo "make chat         talk to the result in the terminal      (MODEL=smollm2 for a real assistant)"
 	@echo "make serve        talk to it in the browser, and an OpenAI-compatible API on the same port"
 	@echo "make install      the package alone, in .venv"
