@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import side_by_side
 import torch
+
 from chatwright import runtime
 
 PROMPT, ANSWER, LONG, SEQUENCES, EACH = 96, 128, 512, 16, 64
@@ -229,6 +230,7 @@ def llama_streams(kind: str) -> Callable[[], float]:
 def write_files() -> None:
     """SmolLM2 for llama.cpp: bf16 by our export, the others by its own quantiser from that."""
     import llama_cpp
+
     from chatwright.serve.export import main_export
 
     FILES.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
     simd.py      vectors of sixteen numbers for Numba
     dots.py      products of small integers, per kind of processor
+    compiling.py how functions are compiled
     barrier.py   how threads wait for each other
     paths.py     which kind this processor is
     packing.py   a model's weights as fp32, bf16, int8 or int4, in the order in which they are read

@@ -1,6 +1,6 @@
 """The whole model for a few tokens at once, as one compiled function that every thread runs.
 
-Threads share the work of each product and meet before its result is read. What is cheap (norms, rounding to int8) each
+Threads share the work of each product and meet before its result is read. What is cheap (norms, rounding) each
 thread does for itself while there are few rows, which saves a meeting; with many rows they share that as well.
 
 A row is a token of any sequence: decoding of many sequences, a piece of a prompt, and guesses to be checked all look alike. The
