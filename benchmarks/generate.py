@@ -1,7 +1,7 @@
 """Generation on this machine's CPU: our engine beside llama.cpp and transformers.
 
-    pip install "chatwright[bench]"                        # llama-cpp-python is compiled on the way: some minutes
-    python benchmarks/generate.py                          # everything, about 25 minutes; --only decode for a part
+    make bench-generate                                    # with llama.cpp compiled for speed, which takes ten minutes more
+    python benchmarks/generate.py                          # everything, about 12 minutes; --only decode for a part
     python benchmarks/generate.py --only perplexity --run runs/tiny      # needs: chatwright run tiny --until data
 
 decode      one stream: SmolLM2-135M, 96 tokens of prompt, 128 greedy tokens, against llama.cpp's bf16, Q8_0 and Q4_0

@@ -161,19 +161,34 @@ def set_threads(threads: int = 0) -> int:
     return threads
 
 
+@functools.cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that torch computes with; None where it cannot be asked (Windows)."""
+    try:
+        library = ctypes.CDLL(None)
+        _ = library.omp_set_num_threads
+    except (OSError, AttributeError, TypeError):
+        return None
+    return library
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, torch's operations on the CPU run in the calling thread.
+    """Inside, torch's operations on the CPU run in the calling thread alone; where OpenMP cannot be asked, nothing changes.
 
     After a parallel operation torch's other threads wait for the next one in a loop, for milliseconds, and keep processors busy
-    that threads outside of torch would need.
+    that threads outside of torch would need. OpenMP's number is the calling thread's own. `torch.set_num_threads` also sets what
+    all threads begin with: one that met torch first just then would keep a single thread for ever.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    threads, openmp = torch.get_num_threads(), _openmp()  # asking makes torch set this thread's number, which it does once
+    if openmp is None:
+        yield
+        return
+    openmp.omp_set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        openmp.omp_set_num_threads(threads)
 
 
 def has_bf16() -> bool:

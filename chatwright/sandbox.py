@@ -163,7 +163,7 @@ def _counted(value: Any) -> Any:
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)  # keeps Jinja's marks on the function
     def checked(*args: Any, **kwargs: Any) -> Any:
-        args = tuple(_counted(arg) for arg in args)
+        args, kwargs = tuple(map(_counted, args)), {name: _counted(arg) for name, arg in kwargs.items()}
         _check_sizes((*args, *kwargs.values()), multiply=True)
         if function.__name__ == "do_format":
             _check_format(args[0])
@@ -270,7 +270,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, RUF100
         """A call in the template, with checked arguments and result. (A macro may have an argument `self`.)"""
-        args = tuple(_counted(arg) for arg in args)
+        args, kwargs = tuple(map(_counted, args)), {name: _counted(arg) for name, arg in kwargs.items()}
         owner = getattr(getattr(__function, "__wrapped__", __function), "__self__", None)  # Jinja wraps format
         _check_sizes((owner, *args, *kwargs.values()), multiply=not isinstance(__function, Macro))
         if getattr(__function, "__name__", "") in ("format", "format_map"):

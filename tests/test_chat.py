@@ -315,17 +315,18 @@ HOSTILE = [
     "{{ " + "(" * 300 + "x" + ".y)" * 300 + " }}",
     "x" * 300_000,
     # Things of moderate size that one operation multiplies.
-    "{{ ('x' * 4000).replace('x', 'y' * 900000) }}",
-    "{{ ('x' * 4000) | replace('x', 'y' * 900000) }}",
-    "{{ ('y' * 900000).join(['x'] * 4000) }}",
-    "{{ (['x'] * 4000) | join('y' * 900000) }}",
+    "{{ ('x' * 4000).replace('x', 'y' * 4000000) }}",
+    "{{ ('x' * 4000) | replace('x', 'y' * 4000000) }}",
+    "{{ ('y' * 4000000).join(['x'] * 4000) }}",
+    "{{ (['x'] * 4000) | join('y' * 4000000) }}",
     "{{ ('\t' * 4000).expandtabs(999999) }}",
-    "{{ ('%s' * 4000) % (('y' * 900000,) * 4000) }}",
-    "{{ ('{0}' * 4000).format('y' * 900000) }}",
-    "{{ range(99999) | join('y' * 900000) }}",
-    "{{ range(99999) | map('string') | join('y' * 900000) }}",
-    "{{ ('y' * 900000).join((['x'] * 9999) | reverse) }}",
-    "{{ ([1] * 900000) | groupby('a') }}",
+    "{{ ('%s' * 4000) % (('y' * 4000000,) * 4000) }}",
+    "{{ ('{0}' * 4000).format('y' * 4000000) }}",
+    "{{ range(99999) | join('y' * 4000000) }}",
+    "{{ range(99999) | map('string') | join('y' * 4000000) }}",
+    "{{ ('y' * 4000000).join((['x'] * 9999) | reverse) }}",
+    "{{ ([1] * 4000000) | groupby('a') }}",
+    "{{ ([1] * 200000) | groupby('a') }}",
     # Lists that hold one another: small, and endless when they are written, compared or hashed.
     *(
         "{% set n = namespace(x=('a',), y=('a',)) %}{% for i in range(99) %}{% set n.x = (n.x, n.x) %}"
@@ -348,10 +349,10 @@ HOSTILE = [
     # What a loop repeats.
     "{% for i in range(99999) %}" + "t" * 5_000 + "{% endfor %}",
     "{% for i in range(99999) %}{{ '" + "t" * 5_000 + "' }}{% endfor %}",
-    "{% for i in range(99999) %}{% set x = 'a' * 900000 %}{% endfor %}",
-    "{% set x = 'a' * 900000 %}{% for i in range(99999) %}{% set y = x[1:] %}{% endfor %}",
-    "{% set x = 'a' * 900000 %}{% for i in range(99999) %}{% if 'ab' in x %}{% endif %}{% endfor %}",
-    "{% set x = 'a' * 900000 %}{% for i in range(99999) %}{% if x is in [x ~ 'a'] %}{% endif %}{% endfor %}",
+    "{% for i in range(99999) %}{% set x = 'a' * 4000000 %}{% endfor %}",
+    "{% set x = 'a' * 4000000 %}{% for i in range(99999) %}{% set y = x[1:] %}{% endfor %}",
+    "{% set x = 'a' * 4000000 %}{% for i in range(99999) %}{% if 'ab' in x %}{% endif %}{% endfor %}",
+    "{% set x = 'a' * 4000000 %}{% for i in range(99999) %}{% if x is in [x ~ 'a'] %}{% endif %}{% endfor %}",
 ]
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -134,12 +135,16 @@ def test_the_allocator_can_be_tuned() -> None:
     assert (done.stdout, done.stderr) == (f"{glibc}\n", "")
 
 
-def test_one_thread_for_a_while() -> None:
+def test_one_thread_for_a_while_and_for_nobody_else() -> None:
+    if runtime._openmp() is None:
+        pytest.skip("OpenMP cannot be asked here: that torch's threads do not get in the way is NOT covered")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         with contextlib.suppress(ValueError), runtime.one_thread():
             assert torch.get_num_threads() == 1
+            with ThreadPoolExecutor(1) as other:
+                assert other.submit(torch.get_num_threads).result() == 2
             raise ValueError
         assert torch.get_num_threads() == 2
     finally:

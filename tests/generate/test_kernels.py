@@ -18,7 +18,17 @@ from numba import njit, typeof
 
 from chatwright.config import UserError
 from chatwright.generate.kernels import KernelRunner, dots, packing, paths, simd, step
-from chatwright.generate.kernels.products import INT4_WEIGHTS, INT8_WEIGHTS, quantise
+from chatwright.generate.kernels.products import (
+    ADDS,
+    BIAS,
+    FORMAT,
+    GROUPS,
+    INT4_WEIGHTS,
+    INT8_WEIGHTS,
+    TILES,
+    product,
+    quantise,
+)
 from chatwright.generate.kernels.reference import reference, reference_logits, rounded_activations
 from chatwright.generate.runner import Feed
 from chatwright.model.gpt import GPT
@@ -270,6 +280,38 @@ def test_rounding_activations(width: int, seed: int, size: float) -> None:
         read = torch.from_numpy(words.astype(np.float32)).view(-1, 32) * torch.from_numpy(factors)[:, None]
         assert torch.allclose(read.flatten()[:width], rounded_activations(x, kind), rtol=1e-6, atol=0)
         assert np.array_equal(sums, words.reshape(-1, 32).astype(np.int64).sum(1).astype(np.float32))
+
+
+@njit
+def _product(path, arena, matrix, x, x_stride, words, factors, sums, rows, out, stride, vectors):  # type: ignore[no-untyped-def]
+    if matrix[FORMAT] >= INT8_WEIGHTS:
+        quantise(matrix[FORMAT], x, x_stride, 0, rows, matrix[GROUPS], words, factors, sums)
+    product(path, arena, matrix, 0, matrix[TILES], x, x_stride, words, factors, sums, rows, out, stride, vectors)
+
+
+@pytest.mark.parametrize("path", paths.NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_equal_plain_torch(dtype: str, path: str, make_model: MakeModel) -> None:
+    """Every matrix of a layer and the output matrix, with biases, added to what is there or not, for few and many rows."""
+    if reason := missing(path):
+        pytest.skip(reason)
+    packed = packing.pack(shape(make_model, "gpt2"), dtype)
+    draw = torch.Generator().manual_seed(2)
+    for number in (*range(step.MATRICES), len(packed.plan) - 2):
+        plan = packed.plan[number]
+        weights, kind = packed.matrix(number), int(plan[FORMAT])
+        outputs, inputs = weights.shape
+        bias = torch.from_numpy(packed.vectors[plan[BIAS] : plan[BIAS] + outputs]) if plan[BIAS] >= 0 else torch.zeros(outputs)
+        for rows in (1, 3, 4, 9):
+            x, out = torch.randn(rows, inputs, generator=draw), torch.randn(rows, outputs, generator=draw)
+            given = rounded_activations(x, kind) if kind >= INT8_WEIGHTS else x
+            there = out.clone() if plan[ADDS] else torch.zeros_like(out)
+            words, factors = np.zeros(2 * x.numel(), np.uint8), np.zeros((2, x.numel() // 32), np.float32)
+            _product(paths.typed(path), packed.arena, plan, x.flatten().numpy(), inputs, words, *factors, rows,
+                     out.view(-1).numpy(), outputs, packed.vectors)  # fmt: skip
+            wanted = there.double() + given.double() @ weights.double().T + bias
+            size = there.abs() + given.abs() @ weights.abs().T + bias.abs()
+            assert ((out - wanted).abs() <= 1e-6 * size).all()
 
 
 def test_one_compilation_serves_every_model(make_model: MakeModel) -> None:

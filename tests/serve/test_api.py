@@ -42,13 +42,17 @@ def test_openai_client_whole_answer(client: openai.OpenAI) -> None:
 
 def test_openai_client_stream_is_the_same_answer(client: openai.OpenAI, server: Running) -> None:
     whole = client.chat.completions.create(messages=user("snowman"), **ASK)
-    chunks = list(
-        client.chat.completions.create(
-            messages=user("snowman"), stream=True, stream_options={"include_usage": True}, **ASK
-        )
-    )
+    server.model.engine.allow(2)
+    chunks = []
+    for chunk in client.chat.completions.create(
+        messages=user("snowman"), stream=True, stream_options={"include_usage": True}, **ASK
+    ):
+        chunks.append(chunk)
+        if chunk.choices and chunk.choices[0].delta.content:  # the rest is not computed before something has arrived
+            server.model.engine.allow(float("inf"))
     texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(texts) == DIALOGUES["snowman"] == whole.choices[0].message.content
+    assert sum(map(bool, texts)) > 1, "it came in one piece: nothing was streamed"
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
     assert chunks[-1].choices == []
