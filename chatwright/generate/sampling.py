@@ -12,6 +12,9 @@ do not depend on what else is in the batch.
 Log-probabilities are those of log_softmax(logits / temperature), *before* the penalties, the bias and the filters: what a trainer
 recomputes for the same tokens, with the same temperature (policy-gradient methods need exactly that). Where filters
 are on, they are not the probabilities of the filtered distribution. At temperature 0 the temperature counts as 1.
+
+There is no log, exp or logsumexp of whole rows here, but log1p, softmax and log_softmax: torch gives the former to MKL on CPUs, whose
+threads do not keep to `runtime.one_thread`.
 """
 
 from __future__ import annotations
@@ -228,7 +231,7 @@ class BatchSampler:
             raced = (processed.softmax(-1) / self._race(logits)).argmax(-1)
             ids = raced if self.greedy is None else torch.where(self.greedy, ids, raced)
         scaled = logits if self.temperature is None else logits / self.temperature
-        logprobs = scaled.gather(1, ids[:, None])[:, 0] - scaled.logsumexp(-1)
+        logprobs = scaled.log_softmax(-1).gather(1, ids[:, None])[:, 0]
         if self.seen is not None:
             self.seen.scatter_(1, ids[:, None], True)
         if self.counts is not None:
@@ -255,7 +258,7 @@ class BatchSampler:
         for row, generator in zip(uniform, self.generators, strict=True):
             if generator is not None:
                 row.uniform_(generator=generator)
-        return uniform.log_().neg_()
+        return uniform.sub_(1.0).log1p_().neg_()  # the difference is exact
 
 
 def _rows(wanted: list[bool], device: torch.device | str) -> Tensor | None:
@@ -271,12 +274,11 @@ def keep_top_k(logits: Float[Tensor, "B V"], k: Int[Tensor, " B"]) -> Float[Tens
 
 def keep_top_p(logits: Float[Tensor, "B V"], top_p: Float[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
     """-inf for all but the likeliest tokens that reach a sum of top_p; the token that crosses it stays."""
-    total = logits.logsumexp(-1, keepdim=True)
+    probabilities = logits.softmax(-1)
     vocabulary = logits.shape[-1]
     width = min(NUCLEUS_WIDTH, vocabulary)
     while True:
-        values, index = logits.topk(width, dim=-1)
-        probability = (values - total).exp()
+        probability, index = probabilities.topk(width, dim=-1)
         mass = probability.cumsum(-1)
         if width == vocabulary or bool((mass[:, -1:] >= top_p).all()):
             break

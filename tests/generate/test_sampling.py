@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -262,3 +266,40 @@ def test_impossible_tokens_are_never_drawn_and_broken_rows_are_marked() -> None:
 def test_values_without_sense_are_refused(values: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         Sampling(**values)
+
+
+SETTINGS = (
+    "Sampling(temperature=0.0)",
+    "Sampling(temperature=0.7, top_p=0.9, seed=1)",
+    "Sampling(top_k=50, min_p=0.01, top_logprobs=5, seed=1)",
+    "Sampling(repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.5, logit_bias={3: 1.0}, seed=1)",
+)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted by Linux only: NOT covered here")
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_no_other_thread_is_waked(sampling: str, alone: bool) -> None:
+    """The kernels' own threads need the processors (runtime.one_thread); MKL's would not keep to that. A process that never had
+    torch or MKL begin a second thread has none that waits. Without one_thread the same settings do begin some."""
+    program = f"""
+import contextlib, os
+import torch
+from chatwright import runtime
+from chatwright.generate.sampling import BatchSampler, Sampling, make_generator
+torch.set_num_threads(2)
+before = len(os.listdir("/proc/self/task"))
+with runtime.one_thread() if {alone} else contextlib.nullcontext():
+    row = torch.linspace(-8, 8, 49_152)
+    logits = torch.stack((row, row.flip(0)))
+    settings = [{sampling}] * 2
+    generators = [make_generator(one) for one in settings]
+    sampler = BatchSampler(settings, generators, [[1, 2], [3]], answered=[1, 1], vocab_size=row.numel())
+    sampler(logits)
+    sampler.alternatives(logits)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment)
+    assert not done.returncode, done.stderr
+    assert (int(done.stdout) == 0) == alone

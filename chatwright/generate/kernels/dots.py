@@ -106,16 +106,23 @@ def _dots8_plain(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
 
 
 def _dots8_pairs(builder: Any, weights: Any, rows: list[Any], outputs: int, instruction: str) -> list[Any]:
-    """vpmaddwd multiplies 16-bit numbers and adds neighbours: two sums per output, of `outputs` at once."""
+    """vpmaddwd multiplies 16-bit numbers and adds neighbours: two sums per output, of `outputs` in a register.
+
+    Two registers of weights at a time share each word of the activations; more would not leave enough for the sums.
+    """
+    kind, room = ir.VectorType(INT32, 2 * outputs), ir.VectorType(I16, 4 * outputs)
     parts: list[list[Any]] = [[] for _ in rows]
-    for offset in range(0, 64, 4 * outputs):
-        sums = [ir.Constant(ir.VectorType(INT32, 2 * outputs), [0] * 2 * outputs) for _ in rows]
+    for offset in range(0, 64, 8 * outputs):
+        sums = [[ir.Constant(kind, [0] * 2 * outputs)] * 2 for _ in rows]
         for number in range(_WORDS):
-            vector = builder.sext(_bytes(builder, weights, 64 * number + offset, 4 * outputs), ir.VectorType(I16, 4 * outputs))
+            places = (64 * number + offset, 64 * number + offset + 4 * outputs)
+            vectors = [builder.sext(_bytes(builder, weights, place, 4 * outputs), room) for place in places]
             for row, activations in enumerate(rows):
-                word = builder.bitcast(copies(builder, _word(builder, activations, number, 16), outputs), vector.type)
-                sums[row] = builder.add(sums[row], call_llvm(builder, instruction, sums[row].type, [vector, word]))
-        _append(parts, sums)
+                word = builder.bitcast(copies(builder, _word(builder, activations, number, 16), outputs), room)
+                products = [call_llvm(builder, instruction, kind, [vector, word]) for vector in vectors]
+                sums[row] = [builder.add(one, product) for one, product in zip(sums[row], products, strict=True)]
+        for part, both in zip(parts, sums, strict=True):
+            part += both
     return [_neighbours_added(builder, _joined(builder, part)) for part in parts]
 
 
