@@ -30,6 +30,8 @@ LARGEST = 1 << 22
 """Most characters of a text, most of any number that sizes one, and of what is written in all."""
 ITEM = 16
 """Characters that an item of a list counts for: it takes about as much memory."""
+ARGUMENTS = 1_000
+"""Most arguments of one call."""
 _TOO_LARGE = f"of more than {LARGEST:,} characters, an item counted as {ITEM}"
 WORK = 1 << 26
 """Most characters and items that all operations of one rendering make, together."""
@@ -38,6 +40,10 @@ PRODUCT = 1 << 26
 SECONDS = 2.0
 """Most of the processor's time for one rendering."""
 
+_APART = frozenset(
+    ("batch", "groupby", "join", "list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr", "slice", "sort", "sum",
+     "unique")
+)  # fmt: skip
 _SIZE, _TIME = "chatwright size", "chatwright time"  # no template can spell a name with a space
 
 
@@ -160,11 +166,22 @@ def _counted(value: Any) -> Any:
     return items
 
 
-def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a function or a filter is to get: things that can be weighed, and not thousands of them."""
+    if len(args) + len(kwargs) > ARGUMENTS:
+        raise SecurityError(f"it gives more than {ARGUMENTS:,} arguments")
+    return tuple(map(_counted, args)), {name: _counted(arg) for name, arg in kwargs.items()}
+
+
+def _checked(function: Callable[..., Any], *, apart: bool) -> Callable[..., Any]:
+    """`apart`: a filter that makes things out of every single character when it is given a text."""
+
     @functools.wraps(function)  # keeps Jinja's marks on the function
     def checked(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tuple(map(_counted, args)), {name: _counted(arg) for name, arg in kwargs.items()}
+        args, kwargs = _given(args, kwargs)
         _check_sizes((*args, *kwargs.values()), multiply=True)
+        if apart and any(isinstance(arg, str) and ITEM * len(arg) > LARGEST for arg in args):
+            raise SecurityError(f"it takes a text of more than {LARGEST // ITEM:,} characters apart")
         if function.__name__ == "do_format":
             _check_format(args[0])
         return _bounded(function(*args, **kwargs))
@@ -241,7 +258,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self, **functions: Callable[..., Any]) -> None:
         """`functions` are those that templates may call by name."""
         super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=_written, optimized=False)
-        self.filters = {name: _checked(function) for name, function in self.filters.items()}
+        self.filters = {name: _checked(function, apart=name in _APART) for name, function in self.filters.items()}
         del self.globals["lipsum"]  # endless text on demand
         self.globals.update(functions)
         self.filters |= {_SIZE: _bounded, _TIME: _timed}
@@ -270,7 +287,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, RUF100
         """A call in the template, with checked arguments and result. (A macro may have an argument `self`.)"""
-        args, kwargs = tuple(map(_counted, args)), {name: _counted(arg) for name, arg in kwargs.items()}
+        args, kwargs = _given(args, kwargs)
         owner = getattr(getattr(__function, "__wrapped__", __function), "__self__", None)  # Jinja wraps format
         _check_sizes((owner, *args, *kwargs.values()), multiply=not isinstance(__function, Macro))
         if getattr(__function, "__name__", "") in ("format", "format_map"):

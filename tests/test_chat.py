@@ -327,6 +327,15 @@ HOSTILE = [
     "{{ ('y' * 4000000).join((['x'] * 9999) | reverse) }}",
     "{{ ([1] * 4000000) | groupby('a') }}",
     "{{ ([1] * 200000) | groupby('a') }}",
+    # Texts that are taken apart, each character for itself.
+    *(
+        "{{ ('y' * 4000000) | " + end + " }}"
+        for end in (
+            "groupby('a')", "list", "map('upper') | list", "map(attribute='a') | list", "select('odd') | list",
+            "rejectattr('a') | list", "sort", "unique | list", "sum", "max", "batch(1) | list", "slice(2) | list", "join(',')",
+        )
+    ),
+    "{{ cycler(*('y' * 4000000)) }}",
     # Lists that hold one another: small, and endless when they are written, compared or hashed.
     *(
         "{% set n = namespace(x=('a',), y=('a',)) %}{% for i in range(99) %}{% set n.x = (n.x, n.x) %}"
