@@ -268,7 +268,7 @@ def test_values_without_sense_are_refused(values: dict[str, Any], named: str) ->
         Sampling(**values)
 
 
-SETTINGS = (
+DRAWN = (
     "Sampling(temperature=0.0)",
     "Sampling(temperature=0.7, top_p=0.9, seed=1)",
     "Sampling(top_k=50, min_p=0.01, top_logprobs=5, seed=1)",
@@ -278,7 +278,7 @@ SETTINGS = (
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted by Linux only: NOT covered here")
 @pytest.mark.parametrize("alone", [True, False])
-@pytest.mark.parametrize("sampling", SETTINGS)
+@pytest.mark.parametrize("sampling", DRAWN)
 def test_no_other_thread_is_waked(sampling: str, alone: bool) -> None:
     """The kernels' own threads need the processors (runtime.one_thread); MKL's would not keep to that. A process that never had
     torch or MKL begin a second thread has none that waits. Without one_thread the same settings do begin some."""
