@@ -76,6 +76,12 @@ class LanguageModel:
         """
         return Engine(self.model, self.tokenizer, runner=make_runner(self.model, self.dtype))
 
+    @property
+    def memory_bytes(self) -> int:
+        """What the model takes once it answers: parameters, weights packed for the engine, keys and values."""
+        parameters = sum(one.nbytes for one in self.model.parameters())  # tied ones come once
+        return parameters + self.engine.runner.weight_bytes() + self.engine.cache_bytes
+
     def logits(self, ids: Sequence[Sequence[int]] | Tensor) -> Float[Tensor, "batch time vocab"]:
         """Logits (float32) of the token after each position; rows of equal length."""
         tokens = torch.as_tensor(ids, dtype=torch.int64, device=next(self.model.parameters()).device)

@@ -134,6 +134,11 @@ class Engine:
         return max(one, min(self.max_batch * one, affordable))
 
     @property
+    def cache_bytes(self) -> int:
+        """The memory budget for keys and values, in bytes; it is taken as a whole at the first request."""
+        return self._pool.pages * self._pool.size * self.runner.token_bytes()
+
+    @property
     def waiting(self) -> int:
         """Number of requests that have no place yet."""
         return len(self._waiting)

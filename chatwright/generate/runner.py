@@ -48,6 +48,10 @@ class Runner(Protocol):
         """Memory that the keys and values of one token take in all layers."""
         ...
 
+    def weight_bytes(self) -> int:
+        """Memory of weights of its own, beside the model's parameters."""
+        ...
+
     def allocate(self, pages: int, size: int) -> None:
         """Make room for `pages` pages of `size` tokens; called once, before anything else."""
         ...

@@ -120,6 +120,10 @@ class TorchRunner:
         config = self.config
         return 2 * config.layers * config.kv_heads * config.head_dim * self._dtype.itemsize
 
+    def weight_bytes(self) -> int:
+        """None of its own: it computes with the parameters."""
+        return 0
+
     def allocate(self, pages: int, size: int) -> None:
         """Make room for `pages` pages of `size` tokens. Raises UserError when there is not so much memory."""
         config = self.config

@@ -13,18 +13,20 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+from starlette.types import Receive, Scope, Send
 
 from chatwright.chat import Message
 from chatwright.config import UserError, near_match
 from chatwright.generate.sampling import Sampling
 from chatwright.serve import errors
-from chatwright.serve.errors import ApiError
+from chatwright.serve.pool import ModelPool
 from chatwright.serve.service import Answer, ChatService, Prepared
 
 logger = logging.getLogger(__name__)
@@ -285,40 +287,51 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def routes(service: ChatService) -> APIRouter:
-    """The routes of one model's service."""
-    router = APIRouter()
-    started = int(time.time())
-    card = {"id": service.name, "object": "model", "created": started, "owned_by": "chatwright"}
+class HeldStream(StreamingResponse):
+    """A stream for whose whole time something is held, a model above all; let go also when it never begins."""
 
-    def check_model(name: str) -> None:
-        if name != service.name:
-            message = f"the model {name!r} is not served here; this server has {service.name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+    def __init__(self, events: AsyncIterator[bytes], hold: AsyncExitStack, **settings: Any) -> None:
+        super().__init__(events, **settings)
+        self._hold = hold
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream, then let go."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._hold.aclose()
+
+
+def routes(pool: ModelPool) -> APIRouter:
+    """The routes of the models in `pool`."""
+    router = APIRouter()
+
+    def card(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": pool.created(name), "owned_by": "chatwright"}
 
     @router.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "model": service.name, "running": service.running}
+        return {"status": "ok", "models": pool.names, "running": pool.running}
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [card(name) for name in pool.names]}
 
     @router.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        check_model(name)
-        return card
+        return card(name)
 
     @router.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        check_model(body.model)
-        messages = [message.plain() for message in body.messages]
-        prepared = await service.prepare(messages, body.sampling(), answers=body.n or 1)
-        reply = Reply(service, prepared)
-        if not body.stream:
-            return await collect_unless_gone(service, reply, request)
-        include_usage = bool(body.stream_options and body.stream_options.include_usage)
-        events = stream_events(service, reply, include_usage=include_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers=reply.headers)
+        async with AsyncExitStack() as stack:
+            service = await stack.enter_async_context(pool.use(body.model))
+            messages = [message.plain() for message in body.messages]
+            prepared = await service.prepare(messages, body.sampling(), answers=body.n or 1)
+            reply = Reply(service, prepared)
+            if not body.stream:
+                return await collect_unless_gone(service, reply, request)
+            include_usage = bool(body.stream_options and body.stream_options.include_usage)
+            events = stream_events(service, reply, include_usage=include_usage)
+            return HeldStream(events, stack.pop_all(), media_type="text/event-stream", headers=reply.headers)
 
     return router

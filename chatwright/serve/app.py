@@ -14,7 +14,7 @@ from chatwright.serve import api, chat_page, errors
 from chatwright.serve.guard import Guard
 from chatwright.serve.jobs import JobStore
 from chatwright.serve.markdown import render
-from chatwright.serve.service import ChatService
+from chatwright.serve.pool import ModelPool
 
 MAX_BODY = 1 << 20
 """Largest request in bytes: far more text than any model's context holds."""
@@ -31,26 +31,25 @@ class Static(StaticFiles):
 
 
 def create_app(
-    service: ChatService,
+    pool: ModelPool,
     *,
     hosts: Iterable[str] | None = (),
     max_body: int = MAX_BODY,
     jobs: JobStore | None = None,
 ) -> FastAPI:
-    """The application. `hosts`: names it answers to beside loopback ones, None for any. Closes the engine at its end."""
+    """The application. `hosts`: names it answers to beside loopback ones, None for any. Closes the engines at its end."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        service.cancel_all()
-        service.engine.close()
+        pool.close()
 
     # No /docs: FastAPI's page loads its scripts from a CDN. The document itself is at /openapi.json.
     app = FastAPI(title="chatwright", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.state.service = service
+    app.state.pool = pool
     errors.install(app)
-    app.include_router(api.routes(service))
-    app.include_router(chat_page.routes(service, jobs or JobStore(service, render)))
+    app.include_router(api.routes(pool))
+    app.include_router(chat_page.routes(pool, jobs or JobStore(render)))
     app.mount("/static", Static(directory=chat_page.STUDIO / "static"))
     app.add_middleware(Guard, hosts=hosts, max_body=max_body)
     return app

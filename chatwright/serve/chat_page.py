@@ -10,6 +10,7 @@ POST /chat/render             {"texts": [...]} -> {"html": [...]}: Markdown of e
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,7 @@ from chatwright.serve.api import ChatMessage
 from chatwright.serve.errors import ApiError
 from chatwright.serve.jobs import Job, JobStore
 from chatwright.serve.markdown import render
-from chatwright.serve.service import ChatService
+from chatwright.serve.pool import ModelPool
 
 STUDIO = Path(__file__).parent / "studio"
 DEFAULT_TEMPERATURE = 0.7
@@ -46,7 +47,7 @@ class RenderRequest(BaseModel):
     texts: Annotated[list[str], Field(max_length=2048)]
 
 
-def routes(service: ChatService, jobs: JobStore) -> APIRouter:
+def routes(pool: ModelPool, jobs: JobStore) -> APIRouter:
     """The page's routes."""
     router = APIRouter(include_in_schema=False)
     pages = jinja2.Environment(loader=jinja2.FileSystemLoader(STUDIO / "templates"), autoescape=True)
@@ -58,20 +59,24 @@ def routes(service: ChatService, jobs: JobStore) -> APIRouter:
 
     @router.get("/")
     async def page() -> HTMLResponse:
-        context = {
-            "model": service.name,
-            "window": service.context,
-            "temperature": DEFAULT_TEMPERATURE,
-            "max_tokens": min(DEFAULT_NEW_TOKENS, service.context // 2),
-        }
+        async with pool.use(pool.default) as service:
+            context = {
+                "model": service.name,
+                "window": service.context,
+                "temperature": DEFAULT_TEMPERATURE,
+                "max_tokens": min(DEFAULT_NEW_TOKENS, service.context // 2),
+            }
         return HTMLResponse(pages.get_template("chat.html").render(context))
 
     @router.post("/chat/jobs", status_code=201)
     async def start(body: JobRequest) -> dict[str, Any]:
         messages = [message.plain() for message in body.messages]
         sampling = Sampling(temperature=body.temperature, max_new_tokens=body.max_tokens)
-        prepared = await service.prepare(messages, sampling)
-        return {"id": jobs.start(prepared).id, "dropped": prepared.dropped}
+        async with AsyncExitStack() as stack:
+            service = await stack.enter_async_context(pool.use(pool.default))
+            prepared = await service.prepare(messages, sampling)
+            job = jobs.start(service, prepared, hold=stack.pop_all())
+        return {"id": job.id, "dropped": prepared.dropped}
 
     @router.get("/chat/jobs/{job_id}/events")
     async def events(job_id: str, after: Annotated[int, Field(ge=0)] = 0) -> StreamingResponse:

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from chatwright.config import UserError
+from chatwright.serve.pool import NoMemory, UnknownModel
 from chatwright.serve.service import Busy, TooLong
 
 
@@ -36,6 +37,10 @@ def body(
 
 def from_user_error(error: UserError) -> ApiError:
     """The status that fits an error of the layers below."""
+    if isinstance(error, UnknownModel):
+        return ApiError(404, str(error), param="model", code="model_not_found")
+    if isinstance(error, NoMemory):
+        return ApiError(503, str(error), param="model", code="model_not_loaded")
     if isinstance(error, Busy):
         return ApiError(429, str(error), code="rate_limit_exceeded")
     if isinstance(error, TooLong):
@@ -47,7 +52,7 @@ def install(app: FastAPI) -> None:
     """Give every error of `app` the one shape."""
 
     def respond(error: ApiError) -> JSONResponse:
-        headers = {"retry-after": "1"} if error.status == 429 else {}
+        headers = {"retry-after": "1"} if error.status in (429, 503) else {}
         content = body(error.message, status=error.status, param=error.param, code=error.code)
         return JSONResponse(content, status_code=error.status, headers=headers)
 

@@ -13,6 +13,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 from chatwright.config import UserError
@@ -26,8 +27,9 @@ Event = dict[str, Any]
 class Job:
     """One answer in the making, kept until some time after its end."""
 
-    def __init__(self, prepared: Prepared, clock: Callable[[], float]) -> None:
+    def __init__(self, service: ChatService, prepared: Prepared, clock: Callable[[], float]) -> None:
         self.id = secrets.token_urlsafe(16)
+        self.service = service
         self.prepared = prepared
         self.events: list[Event] = []
         self.finished = False
@@ -66,7 +68,6 @@ class JobStore:
 
     def __init__(
         self,
-        service: ChatService,
         render: Callable[[str], str],
         *,
         max_jobs: int = 64,
@@ -75,7 +76,6 @@ class JobStore:
         heartbeat_seconds: float = 15.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._service = service
         self._render = render
         self._max_jobs = max_jobs
         self._keep_seconds = keep_seconds
@@ -85,16 +85,16 @@ class JobStore:
         self._jobs: dict[str, Job] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, prepared: Prepared) -> Job:
-        """Start an answer. Raises Busy when all places are taken by jobs that still run."""
+    def start(self, service: ChatService, prepared: Prepared, *, hold: AsyncExitStack | None = None) -> Job:
+        """Start an answer. `hold` is closed at its end. Raises Busy when all places are taken by jobs that still run."""
         if len(self._jobs) >= self._max_jobs:
             oldest = next((job for job in self._jobs.values() if job.finished), None)
             if oldest is None:
                 raise Busy(f"{len(self._jobs)} answers are under way; try again in a moment")
             del self._jobs[oldest.id]
-        job = Job(prepared, self._clock)
+        job = Job(service, prepared, self._clock)
         self._jobs[job.id] = job
-        task = asyncio.get_running_loop().create_task(self._run(job))
+        task = asyncio.get_running_loop().create_task(self._run(job, hold or AsyncExitStack()))
         self._tasks.add(task)  # the loop itself keeps only a weak reference
         task.add_done_callback(self._tasks.discard)
         return job
@@ -108,10 +108,10 @@ class JobStore:
         job.stopped = True
         job.wake()
 
-    async def _run(self, job: Job) -> None:
+    async def _run(self, job: Job, hold: AsyncExitStack) -> None:
         text, tokens, reason = "", 0, "cancelled"
         try:
-            with self._service.answer(job.prepared) as answer:
+            with job.service.answer(job.prepared) as answer:
                 watch = asyncio.create_task(self._cancel_when_unwanted(job, answer.cancel))
                 try:
                     async for _, piece in answer:
@@ -138,6 +138,7 @@ class JobStore:
             message = "the model failed while it answered; the server's log says why"
             job.publish({"type": "error", "message": message}, last=True)
         finally:
+            await hold.aclose()
             asyncio.get_running_loop().call_later(self._keep_seconds, self._jobs.pop, job.id, None)
 
     async def _cancel_when_unwanted(self, job: Job, cancel: Callable[[], None]) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from chatwright.language_model import LanguageModel
+    from chatwright.serve.pool import ModelPool
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class ServeConfig:
     """Host names the server answers to beside this machine's own. Empty: any name, if `host` is not loopback."""
     max_requests: int = 64
     """Answers that may be under way or waiting at a time; more are refused with status 429."""
+    models: list[str] = field(default_factory=list)
+    """More models, each `MODEL` or `NAME=MODEL`, loaded when they are first asked for: --models '["small=runs/tiny", "smollm2"]'."""
+    memory_gb: float = 0.0
+    """Most memory, in GB, for all models together; those unused longest are put away for others. 0: no limit."""
     dtype: str = "auto"
     """Weights while generating: fp32, bf16, int8 or int4 (compiled CPU kernels); auto takes bf16 for models above 20 M."""
 
@@ -41,6 +46,8 @@ class ServeConfig:
             raise UsageError(f"--port {self.port}: ports are 0 to 65535")
         if self.max_requests < 1:
             raise UsageError(f"--max_requests {self.max_requests}: at least 1")
+        if not 0 <= self.memory_gb < float("inf"):
+            raise UsageError(f"--memory_gb {self.memory_gb}: 0 (no limit) or more")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,7 +71,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         from chatwright.language_model import load
 
-        return serve(load(str(positionals["model"]), dtype=config.dtype), listener, config)
+        source = str(positionals["model"])
+        return serve(make_pool(load(source, dtype=config.dtype), source, config), listener, config)
     finally:
         listener.close()
 
@@ -102,26 +110,32 @@ def listen(host: str, port: int) -> socket.socket:
     raise UserError(f"cannot listen on {host} port {port}: {problem.strerror}")
 
 
-def build_app(model: LanguageModel, config: ServeConfig) -> FastAPI:
-    """The application that serves `model`, its engine thread started."""
-    from chatwright.generate.threads import EngineThread
+def build_app(pool: ModelPool, config: ServeConfig) -> FastAPI:
+    """The application that serves the models of `pool`."""
     from chatwright.serve.app import create_app
     from chatwright.serve.guard import is_loopback
-    from chatwright.serve.service import ChatService
 
-    model.require_template()  # a base model is refused now, not at the first message
     hosts = config.allowed_hosts if config.allowed_hosts or is_loopback(config.host) else None
-    engine = EngineThread(model.engine, max_waiting=config.max_requests)
-    service = ChatService(model, engine, name=config.name or model.name, max_requests=config.max_requests)
-    return create_app(service, hosts=hosts)
+    return create_app(pool, hosts=hosts)
 
 
-def serve(model: LanguageModel, listener: socket.socket, config: ServeConfig) -> int:
-    """Serve `model` on `listener` until Ctrl-C; answers under way are ended properly. Returns the exit code."""
-    app = build_app(model, config)
+def make_pool(model: LanguageModel, source: str, config: ServeConfig) -> ModelPool:
+    """The models to serve: `model`, which `source` names and which is in memory, and those of --models."""
+    from chatwright.serve.pool import ModelPool, Spec, parse_specs
+
+    specs = [Spec(config.name or model.name, source, config.dtype), *parse_specs(config.models, config.dtype)]
+    budget = int(config.memory_gb * 1e9) or None
+    pool = ModelPool(specs, budget=budget, max_requests=config.max_requests)
+    pool.adopt(pool.default, model)
+    return pool
+
+
+def serve(pool: ModelPool, listener: socket.socket, config: ServeConfig) -> int:
+    """Serve on `listener` until Ctrl-C; answers under way are ended properly. Returns the exit code."""
+    app = build_app(pool, config)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"chatwright serves {config.name or model.name}", file=sys.stderr)
+    print(f"chatwright serves {', '.join(pool.names)}", file=sys.stderr)
     print(f"  chat page   http://{shown}:{port}/", file=sys.stderr)
     print(f"  OpenAI API  http://{shown}:{port}/v1", file=sys.stderr)
     print("Ctrl-C stops.", file=sys.stderr, flush=True)
@@ -138,7 +152,7 @@ def make_server(app: FastAPI) -> uvicorn.Server:
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            app.state.service.cancel_all()
+            app.state.pool.cancel_all()
             await super().shutdown(sockets)
 
     config = uvicorn.Config(

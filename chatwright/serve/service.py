@@ -119,6 +119,11 @@ class ChatService:
         for answer in tuple(self._running):
             answer.cancel()
 
+    def close(self) -> None:
+        """End every answer and stop the engine. Blocks for the step that is running."""
+        self.cancel_all()
+        self.engine.close()
+
 
 class Answer:
     """The pieces of one or several requests, in the order in which they are made: (index of the request, piece).

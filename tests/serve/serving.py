@@ -123,10 +123,11 @@ class Running:
 @contextmanager
 def run_server(model: TinyModel, **settings: Any) -> Iterator[Running]:
     """`chatwright serve` in a thread: the real application, uvicorn and a real port."""
-    from chatwright.serve.server import ServeConfig, build_app, listen, make_server
+    from chatwright.serve.server import ServeConfig, build_app, listen, make_pool, make_server
 
     listener = listen("127.0.0.1", 0)
-    app = build_app(model, ServeConfig(**settings))
+    config = ServeConfig(**settings)
+    app = build_app(make_pool(model, model.name, config), config)
     server = make_server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

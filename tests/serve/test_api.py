@@ -147,7 +147,7 @@ def test_models_and_health(client: openai.OpenAI, server: Running) -> None:
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
     health = httpx.get(f"{server.url}/health").json()
-    assert health == {"status": "ok", "model": "tiny/taught", "running": 0}
+    assert health == {"status": "ok", "models": ["tiny/taught"], "running": 0}
 
 
 @pytest.mark.parametrize(

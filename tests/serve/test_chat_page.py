@@ -220,8 +220,8 @@ def test_a_job_that_nobody_follows_is_cancelled(tiny: TinyModel) -> None:
     tiny.engine.allow(5)
 
     async def check(service: ChatService) -> None:
-        jobs = JobStore(service, render, unfollowed_seconds=0.05)
-        job = jobs.start(await service.prepare(*story()))
+        jobs = JobStore(render, unfollowed_seconds=0.05)
+        job = jobs.start(service, await service.prepare(*story()))
         await eventually(lambda: job.finished)
         assert job.events[-1]["finish_reason"] == "cancelled"
         assert tiny.engine.steps < 10
@@ -233,8 +233,8 @@ def test_a_follower_keeps_a_job_alive_and_is_kept_alive(tiny: TinyModel) -> None
     tiny.engine.allow(3)
 
     async def check(service: ChatService) -> None:
-        jobs = JobStore(service, render, unfollowed_seconds=0.05, heartbeat_seconds=0.02)
-        job = jobs.start(await service.prepare(*story()))
+        jobs = JobStore(render, unfollowed_seconds=0.05, heartbeat_seconds=0.02)
+        job = jobs.start(service, await service.prepare(*story()))
         lines = []
         beats = 0
         async for line in jobs.follow(job, 0):
@@ -252,15 +252,15 @@ def test_a_follower_keeps_a_job_alive_and_is_kept_alive(tiny: TinyModel) -> None
 
 def test_jobs_are_bounded_in_number_and_age(tiny: TinyModel) -> None:
     async def check(service: ChatService) -> None:
-        jobs = JobStore(service, render, max_jobs=2, keep_seconds=0.1)
+        jobs = JobStore(render, max_jobs=2, keep_seconds=0.1)
         prepared = await service.prepare(*story())
-        first = jobs.start(prepared)
+        first = jobs.start(service, prepared)
         await eventually(lambda: first.finished)
         tiny.engine.allow(0)
-        second, third = jobs.start(prepared), jobs.start(prepared)  # the finished one makes room
+        second, third = jobs.start(service, prepared), jobs.start(service, prepared)  # the finished one makes room
         assert jobs.get(first.id) is None
         with pytest.raises(Busy):
-            jobs.start(prepared)
+            jobs.start(service, prepared)
         tiny.engine.allow(float("inf"))
         await eventually(lambda: second.finished and third.finished)
         await eventually(lambda: jobs.get(second.id) is None and jobs.get(third.id) is None)

@@ -16,7 +16,7 @@ from serving import TinyModel
 
 from chatwright.config import UsageError, UserError
 from chatwright.serve.guard import is_loopback
-from chatwright.serve.server import ServeConfig, build_app, listen, main
+from chatwright.serve.server import ServeConfig, listen, main, make_pool
 
 
 def test_a_busy_port_is_one_clear_line() -> None:
@@ -45,12 +45,11 @@ def test_addresses() -> None:
 
 
 def test_wrong_settings(tiny: TinyModel) -> None:
-    for options in (["--port=70000"], ["--max_requests=0"], ["--prot=1"], ["--port=x"]):
+    for options in (["--port=70000"], ["--memory_gb=-1"], ["--max_requests=0"], ["--prot=1"], ["--port=x"]):
         with pytest.raises(UsageError):
             main(["model", *options])
-    tiny.template = None
-    with pytest.raises(UserError, match="base model"):
-        build_app(tiny, ServeConfig())
+    with pytest.raises(UserError, match="must differ"):
+        make_pool(tiny, "x", ServeConfig(name="a", models=["a=y"]))
 
 
 def test_a_missing_model_is_a_user_error(tmp_path: Path) -> None:

@@ -206,6 +206,11 @@ class KernelRunner:
         item = 2 if self._dims[step.BF16_CACHE] else 4
         return int(2 * self.config.layers * self.config.kv_heads * self._dims[step.HEAD_STRIDE] * item)
 
+    def weight_bytes(self) -> int:
+        """The packed weights, which lie beside the model's parameters."""
+        packed = self.packed
+        return int(packed.arena.nbytes + packed.vectors.nbytes + packed.norms.nbytes)
+
     def allocate(self, pages: int, size: int) -> None:
         """Room for `pages` pages. Raises UserError for a page size other than the kernels', or without the memory."""
         if size != LANES:
