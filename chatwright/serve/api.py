@@ -245,7 +245,7 @@ async def stream_events(service: ChatService, reply: Reply, *, include_usage: bo
                 if piece.finish_reason:
                     yield reply.chunk([_delta(index, {}, openai_reason(piece.finish_reason))], usage)
         except UserError as error:
-            yield _event(errors.body(str(error)))
+            yield _event(errors.from_user_error(error).body())
             return
         except Exception:
             logger.exception("an answer failed")
