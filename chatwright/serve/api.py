@@ -1,4 +1,4 @@
-"""The OpenAI-compatible interface: POST /v1/chat/completions, GET /v1/models; and GET /health.
+"""The OpenAI-compatible interface: POST /v1/chat/completions, GET /v1/models.
 
 Supported parameters are the fields of `ChatRequest`. Of the others, those that would change the answer are refused
 with 400 (`REFUSED`, unless they have the value that asks for nothing), those that would not are ignored (`IGNORED`),
@@ -308,10 +308,6 @@ def routes(pool: ModelPool) -> APIRouter:
 
     def card(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": pool.created(name), "owned_by": "chatwright"}
-
-    @router.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "models": pool.names, "running": pool.running}
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
