@@ -7,9 +7,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 from fastapi.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from chatwright import __version__
 from chatwright.serve import api, chat_page, errors
 from chatwright.serve.guard import Guard
 from chatwright.serve.jobs import JobStore
@@ -30,6 +32,23 @@ class Static(StaticFiles):
         return response
 
 
+def document(app: FastAPI, pool: ModelPool) -> dict[str, Any]:
+    """The OpenAPI document, in which `model` is one of the models served and errors have the shape they really have."""
+    if app.openapi_schema is None:
+        made = get_openapi(title=app.title, version=__version__, routes=app.routes)
+        schemas = made["components"]["schemas"]
+        for schema in schemas.values():
+            if "model" in schema.get("properties", {}):
+                schema["properties"]["model"]["enum"] = pool.names
+        for path in made["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)  # FastAPI's own; ours is 400 (errors.py)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(unused, None)
+        app.openapi_schema = made
+    return app.openapi_schema
+
+
 def create_app(
     pool: ModelPool,
     *,
@@ -47,6 +66,7 @@ def create_app(
     # No /docs: FastAPI's page loads its scripts from a CDN. The document itself is at /openapi.json.
     app = FastAPI(title="chatwright", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.pool = pool
+    app.openapi = lambda: document(app, pool)  # type: ignore[method-assign]
     errors.install(app)
     app.include_router(api.routes(pool))
     app.include_router(chat_page.routes(pool, jobs or JobStore(render)))

@@ -20,7 +20,7 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from chatwright.generate.sampling import Sampling
-from chatwright.serve.api import ChatMessage
+from chatwright.serve.api.messages import ChatMessage
 from chatwright.serve.errors import ApiError
 from chatwright.serve.jobs import Job, JobStore
 from chatwright.serve.markdown import render

@@ -10,11 +10,45 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from chatwright.config import UserError
 from chatwright.serve.pool import NoMemory, UnknownModel
 from chatwright.serve.service import Busy, TooLong
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """Every error's JSON."""
+
+    error: ErrorDetail
+
+
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text}
+    for status, text in (
+        (400, "The request makes no sense, or asks for what this server does not do"),
+        (401, "The API key is missing or wrong"),
+        (403, "Another site's page, or a name this server does not answer to"),
+        (404, "No such model"),
+        (405, "Wrong method"),
+        (413, "The body is too large"),
+        (429, "The server has enough to do; Retry-After says when to come again"),
+        (500, "The server failed"),
+        (503, "The server is stopping, or has no memory for the model; Retry-After says when to come again"),
+        (504, "The answer took too long"),
+    )
+}
+"""The errors that every route may answer with, for the OpenAPI document."""
 
 
 class ApiError(Exception):
@@ -35,6 +69,11 @@ def body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def body_of(error: ApiError) -> dict[str, Any]:
+    """The JSON of an ApiError."""
+    return body(error.message, status=error.status, param=error.param, code=error.code)
+
+
 def from_user_error(error: UserError) -> ApiError:
     """The status that fits an error of the layers below."""
     if isinstance(error, UnknownModel):
@@ -53,8 +92,7 @@ def install(app: FastAPI) -> None:
 
     def respond(error: ApiError) -> JSONResponse:
         headers = {"retry-after": "1"} if error.status in (429, 503) else {}
-        content = body(error.message, status=error.status, param=error.param, code=error.code)
-        return JSONResponse(content, status_code=error.status, headers=headers)
+        return JSONResponse(body_of(error), status_code=error.status, headers=headers)
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> JSONResponse:

@@ -17,6 +17,7 @@ from chatwright.config import UserError
 
 if TYPE_CHECKING:
     from chatwright.chat import Message
+    from chatwright.generate.grammar import Grammar
     from chatwright.generate.request import Handle, Piece, Request
     from chatwright.generate.sampling import Sampling
     from chatwright.generate.threads import EngineThread
@@ -44,13 +45,18 @@ class Prepared:
 
 
 def prepare(
-    model: LanguageModel, messages: Sequence[Message], sampling: Sampling, *, answers: int = 1
+    model: LanguageModel,
+    messages: Sequence[Message],
+    sampling: Sampling,
+    *,
+    answers: int = 1,
+    grammar: Callable[[LanguageModel], Grammar | None] | None = None,
 ) -> Prepared:
     """Encode `messages` and make room for the answer.
 
     A quarter of the context (or `max_new_tokens`, if that is less) is kept free for the answer; the oldest turns
     go when the rest is too small. The answer may then use whatever room is left, up to `max_new_tokens`.
-    With a seed, answer k uses seed + k. Raises TooLong when even the last message is too long, UserError when the
+    With a seed, answer k uses seed + k. `grammar` makes what the answers are held to. Raises TooLong when even the last message is too long, UserError when the
     model's template refuses the conversation.
     """
     from chatwright.generate.request import Request
@@ -64,18 +70,43 @@ def prepare(
             messages, model.tokenizer, add_generation_prompt=True
         )  # raises what the template refuses
         raise TooLong(str(error)) from None
-    room = context - len(fitted.ids)
-    sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-    end_ids = template.end_ids(model.tokenizer)
-    requests = tuple(
-        Request(
-            prompt=tuple(fitted.ids),
-            sampling=sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index),
-            end_ids=end_ids,
-        )
-        for index in range(answers)
+    request = Request(
+        prompt=tuple(fitted.ids),
+        sampling=_within(sampling, context - len(fitted.ids)),
+        end_ids=template.end_ids(model.tokenizer),
+        grammar=grammar(model) if grammar is not None else None,
     )
-    return Prepared(requests, len(fitted.ids), fitted.dropped)
+    return Prepared(_samples(request, answers), len(fitted.ids), fitted.dropped)
+
+
+def prepare_prompts(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling, *, answers: int = 1
+) -> Prepared:
+    """`answers` continuations of each prompt, in the prompts' order. Raises TooLong for a prompt that fills the context."""
+    from chatwright.generate.request import Request
+
+    end_ids = frozenset({model.tokenizer.end_of_text_id})
+    if model.template is not None:
+        end_ids |= model.template.end_ids(model.tokenizer)
+    requests: list[Request] = []
+    for ids in prompts:
+        room = model.engine.max_context - len(ids)
+        if room < 1:
+            raise TooLong(f"the prompt has {len(ids)} tokens, the model's context holds {model.engine.max_context}")
+        requests += _samples(Request(tuple(ids), _within(sampling, room), end_ids), answers)
+    return Prepared(tuple(requests), sum(map(len, prompts)), 0)
+
+
+def _within(sampling: Sampling, room: int) -> Sampling:
+    return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+
+
+def _samples(request: Request, count: int) -> tuple[Request, ...]:
+    """The request `count` times, with seeds one after the other if it has one."""
+    seed = request.sampling.seed
+    if seed is None:
+        return (request,) * count
+    return tuple(replace(request, sampling=replace(request.sampling, seed=seed + n)) for n in range(count))
 
 
 class ChatService:
@@ -102,11 +133,28 @@ class ChatService:
         """Answers under way or waiting."""
         return sum(len(answer.requests) for answer in self._running)
 
-    async def prepare(self, messages: Sequence[Message], sampling: Sampling, *, answers: int = 1) -> Prepared:
+    async def prepare(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        *,
+        answers: int = 1,
+        grammar: Callable[[LanguageModel], Grammar | None] | None = None,
+    ) -> Prepared:
         """`prepare` off the event loop. Raises UserError, and Busy when the server has enough to do."""
+        self._check_room(answers)
+        return await asyncio.to_thread(prepare, self.model, messages, sampling, answers=answers, grammar=grammar)
+
+    async def prepare_prompts(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, answers: int = 1
+    ) -> Prepared:
+        """`prepare_prompts`. Raises UserError, and Busy when the server has enough to do."""
+        self._check_room(len(prompts) * answers)
+        return prepare_prompts(self.model, prompts, sampling, answers=answers)
+
+    def _check_room(self, answers: int) -> None:
         if self.running + answers > self.max_requests:
             raise Busy(f"the server is busy with {self.running} answers; try again in a moment")
-        return await asyncio.to_thread(prepare, self.model, messages, sampling, answers=answers)
 
     def answer(self, prepared: Prepared) -> Answer:
         """Start computing. Iterate over the result, or use it as a context manager that cancels on leaving."""
@@ -168,6 +216,15 @@ class Answer:
             self._open -= 1
             if not self._open:
                 self._on_end(self)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that had not to be computed; several answers to one prompt count it once."""
+        found: dict[tuple[int, ...], int] = {}
+        for handle in self._handles:
+            if handle.finished and not handle.failed:
+                found.setdefault(handle.request.prompt, handle.result().cached_tokens)
+        return sum(found.values())
 
     def cancel(self) -> None:
         """Free the engine's slots. The iterator still ends properly, with finish_reason "cancelled"."""
