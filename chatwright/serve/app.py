@@ -71,5 +71,6 @@ def create_app(
     app.include_router(api.routes(pool))
     app.include_router(chat_page.routes(pool, jobs or JobStore(render)))
     app.mount("/static", Static(directory=chat_page.STUDIO / "static"))
+    app.add_middleware(errors.Crash)  # what is added last comes first
     app.add_middleware(Guard, hosts=hosts, max_body=max_body)
     return app

@@ -122,10 +122,11 @@ def build_app(pool: ModelPool, config: ServeConfig) -> FastAPI:
 def make_pool(model: LanguageModel, source: str, config: ServeConfig) -> ModelPool:
     """The models to serve: `model`, which `source` names and which is in memory, and those of --models."""
     from chatwright.serve.pool import ModelPool, Spec, parse_specs
+    from chatwright.serve.service import Limits
 
     specs = [Spec(config.name or model.name, source, config.dtype), *parse_specs(config.models, config.dtype)]
     budget = int(config.memory_gb * 1e9) or None
-    pool = ModelPool(specs, budget=budget, max_requests=config.max_requests)
+    pool = ModelPool(specs, budget=budget, limits=Limits(config.max_requests))
     pool.adopt(pool.default, model)
     return pool
 

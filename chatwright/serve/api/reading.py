@@ -167,7 +167,7 @@ async def guarded(
             async for one in events:
                 yield one
     except UserError as error:
-        yield refuse(errors.body_of(errors.from_user_error(error)))
+        yield refuse(errors.from_user_error(error).body())
     except Exception:
         logger.exception("an answer failed")
         yield refuse(errors.body("the model failed while it answered", status=500))
