@@ -134,9 +134,8 @@ class Answer:
             reason = "timeout"
         for listener in self._listeners:
             listener.answered(self._model, reason, at - self.started)
-        if self._facts is not None and completion is not None:
-            if self._facts.keep_texts:
-                self._facts.answers.append(completion.text)
+        if self._facts is not None and self._facts.keep_texts and completion is not None:
+            self._facts.answers.append(completion.text)
         if self._facts is not None and not self._left:
             self._facts.finish_reasons.append(reason)
 

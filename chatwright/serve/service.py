@@ -92,7 +92,6 @@ def prepare(
     With a seed, answer k uses seed + k. `grammar` makes what the answers are held to. Raises TooLong when even the last message is too long, UserError when the
     model's template refuses the conversation.
     """
-    from chatwright.generate.grammar import Grammar
     from chatwright.generate.request import Request
 
     context, template = model.engine.max_context, model.require_template()
@@ -117,7 +116,6 @@ def prepare_prompts(
     model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling, *, answers: int = 1
 ) -> Prepared:
     """`answers` continuations of each prompt, in the prompts' order. Raises TooLong for a prompt that fills the context."""
-    from chatwright.generate.grammar import Grammar
     from chatwright.generate.request import Request
 
     end_ids = frozenset({model.tokenizer.end_of_text_id})

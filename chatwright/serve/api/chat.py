@@ -15,7 +15,8 @@ from fastapi.responses import Response
 from pydantic import Field, model_validator
 
 from chatwright.generate.sampling import Sampling
-from chatwright.serve.api.form import MOST_TOOLS, Choice, Form, NamedChoice, ResponseFormat, ToolSpec
+from chatwright.generate.tools import MOST_TOOLS
+from chatwright.serve.api.form import Choice, Form, NamedChoice, ResponseFormat, ToolSpec
 from chatwright.serve.api.messages import ChatMessage
 from chatwright.serve.api.parameters import Count, SampledBody, parameter_error
 from chatwright.serve.api.reading import (
@@ -72,13 +73,13 @@ class ChatRequest(SampledBody):
 
     def form(self) -> Form:
         """What the answer must look like. Raises UserError where wishes contradict each other."""
-        wanted, choice = self.response_format, self.tool_choice
-        return Form(
-            kind=wanted.type if wanted else "text",
-            schema=wanted.json_schema.schema_ if wanted and wanted.json_schema else None,
-            tools=tuple(one.function.tool() for one in self.tools or ()),
-            choice=choice.function.name if isinstance(choice, NamedChoice) else choice or "auto",
-            parallel=self.parallel_tool_calls is not False,
+        wanted = self.response_format
+        return Form.of(
+            wanted.type if wanted else "text",
+            wanted.json_schema.schema_ if wanted and wanted.json_schema else None,
+            [one.model_dump() for one in self.tools or ()],
+            self.tool_choice.model_dump() if isinstance(self.tool_choice, NamedChoice) else self.tool_choice,
+            self.parallel_tool_calls,
         )
 
 
@@ -171,7 +172,7 @@ def routes(pool: ModelPool) -> APIRouter:
             service = await stack.enter_async_context(pool.use(body.model))
             messages = form.messages([message.plain() for message in body.messages])
             prepared = await service.prepare(messages, body.sampling(), answers=body.answers, grammar=form.grammar)
-            reading = Reading(service, prepared, calls=form.calls)
+            reading = Reading(service, prepared, form)
             writer = Writer(body, reading)
             if body.stream:
                 return HeldStream(guarded(writer.events()), stack.pop_all(), headers=reading.headers)

@@ -11,14 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from chatwright.chat import Message
 from chatwright.config import UserError
-from chatwright.generate.tool_calls import Tool, tools_prompt
+from chatwright.generate.tools import MOST_TOOLS, Tool, ToolChoice, check_tool_choice, check_tools, tools_prompt
 from chatwright.serve.api.messages import compact, with_system
 
 if TYPE_CHECKING:
     from chatwright.generate.grammar import Grammar
     from chatwright.language_model import LanguageModel
 
-MOST_TOOLS = 128
 KEPT_GRAMMARS = 64
 """Per model; the oldest goes first."""
 
@@ -46,14 +45,10 @@ class FunctionTool(BaseModel):
     """A function that the model may call."""
 
     model_config = ConfigDict(strict=True)
-    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
+    name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-
-    def tool(self) -> Tool:
-        """As the grammar knows it."""
-        return Tool(name=self.name, description=self.description or "", parameters=self.parameters or {})
 
 
 class ToolSpec(BaseModel):
@@ -89,23 +84,24 @@ class Form:
     kind: Literal["text", "json_object", "json_schema"] = "text"
     schema: dict[str, Any] | None = None
     tools: tuple[Tool, ...] = ()
-    choice: str = "auto"
-    """none, auto, required, or the name of a tool."""
+    choice: ToolChoice = "none"
     parallel: bool = True
     """Whether several calls may come in one answer."""
 
     def __post_init__(self) -> None:
-        names = [tool.name for tool in self.tools]
-        if len(set(names)) < len(names):
-            raise UserError("tools: two of them have the same name")
-        if self.choice not in ("none", "auto", "required", *names):
-            raise UserError(f"tool_choice: there is no tool {self.choice!r}")
-        if self.choice not in ("none", "auto") and not names:
-            raise UserError("tool_choice: a call is asked for, but there are no tools")
         if self.kind == "json_schema" and self.schema is None:
             raise UserError("response_format: json_schema needs a schema")
-        if self.kind != "text" and names and self.choice != "none":
+        if self.kind != "text" and self.calls:
             raise UserError("response_format and tools cannot be had in one answer: give tool_choice none, or leave one out")
+
+    @classmethod
+    def of(
+        cls, kind: Literal["text", "json_object", "json_schema"], schema: dict[str, Any] | None, tools: list[dict[str, Any]],
+        choice: Any, parallel: bool | None,
+    ) -> Form:  # fmt: skip
+        """From what OpenAI's chat interface has: tools as {"type": "function", "function": ...}. Raises UserError."""
+        checked = check_tools(tools)
+        return cls(kind, schema, checked, check_tool_choice(choice, checked), parallel is not False)
 
     @property
     def calls(self) -> bool:
@@ -126,9 +122,9 @@ class Form:
         """What the answer is held to; None leaves it free. Takes up to a second for large schemas. Raises UserError."""
         if not self.calls and self.kind == "text":
             return None
-        described = compact(
-            [self.kind, self.schema, [[one.name, one.parameters] for one in self.tools], self.choice, self.parallel]
-        )
+        choice = self.choice.name if isinstance(self.choice, Tool) else [self.choice]
+        tools = [[one.name, one.parameters] for one in self.tools]
+        described = compact([self.kind, self.schema, tools, choice, self.parallel])
         known = _GRAMMARS.setdefault(model, {})
         if described not in known:
             made = self._made(model)
@@ -138,12 +134,12 @@ class Form:
         return known[described]
 
     def _made(self, model: LanguageModel) -> Grammar | None:
-        from chatwright.generate import grammar, tool_calls
+        from chatwright.generate import grammar, tools
 
         tokenizer = model.tokenizer
         end_ids = model.require_template().end_ids(tokenizer)
         if self.calls:
-            return tool_calls.tool_grammar(tokenizer, end_ids, self.tools, self.choice, self.parallel)
+            return tools.tool_grammar(tokenizer, end_ids, self.tools, self.choice, self.parallel)
         if self.kind == "json_object":
             return grammar.json_object(tokenizer, end_ids)
         assert self.schema is not None

@@ -1,6 +1,6 @@
 """The messages of a request, as the templates know them: text of a role.
 
-Calls of tools and their results are text too, in the form that tool_calls.py reads and describes to the model: few
+Calls of tools and their results are text too, in the form that generate/tool_calls.py reads back: few
 templates know more, and text of a message can never become a control token (chat.py).
 """
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from chatwright.chat import Message
-from chatwright.generate.tool_calls import written_call
+from chatwright.generate.tool_calls import write_tool_call
 from chatwright.serve.api.parameters import parameter_error
 
 
@@ -44,7 +44,7 @@ class ToolCall(BaseModel):
 
     def written(self) -> str:
         """The call as the model wrote it."""
-        return written_call(self.function.name, self.function.arguments)
+        return write_tool_call(self.function.name, self.function.arguments)
 
 
 class ChatMessage(BaseModel):

@@ -18,8 +18,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from chatwright.config import UserError
-from chatwright.generate.tool_calls import ToolCallParser
+from chatwright.generate.request import Request as EngineRequest
+from chatwright.generate.tool_calls import ArgumentsDelta, CallStarted, TextDelta, ToolCallParser, ToolEvent
 from chatwright.serve import errors
+from chatwright.serve.api.form import Form
 from chatwright.serve.api.messages import compact
 from chatwright.serve.api.probabilities import Spelling, TokenProbability, token_probabilities
 from chatwright.serve.service import ChatService, Prepared
@@ -84,13 +86,13 @@ class Whole:
 class Reading:
     """The answers to one request."""
 
-    def __init__(self, service: ChatService, prepared: Prepared, *, calls: bool = False) -> None:
-        """`calls`: look for calls of tools in the text."""
+    def __init__(self, service: ChatService, prepared: Prepared, form: Form | None = None) -> None:
+        """`form`: what the answers were held to; where they may call tools, calls are looked for in the text."""
         self.service, self.prepared = service, prepared
         self.spelling = Spelling(service.model.tokenizer)
         self.headers = {DROPPED_HEADER: str(prepared.dropped)}
         self.new_tokens = self.cached_tokens = 0
-        self._calls = calls
+        self._tools = [tool.name for tool in form.tools] if form is not None and form.calls else []
 
     @property
     def prompt_tokens(self) -> int:
@@ -99,21 +101,26 @@ class Reading:
 
     async def deltas(self) -> AsyncGenerator[Delta]:
         """What is new, as it comes. Closing the iterator, as a lost client does, frees the engine's slots."""
-        parsers = [ToolCallParser() if self._calls else None for _ in self.prepared.requests]
+        parsers = [self._parser(request) for request in self.prepared.requests]
         called = [0] * len(parsers)
         with self.service.answer(self.prepared) as answer:
             async for index, piece in answer:
                 self.new_tokens += len(piece.ids)
                 end_ids = self.prepared.requests[index].end_ids
                 tokens = tuple(token_probabilities(piece, end_ids))
-                text, calls, parser = piece.text, [], parsers[index]
-                if parser is not None:
-                    text, calls = _parsed(parser, piece.text, last=piece.finish_reason is not None)
+                text, calls = piece.text, tuple[CallDelta, ...]()
+                if (parser := parsers[index]) is not None:
+                    events = parser.push(piece.text)
+                    events += parser.flush() if piece.finish_reason is not None else []
+                    text, calls = _parted(events)
                     called[index] += sum(bool(call.name) for call in calls)
                 finish = openai_reason(piece.finish_reason, calls=called[index] > 0)
                 if text or tokens or calls or finish:
-                    yield Delta(index, text, tokens, tuple(calls), finish)
+                    yield Delta(index, text, tokens, calls, finish)
             self.cached_tokens = answer.cached_tokens
+
+    def _parser(self, request: EngineRequest) -> ToolCallParser | None:
+        return ToolCallParser(self._tools, constrained=request.grammar is not None) if self._tools else None
 
     async def wholes(self) -> list[Whole]:
         """The answers, when all have come to their ends."""
@@ -132,10 +139,17 @@ class Reading:
         }
 
 
-def _parsed(parser: ToolCallParser, text: str, *, last: bool) -> tuple[str, list[CallDelta]]:
+def _parted(events: list[ToolEvent]) -> tuple[str, tuple[CallDelta, ...]]:
     """A piece's text without the calls, and the calls."""
-    events = [*parser.push(text), *(parser.flush() if last else [])]
-    return "".join(e.text for e in events if e.kind == "text"), []
+    text, calls = "", []
+    for one in events:
+        if isinstance(one, TextDelta):
+            text += one.text
+        elif isinstance(one, CallStarted):
+            calls.append(CallDelta(one.index, one.id, one.name))
+        elif isinstance(one, ArgumentsDelta):
+            calls.append(CallDelta(one.index, arguments=one.text))
+    return text, tuple(calls)
 
 
 def openai_reason(reason: str | None, *, calls: bool = False) -> str | None:

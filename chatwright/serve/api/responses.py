@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from chatwright.chat import Message
 from chatwright.config import UserError
 from chatwright.generate.sampling import Sampling
-from chatwright.generate.tool_calls import written_call
-from chatwright.serve.api.form import MOST_TOOLS, Choice, Form, FunctionTool
+from chatwright.generate.tool_calls import write_tool_call
+from chatwright.generate.tools import MOST_TOOLS
+from chatwright.serve.api.form import Choice, Form, FunctionTool
 from chatwright.serve.api.messages import with_system
 from chatwright.serve.api.parameters import DEFAULT_NEW_TOKENS, Body, Count
 from chatwright.serve.api.reading import HeldStream, Reading, guarded, unless_gone
@@ -58,7 +59,7 @@ class InputCall(BaseModel):
 
     def plain(self) -> Message:
         """As the model wrote it."""
-        return Message(role="assistant", content=written_call(self.name, self.arguments))
+        return Message(role="assistant", content=write_tool_call(self.name, self.arguments))
 
 
 class InputResult(BaseModel):
@@ -174,12 +175,12 @@ class ResponsesRequest(Body):
     def form(self) -> Form:
         """What the answer must look like. Raises UserError where wishes contradict each other."""
         wanted, choice = (self.text or TextSettings()).format, self.tool_choice
-        return Form(
-            kind=wanted.type,
-            schema=wanted.schema_,
-            tools=tuple(one.tool() for one in self.tools or ()),
-            choice=choice.name if isinstance(choice, NamedFunction) else choice or "auto",
-            parallel=self.parallel_tool_calls is not False,
+        return Form.of(
+            wanted.type,
+            wanted.schema_,
+            [{"type": "function", "function": one.model_dump(exclude={"type"})} for one in self.tools or ()],
+            {"type": "function", "function": {"name": choice.name}} if isinstance(choice, NamedFunction) else choice,
+            self.parallel_tool_calls,
         )
 
 
@@ -195,7 +196,7 @@ def routes(pool: ModelPool) -> APIRouter:
         async with AsyncExitStack() as stack:
             service = await stack.enter_async_context(pool.use(body.model))
             prepared = await service.prepare(form.messages(messages), body.sampling(), grammar=form.grammar)
-            reading = Reading(service, prepared, calls=form.calls)
+            reading = Reading(service, prepared, form)
             writer = Writer(body.echoed(), reading)
             if body.stream:
                 return HeldStream(guarded(writer.events(), writer.failed), stack.pop_all(), headers=reading.headers)
