@@ -21,6 +21,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 WHITE_SPACE = r"\n? {0,16}"
 """What may stand between the parts of JSON: a line's end, an indentation."""
 LIMITS = {
-    "max_items_in_row": 10_000,  # a schema with thousands of optional properties has two for each
+    "max_items_in_row": 20_000,  # each optional property of an object has four
     "initial_lexer_fuel": 1_000_000,  # compiling: 20 ms
     "step_lexer_fuel": 200_000,  # a mask: 15 ms
     "step_max_items": 50_000,  # a mask: 3 ms
@@ -146,17 +147,36 @@ class _Vocabulary:
         self._wrapped = library.LLTokenizer(library.TokenizerWrapper(self))
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """How the tokenizer would write a text that the grammar leaves no choice about. Asked by llguidance: must not raise.
-
-        No ids when it cannot (a byte without a token, a normaliser): then all tokens are allowed that spell the text's beginning.
-        """
+        """How the tokenizer would write a text that the grammar leaves no choice about. Asked by llguidance: must not raise."""
         tokenizer = self._tokenizer()
         data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         try:
             ids = tokenizer.encode(data) if tokenizer is not None else []
-        except UserError:
-            return []
-        return ids if b"".join(self.tokens[number] for number in ids) == data else []
+        except UserError:  # a byte that no token has
+            ids = []
+        return ids if b"".join(self.tokens[number] for number in ids) == data else self._spell(data)
+
+    def _spell(self, data: bytes) -> list[int]:
+        """The longest tokens that spell the bytes, up to one that none has: for what the tokenizer itself writes in another way (a
+        normaliser) or not at all."""
+        ids: list[int] = []
+        at = 0
+        while at < len(data):
+            found = (self._ids.get(data[at : at + size]) for size in range(min(self._longest, len(data) - at), 0, -1))
+            number = next((number for number in found if number is not None), None)
+            if number is None:
+                break
+            ids.append(number)
+            at += len(self.tokens[number])
+        return ids
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        return {piece: number for number, piece in enumerate(self.tokens[: self.size]) if piece}
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self.tokens))
 
     def compile(self, rules: str, what: str) -> LLMatcher:
         """A matcher at the grammar's beginning, to be copied."""

@@ -3,7 +3,7 @@
 What a schema of a few kilobytes did to llguidance 1.9 before these limits: a chain of a thousand `$ref` ended the process (its
 compiler calls itself for each link), eighty thousand characters of `a?a?a?` took 32 s and 3 GB for one mask, and twenty patterns
 that must hold at once (`allOf`) had not ended after 25 s. Within the limits the worst that was found are half a second to compile
-and 50 ms for a mask (tests/generate/test_grammar.py has the shapes). Nothing is ever fetched: references lead into the schema itself.
+and 50 ms for a mask (the shapes are in tests/generate/test_grammar.py). Nothing is ever fetched: references lead into the schema itself.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ DEEPEST_SCHEMA = 64
 """Most objects and lists within each other; an object of a schema takes two."""
 DEEPEST_REFERENCES = 800
 """The same along references: what all their targets have together, for each can be reached through the others."""
+MOST_PROPERTIES = 2000
+"""Of one object: the time to compile them grows with their square (3,000 take a second)."""
 LONGEST_PATTERN = 512
 """Most characters of a regular expression."""
 JOINED_PATTERNS = 8
@@ -56,6 +58,9 @@ def _check_values(schema: Mapping[str, Any], what: str) -> None:
         if isinstance(value, Mapping):
             if not all(isinstance(key, str) for key in value):
                 raise UserError(f"{what} has a key that is not text")
+            properties = value.get("properties")
+            if isinstance(properties, Mapping) and len(properties) > MOST_PROPERTIES:
+                raise UserError(f"{what} has an object of {len(properties):,} properties; at most {MOST_PROPERTIES:,} are read")
         elif not isinstance(value, list | str | int | float | bool | None):
             raise UserError(f"{what} holds a value of type {type(value).__name__}, which is not JSON")
 
@@ -89,7 +94,7 @@ def _check_references(schema: Mapping[str, Any], what: str) -> None:
                             "as in #/$defs/name"
                         )
                     targets.add(reference)
-    depth = sum(max(depth for _, depth in _walk(_target(schema, one, what))) + 1 for one in targets)
+    depth = sum(max(1, *(depth for _, depth in _walk(_target(schema, one, what)))) for one in targets)
     if depth > DEEPEST_REFERENCES:
         raise UserError(
             f"{what}: what its {len(targets)} references lead to is {depth} objects and lists deep altogether; "

@@ -206,17 +206,19 @@ class _Call:
             found = (_INSIDE if self.string else _OUTSIDE).search(text, self.at)
             self.at = found.start() if found else len(text)
             if found is None:
-                return self._more()
+                break
             mark = found.group()
             if mark == "\\":
                 if self.at + 2 > len(text):
-                    return self._more()
+                    break
                 self.at += 2
             elif mark == "<":
                 rest = text[self.at : self.at + len(CLOSE)]
                 if rest == CLOSE:
                     return True
-                return self._more() if CLOSE.startswith(rest) else False
+                if not CLOSE.startswith(rest):
+                    return False
+                break
             elif mark < " ":
                 return False
             else:
@@ -227,9 +229,11 @@ class _Call:
                 else:
                     self.depth -= 1
                 self.at += 1
-                if self.depth == 1 and self.name is not None and not self.string and mark == "}":
-                    self._more()
+                if mark == "}" and self.depth == 1 and self.name is not None:
+                    self._told()
                     self.whole = True
+        self._told()
+        return None
 
     def _open(self, text: str, names: Collection[str]) -> None:
         self.depth += 1
@@ -238,7 +242,8 @@ class _Call:
             if head and head[1] in names:
                 self.name, self.given, self.until = head[1], self.at, self.at
 
-    def _more(self) -> None:
+    def _told(self) -> None:
+        """All that has been read of the arguments may be told."""
         if not self.whole:
             self.until = max(self.until, self.at)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from typing import Any
 import jsonschema_rs
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from chatwright.config import UserError
@@ -96,7 +99,7 @@ def test_every_answer_satisfies_its_schema(model: GPT, words: Tokenizer, name: s
     grammar = json_schema(words, ends(words), SCHEMAS[name])
     validator = jsonschema_rs.validator_for(SCHEMAS[name])
     outside = [*words.control_ids.values(), *range(words.vocab_size, words.vocab_size + 44)]
-    bias = {token: 20.0 for token in outside}
+    bias = dict.fromkeys(outside, 20.0)
     requests = [request(words, grammar, seed) for seed in range(8)]
     requests += [request(words, grammar, seed, temperature=5.0, logit_bias=bias) for seed in range(8)]
     requests += [request(words, grammar, 1, temperature=0.0, logit_bias=bias), request(words, grammar, 1, top_k=2, top_p=0.5, min_p=0.1)]
@@ -129,7 +132,7 @@ def test_any_object(model: GPT, words: Tokenizer) -> None:
 
 
 def test_white_space_does_not_go_on_for_ever(model: GPT, words: Tokenizer) -> None:
-    likely = {token: 30.0 for token in words.encode(" ") + words.encode("\n")}
+    likely = dict.fromkeys(words.encode(" ") + words.encode("\n"), 30.0)
     grammar = json_schema(words, ends(words), SCHEMAS["integer"])
     answer = Engine(model, words).generate([request(words, grammar, logit_bias=likely)])[0]
     assert answer.finish_reason == "stop" and "    " in answer.text and len(answer.ids) < 120
@@ -138,8 +141,6 @@ def test_white_space_does_not_go_on_for_ever(model: GPT, words: Tokenizer) -> No
 def test_regular_expressions(model: GPT, words: Tokenizer) -> None:
     pattern = "(ab|[0-9]{3})+-é?x"
     grammar = regex(words, ends(words), pattern)
-    import re
-
     for answer in Engine(model, words).generate([request(words, grammar, seed) for seed in range(10)]):
         assert answer.finish_reason == "stop" and re.fullmatch(pattern, answer.text)
         assert not ends(words) & set(answer.ids)  # nothing can follow an x: there is no pass for an end token
@@ -147,7 +148,7 @@ def test_regular_expressions(model: GPT, words: Tokenizer) -> None:
 
 def test_end_tokens_come_where_the_text_may_end_only(model: GPT, words: Tokenizer) -> None:
     grammar = regex(words, ends(words), "(ab)*c?")
-    bias = {token: 2.0 for token in ends(words)}
+    bias = dict.fromkeys(ends(words), 2.0) | {words.encode("c")[0]: 3.0}
     answers = Engine(model, words).generate([request(words, grammar, seed, logit_bias=bias) for seed in range(30)])
     assert {answer.ids[-1] in ends(words) for answer in answers} == {True, False}
     assert all(answer.text.removesuffix("c") == "ab" * (len(answer.text) // 2) for answer in answers)
@@ -334,6 +335,16 @@ def test_a_vocabulary_without_a_byte(words: Tokenizer, monkeypatch: pytest.Monke
     assert matcher.finished
 
 
+def test_a_tokenizer_that_changes_texts_keeps_to_the_grammar(words: Tokenizer, make_model: MakeModel) -> None:
+    """One with a normaliser cannot write some texts as it would have to; single tokens can."""
+    backend = tokenizers.Tokenizer.from_str(words.to_json())
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    lower = Tokenizer(backend)
+    model = make_model(vocab_size=lower.vocab_size)
+    answer = Engine(model, lower).generate([request(lower, json_schema(lower, ends(lower), {"const": "Oslo IS Big"}))])[0]
+    assert (answer.text, answer.finish_reason) == ('"Oslo IS Big"', "stop")
+
+
 # ---- bad and hostile schemas -------------------------------------------------------------------------------------------
 
 
@@ -380,6 +391,7 @@ def endless() -> dict[str, Any]:
         ({"x-guidance": {"whitespace_pattern": ".*"}}, "x-guidance"),
         ({"description": "a" * LARGEST_SCHEMA}, "characters; at most"),
         ({"enum": [0] * (LARGEST_SCHEMA + 9)}, "more than|at most"),
+        ({"properties": {f"p{n}": {} for n in range(2001)}}, "object of 2,001 properties"),
         (nested(70), "within each other"),
         (endless(), "within each other"),
         (chain(1000, lambda ref: {"type": "object", "properties": {"x": ref}, "required": ["x"]}), "references lead to"),
@@ -410,12 +422,12 @@ SHAPES = {
     "any": lambda: chain(260, lambda ref: {"anyOf": [ref, {"const": 1}]}),
     "optional letters": lambda: {"type": "string", "pattern": "a?" * 256},
     "many": lambda: {"type": "object", "properties": {f"p{n}": {"type": "string", "pattern": "a?" * 200 + f"b.{{{n}}}"} for n in range(200)}},
-    "words": lambda: {"type": "string", "pattern": r"(\\\\p{L}?\\\\w?)" * 30},
+    "words": lambda: {"type": "string", "pattern": r"(\\p{L}?\\w?)" * 30},
     "repeats": lambda: {"type": "string", "pattern": "^((a{0,1000}){0,1000}){0,1000}$"},
     "classic": lambda: {"type": "string", "pattern": "^(a+)+$"},
     "states": lambda: {"type": "string", "pattern": ".*a.{300}b.*c.{300}"},
     "joined": lambda: {"allOf": [{"type": "string", "pattern": f".*a{n}.*"} for n in range(8)]},
-    "properties": lambda: {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(3000)}},
+    "properties": lambda: {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(2000)}},
     "enum": lambda: {"enum": [f"value {n}" for n in range(8000)]},
     "branches": lambda: {"allOf": [{"anyOf": [{"properties": {f"p{i}{j}": {}}} for j in range(6)]} for i in range(60)]},
     "counts": lambda: {"type": "array", "minItems": 10**9, "items": {"type": "string", "minLength": 10**9}},
@@ -479,7 +491,7 @@ def test_hostile_schemas_cost_little() -> None:
 
 
 def test_other_grammars_are_refused_in_words(words: Tokenizer) -> None:
-    with pytest.raises(UserError, match="regular expression '\\(' cannot be used: regex parse error|unclosed group"):
+    with pytest.raises(UserError, match=r"regular expression '\(' cannot be used: unclosed group"):
         regex(words, ends(words), "(")
     with pytest.raises(UserError, match="at most 512"):
         regex(words, ends(words), "a" * 513)
@@ -502,8 +514,6 @@ def test_the_engine_does_without_the_library() -> None:
 
 
 def test_what_was_compiled_is_kept_as_long_as_its_tokenizer(words: Tokenizer) -> None:
-    import gc
-
     own = Tokenizer(words.backend)
     vocabulary = grammar_module._vocabulary(own)
     one, two = json_object(own, ends(own)), json_object(own, [own.end_of_text_id])
@@ -511,6 +521,7 @@ def test_what_was_compiled_is_kept_as_long_as_its_tokenizer(words: Tokenizer) ->
     for number in range(40):
         regex(own, ends(own), f"a{number}")
     assert len(vocabulary._compiled) == grammar_module.REMEMBERED
+    gc.collect()
     before = len(grammar_module._VOCABULARIES)
     del own, vocabulary, one, two
     gc.collect()
