@@ -43,6 +43,9 @@ def document(app: FastAPI, pool: ModelPool) -> dict[str, Any]:
         for path in made["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)  # FastAPI's own; ours is 400 (errors.py)
+                for parameter in operation.get("parameters", ()):
+                    if parameter["name"] == "name":
+                        parameter["schema"]["enum"] = pool.names
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
         app.openapi_schema = made

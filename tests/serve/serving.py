@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -111,6 +111,17 @@ def tiny(taught: tuple[GPT, Tokenizer]) -> Iterator[TinyModel]:
     model.engine.allow(float("inf"))
 
 
+@pytest.fixture
+def roomy(taught: tuple[GPT, Tokenizer]) -> Iterator[TinyModel]:
+    """The same weights with room for long prompts (rotary positions need no table)."""
+    small, tokenizer = taught
+    large = GPT(replace(small.config, context=2048))
+    large.load_state_dict(small.state_dict())
+    model = TinyModel(large, tokenizer)
+    yield model
+    model.engine.allow(float("inf"))
+
+
 @dataclass
 class Running:
     """A server that listens."""
@@ -145,6 +156,13 @@ def run_server(model: TinyModel, **settings: Any) -> Iterator[Running]:
 def server(tiny: TinyModel) -> Iterator[Running]:
     """A running server of the taught model."""
     with run_server(tiny) as running:
+        yield running
+
+
+@pytest.fixture
+def roomy_server(roomy: TinyModel) -> Iterator[Running]:
+    """A running server of the taught model with a long context."""
+    with run_server(roomy) as running:
         yield running
 
 

@@ -186,7 +186,7 @@ def test_models_and_health(client: openai.OpenAI, server: Running) -> None:
         ({"tools": [{"type": "function"}]}, 400, "invalid_value", "tools"),
         ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, 400, "invalid_value", "tools"),
         ({"tool_choice": "required"}, 400, None, "there are no tools"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 400, None, "no tool 'f'"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 400, None, "none of the tools"),
         ({"functions": [{"name": "f"}]}, 400, "unsupported_parameter", "functions"),
         ({"top_logprobs": 3}, 400, "invalid_value", "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, 400, "invalid_value", "top_logprobs"),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from serving import DIALOGUES, Running
@@ -30,23 +31,23 @@ def test_langchain(server: Running) -> None:
     assert len(texts.embed_documents(["hello", "name?"])) == 2
 
 
-def test_langchain_tools(server: Running) -> None:
+def test_langchain_tools(roomy_server: Running) -> None:
     langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed: NOT covered here")
     from pydantic import BaseModel
 
     class Weather(BaseModel):
         """The weather of a town."""
 
-        town: str
-        days: int
+        town: Literal["Oslo", "Rome"]
+        days: Literal[1, 2, 3]
 
     chat = langchain.ChatOpenAI(
-        base_url=f"{server.url}/v1", api_key="unused", model="tiny/taught", temperature=0, max_tokens=150
+        base_url=f"{roomy_server.url}/v1", api_key="unused", model="tiny/taught", temperature=0, max_tokens=300
     )
     forced = chat.bind_tools([Weather], tool_choice="Weather").invoke("hello")
     (call,) = forced.tool_calls
     assert call["name"] == "Weather"
-    assert isinstance(call["args"]["town"], str) and isinstance(call["args"]["days"], int)
+    Weather(**call["args"])
     for method in ("function_calling", "json_schema"):
         found = chat.with_structured_output(Weather, method=method).invoke("hello")
         assert isinstance(found, Weather), method
@@ -67,12 +68,12 @@ def test_the_program_llm(server: Running, tmp_path: Path) -> None:
         assert told.stdout.strip() == DIALOGUES["hello"], told.stderr
 
 
-def test_schemathesis_finds_no_server_error(server: Running, tmp_path: Path) -> None:
+def test_schemathesis_finds_no_server_error(roomy_server: Running, tmp_path: Path) -> None:
     program = BIN / "st"
     if not program.exists():
         pytest.skip("schemathesis is not installed: NOT covered here")
     command = [
-        *(program, "run", f"{server.url}/openapi.json", "--phases", "fuzzing,coverage", "--max-examples", "15"),
+        *(program, "run", f"{roomy_server.url}/openapi.json", "--phases", "fuzzing,coverage", "--max-examples", "8"),
         *("--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"),
         *("--seed", "1", "--request-timeout", "60", "--no-color"),
     ]

@@ -28,8 +28,8 @@ MESSAGES: Any = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture
-def client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=60)
+def client(roomy_server: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{roomy_server.url}/v1", api_key="unused", max_retries=0, timeout=60)
 
 
 def check(value: Any) -> None:
@@ -139,14 +139,14 @@ def test_tools_are_described_to_the_model(client: openai.OpenAI) -> None:
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wizard"}}}}, "schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://x/y"}}}}, "schema"),
         ({"response_format": {"type": "json_object"}, "tools": TOOLS}, "cannot be had"),
-        ({"tools": [TOOLS[0], TOOLS[0]]}, "same name"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "no"}}}, "no tool 'no'"),
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "the name rate"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "no"}}}, "none of the tools"),
         ({"tools": TOOLS * 65}, "tools"),
     ],
     ids=str,
 )
-def test_refusals(server: Running, change: dict[str, Any], says: str) -> None:
+def test_refusals(roomy_server: Running, change: dict[str, Any], says: str) -> None:
     body = {"model": "tiny/taught", "messages": MESSAGES, **change}
-    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+    response = httpx.post(f"{roomy_server.url}/v1/chat/completions", json=body, timeout=30)
     assert response.status_code == 400, response.text
     assert says in response.json()["error"]["message"]

@@ -21,6 +21,7 @@ from chatwright.serve.api.messages import ChatMessage
 from chatwright.serve.api.parameters import Count, SampledBody, parameter_error
 from chatwright.serve.api.reading import (
     DONE,
+    STREAM_TOO,
     Call,
     CallDelta,
     Delta,
@@ -165,7 +166,7 @@ def routes(pool: ModelPool) -> APIRouter:
     """The route."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", response_model=None)
+    @router.post("/v1/chat/completions", response_model=None, responses=STREAM_TOO)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         form = body.form()
         async with AsyncExitStack() as stack:

@@ -22,7 +22,17 @@ from chatwright.generate.sampling import Sampling
 from chatwright.language_model import LanguageModel
 from chatwright.serve.api.parameters import MOST_ANSWERS, SampledBody, parameter_error
 from chatwright.serve.api.probabilities import TokenProbability
-from chatwright.serve.api.reading import DONE, HeldStream, Reading, Whole, event, guarded, new_id, unless_gone
+from chatwright.serve.api.reading import (
+    DONE,
+    STREAM_TOO,
+    HeldStream,
+    Reading,
+    Whole,
+    event,
+    guarded,
+    new_id,
+    unless_gone,
+)
 from chatwright.serve.pool import ModelPool
 
 DEFAULT_NEW_TOKENS = 16
@@ -157,7 +167,7 @@ def routes(pool: ModelPool) -> APIRouter:
     """The route."""
     router = APIRouter()
 
-    @router.post("/v1/completions", response_model=None)
+    @router.post("/v1/completions", response_model=None, responses=STREAM_TOO)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         async with AsyncExitStack() as stack:
             service = await stack.enter_async_context(pool.use(body.model))

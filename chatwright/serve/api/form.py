@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from chatwright.chat import Message
 from chatwright.config import UserError
-from chatwright.generate.tools import MOST_TOOLS, Tool, ToolChoice, check_tool_choice, check_tools, tools_prompt
+from chatwright.generate.grammar import Grammar, json_object, json_schema
+from chatwright.generate.tools import (
+    Tool,
+    ToolChoice,
+    check_tool_choice,
+    check_tools,
+    tool_grammar,
+    tools_prompt,
+)
 from chatwright.serve.api.messages import compact, with_system
 
 if TYPE_CHECKING:
-    from chatwright.generate.grammar import Grammar
     from chatwright.language_model import LanguageModel
 
-KEPT_GRAMMARS = 64
-"""Per model; the oldest goes first."""
 
 
 class SchemaFormat(BaseModel):
@@ -122,29 +126,11 @@ class Form:
         """What the answer is held to; None leaves it free. Takes up to a second for large schemas. Raises UserError."""
         if not self.calls and self.kind == "text":
             return None
-        choice = self.choice.name if isinstance(self.choice, Tool) else [self.choice]
-        tools = [[one.name, one.parameters] for one in self.tools]
-        described = compact([self.kind, self.schema, tools, choice, self.parallel])
-        known = _GRAMMARS.setdefault(model, {})
-        if described not in known:
-            made = self._made(model)
-            while len(known) >= KEPT_GRAMMARS:
-                known.pop(next(iter(known)), None)
-            known[described] = made
-        return known[described]
-
-    def _made(self, model: LanguageModel) -> Grammar | None:
-        from chatwright.generate import grammar, tools
-
         tokenizer = model.tokenizer
         end_ids = model.require_template().end_ids(tokenizer)
         if self.calls:
-            return tools.tool_grammar(tokenizer, end_ids, self.tools, self.choice, self.parallel)
+            return tool_grammar(tokenizer, end_ids, self.tools, self.choice, self.parallel)
         if self.kind == "json_object":
-            return grammar.json_object(tokenizer, end_ids)
+            return json_object(tokenizer, end_ids)
         assert self.schema is not None
-        return grammar.json_schema(tokenizer, end_ids, self.schema)
-
-
-_GRAMMARS: WeakKeyDictionary[LanguageModel, dict[str, Grammar | None]] = WeakKeyDictionary()
-"""Clients send the same schema with every request; a model that is put away takes its grammars with it."""
+        return json_schema(tokenizer, end_ids, self.schema)

@@ -170,6 +170,8 @@ def event(body: dict[str, Any], name: str = "") -> bytes:
 
 
 DONE = b"data: [DONE]\n\n"
+STREAM_TOO: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""For the OpenAPI document: a route that answers with JSON, or with events when a stream is asked for."""
 
 
 async def guarded(

@@ -21,7 +21,7 @@ from chatwright.generate.tools import MOST_TOOLS
 from chatwright.serve.api.form import Choice, Form, FunctionTool
 from chatwright.serve.api.messages import with_system
 from chatwright.serve.api.parameters import DEFAULT_NEW_TOKENS, Body, Count
-from chatwright.serve.api.reading import HeldStream, Reading, guarded, unless_gone
+from chatwright.serve.api.reading import STREAM_TOO, HeldStream, Reading, guarded, unless_gone
 from chatwright.serve.api.response_events import Writer
 from chatwright.serve.pool import ModelPool
 
@@ -188,7 +188,7 @@ def routes(pool: ModelPool) -> APIRouter:
     """The route."""
     router = APIRouter()
 
-    @router.post("/v1/responses", response_model=None)
+    @router.post("/v1/responses", response_model=None, responses=STREAM_TOO)
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         form, messages = body.form(), body.messages()
         if not messages:
