@@ -10,7 +10,8 @@ like to go on with it for ever.
 
 A schema's worst case is bounded in time and memory (schemas.py, LIMITS); nothing is fetched.
 
-Figures, SmolLM2's 49,152 tokens, one core of an AMD EPYC: FIGURES
+Figures (`python benchmarks/constrain.py`: SmolLM2's 49,152 tokens, one of two cores that others use as well): a mask takes 0.03 ms (median;
+0.1 to 0.2 on average), a schema 2 to 20 ms to compile, a vocabulary 0.7 s once.
 """
 
 from __future__ import annotations
