@@ -81,4 +81,9 @@ class EngineThread:
                 self._closed = True
                 for handle in self._handles:
                     handle.cancel()
-            self.engine.step()  # computes nothing any more: it tells the cancelled
+            try:
+                self.engine.step()  # computes nothing any more: it tells the cancelled
+            finally:
+                for handle in self._handles:
+                    if not handle.finished:
+                        handle._fail(RuntimeError("the engine has ended"))

@@ -139,7 +139,7 @@ def run_server(model: TinyModel, **settings: Any) -> Iterator[Running]:
     listener = listen("127.0.0.1", 0)
     config = ServeConfig(**settings)
     app = build_app(make_pool(model, model.name, config), config)
-    server = make_server(app)
+    server = make_server(app, config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

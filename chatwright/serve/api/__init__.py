@@ -1,4 +1,4 @@
-"""The OpenAI-compatible interface: chat completions, completions, responses, embeddings, models; and /health."""
+"""The OpenAI-compatible interface: chat completions, completions, responses, embeddings, models."""
 
 from __future__ import annotations
 

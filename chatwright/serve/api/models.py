@@ -1,4 +1,4 @@
-"""GET /v1/models, and GET /health."""
+"""GET /v1/models."""
 
 from __future__ import annotations
 
@@ -15,10 +15,6 @@ def routes(pool: ModelPool) -> APIRouter:
 
     def card(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": pool.created(name), "owned_by": "chatwright"}
-
-    @router.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "models": pool.names, "running": pool.running}
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
