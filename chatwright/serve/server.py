@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from chatwright.config import UsageError, UserError, parse
 
@@ -40,6 +40,10 @@ class ServeConfig:
     """Most memory, in GB, for all models together; those unused longest are put away for others. 0: no limit."""
     dtype: str = "auto"
     """Weights while generating: fp32, bf16, int8 or int4 (compiled CPU kernels); auto takes bf16 for models above 20 M."""
+    engine: Literal["chatwright", "vllm"] = "chatwright"
+    """What computes: chatwright itself, or vLLM (a program of its own, for GPUs), to which the model is exported."""
+    engine_args: list[str] = field(default_factory=list)
+    """Further arguments for vLLM, as they are: --engine_args '["--tensor-parallel-size", "2"]'."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -48,6 +52,8 @@ class ServeConfig:
             raise UsageError(f"--max_requests {self.max_requests}: at least 1")
         if not 0 <= self.memory_gb < float("inf"):
             raise UsageError(f"--memory_gb {self.memory_gb}: 0 (no limit) or more")
+        if self.engine_args and self.engine == "chatwright":
+            raise UsageError("--engine_args are for --engine vllm")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,6 +65,10 @@ def main(argv: Sequence[str]) -> int:
         description="Serve MODEL: chat page and OpenAI-compatible interface.",
         positionals={"model": "A run, a model directory, smollm2, hf:owner/name or a .gguf file."},
     )
+    if config.engine == "vllm":
+        from chatwright.serve import vllm
+
+        return vllm.launch(str(positionals["model"]), config)
     try:
         import fastapi  # noqa: F401
         import markdown_it  # noqa: F401
