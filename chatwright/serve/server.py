@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from chatwright.config import UsageError, UserError, parse
 
@@ -62,6 +62,10 @@ class ServeConfig:
     """File to which one line of JSON per request is added; `-` is standard error. Empty: none. It holds no texts."""
     log_prompts: bool = False
     """Prompts and answers go into the access log as well."""
+    engine: Literal["chatwright", "vllm"] = "chatwright"
+    """What computes: chatwright itself, or vLLM (a program of its own, for GPUs), to which the model is exported."""
+    engine_args: list[str] = field(default_factory=list)
+    """Further arguments for vLLM, as they are: --engine_args '["--tensor-parallel-size", "2"]'."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -77,6 +81,8 @@ class ServeConfig:
                 raise UsageError(f"--{name} {getattr(self, name)}: 0 or more")
         if self.log_prompts and not self.access_log:
             raise UsageError("--log_prompts adds texts to the access log: give --access_log as well")
+        if self.engine_args and self.engine == "chatwright":
+            raise UsageError("--engine_args are for --engine vllm")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,6 +94,10 @@ def main(argv: Sequence[str]) -> int:
         description="Serve MODEL: chat page and OpenAI-compatible interface.",
         positionals={"model": "A run, a model directory, smollm2, hf:owner/name or a .gguf file."},
     )
+    if config.engine == "vllm":
+        from chatwright.serve import vllm
+
+        return vllm.launch(str(positionals["model"]), config)
     try:
         import fastapi  # noqa: F401
         import markdown_it  # noqa: F401

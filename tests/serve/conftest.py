@@ -1,4 +1,4 @@
-"""Fixtures of the serving side; they live in serving.py, which the browser test uses as well."""
+"""Fixtures of the serving side; they live in serving.py, which the browser test uses as well, and in tooling.py."""
 
 from __future__ import annotations
 
@@ -8,5 +8,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from serving import roomy, roomy_server, server, taught, tiny, wait_until
+from tooling import copy, good, hf_dir, run
 
-__all__ = ["roomy", "roomy_server", "server", "taught", "tiny", "wait_until"]
+__all__ = ["copy", "good", "hf_dir", "roomy", "roomy_server", "run", "server", "taught", "tiny", "wait_until"]
