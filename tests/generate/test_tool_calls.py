@@ -181,6 +181,15 @@ def test_no_tag_is_shown_in_part() -> None:
     assert parser.flush() == []
 
 
+def test_what_cannot_become_a_call_is_given_back_at_once() -> None:
+    """No JSON string goes on over the end of a line, no call over the beginning of another."""
+    parser = ToolCallParser(NAMES)
+    assert parser.push('<tool_call>{"name: 1}') == []
+    assert parser.push("\n") == [TextDelta('<tool_call>{"name: 1}')]
+    assert parser.push("<tool_call> no ") == []
+    assert parser.push("<tool_call>") == [TextDelta("\n<tool_call> no")]
+
+
 def test_arguments_come_as_they_are_said_where_a_grammar_holds() -> None:
     parser = ToolCallParser(NAMES, constrained=True, make_id=lambda: "id")
     assert parser.push('Well\n<tool_call>\n{"name": "weather", "argu') == [TextDelta("Well")]
