@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from chatwright.config import UserError
+from chatwright.feedback.store import NotThere, StoreError
 from chatwright.serve.pool import NoMemory, UnknownModel
 from chatwright.serve.service import Busy, TooLong
 
@@ -45,6 +46,10 @@ def from_user_error(error: UserError) -> ApiError:
         return ApiError(429, str(error), code="rate_limit_exceeded")
     if isinstance(error, TooLong):
         return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+    if isinstance(error, NotThere):
+        return ApiError(404, str(error), code="not_found")
+    if isinstance(error, StoreError):
+        return ApiError(503, str(error), code="store_unavailable")
     return ApiError(400, str(error))
 
 

@@ -40,6 +40,9 @@ class ServeConfig:
     """Most memory, in GB, for all models together; those unused longest are put away for others. 0: no limit."""
     dtype: str = "auto"
     """Weights while generating: fp32, bf16, int8 or int4 (compiled CPU kernels); auto takes bf16 for models above 20 M."""
+    store: str = ""
+    """Where conversations are kept: a SQLite file or a SQLAlchemy URL; default: chatwright/conversations.db in the user's data
+    directory; `none` keeps nothing beyond the process (in memory)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -64,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
         import markdown_it  # noqa: F401
         import nh3  # noqa: F401
         import pygments  # noqa: F401
+        import sqlalchemy  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; run: pip install 'chatwright[serve]'") from None
@@ -116,7 +120,7 @@ def build_app(pool: ModelPool, config: ServeConfig) -> FastAPI:
     from chatwright.serve.guard import is_loopback
 
     hosts = config.allowed_hosts if config.allowed_hosts or is_loopback(config.host) else None
-    return create_app(pool, hosts=hosts)
+    return create_app(pool, hosts=hosts, store=config.store)
 
 
 def make_pool(model: LanguageModel, source: str, config: ServeConfig) -> ModelPool:

@@ -44,38 +44,42 @@ class Prepared:
 
 
 def prepare(
-    model: LanguageModel, messages: Sequence[Message], sampling: Sampling, *, answers: int = 1
+    model: LanguageModel, messages: Sequence[Message], sampling: Sampling, *, answers: int = 1, begun: str = ""
 ) -> Prepared:
-    """Encode `messages` and make room for the answer.
+    """Encode `messages` and make room for the answer, which goes on from `begun` when that is given.
 
     A quarter of the context (or `max_new_tokens`, if that is less) is kept free for the answer; the oldest turns
     go when the rest is too small. The answer may then use whatever room is left, up to `max_new_tokens`.
-    With a seed, answer k uses seed + k. Raises TooLong when even the last message is too long, UserError when the
-    model's template refuses the conversation.
+    With a seed, answer k uses seed + k. Raises TooLong when even the last message is too long or `begun` fills the
+    context, UserError when the model's template refuses the conversation.
     """
     from chatwright.generate.request import Request
 
     context, template = model.engine.max_context, model.require_template()
     reserve = max(1, min(sampling.max_new_tokens, context // 4))
+    begun_ids = model.tokenizer.encode(begun)
     try:
-        fitted = model.encode_chat(messages, max_new_tokens=reserve)
+        fitted = model.encode_chat(messages, max_new_tokens=reserve + len(begun_ids))
     except UserError as error:
         template.encode(
             messages, model.tokenizer, add_generation_prompt=True
         )  # raises what the template refuses
         raise TooLong(str(error)) from None
-    room = context - len(fitted.ids)
+    prompt = (*fitted.ids, *begun_ids)
+    room = context - len(prompt)
+    if room < 1:
+        raise TooLong(f"the answer fills the model's window of {context} tokens: it cannot go on")
     sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
     end_ids = template.end_ids(model.tokenizer)
     requests = tuple(
         Request(
-            prompt=tuple(fitted.ids),
+            prompt=prompt,
             sampling=sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index),
             end_ids=end_ids,
         )
         for index in range(answers)
     )
-    return Prepared(requests, len(fitted.ids), fitted.dropped)
+    return Prepared(requests, len(prompt), fitted.dropped)
 
 
 class ChatService:
@@ -102,11 +106,13 @@ class ChatService:
         """Answers under way or waiting."""
         return sum(len(answer.requests) for answer in self._running)
 
-    async def prepare(self, messages: Sequence[Message], sampling: Sampling, *, answers: int = 1) -> Prepared:
+    async def prepare(
+        self, messages: Sequence[Message], sampling: Sampling, *, answers: int = 1, begun: str = ""
+    ) -> Prepared:
         """`prepare` off the event loop. Raises UserError, and Busy when the server has enough to do."""
         if self.running + answers > self.max_requests:
             raise Busy(f"the server is busy with {self.running} answers; try again in a moment")
-        return await asyncio.to_thread(prepare, self.model, messages, sampling, answers=answers)
+        return await asyncio.to_thread(prepare, self.model, messages, sampling, answers=answers, begun=begun)
 
     def answer(self, prepared: Prepared) -> Answer:
         """Start computing. Iterate over the result, or use it as a context manager that cancels on leaving."""

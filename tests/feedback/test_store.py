@@ -338,12 +338,16 @@ def test_files_that_cannot_be_used_are_left_alone(tmp_path: Path, spoil: Any, me
     file = tmp_path / "store.db"
     spoil(file)
     before = file.read_bytes() if file.is_file() else b""
-    with pytest.raises(UserError, match=f"(?s){file}.*{message}"):
+
+    def use() -> None:
         store = Store(str(file))
         try:
             store.of("me").page()
         finally:
             store.close()
+
+    with pytest.raises(UserError, match=f"(?s){file}.*{message}"):
+        use()
     assert before == (file.read_bytes() if file.is_file() else b"")
 
 

@@ -7,6 +7,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from serving import server, taught, tiny, wait_until
+from serving import server, small, taught, tiny, wait_until
 
-__all__ = ["server", "taught", "tiny", "wait_until"]
+__all__ = ["server", "small", "taught", "tiny", "wait_until"]
