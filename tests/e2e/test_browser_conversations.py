@@ -190,6 +190,7 @@ def test_regenerate_and_switch(page: Any) -> None:
     button(last(page, "answer"), "Regenerate").click()
     expect(page.locator(".count")).to_have_text("2 / 2")
     answered(page)
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()  # the button that had the focus is gone
     short = answers(page).inner_text()
     assert len(short) < len(DIALOGUES["hello"])
     previous, following = button(page, "Previous version"), button(page, "Next version")
@@ -293,7 +294,7 @@ def test_export(page: Any) -> None:
     chat(page, "hello")
     button(page, "Settings").click()
     with page.expect_download() as download:
-        page.get_by_role("link", name="Export chats").click()
+        page.get_by_role("link", name="Export").click()
     line = json.loads(download.value.path().read_text(encoding="utf-8"))
     assert line["messages"][1] == {"role": "assistant", "content": DIALOGUES["hello"]}
 

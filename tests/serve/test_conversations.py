@@ -390,7 +390,7 @@ def test_token_probabilities(me: Person) -> None:
     texts = [event for event in seen if event["type"] == "text"]
     tokens = [token for event in texts for token in event["tokens"]]
     assert "".join(token["text"] for token in tokens) == text_of(seen) == DIALOGUES["snowman"]
-    assert "☃" in {token["text"].strip() for token in tokens}  # three bytes, and more than one token
+    assert "☃" in {token["text"].strip() for token in tokens}
     for token in tokens:
         assert 0 < token["p"] <= 1
         shares = [one["p"] for one in token["alternatives"]]

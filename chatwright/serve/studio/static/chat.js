@@ -33,13 +33,17 @@ function begin() {
 }
 
 function setCurrent(run) {
-  const focusWasOnStop = document.activeElement === stop;
   current = run;
-  send.hidden = Boolean(run);
-  stop.hidden = !run;
-  stop.classList.remove("pressed");
   setBusy(Boolean(run));
-  if (!run && focusWasOnStop) prompt.focus();
+  showStop(Boolean(run));
+}
+
+function showStop(shown) {
+  const focusWasOnStop = document.activeElement === stop;
+  send.hidden = shown;
+  stop.hidden = !shown;
+  stop.classList.remove("pressed");
+  if (!shown && focusWasOnStop) focusPrompt();
 }
 
 /** Have the message `parent` answered, or let the answer `continues` go on. */
@@ -65,6 +69,7 @@ async function watch(run, number) {
   const view = viewOf(number);
   view.startWriting();
   toEnd();
+  if (document.activeElement === document.body) stop.focus({ preventScroll: true }); // the button pressed is gone
   for await (const event of follow(run.job, run.controller.signal)) {
     if (event.type === "loading") {
       view.waitFor(`loading ${event.model} …`);
@@ -247,6 +252,7 @@ function leave() {
 async function open(id, { push = true } = {}) {
   leave();
   const run = begin();
+  showStop(false); // there is nothing to stop yet
   let found;
   try {
     found = await get(at(id));
@@ -270,6 +276,7 @@ async function open(id, { push = true } = {}) {
     return;
   }
   run.job = job.id;
+  showStop(true);
   const { parent } = chat.turns.get(job.turn);
   try {
     if (!viewOf(job.turn)) chat.leaf = job.turn;
