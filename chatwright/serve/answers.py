@@ -16,7 +16,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -142,33 +142,20 @@ class Answering:
     async def _model(self, job: Job, unwanted: asyncio.Task[None]) -> AsyncIterator[ChatService | None]:
         """The model, in memory for as long as this is open; None when the answer is no longer wanted before it is there.
 
-        A load that has begun cannot be called off: it goes on without us, and the next who asks finds the model ready.
+        A load that has begun goes on without us, and the next who asks finds the model ready.
         """
         if self._ask.model not in {service.name for service in self._pool.services}:
             job.publish({"type": "loading", "model": self._ask.model})
-        ready: asyncio.Future[ChatService] = asyncio.get_running_loop().create_future()
-        done = asyncio.Event()
-
-        async def hold() -> None:
-            try:
-                async with self._pool.use(self._ask.model) as service:
-                    if not ready.cancelled():
-                        ready.set_result(service)
-                    await done.wait()
-            except Exception as error:
-                if not ready.done():
-                    ready.set_exception(error)
-
-        holder = asyncio.create_task(hold())
-        _HOLDERS.add(holder)
-        holder.add_done_callback(_HOLDERS.discard)
-        try:
-            either: set[asyncio.Future[Any]] = {ready, unwanted}
+        async with AsyncExitStack() as stack:
+            entering = asyncio.create_task(stack.enter_async_context(self._pool.use(self._ask.model)))
+            either: set[asyncio.Future[Any]] = {entering, unwanted}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            yield ready.result() if ready.done() else None
-        finally:
-            ready.cancel()
-            done.set()
+            if entering.done():
+                yield entering.result()
+            else:
+                entering.cancel()
+                await asyncio.wait({entering})
+                yield None
 
     async def _write(self, job: Job, answer: Answer, service: ChatService) -> None:
         """Take the pieces in, publish them, and keep what there is every now and then."""
@@ -248,10 +235,6 @@ class Answering:
 
     def _seconds(self) -> float:
         return round(self._spent + time.monotonic() - self._draft.started, 3)
-
-
-_HOLDERS: set[asyncio.Task[None]] = set()
-"""Tasks that keep models in memory for answers; the loop itself keeps only weak references."""
 
 
 def _unknown(text: str) -> Token:

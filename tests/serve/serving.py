@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -112,6 +112,17 @@ def tiny(taught: tuple[GPT, Tokenizer]) -> Iterator[TinyModel]:
 
 
 @pytest.fixture
+def roomy(taught: tuple[GPT, Tokenizer]) -> Iterator[TinyModel]:
+    """The same weights with room for long prompts (rotary positions need no table)."""
+    small, tokenizer = taught
+    large = GPT(replace(small.config, context=2048))
+    large.load_state_dict(small.state_dict())
+    model = TinyModel(large, tokenizer)
+    yield model
+    model.engine.allow(float("inf"))
+
+
+@pytest.fixture
 def small(small_tokenizer: Tokenizer) -> LanguageModel:
     """Another chat model, which has learnt nothing."""
     torch.manual_seed(1)
@@ -140,7 +151,7 @@ def run_server(
     pool = make_pool(model, model.name, config)
     pool._loader = loader or pool._loader
     app = build_app(pool, config)
-    server = make_server(app)
+    server = make_server(app, config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
@@ -157,6 +168,13 @@ def run_server(
 def server(tiny: TinyModel) -> Iterator[Running]:
     """A running server of the taught model."""
     with run_server(tiny) as running:
+        yield running
+
+
+@pytest.fixture
+def roomy_server(roomy: TinyModel) -> Iterator[Running]:
+    """A running server of the taught model with a long context."""
+    with run_server(roomy) as running:
         yield running
 
 
