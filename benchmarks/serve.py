@@ -57,7 +57,7 @@ def questions() -> list[Question]:
 @contextlib.contextmanager
 def running_server(model: str, dtype: str) -> Iterator[tuple[Target, subprocess.Popen[str]]]:
     """`chatwright serve` in a process of its own. Raises SystemExit with its messages when it does not come up."""
-    command = [sys.executable, "-m", "chatwright.cli", "serve", model, "--port=0", f"--name={NAME}", f"--dtype={dtype}"]
+    command = [sys.executable, "-m", "chatwright.cli", "serve", model, "--port=0", "--store=none", f"--name={NAME}", f"--dtype={dtype}"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     said: list[str] = []
     try:

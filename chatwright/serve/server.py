@@ -40,6 +40,9 @@ class ServeConfig:
     """Most memory, in GB, for all models together; those unused longest are put away for others. 0: no limit."""
     dtype: str = "auto"
     """Weights while generating: fp32, bf16, int8 or int4 (compiled CPU kernels); auto takes bf16 for models above 20 M."""
+    store: str = ""
+    """Where conversations are kept: a SQLite file or a SQLAlchemy URL; default: chatwright/conversations.db in the user's data
+    directory; `none` keeps nothing beyond the process (in memory)."""
     api_keys: str | None = None
     """File of hashed API keys (`chatwright key NAME --file FILE` makes one); read again when it changes. Keys in clear may stand in the environment: CHATWRIGHT_API_KEYS, comma separated."""
     insecure: bool = False
@@ -104,6 +107,7 @@ def main(argv: Sequence[str]) -> int:
         import nh3  # noqa: F401
         import prometheus_client  # noqa: F401
         import pygments  # noqa: F401
+        import sqlalchemy  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; run: pip install 'chatwright[serve]'") from None
@@ -167,7 +171,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def build_app(pool: ModelPool, config: ServeConfig) -> FastAPI:
-    """The application that serves the models of `pool`. Raises UserError: keys or log that cannot be opened."""
+    """The application that serves the models of `pool`. Raises UserError: keys, log or store that cannot be opened."""
     from chatwright.serve.access_log import AccessLog
     from chatwright.serve.app import Operation, create_app
     from chatwright.serve.cors import check_origins
@@ -183,7 +187,7 @@ def build_app(pool: ModelPool, config: ServeConfig) -> FastAPI:
         keep_texts=config.log_prompts,
         drain_seconds=config.drain_seconds,
     )
-    return create_app(pool, operation=operation)
+    return create_app(pool, operation=operation, store=config.store)
 
 
 def make_pool(model: LanguageModel, source: str, config: ServeConfig) -> ModelPool:

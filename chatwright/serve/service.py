@@ -84,32 +84,37 @@ def prepare(
     *,
     answers: int = 1,
     grammar: Callable[[LanguageModel], Grammar | None] | None = None,
+    begun: str = "",
 ) -> Prepared:
-    """Encode `messages` and make room for the answer.
+    """Encode `messages` and make room for the answer, which goes on from `begun` when that is given.
 
     A quarter of the context (or `max_new_tokens`, if that is less) is kept free for the answer; the oldest turns
     go when the rest is too small. The answer may then use whatever room is left, up to `max_new_tokens`.
-    With a seed, answer k uses seed + k. `grammar` makes what the answers are held to. Raises TooLong when even the last message is too long, UserError when the
-    model's template refuses the conversation.
+    With a seed, answer k uses seed + k. `grammar` makes what the answers are held to. Raises TooLong when even the last
+    message is too long or `begun` fills the context, UserError when the model's template refuses the conversation.
     """
     from chatwright.generate.request import Request
 
     context, template = model.engine.max_context, model.require_template()
     reserve = max(1, min(sampling.max_new_tokens, context // 4))
+    begun_ids = model.tokenizer.encode(begun)
     try:
-        fitted = model.encode_chat(messages, max_new_tokens=reserve)
+        fitted = model.encode_chat(messages, max_new_tokens=reserve + len(begun_ids))
     except UserError as error:
         template.encode(
             messages, model.tokenizer, add_generation_prompt=True
         )  # raises what the template refuses
         raise TooLong(str(error)) from None
+    prompt = (*fitted.ids, *begun_ids)
+    if len(prompt) >= context:
+        raise TooLong(f"the answer fills the model's window of {context} tokens: it cannot go on")
     request = Request(
-        prompt=tuple(fitted.ids),
-        sampling=_within(sampling, context - len(fitted.ids)),
+        prompt=prompt,
+        sampling=_within(sampling, context - len(prompt)),
         end_ids=template.end_ids(model.tokenizer),
         grammar=grammar(model) if grammar is not None else None,
     )
-    return Prepared(_samples(request, answers), len(fitted.ids), fitted.dropped)
+    return Prepared(_samples(request, answers), len(prompt), fitted.dropped)
 
 
 def prepare_prompts(
@@ -187,10 +192,11 @@ class ChatService:
         *,
         answers: int = 1,
         grammar: Callable[[LanguageModel], Grammar | None] | None = None,
+        begun: str = "",
     ) -> Prepared:
         """`prepare` off the event loop, within the limits. Raises UserError, and Busy when there is enough to do."""
         sampling = self.limits.cut(sampling)
-        work = partial(prepare, self.model, messages, sampling, answers=answers, grammar=grammar)
+        work = partial(prepare, self.model, messages, sampling, answers=answers, grammar=grammar, begun=begun)
         return await self._prepared(work, answers)
 
     async def prepare_prompts(
