@@ -15,7 +15,7 @@ from chatwright import checkpoint, runtime
 from chatwright.chat import ChatTemplate, FittedChat, Message, fit_context
 from chatwright.config import UserError
 from chatwright.generate.engine import Engine
-from chatwright.generate.request import Completion, Piece, Request
+from chatwright.generate.request import Alternatives, Completion, Piece, Request
 from chatwright.generate.runner import Runner
 from chatwright.generate.sampling import Sampling
 from chatwright.interop.loaded import Loaded
@@ -27,6 +27,9 @@ DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
 """How the weights are held for generation; see `make_runner`."""
 WORTH_COMPILING = 20_000_000
 """Parameters from which `auto` takes the CPU kernels: smaller models answer at once anyway, and exactly."""
+
+SCORED_AT_ONCE = 256
+"""Tokens whose probabilities `score` holds in memory at a time: a row has as many numbers as the vocabulary has tokens."""
 
 
 def make_runner(model: GPT, dtype: str) -> Runner | None:
@@ -87,6 +90,38 @@ class LanguageModel:
         tokens = torch.as_tensor(ids, dtype=torch.int64, device=next(self.model.parameters()).device)
         with runtime.evaluating(self.model):
             return self.model(tokens)  # type: ignore[no-any-return]
+
+    def score(self, ids: Sequence[int], *, top: int = 0) -> list[tuple[int, float | None, Alternatives]]:
+        """(token, its log-probability in nats given those before, the `top` likeliest ones) for each token of a text.
+
+        The first token has no log-probability: nothing stands before it. Raises UserError for a text beyond the context.
+        """
+        if not ids:
+            return []
+        tokens = torch.tensor([list(ids)], device=next(self.model.parameters()).device)
+        scored: list[tuple[int, float | None, Alternatives]] = [(ids[0], None, [])]
+        with runtime.evaluating(self.model):
+            hidden = self.model.hidden(tokens)[0, :-1]
+            for start in range(0, len(hidden), SCORED_AT_ONCE):
+                logprobs = self.model.head(hidden[start : start + SCORED_AT_ONCE]).float().log_softmax(-1)
+                following = tokens[0, start + 1 : start + 1 + len(logprobs)]
+                chosen = logprobs.gather(1, following[:, None])[:, 0].tolist()
+                values, places = (found.tolist() for found in logprobs.topk(top, dim=-1))
+                pairs = (list(zip(*both, strict=True)) for both in zip(places, values, strict=True))
+                scored += zip(following.tolist(), chosen, pairs, strict=True)
+        return scored
+
+    def embed(self, ids: Sequence[int]) -> Float[Tensor, " width"]:
+        """A text as a vector of length 1: the mean of the final hidden states of its tokens.
+
+        A language model was not trained for this: near vectors mean similar wording more than similar meaning. Raises
+        UserError for a text beyond the context, or without tokens.
+        """
+        if not ids:
+            raise UserError("a text without tokens has no embedding")
+        tokens = torch.tensor([list(ids)], device=next(self.model.parameters()).device)
+        with runtime.evaluating(self.model):
+            return torch.nn.functional.normalize(self.model.hidden(tokens)[0].float().mean(0), dim=-1).cpu()
 
     def _request(self, ids: Sequence[int], end_ids: frozenset[int], options: dict[str, Any]) -> Request:
         return Request(prompt=tuple(ids), sampling=Sampling(**options), end_ids=end_ids)

@@ -27,10 +27,9 @@ from torch import Tensor
 from chatwright.config import UserError
 from chatwright.generate.pages import PAGE_TOKENS, Match, PagePool
 from chatwright.generate.request import Completion, FinishReason, Handle, OnChange, Piece, Request
-from chatwright.generate.rows import Choice, Row, Text
+from chatwright.generate.rows import Choice, Row, allowed_tokens
 from chatwright.generate.runner import Feed, Runner
-from chatwright.generate.sampling import BatchSampler, make_generator
-from chatwright.generate.speculation import Lookup
+from chatwright.generate.sampling import BatchSampler
 from chatwright.generate.torch_runner import TorchRunner
 from chatwright.model.gpt import GPT
 from chatwright.runtime import one_thread
@@ -176,13 +175,9 @@ class Engine:
         """
         room = self._check(request)
         handle = Handle(request, None if background else self.step, on_change)
-        sampling = request.sampling
-        guesses = self.lookup and sampling.temperature == 0.0 and not sampling.looks_back
-        text = Text(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
-        generator = make_generator(sampling, self.runner.device)
-        lookup = Lookup(self.lookup) if guesses else None
+        row = Row.begin(handle, room, self.tokenizer, self.runner.device, self.lookup)
         with self.arrived:
-            row = Row(handle, self._count, room, generator, text, lookup, list(request.prompt))
+            row.number = self._count
             self._count += 1
             self._waiting.append(row)
             self.arrived.notify_all()
@@ -337,7 +332,8 @@ class Engine:
                 device=logits.device,
             )
         with one_thread() if self.runner.own_threads else nullcontext():
-            tokens, logprobs = self._sampler(logits)
+            allowed = allowed_tokens(rows, logits.shape[1])
+            tokens, logprobs = self._sampler(logits, None if allowed is None else allowed.to(logits.device))
             tops = self._sampler.alternatives(logits)
         return list(map(Choice, tokens.tolist(), logprobs.tolist(), tops))
 

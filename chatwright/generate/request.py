@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from chatwright.config import UserError
+from chatwright.generate.grammar import Grammar
 from chatwright.generate.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -29,6 +30,8 @@ class Request:
     """Ids that end the answer. They are part of its ids but not of its text."""
     id: str = ""
     """A name for the caller's use."""
+    grammar: Grammar | None = None
+    """What the answer must look like (grammar.py). Once it is complete and nothing may follow, the answer ends, without an end id."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Completion:
     text: str
     """Without end token and stop text; empty when the engine has no tokenizer."""
     finish_reason: FinishReason
-    """`stop`: end id or stop text; `length`: max_new_tokens or the context's end; `cancelled`."""
+    """`stop`: end id, stop text or the grammar's end; `length`: max_new_tokens or the context's end; `cancelled`."""
     logprobs: list[float]
     """Per new token, in nats: log_softmax(logits / temperature), before penalty and filters (see sampling.py)."""
     prompt_tokens: int

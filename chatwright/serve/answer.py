@@ -78,9 +78,10 @@ class Answer:
         self._alarm = None if remaining is None else self._loop.call_later(remaining, self._give_up)
         if self._facts is not None:
             self._facts.model = model
-            self._facts.prompt_tokens += len(self.requests[0].prompt)
+            prompts = dict.fromkeys(request.prompt for request in self.requests)  # several answers may have the same
+            self._facts.prompt_tokens += sum(map(len, prompts))
             if self._facts.keep_texts and decode is not None:
-                self._facts.prompts.append(decode(self.requests[0].prompt))
+                self._facts.prompts += map(decode, prompts)
 
     # ---- in the engine's thread ----------------------------------------------------------------------------------
 
@@ -108,6 +109,8 @@ class Answer:
                 self._open -= 1
                 self._ended(index, at)
         if not self._open and self._on_end is not None:
+            if self._facts is not None:
+                self._facts.cached_tokens += self.cached_tokens
             if self._alarm is not None:
                 self._alarm.cancel()
             on_end, self._on_end = self._on_end, None
@@ -131,11 +134,8 @@ class Answer:
             reason = "timeout"
         for listener in self._listeners:
             listener.answered(self._model, reason, at - self.started)
-        if self._facts is not None and completion is not None:
-            if index == 0:  # the prompt is one, however many answers it has
-                self._facts.cached_tokens += completion.cached_tokens
-            if self._facts.keep_texts:
-                self._facts.answers.append(completion.text)
+        if self._facts is not None and self._facts.keep_texts and completion is not None:
+            self._facts.answers.append(completion.text)
         if self._facts is not None and not self._left:
             self._facts.finish_reasons.append(reason)
 
@@ -143,6 +143,15 @@ class Answer:
         self._late = True
         self.cancel()
         self._news.set()
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that had not to be computed; several answers to one prompt count it once."""
+        found: dict[tuple[int, ...], int] = {}
+        for handle in self._handles:
+            if handle.completion is not None:
+                found.setdefault(handle.request.prompt, handle.completion.cached_tokens)
+        return sum(found.values())
 
     def cancel(self) -> None:
         """Free the engine's slots. The iterator still ends properly, with finish_reason "cancelled"."""

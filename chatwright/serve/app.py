@@ -17,15 +17,16 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from chatwright.feedback.store import Store
 from chatwright.serve import api, chat_page, errors, login, status
 from chatwright.serve.access_log import AccessLog, Ledger
 from chatwright.serve.cors import Cors
+from chatwright.serve.document import document
 from chatwright.serve.doors import Doorkeeper, Doors
 from chatwright.serve.guard import BodyLimit, Guard
 from chatwright.serve.jobs import JobStore
 from chatwright.serve.keys import KeyRing
 from chatwright.serve.lifecycle import Gate, Lifecycle
-from chatwright.serve.markdown import render
 from chatwright.serve.pool import ModelPool
 from chatwright.serve.telemetry import Telemetry
 
@@ -66,13 +67,20 @@ def create_app(
     *,
     operation: Operation = Operation(),
     jobs: JobStore | None = None,
+    store: str = "none",
 ) -> FastAPI:
-    """The application. Closes the engines and the log at its end."""
+    """The application. Closes the engines, the store and the log at its end.
+
+    `store`: where conversations are kept, as `feedback.store.Store` takes it. Raises StoreError.
+    """
+    conversations, answers = Store(store), jobs or JobStore()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        await answers.close()
         await asyncio.to_thread(pool.close)
+        await asyncio.to_thread(conversations.close)
         if operation.log is not None:
             await asyncio.to_thread(operation.log.close)
 
@@ -81,10 +89,12 @@ def create_app(
     lifecycle = Lifecycle()
     telemetry = Telemetry(pool, lifecycle)
     app.state.pool, app.state.lifecycle, app.state.keys = pool, lifecycle, operation.keys
+    app.state.store = conversations
+    app.openapi = lambda: document(app, pool)  # type: ignore[method-assign]
     errors.install(app)
     app.include_router(status.routes(pool, lifecycle, telemetry, names=operation.keys is None))
     app.include_router(api.routes(pool))
-    app.include_router(chat_page.routes(pool, jobs or JobStore(render)))
+    app.include_router(chat_page.routes(pool, answers))
     app.mount("/static", Static(directory=chat_page.STUDIO / "static"))
     # What is added last comes first.
     app.add_middleware(errors.Crash)

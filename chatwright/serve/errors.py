@@ -12,16 +12,51 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatwright.config import UserError
+from chatwright.feedback.store import NotThere, StoreError
 from chatwright.generate.threads import BusyError, ClosedError
 from chatwright.serve.facts import TimedOut
 from chatwright.serve.pool import NoMemory, UnknownModel
 from chatwright.serve.service import Busy, TooLong
 
 logger = logging.getLogger(__name__)
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """Every error's JSON."""
+
+    error: ErrorDetail
+
+
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text}
+    for status, text in (
+        (400, "The request makes no sense, or asks for what this server does not do"),
+        (401, "The API key is missing or wrong"),
+        (403, "Another site's page, or a name this server does not answer to"),
+        (404, "No such model"),
+        (405, "Wrong method"),
+        (413, "The body is too large"),
+        (429, "The server has enough to do; Retry-After says when to come again"),
+        (500, "The server failed"),
+        (503, "The server is stopping, or has no memory for the model; Retry-After says when to come again"),
+        (504, "The answer took too long"),
+    )
+}
+"""The errors that every route may answer with, for the OpenAPI document."""
 
 
 class ApiError(Exception):
@@ -73,6 +108,10 @@ def from_user_error(error: UserError) -> ApiError:
         return ApiError(504, str(error), code="timeout")
     if isinstance(error, TooLong):
         return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+    if isinstance(error, NotThere):
+        return ApiError(404, str(error), code="not_found")
+    if isinstance(error, StoreError):
+        return ApiError(503, str(error), code="store_unavailable", headers={"retry-after": "1"})
     return ApiError(400, str(error))
 
 

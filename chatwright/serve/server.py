@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from chatwright.config import UsageError, UserError, parse
 
@@ -40,6 +40,9 @@ class ServeConfig:
     """Most memory, in GB, for all models together; those unused longest are put away for others. 0: no limit."""
     dtype: str = "auto"
     """Weights while generating: fp32, bf16, int8 or int4 (compiled CPU kernels); auto takes bf16 for models above 20 M."""
+    store: str = ""
+    """Where conversations are kept: a SQLite file or a SQLAlchemy URL; default: chatwright/conversations.db in the user's data
+    directory; `none` keeps nothing beyond the process (in memory)."""
     api_keys: str | None = None
     """File of hashed API keys (`chatwright key NAME --file FILE` makes one); read again when it changes. Keys in clear may stand in the environment: CHATWRIGHT_API_KEYS, comma separated."""
     insecure: bool = False
@@ -62,6 +65,10 @@ class ServeConfig:
     """File to which one line of JSON per request is added; `-` is standard error. Empty: none. It holds no texts."""
     log_prompts: bool = False
     """Prompts and answers go into the access log as well."""
+    engine: Literal["chatwright", "vllm"] = "chatwright"
+    """What computes: chatwright itself, or vLLM (a program of its own, for GPUs), to which the model is exported."""
+    engine_args: list[str] = field(default_factory=list)
+    """Further arguments for vLLM, as they are: --engine_args '["--tensor-parallel-size", "2"]'."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -77,6 +84,8 @@ class ServeConfig:
                 raise UsageError(f"--{name} {getattr(self, name)}: 0 or more")
         if self.log_prompts and not self.access_log:
             raise UsageError("--log_prompts adds texts to the access log: give --access_log as well")
+        if self.engine_args and self.engine == "chatwright":
+            raise UsageError("--engine_args are for --engine vllm")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,12 +97,17 @@ def main(argv: Sequence[str]) -> int:
         description="Serve MODEL: chat page and OpenAI-compatible interface.",
         positionals={"model": "A run, a model directory, smollm2, hf:owner/name or a .gguf file."},
     )
+    if config.engine == "vllm":
+        from chatwright.serve import vllm
+
+        return vllm.launch(str(positionals["model"]), config)
     try:
         import fastapi  # noqa: F401
         import markdown_it  # noqa: F401
         import nh3  # noqa: F401
         import prometheus_client  # noqa: F401
         import pygments  # noqa: F401
+        import sqlalchemy  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; run: pip install 'chatwright[serve]'") from None
@@ -157,7 +171,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def build_app(pool: ModelPool, config: ServeConfig) -> FastAPI:
-    """The application that serves the models of `pool`. Raises UserError: keys or log that cannot be opened."""
+    """The application that serves the models of `pool`. Raises UserError: keys, log or store that cannot be opened."""
     from chatwright.serve.access_log import AccessLog
     from chatwright.serve.app import Operation, create_app
     from chatwright.serve.cors import check_origins
@@ -173,7 +187,7 @@ def build_app(pool: ModelPool, config: ServeConfig) -> FastAPI:
         keep_texts=config.log_prompts,
         drain_seconds=config.drain_seconds,
     )
-    return create_app(pool, operation=operation)
+    return create_app(pool, operation=operation, store=config.store)
 
 
 def make_pool(model: LanguageModel, source: str, config: ServeConfig) -> ModelPool:

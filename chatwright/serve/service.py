@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from chatwright.config import UserError
@@ -18,13 +19,14 @@ from chatwright.serve.answer import Answer, Listener
 
 if TYPE_CHECKING:
     from chatwright.chat import Message
+    from chatwright.generate.grammar import Grammar
     from chatwright.generate.request import Request
     from chatwright.generate.sampling import Sampling
     from chatwright.generate.threads import EngineThread
     from chatwright.language_model import LanguageModel
 
 
-__all__ = ["Answer", "Busy", "ChatService", "Limits", "Listener", "Prepared", "TooLong", "prepare"]
+__all__ = ["Answer", "Busy", "ChatService", "Limits", "Listener", "Prepared", "TooLong", "prepare", "prepare_prompts"]
 
 MOST_WAIT = 60
 """Longest time, in seconds, after which a refused client is told to come again."""
@@ -76,38 +78,73 @@ class Prepared:
 
 
 def prepare(
-    model: LanguageModel, messages: Sequence[Message], sampling: Sampling, *, answers: int = 1
+    model: LanguageModel,
+    messages: Sequence[Message],
+    sampling: Sampling,
+    *,
+    answers: int = 1,
+    grammar: Callable[[LanguageModel], Grammar | None] | None = None,
+    begun: str = "",
 ) -> Prepared:
-    """Encode `messages` and make room for the answer.
+    """Encode `messages` and make room for the answer, which goes on from `begun` when that is given.
 
     A quarter of the context (or `max_new_tokens`, if that is less) is kept free for the answer; the oldest turns
     go when the rest is too small. The answer may then use whatever room is left, up to `max_new_tokens`.
-    With a seed, answer k uses seed + k. Raises TooLong when even the last message is too long, UserError when the
-    model's template refuses the conversation.
+    With a seed, answer k uses seed + k. `grammar` makes what the answers are held to. Raises TooLong when even the last
+    message is too long or `begun` fills the context, UserError when the model's template refuses the conversation.
     """
     from chatwright.generate.request import Request
 
     context, template = model.engine.max_context, model.require_template()
     reserve = max(1, min(sampling.max_new_tokens, context // 4))
+    begun_ids = model.tokenizer.encode(begun)
     try:
-        fitted = model.encode_chat(messages, max_new_tokens=reserve)
+        fitted = model.encode_chat(messages, max_new_tokens=reserve + len(begun_ids))
     except UserError as error:
         template.encode(
             messages, model.tokenizer, add_generation_prompt=True
         )  # raises what the template refuses
         raise TooLong(str(error)) from None
-    room = context - len(fitted.ids)
-    sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-    end_ids = template.end_ids(model.tokenizer)
-    requests = tuple(
-        Request(
-            prompt=tuple(fitted.ids),
-            sampling=sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index),
-            end_ids=end_ids,
-        )
-        for index in range(answers)
+    prompt = (*fitted.ids, *begun_ids)
+    if len(prompt) >= context:
+        raise TooLong(f"the answer fills the model's window of {context} tokens: it cannot go on")
+    request = Request(
+        prompt=prompt,
+        sampling=_within(sampling, context - len(prompt)),
+        end_ids=template.end_ids(model.tokenizer),
+        grammar=grammar(model) if grammar is not None else None,
     )
-    return Prepared(requests, len(fitted.ids), fitted.dropped)
+    return Prepared(_samples(request, answers), len(prompt), fitted.dropped)
+
+
+def prepare_prompts(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling, *, answers: int = 1
+) -> Prepared:
+    """`answers` continuations of each prompt, in the prompts' order. Raises TooLong for a prompt that fills the context."""
+    from chatwright.generate.request import Request
+
+    end_ids = frozenset({model.tokenizer.end_of_text_id})
+    if model.template is not None:
+        end_ids |= model.template.end_ids(model.tokenizer)
+    requests: list[Request] = []
+    for ids in prompts:
+        room = model.engine.max_context - len(ids)
+        if room < 1:
+            raise TooLong(f"the prompt has {len(ids)} tokens, the model's context holds {model.engine.max_context}")
+        requests += _samples(Request(tuple(ids), _within(sampling, room), end_ids), answers)
+    return Prepared(tuple(requests), sum(map(len, prompts)), 0)
+
+
+def _within(sampling: Sampling, room: int) -> Sampling:
+    return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+
+
+def _samples(request: Request, count: int) -> tuple[Request, ...]:
+    """The request `count` times, with seeds one after the other if it has one."""
+    seed = request.sampling.seed
+    if seed is None:
+        return (request,) * count
+    return tuple(replace(request, sampling=replace(request.sampling, seed=seed + n)) for n in range(count))
 
 
 class ChatService:
@@ -148,13 +185,32 @@ class ChatService:
         turns = self.running / self.model.engine.max_batch
         return max(1, min(MOST_WAIT, math.ceil(self._seconds * turns)))
 
-    async def prepare(self, messages: Sequence[Message], sampling: Sampling, *, answers: int = 1) -> Prepared:
+    async def prepare(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        *,
+        answers: int = 1,
+        grammar: Callable[[LanguageModel], Grammar | None] | None = None,
+        begun: str = "",
+    ) -> Prepared:
         """`prepare` off the event loop, within the limits. Raises UserError, and Busy when there is enough to do."""
+        sampling = self.limits.cut(sampling)
+        work = partial(prepare, self.model, messages, sampling, answers=answers, grammar=grammar, begun=begun)
+        return await self._prepared(work, answers)
+
+    async def prepare_prompts(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, answers: int = 1
+    ) -> Prepared:
+        """`prepare_prompts`, in the same way."""
+        work = partial(prepare_prompts, self.model, prompts, self.limits.cut(sampling), answers=answers)
+        return await self._prepared(work, len(prompts) * answers)
+
+    async def _prepared(self, work: Callable[[], Prepared], answers: int) -> Prepared:
         self.check_load(answers)
         self._preparing += answers  # many may be at this point at the same time
         try:
-            sampling = self.limits.cut(sampling)
-            prepared = await asyncio.to_thread(prepare, self.model, messages, sampling, answers=answers)
+            prepared = await asyncio.to_thread(work)
         finally:
             self._preparing -= answers
         self.check_size(prepared)
@@ -170,8 +226,9 @@ class ChatService:
     def check_size(self, prepared: Prepared) -> None:
         """Raise TooLong when the prompt has more tokens than this server takes."""
         most = self.limits.max_prompt_tokens
-        if most and prepared.prompt_tokens > most:
-            raise TooLong(f"the prompt has {prepared.prompt_tokens} tokens; this server takes at most {most}")
+        longest = max(len(one.prompt) for one in prepared.requests)
+        if most and longest > most:
+            raise TooLong(f"the prompt has {longest} tokens; this server takes at most {most}")
 
     def answer(self, prepared: Prepared) -> Answer:
         """Start computing. Iterate over the result, or use it as a context manager that cancels on leaving.
