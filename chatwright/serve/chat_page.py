@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from chatwright.feedback.store import Owned
 from chatwright.serve import conversations
 from chatwright.serve.errors import ApiError
+from chatwright.serve.facts import facts
 from chatwright.serve.jobs import Job, JobStore
 from chatwright.serve.markdown import render
 from chatwright.serve.owner import Mine, give_owner
@@ -54,8 +55,8 @@ def routes(pool: ModelPool, jobs: JobStore, *, save_seconds: float = 1.0) -> API
 
     @router.get("/")
     @router.get("/c/{conversation}")
-    async def page(conversation: str = "") -> HTMLResponse:
-        context = {"models": models(), "settings": conversations.Settings()}
+    async def page(request: Request, conversation: str = "") -> HTMLResponse:
+        context = {"models": models(), "settings": conversations.Settings(), "key": facts(request).key}
         return HTMLResponse(pages.get_template("chat.html").render(context))
 
     @router.post("/chat/owner")

@@ -7,8 +7,10 @@ knows more says `facts(request).model = ...`.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -69,6 +71,16 @@ def seconds_left(timeout: float, clock: Callable[[], float] = time.monotonic) ->
     known = current.get()
     begun = known.started if known is not None else clock()
     return max(0.0, begun + timeout - clock())
+
+
+@asynccontextmanager
+async def in_time(timeout: float) -> AsyncIterator[None]:
+    """For waiting that is not for an `Answer`. Raises TimedOut when the current request's time is up."""
+    try:
+        async with asyncio.timeout(seconds_left(timeout)):
+            yield
+    except TimeoutError:
+        raise timed_out(timeout) from None
 
 
 def timed_out(timeout: float) -> TimedOut:

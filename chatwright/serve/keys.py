@@ -84,7 +84,7 @@ class KeyRing:
 
     def __init__(self, path: Path | None, clear: Iterable[str] = ()) -> None:
         self._path = path
-        self._fixed = [Key(f"environment-{number}", digest(key)) for number, key in enumerate(clear, 1)]
+        self._fixed = [Key(f"environment-{digest(key).hex()[:8]}", digest(key)) for key in clear]
         self._seen: object = self._stamp()
         self._keys = self._read()
         if not self._keys and not self._fixed:

@@ -1,7 +1,7 @@
 """From start to end: whether the server takes new work, what is still under way, and the gate that refuses the rest.
 
 On the first SIGTERM or Ctrl-C the server drains (running.py): /ready says 503, new requests get 503 and are told to come
-again, and what is under way is finished. The pages' scripts may still follow and stop their answers.
+again, and what is under way is finished. The page's scripts may still follow and stop their answers, and read.
 """
 
 from __future__ import annotations
@@ -43,4 +43,4 @@ def _belongs_to_old_work(scope: Scope) -> bool:
     path, reading = str(scope["path"]), scope["method"] in ("GET", "HEAD")
     if path in ALWAYS or path.startswith("/static/"):
         return True
-    return path.endswith("/events") if reading else path.endswith("/stop")
+    return path.startswith("/chat/") if reading else path.endswith("/stop")

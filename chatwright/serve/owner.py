@@ -1,4 +1,5 @@
-"""Whose conversations: every browser has a secret of its own in a cookie, and sees what was said under it, no more.
+"""Whose conversations: every browser has a secret of its own in a cookie, and sees what was said under it, no more. Where
+API keys are needed, each key's name has its own in the same browser: who logs in next does not see them.
 
 The page asks for the cookie with a request of its own (POST /chat/owner) and does not get it with its HTML: the cookie
 is SameSite=Strict, so a browser that comes here by a link on another site does not send it, and an answer to that
@@ -15,6 +16,7 @@ from fastapi import Depends, Request, Response
 
 from chatwright.feedback.store import Owned, Store
 from chatwright.serve.errors import ApiError
+from chatwright.serve.facts import facts
 
 COOKIE = "chatwright_owner"
 YEAR = 365 * 24 * 3600
@@ -34,7 +36,8 @@ def owned(request: Request) -> Owned:
     if secret is None:
         raise ApiError(401, "this browser has no cookie of this server yet: reload the page, and allow cookies", code="no_owner")
     store: Store = request.app.state.store
-    return store.of(secret)
+    key = facts(request).key
+    return store.of(f"{secret} {key}" if key else secret)
 
 
 def _secret_of(request: Request) -> str | None:

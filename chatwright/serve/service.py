@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -207,14 +208,20 @@ class ChatService:
         return await self._prepared(work, len(prompts) * answers)
 
     async def _prepared(self, work: Callable[[], Prepared], answers: int) -> Prepared:
-        self.check_load(answers)
-        self._preparing += answers  # many may be at this point at the same time
-        try:
+        with self.occupied(answers):  # many may be at this point at the same time
             prepared = await asyncio.to_thread(work)
-        finally:
-            self._preparing -= answers
         self.check_size(prepared)
         return prepared
+
+    @contextmanager
+    def occupied(self, answers: int = 1) -> Iterator[None]:
+        """Take up places of answers with other work. Raises Busy when there are not so many."""
+        self.check_load(answers)
+        self._preparing += answers
+        try:
+            yield
+        finally:
+            self._preparing -= answers
 
     def check_load(self, answers: int = 1) -> None:
         """Raise Busy when so many more answers are more than the server takes on."""
@@ -225,8 +232,11 @@ class ChatService:
 
     def check_size(self, prepared: Prepared) -> None:
         """Raise TooLong when the prompt has more tokens than this server takes."""
+        self.check_length(max(len(one.prompt) for one in prepared.requests))
+
+    def check_length(self, longest: int) -> None:
+        """The same for a number of tokens."""
         most = self.limits.max_prompt_tokens
-        longest = max(len(one.prompt) for one in prepared.requests)
         if most and longest > most:
             raise TooLong(f"the prompt has {longest} tokens; this server takes at most {most}")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from person import Person
 from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.config import UsageError, UserError
@@ -147,9 +148,9 @@ def test_no_text_is_logged(logged: Running, log: Path) -> None:
     post(logged)
     post(logged, {"stream": True})
     post(logged, {"messages": [{"role": "wizard", "content": "hello"}]})
-    started = httpx.post(f"{logged.url}/chat/jobs", json={"messages": BODY["messages"]}).json()["id"]
-    httpx.get(f"{logged.url}/chat/jobs/{started}/events", timeout=30)
-    lines(log, 5)
+    with Person(logged.url) as person:
+        person.events(person.start("hello")[1])
+    lines(log, 7)
     text = log.read_text()
     assert "hello" not in text and "Hello" not in text and "friend" not in text
     assert "prompts" not in text

@@ -117,7 +117,14 @@ def test_where_keys_come_from(key_file: Path, tmp_path: Path) -> None:
     both = open_keys(str(key_file), {"CHATWRIGHT_API_KEYS": "a" * 16 + " , " + "b" * 20})
     assert both is not None
     found = {key: both.find(key) for key in (KEY, "a" * 16, "b" * 20, "c" * 20, "", "a" * 15)}
-    assert [key.name if key else None for key in found.values()] == ["anna", "environment-1", "environment-2", None, None, None]
+    assert [key.name if key else None for key in found.values()] == [
+        "anna",
+        f"environment-{hashlib.sha256(b'a' * 16).hexdigest()[:8]}",  # whatever its place in the list
+        f"environment-{hashlib.sha256(b'b' * 20).hexdigest()[:8]}",
+        None,
+        None,
+        None,
+    ]
     for environment in ({"CHATWRIGHT_API_KEYS": ""}, {"CHATWRIGHT_API_KEYS": " , "}):
         with pytest.raises(UserError, match="empty"):
             open_keys(None, environment)
@@ -235,9 +242,10 @@ def test_a_person_gives_a_key_once(locked: Running) -> None:
         assert "HttpOnly" in cookie and "SameSite=strict" in cookie and "Secure" not in cookie and "Path=/" in cookie
         assert KEY not in cookie
         assert "tiny/taught" in browser.get("/", headers=HTML).text
-        started = browser.post("/chat/jobs", json={"messages": BODY["messages"], "temperature": 0})
-        assert started.status_code == 201
-        assert DIALOGUES["hello"][:5] in browser.get(f"/chat/jobs/{started.json()['id']}/events").text
+        assert browser.post("/chat/owner").status_code == 200
+        begun = browser.post("/chat/conversations", json={"content": "hello", "model": "tiny/taught"})
+        assert begun.status_code == 201
+        assert [one["id"] for one in browser.get("/chat/conversations").json()["conversations"]] == [begun.json()["id"]]
         assert browser.get("/v1/models").status_code == 401, "a cookie counts for the interface: other sites could use it"
         assert browser.get("/metrics").status_code == 401
         assert "anna" in browser.get("/login").text
@@ -246,6 +254,20 @@ def test_a_person_gives_a_key_once(locked: Running) -> None:
         assert browser.get("/", headers=HTML).status_code == 401
         browser.headers["cookie"] = cookie.partition(";")[0]  # who kept it has nothing
         assert browser.get("/", headers=HTML).status_code == 401
+
+
+def test_each_key_has_its_own_conversations_in_a_browser(locked: Running) -> None:
+    """Who logs in after somebody else does not see what was said before."""
+    titles = []
+    with httpx.Client(base_url=locked.url) as browser:
+        for key in (KEY, OTHER, KEY):
+            browser.post("/login", data={"key": key})
+            browser.post("/chat/owner")
+            titles.append(len(browser.get("/chat/conversations").json()["conversations"]))
+            browser.post("/chat/conversations", json={"content": "hello", "model": "tiny/taught"})
+            browser.post("/logout")
+            assert browser.get("/chat/conversations").status_code == 401
+    assert titles == [0, 0, 1]
 
 
 def test_other_sites_cannot_log_anybody_in_or_out(locked: Running) -> None:

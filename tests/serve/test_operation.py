@@ -15,19 +15,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from person import Person
 from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright import checkpoint
 from chatwright.chat import NATIVE, Message
-from chatwright.config import UsageError
+from chatwright.config import UsageError, UserError
 from chatwright.generate.sampling import Sampling
 from chatwright.generate.threads import EngineThread
+from chatwright.language_model import LanguageModel
 from chatwright.model.gpt import GPT
 from chatwright.serve import guard, running
 from chatwright.serve.answer import Answer
@@ -77,9 +80,11 @@ def test_sizes(tiny: TinyModel) -> None:
         assert "at most 40" in long.json()["error"]["message"]
         large = post(server, {**HELLO, "user": "x" * 2048})
         assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
-        job = httpx.post(f"{server.url}/chat/jobs", json={"messages": STORY["messages"], "temperature": 0})
-        followed = httpx.get(f"{server.url}/chat/jobs/{job.json()['id']}/events", timeout=30).text
-        assert json.loads(followed.splitlines()[-1])["tokens"] == 3  # the page has no other rules
+        with Person(server.url) as person:  # the page has no other rules
+            turn = person.events(person.start("story")[1])[-1]["turn"]
+            assert (turn["finish_reason"], turn["tokens"]) == ("length", 3)
+        lengths = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny/taught", "input": ["a", "word " * 50]})
+        assert (lengths.status_code, lengths.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
 def test_settings_that_make_no_sense() -> None:
@@ -136,6 +141,39 @@ def test_many_at_the_same_moment_are_counted(tiny: TinyModel) -> None:
     asyncio.run(check())
 
 
+def test_embeddings_and_scoring_take_up_places_and_time(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They compute beside the engine; as many as anybody likes would keep everybody else waiting."""
+    gate = threading.Event()
+
+    def held(*_: Any, **__: Any) -> Any:
+        assert gate.wait(20)
+        raise UserError("let go")
+
+    monkeypatch.setattr(LanguageModel, "embed", held)
+    monkeypatch.setattr(LanguageModel, "score", held)
+    vectors = ("/v1/embeddings", {"model": "tiny/taught", "input": "hello"})
+    scores = ("/v1/completions", {"model": "tiny/taught", "prompt": "hello", "echo": True, "logprobs": 1, "max_tokens": 0})
+
+    async def check(server: Running) -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+            for path, body in (vectors, scores):
+                gate.clear()
+                tasks = [asyncio.create_task(client.post(path, json=body)) for _ in range(3)]
+                done, busy = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                assert [task.result().status_code for task in done] == [429]
+                gate.set()
+                assert [response.status_code for response in await asyncio.gather(*busy)] == [400, 400]
+                assert (await client.post(path, json=body)).status_code == 400  # the places are free again
+            gate.clear()
+            server.app.state.pool.services[0].limits = replace(server.app.state.pool.services[0].limits, timeout=0.2)
+            late = await client.post(vectors[0], json=vectors[1])
+            assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+            gate.set()
+
+    with run_server(tiny, max_requests=2) as server:
+        asyncio.run(check(server))
+
+
 # ---- time limits ---------------------------------------------------------------------------------------------------
 
 
@@ -156,9 +194,9 @@ def test_a_request_that_takes_too_long(tiny: TinyModel, wait_until: Callable[...
         assert "[DONE]" not in streamed.text
         wait_until(lambda: engine.active == 0 and server.app.state.pool.running == 0, "the place to be free")
         engine.allow(5)
-        job = httpx.post(f"{server.url}/chat/jobs", json={"messages": STORY["messages"]}).json()["id"]
-        last = httpx.get(f"{server.url}/chat/jobs/{job}/events", timeout=30).text.splitlines()[-1]
-        assert json.loads(last)["type"] == "error" and "0.5 seconds" in last
+        with Person(server.url) as person:
+            last = person.events(person.start("story")[1])[-1]
+            assert last["type"] == "error" and "0.5 seconds" in last["message"]
         engine.allow(float("inf"))
         assert post(server, HELLO).json()["choices"][0]["message"]["content"] == DIALOGUES["hello"]
         figures = httpx.get(f"{server.url}/metrics").text
@@ -428,11 +466,11 @@ def test_a_hundred_streams_need_no_thread_each(tiny: TinyModel) -> None:
 
 def test_draining(tiny: TinyModel, wait_until: Callable[..., None]) -> None:
     """What is under way goes on; what is new is told to come again; then it is over."""
-    with run_server(tiny, drain_seconds=30) as server:
+    with run_server(tiny, drain_seconds=30) as server, Person(server.url) as person:
         engine = tiny.engine
         engine.allow(5)
         chat = f"{server.url}/v1/chat/completions"
-        job = httpx.post(f"{server.url}/chat/jobs", json={"messages": STORY["messages"], "temperature": 0}).json()["id"]
+        conversation, job = person.start("story")
         with httpx.stream("POST", chat, json={**STORY, "stream": True}, timeout=30) as response:
             chunks = response.iter_text()
             begun = next(chunks)
@@ -444,8 +482,8 @@ def test_draining(tiny: TinyModel, wait_until: Callable[..., None]) -> None:
             assert httpx.get(f"{server.url}/health").status_code == 200
             assert "chatwright_draining 1.0" in httpx.get(f"{server.url}/metrics").text
             engine.allow(float("inf"))
-            followed = httpx.get(f"{server.url}/chat/jobs/{job}/events", timeout=30).text.splitlines()
-            assert json.loads(followed[-1])["finish_reason"] == "stop"  # a page that lost its connection
+            assert person.events(job)[-1]["turn"]["finish_reason"] == "stop"  # a page that lost its connection
+            assert person.read(conversation)["turns"]
             stream = begun + "".join(chunks)
         assert text_of(stream) == STORY_TEXT
         assert stream.endswith("data: [DONE]\n\n")
@@ -491,7 +529,7 @@ sys.exit(main(["serve", {directory!r}, "--port=0", "--name=m", *{options!r}]))
 @contextmanager
 def child(directory: Path, *options: str, pause: float = 0.02) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`chatwright serve` in a process of its own, with steps that take as long as those of a larger model."""
-    code = PROGRAM.format(directory=str(directory), options=list(options), pause=pause)
+    code = PROGRAM.format(directory=str(directory), options=["--store=none", *options], pause=pause)
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     watchdog = threading.Timer(90, process.kill)
     watchdog.start()

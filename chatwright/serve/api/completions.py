@@ -176,6 +176,8 @@ def routes(pool: ModelPool) -> APIRouter:
             reading = Reading(service, prepared)
             if body.max_tokens != 0:
                 reading.begin(stack)
+            else:  # scoring alone takes up places too
+                stack.enter_context(service.occupied(len(prompts)))
             echoes = await asyncio.to_thread(echoed, service.model, body, prompts) if body.echo else []
             writer = Writer(body, reading, echoes)
             if body.stream:

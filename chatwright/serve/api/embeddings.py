@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import Field
 
 from chatwright.config import UserError
 from chatwright.language_model import LanguageModel
 from chatwright.serve.api.completions import TokenIds
 from chatwright.serve.api.parameters import Body, Count
+from chatwright.serve.facts import facts, in_time
 from chatwright.serve.pool import ModelPool
 from chatwright.serve.service import TooLong
 
@@ -57,9 +58,9 @@ def encoded(model: LanguageModel, body: EmbeddingRequest) -> list[list[int]]:
     return inputs
 
 
-def vectors(model: LanguageModel, inputs: Sequence[Sequence[int]]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
-    """A vector for each input."""
-    return [model.embed(ids).numpy() for ids in inputs]
+def vector(model: LanguageModel, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The vector of an input."""
+    return model.embed(ids).numpy()
 
 
 def routes(pool: ModelPool) -> APIRouter:
@@ -68,24 +69,27 @@ def routes(pool: ModelPool) -> APIRouter:
     one_at_a_time = asyncio.Semaphore(1)  # they compute beside the engine, whose answers must go on
 
     @router.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest) -> dict[str, Any]:
-        async with pool.use(body.model) as service:
-            inputs = await asyncio.to_thread(encoded, service.model, body)
-            async with one_at_a_time:
-                found = await asyncio.to_thread(vectors, service.model, inputs)
+    async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]:
+        async with pool.use(body.model) as service, in_time(service.limits.timeout):
+            with service.occupied():
+                inputs = await asyncio.to_thread(encoded, service.model, body)
+                service.check_length(max(map(len, inputs)))
+                async with one_at_a_time:
+                    found = [await asyncio.to_thread(vector, service.model, ids) for ids in inputs]
         tokens = sum(map(len, inputs))
+        facts(request).prompt_tokens = tokens
 
-        def written(vector: np.ndarray[Any, np.dtype[np.float32]]) -> Any:
+        def written(one: np.ndarray[Any, np.dtype[np.float32]]) -> Any:
             if body.encoding_format == "base64":
-                return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-            return vector.tolist()
+                return base64.b64encode(one.astype("<f4").tobytes()).decode()
+            return one.tolist()
 
         return {
             "object": "list",
             "model": body.model,
             "data": [
-                {"object": "embedding", "index": index, "embedding": written(vector)}
-                for index, vector in enumerate(found)
+                {"object": "embedding", "index": index, "embedding": written(one)}
+                for index, one in enumerate(found)
             ],
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }

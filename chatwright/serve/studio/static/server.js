@@ -36,7 +36,9 @@ export function at(id, rest = "") {
 
 async function refusal(response) {
   try {
-    return new Refused((await response.json()).error.message, response.status);
+    const { message, code } = (await response.json()).error;
+    if (code === "invalid_api_key") location.reload(); // the session has ended: the server asks for a key again
+    return new Refused(message, response.status);
   } catch {
     return new Refused(`The server answered with status ${response.status}.`, response.status);
   }
