@@ -82,7 +82,7 @@ def http_request(target: Target, question: Question) -> bytes:
     return head.encode() + body
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """Status 429."""
 
     def __init__(self, seconds: float) -> None:
@@ -105,7 +105,7 @@ async def _events(reader: asyncio.StreamReader) -> Any:
     if status == 429:
         if "retry-after" not in headers:
             raise ValueError("429 without retry-after")
-        raise _Refused(float(headers["retry-after"]))
+        raise Refused(float(headers["retry-after"]))
     if status != 200:
         raise ValueError(f"status {status}: {(await reader.read(300)).decode(errors='replace')}")
     rest = b""
@@ -134,7 +134,7 @@ async def _soon(waiting: Any) -> Any:
 
 
 async def ask(target: Target, question: Question, reply: Reply, *, leave_after: int = -1, pause: float = 0.0) -> None:
-    """Ask once and note everything in `reply`. Raises _Refused.
+    """Ask once and note everything in `reply`. Raises Refused.
 
     leave_after: tear the connection after so many pieces (0: before the first). pause: seconds of rest between pieces.
     """
@@ -184,7 +184,7 @@ async def ask_patiently(target: Target, question: Question, reply: Reply, **how:
         try:
             await ask(target, question, reply, **how)
             return
-        except _Refused as refused:
+        except Refused as refused:
             reply.refused += 1
             await asyncio.sleep(refused.seconds)
         except (OSError, ValueError, LookupError, TypeError, EOFError, TimeoutError, asyncio.IncompleteReadError) as error:

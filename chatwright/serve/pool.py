@@ -205,7 +205,8 @@ class ModelPool:
     def adopt(self, name: str, model: LanguageModel) -> None:
         """Take in a model that is in memory already."""
         place = self._place(name)
-        engine = EngineThread(model.engine, max_waiting=self._limits.max_requests)
+        # The service limits itself; this is for what it lets in and starts a moment later, as the page does.
+        engine = EngineThread(model.engine, max_waiting=2 * self._limits.max_requests)
         place.service = ChatService(model, engine, name=name, limits=self._limits, listeners=self.listeners)
         place.size = model.memory_bytes
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 CARRIED = frozenset({"host", "port", "name", "dtype", "insecure", "engine", "engine_args"})
 """Settings of `serve` that are carried out here or by vLLM. Any other one that was changed is refused: it would have no effect."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+KEY = "VLLM_API_KEY"
+"""The variable in which vLLM looks for its key."""
 FAMILIES = frozenset({"gpt2", "llama", "qwen3", "arcee"})
 """What vLLM computes, of the families that exports have; GPT-1's post-norm decoder it does not."""
 
@@ -50,13 +52,31 @@ def launch(source: str, config: ServeConfig) -> int:
     compute the model.
     """
     check(config)
-    program = find_program()
+    key, program = passed_key(), find_program()
     handed = hand_over(source, config.dtype)
     arguments = command(handed, config.name or source, config)
     # Without --engine_args: there may be keys among them.
     told = arguments[: len(arguments) - len(config.engine_args)]
     print(f"handing over to vLLM: {program} {' '.join(told)}", file=sys.stderr, flush=True)
+    if key:
+        os.environ[KEY] = key  # and not --api-key: arguments show in the list of processes
     return become(program, arguments)
+
+
+def passed_key() -> str:
+    """The key that clients of vLLM have to show; empty when none is set. Raises UserError for what vLLM cannot take.
+
+    A file of hashed keys (--api_keys) has no counterpart: vLLM wants to know the keys themselves.
+    """
+    from chatwright.serve.keys import VARIABLE
+
+    ours = [key for key in (part.strip() for part in os.environ.get(VARIABLE, "").split(",")) if key]
+    theirs = os.environ.get(KEY, "")
+    if len(ours) > 1:
+        raise UserError(f"{VARIABLE} holds {len(ours)} keys; vLLM takes one that way (more: its --api-key in --engine_args)")
+    if ours and theirs and ours != [theirs]:
+        raise UserError(f"{VARIABLE} and {KEY} hold different keys; unset one of them")
+    return ours[0] if ours else theirs
 
 
 def check(config: ServeConfig) -> None:
@@ -68,11 +88,11 @@ def check(config: ServeConfig) -> None:
             raise UsageError(
                 f"--{field.name} has no counterpart in vLLM: leave it out; vLLM's own options go into --engine_args"
             )
-    keys = any(part.startswith("--api-key") for part in config.engine_args) or os.environ.get("VLLM_API_KEY")
-    if not (is_loopback(config.host) or config.insecure or keys):
+    keys = any(part.startswith("--api-key") for part in config.engine_args)
+    if not (is_loopback(config.host) or config.insecure or keys or passed_key()):
         raise UserError(
-            f"--host {config.host}: everybody who reaches this machine could use the model. Give vLLM a key "
-            "(the environment variable VLLM_API_KEY); or, where nobody else is in reach, --insecure"
+            f"--host {config.host}: everybody who reaches this machine could use the model. Give it a key "
+            f"(the environment variable {KEY} or CHATWRIGHT_API_KEYS); or, where nobody else is in reach, --insecure"
         )
     if config.port == 0:
         raise UsageError("--port 0: vLLM does not pick a free port; name one")

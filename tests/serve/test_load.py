@@ -24,7 +24,7 @@ from chatwright.tokenizer import Tokenizer
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from load_clients import Load, Question, Reply, Target, alone
+from load_clients import Load, Question, Reply, Target, alone, ask
 from load_judge import Oracle, growth_of, judge
 
 QUESTIONS = [Question(text, tokens) for tokens in (200, 7) for text in DIALOGUES]
@@ -70,6 +70,28 @@ def test_a_full_server_is_asked_again(tiny: TinyModel, oracle: Oracle) -> None:
     # Who came in vain may have to wait long: fairness is not what a server promises that refuses half of those who come.
     assert verdict.counts["status 429"] > 0
     assert [failure for failure in verdict.failures if not failure.startswith("unfair")] == []
+
+
+def test_who_is_let_in_is_answered(tiny: TinyModel) -> None:
+    """Twelve at the same moment, four places: four whole streams, and eight are told so before anything has begun."""
+    tiny.engine.allow(0)  # nobody's place is free again before everybody has been told
+    with run_server(tiny, max_requests=4) as server:
+        url = httpx.URL(server.url)
+        target = Target(url.host, url.port or 80, tiny.name)
+        replies = [Reply(0, number, "plain") for number in range(12)]
+
+        async def all_at_once() -> None:
+            asks = [asyncio.ensure_future(ask(target, QUESTIONS[0], reply)) for reply in replies]
+            while sum(one.done() for one in asks) < 8:
+                await asyncio.wait(asks, return_when=asyncio.FIRST_COMPLETED, timeout=20)
+                assert any(one.done() for one in asks), "nobody is refused"
+                await asyncio.sleep(0)
+            tiny.engine.allow(float("inf"))
+            outcomes = await asyncio.gather(*asks, return_exceptions=True)
+            assert sorted(type(one).__name__ for one in outcomes) == ["NoneType"] * 4 + ["Refused"] * 8
+
+        asyncio.run(all_at_once())
+    assert sorted(reply.text for reply in replies) == [""] * 8 + [DIALOGUES["hello"]] * 4
 
 
 def test_a_server_that_computes_wrongly_is_found(tiny: TinyModel, oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:

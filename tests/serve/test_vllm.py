@@ -200,16 +200,6 @@ def test_settings_without_a_counterpart(given: Callable[..., list[str]], hf_dir:
         main([str(hf_dir), '--engine_args=["--x"]'])
 
 
-def test_a_server_open_to_everybody_is_refused(
-    given: Callable[..., list[str]], hf_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(UserError, match="VLLM_API_KEY"):
-        given(hf_dir, "--host=0.0.0.0")
-    assert given(hf_dir, "--host=0.0.0.0", '--engine_args=["--api-key", "secret"]')
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
-    assert given(hf_dir, "--host=0.0.0.0")
-
-
 def test_no_setting_is_dropped_in_silence() -> None:
     """Every setting of `serve` is either carried or refused, those that will be added included."""
     for field in dataclasses.fields(ServeConfig):
@@ -256,6 +246,36 @@ def test_names_that_lead_nowhere(given: Callable[..., list[str]], base_dir: Path
     with pytest.raises(UserError, match="no model"):
         given(tmp_path / "empty")
     assert given(base_dir)[0] == "serve", "a base model is served for /v1/completions"
+
+
+@pytest.mark.parametrize("how", ["--insecure", "VLLM_API_KEY", "CHATWRIGHT_API_KEYS", '--engine_args=["--api-key", "k"]'])
+def test_a_server_open_to_everybody_is_refused(
+    given: Callable[..., list[str]], hf_dir: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "")  # it is set by what is tested: the old one must come back
+    with pytest.raises(UserError, match="everybody who reaches this machine"):
+        given(hf_dir, "--host=0.0.0.0")
+    if how.startswith("--"):
+        assert given(hf_dir, "--host=0.0.0.0", how)
+    else:
+        monkeypatch.setenv(how, "a-key-of-sixteen-characters")
+        assert given(hf_dir, "--host=0.0.0.0")
+
+
+def test_keys(given: Callable[..., list[str]], hf_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One key goes by the environment, where other people of the machine do not see it; what would be lost is refused."""
+    monkeypatch.setenv("VLLM_API_KEY", "")
+    monkeypatch.setenv("CHATWRIGHT_API_KEYS", " first-key-0123456789, ")
+    assert "first-key-0123456789" not in given(hf_dir)
+    assert os.environ["VLLM_API_KEY"] == "first-key-0123456789"
+    monkeypatch.setenv("VLLM_API_KEY", "another-key-0123456789")
+    with pytest.raises(UserError, match="different keys"):
+        given(hf_dir)
+    monkeypatch.setenv("CHATWRIGHT_API_KEYS", "first-key-0123456789,second-key-0123456789")
+    with pytest.raises(UserError, match="holds 2 keys"):
+        given(hf_dir)
+    with pytest.raises(UsageError, match="--api_keys has no counterpart"):
+        given(hf_dir, "--api_keys=keys.txt")
 
 
 # ---- the program itself --------------------------------------------------------------------------------------------

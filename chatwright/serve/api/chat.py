@@ -174,6 +174,7 @@ def routes(pool: ModelPool) -> APIRouter:
             messages = form.messages([message.plain() for message in body.messages])
             prepared = await service.prepare(messages, body.sampling(), answers=body.answers, grammar=form.grammar)
             reading = Reading(service, prepared, form)
+            reading.begin(stack)
             writer = Writer(body, reading)
             if body.stream:
                 return HeldStream(guarded(writer.events()), stack.pop_all(), headers=reading.headers)

@@ -173,8 +173,10 @@ def routes(pool: ModelPool) -> APIRouter:
             service = await stack.enter_async_context(pool.use(body.model))
             prompts = await asyncio.to_thread(body.encoded, service.model)
             prepared = await service.prepare_prompts(prompts, body.sampling(), answers=body.answers)
-            echoes = await asyncio.to_thread(echoed, service.model, body, prompts) if body.echo else []
             reading = Reading(service, prepared)
+            if body.max_tokens != 0:
+                reading.begin(stack)
+            echoes = await asyncio.to_thread(echoed, service.model, body, prompts) if body.echo else []
             writer = Writer(body, reading, echoes)
             if body.stream:
                 return HeldStream(guarded(writer.events()), stack.pop_all())

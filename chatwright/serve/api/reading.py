@@ -24,7 +24,7 @@ from chatwright.serve import errors
 from chatwright.serve.api.form import Form
 from chatwright.serve.api.messages import compact
 from chatwright.serve.api.probabilities import Spelling, TokenProbability, token_probabilities
-from chatwright.serve.service import ChatService, Prepared
+from chatwright.serve.service import Answer, ChatService, Prepared
 
 logger = logging.getLogger(__name__)
 DROPPED_HEADER = "x-chatwright-dropped-messages"
@@ -92,6 +92,7 @@ class Reading:
         self.spelling = Spelling(service.model.tokenizer)
         self.headers = {DROPPED_HEADER: str(prepared.dropped)}
         self.new_tokens = self.cached_tokens = 0
+        self._answer: Answer | None = None
         self._tools = [tool.name for tool in form.tools] if form is not None and form.calls else []
 
     @property
@@ -99,25 +100,33 @@ class Reading:
         """Several answers to one prompt count it once."""
         return self.prepared.prompt_tokens
 
+    def begin(self, stack: AsyncExitStack) -> None:
+        """Ask the engine; the end of `stack` frees its slots. Raises as `ChatService.answer`.
+
+        At once after the preparations, which have looked whether there is a place, and before a stream has its status: who
+        is let in is answered, and who is refused is told by a status of its own.
+        """
+        self._answer = stack.enter_context(self.service.answer(self.prepared))
+
     async def deltas(self) -> AsyncGenerator[Delta]:
-        """What is new, as it comes. Closing the iterator, as a lost client does, frees the engine's slots."""
+        """What is new, as it comes. `begin` comes first."""
+        assert self._answer is not None
         parsers = [self._parser(request) for request in self.prepared.requests]
         called = [0] * len(parsers)
-        with self.service.answer(self.prepared) as answer:
-            async for index, piece in answer:
-                self.new_tokens += len(piece.ids)
-                end_ids = self.prepared.requests[index].end_ids
-                tokens = tuple(token_probabilities(piece, end_ids))
-                text, calls = piece.text, tuple[CallDelta, ...]()
-                if (parser := parsers[index]) is not None:
-                    events = parser.push(piece.text)
-                    events += parser.flush() if piece.finish_reason is not None else []
-                    text, calls = _parted(events)
-                    called[index] += sum(bool(call.name) for call in calls)
-                finish = openai_reason(piece.finish_reason, calls=called[index] > 0)
-                if text or tokens or calls or finish:
-                    yield Delta(index, text, tokens, calls, finish)
-            self.cached_tokens = answer.cached_tokens
+        async for index, piece in self._answer:
+            self.new_tokens += len(piece.ids)
+            end_ids = self.prepared.requests[index].end_ids
+            tokens = tuple(token_probabilities(piece, end_ids))
+            text, calls = piece.text, tuple[CallDelta, ...]()
+            if (parser := parsers[index]) is not None:
+                events = parser.push(piece.text)
+                events += parser.flush() if piece.finish_reason is not None else []
+                text, calls = _parted(events)
+                called[index] += sum(bool(call.name) for call in calls)
+            finish = openai_reason(piece.finish_reason, calls=called[index] > 0)
+            if text or tokens or calls or finish:
+                yield Delta(index, text, tokens, calls, finish)
+        self.cached_tokens = self._answer.cached_tokens
 
     def _parser(self, request: EngineRequest) -> ToolCallParser | None:
         return ToolCallParser(self._tools, constrained=request.grammar is not None) if self._tools else None

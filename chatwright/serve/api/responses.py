@@ -197,6 +197,7 @@ def routes(pool: ModelPool) -> APIRouter:
             service = await stack.enter_async_context(pool.use(body.model))
             prepared = await service.prepare(form.messages(messages), body.sampling(), grammar=form.grammar)
             reading = Reading(service, prepared, form)
+            reading.begin(stack)
             writer = Writer(body.echoed(), reading)
             if body.stream:
                 return HeldStream(guarded(writer.events(), writer.failed), stack.pop_all(), headers=reading.headers)
