@@ -373,20 +373,20 @@ class Engine:
         """Give places to waiting requests, in their order, until as many tokens are to be read as this step may."""
         at = 0
         with self.arrived:
+            for row in [row for row in self._waiting if row.handle.cancelled]:  # wherever in the queue they are
+                self._waiting.remove(row)
+                row.finish("cancelled")
             while at < len(self._waiting):
                 row = self._waiting[at]
-                if row.handle.cancelled:
-                    row.finish("cancelled")
-                else:
-                    if len(self._rows) + at >= self.max_batch or budget <= 0:
-                        break
-                    match = self._pool.match(row.tokens[:-1])
-                    if self._is_being_read(row, match):
-                        at += 1
-                        continue
-                    if not self._give_pages(row, match):
-                        break
-                    budget -= row.pending
+                if len(self._rows) + at >= self.max_batch or budget <= 0:
+                    break
+                match = self._pool.match(row.tokens[:-1])
+                if self._is_being_read(row, match):
+                    at += 1
+                    continue
+                if not self._give_pages(row, match):
+                    break
+                budget -= row.pending
                 del self._waiting[at]
 
     def _is_being_read(self, row: Row, match: Match) -> bool:

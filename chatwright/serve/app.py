@@ -100,7 +100,7 @@ def create_app(
     app.add_middleware(errors.Crash)
     app.add_middleware(BodyLimit, most=operation.max_body)
     if operation.keys is not None:
-        doors = Doors(operation.keys)
+        app.state.doors = doors = Doors(operation.keys)
         app.include_router(login.routes(doors))
         app.add_middleware(Doorkeeper, doors=doors, login=login.page_maker())
     app.add_middleware(Gate, lifecycle=lifecycle, retry_after=max(1, math.ceil(operation.drain_seconds)))

@@ -29,6 +29,7 @@ from chatwright.serve.keys import Key, KeyRing
 IDLE_SECONDS = 12 * 3600.0
 """A session that is not used for so long ends."""
 MOST_SESSIONS = 1024
+FOR_PROGRAMS = ("/metrics", "/openapi.json")
 OPEN = ("/health", "/ready", "/login", "/logout")
 
 
@@ -183,10 +184,11 @@ class Doorkeeper:
         if scope["type"] == "lifespan" or path in OPEN or path.startswith("/static/"):
             await self._app(scope, receive, send)
             return
+        for_people = not is_api(path) and path not in FOR_PROGRAMS
         try:
-            key = self._key(scope, cookies=not (is_api(path) or path in ("/metrics", "/openapi.json")))
+            key = self._key(scope, cookies=for_people)
         except ApiError as error:
-            page = self._asks_for_a_page(scope, path) and error.status == 401
+            page = for_people and _asks_for_a_page(scope) and error.status == 401
             answer: ASGIApp = self._login(scope, quote(path)) if page else error.response()
             await answer(scope, receive, send)
             return
@@ -207,6 +209,6 @@ class Doorkeeper:
             raise unauthorized("this page wants an API key: open / in a browser to give it, or send it as a header")
         raise unauthorized("an API key is needed: send the header `Authorization: Bearer KEY`")
 
-    def _asks_for_a_page(self, scope: Scope, path: str) -> bool:
-        wants = Headers(scope=scope).get("accept", "")
-        return scope["method"] in ("GET", "HEAD") and "text/html" in wants and not is_api(path)
+
+def _asks_for_a_page(scope: Scope) -> bool:
+    return scope["method"] in ("GET", "HEAD") and "text/html" in Headers(scope=scope).get("accept", "")

@@ -100,8 +100,8 @@ class Guard:
 class BodyLimit:
     """ASGI middleware: reads the body, and refuses one that is larger than `most` bytes or does not arrive."""
 
-    def __init__(self, app: ASGIApp, *, most: int, seconds: float = BODY_SECONDS) -> None:
-        self._app, self._most, self._seconds = app, most, seconds
+    def __init__(self, app: ASGIApp, *, most: int) -> None:
+        self._app, self._most = app, most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or pass on with the body already read."""
@@ -109,10 +109,10 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout(BODY_SECONDS):
                 body = await self._read(Headers(scope=scope), receive)
         except TimeoutError:
-            problem = f"the request's body did not arrive within {self._seconds:g} seconds"
+            problem = f"the request's body did not arrive within {BODY_SECONDS:g} seconds"
             await refuse(send, 408, problem, "request_timeout")
             return
         if body is None:

@@ -54,12 +54,23 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         """The client reads more slowly than we write."""
         super().pause_writing()
         self._resumed()
-        self._stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+        self._watch_progress(self.transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
         """It has caught up."""
         super().resume_writing()
         self._resumed()
+
+    def _watch_progress(self, unsent: int) -> None:
+        """While writing is paused nothing is added to the buffer: if it is no smaller after a while, nobody reads."""
+        self._stalled = self.loop.call_later(STALL_SECONDS, self._check_progress, unsent)
+
+    def _check_progress(self, unsent: int) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left < unsent:
+            self._watch_progress(left)
+        else:
+            self.transport.abort()
 
     def _resumed(self) -> None:
         if self._stalled is not None:
@@ -144,3 +155,5 @@ class Server(uvicorn.Server):
         self._app_state.lifecycle.draining = True
         self._app_state.pool.cancel_all()
         await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves this out then, and asyncio would end the engines' owner with a traceback
+            await self.lifespan.shutdown()

@@ -133,3 +133,13 @@ def set_fields(page: Any, **values: str) -> None:
     for label, value in values.items():
         page.get_by_label(label.replace("_", " "), exact=True).fill(value)
     button(page, "Done").click()
+
+
+def rows(page: Any) -> Any:
+    """The conversations in the sidebar."""
+    return page.get_by_role("navigation", name="Earlier conversations").get_by_role("link")
+
+
+def last(page: Any, kind: str) -> Any:
+    """The last turn of a kind."""
+    return page.locator(f".{kind}.turn").last

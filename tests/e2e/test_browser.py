@@ -34,6 +34,17 @@ def test_a_message_is_answered_as_it_is_written(page: Any, server: Running) -> N
     expect(page.get_by_role("status")).to_have_text("The answer is complete.")
 
 
+def test_who_writes_before_the_page_is_ready_is_heard(page: Any, server: Running) -> None:
+    held: list[Any] = []
+    page.route("**/chat/owner", lambda route: held.append(route))
+    with page.expect_request("**/chat/owner"):
+        page.goto(server.url, wait_until="commit")
+    say(page, "hello")
+    expect(page.locator(".user")).to_have_count(0)
+    held[0].continue_()
+    expect(answers(page)).to_have_text(DIALOGUES["hello"])
+
+
 def test_stop_button_and_escape(page: Any, server: Running) -> None:
     for press in (
         lambda: page.get_by_role("button", name="Stop").click(),

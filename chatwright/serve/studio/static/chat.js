@@ -20,7 +20,9 @@ const heading = document.getElementById("heading");
 /** The answer under way, {controller, job, stopped}; null when there is none. */
 let current = null;
 /** Model -> its window in tokens, of those in memory. */
-let windows = new Map();
+const windows = new Map();
+/** Whether the page knows who it is for and what it shows, and whether somebody has pressed Enter before that. */
+const start = { done: false, wanted: false };
 
 const settings = () => ({ model: model(), system: system(), settings: sampling() });
 
@@ -125,7 +127,8 @@ async function stopCurrent() {
 
 function submit() {
   const text = prompt.value.trim();
-  if (!text || current) return;
+  start.wanted = true;
+  if (!text || current || !start.done) return;
   prompt.value = "";
   fitPrompt();
   say(text, chat.leaf);
@@ -377,6 +380,8 @@ try {
   await post("/chat/owner"); // the cookie that says whose conversations these are
   refresh();
   route();
+  start.done = true;
+  if (start.wanted) submit();
 } catch (error) {
   showError(error.message, () => location.reload());
 }
