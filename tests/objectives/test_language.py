@@ -125,6 +125,19 @@ def test_the_chunked_loss_of_capped_logits(chunk: int) -> None:
         assert float((ours - other).abs().max()) > 0.1
 
 
+def test_a_frozen_head_has_no_gradient_and_changes_none() -> None:
+    hidden, head, targets, mask = chunked_case()
+    found = []
+    for learns in (True, False):
+        rows, matrix = hidden.clone().requires_grad_(), head.clone().requires_grad_(learns)
+        loss = chunked_next_token_loss(rows, matrix, targets, mask, chunk=7)
+        loss.backward()
+        found.append((loss.detach(), rows.grad))
+        assert (matrix.grad is not None) == learns
+    assert found[0][0] == found[1][0]
+    assert found[0][1] is not None and found[1][1] is not None and torch.equal(found[0][1], found[1][1])
+
+
 def test_the_chunked_loss_in_bf16_is_as_near_as_bf16_allows() -> None:
     hidden, head, targets, mask = chunked_case(200)
     exact = with_gradients(lambda x, w: next_token_loss(x @ w.mT, targets, mask), hidden, head.bfloat16().float())
