@@ -37,6 +37,9 @@ SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _BASE, _PARTS = "chatwright.base", "chatwright.parts"  # keys of the header's notes
 
+MOST_NAMES = 4096
+"""Most names of layers in a setting: PEFT writes as many as a model has linear layers, if it writes them all."""
+
 _HARMLESS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_version",
@@ -152,10 +155,16 @@ class _Settings:
         found = self.values.get(key) or {}
         if not isinstance(found, dict):
             raise UserError(f"{self.where}: {key} must be an object, not {shown(found)}")
+        self._check_count(key, found)
         for name in found:
             if not re.fullmatch(r"\^?[\w.]{1,240}", name, re.ASCII):
                 raise UserError(f"{self.where}: {key} has {name[:80]!r}, and only names of layers are supported")
         return found
+
+    def _check_count(self, key: str, names: Sequence[Any] | Mapping[str, Any]) -> None:
+        """Each name is compared with each layer."""
+        if len(names) > MOST_NAMES:
+            raise UserError(f"{self.where}: {key} has more than {MOST_NAMES} names")
 
     def check_targets(self, found: set[str], known: set[str]) -> None:
         """Whether every layer that is said to have an adapter has one, and no other. What patterns say is not looked into:
@@ -163,6 +172,7 @@ class _Settings:
         targets = self.values.get("target_modules")
         if not isinstance(targets, list) or any(self.values.get(key) for key in ("exclude_modules", "layers_to_transform")):
             return
+        self._check_count("target_modules", targets)
         if not all(isinstance(one, str) for one in targets):
             raise UserError(f"{self.where}: target_modules must be names, not {shown(targets)}")
         said = {path for path in known if any(_is_end(one, path) for one in targets)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from chatwright.model.lora import (
     merge,
     use_adapter,
 )
+from chatwright.serve.pool import ModelPool, parse_specs
 from chatwright.tokenizer import Tokenizer
 
 from .conftest import SHAPES, VOCAB, export_hf, parts_of, random_model, their_model
@@ -247,6 +249,8 @@ SETTINGS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a pattern in words": ({"rank_pattern": {"q_proj": "x"}}, "r must be a positive whole number"),
     "patterns in a list": ({"alpha_pattern": ["q_proj"]}, "alpha_pattern must be an object"),
     "more targets": ({"target_modules": ["q_proj"]}, "tensors for layers that are no target: model.layers.0"),
+    "a million targets": ({"target_modules": ["q_proj"] * 5000}, "more than 4096 names"),
+    "a million patterns": ({"rank_pattern": {f"a{n}": 2 for n in range(5000)}}, "more than 4096 names"),
     "targets of numbers": ({"target_modules": [1]}, "target_modules must be names"),
     "stabilised by words": ({"use_rslora": "yes"}, "use_rslora must be true or false"),
 }
@@ -398,6 +402,25 @@ def test_one_base_answers_with_several_adapters(base: str, tmp_path: Path) -> No
         assert beside.model.embed.weight.data_ptr() == model.model.embed.weight.data_ptr()
         assert beside.tokenizer is model.tokenizer and beside.chat([{"role": "user", "content": "Hi"}], max_new_tokens=3, seed=1) is not None
     assert torch.equal(model.logits([[1, 2, 3]]), before) and adapter_names(model.model) == []
+
+
+def test_a_server_s_models_may_be_one_base_with_several_adapters(base: str, tmp_path: Path) -> None:
+    wanted = {"plain": load_parts(base).model.eval()}
+    for seed, name in enumerate(("kind", "curt"), 1):
+        wanted[name] = adapter_for(base, tmp_path / name, seed)
+    pool = ModelPool(parse_specs([f"plain={base}", *(f"{name}={base}+{tmp_path / name}" for name in ("kind", "curt"))], "fp32"))
+
+    async def logits_of(name: str) -> Tensor:
+        async with pool.use(name) as service:
+            return service.model.logits([[1, 2, 3]])
+
+    try:
+        for name, model in wanted.items():
+            with torch.no_grad():
+                expected = model(torch.tensor([[1, 2, 3]]))
+            torch.testing.assert_close(asyncio.run(logits_of(name)), expected, atol=1e-5, rtol=0)
+    finally:
+        pool.close()
 
 
 def test_an_exported_model_has_the_adapter_in_it(base: str, tmp_path: Path) -> None:

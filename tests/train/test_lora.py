@@ -15,7 +15,7 @@ import torch
 
 import chatwright as cw
 from chatwright import checkpoint
-from chatwright.config import UsageError, UserError
+from chatwright.config import UsageError, UserError, parse
 from chatwright.language_model import load_parts
 from chatwright.metrics import read_metrics
 from chatwright.model.attention import plain_attention
@@ -180,6 +180,15 @@ def test_two_models_are_in_memory_instead_of_four(sft_parts: Callable[[], Any], 
         assert not torch.allclose(policy, wanted)
         with without_adapter(players.policy):
             assert torch.equal(answer_log_probs(players.policy, answers, temperature=1.0)[0], wanted)
+
+
+def test_the_settings_on_the_command_line() -> None:
+    for module in (sft, reward, ppo):
+        config, _ = parse(module.Config, ["--lora.rank", "8", "--lora.targets", "[query,value]", "--lora.alpha", "32"], prog="x")
+        assert config.lora == LoRAConfig(rank=8, alpha=32.0, targets=("query", "value"))
+        assert module.Config().lora.rank == 0  # off unless asked for
+    with pytest.raises(UsageError, match="'embed' is none of"):
+        parse(sft.Config, ["--lora.rank", "8", "--lora.targets", "[embed]"], prog="x")
 
 
 def test_dropout_in_ppo_is_refused() -> None:
