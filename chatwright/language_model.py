@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from chatwright.generate.request import Alternatives, Completion, Piece, Request
 from chatwright.generate.runner import Runner
 from chatwright.generate.sampling import Sampling
 from chatwright.interop.loaded import Loaded
+from chatwright.interop.peft import is_adapter, load_peft
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
+from chatwright.model.lora import merge, plain, sharing_copy
 from chatwright.tokenizer import Tokenizer
 
 DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
@@ -78,6 +81,18 @@ class LanguageModel:
         Weights are packed for it once: one who trains `model` afterwards makes a new LanguageModel.
         """
         return Engine(self.model, self.tokenizer, runner=make_runner(self.model, self.dtype))
+
+    def with_adapter(self, directory: str | Path, name: str | None = None) -> LanguageModel:
+        """This model with a LoRA adapter (a directory in PEFT's format), beside this one, which stays as it is.
+
+        Both share the parameters that have no adapter; matrices with one are merged into new ones, so that answers cost what
+        they cost without. To change the adapter of one model in place: `chatwright.model.lora.use_adapter`. Raises UserError
+        as `load_peft`.
+        """
+        twin = sharing_copy(self.model)
+        load_peft(adapter_directory(Path(directory)), twin)
+        name = name or f"{self.name}+{directory}"
+        return LanguageModel(plain(twin), self.tokenizer, self.template, name, dtype=self.dtype)
 
     @property
     def memory_bytes(self) -> int:
@@ -250,9 +265,11 @@ def load_parts(name: str | Path) -> Loaded:
     """Model, tokenizer and template by name. Raises UserError when the name leads nowhere, saying what is possible.
 
     Names: a run, stage or checkpoint directory of ours; a Hugging Face directory; `smollm2`; `hf:owner/name`; a .gguf
-    file.
+    file; `BASE+ADAPTER`, any of these and the directory of a LoRA adapter in PEFT's format, which is merged into it.
     """
     text = str(name)
+    if "+" in text.strip("+") and not Path(text).exists():
+        return _load_adapted(text)
     if text == "smollm2":
         from chatwright.data.archives import smollm2_gguf
         from chatwright.interop.gguf import load_gguf
@@ -282,8 +299,27 @@ def load_parts(name: str | Path) -> Loaded:
     )
 
 
-def load(name: str | Path, *, dtype: str = "auto") -> LanguageModel:
-    """A ready language model by name; see `load_parts`, and for `dtype` `make_runner`. Raises UserError."""
+def _load_adapted(name: str) -> Loaded:
+    """BASE+ADAPTER: parted where a directory begins, for both may have a + in their names; else at the last one."""
+    places = [at for at, character in enumerate(name) if character == "+" and 0 < at < len(name) - 1]
+    at = next((at for at in places if Path(name[at + 1 :]).is_dir()), places[-1])
+    parts = load_parts(name[:at])
+    load_peft(adapter_directory(Path(name[at + 1 :])), parts.model)
+    merge(parts.model)
+    return replace(parts, source=name)
+
+
+def adapter_directory(path: Path) -> Path:
+    """Where the adapter is that a path stands for: that directory, or the folder in which a finished stage has it."""
+    return path / "adapter" if is_adapter(path / "adapter") else path
+
+
+def load(name: str | Path, *, adapter: str | Path | None = None, dtype: str = "auto") -> LanguageModel:
+    """A ready language model by name; see `load_parts`, and for `dtype` `make_runner`. Raises UserError.
+
+    `adapter` is the directory of a LoRA adapter: `load("BASE", adapter="DIR")` is `load("BASE+DIR")`.
+    """
+    name = f"{name}+{adapter}" if adapter is not None else name
     parts = load_parts(name)
     if parts.tokenizer is None:
         raise UserError(f"{name} has no tokenizer.json beside its weights")

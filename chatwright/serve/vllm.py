@@ -2,7 +2,7 @@
 
 vLLM is a program of its own and is not imported. A model of ours (or a .gguf file) is exported first, into the cache
 folder under its fingerprint, so that the second start finds it there; a directory in transformers' format and
-`hf:owner/name` are passed on as they are. Options checked against vLLM 0.30 (its `vllm/entrypoints/openai/cli_args.py`).
+`hf:owner/name` are passed on as they are. Options checked against a copy of its sources from about release 0.30 (docs/serving_many.md).
 """
 
 from __future__ import annotations

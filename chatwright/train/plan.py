@@ -20,6 +20,7 @@ from chatwright.metrics import duration, say
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
+from chatwright.model.lora import add_lora
 from chatwright.objectives.language import chunked_next_token_loss, log_probs_of
 from chatwright.train.parallel import Spread
 from chatwright.train.rehearsal import Operation, Rehearsed, Scene, rehearse
@@ -184,9 +185,17 @@ def _pretrain(subject: Subject, shape: GPTConfig) -> Scene:
     )  # fmt: skip
 
 
+def _adapt(model: GPT | ScalarModel, subject: Subject) -> bool:
+    """Put the stage's adapter on, if its settings have one."""
+    if subject.config.lora.rank:
+        add_lora(model, subject.config.lora)
+    return bool(subject.config.lora.rank)
+
+
 def _sft(subject: Subject, shape: GPTConfig) -> Scene:
     with torch.device(runtime.device()):
         model = GPT(shape)
+    _adapt(model, subject)
     dtype = runtime.compute_dtype(subject.fit.precision)
 
     def step(samples: int) -> Tensor:
@@ -202,6 +211,7 @@ def _sft(subject: Subject, shape: GPTConfig) -> Scene:
 def _reward(subject: Subject, shape: GPTConfig) -> Scene:
     with torch.device(runtime.device()):
         model = ScalarModel(shape)
+    _adapt(model, subject)
     dtype = runtime.compute_dtype(subject.fit.precision)
     rows, length = subject.rows
 
@@ -215,14 +225,16 @@ def _reward(subject: Subject, shape: GPTConfig) -> Scene:
 def _ppo(subject: Subject, shape: GPTConfig) -> Scene:
     with torch.device(runtime.device()):
         policy, critic = GPT(shape), ScalarModel(shape)
-        reference, judge = GPT(shape).requires_grad_(False), ScalarModel(shape).requires_grad_(False)
+        frozen = [GPT(shape).requires_grad_(False), ScalarModel(shape).requires_grad_(False)]
+    if _adapt(policy, subject) and _adapt(critic, subject):
+        frozen = []  # policy and critic contain them
     length = subject.rows[1]
 
     def step(samples: int) -> Tensor:
         ids = _tokens(samples, length)
         return log_probs_of(policy(ids)[:, :-1], ids[:, 1:]).sum() + critic(ids).sum()  # type: ignore[no-any-return]
 
-    return Scene([policy, critic], step, frozen=[reference, judge], vocabulary=shape.vocab_size)
+    return Scene([policy, critic], step, frozen=frozen, vocabulary=shape.vocab_size)
 
 
 def predict(

@@ -13,6 +13,7 @@ Departures from the papers, each for small reward models that are easily exploit
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -33,9 +34,10 @@ from chatwright.model.attention import plain_attention
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
+from chatwright.model.lora import LoRAConfig, sharing_copy, without_adapter
 from chatwright.objectives import policy as objective
 from chatwright.optim import OptimConfig
-from chatwright.train import health, plan
+from chatwright.train import adapters, health, plan
 from chatwright.train.parallel import ALONE
 from chatwright.train.rollout import (
     Answers,
@@ -115,6 +117,9 @@ class Config:
     """A checkpoint is kept as the best only if distinct-2 is at least this share of the first round's."""
     save_every: int = 10
     """Rounds between checkpoints."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Train low-rank adapters on policy and critic instead of all weights: `lora.rank` above 0. The reference is then the
+    policy with its adapter off, and the critic's frozen weights are the reward model's: two models in memory, not four."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(name="adamw", learning_rate=1e-4, eps=1e-5, schedule="linear", warmup=0.05)
     )
@@ -125,6 +130,8 @@ class Config:
             raise UsageError(f"batch_size {self.batch_size} must be a multiple of minibatch_size {self.minibatch_size}")
         if self.temperature <= 0:
             raise UsageError("temperature must be above 0: PPO needs samples")
+        if self.lora.dropout:
+            raise UsageError("ppo has no dropout, neither in rollouts nor in updates: lora.dropout must be 0")
 
 
 @dataclass(frozen=True)
@@ -154,15 +161,22 @@ class Rollout:
 class Players:
     """The four models: what is trained, what it is compared with, what judges, what predicts the judgement.
 
-    Policy and reference compute in float32: their difference is the KL, and the first ratio must be 1. Reward model and
+    A reference of None is the policy with its adapter off. Policy and reference compute in float32: their difference is the KL, and the first ratio must be 1. Reward model and
     critic compute in `dtype`.
     """
 
     policy: GPT
-    reference: GPT
+    reference: GPT | None
     reward: ScalarModel
     critic: ScalarModel
     dtype: torch.dtype = torch.float32
+
+    def reference_log_probs(self, answers: Answers, temperature: float) -> Float[Tensor, "batch time"]:
+        """Log-probability of every answer token under the reference."""
+        if self.reference is not None:
+            return answer_log_probs(self.reference, answers, temperature=temperature)[0]
+        with without_adapter(self.policy):
+            return answer_log_probs(self.policy, answers, temperature=temperature)[0]
 
 
 @torch.no_grad()
@@ -172,7 +186,7 @@ def look_back(players: Players, answers: Answers, beta: float, config: Config) -
     log_probs, spread = answer_log_probs(
         players.policy, answers, temperature=config.temperature, with_entropy=True
     )
-    reference, _ = answer_log_probs(players.reference, answers, temperature=config.temperature)
+    reference = players.reference_log_probs(answers, config.temperature)
     with runtime.autocast(players.dtype):
         values = values_before(players.critic, answers)
         scores = players.reward.score(answers.ids, answers.real)
@@ -243,13 +257,14 @@ def run(config: Config, workspace: Workspace) -> Report:
     plan.ahead("ppo", config, base.model.config, ALONE)
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, "ppo"))
-    players = make_players(base, reward)
+    adapted = adapters.card(config.lora, base=base.model, judge=reward)
+    players = make_players(base, reward, config.lora)
     trainer = Trainer(
         {"model": players.policy, "critic": players.critic},
         config.optim,
         workspace,
         card={"kind": "language", "model": base.model.config.to_dict(), "tokenizer": base.tokenizer.fingerprint,
-              "template": base.template.fingerprint},
+              "template": base.template.fingerprint, **adapted},
         texts={"tokenizer.json": base.tokenizer.to_json(), "chat_template.jinja": base.template.source},
     )  # fmt: skip
     if trainer.resume():
@@ -271,18 +286,28 @@ def run(config: Config, workspace: Workspace) -> Report:
     return run_.report()
 
 
-def make_players(base: Loaded, reward: ScalarModel) -> Players:
-    """The four models: policy and reference from the SFT model, critic from the reward model (own backbone)."""
+def make_players(base: Loaded, reward: ScalarModel, lora: LoRAConfig | None = None) -> Players:
+    """The four models: policy and reference from the SFT model, critic from the reward model (own backbone; with adapters an
+    adapter and a head of its own)."""
     device = runtime.device()
-    policy = base.model.to(device)
-    reference = GPT(policy.config)
-    reference.load_state_dict(policy.state_dict())
-    critic = ScalarModel(reward.config)
-    critic.load_state_dict(reward.state_dict())
-    for frozen in (reference, reward):
-        frozen.requires_grad_(False)
-    players = Players(policy, reference.to(device), reward.to(device), critic.to(device), runtime.compute_dtype())
-    for model in (players.policy, players.reference, players.reward, players.critic):
+    policy, reward = base.model.to(device), reward.to(device)
+    reference = None
+    if lora is not None and lora.rank:
+        critic = sharing_copy(reward)
+        critic.scalar = copy.deepcopy(reward.scalar)  # it is trained, and not the judge's
+        adapters.adapt(policy, lora, "policy")
+        adapters.adapt(critic, lora, "critic")
+    else:
+        reference = GPT(policy.config).to(device)
+        reference.load_state_dict(policy.state_dict())
+        critic = ScalarModel(reward.config).to(device)
+        critic.load_state_dict(reward.state_dict())
+        reference.requires_grad_(False)
+    reward.requires_grad_(False)
+    players = Players(policy, reference, reward, critic, runtime.compute_dtype())
+    for model in (policy, reference, reward, critic):
+        if model is None:
+            continue
         model.eval()  # no dropout, neither in rollouts nor in updates
         body = model if isinstance(model, GPT) else model.body
         if device.type == "cpu":
@@ -420,6 +445,9 @@ class _Run:
         if best is None:
             raise UserError("ppo: no round gave answers within the KL budget that were varied enough; lower the learning rate")
         path = f"checkpoints/step-{best['step']:06}"
+        if self.config.lora.rank:
+            self.trainer.load_weights(checkpoint.Checkpoint(self.workspace.directory / path))
+        adapter = adapters.write_adapter(self.players.policy, self.workspace.directory, base=self.config.base)
         return Report(
             measures=[
                 Measure("reward model's score (training prompts)", first["score"], best["score"], "higher"),
@@ -435,6 +463,6 @@ class _Run:
                 Curve("Answer length", ["length"], "tokens"),
             ],
             model=path,
-            facts={"best": best, "rounds": self.trainer.progress.step, "stopped": self.extra["stopped"]},
+            facts={"best": best, "rounds": self.trainer.progress.step, "stopped": self.extra["stopped"], **adapter},
             notes=[f"stopped: {self.extra['stopped']}; kept: round {best['step']}, the best score within the KL budget"],
         )

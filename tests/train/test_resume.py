@@ -19,6 +19,7 @@ import pytest
 
 from chatwright import checkpoint, cli
 from chatwright.metrics import TIMED, read_metrics
+from chatwright.model.lora import LoRAConfig
 from chatwright.optim import OptimConfig
 from chatwright.train import loop, ppo, pretrain, reward, sft
 from chatwright.train.loop import FitConfig
@@ -52,6 +53,12 @@ CASES = {
         iterations=5, batch_size=8, minibatch_size=4, max_prompt_tokens=40, max_new_tokens=14, min_tokens=1,
         max_repeats=0.9, save_every=2, min_correlation=-1.0)),
 }  # fmt: skip
+LORA = LoRAConfig(rank=3, dropout=0.2)  # dropout, whose random stream must come back too
+CASES |= {
+    "sft lora": Case(sft, replace(CASES["sft"].config, lora=LORA)),
+    "reward lora": Case(reward, replace(CASES["reward"].config, lora=LORA, optim=OptimConfig(learning_rate=1e-3))),
+    "ppo lora": Case(ppo, replace(CASES["ppo"].config, lora=replace(LORA, dropout=0.0))),
+}
 STAGES = list(CASES)
 
 
@@ -126,6 +133,7 @@ def test_resumed_equals_uninterrupted(stage: str, tmp_path: Path, run: Callable[
     # with all of optimiser, random stream, position and what is logged so far
     assert newest(one) == newest(two) == "step-000003"
     assert "optimizer.safetensors" in content(one / "checkpoints" / "step-000003")
+    assert ("adapter.safetensors" in content(one / "checkpoints" / "step-000003")) == stage.endswith("lora")
     same(one, two, "step-000003")
     for directory in (one, two):
         again = run(stage, directory)
@@ -168,7 +176,7 @@ def test_a_crash_between_checkpoints_leaves_no_trace(
     """Steps are done again from the last checkpoint, and their rows of metrics are not doubled."""
     whole, crashed = tmp_path / "whole", tmp_path / "crashed"
     report = run(stage, whole)
-    if stage == "ppo":  # after the row of a round was written, before its step is counted; the first is always kept
+    if CASES[stage].module is ppo:  # after the row of a round was written, before its step is counted; the first is always kept
         crash(monkeypatch, ppo.objective, "next_beta", round_)
     else:
         with pytest.raises(Interrupted):
@@ -243,7 +251,7 @@ def test_a_finished_stage_can_be_run_again(tmp_path: Path, run: Callable[..., An
         kept = rows(tmp_path / stage)
         again = run(stage, tmp_path / stage)
         assert (again.model, rows(tmp_path / stage)) == (first.model, kept)
-        if stage != "reward":  # its scale is set anew, which changes nothing but the last digits
+        if CASES[stage].module is not reward:  # its scale is set anew, which changes nothing but the last digits
             assert again.measures == first.measures
 
 
