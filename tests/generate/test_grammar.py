@@ -487,7 +487,7 @@ def test_hostile_schemas_cost_little() -> None:
     for name, (first, second) in results.items():
         assert first < 5, name  # to compile, or to fail
         assert isinstance(second, str) or second < 2, name  # to go on by a token
-    assert megabytes < 1000
+    assert megabytes < 2000  # without the limits: 3 GB for one mask
 
 
 def test_other_grammars_are_refused_in_words(words: Tokenizer) -> None:

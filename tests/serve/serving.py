@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -161,6 +163,9 @@ def run_server(
         server.should_exit = True
         thread.join(20)
         listener.close()
+        # Clients of libraries leave their sockets to the garbage collector, which would complain in whichever test it runs.
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+            gc.collect()
         assert not thread.is_alive(), "the server did not stop"
 
 

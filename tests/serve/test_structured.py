@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -28,8 +29,9 @@ MESSAGES: Any = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture
-def client(roomy_server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{roomy_server.url}/v1", api_key="unused", max_retries=0, timeout=60)
+def client(roomy_server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{roomy_server.url}/v1", api_key="unused", max_retries=0, timeout=60) as made:
+        yield made
 
 
 def check(value: Any) -> None:

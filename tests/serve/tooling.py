@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from chatwright import checkpoint, cli, metrics
 from chatwright.chat import NATIVE
 from chatwright.model.gpt import GPT
-from chatwright.serve import doctor_model
 from chatwright.tokenizer import Tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
@@ -26,8 +24,10 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def call(*arguments: object) -> tuple[int, str, str]:
         out = io.StringIO()
-        monkeypatch.setattr(metrics, "console", Console(file=out, highlight=False, width=200, force_terminal=False))
-        monkeypatch.setattr(doctor_model, "console", metrics.console)
+        # The one console, changed, and not another in its place: a module that is first imported now would keep that one.
+        monkeypatch.setattr(metrics.console, "_file", out)
+        monkeypatch.setattr(metrics.console, "_width", 200)
+        monkeypatch.setattr(metrics.console, "_force_terminal", False)
         code = cli.main([str(argument) for argument in arguments])
         printed, err = capsys.readouterr()
         return code, out.getvalue() + printed, err
