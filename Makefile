@@ -11,7 +11,7 @@ ARGS   ?=
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart chat serve check test docs clean browser peers bench-train bench-learn bench-plan bench-encode bench-generate
+.PHONY: help install install-dev quickstart chat serve check test docs clean browser peers bench-train bench-learn bench-plan bench-encode bench-generate bench-serve
 
 help:
 	@echo "make quickstart   install, fetch data, train the whole road (10 to 20 minutes on 2 cores)"
@@ -21,6 +21,7 @@ help:
 	@echo "make check        ruff, mypy --strict, import-linter, docs up to date"
 	@echo "make test         check and all fast tests, as CI does"
 	@echo "make bench-train  training speed next to transformers and litgpt (15 minutes); bench-learn: how soon it is learnt (an hour)"
+	@echo "make bench-serve  a real server, 64 clients, 5 minutes: nothing lost, nothing mixed up, memory flat (exit code 1 otherwise)"
 	@echo "make docs         write docs/cli.md anew from the program's own help"
 
 $(BIN)/python:
@@ -98,6 +99,9 @@ $(VENV)/.installed-llama: $(VENV)/.installed-bench
 bench-generate: $(VENV)/.installed-llama
 	$(BIN)/chatwright run tiny --until data
 	$(BIN)/python benchmarks/generate.py $(ARGS)
+
+bench-serve: install-dev
+	$(BIN)/python benchmarks/serve.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -166,15 +166,23 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
     """Copy tensors into a model. Raises UserError naming what is missing, unexpected or of another shape."""
-    check_fit(model, tensors, where=where)
+    fill(model_tensors(model), tensors, where=where)
+
+
+def fill(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Copy tensors into those of the same names, all or none. Raises UserError as `load_model_tensors`."""
+    _check_fit(wanted, tensors, where=where)
     with torch.no_grad():
-        for name, tensor in model_tensors(model).items():
+        for name, tensor in wanted.items():
             tensor.copy_(tensors[name])
 
 
 def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
     """Whether tensors are a model's, which may still be without memory. Raises UserError as `load_model_tensors`."""
-    wanted = model_tensors(model)
+    _check_fit(model_tensors(model), tensors, where=where)
+
+
+def _check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, where: str) -> None:
     missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or unexpected:
         raise UserError(f"{where}: missing tensors {missing[:3]}, unexpected tensors {unexpected[:3]}")
@@ -184,6 +192,16 @@ def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) ->
             raise UserError(f"{where}: tensor {name} has shape {shapes}")
         if tensor.is_floating_point() != tensors[name].is_floating_point():
             raise UserError(f"{where}: tensor {name} has numbers of type {tensors[name].dtype}")
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Hexadecimal SHA-256 of tensors with their names, shapes and values as float32, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().float().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def optimiser_tensors(optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:

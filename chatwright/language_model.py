@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,23 @@ from chatwright import checkpoint, runtime
 from chatwright.chat import ChatTemplate, FittedChat, Message, fit_context
 from chatwright.config import UserError
 from chatwright.generate.engine import Engine
-from chatwright.generate.request import Completion, Piece, Request
+from chatwright.generate.request import Alternatives, Completion, Piece, Request
 from chatwright.generate.runner import Runner
 from chatwright.generate.sampling import Sampling
 from chatwright.interop.loaded import Loaded
+from chatwright.interop.peft import is_adapter, load_peft
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
+from chatwright.model.lora import merge, plain, sharing_copy
 from chatwright.tokenizer import Tokenizer
 
 DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
 """How the weights are held for generation; see `make_runner`."""
 WORTH_COMPILING = 20_000_000
 """Parameters from which `auto` takes the CPU kernels: smaller models answer at once anyway, and exactly."""
+
+SCORED_AT_ONCE = 256
+"""Tokens whose probabilities `score` holds in memory at a time: a row has as many numbers as the vocabulary has tokens."""
 
 
 def make_runner(model: GPT, dtype: str) -> Runner | None:
@@ -76,6 +82,18 @@ class LanguageModel:
         """
         return Engine(self.model, self.tokenizer, runner=make_runner(self.model, self.dtype))
 
+    def with_adapter(self, directory: str | Path, name: str | None = None) -> LanguageModel:
+        """This model with a LoRA adapter (a directory in PEFT's format), beside this one, which stays as it is.
+
+        Both share the parameters that have no adapter; matrices with one are merged into new ones, so that answers cost what
+        they cost without. To change the adapter of one model in place: `chatwright.model.lora.use_adapter`. Raises UserError
+        as `load_peft`.
+        """
+        twin = sharing_copy(self.model)
+        load_peft(adapter_directory(Path(directory)), twin)
+        name = name or f"{self.name}+{directory}"
+        return LanguageModel(plain(twin), self.tokenizer, self.template, name, dtype=self.dtype)
+
     @property
     def memory_bytes(self) -> int:
         """What the model takes once it answers: parameters, weights packed for the engine, keys and values."""
@@ -87,6 +105,38 @@ class LanguageModel:
         tokens = torch.as_tensor(ids, dtype=torch.int64, device=next(self.model.parameters()).device)
         with runtime.evaluating(self.model):
             return self.model(tokens)  # type: ignore[no-any-return]
+
+    def score(self, ids: Sequence[int], *, top: int = 0) -> list[tuple[int, float | None, Alternatives]]:
+        """(token, its log-probability in nats given those before, the `top` likeliest ones) for each token of a text.
+
+        The first token has no log-probability: nothing stands before it. Raises UserError for a text beyond the context.
+        """
+        if not ids:
+            return []
+        tokens = torch.tensor([list(ids)], device=next(self.model.parameters()).device)
+        scored: list[tuple[int, float | None, Alternatives]] = [(ids[0], None, [])]
+        with runtime.evaluating(self.model):
+            hidden = self.model.hidden(tokens)[0, :-1]
+            for start in range(0, len(hidden), SCORED_AT_ONCE):
+                logprobs = self.model.head(hidden[start : start + SCORED_AT_ONCE]).float().log_softmax(-1)
+                following = tokens[0, start + 1 : start + 1 + len(logprobs)]
+                chosen = logprobs.gather(1, following[:, None])[:, 0].tolist()
+                values, places = (found.tolist() for found in logprobs.topk(top, dim=-1))
+                pairs = (list(zip(*both, strict=True)) for both in zip(places, values, strict=True))
+                scored += zip(following.tolist(), chosen, pairs, strict=True)
+        return scored
+
+    def embed(self, ids: Sequence[int]) -> Float[Tensor, " width"]:
+        """A text as a vector of length 1: the mean of the final hidden states of its tokens.
+
+        A language model was not trained for this: near vectors mean similar wording more than similar meaning. Raises
+        UserError for a text beyond the context, or without tokens.
+        """
+        if not ids:
+            raise UserError("a text without tokens has no embedding")
+        tokens = torch.tensor([list(ids)], device=next(self.model.parameters()).device)
+        with runtime.evaluating(self.model):
+            return torch.nn.functional.normalize(self.model.hidden(tokens)[0].float().mean(0), dim=-1).cpu()
 
     def _request(self, ids: Sequence[int], end_ids: frozenset[int], options: dict[str, Any]) -> Request:
         return Request(prompt=tuple(ids), sampling=Sampling(**options), end_ids=end_ids)
@@ -215,9 +265,11 @@ def load_parts(name: str | Path) -> Loaded:
     """Model, tokenizer and template by name. Raises UserError when the name leads nowhere, saying what is possible.
 
     Names: a run, stage or checkpoint directory of ours; a Hugging Face directory; `smollm2`; `hf:owner/name`; a .gguf
-    file.
+    file; `BASE+ADAPTER`, any of these and the directory of a LoRA adapter in PEFT's format, which is merged into it.
     """
     text = str(name)
+    if "+" in text.strip("+") and not Path(text).exists():
+        return _load_adapted(text)
     if text == "smollm2":
         from chatwright.data.archives import smollm2_gguf
         from chatwright.interop.gguf import load_gguf
@@ -247,8 +299,27 @@ def load_parts(name: str | Path) -> Loaded:
     )
 
 
-def load(name: str | Path, *, dtype: str = "auto") -> LanguageModel:
-    """A ready language model by name; see `load_parts`, and for `dtype` `make_runner`. Raises UserError."""
+def _load_adapted(name: str) -> Loaded:
+    """BASE+ADAPTER: parted where a directory begins, for both may have a + in their names; else at the last one."""
+    places = [at for at, character in enumerate(name) if character == "+" and 0 < at < len(name) - 1]
+    at = next((at for at in places if Path(name[at + 1 :]).is_dir()), places[-1])
+    parts = load_parts(name[:at])
+    load_peft(adapter_directory(Path(name[at + 1 :])), parts.model)
+    merge(parts.model)
+    return replace(parts, source=name)
+
+
+def adapter_directory(path: Path) -> Path:
+    """Where the adapter is that a path stands for: that directory, or the folder in which a finished stage has it."""
+    return path / "adapter" if is_adapter(path / "adapter") else path
+
+
+def load(name: str | Path, *, adapter: str | Path | None = None, dtype: str = "auto") -> LanguageModel:
+    """A ready language model by name; see `load_parts`, and for `dtype` `make_runner`. Raises UserError.
+
+    `adapter` is the directory of a LoRA adapter: `load("BASE", adapter="DIR")` is `load("BASE+DIR")`.
+    """
+    name = f"{name}+{adapter}" if adapter is not None else name
     parts = load_parts(name)
     if parts.tokenizer is None:
         raise UserError(f"{name} has no tokenizer.json beside its weights")

@@ -214,14 +214,15 @@ def class_fields(path: Path, name: str) -> dict[str, ast.AnnAssign]:
 def unknown_settings(text: str) -> list[str]:
     """`--STAGE.KEY` and `--STAGE.fit.KEY` whose stage, or whose field in the stage's Config, does not exist.
 
-    Behind `chatwright STAGE`, on the same line or its continuation, `--fit.KEY` is that stage's.
+    Behind `chatwright STAGE`, on the same line or its continuation, `--fit.KEY` (`--optim.`, `--lora.`) is that stage's.
     """
     stages = dict(zip(mapping_keys("chatwright/pipeline.py", "STAGES"), stage_files(), strict=True))
-    nested = {"fit": ("chatwright/train/loop.py", "FitConfig"), "optim": ("chatwright/optim.py", "OptimConfig")}
+    nested = {"fit": ("chatwright/train/loop.py", "FitConfig"), "optim": ("chatwright/optim.py", "OptimConfig"),
+              "lora": ("chatwright/model/lora.py", "LoRAConfig")}  # fmt: skip
     unknown = []
     for line in re.findall(rf"chatwright (?:{'|'.join(stages)}) (?:.*\\\n)*.*", text):
         stage = line.split()[1]
-        text = text.replace(line, re.sub(r"--((?:fit|optim)\.)", rf"--{stage}.\1", line))
+        text = text.replace(line, re.sub(r"--((?:fit|optim|lora)\.)", rf"--{stage}.\1", line))
     for option in re.findall(r"--([a-z]+\.[a-z0-9_.]+)", text):
         stage, key, *rest = option.split(".")
         fine = stage in stages and key in {**class_fields(stages[stage], "Config"), **SHARED.get(stage, {})}
@@ -251,8 +252,8 @@ def test_every_setting_named_exists(page: Path) -> None:
 def test_an_unknown_setting_is_found() -> None:
     text = "--ppo.iterations 3 --pretrain.fit.seconds=9 --ppo.iteration 3 --pretrain.fit.second 9 --pope.iterations 3"
     assert unknown_settings(text) == ["ppo.iteration", "pretrain.fit.second", "pope.iterations"]
-    verb = "chatwright sft --out x \\\n  --optim.learning_rate 1 --fit.second 9\n--fit.seconds 9"
-    assert unknown_settings(verb) == ["sft.fit.second", "fit.seconds"]
+    verb = "chatwright sft --out x \\\n  --optim.learning_rate 1 --fit.second 9 --lora.rank 8 --lora.size 8\n--fit.seconds 9"
+    assert unknown_settings(verb) == ["sft.fit.second", "sft.lora.size", "fit.seconds"]
 
 
 # ---- the example in Python -----------------------------------------------------------------------------------------

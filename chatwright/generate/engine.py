@@ -26,11 +26,10 @@ from torch import Tensor
 
 from chatwright.config import UserError
 from chatwright.generate.pages import PAGE_TOKENS, Match, PagePool
-from chatwright.generate.request import Completion, FinishReason, Handle, Piece, Request
-from chatwright.generate.rows import Choice, Row, Text
+from chatwright.generate.request import Completion, FinishReason, Handle, OnChange, Piece, Request
+from chatwright.generate.rows import Choice, Row, allowed_tokens
 from chatwright.generate.runner import Feed, Runner
-from chatwright.generate.sampling import BatchSampler, make_generator
-from chatwright.generate.speculation import Lookup
+from chatwright.generate.sampling import BatchSampler
 from chatwright.generate.torch_runner import TorchRunner
 from chatwright.model.gpt import GPT
 from chatwright.runtime import one_thread
@@ -66,6 +65,10 @@ class Stats:
     """Guesses that were right."""
     preempted: int = 0
     """Times that a running request lost its pages."""
+    steps: int = 0
+    """Steps in which something was computed."""
+    rows: int = 0
+    """Requests that something was computed for, added up over the steps: rows / steps is how full batches were."""
 
 
 class Engine:
@@ -139,6 +142,11 @@ class Engine:
         return self._pool.pages * self._pool.size * self.runner.token_bytes()
 
     @property
+    def cache_usage(self) -> float:
+        """Share of that budget which running requests hold, from 0 to 1. Stored prompts that nobody uses do not count."""
+        return 1.0 - self._pool.available / self._pool.pages
+
+    @property
     def waiting(self) -> int:
         """Number of requests that have no place yet."""
         return len(self._waiting)
@@ -155,22 +163,21 @@ class Engine:
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, *, background: bool = False) -> Handle:
+    def submit(
+        self, request: Request, *, background: bool = False, on_change: OnChange | None = None
+    ) -> Handle:
         """Queue a request. Any thread may call it.
 
         background: somebody else calls `step` (EngineThread); otherwise reading from the handle does.
+        on_change: see `Handle`.
         Raises UserError when the prompt is empty, too long or not of this vocabulary, the answer could outgrow the cache, or
         stop texts lack a tokenizer.
         """
         room = self._check(request)
-        handle = Handle(request, None if background else self.step)
-        sampling = request.sampling
-        guesses = self.lookup and sampling.temperature == 0.0 and not sampling.looks_back
-        text = Text(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
-        generator = make_generator(sampling, self.runner.device)
-        lookup = Lookup(self.lookup) if guesses else None
+        handle = Handle(request, None if background else self.step, on_change)
+        row = Row.begin(handle, room, self.tokenizer, self.runner.device, self.lookup)
         with self.arrived:
-            row = Row(handle, self._count, room, generator, text, lookup, list(request.prompt))
+            row.number = self._count
             self._count += 1
             self._waiting.append(row)
             self.arrived.notify_all()
@@ -238,13 +245,14 @@ class Engine:
         What goes wrong in a step is told to the requests that it hits (their handles raise) and not raised here.
         """
         with self._stepping, torch.inference_mode():
-            worked = self.busy
+            worked, rows = self.busy, self.stats.rows
             try:
                 self._part_with_finished()
                 self._notice_new_weights()
                 self._decode()
                 self._part_with_finished()
                 self._read()
+                self.stats.steps += self.stats.rows > rows
             except BaseException as error:
                 self._start_over(error)
                 if not isinstance(error, Exception):  # Ctrl-C goes on
@@ -257,6 +265,7 @@ class Engine:
         rows = [row for row in self._rows if not row.reading]
         if not rows:
             return
+        self.stats.rows += len(rows)
         with _blame(rows):
             guesses = [self._guess(row) if len(rows) <= LOOKUP_ROWS else [] for row in rows]
             feeds = [
@@ -284,6 +293,7 @@ class Engine:
                     budget -= count
             if not rows:
                 return
+            self.stats.rows += len(rows)
             with _blame(rows):
                 self._read_chunks(rows, feeds)
             self._part_with_finished()
@@ -322,7 +332,8 @@ class Engine:
                 device=logits.device,
             )
         with one_thread() if self.runner.own_threads else nullcontext():
-            tokens, logprobs = self._sampler(logits)
+            allowed = allowed_tokens(rows, logits.shape[1])
+            tokens, logprobs = self._sampler(logits, None if allowed is None else allowed.to(logits.device))
             tops = self._sampler.alternatives(logits)
         return list(map(Choice, tokens.tolist(), logprobs.tolist(), tops))
 
@@ -362,20 +373,20 @@ class Engine:
         """Give places to waiting requests, in their order, until as many tokens are to be read as this step may."""
         at = 0
         with self.arrived:
+            for row in [row for row in self._waiting if row.handle.cancelled]:  # wherever in the queue they are
+                self._waiting.remove(row)
+                row.finish("cancelled")
             while at < len(self._waiting):
                 row = self._waiting[at]
-                if row.handle.cancelled:
-                    row.finish("cancelled")
-                else:
-                    if len(self._rows) + at >= self.max_batch or budget <= 0:
-                        break
-                    match = self._pool.match(row.tokens[:-1])
-                    if self._is_being_read(row, match):
-                        at += 1
-                        continue
-                    if not self._give_pages(row, match):
-                        break
-                    budget -= row.pending
+                if len(self._rows) + at >= self.max_batch or budget <= 0:
+                    break
+                match = self._pool.match(row.tokens[:-1])
+                if self._is_being_read(row, match):
+                    at += 1
+                    continue
+                if not self._give_pages(row, match):
+                    break
+                budget -= row.pending
                 del self._waiting[at]
 
     def _is_being_read(self, row: Row, match: Match) -> bool:

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from chatwright.config import UserError
+from chatwright.generate.grammar import Grammar
 from chatwright.generate.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
 Alternatives = list[tuple[int, float]]
 """The likeliest tokens at one place and their log-probabilities, best first."""
+OnChange = Callable[[int, bool], None]
+"""See `Handle`."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Request:
     """Ids that end the answer. They are part of its ids but not of its text."""
     id: str = ""
     """A name for the caller's use."""
+    grammar: Grammar | None = None
+    """What the answer must look like (grammar.py). Once it is complete and nothing may follow, the answer ends, without an end id."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Completion:
     text: str
     """Without end token and stop text; empty when the engine has no tokenizer."""
     finish_reason: FinishReason
-    """`stop`: end id or stop text; `length`: max_new_tokens or the context's end; `cancelled`."""
+    """`stop`: end id, stop text or the grammar's end; `length`: max_new_tokens or the context's end; `cancelled`."""
     logprobs: list[float]
     """Per new token, in nats: log_softmax(logits / temperature), before penalty and filters (see sampling.py)."""
     prompt_tokens: int
@@ -64,11 +69,22 @@ class Completion:
 
 
 class Handle:
-    """A submitted request. Safe to use from any thread."""
+    """A submitted request. Safe to use from any thread.
 
-    def __init__(self, request: Request, drive: Callable[[], bool] | None) -> None:
+    on_change: called whenever there is something new, before anybody can have read it, with the number of new tokens and
+        whether this is the end (a failure is one). It runs in the engine's thread and in the midst of its work: it must be
+        quick, must not raise and must not wait for anything.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        drive: Callable[[], bool] | None,
+        on_change: OnChange | None = None,
+    ) -> None:
         self.request = request
         self._drive = drive  # makes the engine go on when no background thread does
+        self._on_change = on_change
         self._changed = threading.Condition()
         self._text = ""
         self._ids: list[int] = []
@@ -101,12 +117,25 @@ class Handle:
         """
         while not self._last_taken:
             self._wait(lambda: self.finished or bool(self._ids))
-            with self._changed:
-                reason = self._completion.finish_reason if self._completion else None
-                piece = Piece(self._text, self._ids, reason, self._logprobs, self._top)
-                self._text, self._ids, self._logprobs, self._top = "", [], [], []
-                self._last_taken = self._completion is not None
-            yield piece
+            if (piece := self.take()) is not None:
+                yield piece
+
+    def take(self) -> Piece | None:
+        """What is new, without waiting; None when there is nothing, or nothing more. Raises what `result` raises."""
+        with self._changed:
+            self._raise_failure()
+            if self._last_taken or not (self._ids or self._completion):
+                return None
+            reason = self._completion.finish_reason if self._completion else None
+            piece = Piece(self._text, self._ids, reason, self._logprobs, self._top)
+            self._text, self._ids, self._logprobs, self._top = "", [], [], []
+            self._last_taken = self._completion is not None
+            return piece
+
+    @property
+    def completion(self) -> Completion | None:
+        """What `result` gives, without waiting: None before the end, and when the computation failed."""
+        return self._completion
 
     def result(self) -> Completion:
         """Wait for the end. Raises UserError or RuntimeError when the computation failed."""
@@ -119,16 +148,23 @@ class Handle:
             with self._changed:
                 if self._drive is None:
                     self._changed.wait_for(ready)
-                if self._error is not None:
-                    kind = UserError if isinstance(self._error, UserError) else RuntimeError
-                    raise kind(
-                        f"generation failed: {str(self._error) or type(self._error).__name__}"
-                    ) from self._error
+                self._raise_failure()
                 if ready():
                     return
             # Without the lock: a step may take long, and it gives pieces to handles.
             if self._drive is not None and not self._drive() and not ready() and self._error is None:
                 raise RuntimeError("generation was interrupted: the engine has lost this request")
+
+    def _raise_failure(self) -> None:
+        if self._error is not None:
+            kind = UserError if isinstance(self._error, UserError) else RuntimeError
+            raise kind(f"generation failed: {str(self._error) or type(self._error).__name__}") from self._error
+
+    def _tell(self, tokens: int) -> None:
+        """Wake those who wait. The lock is held: nobody reads before `on_change` knows."""
+        if self._on_change is not None:
+            self._on_change(tokens, self.finished)
+        self._changed.notify_all()
 
     def _put(
         self,
@@ -144,9 +180,9 @@ class Handle:
             self._logprobs += logprobs
             self._top += top
             self._completion = completion
-            self._changed.notify_all()
+            self._tell(len(ids))
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self._error = error
-            self._changed.notify_all()
+            self._tell(0)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from chatwright.config import UserError
+from chatwright.generate.grammar import Matcher
 from chatwright.generate.request import Alternatives, Completion, FinishReason, Handle
-from chatwright.generate.sampling import Sampling
+from chatwright.generate.sampling import Sampling, make_generator
 from chatwright.generate.speculation import Lookup
 from chatwright.tokenizer import TextStream, Tokenizer
 
@@ -59,16 +64,18 @@ class Row:
     """A request, from its arrival to its end. While it has a place among the running, it has pages."""
 
     handle: Handle
-    number: int
-    """How many requests came before."""
     room: int
     """Tokens it may produce."""
     generator: torch.Generator | None
     text: Text | None
     lookup: Lookup | None = None
     """Guesses what comes next, if it may."""
+    matcher: Matcher | None = None
+    """Where its answer stands in its grammar, if it has one. Pages may come and go: it moves with the tokens that are chosen."""
     tokens: list[int] = field(default_factory=list)
     """Prompt and answer."""
+    number: int = 0
+    """How many requests came before."""
     pages: list[int] = field(default_factory=list)
     """Where the keys and values of `tokens` lie, in order; possibly with room for more."""
     stored: int = 0
@@ -83,6 +90,24 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     top: list[Alternatives] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+
+    @classmethod
+    def begin(
+        cls, handle: Handle, room: int, tokenizer: Tokenizer | None, device: torch.device, guesses: int
+    ) -> Row:
+        """The row of a request that was checked. `guesses`: most tokens to guess per step, where guessing is exact: the row is
+        greedy and a token's choice depends on nothing but the model."""
+        request, sampling = handle.request, handle.request.sampling
+        exact = sampling.temperature == 0.0 and not sampling.looks_back and request.grammar is None
+        return cls(
+            handle,
+            room,
+            make_generator(sampling, device),
+            Text(tokenizer, sampling.stop) if tokenizer is not None else None,
+            Lookup(guesses) if guesses and exact else None,
+            request.grammar.start() if request.grammar is not None else None,
+            list(request.prompt),
+        )
 
     @property
     def sampling(self) -> Sampling:
@@ -100,7 +125,9 @@ class Row:
         return len(self.tokens) - self.stored
 
     def add(self, choice: Choice) -> None:
-        """Take a token in, hand its text out, and see whether the answer ends."""
+        """Take a token in, hand its text out, and see whether the answer ends. Nothing for a row that has failed."""
+        if self.handle.failed:
+            return
         if not math.isfinite(choice.logprob):
             self.handle._fail(UserError("the model's logits are not finite (did its training diverge?)"))
             return
@@ -110,10 +137,14 @@ class Row:
         self.top += choice.top
         text, stopped = "", False
         ended = choice.token in self.handle.request.end_ids
+        complete = False
+        if self.matcher is not None and not ended:
+            self.matcher.accept(choice.token)
+            complete = self.matcher.finished
         if self.text is not None and not ended:
             text, stopped = self.text.push(choice.token)
-        if ended or stopped or len(self.ids) >= self.room:
-            self.finish("stop" if ended or stopped else "length", choice, text, stopped)
+        if ended or stopped or complete or len(self.ids) >= self.room:
+            self.finish("stop" if ended or stopped or complete else "length", choice, text, stopped)
         else:
             self.said.append(text)
             self.handle._put(text, [choice.token], [choice.logprob], choice.top)
@@ -138,3 +169,18 @@ class Row:
         )
         new = ([choice.token], [choice.logprob], choice.top) if choice else ([], [], [])
         self.handle._put(text, *new, completion)
+
+
+def allowed_tokens(rows: Sequence[Row], vocab_size: int) -> Bool[Tensor, "B V"] | None:
+    """What the rows' grammars allow; None when no row has one. A row whose grammar is at a dead end fails."""
+    if all(row.matcher is None for row in rows):
+        return None
+    masks = np.ones((len(rows), vocab_size), dtype=np.bool_)
+    for row, mask in zip(rows, masks, strict=True):
+        if row.matcher is not None:
+            try:
+                row.matcher.allow(mask)
+            except Exception as error:  # the row's own: the others go on
+                row.handle._fail(error)
+                mask[:] = True
+    return torch.from_numpy(masks)

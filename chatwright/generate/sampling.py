@@ -1,7 +1,8 @@
 """From logits to a token: greedy, temperature, top-k, top-p, min-p, penalties and biases.
 
 The order is that of transformers: repetition penalty, (OpenAI's bias and presence and frequency penalties, which are
-added to the logits,) temperature, top-k, top-p, min-p. Everything is float32.
+added to the logits,) the grammar's mask, temperature, top-k, top-p, min-p: the filters act on what the grammar allows.
+Everything is float32.
 
 A token is drawn by an exponential race: with u ~ Uniform(0, 1) per token, argmax p_i / -log(u_i) has distribution p
 (the Gumbel-max trick, written without the outer logarithm). It costs more random numbers than inverting the
@@ -24,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from chatwright.config import UserError
@@ -203,8 +204,13 @@ class BatchSampler:
                 self.counts[row] = torch.bincount(answer, minlength=vocab_size)
         self.tops = [sampling.top_logprobs for sampling in settings]
 
-    def process(self, logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-        """Logits of the distribution to draw from; what must not be drawn is -inf. Greedy rows: only penalties, bias."""
+    def process(
+        self, logits: Float[Tensor, "B V"], allowed: Bool[Tensor, "B V"] | None = None
+    ) -> Float[Tensor, "B V"]:
+        """Logits of the distribution to draw from; what must not be drawn is -inf. Greedy rows: only penalties, bias, grammar.
+
+        allowed: True on tokens that the row's grammar allows, at least one of each row; None allows all.
+        """
         x = logits.float()
         if self.seen is not None and self.penalty is not None:
             x = torch.where(self.seen, torch.where(x > 0, x / self.penalty, x * self.penalty), x)
@@ -212,6 +218,8 @@ class BatchSampler:
             x = x + self.bias
         if self.counts is not None:
             x = x - self.frequency * self.counts - self.presence * (self.counts > 0)
+        if allowed is not None:
+            x = x.masked_fill(~allowed, -math.inf)
         if self.temperature is not None:
             x = x / self.temperature
         if self.top_k_rows is not None:
@@ -222,13 +230,21 @@ class BatchSampler:
             x = x.masked_fill(x < x.amax(-1, keepdim=True) + self.log_min_p, -math.inf)
         return x
 
-    def __call__(self, logits: Float[Tensor, "B V"]) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-        """A token per row, and its log-probability (see the top of this file). Not finite where a row is not."""
+    def __call__(
+        self, logits: Float[Tensor, "B V"], allowed: Bool[Tensor, "B V"] | None = None
+    ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+        """A token per row, and its log-probability (see the top of this file). Not finite where a row is not.
+
+        allowed: as in `process`.
+        """
         logits = logits.float()
-        processed = self.process(logits)
+        processed = self.process(logits, allowed)
         ids = processed.argmax(-1)
         if not self.all_greedy:
-            raced = (processed.softmax(-1) / self._race(logits)).argmax(-1)
+            race = processed.softmax(-1) / self._race(logits)
+            if allowed is not None:  # where one token is left, it wins even with the number that never wins
+                race = race.masked_fill(~allowed, -1.0)
+            raced = race.argmax(-1)
             ids = raced if self.greedy is None else torch.where(self.greedy, ids, raced)
         scaled = logits if self.temperature is None else logits / self.temperature
         logprobs = scaled.log_softmax(-1).gather(1, ids[:, None])[:, 0]

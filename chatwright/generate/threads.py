@@ -7,11 +7,15 @@ from typing import Self
 
 from chatwright.config import UserError
 from chatwright.generate.engine import Engine
-from chatwright.generate.request import Handle, Request
+from chatwright.generate.request import Handle, OnChange, Request
 
 
 class BusyError(UserError):
-    """Too many requests wait already. A server answers 503."""
+    """Too many requests wait already. A server answers 429."""
+
+
+class ClosedError(UserError):
+    """The engine takes no requests any more. A server answers 503."""
 
 
 class EngineThread:
@@ -31,14 +35,22 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="chatwright-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> Handle:
-        """Queue a request. Raises UserError as `Engine.submit` does, or when closed; BusyError when too many wait."""
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests: not closed, and not ended by an error that no step can be blamed for."""
+        return not self._closed
+
+    def submit(self, request: Request, on_change: OnChange | None = None) -> Handle:
+        """Queue a request; `on_change` as in `Handle`.
+
+        Raises UserError as `Engine.submit` does, ClosedError when closed, BusyError when too many wait.
+        """
         with self.engine.arrived:
             if self._closed:
-                raise UserError("the engine is closed")
+                raise ClosedError("the engine is closed")
             if self.engine.waiting >= self.max_waiting:
                 raise BusyError(f"{self.max_waiting} requests are waiting already; try again later")
-            handle = self.engine.submit(request, background=True)
+            handle = self.engine.submit(request, background=True, on_change=on_change)
             self._handles = {other for other in self._handles if not other.finished} | {handle}
             return handle
 
@@ -69,4 +81,9 @@ class EngineThread:
                 self._closed = True
                 for handle in self._handles:
                     handle.cancel()
-            self.engine.step()  # computes nothing any more: it tells the cancelled
+            try:
+                self.engine.step()  # computes nothing any more: it tells the cancelled
+            finally:
+                for handle in self._handles:
+                    if not handle.finished:
+                        handle._fail(RuntimeError("the engine has ended"))

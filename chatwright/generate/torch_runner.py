@@ -19,6 +19,7 @@ from chatwright.config import UserError
 from chatwright.generate.runner import Feed
 from chatwright.generate.workbench import Workbench
 from chatwright.model.gpt import GPT
+from chatwright.model.lora import active_adapter
 
 PADDED = 16
 """Feeds up to this length go together whatever their lengths: another pass costs more than the padding."""
@@ -111,9 +112,10 @@ class TorchRunner:
     def _dtype(self) -> torch.dtype:
         return self.model.embed.weight.dtype
 
-    def weights(self) -> tuple[tuple[int, int], ...]:
-        """Where the parameters are and how often torch has seen them written to."""
-        return tuple((at.data_ptr(), 0 if at.is_inference() else at._version) for at in self.model.parameters())
+    def weights(self) -> tuple[object, ...]:
+        """Where the parameters are, how often torch has seen them written to, and which adapter is in use."""
+        places = ((at.data_ptr(), 0 if at.is_inference() else at._version) for at in self.model.parameters())
+        return (active_adapter(self.model), *places)
 
     def token_bytes(self) -> int:
         """Memory of one token's keys and values in all layers."""

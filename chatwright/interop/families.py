@@ -86,7 +86,7 @@ QWEN3_RULES = (
 ARCEE_RULES = tuple(rule for rule in LLAMA_RULES if "gate_proj" not in rule.theirs)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value of a file for a message, not all of it when it is long or deep."""
     try:
         text = json.dumps(value)
@@ -97,7 +97,7 @@ def _shown(value: Any) -> str:
 
 def _python(value: Any) -> str:
     """The same in Python's spelling, which names have in messages."""
-    return f"{value!r:.80}" if value is None or isinstance(value, str) else _shown(value)
+    return f"{value!r:.80}" if value is None or isinstance(value, str) else shown(value)
 
 
 class _Settings:
@@ -111,7 +111,7 @@ class _Settings:
         value = self.values.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{self.where}: {key} must be a positive whole number, not {_shown(value)}")
+            raise UserError(f"{self.where}: {key} must be a positive whole number, not {shown(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -119,7 +119,7 @@ class _Settings:
         value = self.values.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300:
-            raise UserError(f"{self.where}: {key} must be a number, not {_shown(value)}")
+            raise UserError(f"{self.where}: {key} must be a number, not {shown(value)}")
         return float(value)
 
     def only(self, key: str, *allowed: Any, default: Any = None) -> Any:
@@ -127,7 +127,7 @@ class _Settings:
         value = self.values.get(key, default)
         if value not in allowed:
             known = " or ".join(json.dumps(one) for one in allowed)
-            raise UserError(f"{self.where}: {key} = {_shown(value)} is not supported, only {known}")
+            raise UserError(f"{self.where}: {key} = {shown(value)} is not supported, only {known}")
         return value
 
     def truth(self, key: str, default: bool) -> bool:
@@ -242,7 +242,7 @@ def _rotary(settings: _Settings) -> dict[str, Any]:
     settings.only("partial_rotary_factor", None, 1, 1.0)
     found = settings.values.get("rope_parameters") or settings.values.get("rope_scaling") or {}
     if not isinstance(found, Mapping):
-        raise UserError(f"{settings.where}: rope_parameters must be an object, not {_shown(found)}")
+        raise UserError(f"{settings.where}: rope_parameters must be an object, not {shown(found)}")
     rope = _Settings(found, settings.where)
     kind = found.get("rope_type", found.get("type", "default"))
     if not isinstance(kind, str) or kind not in _ROTARY:

@@ -76,17 +76,24 @@ def _weights(directory: Path) -> Iterator[dict[str, Stored]]:
     with ExitStack() as stack:
         tensors: dict[str, Stored] = {}
         for file in _weight_files(directory):
-            try:
-                opened = stack.enter_context(safetensors.safe_open(str(file), framework="pt"))
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    described = opened.get_slice(name)
-                    if described.get_dtype() not in _FLOATS:
-                        raise UserError(f"{file}: {name} has numbers of type {described.get_dtype()}, not weights")
-                    tensors[name] = Stored(tuple(described.get_shape()), partial(opened.get_tensor, name))
-            except (safetensors.SafetensorError, OSError) as error:
-                reason = "does not exist" if not file.exists() else f"is damaged or cut short ({error})"
-                raise UserError(f"{file} {reason}; fetch it again") from None
+            tensors |= open_weights(file, stack)
         yield tensors
+
+
+def open_weights(file: Path, stack: ExitStack) -> dict[str, Stored]:
+    """The tensors of a safetensors file, which stays open as long as `stack` does. Raises UserError: damaged, no weights."""
+    tensors: dict[str, Stored] = {}
+    try:
+        opened = stack.enter_context(safetensors.safe_open(str(file), framework="pt"))
+        for name in opened.keys():  # noqa: SIM118 (not a dict)
+            described = opened.get_slice(name)
+            if described.get_dtype() not in _FLOATS:
+                raise UserError(f"{file}: {name} has numbers of type {described.get_dtype()}, not weights")
+            tensors[name] = Stored(tuple(described.get_shape()), partial(opened.get_tensor, name))
+    except (safetensors.SafetensorError, OSError) as error:
+        reason = "does not exist" if not file.exists() else f"is damaged or cut short ({error})"
+        raise UserError(f"{file} {reason}; fetch it again") from None
+    return tensors
 
 
 def _weight_files(directory: Path) -> list[Path]:

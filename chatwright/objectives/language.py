@@ -43,7 +43,8 @@ def chunked_next_token_loss(
 
     The head dominates a small model's memory: at a vocabulary of 32,768 the float32 logits of 4,096 positions, their
     softmax and its gradient take 1.6 GB. Here `chunk` positions at a time (0: by `CHUNK_LOGITS`) go to the loss *and* to
-    its gradient (softmax - one-hot), which the forward pass therefore keeps instead of the logits: (N, D) and (V, D).
+    its gradient (softmax - one-hot), which the forward pass therefore keeps instead of the logits: (N, D) and (V, D). A head that is frozen, as under an
+    adapter, has no gradient, which spares a third of the products.
     Products are computed in the head's precision, or autocast's; sums and softmax in float32.
     """
     if torch.is_autocast_enabled(head.device.type):
@@ -51,7 +52,7 @@ def chunked_next_token_loss(
     chunk = chunk or max(128, CHUNK_LOGITS // head.shape[0])
     counted = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
     loss: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden.flatten(0, 1), head, targets.flatten(), counted.flatten(), softcap, chunk
+        hidden.flatten(0, 1), head, targets.flatten(), counted.flatten(), softcap, chunk, head.requires_grad
     )
     return loss
 
@@ -61,11 +62,12 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, head: Tensor, targets: Tensor, counted: Tensor, softcap: float, chunk: int
+        ctx: Any, rows: Tensor, head: Tensor, targets: Tensor, counted: Tensor, softcap: float, chunk: int, learns: bool
     ) -> Tensor:
+        ctx.learns = learns
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
         row_gradients = []
-        head_gradient = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
+        head_gradient = torch.zeros(head.shape if learns else (0,), dtype=torch.float32, device=head.device)
         for start in range(0, rows.shape[0], chunk):
             part = rows[start : start + chunk].to(head.dtype)
             wanted, counts = targets[start : start + chunk, None], counted[start : start + chunk, None]
@@ -81,6 +83,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 slope.mul_(1 - bent.square_())  # d c tanh(x / c) / dx
             slope = slope.mul_(counts).to(head.dtype)
             row_gradients.append((slope @ head).to(rows.dtype))
+            if not learns:
+                continue
             if head.dtype == torch.float32:
                 torch.addmm(head_gradient, slope.mT, part, out=head_gradient)  # no second buffer of (V, D)
             else:
@@ -92,7 +96,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         row_gradient, head_gradient = ctx.saved_tensors
         (scale,) = gradients
-        return row_gradient * scale, head_gradient * scale, None, None, None, None
+        return row_gradient * scale, head_gradient * scale if ctx.learns else None, None, None, None, None, None
 
 
 def log_probs_of(

@@ -1,20 +1,34 @@
-"""The whole server as one ASGI application: guard, errors, interface, page."""
+"""The whole server as one ASGI application: guard, errors, interface, page.
+
+A request passes, in this order: Ledger (id, log, figures), Guard (host, origin), Cors, Gate (is the server stopping?),
+Doorkeeper (keys), BodyLimit, Crash, and then its route.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from chatwright.serve import api, chat_page, errors
-from chatwright.serve.guard import Guard
+from chatwright.feedback.store import Store
+from chatwright.serve import api, chat_page, errors, login, status
+from chatwright.serve.access_log import AccessLog, Ledger
+from chatwright.serve.cors import Cors
+from chatwright.serve.document import document
+from chatwright.serve.doors import Doorkeeper, Doors
+from chatwright.serve.guard import BodyLimit, Guard
 from chatwright.serve.jobs import JobStore
-from chatwright.serve.markdown import render
+from chatwright.serve.keys import KeyRing
+from chatwright.serve.lifecycle import Gate, Lifecycle
 from chatwright.serve.pool import ModelPool
+from chatwright.serve.telemetry import Telemetry
 
 MAX_BODY = 1 << 20
 """Largest request in bytes: far more text than any model's context holds."""
@@ -30,26 +44,69 @@ class Static(StaticFiles):
         return response
 
 
+@dataclass(frozen=True)
+class Operation:
+    """How an application is run: who may use it, how much it takes, what it notes down."""
+
+    hosts: Iterable[str] | None = ()
+    """Names it answers to beside loopback ones; None for any."""
+    origins: Iterable[str] = ()
+    """Other sites whose pages may use /v1."""
+    keys: KeyRing | None = None
+    """Who may come in; None: everybody."""
+    max_body: int = MAX_BODY
+    log: AccessLog | None = None
+    keep_texts: bool = False
+    """Whether the log has the prompts and the answers."""
+    drain_seconds: float = 30.0
+    """How long the server takes to stop, for those who are told to come again."""
+
+
 def create_app(
     pool: ModelPool,
     *,
-    hosts: Iterable[str] | None = (),
-    max_body: int = MAX_BODY,
+    operation: Operation = Operation(),
     jobs: JobStore | None = None,
+    store: str = "none",
 ) -> FastAPI:
-    """The application. `hosts`: names it answers to beside loopback ones, None for any. Closes the engines at its end."""
+    """The application. Closes the engines, the store and the log at its end.
+
+    `store`: where conversations are kept, as `feedback.store.Store` takes it. Raises StoreError.
+    """
+    conversations, answers = Store(store), jobs or JobStore()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        pool.close()
+        await answers.close()
+        await asyncio.to_thread(pool.close)
+        await asyncio.to_thread(conversations.close)
+        if operation.log is not None:
+            await asyncio.to_thread(operation.log.close)
 
     # No /docs: FastAPI's page loads its scripts from a CDN. The document itself is at /openapi.json.
     app = FastAPI(title="chatwright", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.state.pool = pool
+    lifecycle = Lifecycle()
+    telemetry = Telemetry(pool, lifecycle)
+    app.state.pool, app.state.lifecycle, app.state.keys = pool, lifecycle, operation.keys
+    app.state.store = conversations
+    app.openapi = lambda: document(app, pool)  # type: ignore[method-assign]
     errors.install(app)
+    app.include_router(status.routes(pool, lifecycle, telemetry, names=operation.keys is None))
     app.include_router(api.routes(pool))
-    app.include_router(chat_page.routes(pool, jobs or JobStore(render)))
+    app.include_router(chat_page.routes(pool, answers))
     app.mount("/static", Static(directory=chat_page.STUDIO / "static"))
-    app.add_middleware(Guard, hosts=hosts, max_body=max_body)
+    # What is added last comes first.
+    app.add_middleware(errors.Crash)
+    app.add_middleware(BodyLimit, most=operation.max_body)
+    if operation.keys is not None:
+        app.state.doors = doors = Doors(operation.keys)
+        app.include_router(login.routes(doors))
+        app.add_middleware(Doorkeeper, doors=doors, login=login.page_maker())
+    app.add_middleware(Gate, lifecycle=lifecycle, retry_after=max(1, math.ceil(operation.drain_seconds)))
+    app.add_middleware(Cors, origins=operation.origins)
+    app.add_middleware(Guard, hosts=operation.hosts, origins=operation.origins)
+    app.add_middleware(
+        Ledger, lifecycle=lifecycle, telemetry=telemetry, log=operation.log, keep_texts=operation.keep_texts
+    )
     return app

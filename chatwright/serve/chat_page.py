@@ -1,43 +1,34 @@
-"""The chat page and what its scripts talk to.
+"""The chat page, and what its scripts talk to beside conversations.py.
 
-GET  /                        the page
-POST /chat/jobs               {"messages": [...], "temperature", "max_tokens"} -> {"id", "dropped"}
-GET  /chat/jobs/ID/events     ?after=N: the events behind number N, one JSON object per line (see jobs.py)
+GET  /, /c/ID                 the page; which conversation it shows is its scripts' business
+POST /chat/owner              the cookie that says whose conversations are shown (owner.py)
+GET  /chat/models             {"models": [{"name", "loaded", "window"}]}, the default one first
+GET  /chat/jobs/ID/events     ?after=N: the events behind number N, one JSON object per line (jobs.py, answers.py)
 POST /chat/jobs/ID/stop       end the answer where it is
-POST /chat/render             {"texts": [...]} -> {"html": [...]}: Markdown of earlier answers, after a reload
+POST /chat/render             {"texts": [...]} -> {"html": [...]}: Markdown of earlier answers
 """
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import jinja2
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from chatwright.generate.sampling import Sampling
-from chatwright.serve.api import ChatMessage
+from chatwright.feedback.store import Owned
+from chatwright.serve import conversations
 from chatwright.serve.errors import ApiError
+from chatwright.serve.facts import facts
 from chatwright.serve.jobs import Job, JobStore
 from chatwright.serve.markdown import render
+from chatwright.serve.owner import Mine, give_owner
 from chatwright.serve.pool import ModelPool
 
 STUDIO = Path(__file__).parent / "studio"
-DEFAULT_TEMPERATURE = 0.7
-DEFAULT_NEW_TOKENS = 256
-
-
-class JobRequest(BaseModel):
-    """A conversation whose next answer is wanted."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
-    temperature: Annotated[float, Field(ge=0, le=2)] = DEFAULT_TEMPERATURE
-    max_tokens: Annotated[int, Field(ge=1)] = DEFAULT_NEW_TOKENS
 
 
 class RenderRequest(BaseModel):
@@ -47,44 +38,43 @@ class RenderRequest(BaseModel):
     texts: Annotated[list[str], Field(max_length=2048)]
 
 
-def routes(pool: ModelPool, jobs: JobStore) -> APIRouter:
-    """The page's routes."""
+def routes(pool: ModelPool, jobs: JobStore, *, save_seconds: float = 1.0) -> APIRouter:
+    """The page's routes. `save_seconds`: how often an answer under way is kept."""
     router = APIRouter(include_in_schema=False)
+    router.include_router(conversations.routes(pool, jobs, render, save_seconds))
     pages = jinja2.Environment(loader=jinja2.FileSystemLoader(STUDIO / "templates"), autoescape=True)
 
-    def find(job_id: str) -> Job:
-        if job := jobs.get(job_id):
+    def find(job_id: str, mine: Owned) -> Job:
+        if job := jobs.get(job_id, mine.owner):
             return job
         raise ApiError(404, "this answer is no longer on the server", code="job_not_found")
 
+    def models() -> list[dict[str, Any]]:
+        windows = {service.name: service.context for service in pool.services}
+        return [{"name": name, "loaded": name in windows, "window": windows.get(name)} for name in pool.names]
+
     @router.get("/")
-    async def page() -> HTMLResponse:
-        async with pool.use(pool.default) as service:
-            context = {
-                "model": service.name,
-                "window": service.context,
-                "temperature": DEFAULT_TEMPERATURE,
-                "max_tokens": min(DEFAULT_NEW_TOKENS, service.context // 2),
-            }
+    @router.get("/c/{conversation}")
+    async def page(request: Request, conversation: str = "") -> HTMLResponse:
+        context = {"models": models(), "settings": conversations.Settings(), "key": facts(request).key}
         return HTMLResponse(pages.get_template("chat.html").render(context))
 
-    @router.post("/chat/jobs", status_code=201)
-    async def start(body: JobRequest) -> dict[str, Any]:
-        messages = [message.plain() for message in body.messages]
-        sampling = Sampling(temperature=body.temperature, max_new_tokens=body.max_tokens)
-        async with AsyncExitStack() as stack:
-            service = await stack.enter_async_context(pool.use(pool.default))
-            prepared = await service.prepare(messages, sampling)
-            job = jobs.start(service, prepared, hold=stack.pop_all())
-        return {"id": job.id, "dropped": prepared.dropped}
+    @router.post("/chat/owner")
+    async def owner(request: Request, response: Response) -> dict[str, Any]:
+        give_owner(request, response)
+        return {}
+
+    @router.get("/chat/models")
+    async def list_models() -> dict[str, Any]:
+        return {"models": models()}
 
     @router.get("/chat/jobs/{job_id}/events")
-    async def events(job_id: str, after: Annotated[int, Field(ge=0)] = 0) -> StreamingResponse:
-        return StreamingResponse(jobs.follow(find(job_id), after), media_type="application/x-ndjson")
+    async def events(job_id: str, mine: Mine, after: Annotated[int, Field(ge=0)] = 0) -> StreamingResponse:
+        return StreamingResponse(jobs.follow(find(job_id, mine), after), media_type="application/x-ndjson")
 
     @router.post("/chat/jobs/{job_id}/stop")
-    async def stop(job_id: str) -> dict[str, Any]:
-        jobs.stop(find(job_id))
+    async def stop(job_id: str, mine: Mine) -> dict[str, Any]:
+        jobs.stop(find(job_id, mine))
         return {"id": job_id}
 
     @router.post("/chat/render")

@@ -1,7 +1,8 @@
 """The verb `doctor`: the checks that save hours, of a model or of a recipe, each finding with its remedy.
 
-Nothing is trained or written, and no data downloaded. What is found is `ok`, a `warning` (it works, but perhaps not as meant) or a
-`problem` (it will fail, or do something else than it seems); with a problem the exit code is 1.
+Nothing is trained, no data downloaded, and nothing left on the disk. What is found is `ok`, a `warning` (it works, but
+perhaps not as meant, or is not possible) or a `problem` (it will fail, or do something else than it seems); with a problem
+the exit code is 1.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def main_doctor(argv: Sequence[str]) -> int:
         DoctorConfig,
         argv,
         prog="chatwright doctor",
-        description="Check RECIPE_OR_MODEL before the hours are spent. Nothing is trained or written, and no data downloaded.",
+        description="Check RECIPE_OR_MODEL before the hours are spent. Nothing is trained, no data downloaded, and nothing left on the disk.",
         positionals={
             "recipe_or_model": "A recipe (a .yaml file, or the name of a built-in one), or a model: a run, a model "
             "directory, smollm2, hf:owner/name or a .gguf file."

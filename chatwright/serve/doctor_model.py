@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import safetensors
 import tokenizers
 import torch
 
 from chatwright import runtime
 from chatwright.chat import ChatTemplate, EncodedChat, Message
-from chatwright.checkpoint import newest_valid
+from chatwright.checkpoint import newest_valid, read_json
 from chatwright.config import UserError
 from chatwright.generate.engine import Engine
 from chatwright.generate.request import Request
@@ -21,6 +23,8 @@ from chatwright.language_model import find_checkpoint, load_parts
 from chatwright.metrics import console
 from chatwright.model.gpt import GPT
 from chatwright.serve.doctor import Finding, mask_picture
+from chatwright.serve.doctor_export import check_export
+from chatwright.serve.doctor_machine import check_machine
 from chatwright.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -42,6 +46,9 @@ PROBES = (
 )
 NEVER = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
 """Bytes that never occur in UTF-8; vocabularies that were learnt from text may lack them."""
+OWN_TABLE = frozenset({"positions.weight"})
+THEIR_TABLES = frozenset({"wpe.weight", "transformer.wpe.weight", "positions_embed.weight", "transformer.positions_embed.weight"})
+"""The table of learned positions by its names in files: ours, and those of GPT-2 and GPT-1 in transformers' format."""
 DIALOGUES = 1_000
 """Conversations of the user's that are counted."""
 
@@ -54,17 +61,20 @@ def check_model(name: str, dialogue: str = "") -> tuple[list[Finding], Text | No
     except UserError as error:
         if not Path(name).exists():
             raise
-        remedy = "name another one, or have it made or copied anew"
-        return [*findings, Finding("problem", "model", str(error), remedy)], None
-    findings += [*_numbers(parts.model), _memory(parts.model)]
+        return [*findings, _positions(name) or Finding("problem", "model", str(error),
+                                                       "name another one, or have it made or copied anew")], None  # fmt: skip
+    findings += [*_numbers(parts.model), *check_machine(parts.model)]
     if parts.tokenizer is None:
         return [*findings, Finding("problem", "tokenizer", "there is none beside the weights",
                                    "put the tokenizer.json that it was trained with beside them")], None  # fmt: skip
     findings += [*_tokenizer(parts, name), _context(parts.model), _generation(parts.model, parts.tokenizer)]
+    picture: Text | None = None
     if parts.template is None:
-        return [*findings, Finding("ok", "template", "none: a base model (chatwright generate; chatwright sft)")], None
-    found, picture = _chat(parts.model, parts.tokenizer, parts.template, dialogue)
-    return [*findings, *found], picture
+        findings.append(Finding("ok", "template", "none: a base model (chatwright generate; chatwright sft)"))
+    else:
+        found, picture = _chat(parts.model, parts.tokenizer, parts.template, dialogue)
+        findings += found
+    return [*findings, *check_export(parts, name)], picture
 
 
 def _files(name: str) -> Iterator[Finding]:
@@ -86,7 +96,7 @@ def _files(name: str) -> Iterator[Finding]:
 
 
 def _numbers(model: GPT) -> Iterator[Finding]:
-    """How many parameters there are, whether all are numbers, and the precision of this machine."""
+    """How many parameters there are, and whether all are numbers."""
     count, body = model.parameter_count(), model.parameter_count(embeddings=False)
     shape = model.config
     yield Finding(
@@ -99,35 +109,6 @@ def _numbers(model: GPT) -> Iterator[Finding]:
     if broken:
         yield Finding("problem", "weights", f"not finite in {', '.join(broken[:3])} ({len(broken)} tensors)",
                       "its training diverged: go back to an earlier checkpoint, lower the learning rate")  # fmt: skip
-    if runtime.has_bf16():
-        yield Finding("ok", "precision", f"{runtime.device().type} computes bf16: training uses it")
-    else:
-        yield Finding("ok", "precision", f"{runtime.device().type} has no bf16 units: training computes in float32")
-
-
-def _memory(model: GPT) -> Finding:
-    """What using and training the model take, against what the machine has."""
-    shape, count = model.config, model.parameter_count()
-    row = 2 * shape.layers * shape.kv_heads * shape.head_dim * 4 * shape.context
-    use, training = 4 * count + row, 16 * count
-    text = (
-        f"{gigabytes(4 * count)} weights + {gigabytes(row)} per conversation of {shape.context:,} tokens; training "
-        f"{gigabytes(training)} (weights, gradients, two moments) and activations"
-    )
-    have = runtime.total_memory_bytes()
-    if have is None:
-        return Finding("ok", "memory", f"{text}; how much there is, this system does not say")
-    text += f"; there is {gigabytes(have)}"
-    if use > have:
-        return Finding("problem", "memory", text, "use a machine with more memory, or a smaller model")
-    if training > 0.9 * have:
-        return Finding("warning", "memory", text, "it can be used here, but not trained as a whole")
-    return Finding("ok", "memory", text)
-
-
-def gigabytes(count: float) -> str:
-    """A number of bytes for people."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _tokenizer(parts: Loaded, name: str) -> Iterator[Finding]:
@@ -174,6 +155,25 @@ def _round_trip(tokenizer: Tokenizer) -> Finding:
         return Finding("ok", "round trip", f"text comes back as it went in; {len(lost)} bytes that no text has are lost")
     return Finding("warning", "round trip", f"{len(lost)} of 256 bytes do not come back, {min(lost):#04x} among them",
                    "texts that hold them reach the model without them; harmless where these are rare control characters")  # fmt: skip
+
+
+def _positions(name: str) -> Finding | None:
+    """The problem of a model that cannot be loaded because its context is not the length of its table of positions."""
+    path = Path(name)
+    with suppress(UserError, OSError, safetensors.SafetensorError, TypeError, ValueError):
+        found = find_checkpoint(path) if path.is_dir() else None
+        if found is not None:
+            file, said, names = found.path / "model.safetensors", found.state()["model"].get("context"), OWN_TABLE
+        else:
+            values = read_json(path / "config.json")
+            file, said, names = path / "model.safetensors", values.get("n_positions"), THEIR_TABLES
+        with safetensors.safe_open(str(file), framework="pt") as tensors:
+            tables = [key for key in tensors.keys() if key in names]  # noqa: SIM118 (not a dict)
+            rows = [tensors.get_slice(key).get_shape()[0] for key in tables]
+        if rows and said is not None and rows[0] != said:
+            return Finding("problem", "context", f"{said:,} tokens, but {rows[0]:,} positions in the table",
+                           f"set the context to {rows[0]} in {'state.json' if found else 'config.json (n_positions)'}")  # fmt: skip
+    return None
 
 
 def _context(model: GPT) -> Finding:

@@ -12,7 +12,7 @@ from chatwright.config import UsageError, UserError
 from chatwright.data import archives, sources
 from chatwright.pipeline import Recipe, Stage, find_recipe, read_recipe
 from chatwright.serve.doctor import Finding
-from chatwright.serve.doctor_model import gigabytes
+from chatwright.serve.doctor_machine import gigabytes
 
 if TYPE_CHECKING:
     from chatwright.model.config import GPTConfig

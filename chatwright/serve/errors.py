@@ -5,26 +5,83 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatwright.config import UserError
+from chatwright.feedback.store import NotThere, StoreError
+from chatwright.generate.threads import BusyError, ClosedError
+from chatwright.serve.facts import TimedOut
 from chatwright.serve.pool import NoMemory, UnknownModel
 from chatwright.serve.service import Busy, TooLong
+
+logger = logging.getLogger(__name__)
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """Every error's JSON."""
+
+    error: ErrorDetail
+
+
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text}
+    for status, text in (
+        (400, "The request makes no sense, or asks for what this server does not do"),
+        (401, "The API key is missing or wrong"),
+        (403, "Another site's page, or a name this server does not answer to"),
+        (404, "No such model"),
+        (405, "Wrong method"),
+        (413, "The body is too large"),
+        (429, "The server has enough to do; Retry-After says when to come again"),
+        (500, "The server failed"),
+        (503, "The server is stopping, or has no memory for the model; Retry-After says when to come again"),
+        (504, "The answer took too long"),
+    )
+}
+"""The errors that every route may answer with, for the OpenAPI document."""
 
 
 class ApiError(Exception):
     """An answer other than 200."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of this error."""
+        return body(self.message, status=self.status, param=self.param, code=self.code)
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
 def body(
@@ -40,29 +97,34 @@ def from_user_error(error: UserError) -> ApiError:
     if isinstance(error, UnknownModel):
         return ApiError(404, str(error), param="model", code="model_not_found")
     if isinstance(error, NoMemory):
-        return ApiError(503, str(error), param="model", code="model_not_loaded")
-    if isinstance(error, Busy):
-        return ApiError(429, str(error), code="rate_limit_exceeded")
+        wait = {"retry-after": str(error.retry_after)}
+        return ApiError(503, str(error), param="model", code="model_not_loaded", headers=wait)
+    if isinstance(error, Busy | BusyError):
+        wait = {"retry-after": str(getattr(error, "retry_after", 1))}
+        return ApiError(429, str(error), code="rate_limit_exceeded", headers=wait)
+    if isinstance(error, ClosedError):
+        return ApiError(503, str(error), code="server_stopping", headers={"retry-after": "1"})
+    if isinstance(error, TimedOut):
+        return ApiError(504, str(error), code="timeout")
     if isinstance(error, TooLong):
         return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+    if isinstance(error, NotThere):
+        return ApiError(404, str(error), code="not_found")
+    if isinstance(error, StoreError):
+        return ApiError(503, str(error), code="store_unavailable", headers={"retry-after": "1"})
     return ApiError(400, str(error))
 
 
 def install(app: FastAPI) -> None:
     """Give every error of `app` the one shape."""
 
-    def respond(error: ApiError) -> JSONResponse:
-        headers = {"retry-after": "1"} if error.status in (429, 503) else {}
-        content = body(error.message, status=error.status, param=error.param, code=error.code)
-        return JSONResponse(content, status_code=error.status, headers=headers)
-
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> JSONResponse:
-        return respond(error)
+        return error.response()
 
     @app.exception_handler(UserError)
     async def user_error(_: Request, error: UserError) -> JSONResponse:
-        return respond(from_user_error(error))
+        return from_user_error(error).response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -72,14 +134,37 @@ def install(app: FastAPI) -> None:
         code = first["type"] if known else "invalid_value"
         message = first["msg"] if known or not place else f"{place}: {first['msg']}"
         param = (first.get("ctx") or {}).get("param") or place or None
-        return respond(ApiError(400, message, param=param, code=code))
+        return ApiError(400, message, param=param, code=code).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> JSONResponse:
         content = body(str(error.detail), status=error.status_code)
         return JSONResponse(content, status_code=error.status_code, headers=error.headers)
 
-    @app.exception_handler(Exception)
-    async def crash(_: Request, __: Exception) -> JSONResponse:
-        # The traceback goes to the log (starlette raises the error again once this is sent), never to the client.
-        return JSONResponse(body("the server failed; its log says why", status=500), status_code=500)
+
+class Crash:
+    """ASGI middleware, the innermost: what nobody has foreseen goes to the log, and the client gets the one shape.
+
+    It is not left to the framework because that answers outside of all other middleware: without the security headers,
+    the request's id, and a line in the access log.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on. What goes wrong after the answer began is raised: the connection breaks, and the client knows."""
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception:
+            if begun or scope["type"] != "http":
+                raise
+            logger.exception("a request failed")
+            await ApiError(500, "the server failed; its log says why").response()(scope, receive, send)

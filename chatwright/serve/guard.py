@@ -1,14 +1,16 @@
-"""What every request passes before any route sees it: the host's name, the origin, the size; and what every answer
-carries: the security headers.
+"""What every request passes before any route sees it: the host's name, the origin (Guard), the size (BodyLimit); and what
+every answer carries: the security headers.
 
 A server on 127.0.0.1 has no password, and every web page that its owner visits may send requests to it. Two rules
 keep such pages out. The Host header must name this machine (a page that points its own domain at 127.0.0.1, "DNS
 rebinding", gives itself away there). A request that changes something and comes from a page must come from our page
-(its Origin is this server). Programs send no Origin and are not concerned.
+(its Origin is this server), or from one of the sites that cors.py lets use the interface. Programs send no Origin and are
+not concerned.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 from collections.abc import Iterable
@@ -17,6 +19,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from chatwright.serve.cors import is_api
+
 SECURITY_HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -24,13 +28,15 @@ SECURITY_HEADERS = {
     ),
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",  # with "no-referrer" browsers send a form with Origin: null
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
 DRAIN = 16
 """A body that is too large is read and thrown away up to this multiple of the limit, so that its sender, who reads
 only after writing, sees the answer and not a broken connection."""
+BODY_SECONDS = 60.0
+"""Time in which a request's body has to arrive."""
 
 
 def is_loopback(host: str) -> bool:
@@ -44,15 +50,16 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware. `hosts` are the names accepted beside loopback ones; None accepts any name."""
+    """ASGI middleware. `hosts` are the names accepted beside loopback ones; None accepts any name. `origins` are those of
+    other sites whose pages may use /v1."""
 
-    def __init__(self, app: ASGIApp, *, hosts: Iterable[str] | None, max_body: int) -> None:
+    def __init__(self, app: ASGIApp, *, hosts: Iterable[str] | None, origins: Iterable[str] = ()) -> None:
         self._app = app
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
-        self._max_body = max_body
+        self._origins = frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or pass on with the body already read."""
+        """Refuse, or pass on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -66,18 +73,10 @@ class Guard:
             await send(message)
 
         headers = Headers(scope=scope)
-        if problem := self._wrong_host(headers) or self._wrong_origin(scope["method"], headers):
+        if problem := self._wrong_host(headers) or self._wrong_origin(scope, headers):
             await refuse(send_with_headers, 403, problem, "forbidden")
             return
-        if scope["method"] in ("GET", "HEAD"):
-            await self._app(scope, receive, send_with_headers)
-            return
-        body = await self._read(headers, receive)
-        if body is None:
-            problem = f"the request is larger than {self._max_body} bytes"
-            await refuse(send_with_headers, 413, problem, "request_too_large")
-            return
-        await self._app(scope, _replay(body, receive), send_with_headers)
+        await self._app(scope, receive, send_with_headers)
 
     def _wrong_host(self, headers: Headers) -> str:
         if self._hosts is None:
@@ -87,36 +86,70 @@ class Guard:
             return ""
         return f"this server does not answer to the name {host!r}; start it with --allowed_hosts to add names"
 
-    def _wrong_origin(self, method: str, headers: Headers) -> str:
+    def _wrong_origin(self, scope: Scope, headers: Headers) -> str:
         origin = headers.get("origin")
-        if method in ("GET", "HEAD", "OPTIONS") or origin is None:
+        if scope["method"] in ("GET", "HEAD", "OPTIONS") or origin is None:
             return ""
-        if urlsplit(origin).netloc.lower() == headers.get("host", "").lower():
+        if _address(origin) and _address(origin) == headers.get("host", "").lower():
+            return ""
+        if origin in self._origins and is_api(scope["path"]):
             return ""
         return "requests from other sites' pages are not accepted"
+
+
+class BodyLimit:
+    """ASGI middleware: reads the body, and refuses one that is larger than `most` bytes or does not arrive."""
+
+    def __init__(self, app: ASGIApp, *, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on with the body already read."""
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
+            await self._app(scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await self._read(Headers(scope=scope), receive)
+        except TimeoutError:
+            problem = f"the request's body did not arrive within {BODY_SECONDS:g} seconds"
+            await refuse(send, 408, problem, "request_timeout")
+            return
+        if body is None:
+            await refuse(send, 413, f"the request is larger than {self._most} bytes", "request_too_large")
+            return
+        await self._app(scope, _replay(body, receive), send)
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
         """The body, or None when it is too large."""
         announced = headers.get("content-length", "")
         total, kept = 0, bytearray()
-        if announced.isdigit() and int(announced) > DRAIN * self._max_body:
+        if announced.isdigit() and int(announced) > DRAIN * self._most:
             return None
-        while total <= DRAIN * self._max_body:
+        while total <= DRAIN * self._most:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return bytes(kept)
             total += len(message.get("body", b""))
-            if total <= self._max_body:
+            if total <= self._most:
                 kept += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        return bytes(kept) if total <= self._max_body else None
+        return bytes(kept) if total <= self._most else None
 
 
 def _hostname(host: str) -> str:
     """The Host header without its port and brackets, in lower case; "" when it makes no sense."""
     try:
         return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _address(origin: str) -> str:
+    """Host and port of an origin; "" when it makes no sense."""
+    try:
+        return urlsplit(origin).netloc.lower()
     except ValueError:
         return ""
 

@@ -1,7 +1,8 @@
 """Answers as jobs with numbered events, so that a page can lose its connection, reload, and go on where it was.
 
-Events of a job, in order: any number of `text`, then one `done` or one `error`. Numbers start at 1. A follower
-says the last number it has seen; text that it missed arrives as one event with the last of the numbers.
+Events of a job, in order: `loading` and `begin` (answers.py), any number of `text`, then one `done` or one `error`.
+Numbers start at 1. A follower says the last number it has seen; text that it missed arrives as one event with the last
+of the numbers.
 """
 
 from __future__ import annotations
@@ -12,30 +13,41 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from chatwright.config import UserError
-from chatwright.serve.service import Busy, ChatService, Prepared
+from chatwright.serve.service import Busy
 
 logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 
 
-class Job:
-    """One answer in the making, kept until some time after its end."""
+class Failed(UserError):
+    """The work came to nothing; `event` is what followers are to know beside the message."""
 
-    def __init__(self, service: ChatService, prepared: Prepared, clock: Callable[[], float]) -> None:
+    def __init__(self, message: str, event: Event) -> None:
+        super().__init__(message)
+        self.event = event
+
+
+class Job:
+    """Work for one person, kept until some time after its end."""
+
+    def __init__(self, owner: str, subject: str, about: Event, clock: Callable[[], float]) -> None:
         self.id = secrets.token_urlsafe(16)
-        self.service = service
-        self.prepared = prepared
+        self.owner = owner
+        self.subject = subject
+        """What it works on, a conversation's id: there is one job at a time on each."""
+        self.about = about
+        """What a page that comes later has to know before it follows."""
         self.events: list[Event] = []
         self.finished = False
         self.followers = 0
         self.started = self.last_followed = clock()
         self.stopped = False
+        """Somebody pressed stop."""
         self.changed = asyncio.Event()
 
     def publish(self, event: Event, *, last: bool = False) -> None:
@@ -54,29 +66,33 @@ class Job:
         merged: list[Event] = []
         for event in self.events[max(0, after) :]:
             if merged and event["type"] == "text" == merged[-1]["type"]:
-                merged[-1] = {**event, "text": merged[-1]["text"] + event["text"]}
+                last = merged[-1]
+                tokens = {"tokens": last["tokens"] + event["tokens"]} if "tokens" in event else {}
+                merged[-1] = {**event, "text": last["text"] + event["text"], **tokens}
             else:
                 merged.append(event)
         return merged
 
 
+Work = Callable[[Job], Awaitable[Event]]
+"""Publishes its events on the job and returns the last one; raises UserError, or Failed, for an `error` instead."""
+
+
 class JobStore:
     """The jobs of a server: at most `max_jobs`, finished ones for `keep_seconds`.
 
-    A running job that nobody has followed for `unfollowed_seconds` is cancelled: its page has gone for good.
+    A running job that nobody has followed for `unfollowed_seconds` is unwanted: its page has gone for good.
     """
 
     def __init__(
         self,
-        render: Callable[[str], str],
         *,
         max_jobs: int = 64,
         keep_seconds: float = 600.0,
-        unfollowed_seconds: float = 60.0,
+        unfollowed_seconds: float = 600.0,
         heartbeat_seconds: float = 15.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._render = render
         self._max_jobs = max_jobs
         self._keep_seconds = keep_seconds
         self._unfollowed_seconds = unfollowed_seconds
@@ -84,74 +100,70 @@ class JobStore:
         self._clock = clock
         self._jobs: dict[str, Job] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
 
-    def start(self, service: ChatService, prepared: Prepared, *, hold: AsyncExitStack | None = None) -> Job:
-        """Start an answer. `hold` is closed at its end. Raises Busy when all places are taken by jobs that still run."""
+    def make_room(self) -> None:
+        """See that a job can be started. Raises Busy when all places are taken by jobs that still run."""
         if len(self._jobs) >= self._max_jobs:
             oldest = next((job for job in self._jobs.values() if job.finished), None)
             if oldest is None:
                 raise Busy(f"{len(self._jobs)} answers are under way; try again in a moment")
             del self._jobs[oldest.id]
-        job = Job(service, prepared, self._clock)
+
+    def start(self, work: Work, *, owner: str, subject: str, about: Event | None = None) -> Job:
+        """Start `work`. Raises Busy as `make_room` does."""
+        self.make_room()
+        job = Job(owner, subject, about or {}, self._clock)
         self._jobs[job.id] = job
-        task = asyncio.get_running_loop().create_task(self._run(job, hold or AsyncExitStack()))
+        task = asyncio.get_running_loop().create_task(self._run(job, work))
         self._tasks.add(task)  # the loop itself keeps only a weak reference
         task.add_done_callback(self._tasks.discard)
         return job
 
-    def get(self, job_id: str) -> Job | None:
-        """The job, or None when it was never there or is gone."""
-        return self._jobs.get(job_id)
+    def get(self, job_id: str, owner: str) -> Job | None:
+        """The owner's job; None when it was never there, is gone, or is another's."""
+        job = self._jobs.get(job_id)
+        return job if job is not None and job.owner == owner else None
+
+    def running_on(self, subject: str) -> Job | None:
+        """The job that is under way on `subject`."""
+        return next((job for job in self._jobs.values() if job.subject == subject and not job.finished), None)
 
     def stop(self, job: Job) -> None:
-        """End the answer where it is; its `done` event follows."""
+        """End the work where it is; its last event follows."""
         job.stopped = True
         job.wake()
 
-    async def _run(self, job: Job, hold: AsyncExitStack) -> None:
-        text, tokens, reason = "", 0, "cancelled"
-        try:
-            with job.service.answer(job.prepared) as answer:
-                watch = asyncio.create_task(self._cancel_when_unwanted(job, answer.cancel))
-                try:
-                    async for _, piece in answer:
-                        text, tokens = text + piece.text, tokens + len(piece.ids)
-                        if piece.text:
-                            job.publish({"type": "text", "text": piece.text})
-                        reason = piece.finish_reason or reason
-                finally:
-                    watch.cancel()
-            html = await asyncio.to_thread(self._render, text)
-            seconds = round(self._clock() - job.started, 3)
-            done = {
-                "type": "done",
-                "finish_reason": reason,
-                "html": html,
-                "tokens": tokens,
-                "seconds": seconds,
-            }
-            job.publish(done, last=True)
-        except UserError as error:
-            job.publish({"type": "error", "message": str(error)}, last=True)
-        except Exception:
-            logger.exception("an answer failed")
-            message = "the model failed while it answered; the server's log says why"
-            job.publish({"type": "error", "message": message}, last=True)
-        finally:
-            await hold.aclose()
-            asyncio.get_running_loop().call_later(self._keep_seconds, self._jobs.pop, job.id, None)
+    async def close(self, patience: float = 5.0) -> None:
+        """End all work, and give it `patience` seconds to keep what there is."""
+        self._closing = True
+        for job in self._jobs.values():
+            job.wake()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=patience)
 
-    async def _cancel_when_unwanted(self, job: Job, cancel: Callable[[], None]) -> None:
-        """Cancel once somebody pressed stop, or nobody has followed for too long."""
-        while not job.stopped:
+    async def unwanted(self, job: Job) -> None:
+        """Return once somebody pressed stop, nobody has followed for too long, or the server is stopping."""
+        while not (job.stopped or self._closing):
             patience = self._unfollowed_seconds
             if not job.followers:
                 patience -= self._clock() - job.last_followed
                 if patience <= 0:
-                    break
+                    return
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(job.changed.wait(), patience)
-        cancel()
+
+    async def _run(self, job: Job, work: Work) -> None:
+        try:
+            last = await work(job)
+        except UserError as error:
+            more = error.event if isinstance(error, Failed) else {}
+            last = {"type": "error", "message": str(error), **more}
+        except Exception:
+            logger.exception("an answer failed")
+            last = {"type": "error", "message": "the server failed while it answered; its log says why"}
+        job.publish(last, last=True)
+        asyncio.get_running_loop().call_later(self._keep_seconds, self._jobs.pop, job.id, None)
 
     async def follow(self, job: Job, after: int) -> AsyncIterator[bytes]:
         """The job's events after number `after`, one JSON object per line; empty lines keep the connection alive."""

@@ -13,13 +13,15 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from chatwright.config import UserError
-from chatwright.generate.threads import EngineThread
+from chatwright.generate.engine import Stats
+from chatwright.generate.threads import ClosedError, EngineThread
 from chatwright.language_model import LanguageModel, load
+from chatwright.serve.facts import current, seconds_left, timed_out
 from chatwright.serve.footprint import weight_bytes
-from chatwright.serve.service import Busy, ChatService
+from chatwright.serve.service import Busy, ChatService, Limits, Listener
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +57,21 @@ class _Place:
     size: int = 0
     """Bytes that it took when it was last in memory; 0 when it never was."""
     created: int = field(default_factory=lambda: int(time.time()))
+    loading: asyncio.Task[None] | None = None
+    problem: str = ""
+    """Why it could not be loaded when that was last tried."""
+    past: Stats = field(default_factory=Stats)
+    """What its engines did that are put away."""
 
 
 class ModelPool:
     """Models by name. The first is the default one, where something has to be chosen.
 
     budget: most bytes for weights, packed weights and keys and values of all models in memory; None: no limit.
-    max_requests: answers under way or waiting, per model.
+    limits: what each model gives to its clients.
     loader: makes a model of a spec; blocking, called in a thread.
+
+    Whoever is appended to `listeners` is told how fast answers come.
     """
 
     def __init__(
@@ -70,22 +79,23 @@ class ModelPool:
         specs: Sequence[Spec],
         *,
         budget: int | None = None,
-        max_requests: int = 64,
+        limits: Limits = Limits(),  # noqa: B008 (frozen)
         loader: Callable[[Spec], LanguageModel] | None = None,
     ) -> None:
         names = [spec.name for spec in specs]
         if not names or len(set(names)) < len(names):
             raise UserError(f"the names of the models served must differ: {', '.join(names) or 'none is given'}")
         self._places = {spec.name: _Place(spec) for spec in specs}
-        self._budget, self._max_requests = budget, max_requests
+        self._budget, self._limits = budget, limits
+        self.listeners: list[Listener] = []
         self._loader = loader or (lambda spec: load(spec.source, dtype=spec.dtype))
         self._loading = asyncio.Lock()  # one at a time, or the budget would be spent twice
         self._closed = False
 
     @classmethod
-    def of(cls, model: LanguageModel, name: str | None = None, *, max_requests: int = 64) -> ModelPool:
+    def of(cls, model: LanguageModel, name: str | None = None, *, limits: Limits = Limits()) -> ModelPool:  # noqa: B008
         """A pool of one model that is in memory already."""
-        pool = cls([Spec(name or model.name, model.name)], max_requests=max_requests, loader=lambda _: model)
+        pool = cls([Spec(name or model.name, model.name)], limits=limits, loader=lambda _: model)
         pool.adopt(pool.default, model)
         return pool
 
@@ -114,6 +124,32 @@ class ModelPool:
         """Bytes that the models in memory take."""
         return sum(place.size for place in self._places.values() if place.service is not None)
 
+    @property
+    def unready(self) -> str:
+        """Why the default model cannot answer, or "" when it can: when it is in memory, or was and had to make room."""
+        place = self._place(self.default)
+        if place.problem:
+            return f"{self.default} could not be loaded: {place.problem}"
+        if place.service is not None and not place.service.engine.alive:
+            return f"the engine of {self.default} has ended"
+        return "" if place.service is not None or place.size else f"{self.default} is not loaded yet"
+
+    @property
+    def dead(self) -> list[str]:
+        """Models whose engines have ended by themselves: only a restart brings them back."""
+        return [one.name for one in self.services if not one.engine.alive and not self._closed]
+
+    def size(self, name: str) -> int:
+        """Bytes that a model takes; 0 when it is not in memory."""
+        place = self._place(name)
+        return place.size if place.service is not None else 0
+
+    def stats(self, name: str) -> Stats:
+        """What the engines of a model have done since the server began, those that are put away included."""
+        place = self._place(name)
+        service = place.service
+        return place.past if service is None else _sum(place.past, service.model.engine.stats)
+
     def created(self, name: str) -> int:
         """When the server began to offer the model, in seconds since 1970."""
         return self._place(name).created
@@ -126,26 +162,52 @@ class ModelPool:
     async def use(self, name: str) -> AsyncIterator[ChatService]:
         """The model's service, loaded if need be; it stays in memory as long as somebody is inside.
 
-        Raises UnknownModel, NoMemory, and UserError when loading fails.
+        Raises UnknownModel, NoMemory, TimedOut, ClosedError when the server stops, and UserError when loading fails.
         """
         place = self._place(name)
+        if (known := current.get()) is not None:
+            known.model = name
         place.users += 1
         try:
             if place.service is None:
-                async with self._loading:
-                    if place.service is None:
-                        await self._load(place)
+                await self._wait_for(place)
             assert place.service is not None
             yield place.service
         finally:
             place.users -= 1
             place.last_used = time.monotonic()
 
+    async def _wait_for(self, place: _Place) -> None:
+        """Load the model, or wait for those who do so. Who gives up, because time is up or the client has gone, does not
+        stop the loading: a thread cannot be stopped, and a second one beside it would spend the memory twice."""
+        while place.service is None:
+            if place.loading is None:
+                place.loading = asyncio.create_task(self._load_in_turn(place))
+                place.loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio complains
+            try:
+                await asyncio.wait_for(asyncio.shield(place.loading), seconds_left(self._limits.timeout))
+            except TimeoutError:
+                raise timed_out(self._limits.timeout) from None
+
+    async def _load_in_turn(self, place: _Place) -> None:
+        try:
+            async with self._loading:
+                await self._load(place)
+            place.problem = ""
+        except Busy:
+            raise
+        except Exception as error:
+            place.problem = str(error) or type(error).__name__
+            raise
+        finally:
+            place.loading = None
+
     def adopt(self, name: str, model: LanguageModel) -> None:
         """Take in a model that is in memory already."""
         place = self._place(name)
-        engine = EngineThread(model.engine, max_waiting=self._max_requests)
-        place.service = ChatService(model, engine, name=name, max_requests=self._max_requests)
+        # The service limits itself; this is for what it lets in and starts a moment later, as the page does.
+        engine = EngineThread(model.engine, max_waiting=2 * self._limits.max_requests)
+        place.service = ChatService(model, engine, name=name, limits=self._limits, listeners=self.listeners)
         place.size = model.memory_bytes
 
     def cancel_all(self) -> None:
@@ -177,7 +239,7 @@ class ModelPool:
             place.size = size
             raise
         if self._closed:
-            raise UserError("the server is stopping")
+            raise ClosedError("the server is stopping")
         self.adopt(place.spec.name, model)
         seconds = time.monotonic() - started
         logger.info("loaded %s in %.1f s: %.2f GB", place.spec.name, seconds, place.size / 1e9)
@@ -207,9 +269,14 @@ class ModelPool:
         service, place.service = place.service, None
         assert service is not None
         await asyncio.to_thread(service.close)
+        place.past = _sum(place.past, service.model.engine.stats)
         logger.info("put %s away", place.spec.name)
         del service
         gc.collect()  # models and engines refer to each other
+
+
+def _sum(one: Stats, other: Stats) -> Stats:
+    return Stats(**{field.name: getattr(one, field.name) + getattr(other, field.name) for field in fields(Stats)})
 
 
 def _age(place: _Place) -> float:

@@ -1,34 +1,69 @@
 """Between people and the engine: a conversation becomes token requests, and the answers come back piece by piece.
 
 `prepare` is shared by the terminal, the HTTP interface and the page. `ChatService` is for the two that live in an
-event loop: one engine thread computes, and each answer is an asynchronous iterator that can be cancelled.
+event loop: one engine thread computes, and each answer is an asynchronous iterator that can be cancelled (answer.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from functools import partial
+from typing import TYPE_CHECKING
 
 from chatwright.config import UserError
+from chatwright.serve.answer import Answer, Listener
 
 if TYPE_CHECKING:
     from chatwright.chat import Message
-    from chatwright.generate.request import Handle, Piece, Request
+    from chatwright.generate.grammar import Grammar
+    from chatwright.generate.request import Request
     from chatwright.generate.sampling import Sampling
     from chatwright.generate.threads import EngineThread
     from chatwright.language_model import LanguageModel
 
 
+__all__ = ["Answer", "Busy", "ChatService", "Limits", "Listener", "Prepared", "TooLong", "prepare", "prepare_prompts"]
+
+MOST_WAIT = 60
+"""Longest time, in seconds, after which a refused client is told to come again."""
+
+
 class Busy(UserError):
     """As many answers are under way as the server takes on at a time."""
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        """`retry_after`: seconds after which it may be worth another try."""
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class TooLong(UserError):
     """The last message does not fit into the model's context, whatever else is left out."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one model gives to its clients."""
+
+    max_requests: int = 64
+    """Answers under way or waiting at a time."""
+    max_new_tokens: int = 0
+    """Longest answer; requests for longer ones are cut to it. 0: only the context limits it."""
+    max_prompt_tokens: int = 0
+    """Longest prompt; longer ones are refused. 0: only the context limits it."""
+    timeout: float = 0.0
+    """Seconds for a request, from its arrival to its last token. 0: any."""
+
+    def cut(self, sampling: Sampling) -> Sampling:
+        """The settings with no more new tokens than allowed."""
+        if not self.max_new_tokens or sampling.max_new_tokens <= self.max_new_tokens:
+            return sampling
+        return replace(sampling, max_new_tokens=self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -44,53 +79,96 @@ class Prepared:
 
 
 def prepare(
-    model: LanguageModel, messages: Sequence[Message], sampling: Sampling, *, answers: int = 1
+    model: LanguageModel,
+    messages: Sequence[Message],
+    sampling: Sampling,
+    *,
+    answers: int = 1,
+    grammar: Callable[[LanguageModel], Grammar | None] | None = None,
+    begun: str = "",
 ) -> Prepared:
-    """Encode `messages` and make room for the answer.
+    """Encode `messages` and make room for the answer, which goes on from `begun` when that is given.
 
     A quarter of the context (or `max_new_tokens`, if that is less) is kept free for the answer; the oldest turns
     go when the rest is too small. The answer may then use whatever room is left, up to `max_new_tokens`.
-    With a seed, answer k uses seed + k. Raises TooLong when even the last message is too long, UserError when the
-    model's template refuses the conversation.
+    With a seed, answer k uses seed + k. `grammar` makes what the answers are held to. Raises TooLong when even the last
+    message is too long or `begun` fills the context, UserError when the model's template refuses the conversation.
     """
     from chatwright.generate.request import Request
 
     context, template = model.engine.max_context, model.require_template()
     reserve = max(1, min(sampling.max_new_tokens, context // 4))
+    begun_ids = model.tokenizer.encode(begun)
     try:
-        fitted = model.encode_chat(messages, max_new_tokens=reserve)
+        fitted = model.encode_chat(messages, max_new_tokens=reserve + len(begun_ids))
     except UserError as error:
         template.encode(
             messages, model.tokenizer, add_generation_prompt=True
         )  # raises what the template refuses
         raise TooLong(str(error)) from None
-    room = context - len(fitted.ids)
-    sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-    end_ids = template.end_ids(model.tokenizer)
-    requests = tuple(
-        Request(
-            prompt=tuple(fitted.ids),
-            sampling=sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index),
-            end_ids=end_ids,
-        )
-        for index in range(answers)
+    prompt = (*fitted.ids, *begun_ids)
+    if len(prompt) >= context:
+        raise TooLong(f"the answer fills the model's window of {context} tokens: it cannot go on")
+    request = Request(
+        prompt=prompt,
+        sampling=_within(sampling, context - len(prompt)),
+        end_ids=template.end_ids(model.tokenizer),
+        grammar=grammar(model) if grammar is not None else None,
     )
-    return Prepared(requests, len(fitted.ids), fitted.dropped)
+    return Prepared(_samples(request, answers), len(prompt), fitted.dropped)
+
+
+def prepare_prompts(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling, *, answers: int = 1
+) -> Prepared:
+    """`answers` continuations of each prompt, in the prompts' order. Raises TooLong for a prompt that fills the context."""
+    from chatwright.generate.request import Request
+
+    end_ids = frozenset({model.tokenizer.end_of_text_id})
+    if model.template is not None:
+        end_ids |= model.template.end_ids(model.tokenizer)
+    requests: list[Request] = []
+    for ids in prompts:
+        room = model.engine.max_context - len(ids)
+        if room < 1:
+            raise TooLong(f"the prompt has {len(ids)} tokens, the model's context holds {model.engine.max_context}")
+        requests += _samples(Request(tuple(ids), _within(sampling, room), end_ids), answers)
+    return Prepared(tuple(requests), sum(map(len, prompts)), 0)
+
+
+def _within(sampling: Sampling, room: int) -> Sampling:
+    return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+
+
+def _samples(request: Request, count: int) -> tuple[Request, ...]:
+    """The request `count` times, with seeds one after the other if it has one."""
+    seed = request.sampling.seed
+    if seed is None:
+        return (request,) * count
+    return tuple(replace(request, sampling=replace(request.sampling, seed=seed + n)) for n in range(count))
 
 
 class ChatService:
     """One model and the thread that runs it. Made inside or outside an event loop; `answer` needs one."""
 
     def __init__(
-        self, model: LanguageModel, engine: EngineThread, *, name: str, max_requests: int = 64
+        self,
+        model: LanguageModel,
+        engine: EngineThread,
+        *,
+        name: str,
+        limits: Limits = Limits(),
+        listeners: Sequence[Listener] = (),
     ) -> None:
         self.model = model
         self.name = name
         """The name under which the model is served."""
         self.engine = engine
-        self.max_requests = max_requests
-        """How many answers may be under way or waiting at a time."""
+        self.limits = limits
+        self._listeners = listeners
         self._running: set[Answer] = set()
+        self._preparing = 0
+        self._seconds = 0.0  # how long recent answers took, on average; 0 before the first
 
     @property
     def context(self) -> int:
@@ -102,17 +180,93 @@ class ChatService:
         """Answers under way or waiting."""
         return sum(len(answer.requests) for answer in self._running)
 
-    async def prepare(self, messages: Sequence[Message], sampling: Sampling, *, answers: int = 1) -> Prepared:
-        """`prepare` off the event loop. Raises UserError, and Busy when the server has enough to do."""
-        if self.running + answers > self.max_requests:
-            raise Busy(f"the server is busy with {self.running} answers; try again in a moment")
-        return await asyncio.to_thread(prepare, self.model, messages, sampling, answers=answers)
+    @property
+    def retry_after(self) -> int:
+        """Seconds until those who wait now will have had their turn, roughly: mean time of an answer x queue / batch."""
+        turns = self.running / self.model.engine.max_batch
+        return max(1, min(MOST_WAIT, math.ceil(self._seconds * turns)))
+
+    async def prepare(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        *,
+        answers: int = 1,
+        grammar: Callable[[LanguageModel], Grammar | None] | None = None,
+        begun: str = "",
+    ) -> Prepared:
+        """`prepare` off the event loop, within the limits. Raises UserError, and Busy when there is enough to do."""
+        sampling = self.limits.cut(sampling)
+        work = partial(prepare, self.model, messages, sampling, answers=answers, grammar=grammar, begun=begun)
+        return await self._prepared(work, answers)
+
+    async def prepare_prompts(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, answers: int = 1
+    ) -> Prepared:
+        """`prepare_prompts`, in the same way."""
+        work = partial(prepare_prompts, self.model, prompts, self.limits.cut(sampling), answers=answers)
+        return await self._prepared(work, len(prompts) * answers)
+
+    async def _prepared(self, work: Callable[[], Prepared], answers: int) -> Prepared:
+        with self.occupied(answers):  # many may be at this point at the same time
+            prepared = await asyncio.to_thread(work)
+        self.check_size(prepared)
+        return prepared
+
+    @contextmanager
+    def occupied(self, answers: int = 1) -> Iterator[None]:
+        """Take up places of answers with other work. Raises Busy when there are not so many."""
+        self.check_load(answers)
+        self._preparing += answers
+        try:
+            yield
+        finally:
+            self._preparing -= answers
+
+    def check_load(self, answers: int = 1) -> None:
+        """Raise Busy when so many more answers are more than the server takes on."""
+        if self.running + self._preparing + answers > self.limits.max_requests:
+            raise Busy(
+                f"the server is busy with {self.running} answers; try again in a moment", retry_after=self.retry_after
+            )
+
+    def check_size(self, prepared: Prepared) -> None:
+        """Raise TooLong when the prompt has more tokens than this server takes."""
+        self.check_length(max(len(one.prompt) for one in prepared.requests))
+
+    def check_length(self, longest: int) -> None:
+        """The same for a number of tokens."""
+        most = self.limits.max_prompt_tokens
+        if most and longest > most:
+            raise TooLong(f"the prompt has {longest} tokens; this server takes at most {most}")
 
     def answer(self, prepared: Prepared) -> Answer:
-        """Start computing. Iterate over the result, or use it as a context manager that cancels on leaving."""
-        answer = Answer(self.engine, prepared.requests, on_end=self._running.discard)
+        """Start computing. Iterate over the result, or use it as a context manager that cancels on leaving.
+
+        Answers are never longer than the limits allow, whoever prepared them. Raises TooLong.
+        """
+        self.check_size(prepared)
+        requests = [replace(one, sampling=self.limits.cut(one.sampling)) for one in prepared.requests]
+        answer = Answer(
+            self.engine,
+            requests,
+            model=self.name,
+            timeout=self.limits.timeout,
+            listeners=self._listeners,
+            decode=self._text,
+            on_end=self._ended,
+        )
         self._running.add(answer)
         return answer
+
+    def _text(self, ids: Sequence[int]) -> str:
+        tokenizer = self.model.tokenizer
+        return tokenizer.decode(one for one in ids if one < tokenizer.vocab_size)  # a model's table may be larger
+
+    def _ended(self, answer: Answer) -> None:
+        self._running.discard(answer)
+        seconds = time.monotonic() - answer.started
+        self._seconds = seconds if not self._seconds else 0.8 * self._seconds + 0.2 * seconds
 
     def cancel_all(self) -> None:
         """End every answer that is under way; those who wait for one get what there is, marked as cancelled."""
@@ -123,70 +277,3 @@ class ChatService:
         """End every answer and stop the engine. Blocks for the step that is running."""
         self.cancel_all()
         self.engine.close()
-
-
-class Answer:
-    """The pieces of one or several requests, in the order in which they are made: (index of the request, piece).
-
-    The engine's handles block, so each has a small thread that hands its pieces to the event loop.
-    """
-
-    def __init__(
-        self, engine: EngineThread, requests: Sequence[Request], *, on_end: Callable[[Answer], None]
-    ) -> None:
-        """`on_end` is called once the engine has nothing more to do for this answer."""
-        self.requests = tuple(requests)
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Piece | None, Exception | None]] = asyncio.Queue()
-        self._on_end = on_end
-        self._open = len(self.requests)
-        self._handles: list[Handle] = []
-        try:
-            self._handles.extend(map(engine.submit, self.requests))
-        except BaseException:
-            self.cancel()
-            raise
-        for index in range(len(self._handles)):
-            threading.Thread(target=self._pump, args=(index,), name="chatwright-answer", daemon=True).start()
-
-    def _pump(self, index: int) -> None:
-        error: Exception | None = None
-        try:
-            for piece in self._handles[index].pieces():
-                self._tell(index, piece, None)
-        except Exception as caught:
-            error = caught
-        self._tell(index, None, error)
-
-    def _tell(self, index: int, piece: Piece | None, error: Exception | None) -> None:
-        with suppress(RuntimeError):  # the loop is closed: the server has stopped and nobody waits any more
-            self._loop.call_soon_threadsafe(self._deliver, index, piece, error)
-
-    def _deliver(self, index: int, piece: Piece | None, error: Exception | None) -> None:
-        self._queue.put_nowait((index, piece, error))
-        if piece is None:
-            self._open -= 1
-            if not self._open:
-                self._on_end(self)
-
-    def cancel(self) -> None:
-        """Free the engine's slots. The iterator still ends properly, with finish_reason "cancelled"."""
-        for handle in self._handles:
-            handle.cancel()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.cancel()
-
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
-        left = len(self.requests)
-        while left:
-            index, piece, error = await self._queue.get()
-            if error is not None:
-                raise error
-            if piece is None:
-                left -= 1
-            else:
-                yield index, piece

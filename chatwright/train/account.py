@@ -24,6 +24,8 @@ def training_flop(model: GPT, length: int) -> float:
     product, L layers, H heads of size Q, T = `length`. A multiplication and an addition count as two; the causal half
     of attention is counted whole, as in the paper; what is computed twice (activation checkpointing) counts once.
 
+    A frozen parameter has no gradient, which is two of the six; under an adapter the looked-up tables are frozen as well.
+
     Departure: N leaves out tables that are only looked up in - positions, and token embeddings that are not the output
     matrix as well.
     """
@@ -32,7 +34,9 @@ def training_flop(model: GPT, length: int) -> float:
     if model.positions is not None:
         looked_up += model.positions.weight.numel()
     products = model.parameter_count() - looked_up
-    return float(length * (6 * products + 12 * shape.layers * shape.heads * shape.head_dim * length))
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    frozen = max(0, frozen - looked_up)
+    return float(length * (6 * products - 2 * frozen + 12 * shape.layers * shape.heads * shape.head_dim * length))
 
 
 class EnergyMeter:

@@ -167,8 +167,10 @@ class Spread:
         """Begin to write a checkpoint, each process its parts; `then` is called in the first when it is whole."""
         raise NotImplementedError("one process alone has no parts")
 
-    def load_parts(self, found: Checkpoint, modules: Mapping[str, nn.Module], *, final: bool) -> dict[str, Tensor]:
-        """Fill the modules from such a checkpoint, whatever the plan it was written under; returns the optimisers'
+    def load_parts(
+        self, found: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]], *, final: bool
+    ) -> dict[str, Tensor]:
+        """Fill the modules' tensors, by part and name, from such a checkpoint, whatever the plan it was written under; returns the optimisers'
         tensors and the random streams."""
         raise NotImplementedError("one process alone has no parts")
 
@@ -189,9 +191,9 @@ class Spread:
         """Inverse of `optimiser_tensors`."""
         checkpoint.load_optimiser_tensors(optimisers, tensors)
 
-    def load_model_tensors(self, module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
-        """Copy whole tensors into a module."""
-        checkpoint.load_model_tensors(module, tensors, where=where)
+    def fill(self, wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, where: str) -> None:
+        """Copy whole tensors into a module's own, by name."""
+        checkpoint.fill(wanted, tensors, where=where)
 
     def rng_tensors(self) -> dict[str, Tensor]:
         """The random streams of all processes by name."""

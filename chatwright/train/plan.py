@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from chatwright import runtime
 from chatwright.config import UserError
@@ -20,6 +20,7 @@ from chatwright.metrics import duration, say
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
+from chatwright.model.lora import add_lora
 from chatwright.objectives.language import chunked_next_token_loss, log_probs_of
 from chatwright.train.parallel import Spread
 from chatwright.train.rehearsal import Operation, Rehearsed, Scene, rehearse
@@ -190,9 +191,16 @@ def _pretrain(subject: Subject, shape: GPTConfig) -> Scene:
     )  # fmt: skip
 
 
+def _adapt(model: GPT | ScalarModel, subject: Subject) -> None:
+    """Put the stage's adapter on, if its settings have one."""
+    if subject.config.lora.rank:
+        add_lora(model, subject.config.lora)
+
+
 def _sft(subject: Subject, shape: GPTConfig) -> Scene:
     with torch.device(runtime.device()):
         model = GPT(shape)
+    _adapt(model, subject)
     dtype = runtime.compute_dtype(subject.fit.precision)
 
     def step(samples: int) -> Tensor:
@@ -208,6 +216,7 @@ def _sft(subject: Subject, shape: GPTConfig) -> Scene:
 def _reward(subject: Subject, shape: GPTConfig) -> Scene:
     with torch.device(runtime.device()):
         model = ScalarModel(shape)
+    _adapt(model, subject)
     dtype = runtime.compute_dtype(subject.fit.precision)
     rows, length = subject.rows
 
@@ -220,12 +229,20 @@ def _reward(subject: Subject, shape: GPTConfig) -> Scene:
 
 def _rounds(subject: Subject, shape: GPTConfig) -> Scene:
     """PPO and REINFORCE; a critic that is a head on the policy is too small to count."""
+    needed, adapted = subject.config, bool(subject.config.lora.rank)
     with torch.device(runtime.device()):
         policy = GPT(shape)
-        critic = ScalarModel(shape) if getattr(subject.config, "critic", "none") == "separate" else None
-        frozen: list[nn.Module] = [GPT(shape).requires_grad_(False), ScalarModel(shape).requires_grad_(False)]
-        if subject.config.average:
-            frozen.append(GPT(shape).requires_grad_(False))
+        critic = ScalarModel(shape) if getattr(needed, "critic", "none") == "separate" else None
+        frozen: list[GPT | ScalarModel] = []
+        if not adapted:  # else the reference is in the policy, and an average is one of small matrices
+            frozen = [GPT(shape) for _ in range(2 if needed.average else 1)]
+        if not adapted or critic is None:  # else the judge is in the critic
+            frozen.append(ScalarModel(shape))
+    for model in frozen:
+        model.requires_grad_(False)
+    trained: list[GPT | ScalarModel] = [policy] if critic is None else [policy, critic]
+    for model in trained:
+        _adapt(model, subject)
     length = subject.rows[1]
 
     def step(samples: int) -> Tensor:
@@ -233,7 +250,6 @@ def _rounds(subject: Subject, shape: GPTConfig) -> Scene:
         loss = log_probs_of(policy(ids)[:, :-1], ids[:, 1:]).sum()
         return loss if critic is None else loss + critic(ids).sum()  # type: ignore[no-any-return]
 
-    trained: list[nn.Module] = [policy] if critic is None else [policy, critic]
     return Scene(trained, step, frozen=frozen, vocabulary=shape.vocab_size)
 
 

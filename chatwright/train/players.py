@@ -5,7 +5,10 @@ Shared by PPO and REINFORCE (and meant for what follows them): who plays, how an
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +25,9 @@ from chatwright.model.attention import plain_attention
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel, ValueHead
+from chatwright.model.lora import LoRAConfig, sharing_copy, without_adapter
 from chatwright.objectives import policy as objective
+from chatwright.train import adapters
 from chatwright.train.rollout import Answers, answer_log_probs, degenerate, shifted, values_before
 
 
@@ -30,15 +35,24 @@ from chatwright.train.rollout import Answers, answer_log_probs, degenerate, shif
 class Players:
     """What is trained, what it is compared with, what judges, what predicts the judgement (REINFORCE needs none of that).
 
-    Policy and reference compute in float32: their difference is the KL, and the first ratio must be 1. Reward model and
-    a critic with a body of its own compute in `dtype`.
+    A reference of None is the policy with its adapter off. Policy and reference compute in float32: their difference is the
+    KL, and the first ratio must be 1. Reward model and a critic with a body of its own compute in `dtype`.
     """
 
     policy: GPT
-    reference: GPT
+    reference: GPT | None
     reward: ScalarModel
     critic: ScalarModel | ValueHead | None = None
     dtype: torch.dtype = torch.float32
+
+    @contextmanager
+    def as_reference(self) -> Iterator[GPT]:
+        """The model that is the reference for as long as this lasts; no longer, for it may be the policy."""
+        if self.reference is not None:
+            yield self.reference
+        else:
+            with without_adapter(self.policy):
+                yield self.policy
 
 
 @dataclass(frozen=True)
@@ -104,7 +118,8 @@ class Judged:
 def judged(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
     """Ask all players about sampled answers."""
     own = opinion(players, answers, config.temperature)
-    reference, _ = answer_log_probs(players.reference, answers, temperature=config.temperature)
+    with players.as_reference() as model:
+        reference, _ = answer_log_probs(model, answers, temperature=config.temperature)
     scores, poor = judge(players.reward, answers, config, players.dtype)
     return Judged(answers, own, reference, scores, poor)
 
@@ -130,32 +145,41 @@ def round_facts(seen: Judged, beta: float) -> dict[str, float]:
     }
 
 
-def make_players(base: Loaded, reward: ScalarModel, critic: str = "none") -> Players:
+def make_players(base: Loaded, reward: ScalarModel, critic: str = "none", lora: LoRAConfig | None = None) -> Players:
     """Policy and reference from the SFT model. The critic is a copy of the reward model with a body of its own (`separate`),
-    a head on the policy that starts at zero (`shared`), or there is `none`."""
-    device = runtime.device()
-    policy = base.model.to(device)
-    reference = GPT(policy.config)
-    reference.load_state_dict(policy.state_dict())
+    a head on the policy that starts at zero (`shared`), or there is `none`.
+
+    With adapters there are two whole models: the policy, which is the reference without its adapter, and the reward model, over
+    whose frozen body a separate critic has an adapter and a head of its own.
+    """
+    device, lora = runtime.device(), lora or LoRAConfig()
+    policy, reward = base.model.to(device), reward.to(device)
+    reference = None
+    if not lora.rank:
+        reference = GPT(policy.config).to(device)
+        reference.load_state_dict(policy.state_dict())
     predicts: ScalarModel | ValueHead | None = None
-    if critic == "separate":
-        predicts = ScalarModel(reward.config)
+    if critic == "separate" and lora.rank:
+        predicts = sharing_copy(reward)
+        predicts.scalar = copy.deepcopy(reward.scalar)  # it is trained, and not the judge's
+    elif critic == "separate":
+        predicts = ScalarModel(reward.config).to(device)
         predicts.load_state_dict(reward.state_dict())
     elif critic == "shared":
-        predicts = ValueHead(policy.config.width)
-    for frozen in (reference, reward):
-        frozen.requires_grad_(False)
-    players = Players(policy, reference.to(device), reward.to(device), predicts, runtime.compute_dtype())
-    if predicts is not None:
-        predicts.to(device)
-    for model in (players.policy, players.reference, players.reward, predicts):
+        predicts = ValueHead(policy.config.width).to(device)
+    adapters.adapt(policy, lora, "policy")
+    if isinstance(predicts, ScalarModel):
+        adapters.adapt(predicts, lora, "critic")
+    for model in (policy, reference, reward, predicts):
         if model is None:
             continue
+        if model in (reference, reward):
+            model.requires_grad_(False)
         model.eval()  # no dropout, neither in rollouts nor in updates
         body = model.body if isinstance(model, ScalarModel) else model
         if device.type == "cpu" and isinstance(body, GPT):
             body.use_attention(plain_attention)
-    return players
+    return Players(policy, reference, reward, predicts, runtime.compute_dtype())
 
 
 def load_reward(directory: Path, base: Loaded, min_correlation: float) -> ScalarModel:

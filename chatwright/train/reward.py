@@ -25,10 +25,11 @@ from chatwright.language_model import load_parts
 from chatwright.metrics import say
 from chatwright.model.attention import plain_attention
 from chatwright.model.heads import ScalarModel
+from chatwright.model.lora import LoRAConfig
 from chatwright.objectives.preference import bradley_terry_loss, pair_accuracy, preferred_pairs
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
-from chatwright.train import plan
+from chatwright.train import adapters, plan
 from chatwright.train.health import diagnose_reward
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.parallel import ALONE
@@ -56,6 +57,8 @@ class Config:
     """By how much a score is to exceed another's per unit by which the rating does: Llama 2's margin; 0 for none."""
     max_tokens: int = 80
     """Longer prompts lose their beginning, longer answers their end."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Train a low-rank adapter and the scalar head instead of all weights: `lora.rank` above 0."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=90.0, batch_size=2, micro_batch=1, compile=False))
     """Length and portions of training; a sample is a prompt with its K answers."""
     optim: OptimConfig = field(
@@ -222,6 +225,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     torch.manual_seed(runtime.seed_for(workspace.seed, "reward"))
     model = ScalarModel(base.model.config)
     model.start_from(base.model)
+    adapters.adapt(model, config.lora, "reward model")
     model.to(runtime.device())
     if runtime.device().type == "cpu":
         model.body.use_attention(plain_attention)
@@ -234,7 +238,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         config.optim,
         workspace,
         card={"kind": "reward", "model": model.config.to_dict(), "tokenizer": base.tokenizer.fingerprint,
-              "template": base.template.fingerprint},
+              "template": base.template.fingerprint, **adapters.card(config.lora, base=base.model)},
         texts={"tokenizer.json": base.tokenizer.to_json(), "chat_template.jinja": base.template.source},
         keep=config.fit.keep,
     )  # fmt: skip

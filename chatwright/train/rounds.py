@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from chatwright import checkpoint, optim, runtime
+from chatwright import optim, runtime
 from chatwright.checkpoint import Checkpoint
 from chatwright.config import UserError
 from chatwright.data.examples import Dialogue
@@ -30,8 +30,9 @@ from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
 from chatwright.metrics import progress_bar, say
 from chatwright.model.gpt import GPT
+from chatwright.model.lora import lora_parameters
 from chatwright.objectives import policy as objective
-from chatwright.train import health, plan
+from chatwright.train import adapters, health, plan
 from chatwright.train.gold import Gold, gold_of
 from chatwright.train.outcome import report_of, result_of
 from chatwright.train.parallel import ALONE
@@ -252,7 +253,9 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         average = self.trainer.modules.get("average")
         if average is None:
             return
-        self.players.policy.load_state_dict(average.state_dict())
+        with torch.no_grad():
+            for mine, theirs in zip(averaged(self.players.policy), average.parameters(), strict=True):
+                mine.copy_(theirs)
         self.trainer.progress.step += 1  # a random stream and a checkpoint of its own
         _, logged = self.sampled()
         self.extra["average"] = {"allowed": self._allowed(logged), **kept(logged)}
@@ -264,14 +267,16 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         result = result_of(self.extra, step)
         if result is None:
             raise UserError(f"{self.title}: no round gave answers within the KL budget that were varied enough; lower the learning rate")
-        tax = None
+        tax, policy = None, self.players.policy
+        if self.text is not None or self.config.lora.rank:  # what follows is about the result, not the last round's policy
+            self.trainer.load_weights(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
         if self.text is not None:
             say("  measuring what it costs on general text")
-            saved = Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}")
-            policy, reference = self.players.policy, self.players.reference
-            checkpoint.load_model_tensors(policy, saved.tensors("model"), where=str(saved.path))
-            tax = (self.text.perplexity(reference), self.text.perplexity(policy))
-        return report_of(self.extra, step, aim=self.aim, curves=self.curves, tax=tax)
+            with self.players.as_reference() as reference:
+                before = self.text.perplexity(reference)
+            tax = (before, self.text.perplexity(policy))
+        adapter = adapters.write_adapter(policy, self.workspace.directory, base=self.config.base)
+        return report_of(self.extra, step, aim=self.aim, curves=self.curves, tax=tax, adapter=adapter)
 
 
 def kept(logged: dict[str, float]) -> dict[str, float]:
@@ -279,10 +284,26 @@ def kept(logged: dict[str, float]) -> dict[str, float]:
     return {key: logged[key] for key in ("score", "kl", "distinct_2", "length", "finished", "gold") if key in logged}
 
 
+def averaged(policy: nn.Module) -> list[nn.Parameter]:
+    """What an average is made of: the matrices of the policy's adapter if it has one, else all its weights."""
+    return lora_parameters(policy) or list(policy.parameters())
+
+
+def average_of(policy: GPT) -> nn.Module:
+    """Where an average of a policy begins, frozen. A and B of an adapter are averaged each on its own: the average of their
+    products would have a higher rank than the adapter."""
+    own = lora_parameters(policy)
+    if own:
+        return nn.ParameterList([one.detach().clone() for one in own]).requires_grad_(False)
+    average = GPT(policy.config).to(runtime.device()).requires_grad_(False)
+    average.load_state_dict(policy.state_dict())
+    return average
+
+
 @torch.no_grad()
 def follow(average: nn.Module, policy: nn.Module, decay: float) -> None:
     """average <- decay x average + (1 - decay) x policy (Ouyang et al. 2022, appendix C.4)."""
-    for mine, theirs in zip(average.parameters(), policy.parameters(), strict=True):
+    for mine, theirs in zip(average.parameters(), averaged(policy), strict=True):
         mine.lerp_(theirs, 1 - decay)
 
 
@@ -307,8 +328,10 @@ def carry_out(method: type[Rounds[Any, Any]], config: RoundsConfig, workspace: W
     plan.ahead(title, config, base.model.config, ALONE)
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, title))
-    players = make_players(base, reward, critic)
-    trainer = trainer_of(players, config, workspace, base)
+    bodies = {"base": base.model, **({"judge": reward} if critic == "separate" else {})}
+    adapted = adapters.card(config.lora, **bodies)
+    players = make_players(base, reward, critic, config.lora)
+    trainer = trainer_of(players, config, workspace, base, adapted)
     if trainer.resume():
         workspace.metrics.forget_after(trainer.progress.step - 1)  # the row of a round stands before its step is counted
     else:
@@ -329,20 +352,22 @@ def carry_out(method: type[Rounds[Any, Any]], config: RoundsConfig, workspace: W
     return run_.report()
 
 
-def trainer_of(players: Players, config: RoundsConfig, workspace: Workspace, base: Loaded) -> Trainer:
-    """What is trained and saved: the policy, a critic if there is one, and an average of the policy's weights if asked for."""
+def trainer_of(
+    players: Players, config: RoundsConfig, workspace: Workspace, base: Loaded, adapted: Mapping[str, Any]
+) -> Trainer:
+    """What is trained and saved: the policy, a critic if there is one, and an average of the policy's weights if asked for.
+    `adapted` is what a checkpoint says of the adapters (`adapters.card`)."""
     assert base.tokenizer is not None and base.template is not None
     modules: dict[str, nn.Module] = {"model": players.policy}
     if players.critic is not None:
         modules["critic"] = players.critic
     if config.average:
-        modules["average"] = GPT(players.policy.config).to(runtime.device()).requires_grad_(False)
-        modules["average"].load_state_dict(players.policy.state_dict())
+        modules["average"] = average_of(players.policy)
     return Trainer(
         modules,
         config.optim,
         workspace,
         card={"kind": "language", "model": base.model.config.to_dict(), "tokenizer": base.tokenizer.fingerprint,
-              "template": base.template.fingerprint},
+              "template": base.template.fingerprint, **adapted},
         texts={"tokenizer.json": base.tokenizer.to_json(), "chat_template.jinja": base.template.source},
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from chatwright.config import UsageError
+from chatwright.model.lora import LoRAConfig
 from chatwright.optim import OptimConfig
 from chatwright.train.gold import SENTIMENT
 
@@ -59,7 +60,7 @@ class RoundsConfig:
     """Tokens of such a window; 0 takes the model's whole context."""
     average: float = 0.0
     """Decay per optimiser step of an average of the policy's weights, which is then the result where it may be (InstructGPT:
-    0.992); 0 for none."""
+    0.992); 0 for none. With `lora` it is an average of the adapter's matrices."""
     unfinished_score: float = -2.0
     """Score of an answer that has no end token, is too short or repeats itself; scores have mean 0 and deviation 1."""
     min_tokens: int = 4
@@ -73,6 +74,10 @@ class RoundsConfig:
     """A checkpoint is kept as the best only if distinct-2 is at least this share of the first round's."""
     save_every: int = 10
     """Rounds between checkpoints."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Train low-rank adapters on the policy and on a critic with a body of its own instead of all weights: `lora.rank` above 0.
+    The reference is then the policy with its adapter off, and the critic's frozen weights are the reward model's: two models in
+    memory, not four."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(name="adamw", learning_rate=1e-4, eps=1e-5, schedule="linear", warmup=0.05)
     )
@@ -85,5 +90,7 @@ class RoundsConfig:
             raise UsageError("temperature must be above 0: there must be something to choose from")
         if self.ptx and not self.text:
             raise UsageError("ptx needs general text: set `text` to the tokenizer stage")
+        if self.lora.dropout:
+            raise UsageError("there is no dropout here, neither in rollouts nor in updates: lora.dropout must be 0")
         if not 0 <= self.average < 1:
             raise UsageError(f"average {self.average:g} must be at least 0 and below 1")

@@ -23,10 +23,11 @@ from chatwright.data.packing import ChatBatch, PackedRow, batch_rows, cut_dialog
 from chatwright.language_model import load_parts
 from chatwright.metrics import say
 from chatwright.model.gpt import GPT
+from chatwright.model.lora import LoRAConfig
 from chatwright.objectives.language import chunked_next_token_loss
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
-from chatwright.train import plan
+from chatwright.train import adapters, plan
 from chatwright.train.account import training_flop
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.parallel import ALONE
@@ -47,6 +48,8 @@ class Config:
     """Let short conversations share a row; they cannot see each other."""
     held_out: int = 128
     """Rows to measure the held-out loss on."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Train a low-rank adapter instead of all weights: `lora.rank` above 0."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=75.0, compile=False))
     """Length and portions of training; a sample is a packed row."""
     optim: OptimConfig = field(
@@ -147,12 +150,14 @@ def run(config: Config, workspace: Workspace) -> Report:
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, "sft"))  # dropout, where the model has any
     dtype = runtime.compute_dtype(config.fit.precision)
+    adapted = adapters.card(config.lora, base=model)
+    adapters.adapt(model, config.lora, "model")
     trainer = Trainer(
         {"model": model},
         config.optim,
         workspace,
         card={"kind": "language", "model": model.config.to_dict(), "tokenizer": tokenizer.fingerprint,
-              "template": template.fingerprint},
+              "template": template.fingerprint, **adapted},
         texts={"tokenizer.json": tokenizer.to_json(), "chat_template.jinja": template.source},
         keep=config.fit.keep,
     )  # fmt: skip
@@ -184,6 +189,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         curves=[Curve("SFT loss", ["loss"], "nats per answer token")],
         model=f"checkpoints/{fitted.checkpoint.path.name}",
         facts={"rows": len(rows), "filled": filled, "steps": fitted.progress.step,
-               "epochs": fitted.samples / len(rows), **fitted.facts},
+               "epochs": fitted.samples / len(rows), **fitted.facts,
+               **adapters.write_adapter(model, workspace.directory, base=config.base)},
         notes=fitted.notes,
     )  # fmt: skip

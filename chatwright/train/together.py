@@ -28,7 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from chatwright import checkpoint, optim, runtime, sharded
 from chatwright.checkpoint import Checkpoint
+from chatwright.config import UsageError
 from chatwright.model.gpt import Block
+from chatwright.model.lora import adapter_names
 from chatwright.optim import OptimConfig
 from chatwright.train.parallel import Sizes, Spread
 
@@ -72,6 +74,8 @@ class Together(Spread):
         door = _Door(modules)
         blocks = [module for module in door.modules() if isinstance(module, Block)]
         if self.box.tensor > 1:
+            if adapter_names(door):
+                raise UsageError("parallel.plan tp does not cut adapters: use ddp or fsdp with lora")
             for block in blocks:
                 self._cut_products(block)
         if self.compile_blocks and self.in_parts:
@@ -208,12 +212,10 @@ class Together(Spread):
         flat = {f"{part}/{name}": tensor for part, content in tensors.items() for name, tensor in content.items()}
         self._saving.start(target, flat, state, texts, then)
 
-    def load_parts(self, found: Checkpoint, modules: Mapping[str, nn.Module], *, final: bool) -> dict[str, Tensor]:
-        wanted = {
-            f"{part}/{name}": tensor.detach()
-            for part, module in modules.items()
-            for name, tensor in checkpoint.model_tensors(module).items()
-        }
+    def load_parts(
+        self, found: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]], *, final: bool
+    ) -> dict[str, Tensor]:
+        wanted = {f"{part}/{name}": tensor.detach() for part, content in parts.items() for name, tensor in content.items()}
         state = {
             name: self._room_for(name.removeprefix("optimizer/"), item.size, item.properties.dtype)
             for name, item in sharded.describe(found.path).items()
@@ -247,12 +249,11 @@ class Together(Spread):
                     parameter = places[f"{owner}.{index}."]
                     optimiser.state[parameter][key] = _like(tensor, parameter)
 
-    def load_model_tensors(self, module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
-        wanted = checkpoint.model_tensors(module)
+    def fill(self, wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, where: str) -> None:
         ready = {
             name: _like(tensor, wanted[name]) if name in wanted else tensor for name, tensor in tensors.items()
         }
-        checkpoint.load_model_tensors(module, ready, where=where)
+        checkpoint.fill(wanted, ready, where=where)
 
     def _room_for(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Room for a saved tensor of an optimiser, cut as its parameter is: `name` as in `optimiser_tensors`."""

@@ -19,6 +19,7 @@ from chatwright import __version__, checkpoint, optim, runtime
 from chatwright.checkpoint import Checkpoint
 from chatwright.config import UserError
 from chatwright.metrics import say
+from chatwright.model import lora
 from chatwright.optim import OptimConfig
 from chatwright.train.parallel import ALONE, Spread
 from chatwright.train.workspace import Workspace
@@ -69,7 +70,8 @@ class Trainer:
         keep: int = 2,
         spread: Spread = ALONE,
     ) -> None:
-        """`modules["model"]` is what others load; further ones (a critic) are saved beside it. `card` goes into
+        """`modules["model"]` is what others load; further ones (a critic) are saved beside it. Of a module with adapters what
+        is trained is saved, of the model beside it the whole with the adapter merged. `card` goes into
         state.json (the model's shape), `texts` are files that make the directory self-contained. `spread` puts the
         modules on many processes."""
         self.modules, self.optim_config, self.workspace = dict(modules), optim_config, workspace
@@ -154,9 +156,9 @@ class Trainer:
         (with `wait` False it may still be going on at the return) and a `final` checkpoint is put together by the first.
         """
         self.spread.settle()
-        tensors: dict[str, dict[str, Tensor]] = {
-            name: checkpoint.model_tensors(module) for name, module in self.modules.items()
-        }
+        tensors = self._parts()
+        if lora.adapter_names(self.modules["model"]):  # whoever loads it needs neither base nor adapter
+            tensors["model"] = lora.merged_tensors(self.modules["model"])
         if not final:
             tensors["optimizer"] = self.spread.optimiser_tensors(self.optimisers) | self.spread.rng_tensors()
         state = {
@@ -187,6 +189,16 @@ class Trainer:
         self.saved_at = time.monotonic()
         return Checkpoint(target)
 
+    def _parts(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint must hold of the modules, by file: all of a module, or what an adapted one has beyond its base."""
+        parts = {}
+        for name, module in self.modules.items():
+            if lora.adapter_names(module):
+                parts["adapter" if name == "model" else f"{name}-adapter"] = lora.trained_tensors(module)
+            else:
+                parts[name] = checkpoint.model_tensors(module)
+        return parts
+
     def resume(self) -> bool:
         """Go on from the newest valid checkpoint, if there is one; says so, and names the damaged ones it passed."""
         self.spread.told_by_first(lambda: checkpoint.recover(self.workspace.checkpoints))
@@ -202,6 +214,8 @@ class Trainer:
 
     def _take_up(self, found: Checkpoint) -> None:
         state = found.state()
+        if state.get("lora") != self.card.get("lora"):  # never more than a part of the model would come from it
+            raise UserError(f"{found.path} was trained with another adapter (lora settings), or on another base model")
         self.progress = Progress(**state["progress"])
         self._load(found, final=state["final"])
         if not state["final"]:
@@ -251,10 +265,10 @@ class Trainer:
 
     def _load(self, found: Checkpoint, *, final: bool) -> None:
         if self.spread.in_parts and found.in_parts:
-            tensors = self.spread.load_parts(found, self.modules, final=final)
+            tensors = self.spread.load_parts(found, self._parts(), final=final)
         else:
-            for name, module in self.modules.items():
-                self.spread.load_model_tensors(module, found.tensors(name), where=str(found.path))
+            for name, wanted in self._parts().items():
+                self.spread.fill(wanted, found.tensors(name), where=str(found.path))
             tensors = {} if final else found.tensors("optimizer")
         if final:
             return

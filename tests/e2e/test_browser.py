@@ -3,88 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
+sys.path.insert(0, str(Path(__file__).parent))
 
+from browsing import answers, browser, button, expect, needs_browser, page, say, set_fields, visiting  # noqa: F401
 from serving import DIALOGUES, Running, TinyModel, run_server, server, taught, tiny  # noqa: F401
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
-CHROMIUM = next(
-    filter(
-        None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))
-    ),
-    None,
-)
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--disable-quic",
-]
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None,
-    reason="NO BROWSER: the chat page goes untested; install chromium (apt-get install chromium)",
-)
+pytestmark = needs_browser
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright.expect.set_options(timeout=15_000)
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Any, server: Running) -> Iterator[Any]:  # noqa: F811
-    """The chat page, at temperature 0. Whatever the browser complains about fails the test."""
-    context = browser.new_context()
-    context.set_default_timeout(15_000)
-    context.add_init_script(
-        "localStorage.setItem('chatwright.settings', JSON.stringify({temperature: 0, maxTokens: 128}))"
-    )
-    page = context.new_page()
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    page.on(
-        "request",
-        lambda request: None if request.url.startswith(server.url) else complaints.append(request.url),
-    )
-    page.expected = []
-    page.goto(server.url)
-    yield page
-    left = [text for text in complaints if not any(part in text for part in page.expected)]
-    context.close()
-    assert left == []
-
-
-def expect(thing: Any) -> Any:
-    return playwright.expect(thing)
-
-
-def say(page: Any, text: str) -> None:
-    page.get_by_label("Message", exact=True).fill(text)
-    page.keyboard.press("Enter")
-
-
-def answers(page: Any) -> Any:
-    return page.locator(".answer .text")
-
-
-def test_a_message_is_answered_as_it_is_written(page: Any, server: Running) -> None:  # noqa: F811
+def test_a_message_is_answered_as_it_is_written(page: Any, server: Running) -> None:
     server.model.engine.allow(8)
     expect(page.get_by_role("heading", name="Say something.")).to_be_visible()
     say(page, "story")
@@ -100,7 +34,18 @@ def test_a_message_is_answered_as_it_is_written(page: Any, server: Running) -> N
     expect(page.get_by_role("status")).to_have_text("The answer is complete.")
 
 
-def test_stop_button_and_escape(page: Any, server: Running) -> None:  # noqa: F811
+def test_who_writes_before_the_page_is_ready_is_heard(page: Any, server: Running) -> None:
+    held: list[Any] = []
+    page.route("**/chat/owner", lambda route: held.append(route))
+    with page.expect_request("**/chat/owner"):
+        page.goto(server.url, wait_until="commit")
+    say(page, "hello")
+    expect(page.locator(".user")).to_have_count(0)
+    held[0].continue_()
+    expect(answers(page)).to_have_text(DIALOGUES["hello"])
+
+
+def test_stop_button_and_escape(page: Any, server: Running) -> None:
     for press in (
         lambda: page.get_by_role("button", name="Stop").click(),
         lambda: page.keyboard.press("Escape"),
@@ -119,7 +64,7 @@ def test_stop_button_and_escape(page: Any, server: Running) -> None:  # noqa: F8
     expect(answers(page)).to_have_text(DIALOGUES["hello"])
 
 
-def test_reload_in_the_middle_of_an_answer(page: Any, server: Running) -> None:  # noqa: F811
+def test_reload_in_the_middle_of_an_answer(page: Any, server: Running) -> None:
     server.model.engine.allow(8)
     say(page, "story")
     expect(answers(page)).to_contain_text("Once upon")
@@ -167,27 +112,46 @@ def test_inline_scripts_do_not_run(page: Any) -> None:
 
 def test_settings_are_used_and_kept(page: Any) -> None:
     sent: list[Any] = []
-    page.on("request", lambda request: sent.append(request) if request.url.endswith("/chat/jobs") else None)
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Longest answer").fill("5")
-    page.get_by_role("button", name="Done").click()
+    page.on("request", lambda request: sent.append(request) if request.url.endswith("/answers") else None)
+    set_fields(page, Longest_answer="5")
     say(page, "story")
     expect(page.locator(".note")).to_contain_text("5 tokens")
     expect(page.locator(".note")).to_contain_text("cut off")
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_label("System prompt").fill("Be kind.")
-    page.get_by_label("Temperature").fill("0.5")
+    changed = {
+        "System prompt": "Be kind.", "Temperature": "0.5", "Top-p": "0.9", "Top-k": "7", "Min-p": "0.1", "Repetition penalty": "1.1",
+        "Presence penalty": "0.5", "Frequency penalty": "-0.5", "Seed": "11", "Stop texts": "one\\n\ntwo",
+    }  # fmt: skip
+    button(page, "Settings").click()
+    for label, value in changed.items():
+        page.get_by_label(label).fill(value)
     page.keyboard.press("Escape")  # closes the dialog
     say(page, "hello")
     expect(page.locator(".note")).to_have_count(2)
     first, second = (json.loads(request.post_data) for request in sent)
-    assert first["messages"] == [{"role": "user", "content": "story"}]
-    assert (first["temperature"], first["max_tokens"]) == (0, 5)
-    assert second["messages"][0] == {"role": "system", "content": "Be kind."}
-    assert [message["role"] for message in second["messages"]] == ["system", "user", "assistant", "user"]
-    assert (second["temperature"], second["max_tokens"]) == (0.5, 5)
+    assert (first["system"], first["settings"]["temperature"], first["settings"]["max_tokens"]) == ("", 0, 5)
+    assert second["system"] == "Be kind."
+    assert second["settings"] == {
+        "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.5,
+        "frequency_penalty": -0.5, "seed": 11, "max_tokens": 5, "stop": ["one\n", "two"],
+    }  # fmt: skip
     page.reload()
-    assert page.get_by_label("System prompt").input_value() == "Be kind."
+    expect(page.locator(".user")).to_have_count(2)
+    for label, value in changed.items():
+        assert page.get_by_label(label).input_value() == value, label
+    button(page, "Settings").click()
+    button(page, "Reset").click()
+    assert page.get_by_label("Top-p").input_value() == "1"
+    assert page.get_by_label("Seed").input_value() == ""
+    assert page.get_by_label("Stop texts").input_value() == ""
+    assert page.get_by_label("System prompt").input_value() == "Be kind."  # no sampling setting
+    button(page, "Done").click()
+
+
+def test_a_number_that_makes_no_sense_is_not_sent(page: Any) -> None:
+    set_fields(page, **{"Top-p": "7", "Top-k": "-3"})
+    say(page, "hello")
+    expect(answers(page)).to_have_text(DIALOGUES["hello"])
+    assert page.get_by_label("Top-p").input_value() == "1"
 
 
 def test_keyboard_makes_lines(page: Any) -> None:
@@ -204,42 +168,41 @@ def test_keyboard_makes_lines(page: Any) -> None:
 
 
 def test_errors_and_dropped_turns_are_shown(page: Any) -> None:
-    page.expected = ["400 (Bad Request)"]
     say(page, "long " * 400)
     expect(page.get_by_role("alert")).to_contain_text("too long")
-    page.get_by_role("button", name="New chat").click()
+    button(page, "New chat").click()
+    expect(page.get_by_role("alert")).to_have_count(0)
     for count in range(1, 4):
         say(page, "many words " * 10)
         expect(page.locator(".note")).to_have_count(count)
     expect(page.locator(".notice")).to_contain_text("no longer fit the model's window of 256 tokens")
-
-
-def test_a_lost_answer_can_be_asked_again(page: Any, server: Running) -> None:  # noqa: F811
-    page.expected = ["404 (Not Found)"]
-    page.evaluate(
-        """sessionStorage.setItem("chatwright.chat", JSON.stringify(
-            {messages: [{role: "user", content: "hello"}], system: "", job: "from-before-a-restart", dropped: 0}))"""
-    )
     page.reload()
-    expect(page.get_by_role("alert")).to_contain_text("no longer on the server")
-    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".notice")).to_contain_text("no longer fit")
+
+
+def test_a_failed_answer_can_be_asked_again(page: Any, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(server.model, "template", None)
+        say(page, "hello")
+        expect(page.get_by_role("alert")).to_contain_text("it is a base model")
+        page.reload()
+        expect(page.locator(".notice")).to_contain_text("no answer yet")
+    button(page, "Answer it").click()
     expect(answers(page)).to_have_text(DIALOGUES["hello"])
     expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.locator(".notice")).to_have_count(0)
 
 
 @pytest.mark.parametrize("width", [320, 360, 1280])
-def test_the_page_fits_its_width(browser: Any, tiny: TinyModel, width: int) -> None:  # noqa: F811
+def test_the_page_fits_its_width(browser: Any, tiny: TinyModel, width: int) -> None:
     with run_server(tiny, name="runs/a-rather-long-name/of-a-model/ppo") as long_named:
-        context = browser.new_context(viewport={"width": width, "height": 640})
-        page = context.new_page()
-        page.goto(long_named.url)
-        say(page, "markdown")
-        expect(page.locator(".note")).to_be_visible()
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.locator("header").bounding_box()["height"] < 64  # one line
-        for name in ("Settings", "New chat", "Send"):
-            box = page.get_by_role("button", name=name).bounding_box()
-            assert box["x"] >= 0
-            assert box["x"] + box["width"] <= width
-            assert min(box["width"], box["height"]) >= 32
-        context.close()
+        with visiting(browser, long_named.url, viewport={"width": width, "height": 640}) as page:
+            say(page, "markdown")
+            expect(page.locator(".note")).to_be_visible()
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.locator("header").bounding_box()["height"] < 64  # one line
+            for name in ("Settings", "New chat", "Send"):
+                box = page.get_by_role("button", name=name).bounding_box()
+                assert box["x"] >= 0
+                assert box["x"] + box["width"] <= width
+                assert min(box["width"], box["height"]) >= 32

@@ -204,6 +204,36 @@ def test_cancelling_frees_the_place_at_the_next_step(make_model: MakeModel) -> N
     assert next_one.result().finish_reason == "length"
 
 
+def test_who_leaves_the_queue_is_out_of_it_wherever_he_stood(make_model: MakeModel) -> None:
+    engine = Engine(make_model(context=2_000), max_batch=1)
+    long = Request((1, 2), Sampling(1_900, seed=0))
+    running, first, second, third = (engine.submit(long) for _ in range(4))
+    engine.step()
+    second.cancel()
+    engine.step()
+    assert second.result().finish_reason == "cancelled"
+    assert (engine.waiting, first.finished, third.finished, running.finished) == (2, False, False, False)
+
+
+def test_a_handle_is_read_without_waiting_and_tells_before_it_is_read(make_model: MakeModel) -> None:
+    engine = Engine(make_model(), max_batch=1)
+    told: list[tuple[int, bool]] = []
+    handle = engine.submit(Request((1, 2), Sampling(4, seed=0)), on_change=lambda tokens, ended: told.append((tokens, ended)))
+    assert (handle.take(), handle.completion) == (None, None)
+    engine.step()
+    engine.step()
+    piece = handle.take()
+    assert piece is not None and len(piece.ids) == 2 and piece.finish_reason is None  # two steps, one piece
+    assert handle.take() is None
+    while engine.step():
+        pass
+    last = handle.take()
+    assert last is not None and last.finish_reason == "length"
+    assert handle.take() is None and list(handle.pieces()) == []
+    assert told == [(1, False), (1, False), (1, False), (1, True)]
+    assert handle.completion is handle.result() and piece.ids + last.ids == handle.completion.ids
+
+
 def test_leaving_a_stream_cancels_it(make_model: MakeModel) -> None:
     engine = Engine(make_model(context=2_000))
     for count, _ in enumerate(engine.stream(Request((1,), Sampling(1_900))), start=1):

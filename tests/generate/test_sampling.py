@@ -296,6 +296,7 @@ with runtime.one_thread() if {alone} else contextlib.nullcontext():
     generators = [make_generator(one) for one in settings]
     sampler = BatchSampler(settings, generators, [[1, 2], [3]], answered=[1, 1], vocab_size=row.numel())
     sampler(logits)
+    sampler(logits, torch.stack((row > -4, row < 4)))
     sampler.alternatives(logits)
 print(len(os.listdir("/proc/self/task")) - before)
 """

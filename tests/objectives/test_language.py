@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from chatwright.objectives.language import (
     bits_per_byte,
@@ -123,6 +124,22 @@ def test_the_chunked_loss_of_capped_logits(chunk: int) -> None:
     for ours, theirs, other in zip(found, plain, without, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         assert float((ours - other).abs().max()) > 0.1
+
+
+def test_a_frozen_head_has_no_gradient_and_changes_none() -> None:
+    hidden, head, targets, mask = chunked_case()
+    found, flops = [], []
+    for learns in (True, False):
+        rows, matrix = hidden.clone().requires_grad_(), head.clone().requires_grad_(learns)
+        with FlopCounterMode(display=False) as counter:
+            loss = chunked_next_token_loss(rows, matrix, targets, mask, chunk=7)
+            loss.backward()
+        flops.append(counter.get_total_flops())
+        found.append((loss.detach(), rows.grad))
+        assert (matrix.grad is not None) == learns
+    assert flops[1] * 3 == flops[0] * 2 > 0  # of three products, the one for its gradient is spared
+    assert found[0][0] == found[1][0]
+    assert found[0][1] is not None and found[1][1] is not None and torch.equal(found[0][1], found[1][1])
 
 
 def test_the_chunked_loss_in_bf16_is_as_near_as_bf16_allows() -> None:

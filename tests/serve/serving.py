@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -111,6 +111,25 @@ def tiny(taught: tuple[GPT, Tokenizer]) -> Iterator[TinyModel]:
     model.engine.allow(float("inf"))
 
 
+@pytest.fixture
+def roomy(taught: tuple[GPT, Tokenizer]) -> Iterator[TinyModel]:
+    """The same weights with room for long prompts (rotary positions need no table)."""
+    small, tokenizer = taught
+    large = GPT(replace(small.config, context=2048))
+    large.load_state_dict(small.state_dict())
+    model = TinyModel(large, tokenizer)
+    yield model
+    model.engine.allow(float("inf"))
+
+
+@pytest.fixture
+def small(small_tokenizer: Tokenizer) -> LanguageModel:
+    """Another chat model, which has learnt nothing."""
+    torch.manual_seed(1)
+    config = GPTConfig.preset("modern-nano", vocab_size=small_tokenizer.vocab_size, context=128)
+    return LanguageModel(GPT(config), small_tokenizer, NATIVE, "small")
+
+
 @dataclass
 class Running:
     """A server that listens."""
@@ -121,14 +140,18 @@ class Running:
 
 
 @contextmanager
-def run_server(model: TinyModel, **settings: Any) -> Iterator[Running]:
-    """`chatwright serve` in a thread: the real application, uvicorn and a real port."""
+def run_server(
+    model: TinyModel, *, loader: Callable[[Any], LanguageModel] | None = None, **settings: Any
+) -> Iterator[Running]:
+    """`chatwright serve` in a thread: the real application, uvicorn and a real port. `loader` makes further models."""
     from chatwright.serve.server import ServeConfig, build_app, listen, make_pool, make_server
 
     listener = listen("127.0.0.1", 0)
-    config = ServeConfig(**settings)
-    app = build_app(make_pool(model, model.name, config), config)
-    server = make_server(app)
+    config = ServeConfig(**{"store": "none", **settings})  # never the conversations of whoever runs the tests
+    pool = make_pool(model, model.name, config)
+    pool._loader = loader or pool._loader
+    app = build_app(pool, config)
+    server = make_server(app, config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
@@ -145,6 +168,13 @@ def run_server(model: TinyModel, **settings: Any) -> Iterator[Running]:
 def server(tiny: TinyModel) -> Iterator[Running]:
     """A running server of the taught model."""
     with run_server(tiny) as running:
+        yield running
+
+
+@pytest.fixture
+def roomy_server(roomy: TinyModel) -> Iterator[Running]:
+    """A running server of the taught model with a long context."""
+    with run_server(roomy) as running:
         yield running
 
 

@@ -1,113 +1,94 @@
-"""The page's routes: jobs and their events, rendering, headers."""
+"""The page, its jobs and their events, rendering, headers."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-from serving import DIALOGUES, MARKDOWN, Running, TinyModel
+from person import Person, text_of
+from serving import DIALOGUES, MARKDOWN, Running, TinyModel, run_server
 
 from chatwright.chat import Message
+from chatwright.config import UserError
 from chatwright.generate.sampling import Sampling
-from chatwright.generate.threads import EngineThread
-from chatwright.serve.jobs import JobStore
+from chatwright.serve.jobs import Event, Failed, Job, JobStore
 from chatwright.serve.markdown import render
-from chatwright.serve.service import Busy, ChatService
-
-Event = dict[str, Any]
+from chatwright.serve.service import Busy, TooLong, prepare
 
 
-def start(server: Running, text: str, **settings: Any) -> str:
-    body = {"messages": [{"role": "user", "content": text}], "temperature": 0.0, **settings}
-    response = httpx.post(f"{server.url}/chat/jobs", json=body)
-    assert response.status_code == 201, response.text
-    return str(response.json()["id"])
+@pytest.fixture
+def me(server: Running) -> Iterator[Person]:
+    with Person(server.url) as person:
+        yield person
 
 
-def events(server: Running, job: str, after: int = 0) -> list[Event]:
-    response = httpx.get(f"{server.url}/chat/jobs/{job}/events", params={"after": after}, timeout=30)
-    assert response.status_code == 200, response.text
-    return [json.loads(line) for line in response.text.splitlines() if line]
-
-
-def text_of(events: list[Event]) -> str:
-    return "".join(event["text"] for event in events if event["type"] == "text")
-
-
-def test_events_are_numbered_and_end_with_done(server: Running) -> None:
-    seen = events(server, start(server, "hello"))
+def test_events_are_numbered_and_end_with_done(me: Person) -> None:
+    seen = me.events(me.start("hello")[1])
     assert text_of(seen) == DIALOGUES["hello"]
     assert [event["n"] for event in seen] == sorted({event["n"] for event in seen})
-    assert seen[-1]["type"] == "done"
+    assert [event["type"] for event in seen if event["type"] != "text"] == ["begin", "done"]
+    assert seen[0] == {"n": 1, "type": "begin", "model": "tiny/taught", "dropped": 0, "window": 256}
     assert seen[-1]["html"] == f"<p>{DIALOGUES['hello']}</p>\n"
-    assert seen[-1]["finish_reason"] == "stop"
-    assert seen[-1]["tokens"] > 1
+    assert seen[-1]["turn"]["finish_reason"] == "stop"
+    assert seen[-1]["turn"]["tokens"] > 1
 
 
-def test_a_lost_follower_goes_on_where_it_was(server: Running, wait_until: Callable[..., None]) -> None:
+def test_a_lost_follower_goes_on_where_it_was(me: Person, server: Running, wait_until: Callable[..., None]) -> None:
     engine = server.model.engine
     engine.allow(6)
-    job = start(server, "story")
-    with httpx.stream("GET", f"{server.url}/chat/jobs/{job}/events") as response:
-        first = json.loads(next(line for line in response.iter_lines() if line))
+    _, job = me.start("story")
+    with me.client.stream("GET", f"/chat/jobs/{job}/events") as response:
+        lines = (json.loads(line) for line in response.iter_lines() if line)
+        first = next(event for event in lines if event["type"] == "text")
     wait_until(lambda: engine.allowed <= 0, "six steps")
     assert engine.active == 1, "the answer must go on without the page"
     engine.allow(float("inf"))
-    rest = events(server, job, after=first["n"])
+    rest = me.events(job, after=first["n"])
     assert first["text"] + text_of(rest) == DIALOGUES["story"]
-    assert text_of(events(server, job)) == DIALOGUES["story"]  # and again from the start, after the end
-    assert [event["type"] for event in events(server, job)] == ["text", "done"]  # missed text comes at once
-    assert [event["type"] for event in events(server, job, after=rest[-1]["n"] - 1)] == ["done"]
+    assert text_of(me.events(job)) == DIALOGUES["story"]  # and again from the start, after the end
+    assert [event["type"] for event in me.events(job)] == ["begin", "text", "done"]  # missed text comes at once
+    assert [event["type"] for event in me.events(job, after=rest[-1]["n"] - 1)] == ["done"]
 
 
-def test_stop_keeps_what_there_is(server: Running, wait_until: Callable[..., None]) -> None:
+def test_stop_keeps_what_there_is(me: Person, server: Running, wait_until: Callable[..., None]) -> None:
     engine = server.model.engine
     engine.allow(6)
-    job = start(server, "story")
+    _, job = me.start("story")
     wait_until(lambda: engine.allowed <= 0, "six steps")
-    assert httpx.post(f"{server.url}/chat/jobs/{job}/stop").status_code == 200
-    seen = events(server, job)
-    assert seen[-1]["finish_reason"] == "cancelled"
+    assert me.client.post(f"/chat/jobs/{job}/stop").status_code == 200
+    seen = me.events(job)
+    assert seen[-1]["turn"]["finish_reason"] == "cancelled"
     assert text_of(seen)
     assert DIALOGUES["story"].startswith(text_of(seen))
     assert len(text_of(seen)) < len(DIALOGUES["story"])
 
 
-def test_unknown_jobs_and_bad_bodies(server: Running) -> None:
-    assert httpx.get(f"{server.url}/chat/jobs/none/events").json()["error"]["code"] == "job_not_found"
-    assert httpx.post(f"{server.url}/chat/jobs/none/stop").status_code == 404
-    for body in ({}, {"messages": []}, {"messages": [{"role": "user", "content": "x"}], "temperature": 9}):
-        assert httpx.post(f"{server.url}/chat/jobs", json=body).status_code == 400
-    long = {"messages": [{"role": "user", "content": "long " * 400}]}
-    refused = httpx.post(f"{server.url}/chat/jobs", json=long)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+def test_unknown_jobs(me: Person, server: Running) -> None:
+    assert me.client.get("/chat/jobs/none/events").json()["error"]["code"] == "job_not_found"
+    assert me.client.post("/chat/jobs/none/stop").status_code == 404
     other_site = {"origin": "https://evil.example"}
-    assert httpx.post(f"{server.url}/chat/jobs", json=long, headers=other_site).status_code == 403
+    assert me.client.post("/chat/jobs/none/stop", headers=other_site).status_code == 403
 
 
-def test_the_page_is_told_how_much_was_dropped(server: Running) -> None:
-    turns = [{"role": role, "content": "many words " * 8} for _ in range(6) for role in ("user", "assistant")]
-    body = {"messages": [*turns, {"role": "user", "content": "hello"}], "max_tokens": 4}
-    assert httpx.post(f"{server.url}/chat/jobs", json=body).json()["dropped"] > 0
-
-
-def test_a_failing_model_ends_the_job_with_an_error(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_model_ends_the_job_with_an_error(me: Person, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise ValueError("secret detail")
 
     monkeypatch.setattr(server.model.model, "hidden", broken)
-    (event,) = events(server, start(server, "hello"))
+    event = me.events(me.start("hello")[1])[-1]
     assert event["type"] == "error"
     assert "secret" not in event["message"]
 
 
 def test_headers_of_the_page(server: Running) -> None:
     page = httpx.get(f"{server.url}/")
+    assert httpx.get(f"{server.url}/c/any-conversation").text == page.text  # what is in it, its scripts ask for
+    assert "set-cookie" not in page.headers  # see owner.py
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "script-src 'self'" in policy
@@ -128,8 +109,6 @@ def test_headers_of_the_page(server: Running) -> None:
 
 
 def test_a_model_name_cannot_break_the_page(tiny: TinyModel) -> None:
-    from serving import run_server
-
     with run_server(tiny, name='"><script>alert(1)</script>') as server:
         assert "<script>alert" not in httpx.get(f"{server.url}/").text
 
@@ -186,26 +165,12 @@ def test_links_open_apart_and_tell_nothing() -> None:
     assert 'target="_blank"' in html
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def with_jobs(tiny: TinyModel, check: Callable[[ChatService], Any]) -> None:
-    async def main() -> None:
-        with EngineThread(tiny.engine) as engine:
-            try:
-                await check(ChatService(tiny, engine, name="tiny"))
-            finally:
-                tiny.engine.allow(float("inf"))  # a held engine could not be closed
-
-    asyncio.run(main())
-
-
-def story() -> tuple[list[Message], Sampling]:
-    return [Message(role="user", content="story")], Sampling(temperature=0.0, max_new_tokens=100)
+def test_the_models_and_which_are_loaded(tiny: TinyModel) -> None:
+    with run_server(tiny, models=["second=/nowhere"]) as server:
+        assert httpx.get(f"{server.url}/chat/models").json()["models"] == [
+            {"name": "tiny/taught", "loaded": True, "window": 256},
+            {"name": "second", "loaded": False, "window": None},
+        ]
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
@@ -216,61 +181,134 @@ async def eventually(condition: Callable[[], bool]) -> None:
     raise AssertionError("the condition did not come true")
 
 
-def test_a_job_that_nobody_follows_is_cancelled(tiny: TinyModel) -> None:
-    tiny.engine.allow(5)
+class Held:
+    """Work that goes on until it is let go or no longer wanted."""
 
-    async def check(service: ChatService) -> None:
-        jobs = JobStore(render, unfollowed_seconds=0.05)
-        job = jobs.start(service, await service.prepare(*story()))
+    def __init__(self, jobs: JobStore) -> None:
+        self.jobs, self.free = jobs, asyncio.Event()
+
+    async def __call__(self, job: Job) -> Event:
+        job.publish({"type": "text", "text": "a"})
+        free, unwanted = asyncio.create_task(self.free.wait()), asyncio.create_task(self.jobs.unwanted(job))
+        await asyncio.wait({free, unwanted}, return_when=asyncio.FIRST_COMPLETED)
+        free.cancel()
+        unwanted.cancel()
+        return {"type": "done", "free": self.free.is_set(), "stopped": job.stopped}
+
+
+def start(jobs: JobStore, work: Held | None = None, subject: str = "x") -> tuple[Held, Job]:
+    held = work or Held(jobs)
+    return held, jobs.start(held, owner="me", subject=subject)
+
+
+def test_a_job_that_nobody_follows_is_unwanted() -> None:
+    async def check() -> None:
+        jobs = JobStore(unfollowed_seconds=0.05)
+        _, job = start(jobs)
+        assert jobs.running_on("x") is job
         await eventually(lambda: job.finished)
-        assert job.events[-1]["finish_reason"] == "cancelled"
-        assert tiny.engine.steps < 10
+        assert job.events[-1] == {"n": 2, "type": "done", "free": False, "stopped": False}
+        assert jobs.running_on("x") is None
 
-    with_jobs(tiny, check)
+    asyncio.run(check())
 
 
-def test_a_follower_keeps_a_job_alive_and_is_kept_alive(tiny: TinyModel) -> None:
-    tiny.engine.allow(3)
-
-    async def check(service: ChatService) -> None:
-        jobs = JobStore(render, unfollowed_seconds=0.05, heartbeat_seconds=0.02)
-        job = jobs.start(service, await service.prepare(*story()))
+def test_a_follower_keeps_a_job_alive_and_is_kept_alive() -> None:
+    async def check() -> None:
+        jobs = JobStore(unfollowed_seconds=0.05, heartbeat_seconds=0.02)
+        held, job = start(jobs)
         lines = []
         beats = 0
         async for line in jobs.follow(job, 0):
             if line == b"\n":
                 beats += 1
                 if beats == 10:  # four times as long as an unfollowed job lives
-                    tiny.engine.allow(float("inf"))
+                    held.free.set()
                 continue
             lines.append(json.loads(line))
         assert beats >= 10
-        assert lines[-1]["finish_reason"] == "stop"
+        assert lines[-1]["free"]
 
-    with_jobs(tiny, check)
+    asyncio.run(check())
 
 
-def test_jobs_are_bounded_in_number_and_age(tiny: TinyModel) -> None:
-    async def check(service: ChatService) -> None:
-        jobs = JobStore(render, max_jobs=2, keep_seconds=0.1)
-        prepared = await service.prepare(*story())
-        first = jobs.start(service, prepared)
+def test_jobs_are_bounded_in_number_and_age() -> None:
+    async def check() -> None:
+        jobs = JobStore(max_jobs=2, keep_seconds=0.1)
+        held, first = start(jobs)
+        held.free.set()
         await eventually(lambda: first.finished)
-        tiny.engine.allow(0)
-        second, third = jobs.start(service, prepared), jobs.start(service, prepared)  # the finished one makes room
-        assert jobs.get(first.id) is None
+        (a, second), (b, third) = start(jobs), start(jobs)  # the finished one makes room
+        assert jobs.get(first.id, "me") is None
+        assert jobs.get(second.id, "me") is second
+        assert jobs.get(second.id, "you") is None
         with pytest.raises(Busy):
-            jobs.start(service, prepared)
-        tiny.engine.allow(float("inf"))
-        await eventually(lambda: second.finished and third.finished)
-        await eventually(lambda: jobs.get(second.id) is None and jobs.get(third.id) is None)
+            start(jobs)
+        a.free.set()
+        b.free.set()
+        await eventually(lambda: jobs.get(second.id, "me") is None and jobs.get(third.id, "me") is None)
 
-    with_jobs(tiny, check)
+    asyncio.run(check())
+
+
+def test_closing_waits_for_what_is_to_be_kept() -> None:
+    async def check() -> None:
+        jobs = JobStore()
+        _, job = start(jobs)
+        await jobs.close()
+        assert job.events[-1]["type"] == "done"
+        assert not job.events[-1]["stopped"]
+
+    asyncio.run(check())
+
+
+def test_work_that_fails_says_so_once() -> None:
+    async def fails(error: Exception) -> Event:
+        async def work(_: Job) -> Event:
+            raise error
+
+        jobs = JobStore()
+        job = jobs.start(work, owner="me", subject="x")
+        await jobs.close()
+        (event,) = job.events
+        return event
+
+    async def check() -> None:
+        assert (await fails(UserError("too long")))["message"] == "too long"
+        assert (await fails(Failed("kept a part", {"turn": 1})))["turn"] == 1
+        assert "secret" not in (await fails(ValueError("secret")))["message"]
+
+    asyncio.run(check())
+
+
+def test_missed_tokens_come_together() -> None:
+    async def check() -> None:
+        job = Job("me", "x", {}, lambda: 0.0)
+        for letter in "abc":
+            job.publish({"type": "text", "text": letter, "tokens": [{"text": letter}]})
+        (event,) = job.since(1)
+        assert event == {"n": 3, "type": "text", "text": "bc", "tokens": [{"text": "b"}, {"text": "c"}]}
+        assert len(job.since(0)[0]["tokens"]) == 3
+        assert len(job.events[0]["tokens"]) == 1  # the events themselves stay as they are
+
+    asyncio.run(check())
+
+
+def story() -> tuple[list[Message], Sampling]:
+    return [Message(role="user", content="story")], Sampling(temperature=0.0, max_new_tokens=100)
 
 
 def test_seeds_of_several_answers_differ(tiny: TinyModel) -> None:
-    from chatwright.serve.service import prepare
-
     messages, sampling = story()
     prepared = prepare(tiny, messages, replace(sampling, seed=3), answers=2)
     assert [request.sampling.seed for request in prepared.requests] == [3, 4]
+
+
+def test_an_answer_that_was_begun_goes_on(tiny: TinyModel) -> None:
+    messages, sampling = story()
+    begun = "Once upon a time there was a small model."
+    prepared = prepare(tiny, messages, sampling, begun=begun)
+    (completion,) = tiny.engine.generate(prepared.requests)
+    assert begun + completion.text == DIALOGUES["story"]
+    with pytest.raises(TooLong, match="cannot go on"):
+        prepare(tiny, messages, sampling, begun="many words " * 100)

@@ -93,7 +93,7 @@ def load(name, dtype="auto"):
     return lm.LanguageModel(model, Tokenizer.load({str(tmp_path)!r}), NATIVE, name)
 lm.load = load
 from chatwright.serve.server import main
-sys.exit(main(["some-model", "--port=0"]))
+sys.exit(main(["some-model", "--port=0", "--store=none"]))
 """
     child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     watchdog = threading.Timer(60, child.kill)

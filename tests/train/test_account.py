@@ -13,6 +13,7 @@ from chatwright.metrics import read_metrics
 from chatwright.model.attention import plain_attention
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
+from chatwright.model.lora import LoRAConfig, add_lora
 from chatwright.tokenizer import Tokenizer
 from chatwright.trackers import Reporting
 from chatwright.train import account
@@ -43,6 +44,20 @@ def test_the_formula_against_a_count_of_what_torch_does() -> None:
     with FlopCounterMode(display=False) as counter:
         model(ids).sum().backward()
     assert training_flop(model, 64) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_frozen_parameters_cost_two_thirds() -> None:
+    """The same count under an adapter. What is frozen below the lowest adapter needs no gradient at all, which is little."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = GPT(GPTConfig.preset("gpt2", layers=4, width=128, heads=4, context=64, vocab_size=512))
+    model.use_attention(plain_attention)
+    whole = training_flop(model, 64)
+    add_lora(model, LoRAConfig(rank=8))
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(512, (1, 64), generator=torch.Generator().manual_seed(1))).sum().backward()
+    assert training_flop(model, 64) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert training_flop(model, 64) < 0.8 * whole
 
 
 def meter(place: Path, name: str, joules: float) -> None:

@@ -106,6 +106,7 @@ def test_many_layers_are_a_line_through_few() -> None:
 
 def test_critics_and_averages_are_planned_for() -> None:
     """Copies of the model: policy, reference and judge always; a critic of its own and an average where there are any."""
+    from chatwright.model.lora import LoRAConfig
     from chatwright.train import ppo, reinforce  # the planner's subjects here are pre-training's otherwise
 
     shape = subject().shape
@@ -122,6 +123,10 @@ def test_critics_and_averages_are_planned_for() -> None:
     separate = weights("ppo", ppo.Config())
     assert separate == pytest.approx(4, abs=0.5)
     assert weights("ppo", ppo.Config(average=0.9)) - separate == pytest.approx(1, abs=0.05)
+    lora = LoRAConfig(rank=2)  # policy and judge contain the reference and the critic
+    for verb, config in (("ppo", ppo.Config), ("reinforce", reinforce.Config)):
+        assert weights(verb, config(lora=lora, average=0.9)) == pytest.approx(2, abs=0.3)
+    assert weights("ppo", ppo.Config(lora=lora, critic="shared")) == pytest.approx(2, abs=0.3)
     assert planned("ppo", ppo.Config()).rows == (1, 128)
     assert planned("ppo", ppo.Config(text="tokenizer", ptx=1.0)).rows == (1, shape.context)
     assert planned("reinforce", reinforce.Config(iterations=5)).steps == 5

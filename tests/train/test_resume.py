@@ -19,6 +19,7 @@ import pytest
 
 from chatwright import checkpoint, cli
 from chatwright.metrics import TIMED, read_metrics
+from chatwright.model.lora import LoRAConfig
 from chatwright.optim import OptimConfig
 from chatwright.train import loop, ppo, pretrain, reinforce, reward, rounds, sft
 from chatwright.train.loop import FitConfig
@@ -58,6 +59,13 @@ CASES = {
     "reinforce": Case(reinforce, reinforce.Config(
         iterations=5, batch_size=8, minibatch_size=8, max_prompt_tokens=40, max_new_tokens=14, min_tokens=1,
         max_repeats=0.9, save_every=2, min_correlation=-1.0, samples_per_prompt=2, baseline="leave-one-out")),
+}  # fmt: skip
+LORA = LoRAConfig(rank=3, dropout=0.2)  # dropout, whose random stream must come back too
+CASES |= {
+    "sft lora": Case(sft, replace(CASES["sft"].config, lora=LORA)),
+    "reward lora": Case(reward, replace(CASES["reward"].config, lora=LORA, optim=OptimConfig(learning_rate=1e-3))),
+    **{f"{name} lora": Case(CASES[name].module, replace(CASES[name].config, lora=replace(LORA, dropout=0.0)))
+       for name in ("ppo", "ppo whole", "reinforce")},
 }  # fmt: skip
 STAGES = list(CASES)
 
@@ -133,6 +141,7 @@ def test_resumed_equals_uninterrupted(stage: str, tmp_path: Path, run: Callable[
     # with all of optimiser, random stream, position and what is logged so far
     assert newest(one) == newest(two) == "step-000003"
     assert "optimizer.safetensors" in content(one / "checkpoints" / "step-000003")
+    assert ("adapter.safetensors" in content(one / "checkpoints" / "step-000003")) == stage.endswith("lora")
     same(one, two, "step-000003")
     for directory in (one, two):
         again = run(stage, directory)
@@ -175,7 +184,7 @@ def test_a_crash_between_checkpoints_leaves_no_trace(
     """Steps are done again from the last checkpoint, and their rows of metrics are not doubled."""
     whole, crashed = tmp_path / "whole", tmp_path / "crashed"
     report = run(stage, whole)
-    if CASES[stage].module in (ppo, reinforce):  # after the row of a round was written, before its step is counted
+    if CASES[stage].module in (ppo, reinforce):  # after a round's row was written, before its step is counted; the first is always kept
         crash(monkeypatch, rounds.objective, "next_beta", round_)
     else:
         with pytest.raises(Interrupted):
@@ -250,7 +259,7 @@ def test_a_finished_stage_can_be_run_again(tmp_path: Path, run: Callable[..., An
         kept = rows(tmp_path / stage)
         again = run(stage, tmp_path / stage)
         assert (again.model, rows(tmp_path / stage)) == (first.model, kept)
-        if stage != "reward":  # its scale is set anew, which changes nothing but the last digits
+        if CASES[stage].module is not reward:  # its scale is set anew, which changes nothing but the last digits
             assert again.measures == first.measures
 
 

@@ -41,6 +41,7 @@ from chatwright.generate.kernels.simd import LANES
 from chatwright.generate.shapes import unsupported
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT, Attention, Block
+from chatwright.model.lora import plain
 
 Dtype = Literal["fp32", "bf16", "int8", "int4"]
 FORMATS: dict[str, int] = {"fp32": F32_WEIGHTS, "bf16": BF16_WEIGHTS, "int8": INT8_WEIGHTS, "int4": INT4_WEIGHTS}
@@ -257,6 +258,7 @@ def pack(model: GPT, dtype: str) -> Packed:
     reason = unsupported(model.config)
     if reason:
         raise UserError(f"the CPU kernels cannot run a model with {reason}")
+    model = plain(model)  # what is read here are matrices, not what layers compute
     packer = _Packer()
     norms = [_pack_block(packer, block, dtype) for block in model.blocks]  # type: ignore[arg-type]
     packer.matrix(model.head.weight, None, "int8" if dtype == "int4" else dtype)

@@ -53,12 +53,16 @@ def typed(path: str) -> tuple[int, ...]:
     return (0,) * NAMES.index(path)
 
 
-def described(path: str, threads: int) -> str:
-    """One line for people."""
-    what = {
+def named(path: str) -> str:
+    """A path's name for people."""
+    return {
         "plain": "without special instructions for int8 and int4",
         "avx2": "AVX2",
         "vnni": "AVX-512 VNNI",
         "neon": "NEON dot products",
     }[path]
-    return f"CPU kernels: {what} ({platform.machine()}), {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+def described(path: str, threads: int) -> str:
+    """One line for people."""
+    return f"CPU kernels: {named(path)} ({platform.machine()}), {threads} {'thread' if threads == 1 else 'threads'}"

@@ -1,127 +1,77 @@
-// The conversation on the page. Text of people and models enters as text; the only HTML is what the server rendered
-// and sanitised.
+// The conversation on the page: one view per turn, notices, errors.
+
+import { element } from "./elements.js";
+import { following, toEnd } from "./scroll.js";
+import { branch } from "./tree.js";
+import { TurnView } from "./turn.js";
 
 const log = document.getElementById("log");
-const scroller = document.getElementById("scroller");
 const welcome = document.getElementById("welcome");
 
-function element(tag, className, text = "") {
-  const made = document.createElement(tag);
-  made.className = className;
-  made.textContent = text;
-  return made;
+/** The views of the turns that are shown, by the turns' ids. */
+let views = new Map();
+
+/** Show the branch that the tree says. `acts`: what the buttons do (chat.js). */
+export function show(acts) {
+  views = new Map();
+  const turns = branch();
+  log.setAttribute("aria-live", "off"); // what was said before is not news
+  setTimeout(() => log.setAttribute("aria-live", "polite"), 500);
+  for (const turn of turns) views.set(turn.id, new TurnView(turn, acts));
+  log.replaceChildren(...[...views.values()].map((view) => view.element));
+  welcome.hidden = turns.length > 0;
+  log.querySelector(".turn:last-child")?.classList.add("last");
 }
 
-function append(node) {
-  const follow = atEnd();
-  welcome.hidden = true;
-  log.append(node);
-  if (follow) toEnd();
-  return node;
+export const viewOf = (id) => views.get(id);
+
+export function allViews() {
+  return [...views.values()];
 }
 
-function atEnd() {
-  return scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
+/** An answer is being written: screen readers wait for the whole, and nothing that would need another answer is offered. */
+export function setBusy(busy) {
+  if (busy) log.setAttribute("aria-busy", "true");
+  else log.removeAttribute("aria-busy");
+  document.body.classList.toggle("busy", busy);
 }
 
-export function toEnd() {
-  scroller.scrollTop = scroller.scrollHeight;
-}
-
-export function clear() {
-  log.replaceChildren();
-  welcome.hidden = false;
-}
-
-export function showUser(text) {
-  const turn = element("article", "turn user");
-  const body = element("div", "text", text);
-  body.dir = "auto";
-  turn.append(element("span", "unseen", "You:"), body);
-  append(turn);
-  toEnd();
-}
-
-/** An answer that is still being written: text is collected and put on the page once per frame. */
-export class Answer {
-  constructor() {
-    this.text = "";
-    this.turn = element("article", "turn answer writing");
-    this.body = element("div", "text");
-    this.body.dir = "auto";
-    this.shown = document.createTextNode("");
-    this.body.append(this.shown);
-    this.turn.append(element("span", "unseen", "Model:"), this.body);
-    this.waiting = "";
-    this.frame = 0;
-    log.setAttribute("aria-busy", "true"); // screen readers wait for the whole answer
-    append(this.turn);
-  }
-
-  push(text) {
-    this.text += text;
-    this.waiting += text;
-    this.frame ||= requestAnimationFrame(() => this.flush());
-  }
-
-  flush() {
-    const follow = atEnd();
-    this.shown.appendData(this.waiting);
-    this.waiting = "";
-    this.frame = 0;
-    if (follow) toEnd();
-  }
-
-  /** Replace the plain text by the server's HTML (or leave it, without) and add the small print. */
-  finish({ html, note }) {
-    this.settle();
-    const follow = atEnd();
-    if (html !== undefined) this.setHtml(html);
-    if (note) this.turn.append(element("p", "note", note));
-    if (follow) toEnd();
-  }
-
-  setHtml(html) {
-    this.body.innerHTML = html;
-    this.body.classList.add("rendered");
-    // What can be scrolled must be reachable by keyboard.
-    for (const block of this.body.querySelectorAll("pre")) block.tabIndex = 0;
-  }
-
-  settle() {
-    cancelAnimationFrame(this.frame);
-    this.flush();
-    this.turn.classList.remove("writing");
-    log.removeAttribute("aria-busy");
-  }
-
-  remove() {
-    this.settle();
-    this.turn.remove();
-  }
-}
-
-/** Say that the model did not see the oldest messages; there is at most one such notice. */
-export function showDropped(count, tokens) {
-  log.querySelector(".notice")?.remove();
-  if (!count) return;
+/** Say that the model did not see the oldest messages; there is at most one such notice, before the answer. */
+export function showDropped(turn, tokens) {
+  log.querySelector(".notice.dropped")?.remove();
+  if (!turn?.dropped) return;
+  const count = turn.dropped;
   const what = count === 1 ? "The oldest message no longer fits" : `The ${count} oldest messages no longer fit`;
-  append(element("p", "notice", `${what} the model's window of ${tokens} tokens: it did not see what came before.`));
+  const window = tokens ? `the model's window of ${tokens} tokens` : "the model's window";
+  const notice = element("p", "notice dropped", `${what} ${window}: it did not see what came before.`);
+  following(() => log.insertBefore(notice, viewOf(turn.id)?.element ?? null));
 }
 
-export function showError(message, retry) {
-  hideError();
-  const box = element("div", "alert");
-  box.setAttribute("role", "alert");
+export function showError(message, retry, label = "Try again") {
+  addBox("alert", message, retry, label).setAttribute("role", "alert");
+}
+
+/** A message that has no answer, because something went wrong before a reload. */
+export function showUnanswered(retry) {
+  addBox("notice box", "This message has no answer yet.", retry, "Answer it");
+}
+
+function addBox(kind, message, retry, label) {
+  hideBoxes();
+  const box = element("div", kind);
   box.append(element("span", "", message));
-  const button = element("button", "quiet", "Try again");
-  button.type = "button";
-  button.addEventListener("click", retry);
-  box.append(button);
-  append(box);
+  if (retry) {
+    const button = element("button", "quiet", label);
+    button.type = "button";
+    button.addEventListener("click", retry);
+    box.append(button);
+  }
+  welcome.hidden = true;
+  log.append(box);
   toEnd();
+  return box;
 }
 
-export function hideError() {
-  log.querySelector(".alert")?.remove();
+export function hideBoxes() {
+  for (const box of log.querySelectorAll(".alert, .notice.box")) box.remove();
 }

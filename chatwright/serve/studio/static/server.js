@@ -1,16 +1,20 @@
 // Talking to the server: requests that fail with a readable message, and a job's events.
 
-/** Something the server said no to; `message` is meant for people. */
-export class Refused extends Error {}
+/** Something the server said no to; `message` is meant for people, `status` is 0 when there was no answer at all. */
+export class Refused extends Error {
+  constructor(message, status = 0) {
+    super(message);
+    this.status = status;
+  }
+}
 
-/** POST JSON and return the answer's JSON. Throws Refused. */
-export async function post(path, body = {}) {
+async function request(method, path, body) {
   let response;
   try {
     response = await fetch(path, {
-      method: "POST",
-      headers: { "content-type": "application/json" },
-      body: JSON.stringify(body),
+      method,
+      headers: body === undefined ? {} : { "content-type": "application/json" },
+      body: body === undefined ? undefined : JSON.stringify(body),
     });
   } catch {
     throw new Refused("The server cannot be reached.");
@@ -19,11 +23,24 @@ export async function post(path, body = {}) {
   return response.json();
 }
 
+/** JSON there and back. All throw Refused. */
+export const get = (path) => request("GET", path);
+export const post = (path, body = {}) => request("POST", path, body);
+export const patch = (path, body) => request("PATCH", path, body);
+export const remove = (path) => request("DELETE", path);
+
+/** The address of a conversation for the scripts. */
+export function at(id, rest = "") {
+  return `/chat/conversations/${encodeURIComponent(id)}${rest}`;
+}
+
 async function refusal(response) {
   try {
-    return new Refused((await response.json()).error.message);
+    const { message, code } = (await response.json()).error;
+    if (code === "invalid_api_key") location.reload(); // the session has ended: the server asks for a key again
+    return new Refused(message, response.status);
   } catch {
-    return new Refused(`The server answered with status ${response.status}.`);
+    return new Refused(`The server answered with status ${response.status}.`, response.status);
   }
 }
 
@@ -41,7 +58,7 @@ export async function* follow(id, signal) {
         after = event.n;
         failures = 0;
         yield event;
-        if (event.type !== "text") return;
+        if (event.type === "done" || event.type === "error") return;
       }
     } catch (error) {
       if (signal.aborted) return;

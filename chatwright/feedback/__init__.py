@@ -1,0 +1,1 @@
+"""What people say to models and about them, kept in a database."""

@@ -1,0 +1,337 @@
+"""What people say to models, kept: conversations as trees of messages, by owner.
+
+A `Store` is a database; `Store.of(owner)` is one owner's part of it, and sees nothing else. Everything here blocks and
+may be called from any thread: inside an event loop, through `asyncio.to_thread`.
+
+A conversation is a tree because a person may edit a message, or have an answer written again: that makes a sibling, and
+nothing is lost. The conversation's `leaf` is the end of the branch that is shown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import delete, select, tuple_
+from sqlalchemy.orm import Session
+
+from chatwright.chat import ROLES, Message
+from chatwright.config import UserError
+from chatwright.feedback.database import WRITES, StoreError, explained, locate, open_database
+from chatwright.feedback.tables import ConversationRow, MessageRow
+
+__all__ = ["Conversation", "NotThere", "Owned", "Store", "StoreError", "Summary", "Turn", "title_of"]
+
+TITLE = 60
+"""Most characters of a title that is made from a first message."""
+EXPORT_BATCH = 50
+
+
+class NotThere(UserError):
+    """There is no such conversation or message, or it is another owner's."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A conversation in a list."""
+
+    id: str
+    title: str
+    model: str
+    created: float
+    updated: float
+    """When something was last said in it, in seconds since 1970."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message in a conversation's tree."""
+
+    id: int
+    parent: int | None
+    role: str
+    content: str
+    created: float
+    model: str | None
+    """Who wrote an answer."""
+    finish_reason: str | None
+    """Why an answer ended; None: it is being written, or was when its server died."""
+    tokens: int | None
+    seconds: float | None
+    dropped: int
+    """How many of the oldest messages the model did not see."""
+    has_probabilities: bool
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A whole conversation."""
+
+    id: str
+    title: str
+    model: str
+    system: str
+    settings: dict[str, Any]
+    created: float
+    updated: float
+    leaf: int | None
+    turns: tuple[Turn, ...]
+    """The tree, in the order in which the turns were made: parents come before their children."""
+
+    def turn(self, number: int) -> Turn:
+        """The turn with this id. Raises NotThere."""
+        found = next((turn for turn in self.turns if turn.id == number), None)
+        if found is None:
+            raise NotThere(f"there is no message {number} in this conversation")
+        return found
+
+    def branch(self, leaf: int | None) -> list[Turn]:
+        """The turns from the first to `leaf`. Raises NotThere."""
+        turns: list[Turn] = []
+        while leaf is not None:
+            turns.append(self.turn(leaf))
+            leaf = turns[-1].parent
+        return turns[::-1]
+
+    def messages(self, leaf: int | None) -> list[Message]:
+        """The branch that ends in `leaf`, as a model is to see it: the system prompt first."""
+        system = [Message(role="system", content=self.system)] if self.system.strip() else []
+        return [*system, *(Message(role=turn.role, content=turn.content) for turn in self.branch(leaf))]
+
+
+def title_of(text: str) -> str:
+    """A title made from a conversation's first message: its beginning, cut between words, on one line."""
+    line = " ".join(text.split())
+    if len(line) <= TITLE:
+        return line
+    head = line[: TITLE - 1]
+    return f"{head[: head.rfind(' ')] if ' ' in head[TITLE // 2 :] else head}…"
+
+
+class Store:
+    """A database of conversations; close it."""
+
+    def __init__(self, place: str, *, busy_seconds: float = 5.0) -> None:
+        """`place`: a SQLite file (made when missing), a SQLAlchemy URL, "" for the default file, `none` for memory.
+
+        `busy_seconds`: how long to wait for others that write. Raises StoreError.
+        """
+        url = locate(place)
+        self.name = url.database or url.render_as_string()
+        """The store, for people; without a password."""
+        self._engine = open_database(url, busy_seconds=busy_seconds)
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._engine.dispose()
+
+    def of(self, owner: str) -> Owned:
+        """The part of the store that belongs to `owner`, a secret that only its browser knows."""
+        return Owned(self, hashlib.sha256(owner.encode()).hexdigest())
+
+    @contextmanager
+    def session(self, *, writes: bool) -> Iterator[Session]:
+        """A transaction, committed at the end unless something is raised. Raises StoreError."""
+        engine = self._engine.execution_options(**WRITES) if writes else self._engine
+        with explained(self.name), Session(engine) as session, session.begin():
+            yield session
+
+
+class Owned:
+    """One owner's conversations. Every method raises StoreError, and NotThere for ids that are not this owner's."""
+
+    def __init__(self, store: Store, owner: str) -> None:
+        self._store, self.owner = store, owner
+
+    def page(
+        self, *, search: str = "", before: tuple[float, str] | None = None, limit: int = 50
+    ) -> tuple[list[Summary], bool]:
+        """The newest conversations whose title contains `search`, and whether there are more.
+
+        `before`: (updated, id) of the last one seen, for the next page.
+        """
+        row = ConversationRow
+        query = select(row.id, row.title, row.model, row.created, row.updated).where(row.owner == self.owner)
+        if search:
+            query = query.where(row.title.icontains(search, autoescape=True))
+        if before is not None:
+            query = query.where(tuple_(row.updated, row.id) < tuple_(*before))
+        query = query.order_by(row.updated.desc(), row.id.desc()).limit(limit + 1)
+        with self._store.session(writes=False) as session:
+            found = [Summary(*values) for values in session.execute(query)]
+        return found[:limit], len(found) > limit
+
+    def get(self, conversation: str) -> Conversation:
+        """The conversation with its whole tree."""
+        with self._store.session(writes=False) as session:
+            return _read(session, self._row(session, conversation))
+
+    def create(
+        self, content: str, *, model: str, system: str = "", settings: Mapping[str, Any] | None = None
+    ) -> Conversation:
+        """A new conversation that begins with a person's message `content`."""
+        now = time.time()
+        with self._store.session(writes=True) as session:
+            row = ConversationRow(
+                id=secrets.token_urlsafe(12),
+                owner=self.owner,
+                title=title_of(_storable(content)),
+                model=model,
+                system=_storable(system),
+                settings=dict(settings or {}),
+                created=now,
+                updated=now,
+                leaf=None,
+            )
+            session.add(row)
+            session.flush()
+            _add(session, row, None, "user", content)
+            return _read(session, row)
+
+    def add(
+        self, conversation: str, parent: int | None, role: str, content: str, *, model: str | None = None
+    ) -> Turn:
+        """A new turn below `parent` (None: at the beginning), which becomes the leaf."""
+        if role not in ROLES:
+            raise StoreError(f"a message's role is one of {', '.join(ROLES)}, not {role!r}")
+        with self._store.session(writes=True) as session:
+            row = self._row(session, conversation)
+            if parent is not None:
+                self._message(session, conversation, parent)
+            return _turn(_add(session, row, parent, role, content, model))
+
+    def write(
+        self,
+        conversation: str,
+        number: int,
+        content: str,
+        *,
+        finish_reason: str | None,
+        tokens: int,
+        seconds: float,
+        dropped: int = 0,
+        probabilities: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """What there is of an answer by now; `finish_reason` when it has come to its end."""
+        with self._store.session(writes=True) as session:
+            message = self._message(session, conversation, number)
+            message.content = _storable(content)
+            message.finish_reason, message.tokens, message.seconds = finish_reason, tokens, seconds
+            message.dropped = dropped
+            message.probabilities = None if probabilities is None else [dict(one) for one in probabilities]
+            if finish_reason is not None:
+                self._row(session, conversation).updated = time.time()
+
+    def discard(self, conversation: str, number: int, *, leaf: int | None) -> None:
+        """Take a turn away that came to nothing, with what is below it; where it was shown, show `leaf` again."""
+        with self._store.session(writes=True) as session:
+            session.delete(self._message(session, conversation, number))
+            row = self._row(session, conversation)
+            if row.leaf == number:
+                row.leaf = leaf
+
+    def probabilities(self, conversation: str, number: int) -> list[dict[str, Any]] | None:
+        """The tokens of an answer with their probabilities; None when they were not asked for."""
+        with self._store.session(writes=False) as session:
+            self._row(session, conversation)
+            return self._message(session, conversation, number).probabilities
+
+    def change(
+        self,
+        conversation: str,
+        *,
+        title: str | None = None,
+        leaf: int | None = None,
+        model: str | None = None,
+        system: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Rename it, show another branch, or speak from now on with another model or other settings."""
+        changes = {"title": title, "leaf": leaf, "model": model, "system": system}
+        with self._store.session(writes=True) as session:
+            row = self._row(session, conversation)
+            if leaf is not None:
+                self._message(session, conversation, leaf)
+            for name, value in changes.items():
+                if value is not None:
+                    setattr(row, name, _storable(value) if isinstance(value, str) else value)
+            if settings is not None:
+                row.settings = dict(settings)
+
+    def delete(self, conversation: str) -> None:
+        """Take the conversation and its messages away for good."""
+        with self._store.session(writes=True) as session:
+            self._row(session, conversation)
+            session.execute(delete(ConversationRow).where(ConversationRow.id == conversation))
+
+    def export(self) -> Iterator[str]:
+        """The branches that are shown, oldest conversation first: a line of JSON each, {"messages": [...]} as OpenAI's
+        fine-tuning files have it."""
+        row, last = ConversationRow, (0.0, "")
+        while True:
+            query = select(row).where(row.owner == self.owner, tuple_(row.created, row.id) > tuple_(*last))
+            query = query.order_by(row.created, row.id).limit(EXPORT_BATCH)
+            with self._store.session(writes=False) as session:
+                batch = [_read(session, found) for found in session.scalars(query).all()]
+            for one in batch:
+                yield json.dumps({"messages": one.messages(one.leaf)}, ensure_ascii=False) + "\n"
+            if len(batch) < EXPORT_BATCH:
+                return
+            last = (batch[-1].created, batch[-1].id)
+
+    def _row(self, session: Session, conversation: str) -> ConversationRow:
+        row = session.get(ConversationRow, conversation)
+        if row is None or row.owner != self.owner:
+            raise NotThere("this conversation is not here (any more)")
+        return row
+
+    def _message(self, session: Session, conversation: str, number: int) -> MessageRow:
+        self._row(session, conversation)
+        message = session.get(MessageRow, number)
+        if message is None or message.conversation != conversation:
+            raise NotThere(f"there is no message {number} in this conversation")
+        return message
+
+
+def _add(
+    session: Session, row: ConversationRow, parent: int | None, role: str, content: str, model: str | None = None
+) -> MessageRow:
+    message = MessageRow(
+        conversation=row.id,
+        parent=parent,
+        role=role,
+        content=_storable(content),
+        created=time.time(),
+        model=model,
+        dropped=0,
+    )
+    session.add(message)
+    session.flush()
+    row.leaf, row.updated = message.id, message.created
+    return message
+
+
+def _read(session: Session, row: ConversationRow) -> Conversation:
+    one = MessageRow
+    known = one.probabilities.is_not(None)
+    columns = (one.id, one.parent, one.role, one.content, one.created, one.model, one.finish_reason)
+    query = select(*columns, one.tokens, one.seconds, one.dropped, known)
+    turns = session.execute(query.where(one.conversation == row.id).order_by(one.id))
+    values = (row.id, row.title, row.model, row.system, dict(row.settings), row.created, row.updated, row.leaf)
+    return Conversation(*values, tuple(Turn(*turn) for turn in turns))
+
+
+def _turn(row: MessageRow) -> Turn:
+    values = (row.id, row.parent, row.role, row.content, row.created, row.model, row.finish_reason)
+    return Turn(*values, row.tokens, row.seconds, row.dropped, row.probabilities is not None)
+
+
+def _storable(text: str) -> str:
+    """Without NUL characters: PostgreSQL takes none, and pages show them as U+FFFD anyhow."""
+    return text.replace("\0", "\ufffd")

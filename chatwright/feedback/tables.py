@@ -1,0 +1,62 @@
+"""The tables of the store. Whoever changes one raises VERSION and says in database.py how an older file gets there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, Float, ForeignKey, Index, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+VERSION = 1
+
+
+class Base(DeclarativeBase):
+    """All tables of the store."""
+
+
+class SchemaRow(Base):
+    """One row: the version by which the other tables were made."""
+
+    __tablename__ = "schema_version"
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
+class ConversationRow(Base):
+    """A conversation of one owner. Its messages form a tree; `leaf` is the end of the branch that is shown."""
+
+    __tablename__ = "conversations"
+    __table_args__ = (Index("newest", "owner", "updated", "id"),)
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    owner: Mapped[str] = mapped_column(String(64))
+    """SHA-256 of what the owner's browser holds: who reads the database cannot pose as an owner."""
+    title: Mapped[str] = mapped_column(String(200))
+    model: Mapped[str] = mapped_column(Text)
+    system: Mapped[str] = mapped_column(Text)
+    settings: Mapped[dict[str, Any]] = mapped_column(JSON)
+    created: Mapped[float] = mapped_column(Float(53))
+    updated: Mapped[float] = mapped_column(Float(53))
+    leaf: Mapped[int | None]
+    """No foreign key: the two tables would refer to each other, and some databases cannot create that."""
+
+
+class MessageRow(Base):
+    """A turn. Children of one parent are versions of the same turn, in the order in which they were made."""
+
+    __tablename__ = "messages"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    conversation: Mapped[str] = mapped_column(ForeignKey("conversations.id", ondelete="CASCADE"), index=True)
+    parent: Mapped[int | None] = mapped_column(ForeignKey("messages.id", ondelete="CASCADE"), index=True)
+    role: Mapped[str] = mapped_column(String(16))
+    content: Mapped[str] = mapped_column(Text)
+    created: Mapped[float] = mapped_column(Float(53))
+    model: Mapped[str | None] = mapped_column(Text)
+    finish_reason: Mapped[str | None] = mapped_column(String(16))
+    """None while an answer is being written, and for good when its server died meanwhile."""
+    tokens: Mapped[int | None]
+    seconds: Mapped[float | None] = mapped_column(Float(53))
+    dropped: Mapped[int] = mapped_column(default=0)
+    """How many of the oldest messages the model did not see."""
+    probabilities: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
+    """[{"text", "p", "alternatives": [{"text", "p"}, ...]}, ...]; the texts together are the content."""

@@ -1,0 +1,198 @@
+"""One line of JSON per request, for those who run the server; and the middleware that knows when a request begins and ends.
+
+No text of a prompt or an answer is in it, unless the server is told to keep them (`--log_prompts`), no key, and no query
+string. A log that cannot be written (a full disk) costs lines and not answers: a thread of its own writes, and what it has no
+place for is counted and said later.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import re
+import secrets
+import threading
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from chatwright.config import UserError
+from chatwright.serve.facts import RequestFacts, current
+from chatwright.serve.lifecycle import Lifecycle
+from chatwright.serve.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = "x-request-id"
+SANE_ID = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
+"""A client's own id that is taken over: nothing in it can break a line or a header."""
+LONGEST_PATH = 1024
+WAITING_LINES = 10_000
+"""Lines that may wait for a slow disk; further ones are lost."""
+STREAMS = ("text/event-stream", "application/x-ndjson")
+
+
+class AccessLog:
+    """A file of JSON lines, or standard error for "-". Any thread may write. Raises UserError when it cannot be opened.
+
+    The file is opened anew when it has been moved away, as logrotate does.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._file = self._open()
+        self._torn = False  # whether the last line was cut off in its middle
+        self._lost = 0
+        self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(WAITING_LINES)
+        self._thread = threading.Thread(target=self._run, name="chatwright-access-log", daemon=True)
+        self._thread.start()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a line; never waits."""
+        try:
+            self._lines.put_nowait(record)
+        except queue.Full:
+            self._lost += 1
+
+    def close(self) -> None:
+        """Write what waits (at most for five seconds) and close."""
+        with suppress(queue.Full):
+            self._lines.put(None, timeout=5)
+        self._thread.join(5)
+
+    def _open(self) -> int:
+        if self._path == "-":
+            return 2
+        try:
+            return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+        except OSError as error:
+            raise UserError(f"--access_log {self._path}: {error.strerror}") from None
+
+    def _run(self) -> None:
+        while (record := self._lines.get()) is not None:
+            try:
+                self._follow()
+                if self._lost:
+                    self._put({"time": _now(), "lost_lines": self._lost})
+                    self._lost = 0
+                self._put(record)
+            except (OSError, UserError) as error:
+                if not self._lost:
+                    logger.error("the access log cannot be written (%s): lines are lost until it can", error)
+                self._lost += 1
+        if self._path != "-":
+            os.close(self._file)
+
+    def _follow(self) -> None:
+        """Open the file anew when its name stands for another one, or for none."""
+        if self._path == "-":
+            return
+        here = os.fstat(self._file)
+        try:
+            there = os.stat(self._path)
+            same = (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+        except FileNotFoundError:
+            same = False
+        if not same:
+            file, self._file = self._file, self._open()
+            os.close(file)
+            self._torn = False
+
+    def _put(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        left = b"\n" + line if self._torn else line
+        while left:
+            written = os.write(self._file, left)
+            left = left[written:]
+            self._torn = bool(left)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def record(scope: Scope, known: RequestFacts, status: int, seconds: float) -> dict[str, Any]:
+    """What the log says about a request."""
+    first = None if known.first_token is None else round(1000 * (known.first_token - known.started), 1)
+    line: dict[str, Any] = {
+        "time": _now(),
+        "request_id": known.id,
+        "method": scope["method"],
+        "path": str(scope["path"])[:LONGEST_PATH],
+        "status": status,
+        "duration_ms": round(1000 * seconds, 1),
+        "client": known.client,
+        "key": known.key or None,
+        "model": known.model or None,
+        "stream": known.stream,
+        "prompt_tokens": known.prompt_tokens,
+        "cached_tokens": known.cached_tokens,
+        "completion_tokens": known.completion_tokens,
+        "ttft_ms": first,
+        "finish_reason": ",".join(known.finish_reasons) or None,
+    }
+    if known.keep_texts and known.prompts:
+        line |= {"prompts": known.prompts, "answers": known.answers}
+    return line
+
+
+class Ledger:
+    """ASGI middleware, the outermost: gives each request its id and its facts, and reports how it ended."""
+
+    def __init__(
+        self, app: ASGIApp, *, lifecycle: Lifecycle, telemetry: Telemetry, log: AccessLog | None, keep_texts: bool
+    ) -> None:
+        self._app, self._lifecycle, self._telemetry, self._log = app, lifecycle, telemetry, log
+        self._keep_texts = keep_texts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, and take notes."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        known = self._facts(scope)
+        scope.setdefault("state", {})["facts"] = known
+        status = 499  # nginx's number for a client that left before anything was sent
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID] = known.id
+                known.stream = headers.get("content-type", "").partition(";")[0] in STREAMS
+            await send(message)
+
+        token = current.set(known)
+        self._lifecycle.in_flight += 1
+        try:
+            await self._app(scope, receive, noting)
+        finally:
+            current.reset(token)
+            self._lifecycle.in_flight -= 1
+            self._telemetry.responded(_method(scope), route_of(scope), status, known.model)
+            if self._log is not None:
+                self._log.write(record(scope, known, status, time.monotonic() - known.started))
+
+    def _facts(self, scope: Scope) -> RequestFacts:
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        made = given if SANE_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        return RequestFacts(made, client=(scope.get("client") or ("",))[0], keep_texts=self._keep_texts)
+
+
+def _method(scope: Scope) -> str:
+    known = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+    return scope["method"] if scope["method"] in known else "other"
+
+
+def route_of(scope: Scope) -> str:
+    """The template of the route that served a request ("/chat/jobs/{job_id}/stop"), of which there are few."""
+    if str(scope["path"]).startswith("/static/"):
+        return "/static"
+    return str(getattr(scope.get("route"), "path", "")) or "none"

@@ -1,0 +1,97 @@
+"""POST /v1/embeddings: texts as vectors (`LanguageModel.embed` says what they are good for)."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from fastapi import APIRouter, Request
+from pydantic import Field
+
+from chatwright.config import UserError
+from chatwright.language_model import LanguageModel
+from chatwright.serve.api.completions import TokenIds
+from chatwright.serve.api.parameters import Body, Count
+from chatwright.serve.facts import facts, in_time
+from chatwright.serve.pool import ModelPool
+from chatwright.serve.service import TooLong
+
+MOST_INPUTS = 256
+
+
+class EmbeddingRequest(Body):
+    """Body of POST /v1/embeddings."""
+
+    ignored: ClassVar = frozenset({"user"})
+
+    model: str
+    input: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MOST_INPUTS)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Count | None = None
+    """Must be the model's width: the vectors of a language model cannot be cut shorter."""
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """The texts, one or several."""
+        if isinstance(self.input, str):
+            return [self.input]
+        several: list[Any] = list(self.input)
+        return [several] if isinstance(several[0], int) else several
+
+
+def encoded(model: LanguageModel, body: EmbeddingRequest) -> list[list[int]]:
+    """Token ids of the inputs. Raises UserError for empty or too long ones, foreign ids, and other dimensions."""
+    width, most = model.model.config.width, model.tokenizer.vocab_size
+    if body.dimensions not in (None, width):
+        raise UserError(f"dimensions: the vectors of this model have {width}")
+    inputs = [model.tokenizer.encode(one) if isinstance(one, str) else one for one in body.inputs]
+    for number, ids in enumerate(inputs):
+        if not ids:
+            raise UserError(f"input: text {number} is empty")
+        if max(ids) >= most:
+            raise UserError(f"input: token ids of this model are 0 to {most - 1}")
+        if len(ids) > model.model.config.context:
+            raise TooLong(f"input {number} has {len(ids)} tokens, the model's context holds {model.model.config.context}")
+    return inputs
+
+
+def vector(model: LanguageModel, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The vector of an input."""
+    return model.embed(ids).numpy()
+
+
+def routes(pool: ModelPool) -> APIRouter:
+    """The route."""
+    router = APIRouter()
+    one_at_a_time = asyncio.Semaphore(1)  # they compute beside the engine, whose answers must go on
+
+    @router.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]:
+        async with pool.use(body.model) as service, in_time(service.limits.timeout):
+            with service.occupied():
+                inputs = await asyncio.to_thread(encoded, service.model, body)
+                service.check_length(max(map(len, inputs)))
+                async with one_at_a_time:
+                    found = [await asyncio.to_thread(vector, service.model, ids) for ids in inputs]
+        tokens = sum(map(len, inputs))
+        facts(request).prompt_tokens = tokens
+
+        def written(one: np.ndarray[Any, np.dtype[np.float32]]) -> Any:
+            if body.encoding_format == "base64":
+                return base64.b64encode(one.astype("<f4").tobytes()).decode()
+            return one.tolist()
+
+        return {
+            "object": "list",
+            "model": body.model,
+            "data": [
+                {"object": "embedding", "index": index, "embedding": written(one)}
+                for index, one in enumerate(found)
+            ],
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+
+    return router

@@ -1,0 +1,86 @@
+"""Log-probabilities of tokens in the two shapes that OpenAI's interface has: one for chat, one for completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from chatwright.generate.request import Alternatives, Piece
+from chatwright.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenProbability:
+    """One token of an answer."""
+
+    token: int
+    logprob: float | None
+    """None for the first token of a text: nothing stands before it."""
+    top: Alternatives
+
+
+def token_probabilities(piece: Piece, end_ids: frozenset[int]) -> Iterator[TokenProbability]:
+    """The tokens of a piece, without the one that ends an answer: it stands for no text."""
+    tops: Sequence[Alternatives] = piece.top_logprobs or [[]] * len(piece.ids)
+    for token, logprob, top in zip(piece.ids, piece.logprobs, tops, strict=True):
+        if token not in end_ids:
+            yield TokenProbability(token, logprob, top)
+
+
+class Spelling:
+    """How tokens are written in these shapes: as text, in which a lone part of a character becomes U+FFFD, and as bytes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._names = {number: name for name, number in tokenizer.control_ids.items()}
+
+    def data(self, token: int) -> bytes:
+        """A token's bytes; a control token's name; nothing for the ids by which a model's table is padded."""
+        if token in self._names:
+            return self._names[token].encode()
+        return self._tokenizer.token_bytes(token) if token < self._tokenizer.vocab_size else b""
+
+    def text(self, token: int) -> str:
+        """A token as text."""
+        return self.data(token).decode("utf-8", errors="replace")
+
+    def chat(self, tokens: Sequence[TokenProbability], top: int) -> dict[str, Any]:
+        """`logprobs` of a chat completion's choice: `content` has an entry per token, with `top` alternatives each."""
+        entries = []
+        for one in tokens:
+            entry = self._entry(one.token, one.logprob)
+            entries.append(entry | {"top_logprobs": [self._entry(*pair) for pair in one.top[:top]]})
+        return {"content": entries, "refusal": None}
+
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
+        data = self.data(token)
+        return {"token": data.decode("utf-8", errors="replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+    def completion(self, tokens: Sequence[TokenProbability], top: int, offset: int) -> dict[str, Any]:
+        """`logprobs` of a completion's choice; the first token begins `offset` characters behind the prompt's beginning."""
+        texts = [self.text(one.token) for one in tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [_finite(one.logprob) for one in tokens],
+            "top_logprobs": [self._likeliest(one, top) for one in tokens] if top else None,
+            "text_offset": offsets,
+        }
+
+    def _likeliest(self, one: TokenProbability, top: int) -> dict[str, float | None] | None:
+        """Text -> log-probability. The chosen token is there too, as with OpenAI; of equal texts the likelier counts."""
+        if one.logprob is None:
+            return None
+        found: dict[str, float | None] = {}
+        for token, logprob in [*one.top[:top], (one.token, one.logprob)]:
+            found.setdefault(self.text(token), _finite(logprob))
+        return found
+
+
+def _finite(logprob: float | None) -> float | None:
+    """JSON knows no infinity; OpenAI writes -9999 for what cannot come."""
+    return None if logprob is None else max(logprob, -9999.0)

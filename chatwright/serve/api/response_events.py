@@ -1,0 +1,171 @@
+"""How a response of /v1/responses is written: whole, or as the events in which it comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from chatwright.serve.api.reading import CallDelta, Delta, Reading, Whole, event, new_id
+
+
+class Writer:
+    """The response, and the events in which it comes.
+
+    Its output is a list of items: a message as soon as there is text, and one item per call.
+    """
+
+    def __init__(self, settings: dict[str, Any], reading: Reading) -> None:
+        """`settings`: what the response repeats of its request."""
+        self._settings, self._reading = settings, reading
+        self._id, self._created = new_id("resp_"), time.time()
+        self._items: list[dict[str, Any]] = []
+        self._open: int | None = None
+        """Place of the item that still grows."""
+        self._number = 0
+
+    def response(self, status: str, **changes: Any) -> dict[str, Any]:
+        """The response as it stands."""
+        return {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "metadata": {},
+            "output": self._items,
+            "previous_response_id": None,
+            "truncation": "auto",
+            "usage": None,
+            "store": False,
+            **self._settings,
+            **changes,
+        }
+
+    def whole(self, one: Whole) -> dict[str, Any]:
+        """The response that is not streamed."""
+        if one.text.strip() or not one.calls:
+            self._items.append(_message(new_id("msg_"), one.text, "completed"))
+        for call in one.calls:
+            self._items.append(_call(call.id, call.name, call.arguments, "completed"))
+        return self.ended(one.finish)
+
+    def ended(self, finish: str) -> dict[str, Any]:
+        """The response at its end."""
+        reading = self._reading
+        usage = {
+            "input_tokens": reading.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": reading.cached_tokens, "cache_write_tokens": 0},
+            "output_tokens": reading.new_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": reading.prompt_tokens + reading.new_tokens,
+        }
+        if finish == "length":
+            return self.response("incomplete", incomplete_details={"reason": "max_output_tokens"}, usage=usage)
+        return self.response("completed", usage=usage)
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """Server-sent events."""
+        finish = "length"
+        yield self._event("response.created", response=self.response("in_progress"))
+        yield self._event("response.in_progress", response=self.response("in_progress"))
+        async with aclosing(self._reading.deltas()) as deltas:
+            async for delta in deltas:
+                for one in self._news(delta):
+                    yield one
+                finish = delta.finish or finish
+        if not self._items:
+            yield self._begin(_message(new_id("msg_"), "", "in_progress"))
+            yield self._part("added")
+        for one in self._close():
+            yield one
+        ended = self.ended(finish)
+        yield self._event(f"response.{ended['status']}", response=ended)
+
+    def failed(self, body: dict[str, Any]) -> bytes:
+        """The event of an error in the middle."""
+        error = body["error"]
+        return self._event("error", code=error["code"] or error["type"], message=error["message"], param=error["param"])
+
+    def _event(self, kind: str, **values: Any) -> bytes:
+        number, self._number = self._number, self._number + 1
+        return event({"type": kind, "sequence_number": number, **values}, kind)
+
+    def _news(self, delta: Delta) -> list[bytes]:
+        events = []
+        if delta.text and (delta.text.strip() or self._writes_text()):
+            if not self._writes_text():
+                events += [*self._close(), self._begin(_message(new_id("msg_"), "", "in_progress")), self._part("added")]
+            self._item["content"][0]["text"] += delta.text
+            events.append(self._event("response.output_text.delta", **self._place, content_index=0, delta=delta.text, logprobs=[]))
+        for call in delta.calls:
+            events += self._call_news(call)
+        return events
+
+    def _call_news(self, call: CallDelta) -> list[bytes]:
+        events = []
+        if call.name:
+            events += [*self._close(), self._begin(_call(call.id, call.name, "", "in_progress"))]
+        if call.arguments:
+            self._item["arguments"] += call.arguments
+            events.append(self._event("response.function_call_arguments.delta", **self._place, delta=call.arguments))
+        return events
+
+    @property
+    def _item(self) -> dict[str, Any]:
+        assert self._open is not None
+        return self._items[self._open]
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self._item["id"], "output_index": self._open}
+
+    def _writes_text(self) -> bool:
+        return self._open is not None and self._item["type"] == "message"
+
+    def _begin(self, item: dict[str, Any]) -> bytes:
+        self._open = len(self._items)
+        self._items.append(item)
+        shown = item | ({"content": []} if item["type"] == "message" else {})
+        return self._event("response.output_item.added", output_index=self._open, item=shown)
+
+    def _part(self, change: str) -> bytes:
+        return self._event(f"response.content_part.{change}", **self._place, content_index=0, part=self._item["content"][0])
+
+    def _close(self) -> list[bytes]:
+        """The events that end the item that is being written."""
+        if self._open is None:
+            return []
+        item = self._item
+        item["status"] = "completed"
+        if item["type"] == "message":
+            text = item["content"][0]["text"]
+            events = [
+                self._event("response.output_text.done", **self._place, content_index=0, text=text, logprobs=[]),
+                self._part("done"),
+            ]
+        else:
+            values = {"name": item["name"], "arguments": item["arguments"]}
+            events = [self._event("response.function_call_arguments.done", **self._place, **values)]
+        events.append(self._event("response.output_item.done", output_index=self._open, item=item))
+        self._open = None
+        return events
+
+
+def _message(number: str, text: str, status: str) -> dict[str, Any]:
+    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"id": number, "type": "message", "role": "assistant", "status": status, "content": [part]}
+
+
+def _call(call_id: str, name: str, arguments: str, status: str) -> dict[str, Any]:
+    number = new_id("fc_")
+    return {
+        "id": number,
+        "type": "function_call",
+        "call_id": call_id,
+        "name": name,
+        "arguments": arguments,
+        "status": status,
+    }

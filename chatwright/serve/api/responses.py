@@ -1,0 +1,210 @@
+"""POST /v1/responses: OpenAI's newer interface to the same answers.
+
+Nothing is kept: `previous_response_id` and `store` have no effect to offer, so the first is refused and the second ignored.
+Clients send the conversation with each request instead.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import Annotated, Any, ClassVar, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from chatwright.chat import Message
+from chatwright.config import UserError
+from chatwright.generate.sampling import Sampling
+from chatwright.generate.tool_calls import write_tool_call
+from chatwright.generate.tools import MOST_TOOLS
+from chatwright.serve.api.form import Choice, Form, FunctionTool
+from chatwright.serve.api.messages import with_system
+from chatwright.serve.api.parameters import DEFAULT_NEW_TOKENS, Body, Count
+from chatwright.serve.api.reading import STREAM_TOO, HeldStream, Reading, guarded, unless_gone
+from chatwright.serve.api.response_events import Writer
+from chatwright.serve.pool import ModelPool
+
+
+class InputPart(BaseModel):
+    """One piece of a content."""
+
+    model_config = ConfigDict(strict=True)
+    type: Literal["input_text", "output_text"]
+    text: str
+
+
+class InputMessage(BaseModel):
+    """A turn."""
+
+    model_config = ConfigDict(strict=True)
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[InputPart]
+
+    def plain(self) -> Message:
+        """As the template knows it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return Message(role="system" if self.role == "developer" else self.role, content=text)
+
+
+class InputCall(BaseModel):
+    """A call that the model made, sent back."""
+
+    model_config = ConfigDict(strict=True)
+    type: Literal["function_call"]
+    call_id: str
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    arguments: str
+
+    def plain(self) -> Message:
+        """As the model wrote it."""
+        return Message(role="assistant", content=write_tool_call(self.name, self.arguments))
+
+
+class InputResult(BaseModel):
+    """What a called function gave back."""
+
+    model_config = ConfigDict(strict=True)
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str
+
+    def plain(self) -> Message:
+        """As the template knows it."""
+        return Message(role="tool", content=self.output)
+
+
+class ResponseTool(FunctionTool):
+    """A function that the model may call, in this interface's shape."""
+
+    type: Literal["function"]
+
+
+class NamedFunction(BaseModel):
+    """A `tool_choice` that names the function to call."""
+
+    model_config = ConfigDict(strict=True)
+    type: Literal["function"]
+    name: str
+
+
+class TextFormat(BaseModel):
+    """The form of the answer's text."""
+
+    model_config = ConfigDict(strict=True)
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class TextSettings(BaseModel):
+    """`text` of a request; `verbosity` is ignored."""
+
+    model_config = ConfigDict(strict=True)
+    format: TextFormat = Field(default_factory=TextFormat)
+
+
+class ResponsesRequest(Body):
+    """Body of POST /v1/responses."""
+
+    refused: ClassVar = {
+        "previous_response_id": (),
+        "conversation": (),
+        "background": (False,),
+        "prompt": (),
+        "include": ([],),
+        "truncation": ("auto", "disabled"),
+        "top_logprobs": (0,),
+    }
+    ignored: ClassVar = frozenset({
+        "user", "metadata", "store", "service_tier", "reasoning", "safety_identifier", "prompt_cache_key",
+        "prompt_cache_retention", "max_tool_calls", "stream_options",
+    })  # fmt: skip
+
+    model: str
+    input: str | Annotated[list[InputMessage | InputCall | InputResult], Field(min_length=1, max_length=2048)]
+    instructions: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_output_tokens: Count | None = None
+    stream: bool | None = None
+    text: TextSettings | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Choice | NamedFunction | None = None
+    parallel_tool_calls: bool | None = None
+
+    def messages(self) -> list[Message]:
+        """The conversation. Calls and texts of one assistant's turn are joined."""
+        if isinstance(self.input, str):
+            messages = [Message(role="user", content=self.input)]
+        else:
+            messages = []
+            for item in self.input:
+                one = item.plain()
+                if messages and one["role"] == messages[-1]["role"] == "assistant":
+                    one = Message(role="assistant", content=f"{messages.pop()['content']}\n{one['content']}")
+                messages.append(one)
+        return with_system(messages, self.instructions) if self.instructions else messages
+
+    def echoed(self) -> dict[str, Any]:
+        """The settings that a response repeats."""
+        choice = self.tool_choice
+        return {
+            "instructions": self.instructions,
+            "model": self.model,
+            "max_output_tokens": self.max_output_tokens,
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "text": (self.text or TextSettings()).model_dump(by_alias=True, exclude_none=True),
+            "tool_choice": choice.model_dump() if isinstance(choice, NamedFunction) else choice or "auto",
+            "tools": [one.model_dump() for one in self.tools or ()],
+            "parallel_tool_calls": self.parallel_tool_calls is not False,
+        }
+
+    def sampling(self) -> Sampling:
+        """The engine's settings. Raises UserError on values that it refuses."""
+        return Sampling(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            max_new_tokens=self.max_output_tokens or DEFAULT_NEW_TOKENS,
+        )
+
+    def form(self) -> Form:
+        """What the answer must look like. Raises UserError where wishes contradict each other."""
+        wanted, choice = (self.text or TextSettings()).format, self.tool_choice
+        return Form.of(
+            wanted.type,
+            wanted.schema_,
+            [{"type": "function", "function": one.model_dump(exclude={"type"})} for one in self.tools or ()],
+            {"type": "function", "function": {"name": choice.name}} if isinstance(choice, NamedFunction) else choice,
+            self.parallel_tool_calls,
+        )
+
+
+def routes(pool: ModelPool) -> APIRouter:
+    """The route."""
+    router = APIRouter()
+
+    @router.post("/v1/responses", response_model=None, responses=STREAM_TOO)
+    async def create_response(body: ResponsesRequest, request: Request) -> Response:
+        form, messages = body.form(), body.messages()
+        if not messages:
+            raise UserError("input: there is no message")
+        async with AsyncExitStack() as stack:
+            service = await stack.enter_async_context(pool.use(body.model))
+            prepared = await service.prepare(form.messages(messages), body.sampling(), grammar=form.grammar)
+            reading = Reading(service, prepared, form)
+            reading.begin(stack)
+            writer = Writer(body.echoed(), reading)
+            if body.stream:
+                return HeldStream(guarded(writer.events(), writer.failed), stack.pop_all(), headers=reading.headers)
+
+            async def answered() -> dict[str, Any]:
+                return writer.whole((await reading.wholes())[0])
+
+            return await unless_gone(request, answered(), reading.headers)
+
+    return router

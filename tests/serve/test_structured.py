@@ -1,0 +1,152 @@
+"""Answers that keep to a form: JSON, JSON of a schema, calls of tools."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from serving import DIALOGUES, Running
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"mood": {"enum": ["good", "bad"]}, "score": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["mood", "score"],
+    "additionalProperties": False,
+}
+FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {"name": "rate", "description": "Rates something.", "parameters": SCHEMA},
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+MESSAGES: Any = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture
+def client(roomy_server: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{roomy_server.url}/v1", api_key="unused", max_retries=0, timeout=60)
+
+
+def check(value: Any) -> None:
+    assert set(value) == {"mood", "score"}
+    assert value["mood"] in ("good", "bad")
+    assert value["score"] in range(10)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_json_of_a_schema(client: openai.OpenAI, seed: int) -> None:
+    settings: Any = {"model": "tiny/taught", "messages": MESSAGES, "seed": seed, "temperature": 1.0}
+    whole = client.chat.completions.create(**settings, response_format=FORMAT)
+    check(json.loads(whole.choices[0].message.content))
+    assert whole.choices[0].finish_reason == "stop"
+    streamed = "".join(
+        chunk.choices[0].delta.content or ""
+        for chunk in client.chat.completions.create(**settings, response_format=FORMAT, stream=True)
+    )
+    assert streamed == whole.choices[0].message.content
+    newer = client.responses.create(
+        model="tiny/taught",
+        input="hello",
+        text={"format": {"type": "json_schema", "name": "answer", "schema": SCHEMA}},
+    )
+    check(json.loads(newer.output_text))
+
+
+def test_any_json_object(client: openai.OpenAI) -> None:
+    for seed in range(4):
+        choice = client.chat.completions.create(
+            model="tiny/taught", messages=MESSAGES, seed=seed, max_tokens=120, response_format={"type": "json_object"}
+        ).choices[0]
+        if choice.finish_reason == "stop":
+            assert isinstance(json.loads(choice.message.content), dict)
+        else:
+            assert choice.message.content.lstrip().startswith("{")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "rate"}}], ids=str)
+def test_a_call_can_be_forced(client: openai.OpenAI, choice: Any) -> None:
+    settings: Any = {"model": "tiny/taught", "messages": MESSAGES, "seed": 5, "max_tokens": 120}
+    whole = client.chat.completions.create(**settings, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False).choices[0]
+    assert (whole.finish_reason, whole.message.content) == ("tool_calls", None)
+    (call,) = whole.message.tool_calls
+    if choice == "required":
+        assert call.function.name in ("rate", "now")
+    else:
+        assert call.function.name == "rate"
+    if call.function.name == "rate":
+        check(json.loads(call.function.arguments))
+    names, arguments, reasons, ids = "", "", [], set()
+    for chunk in client.chat.completions.create(
+        **settings, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False, stream=True
+    ):
+        reasons.append(chunk.choices[0].finish_reason)
+        for one in chunk.choices[0].delta.tool_calls or ():
+            names += one.function.name or ""
+            arguments += one.function.arguments or ""
+            ids |= {one.id} if one.id else set()
+    assert (names, arguments, reasons[-1], len(ids)) == (call.function.name, call.function.arguments, "tool_calls", 1)
+    again: Any = [*MESSAGES, whole.message, {"role": "tool", "tool_call_id": call.id, "content": "42"}]
+    after = client.chat.completions.create(model="tiny/taught", messages=again, tools=TOOLS, max_tokens=5)
+    assert after.choices[0].finish_reason in ("length", "stop", "tool_calls")
+
+
+def test_responses_call_tools(client: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", "name": "rate", "parameters": SCHEMA, "strict": True}]
+    settings: Any = {"model": "tiny/taught", "input": "hello", "tools": tools, "temperature": 0.0, "max_output_tokens": 120,
+                     "tool_choice": {"type": "function", "name": "rate"}, "parallel_tool_calls": False}  # fmt: skip
+    whole = client.responses.create(**settings)
+    (call,) = whole.output
+    assert (call.type, call.name) == ("function_call", "rate")
+    check(json.loads(call.arguments))
+    arguments, kinds = "", []
+    for event in client.responses.create(**settings, stream=True):
+        kinds.append(event.type)
+        if event.type == "response.function_call_arguments.delta":
+            arguments += event.delta
+        if event.type == "response.function_call_arguments.done":
+            assert event.arguments == arguments
+    assert arguments == call.arguments
+    assert kinds[2] == "response.output_item.added"
+    assert kinds[-3:] == ["response.function_call_arguments.done", "response.output_item.done", "response.completed"]
+    turns: Any = [
+        {"role": "user", "content": "hello"},
+        {"type": "function_call", "call_id": call.call_id, "name": call.name, "arguments": call.arguments},
+        {"type": "function_call_output", "call_id": call.call_id, "output": "42"},
+    ]
+    assert client.responses.create(model="tiny/taught", input=turns, max_output_tokens=4).usage.output_tokens == 4
+
+
+def test_without_a_form_nothing_changes(client: openai.OpenAI) -> None:
+    for form in ({}, {"response_format": {"type": "text"}}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": []}):
+        answer = client.chat.completions.create(model="tiny/taught", messages=MESSAGES, temperature=0, **form)
+        assert answer.choices[0].message.content == DIALOGUES["hello"], form
+
+
+def test_tools_are_described_to_the_model(client: openai.OpenAI) -> None:
+    bare = client.chat.completions.create(model="tiny/taught", messages=MESSAGES, max_tokens=2)
+    told = client.chat.completions.create(model="tiny/taught", messages=MESSAGES, max_tokens=2, tools=TOOLS[1:])
+    assert told.usage.prompt_tokens > bare.usage.prompt_tokens + 20
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wizard"}}}}, "schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://x/y"}}}}, "schema"),
+        ({"response_format": {"type": "json_object"}, "tools": TOOLS}, "cannot be had"),
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "the name rate"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "no"}}}, "none of the tools"),
+        ({"tools": TOOLS * 65}, "tools"),
+    ],
+    ids=str,
+)
+def test_refusals(roomy_server: Running, change: dict[str, Any], says: str) -> None:
+    body = {"model": "tiny/taught", "messages": MESSAGES, **change}
+    response = httpx.post(f"{roomy_server.url}/v1/chat/completions", json=body, timeout=30)
+    assert response.status_code == 400, response.text
+    assert says in response.json()["error"]["message"]
