@@ -49,7 +49,7 @@ serve: install
 	$(BIN)/chatwright serve $(MODEL) $(ARGS)
 
 check: install-dev
-	$(BIN)/ruff check chatwright tests scripts
+	$(BIN)/ruff check chatwright tests scripts examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/write_cli_docs.py --check

@@ -17,6 +17,8 @@ VERBS = {
     "sft": ("chatwright.pipeline:main_stage", "fine-tune on conversations"),
     "reward": ("chatwright.pipeline:main_stage", "train a reward model on comparisons"),
     "ppo": ("chatwright.pipeline:main_stage", "optimise answers against a reward model"),
+    "reinforce": ("chatwright.pipeline:main_stage", "the same by REINFORCE: no critic, no clip; a yardstick"),
+    "bestofn": ("chatwright.pipeline:main_stage", "the best of n answers by the reward model, for n = 1, 2, 4 ...; a yardstick"),
     "eval": ("chatwright.pipeline:main_stage", "compare two chat models on held-out prompts"),
     "generate": ("chatwright.serve.generate:main", "continue a text"),
     "chat": ("chatwright.serve.terminal:main", "talk to a model in the terminal"),

@@ -36,7 +36,7 @@ from chatwright.metrics import console, duration, say
 from chatwright.trackers import Reporting
 from chatwright.train import parallel
 from chatwright.train.stopping import Interrupted, terminable
-from chatwright.train.workspace import Report, Workspace
+from chatwright.train.workspace import Report, Unhealthy, Workspace
 
 STAGES = {
     "data": "chatwright.train.data",
@@ -45,6 +45,8 @@ STAGES = {
     "sft": "chatwright.train.sft",
     "reward": "chatwright.train.reward",
     "ppo": "chatwright.train.ppo",
+    "reinforce": "chatwright.train.reinforce",
+    "bestofn": "chatwright.evaluate.best_of_n",
     "eval": "chatwright.evaluate.replies",
 }
 """Verb -> the module with its Config and run."""
@@ -93,8 +95,9 @@ class RunConfig:
 
 
 def input_names(config: Any) -> list[str]:
-    """The values of a configuration's input fields."""
-    return [getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata.get("input")]
+    """The values of a configuration's input fields, without those that name nothing (`words` of the field)."""
+    fields = [f for f in dataclasses.fields(config) if f.metadata.get("input")]
+    return [value for f in fields if (value := getattr(config, f.name)) not in f.metadata.get("words", ())]
 
 
 def module_of(verb: str, *, where: str = "") -> Any:
@@ -237,27 +240,36 @@ def _run_stage(stage: Stage, workspace: Workspace, *, prompt: str) -> None:
     clock = _Clock(directory / "clock.json", mark)
     try:
         report: Report = module_of(stage.verb).run(stage.config, workspace)
+    except Unhealthy as found:
+        if runtime.is_first():
+            reports.write_stage_report(directory, stage.name, _result(found.report, clock.seconds))
+            say(f"  {directory / 'report.md'}")
+        raise
     finally:
         workspace.metrics.close()
         clock.stop()
     if not runtime.is_first():
         return
-    result = {
-        "fingerprint": mark,
-        "verb": stage.verb,
-        "model": report.model,
-        "seconds": clock.seconds,
-        "memory_bytes": runtime.peak_memory_bytes(),
-        "measures": [dataclasses.asdict(measure) for measure in report.measures],
-        "curves": [dataclasses.asdict(curve) for curve in report.curves],
-        "facts": report.facts,
-        "notes": report.notes,
-        "sample": report.facts.pop("sample", "") or _sample(directory, report, prompt, seed),
-    }
+    sample = report.facts.pop("sample", "") or _sample(directory, report, prompt, seed)
+    result = {"fingerprint": mark, "verb": stage.verb, **_result(report, clock.seconds), "sample": sample}
     reports.write_stage_report(directory, stage.name, result)
     checkpoint.write_json(finished, result)
     for row in reports.table_rows(stage.name, result):
         say(f"  {row[1]}: {row[2]} -> {row[3]}" if row[2] != "-" else f"  {row[1]}: {row[3]}")
+
+
+def _result(report: Report, seconds: float) -> dict[str, Any]:
+    """What a stage reports, as it stands in result.json."""
+    return {
+        "model": report.model,
+        "seconds": seconds,
+        "memory_bytes": runtime.peak_memory_bytes(),
+        "measures": [dataclasses.asdict(measure) for measure in report.measures],
+        "curves": [dataclasses.asdict(curve) for curve in report.curves],
+        "tables": [dataclasses.asdict(table) for table in report.tables],
+        "facts": report.facts,
+        "notes": report.notes,
+    }
 
 
 class _Clock:

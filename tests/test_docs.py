@@ -225,13 +225,17 @@ def unknown_settings(text: str) -> list[str]:
         text = text.replace(line, re.sub(r"--((?:fit|optim|lora)\.)", rf"--{stage}.\1", line))
     for option in re.findall(r"--([a-z]+\.[a-z0-9_.]+)", text):
         stage, key, *rest = option.split(".")
-        fine = stage in stages and key in class_fields(stages[stage], "Config")
+        fine = stage in stages and key in {**class_fields(stages[stage], "Config"), **SHARED.get(stage, {})}
         if fine and rest and key in nested:
             file, name = nested[key]
             fine = len(rest) == 1 and rest[0] in class_fields(ROOT / file, name)
         if not fine:
             unknown.append(option)
     return unknown
+
+
+SHARED = dict.fromkeys(("ppo", "reinforce"), class_fields(ROOT / "chatwright/train/rounds_config.py", "RoundsConfig"))
+"""Settings that a stage's Config has from its base class."""
 
 
 def stage_files() -> list[Path]:
@@ -487,10 +491,10 @@ def test_every_logged_key_is_documented() -> None:
 
 
 PLANTED = {
-    "look_back": ("chatwright/train/ppo.py", '        "kl": float(kl.mean()),', '        "KEY": 1.0,\n'),
+    "round_facts": ("chatwright/train/players.py", '        "kl": float(kl.mean()),', '        "KEY": 1.0,\n'),
     "ppo_step": ("chatwright/train/ppo.py", '        "policy_loss": actor.loss.detach(),', '        "KEY": 1.0,\n'),
-    "ppo_round": (
-        "chatwright/train/ppo.py",
+    "round": (
+        "chatwright/train/rounds.py",
         "        self.workspace.metrics.write(progress.step, logged)",
         '        logged["KEY"] = 1.0\n',
     ),

@@ -22,6 +22,7 @@ from chatwright.metrics import progress_bar
 from chatwright.model.gpt import GPT
 from chatwright.objectives.policy import kl_k1
 from chatwright.tokenizer import Tokenizer
+from chatwright.train.gold import sentiment
 from chatwright.train.rollout import (
     Answers,
     answer_log_probs,
@@ -55,14 +56,6 @@ class Config:
     """Length at which an answer is cut off."""
     temperature: float = 1.0
     """Sampling temperature."""
-
-
-def sentiment(texts: Sequence[str]) -> list[float]:
-    """VADER's compound score of each text, from -1 (negative) to 1 (positive)."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    analyser = SentimentIntensityAnalyzer()
-    return [float(analyser.polarity_scores(text)["compound"]) for text in texts]
 
 
 def bootstrap_interval(values: Tensor, *, seed: int, draws: int = 2_000) -> tuple[float, float]:
@@ -108,7 +101,7 @@ def run(config: Config, workspace: Workspace) -> Report:
             texts[side] = texts_of(sampled[side], tokenizer)
             gold[side] = torch.tensor(sentiment(texts[side])).view(config.samples, -1).mean(0)
         bar.update(2 / 3, "measuring KL")
-        kl = _kl(models["after"].model, models["before"].model, sampled["after"], config.temperature)
+        kl = mean_kl(models["after"].model, models["before"].model, sampled["after"], config.temperature)
         bar.update(1.0)
     low, high = bootstrap_interval(gold["after"] - gold["before"], seed=workspace.seed)
     gain = float((gold["after"] - gold["before"]).mean())
@@ -150,7 +143,8 @@ def _turns(ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
 
 @torch.no_grad()
-def _kl(policy: GPT, reference: GPT, answers: Answers, temperature: float) -> float:
+def mean_kl(policy: GPT, reference: GPT, answers: Answers, temperature: float) -> float:
+    """KL of the policy from the reference on its own answers, k1, nats per answer."""
     total = 0.0
     for chosen in torch.split(torch.arange(len(answers.ids)), 64):
         part = answers.rows(chosen)

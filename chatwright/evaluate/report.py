@@ -79,12 +79,20 @@ def write_stage_report(directory: Path, name: str, result: Result) -> None:
     lines = [f"# {name}", "", f"Took {duration(result['seconds'])} (minutes:seconds).", ""]
     lines += ["| measure | before | after |", "|---|---|---|"]
     lines += [f"| {row[1]} | {row[2]} | {row[3]} |" for row in table_rows(name, result)]
+    for table in result.get("tables", ()):
+        lines += ["", f"{_cell(table['title'])}:", "", _row(table["columns"]), _row(["---"] * len(table["columns"]), raw=True)]
+        lines += map(_row, table["rows"])
     picture = draw_curves(directory, result["curves"])
     if picture is not None:
         lines += ["", f"![curves of {name}]({picture.name})"]
     lines += ["", *map(_note, result["notes"])]
     lines += ["", "Facts:", "", *(f"- {key}: {value}" for key, value in result["facts"].items())]
     checkpoint.write_text(directory / "report.md", "\n".join(lines) + "\n")
+
+
+def _row(cells: Sequence[str], *, raw: bool = False) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells if raw else map(_cell, cells))} |"
 
 
 def _note(text: str) -> str:

@@ -1,4 +1,4 @@
-"""A GPT that answers with a number instead of a token: the reward model, and the critic of PPO."""
+"""Numbers instead of tokens: the reward model, and the two kinds of critic of PPO."""
 
 from __future__ import annotations
 
@@ -54,3 +54,21 @@ class ScalarModel(nn.Module):
         places = torch.arange(ids.shape[1], device=ids.device)
         last = torch.where(mask, places, -1).max(dim=1).values
         return self(ids, mask=mask if on_the_left else None).gather(1, last[:, None]).squeeze(1)  # type: ignore[no-any-return]
+
+
+class ValueHead(nn.Module):
+    """One number per position from hidden states that a policy has anyway (Ziegler et al. 2019, section 2.1).
+
+    It starts at zero: the first advantages are then the returns themselves, and the first gradients of the value loss
+    leave the trunk as it is (they pass through this weight).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scalar = nn.Linear(width, 1)
+        nn.init.zeros_(self.scalar.weight)
+        nn.init.zeros_(self.scalar.bias)
+
+    def forward(self, hidden: Float[Tensor, "B T C"]) -> Float[Tensor, "B T"]:
+        """One number per position, float32."""
+        return self.scalar(hidden).squeeze(-1).float()  # type: ignore[no-any-return]

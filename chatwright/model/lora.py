@@ -53,7 +53,7 @@ class LoRAConfig:
     alpha: float = 16.0
     """What an adapter gives is multiplied by alpha / rank."""
     dropout: float = 0.0
-    """Share of an adapter's inputs that are left out in training (ppo: none may be)."""
+    """Share of an adapter's inputs that are left out in training (ppo, reinforce: none may be)."""
     targets: tuple[str, ...] = ()
     """Layers that get one: of query, key, value, output, gate, up, down. None named: all that the model has."""
     rank_stabilised: bool = False

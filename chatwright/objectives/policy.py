@@ -7,6 +7,7 @@ only those count. `log_probs[b, t]` is log pi(token t | tokens before t).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,19 +16,26 @@ from torch import Tensor
 Values = Float[Tensor, "batch time"]
 Mask = Bool[Tensor, "batch time"]
 
+Baseline = Literal["mean", "leave-one-out", "none"]
+"""What REINFORCE subtracts from an answer's return; see `reinforce_advantages`."""
+
 
 def masked_mean(values: Values, mask: Mask) -> Float[Tensor, ""]:
     """Mean over the True positions; 0 when there are none."""
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def whiten(values: Values, mask: Mask, *, shift_mean: bool = True) -> Values:
+def whiten(values: Values, mask: Mask, *, shift_mean: bool = True, correction: int = 0) -> Values:
     """Scale to variance 1 over the mask and, with `shift_mean`, to mean 0; 0 outside the mask.
 
     `shift_mean=False` keeps the mean, as reward whitening must (Ziegler et al. 2019 code; arXiv:2403.17031, 4.7).
+    The variance of n values is divided by n - `correction`: 0 as in OpenAI's code, 1 (Bessel) as in TRL's.
     """
     mean = masked_mean(values, mask)
     variance = masked_mean((values - mean).square(), mask)
+    if correction:
+        count = mask.sum()
+        variance = variance * count / (count - correction).clamp(min=1)
     white = (values - mean) * torch.rsqrt(variance + 1e-8)
     return torch.where(mask, white if shift_mean else white + mean, 0.0)
 
@@ -83,6 +91,36 @@ def generalized_advantages(
     return advantages
 
 
+def reinforce_advantages(
+    returns: Float[Tensor, "prompts k"], *, baseline: Baseline = "mean", scaled: bool = False
+) -> Float[Tensor, "prompts k"]:
+    """An answer's return less what was to be expected; `returns[n, i]` is that of the i-th of K answers to prompt n.
+
+    `mean` subtracts the mean over the batch, the answer's own return included: with M answers this shortens the expected
+    gradient by 1 - 1/M and turns it nowhere. `leave-one-out` subtracts the mean of the K - 1 other answers to the same
+    prompt, which is unbiased (RLOO: Ahmadian et al. 2024, arXiv:2402.14740; Kool et al. 2019). `none` subtracts nothing
+    (Williams 1992 with b = 0). `scaled` then divides by the standard deviation over the batch, which sets the length of a
+    step whatever the unit of the score. Raises ValueError for leave-one-out with K = 1.
+    """
+    k = returns.shape[1]
+    if baseline == "leave-one-out":
+        if k < 2:
+            raise ValueError("leave-one-out needs at least two answers to each prompt")
+        advantages = returns - (returns.sum(1, keepdim=True) - returns) / (k - 1)
+    else:
+        advantages = returns - (returns.mean() if baseline == "mean" else 0.0)
+    return advantages / (advantages.std(correction=0) + 1e-8) if scaled else advantages
+
+
+def reinforce_loss(log_probs: Values, advantages: Float[Tensor, " batch"], mask: Mask) -> Float[Tensor, ""]:
+    """-A log pi(answer), the mean over answers (Williams 1992, Machine Learning 8, section 6: episodic REINFORCE).
+
+    An answer is one act: log pi(answer) is the sum over its tokens. The gradient is an estimate of that of the expected
+    return where the answers were sampled from pi itself.
+    """
+    return -(advantages * torch.where(mask, log_probs, 0.0).sum(1)).mean()
+
+
 @dataclass(frozen=True)
 class Clipped:
     """A clipped loss (mean over the mask) and the share of tokens on which the clipped side was taken."""
@@ -125,5 +163,3 @@ def next_beta(beta: float, kl: float, *, target: float, episodes: int, horizon: 
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return max(floor, beta * (1.0 + error * episodes / horizon))
-
-

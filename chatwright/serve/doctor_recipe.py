@@ -17,8 +17,9 @@ from chatwright.serve.doctor_machine import gigabytes
 if TYPE_CHECKING:
     from chatwright.model.config import GPTConfig
 
-COPIES = {"pretrain": 1.0, "sft": 1.0, "reward": 1.0, "ppo": 2.5}
-"""Trained models a stage holds: PPO trains policy and critic and keeps the frozen reference and reward model."""
+COPIES = {"pretrain": 1.0, "sft": 1.0, "reward": 1.0, "ppo": 2.5, "reinforce": 1.5}
+"""Trained models a stage holds: PPO trains policy and critic and keeps the frozen reference and reward model,
+REINFORCE has no critic."""
 
 
 def check_recipe(name: str) -> list[Finding]:
@@ -81,7 +82,7 @@ def _data(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
         if specs:
             for spec in sources.split_specs(specs):
                 yield _source(stage, setting, spec, kind, read)
-    for setting, verbs in (("dialogues", ("sft", "ppo", "eval")), ("ratings", ("reward",))):
+    for setting, verbs in (("dialogues", ("sft", "ppo", "reinforce", "bestofn", "eval")), ("ratings", ("reward",))):
         users = [
             other.name for other in recipe.stages.values()
             if other.verb in verbs and stage.name in other.inputs and not getattr(other.config, "comparisons", "")

@@ -1,47 +1,214 @@
-"""Is this PPO run still healthy? Signs of trouble, from the numbers of its rounds so far, and what they mean."""
+"""Is this run still healthy? Signs of trouble, from the numbers of its rounds so far, and what they mean."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 WATCHED = (
-    "score", "kl", "kl_error", "entropy", "explained_variance", "length", "finished", "sampler_gap", "tokens",
-    "distinct_2",
+    "score", "score_error", "kl", "kl_error", "entropy", "explained_variance", "length", "finished", "sampler_gap", "tokens",
+    "distinct_2", "gold", "gold_error",
 )  # fmt: skip
-"""Logged values that `diagnose` looks at; kept in the checkpoint so that a resumed run judges as the whole one."""
+"""Logged values that `diagnose` looks at; kept in the checkpoint so that a resumed run judges as the whole one. A run without
+a critic has no `explained_variance`, one without a gold measure no `gold`."""
+
+Row = Mapping[str, float]
+History = Sequence[Row]
+
+SAMPLER_GAP = 1e-2
+"""Nats by which sampler and trainer may disagree about a token: rounding, of 16-bit weights too, is far below."""
+RATIO_GAP = 1e-3
+"""By how much a ratio may differ from 1 before anything was learnt: float32 rounding is below 1e-5."""
+YOUNG = 15
+"""Rounds after which a critic should have learnt something."""
+WINDOW = 5
+"""Rounds over which a gold measure is averaged when the settings name no patience."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Why to stop. A fatal one means that the numbers cannot be trusted, the others only that it is enough."""
+    """Why to stop. A fatal one means that something is broken, the others only that it is enough."""
 
     text: str
     fatal: bool
 
 
-def diagnose(history: Sequence[Mapping[str, float]], *, kl_budget: float) -> Diagnosis | None:
-    """The first rule that the latest round breaks, or None."""
+@dataclass(frozen=True)
+class Limits:
+    """The settings that the rules depend on."""
+
+    kl_budget: float
+    """Nats per answer."""
+    patience: int = 0
+    """Rounds that are averaged when a peak is looked for; 0 looks for none in the score."""
+
+
+def diagnose(history: History, limits: Limits) -> Diagnosis | None:
+    """The first rule that the latest round breaks, or None. What cannot be trusted comes before what is enough."""
+    return next((found for rule in RULES if (found := rule(history, limits)) is not None), None)
+
+
+def diagnose_ratio(gap: float) -> Diagnosis | None:
+    """`gap` is the largest difference from 1 of a ratio in a round's first minibatch, before its update."""
+    if gap <= RATIO_GAP:
+        return None
+    return Diagnosis(
+        f"in the first minibatch, before any update, a token's ratio of new to old probability is {gap:.3g} away from 1: the "
+        "log-probabilities of learning are not those of looking back (temperature, dropout, padding, or weights that moved)",
+        fatal=True,
+    )
+
+
+def diagnose_reward(*, train: float, held_out: float, length: float, pairs: int) -> Diagnosis | None:
+    """Accuracies of a reward model on training pairs and on `pairs` held-out ones, and of length alone on the latter.
+
+    Good on the one and no better than chance, within two standard errors, on the other: it has learnt the training prompts.
+    """
+    error = 0.5 / math.sqrt(max(pairs, 1))
+    if train < 0.7 or held_out > 0.5 + 2 * error:
+        return None
+    biased = abs(length - 0.5) > 2 * error
+    return Diagnosis(
+        f"the reward model orders {100 * train:.0f} % of its training pairs rightly and {100 * held_out:.0f} % of {pairs:,} "
+        f"held-out ones, which is chance: it knows the training prompts by heart{', or their lengths' if biased else ''} "
+        f"(length alone: {100 * length:.0f} %). More comparisons, fewer passes, or a split by prompt",
+        fatal=True,
+    )
+
+
+def _sampler_is_not_the_policy(history: History, limits: Limits) -> Diagnosis | None:
+    gap = history[-1]["sampler_gap"]
+    if gap <= SAMPLER_GAP:
+        return None
+    return Diagnosis(
+        f"sampler and trainer disagree on log-probabilities by {gap:.3g} nats; is the temperature, "
+        "the template or the padding different in one of them?",
+        fatal=True,
+    )
+
+
+def _kl_is_negative(history: History, limits: Limits) -> Diagnosis | None:
     now = history[-1]
-    if now["sampler_gap"] > 1e-2:
-        return Diagnosis(
-            f"sampler and trainer disagree on log-probabilities by {now['sampler_gap']:.3g} nats; is the temperature, "
-            "the template or the padding different in one of them?",
-            fatal=True,
-        )
-    if now["tokens"] > 500 and now["kl"] < -0.5 and now["kl"] < -4 * now["kl_error"]:
-        return Diagnosis(
-            f"KL to the reference is {now['kl']:.2f} nats, clearly negative, which no true KL is: the tokens were not "
-            "drawn from the policy that is being measured",
-            fatal=True,
-        )
-    if now["kl"] > kl_budget:
-        return Diagnosis(f"KL {now['kl']:.1f} is beyond the budget of {kl_budget:g} nats", fatal=False)
+    if now["tokens"] <= 500 or now["kl"] >= -0.5 or now["kl"] >= -4 * now["kl_error"]:
+        return None
+    return Diagnosis(
+        f"KL to the reference is {now['kl']:.2f} nats, clearly negative, which no true KL is: the tokens were not "
+        "drawn from the policy that is being measured",
+        fatal=True,
+    )
+
+
+def _no_end_was_learnt(history: History, limits: Limits) -> Diagnosis | None:
+    if len(history) != 3 or any(row["finished"] >= 0.02 for row in history):
+        return None
+    return Diagnosis(
+        "no answer has come to its end since the start (three rounds): the end token was outside the loss of SFT, or "
+        "max_new_tokens is far too small (chatwright doctor MODEL shows the loss mask)",
+        fatal=True,
+    )
+
+
+def _critic_is_broken(history: History, limits: Limits) -> Diagnosis | None:
+    last = history[-5:]
+    if len(history) < YOUNG or not all(row.get("explained_variance", 0.0) < -1.0 for row in last):
+        return None
+    return Diagnosis(
+        "the critic is worse than a constant by far (explained variance under -1 for five rounds): it misleads the policy; "
+        "lower the learning rate or raise value_coefficient",
+        fatal=True,
+    )
+
+
+def _budget_is_spent(history: History, limits: Limits) -> Diagnosis | None:
+    kl, jump = history[-1]["kl"], _kl_jumps(history, limits)
+    if kl <= limits.kl_budget:
+        return jump
+    how = f"; {jump.text}" if jump is not None else ""
+    return Diagnosis(f"KL {kl:.1f} is beyond the budget of {limits.kl_budget:g} nats{how}", fatal=False)
+
+
+def _kl_jumps(history: History, limits: Limits) -> Diagnosis | None:
+    if len(history) < 2:
+        return None
+    before, now = history[-2], history[-1]
+    rise = now["kl"] - before["kl"]
+    if rise <= max(3.0, limits.kl_budget / 2) or rise <= 4 * math.hypot(before["kl_error"], now["kl_error"]):
+        return None
+    return Diagnosis(
+        f"KL jumped from {before['kl']:.1f} to {now['kl']:.1f} nats in one round: an update went much too far (lower the "
+        "learning rate), or template, temperature or padding have changed under way",
+        fatal=False,
+    )
+
+
+def _entropy_is_gone(history: History, limits: Limits) -> Diagnosis | None:
     recent = history[-3:]
-    if len(recent) == 3 and all(row["entropy"] < 0.1 for row in recent):
-        return Diagnosis("entropy is gone (under 0.1 nats a token for three rounds): collapse", fatal=False)
-    if len(recent) == 3 and all(row["finished"] < 0.02 for row in recent):
-        return Diagnosis("no answer comes to its end any more (three rounds)", fatal=False)
-    if len(history) >= 15 and all(row["explained_variance"] < -1.0 for row in history[-5:]):
-        return Diagnosis("the critic is worse than a constant by far (five rounds): it misleads the policy", fatal=False)
-    return None
+    if len(recent) < 3 or not all(row["entropy"] < 0.1 for row in recent):
+        return None
+    return Diagnosis("entropy is gone (under 0.1 nats a token for three rounds): collapse", fatal=False)
+
+
+def _answers_end_no_more(history: History, limits: Limits) -> Diagnosis | None:
+    recent = history[-3:]
+    if len(recent) < 3 or not all(row["finished"] < 0.02 for row in recent):
+        return None
+    return Diagnosis("no answer comes to its end any more (three rounds)", fatal=False)
+
+
+def _reward_is_hacked(history: History, limits: Limits) -> Diagnosis | None:
+    if "gold" not in history[-1]:
+        return None
+    size = limits.patience or WINDOW
+    peak = past_peak(history, "gold", size)
+    if peak is None:
+        return None
+    best, now = history[peak : peak + size], history[-size:]
+    score, gold, length = ((_mean(best, key), _mean(now, key)) for key in ("score", "gold", "length"))
+    if score[1] <= score[0]:
+        return Diagnosis(f"gold fell from {gold[0]:.3f} to {gold[1]:.3f} since round {peak}, with the score", fatal=False)
+    return Diagnosis(
+        f"the reward model is exploited: since round {peak} its score rose from {score[0]:.2f} to {score[1]:.2f} while gold "
+        f"fell from {gold[0]:.3f} to {gold[1]:.3f}; length {length[0]:.0f} -> {length[1]:.0f} tokens",
+        fatal=False,
+    )
+
+
+def _score_is_past_its_peak(history: History, limits: Limits) -> Diagnosis | None:
+    if not limits.patience:
+        return None
+    peak = past_peak(history, "score", limits.patience)
+    if peak is None:
+        return None
+    high, low = _mean(history[peak : peak + limits.patience], "score"), _mean(history[-limits.patience :], "score")
+    return Diagnosis(f"the score is past its peak: {high:.2f} in the rounds from {peak}, {low:.2f} now", fatal=False)
+
+
+def past_peak(history: History, key: str, size: int) -> int | None:
+    """The first round of the `size` rounds in which the mean of `key` was highest, when it has fallen since by more than two
+    standard errors of the difference (sampling error of the answers alone); None while it has not."""
+    if len(history) < 2 * size:
+        return None
+    ends = range(len(history) - 2 * size + 1)  # windows that do not overlap the last one
+    peak = max(ends, key=lambda start: _mean(history[start : start + size], key))
+    best, now = history[peak : peak + size], history[-size:]
+    error = math.sqrt(sum(row[f"{key}_error"] ** 2 for row in [*best, *now])) / size
+    return peak if _mean(best, key) - _mean(now, key) > 2 * error else None
+
+
+def _mean(rows: History, key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+RULES: tuple[Callable[[History, Limits], Diagnosis | None], ...] = (
+    _sampler_is_not_the_policy,
+    _kl_is_negative,
+    _no_end_was_learnt,
+    _critic_is_broken,
+    _budget_is_spent,
+    _entropy_is_gone,
+    _answers_end_no_more,
+    _reward_is_hacked,
+    _score_is_past_its_peak,
+)
+"""Each names a sign of trouble (docs/metrics.md, "How a run goes wrong"); the order is that of `diagnose`."""

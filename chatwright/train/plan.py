@@ -26,8 +26,11 @@ from chatwright.train.parallel import Spread
 from chatwright.train.rehearsal import Operation, Rehearsed, Scene, rehearse
 from chatwright.train.timing import seconds_of
 
-PLANNED = ("pretrain", "sft", "reward", "ppo")
+PLANNED = ("pretrain", "sft", "reward", "ppo", "reinforce")
 """Stages that can be planned."""
+
+ROUNDS = ("ppo", "reinforce")
+"""Those that sample what they learn from."""
 
 PROGRAM = 0.5e9
 """Bytes of Python, torch and this program themselves; on a GPU they are not in its memory."""
@@ -139,8 +142,10 @@ class Subject:
         """Rows per sample, tokens per row."""
         if self.verb == "reward":
             return self.config.k, self.config.max_tokens
-        if self.verb == "ppo":
-            return 1, self.config.max_prompt_tokens + self.config.max_new_tokens
+        if self.verb in ROUNDS:
+            answer = self.config.max_prompt_tokens + self.config.max_new_tokens
+            text = (self.config.ptx_context or self.shape.context) if self.config.ptx else 0
+            return 1, max(answer, text)  # one after the other
         return 1, self.shape.context
 
     @property
@@ -148,7 +153,8 @@ class Subject:
         """Optimiser steps; 0 where seconds decide."""
         if self.fit is not None:
             return int(self.fit.steps)
-        return int(self.config.iterations * self.config.epochs * self.config.batch_size // self.config.minibatch_size)
+        epochs = getattr(self.config, "epochs", 1)
+        return int(self.config.iterations * epochs * self.config.batch_size // self.config.minibatch_size)
 
     @property
     def compiled(self) -> bool:
@@ -158,7 +164,7 @@ class Subject:
 
 def scene_of(subject: Subject) -> Callable[[int], Scene]:
     """What builds the stage's scene with a given number of layers, inside a rehearsal."""
-    build = {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "ppo": _ppo}[subject.verb]
+    build = {"pretrain": _pretrain, "sft": _sft, "reward": _reward}.get(subject.verb, _rounds)
     return lambda layers: build(subject, replace(subject.shape, layers=layers))
 
 
@@ -185,11 +191,10 @@ def _pretrain(subject: Subject, shape: GPTConfig) -> Scene:
     )  # fmt: skip
 
 
-def _adapt(model: GPT | ScalarModel, subject: Subject) -> bool:
+def _adapt(model: GPT | ScalarModel, subject: Subject) -> None:
     """Put the stage's adapter on, if its settings have one."""
     if subject.config.lora.rank:
         add_lora(model, subject.config.lora)
-    return bool(subject.config.lora.rank)
 
 
 def _sft(subject: Subject, shape: GPTConfig) -> Scene:
@@ -222,19 +227,30 @@ def _reward(subject: Subject, shape: GPTConfig) -> Scene:
     return Scene([model], step, vocabulary=shape.vocab_size)
 
 
-def _ppo(subject: Subject, shape: GPTConfig) -> Scene:
+def _rounds(subject: Subject, shape: GPTConfig) -> Scene:
+    """PPO and REINFORCE; a critic that is a head on the policy is too small to count."""
+    needed, adapted = subject.config, bool(subject.config.lora.rank)
     with torch.device(runtime.device()):
-        policy, critic = GPT(shape), ScalarModel(shape)
-        frozen = [GPT(shape).requires_grad_(False), ScalarModel(shape).requires_grad_(False)]
-    if _adapt(policy, subject) and _adapt(critic, subject):
-        frozen = []  # policy and critic contain them
+        policy = GPT(shape)
+        critic = ScalarModel(shape) if getattr(needed, "critic", "none") == "separate" else None
+        frozen: list[GPT | ScalarModel] = []
+        if not adapted:  # else the reference is in the policy, and an average is one of small matrices
+            frozen = [GPT(shape) for _ in range(2 if needed.average else 1)]
+        if not adapted or critic is None:  # else the judge is in the critic
+            frozen.append(ScalarModel(shape))
+    for model in frozen:
+        model.requires_grad_(False)
+    trained: list[GPT | ScalarModel] = [policy] if critic is None else [policy, critic]
+    for model in trained:
+        _adapt(model, subject)
     length = subject.rows[1]
 
     def step(samples: int) -> Tensor:
         ids = _tokens(samples, length)
-        return log_probs_of(policy(ids)[:, :-1], ids[:, 1:]).sum() + critic(ids).sum()  # type: ignore[no-any-return]
+        loss = log_probs_of(policy(ids)[:, :-1], ids[:, 1:]).sum()
+        return loss if critic is None else loss + critic(ids).sum()  # type: ignore[no-any-return]
 
-    return Scene([policy, critic], step, frozen=frozen, vocabulary=shape.vocab_size)
+    return Scene(trained, step, frozen=frozen, vocabulary=shape.vocab_size)
 
 
 def predict(
@@ -346,7 +362,7 @@ def ahead(verb: str, config: Any, shape: GPTConfig, spread: Spread, *, learnt: f
 def _ahead(subject: Subject) -> int:
     started = time.monotonic()
     plan = choose(subject)
-    besides = "; sampling comes on top" if subject.verb == "ppo" else ""
+    besides = "; sampling comes on top" if subject.verb in ROUNDS else ""
     say(f"  {plan.line()}{besides} (planned in {time.monotonic() - started:.0f} s)")
     if subject.fit is None or subject.fit.micro_batch or plan.micro == plan.batch:
         return 0

@@ -30,12 +30,13 @@ from chatwright.objectives.preference import bradley_terry_loss, pair_accuracy, 
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
 from chatwright.train import adapters, plan
+from chatwright.train.health import diagnose_reward
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.parallel import ALONE
 from chatwright.train.sft import read_records
 from chatwright.train.tokenizer import records_of
 from chatwright.train.trainer import Step, Trainer
-from chatwright.train.workspace import Curve, Measure, Report, Workspace
+from chatwright.train.workspace import Curve, Measure, Report, Unhealthy, Workspace
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Config:
     """Answers per prompt when comparisons are made from ratings (the paper: 4 to 9; here they cost no labeller's time)."""
     margin: float = 0.5
     """Ratings (or scores) closer than this are ties."""
+    lead: float = 0.0
+    """By how much a score is to exceed another's per unit by which the rating does: Llama 2's margin; 0 for none."""
     max_tokens: int = 80
     """Longer prompts lose their beginning, longer answers their end."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -74,6 +77,7 @@ class RankedBatch:
     mask: Bool[Tensor, "rows time"]
     labels: Float[Tensor, "prompts k"]
     margin: float
+    lead: float = 0.0
 
     @property
     def weight(self) -> float:
@@ -149,7 +153,7 @@ class Rankings:
                 labels.append(one.scores[n] if n < len(one.scores) else float("nan"))
         ids = pad(rows, self.tokenizer.end_of_text_id, multiple=WIDTH_STEP)
         mask = pad([[1] * len(row) for row in rows], 0, multiple=WIDTH_STEP).bool()
-        return RankedBatch(ids, mask, torch.tensor(labels).view(-1, k), self.config.margin)
+        return RankedBatch(ids, mask, torch.tensor(labels).view(-1, k), self.config.margin, self.config.lead)
 
 
 def step(model: ScalarModel, batch: RankedBatch) -> Step:
@@ -157,7 +161,8 @@ def step(model: ScalarModel, batch: RankedBatch) -> Step:
     scores = model.score(batch.ids, batch.mask).view(batch.labels.shape)
     right, pairs = pair_accuracy(scores.detach(), batch.labels, batch.margin)
     accuracy = torch.tensor(batch.weight * right / max(pairs, 1))
-    return Step(bradley_terry_loss(scores, batch.labels, batch.margin), {"accuracy": accuracy})
+    lead = batch.lead * (batch.labels[:, :, None] - batch.labels[:, None, :]) if batch.lead else None
+    return Step(bradley_terry_loss(scores, batch.labels, batch.margin, lead=lead), {"accuracy": accuracy})
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -259,7 +264,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     ).run()  # fmt: skip
     saved = normalise(trainer, model, rankings, train[:64], dtype)
     before, after = fitted.before, fitted.after
-    return Report(
+    report = Report(
         measures=[
             Measure("accuracy on held-out pairs", before["held_out_accuracy"], after["held_out_accuracy"], "higher"),
             Measure("accuracy of length alone", None, length_baseline(train, held_out, config.margin), "context"),
@@ -274,6 +279,22 @@ def run(config: Config, workspace: Workspace) -> Report:
                "sample": example_scores(model, rankings), **fitted.facts},
         notes=fitted.notes,
     )  # fmt: skip
+    with runtime.evaluating(model), runtime.autocast(dtype):
+        right, pairs = pair_accuracy(*judge(model, rankings, train[:64]), config.margin)
+    refuse_if_learnt_by_heart(report, right / max(pairs, 1), held_out, config.margin)
+    return report
+
+
+def refuse_if_learnt_by_heart(report: Report, accuracy: float, held_out: Sequence[Comparison], margin: float) -> None:
+    """Raise Unhealthy with the report when the model is good on training pairs and guesses on held-out ones."""
+    pairs = sum(int(preferred_pairs(torch.tensor([one.scores]), margin).sum()) for one in held_out)
+    diagnosis = diagnose_reward(
+        train=accuracy, held_out=report.facts["held_out_accuracy"], length=report.measures[1].after or 0.5, pairs=pairs
+    )
+    if diagnosis is not None:
+        report.model = None  # no other stage is to use it
+        report.notes.insert(0, diagnosis.text)
+        raise Unhealthy(f"reward: {diagnosis.text}", report)
 
 
 def example_scores(model: ScalarModel, rankings: Rankings) -> str:

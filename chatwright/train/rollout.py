@@ -103,13 +103,20 @@ def sample_answers(
 
 
 def answer_log_probs(
-    model: GPT, answers: Answers, *, temperature: float, with_entropy: bool = False
+    model: GPT,
+    answers: Answers,
+    *,
+    temperature: float,
+    with_entropy: bool = False,
+    hidden: Float[Tensor, "batch time width"] | None = None,
 ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
     """Log-probability, and if asked the entropy, of every answer token under `model`; 0 elsewhere.
 
-    Logits are divided by the sampling temperature, as they were when the tokens were drawn.
+    Logits are divided by the sampling temperature, as they were when the tokens were drawn. `hidden` are the model's hidden
+    states of these rows where they are known already.
     """
-    hidden = model.hidden(answers.ids)  # padding is on the right, where no real token can see it
+    if hidden is None:
+        hidden = model.hidden(answers.ids)  # padding is on the right, where no real token can see it
     chosen = answers.response[:, 1:]
     logits = model.head(hidden[:, :-1][chosen]).float() / temperature  # (answer tokens, V)
     targets = answers.ids[:, 1:][chosen]
@@ -123,7 +130,11 @@ def answer_log_probs(
 
 def values_before(critic: ScalarModel, answers: Answers) -> Float[Tensor, "batch time"]:
     """The critic's value before each answer token, 0 elsewhere."""
-    outputs = critic(answers.ids)  # padding is on the right
+    return shifted(critic(answers.ids), answers)  # padding is on the right
+
+
+def shifted(outputs: Float[Tensor, "batch time"], answers: Answers) -> Float[Tensor, "batch time"]:
+    """The output one position before each answer token, 0 elsewhere."""
     before = torch.cat((torch.zeros_like(outputs[:, :1]), outputs[:, :-1]), dim=1)
     return torch.where(answers.response, before, 0.0)
 

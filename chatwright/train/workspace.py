@@ -35,6 +35,15 @@ class Curve:
     unit: str = ""
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table for the report: cells are texts."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
 @dataclass
 class Report:
     """What a stage gives back; `result.json` and `report.md` are made of it."""
@@ -47,6 +56,15 @@ class Report:
     """Anything worth keeping: counts, settings that were chosen at run time."""
     notes: list[str] = field(default_factory=list)
     """Lines for the report: departures, warnings."""
+    tables: list[Table] = field(default_factory=list)
+
+
+class Unhealthy(UserError):
+    """A stage found that it must not go on. What it measured is in `report`; its checkpoints stay where they are."""
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -343,3 +344,94 @@ def test_explained_variance_of_too_little_is_zero() -> None:
     assert policy.explained_variance(torch.zeros(1, 2), torch.ones(1, 2), one) == 0.0
     both = torch.ones(1, 2, dtype=torch.bool)
     assert policy.explained_variance(torch.zeros(1, 2), torch.ones(1, 2), both) == 0.0
+
+
+# ---- REINFORCE ------------------------------------------------------------------------------------------------------
+
+# Two prompts with three answers each. Mean of all six: 2. Means of the others: first row (2 + 6) / 2 = 4, (1 + 6) / 2 = 3.5,
+# (1 + 2) / 2 = 1.5; second row (0 + 0) / 2 = 0, (3 + 0) / 2 = 1.5 twice.
+GAINS = torch.tensor([[1.0, 2.0, 6.0], [3.0, 0.0, 0.0]])
+ADVANTAGE = {
+    "mean": torch.tensor([[-1.0, 0.0, 4.0], [1.0, -2.0, -2.0]]),
+    "leave-one-out": torch.tensor([[-3.0, -1.5, 4.5], [3.0, -1.5, -1.5]]),
+    "none": GAINS,
+}
+
+
+@pytest.mark.parametrize("baseline", list(ADVANTAGE))
+def test_baselines_of_reinforce(baseline: policy.Baseline) -> None:
+    close(policy.reinforce_advantages(GAINS, baseline=baseline), ADVANTAGE[baseline])
+    # mean of squares less square of the mean: 26 / 6; for leave-one-out 45 / 6 with mean 0; for none 50 / 6 - 4
+    deviation = {"mean": math.sqrt(26 / 6), "leave-one-out": math.sqrt(45 / 6), "none": math.sqrt(26 / 6)}[baseline]
+    close(policy.reinforce_advantages(GAINS, baseline=baseline, scaled=True), ADVANTAGE[baseline] / deviation)
+
+
+WRONG_BASELINE: Wrong = {
+    "the answer itself among the others": lambda: GAINS - GAINS.mean(1, keepdim=True),
+    "divided by K": lambda: GAINS - (GAINS.sum(1, keepdim=True) - GAINS) / 3,
+    "over prompts instead of answers": lambda: GAINS - GAINS.flip(0),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_BASELINE)
+def test_wrong_baselines_show(wrong: str) -> None:
+    assert differs(WRONG_BASELINE[wrong](), ADVANTAGE["leave-one-out"])
+
+
+def test_leave_one_out_needs_others() -> None:
+    with pytest.raises(ValueError, match="at least two"):
+        policy.reinforce_advantages(torch.ones(4, 1), baseline="leave-one-out")
+    close(policy.reinforce_advantages(torch.ones(4, 2), scaled=True), torch.zeros(4, 2))  # no deviation, no division by 0
+
+
+# Two answers, of two and of one token (log-probabilities -1, -2 and -0.5; the rest is padding): -(2 x -3 + -4 x -0.5) / 2 = 2
+SPOKEN = torch.tensor([[-1.0, -2.0, -7.0], [-0.5, -7.0, -7.0]])
+SAID = torch.tensor([[True, True, False], [True, False, False]])
+WORTH = torch.tensor([2.0, -4.0])
+REINFORCE_LOSS = torch.tensor(2.0)
+
+
+def test_reinforce_loss_and_its_gradient() -> None:
+    log_probs = SPOKEN.clone().requires_grad_(True)
+    loss = policy.reinforce_loss(log_probs, WORTH, SAID)
+    loss.backward()
+    close(loss.detach(), REINFORCE_LOSS)
+    close(log_probs.grad, torch.tensor([[-1.0, -1.0, 0.0], [2.0, 0.0, 0.0]]))  # -A / 2 at every token of the answer
+
+
+WRONG_REINFORCE: Wrong = {
+    "mean over tokens": lambda: -((WORTH[:, None] * SPOKEN)[SAID]).mean(),
+    "mean over an answer's tokens": lambda: -(WORTH * (SPOKEN * SAID).sum(1) / SAID.sum(1)).mean(),
+    "sum over answers": lambda: -(WORTH * (SPOKEN * SAID).sum(1)).sum(),
+    "sign lost": lambda: (WORTH * (SPOKEN * SAID).sum(1)).mean(),
+    "padding counted": lambda: -(WORTH * SPOKEN.sum(1)).mean(),
+    "probabilities for log-probabilities": lambda: -(WORTH * (SPOKEN.exp() * SAID).sum(1)).mean(),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_REINFORCE)
+def test_wrong_reinforce_losses_show(wrong: str) -> None:
+    assert differs(WRONG_REINFORCE[wrong](), REINFORCE_LOSS)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave-one-out", "none"])
+def test_the_expected_gradient_is_that_of_the_expected_return(baseline: policy.Baseline) -> None:
+    """All 3^4 batches of two prompts with two answers each, weighted by their probability: no sampling error is left."""
+    logits = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64, requires_grad=True)
+    worth = torch.tensor([1.0, 3.0, -2.0], dtype=torch.float64)
+    (exact,) = torch.autograd.grad((logits.softmax(0) * worth).sum(), logits)
+    total = torch.zeros(3, dtype=torch.float64)
+    for chosen in itertools.product(range(3), repeat=4):
+        acts = torch.tensor(chosen)
+        advantages = policy.reinforce_advantages(worth[acts].view(2, 2), baseline=baseline).flatten()
+        log_probs = logits.log_softmax(0)[acts]
+        loss = policy.reinforce_loss(log_probs[:, None], advantages, torch.ones(4, 1, dtype=torch.bool))
+        (gradient,) = torch.autograd.grad(loss, logits)
+        total -= gradient * float(log_probs.detach().sum().exp())
+    shortened = 1 - 1 / 4 if baseline == "mean" else 1.0  # the answer's own return is in the mean
+    torch.testing.assert_close(total, shortened * exact)
+
+
+def test_whitening_with_bessels_correction() -> None:
+    """The variance 5 of VALUES over four positions becomes 5 x 4 / 3."""
+    close(policy.whiten(VALUES, INSIDE, correction=1), torch.where(INSIDE, (VALUES - 4) / math.sqrt(20 / 3), 0.0))

@@ -68,6 +68,30 @@ def test_pairs_closer_than_the_margin_are_ties() -> None:
     assert loss([[5.0, 0.0]], [[1.0, 0.5]], margin=0.5) == 0.0  # exactly the margin is a tie
 
 
+# Llama 2's margin: each pair must lead by half the difference of its labels. Differences of scores 1 and 2, of labels 1 and 1:
+# (ln(1 + e^-(1 - 0.5)) + ln(1 + e^-(2 - 0.5))) / 2 = (0.474077 + 0.201413) / 2
+LEAD = 0.5 * (LABELS[:, :, None] - LABELS[:, None, :])
+LED = (0.474077 + 0.201413) / 2
+
+
+def test_a_pair_must_lead_by_its_margin() -> None:
+    assert float(bradley_terry_loss(SCORES, LABELS, lead=LEAD)) == pytest.approx(LED, abs=1e-6)
+    assert float(bradley_terry_loss(SCORES, LABELS, lead=torch.zeros_like(LEAD))) == pytest.approx(HAND, abs=1e-6)
+
+
+WRONG_LEAD: dict[str, Callable[[], float]] = {
+    "added instead of subtracted": lambda: (loss_of(1.5) + loss_of(2.5)) / 2,
+    "forgotten": lambda: HAND,
+    "taken from the loss, not from the difference": lambda: HAND - 0.5,
+    "of the other pair": lambda: float(bradley_terry_loss(SCORES, LABELS, lead=LEAD.mT)),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LEAD)
+def test_wrong_margins_show(wrong: str) -> None:
+    assert abs(WRONG_LEAD[wrong]() - LED) > 0.01
+
+
 def test_padding_with_nan_takes_part_in_no_pair() -> None:
     assert loss([[1.0, 0.0, 100.0]], [[1.0, 0.0, NAN]]) == pytest.approx(loss_of(1))
     scores = torch.tensor([[1.0, 0.0, 100.0], [0.0, 0.0, 0.0]], requires_grad=True)

@@ -27,6 +27,7 @@ from chatwright.train.workspace import Report, Workspace
 sys.path.insert(0, str(Path(__file__).parent))
 
 from babble import Babble  # the pipeline's and the road's tests use it as well
+from planted import plant
 
 SEED = 11
 
@@ -118,6 +119,13 @@ def reward_bench(sft_bench: Bench) -> Bench:
     directory = sft_bench.inputs["data"].parent / "reward"
     sft_bench.run(reward, REWARD, directory)
     return sft_bench.with_(reward=directory)
+
+
+@pytest.fixture
+def planted_bench(sft_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """The miniature road with a reward that is known to be right."""
+    plant(monkeypatch)
+    return sft_bench.with_(reward=sft_bench.inputs["sft"])
 
 
 @pytest.fixture(scope="session")

@@ -23,9 +23,9 @@ from chatwright.model.config import GPTConfig
 from chatwright.model.heads import ScalarModel
 from chatwright.model.lora import LoRAConfig, adapter_names, lora_parameters, without_adapter
 from chatwright.optim import OptimConfig
-from chatwright.train import loop, plan, ppo, reward, sft
+from chatwright.train import loop, plan, ppo, reinforce, reward, rounds, sft
 from chatwright.train.loop import FitConfig
-from chatwright.train.ppo import make_players
+from chatwright.train.players import judged, make_players
 from chatwright.train.rollout import answer_log_probs, sample_answers
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import Trainer
@@ -54,7 +54,7 @@ def stopped(bench: Any, module: Any, config: Any, directory: Path, monkeypatch: 
     """The checkpoint of a stage that was stopped in its third step."""
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Stopper", AskedAtOnce)
-        patch.setattr(ppo, "Stopper", AskedAtOnce)
+        patch.setattr(rounds, "Stopper", AskedAtOnce)
         with pytest.raises(Interrupted):
             bench.run(module, config, directory)
     return checkpoint.checkpoints(directory / "checkpoints")[-1]
@@ -151,7 +151,7 @@ def test_ppo_starts_at_ratio_one_and_no_kl_and_leaves_the_reference_behind(rewar
 def test_two_models_are_in_memory_instead_of_four(sft_parts: Callable[[], Any], lively_scalar: Callable[..., ScalarModel]) -> None:
     base = sft_parts()
     judge = lively_scalar(5, vocab_size=base.model.config.vocab_size, layers=1)
-    players = make_players(base, judge, LORA)
+    players = make_players(base, judge, "separate", LORA)
     assert players.reference is None and players.policy is base.model
     models = (players.policy, players.reward, players.critic)
     storages = {parameter.data_ptr(): parameter.numel() for model in models for parameter in model.parameters()}
@@ -175,7 +175,7 @@ def test_two_models_are_in_memory_instead_of_four(sft_parts: Callable[[], Any], 
         end = base.tokenizer.control_ids[base.template.end]
         answers = sample_answers(fresh, [[5, 6, 7]] * 3, end=end, max_new_tokens=5, temperature=1.0, seed_parts=("x",))
         wanted, _ = answer_log_probs(fresh, answers, temperature=1.0)
-        assert torch.equal(players.reference_log_probs(answers, 1.0), wanted)
+        assert torch.equal(judged(players, answers, ppo.Config()).reference, wanted)
         policy, _ = answer_log_probs(players.policy, answers, temperature=1.0)
         assert not torch.allclose(policy, wanted)
         with without_adapter(players.policy):
@@ -183,7 +183,7 @@ def test_two_models_are_in_memory_instead_of_four(sft_parts: Callable[[], Any], 
 
 
 def test_the_settings_on_the_command_line() -> None:
-    for module in (sft, reward, ppo):
+    for module in (sft, reward, ppo, reinforce):
         config, _ = parse(module.Config, ["--lora.rank", "8", "--lora.targets", "[query,value]", "--lora.alpha", "32"], prog="x")
         assert config.lora == LoRAConfig(rank=8, alpha=32.0, targets=("query", "value"))
         assert module.Config().lora.rank == 0  # off unless asked for
@@ -191,9 +191,10 @@ def test_the_settings_on_the_command_line() -> None:
         parse(sft.Config, ["--lora.rank", "8", "--lora.targets", "[embed]"], prog="x")
 
 
-def test_dropout_in_ppo_is_refused() -> None:
+@pytest.mark.parametrize("module", [ppo, reinforce])
+def test_dropout_in_rounds_is_refused(module: Any) -> None:
     with pytest.raises(UsageError, match=r"lora\.dropout must be 0"):
-        ppo.Config(lora=LoRAConfig(rank=2, dropout=0.1))
+        module.Config(lora=LoRAConfig(rank=2, dropout=0.1))
 
 
 def test_a_resume_on_another_base_or_with_another_adapter_is_refused(

@@ -104,6 +104,34 @@ def test_many_layers_are_a_line_through_few() -> None:
         assert sum(line.phases[phase].values()) == pytest.approx(sum(parts.values()), rel=0.03)
 
 
+def test_critics_and_averages_are_planned_for() -> None:
+    """Copies of the model: policy, reference and judge always; a critic of its own and an average where there are any."""
+    from chatwright.model.lora import LoRAConfig
+    from chatwright.train import ppo, reinforce  # the planner's subjects here are pre-training's otherwise
+
+    shape = subject().shape
+    size = sum(p.nbytes for p in pretrain.GPT(shape).parameters())
+
+    def planned(verb: str, config: object) -> plan.Subject:
+        return plan.Subject(verb, verb, shape, config)
+
+    def weights(verb: str, config: object) -> float:
+        return seen_of(planned(verb, config), micro=4).memory["weights"] / size
+
+    assert weights("reinforce", reinforce.Config()) == pytest.approx(3, abs=0.3)
+    assert weights("ppo", ppo.Config(critic="shared")) == pytest.approx(3, abs=0.3)
+    separate = weights("ppo", ppo.Config())
+    assert separate == pytest.approx(4, abs=0.5)
+    assert weights("ppo", ppo.Config(average=0.9)) - separate == pytest.approx(1, abs=0.05)
+    lora = LoRAConfig(rank=2)  # policy and judge contain the reference and the critic
+    for verb, config in (("ppo", ppo.Config), ("reinforce", reinforce.Config)):
+        assert weights(verb, config(lora=lora, average=0.9)) == pytest.approx(2, abs=0.3)
+    assert weights("ppo", ppo.Config(lora=lora, critic="shared")) == pytest.approx(2, abs=0.3)
+    assert planned("ppo", ppo.Config()).rows == (1, 128)
+    assert planned("ppo", ppo.Config(text="tokenizer", ptx=1.0)).rows == (1, shape.context)
+    assert planned("reinforce", reinforce.Config(iterations=5)).steps == 5
+
+
 CASES = {
     "modern": {"preset": "modern-tiny", "batch": 8, "compile": False, "precision": "fp32"},
     "gpt2": {"preset": "gpt2", "model": {"layers": 4, "width": 256, "heads": 4, "vocab_size": 4096, "context": 256},

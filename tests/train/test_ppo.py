@@ -12,73 +12,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from planted import MINI
 
 from chatwright import checkpoint
 from chatwright.config import UsageError, UserError
 from chatwright.data.examples import Dialogue
 from chatwright.data.loader import SampleOrder
-from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
 from chatwright.metrics import read_metrics
 from chatwright.model.config import GPTConfig
-from chatwright.model.heads import ScalarModel
-from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
-from chatwright.train import ppo
-from chatwright.train.ppo import Config, Players, load_reward, look_back
+from chatwright.train import ppo, rounds
+from chatwright.train.players import Players, load_reward
+from chatwright.train.ppo import Config, look_back
 from chatwright.train.rollout import (
     Answers,
     prompts_from,
     sample_answers,
+    texts_of,
 )
 from chatwright.train.sft import read_records
 from chatwright.train.stopping import Interrupted
-
-
-class Planted(ScalarModel):
-    """A judge that likes some tokens: the share of them in the answer, from -1 to 2."""
-
-    liked: Tensor
-    begin: int
-
-    def score(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Counts behind the last token that begins an answer."""
-        begins = (ids == self.begin).long()
-        behind = (begins.flip(1).cumsum(1).flip(1) == 0) & mask
-        found = torch.isin(ids, self.liked) & behind
-        return 3.0 * found.sum(1) / behind.sum(1).clamp(min=1) - 1.0
-
-
-def plant(monkeypatch: pytest.MonkeyPatch, words: str = "happy lovely great kind sweet bright") -> None:
-    """PPO's reward model likes these words."""
-
-    def planted(directory: Any, base: Loaded, min_correlation: float) -> ScalarModel:
-        torch.manual_seed(4)
-        model = Planted(base.model.config)
-        model.start_from(base.model)
-        assert base.tokenizer is not None
-        own = {base.tokenizer.encode(f"is {word}")[-1] for word in words.split()}
-        model.liked = torch.tensor(sorted(own))
-        model.begin = base.tokenizer.control_ids["<|assistant|>"]
-        return model
-
-    monkeypatch.setattr(ppo, "load_reward", planted)
-
-
-MINI = Config(
-    iterations=20, batch_size=32, minibatch_size=16, epochs=2, max_prompt_tokens=40, max_new_tokens=18, beta=0.02,
-    beta_floor=0.02, kl_budget=8.0, min_tokens=1, max_repeats=0.6, save_every=4,
-    # Adam's first steps are of full size whatever the gradient: without warm-up, noise alone moves a miniature by 10 nats.
-    optim=OptimConfig(learning_rate=1e-3, eps=1e-5, schedule="linear", warmup=0.3),
-)  # fmt: skip
-
-
-@pytest.fixture
-def planted_bench(sft_bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The miniature road with a reward that is known to be right."""
-    plant(monkeypatch)
-    return sft_bench.with_(reward=sft_bench.inputs["sft"])
 
 
 def rows_of(directory: Path) -> list[dict[str, Any]]:
@@ -125,7 +79,7 @@ def measured_again(bench: Any, saved: Path, round_: int) -> tuple[float, float]:
         kept.model, [prompts[n] for n in chosen], end=tokenizer.control_ids["<|end|>"], max_new_tokens=18,
         temperature=1.0, seed_parts=(11, "ppo", round_),
     )  # fmt: skip
-    judge = ppo.load_reward("", base, 0.0)
+    judge = rounds.load_reward(Path(), base, 0.0)
     players = Players(kept.model, base.model, judge, judge)
     _, logged = look_back(players, answers, 0.0, MINI)
     return logged["score"], logged["kl"]
@@ -147,7 +101,7 @@ ROUNDS = {
     # (score, KL, distinct-2) of each round -> the round that is kept; 80 % of the first distinct-2 are 0.64
     "the best score": ([(0.0, 0.0, 0.8), (2.0, 1.0, 0.8), (1.0, 2.0, 0.8), (1.5, 2.0, 0.8)], 1),
     "variety is lost": ([(0.0, 0.0, 0.8), (0.5, 1.0, 0.65), (1.0, 1.0, 0.63), (2.0, 1.0, 0.5)], 1),
-    "beyond the KL budget": ([(0.0, 0.0, 0.8), (0.5, 1.0, 0.8), (1.0, 7.9, 0.8), (2.0, 8.1, 0.8)], 2),
+    "beyond the KL budget": ([(0.0, 0.0, 0.8), (0.5, 3.9, 0.8), (1.0, 7.8, 0.8), (2.0, 8.1, 0.8)], 2),
     "nothing is better": ([(0.0, 0.0, 0.8), (-0.5, 1.0, 0.8), (-1.0, 1.0, 0.8), (0.0, 1.0, 0.8)], 0),
 }
 
@@ -166,7 +120,7 @@ def test_what_is_kept(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.Mo
         return rollout, {**logged, "score": score, "kl": kl}
 
     monkeypatch.setattr(ppo, "look_back", planted)
-    monkeypatch.setattr(ppo, "distinct", lambda texts: variety[-1])
+    monkeypatch.setattr(rounds, "distinct", lambda texts: variety[-1])
     config = replace(MINI, iterations=3, batch_size=8, minibatch_size=8)
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     assert len(rows_of(tmp_path / "ppo")) == 4
@@ -189,12 +143,12 @@ def test_beta_follows_the_kl(planted_bench: Any, tmp_path: Path) -> None:
 def test_a_sampler_that_disagrees_stops_the_run(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = ppo.sample_answers
+    real = rounds.sample_answers
 
     def hotter(*arguments: Any, **settings: Any) -> Answers:
         return real(*arguments, **{**settings, "temperature": 1.3})
 
-    monkeypatch.setattr(ppo, "sample_answers", hotter)
+    monkeypatch.setattr(rounds, "sample_answers", hotter)
     with pytest.raises(UserError, match="stopped in round 0: sampler and trainer disagree"):
         planted_bench.run(ppo, MINI, tmp_path / "ppo")
 
@@ -263,7 +217,7 @@ def test_ppo_with_the_trained_reward_model_improves_the_mood(reward_bench: Any, 
         ]  # fmt: skip
         end = parts.tokenizer.control_ids["<|end|>"]
         answers = sample_answers(parts.model, prompts, end=end, max_new_tokens=18, temperature=1.0, seed_parts=("mood",))
-        words = [word for text in ppo.texts_of(answers, parts.tokenizer) for word in text.replace(".", "").split()]
+        words = [word for text in texts_of(answers, parts.tokenizer) for word in text.replace(".", "").split()]
         return (sum(word in babble.GOOD for word in words) - sum(word in babble.BAD for word in words)) / len(prompts)
 
     assert mood(tmp_path / "ppo" / str(report.model)) > mood(reward_bench.inputs["sft"]) + 0.05

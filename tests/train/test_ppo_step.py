@@ -12,7 +12,8 @@ import torch
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives import policy as objective
-from chatwright.train.ppo import Config, Players, Rollout, look_back, make_players, step
+from chatwright.train.players import Players, make_players
+from chatwright.train.ppo import Config, Rollout, look_back, step
 from chatwright.train.rollout import (
     answer_log_probs,
     degenerate,
@@ -154,7 +155,7 @@ def test_the_entropy_bonus_is_subtracted(
 def test_only_policy_and_critic_are_trained(sft_parts: Callable[[], Any], lively_scalar: Callable[..., ScalarModel]) -> None:
     base = sft_parts()
     reward = lively_scalar(5, vocab_size=base.model.config.vocab_size, layers=1)  # of another shape than the policy
-    players = make_players(base, reward)
+    players = make_players(base, reward, "separate")
     assert players.policy is base.model
     trained = {True: (players.policy, players.critic), False: (players.reference, players.reward)}
     for flag, models in trained.items():

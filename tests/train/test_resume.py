@@ -21,7 +21,7 @@ from chatwright import checkpoint, cli
 from chatwright.metrics import TIMED, read_metrics
 from chatwright.model.lora import LoRAConfig
 from chatwright.optim import OptimConfig
-from chatwright.train import loop, ppo, pretrain, reward, sft
+from chatwright.train import loop, ppo, pretrain, reinforce, reward, rounds, sft
 from chatwright.train.loop import FitConfig
 from chatwright.train.ppo import Config as PPOConfig
 from chatwright.train.stopping import Interrupted, Stopper
@@ -52,13 +52,21 @@ CASES = {
     "ppo": Case(ppo, PPOConfig(
         iterations=5, batch_size=8, minibatch_size=4, max_prompt_tokens=40, max_new_tokens=14, min_tokens=1,
         max_repeats=0.9, save_every=2, min_correlation=-1.0)),
+    "ppo whole": Case(ppo, PPOConfig(  # with everything that has a state of its own
+        iterations=4, batch_size=8, minibatch_size=4, epochs=2, max_prompt_tokens=40, max_new_tokens=14, min_tokens=1,
+        max_repeats=0.9, save_every=2, min_correlation=-1.0, critic="shared", average=0.9, text="tokenizer", ptx=0.5,
+        ptx_windows=1, ptx_context=32, gold="sentiment", min_distinct=0.0, kl_budget=100.0)),
+    "reinforce": Case(reinforce, reinforce.Config(
+        iterations=5, batch_size=8, minibatch_size=8, max_prompt_tokens=40, max_new_tokens=14, min_tokens=1,
+        max_repeats=0.9, save_every=2, min_correlation=-1.0, samples_per_prompt=2, baseline="leave-one-out")),
 }  # fmt: skip
 LORA = LoRAConfig(rank=3, dropout=0.2)  # dropout, whose random stream must come back too
 CASES |= {
     "sft lora": Case(sft, replace(CASES["sft"].config, lora=LORA)),
     "reward lora": Case(reward, replace(CASES["reward"].config, lora=LORA, optim=OptimConfig(learning_rate=1e-3))),
-    "ppo lora": Case(ppo, replace(CASES["ppo"].config, lora=replace(LORA, dropout=0.0))),
-}
+    **{f"{name} lora": Case(CASES[name].module, replace(CASES[name].config, lora=replace(LORA, dropout=0.0)))
+       for name in ("ppo", "ppo whole", "reinforce")},
+}  # fmt: skip
 STAGES = list(CASES)
 
 
@@ -85,10 +93,10 @@ def run(reward_bench: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any
                 assert value is False
 
         case = CASES[name]
-        for module in (loop, ppo):
+        for module in (loop, rounds):
             monkeypatch.setattr(module, "Stopper", Impatient)
         report = reward_bench.run(case.module, replace(case.config, **changes), directory)
-        for module in (loop, ppo):
+        for module in (loop, rounds):
             monkeypatch.setattr(module, "Stopper", Stopper)
         return report
 
@@ -169,15 +177,15 @@ def crash(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> 
     monkeypatch.setattr(owner, name, dying)
 
 
-@pytest.mark.parametrize(("stage", "round_"), [(stage, 4) for stage in STAGES] + [("ppo", 1)])
+@pytest.mark.parametrize(("stage", "round_"), [(stage, 3) for stage in STAGES] + [("ppo", 1)])
 def test_a_crash_between_checkpoints_leaves_no_trace(
     stage: str, round_: int, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps are done again from the last checkpoint, and their rows of metrics are not doubled."""
     whole, crashed = tmp_path / "whole", tmp_path / "crashed"
     report = run(stage, whole)
-    if CASES[stage].module is ppo:  # after the row of a round was written, before its step is counted; the first is always kept
-        crash(monkeypatch, ppo.objective, "next_beta", round_)
+    if CASES[stage].module in (ppo, reinforce):  # after a round's row was written, before its step is counted; the first is always kept
+        crash(monkeypatch, rounds.objective, "next_beta", round_)
     else:
         with pytest.raises(Interrupted):
             run(stage, crashed, stop=1)

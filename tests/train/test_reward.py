@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,21 @@ def test_step_is_the_loss_of_the_scores_and_their_accuracy(
     table = alone.view(2, 3)
     right = [table[0, 0] > table[0, 1], table[1, 1] > table[1, 0], table[1, 2] > table[1, 0], table[1, 2] > table[1, 1]]
     assert float(outcome.logged["accuracy"]) == pytest.approx(2.0 * sum(map(int, right)) / 4)
+
+
+def test_a_lead_is_asked_for_in_proportion_to_the_ratings(
+    chat_tokenizer: Tokenizer, lively_scalar: Callable[..., ScalarModel]
+) -> None:
+    model = lively_scalar(1, vocab_size=chat_tokenizer.vocab_size)
+    made = [comparison(("good", 2.0), ("plain", 0.5), ("bad", -1.0))]
+    with torch.no_grad():
+        plain, led = (step(model, rankings_of(made, chat_tokenizer, lead=lead).batch(made)).loss for lead in (0.0, 0.3))
+        batch = rankings_of(made, chat_tokenizer).batch(made)
+        scores = model.score(batch.ids, batch.mask).tolist()
+    # the differences of the ratings are 1.5, 3 and 1.5
+    gaps = [scores[0] - scores[1] - 0.3 * 1.5, scores[0] - scores[2] - 0.3 * 3.0, scores[1] - scores[2] - 0.3 * 1.5]
+    expected = sum(math.log1p(math.exp(-gap)) for gap in gaps) / 3
+    assert float(led) == pytest.approx(expected, rel=1e-4) and float(led) > float(plain)
 
 
 def test_comparisons_from_ratings_use_each_text_once_per_pass() -> None:

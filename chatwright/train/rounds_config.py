@@ -1,0 +1,96 @@
+"""The settings that PPO and REINFORCE share (rounds.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from chatwright.config import UsageError
+from chatwright.model.lora import LoRAConfig
+from chatwright.optim import OptimConfig
+from chatwright.train.gold import SENTIMENT
+
+
+@dataclass(frozen=True)
+class RoundsConfig:
+    """Settings that all methods share."""
+
+    base: str = field(default="sft", metadata={"input": True})
+    """The policy to start from, and the frozen reference."""
+    reward: str = field(default="reward", metadata={"input": True})
+    """The reward model; PPO's critic starts as a copy of it."""
+    data: str = field(default="data", metadata={"input": True})
+    """The stage, or directory, with dialogues-train.jsonl: their user turns are the prompts."""
+    iterations: int = 40
+    """Rounds of sampling and updating."""
+    batch_size: int = 64
+    """Answers sampled per round."""
+    minibatch_size: int = 32
+    """Answers per optimiser step."""
+    max_prompt_tokens: int = 96
+    """Prompts longer than this are left out."""
+    max_new_tokens: int = 32
+    """Length at which an answer is cut off."""
+    temperature: float = 1.0
+    """Sampling temperature; logits are divided by it in rollout and in training alike."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    beta: float = 0.15
+    """First KL coefficient (score units per nat)."""
+    beta_floor: float = 0.1
+    """The adaptive coefficient never falls below this."""
+    kl_target: float = 6.0
+    """Nats per answer at which the coefficient stays as it is; 0 keeps it fixed for ever."""
+    kl_horizon: float = 300.0
+    """Answers over which the coefficient adapts; smaller is faster."""
+    kl_budget: float = 10.0
+    """Nats per answer beyond which training stops."""
+    patience: int = 0
+    """Stop when the mean score of this many rounds has fallen significantly below the highest such mean; 0 never does."""
+    gold: str = field(default="", metadata={"input": True, "words": ("", SENTIMENT)})
+    """A measure of what is really wanted, that is not trained on: `sentiment` (a lexicon), or the stage of another reward
+    model. It then chooses the checkpoint to keep, and the run stops when it turns down. Empty for none."""
+    text: str = field(default="", metadata={"input": True, "words": ("",)})
+    """The tokenizer stage with token shards of general text: the report then says what alignment costs there (perplexity).
+    Empty for none."""
+    ptx: float = 0.0
+    """Weight of the loss on general text (nats per token) beside the policy's; InstructGPT's gamma. Needs `text`."""
+    ptx_windows: int = 8
+    """Windows of general text per answer (InstructGPT: 8 examples per episode)."""
+    ptx_context: int = 0
+    """Tokens of such a window; 0 takes the model's whole context."""
+    average: float = 0.0
+    """Decay per optimiser step of an average of the policy's weights, which is then the result where it may be (InstructGPT:
+    0.992); 0 for none. With `lora` it is an average of the adapter's matrices."""
+    unfinished_score: float = -2.0
+    """Score of an answer that has no end token, is too short or repeats itself; scores have mean 0 and deviation 1."""
+    min_tokens: int = 4
+    """Answers shorter than this count as degenerate."""
+    max_repeats: float = 0.3
+    """Largest share of an answer's bigrams that may have occurred in it before."""
+    min_correlation: float = 0.6
+    """Refuse a reward model whose held-out correlation with the ratings is lower. At 0.36 answers collapsed to two tokens,
+    at 0.617 and 0.668 PPO worked (docs/results.md)."""
+    min_distinct: float = 0.8
+    """A checkpoint is kept as the best only if distinct-2 is at least this share of the first round's."""
+    save_every: int = 10
+    """Rounds between checkpoints."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Train low-rank adapters on the policy and on a critic with a body of its own instead of all weights: `lora.rank` above 0.
+    The reference is then the policy with its adapter off, and the critic's frozen weights are the reward model's: two models in
+    memory, not four."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(name="adamw", learning_rate=1e-4, eps=1e-5, schedule="linear", warmup=0.05)
+    )
+    """Optimiser of everything that is trained; the learning rate falls linearly to 0."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.minibatch_size:
+            raise UsageError(f"batch_size {self.batch_size} must be a multiple of minibatch_size {self.minibatch_size}")
+        if self.temperature <= 0:
+            raise UsageError("temperature must be above 0: there must be something to choose from")
+        if self.ptx and not self.text:
+            raise UsageError("ptx needs general text: set `text` to the tokenizer stage")
+        if self.lora.dropout:
+            raise UsageError("there is no dropout here, neither in rollouts nor in updates: lora.dropout must be 0")
+        if not 0 <= self.average < 1:
+            raise UsageError(f"average {self.average:g} must be at least 0 and below 1")

@@ -1,0 +1,116 @@
+"""Best of n: the estimator against every subset, its KL against an exact distribution."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from chatwright.config import UsageError
+from chatwright.evaluate.best_of_n import Config, at_kl, best_of_n, best_of_n_kl, point, report_of, sizes
+
+SCORES = torch.tensor([[0.3, 2.0, -1.0, 0.7, 0.1], [1.0, 1.0, 0.0, -2.0, 1.0]])
+GOLD = torch.tensor([[1.0, -3.0, 0.5, 2.0, 4.0], [1.0, 2.0, 5.0, 7.0, 6.0]])
+
+
+def by_subsets(scores: list[float], values: list[float], n: int) -> float:
+    """The mean over every subset of n; answers that tie for the best share."""
+    total = []
+    for subset in itertools.combinations(range(len(scores)), n):
+        top = max(scores[i] for i in subset)
+        best = [values[i] for i in subset if scores[i] == top]
+        total.append(sum(best) / len(best))
+    return sum(total) / len(total)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_the_estimator_is_the_mean_over_all_subsets(n: int) -> None:
+    for values in (SCORES, GOLD):
+        found = best_of_n(SCORES, values, n)
+        for row in range(2):
+            assert float(found[row]) == pytest.approx(by_subsets(SCORES[row].tolist(), values[row].tolist(), n), abs=1e-6)
+
+
+WRONG = {
+    "the first n": lambda n: GOLD[0, :n][SCORES[0, :n].argmax()],
+    "gold's own best": lambda n: best_of_n(GOLD, GOLD, n)[0],
+    "the worst": lambda n: best_of_n(-SCORES, GOLD, n)[0],
+    "with replacement": lambda n: sum(
+        GOLD[0].sort(stable=True).values[i] * ((i + 1) ** n - i**n) / 5**n for i in range(5)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_estimators_show(wrong: str) -> None:
+    assert abs(float(WRONG[wrong](3)) - by_subsets(SCORES[0].tolist(), GOLD[0].tolist(), 3)) > 0.05
+
+
+def test_it_is_unbiased_whatever_the_number_of_answers() -> None:
+    """Answers with uniform scores: the best of n is n / (n + 1) on average, from 4 answers as from 16."""
+    draw = torch.Generator().manual_seed(0)
+    for size in (4, 16):
+        scores = torch.rand(20_000, size, generator=draw)
+        for n in (1, 2, 4):
+            assert float(best_of_n(scores, scores, n).mean()) == pytest.approx(n / (n + 1), abs=3e-3)  # error 0.002
+
+
+def test_n_must_be_among_the_answers() -> None:
+    for n in (0, 6):
+        with pytest.raises(ValueError):
+            best_of_n(SCORES, SCORES, n)
+
+
+def test_the_kl_of_many_equally_likely_answers() -> None:
+    """Exact KL of the best of n of M ranked answers: p(i) = ((i + 1)^n - i^n) / M^n. Near log n - (n - 1) / n, and below."""
+    for n in (1, 2, 4, 16):
+        exact = sum(p * math.log(5000 * p) for i in range(5000) if (p := ((i + 1) / 5000) ** n - (i / 5000) ** n) > 0)
+        assert best_of_n_kl(n) == pytest.approx(exact, abs=1e-4)
+        coarse = sum(p * math.log(5 * p) for i in range(5) if (p := ((i + 1) / 5) ** n - (i / 5) ** n) > 0)
+        assert coarse <= best_of_n_kl(n) + 1e-12
+    assert best_of_n_kl(4) == pytest.approx(0.636294, abs=1e-6)  # ln 4 - 3 / 4
+
+
+def test_sizes() -> None:
+    assert sizes(16) == [1, 2, 4, 8, 16] and sizes(10) == [1, 2, 4, 8, 10] and sizes(2) == [1, 2]
+
+
+def test_what_stands_at_a_kl() -> None:
+    curve = [(0.0, 1.0), (0.5, 2.0), (1.0, 4.0)]
+    assert at_kl(curve, 0.25) == pytest.approx(1.5) and at_kl(curve, 0.75) == pytest.approx(3.0)
+    assert at_kl(curve, 1.5) is None
+
+
+def test_the_curve_has_intervals_over_prompts() -> None:
+    draw = torch.Generator().manual_seed(1)
+    scores = torch.randn(64, 8, generator=draw)
+    rows = [point(scores, scores * 0.5, n, seed=3) for n in sizes(8)]
+    for row in rows:
+        assert row["score_low"] < row["score"] < row["score_high"]
+        assert row["gold"] == pytest.approx(0.5 * row["score"], abs=1e-5)
+    # the mean of n = 1 has standard error 1 / sqrt(64 x 8): an interval of about 4 of them
+    assert 0.1 < rows[0]["score_high"] - rows[0]["score_low"] < 0.25
+    assert rows[1] == point(scores, scores * 0.5, 2, seed=3)
+
+
+def test_the_report_puts_a_rival_beside_the_curve() -> None:
+    draw = torch.Generator().manual_seed(1)
+    scores = torch.randn(64, 8, generator=draw)
+    rows = {n: point(scores, None, n, seed=3) for n in sizes(8)}
+    rival: dict[str, float] = {"kl": rows[4]["kl"], "score": 9.0, "score_low": 8.0, "score_high": 10.0}
+    report = report_of(Config(n=8, rival="ppo"), rows, rival)
+    (table,) = report.tables
+    assert [row[0] for row in table.rows] == ["best of 1", "best of 2", "best of 4", "best of 8", "ppo"]
+    assert table.columns == ["", "KL, nats", "score"] and table.rows[-1][2] == "9.000 (8.000 to 10.000)"
+    assert f"where best-of-n has {rows[4]['score']:.3f}" in report.notes[0]
+    beyond = report_of(Config(n=8, rival="ppo"), rows, {**rival, "kl": 7.0})
+    assert "beyond the largest n" in beyond.notes[0]
+
+
+@pytest.mark.parametrize("settings", [{"n": 1}, {"temperature": 0.0}])
+def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Config(**settings)

@@ -1,0 +1,55 @@
+"""A reward that is known to be right, so that a miniature run of PPO or REINFORCE has something to find in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from chatwright.evaluate import best_of_n
+from chatwright.interop.loaded import Loaded
+from chatwright.model.heads import ScalarModel
+from chatwright.optim import OptimConfig
+from chatwright.train import rounds
+from chatwright.train.ppo import Config
+
+
+class Planted(ScalarModel):
+    """A judge that likes some tokens: the share of them in the answer, from -1 to 2."""
+
+    liked: Tensor
+    begin: int
+
+    def score(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Counts behind the last token that begins an answer."""
+        begins = (ids == self.begin).long()
+        behind = (begins.flip(1).cumsum(1).flip(1) == 0) & mask
+        found = torch.isin(ids, self.liked) & behind
+        return 3.0 * found.sum(1) / behind.sum(1).clamp(min=1) - 1.0
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, words: str = "happy lovely great kind sweet bright") -> None:
+    """The reward model likes these words."""
+
+    def planted(directory: Path, base: Loaded, min_correlation: float) -> ScalarModel:
+        torch.manual_seed(4)
+        model = Planted(base.model.config)
+        model.start_from(base.model)
+        assert base.tokenizer is not None
+        own = {base.tokenizer.encode(f"is {word}")[-1] for word in words.split()}
+        model.liked = torch.tensor(sorted(own))
+        model.begin = base.tokenizer.control_ids["<|assistant|>"]
+        return model
+
+    for module in (rounds, best_of_n):
+        monkeypatch.setattr(module, "load_reward", planted)
+
+
+MINI = Config(
+    iterations=20, batch_size=32, minibatch_size=16, epochs=2, max_prompt_tokens=40, max_new_tokens=18, beta=0.02,
+    beta_floor=0.02, kl_budget=8.0, min_tokens=1, max_repeats=0.6, save_every=4,
+    # Adam's first steps are of full size whatever the gradient: without warm-up, noise alone moves a miniature by 10 nats.
+    optim=OptimConfig(learning_rate=1e-3, eps=1e-5, schedule="linear", warmup=0.3),
+)  # fmt: skip
