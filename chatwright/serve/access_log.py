@@ -137,7 +137,7 @@ def record(scope: Scope, known: RequestFacts, status: int, seconds: float) -> di
         "ttft_ms": first,
         "finish_reason": ",".join(known.finish_reasons) or None,
     }
-    if known.keep_texts and known.prompts:
+    if known.prompts:
         line |= {"prompts": known.prompts, "answers": known.answers}
     return line
 

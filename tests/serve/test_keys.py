@@ -66,6 +66,7 @@ def test_the_file_holds_hashes_only() -> None:
         (f"anna {KEY}", rf"f, line 1: .*in clear; write instead: {text}$"),
         (KEY, rf"write instead: {line_for('key-1', KEY)}$"),
         (cut, "64 hexadecimal digits"),
+        (text + "0", "64 hexadecimal digits"),
         (text + " more", "expected `NAME sha256:HEX`"),
         (text.partition(" ")[2], "expected `NAME sha256:HEX`"),
         ("a/b " + text.partition(" ")[2], "expected `NAME sha256:HEX`"),
