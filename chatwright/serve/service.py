@@ -180,11 +180,12 @@ class ChatService:
         """Answers under way or waiting."""
         return sum(len(answer.requests) for answer in self._running)
 
-    @property
-    def retry_after(self) -> int:
-        """Seconds until those who wait now will have had their turn, roughly: mean time of an answer x queue / batch."""
-        turns = self.running / self.model.engine.max_batch
-        return max(1, min(MOST_WAIT, math.ceil(self._seconds * turns)))
+    def retry_after(self, places: int = 1) -> int:
+        """Seconds until so many places will be free, roughly.
+
+        Answers leave at the rate running / mean time of an answer, its waiting included (Little's law).
+        """
+        return max(1, min(MOST_WAIT, math.ceil(self._seconds * places / max(1, self.running))))
 
     async def prepare(
         self,
@@ -225,10 +226,10 @@ class ChatService:
 
     def check_load(self, answers: int = 1) -> None:
         """Raise Busy when so many more answers are more than the server takes on."""
-        if self.running + self._preparing + answers > self.limits.max_requests:
-            raise Busy(
-                f"the server is busy with {self.running} answers; try again in a moment", retry_after=self.retry_after
-            )
+        lacking = self.running + self._preparing + answers - self.limits.max_requests
+        if lacking > 0:
+            wait = self.retry_after(lacking)
+            raise Busy(f"the server is busy with {self.running} answers; try again in a moment", retry_after=wait)
 
     def check_size(self, prepared: Prepared) -> None:
         """Raise TooLong when the prompt has more tokens than this server takes."""

@@ -77,24 +77,24 @@ def test_settings_that_make_no_sense() -> None:
             ServeConfig(**{name: value})  # type: ignore[arg-type]
 
 
-def test_retry_after_grows_with_the_queue(tiny: TinyModel) -> None:
-    """Mean time of an answer x queue / batch, in whole seconds, between 1 and 60."""
+def test_retry_after_is_when_places_will_be_free(tiny: TinyModel) -> None:
+    """Mean time of an answer x places that are lacking / answers under way, in whole seconds, between 1 and 60."""
 
     async def check() -> None:
         with EngineThread(tiny.engine) as engine:
             service = ChatService(tiny, engine, name="tiny", limits=Limits(max_requests=40))
-            assert service.retry_after == 1  # nothing is known yet
+            assert service.retry_after() == 1  # nothing is known yet
             prepared = await service.prepare([Message(role="user", content="story")], Sampling(max_new_tokens=200), answers=40)
-            service._seconds = 3.0
+            service._seconds = 30.0
             tiny.engine.allow(0)
             answer = service.answer(prepared)
             assert service.running == 40
-            assert service.retry_after == 8  # 3 s x 40 / 16
-            with pytest.raises(Busy) as refused:
-                await service.prepare([Message(role="user", content="story")], Sampling())
-            assert refused.value.retry_after == 8
-            service._seconds = 1000.0
-            assert service.retry_after == 60
+            for answers, seconds in ((1, 1), (4, 3), (8, 6)):  # one leaves every 30 s / 40
+                with pytest.raises(Busy) as refused:
+                    await service.prepare([Message(role="user", content="story")], Sampling(), answers=answers)
+                assert refused.value.retry_after == seconds
+            service._seconds = 10_000.0
+            assert service.retry_after() == 60
             answer.cancel()
             tiny.engine.allow(float("inf"))
             async for _ in answer:
