@@ -145,6 +145,17 @@ def round_facts(seen: Judged, beta: float) -> dict[str, float]:
     }
 
 
+def step_facts(now: Opinion, before: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> dict[str, Tensor]:
+    """What to log about how far the policy is from the one that sampled, whose log-probabilities were `before`."""
+    change = torch.where(mask, (now.log_probs - before).detach(), 0.0)
+    ratio = change.exp()
+    return {
+        "moved": 0.5 * objective.masked_mean(change.square(), mask),  # k2 estimate of KL(old || new) per token
+        "ratio": objective.masked_mean(ratio, mask),
+        "ratio_gap": (ratio - 1).abs().max(),
+    }
+
+
 def make_players(base: Loaded, reward: ScalarModel, critic: str = "none", lora: LoRAConfig | None = None) -> Players:
     """Policy and reference from the SFT model. The critic is a copy of the reward model with a body of its own (`separate`),
     a head on the policy that starts at zero (`shared`), or there is `none`.

@@ -7,7 +7,7 @@ is kept: rounds.py, where the departures from the papers stand too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from chatwright.config import UsageError
 from chatwright.objectives import policy as objective
-from chatwright.train.players import Players, judged, opinion, round_facts
-from chatwright.train.rollout import Answers
+from chatwright.train.players import Players, judged, opinion, round_facts, step_facts
+from chatwright.train.rollout import Answers, chosen_rows
 from chatwright.train.rounds import Rounds, carry_out
 from chatwright.train.rounds_config import RoundsConfig
 from chatwright.train.trainer import Step
@@ -73,8 +73,7 @@ class Rollout:
 
     def rows(self, chosen: Tensor) -> Rollout:
         """Some of the rows."""
-        rest = [getattr(self, item.name)[chosen] for item in fields(self) if item.name != "answers"]
-        return Rollout(self.answers.rows(chosen), *rest)
+        return chosen_rows(self, chosen)
 
 
 @torch.no_grad()
@@ -101,16 +100,12 @@ def step(players: Players, batch: Rollout, config: Config) -> Step:
     critic = objective.value_loss(now.values, batch.values, batch.returns, mask, clip=config.value_clip)
     bonus = objective.masked_mean(now.entropy, mask)
     loss = actor.loss + config.value_coefficient * critic.loss - config.entropy_coefficient * bonus
-    moved = objective.masked_mean((now.log_probs - batch.log_probs).square(), mask).detach()
-    ratio = torch.where(mask, (now.log_probs - batch.log_probs).detach(), 0.0).exp()
     logged = {
         "policy_loss": actor.loss.detach(),
         "value_loss": critic.loss.detach(),
         "clip_fraction": actor.fraction,
         "value_clip_fraction": critic.fraction,
-        "moved": 0.5 * moved,  # k2 estimate of KL(old || new) per token
-        "ratio": objective.masked_mean(ratio, mask),
-        "ratio_gap": (ratio - 1).abs().max(),
+        **step_facts(now, batch.log_probs, mask),
     }
     return Step(loss * batch.weight, {key: value * batch.weight for key, value in logged.items()})
 

@@ -9,7 +9,7 @@ a step or more older, without a correction; `minibatch_size` equal to `batch_siz
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor
 from chatwright.config import UsageError
 from chatwright.objectives import policy as objective
 from chatwright.objectives.policy import Baseline
-from chatwright.train.players import Players, judged, opinion, round_facts
-from chatwright.train.rollout import Answers
+from chatwright.train.players import Players, judged, opinion, round_facts, step_facts
+from chatwright.train.rollout import Answers, chosen_rows
 from chatwright.train.rounds import Rounds, carry_out
 from chatwright.train.rounds_config import RoundsConfig
 from chatwright.train.trainer import Step
@@ -68,8 +68,7 @@ class Rollout:
 
     def rows(self, chosen: Tensor) -> Rollout:
         """Some of the rows."""
-        rest = [getattr(self, item.name)[chosen] for item in fields(self) if item.name != "answers"]
-        return Rollout(self.answers.rows(chosen), *rest)
+        return chosen_rows(self, chosen)
 
 
 @torch.no_grad()
@@ -89,13 +88,9 @@ def step(players: Players, batch: Rollout, config: Config) -> Step:
     now = opinion(players, batch.answers, config.temperature)
     actor = objective.reinforce_loss(now.log_probs, batch.advantages, mask)
     loss = actor - config.entropy_coefficient * objective.masked_mean(now.entropy, mask)
-    moved = objective.masked_mean((now.log_probs - batch.log_probs).square(), mask).detach()
-    ratio = torch.where(mask, (now.log_probs - batch.log_probs).detach(), 0.0).exp()
     logged = {
         "policy_loss": actor.detach(),
-        "moved": 0.5 * moved,
-        "ratio": objective.masked_mean(ratio, mask),
-        "ratio_gap": (ratio - 1).abs().max(),
+        **step_facts(now, batch.log_probs, mask),
     }
     return Step(loss * batch.weight, {key: value * batch.weight for key, value in logged.items()})
 

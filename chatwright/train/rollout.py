@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,6 +29,9 @@ from chatwright.objectives.language import log_probs_of
 from chatwright.objectives.policy import entropy
 from chatwright.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -43,7 +47,16 @@ class Answers:
 
     def rows(self, chosen: Tensor) -> Answers:
         """Some of the rows."""
-        return Answers(*(getattr(self, field.name)[chosen] for field in fields(self)))
+        return chosen_rows(self, chosen)
+
+
+Batch = TypeVar("Batch", bound="DataclassInstance")
+
+
+def chosen_rows(batch: Batch, chosen: Tensor) -> Batch:
+    """Some of the rows of a dataclass of tensors, and of answers among them."""
+    values = (getattr(batch, field.name) for field in fields(batch))
+    return type(batch)(*(one.rows(chosen) if isinstance(one, Answers) else one[chosen] for one in values))
 
 
 def prompts_from(
