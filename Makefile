@@ -11,7 +11,7 @@ ARGS   ?=
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart chat serve check test docs clean browser peers bench-train bench-learn bench-plan bench-encode bench-generate bench-serve
+.PHONY: help install install-dev quickstart chat serve check test test-all docs clean browser peers bench-train bench-learn bench-plan bench-encode bench-generate bench-serve bench-align
 
 help:
 	@echo "make quickstart   install, fetch data, train the whole road (10 to 20 minutes on 2 cores)"
@@ -19,7 +19,7 @@ help:
 	@echo "make serve        talk to it in the browser, and an OpenAI-compatible API on the same port"
 	@echo "make install      the package alone, in .venv"
 	@echo "make check        ruff, mypy --strict, import-linter, docs up to date"
-	@echo "make test         check and all fast tests, as CI does"
+	@echo "make test         check and all fast tests, as CI does; make test-all: the slow ones as well"
 	@echo "make bench-train  training speed next to transformers and litgpt (15 minutes); bench-learn: how soon it is learnt (an hour)"
 	@echo "make bench-serve  a real server, 64 clients, 5 minutes: nothing lost, nothing mixed up, memory flat (exit code 1 otherwise)"
 	@echo "make docs         write docs/cli.md anew from the program's own help"
@@ -67,6 +67,10 @@ browser:
 test: check browser peers
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
+# With the tests marked `slow`: longer forms of what `make test` covers in short.
+test-all: check browser peers
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "" $(ARGS)
+
 docs: install-dev
 	$(BIN)/python scripts/write_cli_docs.py
 
@@ -99,6 +103,11 @@ $(VENV)/.installed-llama: $(VENV)/.installed-bench
 bench-generate: $(VENV)/.installed-llama
 	$(BIN)/chatwright run tiny --until data
 	$(BIN)/python benchmarks/generate.py $(ARGS)
+
+# Next to TRL, on the recipe's data.
+bench-align: $(VENV)/.installed-bench
+	$(BIN)/chatwright run tiny --until tokenizer
+	$(BIN)/python benchmarks/align.py $(ARGS)
 
 bench-serve: install-dev
 	$(BIN)/python benchmarks/serve.py $(ARGS)

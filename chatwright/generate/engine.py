@@ -6,7 +6,7 @@ answers waiting for more than `prefill_tokens` (Agrawal et al. 2023, "Sarathi", 
 
 Keys and values lie in pages under one memory budget (Kwon et al. 2023, arXiv:2309.06180; pages.py). A prompt pays only for
 what no earlier text began with: a system prompt, the turns before, the K - 1 other samples of the same prompt. When pages run
-out, the request that came last loses its own and goes on later; it keeps its text and its random stream.
+out, the request that came last loses its own and goes on later; it keeps its text and its random stream (places.py).
 
 A request's tokens do not depend on its company, on what was cached, or on what it lost, beyond rounding: matrix products of
 other sizes add in another order, which moves float32 logits by less than 1e-4 (tested), and every request draws from its
@@ -16,16 +16,15 @@ own random stream.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from chatwright.config import UserError
-from chatwright.generate.pages import PAGE_TOKENS, Match, PagePool
+from chatwright.generate.pages import PAGE_TOKENS
+from chatwright.generate.places import Places, Stats
 from chatwright.generate.request import Completion, FinishReason, Handle, OnChange, Piece, Request
 from chatwright.generate.rows import Choice, Row, allowed_tokens
 from chatwright.generate.runner import Feed, Runner
@@ -47,28 +46,6 @@ LOOKUP_ROWS = 4
 """Guesses are made while so few rows are running. Up to here a pass over nine tokens a row takes twice the time of a pass over
 one (modern-small, one CPU thread: 21 and 44 ms for 1 row, 41 and 88 ms for 4), so one right guess pays for it; for 16 rows it
 takes four times as long (57 and 227 ms)."""
-
-
-@dataclass
-class Stats:
-    """What an engine has done since it was made."""
-
-    prompt_tokens: int = 0
-    """Tokens of the prompts that were given a place."""
-    cached_tokens: int = 0
-    """Those of them that were known already."""
-    new_tokens: int = 0
-    """Tokens that were chosen."""
-    proposed: int = 0
-    """Tokens guessed by prompt lookup."""
-    accepted: int = 0
-    """Guesses that were right."""
-    preempted: int = 0
-    """Times that a running request lost its pages."""
-    steps: int = 0
-    """Steps in which something was computed."""
-    rows: int = 0
-    """Requests that something was computed for, added up over the steps: rows / steps is how full batches were."""
 
 
 class Engine:
@@ -117,12 +94,8 @@ class Engine:
         self.max_batch, self.max_context = max_batch, max_context or context
         self.prefill_tokens, self.lookup = prefill_tokens, lookup
         self.stats = Stats()
-        self.arrived = threading.Condition()  # guards `_waiting`; notified when a request comes
-        self._waiting: deque[Row] = deque()
-        self._count = 0
-        self._stepping = threading.Lock()  # one step at a time; guards everything below
-        self._rows: list[Row] = []  # those with a place, in the order in which they got it
-        self._pool = PagePool(self._pages(cache_tokens))
+        self._places = Places(self.runner, self.stats, pages=self._pages(cache_tokens), most=max_batch)
+        self._stepping = threading.Lock()  # one step at a time; guards the places and everything below
         self._allocated = False
         self._weights: object = None
         self._sampler: BatchSampler | None = None
@@ -139,27 +112,32 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """The memory budget for keys and values, in bytes; it is taken as a whole at the first request."""
-        return self._pool.pages * self._pool.size * self.runner.token_bytes()
+        return self._places.pool.pages * self._places.pool.size * self.runner.token_bytes()
 
     @property
     def cache_usage(self) -> float:
         """Share of that budget which running requests hold, from 0 to 1. Stored prompts that nobody uses do not count."""
-        return 1.0 - self._pool.available / self._pool.pages
+        return 1.0 - self._places.pool.available / self._places.pool.pages
+
+    @property
+    def arrived(self) -> threading.Condition:
+        """Held while the queue changes; notified when a request comes."""
+        return self._places.arrived
 
     @property
     def waiting(self) -> int:
         """Number of requests that have no place yet."""
-        return len(self._waiting)
+        return len(self._places.waiting)
 
     @property
     def active(self) -> int:
         """Number of requests that are being answered."""
-        return sum(row.alive for row in list(self._rows))
+        return sum(row.alive for row in list(self._places.running))
 
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._waiting) or self.active > 0
+        return bool(self._places.waiting) or self.active > 0
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -176,11 +154,7 @@ class Engine:
         room = self._check(request)
         handle = Handle(request, None if background else self.step, on_change)
         row = Row.begin(handle, room, self.tokenizer, self.runner.device, self.lookup)
-        with self.arrived:
-            row.number = self._count
-            self._count += 1
-            self._waiting.append(row)
-            self.arrived.notify_all()
+        self._places.queue(row)
         return handle
 
     def _check(self, request: Request) -> int:
@@ -205,10 +179,10 @@ class Engine:
             raise UserError("stop texts need an engine with a tokenizer")
         room = min(sampling.max_new_tokens, self.max_context - len(prompt))
         stored = len(prompt) + room - 1  # the last token is never fed
-        if self._pool.needed(stored) > self._pool.pages:
+        if self._places.pool.needed(stored) > self._places.pool.pages:
             raise UserError(
                 f"a prompt of {len(prompt)} tokens and an answer of up to {room} store up to {stored} tokens, but the "
-                f"key-value cache holds {self._pool.pages * self._pool.size}; lower max_new_tokens or raise cache_tokens"
+                f"key-value cache holds {self._places.pool.pages * self._places.pool.size}; lower max_new_tokens or raise cache_tokens"
             )
         return room
 
@@ -230,12 +204,7 @@ class Engine:
     def forget(self) -> None:
         """Drop every stored prompt: call it when the model was trained. What is being answered goes on."""
         with self._stepping:
-            self._forget()
-
-    def _forget(self) -> None:
-        self._pool.forget()
-        for row in self._rows:
-            row.private = True
+            self._places.forget()
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
@@ -247,22 +216,25 @@ class Engine:
         with self._stepping, torch.inference_mode():
             worked, rows = self.busy, self.stats.rows
             try:
-                self._part_with_finished()
+                self._places.part_with_finished()
                 self._notice_new_weights()
                 self._decode()
-                self._part_with_finished()
+                self._places.part_with_finished()
                 self._read()
+                if not self._places.running:
+                    self._sampler, self._sampled = None, []  # it holds on to the rows
                 self.stats.steps += self.stats.rows > rows
             except BaseException as error:
-                self._start_over(error)
+                self._places.start_over(error)
+                self._sampler, self._sampled = None, []
                 if not isinstance(error, Exception):  # Ctrl-C goes on
                     raise
             return worked
 
     def _decode(self) -> None:
         """A token, or several where guesses come true, for every row that has read its prompt."""
-        self._make_room()
-        rows = [row for row in self._rows if not row.reading]
+        self._places.make_room()
+        rows = [row for row in self._places.running if not row.reading]
         if not rows:
             return
         self.stats.rows += len(rows)
@@ -279,12 +251,12 @@ class Engine:
 
     def _read(self) -> None:
         """Read prompts, the oldest first, as many tokens as this step may; who comes to the end gets a first token."""
-        running = any(not row.reading for row in self._rows)
+        running = any(not row.reading for row in self._places.running)
         budget = self.prefill_tokens if running else max(self.prefill_tokens, IDLE_PREFILL_TOKENS)
         while True:
-            self._admit(budget - sum(row.pending for row in self._rows if row.reading))
+            self._places.admit(budget - sum(row.pending for row in self._places.running if row.reading))
             rows, feeds = [], []
-            for row in self._rows:
+            for row in self._places.running:
                 count = min(row.pending, budget) if row.reading else 0
                 if count:
                     end = row.stored + count
@@ -296,7 +268,7 @@ class Engine:
             self.stats.rows += len(rows)
             with _blame(rows):
                 self._read_chunks(rows, feeds)
-            self._part_with_finished()
+            self._places.part_with_finished()
 
     def _read_chunks(self, rows: list[Row], feeds: list[Feed]) -> None:
         logits = self._forward(feeds)
@@ -305,9 +277,9 @@ class Engine:
         for row, feed in zip(rows, feeds, strict=True):
             row.stored += len(feed.ids)
             # A page that is not full is remembered once the prompt is whole, not after every chunk.
-            whole = row.stored if feed.wanted else row.stored - row.stored % self._pool.size
+            whole = row.stored if feed.wanted else row.stored - row.stored % self._places.pool.size
             if not row.private:
-                row.pages = self._pool.learn(row.tokens[:whole], row.pages)
+                row.pages = self._places.pool.learn(row.tokens[:whole], row.pages)
             if feed.wanted:
                 row.reading = False
                 row.add(next(choices))
@@ -315,7 +287,7 @@ class Engine:
 
     def _forward(self, feeds: list[Feed]) -> Tensor:
         if not self._allocated:
-            self.runner.allocate(self._pool.pages, self._pool.size)
+            self.runner.allocate(self._places.pool.pages, self._places.pool.size)
             self._allocated = True
         return self.runner.forward(feeds)
 
@@ -344,11 +316,7 @@ class Engine:
         if row.lookup is None:
             return []
         guess = row.lookup.propose(row.tokens, row.room - len(row.ids) - 1)
-        pages = self._pool.needed(row.stored + 1 + len(guess)) - len(row.pages)
-        if pages > self._pool.available - len(self._rows):
-            return []
-        row.pages += [self._pool.take() for _ in range(pages)]
-        return guess
+        return guess if self._places.room_for_guesses(row, len(guess)) else []
 
     def _take_in(self, row: Row, guess: list[int], choices: list[Choice]) -> None:
         """Add tokens to a row as long as what was fed behind each is what the model says."""
@@ -367,128 +335,14 @@ class Engine:
             self.stats.proposed += len(guess)
             self.stats.accepted += accepted
 
-    # ---- places and pages ----------------------------------------------------------------------------------------
-
-    def _admit(self, budget: int) -> None:
-        """Give places to waiting requests, in their order, until as many tokens are to be read as this step may."""
-        at = 0
-        with self.arrived:
-            for row in [row for row in self._waiting if row.handle.cancelled]:  # wherever in the queue they are
-                self._waiting.remove(row)
-                row.finish("cancelled")
-            while at < len(self._waiting):
-                row = self._waiting[at]
-                if len(self._rows) + at >= self.max_batch or budget <= 0:
-                    break
-                match = self._pool.match(row.tokens[:-1])
-                if self._is_being_read(row, match):
-                    at += 1
-                    continue
-                if not self._give_pages(row, match):
-                    break
-                budget -= row.pending
-                del self._waiting[at]
-
-    def _is_being_read(self, row: Row, match: Match) -> bool:
-        """Whether another row computes this moment what this one would need: it waits, and takes it over.
-
-        That is worth it for a whole page, and for another sample of the same prompt.
-        """
-        last = len(row.tokens) - 1
-        end = min(last, match.tokens - match.tokens % self._pool.size + self._pool.size)
-        if end <= match.tokens:
-            return False
-        begin = row.tokens[:end]
-        return any(
-            other.tokens[:end] == begin and (end % self._pool.size == 0 or other.tokens == row.tokens)
-            for other in self._rows
-            if other.reading and other.alive and not other.private
-        )
-
-    def _give_pages(self, row: Row, match: Match) -> bool:
-        """Give a row its place and pages for all its tokens, shared ones first; False when there are too few.
-
-        Every row that runs beside it must have a page to go on with.
-        """
-        pool = self._pool
-        fresh = pool.needed(len(row.tokens)) - len(match.pages)
-        spare = pool.available - sum(not pool.users[page] for page in match.pages) - fresh
-        if spare < (len(self._rows) + 1 if self._rows else 0):
-            return False
-        self._rows.append(row)
-        row.pages, row.stored = list(match.pages), len(match.pages) * pool.size
-        for page in match.pages:
-            pool.share(page)
-        source = match.source
-        if source is not None and (pool.users[source] or spare):  # it is held while the page for the copy is taken
-            pool.share(source)
-            row.pages.append(pool.take())
-            self.runner.copy_page(source, row.pages[-1])
-            pool.release([source])
-            row.stored = match.tokens
-        row.pages += [pool.take() for _ in range(pool.needed(len(row.tokens)) - len(row.pages))]
-        if row.cached is None:
-            row.cached = min(row.stored, len(row.handle.request.prompt))
-            self.stats.prompt_tokens += len(row.handle.request.prompt)
-            self.stats.cached_tokens += row.cached
-        return True
-
-    def _make_room(self) -> None:
-        """See that every running row has a page for its newest token. Who came last may lose its place for it."""
-        for row in sorted(self._rows, key=lambda row: row.number):
-            while row in self._rows and not row.reading and self._pool.needed(row.stored + 1) > len(row.pages):
-                if self._pool.available:
-                    row.pages.append(self._pool.take())
-                else:
-                    self._preempt(max(self._rows, key=lambda row: row.number))
-
-    def _preempt(self, row: Row) -> None:
-        """Back to the head of the queue; what it had computed stays known for as long as nobody needs its pages."""
-        self._rows.remove(row)
-        self._let_go(row)
-        row.reading, row.private = True, False
-        self.stats.preempted += 1
-        with self.arrived:
-            self._waiting.appendleft(row)
-
-    def _part_with_finished(self) -> None:
-        for row in self._rows:
-            if row.alive and row.handle.cancelled:
-                row.finish("cancelled")
-        for row in [row for row in self._rows if not row.alive]:
-            self._rows.remove(row)
-            self._let_go(row)
-        if not self._rows:
-            self._sampler, self._sampled = None, []
-
-    def _let_go(self, row: Row) -> None:
-        """Release a row's pages; others may find there what it has computed, unless that went wrong."""
-        if row.handle.failed:
-            self._pool.doubt(row.pages)
-        elif not row.private:
-            row.pages = self._pool.learn(row.tokens[: row.stored], row.pages)
-        self._pool.release(row.pages)
-        row.pages, row.stored = [], 0
-
     def _notice_new_weights(self) -> None:
         """Forget when torch says that a parameter was written to. Fused optimisers do not say so: hence `forget`."""
-        if self._rows or not self._waiting or not isinstance(self.runner, TorchRunner):
+        if self._places.running or not self._places.waiting or not isinstance(self.runner, TorchRunner):
             return
         weights = self.runner.weights()
         if weights != self._weights:
-            self._forget()
+            self._places.forget()
         self._weights = weights
-
-    def _start_over(self, error: BaseException) -> None:
-        """After an error outside of a pass, or Ctrl-C anywhere, nobody knows who holds which page: all rows end."""
-        for row in self._rows:
-            if row.alive:
-                row.handle._fail(error)
-        with self.arrived:
-            self._waiting = deque(row for row in self._waiting if row.alive)
-        self._rows, self._sampler = [], None
-        self._pool = PagePool(self._pool.pages)
-
 
 def _until_closed(handle: Handle) -> Iterator[Piece]:
     try:

@@ -53,7 +53,7 @@ class GatedEngine(Engine):
         return super().step()
 
     def _someone_left(self) -> bool:
-        return any(row.handle.cancelled for row in self._rows)
+        return any(row.handle.cancelled for row in self._places.running)
 
     def allow(self, steps: float) -> None:
         """Let the engine do so many more steps and then hold it."""

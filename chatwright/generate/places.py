@@ -1,0 +1,184 @@
+"""Who is running, who waits, and whose keys and values lie where: places in the batch and pages of the cache.
+
+The engine (engine.py) computes; here is decided for whom. When pages run out, the request that came last loses its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+
+from chatwright.generate.pages import Match, PagePool
+from chatwright.generate.rows import Row
+from chatwright.generate.runner import Runner
+
+
+@dataclass
+class Stats:
+    """What an engine has done since it was made."""
+
+    prompt_tokens: int = 0
+    """Tokens of the prompts that were given a place."""
+    cached_tokens: int = 0
+    """Those of them that were known already."""
+    new_tokens: int = 0
+    """Tokens that were chosen."""
+    proposed: int = 0
+    """Tokens guessed by prompt lookup."""
+    accepted: int = 0
+    """Guesses that were right."""
+    preempted: int = 0
+    """Times that a running request lost its pages."""
+    steps: int = 0
+    """Steps in which something was computed."""
+    rows: int = 0
+    """Requests that something was computed for, added up over the steps: rows / steps is how full batches were."""
+
+
+class Places:
+    """The rows of an engine, and the pages that they hold.
+
+    Any thread may call `queue`; all else belongs to whoever makes the step.
+    """
+
+    def __init__(self, runner: Runner, stats: Stats, *, pages: int, most: int) -> None:
+        """`pages`: the memory budget. `most`: rows that run at a time."""
+        self.runner, self.stats, self.most = runner, stats, most
+        self.arrived = threading.Condition()  # guards `waiting`; notified when a request comes
+        self.waiting: deque[Row] = deque()
+        self.running: list[Row] = []  # in the order in which they got their places
+        self.pool = PagePool(pages)
+        self._count = 0
+
+    def queue(self, row: Row) -> None:
+        """Let a request wait for a place."""
+        with self.arrived:
+            row.number = self._count
+            self._count += 1
+            self.waiting.append(row)
+            self.arrived.notify_all()
+
+    def forget(self) -> None:
+        """Drop every stored prompt. What rows have computed so far stays their own."""
+        self.pool.forget()
+        for row in self.running:
+            row.private = True
+
+    def admit(self, budget: int) -> None:
+        """Give places to waiting requests, in their order, until as many tokens are to be read as this step may."""
+        at = 0
+        with self.arrived:
+            for row in [row for row in self.waiting if row.handle.cancelled]:  # wherever in the queue they are
+                self.waiting.remove(row)
+                row.finish("cancelled")
+            while at < len(self.waiting):
+                row = self.waiting[at]
+                if len(self.running) + at >= self.most or budget <= 0:
+                    break
+                match = self.pool.match(row.tokens[:-1])
+                if self._is_being_read(row, match):
+                    at += 1
+                    continue
+                if not self._give_pages(row, match):
+                    break
+                budget -= row.pending
+                del self.waiting[at]
+
+    def _is_being_read(self, row: Row, match: Match) -> bool:
+        """Whether another row computes this moment what this one would need: it waits, and takes it over.
+
+        That is worth it for a whole page, and for another sample of the same prompt.
+        """
+        last = len(row.tokens) - 1
+        end = min(last, match.tokens - match.tokens % self.pool.size + self.pool.size)
+        if end <= match.tokens:
+            return False
+        begin = row.tokens[:end]
+        return any(
+            other.tokens[:end] == begin and (end % self.pool.size == 0 or other.tokens == row.tokens)
+            for other in self.running
+            if other.reading and other.alive and not other.private
+        )
+
+    def _give_pages(self, row: Row, match: Match) -> bool:
+        """Give a row its place and pages for all its tokens, shared ones first; False when there are too few.
+
+        Every row that runs beside it must have a page to go on with.
+        """
+        pool = self.pool
+        fresh = pool.needed(len(row.tokens)) - len(match.pages)
+        spare = pool.available - sum(not pool.users[page] for page in match.pages) - fresh
+        if spare < (len(self.running) + 1 if self.running else 0):
+            return False
+        self.running.append(row)
+        row.pages, row.stored = list(match.pages), len(match.pages) * pool.size
+        for page in match.pages:
+            pool.share(page)
+        source = match.source
+        if source is not None and (pool.users[source] or spare):  # it is held while the page for the copy is taken
+            pool.share(source)
+            row.pages.append(pool.take())
+            self.runner.copy_page(source, row.pages[-1])
+            pool.release([source])
+            row.stored = match.tokens
+        row.pages += [pool.take() for _ in range(pool.needed(len(row.tokens)) - len(row.pages))]
+        if row.cached is None:
+            row.cached = min(row.stored, len(row.handle.request.prompt))
+            self.stats.prompt_tokens += len(row.handle.request.prompt)
+            self.stats.cached_tokens += row.cached
+        return True
+
+    def make_room(self) -> None:
+        """See that every running row has a page for its newest token. Who came last may lose its place for it."""
+        for row in sorted(self.running, key=lambda row: row.number):
+            while row in self.running and not row.reading and self.pool.needed(row.stored + 1) > len(row.pages):
+                if self.pool.available:
+                    row.pages.append(self.pool.take())
+                else:
+                    self._preempt(max(self.running, key=lambda row: row.number))
+
+    def _preempt(self, row: Row) -> None:
+        """Back to the head of the queue; what it had computed stays known for as long as nobody needs its pages."""
+        self.running.remove(row)
+        self._let_go(row)
+        row.reading, row.private = True, False
+        self.stats.preempted += 1
+        with self.arrived:
+            self.waiting.appendleft(row)
+
+    def part_with_finished(self) -> None:
+        """Take places and pages from those who are done or have gone."""
+        for row in self.running:
+            if row.alive and row.handle.cancelled:
+                row.finish("cancelled")
+        for row in [row for row in self.running if not row.alive]:
+            self.running.remove(row)
+            self._let_go(row)
+
+    def _let_go(self, row: Row) -> None:
+        """Release a row's pages; others may find there what it has computed, unless that went wrong."""
+        if row.handle.failed:
+            self.pool.doubt(row.pages)
+        elif not row.private:
+            row.pages = self.pool.learn(row.tokens[: row.stored], row.pages)
+        self.pool.release(row.pages)
+        row.pages, row.stored = [], 0
+
+    def room_for_guesses(self, row: Row, count: int) -> bool:
+        """Give a row pages for its newest token and `count` guesses behind it; False where pages are scarce."""
+        pages = self.pool.needed(row.stored + 1 + count) - len(row.pages)
+        if pages > self.pool.available - len(self.running):
+            return False
+        row.pages += [self.pool.take() for _ in range(pages)]
+        return True
+
+    def start_over(self, error: BaseException) -> None:
+        """After an error outside of a pass, or Ctrl-C anywhere, nobody knows who holds which page: all rows end."""
+        for row in self.running:
+            if row.alive:
+                row.handle._fail(error)
+        with self.arrived:
+            self.waiting = deque(row for row in self.waiting if row.alive)
+        self.running = []
+        self.pool = PagePool(self.pool.pages)
