@@ -76,11 +76,11 @@ class Shape:
 
 
 SHAPES = {
-    "4m": Shape({"vocab_size": 4_096}, conversations=256, comparisons=128, steps=4),
+    "4m": Shape({"vocab_size": 4_096}, conversations=64, comparisons=48, steps=2),
     "135m": Shape(
         {"layers": 30, "width": 576, "heads": 9, "kv_heads": 3, "head_dim": 64, "mlp_width": 1_536, "vocab_size": 49_152,
          "context": 256, "qk_norm": False},
-        conversations=16, comparisons=16, steps=2,
+        conversations=8, comparisons=8, steps=2,
     ),
 }  # fmt: skip
 PPO = {"batch": 64, "minibatch": 16, "prompt": 64, "answer": 32}
@@ -245,7 +245,7 @@ def fast_tokenizer() -> Any:
 
     file = Path(tempfile.mkdtemp(prefix="bench-align-")) / "tokenizer.json"
     file.write_text(tokenizer().to_json(), encoding="utf-8")
-    end = tokenizer().decode([tokenizer().end_of_text_id])
+    end = tokenizer().end_of_text
     return PreTrainedTokenizerFast(tokenizer_file=str(file), pad_token=end, eos_token=end)
 
 
