@@ -69,11 +69,11 @@ def _measures(labels: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Sheet
     """The table of measures, without a column on intervals where no two are known."""
     known = any(text for one in rows for text in one["intervals"])
     columns = ["measure", *labels, *(f"{label} - {labels[0]}" for label in labels[1:]), *(["intervals"] if known else [])]
-    cells = [[*_measure(one), *(["; ".join(text for text in one["intervals"] if text)] if known else [])] for one in rows]
+    cells = [[*_measured(one), *(["; ".join(text for text in one["intervals"] if text)] if known else [])] for one in rows]
     return Sheet("Measures: before → after (95 % interval of after)", columns, cells)
 
 
-def _measure(one: Mapping[str, Any]) -> list[str]:
+def _measured(one: Mapping[str, Any]) -> list[str]:
     cells = [one["measure"]]
     for value in one["values"]:
         text = "-" if value is None else f"{number(value['before'])} → {number(value['after'])}"
