@@ -20,6 +20,10 @@ WIDTH = 24
 """Most characters of a sketched curve."""
 
 
+LIMIT = 1e100
+"""Values beyond are drawn as this: axes are computed from differences and squares."""
+
+
 @dataclass(frozen=True)
 class Sheet:
     """One table of the page."""
@@ -33,7 +37,7 @@ def sketch(values: Sequence[float]) -> str:
     """A curve in one line of block characters, lowest to highest: means over equal stretches."""
     count = min(WIDTH, len(values))
     parts = [values[n * len(values) // count : (n + 1) * len(values) // count] for n in range(count)]
-    means = [sum(one) / len(one) for one in parts]
+    means = [sum(value / len(one) / 2 for value in one) for one in parts]  # halves: their differences are finite
     low, high = min(means), max(means)
     return "".join(BARS[round((one - low) / (high - low) * 7)] if high > low else BARS[3] for one in means)
 
@@ -183,7 +187,8 @@ def overlay(file: Path, curve: Mapping[str, Any], series: Sequence[tuple[str, Se
     axes = figure.add_subplot()
     for name, points in series:
         if points:
-            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.4, marker="." if len(points) < 30 else "")
+            places = [[max(-LIMIT, min(LIMIT, value)) for value in one] for one in zip(*points, strict=True)]
+            axes.plot(*places, label=name, linewidth=1.4, marker="." if len(points) < 30 else "")
     axes.set_title(harmless(curve["metric"]).replace("$", r"\$"), fontsize=10)
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel(harmless(curve["unit"]).replace("$", r"\$"), fontsize=8)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from chatwright import checkpoint, cli
 from chatwright.config import UserError
 from chatwright.evaluate.compare import align, compare
-from chatwright.evaluate.compare_page import plain, sketch
+from chatwright.evaluate.compare_page import plain, sheets, sketch
 from chatwright.evaluate.runs import read_rows, read_run
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -200,6 +202,40 @@ def test_numbers_of_the_wrong_kind_in_a_result(tmp_path: Path) -> None:
         checkpoint.write_json(b / "ppo" / "result.json", good | {key: value})
         with pytest.raises(UserError, match=r"result.json is damaged"):
             read_run(b)
+
+
+ODD = [None, True, 0, -1e308, 1e308, 10**400, float("nan"), "", "<b>|\n# x", [], {}, [[]], {"a": 1}, [1, 2]]
+"""What a file may hold instead of what it should."""
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths to everything inside a JSON value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [*([path] if path else []), *(found for key, one in inside for found in places(one, (*path, key)))]
+
+
+@pytest.mark.parametrize("file", ["result.json", "pairs.json", "per_prompt.json"])
+def test_anything_in_place_of_anything_is_shown_or_refused(tmp_path: Path, file: str) -> None:
+    """Any other exception than UserError fails the test, here or when the tables are made."""
+    a, b = write_both(tmp_path)
+    first, draw, shown = read_run(a), random.Random(file), 0
+    good = (b / "ppo" / file).read_text()
+    for _ in range(60):
+        value = json.loads(good)
+        *way, last = draw.choice(places(value))
+        target = value
+        for key in way:
+            target = target[key]
+        if isinstance(target, dict) and draw.random() < 0.3:
+            del target[last]
+        else:
+            target[last] = draw.choice(ODD)
+        (b / "ppo" / file).write_text(json.dumps(value))
+        with contextlib.suppress(UserError):
+            runs = [first, read_run(b)]
+            found = compare(runs, align(runs))
+            shown += sum(len(sheet.rows) for stage in found["stages"] for sheet in sheets(found, stage)) > 0
+    assert 0 < shown < 60
 
 
 ROWS = "".join(json.dumps({"step": n, "loss": 1.0 / (n + 1), "null": None, "note": "ü"}, ensure_ascii=False) + "\n" for n in range(4))
