@@ -20,7 +20,7 @@ from chatwright.data.loader import SampleOrder
 from chatwright.evaluate.answers import SHOWN, side_by_side
 from chatwright.evaluate.replies import mean_kl
 from chatwright.interop.loaded import Loaded
-from chatwright.language_model import load_parts
+from chatwright.language_model import WORTH_COMPILING, load_parts
 from chatwright.metrics import read_metrics, say
 from chatwright.model.config import GPTConfig
 from chatwright.model.heads import ScalarModel
@@ -35,6 +35,8 @@ ALIGNMENT = ("sft", "reward", "ppo", "reinforce", "bestofn", "eval")
 """Verbs whose reports have all sections."""
 PROMPTS = 64
 """Held-out prompts that both models are asked: enough for length and diversity, and a matter of seconds."""
+FEW = 16
+"""The same for models of WORTH_COMPILING parameters and more on a CPU, for which 64 would take minutes."""
 LONGEST_ANSWER = 48
 """Tokens at which an answer is cut off in stages that have no such setting."""
 
@@ -122,7 +124,9 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
     room = min(getattr(config, "max_new_tokens", LONGEST_ANSWER), context // 2)
     longest = min(getattr(config, "max_prompt_tokens", context), context - room)
     file = records_of(workspace.resolve(config.data)) / "dialogues-validation.jsonl"
-    prompts = prompts_from(list(islice(read_records(file, Dialogue), 1_000)), template, tokenizer, max_tokens=longest, most=PROMPTS)
+    slow = runtime.device().type == "cpu" and after.model.parameter_count() >= WORTH_COMPILING
+    dialogues = list(islice(read_records(file, Dialogue), 1_000))
+    prompts = prompts_from(dialogues, template, tokenizer, max_tokens=longest, most=FEW if slow else PROMPTS)
     if not prompts:
         raise UserError(f"no prompt in {file} has at most {longest} tokens")
     say(f"  asking {config.base} and the result {len(prompts)} held-out prompts")

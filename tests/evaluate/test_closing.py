@@ -114,6 +114,12 @@ def test_what_cannot_be_asked_is_said_and_loses_nothing(stage: Workspace) -> Non
     assert found["kl_budget"]["spent"] == 2.5
 
 
+def test_a_large_model_on_a_cpu_is_asked_less(stage: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closing, "WORTH_COMPILING", 1)
+    monkeypatch.setattr(closing, "FEW", 11)
+    assert closing.close("ppo", ppo, CONFIG, stage, ended(), SPENT)["answers"]["prompts"] == 11
+
+
 def test_a_stage_without_a_result_and_one_that_aligns_nothing(stage: Workspace) -> None:
     assert closing.close("ppo", ppo, CONFIG, stage, Report(facts={"stopped": "x"}), SPENT)["answers"] is None
     assert set(closing.close("pretrain", object(), object(), stage, Report(), SPENT)) == {"cost", "data"}
