@@ -20,6 +20,7 @@ VERBS = {
     "reinforce": ("chatwright.pipeline:main_stage", "the same by REINFORCE: no critic, no clip; a yardstick"),
     "bestofn": ("chatwright.pipeline:main_stage", "the best of n answers by the reward model, for n = 1, 2, 4 ...; a yardstick"),
     "eval": ("chatwright.pipeline:main_stage", "compare two chat models on held-out prompts"),
+    "compare": ("chatwright.evaluate.compare:main_compare", "two runs side by side: settings, measures, curves, cost, answers"),
     "generate": ("chatwright.serve.generate:main", "continue a text"),
     "chat": ("chatwright.serve.terminal:main", "talk to a model in the terminal"),
     "serve": ("chatwright.serve.server:main", "talk to a model in the browser; OpenAI-compatible API"),

@@ -44,11 +44,11 @@ def parse(
     description: str = "",
     defaults: Mapping[str, Any] | None = None,
     positionals: Mapping[str, str] | None = None,
-) -> tuple[Config, dict[str, str | None]]:
+) -> tuple[Config, dict[str, Any]]:
     """Settings of type `cls` from `--config FILE` and `--key value`, over `defaults` over the dataclass's own.
 
-    `positionals` maps the name of each leading positional argument to its help; a name that ends in `?` is optional.
-    Returns the settings and the positionals. `--help` prints and exits with 0. Raises UsageError.
+    `positionals` maps the name of each leading positional argument to its help; a name that ends in `?` is optional,
+    one that ends in `+` takes one or more. Returns the settings and the positionals. `--help` prints and exits with 0. Raises UsageError.
     """
     import jsonargparse
 
@@ -57,8 +57,8 @@ def parse(
         prog=prog, description=description, exit_on_error=False, default_env=False, allow_abbrev=False
     )
     for name, help_text in (positionals or {}).items():
-        optional: dict[str, Any] = {"nargs": "?", "default": None} if name.endswith("?") else {}
-        parser.add_argument(name.rstrip("?"), help=help_text, **optional)
+        number: dict[str, Any] = {"nargs": "?", "default": None} if name.endswith("?") else {}
+        parser.add_argument(name.rstrip("?+"), help=help_text, **(number or ({"nargs": "+"} if name.endswith("+") else {})))
     parser.add_argument("--config", action="config", help="A YAML file with any of the settings below.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     parser.add_class_arguments(cls, nested_key=None, fail_untyped=False)
@@ -77,7 +77,7 @@ def parse(
         raise UsageError(_one_line(swallowed.getvalue())) from None
     except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
         raise UsageError(_explain(str(error), _option_names(parser))) from None
-    return cls(**values), {name.rstrip("?"): getattr(namespace, name.rstrip("?")) for name in positionals or {}}
+    return cls(**values), {name: getattr(namespace, name) for name in (key.rstrip("?+") for key in positionals or {})}
 
 
 def _switches(cls: Any, prefix: str = "--") -> set[str]:

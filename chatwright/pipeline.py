@@ -31,10 +31,12 @@ from chatwright.config import (
     to_plain,
     to_yaml,
 )
+from chatwright.evaluate import closing
 from chatwright.evaluate import report as reports
 from chatwright.metrics import console, duration, say
 from chatwright.trackers import Reporting
 from chatwright.train import parallel
+from chatwright.train.account import EnergyMeter
 from chatwright.train.stopping import Interrupted, terminable
 from chatwright.train.workspace import Report, Unhealthy, Workspace
 
@@ -242,7 +244,7 @@ def _run_stage(stage: Stage, workspace: Workspace, *, prompt: str) -> None:
         report: Report = module_of(stage.verb).run(stage.config, workspace)
     except Unhealthy as found:
         if runtime.is_first():
-            reports.write_stage_report(directory, stage.name, _result(found.report, clock.seconds))
+            reports.write_stage_report(directory, stage.name, _result(stage, workspace, found.report, clock))
             say(f"  {directory / 'report.md'}")
         raise
     finally:
@@ -250,40 +252,53 @@ def _run_stage(stage: Stage, workspace: Workspace, *, prompt: str) -> None:
         clock.stop()
     if not runtime.is_first():
         return
+    result = _result(stage, workspace, report, clock)
     sample = report.facts.pop("sample", "") or _sample(directory, report, prompt, seed)
-    result = {"fingerprint": mark, "verb": stage.verb, **_result(report, clock.seconds), "sample": sample}
+    before = {name: checkpoint.read_json(place / "result.json") for name, place in workspace.inputs.items() if name in stage.inputs}
+    result = {"fingerprint": mark, "verb": stage.verb, **result, "sample": sample, "seed": seed, "version": __version__,
+              "inputs": {name: one["fingerprint"] for name, one in before.items()}}  # fmt: skip
     reports.write_stage_report(directory, stage.name, result)
     checkpoint.write_json(finished, result)
     for row in reports.table_rows(stage.name, result):
         say(f"  {row[1]}: {row[2]} -> {row[3]}" if row[2] != "-" else f"  {row[1]}: {row[3]}")
 
 
-def _result(report: Report, seconds: float) -> dict[str, Any]:
+def _result(stage: Stage, workspace: Workspace, report: Report, clock: _Clock) -> dict[str, Any]:
     """What a stage reports, as it stands in result.json."""
+    spent = {"seconds": clock.seconds, "joules": clock.joules, "memory_bytes": runtime.peak_memory_bytes()}
+    closed = closing.close(stage.verb, module_of(stage.verb), stage.config, workspace, report, spent)
     return {
         "model": report.model,
-        "seconds": seconds,
-        "memory_bytes": runtime.peak_memory_bytes(),
+        "seconds": spent["seconds"],
+        "memory_bytes": spent["memory_bytes"],
         "measures": [dataclasses.asdict(measure) for measure in report.measures],
         "curves": [dataclasses.asdict(curve) for curve in report.curves],
         "tables": [dataclasses.asdict(table) for table in report.tables],
         "facts": report.facts,
         "notes": report.notes,
+        **closed,
     }
 
 
 class _Clock:
-    """Seconds a stage has taken, interruptions left out; kept on disk between attempts."""
+    """Seconds and joules a stage has taken, interruptions left out; kept on disk between attempts."""
 
     def __init__(self, file: Path, mark: str) -> None:
         self.file, self.mark, self.started = file, mark, time.monotonic()
         earlier = checkpoint.read_json(file) if file.exists() else {}
-        self.before = float(earlier["seconds"]) if earlier.get("fingerprint") == mark else 0.0
+        same = earlier.get("fingerprint") == mark
+        self.before = float(earlier["seconds"]) if same else 0.0
+        self.burnt, self.meter = float(earlier.get("joules", 0.0)) if same else 0.0, EnergyMeter()
         self._write(self.before)
 
     @property
     def seconds(self) -> float:
         return self.before + time.monotonic() - self.started
+
+    @property
+    def joules(self) -> float:
+        self.burnt += self.meter.spent()
+        return self.burnt
 
     def stop(self) -> None:
         with contextlib.suppress(UserError):  # a full disk: what ended the stage is the error to tell, not this
@@ -291,7 +306,7 @@ class _Clock:
 
     def _write(self, seconds: float) -> None:
         if runtime.is_first():
-            checkpoint.write_json(self.file, {"fingerprint": self.mark, "seconds": seconds})
+            checkpoint.write_json(self.file, {"fingerprint": self.mark, "seconds": seconds, "joules": self.joules})
 
 
 def _make_way(directory: Path, mark: str) -> None:

@@ -110,6 +110,9 @@ def test_stages_come_after_those_they_need(write: Write, ran: Ran, tmp_path: Pat
     assert ran.stages == ["one", "other"] and ran.seeds == [9]
     assert results["other"]["measures"][0]["after"] == 4.0
     assert results["one"]["sample"] == "a sample" and results["one"]["facts"] == {"size": 4}
+    assert [results[name]["seed"] for name in ("one", "other")] == [9, 9]
+    assert results["other"]["inputs"] == {"one": results["one"]["fingerprint"]} and results["one"]["inputs"] == {}
+    assert results["one"]["cost"]["seconds"] == results["one"]["seconds"] and "paper" not in results["one"]
     report = (tmp_path / "run" / "report.md").read_text()
     assert "| one | size | - | 4.000 |" in report and "| other | made (of the other) | - | 4.000 |" in report
     assert "- **one**: a sample" in report

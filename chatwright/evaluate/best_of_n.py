@@ -23,7 +23,8 @@ from torch import Tensor
 from chatwright import runtime
 from chatwright.config import UsageError, UserError
 from chatwright.data.examples import Dialogue
-from chatwright.evaluate.replies import bootstrap_interval, mean_kl
+from chatwright.evaluate.answers import bootstrap_interval, side_by_side
+from chatwright.evaluate.replies import mean_kl
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
 from chatwright.metrics import progress_bar
@@ -34,9 +35,10 @@ from chatwright.train.players import judge, load_reward
 from chatwright.train.rollout import Answers, prompts_from, sample_answers
 from chatwright.train.sft import read_records
 from chatwright.train.tokenizer import records_of
-from chatwright.train.workspace import Curve, Measure, Report, Table, Workspace
+from chatwright.train.workspace import Answered, Curve, Measure, Report, Table, Workspace
 
 Samples = Float[Tensor, "prompts n"]
+SCORE, GOLD = "reward model's score, best of n", "gold measure, best of n"
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,8 @@ def run(config: Config, workspace: Workspace) -> Report:
     with progress_bar("bestofn") as bar:
         bar.update(0.0, f"{config.n} answers to each of {len(prompts)} prompts")
         repeated = [prompt for prompt in prompts for _ in range(config.n)]
-        scores, values = ask(answered(base, repeated, config, workspace.seed))
+        given = answered(base, repeated, config, workspace.seed)
+        scores, values = ask(given)
         scores = scores.view(-1, config.n)
         values = values.view(-1, config.n) if values is not None else None
         rows: dict[int, dict[str, float]] = {}
@@ -163,7 +166,25 @@ def run(config: Config, workspace: Workspace) -> Report:
         bar.update(0.9, "the rival" if config.rival else "")
         rival = rival_of(config, workspace, base, prompts, ask) if config.rival else None
         bar.update(1.0)
-    return report_of(config, rows, rival)
+    report = report_of(config, rows, rival)
+    report.answers = chosen_answers(config, base, prompts, given, scores, values)
+    report.facts["tokens"] = int(given.response.sum())
+    return report
+
+
+def chosen_answers(
+    config: Config, base: Loaded, prompts: Sequence[Sequence[int]], given: Answers, scores: Samples, values: Samples | None
+) -> Answered:
+    """The first answer to each prompt beside the one with the highest score."""
+    assert base.tokenizer is not None
+    first = torch.arange(len(prompts)) * config.n
+    best = first + scores.argmax(1)
+    known = {SCORE: (scores.mean(1).tolist(), scores.max(1).values.tolist())}
+    if values is not None:
+        known[GOLD] = (values.mean(1).tolist(), best_of_n(scores, values, config.n).tolist())
+    names = (f"{config.policy}, its first answer", f"{config.policy}, the best of {config.n} by {config.reward}")
+    sides = (given.rows(runtime.on_device(first)), given.rows(runtime.on_device(best)))
+    return side_by_side(names, prompts, sides, base.tokenizer, values=known)
 
 
 def _load(name: str, workspace: Workspace) -> Loaded:
@@ -231,11 +252,13 @@ def report_of(config: Config, rows: dict[int, dict[str, float]], rival: dict[str
     first, last = rows[1], rows[config.n]
     names = [name for name in ("score", "gold") if name in first]
     measures = [
-        Measure("reward model's score, best of n", first["score"], last["score"], "higher", _note(config.n, last, "score")),
+        Measure("reward model's score, best of n", first["score"], last["score"], "higher",
+                _note(config.n, last, "score"), (last["score_low"], last["score_high"])),
         Measure("KL of best of n", 0.0, last["kl"], "context", "nats per answer, log n - (n - 1) / n"),
-    ]
+    ]  # fmt: skip
     if "gold" in names:
-        measures.insert(1, Measure("gold measure, best of n", first["gold"], last["gold"], "higher", _note(config.n, last, "gold")))
+        note, within = _note(config.n, last, "gold"), (last["gold_low"], last["gold_high"])
+        measures.insert(1, Measure("gold measure, best of n", first["gold"], last["gold"], "higher", note, within))
     cells = [[f"best of {n}", f"{row['kl']:.2f}", *(_interval(row, name) for name in names)] for n, row in rows.items()]
     facts: dict[str, Any] = {"curve": {str(n): row for n, row in rows.items()}}
     notes = []

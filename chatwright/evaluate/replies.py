@@ -13,15 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from chatwright import checkpoint, runtime
 from chatwright.chat import Message
 from chatwright.config import UserError
 from chatwright.data.examples import Dialogue
+from chatwright.evaluate.answers import ENDED, LENGTH, bootstrap_interval, side_by_side
 from chatwright.language_model import load_parts
 from chatwright.metrics import progress_bar
 from chatwright.model.gpt import GPT
 from chatwright.objectives.policy import kl_k1
-from chatwright.tokenizer import Tokenizer
 from chatwright.train.gold import sentiment
 from chatwright.train.rollout import (
     Answers,
@@ -34,6 +33,8 @@ from chatwright.train.rollout import (
 from chatwright.train.sft import read_records
 from chatwright.train.tokenizer import records_of
 from chatwright.train.workspace import Measure, Report, Workspace
+
+GOLD = "gold sentiment, held-out prompts"
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,6 @@ class Config:
     """Length at which an answer is cut off."""
     temperature: float = 1.0
     """Sampling temperature."""
-
-
-def bootstrap_interval(values: Tensor, *, seed: int, draws: int = 2_000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of values (N,), by resampling (Efron 1979)."""
-    generator = runtime.generator("bootstrap", seed)
-    chosen = torch.randint(len(values), (draws, len(values)), generator=generator)
-    means = values.double()[chosen].mean(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def run(config: Config, workspace: Workspace) -> Report:
@@ -106,40 +98,24 @@ def run(config: Config, workspace: Workspace) -> Report:
     low, high = bootstrap_interval(gold["after"] - gold["before"], seed=workspace.seed)
     gain = float((gold["after"] - gold["before"]).mean())
     variety = {side: distinct(texts[side]) for side in texts}
-    length = {side: float(sampled[side].response.sum(1).float().mean()) for side in sampled}
-    ended = {side: float(sampled[side].finished.float().mean()) for side in sampled}
-    pairs = [
-        {"prompt": _turns(prompts[n], tokenizer), "before": texts["before"][n], "after": texts["after"][n]}
-        for n in range(min(10, len(prompts)))
-    ]
-    checkpoint.write_json(workspace.directory / "pairs.json", pairs)
-    lines = ["Ten answers to held-out prompts, not chosen:", ""]
-    lines += [f"- {pair['prompt']!r}: before {pair['before']!r}, after {pair['after']!r}" for pair in pairs]
+    answers = side_by_side(
+        (config.reference, config.policy), prompts, (sampled["before"], sampled["after"]), tokenizer, kl=kl,
+        values={GOLD: (gold["before"].tolist(), gold["after"].tolist())},
+    )  # fmt: skip
+    within = bootstrap_interval(gold["after"], seed=workspace.seed)
     return Report(
         measures=[
             Measure("gold sentiment, held-out prompts", float(gold["before"].mean()), float(gold["after"].mean()),
-                    "higher", f"{gain:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"),
+                    "higher", f"{gain:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}", within),
             Measure("KL on held-out prompts", 0.0, kl, "context", "nats per answer"),
             Measure("distinct-2, held-out prompts", variety["before"], variety["after"], "higher"),
-            Measure("answer length", length["before"], length["after"], "context", "tokens"),
-            Measure("answers that come to their end", ended["before"], ended["after"], "higher"),
+            Measure("answer length", *answers.measures[LENGTH], "context", "tokens"),
+            Measure("answers that come to their end", *answers.measures[ENDED], "higher"),
         ],
         facts={"gain": gain, "interval": [low, high], "kl": kl, "prompts": len(prompts),
-               "distinct_2": variety},
-        notes=lines,
+               "distinct_2": variety, "tokens": sum(int(side.response.sum()) for side in sampled.values())},
+        answers=answers,
     )  # fmt: skip
-
-
-def _turns(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """A prompt for people to read: its turns with ` / ` between them."""
-    controls = set(tokenizer.control_ids.values())
-    turns: list[list[int]] = [[]]
-    for number in ids:
-        if number in controls:
-            turns.append([])
-        else:
-            turns[-1].append(number)
-    return " / ".join(tokenizer.decode(turn) for turn in turns if turn)
 
 
 @torch.no_grad()

@@ -7,7 +7,11 @@ a machine that does not measure them - is absent.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from chatwright import runtime
 from chatwright.model.gpt import GPT
@@ -17,7 +21,7 @@ POWERCAP = Path("/sys/class/powercap")
 """Where Linux shows the energy meters of processors (RAPL); often readable for root alone."""
 
 
-def training_flop(model: GPT, length: int) -> float:
+def training_flop(model: GPT, length: float) -> float:
     """Floating-point operations to train on one sequence of `length` tokens, forward and backward.
 
     Per token 6 N + 12 L H Q T (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): N parameters that are factors of a
@@ -27,16 +31,48 @@ def training_flop(model: GPT, length: int) -> float:
     A frozen parameter has no gradient, which is two of the six; under an adapter the looked-up tables are frozen as well.
 
     Departure: N leaves out tables that are only looked up in - positions, and token embeddings that are not the output
-    matrix as well.
+    matrix as well (a reward model's body has no output matrix).
     """
-    shape = model.config
-    looked_up = 0 if shape.tied else model.embed.weight.numel()
-    if model.positions is not None:
-        looked_up += model.positions.weight.numel()
-    products = model.parameter_count() - looked_up
+    looked_up = _looked_up(model)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
-    frozen = max(0, frozen - looked_up)
-    return float(length * (6 * products - 2 * frozen + 12 * shape.layers * shape.heads * shape.head_dim * length))
+    return 3 * forward_flop(model, length) - 2.0 * length * max(0, frozen - looked_up)
+
+
+def forward_flop(model: GPT, length: float) -> float:
+    """Floating-point operations to read one sequence of `length` tokens: a third of training on it with nothing frozen.
+
+    Sampling it token by token with a cache takes as many.
+    """
+    shape, products = model.config, model.parameter_count() - _looked_up(model)
+    return float(length * (2 * products + 4 * shape.layers * shape.heads * shape.head_dim * length))
+
+
+def _looked_up(model: GPT) -> int:
+    """Parameters that are only looked up in, and no factor of a product."""
+    is_output = model.config.tied and isinstance(model.head, nn.Linear)
+    tables = 0 if is_output else model.embed.weight.numel()
+    return tables + (0 if model.positions is None else model.positions.weight.numel())
+
+
+def rounds_spent(
+    rows: Sequence[Mapping[str, Any]], prompt: float, *, read: Sequence[GPT], trained: Sequence[GPT], epochs: int, text: float = 0.0
+) -> dict[str, float]:
+    """Tokens and operations of rounds of sampling and learning, from the `rows` that they logged.
+
+    `tokens` are those of answers. Operations: `prompt` tokens on average stand before an answer; each row is sampled by the first
+    of `read`, read by each of them, and learnt from `epochs` times by `trained` in the rounds that had an update. `text` is what
+    each update spends on general text. Products of an answer's length are taken at its mean.
+    """
+    tokens = flop = 0.0
+    for row in rows:
+        said, mean = row.get("tokens") or 0.0, row.get("length") or 0.0
+        answers, length = said / mean if mean else 0.0, prompt + mean
+        tokens += said
+        passes = [read[0], *read]
+        flop += answers * sum(forward_flop(model, length) for model in passes)
+        if "policy_loss" in row:
+            flop += epochs * answers * sum(training_flop(model, length) for model in trained) + text
+    return {"tokens": tokens, "flop": flop}
 
 
 class EnergyMeter:

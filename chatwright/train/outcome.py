@@ -35,10 +35,10 @@ def report_of(
     curves: Sequence[Curve] = (),
     tax: tuple[float, float] | None = None,
     trouble: str = "",
-    adapter: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Report:
     """The report of a run that has a result, or of one that was broken off (`trouble` says why). `tax` is the perplexity of
-    general text before and after, `aim` what the best round is the best by, `adapter` the facts about one that was written."""
+    general text before and after, `aim` what the best round is the best by, `more` further facts."""
     first, result = extra["history"][0], result_of(extra, step)
     measures = []
     if result is not None:
@@ -52,7 +52,7 @@ def report_of(
     if tax is not None:
         measures.append(Measure("perplexity of general text", *tax, note="per token; the alignment tax"))
     stopped = trouble or extra["stopped"]
-    facts = {"best": extra["best"], "rounds": step - ("average" in extra), "stopped": stopped, **(adapter or {})}
+    facts = {"best": extra["best"], "rounds": step - ("average" in extra), "stopped": stopped, **(more or {})}
     notes = []
     if trouble:
         notes.append(f"broken off: {trouble}; the checkpoint is the state before that round")

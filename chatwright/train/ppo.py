@@ -16,10 +16,11 @@ from torch import Tensor
 
 from chatwright.config import UsageError
 from chatwright.objectives import policy as objective
+from chatwright.train.paper import DETAILS, INSTRUCT, Paper
 from chatwright.train.players import Players, judged, opinion, round_facts, step_facts
 from chatwright.train.rollout import Answers, chosen_rows
 from chatwright.train.rounds import Rounds, carry_out
-from chatwright.train.rounds_config import RoundsConfig
+from chatwright.train.rounds_config import SHARED_PAPER, RoundsConfig
 from chatwright.train.trainer import Step
 from chatwright.train.workspace import Curve, Report, Workspace
 
@@ -52,6 +53,19 @@ class Config(RoundsConfig):
             raise UsageError(f"epochs {self.epochs} must be at least 1")
         if self.critic not in ("separate", "shared"):
             raise UsageError(f"critic {self.critic!r} is neither separate nor shared")
+
+
+PAPER = (
+    *SHARED_PAPER,
+    Paper("minibatch_size", 64, INSTRUCT),
+    Paper("epochs", 1, INSTRUCT),
+    Paper("clip", 0.2, INSTRUCT),
+    Paper("value_clip", 0.2, DETAILS),
+    Paper("value_coefficient", 0.1, DETAILS),
+    Paper("discount", 1.0, DETAILS),
+    Paper("lam", 0.95, DETAILS),
+    Paper("critic", "separate", f"{INSTRUCT}: from the reward model; shared in Ziegler et al. 2019"),
+)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from torch import Tensor
 from chatwright.config import UsageError
 from chatwright.objectives import policy as objective
 from chatwright.objectives.policy import Baseline
+from chatwright.train.paper import Paper
 from chatwright.train.players import Players, judged, opinion, round_facts, step_facts
 from chatwright.train.rollout import Answers, chosen_rows
 from chatwright.train.rounds import Rounds, carry_out
-from chatwright.train.rounds_config import RoundsConfig
+from chatwright.train.rounds_config import SHARED_PAPER, RoundsConfig
 from chatwright.train.trainer import Step
 from chatwright.train.workspace import Curve, Report, Workspace
 
@@ -49,6 +50,13 @@ class Config(RoundsConfig):
             raise UsageError(f"batch_size {self.batch_size} must be a multiple of samples_per_prompt {self.samples_per_prompt}")
         if self.baseline == "leave-one-out" and self.samples_per_prompt < 2:
             raise UsageError("baseline leave-one-out compares answers to one prompt: set samples_per_prompt to 2 or more")
+
+
+PAPER = (
+    *SHARED_PAPER,
+    Paper("steps per round (batch_size / minibatch_size)", 1, "Williams 1992", lambda config, facts: config.batch_size // config.minibatch_size),
+)
+"""InstructGPT's values too, though it used PPO: this is the yardstick beside it."""
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,10 @@ from chatwright.objectives.preference import bradley_terry_loss, pair_accuracy, 
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
 from chatwright.train import adapters, plan
+from chatwright.train.account import training_flop
 from chatwright.train.health import diagnose_reward
 from chatwright.train.loop import Fit, FitConfig
+from chatwright.train.paper import INSTRUCT, Paper
 from chatwright.train.parallel import ALONE
 from chatwright.train.sft import read_records
 from chatwright.train.tokenizer import records_of
@@ -67,6 +69,20 @@ class Config:
         )
     )
     """Optimiser and schedule."""
+
+
+PAPER = (
+    Paper("k", (4, 9), f"{INSTRUCT}, section 3.5"),
+    Paper("passes over the comparisons", 1, INSTRUCT, lambda config, facts: facts.get("epochs")),
+    Paper("fit.batch_size", 64, f"{INSTRUCT}: prompts, each with all its answers"),
+    Paper("optim.learning_rate", 9e-6, f"{INSTRUCT}: 6B"),
+    Paper("optim.schedule", "cosine", INSTRUCT),
+    Paper("optim.final", 0.1, INSTRUCT),
+    Paper("optim.beta1", 0.9, INSTRUCT),
+    Paper("optim.beta2", 0.95, INSTRUCT),
+    Paper("lead", 0.0, f"{INSTRUCT}: no margin; Llama 2 has one"),
+    Paper("lora.rank", 0, f"{INSTRUCT}: all weights are trained"),
+)
 
 
 @dataclass(frozen=True)
@@ -258,9 +274,12 @@ def run(config: Config, workspace: Workspace) -> Report:
             "held_out_correlation": correlation(scores[known], labels[known]),
         }
 
+    some = rankings.batch(train[:64])  # tokens of a comparison and of a row: their means over these
+    tokens, width = float(some.mask.sum()) / len(train[:64]), float(some.mask.sum(1).float().mean())
     fitted = Fit(
         trainer, config.fit, rankings, train_step, evaluate,
         title="reward", throughput=("answers", float(config.k)), best=("held_out_accuracy", "higher"),
+        flop_per_sample=training_flop(model.body, width) * tokens / width,
     ).run()  # fmt: skip
     saved = normalise(trainer, model, rankings, train[:64], dtype)
     before, after = fitted.before, fitted.after
@@ -273,7 +292,8 @@ def run(config: Config, workspace: Workspace) -> Report:
         ],
         curves=[Curve("Reward model loss", ["loss"], "nats per prompt"), Curve("Accuracy", ["accuracy"])],
         model=saved,
-        facts={"comparisons": len(train), "steps": fitted.progress.step,
+        facts={"comparisons": len(train), "steps": fitted.progress.step, "epochs": fitted.samples / len(train),
+               "tokens": round(fitted.samples * tokens),
                "held_out_correlation": after["held_out_correlation"],
                "held_out_accuracy": after["held_out_accuracy"],
                "sample": example_scores(model, rankings), **fitted.facts},

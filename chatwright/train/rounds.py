@@ -28,11 +28,12 @@ from chatwright.data.examples import Dialogue
 from chatwright.data.loader import SampleOrder
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
-from chatwright.metrics import progress_bar, say
+from chatwright.metrics import progress_bar, read_metrics, say
 from chatwright.model.gpt import GPT
+from chatwright.model.heads import ScalarModel
 from chatwright.model.lora import lora_parameters
 from chatwright.objectives import policy as objective
-from chatwright.train import adapters, health, plan
+from chatwright.train import account, adapters, health, plan
 from chatwright.train.gold import Gold, gold_of
 from chatwright.train.outcome import report_of, result_of
 from chatwright.train.parallel import ALONE
@@ -193,7 +194,7 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         self.workspace.metrics.write(step, self.latest)
         self._save_before_round()
         text = f"{self.title} stopped in round {step}: {diagnosis.text}"
-        raise Unhealthy(text, report_of(self.extra, step, aim=self.aim, curves=self.curves, trouble=text))
+        raise Unhealthy(text, report_of(self.extra, step, aim=self.aim, curves=self.curves, trouble=text, more=self.spent()))
 
     def _save_before_round(self) -> None:
         """Save so that a resume does this round again."""
@@ -275,8 +276,24 @@ class Rounds(ABC, Generic[Settings, Rolled]):
             with self.players.as_reference() as reference:
                 before = self.text.perplexity(reference)
             tax = (before, self.text.perplexity(policy))
-        adapter = adapters.write_adapter(policy, self.workspace.directory, base=self.config.base)
-        return report_of(self.extra, step, aim=self.aim, curves=self.curves, tax=tax, adapter=adapter)
+        more = self.spent() | adapters.write_adapter(policy, self.workspace.directory, base=self.config.base)
+        return report_of(self.extra, step, aim=self.aim, curves=self.curves, tax=tax, more=more)
+
+    def spent(self) -> dict[str, float]:
+        """Answer tokens and floating-point operations of all rounds so far, by what they logged."""
+        policy, critic, text = self.players.policy, self.players.critic, 0.0
+        critics = [critic.body] if isinstance(critic, ScalarModel) else []  # a head alone costs next to nothing
+        if self.text is not None and self.config.ptx:
+            windows = self.epochs * self.config.batch_size * self.config.ptx_windows
+            text = windows * account.training_flop(policy, self.config.ptx_context or policy.config.context)
+        return account.rounds_spent(
+            read_metrics(self.workspace.directory / "metrics.jsonl"),
+            sum(map(len, self.prompts)) / len(self.prompts),
+            read=[policy, policy, self.players.reward.body, *critics],  # the second one is the reference
+            trained=[policy, *critics],
+            epochs=self.epochs,
+            text=text,
+        )
 
 
 def kept(logged: dict[str, float]) -> dict[str, float]:

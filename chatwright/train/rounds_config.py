@@ -8,6 +8,7 @@ from chatwright.config import UsageError
 from chatwright.model.lora import LoRAConfig
 from chatwright.optim import OptimConfig
 from chatwright.train.gold import SENTIMENT
+from chatwright.train.paper import DETAILS, INSTRUCT, Paper
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,22 @@ class RoundsConfig:
             raise UsageError("there is no dropout here, neither in rollouts nor in updates: lora.dropout must be 0")
         if not 0 <= self.average < 1:
             raise UsageError(f"average {self.average:g} must be at least 0 and below 1")
+
+
+SHARED_PAPER = (
+    Paper("answers in all (iterations x batch_size)", 256_000, INSTRUCT, lambda config, facts: config.iterations * config.batch_size),
+    Paper("batch_size", 512, INSTRUCT),
+    Paper("max_prompt_tokens", 1_000, INSTRUCT),
+    Paper("max_new_tokens", 1_000, INSTRUCT),
+    Paper("beta", 0.02, INSTRUCT),
+    Paper("kl_target", 0.0, f"{INSTRUCT}: beta is fixed; it adapts in Ziegler et al. 2019"),
+    Paper("ptx", 27.8, f"{INSTRUCT}: of a sum over texts, here of a mean over tokens"),
+    Paper("ptx_windows", 8, INSTRUCT),
+    Paper("average", 0.992, INSTRUCT),
+    Paper("entropy_coefficient", 0.0, DETAILS),
+    Paper("optim.eps", 1e-5, DETAILS),
+    Paper("optim.schedule", "linear", DETAILS),
+    Paper("lora.rank", 0, f"{INSTRUCT}: all weights are trained"),
+)
+"""What InstructGPT set that any method of rounds has. The guards (kl_budget, min_correlation, min_distinct, unfinished and
+degenerate answers) are our own: rounds.py says why."""

@@ -30,6 +30,7 @@ from chatwright.tokenizer import Tokenizer
 from chatwright.train import adapters, plan
 from chatwright.train.account import training_flop
 from chatwright.train.loop import Fit, FitConfig
+from chatwright.train.paper import INSTRUCT, Paper
 from chatwright.train.parallel import ALONE
 from chatwright.train.tokenizer import records_of
 from chatwright.train.trainer import Step, Trainer
@@ -56,6 +57,16 @@ class Config:
         default_factory=lambda: OptimConfig(name="adamw", learning_rate=1e-3, schedule="trapezoid", decay=0.6)
     )
     """Optimiser and schedule."""
+
+
+PAPER = (
+    Paper("passes over the conversations", 16, INSTRUCT, lambda config, facts: facts.get("epochs")),
+    Paper("fit.batch_size", 32, f"{INSTRUCT}: 1.3B and 6B; there a sample is one conversation, here a packed row"),
+    Paper("optim.schedule", "cosine", INSTRUCT),
+    Paper("optim.beta1", 0.9, INSTRUCT),
+    Paper("optim.beta2", 0.95, INSTRUCT),
+    Paper("lora.rank", 0, f"{INSTRUCT}: all weights are trained"),
+)
 
 
 @dataclass(frozen=True)
@@ -189,7 +200,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         curves=[Curve("SFT loss", ["loss"], "nats per answer token")],
         model=f"checkpoints/{fitted.checkpoint.path.name}",
         facts={"rows": len(rows), "filled": filled, "steps": fitted.progress.step,
-               "epochs": fitted.samples / len(rows), **fitted.facts,
+               "epochs": fitted.samples / len(rows), "tokens": round(fitted.samples * filled * length), **fitted.facts,
                **adapters.write_adapter(model, workspace.directory, base=config.base)},
         notes=fitted.notes,
     )  # fmt: skip

@@ -24,6 +24,8 @@ class Measure:
     better: str = "lower"
     """`lower`, `higher`, or `context` for a number to compare with rather than to improve."""
     note: str = ""
+    interval: tuple[float, float] | None = None
+    """95 % interval of `after`, where one is known."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,25 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
+@dataclass(frozen=True)
+class Answered:
+    """Answers of two models to the same held-out prompts, drawn with the same seeds."""
+
+    before: str
+    """What answered before, in words."""
+    after: str
+    prompts: Sequence[str]
+    """The prompts as people read them."""
+    pairs: Sequence[Mapping[str, str]]
+    """{prompt, before, after} of the first ten."""
+    values: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
+    """Numbers of single prompts, (before, after) by the name of the measure: what a paired comparison needs."""
+    measures: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Numbers of all answers together, (before, after): length and diversity."""
+    kl: float | None = None
+    """KL of the second model from the first on its own answers, nats per answer."""
+
+
 @dataclass
 class Report:
     """What a stage gives back; `result.json` and `report.md` are made of it."""
@@ -57,6 +78,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     """Lines for the report: departures, warnings."""
     tables: list[Table] = field(default_factory=list)
+    answers: Answered | None = None
+    """Of a stage that asks models itself; for other stages the pipeline asks base and result (evaluate/closing.py)."""
 
 
 class Unhealthy(UserError):

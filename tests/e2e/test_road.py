@@ -114,6 +114,28 @@ def test_every_stage_finishes_and_reports(road: tuple[Path, str]) -> None:
     assert not [path for path in root.rglob("*") if "partial" in path.name]
 
 
+def test_the_reports_of_alignment_say_it_all(road: tuple[Path, str]) -> None:
+    root, _ = road
+    for stage in ("sft", "reward", "ppo", "eval"):
+        text = (root / stage / "report.md").read_text()
+        for title in ("Settings that differ from the paper's", "Before and after", "KL budget", "Cost"):
+            assert f"\n## {title}\n" in text, (stage, title)
+        assert len(checkpoint.read_json(root / stage / "pairs.json")) == 10 and "\n| 10 | " in text
+        assert "no answers before and after" not in text
+    leads = [(float(pair["before"]), float(pair["after"])) for pair in checkpoint.read_json(root / "reward" / "pairs.json")]
+    assert sum(after > 0.5 for _, after in leads) == 10 and sum(abs(before) for before, _ in leads) < 10
+    results = {stage: checkpoint.read_json(root / stage / "result.json") for stage in STAGES}
+    assert results["sft"]["answers"]["measures"]["share that ends"] == [0.0, 1.0]
+    assert results["ppo"]["answers"]["kl"] > -0.5 and results["ppo"]["kl_budget"]["allowed"] == 10.0
+    assert len({result["data"] for stage, result in results.items() if stage not in ("pretrain", "tokenizer")}) == 1
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        cost = results[stage]["cost"]
+        assert cost["flop"] > 1e8 and cost["seconds"] > 0 and cost["memory_bytes"] > 1e7
+    assert results["ppo"]["cost"]["tokens"] == sum(row["tokens"] for row in read_metrics(root / "ppo" / "metrics.jsonl"))
+    report = (root / "report.md").read_text()
+    assert "\n## Alignment in short\n" in report and "[ppo](ppo/report.md): " in report and "| total |" in report
+
+
 def test_the_numbers_went_the_right_way(road: tuple[Path, str]) -> None:
     root, _ = road
 
@@ -176,6 +198,12 @@ def test_a_changed_setting_of_ppo_runs_ppo_and_eval_again(road: tuple[Path, str]
         old, new = (checkpoint.read_json(copy / name / "result.json") for name in (f"{stage}.old-1", stage))
         assert old["fingerprint"] != new["fingerprint"]
     assert checkpoint.read_json(copy / "ppo" / "result.json")["facts"]["rounds"] <= 2
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert cli.main(["compare", str(road[0]), str(copy), "--json"]) == 0
+    found = {one["stage"]: one for one in json.loads(shown.getvalue())["stages"]}
+    assert all(found[stage]["same"] for stage in STAGES[:5]) and not found["ppo"]["same"]
+    assert found["ppo"]["settings"] == [{"setting": "iterations", "values": [4, 2]}] and found["eval"]["paired"]
     assert chatwright.load(str(copy)).chat([{"role": "user", "content": "Hi"}], max_new_tokens=4) is not None
 
 

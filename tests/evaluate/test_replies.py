@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,8 @@ from chatwright.chat import NATIVE
 from chatwright.config import UserError
 from chatwright.data.examples import Dialogue
 from chatwright.evaluate import replies
-from chatwright.evaluate.replies import Config, bootstrap_interval, one_answer, sentiment
+from chatwright.evaluate.answers import bootstrap_interval
+from chatwright.evaluate.replies import Config, one_answer, sentiment
 from chatwright.language_model import load_parts
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
@@ -107,8 +107,8 @@ def test_the_measures_are_those_of_the_answers(save: Save, data: Path, tmp_path:
     assert report.facts["kl"] > 0.5
     expected = (distinct(texts["before"]), distinct(texts["after"]))
     assert measures["distinct-2, held-out prompts"] == pytest.approx(expected)
-    pairs = json.loads((tmp_path / "eval" / "pairs.json").read_text())
-    assert [pair["after"] for pair in pairs] == texts["after"][:10]
+    assert report.answers is not None
+    assert [pair["after"] for pair in report.answers.pairs] == texts["after"][:10]
     assert replies.run(config, Workspace(tmp_path / "again", 5)).measures == report.measures
 
 

@@ -13,11 +13,12 @@ from chatwright.metrics import read_metrics
 from chatwright.model.attention import plain_attention
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
+from chatwright.model.heads import ScalarModel
 from chatwright.model.lora import LoRAConfig, add_lora
 from chatwright.tokenizer import Tokenizer
 from chatwright.trackers import Reporting
 from chatwright.train import account
-from chatwright.train.account import EnergyMeter, account_row, training_flop
+from chatwright.train.account import EnergyMeter, account_row, forward_flop, rounds_spent, training_flop
 
 
 def test_the_formula_by_hand() -> None:
@@ -122,3 +123,27 @@ def test_a_stage_tells_its_account(tokenizer_bench: Any, make_fit: Any, tmp_path
     assert report.facts["flop"] == rows[-1]["flop"] and report.facts["cost"] > 0 and report.facts["energy_kwh"] > 0
     silent = pretrain.run(replace(config), Workspace(tmp_path / "silent", 3, tokenizer_bench.inputs))
     assert "cost" not in silent.facts and ("energy_kwh" in silent.facts) is bool(EnergyMeter().meters)
+
+
+def test_reading_costs_a_third_and_a_reward_model_has_no_output_matrix() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = ScalarModel(GPTConfig.preset("gpt2", layers=2, width=128, heads=4, context=64, vocab_size=512))
+    model.body.use_attention(plain_attention)
+    ids = torch.randint(512, (1, 64), generator=torch.Generator().manual_seed(1))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids)
+    assert forward_flop(model.body, 64) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert training_flop(model.body, 64) == 3 * forward_flop(model.body, 64)
+
+
+def test_rounds_by_hand() -> None:
+    """Two rounds of 4 answers of 5 tokens behind 3 of a prompt, the second without an update."""
+    policy, critic = (GPT(GPTConfig.preset("modern-nano", vocab_size=64, context=16, layers=layers)) for layers in (2, 1))
+    rows = [{"step": 0, "tokens": 20.0, "length": 5.0, "policy_loss": 0.1}, {"step": 1, "tokens": 20.0, "length": 5.0}]
+    found = rounds_spent(rows, 3.0, read=[policy, policy, critic], trained=[policy, critic], epochs=2, text=7.0)
+    each, other = forward_flop(policy, 8), forward_flop(critic, 8)
+    learnt = 2 * 4 * (training_flop(policy, 8) + training_flop(critic, 8))
+    assert found == {"tokens": 40.0, "flop": pytest.approx(2 * 4 * (3 * each + other) + learnt + 7.0)}
+    broken: list[dict[str, Any]] = [{"step": 0}, {"step": 1, "tokens": None, "length": None}]
+    assert rounds_spent(broken, 3.0, read=[policy], trained=[policy], epochs=1) == {"tokens": 0.0, "flop": 0.0}

@@ -28,6 +28,10 @@ def test_choosing_among_more_answers_pleases_the_reward_model_more(planted_bench
     assert all(row["score_low"] <= row["score"] <= row["score_high"] and -1 <= row["gold"] <= 1 for row in rows)
     assert found.model is None and found.measures[0].after == found.facts["curve"]["8"]["score"]
     assert found.facts["rival"]["kl"] > 0 and "ppo: score" in found.notes[0]
+    assert found.answers is not None and len(found.answers.pairs) == 10
+    first, best = found.answers.values[best_of_n.SCORE]
+    assert all(one <= other for one, other in zip(first, best, strict=True))
+    assert sum(best) / len(best) == pytest.approx(scores[-1], abs=1e-6) and sum(first) / len(first) == pytest.approx(scores[0], abs=1e-6)
     again = bench.run(best_of_n, replace(SMALL, rival="ppo"), tmp_path / "bestofn")
     assert again.measures == found.measures and read_metrics(tmp_path / "bestofn" / "metrics.jsonl") == rows
     tables = [{"title": one.title, "columns": one.columns, "rows": one.rows} for one in found.tables]

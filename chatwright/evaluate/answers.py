@@ -1,0 +1,88 @@
+"""Length and diversity of answers, and answers before and after a stage side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from chatwright import runtime
+from chatwright.tokenizer import Tokenizer
+from chatwright.train.rollout import Answers, distinct, texts_of
+from chatwright.train.workspace import Answered
+
+SHOWN = 10
+"""Pairs of answers that a report shows: the first ones, not chosen."""
+
+LENGTH, ENDED, REPEATS = "tokens per answer", "share that ends", "share of repeated token pairs"
+
+
+def bootstrap_interval(values: Tensor, *, seed: int, draws: int = 2_000) -> tuple[float, float]:
+    """95 % percentile interval of the mean of values (N,), by resampling (Efron 1979)."""
+    generator = runtime.generator("bootstrap", seed)
+    chosen = torch.randint(len(values), (draws, len(values)), generator=generator)
+    means = values.double()[chosen].mean(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def repeats(tokens: Sequence[int]) -> float:
+    """Share of an answer's pairs of neighbouring tokens that occurred in it before, 0 to 1."""
+    pairs = list(pairwise(tokens))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def of_each(answers: Answers) -> dict[str, list[float]]:
+    """Length in tokens (end token included), whether it came to its end, and repetition of each answer."""
+    tokens = [ids[mask].tolist() for ids, mask in zip(answers.ids, answers.response, strict=True)]
+    return {
+        LENGTH: [float(len(one)) for one in tokens],
+        ENDED: answers.finished.float().tolist(),
+        REPEATS: [repeats(one) for one in tokens],
+    }
+
+
+def side_by_side(
+    names: tuple[str, str],
+    prompts: Sequence[Sequence[int]],
+    sides: tuple[Answers, Answers],
+    tokenizer: Tokenizer,
+    *,
+    values: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    kl: float | None = None,
+) -> Answered:
+    """Answers before and after to `prompts`; with several answers a prompt, rows go through all prompts again and again, and
+    what is known of single prompts is the mean over them. `values` adds further numbers of single prompts.
+    """
+    each, texts = [of_each(side) for side in sides], [texts_of(side, tokenizer) for side in sides]
+    known = {name: (per_prompt(each[0][name], len(prompts)), per_prompt(each[1][name], len(prompts))) for name in each[0]}
+    measures = {name: (mean(each[0][name]), mean(each[1][name])) for name in each[0]}
+    for n in (1, 2):
+        measures[f"distinct-{n}"] = (distinct(texts[0], n), distinct(texts[1], n))
+    readable = [turns(prompt, tokenizer) for prompt in prompts]
+    pairs = [{"prompt": readable[n], "before": texts[0][n], "after": texts[1][n]} for n in range(min(SHOWN, len(prompts)))]
+    return Answered(names[0], names[1], readable, pairs, {**known, **(values or {})}, measures, kl)
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of at least one number."""
+    return sum(values) / len(values)
+
+
+def per_prompt(values: Sequence[float], prompts: int) -> list[float]:
+    """Means over the answers to each prompt; answer number n is to prompt n modulo `prompts`."""
+    return torch.tensor(values, dtype=torch.float64).view(-1, prompts).mean(0).tolist()  # type: ignore[no-any-return]
+
+
+def turns(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """A prompt for people to read: its turns with ` / ` between them."""
+    controls = set(tokenizer.control_ids.values())
+    parts: list[list[int]] = [[]]
+    for number in ids:
+        if number in controls:
+            parts.append([])
+        else:
+            parts[-1].append(number)
+    return " / ".join(tokenizer.decode(part) for part in parts if part)

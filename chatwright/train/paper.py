@@ -1,0 +1,62 @@
+"""What the papers set, beside what a run was set to: each alignment stage has a table PAPER of such values.
+
+A value stands in a table only where a paper gives it for that method; most settings of ours have no counterpart there. The
+papers trained models of 1.3 to 175 billion parameters: a difference is no mistake, but a reader should see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+INSTRUCT = "Ouyang et al. 2022, appendix C"
+DETAILS = "N+ details, arXiv:2403.17031"
+
+Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper's value of one setting."""
+
+    setting: str
+    """Path of the field in the stage's Config (`optim.learning_rate`), or what `ours` works out."""
+    value: Any
+    """The paper's value; a pair is the least and the largest."""
+    source: str
+    ours: Callable[[Any, Facts], Any] | None = None
+    """Config and the report's facts -> our value, where it is not a field by itself; None where it is not known."""
+
+    def of(self, config: Any, facts: Facts) -> Any:
+        """Our value."""
+        if self.ours is not None:
+            return self.ours(config, facts)
+        return reduce(getattr, self.setting.split("."), config)
+
+    def agrees(self, ours: Any) -> bool:
+        """Whether our value is the paper's: numbers within 1 %, which a paper's rounding may take."""
+        if isinstance(self.value, tuple):
+            return bool(self.value[0] <= ours <= self.value[1])
+        if isinstance(ours, bool) or not isinstance(ours, int | float):
+            return bool(ours == self.value)
+        return bool(abs(ours - self.value) <= 0.01 * abs(self.value))
+
+
+def beside(papers: Sequence[Paper], config: Any, facts: Facts) -> list[dict[str, Any]]:
+    """Rows {setting, ours, paper, source, same} for result.json; what is not known of a run is left out."""
+    rows = []
+    for one in papers:
+        ours = one.of(config, facts)
+        if ours is not None:
+            rows.append({"setting": one.setting, "ours": ours, "paper": shown(one.value), "source": one.source,
+                         "same": one.agrees(ours)})  # fmt: skip
+    return rows
+
+
+def shown(value: Any) -> str:
+    """A setting for people: '9e-06', '4 to 9', 'cosine'."""
+    if isinstance(value, tuple):
+        return f"{shown(value[0])} to {shown(value[1])}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
