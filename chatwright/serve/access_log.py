@@ -177,8 +177,20 @@ class Ledger:
             current.reset(token)
             self._lifecycle.in_flight -= 1
             self._telemetry.responded(_method(scope), route_of(scope), status, known.model)
-            if self._log is not None:
-                self._log.write(record(scope, known, status, time.monotonic() - known.started))
+            self._write(scope, known, status)
+
+    def _write(self, scope: Scope, known: RequestFacts, status: int) -> None:
+        """Add the request's line: at the end of its response, or of the work that goes on behind it."""
+        if (log := self._log) is None:
+            return
+
+        def write(*_: Any) -> None:
+            log.write(record(scope, known, status, time.monotonic() - known.started))
+
+        if known.work is None:
+            write()
+        else:
+            known.work.add_done_callback(write)
 
     def _facts(self, scope: Scope) -> RequestFacts:
         given = Headers(scope=scope).get(REQUEST_ID, "")
