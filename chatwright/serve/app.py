@@ -10,14 +10,14 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from chatwright.feedback.store import Store
+from chatwright.feedback.store import Quota, Store
 from chatwright.serve import api, chat_page, errors, login, status
 from chatwright.serve.access_log import AccessLog, Ledger
 from chatwright.serve.cors import Cors
@@ -58,6 +58,8 @@ class Operation:
     log: AccessLog | None = None
     keep_texts: bool = False
     """Whether the log has the prompts and the answers."""
+    quota: Quota = field(default_factory=Quota)
+    """The most that is kept of conversations."""
     drain_seconds: float = 30.0
     """How long the server takes to stop, for those who are told to come again."""
 
@@ -73,7 +75,7 @@ def create_app(
 
     `store`: where conversations are kept, as `feedback.store.Store` takes it. Raises StoreError.
     """
-    conversations, answers = Store(store), jobs or JobStore()
+    conversations, answers = Store(store, quota=operation.quota), jobs or JobStore()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
