@@ -18,17 +18,18 @@ from fastapi.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from chatwright.feedback.store import Quota, Store
-from chatwright.serve import api, chat_page, errors, login, status
-from chatwright.serve.access_log import AccessLog, Ledger
-from chatwright.serve.cors import Cors
+from chatwright.serve import api, chat_page, errors
 from chatwright.serve.document import document
-from chatwright.serve.doors import Doorkeeper, Doors
-from chatwright.serve.guard import BodyLimit, Guard
 from chatwright.serve.jobs import JobStore
-from chatwright.serve.keys import KeyRing
-from chatwright.serve.lifecycle import Gate, Lifecycle
+from chatwright.serve.operation import login, status
+from chatwright.serve.operation.access_log import AccessLog, Ledger
+from chatwright.serve.operation.cors import Cors
+from chatwright.serve.operation.doors import Doorkeeper, Doors
+from chatwright.serve.operation.guard import BodyLimit, Guard
+from chatwright.serve.operation.keys import KeyRing
+from chatwright.serve.operation.lifecycle import Gate, Lifecycle
+from chatwright.serve.operation.telemetry import Telemetry
 from chatwright.serve.pool import ModelPool
-from chatwright.serve.telemetry import Telemetry
 
 MAX_BODY = 1 << 20
 """Largest request in bytes: far more text than any model's context holds."""

@@ -28,7 +28,7 @@ from chatwright.generate.sampling import Sampling
 from chatwright.serve.answers import Answering, Ask, shown
 from chatwright.serve.errors import ApiError
 from chatwright.serve.jobs import JobStore
-from chatwright.serve.owner import Mine
+from chatwright.serve.operation.owner import Mine
 from chatwright.serve.pool import ModelPool
 
 PAGE = 50

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chatwright.config import UserError
 from chatwright.feedback.store import Full, NotThere, StoreError
 from chatwright.generate.threads import BusyError, ClosedError
-from chatwright.serve.facts import TimedOut
+from chatwright.serve.operation.facts import TimedOut
 from chatwright.serve.pool import NoMemory, UnknownModel
 from chatwright.serve.service import Busy, TooLong
 

@@ -19,8 +19,8 @@ from chatwright.config import UserError
 from chatwright.generate.engine import Stats
 from chatwright.generate.threads import ClosedError, EngineThread
 from chatwright.language_model import LanguageModel, load
-from chatwright.serve.facts import current, seconds_left, timed_out
 from chatwright.serve.footprint import weight_bytes
+from chatwright.serve.operation.facts import current, seconds_left, timed_out
 from chatwright.serve.service import Busy, ChatService, Limits, Listener
 
 logger = logging.getLogger(__name__)

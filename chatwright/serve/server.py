@@ -134,9 +134,9 @@ def main(argv: Sequence[str]) -> int:
 
 def check_exposure(config: ServeConfig) -> None:
     """Raise UserError when everybody in reach could use the server, or the keys or the origins make no sense."""
-    from chatwright.serve.cors import check_origins
-    from chatwright.serve.guard import is_loopback
-    from chatwright.serve.keys import open_keys
+    from chatwright.serve.operation.cors import check_origins
+    from chatwright.serve.operation.guard import is_loopback
+    from chatwright.serve.operation.keys import open_keys
 
     check_origins(config.cors_origins)
     if open_keys(config.api_keys) is None and not is_loopback(config.host) and not config.insecure:
@@ -183,11 +183,11 @@ def listen(host: str, port: int) -> socket.socket:
 def build_app(pool: ModelPool, config: ServeConfig) -> FastAPI:
     """The application that serves the models of `pool`. Raises UserError: keys, log or store that cannot be opened."""
     from chatwright.feedback.quota import Quota
-    from chatwright.serve.access_log import AccessLog
     from chatwright.serve.app import Operation, create_app
-    from chatwright.serve.cors import check_origins
-    from chatwright.serve.guard import is_loopback
-    from chatwright.serve.keys import open_keys
+    from chatwright.serve.operation.access_log import AccessLog
+    from chatwright.serve.operation.cors import check_origins
+    from chatwright.serve.operation.guard import is_loopback
+    from chatwright.serve.operation.keys import open_keys
 
     operation = Operation(
         hosts=config.allowed_hosts if config.allowed_hosts or is_loopback(config.host) else None,
@@ -236,7 +236,7 @@ def serve(pool: ModelPool, listener: socket.socket, config: ServeConfig) -> int:
 
 def make_server(app: FastAPI, config: ServeConfig | None = None) -> uvicorn.Server:
     """The server that runs `app`."""
-    from chatwright.serve.running import Server
+    from chatwright.serve.operation.running import Server
 
     config = config or ServeConfig()
     return Server(app, drain_seconds=config.drain_seconds, proxies=config.proxies)

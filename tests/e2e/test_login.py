@@ -8,7 +8,7 @@ from typing import Any
 from browsing import answered, answers, expect, needs_browser, say, visiting
 from serving import DIALOGUES, TinyModel, run_server
 
-from chatwright.serve.keys import line_for
+from chatwright.serve.operation.keys import line_for
 
 pytestmark = needs_browser
 KEY = "cw-" + "k" * 43

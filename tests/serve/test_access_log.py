@@ -17,8 +17,8 @@ from person import Person
 from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.config import UsageError, UserError
-from chatwright.serve.access_log import AccessLog
-from chatwright.serve.keys import line_for
+from chatwright.serve.operation.access_log import AccessLog
+from chatwright.serve.operation.keys import line_for
 from chatwright.serve.server import ServeConfig
 
 BODY = {"model": "tiny/taught", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
@@ -276,7 +276,7 @@ def test_after_a_full_disk_the_log_goes_on_with_whole_lines(log: Path, monkeypat
 
 
 def test_a_disk_that_hangs_holds_nobody_up(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chatwright.serve.access_log.WAITING_LINES", 3)
+    monkeypatch.setattr("chatwright.serve.operation.access_log.WAITING_LINES", 3)
     made = AccessLog(str(log))
     import threading
 

@@ -18,7 +18,7 @@ import pytest
 from documented import HOST, KEY, Replica, ask, block, free_port, placed, running, start
 
 from chatwright.chat import NATIVE
-from chatwright.serve.keys import line_for
+from chatwright.serve.operation.keys import line_for
 from chatwright.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="these programs are POSIX's")

@@ -14,7 +14,7 @@ from person import Person, text_of
 from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.config import UsageError
-from chatwright.serve.owner import COOKIE, YEAR
+from chatwright.serve.operation.owner import COOKIE, YEAR
 from chatwright.serve.server import ServeConfig
 
 STORY = DIALOGUES["story"]

@@ -18,7 +18,7 @@ import yaml
 from documented import HOST, KEY, Replica, block, free_port, placed, start
 from person import Person
 
-from chatwright.serve.keys import line_for
+from chatwright.serve.operation.keys import line_for
 from chatwright.serve.server import ServeConfig
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="these programs are POSIX's")

@@ -17,7 +17,7 @@ from chatwright.language_model import LanguageModel
 from chatwright.serve.api.completions import TokenIds
 from chatwright.serve.api.parameters import Body, Count
 from chatwright.serve.api.reading import to_the_end, unless_gone
-from chatwright.serve.facts import facts, in_time
+from chatwright.serve.operation.facts import facts, in_time
 from chatwright.serve.pool import ModelPool
 from chatwright.serve.service import TooLong
 

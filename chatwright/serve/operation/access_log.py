@@ -23,9 +23,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatwright.config import UserError
-from chatwright.serve.facts import RequestFacts, current
-from chatwright.serve.lifecycle import Lifecycle
-from chatwright.serve.telemetry import Telemetry
+from chatwright.serve.operation.facts import RequestFacts, current
+from chatwright.serve.operation.lifecycle import Lifecycle
+from chatwright.serve.operation.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
