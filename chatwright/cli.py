@@ -24,7 +24,7 @@ VERBS = {
     "generate": ("chatwright.serve.generate:main", "continue a text"),
     "chat": ("chatwright.serve.terminal:main", "talk to a model in the terminal"),
     "serve": ("chatwright.serve.server:main", "talk to a model in the browser; OpenAI-compatible API"),
-    "key": ("chatwright.serve.keys:main_key", "make an API key for a server"),
+    "key": ("chatwright.serve.operation.keys:main_key", "make an API key for a server"),
     "import": ("chatwright.serve.tools:main_import", "turn another format into a model directory"),
     "export": ("chatwright.serve.export:main_export", "write a model for transformers and vLLM, or for llama.cpp and Ollama"),
     "plan": ("chatwright.serve.plan:main_plan", "predict a recipe's or a shape's memory and time before it runs"),

@@ -10,14 +10,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    LargeBinary,
+    Text,
+    cast,
+    create_engine,
+    event,
+    func,
+    inspect,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
 from chatwright.config import UserError
-from chatwright.feedback.tables import VERSION, Base, SchemaRow
+from chatwright.feedback.tables import ROW_BYTES, VERSION, Base, ConversationRow, MessageRow, SchemaRow
 
 WRITES = {"chatwright_writes": True}
 """Execution options of connections that are going to write."""
@@ -60,7 +74,10 @@ def open_database(url: URL, *, busy_seconds: float) -> Engine:
     """
     shown = url.database if url.get_backend_name() == "sqlite" and url.database else url.render_as_string()
     with explained(shown or "the store"):
-        engine = _sqlite(url, busy_seconds) if url.get_backend_name() == "sqlite" else create_engine(url)
+        if url.get_backend_name() == "sqlite":
+            engine = _sqlite(url, busy_seconds)
+        else:  # a connection is tried before it is used: a server that was started again has forgotten it
+            engine = create_engine(url, pool_pre_ping=True)
         try:
             _prepare(engine, shown or "the store")
             if url.get_backend_name() == "sqlite":  # now that the file is known to be ours
@@ -159,12 +176,33 @@ def _prepare(engine: Engine, shown: str) -> None:
             Base.metadata.create_all(connection)
             connection.execute(SchemaRow.__table__.insert().values(version=VERSION))  # type: ignore[attr-defined]
         version = connection.execute(select(SchemaRow.version)).scalar()
-        # Whoever may only read would else find out when the first answer is to be kept.
-        connection.execute(update(SchemaRow).values(version=SchemaRow.version))
-    if version is None:
-        raise StoreError(f"{shown} does not say which version it has: it is damaged, or not chatwright's")
-    if version > VERSION:
-        raise StoreError(
-            f"{shown} was written by a newer chatwright (its tables have version {version}, this one knows {VERSION}); "
-            "upgrade, or choose another place with --store"
-        )
+        if version is None:
+            raise StoreError(f"{shown} does not say which version it has: it is damaged, or not chatwright's")
+        if version > VERSION:
+            raise StoreError(
+                f"{shown} was written by a newer chatwright (its tables have version {version}, this one knows {VERSION}); "
+                "upgrade, or choose another place with --store"
+            )
+        if version < 2:
+            _count_sizes(connection)
+        # Also where nothing changes: whoever may only read would else find out when the first answer is to be kept.
+        connection.execute(update(SchemaRow).values(version=VERSION))
+
+
+def _count_sizes(connection: Connection) -> None:
+    """From version 1 to 2: conversations and messages know what they take."""
+    for table in (MessageRow.__tablename__, ConversationRow.__tablename__):
+        connection.execute(text(f"ALTER TABLE {table} ADD COLUMN size BIGINT DEFAULT 0 NOT NULL"))
+
+    def octets(column: Any) -> ColumnElement[int]:
+        written = cast(column, Text)
+        if connection.dialect.name == "sqlite":  # whose octet_length is of 2023
+            return func.coalesce(func.length(cast(written, LargeBinary)), 0)
+        return func.coalesce(func.octet_length(written), 0)
+
+    one, whole = MessageRow, ConversationRow
+    connection.execute(update(one).values(size=ROW_BYTES + octets(one.content) + octets(one.probabilities)))
+    said = select(func.coalesce(func.sum(one.size), 0)).where(one.conversation == whole.id).scalar_subquery()
+    frame = ROW_BYTES + octets(whole.title) + octets(whole.system) + octets(whole.settings)
+    connection.execute(update(whole).values(size=frame + said))
+    next(index for index in whole.__table__.indexes if index.name == "weights").create(connection)  # type: ignore[attr-defined]

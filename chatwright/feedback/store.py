@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from sqlalchemy import delete, select, tuple_
@@ -24,9 +25,10 @@ from sqlalchemy.orm import Session
 from chatwright.chat import ROLES, Message
 from chatwright.config import UserError
 from chatwright.feedback.database import WRITES, StoreError, explained, locate, open_database
+from chatwright.feedback.quota import Full, Quota, bytes_of, grow, of_frame, of_message, weigh_again
 from chatwright.feedback.tables import ConversationRow, MessageRow
 
-__all__ = ["Conversation", "NotThere", "Owned", "Store", "StoreError", "Summary", "Turn", "title_of"]
+__all__ = ["Conversation", "Full", "NotThere", "Owned", "Quota", "Store", "StoreError", "Summary", "Turn", "title_of"]
 
 TITLE = 60
 """Most characters of a title that is made from a first message."""
@@ -86,10 +88,13 @@ class Conversation:
 
     def turn(self, number: int) -> Turn:
         """The turn with this id. Raises NotThere."""
-        found = next((turn for turn in self.turns if turn.id == number), None)
-        if found is None:
+        if number not in self._by_id:
             raise NotThere(f"there is no message {number} in this conversation")
-        return found
+        return self._by_id[number]
+
+    @cached_property
+    def _by_id(self) -> dict[int, Turn]:
+        return {turn.id: turn for turn in self.turns}
 
     def branch(self, leaf: int | None) -> list[Turn]:
         """The turns from the first to `leaf`. Raises NotThere."""
@@ -117,14 +122,15 @@ def title_of(text: str) -> str:
 class Store:
     """A database of conversations; close it."""
 
-    def __init__(self, place: str, *, busy_seconds: float = 5.0) -> None:
+    def __init__(self, place: str, *, busy_seconds: float = 5.0, quota: Quota = Quota()) -> None:  # noqa: B008
         """`place`: a SQLite file (made when missing), a SQLAlchemy URL, "" for the default file, `none` for memory.
 
-        `busy_seconds`: how long to wait for others that write. Raises StoreError.
+        `busy_seconds`: how long to wait for others that write. `quota`: the most that is kept. Raises StoreError.
         """
         url = locate(place)
         self.name = url.database or url.render_as_string()
         """The store, for people; without a password."""
+        self.quota = quota
         self._engine = open_database(url, busy_seconds=busy_seconds)
 
     def close(self) -> None:
@@ -175,7 +181,7 @@ class Owned:
     def create(
         self, content: str, *, model: str, system: str = "", settings: Mapping[str, Any] | None = None
     ) -> Conversation:
-        """A new conversation that begins with a person's message `content`."""
+        """A new conversation that begins with a person's message `content`. Raises Full."""
         now = time.time()
         with self._store.session(writes=True) as session:
             row = ConversationRow(
@@ -189,6 +195,8 @@ class Owned:
                 updated=now,
                 leaf=None,
             )
+            row.size = of_frame(row)
+            self._store.quota.check(session, self.owner, more=row.size + bytes_of(content), conversations=1)
             session.add(row)
             session.flush()
             _add(session, row, None, "user", content)
@@ -197,13 +205,14 @@ class Owned:
     def add(
         self, conversation: str, parent: int | None, role: str, content: str, *, model: str | None = None
     ) -> Turn:
-        """A new turn below `parent` (None: at the beginning), which becomes the leaf."""
+        """A new turn below `parent` (None: at the beginning), which becomes the leaf. Raises Full."""
         if role not in ROLES:
             raise StoreError(f"a message's role is one of {', '.join(ROLES)}, not {role!r}")
         with self._store.session(writes=True) as session:
             row = self._row(session, conversation)
             if parent is not None:
                 self._message(session, conversation, parent)
+            self._store.quota.check(session, self.owner, more=bytes_of(content))
             return _turn(_add(session, row, parent, role, content, model))
 
     def write(
@@ -225,6 +234,8 @@ class Owned:
             message.finish_reason, message.tokens, message.seconds = finish_reason, tokens, seconds
             message.dropped = dropped
             message.probabilities = None if probabilities is None else [dict(one) for one in probabilities]
+            before, message.size = message.size, of_message(message)
+            grow(session, conversation, message.size - before)
             if finish_reason is not None:
                 self._row(session, conversation).updated = time.time()
 
@@ -235,6 +246,7 @@ class Owned:
             row = self._row(session, conversation)
             if row.leaf == number:
                 row.leaf = leaf
+            weigh_again(session, row)
 
     def probabilities(self, conversation: str, number: int) -> list[dict[str, Any]] | None:
         """The tokens of an answer with their probabilities; None when they were not asked for."""
@@ -252,10 +264,11 @@ class Owned:
         system: str | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """Rename it, show another branch, or speak from now on with another model or other settings."""
+        """Rename it, show another branch, or speak from now on with another model or other settings. Raises Full."""
         changes = {"title": title, "leaf": leaf, "model": model, "system": system}
         with self._store.session(writes=True) as session:
             row = self._row(session, conversation)
+            before = of_frame(row)
             if leaf is not None:
                 self._message(session, conversation, leaf)
             for name, value in changes.items():
@@ -263,6 +276,9 @@ class Owned:
                     setattr(row, name, _storable(value) if isinstance(value, str) else value)
             if settings is not None:
                 row.settings = dict(settings)
+            more = of_frame(row) - before
+            self._store.quota.check(session, self.owner, more=more)
+            grow(session, conversation, more)
 
     def delete(self, conversation: str) -> None:
         """Take the conversation and its messages away for good."""
@@ -311,8 +327,10 @@ def _add(
         model=model,
         dropped=0,
     )
+    message.size = of_message(message)
     session.add(message)
     session.flush()
+    grow(session, row.id, message.size)
     row.leaf, row.updated = message.id, message.created
     return message
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, Float, ForeignKey, Index, String, Text
+from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-VERSION = 1
+VERSION = 2
+"""1: the beginning. 2: what conversations and messages take (`size`)."""
+ROW_BYTES = 200
+"""What a conversation or a message counts beside its texts: an empty one is not free."""
 
 
 class Base(DeclarativeBase):
@@ -25,7 +28,7 @@ class ConversationRow(Base):
     """A conversation of one owner. Its messages form a tree; `leaf` is the end of the branch that is shown."""
 
     __tablename__ = "conversations"
-    __table_args__ = (Index("newest", "owner", "updated", "id"),)
+    __table_args__ = (Index("newest", "owner", "updated", "id"), Index("weights", "owner", "size"))
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     owner: Mapped[str] = mapped_column(String(64))
@@ -38,6 +41,8 @@ class ConversationRow(Base):
     updated: Mapped[float] = mapped_column(Float(53))
     leaf: Mapped[int | None]
     """No foreign key: the two tables would refer to each other, and some databases cannot create that."""
+    size: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    """Bytes that it takes, its messages included (quota.py)."""
 
 
 class MessageRow(Base):
@@ -60,3 +65,5 @@ class MessageRow(Base):
     """How many of the oldest messages the model did not see."""
     probabilities: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
     """[{"text", "p", "alternatives": [{"text", "p"}, ...]}, ...]; the texts together are the content."""
+    size: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    """Bytes that it takes (quota.py)."""

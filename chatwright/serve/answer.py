@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, Self
 
-from chatwright.serve.facts import current, seconds_left, timed_out
+from chatwright.serve.operation.facts import current, seconds_left, timed_out
 
 if TYPE_CHECKING:
     from chatwright.generate.request import Handle, Piece, Request

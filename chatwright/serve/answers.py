@@ -16,7 +16,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,9 +73,17 @@ class Answering:
     """The work of a job (`jobs.Work`)."""
 
     def __init__(
-        self, ask: Ask, pool: ModelPool, jobs: JobStore, *, render: Callable[[str], str], save_seconds: float
+        self,
+        ask: Ask,
+        pool: ModelPool,
+        jobs: JobStore,
+        *,
+        seat: ExitStack,
+        render: Callable[[str], str],
+        save_seconds: float,
     ) -> None:
-        self._ask, self._pool, self._jobs = ask, pool, jobs
+        """`seat` holds the answer's place in the model's queue (`ModelPool.promised`) until the model is asked."""
+        self._ask, self._pool, self._jobs, self._seat = ask, pool, jobs, seat
         self._render, self._save_seconds = render, save_seconds
         turn = ask.turn
         self._draft = Draft(turn.content, tokens=turn.tokens or 0, dropped=turn.dropped)
@@ -88,7 +96,8 @@ class Answering:
     async def __call__(self, job: Job) -> Event:
         """Answer. Raises Failed when nothing came of it."""
         try:
-            await self._answer(job)
+            with self._seat:
+                await self._answer(job)
         except NotThere:
             raise  # the conversation was deleted meanwhile
         except Exception as error:
@@ -129,6 +138,7 @@ class Answering:
                     draft.reason = self._why_cancelled(job)
                     return
                 begun = ask.turn.content
+                self._seat.close()  # what follows takes the place before anybody else can
                 prepared = await service.prepare(ask.messages, sampling, begun=begun)
                 draft.dropped, draft.started = prepared.dropped, time.monotonic()
                 job.publish({"type": "begin", "model": ask.model, "dropped": draft.dropped, "window": service.context})

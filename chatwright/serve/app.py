@@ -10,25 +10,26 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from chatwright.feedback.store import Store
-from chatwright.serve import api, chat_page, errors, login, status
-from chatwright.serve.access_log import AccessLog, Ledger
-from chatwright.serve.cors import Cors
+from chatwright.feedback.store import Quota, Store
+from chatwright.serve import api, chat_page, errors
 from chatwright.serve.document import document
-from chatwright.serve.doors import Doorkeeper, Doors
-from chatwright.serve.guard import BodyLimit, Guard
 from chatwright.serve.jobs import JobStore
-from chatwright.serve.keys import KeyRing
-from chatwright.serve.lifecycle import Gate, Lifecycle
+from chatwright.serve.operation import login, status
+from chatwright.serve.operation.access_log import AccessLog, Ledger
+from chatwright.serve.operation.cors import Cors
+from chatwright.serve.operation.doors import Doorkeeper, Doors
+from chatwright.serve.operation.guard import BodyLimit, Guard
+from chatwright.serve.operation.keys import KeyRing
+from chatwright.serve.operation.lifecycle import Gate, Lifecycle
+from chatwright.serve.operation.telemetry import Telemetry
 from chatwright.serve.pool import ModelPool
-from chatwright.serve.telemetry import Telemetry
 
 MAX_BODY = 1 << 20
 """Largest request in bytes: far more text than any model's context holds."""
@@ -58,6 +59,8 @@ class Operation:
     log: AccessLog | None = None
     keep_texts: bool = False
     """Whether the log has the prompts and the answers."""
+    quota: Quota = field(default_factory=Quota)
+    """The most that is kept of conversations."""
     drain_seconds: float = 30.0
     """How long the server takes to stop, for those who are told to come again."""
 
@@ -73,7 +76,7 @@ def create_app(
 
     `store`: where conversations are kept, as `feedback.store.Store` takes it. Raises StoreError.
     """
-    conversations, answers = Store(store), jobs or JobStore()
+    conversations, answers = Store(store, quota=operation.quota), jobs or JobStore()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

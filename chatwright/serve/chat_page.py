@@ -22,10 +22,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from chatwright.feedback.store import Owned
 from chatwright.serve import conversations
 from chatwright.serve.errors import ApiError
-from chatwright.serve.facts import facts
 from chatwright.serve.jobs import Job, JobStore
 from chatwright.serve.markdown import render
-from chatwright.serve.owner import Mine, give_owner
+from chatwright.serve.operation.facts import facts
+from chatwright.serve.operation.owner import Mine, give_owner
 from chatwright.serve.pool import ModelPool
 
 STUDIO = Path(__file__).parent / "studio"

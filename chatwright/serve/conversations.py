@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -27,7 +28,7 @@ from chatwright.generate.sampling import Sampling
 from chatwright.serve.answers import Answering, Ask, shown
 from chatwright.serve.errors import ApiError
 from chatwright.serve.jobs import JobStore
-from chatwright.serve.owner import Mine
+from chatwright.serve.operation.owner import Mine
 from chatwright.serve.pool import ModelPool
 
 PAGE = 50
@@ -167,17 +168,23 @@ def routes(pool: ModelPool, jobs: JobStore, render: Callable[[str], str], save_s
             if jobs.running_on(conversation):
                 raise ApiError(409, "an answer is being written in this conversation; stop it first", code="answering")
             jobs.make_room()
-            ask = await asyncio.to_thread(_place, mine, found, body, sampling)
-            about = {"turn": ask.turn.id, "content": ask.turn.content}
-            work = Answering(ask, pool, jobs, render=render, save_seconds=save_seconds)
-            job = jobs.start(work, owner=mine.owner, subject=conversation, about=about)
+            with ExitStack() as if_refused:
+                seat = ExitStack()
+                if_refused.callback(seat.close)
+                seat.enter_context(pool.promised(body.model))
+                ask = await asyncio.to_thread(_place, mine, found, body, sampling)
+                about = {"turn": ask.turn.id, "content": ask.turn.content}
+                work = Answering(ask, pool, jobs, seat=seat, render=render, save_seconds=save_seconds)
+                job = jobs.start(work, owner=mine.owner, subject=conversation, about=about)
+                if_refused.pop_all()  # from here on the seat is the job's
         return {"id": job.id, "turn": shown(ask.turn)}
 
     return router
 
 
 def _place(mine: Owned, found: Conversation, body: NewAnswer, sampling: Sampling) -> Ask:
-    """Find or make the answer's place in the tree."""
+    """Find or make the answer's place in the tree. Raises Full, and then no place is made."""
+    changes: dict[str, Any] = {"model": body.model, "system": body.system, "settings": body.settings.model_dump()}
     earlier = None
     if body.continues is not None:
         turn = found.turn(body.continues)
@@ -186,14 +193,15 @@ def _place(mine: Owned, found: Conversation, body: NewAnswer, sampling: Sampling
         parent = turn.parent
         if turn.has_probabilities:
             earlier = mine.probabilities(found.id, turn.id)
+        mine.change(found.id, leaf=turn.id, **changes)
     else:
         parent = body.parent
         if parent is None or found.turn(parent).role == "assistant":
             raise ApiError(400, "an answer is not what can be answered", param="parent")
+        mine.change(found.id, **changes)
         turn = mine.add(found.id, parent, "assistant", "", model=body.model)
     messages = replace(found, system=body.system).messages(parent)
     previous = found.leaf if found.leaf is not None else parent
-    mine.change(found.id, leaf=turn.id, model=body.model, system=body.system, settings=body.settings.model_dump())
     return Ask(
         shelf=mine,
         conversation=found.id,

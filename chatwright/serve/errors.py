@@ -17,9 +17,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatwright.config import UserError
-from chatwright.feedback.store import NotThere, StoreError
+from chatwright.feedback.store import Full, NotThere, StoreError
 from chatwright.generate.threads import BusyError, ClosedError
-from chatwright.serve.facts import TimedOut
+from chatwright.serve.operation.facts import TimedOut
 from chatwright.serve.pool import NoMemory, UnknownModel
 from chatwright.serve.service import Busy, TooLong
 
@@ -110,6 +110,8 @@ def from_user_error(error: UserError) -> ApiError:
         return ApiError(400, str(error), param="messages", code="context_length_exceeded")
     if isinstance(error, NotThere):
         return ApiError(404, str(error), code="not_found")
+    if isinstance(error, Full):
+        return ApiError(403, str(error), code="store_full")
     if isinstance(error, StoreError):
         return ApiError(503, str(error), code="store_unavailable", headers={"retry-after": "1"})
     return ApiError(400, str(error))

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from chatwright.config import UserError
+from chatwright.serve.operation.facts import current
 from chatwright.serve.service import Busy
 
 logger = logging.getLogger(__name__)
@@ -111,13 +112,15 @@ class JobStore:
             del self._jobs[oldest.id]
 
     def start(self, work: Work, *, owner: str, subject: str, about: Event | None = None) -> Job:
-        """Start `work`. Raises Busy as `make_room` does."""
+        """Start `work`, on which the request that asks for it goes on being accounted. Raises Busy as `make_room` does."""
         self.make_room()
         job = Job(owner, subject, about or {}, self._clock)
         self._jobs[job.id] = job
         task = asyncio.get_running_loop().create_task(self._run(job, work))
         self._tasks.add(task)  # the loop itself keeps only a weak reference
         task.add_done_callback(self._tasks.discard)
+        if (known := current.get()) is not None:
+            known.work = task
         return job
 
     def get(self, job_id: str, owner: str) -> Job | None:

@@ -11,16 +11,16 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, fields
 
 from chatwright.config import UserError
 from chatwright.generate.engine import Stats
 from chatwright.generate.threads import ClosedError, EngineThread
 from chatwright.language_model import LanguageModel, load
-from chatwright.serve.facts import current, seconds_left, timed_out
 from chatwright.serve.footprint import weight_bytes
+from chatwright.serve.operation.facts import current, seconds_left, timed_out
 from chatwright.serve.service import Busy, ChatService, Limits, Listener
 
 logger = logging.getLogger(__name__)
@@ -177,6 +177,22 @@ class ModelPool:
             place.users -= 1
             place.last_used = time.monotonic()
 
+    @contextmanager
+    def promised(self, name: str) -> Iterator[None]:
+        """Hold a place for an answer that will be asked for in a moment, so that whoever is let in now is answered then.
+
+        Leave it as the preparations begin, which take a place themselves. Where the model is not in memory yet, those who
+        wait for it are counted. Raises UnknownModel, and Busy when there is no place.
+        """
+        place = self._place(name)
+        if place.service is not None:
+            with place.service.occupied():
+                yield
+            return
+        if place.users >= self._limits.max_requests:
+            raise Busy(f"{place.users} requests wait for {name} to be loaded; try again in a moment")
+        yield
+
     async def _wait_for(self, place: _Place) -> None:
         """Load the model, or wait for those who do so. Who gives up, because time is up or the client has gone, does not
         stop the loading: a thread cannot be stopped, and a second one beside it would spend the memory twice."""
@@ -205,7 +221,7 @@ class ModelPool:
     def adopt(self, name: str, model: LanguageModel) -> None:
         """Take in a model that is in memory already."""
         place = self._place(name)
-        # The service limits itself; this is for what it lets in and starts a moment later, as the page does.
+        # The service limits itself, and counts what it has let in; the engine's own limit is for what does not ask it.
         engine = EngineThread(model.engine, max_waiting=2 * self._limits.max_requests)
         place.service = ChatService(model, engine, name=name, limits=self._limits, listeners=self.listeners)
         place.size = model.memory_bytes

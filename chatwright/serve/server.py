@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from chatwright.serve.pool import ModelPool
 
 
+QUOTA = ("max_conversations", "max_owner_mb", "max_store_mb")
+"""The settings that are `feedback.quota.Quota`'s."""
+
+
 @dataclass(frozen=True)
 class ServeConfig:
     """How a model is served."""
@@ -43,6 +47,12 @@ class ServeConfig:
     store: str = ""
     """Where conversations are kept: a SQLite file or a SQLAlchemy URL; default: chatwright/conversations.db in the user's data
     directory; `none` keeps nothing beyond the process (in memory)."""
+    max_conversations: int = 2000
+    """Conversations that are kept for one owner: a browser, and with API keys a key's name in it. 0: no limit."""
+    max_owner_mb: float = 200.0
+    """Most MB of conversations that are kept for one owner. 0: no limit."""
+    max_store_mb: float = 2000.0
+    """Most MB of conversations that are kept for all owners together; without API keys anybody can be any number of owners. 0: no limit."""
     api_keys: str | None = None
     """File of hashed API keys (`chatwright key NAME --file FILE` makes one); read again when it changes. Keys in clear may stand in the environment: CHATWRIGHT_API_KEYS, comma separated."""
     insecure: bool = False
@@ -79,7 +89,7 @@ class ServeConfig:
             raise UsageError(f"--memory_gb {self.memory_gb}: 0 (no limit) or more")
         if self.max_body < 1024:
             raise UsageError(f"--max_body {self.max_body}: at least 1024 bytes")
-        for name in ("max_new_tokens", "max_prompt_tokens", "timeout", "drain_seconds"):
+        for name in (*QUOTA, "max_new_tokens", "max_prompt_tokens", "timeout", "drain_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"--{name} {getattr(self, name)}: 0 or more")
         if self.log_prompts and not self.access_log:
@@ -124,9 +134,9 @@ def main(argv: Sequence[str]) -> int:
 
 def check_exposure(config: ServeConfig) -> None:
     """Raise UserError when everybody in reach could use the server, or the keys or the origins make no sense."""
-    from chatwright.serve.cors import check_origins
-    from chatwright.serve.guard import is_loopback
-    from chatwright.serve.keys import open_keys
+    from chatwright.serve.operation.cors import check_origins
+    from chatwright.serve.operation.guard import is_loopback
+    from chatwright.serve.operation.keys import open_keys
 
     check_origins(config.cors_origins)
     if open_keys(config.api_keys) is None and not is_loopback(config.host) and not config.insecure:
@@ -172,11 +182,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 def build_app(pool: ModelPool, config: ServeConfig) -> FastAPI:
     """The application that serves the models of `pool`. Raises UserError: keys, log or store that cannot be opened."""
-    from chatwright.serve.access_log import AccessLog
+    from chatwright.feedback.quota import Quota
     from chatwright.serve.app import Operation, create_app
-    from chatwright.serve.cors import check_origins
-    from chatwright.serve.guard import is_loopback
-    from chatwright.serve.keys import open_keys
+    from chatwright.serve.operation.access_log import AccessLog
+    from chatwright.serve.operation.cors import check_origins
+    from chatwright.serve.operation.guard import is_loopback
+    from chatwright.serve.operation.keys import open_keys
 
     operation = Operation(
         hosts=config.allowed_hosts if config.allowed_hosts or is_loopback(config.host) else None,
@@ -185,6 +196,7 @@ def build_app(pool: ModelPool, config: ServeConfig) -> FastAPI:
         max_body=config.max_body,
         log=AccessLog(config.access_log) if config.access_log else None,
         keep_texts=config.log_prompts,
+        quota=Quota(**{name: getattr(config, name) for name in QUOTA}),
         drain_seconds=config.drain_seconds,
     )
     return create_app(pool, operation=operation, store=config.store)
@@ -224,7 +236,7 @@ def serve(pool: ModelPool, listener: socket.socket, config: ServeConfig) -> int:
 
 def make_server(app: FastAPI, config: ServeConfig | None = None) -> uvicorn.Server:
     """The server that runs `app`."""
-    from chatwright.serve.running import Server
+    from chatwright.serve.operation.running import Server
 
     config = config or ServeConfig()
     return Server(app, drain_seconds=config.drain_seconds, proxies=config.proxies)

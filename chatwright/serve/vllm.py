@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from chatwright.config import UsageError, UserError
-from chatwright.serve.guard import is_loopback
+from chatwright.serve.operation.guard import is_loopback
 
 if TYPE_CHECKING:
     from chatwright.serve.server import ServeConfig
@@ -68,7 +68,7 @@ def passed_key() -> str:
 
     A file of hashed keys (--api_keys) has no counterpart: vLLM wants to know the keys themselves.
     """
-    from chatwright.serve.keys import VARIABLE
+    from chatwright.serve.operation.keys import VARIABLE
 
     ours = [key for key in (part.strip() for part in os.environ.get(VARIABLE, "").split(",")) if key]
     theirs = os.environ.get(KEY, "")

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
-sys.path.insert(0, str(Path(__file__).parent))
-
-from browsing import answers, browser, button, expect, needs_browser, page, say, set_fields, visiting  # noqa: F401
-from serving import DIALOGUES, Running, TinyModel, run_server, server, taught, tiny  # noqa: F401
+from browsing import answers, button, expect, needs_browser, say, set_fields, visiting
+from serving import DIALOGUES, Running, TinyModel, run_server
 
 pytestmark = needs_browser
 

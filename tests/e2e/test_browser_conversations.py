@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
-sys.path.insert(0, str(Path(__file__).parent))
-
-from browsing import (  # noqa: F401
+from browsing import (
     answered,
     answers,
-    browser,
     button,
     chat,
     expect,
     last,
     needs_browser,
-    page,
     rows,
     say,
     set_fields,
     users,
     visiting,
 )
-from serving import DIALOGUES, Running, TinyModel, run_server, server, small, taught, tiny  # noqa: F401
+from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.language_model import LanguageModel
 
@@ -342,3 +335,21 @@ def test_stop_while_a_model_is_loaded(browser: Any, two_models: tuple[Running, t
         page.get_by_label("Model", exact=True).select_option("tiny/taught")
         button(last(page, "answer"), "Regenerate").click()
         expect(answers(page)).to_have_text(DIALOGUES["hello"])
+
+
+def test_a_full_store_says_what_to_do(browser: Any, tiny: TinyModel) -> None:
+    with run_server(tiny, max_conversations=1) as server, visiting(browser, server.url) as page:
+        page.expected = ["403"]
+        chat(page, "hello")
+        button(page, "New chat").click()
+        say(page, "name?")
+        alert = page.get_by_role("alert")
+        expect(alert).to_contain_text("delete some that you no longer need, or have --max_conversations raised")
+        expect(page.get_by_label("Message", exact=True)).to_have_value("name?")  # nothing typed is lost
+        rows(page).first.hover()
+        button(page, "Delete hello").click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        expect(rows(page)).to_have_count(0)
+        page.get_by_label("Message", exact=True).press("Enter")
+        answered(page)
+        expect(answers(page)).to_have_text(DIALOGUES["name?"])

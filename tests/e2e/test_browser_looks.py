@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
-sys.path.insert(0, str(Path(__file__).parent))
-
 import axe
-from browsing import (  # noqa: F401
+import pytest
+from browsing import (
     answered,
     answers,
-    browser,
     button,
     chat,
     expect,
     last,
     needs_browser,
-    page,
     rows,
     say,
     set_fields,
     users,
     visiting,
 )
-from serving import DIALOGUES, Running, TinyModel, run_server, server, taught, tiny  # noqa: F401
+from serving import DIALOGUES, Running, TinyModel, run_server
 
 pytestmark = needs_browser
 

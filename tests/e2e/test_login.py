@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
+from browsing import answered, answers, expect, needs_browser, say, visiting
+from serving import DIALOGUES, TinyModel, run_server
 
-from browsing import answered, answers, browser, expect, needs_browser, say, visiting  # noqa: F401
-from serving import DIALOGUES, TinyModel, run_server, taught, tiny  # noqa: F401
-
-from chatwright.serve.keys import line_for
+from chatwright.serve.operation.keys import line_for
 
 pytestmark = needs_browser
 KEY = "cw-" + "k" * 43

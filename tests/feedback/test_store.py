@@ -8,30 +8,18 @@ import os
 import sqlite3
 import stat
 import threading
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from places import SERVER
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.pool import NullPool
 
 from chatwright.config import UserError
 from chatwright.feedback import database
-from chatwright.feedback.store import NotThere, Owned, Store, StoreError, title_of
-
-
-@pytest.fixture(params=["memory", "file", "url"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    """The same for a database in memory, a file by its path and a file by its URL."""
-    file = tmp_path / "new" / "folder" / "conversations.db"
-    place = {"memory": "none", "file": str(file), "url": f"sqlite:///{file}"}[request.param]
-    store = Store(place)
-    yield store
-    store.close()
-
-
-@pytest.fixture
-def mine(store: Store) -> Owned:
-    return store.of("me")
+from chatwright.feedback.store import Conversation, NotThere, Owned, Store, StoreError, Turn, title_of
 
 
 def answer(mine: Owned, conversation: str, parent: int, text: str, **settings: Any) -> int:
@@ -171,6 +159,17 @@ def test_an_owner_sees_nothing_of_another(store: Store) -> None:
     assert mine.get(made.id) == made
 
 
+def test_a_long_conversation_is_read_in_one_go() -> None:
+    """Looking for every turn among all of them took a second of processor time for so many."""
+    turns = tuple(Turn(n, n - 1 or None, "user", "x", 0.0, None, None, None, None, 0, False) for n in range(1, 8001))
+    found = Conversation("id", "title", "m", "", {}, 0.0, 0.0, 8000, turns)
+    begun = time.process_time()
+    assert [turn.id for turn in found.branch(8000)] == list(range(1, 8001))
+    assert time.process_time() - begun < 0.5
+    with pytest.raises(NotThere):
+        found.branch(8001)
+
+
 def test_the_owner_is_not_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "store.db"
     store = Store(str(file))
@@ -216,13 +215,12 @@ def test_titles(text: str, title: str) -> None:
     assert title_of(text) == title
 
 
-def test_everything_is_there_after_opening_again(tmp_path: Path) -> None:
-    file = tmp_path / "store.db"
+def test_everything_is_there_after_opening_again(lasting: str) -> None:
     for _ in range(2):
-        store = Store(str(file))
+        store = Store(lasting)
         store.of("me").create("hello", model="m")
         store.close()
-    store = Store(str(file))
+    store = Store(lasting)
     assert [one.title for one in store.of("me").page()[0]] == ["hello", "hello"]
     store.close()
 
@@ -241,9 +239,9 @@ def test_threads_and_event_loops(store: Store) -> None:
     assert {turn.content for turn in mine.get(made.id).turns} == {"hello", *map(str, range(40))}
 
 
-def test_two_programs_share_a_file(tmp_path: Path) -> None:
+def test_two_programs_share_a_database(lasting: str) -> None:
     """Both read, then write, at the same time: none of them may find the database changed under its feet."""
-    stores = [Store(str(tmp_path / "store.db"), busy_seconds=20) for _ in range(2)]
+    stores = [Store(lasting, busy_seconds=20) for _ in range(2)]
     made = stores[0].of("me").create("hello", model="m")
     errors: list[BaseException] = []
 
@@ -263,6 +261,28 @@ def test_two_programs_share_a_file(tmp_path: Path) -> None:
     assert len(stores[0].of("me").get(made.id).turns) == 51
     for store in stores:
         store.close()
+
+
+@pytest.mark.parametrize("lasting", [SERVER], indirect=True)
+def test_a_server_that_was_started_again(lasting: str) -> None:
+    """Its clients' connections are gone, and nobody notices."""
+    store = Store(lasting)
+    made = store.of("me").create("hello", model="m")
+    with create_engine(lasting, poolclass=NullPool).connect() as other:
+        ended = other.execute(text(
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database() AND pid != pg_backend_pid()"
+        ))  # fmt: skip
+        assert ended.scalar_one() >= 1
+    assert store.of("me").get(made.id) == made
+    store.close()
+
+
+@pytest.mark.parametrize("lasting", [SERVER], indirect=True)
+def test_a_server_that_is_not_there(lasting: str) -> None:
+    away = make_url(lasting).set(port=1, password="secret")
+    with pytest.raises(StoreError, match=r"[Rr]efused") as caught:
+        Store(away.render_as_string(hide_password=False))
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="rights as POSIX has them")

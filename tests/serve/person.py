@@ -14,8 +14,8 @@ SURE = {"temperature": 0.0}
 class Person:
     """Speaks to a server under a cookie of its own."""
 
-    def __init__(self, url: str, *, model: str = "tiny/taught") -> None:
-        self.client, self.model = httpx.Client(base_url=url, timeout=30), model
+    def __init__(self, url: str, *, model: str = "tiny/taught", headers: dict[str, str] | None = None) -> None:
+        self.client, self.model = httpx.Client(base_url=url, timeout=30, headers=headers), model
         assert self.client.post("/chat/owner").status_code == 200
 
     def __enter__(self) -> Self:

@@ -17,8 +17,8 @@ from person import Person
 from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.config import UsageError, UserError
-from chatwright.serve.access_log import AccessLog
-from chatwright.serve.keys import line_for
+from chatwright.serve.operation.access_log import AccessLog
+from chatwright.serve.operation.keys import line_for
 from chatwright.serve.server import ServeConfig
 
 BODY = {"model": "tiny/taught", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
@@ -156,6 +156,39 @@ def test_no_text_is_logged(logged: Running, log: Path) -> None:
     assert "prompts" not in text
 
 
+def test_answers_on_the_page_are_counted(tiny: TinyModel, log: Path) -> None:
+    """The line of the request that asked for the answer has what a line of the interface has, once the answer is there."""
+    with run_server(tiny, access_log=str(log), log_prompts=True) as server, Person(server.url) as person:
+        usage = post(server).json()["usage"]
+        first = person.begin("hello")
+        turn = person.answer(first["id"], first["leaf"])["turn"]
+        found = {line["path"]: line for line in lines(log, 5)}
+        line = found[f"/chat/conversations/{first['id']}/answers"]
+        assert (line["method"], line["status"], line["model"], line["finish_reason"]) == ("POST", 201, "tiny/taught", "stop")
+        assert line["prompt_tokens"] == usage["prompt_tokens"] and line["cached_tokens"] > 0
+        assert line["completion_tokens"] == usage["completion_tokens"] == turn["tokens"]
+        assert 0 < line["ttft_ms"] <= line["duration_ms"]
+        assert "hello" in line["prompts"][0] and line["answers"] == [DIALOGUES["hello"]]
+        counts = [one["completion_tokens"] for one in found.values() if one["path"].startswith("/chat/")]
+        assert sorted(counts) == [0, 0, 0, turn["tokens"]]  # who adds up the lines counts each answer once
+
+
+def test_a_stopped_answer_on_the_page_is_counted_as_far_as_it_came(
+    logged: Running, log: Path, wait_until: Callable[..., None]
+) -> None:
+    engine = logged.model.engine
+    engine.allow(5)
+    with Person(logged.url) as person:
+        _, job = person.start("story")
+        wait_until(lambda: engine.allowed <= 0, "five steps")
+        assert len(lines(log, 2)) == 2  # the answer's own line is not there yet
+        person.post(f"/chat/jobs/{job}/stop", {}, expect=200)
+        person.events(job)
+        (line,) = [one for one in lines(log, 5) if one["path"].endswith("/answers")]
+    assert (line["finish_reason"], line["status"]) == ("cancelled", 201)
+    assert 0 < line["completion_tokens"] <= 6
+
+
 def test_texts_are_logged_when_asked_for(tiny: TinyModel, log: Path) -> None:
     with run_server(tiny, access_log=str(log), log_prompts=True) as server:
         post(server)
@@ -243,7 +276,7 @@ def test_after_a_full_disk_the_log_goes_on_with_whole_lines(log: Path, monkeypat
 
 
 def test_a_disk_that_hangs_holds_nobody_up(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chatwright.serve.access_log.WAITING_LINES", 3)
+    monkeypatch.setattr("chatwright.serve.operation.access_log.WAITING_LINES", 3)
     made = AccessLog(str(log))
     import threading
 

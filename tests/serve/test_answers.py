@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 from person import Person, text_of
 from serving import DIALOGUES, Running, TinyModel, run_server
@@ -154,3 +156,68 @@ def test_probabilities_of_an_answer_that_goes_on(me: Person, first: bool) -> Non
     known = [token["p"] is not None for token in tokens]
     assert known[0] is first
     assert known[-1] is not first
+
+
+def test_a_burst_of_answers_keeps_to_the_limit(tiny: TinyModel, wait_until: Callable[..., None]) -> None:
+    """Who is let in is answered, and who is not is told at once: the model is asked a moment after both."""
+    with run_server(tiny, max_requests=3) as server, Person(server.url) as me:
+        (service,) = server.app.state.pool.services
+        most, real = [0], service.engine.submit
+
+        def counted(*args: Any, **more: Any) -> Any:
+            handle = real(*args, **more)
+            most[0] = max(most[0], tiny.engine.waiting + tiny.engine.active)
+            return handle
+
+        service.engine.submit = counted  # type: ignore[method-assign]
+        made = [me.begin("hello") for _ in range(10)]
+        tiny.engine.allow(0)
+
+        async def burst() -> list[httpx.Response]:
+            async with httpx.AsyncClient(base_url=server.url, cookies=dict(me.client.cookies), timeout=30) as client:
+                asks = [
+                    client.post(f"/chat/conversations/{one['id']}/answers", json={"parent": one["leaf"], "model": me.model})
+                    for one in made
+                ]
+                return await asyncio.gather(*asks)
+
+        responses = asyncio.run(burst())
+        assert sorted(one.status_code for one in responses) == [201] * 3 + [429] * 7
+        assert all("retry-after" in one.headers for one in responses if one.status_code == 429)
+        wait_until(lambda: service.running == 3, "the three answers")
+        assert most[0] == 3
+        tiny.engine.allow(float("inf"))
+        for one, response in zip(made, responses, strict=True):
+            if response.status_code == 201:
+                assert me.events(response.json()["id"])[-1]["type"] == "done"
+            else:
+                assert len(me.read(one["id"])["turns"]) == 1  # no place was made for an answer
+        assert (service.running, service._preparing) == (0, 0)
+
+
+def test_a_place_that_came_to_nothing_is_free_again(tiny: TinyModel) -> None:
+    with run_server(tiny, max_requests=1) as server, Person(server.url) as me:
+        made = me.begin("hello")
+        path = f"/chat/conversations/{made['id']}/answers"
+        me.post(path, {"parent": 999, "model": me.model}, expect=404)
+        long = me.post(f"/chat/conversations/{made['id']}/messages", {"parent": made["leaf"], "content": "long " * 400})
+        assert me.answer(made["id"], long["id"])["type"] == "error"
+        assert me.answer(made["id"], made["leaf"])["turn"]["content"] == DIALOGUES["hello"]
+
+
+def test_those_who_wait_for_a_model_are_limited(tiny: TinyModel, small: LanguageModel) -> None:
+    gate = threading.Event()
+
+    def load(_: Any) -> LanguageModel:
+        assert gate.wait(20)
+        return small
+
+    with run_server(tiny, models=["small=somewhere"], loader=load, max_requests=2) as server, Person(server.url) as me:
+        made = [me.begin("hello") for _ in range(3)]
+        settings = {"temperature": 0.0, "max_tokens": 3}
+        jobs = [me.ask(one["id"], one["leaf"], model="small", settings=settings)["id"] for one in made[:2]]
+        body = {"parent": made[2]["leaf"], "model": "small"}
+        refused = me.post(f"/chat/conversations/{made[2]['id']}/answers", body, expect=429)
+        assert "wait for small to be loaded" in refused["error"]["message"]
+        gate.set()
+        assert [me.events(job)[-1]["type"] for job in jobs] == ["done", "done"]

@@ -17,8 +17,8 @@ import pytest
 from asking import HELLO, STORY, STORY_TEXT, post, text_of
 from serving import DIALOGUES, Running, TinyModel, run_server
 
-from chatwright.serve import guard, running
 from chatwright.serve.answer import Answer
+from chatwright.serve.operation import guard, running
 
 LONG_NAME = "x" * 20_000
 """A model's name that makes every event of a stream a heavy one."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -195,3 +197,41 @@ def test_embeddings(client: openai.OpenAI, server: Running) -> None:
             client.embeddings.create(**{"model": "tiny/taught", **wrong})
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model="other", input="x")
+
+
+class Gate:
+    """Stands in for a method of a model: it waits to be opened, and counts how often it was called."""
+
+    def __init__(self, real: Callable[..., Any]) -> None:
+        self.real, self.calls, self.open = real, 0, threading.Event()
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        self.calls += 1
+        assert self.open.wait(20)
+        return self.real(*args, **more)
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "body"),
+    [
+        ("embeddings", "embed", {"input": ["hello"] * 50}),
+        ("completions", "score", {"prompt": ["hello"] * 50, "echo": True, "logprobs": 1, "max_tokens": 0}),
+    ],
+)
+def test_what_nobody_waits_for_is_not_computed(
+    server: Running, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None], path: str, method: str, body: dict[str, Any]
+) -> None:
+    gate = Gate(getattr(server.model, method))
+    monkeypatch.setattr(server.model, method, gate)
+    (service,) = server.app.state.pool.services
+    with httpx.Client(base_url=server.url) as client, pytest.raises(httpx.ReadTimeout):
+        client.post(f"/v1/{path}", json={"model": "tiny/taught", **body}, timeout=httpx.Timeout(5, read=0.3))
+    assert gate.calls == 1
+    time.sleep(0.2)
+    assert service._preparing > 0  # one text is being computed: a thread cannot be stopped, and its place is taken
+    gate.open.set()
+    wait_until(lambda: service._preparing == 0, "the place to be free")
+    time.sleep(0.1)
+    assert gate.calls == 1
+    answer = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny/taught", "input": "hello"}, timeout=30)
+    assert answer.status_code == 200

@@ -13,7 +13,9 @@ import pytest
 from person import Person, text_of
 from serving import DIALOGUES, Running, TinyModel, run_server
 
-from chatwright.serve.owner import COOKIE, YEAR
+from chatwright.config import UsageError
+from chatwright.serve.operation.owner import COOKIE, YEAR
+from chatwright.serve.server import ServeConfig
 
 STORY = DIALOGUES["story"]
 
@@ -325,3 +327,39 @@ def test_bad_bodies(me: Person) -> None:
     assert me.client.patch(path, json={"model": "none"}).status_code == 404
     answer = me.answer(made["id"], made["leaf"])["turn"]
     assert "not what can be answered" in me.post(f"{path}/answers", {**model, "parent": answer["id"]}, expect=400)["error"]["message"]
+
+
+def test_a_full_store_is_said_with_the_way_out(tiny: TinyModel) -> None:
+    with run_server(tiny, max_conversations=2) as server, Person(server.url) as me:
+        first, second = me.begin("hello"), me.begin("name?")
+        refused = me.post("/chat/conversations", {"content": "third", "model": me.model}, expect=403)["error"]
+        assert refused["code"] == "store_full"
+        assert "delete some" in refused["message"] and "--max_conversations" in refused["message"]
+        assert me.answer(first["id"], first["leaf"])["turn"]["content"] == DIALOGUES["hello"]
+        with Person(server.url) as other:
+            other.begin("hello")  # each person has a limit of their own
+        assert me.client.delete(f"/chat/conversations/{second['id']}").status_code == 200
+        me.begin("third")
+
+
+@pytest.mark.parametrize("option", ["max_owner_mb", "max_store_mb"])
+def test_bytes_are_limited(tiny: TinyModel, option: str) -> None:
+    with run_server(tiny, **{option: 0.01}) as server, Person(server.url) as me:
+        made = me.begin("hello")
+        path = f"/chat/conversations/{made['id']}"
+        long = "x" * 10_000
+        for refused in (
+            me.post("/chat/conversations", {"content": long, "model": me.model}, expect=403),
+            me.post(f"{path}/messages", {"parent": made["leaf"], "content": long}, expect=403),
+            dict(me.client.patch(path, json={"system": long}).json()),
+            me.post(f"{path}/answers", {"parent": made["leaf"], "model": me.model, "system": long}, expect=403),
+        ):
+            assert refused["error"]["code"] == "store_full" and f"--{option}" in refused["error"]["message"]
+        found = me.read(made["id"])
+        assert len(found["turns"]) == 1 and found["leaf"] == made["leaf"] and not found["system"]
+
+
+def test_quota_settings_that_make_no_sense() -> None:
+    for name in ("max_conversations", "max_owner_mb", "max_store_mb"):
+        with pytest.raises(UsageError, match=f"--{name} -1"):
+            ServeConfig(**{name: -1})

@@ -24,7 +24,7 @@ from serving import TinyModel, run_server
 from chatwright import checkpoint
 from chatwright.chat import NATIVE
 from chatwright.model.gpt import GPT
-from chatwright.serve.keys import line_for
+from chatwright.serve.operation.keys import line_for
 from chatwright.tokenizer import Tokenizer
 
 

@@ -17,11 +17,11 @@ from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.cli import main as cli
 from chatwright.config import UserError
-from chatwright.serve import doors as doors_module
-from chatwright.serve.doors import Attempts, Doors
 from chatwright.serve.errors import ApiError
-from chatwright.serve.keys import Key, KeyRing, digest, line_for, new_key, open_keys, read_keys
-from chatwright.serve.login import safe_way
+from chatwright.serve.operation import doors as doors_module
+from chatwright.serve.operation.doors import Attempts, Doors
+from chatwright.serve.operation.keys import Key, KeyRing, digest, line_for, new_key, open_keys, read_keys
+from chatwright.serve.operation.login import safe_way
 from chatwright.serve.server import ServeConfig, check_exposure
 
 KEY, OTHER = "cw-" + "k" * 43, "cw-" + "o" * 43

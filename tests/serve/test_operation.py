@@ -22,9 +22,9 @@ from chatwright.generate.sampling import Sampling
 from chatwright.generate.threads import EngineThread
 from chatwright.language_model import LanguageModel
 from chatwright.model.gpt import GPT
-from chatwright.serve.cors import check_origins
-from chatwright.serve.facts import TimedOut
-from chatwright.serve.keys import line_for
+from chatwright.serve.operation.cors import check_origins
+from chatwright.serve.operation.facts import TimedOut
+from chatwright.serve.operation.keys import line_for
 from chatwright.serve.pool import ModelPool, Spec
 from chatwright.serve.server import ServeConfig
 from chatwright.serve.service import Busy, ChatService, Limits, TooLong, prepare

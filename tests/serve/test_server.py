@@ -15,7 +15,7 @@ import pytest
 from serving import TinyModel
 
 from chatwright.config import UsageError, UserError
-from chatwright.serve.guard import is_loopback
+from chatwright.serve.operation.guard import is_loopback
 from chatwright.serve.server import ServeConfig, listen, main, make_pool
 
 

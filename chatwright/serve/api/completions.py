@@ -31,6 +31,7 @@ from chatwright.serve.api.reading import (
     event,
     guarded,
     new_id,
+    to_the_end,
     unless_gone,
 )
 from chatwright.serve.pool import ModelPool
@@ -149,18 +150,15 @@ class Writer:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
 
-def echoed(model: LanguageModel, body: CompletionRequest, prompts: Sequence[Sequence[int]]) -> list[Whole]:
-    """The prompts as answers; their log-probabilities when asked for, by a forward pass of the plain model."""
-    echoes = []
-    for given, ids in zip(body.prompts, prompts, strict=True):
-        # The end-of-text token that we put in front is not part of a text.
-        shown = 1 if isinstance(given, str) else 0
-        text = given if isinstance(given, str) else model.tokenizer.decode(ids)
-        tokens = []
-        if body.logprobs is not None:
-            tokens = [TokenProbability(*scored) for scored in model.score(ids, top=body.logprobs)][shown:]
-        echoes.append(Whole(text, tokens))
-    return echoes
+def echo_of(model: LanguageModel, given: str | list[int], ids: Sequence[int], logprobs: int | None) -> Whole:
+    """A prompt as an answer; its log-probabilities when asked for, by a forward pass of the plain model."""
+    # The end-of-text token that we put in front is not part of a text.
+    shown = 1 if isinstance(given, str) else 0
+    text = given if isinstance(given, str) else model.tokenizer.decode(ids)
+    tokens = []
+    if logprobs is not None:
+        tokens = [TokenProbability(*scored) for scored in model.score(ids, top=logprobs)][shown:]
+    return Whole(text, tokens)
 
 
 def routes(pool: ModelPool) -> APIRouter:
@@ -178,12 +176,17 @@ def routes(pool: ModelPool) -> APIRouter:
                 reading.begin(stack)
             else:  # scoring alone takes up places too
                 stack.enter_context(service.occupied(len(prompts)))
-            echoes = await asyncio.to_thread(echoed, service.model, body, prompts) if body.echo else []
-            writer = Writer(body, reading, echoes)
+
+            async def written() -> Writer:
+                pairs = zip(body.prompts, prompts, strict=True) if body.echo else ()
+                echoes = [await to_the_end(echo_of, service.model, given, ids, body.logprobs) for given, ids in pairs]
+                return Writer(body, reading, echoes)
+
             if body.stream:
-                return HeldStream(guarded(writer.events()), stack.pop_all())
+                return HeldStream(guarded((await written()).events()), stack.pop_all())
 
             async def answered() -> dict[str, Any]:
+                writer = await written()
                 if body.max_tokens == 0:
                     return writer.whole([Whole()] * len(prepared.requests))
                 return writer.whole(await reading.wholes())

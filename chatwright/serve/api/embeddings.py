@@ -9,17 +9,20 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request
+from fastapi.responses import Response
 from pydantic import Field
 
 from chatwright.config import UserError
 from chatwright.language_model import LanguageModel
 from chatwright.serve.api.completions import TokenIds
 from chatwright.serve.api.parameters import Body, Count
-from chatwright.serve.facts import facts, in_time
+from chatwright.serve.api.reading import to_the_end, unless_gone
+from chatwright.serve.operation.facts import facts, in_time
 from chatwright.serve.pool import ModelPool
 from chatwright.serve.service import TooLong
 
 MOST_INPUTS = 256
+Vector = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class EmbeddingRequest(Body):
@@ -58,7 +61,7 @@ def encoded(model: LanguageModel, body: EmbeddingRequest) -> list[list[int]]:
     return inputs
 
 
-def vector(model: LanguageModel, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+def vector(model: LanguageModel, ids: Sequence[int]) -> Vector:
     """The vector of an input."""
     return model.embed(ids).numpy()
 
@@ -68,30 +71,35 @@ def routes(pool: ModelPool) -> APIRouter:
     router = APIRouter()
     one_at_a_time = asyncio.Semaphore(1)  # they compute beside the engine, whose answers must go on
 
-    @router.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]:
-        async with pool.use(body.model) as service, in_time(service.limits.timeout):
-            with service.occupied():
-                inputs = await asyncio.to_thread(encoded, service.model, body)
-                service.check_length(max(map(len, inputs)))
-                async with one_at_a_time:
-                    found = [await asyncio.to_thread(vector, service.model, ids) for ids in inputs]
-        tokens = sum(map(len, inputs))
-        facts(request).prompt_tokens = tokens
+    @router.post("/v1/embeddings", response_model=None)
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        async def work() -> dict[str, Any]:
+            async with pool.use(body.model) as service, in_time(service.limits.timeout):
+                with service.occupied():
+                    inputs = await asyncio.to_thread(encoded, service.model, body)
+                    service.check_length(max(map(len, inputs)))
+                    async with one_at_a_time:
+                        found = [await to_the_end(vector, service.model, ids) for ids in inputs]
+            tokens = sum(map(len, inputs))
+            facts(request).prompt_tokens = tokens
+            return written(body, found, tokens)
 
-        def written(one: np.ndarray[Any, np.dtype[np.float32]]) -> Any:
-            if body.encoding_format == "base64":
-                return base64.b64encode(one.astype("<f4").tobytes()).decode()
-            return one.tolist()
-
-        return {
-            "object": "list",
-            "model": body.model,
-            "data": [
-                {"object": "embedding", "index": index, "embedding": written(one)}
-                for index, one in enumerate(found)
-            ],
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-        }
+        return await unless_gone(request, work(), {})
 
     return router
+
+
+def written(body: EmbeddingRequest, found: Sequence[Vector], tokens: int) -> dict[str, Any]:
+    """The object of the response; `tokens` is how many the inputs had together."""
+
+    def one(values: Vector) -> Any:
+        if body.encoding_format == "base64":
+            return base64.b64encode(values.astype("<f4").tobytes()).decode()
+        return values.tolist()
+
+    return {
+        "object": "list",
+        "model": body.model,
+        "data": [{"object": "embedding", "index": at, "embedding": one(values)} for at, values in enumerate(found)],
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -27,6 +27,8 @@ from chatwright.serve.api.probabilities import Spelling, TokenProbability, token
 from chatwright.serve.service import Answer, ChatService, Prepared
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
 DROPPED_HEADER = "x-chatwright-dropped-messages"
 
 
@@ -215,7 +217,10 @@ class HeldStream(StreamingResponse):
 
 
 async def unless_gone(request: Request, work: Awaitable[dict[str, Any]], headers: dict[str, str]) -> Response:
-    """The result of `work` as a response; when the client leaves before, the work is cancelled and nobody reads it."""
+    """The result of `work` as a response; when the client leaves before, the work is cancelled and nobody reads it.
+
+    Returns when the work has ended, so that what the caller holds for it is let go neither sooner nor later.
+    """
     task = asyncio.ensure_future(work)
     gone = asyncio.create_task(_disconnected(request))
     try:
@@ -224,9 +229,21 @@ async def unless_gone(request: Request, work: Awaitable[dict[str, Any]], headers
         gone.cancel()
         if not task.done():
             task.cancel()
-    if task.cancelled() or not task.done():
+            await asyncio.wait({task})
+    if task.cancelled():
         return Response(status_code=499)  # nginx's number for "client closed request"
     return JSONResponse(task.result(), headers=headers)
+
+
+async def to_the_end(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`work` in a thread. Who is cancelled meanwhile leaves when the thread is done and not before: it cannot be stopped, and
+    what is held for it (a place, a model) must stay held as long as it computes."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(running)
+    finally:
+        if not running.done():
+            await asyncio.wait({running})
 
 
 async def _disconnected(request: Request) -> None:

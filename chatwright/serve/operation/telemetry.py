@@ -15,7 +15,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from chatwright.generate.engine import Stats
-from chatwright.serve.lifecycle import Lifecycle
+from chatwright.serve.operation.lifecycle import Lifecycle
 from chatwright.serve.pool import ModelPool
 from chatwright.serve.service import ChatService
 

@@ -12,9 +12,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from chatwright.serve.lifecycle import Lifecycle
+from chatwright.serve.operation.lifecycle import Lifecycle
+from chatwright.serve.operation.telemetry import Telemetry
 from chatwright.serve.pool import ModelPool
-from chatwright.serve.telemetry import Telemetry
 
 
 def routes(pool: ModelPool, lifecycle: Lifecycle, telemetry: Telemetry, *, names: bool) -> APIRouter:

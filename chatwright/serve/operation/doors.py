@@ -21,10 +21,10 @@ from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from chatwright.serve.cors import is_api
 from chatwright.serve.errors import ApiError
-from chatwright.serve.facts import RequestFacts
-from chatwright.serve.keys import Key, KeyRing
+from chatwright.serve.operation.cors import is_api
+from chatwright.serve.operation.facts import RequestFacts
+from chatwright.serve.operation.keys import Key, KeyRing
 
 IDLE_SECONDS = 12 * 3600.0
 """A session that is not used for so long ends."""

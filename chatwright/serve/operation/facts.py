@@ -52,6 +52,8 @@ class RequestFacts:
     """Whether prompts and answers are to be kept for the log."""
     prompts: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
+    work: asyncio.Task[None] | None = None
+    """What the request has begun and its response did not wait for. The line in the log waits."""
 
 
 current: ContextVar[RequestFacts | None] = ContextVar("chatwright_request", default=None)

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chatwright.serve.cors import is_api
+from chatwright.serve.operation.cors import is_api
 
 SECURITY_HEADERS = {
     "content-security-policy": (

@@ -16,7 +16,7 @@ from fastapi import Depends, Request, Response
 
 from chatwright.feedback.store import Owned, Store
 from chatwright.serve.errors import ApiError
-from chatwright.serve.facts import facts
+from chatwright.serve.operation.facts import facts
 
 COOKIE = "chatwright_owner"
 YEAR = 365 * 24 * 3600

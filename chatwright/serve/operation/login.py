@@ -16,10 +16,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import Scope
 
-from chatwright.serve.doors import Doors, client_of, cookie_name, cookie_of
 from chatwright.serve.errors import ApiError
+from chatwright.serve.operation.doors import Doors, client_of, cookie_name, cookie_of
 
-TEMPLATES = Path(__file__).parent / "studio" / "templates"
+TEMPLATES = Path(__file__).parents[1] / "studio" / "templates"
 
 
 def page_maker() -> Callable[..., HTMLResponse]:

@@ -23,9 +23,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatwright.config import UserError
-from chatwright.serve.facts import RequestFacts, current
-from chatwright.serve.lifecycle import Lifecycle
-from chatwright.serve.telemetry import Telemetry
+from chatwright.serve.operation.facts import RequestFacts, current
+from chatwright.serve.operation.lifecycle import Lifecycle
+from chatwright.serve.operation.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -177,8 +177,20 @@ class Ledger:
             current.reset(token)
             self._lifecycle.in_flight -= 1
             self._telemetry.responded(_method(scope), route_of(scope), status, known.model)
-            if self._log is not None:
-                self._log.write(record(scope, known, status, time.monotonic() - known.started))
+            self._write(scope, known, status)
+
+    def _write(self, scope: Scope, known: RequestFacts, status: int) -> None:
+        """Add the request's line: at the end of its response, or of the work that goes on behind it."""
+        if (log := self._log) is None:
+            return
+
+        def write(*_: Any) -> None:
+            log.write(record(scope, known, status, time.monotonic() - known.started))
+
+        if known.work is None:
+            write()
+        else:
+            known.work.add_done_callback(write)
 
     def _facts(self, scope: Scope) -> RequestFacts:
         given = Headers(scope=scope).get(REQUEST_ID, "")
