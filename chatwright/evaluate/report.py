@@ -85,6 +85,8 @@ def write_stage_report(directory: Path, name: str, result: Result) -> None:
     picture = draw_curves(directory, result["curves"])
     if picture is not None:
         lines += ["", f"![curves of {name}]({picture.name})"]
+    for file in result.get("pictures", ()):
+        lines += ["", f"![{Path(file).stem} of {name}]({file})"]
     lines += ["", *map(_note, result["notes"])]
     lines += ["", "Facts:", "", *(f"- {key}: {value}" for key, value in result["facts"].items())]
     checkpoint.write_text(directory / "report.md", "\n".join(lines) + "\n")

@@ -57,6 +57,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     """Lines for the report: departures, warnings."""
     tables: list[Table] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
+    """Files in the stage's directory to show beside the curves."""
 
 
 class Unhealthy(UserError):
