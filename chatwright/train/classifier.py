@@ -38,7 +38,7 @@ from chatwright.train.reward_measures import correlation, example_scores
 from chatwright.train.scalar import chat_base, make_judge
 from chatwright.train.sft import read_records
 from chatwright.train.tokenizer import records_of
-from chatwright.train.trainer import Step, Trainer
+from chatwright.train.trainer import Step
 from chatwright.train.workspace import Curve, Measure, Report, Unhealthy, Workspace
 
 
@@ -156,8 +156,8 @@ def load_texts(config: Config, records: Path) -> Parts:
     learnt = clear(list(read_records(records / "ratings-train.jsonl", LabelledText)))
     everything = list(read_records(records / "ratings-validation.jsonl", LabelledText))
     sides = [split_of(f"calibration:{one.id}", config.calibration) for one in learnt]
-    parts = Parts(*([one for one, side in zip(learnt, sides, strict=True) if side == wanted] for wanted in ("train", "validation")),
-                  clear(everything), everything)  # fmt: skip
+    train, apart = ([one for one, side in zip(learnt, sides, strict=True) if side == wanted] for wanted in ("train", "validation"))
+    parts = Parts(train, apart, clear(everything), everything)
     for name in ("train", "calibration", "held_out"):
         good = sum(one.label > config.threshold for one in getattr(parts, name))
         if not 0 < good < len(getattr(parts, name)):
@@ -203,7 +203,6 @@ def run(config: Config, workspace: Workspace) -> Report:
         trainer, config.fit, texts, train_step, evaluate,
         title="classifier", throughput=("answers", 1.0), best=("held_out_loss", "lower"),
     ).run()  # fmt: skip
-    as_learnt = calibration.reliability(judged(parts.held_out).sigmoid(), good.float())
     known = torch.tensor([one.label > config.threshold for one in parts.calibration])
     report = Report(
         curves=[Curve("Loss of the classifier", ["loss"], "nats per text"), Curve("Accuracy", ["accuracy"])],
@@ -212,12 +211,17 @@ def run(config: Config, workspace: Workspace) -> Report:
                "held_out_correlation": fitted.after["held_out_correlation"], **fitted.facts},
         notes=fitted.notes,
     )  # fmt: skip
-    calibrate(report, model, judged(parts.calibration), known)
-    report.model = save(trainer)
+    extra = trainer.progress.extra
+    if "calibration" not in extra:  # once: a stage that is run again after this keeps the constants it has
+        as_learnt = calibration.reliability(judged(parts.held_out).sigmoid(), good.float()).error
+        scale, offset = calibrate(report, model, judged(parts.calibration), known)
+        extra["calibration"] = {"scale": scale, "offset": offset, "error_before": as_learnt}
+    report.model = f"checkpoints/{trainer.save(final=True).path.name}"
+    report.facts["calibration"] = extra["calibration"]
     measure(report, fitted.before, evaluate(), good)
     reliable = calibration.reliability(judged(parts.held_out).sigmoid(), good.float())
-    report.measures.append(Measure("calibration error on held-out texts", as_learnt.error, reliable.error, "lower",
-                                   note="before: the same model without calibration"))  # fmt: skip
+    report.measures.append(Measure("calibration error on held-out texts", extra["calibration"]["error_before"], reliable.error,
+                                   "lower", note="before: the same model without calibration"))  # fmt: skip
     report.pictures.append(calibration.draw(workspace.directory, reliable, low=0.0, what="share that people call good"))
 
     def example(prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:
@@ -229,8 +233,11 @@ def run(config: Config, workspace: Workspace) -> Report:
     return report
 
 
-def calibrate(report: Report, model: ScalarModel, scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> None:
-    """Set scale and offset so that sigmoid(score) is a probability. Raises Unhealthy when the scores tell nothing."""
+def calibrate(
+    report: Report, model: ScalarModel, scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]
+) -> tuple[float, float]:
+    """Set scale and offset so that sigmoid(score) is a probability, and return them. Raises Unhealthy, with the report, when
+    the scores tell nothing."""
     try:
         scale, offset = calibration.platt(scores, positive)
     except ValueError as error:
@@ -239,12 +246,7 @@ def calibrate(report: Report, model: ScalarModel, scores: Float[Tensor, " n"], p
     with torch.no_grad():  # scale' (x - offset') of what was s (x - o)
         model.offset.add_(offset / model.scale)
         model.scale.mul_(scale)
-    report.facts |= {"calibration scale": scale, "calibration offset": offset}
-
-
-def save(trainer: Trainer) -> str:
-    """The calibrated model; the checkpoint's name."""
-    return f"checkpoints/{trainer.save(final=True).path.name}"
+    return scale, offset
 
 
 def measure(report: Report, before: dict[str, float], after: dict[str, float], good: Bool[Tensor, " n"]) -> None:

@@ -17,7 +17,9 @@ from chatwright.data.loader import SampleOrder
 from chatwright.model.config import GPTConfig
 from chatwright.model.heads import ScalarModel
 from chatwright.optim import OptimConfig
+from chatwright.tokenizer import Tokenizer
 from chatwright.train import reward
+from chatwright.train.calibration import pair_reliability
 from chatwright.train.loop import FitConfig
 from chatwright.train.rankings import Rankings, demonstrations, own_comparisons, without_annotators
 from chatwright.train.reward import Config
@@ -105,7 +107,12 @@ def test_the_stage_measures_annotators_that_it_did_not_learn_from(
     # calibration, as the report shows it
     assert report.pictures == ["calibration.png"] and (tmp_path / "reward" / "calibration.png").is_file()
     assert measures["calibration error on held-out pairs"].after == report.facts["calibration_error"]
-    assert 0 < report.facts["calibration_error"] < 0.6
+    model, rankings = saved_model(tmp_path / "reward", report.model), rankings_of(sft_bench, seen, config)
+    with torch.no_grad():
+        scores, labels = judge(model, rankings, seen)
+    assert abs(float(model.scale) - 1) > 0.05  # normalised by now; the probabilities are those of the scale that was learnt
+    expected = pair_reliability(scores / model.scale, labels).error
+    assert report.facts["calibration_error"] == pytest.approx(expected, abs=1e-5)
     # people's own answers are there: they score 0
     assert "demonstrations" in report.facts["scores 0 on average"]
     assert abs(mean_of_demonstrations(sft_bench, tmp_path / "reward", report)) < 1e-4
@@ -144,14 +151,15 @@ def saved_model(directory: Path, name: str) -> ScalarModel:
     return model.eval()
 
 
+def rankings_of(bench: Any, comparisons: list[Comparison], config: Config) -> Rankings:
+    return Rankings(comparisons, NATIVE, Tokenizer.load(bench.inputs["tokenizer"]), config, SampleOrder(len(comparisons), 1))
+
+
 @torch.no_grad()
 def mean_of_demonstrations(bench: Any, directory: Path, report: Any) -> float:
-    from chatwright.tokenizer import Tokenizer
-
     model = saved_model(directory, report.model)
     shown = demonstrations(bench.inputs["data"] / "dialogues-train.jsonl", reward.DEMONSTRATIONS)
-    rankings = Rankings(shown, NATIVE, Tokenizer.load(bench.inputs["tokenizer"]), Config(max_tokens=40), SampleOrder(len(shown), 1))
-    return float(judge(model, rankings, shown).scores[:, 0].mean())
+    return float(judge(model, rankings_of(bench, shown, Config(max_tokens=40)), shown).scores[:, 0].mean())
 
 
 def test_demonstrations_are_the_first_answers_of_people(tmp_path: Path) -> None:
