@@ -223,14 +223,19 @@ def run(config: Config, workspace: Workspace) -> Report:
     report.measures.append(Measure("calibration error on held-out texts", extra["calibration"]["error_before"], reliable.error,
                                    "lower", note="before: the same model without calibration"))  # fmt: skip
     report.pictures.append(calibration.draw(workspace.directory, reliable, low=0.0, what="share that people call good"))
+    report.facts["sample"] = example(model, texts)
+    return report
 
-    def example(prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:
+
+def example(model: ScalarModel, texts: Texts) -> str:
+    """What the model thinks of two answers."""
+
+    def score(prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:
         batch = runtime.on_device(texts.batch([LabelledText.of(one, 0.0) for one in answers], [prompt] * len(answers)))
         with runtime.evaluating(model):
             return [float(value) for value in model.score(batch.ids, batch.mask)]
 
-    report.facts["sample"] = example_scores(example)
-    return report
+    return example_scores(score)
 
 
 def calibrate(
