@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from chatwright import runtime
 from chatwright.chat import NATIVE, EncodedChat
-from chatwright.data.examples import Comparison, Dialogue, LabelledText
+from chatwright.data.examples import Comparison, Dialogue
 from chatwright.data.loader import SampleOrder
 from chatwright.data.packing import batch_rows, cut_dialogue, pack
 from chatwright.interop.hf_export import config_to_hf
@@ -48,7 +48,7 @@ from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
-from chatwright.train import ppo, reward, rounds, sft
+from chatwright.train import ppo, rankings, reward, rounds, sft
 from chatwright.train.players import make_players
 from chatwright.train.rollout import prompts_from
 from chatwright.train.tokenizer import records_of
@@ -109,8 +109,7 @@ def pieces(shape: Shape) -> list[EncodedChat]:
 
 def comparisons(shape: Shape, k: int) -> list[Comparison]:
     """Comparisons of k answers without ties, so that everybody learns from the same pairs."""
-    texts = list(sft.read_records(records_of(RUN / "data") / "ratings-train.jsonl", LabelledText))
-    made = reward.from_ratings(texts, reward.first_prompts(dialogues(), 2_000), k, seed=3)
+    made, _ = rankings.rated_comparisons(records_of(RUN / "data"), k, 3)
     chosen = torch.randperm(len(made), generator=torch.Generator().manual_seed(3)).tolist()
     clear = [made[n] for n in chosen if len(set(made[n].scores)) == k]
     return clear[: shape.comparisons]
@@ -124,7 +123,7 @@ def rated(k: int) -> reward.Config:
 def encoded(one: Comparison, config: reward.Config) -> list[list[int]]:
     """The answers of a comparison as rows, the best first."""
     order = sorted(range(len(one.responses)), key=lambda n: -one.scores[n])
-    return [reward.encode_answer(one.prompt, one.responses[n], NATIVE, tokenizer(), config.max_tokens) for n in order]
+    return [rankings.encode_answer(one.prompt, one.responses[n], NATIVE, tokenizer(), config.max_tokens) for n in order]
 
 
 def near(found: float, expected: float, what: str) -> None:
@@ -178,7 +177,7 @@ def ours_reward(shape: Shape, k: int) -> Callable[[], float]:
     if runtime.device().type == "cpu":
         model.body.use_attention(plain_attention)
     training, dtype, chosen = trainer({"model": model}), runtime.compute_dtype(), comparisons(shape, k)
-    rankings = reward.Rankings(chosen, NATIVE, tokenizer(), rated(k), SampleOrder(len(chosen), 3))
+    ranked = rankings.Rankings(chosen, NATIVE, tokenizer(), rated(k), SampleOrder(len(chosen), 3))
     portions = [chosen[start :: shape.steps] for start in range(shape.steps)]
 
     def step(batch: Any) -> Any:
@@ -186,7 +185,7 @@ def ours_reward(shape: Shape, k: int) -> Callable[[], float]:
             return reward.step(model, batch)
 
     def update(portion: Any) -> float:
-        return training.update([rankings.batch(portion)], step, 1.0)
+        return training.update([ranked.batch(portion)], step, 1.0)
 
     near(update(portions[0]), math.log(2), f"ours, comparisons of {k}")
     return lambda: timed([lambda portion=portion: update(portion) for portion in portions])  # type: ignore[misc]

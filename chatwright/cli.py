@@ -16,6 +16,7 @@ VERBS = {
     "pretrain": ("chatwright.pipeline:main_stage", "train a language model on raw text"),
     "sft": ("chatwright.pipeline:main_stage", "fine-tune on conversations"),
     "reward": ("chatwright.pipeline:main_stage", "train a reward model on comparisons"),
+    "classifier": ("chatwright.pipeline:main_stage", "train a classifier of texts, a judge in the reward model's place"),
     "ppo": ("chatwright.pipeline:main_stage", "optimise answers against a reward model"),
     "reinforce": ("chatwright.pipeline:main_stage", "the same by REINFORCE: no critic, no clip; a yardstick"),
     "bestofn": ("chatwright.pipeline:main_stage", "the best of n answers by the reward model, for n = 1, 2, 4 ...; a yardstick"),

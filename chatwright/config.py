@@ -208,3 +208,14 @@ def fail(error: BaseException, *, debug: bool) -> int:
         raise error
     print(f"chatwright: {_one_line(str(error))}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
+
+
+def harmless(text: str) -> str:
+    """`text` with control characters made visible, except newline and tab. Carriage returns go."""
+    return text.translate(_PICTURES)
+
+
+_PICTURES: dict[int, str | None] = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+_PICTURES |= {0x7F: "\u2421", 0x0D: None} | dict.fromkeys(range(128, 160), "�")
+# Line and paragraph separators, and the marks that turn the direction of the text around what follows them.
+_PICTURES |= dict.fromkeys((8232, 8233, *range(8234, 8239), *range(8294, 8298)), "�")

@@ -46,6 +46,7 @@ STAGES = {
     "pretrain": "chatwright.train.pretrain",
     "sft": "chatwright.train.sft",
     "reward": "chatwright.train.reward",
+    "classifier": "chatwright.train.classifier",
     "ppo": "chatwright.train.ppo",
     "reinforce": "chatwright.train.reinforce",
     "bestofn": "chatwright.evaluate.best_of_n",
@@ -274,6 +275,7 @@ def _result(stage: Stage, workspace: Workspace, report: Report, clock: _Clock) -
         "measures": [dataclasses.asdict(measure) for measure in report.measures],
         "curves": [dataclasses.asdict(curve) for curve in report.curves],
         "tables": [dataclasses.asdict(table) for table in report.tables],
+        "pictures": report.pictures,
         "facts": report.facts,
         "notes": report.notes,
         **closed,
@@ -374,7 +376,7 @@ def print_results(root: Path, recipe: Recipe, results: Mapping[str, Mapping[str,
     say(f"\nOne prompt, {recipe.prompt!r}, after each stage:")
     for stage, result in results.items():
         if result.get("sample"):
-            say(f"  {stage:9} {result['sample']!r}" if stage != "reward" else f"  {stage:9} {result['sample']}")
+            say(f"  {stage:9} {result['sample']!r}" if stage not in ("reward", "classifier") else f"  {stage:9} {result['sample']}")
     say(f"\nThe report with pictures: {root / 'report.md'}")
     say(f"Next:  chatwright chat {root}      (or: make chat)\n       chatwright serve {root}     (or: make serve)")
 
@@ -428,16 +430,21 @@ def main_stage(verb: str, argv: Sequence[str]) -> int:
     """`chatwright VERB`: one stage by itself. Its inputs are the finished stages beside --out, or paths."""
     module = module_of(verb)
     plain, out, seed, reporting = _take_options(argv)
+    plain, shown = _take_preview(plain) if hasattr(module, "preview") else (plain, 0)
+    preview = " --preview N shows N samples as they are learnt, and trains nothing." if hasattr(module, "preview") else ""
     config, _ = parse(
         module.Config, plain, prog=f"chatwright {verb}",
         description=f"{(module.__doc__ or '').splitlines()[0]} Also: --out DIR (default runs/my/{verb}; inputs that are "
-        "stage names are looked for beside it), --seed N, and --report.to, .watts, .price as in `chatwright run`.",
+        f"stage names are looked for beside it), --seed N, and --report.to, .watts, .price as in `chatwright run`.{preview}",
     )  # fmt: skip
     reporting.check()
     directory = Path(out or f"runs/my/{verb}")
     beside = {file.parent.name: file.parent for file in sorted(directory.parent.glob("*/result.json"))}
     beside.pop(directory.name, None)
     runtime.set_threads()
+    if shown:
+        module.preview(config, Workspace(directory, seed, beside), shown)
+        return 0
     try:
         run_stage(
             Stage(directory.name, verb, config), directory, seed=seed, inputs=beside, prompt=PROMPT, reporting=reporting
@@ -447,6 +454,23 @@ def main_stage(verb: str, argv: Sequence[str]) -> int:
         return 0
     say(f"  {directory / 'report.md'}")
     return 0
+
+
+def _take_preview(argv: Sequence[str]) -> tuple[list[str], int]:
+    """The arguments without `--preview N`, and N; 0 without it. Raises UsageError."""
+    plain, count = [], 0
+    pending = list(argv)
+    while pending:
+        argument = pending.pop(0)
+        key, equals, value = argument.partition("=")
+        if key != "--preview":
+            plain.append(argument)
+            continue
+        value = value if equals else pending.pop(0) if pending else ""
+        if not value.isdecimal() or int(value) == 0:
+            raise UsageError(f"--preview {value!r} is not a whole number above 0: how many samples to show")
+        count = int(value)
+    return plain, count
 
 
 def main_data(argv: Sequence[str]) -> int:

@@ -162,9 +162,13 @@ class Comparison:
     """At least two."""
     scores: tuple[float, ...]
     """One for each response; finite."""
+    annotator: str = ""
+    """Who gave the scores; empty when nobody knows, and then not written to files."""
 
     def __post_init__(self) -> None:
         _require_text(self.id, "id")
+        if not isinstance(self.annotator, str):
+            raise ValueError(f"annotator must be text, found {_kind(self.annotator)}")
         object.__setattr__(self, "prompt", _check_messages(self.prompt, "prompt"))
         object.__setattr__(self, "responses", tuple(self.responses))
         object.__setattr__(self, "scores", tuple(_number(score, "a score") for score in self.scores))
@@ -177,22 +181,27 @@ class Comparison:
                 raise ValueError(f"a response must be text, found {_kind(response)}")
 
     @classmethod
-    def of(cls, prompt: Sequence[Message], responses: Sequence[str], scores: Sequence[float]) -> Comparison:
+    def of(
+        cls, prompt: Sequence[Message], responses: Sequence[str], scores: Sequence[float], annotator: str = ""
+    ) -> Comparison:
         """The comparison, its id worked out. Raises ValueError."""
         checked = _check_messages(prompt, "prompt")
-        return cls(content_id(transcript(checked)), checked, tuple(responses), tuple(scores))
+        answers, given = _sequence(responses, "responses"), _sequence(scores, "scores")
+        return cls(content_id(transcript(checked)), checked, answers, given, annotator)
 
     def to_json(self) -> str:
         """One line of JSON."""
-        fields = {"prompt": list(self.prompt), "responses": list(self.responses), "scores": list(self.scores)}
-        return _dump({"id": self.id, **fields})
+        fields: dict[str, object] = {
+            "prompt": list(self.prompt), "responses": list(self.responses), "scores": list(self.scores),
+        }  # fmt: skip
+        return _dump({"id": self.id, **fields, **({"annotator": self.annotator} if self.annotator else {})})
 
     @classmethod
     def from_json(cls, line: str) -> Comparison:
         """The inverse of `to_json`. Raises ValueError."""
-        fields = _load(line, cls, ("id", "prompt", "responses", "scores"))
+        fields = _load(line, cls, ("id", "prompt", "responses", "scores"), optional=("annotator",))
         prompt, responses, scores = (_sequence(fields[key], key) for key in ("prompt", "responses", "scores"))
-        return cls(fields["id"], prompt, responses, scores)
+        return cls(fields["id"], prompt, responses, scores, fields.get("annotator", ""))
 
 
 def _check_messages(messages: object, name: str) -> tuple[Message, ...]:
@@ -231,8 +240,8 @@ def _dump(fields: Mapping[str, object]) -> str:
     return json.dumps(fields, ensure_ascii=False)
 
 
-def _load(line: str, cls: type[Record], keys: Sequence[str]) -> dict[str, Any]:
+def _load(line: str, cls: type[Record], keys: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
     fields = json.loads(line)  # json.JSONDecodeError is a ValueError
-    if not isinstance(fields, dict) or set(fields) != set(keys):
+    if not isinstance(fields, dict) or set(fields) - set(optional) != set(keys):
         raise ValueError(f"a {cls.__name__} must be an object with exactly {', '.join(keys)}")
     return fields

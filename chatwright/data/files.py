@@ -12,6 +12,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,24 @@ PARQUET_ROWS = 1024
 
 Row = tuple[str, Mapping[str, Any]]
 """Where the record stands ("file.jsonl:12"), and its columns."""
+
+
+@dataclass
+class Faults:
+    """What becomes of a record that cannot be used: its error ends the reading, or it is left out and counted."""
+
+    skip: bool = False
+    count: int = 0
+    """Records that were left out."""
+    first: str = ""
+    """What was wrong with the first of them, and where."""
+
+    def met(self, error: UserError) -> None:
+        """Raise the error, or count it."""
+        if not self.skip:
+            raise error
+        self.count += 1
+        self.first = self.first or str(error)
 
 
 def find_files(path: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -119,20 +138,30 @@ def _cut(text: str, start: int) -> int:
     return stop
 
 
-def records(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """The records of a .jsonl, .json or .parquet file, with where each stands.
+def records(path: Path, columns: Sequence[str], faults: Faults | None = None) -> Iterator[Row]:
+    """The records of a .jsonl, .json or .parquet file, with where each stands; of Parquet only `columns`, or all when none
+    is named.
 
     Raises UserError with file and line (or row): broken JSON or Parquet, not UTF-8, a column that is not
-    there.
+    there; of these, `faults` may have what concerns a single record left out instead.
     """
+    faults = faults or Faults()
     suffix = path.suffix.lower()
     rows = {".jsonl": _jsonl_rows, ".json": _json_rows}.get(suffix)
     if rows is None:
         yield from _parquet_rows(path, columns)
         return
-    for where, row in rows(path):
-        require_columns(row, columns, where)
-        yield where, row
+    yield from _with_columns(rows(path, faults), columns, faults)
+
+
+def _with_columns(rows: Iterable[Row], columns: Sequence[str], faults: Faults) -> Iterator[Row]:
+    for where, row in rows:
+        try:
+            require_columns(row, columns, where)
+        except UserError as error:
+            faults.met(error)
+        else:
+            yield where, row
 
 
 def require_columns(row: Mapping[str, Any] | Sequence[str], columns: Sequence[str], where: str) -> None:
@@ -143,7 +172,7 @@ def require_columns(row: Mapping[str, Any] | Sequence[str], columns: Sequence[st
             raise UserError(f"{where}: no column {column!r}; the columns found are: {found}")
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def _jsonl_rows(path: Path, faults: Faults) -> Iterator[Row]:
     offset = 0
     with _open(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_RECORD_BYTES + 1), b""), start=1):
@@ -152,13 +181,18 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 raise UserError(
                     f"{where}: a line of more than {MAX_RECORD_BYTES >> 20} MiB; one record a line, please"
                 )
-            text = _decode(line, path, offset)
-            offset += len(line)
-            if text.strip():
-                yield where, _parse_object(text, where)
+            start, offset = offset, offset + len(line)
+            try:
+                text = _decode(line, path, start)
+                row = _parse_object(text, where) if text.strip() else None
+            except UserError as error:
+                faults.met(error)
+                continue
+            if row is not None:
+                yield where, row
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path, faults: Faults) -> Iterator[Row]:
     with _open(path) as file:
         data = file.read(MAX_RECORD_BYTES + 1)
     if len(data) > MAX_RECORD_BYTES:
@@ -169,9 +203,10 @@ def _json_rows(path: Path) -> Iterator[Row]:
     if not isinstance(listed, list):
         raise UserError(f"{path}: expected a list of objects; for one object a line use the suffix .jsonl")
     for number, row in enumerate(listed, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: item {number} is not an object but {type(row).__name__}")
-        yield f"{path}: item {number}", row
+        if isinstance(row, dict):
+            yield f"{path}: item {number}", row
+        else:
+            faults.met(UserError(f"{path}: item {number} is not an object but {type(row).__name__}"))
 
 
 def _parse_object(text: str, where: str) -> dict[str, Any]:
@@ -198,7 +233,7 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as file:
             require_columns(file.schema_arrow.names, columns, str(path))
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=list(columns)):
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=list(columns) or None):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", row
@@ -208,12 +243,16 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         ) from None
 
 
-def hub_rows(spec: str, columns: Sequence[str]) -> Iterator[Row]:
+def hub_rows(spec: str, columns: Sequence[str], faults: Faults | None = None) -> Iterator[Row]:
     """The records of a hub data set, streamed: `spec` is `owner/name[:config[:split]]` or a local folder.
 
     The split is "train" unless named. Raises UserError: no `datasets`, no such data set, configuration or
-    split, no network, no such column.
+    split, no network, no such column (`faults` may have a record without it left out).
     """
+    yield from _with_columns(_hub_rows(spec), columns, faults or Faults())
+
+
+def _hub_rows(spec: str) -> Iterator[Row]:
     try:
         import datasets
     except ImportError:
@@ -225,9 +264,7 @@ def hub_rows(spec: str, columns: Sequence[str]) -> Iterator[Row]:
         stream = datasets.load_dataset(name, config, split=split, streaming=True)
         for row in stream:
             number += 1
-            where = f"hf:{spec} row {number}"
-            require_columns(row, columns, where)
-            yield where, row
+            yield f"hf:{spec} row {number}", row
     except (UserError, GeneratorExit):
         raise
     except Exception as error:  # datasets and the libraries under it raise dozens of unrelated types

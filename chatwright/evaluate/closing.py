@@ -26,6 +26,8 @@ from chatwright.model.config import GPTConfig
 from chatwright.model.heads import ScalarModel
 from chatwright.train import paper, reward
 from chatwright.train.account import account_row
+from chatwright.train.rankings import Rankings
+from chatwright.train.reward_measures import judge
 from chatwright.train.rollout import prompts_from, sample_answers
 from chatwright.train.sft import read_records
 from chatwright.train.tokenizer import records_of
@@ -143,7 +145,7 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
 def _compared(config: Any, workspace: Workspace, report: Report) -> Answered:
     """What a reward model thinks of ten held-out pairs of answers, before training and after: by how much the score of the one
     that was rated higher leads."""
-    _, held_out = reward.load_comparisons(config, workspace)
+    held_out = reward.load_split(config, workspace).held_out
     chosen = [pair for pair in map(_extremes, held_out) if pair.scores[0] - pair.scores[1] > config.margin][:SHOWN]
     base = _ready(config.base, workspace)
     if base.tokenizer is None or base.template is None or not chosen:
@@ -155,11 +157,11 @@ def _compared(config: Any, workspace: Workspace, report: Report) -> Answered:
         torch.manual_seed(runtime.seed_for(workspace.seed, "reward"))
         before = ScalarModel(base.model.config)
     before.start_from(base.model)
-    rankings = reward.Rankings(chosen, base.template, base.tokenizer, config, SampleOrder(len(chosen), workspace.seed))
+    rankings = Rankings(chosen, base.template, base.tokenizer, config, SampleOrder(len(chosen), workspace.seed))
     leads = []
     for model in (before, after):
         with runtime.evaluating(model.to(runtime.device())):
-            scores, _ = reward.judge(model, rankings, chosen)
+            scores, _ = judge(model, rankings, chosen)
         leads.append((scores[:, 0] - scores[:, 1]).tolist())
     prompts = [f"{' / '.join(one['content'] for one in pair.prompt)} - higher: {pair.responses[0]} - lower: {pair.responses[1]}"
                for pair in chosen]  # fmt: skip

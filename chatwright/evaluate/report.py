@@ -81,6 +81,8 @@ def write_stage_report(directory: Path, name: str, result: Result) -> None:
     picture = draw_curves(directory, result["curves"])
     if picture is not None:
         lines += ["", "## Curves", "", f"![curves of {cell(name)}]({picture.name})"]
+    for file in result.get("pictures", ()):
+        lines += ["", f"![{cell(Path(file).stem)} of {cell(name)}]({file})"]
     if "paper" in result:
         lines += ["", "## Before and after", "", *_answers(directory, result)]
         lines += ["", "## KL budget", "", item(kl_line(result))]

@@ -12,17 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from chatwright.config import UsageError, UserError, parse
-from chatwright.serve.terminal import harmless
+from chatwright.config import UsageError, UserError, harmless, parse
+from chatwright.data.picture import legend
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from chatwright.chat import EncodedChat
-    from chatwright.tokenizer import Tokenizer
-
 Level = Literal["ok", "warning", "problem"]
-LEARNT = "black on green"
 STYLES: dict[Level, str] = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
@@ -104,42 +100,10 @@ def show(findings: Sequence[Finding], picture: Text | None) -> int:
         if finding.remedy:
             console.print(Text(f"{'':{width + 11}}-> {harmless(finding.remedy)}"), soft_wrap=True)
     if picture is not None:
-        legend = Text("like this", style=LEARNT) if console.is_terminal else Text("in [[brackets]]")
-        console.print(Text("\nThe loss mask; what the model learns to write is ").append(legend), soft_wrap=True)
+        shown = legend(colours=console.is_terminal)
+        console.print(Text("\nThe loss mask; what the model learns to write is ").append(shown), soft_wrap=True)
         console.print(picture, soft_wrap=True)
     counts = {level: sum(finding.level == level for finding in findings) for level in STYLES}
     summary = f"{len(findings)} checks: {counts['problem']} problems, {counts['warning']} warnings"
     console.print(Text(f"\n{summary}", style="red" if counts["problem"] else "default"))
     return 1 if counts["problem"] else 0
-
-
-def mask_picture(encoded: EncodedChat, tokenizer: Tokenizer, *, end: str, colours: bool) -> Text:
-    """A conversation as the model sees it: learnt stretches on green, or in [[brackets]] where there are no colours.
-
-    Control tokens are shown by their names. A line break follows each `end` of a turn, for the eye.
-    """
-    from rich.text import Text
-
-    picture = Text()
-    start = 0
-    while start < len(encoded.ids):
-        stop = start
-        while stop < len(encoded.ids) and encoded.mask[stop] == encoded.mask[start]:
-            stop += 1
-        text = harmless(_spelled(encoded.ids[start:stop], tokenizer))
-        if encoded.mask[start]:
-            picture.append(text if colours else f"[[{text}]]", style=LEARNT)
-        else:
-            picture.append(text, style="dim")
-        following = tokenizer.token_bytes(encoded.ids[stop]) if stop < len(encoded.ids) else b"\n"
-        if encoded.ids[stop - 1] == tokenizer.control_ids.get(end) and not following.startswith(b"\n"):
-            picture.append("\n")
-        start = stop
-    return picture
-
-
-def _spelled(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Text of ids with control tokens by name; bytes of neighbouring tokens are joined before they are decoded."""
-    names = {number: name for name, number in tokenizer.control_ids.items()}
-    parts = [names[number].encode() if number in names else tokenizer.token_bytes(number) for number in ids]
-    return b"".join(parts).decode("utf-8", errors="replace")

@@ -16,13 +16,14 @@ from chatwright import runtime
 from chatwright.chat import ChatTemplate, EncodedChat, Message
 from chatwright.checkpoint import newest_valid, read_json
 from chatwright.config import UserError
+from chatwright.data.picture import mask_picture
 from chatwright.generate.engine import Engine
 from chatwright.generate.request import Request
 from chatwright.generate.sampling import Sampling
 from chatwright.language_model import find_checkpoint, load_parts
 from chatwright.metrics import console
 from chatwright.model.gpt import GPT
-from chatwright.serve.doctor import Finding, mask_picture
+from chatwright.serve.doctor import Finding
 from chatwright.serve.doctor_export import check_export
 from chatwright.serve.doctor_machine import check_machine
 from chatwright.tokenizer import Tokenizer

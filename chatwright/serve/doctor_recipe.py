@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from chatwright.serve.doctor_machine import gigabytes
 if TYPE_CHECKING:
     from chatwright.model.config import GPTConfig
 
-COPIES = {"pretrain": 1.0, "sft": 1.0, "reward": 1.0, "ppo": 2.5, "reinforce": 1.5}
+COPIES = {"pretrain": 1.0, "sft": 1.0, "reward": 1.0, "classifier": 1.0, "ppo": 2.5, "reinforce": 1.5}
 """Trained models a stage holds: PPO trains policy and critic and keeps the frozen reference and reward model,
 REINFORCE has no critic."""
 
@@ -75,14 +76,15 @@ def _data(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
     config = stage.config
     wanted: list[tuple[str, str, sources.Kind, Any]] = [
         ("text", config.path or config.text, "text", sources.documents),
-        ("dialogues", config.dialogues, "dialogue", sources.dialogues),
+        ("dialogues", config.dialogues, "dialogue", partial(sources.dialogues, format=config.dialogue_format)),
         ("ratings", config.ratings, "labelled", sources.labelled_texts),
+        ("comparisons", config.comparisons, "comparison", partial(sources.comparisons, format=config.comparison_format)),
     ]
     for setting, specs, kind, read in wanted:
         if specs:
             for spec in sources.split_specs(specs):
                 yield _source(stage, setting, spec, kind, read)
-    for setting, verbs in (("dialogues", ("sft", "ppo", "reinforce", "bestofn", "eval")), ("ratings", ("reward",))):
+    for setting, verbs in (("dialogues", ("sft", "ppo", "reinforce", "bestofn", "eval")), ("ratings", ("reward", "classifier"))):
         users = [
             other.name for other in recipe.stages.values()
             if other.verb in verbs and stage.name in other.inputs and not getattr(other.config, "comparisons", "")
@@ -90,6 +92,10 @@ def _data(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
         if users and not getattr(config, setting):
             yield Finding("problem", stage.name, f"`{setting}` is empty, but {', '.join(users)} learns from them",
                           f"name a source of {setting} (chatwright data list)")  # fmt: skip
+    users = [other.name for other in recipe.stages.values() if getattr(other.config, "comparisons", "") == stage.name]
+    if users and not config.comparisons:
+        yield Finding("problem", stage.name, f"`comparisons` is empty, but {', '.join(users)} learns from them",
+                      "name a file or folder of comparisons, or hf:owner/name (docs/alignment.md)")  # fmt: skip
 
 
 def _source(stage: Stage, setting: str, spec: str, kind: sources.Kind, read: Any) -> Finding:

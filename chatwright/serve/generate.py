@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatwright.config import UsageError, UserError, parse
-from chatwright.serve.terminal import harmless, stopping
+from chatwright.config import UsageError, UserError, harmless, parse
+from chatwright.serve.terminal import stopping
 
 if TYPE_CHECKING:
     from chatwright.generate.sampling import Sampling

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from chatwright.config import UserError, near_match, parse
+from chatwright.config import UserError, harmless, near_match, parse
 
 if TYPE_CHECKING:
     from chatwright.chat import Message
@@ -70,17 +70,6 @@ def main(argv: Sequence[str]) -> int:
 
     chat = TerminalChat(load(str(positionals["model"]), dtype=config.dtype), config, out=sys.stdout)
     return chat.talk() if sys.stdin.isatty() else chat.answer_lines(sys.stdin)
-
-
-def harmless(text: str) -> str:
-    """`text` with control characters made visible, except newline and tab. Carriage returns go."""
-    return text.translate(_PICTURES)
-
-
-_PICTURES: dict[int, str | None] = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
-_PICTURES |= {0x7F: "\u2421", 0x0D: None} | dict.fromkeys(range(128, 160), "�")
-# Line and paragraph separators, and the marks that turn the direction of the text around what follows them.
-_PICTURES |= dict.fromkeys((8232, 8233, *range(8234, 8239), *range(8294, 8298)), "�")
 
 
 class TerminalChat:

@@ -1,7 +1,8 @@
-"""Data: sources -> three files of records on disk, each cut into training and held-out by a hash of its content.
+"""Data: sources -> files of records on disk, each cut into training and held-out by a hash of its content.
 
 `train.jsonl` and `validation.jsonl` are documents to learn the language from; `dialogues-*.jsonl` conversations;
-`ratings-*.jsonl` texts with the number that people gave them. What is held out here is never trained on by any stage:
+`ratings-*.jsonl` texts with the number that people gave them; `comparisons-*.jsonl` prompts with answers that people ranked,
+cut by prompt. Others' formats of conversations and comparisons: data/formats.py. What is held out here is never trained on by any stage:
 a conversation has one id as a document and as a dialogue.
 """
 
@@ -11,12 +12,15 @@ import gzip
 import lzma
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from chatwright import checkpoint
 from chatwright.config import UserError
 from chatwright.data import sources
+from chatwright.data.files import Faults
+from chatwright.data.formats import Format, PreferenceFormat
 from chatwright.metrics import progress_bar, say
 from chatwright.train.workspace import Measure, Report, Workspace
 
@@ -31,10 +35,18 @@ class Config:
     """Your own text instead: a file or a directory of .txt, .jsonl, .parquet (column `text`)."""
     dialogues: str = "chitchat"
     """Conversations for SFT and for the prompts of PPO; empty for none."""
+    dialogue_format: Format = "auto"
+    """How your own conversations are written; auto: by the columns of each record (docs/alignment.md)."""
     ratings: str = "vader-movies,vader-tweets"
     """Texts with human ratings for the reward model; empty for none."""
+    comparisons: str = ""
+    """Answers that people ranked, for the reward model (its `comparisons` then names this stage); empty for none."""
+    comparison_format: PreferenceFormat = "auto"
+    """How your own comparisons are written; auto: by the columns of each record (docs/alignment.md)."""
+    broken: Literal["refuse", "skip"] = "refuse"
+    """What happens at a record that cannot be used: the stage ends and names it, or it is left out and counted."""
     validation: float = 0.02
-    """Share of documents and dialogues that is held out."""
+    """Share of documents, of dialogues and of the prompts of comparisons that is held out."""
     ratings_validation: float = 0.1
     """Share of rated texts that is held out (they are few)."""
 
@@ -83,22 +95,32 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
     }
 
 
+def parts_of(config: Config) -> list[tuple[str, str, Any, str, float]]:
+    """What to write: prefix of the files, name for people, reader, sources, held-out share."""
+    dialogues = partial(sources.dialogues, format=config.dialogue_format)
+    comparisons = partial(sources.comparisons, format=config.comparison_format)
+    parts = [
+        ("", "documents", sources.documents, config.path or config.text, config.validation),
+        ("dialogues-", "dialogues", dialogues, config.dialogues, config.validation),
+        ("ratings-", "rated texts", sources.labelled_texts, config.ratings, config.ratings_validation),
+        ("comparisons-", "comparisons", comparisons, config.comparisons, config.validation),
+    ]
+    return parts[:1] + [part for part in parts[1:] if part[3]]
+
+
 def run(config: Config, workspace: Workspace) -> Report:
     """Fetch, read, split and write; a source that was fetched before is taken from the cache."""
     if not 0 < config.validation < 1 or not 0 < config.ratings_validation < 1:
         raise UserError("data: validation shares must lie between 0 and 1")
-    parts = [("", "documents", sources.documents, config.path or config.text, config.validation)]
-    if config.dialogues:
-        parts.append(("dialogues-", "dialogues", sources.dialogues, config.dialogues, config.validation))  # type: ignore[arg-type]
-    if config.ratings:
-        parts.append(("ratings-", "rated texts", sources.labelled_texts, config.ratings, config.ratings_validation))  # type: ignore[arg-type]
     facts: dict[str, float | str] = {}
     notes: list[str] = []
+    parts = parts_of(config)
     target = workspace.directory / "records"
     with checkpoint.whole_directory(target) as aside, progress_bar("data") as bar:
         for number, (prefix, name, read, spec, share) in enumerate(parts):
             bar.update(number / len(parts), f"{name} from {spec}")
-            counts = write_split(aside, prefix, read(spec), share)
+            faults = Faults(skip=config.broken == "skip")
+            counts = write_split(aside, prefix, read(spec, faults=faults), share)
             for side, count in counts.items():
                 facts[f"{name} {side}"] = count.records
             if not counts["train"].records or not counts["validation"].records:
@@ -109,6 +131,10 @@ def run(config: Config, workspace: Workspace) -> Report:
             line = f"{name}: {counts['train'].records:,} for training, {counts['validation'].records:,} held out"
             notes.append(f"{line} ({(counts['train'].bytes + counts['validation'].bytes) / 1e6:.1f} MB; {spec})")
             say(f"  {notes[-1]}")
+            if faults.count:
+                facts[f"{name} left out"] = faults.count
+                notes.append(f"{name}: {faults.count:,} broken records left out; the first: {faults.first}")
+                say(f"  {notes[-1]}")
         bar.update(1.0)
     licences = {source.name: source.licence for source in sources.catalogue()}
     named = [name for _, _, _, spec, _ in parts for name in spec.split(",") if name in licences]

@@ -26,7 +26,7 @@ from chatwright.train.parallel import Spread
 from chatwright.train.rehearsal import Operation, Rehearsed, Scene, rehearse
 from chatwright.train.timing import seconds_of
 
-PLANNED = ("pretrain", "sft", "reward", "ppo", "reinforce")
+PLANNED = ("pretrain", "sft", "reward", "classifier", "ppo", "reinforce")
 """Stages that can be planned."""
 
 ROUNDS = ("ppo", "reinforce")
@@ -142,6 +142,8 @@ class Subject:
         """Rows per sample, tokens per row."""
         if self.verb == "reward":
             return self.config.k, self.config.max_tokens
+        if self.verb == "classifier":
+            return 1, self.config.max_tokens
         if self.verb in ROUNDS:
             answer = self.config.max_prompt_tokens + self.config.max_new_tokens
             text = (self.config.ptx_context or self.shape.context) if self.config.ptx else 0
@@ -164,7 +166,7 @@ class Subject:
 
 def scene_of(subject: Subject) -> Callable[[int], Scene]:
     """What builds the stage's scene with a given number of layers, inside a rehearsal."""
-    build = {"pretrain": _pretrain, "sft": _sft, "reward": _reward}.get(subject.verb, _rounds)
+    build = {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "classifier": _reward}.get(subject.verb, _rounds)
     return lambda layers: build(subject, replace(subject.shape, layers=layers))
 
 

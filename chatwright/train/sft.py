@@ -6,12 +6,13 @@ changes), and a conversation longer than the context is cut between exchanges in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from rich.text import Text
 from torch.nn import functional as F
 
 from chatwright import runtime
@@ -20,8 +21,9 @@ from chatwright.config import UserError
 from chatwright.data.examples import Dialogue
 from chatwright.data.loader import SampleOrder
 from chatwright.data.packing import ChatBatch, PackedRow, batch_rows, cut_dialogue, pack
+from chatwright.data.picture import legend, row_picture
 from chatwright.language_model import load_parts
-from chatwright.metrics import say
+from chatwright.metrics import console, say
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import LoRAConfig
 from chatwright.objectives.language import chunked_next_token_loss
@@ -34,7 +36,7 @@ from chatwright.train.paper import INSTRUCT, Paper
 from chatwright.train.parallel import ALONE
 from chatwright.train.tokenizer import records_of
 from chatwright.train.trainer import Step, Trainer
-from chatwright.train.workspace import Curve, Measure, Report, Workspace
+from chatwright.train.workspace import Curve, Measure, Report, Table, Workspace
 
 
 @dataclass(frozen=True)
@@ -141,14 +143,62 @@ def step(model: GPT, batch: ChatBatch) -> Step:
     return Step(chunked_next_token_loss(rows[None], model.head.weight, targets[None], counted[None], softcap=cap))
 
 
-def run(config: Config, workspace: Workspace) -> Report:
-    """Fine-tune on conversations and measure the loss of held-out answers before and after."""
+def start(config: Config, workspace: Workspace) -> tuple[GPT, Tokenizer, ChatTemplate, Path]:
+    """The model to start from, how it writes conversations, and where these are. Raises UserError."""
     base = load_parts(workspace.resolve(config.base) if config.base in workspace.inputs else config.base)
     if base.tokenizer is None:
         raise UserError(f"{config.base} has no tokenizer")
-    model, tokenizer, template = base.model.to(runtime.device()), base.tokenizer, base.template or NATIVE
-    template.end_ids(tokenizer)
-    records = records_of(workspace.resolve(config.data))
+    template = base.template or NATIVE
+    template.end_ids(base.tokenizer)
+    return base.model, base.tokenizer, template, records_of(workspace.resolve(config.data))
+
+
+def tally(rows: Sequence[PackedRow], length: int) -> str:
+    """How full the rows are, and how much of them is learnt, in a sentence."""
+    tokens, learnt = sum(len(row.ids) for row in rows), sum(learnt_tokens(row) for row in rows)
+    return (
+        f"{len(rows):,} rows of {length} tokens, {100 * tokens / (len(rows) * length):.0f} % filled; "
+        f"{learnt:,} of {tokens:,} tokens are learnt ({100 * learnt / tokens:.0f} %)"
+    )
+
+
+def learnt_tokens(row: PackedRow) -> int:
+    """Tokens of a row that are in the loss; the first of a conversation follows nothing and is not."""
+    return sum(flag and position > 0 for flag, position in zip(row.mask, row.positions, strict=True))
+
+
+def preview(config: Config, workspace: Workspace, count: int) -> None:
+    """Print the first `count` rows that training would see, with their loss mask, and what all of them amount to.
+
+    Nothing is trained or written. Raises UserError as `run` does, after the rows where the end token is not learnt.
+    """
+    model, tokenizer, template, records = start(config, workspace)
+    length, colours = model.config.context, console.is_terminal
+    rows = rows_of(records / "dialogues-train.jsonl", template, tokenizer, length, packing=config.packing)
+    console.print(Text("What the model learns to write is ").append(legend(colours=colours)), soft_wrap=True)
+    for number in SampleOrder(len(rows), workspace.seed).take(0, min(count, len(rows))):
+        row = rows[number]
+        say(f"\nrow {number}: {len(row.ids)} of {length} tokens in {row.documents[-1]} conversations, {learnt_tokens(row)} learnt")
+        console.print(row_picture(row, tokenizer, end=template.end, colours=colours), soft_wrap=True)
+    say(f"\n{tally(rows, length)}")
+    check_end_is_learnt(rows, template, tokenizer)
+
+
+EXCERPT = 600
+"""Characters of a row that the report shows."""
+
+
+def excerpt(row: PackedRow, tokenizer: Tokenizer, template: ChatTemplate) -> Table:
+    """The beginning of a row with its loss mask, for the report."""
+    text = row_picture(row, tokenizer, end=template.end, colours=False).plain
+    cut = text if len(text) <= EXCERPT else f"{text[:EXCERPT]} ..."
+    return Table("The beginning of the first row; what stands in [[ ]] is learnt", ["row"], [[line] for line in cut.splitlines() if line])
+
+
+def run(config: Config, workspace: Workspace) -> Report:
+    """Fine-tune on conversations and measure the loss of held-out answers before and after."""
+    model, tokenizer, template, records = start(config, workspace)
+    model.to(runtime.device())
     length = model.config.context
     rows = rows_of(records / "dialogues-train.jsonl", template, tokenizer, length, packing=config.packing)
     check_end_is_learnt(rows, template, tokenizer)
@@ -156,7 +206,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         records / "dialogues-validation.jsonl", template, tokenizer, length, packing=True, limit=config.held_out
     )[: config.held_out]
     filled = sum(len(row.ids) for row in rows) / (len(rows) * length)
-    learnt = sum(sum(row.mask) for row in rows)
+    learnt = sum(map(learnt_tokens, rows))
     config = plan.ahead("sft", config, model.config, ALONE, learnt=learnt / (len(rows) * length))
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, "sft"))  # dropout, where the model has any
@@ -172,8 +222,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         texts={"tokenizer.json": tokenizer.to_json(), "chat_template.jinja": template.source},
         keep=config.fit.keep,
     )  # fmt: skip
-    say(f"  {len(rows):,} rows of {length} tokens, {100 * filled:.0f} % filled; "
-        f"{100 * learnt / (filled * len(rows) * length):.0f} % of the tokens are learnt")  # fmt: skip
+    say(f"  {tally(rows, length)}")
 
     def train_step(batch: ChatBatch) -> Step:
         with runtime.autocast(dtype):
@@ -199,8 +248,9 @@ def run(config: Config, workspace: Workspace) -> Report:
         ],
         curves=[Curve("SFT loss", ["loss"], "nats per answer token")],
         model=f"checkpoints/{fitted.checkpoint.path.name}",
-        facts={"rows": len(rows), "filled": filled, "steps": fitted.progress.step,
+        facts={"rows": len(rows), "filled": filled, "tokens learnt": learnt, "steps": fitted.progress.step,
                "epochs": fitted.samples / len(rows), "tokens": round(fitted.samples * filled * length), **fitted.facts,
                **adapters.write_adapter(model, workspace.directory, base=config.base)},
         notes=fitted.notes,
+        tables=[excerpt(rows[SampleOrder(len(rows), workspace.seed)[0]], tokenizer, template)],
     )  # fmt: skip

@@ -80,6 +80,8 @@ class Report:
     tables: list[Table] = field(default_factory=list)
     answers: Answered | None = None
     """Of a stage that asks models itself; for other stages the pipeline asks base and result (evaluate/closing.py)."""
+    pictures: list[str] = field(default_factory=list)
+    """Files in the stage's directory to show beside the curves."""
 
 
 class Unhealthy(UserError):

@@ -111,12 +111,22 @@ def piece_of(size: int, start: int = 0) -> EncodedChat:
     return EncodedChat([start + n for n in range(size)], [n % 2 == 1 for n in range(size)])
 
 
-def test_packing_takes_the_longest_first_and_the_fullest_row_with_room() -> None:
-    rows = pack([piece_of(n, 100 * n) for n in (3, 7, 4, 6, 2)], 10)
-    # 7 | 6 | 4 beside 6 | 3 beside 7 | 2 alone
-    assert [len(row.ids) for row in rows] == [10, 10, 2]
-    assert rows[0].ids == [*range(700, 707), *range(300, 303)]
-    assert rows[1].ids == [*range(600, 606), *range(400, 404)]
+def test_packing_takes_the_longest_first_and_the_first_row_with_room() -> None:
+    rows = pack([piece_of(n, 100 * n) for n in (2, 7, 14, 11)], 20)
+    # 14 | 11 | 7 beside 11 | 2 beside 14, where there is room first, though the other row is fuller
+    assert [row.ids for row in rows] == [[*range(1400, 1414), 200, 201], [*range(1100, 1111), *range(700, 707)]]
+
+
+@given(st.lists(st.integers(1, 12), max_size=40), st.integers(12, 30))
+def test_packing_is_first_fit_decreasing(sizes: list[int], length: int) -> None:
+    slow: list[list[int]] = []
+    for size in sorted(sizes, reverse=True):
+        row = next((row for row in slow if sum(row) + size <= length), None)
+        if row is None:
+            slow.append(row := [])
+        row.append(size)
+    rows = pack([piece_of(size) for size in sizes], length)
+    assert [[row.documents.count(n) for n in sorted(set(row.documents))] for row in rows] == slow
 
 
 def test_a_row_knows_its_pieces() -> None:

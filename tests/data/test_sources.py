@@ -518,7 +518,8 @@ def test_broken_jsonl_names_the_line(tmp_path: Path, content: bytes, message: st
         ({"messages": ["hi"]}, "a message must be an object"),
         ({"messages": [{"role": "human", "content": "x"}]}, "role 'human'; known roles: system, user"),
         ({"messages": [{"role": "user", "content": None}]}, "content of a user message must be text"),
-        ({"conversations": []}, "no column 'messages'; the columns found are: conversations"),
+        ({"conversations": []}, "conversations is empty"),
+        ({"turns": []}, r"no column 'messages' \(or 'conversations'.*; the columns found are: turns"),
     ],
 )
 def test_broken_dialogues_name_the_line(tmp_path: Path, row: object, message: str) -> None:

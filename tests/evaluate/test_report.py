@@ -56,6 +56,11 @@ def test_a_picture_is_drawn_of_what_was_logged_twice(tmp_path: Path) -> None:
     assert draw_curves(tmp_path / "nowhere", curves) is None
 
 
+def test_pictures_of_a_stage_are_shown(tmp_path: Path) -> None:
+    write_stage_report(tmp_path, "reward", result_of(pictures=["calibration.png"]))
+    assert "![calibration of reward](calibration.png)" in (tmp_path / "report.md").read_text()
+
+
 def test_the_report_of_a_stage(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for step in (1, 2):

@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chatwright.objectives.preference import bradley_terry_loss, pair_accuracy, preferred_pairs
+from chatwright.objectives.preference import (
+    bradley_terry_loss,
+    logistic_loss,
+    pair_accuracy,
+    pair_wins,
+    preferred_pairs,
+)
 
 NAN = float("nan")
 
@@ -155,3 +161,89 @@ def test_pair_accuracy_counts_equal_scores_half() -> None:
 def test_the_hand_value_tells_wrong_accuracies(compare: Callable[[Tensor], Tensor]) -> None:
     difference = ACCURACY_SCORES[:, :, None] - ACCURACY_SCORES[:, None, :]
     assert float(compare(difference)[preferred_pairs(ACCURACY_LABELS)].sum()) != 2.5
+
+
+# ---- ties that are won by half ---------------------------------------------------------------------------------------
+
+# The scores and labels of the beginning, differences 1, 2 and, of the tie, 1. C(3, 2) = 3 pairs:
+# (ln(1 + e^-1) + ln(1 + e^-2) + (ln(1 + e^-1) + ln(1 + e^1)) / 2) / 3 = (0.313262 + 0.126928 + 0.813262) / 3
+HALF = (0.313262 + 0.126928 + 0.813262) / 3
+
+
+def test_a_tie_may_be_won_by_half() -> None:
+    assert float(bradley_terry_loss(SCORES, LABELS, ties="half")) == pytest.approx(HALF, abs=1e-6)
+    assert pair_wins(LABELS, ties="half").tolist() == [[[0, 1, 1], [0, 0, 0.5], [0, 0.5, 0]]]
+    assert pair_wins(LABELS).tolist() == [[[0, 1, 1], [0, 0, 0], [0, 0, 0]]]
+    # alone, a tie is cheapest where the scores are equal, and pulls them together
+    scores = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    bradley_terry_loss(scores, torch.tensor([[3.0, 3.0]]), ties="half").backward()
+    # d/ds of (-log sigmoid(d) - log sigmoid(-d)) / 2 at d = 1: sigmoid(1) - 1/2 = 0.231059
+    torch.testing.assert_close(scores.grad, torch.tensor([[0.231059, -0.231059]]), atol=1e-6, rtol=0)
+    assert float(bradley_terry_loss(torch.zeros(1, 2), torch.ones(1, 2), ties="half")) == pytest.approx(math.log(2))
+
+
+WRONG_HALF: dict[str, Callable[[], float]] = {
+    "left out": lambda: HAND,
+    "won by one of the two": lambda: _wrong([(0, 1), (0, 2), (1, 2)], 3),
+    "won by both, whole": lambda: _wrong([(0, 1), (0, 2), (1, 2), (2, 1)], 3),
+    "counted twice in the mean": lambda: HALF * 3 / 4,
+    "an answer ties with itself": lambda: (HALF * 3 + 1.5 * math.log(2)) / 4.5,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_HALF)
+def test_wrong_ties_show(wrong: str) -> None:
+    assert abs(WRONG_HALF[wrong]() - HALF) > 0.01
+
+
+def test_ties_in_the_accuracy() -> None:
+    # pairs right, right, and a tie, which is half right whatever the scores: 2.5 of 3
+    labels = torch.tensor([[2.0, 1.0, 1.0, NAN]])
+    for scores in (ACCURACY_SCORES, torch.tensor([[3.0, 1.0, 2.0, 9.0]])):
+        assert pair_accuracy(scores, labels, ties="half") == (2.5, 3)
+        assert pair_accuracy(scores, labels) == (2.0, 2)
+
+
+def test_padding_ties_with_nothing_and_a_lead_does_not_reach_it() -> None:
+    """Not in the gradient either: NaN times 0 is NaN."""
+    labels = torch.tensor([[2.0, 1.0, 1.0, NAN]])
+    lead = labels[:, :, None] - labels[:, None, :]
+    for ties in ("leave_out", "half"):
+        scores = torch.tensor([[1.0, 0.0, -1.0, 5.0]], requires_grad=True)
+        loss = bradley_terry_loss(scores, labels, lead=lead, ties=ties)  # type: ignore[arg-type]
+        loss.backward()
+        assert scores.grad is not None and torch.isfinite(scores.grad).all() and scores.grad[0, 3] == 0
+        # leads 1 and 1 for the pairs that are won, none for the tie
+        expected = loss_of(0) + loss_of(1)
+        expected = expected / 2 if ties == "leave_out" else (expected + (loss_of(1) + loss_of(-1)) / 2) / 3
+        assert float(loss.detach()) == pytest.approx(expected, abs=1e-6)
+
+
+# ---- classes ---------------------------------------------------------------------------------------------------------
+
+# ln(1 + e^-2) + ln(1 + e^-1) + ln(1 + e^0.5) = 0.126928 + 0.313262 + 0.974077
+TEXT_SCORES, GOOD = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([True, False, False])
+LOGISTIC = 0.126928 + 0.313262 + 0.974077
+
+
+def test_the_loss_of_classes_by_hand() -> None:
+    assert float(logistic_loss(TEXT_SCORES, GOOD)) == pytest.approx(LOGISTIC, abs=1e-6)
+    theirs = torch.nn.functional.binary_cross_entropy_with_logits(TEXT_SCORES, GOOD.float(), reduction="sum")
+    assert float(theirs) == pytest.approx(LOGISTIC, abs=1e-6)
+    scores = TEXT_SCORES.clone().requires_grad_()
+    logistic_loss(scores, GOOD).backward()
+    torch.testing.assert_close(scores.grad, TEXT_SCORES.sigmoid() - GOOD.float(), atol=1e-6, rtol=0)  # p - y
+    assert float(logistic_loss(torch.tensor([1000.0, -1000.0]), torch.tensor([False, False]))) == 1000.0
+
+
+WRONG_LOGISTIC: dict[str, Callable[[], float]] = {
+    "sign lost": lambda: float(logistic_loss(-TEXT_SCORES, GOOD)),
+    "good texts only": lambda: loss_of(2),
+    "averaged": lambda: LOGISTIC / 3,
+    "squared": lambda: float(((TEXT_SCORES.sigmoid() - GOOD.float()) ** 2).sum()),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LOGISTIC)
+def test_wrong_losses_of_classes_show(wrong: str) -> None:
+    assert abs(WRONG_LOGISTIC[wrong]() - LOGISTIC) > 0.01

@@ -14,11 +14,11 @@ from tooling import Run, check, findings, save
 
 from chatwright import checkpoint
 from chatwright.chat import NATIVE, ChatTemplate, Message
+from chatwright.data.picture import mask_picture
 from chatwright.language_model import load
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.serve import doctor_model
-from chatwright.serve.doctor import mask_picture
 from chatwright.tokenizer import Tokenizer
 
 

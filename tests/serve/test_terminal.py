@@ -13,9 +13,9 @@ import pytest
 from serving import DIALOGUES, TinyModel
 
 import chatwright.language_model
-from chatwright.config import UsageError, UserError
+from chatwright.config import UsageError, UserError, harmless
 from chatwright.serve import terminal
-from chatwright.serve.terminal import harmless, main
+from chatwright.serve.terminal import main
 
 Chat = Callable[..., tuple[int, str, str]]
 

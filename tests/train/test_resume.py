@@ -21,7 +21,7 @@ from chatwright import checkpoint, cli
 from chatwright.metrics import TIMED, read_metrics
 from chatwright.model.lora import LoRAConfig
 from chatwright.optim import OptimConfig
-from chatwright.train import loop, ppo, pretrain, reinforce, reward, rounds, sft
+from chatwright.train import classifier, loop, ppo, pretrain, reinforce, reward, rounds, sft
 from chatwright.train.loop import FitConfig
 from chatwright.train.ppo import Config as PPOConfig
 from chatwright.train.stopping import Interrupted, Stopper
@@ -49,6 +49,7 @@ CASES = {
         preset="modern-nano", model={"context": 32, "dropout": 0.2}, fit=fit(evaluate_every=3))),
     "sft": Case(sft, sft.Config(fit=fit(), held_out=4)),
     "reward": Case(reward, reward.Config(k=3, max_tokens=32, fit=fit(), optim=OptimConfig(name="muon", learning_rate=1e-3))),
+    "classifier": Case(classifier, classifier.Config(max_tokens=32, fit=fit(), optim=OptimConfig(learning_rate=1e-2))),
     "ppo": Case(ppo, PPOConfig(
         iterations=5, batch_size=8, minibatch_size=4, max_prompt_tokens=40, max_new_tokens=14, min_tokens=1,
         max_repeats=0.9, save_every=2, min_correlation=-1.0)),

@@ -22,16 +22,9 @@ from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
 from chatwright.train import reward
 from chatwright.train.loop import FitConfig
-from chatwright.train.reward import (
-    Config,
-    Rankings,
-    correlation,
-    encode_answer,
-    from_ratings,
-    judge,
-    length_baseline,
-    step,
-)
+from chatwright.train.rankings import Rankings, encode_answer, from_ratings
+from chatwright.train.reward import Config, step
+from chatwright.train.reward_measures import correlation, judge, length_baseline, normalise
 
 ASK = ({"role": "user", "content": "How is the cat?"},)
 
@@ -90,7 +83,7 @@ def test_normalisation_is_as_its_formula_says(
         def save(self, *, final: bool) -> checkpoint.Checkpoint:
             return checkpoint.Checkpoint(tmp_path / f"step-{final:06}")
 
-    assert reward.normalise(Saver(), model, rankings, chosen, torch.float32) == "checkpoints/step-000001"  # type: ignore[arg-type]
+    assert normalise(Saver(), model, rankings, chosen, torch.float32) == "checkpoints/step-000001"  # type: ignore[arg-type]
     with torch.no_grad():
         after, _ = judge(model, rankings, chosen)
     known = ~labels.isnan()

@@ -14,16 +14,18 @@ from torch.nn import functional as F
 
 from chatwright import checkpoint
 from chatwright.chat import NATIVE
+from chatwright.cli import main
 from chatwright.config import UserError
 from chatwright.data.examples import Dialogue
 from chatwright.data.loader import SampleOrder
-from chatwright.data.packing import ChatBatch, PackedRow
+from chatwright.data.packing import ChatBatch, PackedRow, batch_rows
+from chatwright.data.picture import row_picture
 from chatwright.language_model import load, load_parts
 from chatwright.objectives.language import next_token_loss
 from chatwright.tokenizer import Tokenizer
 from chatwright.train import sft
 from chatwright.train.loop import FitConfig
-from chatwright.train.sft import check_end_is_learnt, read_records, rows_of
+from chatwright.train.sft import EXCERPT, check_end_is_learnt, excerpt, learnt_tokens, read_records, rows_of
 
 
 def dialogues_file(directory: Path, *conversations: list[tuple[str, str]]) -> Path:
@@ -181,3 +183,109 @@ def test_a_model_that_is_not_a_language_model_is_no_base(reward_bench: Any, tmp_
     with pytest.raises(UserError, match="not a language model"):
         bench.run(sft, sft.Config(base="sft"), tmp_path / "sft")
     assert load_parts(reward_bench.inputs["sft"]).template == NATIVE
+
+
+# ---- packed = unpacked ---------------------------------------------------------------------------------------------
+
+
+def loss_and_gradients(model: Any, rows: list[PackedRow], length: int, *, walls: bool = True) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Sum of the losses of some rows, and every parameter's gradient; without walls, conversations in a row see each other."""
+    batch = batch_rows(rows, length)
+    if not walls:
+        batch = replace(batch, documents=(batch.documents > 0).long())
+    model.zero_grad()
+    loss = sft.step(model, batch).loss
+    loss.backward()
+    return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_packed_conversations_give_the_loss_and_the_gradients_of_unpacked_ones(
+    position: str, lively_gpt: Callable[..., Any], chat_tokenizer: Tokenizer, tmp_path: Path, babble: Any
+) -> None:
+    draw, length = babble(12), 160
+    talks = [[(turn["role"], turn["content"]) for turn in draw.messages(1 + n % 2)] for n in range(9)]
+    file = dialogues_file(tmp_path, *talks)
+    packed, alone = (rows_of(file, NATIVE, chat_tokenizer, length, packing=flag) for flag in (True, False))
+    assert len(packed) < len(alone) and max(max(row.documents) for row in packed) > 1
+    model = lively_gpt(vocab_size=chat_tokenizer.vocab_size, context=length, position=position)
+    loss, gradients = loss_and_gradients(model, packed, length)
+    expected, theirs = loss_and_gradients(model, alone, length)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for ours, plain in zip(gradients, theirs, strict=True):
+        assert float((ours - plain).norm()) <= 1e-5 * float(plain.norm())
+    mixed, others = loss_and_gradients(model, packed, length, walls=False)
+    assert abs(float(mixed - expected)) > 1e-3 * float(expected)  # they would have seen each other
+    assert any(float((ours - plain).norm()) > 1e-3 * float(plain.norm()) for ours, plain in zip(others, theirs, strict=True))
+
+
+# ---- preview -------------------------------------------------------------------------------------------------------
+
+
+def test_the_preview_shows_what_is_learnt_and_trains_nothing(
+    sft_bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], sft_parts: Callable[[], Any]
+) -> None:
+    base, data = (str(sft_bench.inputs[name]) for name in ("sft", "data"))
+    out = tmp_path / "run" / "sft"
+    assert main(["sft", "--base", base, "--data", data, "--out", str(out), "--seed", "3", "--preview", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert not out.parent.exists() and not list(tmp_path.iterdir())
+    parts = sft_parts()
+    length = parts.model.config.context
+    rows = rows_of(sft_bench.inputs["data"] / "dialogues-train.jsonl", parts.template, parts.tokenizer, length, packing=True)
+    first = [rows[n] for n in SampleOrder(len(rows), 3).take(0, 4)]  # what training with this seed sees first
+    for row in first:
+        assert row_picture(row, parts.tokenizer, end="<|end|>", colours=False).plain in shown
+        assert f"in {max(row.documents)} conversations, {learnt_tokens(row)} learnt" in shown
+    tokens, learnt = sum(len(row.ids) for row in rows), sum(learnt_tokens(row) for row in rows)
+    assert f"{learnt:,} of {tokens:,} tokens are learnt" in shown and "in [[brackets]]" in shown
+    answers = [part.partition("]]")[0] for part in shown.split("[[")[2:]]
+    assert len(answers) >= 4 and all(text.startswith("The ") and text.endswith("<|end|>") for text in answers)
+    assert shown.count("\nrow ") == 4 and shown.count("--------") == sum(max(row.documents) - 1 for row in first)
+    assert main(["sft", "--base", base, "--data", data, "--out", str(out), "--preview=1", "--packing", "false"]) == 0
+    assert "in 1 conversations" in capsys.readouterr().out
+
+
+def test_a_preview_of_no_rows_and_of_other_stages_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--preview"], ["--preview", "0"], ["--preview=all"]):
+        assert main(["sft", *arguments]) == 2
+        assert "how many samples to show" in capsys.readouterr().err
+    assert main(["pretrain", "--preview", "2"]) == 2
+    assert "--preview" in capsys.readouterr().err
+
+
+def test_a_preview_of_rows_that_do_not_learn_to_end_fails_behind_them(
+    sft_bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dialogues_file(tmp_path, [("user", "Go on"), ("assistant", "And then the cat sees the river. " * 40)])
+    (tmp_path / "dialogues.jsonl").rename(tmp_path / "dialogues-train.jsonl")
+    base = str(sft_bench.inputs["sft"])
+    assert main(["sft", "--base", base, "--data", str(tmp_path), "--out", str(tmp_path / "sft"), "--preview", "1"]) == 1
+    shown = capsys.readouterr()
+    assert "[[And then the cat" in shown.out and "would never stop talking" in shown.err
+
+
+def test_a_picture_of_a_row_shows_the_loss_and_not_the_mask(chat_tokenizer: Tokenizer) -> None:
+    """The first token of a conversation follows nothing: it is not learnt, whatever the template says."""
+    ids = chat_tokenizer.encode("abc")
+    assert len(ids) > 1
+    row = PackedRow([*ids, *ids], [True] * 2 * len(ids), [1] * len(ids) + [2] * len(ids), [*range(len(ids))] * 2)
+    first, rest = (chat_tokenizer.decode(part) for part in (ids[:1], ids[1:]))
+    assert row_picture(row, chat_tokenizer, end="<|end|>", colours=False).plain == "\n--------\n".join([f"{first}[[{rest}]]"] * 2)
+    assert learnt_tokens(row) == 2 * (len(ids) - 1) == batch_rows([row], 9).weight
+    coloured = row_picture(row, chat_tokenizer, end="<|end|>", colours=True)
+    assert "[[" not in coloured.plain and any("green" in str(span.style) for span in coloured.spans)
+
+
+def test_the_report_shows_the_beginning_of_a_row(
+    sft_bench: Any, tmp_path: Path, make_fit: Callable[..., FitConfig], chat_tokenizer: Tokenizer
+) -> None:
+    report = sft_bench.run(sft, sft.Config(fit=make_fit(steps=1), held_out=2), tmp_path / "sft")
+    (table,) = report.tables
+    text = " ".join(row[0] for row in table.rows)
+    assert "<|user|>" in text and "[[The " in text and "<|end|>]]" in text
+    assert 0 < report.facts["tokens learnt"] < report.facts["rows"] * 64
+    long = PackedRow(chat_tokenizer.encode("a b " * 900), [False] * 9999, [1] * 9999, list(range(9999)))
+    size = len(long.ids)
+    long = PackedRow(long.ids, long.mask[:size], long.documents[:size], long.positions[:size])
+    assert len(excerpt(long, chat_tokenizer, NATIVE).rows[0][0]) == EXCERPT + 4  # cut, and said so
