@@ -194,7 +194,7 @@ def test_every_verb_is_documented() -> None:
 
 def test_every_stage_and_recipe_is_in_the_readme() -> None:
     text = page_text(ROOT / "README.md")
-    for stage in mapping_keys("chatwright/pipeline.py", "STAGES"):
+    for stage in mapping_keys("chatwright/recipe.py", "STAGES"):
         assert f"| {stage} |" in text, stage
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         assert f"recipes/{recipe.name}" in text or f"chatwright run {recipe.stem}" in text, recipe.name
@@ -216,7 +216,7 @@ def unknown_settings(text: str) -> list[str]:
 
     Behind `chatwright STAGE`, on the same line or its continuation, `--fit.KEY` (`--optim.`, `--lora.`) is that stage's.
     """
-    stages = dict(zip(mapping_keys("chatwright/pipeline.py", "STAGES"), stage_files(), strict=True))
+    stages = dict(zip(mapping_keys("chatwright/recipe.py", "STAGES"), stage_files(), strict=True))
     nested = {"fit": ("chatwright/train/loop.py", "FitConfig"), "optim": ("chatwright/optim.py", "OptimConfig"),
               "lora": ("chatwright/model/lora.py", "LoRAConfig")}  # fmt: skip
     unknown = []
@@ -239,7 +239,7 @@ SHARED = dict.fromkeys(("ppo", "reinforce"), class_fields(ROOT / "chatwright/tra
 
 
 def stage_files() -> list[Path]:
-    value = constant("chatwright/pipeline.py", "STAGES")
+    value = constant("chatwright/recipe.py", "STAGES")
     assert isinstance(value, ast.Dict)
     return [ROOT / f"{str(ast.literal_eval(module)).replace('.', '/')}.py" for module in value.values]
 

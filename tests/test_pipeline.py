@@ -11,19 +11,10 @@ from typing import Any
 
 import pytest
 
-from chatwright import checkpoint, pipeline
+from chatwright import checkpoint, pipeline, recipe
 from chatwright.config import UsageError, UserError
-from chatwright.pipeline import (
-    Stage,
-    find_recipe,
-    fingerprint,
-    main_run,
-    main_stage,
-    parse_overrides,
-    read_recipe,
-    run_recipe,
-    split_arguments,
-)
+from chatwright.pipeline import fingerprint, main_run, main_stage, run_recipe, split_arguments
+from chatwright.recipe import Stage, find_recipe, parse_overrides, read_recipe
 from chatwright.train.stopping import Interrupted
 from chatwright.train.workspace import Measure, Report, Workspace
 
@@ -80,7 +71,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
         module = ModuleType(f"stage_{name}", doc="A stage for tests.")
         module.Config, module.run = config, run  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, f"stage_{name}", module)
-        monkeypatch.setitem(pipeline.STAGES, name, f"stage_{name}")
+        monkeypatch.setitem(recipe.STAGES, name, f"stage_{name}")
     return log
 
 

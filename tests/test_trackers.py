@@ -17,7 +17,8 @@ import pytest
 from chatwright import pipeline, trackers
 from chatwright.config import UsageError
 from chatwright.metrics import MetricsLog, read_metrics
-from chatwright.pipeline import Stage, fingerprint
+from chatwright.pipeline import fingerprint
+from chatwright.recipe import Stage
 from chatwright.trackers import Reporting
 from chatwright.train import pretrain
 

@@ -76,7 +76,7 @@ def is_recipe(name: str) -> bool:
         return True
     if path.exists() or name == "smollm2" or name.startswith("hf:"):
         return False
-    from chatwright.pipeline import find_recipe
+    from chatwright.recipe import find_recipe
 
     try:
         find_recipe(name)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from chatwright import runtime
 from chatwright.config import UsageError, UserError
 from chatwright.data import archives, sources
-from chatwright.pipeline import Recipe, Stage, find_recipe, read_recipe
+from chatwright.recipe import Recipe, Stage, find_recipe, read_recipe
 from chatwright.serve.doctor import Finding
 from chatwright.serve.doctor_machine import gigabytes
 

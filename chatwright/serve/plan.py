@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING, Any
 from chatwright import runtime
 from chatwright.config import UsageError, UserError, build, parse
 from chatwright.metrics import console, duration, say
-from chatwright.pipeline import (
-    Recipe,
-    Stage,
-    find_recipe,
-    module_of,
-    parse_overrides,
-    read_recipe,
-    split_arguments,
-)
+from chatwright.pipeline import split_arguments
+from chatwright.recipe import Recipe, Stage, find_recipe, module_of, parse_overrides, read_recipe
 
 if TYPE_CHECKING:
     from chatwright.model.config import GPTConfig

@@ -28,7 +28,7 @@ from chatwright.language_model import load_parts
 from chatwright.metrics import TIMED, read_metrics
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
-from chatwright.pipeline import read_recipe
+from chatwright.recipe import read_recipe
 from chatwright.train import loop, parallel, pretrain
 from chatwright.train.parallel import ParallelConfig, Sizes
 from chatwright.train.stopping import Interrupted, Stopper
