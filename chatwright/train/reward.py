@@ -29,10 +29,10 @@ from chatwright.model.lora import LoRAConfig
 from chatwright.objectives.preference import bradley_terry_loss, pair_accuracy, preferred_pairs
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
-from chatwright.train import adapters, plan
+from chatwright.train import adapters, parallel, plan
 from chatwright.train.health import diagnose_reward
 from chatwright.train.loop import Fit, FitConfig
-from chatwright.train.parallel import ALONE
+from chatwright.train.parallel import ALONE, ParallelConfig, Spread
 from chatwright.train.sft import read_records
 from chatwright.train.tokenizer import records_of
 from chatwright.train.trainer import Step, Trainer
@@ -67,6 +67,8 @@ class Config:
         )
     )
     """Optimiser and schedule."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How processes share the work."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,11 @@ def run(config: Config, workspace: Workspace) -> Report:
     if base.tokenizer is None or base.template is None:
         raise UserError(f"{config.base} has no chat template; the reward model needs a model after sft")
     train, held_out = load_comparisons(config, workspace)
-    config = plan.ahead("reward", config, base.model.config, ALONE)
+    spread = parallel.start(
+        config.parallel, batch_size=config.fit.batch_size, micro_batch=config.fit.micro_batch, shape=base.model.config,
+        precision=config.fit.precision,
+    )  # fmt: skip
+    config = plan.ahead("reward", config, base.model.config, spread)
     torch.manual_seed(runtime.seed_for(workspace.seed, "reward"))
     model = ScalarModel(base.model.config)
     model.start_from(base.model)
@@ -241,6 +247,7 @@ def run(config: Config, workspace: Workspace) -> Report:
               "template": base.template.fingerprint, **adapters.card(config.lora, base=base.model)},
         texts={"tokenizer.json": base.tokenizer.to_json(), "chat_template.jinja": base.template.source},
         keep=config.fit.keep,
+        spread=spread,
     )  # fmt: skip
     say(f"  {len(train):,} comparisons of {len(train[0].responses)} answers, {len(held_out):,} held out")
 
@@ -276,11 +283,11 @@ def run(config: Config, workspace: Workspace) -> Report:
         facts={"comparisons": len(train), "steps": fitted.progress.step,
                "held_out_correlation": after["held_out_correlation"],
                "held_out_accuracy": after["held_out_accuracy"],
-               "sample": example_scores(model, rankings), **fitted.facts},
+               "sample": example_scores(model, rankings, spread), **fitted.facts},
         notes=fitted.notes,
     )  # fmt: skip
     with runtime.evaluating(model), runtime.autocast(dtype):
-        right, pairs = pair_accuracy(*judge(model, rankings, train[:64]), config.margin)
+        right, pairs = pair_accuracy(*spread.forward(judge, model, rankings, train[:64]), config.margin)
     refuse_if_learnt_by_heart(report, right / max(pairs, 1), held_out, config.margin)
     return report
 
@@ -297,13 +304,13 @@ def refuse_if_learnt_by_heart(report: Report, accuracy: float, held_out: Sequenc
         raise Unhealthy(f"reward: {diagnosis.text}", report)
 
 
-def example_scores(model: ScalarModel, rankings: Rankings) -> str:
+def example_scores(model: ScalarModel, rankings: Rankings, spread: Spread = ALONE) -> str:
     """What the model thinks of two answers, in a sentence for the report."""
     answers = ("That sounds great, I love it!", "That sounds awful, I hate it.")
     prompt = (Message(role="user", content="I will go hiking on Saturday."),)
     batch = runtime.on_device(rankings.batch([Comparison.of(prompt, answers, (0.0, 0.0))]))
     with runtime.evaluating(model):
-        scores = model.score(batch.ids, batch.mask).tolist()
+        scores = spread.forward(model.score, batch.ids, batch.mask).tolist()
     return ", ".join(f"scores {answer!r} {score:+.2f}" for answer, score in zip(answers, scores, strict=True))
 
 
@@ -315,7 +322,7 @@ def normalise(
     Done once: a stage that is run again after this keeps the constants it has.
     """
     with runtime.evaluating(model), runtime.autocast(dtype):
-        scores, labels = judge(model, rankings, chosen)
+        scores, labels = trainer.spread.forward(judge, model, rankings, chosen)
     scores = scores[~labels.isnan()]
     with torch.no_grad():
         deviation = scores.std().clamp(min=1e-6)
