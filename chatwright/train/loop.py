@@ -300,10 +300,9 @@ class Fit(Generic[AnyBatch]):
         return Fitted(chosen, progress.extra["before"], after, progress, self._account(), notes)
 
     def _measure(self, stopper: Stopper) -> dict[str, float]:
-        spread = self.trainer.spread
         with self._may_stop_at_once(stopper, when=True), runtime.evaluating(*self.modules):
-            measured = spread.forward(self.evaluate)
-        return spread.told_by_first(lambda: measured)  # what is decided by it all decide alike
+            measured = self.trainer.spread.forward(self.evaluate)
+        return self.trainer.spread.told_by_first(lambda: measured)  # what is decided by it all decide alike
 
     def _learning_rate(self) -> float:
         """Share of the peak for the coming step. With a budget in seconds the number of steps is not known at first:

@@ -189,18 +189,18 @@ class Rounds(ABC, Generic[Settings, Rolled]):
 
     def _begun(self) -> tuple[Rolled, health.Diagnosis | None]:
         """Answers to learn from, and why this is the last round if it is."""
-        rollout, self.latest = self.sampled()
-        history, limits = self.extra["history"], health.Limits(self.config.kl_budget, self.config.patience)
-        history.append({key: self.latest[key] for key in health.WATCHED if key in self.latest})
-        diagnosis = health.diagnose(history, limits)
+        rollout, logged = self.sampled()
+        self.latest, history = logged, self.extra["history"]
+        history.append({key: logged[key] for key in health.WATCHED if key in logged})
+        diagnosis = health.diagnose(history, health.Limits(self.config.kl_budget, self.config.patience))
         if diagnosis is not None and diagnosis.fatal:
             self._break_off(diagnosis)
-        self._keep_if_best(self.latest)
+        self._keep_if_best(logged)
         return rollout, diagnosis
 
     def _gone_on(self, begun: Mapping[str, Any]) -> tuple[Rolled, None]:
         """The answers of a round that was stopped in its middle (`_interrupt`)."""
-        self.latest, self.first_gap = dict(begun["logged"]), begun["first_gap"]
+        self.latest, self.first_gap = begun["row"], begun["first_gap"]
         return runtime.on_device(from_tensors(self.rolled, self.trainer.unfinished.tensors("midway"))), None
 
     def _break_off(self, diagnosis: health.Diagnosis) -> None:
@@ -263,7 +263,7 @@ class Rounds(ABC, Generic[Settings, Rolled]):
 
     def _interrupt(self, rollout: Rolled, done: int) -> None:
         """Save the round as it is before the minibatch of number `done`, its answers with it, and raise Interrupted."""
-        self.extra["unfinished"] = {"done": done, "logged": self.latest, "first_gap": self.first_gap}
+        self.extra["unfinished"] = {"done": done, "row": self.latest, "first_gap": self.first_gap}
         self.trainer.save(spare=self.spare, midway=as_tensors(rollout))
         where = f"saved in round {self.trainer.progress.step}, after {done} of its minibatches"
         raise Interrupted(f"{self.title}: {where}; the same command goes on from there")
