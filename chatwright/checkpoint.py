@@ -28,6 +28,8 @@ from chatwright.config import UserError
 STEP = re.compile(r"step-(\d{6,})$")
 BEST = "best"
 """The file beside the checkpoints that holds the name of the best one (`fit.keep_best`)."""
+UNFINISHED = "unfinished"
+"""Beside the checkpoints: what a step that was stopped in its middle (a round of PPO) needs to be gone on with."""
 PARTS = "sharded"
 """The folder of a checkpoint that many processes write together, a file each."""
 LARGEST_JSON = 64 << 20
@@ -345,9 +347,10 @@ def prune(directory: Path, keep: int, *, spare: Sequence[int] = ()) -> None:
     for checkpoint in checkpoints(directory)[: -max(keep, 1)]:
         if checkpoint.step not in spare:
             delete(checkpoint)
-    for kind in ("partial", "old", "gone"):
-        for leftover in directory.glob(f".step-*.{kind}"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    for name in ("step-*", f"{UNFINISHED}.*"):
+        for kind in ("partial", "old", "gone"):
+            for leftover in directory.glob(f".{name}.{kind}"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def delete(checkpoint: Checkpoint) -> None:

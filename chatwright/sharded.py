@@ -157,6 +157,19 @@ def whole_tensors(directory: Path, part: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{part}/"): tensor for name, tensor in tensors.items()}
 
 
+def put_together(directory: Path) -> None:
+    """Make an ordinary checkpoint of one in parts, in its place and of the same content: for one process, file by file."""
+    state = checkpoint.read_json(directory / "state.json")
+    state.pop("files", None)
+    with checkpoint.whole_directory(directory) as aside:
+        for part in sorted({name.partition("/")[0] for name in describe(directory)}):
+            checkpoint.save_tensors(aside / f"{part}.safetensors", whole_tensors(directory, part))
+        for file in directory.iterdir():
+            if file.is_file() and file.name != "state.json":
+                shutil.copyfile(file, aside / file.name)
+        checkpoint.write_state(aside, state)
+
+
 @contextlib.contextmanager
 def _without_dcp_warnings() -> Iterator[None]:
     """DCP warns that one process alone is one process, and of its own later changes."""

@@ -214,15 +214,16 @@ def class_fields(path: Path, name: str) -> dict[str, ast.AnnAssign]:
 def unknown_settings(text: str) -> list[str]:
     """`--STAGE.KEY` and `--STAGE.fit.KEY` whose stage, or whose field in the stage's Config, does not exist.
 
-    Behind `chatwright STAGE`, on the same line or its continuation, `--fit.KEY` (`--optim.`, `--lora.`) is that stage's.
+    Behind `chatwright STAGE`, on the same line or its continuation, `--fit.KEY` (`--optim.`, `--lora.`, `--parallel.`) is that stage's.
     """
     stages = dict(zip(mapping_keys("chatwright/recipe.py", "STAGES"), stage_files(), strict=True))
     nested = {"fit": ("chatwright/train/loop.py", "FitConfig"), "optim": ("chatwright/optim.py", "OptimConfig"),
-              "lora": ("chatwright/model/lora.py", "LoRAConfig")}  # fmt: skip
+              "lora": ("chatwright/model/lora.py", "LoRAConfig"),
+              "parallel": ("chatwright/train/parallel.py", "ParallelConfig")}  # fmt: skip
     unknown = []
     for line in re.findall(rf"chatwright (?:{'|'.join(stages)}) (?:.*\\\n)*.*", text):
         stage = line.split()[1]
-        text = text.replace(line, re.sub(r"--((?:fit|optim|lora)\.)", rf"--{stage}.\1", line))
+        text = text.replace(line, re.sub(r"--((?:fit|optim|lora|parallel)\.)", rf"--{stage}.\1", line))
     for option in re.findall(r"--([a-z]+\.[a-z0-9_.]+)", text):
         stage, key, *rest = option.split(".")
         fine = stage in stages and key in {**class_fields(stages[stage], "Config"), **SHARED.get(stage, {})}
@@ -353,6 +354,8 @@ class LoggedKeys:
                 return self.assigned(name, self.scope_of[value])
             case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="spread"), attr="forward"), args=[ast.Attribute(attr=name)]):
                 return self.returned(name)  # `Spread.forward` gives what the function that it is given gives
+            case ast.Call(func=ast.Attribute(attr="told_by_first"), args=[ast.Lambda(body=body)]):
+                return self.of(body)
             case ast.Call(func=ast.Name(name) | ast.Attribute(attr=name)):
                 return self.returned(name)
             case ast.Attribute(attr="logged"):  # of a Step: the second argument wherever one is made

@@ -30,9 +30,11 @@ from chatwright.language_model import load_parts
 from chatwright.metrics import progress_bar
 from chatwright.model.attention import plain_attention
 from chatwright.model.heads import ScalarModel
+from chatwright.train import parallel
 from chatwright.train.gold import SENTIMENT, Gold, gold_of
+from chatwright.train.parallel import ALONE, ParallelConfig, Spread
 from chatwright.train.players import judge, load_reward
-from chatwright.train.rollout import Answers, prompts_from, sample_answers
+from chatwright.train.rollout import Answers, gathered, prompts_from, sample_answers
 from chatwright.train.sft import read_records
 from chatwright.train.tokenizer import records_of
 from chatwright.train.workspace import Answered, Curve, Measure, Report, Table, Workspace
@@ -75,6 +77,8 @@ class Config:
     """Largest share of an answer's bigrams that may have occurred in it before."""
     min_correlation: float = 0.6
     """Refuse a reward model whose held-out correlation with the ratings is lower."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How processes share the prompts: `ddp`, each with the whole models."""
 
     def __post_init__(self) -> None:
         if self.n < 2:
@@ -150,21 +154,23 @@ def run(config: Config, workspace: Workspace) -> Report:
         reward.body.use_attention(plain_attention)
     gold = gold_of(config.gold, workspace.resolve, base)
     prompts = held_out_prompts(config, workspace, base)
-    ask = Judge(reward, gold, config)
+    ask, spread = Judge(reward, gold, config), sharing(config, prompts)
+    mine = spread.mine(len(prompts))
     with progress_bar("bestofn") as bar:
         bar.update(0.0, f"{config.n} answers to each of {len(prompts)} prompts")
-        repeated = [prompt for prompt in prompts for _ in range(config.n)]
-        given = answered(base, repeated, config, workspace.seed)
+        repeated = [prompt for prompt in prompts[mine] for _ in range(config.n)]
+        given = answered(base, repeated, config, workspace.seed, first=mine.start * config.n)
         scores, values = ask(given)
-        scores = scores.view(-1, config.n)
-        values = values.view(-1, config.n) if values is not None else None
+        scores = together(scores, spread).view(-1, config.n)
+        values = together(values, spread).view(-1, config.n) if values is not None else None
+        given = gathered(given, spread)
         rows: dict[int, dict[str, float]] = {}
         for n in sizes(config.n):
             row = point(scores, values, n, workspace.seed)
             workspace.metrics.write_once(n, row)
             rows[n] = row
         bar.update(0.9, "the rival" if config.rival else "")
-        rival = rival_of(config, workspace, base, prompts, ask) if config.rival else None
+        rival = rival_of(config, workspace, base, prompts, ask, spread) if config.rival else None
         bar.update(1.0)
     report = report_of(config, rows, rival)
     report.answers = chosen_answers(config, base, prompts, given, scores, values)
@@ -187,6 +193,22 @@ def chosen_answers(
     return side_by_side(names, prompts, sides, base.tokenizer, values=known)
 
 
+def sharing(config: Config, prompts: Sequence[Sequence[int]]) -> Spread:
+    """The processes that share the prompts. Raises UsageError for plans that cut models, UserError for too few prompts."""
+    reason = "bestofn trains nothing, every process has the whole models: use ddp"
+    spread = parallel.start(
+        config.parallel, batch_size=runtime.world_size(), refused=dict.fromkeys(("fsdp", "hsdp", "tp"), reason)
+    )
+    if len(prompts) < spread.data_size:
+        raise UserError(f"{len(prompts)} held-out prompts are too few for {spread.data_size} processes; start fewer")
+    return spread
+
+
+def together(values: Tensor, spread: Spread) -> Tensor:
+    """What all processes found about their answers, in the order of the prompts."""
+    return torch.cat(spread.gathered(values.cpu()))
+
+
 def _load(name: str, workspace: Workspace) -> Loaded:
     found = load_parts(workspace.resolve(name) if name in workspace.inputs else name)
     if found.tokenizer is None or found.template is None:
@@ -207,12 +229,12 @@ def held_out_prompts(config: Config, workspace: Workspace, base: Loaded) -> list
     return prompts
 
 
-def answered(base: Loaded, prompts: Sequence[Sequence[int]], config: Config, seed: int) -> Answers:
-    """One answer to each prompt."""
+def answered(base: Loaded, prompts: Sequence[Sequence[int]], config: Config, seed: int, first: int = 0) -> Answers:
+    """One answer to each prompt; `first` is the number of the first one among those of all processes."""
     assert base.tokenizer is not None and base.template is not None
     return sample_answers(
         base.model, prompts, end=base.tokenizer.control_ids[base.template.end], max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, seed_parts=(seed, "bestofn"),
+        temperature=config.temperature, seed_parts=(seed, "bestofn"), first=first,
     )  # fmt: skip
 
 
@@ -229,19 +251,27 @@ def point(scores: Samples, values: Samples | None, n: int, seed: int) -> dict[st
 
 
 def rival_of(
-    config: Config, workspace: Workspace, base: Loaded, prompts: Sequence[Sequence[int]], ask: Judge
+    config: Config,
+    workspace: Workspace,
+    base: Loaded,
+    prompts: Sequence[Sequence[int]],
+    ask: Judge,
+    spread: Spread = ALONE,
 ) -> dict[str, float]:
     """A trained policy on the same prompts: KL, score and gold with 95 % intervals over prompts."""
     rival = _load(config.rival, workspace)
     assert rival.tokenizer is not None and base.tokenizer is not None
     if rival.tokenizer.fingerprint != base.tokenizer.fingerprint:
         raise UserError(f"{config.rival} has another tokenizer than {config.policy}")
-    answers = answered(rival, [prompt for prompt in prompts for _ in range(4)], config, workspace.seed)
+    mine = spread.mine(len(prompts))
+    repeated = [prompt for prompt in prompts[mine] for _ in range(4)]
+    answers = answered(rival, repeated, config, workspace.seed, first=mine.start * 4)
     scores, values = ask(answers)
-    result = {"kl": mean_kl(rival.model, base.model, answers, config.temperature)}
+    kl = mean_kl(rival.model, base.model, answers, config.temperature)
+    result = {"kl": spread.sum([kl * len(repeated)])[0] / (4 * len(prompts))}
     for name, found in (("score", scores), ("gold", values)):
         if found is not None:
-            means = found.view(-1, 4).mean(1)
+            means = together(found, spread).view(-1, 4).mean(1)
             low, high = bootstrap_interval(means, seed=workspace.seed)
             result |= {name: float(means.mean()), f"{name}_low": low, f"{name}_high": high}
     return result

@@ -8,17 +8,20 @@ complete as any other. A finished stage also has `adapter/`, the adapter of its 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from chatwright import checkpoint, runtime
 from chatwright.config import to_plain
 from chatwright.interop.peft import write_peft
 from chatwright.metrics import say
 from chatwright.model.gpt import GPT
-from chatwright.model.lora import LoRAConfig, adapter_names, add_lora, lora_parameters
+from chatwright.model.lora import LoRAConfig, adapter_names, adapters_of, add_lora, lora_parameters
+from chatwright.train.parallel import ALONE, Spread
 
 FOLDER = "adapter"
 """Where a finished stage has its adapter in PEFT's format."""
@@ -42,15 +45,25 @@ def adapt(model: nn.Module, config: LoRAConfig, what: str) -> None:
     say(f"  {what}: LoRA of rank {config.rank}, {trained:,} of {total:,} numbers are trained ({100 * trained / total:.2g} %)")
 
 
-def write_adapter(model: GPT, directory: Path, *, base: str) -> dict[str, Any]:
+def _whole(model: GPT, tensors: Mapping[str, Tensor]) -> GPT:
+    """A model like this one, which is in parts, on the CPU and with these tensors."""
+    with torch.random.fork_rng(devices=[]):
+        whole = GPT(model.config)
+        add_lora(whole, next(iter(adapters_of(model).values())).config)
+    checkpoint.load_model_tensors(whole, tensors, where="the processes' parts")
+    return whole
+
+
+def write_adapter(model: GPT, directory: Path, *, base: str, spread: Spread = ALONE) -> dict[str, Any]:
     """Write the adapter that a stage's model has, if it has one, to `directory`/adapter; facts for the stage's report."""
     if not adapter_names(model):
         return {}
     target = directory / FOLDER
+    tensors = spread.whole_for_first(checkpoint.model_tensors(model)) if spread.in_parts else {}
 
     def write() -> None:
         shutil.rmtree(target, ignore_errors=True)  # of an earlier end of the same stage
-        write_peft(model, target, base=base)
+        write_peft(_whole(model, tensors) if tensors else model, target, base=base)
 
     runtime.told_by_first(write)
     return {"adapter": FOLDER, "trained_parameters": sum(p.numel() for p in lora_parameters(model))}

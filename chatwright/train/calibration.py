@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from chatwright import runtime
 from chatwright.objectives.preference import Ties, logistic_loss, pair_wins
 
 BINS = 10
@@ -108,7 +109,9 @@ def log_loss(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float
 
 
 def draw(directory: Path, found: Reliability, *, low: float, what: str) -> str:
-    """Write the reliability diagram to `directory`; returns the file's name."""
+    """Have the first process write the reliability diagram to `directory`; returns the file's name."""
+    if not runtime.is_first():
+        return PICTURE
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

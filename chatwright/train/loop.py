@@ -301,7 +301,8 @@ class Fit(Generic[AnyBatch]):
 
     def _measure(self, stopper: Stopper) -> dict[str, float]:
         with self._may_stop_at_once(stopper, when=True), runtime.evaluating(*self.modules):
-            return self.trainer.spread.forward(self.evaluate)
+            measured = self.trainer.spread.forward(self.evaluate)
+        return self.trainer.spread.told_by_first(lambda: measured)  # what is decided by it all decide alike
 
     def _learning_rate(self) -> float:
         """Share of the peak for the coming step. With a budget in seconds the number of steps is not known at first:

@@ -17,6 +17,11 @@ COMMON = (
 """Curves of every method; those that a run has no numbers for are not drawn."""
 
 
+def kept(logged: Mapping[str, float]) -> dict[str, float]:
+    """What is remembered of the answers of a policy that may be the result."""
+    return {key: logged[key] for key in ("score", "kl", "distinct_2", "length", "finished", "gold") if key in logged}
+
+
 def result_of(extra: Mapping[str, Any], step: int) -> dict[str, Any] | None:
     """The policy that is the result, with its step: the average of the weights where there is one and it is allowed, else
     the best of the rounds, if there is any."""

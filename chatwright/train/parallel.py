@@ -10,6 +10,9 @@
 The door is `Spread`: a `Trainer` asks it for everything in which many processes differ from one. `Spread` itself is one
 process alone, `Together` several. docs/scaling.md says which plan when, and how to launch.
 
+Models that only judge or are compared with (`frozen`) are cut as the trained ones are, apart from them: a training step does
+not put them together.
+
 A stage's forward passes and held-out measures must go through `Spread.forward`: it puts parameters together
 that lie elsewhere. Limits: embeddings, norms and the output matrix are not cut by `tp`, and every process first makes the
 whole model in its own memory.
@@ -91,12 +94,18 @@ def sizes(config: ParallelConfig, world: int, local: int) -> Sizes:
 
 
 def check(
-    config: ParallelConfig, box: Sizes, *, batch_size: int, micro_batch: int = 0, shape: GPTConfig | None = None
+    config: ParallelConfig,
+    box: Sizes,
+    *,
+    batch_size: int,
+    micro_batch: int = 0,
+    shape: GPTConfig | None = None,
+    named: str = "batch_size",
 ) -> None:
-    """Raise UsageError when the batch or the model's shape cannot be divided in this way."""
+    """Raise UsageError when the batch, which the settings call `named`, or the model's shape cannot be divided in this way."""
     data = box.copies * box.shard
     if batch_size % data:
-        raise UsageError(f"batch_size {batch_size} cannot be divided among {data} processes: make it a multiple of {data}")
+        raise UsageError(f"{named} {batch_size} cannot be divided among {data} processes: make it a multiple of {data}")
     if micro_batch and (batch_size // data) % micro_batch:
         share = f"{batch_size // data}, each process's share of batch_size {batch_size}"
         raise UsageError(f"micro_batch {micro_batch} must divide {share}")
@@ -111,6 +120,7 @@ def check(
 
 
 Result = TypeVar("Result")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Spread:
@@ -125,8 +135,9 @@ class Spread:
     in_parts = False
     """Whether parameters are cut, so that checkpoints are written by all processes."""
 
-    def spread(self, modules: Mapping[str, nn.Module]) -> None:
-        """Put the plan on the modules, before their optimisers are made."""
+    def spread(self, modules: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module] | None = None) -> None:
+        """Put the plan on the modules, before their optimisers are made. `frozen` ones take part in forward passes without
+        gradients only."""
 
     def optimisers(self, modules: Mapping[str, nn.Module], config: OptimConfig) -> list[torch.optim.Optimizer]:
         """The optimisers of the modules."""
@@ -136,6 +147,14 @@ class Spread:
         """`function(*arguments)`, which uses the modules."""
         return function(*arguments)
 
+    def twin(self, model: Model) -> Model:
+        """A model to sample from without the others, asked for before `spread`: the model itself where it will be whole here,
+        else a copy, which `refresh` gives the weights of now."""
+        return model
+
+    def refresh(self, twin: nn.Module, model: nn.Module) -> None:
+        """Let a `twin` have the model's weights. Only what is trained is sent."""
+
     def accumulating(self, more: bool) -> contextlib.AbstractContextManager[Any]:
         """Around a micro-batch's forward and backward pass; `more` says that its gradients are not the step's last."""
         return contextlib.nullcontext()
@@ -143,6 +162,14 @@ class Spread:
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value summed over the processes that see different samples."""
         return list(values)
+
+    def gathered(self, value: Result) -> list[Result]:
+        """What each process that sees different samples has, in the order of their samples, in all. On the CPU."""
+        return [value]
+
+    def mine(self, count: int) -> slice:
+        """This process's share of `count` things that lie side by side; shares differ by one at most."""
+        return slice(count * self.data_rank // self.data_size, count * (self.data_rank + 1) // self.data_size)
 
     def most(self, values: Sequence[float]) -> list[float]:
         """Each value's largest over all processes: what one asks for all do, and the slowest one's time counts."""
@@ -222,18 +249,23 @@ def start(
     shape: GPTConfig | None = None,
     precision: str = "auto",
     compile_blocks: bool = False,
+    named: str = "batch_size",
+    refused: Mapping[str, str] | None = None,
 ) -> Spread:
-    """The processes of this run, arranged by the plan. Raises UsageError, in every one of them, when that cannot be."""
+    """The processes of this run, arranged by the plan. `refused` are plans that the stage cannot use, and why. Raises
+    UsageError, in every process, when it cannot be."""
+    if config.plan in (refused or {}):
+        raise UsageError(f"parallel.plan {config.plan}: {(refused or {})[config.plan]}")
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or runtime.world_size() > 1
     if not under_torchrun:
         if config.plan != "auto":
             raise UsageError(
                 f"parallel.plan {config.plan} needs processes that torchrun starts: "
-                "torchrun --nproc-per-node 2 -m chatwright pretrain ... (docs/scaling.md)"
+                "torchrun --nproc-per-node 2 -m chatwright ... (docs/scaling.md)"
             )
         return ALONE
     box = sizes(config, runtime.world_size(), runtime.local_world_size())
-    check(config, box, batch_size=batch_size, micro_batch=micro_batch, shape=shape)
+    check(config, box, batch_size=batch_size, micro_batch=micro_batch, shape=shape, named=named)
     if runtime.world_size() == 1:
         return ALONE
     from chatwright.train.together import Together

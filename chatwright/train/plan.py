@@ -277,6 +277,9 @@ def memory_of(seen: Rehearsed, subject: Subject) -> dict[str, float]:
     """The parts of the largest moment, with what the allocator and the program add."""
     parts = {name: size / subject.shards if name in ("weights", "gradients", "optimiser") else size
              for name, size in seen.memory.items()}  # fmt: skip
+    if subject.verb in ROUNDS and subject.shards > 1:
+        with torch.device("meta"):
+            parts["sampler"] = 4.0 * GPT(subject.shape).parameter_count()  # the whole policy, in every process
     on_gpu = runtime.device().type == "cuda"
     factor, constant = GPU if on_gpu else COMPILED if subject.compiled else EAGER
     parts["allocator"] = (factor - 1) * sum(parts.values()) + constant

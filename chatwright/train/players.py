@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from chatwright import checkpoint, runtime
 from chatwright.config import UserError
@@ -28,7 +28,8 @@ from chatwright.model.heads import ScalarModel, ValueHead
 from chatwright.model.lora import LoRAConfig, sharing_copy, without_adapter
 from chatwright.objectives import policy as objective
 from chatwright.train import adapters
-from chatwright.train.rollout import Answers, answer_log_probs, degenerate, shifted, values_before
+from chatwright.train.parallel import ALONE, Spread
+from chatwright.train.rollout import Answers, answer_log_probs, degenerate, gathered, shifted, values_before
 
 
 @dataclass
@@ -44,6 +45,27 @@ class Players:
     reward: ScalarModel
     critic: ScalarModel | ValueHead | None = None
     dtype: torch.dtype = torch.float32
+    spread: Spread = ALONE
+    """The processes that hold these models together, each of which samples and judges its share of a round's answers."""
+
+    twin: GPT | None = None
+    """Where the policy is in parts: the copy of it that samples (`Spread.twin`)."""
+
+    def share(self, spread: Spread) -> None:
+        """Be held by many processes together; before the plan is put on the models."""
+        self.spread, self.twin = spread, spread.twin(self.policy)
+
+    def sampler(self) -> GPT:
+        """The policy as one process can sample from it, with the weights of now. All must ask."""
+        if self.twin is None:
+            return self.policy
+        self.spread.refresh(self.twin, self.policy)
+        return self.twin
+
+    @property
+    def frozen(self) -> dict[str, nn.Module]:
+        """Those that are not trained, by name."""
+        return {"reward": self.reward, **({} if self.reference is None else {"reference": self.reference})}
 
     @contextmanager
     def as_reference(self) -> Iterator[GPT]:
@@ -116,7 +138,11 @@ class Judged:
 
 @torch.no_grad()
 def judged(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
-    """Ask all players about sampled answers."""
+    """Ask all players about sampled answers. Each of many processes asks about its own and gets what all were told."""
+    return gathered(players.spread.forward(_judged, players, answers, config), players.spread)
+
+
+def _judged(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
     own = opinion(players, answers, config.temperature)
     with players.as_reference() as model:
         reference, _ = answer_log_probs(model, answers, temperature=config.temperature)
@@ -145,14 +171,29 @@ def round_facts(seen: Judged, beta: float) -> dict[str, float]:
     }
 
 
-def step_facts(now: Opinion, before: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> dict[str, Tensor]:
-    """What to log about how far the policy is from the one that sampled, whose log-probabilities were `before`."""
+def step_facts(
+    now: Opinion,
+    before: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    weight: float,
+    per_token: float = 1.0,
+    spread: Spread = ALONE,
+) -> dict[str, Tensor]:
+    """What to log about how far the policy is from the one that sampled, whose log-probabilities were `before`.
+
+    Sums over a `weight` of which a token of the whole minibatch is worth `per_token`: what a `Step` is to log.
+    """
     change = torch.where(mask, (now.log_probs - before).detach(), 0.0)
     ratio = change.exp()
+    gap = (ratio - 1).abs().max()
+    if spread.together:  # the largest of the minibatch, of which this process has a part; NaN is no number to compare with
+        gap = torch.tensor(spread.most([float(gap.nan_to_num(nan=math.inf, posinf=math.inf))])[0])
+    tokens = mask.sum() * per_token
     return {
-        "moved": 0.5 * objective.masked_mean(change.square(), mask),  # k2 estimate of KL(old || new) per token
-        "ratio": objective.masked_mean(ratio, mask),
-        "ratio_gap": (ratio - 1).abs().max(),
+        "moved": 0.5 * objective.masked_mean(change.square(), mask) * tokens,  # k2 estimate of KL(old || new) per token
+        "ratio": objective.masked_mean(ratio, mask) * tokens,
+        "ratio_gap": gap * weight,
     }
 
 

@@ -92,8 +92,10 @@ class Rollout:
 
 @torch.no_grad()
 def look_back(players: Players, answers: Answers, beta: float, config: Config) -> tuple[Rollout, dict[str, float]]:
-    """Score sampled answers and work out advantages; also what to log about them."""
-    seen, mask = judged(players, answers, config), answers.response
+    """Score sampled answers and work out advantages; also what to log about them. Of many processes each gives its own answers
+    and gets the round's: what is averaged over a round is then the same everywhere, and as one process has it."""
+    seen = judged(players, answers, config)
+    answers, mask = seen.answers, seen.answers.response
     log_probs, values = seen.opinion.log_probs, seen.opinion.values
     rewards = objective.token_rewards(seen.scores, log_probs, seen.reference, mask, beta=beta)
     if config.whiten_rewards:
@@ -119,13 +121,14 @@ def step(players: Players, batch: Rollout, config: Config) -> Step:
         "value_loss": critic.loss.detach(),
         "clip_fraction": actor.fraction,
         "value_clip_fraction": critic.fraction,
-        **step_facts(now, batch.log_probs, mask),
     }
-    return Step(loss * batch.weight, {key: value * batch.weight for key, value in logged.items()})
+    facts = step_facts(now, batch.log_probs, mask, weight=batch.weight, spread=players.spread)
+    return Step(loss * batch.weight, {**{key: value * batch.weight for key, value in logged.items()}, **facts})
 
 
 class _Run(Rounds[Config, Rollout]):
     title = "ppo"
+    rolled = Rollout
     curves: ClassVar = (
         Curve("Share of tokens clipped", ["clip_fraction", "value_clip_fraction"]),
         Curve("Explained variance of the critic", ["explained_variance"]),

@@ -81,8 +81,10 @@ class Rollout:
 
 @torch.no_grad()
 def look_back(players: Players, answers: Answers, beta: float, config: Config) -> tuple[Rollout, dict[str, float]]:
-    """Score sampled answers and compare their returns; also what to log about them."""
-    seen, mask = judged(players, answers, config), answers.response
+    """Score sampled answers and compare their returns; also what to log about them. Of many processes each gives its own
+    answers and gets the round's."""
+    seen = judged(players, answers, config)
+    answers, mask = seen.answers, seen.answers.response
     log_probs = seen.opinion.log_probs
     returns = objective.token_rewards(seen.scores, log_probs, seen.reference, mask, beta=beta).sum(1)
     grouped = returns.view(-1, config.samples_per_prompt)
@@ -91,20 +93,22 @@ def look_back(players: Players, answers: Answers, beta: float, config: Config) -
 
 
 def step(players: Players, batch: Rollout, config: Config) -> Step:
-    """The loss of some answers of a round, as a sum over answers."""
+    """The loss of some answers of a round, as a sum over answers.
+
+    Entropy is a mean over the minibatch's tokens: of many processes, over all of theirs.
+    """
     mask = batch.answers.response
     now = opinion(players, batch.answers, config.temperature)
-    actor = objective.reinforce_loss(now.log_probs, batch.advantages, mask)
-    loss = actor - config.entropy_coefficient * objective.masked_mean(now.entropy, mask)
-    logged = {
-        "policy_loss": actor.detach(),
-        **step_facts(now, batch.log_probs, mask),
-    }
-    return Step(loss * batch.weight, {key: value * batch.weight for key, value in logged.items()})
+    answers, tokens = players.spread.sum([batch.weight, float(mask.sum())])
+    actor = objective.reinforce_loss(now.log_probs, batch.advantages, mask) * batch.weight
+    bonus = objective.masked_mean(now.entropy, mask) * mask.sum() * (answers / tokens)
+    facts = step_facts(now, batch.log_probs, mask, weight=batch.weight, per_token=answers / tokens, spread=players.spread)
+    return Step(actor - config.entropy_coefficient * bonus, {"policy_loss": actor.detach(), **facts})
 
 
 class _Run(Rounds[Config, Rollout]):
     title = "reinforce"
+    rolled = Rollout
     curves: ClassVar = (Curve("Change of log-probabilities in a round", ["moved"], "nats per token"),)
 
     @property

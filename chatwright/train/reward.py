@@ -27,12 +27,12 @@ from chatwright.model.heads import ScalarModel
 from chatwright.model.lora import LoRAConfig
 from chatwright.objectives.preference import Ties, bradley_terry_loss, pair_accuracy
 from chatwright.optim import OptimConfig
-from chatwright.train import calibration, plan
+from chatwright.train import calibration, parallel, plan
 from chatwright.train import reward_measures as measures
 from chatwright.train.account import training_flop
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.paper import INSTRUCT, Paper
-from chatwright.train.parallel import ALONE
+from chatwright.train.parallel import ALONE, ParallelConfig, Spread
 from chatwright.train.rankings import (
     RankedBatch,
     Rankings,
@@ -84,6 +84,8 @@ class Config:
         )
     )
     """Optimiser and schedule."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How processes share the work."""
 
     def __post_init__(self) -> None:
         if self.held_out_annotators and not self.comparisons:
@@ -146,8 +148,12 @@ def run(config: Config, workspace: Workspace) -> Report:
     assert base.tokenizer is not None and base.template is not None
     split, shown = load_split(config, workspace), find_demonstrations(config, workspace)
     train, held_out = split.train, split.held_out
-    config = plan.ahead("reward", config, base.model.config, ALONE)
-    model, trainer, dtype = make_judge("reward", config, workspace, base)
+    spread = parallel.start(
+        config.parallel, batch_size=config.fit.batch_size, micro_batch=config.fit.micro_batch, shape=base.model.config,
+        precision=config.fit.precision,
+    )  # fmt: skip
+    config = plan.ahead("reward", config, base.model.config, spread)
+    model, trainer, dtype = make_judge("reward", config, workspace, base, spread)
     rankings = Rankings(train, base.template, base.tokenizer, config, SampleOrder(len(train), workspace.seed))
     say(f"  {len(train):,} comparisons of {_sizes(train)} answers, {len(held_out):,} held out")
 
@@ -190,12 +196,12 @@ def run(config: Config, workspace: Workspace) -> Report:
                "held_out_correlation": after["held_out_correlation"],
                "held_out_accuracy": after["held_out_accuracy"],
                "scores 0 on average": f"{len(shown)} demonstrations" if shown else "training answers",
-               "sample": example(model, rankings), **fitted.facts},
+               "sample": example(model, rankings, spread), **fitted.facts},
         notes=fitted.notes,
     )  # fmt: skip
     with runtime.evaluating(model):
-        look_closer(report, model, judged, split, config, workspace)
-        accuracy = measures.accuracy_of(judged(train[:64]), config)
+        look_closer(report, model, lambda asked: spread.forward(judged, asked), split, config, workspace)
+        accuracy = measures.accuracy_of(spread.forward(judged, train[:64]), config)
     measures.refuse_if_learnt_by_heart(report, accuracy, held_out, config)
     return report
 
@@ -234,12 +240,12 @@ def look_closer(
         report.tables.append(table)
 
 
-def example(model: ScalarModel, rankings: Rankings) -> str:
+def example(model: ScalarModel, rankings: Rankings, spread: Spread = ALONE) -> str:
     """What the model thinks of two answers."""
 
     def score(prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:
         batch = runtime.on_device(rankings.batch([Comparison.of(prompt, answers, [0.0] * len(answers))]))
         with runtime.evaluating(model):
-            return [float(value) for value in model.score(batch.ids, batch.mask)]
+            return [float(value) for value in spread.forward(model.score, batch.ids, batch.mask)]
 
     return measures.example_scores(score)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -131,9 +132,10 @@ def normalise(
     Done once: a stage that is run again after this keeps the constants it has.
     """
     with runtime.evaluating(model), runtime.autocast(dtype):
-        scores, labels = judge(model, rankings, chosen)
+        ask = partial(trainer.spread.forward, judge, model, rankings)
+        scores, labels = ask(chosen)
         scores = scores[~labels.isnan()]
-        zero = judge(model, rankings, demonstrations).scores[:, 0].mean() if demonstrations else scores.mean()
+        zero = ask(demonstrations).scores[:, 0].mean() if demonstrations else scores.mean()
     with torch.no_grad():
         deviation = scores.std().clamp(min=1e-6)
         model.offset.add_(zero / model.scale)

@@ -7,17 +7,20 @@ values are shifted by one against the log-probabilities).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from chatwright import runtime
 from chatwright.chat import ChatTemplate
+from chatwright.config import UserError
 from chatwright.data.examples import Dialogue
 from chatwright.data.loader import WIDTH_STEP, pad
 from chatwright.generate.engine import Engine
@@ -28,6 +31,8 @@ from chatwright.model.heads import ScalarModel
 from chatwright.objectives.language import log_probs_of
 from chatwright.objectives.policy import entropy
 from chatwright.tokenizer import Tokenizer
+from chatwright.train.parallel import Spread
+from chatwright.train.sft import read_records
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -50,13 +55,73 @@ class Answers:
         return chosen_rows(self, chosen)
 
 
+class Rollout(Protocol):
+    """A round's answers with what was known when they were sampled; constants for the updates that follow."""
+
+    @property
+    def answers(self) -> Answers:
+        """The answers."""
+
+    @property
+    def weight(self) -> float:
+        """What the loss is summed over."""
+
+    def rows(self, chosen: Tensor) -> Any:
+        """Some of the rows."""
+
+
 Batch = TypeVar("Batch", bound="DataclassInstance")
 
 
+def mapped(function: Callable[..., Tensor], *batches: Batch) -> Batch:
+    """A dataclass of tensors (nested ones too) whose every tensor is made of the same ones of these batches."""
+    values = []
+    for field in fields(batches[0]):
+        parts: list[Any] = [getattr(batch, field.name) for batch in batches]
+        values.append(function(*parts) if isinstance(parts[0], Tensor) else mapped(function, *parts))
+    return type(batches[0])(*values)
+
+
 def chosen_rows(batch: Batch, chosen: Tensor) -> Batch:
-    """Some of the rows of a dataclass of tensors, and of answers among them."""
-    values = (getattr(batch, field.name) for field in fields(batch))
-    return type(batch)(*(one.rows(chosen) if isinstance(one, Answers) else one[chosen] for one in values))
+    """Some of the rows of a dataclass of tensors."""
+    return mapped(lambda one: one[chosen], batch)
+
+
+def gathered(batch: Batch, spread: Spread) -> Batch:
+    """The rows that all processes have, in the order of their samples, in each of them; alone, the batch itself."""
+    if not spread.together:
+        return batch
+    parts = spread.gathered(mapped(lambda one: one.cpu(), batch))
+
+    def above_each_other(*tensors: Tensor) -> Tensor:
+        width = max(one.shape[-1] for one in tensors)  # padding is 0, or False, in all of them
+        return torch.cat([F.pad(one, (0, width - one.shape[1])) if one.ndim > 1 else one for one in tensors])
+
+    return runtime.on_device(mapped(above_each_other, *parts))
+
+
+def as_tensors(batch: Any, prefix: str = "") -> dict[str, Tensor]:
+    """A dataclass of tensors as a checkpoint can hold it, by name; flags as bytes, which every format knows."""
+    tensors: dict[str, Tensor] = {}
+    for field in fields(batch):
+        one = getattr(batch, field.name)
+        if isinstance(one, Tensor):
+            tensors[prefix + field.name] = one.byte() if one.dtype == torch.bool else one
+        else:
+            tensors |= as_tensors(one, f"{prefix}{field.name}.")
+    return tensors
+
+
+def from_tensors(kind: type[Batch], tensors: Mapping[str, Tensor], prefix: str = "") -> Batch:
+    """Inverse of `as_tensors`; what is in a rollout and no tensor are its `Answers`."""
+    values: list[Any] = []
+    for field in fields(kind):
+        one = tensors.get(prefix + field.name)
+        if one is None:
+            values.append(from_tensors(Answers, tensors, f"{prefix}{field.name}."))
+        else:
+            values.append(one.bool() if one.dtype == torch.uint8 else one)
+    return kind(*values)
 
 
 def prompts_from(
@@ -78,6 +143,15 @@ def prompts_from(
     return prompts[:most]
 
 
+def training_prompts(records: Path, template: ChatTemplate, tokenizer: Tokenizer, max_tokens: int) -> list[list[int]]:
+    """What the users of a data stage's dialogues said, at most 4,000 prompts. Raises UserError when none is short enough."""
+    dialogues = list(read_records(records / "dialogues-train.jsonl", Dialogue))
+    prompts = prompts_from(dialogues, template, tokenizer, max_tokens=max_tokens, most=4_000)
+    if not prompts:
+        raise UserError(f"no prompt in {records} has at most {max_tokens} tokens; raise max_prompt_tokens")
+    return prompts
+
+
 def sample_answers(
     policy: GPT,
     prompts: Sequence[Sequence[int]],
@@ -86,9 +160,11 @@ def sample_answers(
     max_new_tokens: int,
     temperature: float,
     seed_parts: Sequence[object],
+    first: int = 0,
     max_batch: int = 64,
 ) -> Answers:
-    """Sample one answer to each prompt; each has a random stream of its own, named by `seed_parts` and its number."""
+    """Sample one answer to each prompt; each has a random stream of its own, named by `seed_parts` and its number, which counts
+    from `first`: who samples a part of the prompts says where the part begins."""
     requests = [
         Request(
             prompt=tuple(prompt),
@@ -99,7 +175,7 @@ def sample_answers(
             ),
             end_ids=frozenset({end}),
         )
-        for number, prompt in enumerate(prompts)
+        for number, prompt in enumerate(prompts, first)
     ]
     done = Engine(policy, None, max_batch=max_batch).generate(requests)
     rows = [[*prompt, *one.ids] for prompt, one in zip(prompts, done, strict=True)]

@@ -4,6 +4,10 @@ A method brings `look_back` (answers -> what is learnt from) and `step` (minibat
 the KL coefficient, the watch over the run (health.py), the checkpoint that is kept, an average of the weights, general text
 beside the answers (ptx.py), a gold measure (gold.py), resuming, and the report (outcome.py).
 
+Many processes share a round: each samples and judges its part of the answers, then all have all of them (rollout.py::gathered),
+so that advantages, the KL coefficient and every decision are those of one process; of a minibatch each learns from its part.
+A run may be stopped between two minibatches: the round is then saved as it stands, its answers with it.
+
 Departures from the papers, each for small reward models that are easily exploited:
 * Refuse to start on a reward model that is too weak on held-out data.
 * Unfinished and degenerate (very short, repetitive) answers get a fixed score, however well they are liked.
@@ -15,8 +19,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,44 +28,34 @@ from torch import Tensor, nn
 from chatwright import optim, runtime
 from chatwright.checkpoint import Checkpoint
 from chatwright.config import UserError
-from chatwright.data.examples import Dialogue
 from chatwright.data.loader import SampleOrder
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
 from chatwright.metrics import progress_bar, read_metrics, say
-from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
-from chatwright.model.lora import lora_parameters
 from chatwright.objectives import policy as objective
-from chatwright.train import account, adapters, health, plan
+from chatwright.train import account, adapters, health, parallel, plan
+from chatwright.train.average import average_of, become, follow
 from chatwright.train.gold import Gold, gold_of
-from chatwright.train.outcome import report_of, result_of
-from chatwright.train.parallel import ALONE
+from chatwright.train.outcome import kept, report_of, result_of
+from chatwright.train.parallel import ALONE, Spread
 from chatwright.train.players import Players, load_reward, make_players
 from chatwright.train.ptx import GeneralText, TextBatch, text_step
-from chatwright.train.rollout import Answers, distinct, prompts_from, sample_answers, texts_of
+from chatwright.train.rollout import (
+    Answers,
+    Rollout,
+    as_tensors,
+    distinct,
+    from_tensors,
+    sample_answers,
+    texts_of,
+    training_prompts,
+)
 from chatwright.train.rounds_config import RoundsConfig
-from chatwright.train.sft import read_records
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.tokenizer import records_of
 from chatwright.train.trainer import Step, Trainer
 from chatwright.train.workspace import Curve, Report, Unhealthy, Workspace
-
-
-class Rollout(Protocol):
-    """A round's answers with what was known when they were sampled; constants for the updates that follow."""
-
-    @property
-    def answers(self) -> Answers:
-        """The answers."""
-
-    @property
-    def weight(self) -> float:
-        """What the loss is summed over."""
-
-    def rows(self, chosen: Tensor) -> Any:
-        """Some of the rows."""
-
 
 Settings = TypeVar("Settings", bound=RoundsConfig)
 Rolled = TypeVar("Rolled", bound=Rollout)
@@ -71,8 +65,13 @@ class Rounds(ABC, Generic[Settings, Rolled]):
     """One run of a method, round by round."""
 
     title: ClassVar[str]
+    rolled: ClassVar[type[Any]]
+    """The class of its rollouts."""
     curves: ClassVar[Sequence[Curve]] = ()
     """Those of the method alone, for the report."""
+    spread: Spread = ALONE
+    asked: Callable[[], bool] = staticmethod(lambda: False)
+    """Whether somebody wants the run to stop."""
 
     def __init__(
         self,
@@ -87,6 +86,7 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         text: GeneralText | None = None,
     ) -> None:
         self.config, self.workspace, self.trainer, self.players = config, workspace, trainer, players
+        self.spread = trainer.spread
         self.prompts, self.order = prompts, SampleOrder(len(prompts), workspace.seed)
         self.gold, self.text = gold, text
         assert base.tokenizer is not None and base.template is not None
@@ -132,42 +132,40 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         return "gold" if self.gold is not None else "score"
 
     def sample(self) -> Answers:
-        """This round's answers: prompts and random streams are functions of the seed and the round."""
-        progress = self.trainer.progress
+        """This process's answers of this round: prompts and random streams are functions of the seed, the round and an
+        answer's number in it."""
+        progress, mine = self.trainer.progress, self.spread.mine(self.config.batch_size)
         chosen = self.order.take(progress.consumed, self.config.batch_size // self.per_prompt)
         return sample_answers(
-            self.players.policy,
-            [self.prompts[n] for n in chosen for _ in range(self.per_prompt)],
+            self.players.sampler(),
+            [self.prompts[n] for n in chosen for _ in range(self.per_prompt)][mine],
             end=self.end,
             max_new_tokens=self.config.max_new_tokens,
             temperature=self.config.temperature,
             seed_parts=(self.workspace.seed, self.title, progress.step),
+            first=mine.start,
         )
 
     def sampled(self) -> tuple[Rolled, dict[str, float]]:
-        """Sample, look back, and measure what only texts show."""
+        """Sample, look back, and measure what only texts show. What is decided by these numbers is decided by all alike."""
         answers = self.sample()
         rollout, logged = self.look_back(answers, self.extra["beta"])
-        logged["distinct_2"] = distinct(texts_of(answers, self.tokenizer))
+        logged["distinct_2"] = distinct(texts_of(rollout.answers, self.tokenizer))
         if self.gold is not None:
-            gold = self.gold(answers)
+            gold = torch.cat(self.spread.gathered(self.gold(answers)))
             logged["gold"] = float(gold.mean())
             logged["gold_error"] = float(gold.std() / math.sqrt(len(gold)))
-        return rollout, logged
+        return rollout, self.spread.told_by_first(lambda: logged)
 
     def round(self) -> str:
         """Sample, look back, keep the best, and unless this was the last round, update. Returns a line to show."""
         config, progress = self.config, self.trainer.progress
-        rollout, logged = self.sampled()
-        self.latest = logged
-        self.extra["history"].append({key: logged[key] for key in health.WATCHED if key in logged})
-        diagnosis = health.diagnose(self.extra["history"], health.Limits(config.kl_budget, config.patience))
-        if diagnosis is not None and diagnosis.fatal:
-            self._break_off(diagnosis)
-        self._keep_if_best(logged)
+        begun = self.extra.get("unfinished")
+        rollout, diagnosis = self._gone_on(begun) if begun else self._begun()
+        logged = self.latest
         last = progress.step >= config.iterations or diagnosis is not None
         if not last:
-            self._update(rollout)
+            self._update(rollout, done=begun["done"] if begun else 0)
             logged |= self.trainer.take_logged()
             logged["first_ratio_gap"] = self.first_gap or 0.0
             logged["learning_rate"] = self.trainer.optimisers[-1].param_groups[0]["lr"]
@@ -184,9 +182,27 @@ class Rounds(ABC, Generic[Settings, Rolled]):
             )  # fmt: skip
         progress.step += 1
         progress.consumed += config.batch_size // self.per_prompt
-        if progress.step % config.save_every == 0:
+        self.extra.pop("unfinished", None)
+        if begun or progress.step % config.save_every == 0:
             self.trainer.save(spare=self.spare)
+            self.trainer.finish()
         return f"score {logged['score']:+.2f}  KL {logged['kl']:.1f}  length {logged['length']:.0f}"
+
+    def _begun(self) -> tuple[Rolled, health.Diagnosis | None]:
+        """Answers to learn from, and why this is the last round if it is."""
+        rollout, logged = self.sampled()
+        self.latest, history = logged, self.extra["history"]
+        history.append({key: logged[key] for key in health.WATCHED if key in logged})
+        diagnosis = health.diagnose(history, health.Limits(self.config.kl_budget, self.config.patience))
+        if diagnosis is not None and diagnosis.fatal:
+            self._break_off(diagnosis)
+        self._keep_if_best(logged)
+        return rollout, diagnosis
+
+    def _gone_on(self, begun: Mapping[str, Any]) -> tuple[Rolled, None]:
+        """The answers of a round that was stopped in its middle (`_interrupt`)."""
+        self.latest, self.first_gap = begun["row"], begun["first_gap"]
+        return runtime.on_device(from_tensors(self.rolled, self.trainer.unfinished.tensors("midway"))), None
 
     def _break_off(self, diagnosis: health.Diagnosis) -> None:
         """Write the row of this round, save the state before it, and raise Unhealthy with the report so far."""
@@ -200,6 +216,7 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         """Save so that a resume does this round again."""
         history = self.extra["history"]
         self.extra["history"] = history[:-1]
+        self.extra.pop("unfinished", None)
         self.trainer.save(spare=self.spare)
         self.extra["history"] = history
 
@@ -215,19 +232,42 @@ class Rounds(ABC, Generic[Settings, Rolled]):
             self.extra["best"] = {"step": self.trainer.progress.step, **kept(logged)}
             self._save_before_round()
 
-    def _update(self, rollout: Rolled) -> None:
-        """Passes over the round's answers in minibatches, in an order of their own."""
+    def _update(self, rollout: Rolled, *, done: int = 0) -> None:
+        """Passes over the round's answers in minibatches, in an order of their own; `done` of them were learnt from before.
+
+        Of a minibatch each process learns from its share. Raises Interrupted between two.
+        """
         config, progress = self.config, self.trainer.progress
         share = optim.learning_rate(progress.step, config.iterations, config.optim)
-        rows, self.first_gap = len(rollout.answers.ids), None
+        for place, (epoch, number, chosen) in enumerate(self._minibatches(len(rollout.answers.ids))):
+            if place < done:
+                continue
+            if self.spread.most([float(self.asked())])[0]:
+                self._interrupt(rollout, place)
+            if place == 0:
+                self.first_gap = None
+            texts = self._texts(rollout.rows(chosen).weight, epoch, number)
+            batch = rollout.rows(chosen[self.spread.mine(len(chosen))])
+            # Text first: it has no gradient for a critic, and DDP sends gradients after the last backward pass.
+            self.trainer.update([*texts, batch], self._loss, share, accept=self._is_right)
+            self._is_right()  # where the gradient was not finite nobody has asked
+            if "average" in self.trainer.modules:
+                follow(self.trainer.modules["average"], self.players.policy, config.average)
+
+    def _minibatches(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Pass, number in it, and rows: a function of the seed and the round."""
         for epoch in range(self.epochs):
-            draw = runtime.generator(self.workspace.seed, f"{self.title} minibatches", progress.step, epoch)
+            draw = runtime.generator(self.workspace.seed, f"{self.title} minibatches", self.trainer.progress.step, epoch)
             order = torch.randperm(rows, generator=draw)
-            for number, chosen in enumerate(torch.split(order, config.minibatch_size)):
-                batch = rollout.rows(chosen)
-                self.trainer.update([batch, *self._texts(batch.weight, epoch, number)], self._loss, share)
-                if "average" in self.trainer.modules:
-                    follow(self.trainer.modules["average"], self.players.policy, config.average)
+            for number, chosen in enumerate(torch.split(order, self.config.minibatch_size)):
+                yield epoch, number, chosen
+
+    def _interrupt(self, rollout: Rolled, done: int) -> None:
+        """Save the round as it is before the minibatch of number `done`, its answers with it, and raise Interrupted."""
+        self.extra["unfinished"] = {"done": done, "row": self.latest, "first_gap": self.first_gap}
+        self.trainer.save(spare=self.spare, midway=as_tensors(rollout))
+        where = f"saved in round {self.trainer.progress.step}, after {done} of its minibatches"
+        raise Interrupted(f"{self.title}: {where}; the same command goes on from there")
 
     def _loss(self, batch: Any) -> Step:
         if isinstance(batch, TextBatch):
@@ -235,28 +275,31 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         outcome = self.step(batch)
         if self.first_gap is None:
             self.first_gap = float(outcome.logged["ratio_gap"]) / batch.weight
-            diagnosis = health.diagnose_ratio(self.first_gap)
-            if diagnosis is not None:
-                self._break_off(diagnosis)
         return outcome
 
+    def _is_right(self, loss: float = 0.0) -> bool:
+        """Whether a round's first minibatch, before its update, was what was looked back at. Breaks the run off if not."""
+        diagnosis = health.diagnose_ratio(self.first_gap or 0.0)
+        if diagnosis is not None:
+            self._break_off(diagnosis)
+        return True
+
     def _texts(self, weight: float, epoch: int, number: int) -> list[TextBatch]:
-        """General text for the minibatch of this number, in portions of as many windows as it has answers."""
+        """This process's part of the general text for a minibatch of `weight`, in portions of as many windows as answers."""
         if self.text is None or not self.config.ptx:
             return []
-        size, windows = self.config.minibatch_size, self.config.ptx_windows
+        size, windows, mine = self.config.minibatch_size, self.config.ptx_windows, self.spread.mine(self.config.minibatch_size)
         before = (self.trainer.progress.step * self.epochs + epoch) * self.config.batch_size + number * size
-        share = self.config.ptx * weight / windows
-        return [TextBatch(self.text.take(before * windows + n * size, size), share) for n in range(windows)]
+        count = mine.stop - mine.start
+        share = self.config.ptx * weight / windows * count / size
+        return [TextBatch(self.text.take(before * windows + n * size + mine.start, count), share) for n in range(windows)]
 
     def _measure_average(self) -> None:
         """Ask the average of the weights the last round's prompts, and save it; `outcome.result_of` chooses."""
         average = self.trainer.modules.get("average")
         if average is None:
             return
-        with torch.no_grad():
-            for mine, theirs in zip(averaged(self.players.policy), average.parameters(), strict=True):
-                mine.copy_(theirs)
+        become(self.players.policy, average)
         self.trainer.progress.step += 1  # a random stream and a checkpoint of its own
         _, logged = self.sampled()
         self.extra["average"] = {"allowed": self._allowed(logged), **kept(logged)}
@@ -269,14 +312,14 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         if result is None:
             raise UserError(f"{self.title}: no round gave answers within the KL budget that were varied enough; lower the learning rate")
         tax, policy = None, self.players.policy
+        self.trainer.put_together(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
         if self.text is not None or self.config.lora.rank:  # what follows is about the result, not the last round's policy
             self.trainer.load_weights(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
         if self.text is not None:
             say("  measuring what it costs on general text")
-            with self.players.as_reference() as reference:
-                before = self.text.perplexity(reference)
-            tax = (before, self.text.perplexity(policy))
-        more = self.spent() | adapters.write_adapter(policy, self.workspace.directory, base=self.config.base)
+            with torch.no_grad():
+                tax = self.spread.forward(self._tax, self.text)
+        more = self.spent() | adapters.write_adapter(policy, self.workspace.directory, base=self.config.base, spread=self.spread)
         return report_of(self.extra, step, aim=self.aim, curves=self.curves, tax=tax, more=more)
 
     def spent(self) -> dict[str, float]:
@@ -296,32 +339,11 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         )
 
 
-def kept(logged: dict[str, float]) -> dict[str, float]:
-    """What is remembered of the answers of a policy that may be the result."""
-    return {key: logged[key] for key in ("score", "kl", "distinct_2", "length", "finished", "gold") if key in logged}
-
-
-def averaged(policy: nn.Module) -> list[nn.Parameter]:
-    """What an average is made of: the matrices of the policy's adapter if it has one, else all its weights."""
-    return lora_parameters(policy) or list(policy.parameters())
-
-
-def average_of(policy: GPT) -> nn.Module:
-    """Where an average of a policy begins, frozen. A and B of an adapter are averaged each on its own: the average of their
-    products would have a higher rank than the adapter."""
-    own = lora_parameters(policy)
-    if own:
-        return nn.ParameterList([one.detach().clone() for one in own]).requires_grad_(False)
-    average = GPT(policy.config).to(runtime.device()).requires_grad_(False)
-    average.load_state_dict(policy.state_dict())
-    return average
-
-
-@torch.no_grad()
-def follow(average: nn.Module, policy: nn.Module, decay: float) -> None:
-    """average <- decay x average + (1 - decay) x policy (Ouyang et al. 2022, appendix C.4)."""
-    for mine, theirs in zip(average.parameters(), averaged(policy), strict=True):
-        mine.lerp_(theirs, 1 - decay)
+    def _tax(self, text: GeneralText) -> tuple[float, float]:
+        """Perplexity of general text under the reference and under the policy."""
+        with self.players.as_reference() as reference:
+            before = text.perplexity(reference)
+        return before, text.perplexity(self.players.policy)
 
 
 def carry_out(method: type[Rounds[Any, Any]], config: RoundsConfig, workspace: Workspace, *, critic: str = "none") -> Report:
@@ -331,23 +353,24 @@ def carry_out(method: type[Rounds[Any, Any]], config: RoundsConfig, workspace: W
     if base.tokenizer is None or base.template is None:
         raise UserError(f"{config.base} has no chat template; {title.upper()} needs a model after sft")
     reward = load_reward(workspace.resolve(config.reward), base, config.min_correlation)
-    records = records_of(workspace.resolve(config.data))
-    dialogues = list(read_records(records / "dialogues-train.jsonl", Dialogue))
     longest = min(config.max_prompt_tokens, base.model.config.context - config.max_new_tokens)
-    prompts = prompts_from(dialogues, base.template, base.tokenizer, max_tokens=longest, most=4_000)
-    if not prompts:
-        raise UserError(f"no prompt in {records} has at most {longest} tokens; raise max_prompt_tokens")
+    prompts = training_prompts(records_of(workspace.resolve(config.data)), base.template, base.tokenizer, longest)
     gold = gold_of(config.gold, workspace.resolve, base)
     context = config.ptx_context or base.model.config.context
     text = None
     if config.text:
         text = GeneralText.open(workspace.resolve(config.text), base.tokenizer, context, workspace.seed)
-    plan.ahead(title, config, base.model.config, ALONE)
+    spread = parallel.start(
+        config.parallel, batch_size=config.minibatch_size, named="minibatch_size", shape=base.model.config, precision="fp32",
+        refused={"tp": f"{title} samples from whole weights, which this plan does not put together: use ddp, fsdp or hsdp"},
+    )  # fmt: skip
+    plan.ahead(title, config, base.model.config, spread)
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, title))
     bodies = {"base": base.model, **({"judge": reward} if critic == "separate" else {})}
     adapted = adapters.card(config.lora, **bodies)
     players = make_players(base, reward, critic, config.lora)
+    players.share(spread)
     trainer = trainer_of(players, config, workspace, base, adapted)
     if trainer.resume():
         workspace.metrics.forget_after(trainer.progress.step - 1)  # the row of a round stands before its step is counted
@@ -357,10 +380,11 @@ def carry_out(method: type[Rounds[Any, Any]], config: RoundsConfig, workspace: W
         f"{config.kl_budget:g} nats")  # fmt: skip
     with progress_bar(title) as bar, Stopper().listening() as stopper:
         run_ = method(config, workspace, trainer, players, base, prompts, gold=gold, text=text)
+        run_.asked = lambda: stopper.asked
         while not run_.finished:
             line = run_.round()
             bar.update(trainer.progress.step / config.iterations, line)
-            if stopper.asked:
+            if spread.most([float(stopper.asked)])[0]:
                 if "average" not in run_.extra:  # with which all is saved
                     if run_.finished:
                         run_.extra["history"].pop()  # the last round counts no step: it is done again
@@ -387,4 +411,6 @@ def trainer_of(
         card={"kind": "language", "model": base.model.config.to_dict(), "tokenizer": base.tokenizer.fingerprint,
               "template": base.template.fingerprint, **adapted},
         texts={"tokenizer.json": base.tokenizer.to_json(), "chat_template.jinja": base.template.source},
+        spread=players.spread,
+        frozen=players.frozen,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from chatwright.model.lora import LoRAConfig
 from chatwright.optim import OptimConfig
 from chatwright.train.gold import SENTIMENT
 from chatwright.train.paper import DETAILS, INSTRUCT, Paper
+from chatwright.train.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class RoundsConfig:
         default_factory=lambda: OptimConfig(name="adamw", learning_rate=1e-4, eps=1e-5, schedule="linear", warmup=0.05)
     )
     """Optimiser of everything that is trained; the learning rate falls linearly to 0."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How processes share the work."""
 
     def __post_init__(self) -> None:
         if self.batch_size % self.minibatch_size:

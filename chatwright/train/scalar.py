@@ -16,6 +16,7 @@ from chatwright.model.lora import LoRAConfig
 from chatwright.optim import OptimConfig
 from chatwright.train import adapters
 from chatwright.train.loop import FitConfig
+from chatwright.train.parallel import ALONE, Spread
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
 
@@ -41,7 +42,9 @@ def chat_base(name: str, workspace: Workspace) -> Loaded:
     return base
 
 
-def make_judge(verb: str, config: JudgeStage, workspace: Workspace, base: Loaded) -> tuple[ScalarModel, Trainer, torch.dtype]:
+def make_judge(
+    verb: str, config: JudgeStage, workspace: Workspace, base: Loaded, spread: Spread = ALONE
+) -> tuple[ScalarModel, Trainer, torch.dtype]:
     """A scalar model with the base's body, what trains it, and the type that it computes in."""
     assert base.tokenizer is not None and base.template is not None
     torch.manual_seed(runtime.seed_for(workspace.seed, verb))
@@ -57,5 +60,5 @@ def make_judge(verb: str, config: JudgeStage, workspace: Workspace, base: Loaded
         "template": base.template.fingerprint, **adapters.card(config.lora, base=base.model),
     }  # fmt: skip
     texts = {"tokenizer.json": base.tokenizer.to_json(), "chat_template.jinja": base.template.source}
-    trainer = Trainer({"model": model}, config.optim, workspace, card=card, texts=texts, keep=config.fit.keep)
+    trainer = Trainer({"model": model}, config.optim, workspace, card=card, texts=texts, keep=config.fit.keep, spread=spread)
     return model, trainer, runtime.compute_dtype(config.fit.precision)

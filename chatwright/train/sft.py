@@ -29,11 +29,11 @@ from chatwright.model.lora import LoRAConfig
 from chatwright.objectives.language import chunked_next_token_loss
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
-from chatwright.train import adapters, plan
+from chatwright.train import adapters, parallel, plan
 from chatwright.train.account import training_flop
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.paper import INSTRUCT, Paper
-from chatwright.train.parallel import ALONE
+from chatwright.train.parallel import ParallelConfig
 from chatwright.train.tokenizer import records_of
 from chatwright.train.trainer import Step, Trainer
 from chatwright.train.workspace import Curve, Measure, Report, Table, Workspace
@@ -59,6 +59,8 @@ class Config:
         default_factory=lambda: OptimConfig(name="adamw", learning_rate=1e-3, schedule="trapezoid", decay=0.6)
     )
     """Optimiser and schedule."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How processes share the work."""
 
 
 PAPER = (
@@ -207,7 +209,11 @@ def run(config: Config, workspace: Workspace) -> Report:
     )[: config.held_out]
     filled = sum(len(row.ids) for row in rows) / (len(rows) * length)
     learnt = sum(map(learnt_tokens, rows))
-    config = plan.ahead("sft", config, model.config, ALONE, learnt=learnt / (len(rows) * length))
+    spread = parallel.start(
+        config.parallel, batch_size=config.fit.batch_size, micro_batch=config.fit.micro_batch, shape=model.config,
+        precision=config.fit.precision,
+    )  # fmt: skip
+    config = plan.ahead("sft", config, model.config, spread, learnt=learnt / (len(rows) * length))
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, "sft"))  # dropout, where the model has any
     dtype = runtime.compute_dtype(config.fit.precision)
@@ -221,6 +227,7 @@ def run(config: Config, workspace: Workspace) -> Report:
               "template": template.fingerprint, **adapted},
         texts={"tokenizer.json": tokenizer.to_json(), "chat_template.jinja": template.source},
         keep=config.fit.keep,
+        spread=spread,
     )  # fmt: skip
     say(f"  {tally(rows, length)}")
 
@@ -250,7 +257,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         model=f"checkpoints/{fitted.checkpoint.path.name}",
         facts={"rows": len(rows), "filled": filled, "tokens learnt": learnt, "steps": fitted.progress.step,
                "epochs": fitted.samples / len(rows), "tokens": round(fitted.samples * filled * length), **fitted.facts,
-               **adapters.write_adapter(model, workspace.directory, base=config.base)},
+               **adapters.write_adapter(model, workspace.directory, base=config.base, spread=spread)},
         notes=fitted.notes,
         tables=[excerpt(rows[SampleOrder(len(rows), workspace.seed)[0]], tokenizer, template)],
     )  # fmt: skip

@@ -7,6 +7,7 @@ beyond that is here: one door for every forward pass, sums over the right proces
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,7 @@ from chatwright.optim import OptimConfig
 from chatwright.train.parallel import Sizes, Spread
 
 Result = TypeVar("Result")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Door(nn.Module):
@@ -65,13 +67,19 @@ class Together(Spread):
         self.data_rank, self.data_size = copies * box.shard + shard, box.copies * box.shard
         self.in_parts = box.shard > 1 or box.tensor > 1
         self._door: nn.Module | None = None
+        self._frozen: nn.Module | None = None
+        self._alike = True
         self._saving = sharded.Saving()
         self._partial: list[Tensor] = []
         self._replicated: list[Tensor] = []
         self._places: dict[Tensor, str] = {}
 
-    def spread(self, modules: Mapping[str, nn.Module]) -> None:
-        door = _Door(modules)
+    def spread(self, modules: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module] | None = None) -> None:
+        # An average of the weights is saved beside the model and never computed with: a roof of its own keeps it in parts.
+        still = {name: one for name, one in modules.items() if not any(p.requires_grad for p in one.parameters())}
+        door = _Door({name: one for name, one in modules.items() if name not in still})
+        # Gradients that wait to be added up between groups must be of the same parameters each time: text has none for a critic.
+        self._alike = len(door.parts) == 1
         blocks = [module for module in door.modules() if isinstance(module, Block)]
         if self.box.tensor > 1:
             if adapter_names(door):
@@ -84,6 +92,10 @@ class Together(Spread):
         if self.box.shard > 1:
             self._cut_parameters(door, blocks)
             self._door = door
+            if frozen:
+                self._frozen = _Door(frozen)
+            for roof in (*([self._frozen] if self._frozen is not None else []), *map(_Door, ({k: v} for k, v in still.items()))):
+                self._cut_parameters(roof, [module for module in roof.modules() if isinstance(module, Block)])
         elif self.box.copies > 1:
             devices = [runtime.device()] if runtime.device().type == "cuda" else None
             self._door = DistributedDataParallel(door, device_ids=devices, gradient_as_bucket_view=True)
@@ -138,15 +150,33 @@ class Together(Spread):
     def forward(self, function: Callable[..., Result], *arguments: Any) -> Result:
         if self._door is None or (not torch.is_grad_enabled() and isinstance(self._door, DistributedDataParallel)):
             return function(*arguments)
-        outcome: Any = self._door(function, *arguments)
+        if torch.is_grad_enabled() or self._frozen is None:
+            outcome: Any = self._door(function, *arguments)
+        else:
+            outcome = self._door(self._frozen, function, *arguments)
         if not torch.is_grad_enabled():
-            for module in self._door.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()  # else only a backward pass would do it, and whole parameters would stay
+            for module in self._units():
+                module.reshard()  # else only a backward pass would do it, and whole parameters would stay
         if isinstance(outcome, tuple) and hasattr(outcome[0], "loss"):
             step, loss, logged = outcome
             return type(step)(loss, logged)  # type: ignore[no-any-return]
         return outcome  # type: ignore[no-any-return]
+
+    def _units(self) -> list[FSDPModule]:
+        roofs = [roof for roof in (self._door, self._frozen) if roof is not None]
+        return [module for roof in roofs for module in roof.modules() if isinstance(module, FSDPModule)]
+
+    def twin(self, model: Model) -> Model:
+        return copy.deepcopy(model).requires_grad_(False) if self.in_parts else model
+
+    def refresh(self, twin: nn.Module, model: nn.Module) -> None:
+        if twin is model:
+            return
+        copies = checkpoint.model_tensors(twin)
+        with torch.no_grad():
+            for name, tensor in checkpoint.model_tensors(model).items():
+                if tensor.requires_grad:  # under an adapter the rest is what it was
+                    copies[name].copy_(_whole(tensor.detach()))
 
     @contextlib.contextmanager
     def accumulating(self, more: bool) -> Iterator[None]:
@@ -156,13 +186,18 @@ class Together(Spread):
             return
         if isinstance(self._door, FSDPModule):
             self._door.set_is_last_backward(not more)
-            if self.box.copies > 1:
+            if self.box.copies > 1 and self._alike:
                 self._door.set_requires_all_reduce(not more)
         yield
 
     def sum(self, values: Sequence[float]) -> list[float]:
         # Processes of one `tensor` group have equal values: the sum over all counts each so many times.
         return [value / self.box.tensor for value in _reduced(values, dist.ReduceOp.SUM)]
+
+    def gathered(self, value: Result) -> list[Result]:
+        found: list[Any] = [None] * runtime.world_size()
+        dist.all_gather_object(found, value, group=runtime.group("agreeing"))  # pickled between our own processes
+        return found[:: self.box.tensor]
 
     def most(self, values: Sequence[float]) -> list[float]:
         return _reduced(values, dist.ReduceOp.MAX)

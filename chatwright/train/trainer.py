@@ -69,15 +69,16 @@ class Trainer:
         texts: Mapping[str, str],
         keep: int = 2,
         spread: Spread = ALONE,
+        frozen: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """`modules["model"]` is what others load; further ones (a critic) are saved beside it. Of a module with adapters what
         is trained is saved, of the model beside it the whole with the adapter merged. `card` goes into
         state.json (the model's shape), `texts` are files that make the directory self-contained. `spread` puts the
-        modules on many processes."""
+        modules on many processes, and beside them `frozen` ones, which are not saved."""
         self.modules, self.optim_config, self.workspace = dict(modules), optim_config, workspace
         self.card, self.texts, self.keep = dict(card), dict(texts), keep
         self.spread = spread
-        spread.spread(self.modules)
+        spread.spread(self.modules, frozen)
         self.optimisers = spread.optimisers(self.modules, optim_config)
         self.progress = Progress()
         self.saved_at = time.monotonic()
@@ -99,7 +100,8 @@ class Trainer:
         """One optimiser step on the sum of the micro-batches' losses over their total weight; returns the loss.
 
         `share` is the learning rate's share of its peak. A gradient that is not finite changes nothing and is counted
-        in `skipped`; nor does a loss that `accept` refuses. Raises UserError after 20 bad gradients in a row.
+        in `skipped`; nor does a loss that `accept` refuses. Raises UserError after 20 bad gradients in a row, and whatever
+        `accept` raises: nothing has then changed.
         """
         spread = self.spread
         total = spread.sum([sum(batch.weight for batch in batches)])[0] or 1.0
@@ -113,9 +115,6 @@ class Trainer:
             for key, value in outcome.logged.items():
                 sums[key] = sums.get(key, 0.0) + float(value)
         loss, *others = spread.sum(list(sums.values()))
-        for key, summed in zip(list(sums)[1:], others, strict=True):
-            self._logged[key] = self._logged.get(key, 0.0) + summed
-        self._weight += total
         norm = spread.clip(self.parameters, self.optim_config.clip or float("inf"))
         optim.set_learning_rate(self.optimisers, share)
         if not math.isfinite(norm):
@@ -126,6 +125,9 @@ class Trainer:
             self.progress.extra["skipped_in_a_row"] = 0
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
+        for key, summed in zip(list(sums)[1:], others, strict=True):
+            self._logged[key] = self._logged.get(key, 0.0) + summed
+        self._weight += total
         self._logged["gradient_norm"] = norm
         return loss
 
@@ -149,8 +151,23 @@ class Trainer:
         self._logged, self._weight = {}, 0.0
         return result
 
-    def save(self, *, final: bool = False, spare: Sequence[int] = (), wait: bool = True) -> Checkpoint:
+    @property
+    def unfinished(self) -> Checkpoint:
+        """Where a step is saved that was stopped in its middle, if it was."""
+        return Checkpoint(self.workspace.checkpoints / checkpoint.UNFINISHED)
+
+    def save(
+        self,
+        *,
+        final: bool = False,
+        spare: Sequence[int] = (),
+        wait: bool = True,
+        midway: Mapping[str, Tensor] | None = None,
+    ) -> Checkpoint:
         """Write a checkpoint of this step; a `final` one has no optimiser state. Older ones are pruned.
+
+        With `midway`, which is what the step needs to be gone on with and equal in all processes, it is that of an
+        `unfinished` step and stands beside the others: one of the step's beginning stays what it is.
 
         Where processes hold a part of the model each, every one must call this. They write their parts in the background
         (with `wait` False it may still be going on at the return) and a `final` checkpoint is put together by the first.
@@ -170,6 +187,8 @@ class Trainer:
             "runtime": runtime.describe(),
         }
         target = self.workspace.checkpoints / f"step-{self.progress.step:06}"
+        if midway is not None:
+            target, tensors["midway"] = self.unfinished.path, dict(midway)
 
         def prune() -> None:
             checkpoint.prune(self.workspace.checkpoints, self.keep, spare=spare)
@@ -202,7 +221,7 @@ class Trainer:
     def resume(self) -> bool:
         """Go on from the newest valid checkpoint, if there is one; says so, and names the damaged ones it passed."""
         self.spread.told_by_first(lambda: checkpoint.recover(self.workspace.checkpoints))
-        found, complaints = self.spread.told_by_first(lambda: checkpoint.newest_valid(self.workspace.checkpoints))
+        found, complaints = self.spread.told_by_first(self._newest)
         for complaint in complaints:
             say(f"  {complaint}; trying the one before it")
         if found is None:
@@ -211,6 +230,29 @@ class Trainer:
         self._take_up(found)
         say(f"  going on from step {self.progress.step} ({found.path})")
         return True
+
+    def _newest(self) -> tuple[Checkpoint | None, list[str]]:
+        """What to go on from: the newest valid checkpoint, or the unfinished step that began there or later."""
+        found, complaints = checkpoint.newest_valid(self.workspace.checkpoints)
+        if self.unfinished.path.is_dir():
+            try:
+                self.unfinished.verify()
+                if found is None or self.unfinished.state()["progress"]["step"] >= found.step:
+                    return self.unfinished, complaints
+            except UserError as error:
+                complaints.append(str(error))
+            checkpoint.delete(self.unfinished)
+        return found, complaints
+
+    def finish(self) -> None:
+        """Forget the unfinished step, which has come to its end and is saved."""
+        if runtime.is_first() and self.unfinished.path.is_dir():
+            checkpoint.delete(self.unfinished)
+
+    def put_together(self, found: Checkpoint) -> None:
+        """Make an ordinary directory of a checkpoint in parts: a stage's result is one whatever the plan."""
+        self.spread.settle()
+        self.spread.told_by_first(lambda: sharded_to_plain(found))
 
     def _take_up(self, found: Checkpoint) -> None:
         state = found.state()
@@ -275,6 +317,14 @@ class Trainer:
         streams = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rng")}
         self.spread.set_rng_tensors(streams)
         self.spread.load_optimiser_tensors(self.optimisers, tensors)
+
+
+def sharded_to_plain(found: Checkpoint) -> None:
+    """Give a checkpoint in parts the files of an ordinary one, all that is in it."""
+    if found.in_parts:
+        from chatwright import sharded  # torch's distributed part takes a while to import
+
+        sharded.put_together(found.path)
 
 
 def _is_before_spikes(found: Checkpoint) -> bool:

@@ -223,10 +223,10 @@ def test_ppo_with_the_trained_reward_model_improves_the_mood(reward_bench: Any, 
     assert mood(tmp_path / "ppo" / str(report.model)) > mood(reward_bench.inputs["sft"]) + 0.05
 
 
-def test_a_signal_stops_after_the_round(
+def test_a_signal_stops_before_the_next_minibatch(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle, and in the last round, which counts no step: nothing is done twice."""
+    """In the middle, and in the last round, which counts no step and has no minibatches: nothing is done twice."""
     config = replace(MINI, iterations=2, batch_size=8, minibatch_size=8)
     calls = []
     real = ppo.look_back
@@ -238,7 +238,7 @@ def test_a_signal_stops_after_the_round(
         return real(*arguments)
 
     monkeypatch.setattr(ppo, "look_back", interrupted)
-    for message in ("saved at round 1", "saved at round 2"):
+    for message in ("saved in round 0, after 0 of its minibatches", "saved at round 2"):
         with pytest.raises(Interrupted, match=message):
             planted_bench.run(ppo, config, tmp_path / "ppo")
     report = planted_bench.run(ppo, config, tmp_path / "ppo")

@@ -42,6 +42,13 @@ class Case:
     config: Any
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def looks(self) -> int:
+        """How often a step asks whether to stop: once behind it, and a round also before each minibatch."""
+        if self.module not in (ppo, reinforce):
+            return 1
+        return 1 + getattr(self.config, "epochs", 1) * self.config.batch_size // self.config.minibatch_size
+
 
 CASES = {
     # dropout draws from the global random stream, which must therefore come back as well
@@ -73,11 +80,14 @@ STAGES = list(CASES)
 
 @pytest.fixture
 def run(reward_bench: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Runs a stage in a directory; `stop` asks it to stop after so many steps."""
+    """Runs a stage in a directory; `stop` asks it to stop after so many steps, `looks` at the look of that number."""
 
-    def run_stage(name: str, directory: Path, stop: int = 0, **changes: Any) -> Any:
+    def run_stage(name: str, directory: Path, stop: int = 0, looks: int = 0, **changes: Any) -> Any:
+        case = CASES[name]
+        last = looks or stop * case.looks
+
         class Impatient(Stopper):
-            """Asked to stop after `stop` looks, of which there is one a step."""
+            """Asked to stop at look `last`, and at all after it."""
 
             looks = 0
 
@@ -87,13 +97,12 @@ def run(reward_bench: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any
             @property
             def asked(self) -> bool:
                 self.looks += 1
-                return 0 < stop <= self.looks
+                return 0 < last <= self.looks
 
             @asked.setter
             def asked(self, value: bool) -> None:
                 assert value is False
 
-        case = CASES[name]
         for module in (loop, rounds):
             monkeypatch.setattr(module, "Stopper", Impatient)
         report = reward_bench.run(case.module, replace(case.config, **changes), directory)
@@ -149,6 +158,51 @@ def test_resumed_equals_uninterrupted(stage: str, tmp_path: Path, run: Callable[
         assert again.model == report.model and again.measures == report.measures
         same(whole, directory, Path(report.model).name)
         assert rows(directory) == rows(whole)
+
+
+@pytest.mark.parametrize("stage", ["ppo whole", "reinforce", "ppo lora"])
+def test_a_round_that_is_stopped_between_any_two_minibatches_goes_on_as_if_nothing_had_been(
+    stage: str, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two rounds, before each of its minibatches: its answers are those that were sampled before the stop."""
+    sampled: list[int] = []
+    real = rounds.sample_answers
+    monkeypatch.setattr(rounds, "sample_answers", lambda *given, **named: sampled.append(1) or real(*given, **named))
+    whole, looks = tmp_path / "whole", CASES[stage].looks
+    report = run(stage, whole, iterations=2)
+    rounds_of_whole = len(sampled)
+    for done in range(looks - 1):
+        directory = tmp_path / f"after {done}"
+        sampled.clear()
+        with pytest.raises(Interrupted, match=rf"saved in round 1, after {done} of its minibatches"):
+            run(stage, directory, looks=looks + 1 + done, iterations=2)
+        stopped = checkpoint.Checkpoint(directory / "checkpoints" / checkpoint.UNFINISHED)
+        assert stopped.state()["progress"]["extra"]["unfinished"]["done"] == done
+        again = run(stage, directory, iterations=2)
+        assert len(sampled) == rounds_of_whole  # none of it twice
+        assert (again.model, again.measures, rows(directory)) == (report.model, report.measures, rows(whole))
+        same(whole, directory, Path(report.model).name)
+        same(whole, directory, newest(whole))
+        assert not stopped.path.exists()
+
+
+def test_a_stopped_round_that_is_damaged_is_done_again(
+    tmp_path: Path, run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the checkpoint before it, which is still what it was."""
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    report = run("ppo", whole)
+    with pytest.raises(Interrupted):
+        run("ppo", damaged, stop=2)
+    with pytest.raises(Interrupted):
+        run("ppo", damaged, looks=2)
+    flip(damaged / "checkpoints" / checkpoint.UNFINISHED / "midway.safetensors")
+    capsys.readouterr()
+    run("ppo", damaged)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "midway.safetensors is damaged" in told and "going on from step 2" in told
+    same(whole, damaged, Path(report.model).name)
+    assert rows(damaged) == rows(whole)
 
 
 def test_a_random_stream_that_is_not_restored_would_show(

@@ -22,6 +22,7 @@ from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
 from chatwright.train import reward
 from chatwright.train.loop import FitConfig
+from chatwright.train.parallel import ALONE
 from chatwright.train.rankings import Rankings, encode_answer, from_ratings
 from chatwright.train.reward import Config, step
 from chatwright.train.reward_measures import correlation, judge, length_baseline, normalise
@@ -80,6 +81,8 @@ def test_normalisation_is_as_its_formula_says(
         before, labels = judge(model, rankings, chosen)
 
     class Saver:
+        spread = ALONE
+
         def save(self, *, final: bool) -> checkpoint.Checkpoint:
             return checkpoint.Checkpoint(tmp_path / f"step-{final:06}")
 

@@ -1,0 +1,53 @@
+"""What the tests of alignment on many processes start under torchrun: stages by several plans, one after the other, in one launch.
+
+`python -m torch.distributed.run ... tests/train/many_alignment.py WORK.json`: a list of {"stage", "out", "inputs", "settings",
+"stop"}; `stop` asks the stage to stop at the look of that number.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from many import SEED, stopping_after
+
+from chatwright import checkpoint, runtime
+from chatwright.config import build
+from chatwright.pipeline import STAGES
+from chatwright.train import loop, parallel, rounds
+from chatwright.train.stopping import Interrupted, Stopper
+from chatwright.train.workspace import Workspace
+
+
+def carry_out(one: dict[str, Any]) -> None:
+    """One stage from where its directory stands, as the pipeline does it; with `stop`, until it has been stopped."""
+    module = importlib.import_module(STAGES[one["stage"]])
+    config = build(module.Config, one["settings"], where="test")
+    stop = one.get("stop", 0)
+    for owner in (loop, rounds):
+        owner.Stopper = stopping_after(stop) if stop else Stopper  # type: ignore[attr-defined]
+    workspace = Workspace(Path(one["out"]), SEED, {name: Path(path) for name, path in one["inputs"].items()})
+    try:
+        report = module.run(config, workspace)
+    except Interrupted:
+        assert stop
+        return
+    finally:
+        loop.Stopper = rounds.Stopper = Stopper  # type: ignore[misc, attr-defined]
+    assert not stop, "nobody was asked to stop"
+    if runtime.is_first():
+        content = {"model": report.model, "facts": report.facts, "fingerprint": workspace.directory.name,
+                   "measures": [[measure.before, measure.after] for measure in report.measures]}  # fmt: skip
+        checkpoint.write_json(workspace.directory / "result.json", content)
+    runtime.barrier()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with parallel.processes():
+        for work in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+            carry_out(work)
