@@ -17,7 +17,7 @@ from many import SEED, stopping_after
 
 from chatwright import checkpoint, runtime
 from chatwright.config import build
-from chatwright.pipeline import STAGES
+from chatwright.recipe import STAGES
 from chatwright.train import loop, parallel, rounds
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace

@@ -18,7 +18,7 @@ from chatwright.evaluate import best_of_n
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives.preference import logistic_loss
 from chatwright.optim import OptimConfig
-from chatwright.pipeline import read_recipe
+from chatwright.recipe import read_recipe
 from chatwright.tokenizer import Tokenizer
 from chatwright.train import classifier, ppo
 from chatwright.train.classifier import Config, Texts, load_texts, scores_of, step

@@ -23,7 +23,7 @@ from chatwright.config import UsageError
 from chatwright.metrics import TIMED, read_metrics
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
-from chatwright.pipeline import read_recipe
+from chatwright.recipe import read_recipe
 from chatwright.train import parallel, plan, ppo
 from chatwright.train.rehearsal import Rehearsed
 
