@@ -55,8 +55,8 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def test_a_short_campaign(tmp_path: Path) -> None:
-    done = campaign.run_campaign(4, 7, tmp_path, steps=120)
-    assert done.faults == [] and done.kills == 4
+    done = campaign.run_campaign(2, 7, tmp_path, steps=80)
+    assert done.faults == [] and done.kills == 2
 
 
 def test_sigterm_saves_and_says_how_to_go_on(source: Path, tmp_path: Path) -> None:

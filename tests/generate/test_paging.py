@@ -225,7 +225,7 @@ REQUESTS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(REQUESTS, st.integers(5, 12), st.integers(1, 4), st.sampled_from([3, 16, 64]), st.sampled_from([0, 4]))
 def test_random_arrivals_in_little_memory_equal_a_fresh_engine(
     make_model: MakeModel, asked: list[Any], pages: int, max_batch: int, prefill: int, lookup: int

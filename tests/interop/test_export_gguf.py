@@ -319,7 +319,7 @@ def test_other_kinds_of_models(chat_dir: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.smollm2
-@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("dtype", [kind if kind == "q8_0" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
 @torch.no_grad()
 def test_smollm2(dtype: str, file: Path) -> None:
     from chatwright.data.archives import smollm2_gguf

@@ -225,6 +225,7 @@ def test_the_best_checkpoint_s_adapter_is_the_one_that_is_written(pretrain_bench
     torch.testing.assert_close(together.logits(ids), cw.load(tmp_path / "sft" / report.model).logits(ids), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow  # test_plan.py plans with and without adapters too
 def test_the_plan_knows_that_little_is_trained() -> None:
     shape = GPTConfig.preset("modern-tiny")
     fit = FitConfig(steps=10, batch_size=2, compile=False, precision="fp32")

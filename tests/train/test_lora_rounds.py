@@ -70,7 +70,7 @@ def test_everything_at_once(module: Any, planted_bench: Any, tmp_path: Path, sft
     assert report.facts["adapter"] == "adapter"
 
 
-@pytest.mark.parametrize("critic", ["separate", "shared", "none"])
+@pytest.mark.parametrize("critic", [pytest.param("separate", marks=pytest.mark.slow), "shared", "none"])
 def test_a_planted_reward_rises_over_adapters(critic: str, planted_bench: Any, tmp_path: Path) -> None:
     """PPO with both kinds of critic, REINFORCE without one: slower than with all weights, and as surely."""
     optim = replace(MINI.optim, learning_rate=4e-3)

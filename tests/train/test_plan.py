@@ -140,10 +140,10 @@ CASES = {
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status: predicted memory was not compared")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["modern", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_memory_within_a_fifth_of_what_happens(name: str) -> None:
     code = ("import sys, json; sys.path.insert(0, 'benchmarks'); import plan; case = json.loads(sys.argv[1]);"
-            "print(json.dumps(plan.happened(case, 6)))")  # fmt: skip
+            "print(json.dumps(plan.happened(case, 4)))")  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code, json.dumps(CASES[name])], cwd=ROOT, env=environment,
                           capture_output=True, text=True, check=True)  # fmt: skip
@@ -155,7 +155,15 @@ def test_memory_within_a_fifth_of_what_happens(name: str) -> None:
 
 
 def test_the_largest_micro_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    what = subject(batch_size=96)
+    what, real, known = subject(batch_size=96), plan.rehearse, {}
+
+    def remembered(scene: Any, layers: int, config: OptimConfig, *, micro: int, portions: int) -> Any:
+        """A rehearsal takes a second or more, and each is asked for several times here."""
+        if (micro, portions) not in known:
+            known[micro, portions] = real(scene, layers, config, micro=micro, portions=portions)
+        return known[micro, portions]
+
+    monkeypatch.setattr(plan, "rehearse", remembered)
     need = {n: plan.predict(what, micro=n)[0].total for n in (32, 48, 96)}
     assert need[32] < need[48] < need[96]
     for size, expected in ((need[96], 96), (need[96] - 1, 48), (need[48] - 1, 32)):
@@ -176,6 +184,7 @@ def test_what_does_not_fit_is_refused_with_the_sum() -> None:
         plan.choose(subject(micro_batch=8), timed=False, available=4e8)
 
 
+@pytest.mark.slow
 def test_the_largest_shape_is_refused_without_being_made(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "gpt3-175b", "--memory_gb", "24"]) == 1
     said = capsys.readouterr().out

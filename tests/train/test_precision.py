@@ -106,7 +106,7 @@ def test_norms_and_tables_are_the_models_own(lively_gpt: Callable[..., Any]) -> 
 
 
 @pytest.mark.skipif(runtime.compiler_missing() is not None, reason=f"compiled training not covered: {runtime.compiler_missing()}")
-@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("name", [pytest.param("muon", marks=pytest.mark.slow), "adamw"])
 def test_the_fast_step_trains_like_the_plain_one(name: Any, lively_gpt: Callable[..., Any]) -> None:
     """Compiled, bf16, blocked attention, angles made once, chunked loss: three steps like plain float32's."""
     found = {}

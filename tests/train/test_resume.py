@@ -75,7 +75,9 @@ CASES |= {
     **{f"{name} lora": Case(CASES[name].module, replace(CASES[name].config, lora=replace(LORA, dropout=0.0)))
        for name in ("ppo", "ppo whole", "reinforce")},
 }  # fmt: skip
-STAGES = list(CASES)
+SLOW = ("reward lora", "ppo whole lora", "reinforce lora")
+"""What `make test` leaves to `make test-all`: the two other adapters and the same stages without one say nearly as much."""
+STAGES: list[Any] = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 
 
 @pytest.fixture
@@ -232,7 +234,10 @@ def crash(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> 
     monkeypatch.setattr(owner, name, dying)
 
 
-@pytest.mark.parametrize(("stage", "round_"), [(stage, 3) for stage in STAGES] + [("ppo", 1)])
+@pytest.mark.parametrize(
+    ("stage", "round_"),
+    [*(pytest.param(name, 3, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES), ("ppo", 1)],
+)
 def test_a_crash_between_checkpoints_leaves_no_trace(
     stage: str, round_: int, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,15 +312,15 @@ def test_leftovers_of_a_killed_writer_are_ignored_and_cleared(tmp_path: Path, ru
     assert not list((killed / "checkpoints").glob(".step*"))
 
 
-def test_a_finished_stage_can_be_run_again(tmp_path: Path, run: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_finished_stage_can_be_run_again(stage: str, tmp_path: Path, run: Callable[..., Any]) -> None:
     """As after a crash between the last checkpoint and result.json."""
-    for stage in STAGES:
-        first = run(stage, tmp_path / stage)
-        kept = rows(tmp_path / stage)
-        again = run(stage, tmp_path / stage)
-        assert (again.model, rows(tmp_path / stage)) == (first.model, kept)
-        if CASES[stage].module is not reward:  # its scale is set anew, which changes nothing but the last digits
-            assert again.measures == first.measures
+    first = run(stage, tmp_path / stage)
+    kept = rows(tmp_path / stage)
+    again = run(stage, tmp_path / stage)
+    assert (again.model, rows(tmp_path / stage)) == (first.model, kept)
+    if CASES[stage].module is not reward:  # its scale is set anew, which changes nothing but the last digits
+        assert again.measures == first.measures
 
 
 KILLED = [
@@ -324,6 +329,7 @@ KILLED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow  # the short campaign of tests/faults does it as well
 def test_sigkill(tokenizer_bench: Any, tmp_path: Path) -> None:
     """A process that saves after every step is killed at some moment, twice; the third goes on to the end."""
     argv = ["pretrain", *KILLED, "--tokenizer", str(tokenizer_bench.inputs["tokenizer"]), "--out"]
