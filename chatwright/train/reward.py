@@ -47,6 +47,8 @@ class Config:
     """The model whose body to start from; its template frames prompt and answer."""
     data: str = field(default="data", metadata={"input": True})
     """The stage, or directory, with ratings-*.jsonl (and dialogues-*.jsonl, whose first turns are the prompts)."""
+    labels: int = 0
+    """Rated texts to learn from, drawn by the seed; 0 takes all. Few make a judge that can be exploited (recipes/hacking.yaml)."""
     comparisons: str = ""
     """Your own comparisons instead: a directory with comparisons-train.jsonl and comparisons-validation.jsonl."""
     k: int = 16
@@ -192,9 +194,20 @@ def load_comparisons(config: Config, workspace: Workspace) -> tuple[list[Compari
     made = []
     for side, passes in zip(SIDES, (8, 1), strict=True):
         texts = list(read_records(records / f"ratings-{side}.jsonl", LabelledText))
+        if side == "train":
+            texts = drawn(texts, config.labels, workspace.seed)
         dialogues = read_records(records / f"dialogues-{side}.jsonl", Dialogue)
         made.append(from_ratings(texts, first_prompts(dialogues, 2_000), config.k, workspace.seed, passes))  # type: ignore[arg-type]
     return made[0], made[1]
+
+
+def drawn(texts: list[LabelledText], labels: int, seed: int) -> list[LabelledText]:
+    """As many of the texts, chosen by the seed, in their order; all of them for 0. Raises UserError when they are fewer."""
+    if not labels:
+        return texts
+    if labels > len(texts):
+        raise UserError(f"labels is {labels}, but there are {len(texts)} rated texts to learn from")
+    return [texts[n] for n in sorted(SampleOrder(len(texts), runtime.seed_for(seed, "labels")).take(0, labels))]
 
 
 SIDES = ("train", "validation")

@@ -370,4 +370,5 @@ def trainer_of(
         card={"kind": "language", "model": base.model.config.to_dict(), "tokenizer": base.tokenizer.fingerprint,
               "template": base.template.fingerprint, **adapted},
         texts={"tokenizer.json": base.tokenizer.to_json(), "chat_template.jinja": base.template.source},
+        keep=config.keep,
     )  # fmt: skip

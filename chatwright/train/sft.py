@@ -44,6 +44,8 @@ class Config:
     """The model to start from: a stage, a directory, smollm2, hf:owner/name ..."""
     data: str = field(default="data", metadata={"input": True})
     """The stage, or directory, with dialogues-train.jsonl and dialogues-validation.jsonl."""
+    context: int = 0
+    """Tokens of a row: what is longer is cut, between exchanges; 0 takes the model's whole context."""
     packing: bool = True
     """Let short conversations share a row; they cannot see each other."""
     held_out: int = 128
@@ -138,7 +140,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     model, tokenizer, template = base.model.to(runtime.device()), base.tokenizer, base.template or NATIVE
     template.end_ids(tokenizer)
     records = records_of(workspace.resolve(config.data))
-    length = model.config.context
+    length = min(config.context or model.config.context, model.config.context)
     rows = rows_of(records / "dialogues-train.jsonl", template, tokenizer, length, packing=config.packing)
     check_end_is_learnt(rows, template, tokenizer)
     held_out = rows_of(

@@ -1,0 +1,179 @@
+"""Reward hacking: a proxy that learnt from few labels of a known gold, optimised far beyond what it is good for.  Gao et al. 2022.
+
+    chatwright run sentiment --out runs/sentiment --name base --until sft       # the model that all starts from
+    python benchmarks/hacking.py                 # recipes/hacking.yaml with seeds 1, 2 and 3; stopped, it goes on where it was
+    python benchmarks/hacking.py --show          # the table and the picture of what is measured already
+
+The gold is VADER's lexicon: it labels the rated texts (their people's ratings are not used), 300 of these labels make the reward model, and
+it measures every answer. PPO then runs on without a limit, and each of its checkpoints is measured on held-out prompts: proxy and gold
+over KL. What early stopping (`gold: sentiment`, `patience: 5`) would have kept follows from the run's own log, for until it stops such a
+run is the same; for the first seed the stage `stopped` does it in earnest, and must keep the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import measures
+import side_by_side
+from frontier import ready, table_of
+
+from chatwright import checkpoint, pipeline, runtime
+from chatwright.config import UserError
+from chatwright.data import sources
+from chatwright.data.examples import LabelledText
+from chatwright.metrics import read_metrics, say
+from chatwright.train import health
+from chatwright.train.gold import sentiment
+from chatwright.train.workspace import Workspace
+
+SCALE = 4.0
+"""VADER's compound score lies in -1 ... 1, people's ratings of the same texts in -4 ... 4."""
+NAMES = "vader-movies,vader-tweets"
+
+
+def write_labels(file: Path) -> None:
+    """The texts of the rated sources with the gold's labels."""
+    if file.is_file():
+        return
+    texts = [one.text for one in sources.labelled_texts(NAMES)]
+    labelled = [LabelledText.of(text, SCALE * value) for text, value in zip(texts, sentiment(texts), strict=True)]
+    checkpoint.write_text(file, "".join(one.to_json() + "\n" for one in labelled))
+
+
+def run(recipe: pipeline.Recipe, root: Path, *, stopped: bool) -> dict[str, Any]:
+    """The stages with one seed, and what is to be known of them."""
+    inputs: dict[str, Path] = {}
+    results: dict[str, Any] = {}
+    for stage in recipe.stages.values():
+        if stage.name == "stopped" and not stopped:
+            continue
+        results[stage.name] = pipeline.run_stage(
+            stage, root / stage.name, seed=recipe.seed, inputs=inputs, prompt=recipe.prompt
+        )
+        inputs[stage.name] = root / stage.name
+    facts = results["reward"]["facts"]
+    limits = health.Limits(recipe.stages["ppo"].config.kl_budget, recipe.stages["stopped"].config.patience)
+    rows = read_metrics(root / "ppo" / "metrics.jsonl")
+    stop, kept, why = measures.replay(rows, limits)
+    found = {
+        "proxy": {key: facts[key] for key in ("held_out_correlation", "held_out_accuracy")},
+        "rounds": [{key: row[key] for key in ("step", "kl", "score", "gold", "gold_error", "length", "distinct_2")} for row in rows],
+        "stop": stop, "kept": kept, "why": why, "ended": results["ppo"]["facts"]["stopped"],
+        "checkpoints": held_out(recipe, root, inputs),
+    }  # fmt: skip
+    if "stopped" in results:
+        told = results["stopped"]["facts"]
+        found["in_earnest"] = {"stop": told["rounds"], "kept": told["best"]["step"], "why": told["stopped"]}
+    return found
+
+
+def held_out(recipe: pipeline.Recipe, root: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """Round -> what the policy of that round is like on held-out prompts; those known are not measured again."""
+    file = root / "ppo" / "measured.json"
+    mark = checkpoint.read_json(root / "ppo" / "result.json")["fingerprint"]
+    known = checkpoint.read_json(file) if file.is_file() else {}
+    rows: dict[str, Any] = known["rows"] if known.get("mark") == mark else {}
+    table = table_of(recipe.stages["ppo"].config, Workspace(root / "measure", recipe.seed, inputs), {}, "")
+    if "0" not in rows:
+        rows["0"] = table.measure(table.base).row()
+    for one in checkpoint.checkpoints(root / "ppo" / "checkpoints"):
+        if str(one.step) not in rows:
+            say(f"  measuring round {one.step}")
+            rows[str(one.step)] = table.measure(ready(str(one.path))).row()
+            checkpoint.write_json(file, {"mark": mark, "rows": rows})
+    return dict(sorted(rows.items(), key=lambda pair: int(pair[0])))
+
+
+def verdict(found: Mapping[str, Any]) -> dict[str, float]:
+    """The gold, on held-out prompts, of what early stopping kept, of the best checkpoint of the whole run, and at its end."""
+    points: Mapping[str, Mapping[str, float]] = found["checkpoints"]
+    peak = max(points, key=lambda step: points[step]["gold"])
+    kept, start, end = points[str(found["kept"])], points["0"], points[max(points, key=int)]
+    return {
+        "start": start["gold"], "peak_round": int(peak), "peak": points[peak]["gold"], "peak_kl": points[peak]["kl"],
+        "kept_round": found["kept"], "kept": kept["gold"], "kept_kl": kept["kl"], "end": end["gold"], "end_kl": end["kl"],
+        "share": kept["gold"] / points[peak]["gold"],
+        "share_of_gain": (kept["gold"] - start["gold"]) / max(points[peak]["gold"] - start["gold"], 1e-9),
+        "proxy_at_peak": points[peak]["score"], "proxy_at_end": end["score"],
+    }  # fmt: skip
+
+
+def table(samples: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A row a seed, Markdown."""
+    lines = ["| seed | proxy: correlation | gold before | peak: round, KL, gold | stopped in round | kept: round, KL, gold | of the peak "
+             "| of its gain | end: KL, gold | proxy, peak -> end |", "|" + "---|" * 10]  # fmt: skip
+    for seed, found in samples.items():
+        if "failed" in found:
+            lines.append(f"| {seed} | failed: {found['failed']} |" + " |" * 8)
+            continue
+        told = verdict(found)
+        lines.append(
+            f"| {seed} | {found['proxy']['held_out_correlation']:.3f} | {told['start']:.3f} "
+            f"| {told['peak_round']:.0f}, {told['peak_kl']:.1f}, {told['peak']:.3f} | {found['stop']} "
+            f"| {told['kept_round']:.0f}, {told['kept_kl']:.1f}, {told['kept']:.3f} | {told['share']:.2f} | {told['share_of_gain']:.2f} "
+            f"| {told['end_kl']:.1f}, {told['end']:.3f} | {told['proxy_at_peak']:.2f} -> {told['proxy_at_end']:.2f} |"
+        )
+    return lines
+
+
+def draw(samples: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """Proxy and gold over KL on held-out prompts, a panel a seed; a line where early stopping stays."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    good = {seed: found for seed, found in samples.items() if "checkpoints" in found}
+    figure = Figure(figsize=(3.6 * max(len(good), 1), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, (seed, found) in enumerate(good.items(), 1):
+        axes = figure.add_subplot(1, len(good), place)
+        other = axes.twinx()
+        points = sorted(found["checkpoints"].values(), key=lambda point: point["kl"])
+        curve(axes, points, "gold", "tab:green")
+        curve(other, points, "score", "tab:red")
+        axes.axvline(found["checkpoints"][str(found["kept"])]["kl"], color="black", ls=":", lw=1.2)
+        axes.set_title(f"{seed}: gold (green, left), proxy (red, right)", fontsize=9)
+        axes.set_xlabel("KL, nats per answer", fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=100)
+
+
+def curve(axes: Any, points: Sequence[Mapping[str, float]], key: str, colour: str) -> None:
+    """A line with its 95 % band."""
+    at = [point["kl"] for point in points]
+    axes.plot(at, [point[key] for point in points], color=colour, lw=1.4)
+    axes.fill_between(at, *([point[f"{key}_{side}"] for point in points] for side in ("low", "high")), color=colour, alpha=0.15, lw=0)
+
+
+def main() -> int:
+    """Run, measure, show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
+    parser.add_argument("--out", default="runs/hacking")
+    parser.add_argument("--show", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    file = side_by_side.RESULTS / "hacking.json"
+    samples: dict[str, Any] = json.loads(file.read_text())["samples"] if file.exists() else {}
+    runtime.set_threads()
+    for seed in [] if options.show else options.seeds:
+        write_labels(Path(options.out) / "gold.jsonl")
+        changes = {"labels": {"ratings": str(Path(options.out) / "gold.jsonl")}}
+        recipe = replace(pipeline.read_recipe(pipeline.find_recipe("hacking"), changes), seed=seed)
+        try:
+            samples[f"seed-{seed}"] = run(recipe, Path(options.out) / f"seed-{seed}", stopped=seed == options.seeds[0])
+        except UserError as error:
+            samples[f"seed-{seed}"] = {"failed": str(error)}
+        side_by_side.write_results("hacking", {}, "python benchmarks/hacking.py", [], samples)
+    print("\n".join(table(samples)))
+    draw(samples, Path(__file__).parent.parent / "docs" / "hacking.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
