@@ -4,8 +4,8 @@
     python benchmarks/frontier.py --show         # the table and the picture of what is measured already
     python benchmarks/frontier.py --recipe smollm2 --seeds 1 --judge vader-movies --fluency smollm2
 
-Stages run as `chatwright run` runs them: those up to SFT once, in runs/RECIPE/base with the recipe's own seed, the reward model and what
-learns from it once for each seed, in runs/RECIPE/seed-N. A policy is measured by `measures.Table`: the reward model's
+Stages run as `chatwright run` runs them: those up to the reward model once, in runs/RECIPE/base with the recipe's own seed, what learns
+from it, or chooses by it, once for each seed, in runs/RECIPE/seed-N. A policy is measured by `measures.Table`: the reward model's
 score, the gold (VADER's lexicon, which no training saw), KL, variety, on prompts of held-out conversations. Best-of-n is measured by
 its own stage on the same prompts; its KL is the analytic one, an upper bound. A stage that fails stays in the table, with its error.
 """
@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from chatwright.train.players import load_reward
 from chatwright.train.workspace import Workspace
 
 METHODS = ("ppo", "reinforce")
-BASE = ("data", "tokenizer", "pretrain", "sft")
+BASE = ("data", "tokenizer", "pretrain", "sft", "reward")
 """Verbs of the stages that all seeds share."""
 PROMPTS = 96
 Rows = dict[str, dict[str, Any]]
@@ -75,41 +75,34 @@ def word_judge(source: str, share: float = 0.1) -> tuple[measures.WordBag, float
 
 
 class Bench:
-    """One recipe with one seed: its stages in order, and what is known of their policies."""
+    """One recipe with one seed: its stages, and what is known of their policies."""
 
     def __init__(
-        self, recipe: pipeline.Recipe, seed: int, root: Path, rows: Rows, judges: Mapping[str, Any], third: str,
-        save: Callable[[], None],
-    ) -> None:  # fmt: skip
+        self, recipe: pipeline.Recipe, seed: int, root: Path, rows: Rows, judges: Mapping[str, Any], third: str
+    ) -> None:
         self.recipe, self.seed, self.root, self.rows, self.judges, self.third = recipe, seed, root, rows, judges, third
-        self.save = save
         self.inputs: dict[str, Path] = {}
         self.tables: dict[tuple[str, str], tuple[measures.Measured, measures.Table]] = {}
 
-    def run(self) -> None:
-        """All stages. One that fails leaves its error in the rows; those that need it are left out."""
-        for stage in self.recipe.stages.values():
-            shared = stage.verb in BASE
-            directory = self.root / ("base" if shared else f"seed-{self.seed}") / stage.name
-            seed = self.recipe.seed if shared else self.seed
-            try:
-                result = pipeline.run_stage(
-                    stage, directory, seed=seed, inputs=self.inputs, prompt=self.recipe.prompt
-                )
-            except UserError as error:
-                say(f"[{stage.name}] failed: {error}")
-                self.rows[stage.name] = {"failed": str(error)}
-                self.save()
-                continue
-            self.inputs[stage.name] = directory
-            if stage.verb == "bestofn":
-                self.rows[stage.name] = {"curve": result["facts"]["curve"], "seconds": result["seconds"]}
-            elif stage.verb in METHODS:
-                self.rows[stage.name] = self.measured(stage, result, directory)
-            else:
-                told = {measure["name"]: [measure["before"], measure["after"]] for measure in result["measures"]}
-                self.rows[stage.name] = {"measures": told, "seconds": result["seconds"]}
-            self.save()
+    def run(self, stage: pipeline.Stage) -> None:
+        """A stage and its row. One that fails leaves its error there, and so do then those that need it."""
+        shared = stage.verb in BASE
+        directory = self.root / ("base" if shared else f"seed-{self.seed}") / stage.name
+        seed = self.recipe.seed if shared else self.seed
+        try:
+            result = pipeline.run_stage(stage, directory, seed=seed, inputs=self.inputs, prompt=self.recipe.prompt)
+        except UserError as error:
+            say(f"[{stage.name}] failed: {error}")
+            self.rows[stage.name] = {"failed": str(error)}
+            return
+        self.inputs[stage.name] = directory
+        if stage.verb == "bestofn":
+            self.rows[stage.name] = {"curve": result["facts"]["curve"], "seconds": result["seconds"]}
+        elif stage.verb in METHODS:
+            self.rows[stage.name] = self.measured(stage, result, directory)
+        else:
+            told = {measure["name"]: [measure["before"], measure["after"]] for measure in result["measures"]}
+            self.rows[stage.name] = {"measures": told, "seconds": result["seconds"]}
 
     def measured(self, stage: pipeline.Stage, result: Mapping[str, Any], directory: Path) -> dict[str, Any]:
         """A policy's row, and before it that of the model it came from; known ones are not measured again."""
@@ -252,14 +245,17 @@ def main() -> int:
     if options.judge and not options.show:
         judges["words"], agreement = word_judge(options.judge)
         print(f"the bag of words agrees with held-out ratings of {options.judge}: correlation {agreement:.3f}")
-    for seed in [] if options.show else options.seeds:
+    if not options.show:
         recipe = pipeline.read_recipe(pipeline.find_recipe(options.recipe), {})
-        rows = samples.setdefault(f"{options.recipe}/seed-{seed}", {})
-
-        def save() -> None:
-            side_by_side.write_results("frontier", {}, f"python benchmarks/frontier.py --recipe {options.recipe}", [], samples)
-
-        Bench(recipe, seed, Path(options.out) / options.recipe, rows, judges, options.fluency, save).run()
+        root = Path(options.out) / options.recipe
+        benches = [
+            Bench(recipe, seed, root, samples.setdefault(f"{options.recipe}/seed-{seed}", {}), judges, options.fluency)
+            for seed in options.seeds
+        ]
+        for stage in recipe.stages.values():
+            for bench in benches:  # every seed of a stage before the next: what is there when it is stopped can be compared
+                bench.run(stage)
+                side_by_side.write_results("frontier", {}, f"python benchmarks/frontier.py --recipe {options.recipe}", [], samples)
     stages = gathered(samples, options.recipe)
     print("\n".join([*table(stages), "", *extras(stages)]))
     if "bestofn" in stages:
