@@ -6,7 +6,7 @@
 
 Stages run as `chatwright run` runs them: those up to the reward model once, in runs/RECIPE/base with the recipe's own seed, what learns
 from it, or chooses by it, once for each seed, in runs/RECIPE/seed-N. A policy is measured by `measures.Table`: the reward model's
-score, the gold (VADER's lexicon, which no training saw), KL, variety, on prompts of held-out conversations. Best-of-n is measured by
+score, the gold (VADER's lexicon, which no training saw, unless the stage names another), KL, variety, on prompts of held-out conversations. Best-of-n is measured by
 its own stage on the same prompts; its KL is the analytic one, an upper bound. A stage that fails stays in the table, with its error.
 """
 
@@ -31,7 +31,7 @@ from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
 from chatwright.metrics import say
 from chatwright.model.attention import plain_attention
-from chatwright.train.gold import gold_of
+from chatwright.train.gold import SENTIMENT, gold_of
 from chatwright.train.players import load_reward
 from chatwright.train.workspace import Workspace
 
@@ -61,7 +61,7 @@ def table_of(config: Any, workspace: Workspace, judges: Mapping[str, Any], third
     reward = load_reward(workspace.resolve(config.reward), base, config.min_correlation).to(runtime.device()).eval()
     if runtime.device().type == "cpu":
         reward.body.use_attention(plain_attention)
-    ask = best_of_n.Judge(reward, gold_of("sentiment", workspace.resolve, base), settings)
+    ask = best_of_n.Judge(reward, gold_of(getattr(config, "gold", "") or SENTIMENT, workspace.resolve, base), settings)
     prompts = best_of_n.held_out_prompts(settings, workspace, base)
     return measures.Table(base, ask, prompts, settings, workspace.seed, judges, ready(third) if third else None)
 

@@ -1,13 +1,13 @@
-"""Reward hacking: a proxy that learnt from few labels of a known gold, optimised far beyond what it is good for.  Gao et al. 2022.
+"""Reward hacking: a proxy that learnt from few labels, optimised far beyond what it is good for.  Gao et al. 2022.
 
-    chatwright run sentiment --out runs/sentiment --name base --until sft       # the model that all starts from
+    chatwright run sentiment --out runs/sentiment --name base --until reward     # the model that all starts from, and the gold
     python benchmarks/hacking.py                 # recipes/hacking.yaml with seeds 1, 2 and 3; stopped, it goes on where it was
     python benchmarks/hacking.py --show          # the table and the picture of what is measured already
 
-The gold is VADER's lexicon: it labels the rated texts (their people's ratings are not used), 300 of these labels make the reward model, and
-it measures every answer. PPO then runs on without a limit, and each of its checkpoints is measured on held-out prompts: proxy and gold
-over KL. What early stopping (`gold: sentiment`, `patience: 5`) would have kept follows from the run's own log, for until it stops such a
-run is the same; for the first seed the stage `stopped` does it in earnest, and must keep the same round.
+The gold is a reward model that learnt from all labels, the proxy one that learnt from 64 of them. PPO runs on without a limit, and each of
+its checkpoints is measured on held-out prompts: proxy and gold over KL. What early stopping (`gold`, `patience: 5`) would have kept follows
+from the run's own log, for until it stops such a run is the same; for the first seed the stage `stopped` does it in earnest, and must
+keep the same round.
 """
 
 from __future__ import annotations
@@ -26,25 +26,9 @@ from frontier import ready, table_of
 
 from chatwright import checkpoint, pipeline, runtime
 from chatwright.config import UserError
-from chatwright.data import sources
-from chatwright.data.examples import LabelledText
 from chatwright.metrics import read_metrics, say
 from chatwright.train import health
-from chatwright.train.gold import sentiment
 from chatwright.train.workspace import Workspace
-
-SCALE = 4.0
-"""VADER's compound score lies in -1 ... 1, people's ratings of the same texts in -4 ... 4."""
-NAMES = "vader-movies,vader-tweets"
-
-
-def write_labels(file: Path) -> None:
-    """The texts of the rated sources with the gold's labels."""
-    if file.is_file():
-        return
-    texts = [one.text for one in sources.labelled_texts(NAMES)]
-    labelled = [LabelledText.of(text, SCALE * value) for text, value in zip(texts, sentiment(texts), strict=True)]
-    checkpoint.write_text(file, "".join(one.to_json() + "\n" for one in labelled))
 
 
 def run(recipe: pipeline.Recipe, root: Path, *, stopped: bool) -> dict[str, Any]:
@@ -66,7 +50,7 @@ def run(recipe: pipeline.Recipe, root: Path, *, stopped: bool) -> dict[str, Any]
         "proxy": {key: facts[key] for key in ("held_out_correlation", "held_out_accuracy")},
         "rounds": [{key: row[key] for key in ("step", "kl", "score", "gold", "gold_error", "length", "distinct_2")} for row in rows],
         "stop": stop, "kept": kept, "why": why, "ended": results["ppo"]["facts"]["stopped"],
-        "checkpoints": held_out(recipe, root, inputs),
+        "checkpoints": held_out(recipe, root, inputs, kept),
     }  # fmt: skip
     if "stopped" in results:
         told = results["stopped"]["facts"]
@@ -74,8 +58,9 @@ def run(recipe: pipeline.Recipe, root: Path, *, stopped: bool) -> dict[str, Any]
     return found
 
 
-def held_out(recipe: pipeline.Recipe, root: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """Round -> what the policy of that round is like on held-out prompts; those known are not measured again."""
+def held_out(recipe: pipeline.Recipe, root: Path, inputs: Mapping[str, Path], kept: int) -> dict[str, Any]:
+    """Round -> what the policy of that round is like on held-out prompts: every `save_every` rounds, and the kept one. Those known
+    are not measured again."""
     file = root / "ppo" / "measured.json"
     mark = checkpoint.read_json(root / "ppo" / "result.json")["fingerprint"]
     known = checkpoint.read_json(file) if file.is_file() else {}
@@ -84,7 +69,7 @@ def held_out(recipe: pipeline.Recipe, root: Path, inputs: Mapping[str, Path]) ->
     if "0" not in rows:
         rows["0"] = table.measure(table.base).row()
     for one in checkpoint.checkpoints(root / "ppo" / "checkpoints"):
-        if str(one.step) not in rows:
+        if str(one.step) not in rows and (one.step % recipe.stages["ppo"].config.save_every == 0 or one.step == kept):
             say(f"  measuring round {one.step}")
             rows[str(one.step)] = table.measure(ready(str(one.path))).row()
             checkpoint.write_json(file, {"mark": mark, "rows": rows})
@@ -162,9 +147,7 @@ def main() -> int:
     samples: dict[str, Any] = json.loads(file.read_text())["samples"] if file.exists() else {}
     runtime.set_threads()
     for seed in [] if options.show else options.seeds:
-        write_labels(Path(options.out) / "gold.jsonl")
-        changes = {"labels": {"ratings": str(Path(options.out) / "gold.jsonl")}}
-        recipe = replace(pipeline.read_recipe(pipeline.find_recipe("hacking"), changes), seed=seed)
+        recipe = replace(pipeline.read_recipe(pipeline.find_recipe("hacking"), {}), seed=seed)
         try:
             samples[f"seed-{seed}"] = run(recipe, Path(options.out) / f"seed-{seed}", stopped=seed == options.seeds[0])
         except UserError as error:

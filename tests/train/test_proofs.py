@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,7 +137,7 @@ def test_the_verdict_on_early_stopping(tmp_path: Path) -> None:
     assert (tmp_path / "hacking.png").stat().st_size > 5_000
 
 
-BASE_STAGES = ("data", "tokenizer", "pretrain", "sft")
+BASE_STAGES = ("data", "tokenizer", "pretrain", "sft", "reward")
 """Of recipes/sentiment.yaml, once for all seeds."""
 
 
@@ -155,12 +154,3 @@ def test_every_recipe_can_be_read_and_its_inputs_exist(file: Path) -> None:
         before.add(stage.name)
     header = file.read_text(encoding="utf-8").partition("\nname:")[0]
     assert all(word in header for word in ("# Data ", "# Hardware ", "# Run ", "# Measured ")), "say what it takes and what came of it"
-
-
-def test_the_labels_of_the_lab_are_the_golds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [SimpleNamespace(text=text, label=0.0) for text in ("I love it, it is great!", "The table.")]
-    monkeypatch.setattr(hacking.sources, "labelled_texts", lambda names: texts)
-    hacking.write_labels(tmp_path / "gold.jsonl")
-    labelled = [LabelledText.from_json(line) for line in (tmp_path / "gold.jsonl").read_text().splitlines()]
-    assert [one.label for one in labelled] == [pytest.approx(4 * value) for value in hacking.sentiment([one.text for one in texts])]
-    assert labelled[0].label > 2 and labelled[1].label == 0
