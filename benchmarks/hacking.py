@@ -1,10 +1,10 @@
 """Reward hacking: a proxy that learnt from few labels, optimised far beyond what it is good for.  Gao et al. 2022.
 
     chatwright run sentiment --out runs/sentiment --name base --until reward     # the model that all starts from, and the gold
-    python benchmarks/hacking.py                 # recipes/hacking.yaml with seeds 1, 2 and 3; stopped, it goes on where it was
+    python benchmarks/hacking.py                 # recipes/hacking.yaml with seeds 2, 3 and 4; stopped, it goes on where it was
     python benchmarks/hacking.py --show          # the table and the picture of what is measured already
 
-The gold is a reward model that learnt from all labels, the proxy one that learnt from 64 of them. PPO runs on without a limit, and each of
+The gold is a reward model that learnt from all labels, the proxy one that learnt from 300 of them. PPO runs on without a limit, and each of
 its checkpoints is measured on held-out prompts: proxy and gold over KL. What early stopping (`gold`, `patience: 5`) would have kept follows
 from the run's own log, for until it stops such a run is the same; for the first seed the stage `stopped` does it in earnest, and must
 keep the same round.
@@ -139,7 +139,7 @@ def curve(axes: Any, points: Sequence[Mapping[str, float]], key: str, colour: st
 def main() -> int:
     """Run, measure, show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[2, 3, 4])
     parser.add_argument("--out", default="runs/hacking")
     parser.add_argument("--show", action="store_true", help="run nothing")
     options = parser.parse_args()
