@@ -109,31 +109,34 @@ def table(samples: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def draw(samples: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """Proxy and gold over KL on held-out prompts, a panel a seed; a line where early stopping stays."""
+    """Proxy and gold on held-out prompts, over rounds and over KL, a column a seed; a dotted line where early stopping stays."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     good = {seed: found for seed, found in samples.items() if "checkpoints" in found}
-    figure = Figure(figsize=(3.6 * max(len(good), 1), 3.4), layout="constrained")
+    figure = Figure(figsize=(3.4 * max(len(good), 1), 5.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for place, (seed, found) in enumerate(good.items(), 1):
-        axes = figure.add_subplot(1, len(good), place)
-        other = axes.twinx()
-        points = sorted(found["checkpoints"].values(), key=lambda point: point["kl"])
-        curve(axes, points, "gold", "tab:green")
-        curve(other, points, "score", "tab:red")
-        axes.axvline(found["checkpoints"][str(found["kept"])]["kl"], color="black", ls=":", lw=1.2)
-        axes.set_title(f"{seed}: gold (green, left), proxy (red, right)", fontsize=9)
-        axes.set_xlabel("KL, nats per answer", fontsize=8)
-        axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=100)
+    for column, (seed, found) in enumerate(good.items(), 1):
+        points = [{**point, "round": int(step)} for step, point in found["checkpoints"].items()]
+        kept = next(point for point in points if point["round"] == found["kept"])
+        for line, x in enumerate(("round", "kl")):
+            axes = figure.add_subplot(2, len(good), line * len(good) + column)
+            curve(axes, points, x, "gold", "tab:green")
+            curve(axes.twinx(), points, x, "score", "tab:red")
+            axes.axvline(kept[x], color="black", ls=":", lw=1.2)
+            axes.set_xlabel("round" if x == "round" else "KL, nats per answer", fontsize=8)
+            axes.grid(alpha=0.3)
+            if not line:
+                axes.set_title(f"{seed}: gold (green, left), proxy (red, right)", fontsize=9)
+    figure.savefig(file, dpi=80)
 
 
-def curve(axes: Any, points: Sequence[Mapping[str, float]], key: str, colour: str) -> None:
-    """A line with its 95 % band."""
-    at = [point["kl"] for point in points]
-    axes.plot(at, [point[key] for point in points], color=colour, lw=1.4)
-    axes.fill_between(at, *([point[f"{key}_{side}"] for point in points] for side in ("low", "high")), color=colour, alpha=0.15, lw=0)
+def curve(axes: Any, points: Sequence[Mapping[str, float]], x: str, key: str, colour: str) -> None:
+    """Points with their 95 % intervals; joined over rounds, but not over KL, which goes up and down."""
+    at, values = [point[x] for point in points], [point[key] for point in points]
+    errors = [[max(0.0, sign * (point[key] - point[f"{key}_{side}"])) for point in points] for sign, side in ((1, "low"), (-1, "high"))]
+    axes.errorbar(at, values, yerr=errors, color=colour, lw=1.2, elinewidth=0.6, marker="o", ms=3, ls="-" if x == "round" else "")
+    axes.tick_params(labelsize=7)
 
 
 def main() -> int:

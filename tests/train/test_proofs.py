@@ -65,6 +65,7 @@ def test_a_replay_keeps_the_best_until_the_gold_turns() -> None:
         measures.replay([{**rows[0], "kl": 5.0}], health.Limits(kl_budget=1.0))
 
 
+@pytest.mark.slow
 def test_a_replay_is_the_run_that_stops(sft_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stage with patience against one that never stops: the same rounds, and the same round is kept."""
     plant(monkeypatch, "sad awful bad cruel bitter dull")
