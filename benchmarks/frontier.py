@@ -173,9 +173,11 @@ def table(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
                 lines.append(f"| {name} | {seed} | failed: {row['failed']} |" + " |" * 6)
         if not good:
             continue
-        ahead = [at_equal_kl(row, curves.get(seed), "gold") for seed, row in good.items()]
+        found = [at_equal_kl(row, curves.get(seed), "gold") for seed, row in good.items()]
+        ahead = [value for value in found if value is not None]
+        some = f" ({len(ahead)} of {len(found)})" if len(ahead) < len(found) else ""
         cells = [shown([row[key] for row in good.values()], digits) for key, digits in (("kl", 2), ("score", 2), ("gold", 3))]
-        cells.append("beyond" if None in ahead or name == "before" else shown([value for value in ahead if value is not None]))
+        cells.append("0" if name == "before" else shown(ahead) + some if ahead else "beyond")
         cells += [f"{statistics.fmean(row[key] for row in good.values()):.{digits}f}"
                   for key, digits in (("distinct_2", 3), ("length", 1), ("finished", 3))]  # fmt: skip
         lines.append(f"| {name} | {len(good)} | {' | '.join(cells)} |")
