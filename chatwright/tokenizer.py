@@ -230,10 +230,9 @@ def library(trouble: str, *passing: type[Exception]) -> Iterator[None]:
     """Errors of the tokenizers library, its panics included, become a UserError that says what the trouble is."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
     except BaseException as error:  # the library raises bare Exception; a panic of its Rust is not even that
-        if isinstance(error, passing):
+        own = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not own or isinstance(error, passing):  # what is not the library's passes: Ctrl-C, a signal that ends a stage
             raise
         raise UserError(f"{trouble} ({error})") from None
 

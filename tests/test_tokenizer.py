@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models
 
 from chatwright.config import UserError
-from chatwright.tokenizer import CONTROLS, END_OF_TEXT, TextStream, Tokenizer, byte_alphabet
+from chatwright.tokenizer import CONTROLS, END_OF_TEXT, TextStream, Tokenizer, byte_alphabet, library
+from chatwright.train.stopping import StopNow
 
 TEXTS = ["Hello there, how are you?", "naïve café — 東京 🙂 ok", "don't 12345 stop!\r\n\n\tno", "<|end|> is a tag"] * 3
 TOKENIZER = Tokenizer.train(TEXTS, 320)
@@ -188,3 +189,19 @@ def test_a_vocabulary_without_some_bytes() -> None:
     assert few.encode(bytes([table["í"]])) == [2]
     with pytest.raises(UserError, match="no token for its byte 0xff"):
         few.encode(b"\xff")
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, StopNow])
+def test_a_signal_inside_the_library_is_no_error_of_it(kind: type[BaseException]) -> None:
+    """A SIGTERM that came while a text was encoded once ended a stage as a failure of the tokenizer."""
+    with pytest.raises(kind), library("the tokenizer fails"):
+        raise kind
+
+
+def test_errors_and_panics_of_the_library_are_told_in_a_line() -> None:
+    panic = type("PanicException", (BaseException,), {})
+    for error in (Exception("bare"), panic("bare")):
+        with pytest.raises(UserError, match=r"the tokenizer fails \(bare\)"), library("the tokenizer fails"):
+            raise error
+    with pytest.raises(TypeError), library("the tokenizer fails", TypeError):
+        raise TypeError

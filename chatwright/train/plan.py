@@ -148,7 +148,7 @@ class Subject:
             answer = self.config.max_prompt_tokens + self.config.max_new_tokens
             text = (self.config.ptx_context or self.shape.context) if self.config.ptx else 0
             return 1, max(answer, text)  # one after the other
-        return 1, self.shape.context
+        return 1, min(getattr(self.config, "context", 0) or self.shape.context, self.shape.context)
 
     @property
     def steps(self) -> int:
@@ -204,12 +204,13 @@ def _sft(subject: Subject, shape: GPTConfig) -> Scene:
         model = GPT(shape)
     _adapt(model, subject)
     dtype = runtime.compute_dtype(subject.fit.precision)
+    _, length = subject.rows
 
     def step(samples: int) -> Tensor:
-        ids = _tokens(samples, shape.context)
+        ids = _tokens(samples, length)
         with runtime.autocast(dtype):
             hidden = model.hidden(ids, documents=ids, positions=ids)
-            learnt = hidden.flatten(0, 1)[: max(1, round(subject.learnt * samples * shape.context))]
+            learnt = hidden.flatten(0, 1)[: max(1, round(subject.learnt * samples * length))]
             return chunked_next_token_loss(learnt[None], model.head.weight, ids.flatten()[None, : learnt.shape[0]])
 
     return Scene([model], step, vocabulary=shape.vocab_size)

@@ -159,13 +159,25 @@ def own_comparisons(directory: Path) -> tuple[list[Comparison], list[Comparison]
     return both[0], both[1]
 
 
-def rated_comparisons(records: Path, k: int, seed: int) -> tuple[list[Comparison], list[Comparison]]:
-    """Training and held-out comparisons made of the texts that people rated. Raises UserError."""
+def rated_comparisons(records: Path, k: int, seed: int, *, labels: int = 0) -> tuple[list[Comparison], list[Comparison]]:
+    """Training and held-out comparisons made of the texts that people rated; of `labels` training texts, 0 for all.
+    Raises UserError."""
     made = []
     for side, passes in zip(SIDES, (PASSES, 1), strict=True):
         texts = list(read_records(records / f"ratings-{side}.jsonl", LabelledText))
+        if side == "train":
+            texts = drawn(texts, labels, seed)
         made.append(from_ratings(texts, first_prompts(records / f"dialogues-{side}.jsonl"), k, seed, passes))
     return made[0], made[1]
+
+
+def drawn(texts: list[LabelledText], labels: int, seed: int) -> list[LabelledText]:
+    """As many of the texts, chosen by the seed, in their order; all of them for 0. Raises UserError when they are fewer."""
+    if not labels:
+        return texts
+    if labels > len(texts):
+        raise UserError(f"labels is {labels}, but there are {len(texts)} rated texts to learn from")
+    return [texts[n] for n in sorted(SampleOrder(len(texts), runtime.seed_for(seed, "labels")).take(0, labels))]
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ class Config:
     """The model whose body to start from; its template frames prompt and answer."""
     data: str = field(default="data", metadata={"input": True})
     """The stage, or directory, with ratings-*.jsonl and dialogues-*.jsonl (prompts, and demonstrations)."""
+    labels: int = 0
+    """Rated texts to learn from, drawn by the seed; 0 takes all. Few make a judge that can be exploited (recipes/hacking.yaml)."""
     comparisons: str = field(default="", metadata={"input": True, "words": ("",)})
     """Your own comparisons instead of ratings: the stage, or directory, with comparisons-*.jsonl."""
     k: int = 16
@@ -123,7 +125,9 @@ def step(model: ScalarModel, batch: RankedBatch) -> Step:
 def load_split(config: Config, workspace: Workspace) -> Split:
     """What to train on and what to measure: the user's own comparisons, or those made from ratings. Raises UserError."""
     if not config.comparisons:
-        train, held_out = rated_comparisons(records_of(workspace.resolve(config.data)), config.k, workspace.seed)
+        train, held_out = rated_comparisons(
+            records_of(workspace.resolve(config.data)), config.k, workspace.seed, labels=config.labels
+        )
         return Split(train, held_out, [])
     train, held_out = own_comparisons(records_of(workspace.resolve(config.comparisons)))
     return without_annotators(train, held_out, config.held_out_annotators)

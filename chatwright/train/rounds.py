@@ -413,4 +413,5 @@ def trainer_of(
         texts={"tokenizer.json": base.tokenizer.to_json(), "chat_template.jinja": base.template.source},
         spread=players.spread,
         frozen=players.frozen,
+        keep=config.keep,
     )  # fmt: skip

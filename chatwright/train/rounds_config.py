@@ -76,6 +76,8 @@ class RoundsConfig:
     """A checkpoint is kept as the best only if distinct-2 is at least this share of the first round's."""
     save_every: int = 10
     """Rounds between checkpoints."""
+    keep: int = 2
+    """Checkpoints to keep, the newest ones; the best is kept besides."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Train low-rank adapters on the policy and on a critic with a body of its own instead of all weights: `lora.rank` above 0.
     The reference is then the policy with its adapter off, and the critic's frozen weights are the reward model's: two models in

@@ -47,6 +47,8 @@ class Config:
     """The model to start from: a stage, a directory, smollm2, hf:owner/name ..."""
     data: str = field(default="data", metadata={"input": True})
     """The stage, or directory, with dialogues-train.jsonl and dialogues-validation.jsonl."""
+    context: int = 0
+    """Tokens of a row: what is longer is cut, between exchanges; 0 takes the model's whole context."""
     packing: bool = True
     """Let short conversations share a row; they cannot see each other."""
     held_out: int = 128
@@ -155,6 +157,11 @@ def start(config: Config, workspace: Workspace) -> tuple[GPT, Tokenizer, ChatTem
     return base.model, base.tokenizer, template, records_of(workspace.resolve(config.data))
 
 
+def row_length(config: Config, model: GPT) -> int:
+    """Tokens of a row."""
+    return min(config.context or model.config.context, model.config.context)
+
+
 def tally(rows: Sequence[PackedRow], length: int) -> str:
     """How full the rows are, and how much of them is learnt, in a sentence."""
     tokens, learnt = sum(len(row.ids) for row in rows), sum(learnt_tokens(row) for row in rows)
@@ -175,7 +182,7 @@ def preview(config: Config, workspace: Workspace, count: int) -> None:
     Nothing is trained or written. Raises UserError as `run` does, after the rows where the end token is not learnt.
     """
     model, tokenizer, template, records = start(config, workspace)
-    length, colours = model.config.context, console.is_terminal
+    length, colours = row_length(config, model), console.is_terminal
     rows = rows_of(records / "dialogues-train.jsonl", template, tokenizer, length, packing=config.packing)
     console.print(Text("What the model learns to write is ").append(legend(colours=colours)), soft_wrap=True)
     for number in SampleOrder(len(rows), workspace.seed).take(0, min(count, len(rows))):
@@ -201,7 +208,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     """Fine-tune on conversations and measure the loss of held-out answers before and after."""
     model, tokenizer, template, records = start(config, workspace)
     model.to(runtime.device())
-    length = model.config.context
+    length = row_length(config, model)
     rows = rows_of(records / "dialogues-train.jsonl", template, tokenizer, length, packing=config.packing)
     check_end_is_learnt(rows, template, tokenizer)
     held_out = rows_of(

@@ -1,4 +1,7 @@
-"""Tokenizer: learn byte-level BPE merges on the training documents, then turn all documents into token shards."""
+"""Tokenizer: learn byte-level BPE merges on the training documents, then turn all documents into token shards.
+
+With `base` nothing is learnt: the documents become shards of a model's own tokens, for `text` in PPO (the alignment tax).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 from chatwright.config import UserError
 from chatwright.data.examples import Document
 from chatwright.data.shards import write_shards
+from chatwright.language_model import load_parts
 from chatwright.metrics import progress_bar, say
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.data import compressed_bits_per_byte
@@ -21,6 +25,8 @@ class Config:
 
     data: str = field(default="data", metadata={"input": True})
     """The stage, or directory, with train.jsonl and validation.jsonl."""
+    base: str = field(default="", metadata={"input": True, "words": ("",)})
+    """The model whose tokenizer is taken as it is (a stage, a directory, smollm2 ...); empty learns one."""
     vocab_size: int = 4096
     """Number of tokens, the 256 bytes and the control tokens included. Small models want few: the head costs."""
     train_bytes: int = 50_000_000
@@ -49,12 +55,22 @@ def records_of(directory: Path) -> Path:
     return directory / "records" if (directory / "records").is_dir() else directory
 
 
+def own_or_learnt(config: Config, workspace: Workspace, file: Path) -> Tokenizer:
+    """The tokenizer of `base`, or one learnt on the texts of a file. Raises UserError."""
+    if not config.base:
+        return Tokenizer.train(texts_of(file, config.train_bytes), config.vocab_size)
+    found = load_parts(workspace.resolve(config.base) if config.base in workspace.inputs else config.base).tokenizer
+    if found is None:
+        raise UserError(f"{config.base} has no tokenizer")
+    return found
+
+
 def run(config: Config, workspace: Workspace) -> Report:
     """Train the tokenizer, write the shards, and say what a byte costs before any model is trained."""
     records = records_of(workspace.resolve(config.data))
     with progress_bar("tokenizer") as bar:
-        bar.update(0.0, "learning merges")
-        tokenizer = Tokenizer.train(texts_of(records / "train.jsonl", config.train_bytes), config.vocab_size)
+        bar.update(0.0, f"reading {config.base}" if config.base else "learning merges")
+        tokenizer = own_or_learnt(config, workspace, records / "train.jsonl")
         tokenizer.save(workspace.directory)
         bar.update(0.4, "encoding the training documents")
         train = write_shards(workspace.directory / "train", texts_of(records / "train.jsonl"), tokenizer)
