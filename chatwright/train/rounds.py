@@ -244,13 +244,15 @@ class Rounds(ABC, Generic[Settings, Rolled]):
                 continue
             if self.spread.most([float(self.asked())])[0]:
                 self._interrupt(rollout, place)
-            if place == 0:
+            first = place == 0
+            if first:
                 self.first_gap = None
             texts = self._texts(rollout.rows(chosen).weight, epoch, number)
             batch = rollout.rows(chosen[self.spread.mine(len(chosen))])
             # Text first: it has no gradient for a critic, and DDP sends gradients after the last backward pass.
-            self.trainer.update([*texts, batch], self._loss, share, accept=self._is_right)
-            self._is_right()  # where the gradient was not finite nobody has asked
+            self.trainer.update([*texts, batch], self._loss, share, accept=self._is_right if first else None)
+            if first:
+                self._is_right()  # where the gradient was not finite nobody has asked
             if "average" in self.trainer.modules:
                 follow(self.trainer.modules["average"], self.players.policy, config.average)
 
@@ -278,8 +280,13 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         return outcome
 
     def _is_right(self, loss: float = 0.0) -> bool:
-        """Whether a round's first minibatch, before its update, was what was looked back at. Breaks the run off if not."""
-        diagnosis = health.diagnose_ratio(self.first_gap or 0.0)
+        """Whether a round's first minibatch, before its update, was what was looked back at. Breaks the run off if not.
+
+        Each process has seen its share of it; they break off together, or those that go on would wait for the others for ever.
+        """
+        gap = self.first_gap or 0.0
+        self.first_gap = self.spread.most([math.inf if math.isnan(gap) else gap])[0]
+        diagnosis = health.diagnose_ratio(self.first_gap)
         if diagnosis is not None:
             self._break_off(diagnosis)
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from planted import MINI, plant
 from chatwright import checkpoint, cli
 from chatwright.data.examples import Comparison
 from chatwright.metrics import read_metrics
-from chatwright.train import ppo, reward, rounds, sft
+from chatwright.train import parallel, ppo, reward, rounds, sft
 from chatwright.train.players import Players
 from chatwright.train.rollout import Answers, answer_log_probs
 from chatwright.train.workspace import Unhealthy
@@ -156,6 +156,21 @@ def test_dropout_in_the_update_is_found_by_the_same_rule(
 
     monkeypatch.setattr(ppo, "step", dropping)
     broken_off(planted_bench, SMALL, tmp_path / "ppo", "before any update.*dropout")
+
+
+def test_a_first_ratio_that_only_another_process_finds_breaks_off_this_one_too(
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that went on alone would wait for the other for ever. Asked are: is there to be a stop, how large is the gap."""
+    asked: list[float] = []
+
+    def most(self: parallel.Spread, values: Sequence[float]) -> list[float]:
+        asked.extend(values)
+        return [0.5] if len(asked) == 2 else list(values)
+
+    monkeypatch.setattr(parallel.Spread, "most", most)
+    rows = broken_off(planted_bench, SMALL, tmp_path / "ppo", "before any update.* 0.5 away")
+    assert len(rows) == 1 and "policy_loss" not in rows[0]
 
 
 # ---- no end tokens after SFT -----------------------------------------------------------------------------------------
