@@ -1,10 +1,13 @@
-"""Products of small integers, the one thing for which processors differ too much for LLVM to find the instruction by itself.
+"""Products of small integers and of bfloat16, the one thing for which processors differ too much for LLVM to find the instruction
+by itself.
 
 There is a form per kind of processor (paths.py) and a plain one that runs everywhere. Integer sums are exact, so all forms give
-equal results.
+equal results. bfloat16 weights meet float32 activations, except where the processor multiplies pairs of bfloat16: there activations
+are rounded as well.
 
-A group is 32 inputs of 16 outputs. Its weights are vectors of 64 bytes, four inputs of each output; the activations of a row (a
-token) for the group are 8 words of four whole numbers. Every word is multiplied with the weights of all outputs at once.
+A group is 32 inputs of 16 outputs. Its integer weights are vectors of 64 bytes, four inputs of each output; the activations of a row
+(a token) for the group are 8 words of four whole numbers. Every word is multiplied with the weights of all outputs at once.
+bfloat16 weights are 16 vectors of pairs, and words are pairs.
 """
 
 from __future__ import annotations
@@ -13,15 +16,18 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from chatwright.generate.kernels.simd import (
+    F32,
     I8,
     I16,
     I32,
     I64,
     INT32,
     LANES,
+    WIDE_F32,
     WIDE_I32,
     address_of,
     call_llvm,
@@ -31,6 +37,7 @@ from chatwright.generate.kernels.simd import (
 
 GROUP = 32
 _WORDS = GROUP // 4
+_VPDPBUSD = "llvm.x86.avx512.vpdpbusd.512"
 
 
 def _word(builder: Any, pointer: Any, number: int, bits: int) -> Any:
@@ -90,7 +97,7 @@ def _neighbours_added(builder: Any, sums: Any) -> Any:
 # same instructions. A sum of 32 products, at most 127 * 32767 each, fits into 32 bits.
 
 
-def _dots8_plain(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
+def _dots8_plain(builder: Any, weights: Any, rows: list[Any], offsets: list[Any]) -> list[Any]:
     """Everywhere: both widened to 32 bits, multiplied, added. On NEON LLVM makes it smlal, which is as good as any."""
     wide = ir.VectorType(INT32, 16)
     parts: list[list[Any]] = [[] for _ in rows]
@@ -105,35 +112,44 @@ def _dots8_plain(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
     return [_neighbours_added(builder, _neighbours_added(builder, _joined(builder, part))) for part in parts]
 
 
-def _dots8_pairs(builder: Any, weights: Any, rows: list[Any], outputs: int, instruction: str) -> list[Any]:
-    """vpmaddwd multiplies 16-bit numbers and adds neighbours: two sums per output, of `outputs` in a register.
+def _dots8_avx2(builder: Any, weights: Any, rows: list[Any], offsets: list[Any]) -> list[Any]:
+    """vpmaddwd multiplies 16-bit numbers and adds neighbours: two sums per output, of four outputs in a register.
 
     Two registers of weights at a time share each word of the activations; more would not leave enough for the sums.
     """
-    kind, room = ir.VectorType(INT32, 2 * outputs), ir.VectorType(I16, 4 * outputs)
+    kind, room = ir.VectorType(INT32, 8), ir.VectorType(I16, 16)
     parts: list[list[Any]] = [[] for _ in rows]
-    for offset in range(0, 64, 8 * outputs):
-        sums = [[ir.Constant(kind, [0] * 2 * outputs)] * 2 for _ in rows]
+    for offset in (0, 32):
+        sums = [[ir.Constant(kind, [0] * 8)] * 2 for _ in rows]
         for number in range(_WORDS):
-            places = (64 * number + offset, 64 * number + offset + 4 * outputs)
-            vectors = [builder.sext(_bytes(builder, weights, place, 4 * outputs), room) for place in places]
+            places = (64 * number + offset, 64 * number + offset + 16)
+            vectors = [builder.sext(_bytes(builder, weights, place, 16), room) for place in places]
             for row, activations in enumerate(rows):
-                word = builder.bitcast(copies(builder, _word(builder, activations, number, 16), outputs), room)
-                products = [call_llvm(builder, instruction, kind, [vector, word]) for vector in vectors]
+                word = builder.bitcast(copies(builder, _word(builder, activations, number, 16), 4), room)
+                products = [call_llvm(builder, "llvm.x86.avx2.pmadd.wd", kind, [vector, word]) for vector in vectors]
                 sums[row] = [builder.add(one, product) for one, product in zip(sums[row], products, strict=True)]
         for part, both in zip(parts, sums, strict=True):
             part += both
     return [_neighbours_added(builder, _joined(builder, part)) for part in parts]
 
 
-def _dots8_avx2(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
-    """256 bits."""
-    return _dots8_pairs(builder, weights, rows, 4, "llvm.x86.avx2.pmadd.wd")
+def _dots8_vnni(builder: Any, weights: Any, rows: list[Any], offsets: list[Any]) -> list[Any]:
+    """vpdpbusd adds four products of unsigned and signed bytes to each 32-bit lane; once for each byte of the activations.
 
-
-def _dots8_vnni(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
-    """512 bits. Where it pays, LLVM adds in the same instruction, vpdpwssd."""
-    return _dots8_pairs(builder, weights, rows, 8, "llvm.x86.avx512.pmaddw.d.512")
+    A number is 256 h + l, both signed bytes (`store_words`). Weights become unsigned when 128 is added to them; the sums of lower
+    bytes begin with what takes that off again.
+    """
+    flip = ir.Constant(ir.VectorType(I8, 64), [-128] * 64)
+    highs = [ir.Constant(WIDE_I32, [0] * LANES) for _ in rows]
+    lows = [copies(builder, load_as(builder, offset, INT32, 4), LANES) for offset in offsets]
+    for number in range(_WORDS):
+        vector = builder.bitcast(builder.xor(_bytes(builder, weights, 64 * number, 64), flip), WIDE_I32)
+        for row, activations in enumerate(rows):
+            high, low = (copies(builder, _word(builder, activations, place, 8), LANES) for place in (number, _WORDS + number))
+            highs[row] = call_llvm(builder, _VPDPBUSD, WIDE_I32, [highs[row], vector, high])
+            lows[row] = call_llvm(builder, _VPDPBUSD, WIDE_I32, [lows[row], vector, low])
+    eight = ir.Constant(WIDE_I32, [8] * LANES)
+    return [builder.add(builder.shl(high, eight), low) for high, low in zip(highs, lows, strict=True)]
 
 
 # --- 4-bit weights, 8-bit activations ---------------------------------------------------------------------------------
@@ -175,7 +191,7 @@ def _dots4_vnni(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
         vector = builder.bitcast(vector, WIDE_I32)
         for row, activations in enumerate(rows):
             word = copies(builder, _word(builder, activations, number, 8), LANES)
-            sums[row] = call_llvm(builder, "llvm.x86.avx512.vpdpbusd.512", WIDE_I32, [sums[row], vector, word])
+            sums[row] = call_llvm(builder, _VPDPBUSD, WIDE_I32, [sums[row], vector, word])
     return sums
 
 
@@ -193,32 +209,154 @@ def _dots4_neon(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
     return [_joined(builder, part) for part in parts]
 
 
-DOTS8 = (_dots8_plain, _dots8_avx2, _dots8_vnni, _dots8_plain)
-DOTS4 = (_dots4_plain, _dots4_avx2, _dots4_vnni, _dots4_neon)
+# --- bfloat16 weights --------------------------------------------------------------------------------------------------------
+#
+# Two sums per row, of even and of odd pairs: with four rows that is as many as hide how long an instruction takes. Rounding
+# activations to bfloat16 is what all others do with such weights; what it costs stands in docs/performance.md.
+
+
+def _add_bf16_pairs(builder: Any, weights: Any, words: list[Any], sums: list[Any]) -> list[Any]:
+    """vdpbf16ps multiplies pairs of bfloat16 and adds both products to a float32 lane."""
+    sums = list(sums)
+    for number in range(GROUP // 2):
+        vector = builder.bitcast(_bytes(builder, weights, 64 * number, 64), WIDE_I32)
+        for row, activations in enumerate(words):
+            place = 2 * row + number % 2
+            pair = copies(builder, _word(builder, activations, number, 8), LANES)
+            sums[place] = call_llvm(builder, "llvm.x86.avx512bf16.dpbf16ps.512", WIDE_F32, [sums[place], vector, pair])
+    return sums
+
+
+DOTS8 = (_dots8_plain, _dots8_avx2, _dots8_vnni, _dots8_plain, _dots8_vnni)
+DOTS4 = (_dots4_plain, _dots4_avx2, _dots4_vnni, _dots4_neon, _dots4_vnni)
 """By the number of the path; paths.py has their names."""
+_SPLIT = (False, False, True, False, True)
+"""Whether int16 activations lie as their upper bytes (of a group), then their lower ones."""
+ROUNDS_BF16 = (False, False, False, False, True)
+"""Whether activations are rounded to bfloat16 before bfloat16 weights."""
 
 
-def _dots(forms: tuple[Any, ...], rows: int) -> Any:
-    def declared(typing: Any, path: Any, weights: Any, at: Any, activations: Any, word_at: Any, stride: Any) -> Any:
-        form = forms[path.count]  # the path is a tuple whose length is its number: known when this is compiled
-        result = types.UniTuple(I32, rows)
+@intrinsic
+def rounds_bf16(typing: Any, path: Any) -> Any:
+    """Whether activations are rounded to bfloat16 for bfloat16 weights on this path; known when it is compiled."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(ir.IntType(1), int(ROUNDS_BF16[path.count]))
+
+    return types.boolean(path), code
+
+
+@intrinsic
+def store_words(typing: Any, path: Any, words: Any, at: Any, half: Any, value: Any) -> Any:
+    """Half a group of activations for int8 weights, sixteen results of `simd.rounded`, into the group's 64 bytes at words[at]."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, words, at, half, value = args
+        pointer = address_of(context, builder, signature.args[1], words, at)
+        value = builder.bitcast(value, WIDE_I32)
+
+        def put(value: Any, bits: int, offset: Any) -> None:
+            kind = ir.VectorType(ir.IntType(bits), LANES)
+            place = builder.bitcast(builder.gep(pointer, [offset]), kind.as_pointer())
+            builder.store(builder.trunc(value, kind), place, align=1)
+
+        if _SPLIT[path.count]:
+            half_at = builder.mul(half, ir.Constant(I64, LANES))
+            upper = builder.add(value, ir.Constant(WIDE_I32, [128] * LANES))  # the lower byte is signed
+            put(builder.ashr(upper, ir.Constant(WIDE_I32, [8] * LANES)), 8, half_at)
+            put(value, 8, builder.add(half_at, ir.Constant(I64, GROUP)))
+        else:
+            put(value, 16, builder.mul(half, ir.Constant(I64, 2 * LANES)))
+        return context.get_dummy_value()
+
+    return types.none(path, words, types.int64, types.int64, F32), code
+
+
+@intrinsic
+def store_bf16(typing: Any, path: Any, words: Any, at: Any, value: Any) -> Any:
+    """Sixteen float32 as bfloat16 to words[at], an array of bytes. Only where `rounds_bf16`."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if ROUNDS_BF16[path.count]:
+            kind = ir.VectorType(I16, LANES)
+            pointer = builder.bitcast(address_of(context, builder, signature.args[1], args[1], args[2]), kind.as_pointer())
+            builder.store(call_llvm(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", kind, [args[3]]), pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.none(path, words, types.int64, F32), code
+
+
+def _pointers(context: Any, builder: Any, array_type: Any, array: Any, at: Any, stride: Any, rows: int) -> list[Any]:
+    """Of array[at], array[at + stride], ..."""
+    places = [builder.add(at, builder.mul(stride, ir.Constant(I64, row))) for row in range(rows)]
+    return [address_of(context, builder, array_type, array, place) for place in places]
+
+
+def _dots8(rows: int) -> Any:
+    result = types.UniTuple(I32, rows)
+
+    def declared(typing: Any, path: Any, weights: Any, at: Any, words: Any, offsets: Any, group: Any, groups: Any) -> Any:
+        form = DOTS8[path.count]  # the path is a tuple whose length is its number: known when this is compiled
 
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _, weights_type, _, activations_type, *_ = signature.args
-            weight = address_of(context, builder, weights_type, args[1], args[2])
-            places = [builder.add(args[4], builder.mul(args[5], ir.Constant(I64, row))) for row in range(rows)]
-            words = [address_of(context, builder, activations_type, args[3], place) for place in places]
-            return context.make_tuple(builder, result, form(builder, weight, words))
+            _, weights_type, _, words_type, offsets_type, *_ = signature.args
+            _, weights, at, words, offsets, group, groups = args
+            size = ir.Constant(I64, 2 * GROUP)
+            given = _pointers(context, builder, words_type, words, builder.mul(group, size), builder.mul(groups, size), rows)
+            starts = _pointers(context, builder, offsets_type, offsets, group, groups, rows)
+            starts = [builder.bitcast(start, INT32.as_pointer()) for start in starts]
+            weight = address_of(context, builder, weights_type, weights, at)
+            return context.make_tuple(builder, result, form(builder, weight, given, starts))
 
-        return result(path, weights, types.int64, activations, types.int64, types.int64), code
+        return result(path, weights, types.int64, words, offsets, types.int64, types.int64), code
 
     return intrinsic(declared)
 
 
-dots8, four_dots8 = _dots(DOTS8, 1), _dots(DOTS8, 4)
-"""dots8(path, weights, at, activations, word_at, stride): for each of 16 outputs the sum of 32 products of int8 weights and int16
-activations, as a tuple of one vector; four_dots8 of four, for rows of activations that lie `stride` bytes apart: weights are
-unpacked once for all of them. Weights: 8 vectors of 64 bytes."""
-dots4, four_dots4 = _dots(DOTS4, 1), _dots(DOTS4, 4)
+def _dots4(rows: int) -> Any:
+    result = types.UniTuple(I32, rows)
+
+    def declared(typing: Any, path: Any, weights: Any, at: Any, words: Any, group: Any, groups: Any) -> Any:
+        form = DOTS4[path.count]
+
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _, weights_type, _, words_type, *_ = signature.args
+            _, weights, at, words, group, groups = args
+            size = ir.Constant(I64, GROUP)
+            given = _pointers(context, builder, words_type, words, builder.mul(group, size), builder.mul(groups, size), rows)
+            weight = address_of(context, builder, weights_type, weights, at)
+            return context.make_tuple(builder, result, form(builder, weight, given))
+
+        return result(path, weights, types.int64, words, types.int64, types.int64), code
+
+    return intrinsic(declared)
+
+
+dots8, four_dots8 = _dots8(1), _dots8(4)
+"""dots8(path, weights, at, words, offsets, group, groups): for each of 16 outputs the sum of 32 products of int8 weights (8 vectors of
+64 bytes at weights[at]) and int16 activations (the words of a row's group, as `store_words` leaves them), as a tuple of one vector;
+four_dots8 of four, for rows that are `groups` groups apart: weights are unpacked once for all of them. offsets: `offset_of` each
+group, in float32's place."""
+dots4, four_dots4 = _dots4(1), _dots4(4)
 """The same for weights from 0 to 15 and int8 activations: 4 vectors of 64 bytes; vector j holds word j in its low and word
 j + 4 in its high bits."""
+
+
+@intrinsic
+def add_bf16(typing: Any, path: Any, weights: Any, at: Any, words: Any, group: Any, groups: Any, sums: Any) -> Any:
+    """Add 32 products of bfloat16 weights and activations to the sums, two of each row. Only where `rounds_bf16`."""
+    rows = sums.count // 2
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, weights_type, _, words_type, *_ = signature.args
+        _, weights, at, words, group, groups, sums = args
+        if not ROUNDS_BF16[path.count]:
+            return sums
+        size = ir.Constant(I64, 2 * GROUP)
+        given = _pointers(context, builder, words_type, words, builder.mul(group, size), builder.mul(groups, size), rows)
+        weight = address_of(context, builder, weights_type, weights, at)
+        values = _add_bf16_pairs(builder, weight, given, cgutils.unpack_tuple(builder, sums, 2 * rows))
+        return context.make_tuple(builder, sums_type, values)
+
+    sums_type = sums
+    return sums_type(path, weights, types.int64, words, types.int64, types.int64, sums), code

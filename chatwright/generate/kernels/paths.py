@@ -1,6 +1,6 @@
-"""Which instructions multiply small integers on this processor.
+"""Which instructions multiply small integers, and pairs of bfloat16, on this processor.
 
-float32 and bfloat16 weights need no choice: LLVM makes the best of any processor from the same vector code.
+float32 weights need no choice: LLVM makes the best of any processor from the same vector code.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from functools import lru_cache
 
 from chatwright.config import UserError
 
-NAMES = ("plain", "avx2", "vnni", "neon")
+NAMES = ("plain", "avx2", "vnni", "neon", "vnni_bf16")
 """The number of a path is its place here, as in `dots.DOTS`."""
 
 _FEATURES = {
     "avx2": ("avx2",),
     "vnni": ("avx512f", "avx512bw", "avx512vnni"),
     "neon": ("dotprod",),
+    "vnni_bf16": ("avx512f", "avx512bw", "avx512vnni", "avx512bf16"),
 }
 
 
@@ -56,10 +57,11 @@ def typed(path: str) -> tuple[int, ...]:
 def named(path: str) -> str:
     """A path's name for people."""
     return {
-        "plain": "without special instructions for int8 and int4",
+        "plain": "without special instructions for bf16, int8 and int4",
         "avx2": "AVX2",
         "vnni": "AVX-512 VNNI",
         "neon": "NEON dot products",
+        "vnni_bf16": "AVX-512 VNNI and BF16",
     }[path]
 
 

@@ -13,7 +13,17 @@ from __future__ import annotations
 import numpy as np
 
 from chatwright.generate.kernels.compiling import inlined, inner
-from chatwright.generate.kernels.dots import GROUP, dots4, dots8, four_dots4, four_dots8
+from chatwright.generate.kernels.dots import (
+    GROUP,
+    add_bf16,
+    dots4,
+    dots8,
+    four_dots4,
+    four_dots8,
+    rounds_bf16,
+    store_bf16,
+    store_words,
+)
 from chatwright.generate.kernels.simd import (
     LANES,
     add,
@@ -31,8 +41,8 @@ from chatwright.generate.kernels.simd import (
     splat,
     spread,
     store,
+    store_int,
     store_rounded8,
-    store_rounded16,
     subtract,
     to_float,
     total,
@@ -45,8 +55,9 @@ FORMAT, WEIGHTS, SCALES, BIAS, TILES, GROUPS, TOGETHER, ADDS, PLAN_COLUMNS = ran
 neighbouring tiles one thread must compute (2 where a gate and what it gates take turns), whether the product is added to what
 is there already (1) or replaces it (0). These two are no arguments because Numba compiles a function anew for each constant."""
 
-WORD_LIMITS = (127.0, 32_767.0)
-"""Largest whole number that an activation becomes: before it meets int4 weights, int8 weights."""
+WORD_LIMITS = (127.0, 32_512.0)
+"""Largest whole number that an activation becomes: before it meets int4 weights, int8 weights. The upper one is 256 * 127: cut into
+two signed bytes (dots.py), it needs no third."""
 AHEAD = 2048
 """How many bytes before they are used weights are asked for: the processor itself looks ahead no further than a page."""
 
@@ -62,31 +73,45 @@ def _start(vectors, bias, tile, out, at, adding):
     return value
 
 
-@inner
-def quantise(kind, x, x_stride, first, last, groups, words, factors, sums):
-    """Round rows `first` to `last` of x to whole numbers, a factor per group of 32: x ~ factor * word. Also the sums of words.
+@inlined
+def takes_words(path, kind):
+    """Whether a product with weights of a format wants its activations as `quantise` leaves them."""
+    return kind >= INT8_WEIGHTS or (kind == BF16_WEIGHTS and rounds_bf16(path))
 
-    Words are int16 for int8 weights and int8 for int4 ones. Those of row r go to words[r * groups * 32 * bytes of a word],
-    its factors to factors[r * groups], the sum of each group's words to sums[r * groups].
+
+@inner
+def quantise(path, kind, x, x_stride, first, last, groups, words, factors, sums):
+    """Round rows `first` to `last` of x, as weights of a format want them.
+
+    Before integer weights, to whole numbers and a factor per group of 32: x ~ factor * word; before bfloat16 ones, where the processor
+    multiplies these, to bfloat16. Words take two bytes, before int4 weights one. Those of row r begin at words[r * groups * 32 * bytes
+    of a word], its factors at factors[r * groups]. At sums[r * groups] lies the sum of each group's words; before int8 weights -128
+    times that, an int32 in float32's place (dots.py tells what for).
     """
     limit = np.float32(WORD_LIMITS[1] if kind == INT8_WEIGHTS else WORD_LIMITS[0])
     for row in range(first, last):
         for group in range(groups):
             at = row * x_stride + group * GROUP
+            place = row * groups + group
             a, b = load(x, at), load(x, at + LANES)
+            if kind == BF16_WEIGHTS:
+                store_bf16(path, words, 2 * place * GROUP, a)
+                store_bf16(path, words, 2 * (place * GROUP + LANES), b)
+                continue
             zero = splat(np.float32(0.0))
             top = largest(larger(larger(a, subtract(zero, a)), larger(b, subtract(zero, b))))
             inverse = limit / top if top > np.float32(1e-30) else np.float32(0.0)
-            place = row * groups + group
             factors[place] = top / limit
             a, b = rounded(multiply(a, splat(inverse))), rounded(multiply(b, splat(inverse)))
+            both = total(add(unrounded(a), unrounded(b)))
             if kind == INT8_WEIGHTS:
-                store_rounded16(words, 2 * place * GROUP, a)
-                store_rounded16(words, 2 * (place * GROUP + LANES), b)
+                store_words(path, words, 2 * place * GROUP, 0, a)
+                store_words(path, words, 2 * place * GROUP, 1, b)
+                store_int(sums, place, -128 * np.int32(both))
             else:
                 store_rounded8(words, place * GROUP, a)
                 store_rounded8(words, place * GROUP + LANES, b)
-            sums[place] = total(add(unrounded(a), unrounded(b)))
+                sums[place] = both
 
 
 @inner
@@ -169,6 +194,39 @@ def _product_bf16(arena, weights, groups, first, last, x, x_stride, rows, out, s
             row += 1
 
 
+@inner
+def _product_bf16_words(path, arena, weights, groups, first, last, words, rows, out, stride, vectors, bias, adding):
+    """Each row has the same sums in the same order, alone or with three others."""
+    zero = splat(np.float32(0.0))
+    for tile in range(first, last):
+        base = weights + tile * groups * 1024
+        row = 0
+        while row + 4 <= rows:
+            at = row * stride + tile * LANES
+            sums = (
+                _start(vectors, bias, tile, out, at, adding), zero,
+                _start(vectors, bias, tile, out, at + stride, adding), zero,
+                _start(vectors, bias, tile, out, at + 2 * stride, adding), zero,
+                _start(vectors, bias, tile, out, at + 3 * stride, adding), zero,
+            )  # fmt: skip
+            for g in range(groups):
+                sums = add_bf16(path, arena, base + g * 1024, words, row * groups + g, groups, sums)
+            store(out, at, add(sums[0], sums[1]))
+            store(out, at + stride, add(sums[2], sums[3]))
+            store(out, at + 2 * stride, add(sums[4], sums[5]))
+            store(out, at + 3 * stride, add(sums[6], sums[7]))
+            row += 4
+        while row < rows:
+            at = row * stride + tile * LANES
+            sums = (_start(vectors, bias, tile, out, at, adding), zero)
+            for g in range(groups):
+                for line in range(0, 1024, 64):
+                    fetch_ahead(arena, base + g * 1024 + AHEAD + line)
+                sums = add_bf16(path, arena, base + g * 1024, words, row * groups + g, groups, sums)
+            store(out, at, add(sums[0], sums[1]))
+            row += 1
+
+
 @inlined
 def _scaled8(arena, s, dots, factors, place, value):
     """value + factor * scale * sum of q x, the sum over one group."""
@@ -176,7 +234,7 @@ def _scaled8(arena, s, dots, factors, place, value):
 
 
 @inner
-def _product_int8(path, arena, weights, scales, groups, first, last, words, factors, rows, out, stride, vectors, bias, adding):
+def _product_int8(path, arena, weights, scales, groups, first, last, words, factors, sums, rows, out, stride, vectors, bias, adding):
     for tile in range(first, last):
         base = weights + tile * groups * 512
         scale_at = scales + tile * groups * 32
@@ -190,7 +248,7 @@ def _product_int8(path, arena, weights, scales, groups, first, last, words, fact
             d = _start(vectors, bias, tile, out, at + 3 * stride, adding)
             for g in range(groups):
                 s = scale_at + g * 32
-                ad, bd, cd, dd = four_dots8(path, arena, base + g * 512, words, (p + g) * 2 * GROUP, groups * 2 * GROUP)
+                ad, bd, cd, dd = four_dots8(path, arena, base + g * 512, words, sums, p + g, groups)
                 a = _scaled8(arena, s, ad, factors, p + g, a)
                 b = _scaled8(arena, s, bd, factors, p + groups + g, b)
                 c = _scaled8(arena, s, cd, factors, p + 2 * groups + g, c)
@@ -207,7 +265,7 @@ def _product_int8(path, arena, weights, scales, groups, first, last, words, fact
             for g in range(groups):
                 for line in range(0, 512, 64):
                     fetch_ahead(arena, base + g * 512 + AHEAD + line)
-                dots = dots8(path, arena, base + g * 512, words, (p + g) * 2 * GROUP, 0)[0]
+                dots = dots8(path, arena, base + g * 512, words, sums, p + g, groups)[0]
                 a = _scaled8(arena, scale_at + g * 32, dots, factors, p + g, a)
             store(out, at, a)
             row += 1
@@ -236,7 +294,7 @@ def _product_int4(path, arena, weights, scales, groups, first, last, words, fact
             d = _start(vectors, bias, tile, out, at + 3 * stride, adding)
             for g in range(groups):
                 s = scale_at + g * 64
-                ad, bd, cd, dd = four_dots4(path, arena, base + g * 256, words, (p + g) * GROUP, groups * GROUP)
+                ad, bd, cd, dd = four_dots4(path, arena, base + g * 256, words, p + g, groups)
                 a = _scaled4(arena, s, ad, factors, sums, p + g, a)
                 b = _scaled4(arena, s, bd, factors, sums, p + groups + g, b)
                 c = _scaled4(arena, s, cd, factors, sums, p + 2 * groups + g, c)
@@ -253,7 +311,7 @@ def _product_int4(path, arena, weights, scales, groups, first, last, words, fact
             for g in range(groups):
                 for line in range(0, 256, 64):
                     fetch_ahead(arena, base + g * 256 + AHEAD + line)
-                dots = dots4(path, arena, base + g * 256, words, (p + g) * GROUP, 0)[0]
+                dots = dots4(path, arena, base + g * 256, words, p + g, groups)[0]
                 a = _scaled4(arena, scale_at + g * 64, dots, factors, sums, p + g, a)
             store(out, at, a)
             row += 1
@@ -263,16 +321,18 @@ def _product_int4(path, arena, weights, scales, groups, first, last, words, fact
 def product(path, arena, matrix, first, last, x, x_stride, words, factors, sums, rows, out, stride, vectors):
     """Tiles `first` to `last` of out = W x + bias, or of out += W x + bias where the plan says so, for `rows` rows.
 
-    matrix: a row of the plan. Row r of x begins at x[r * x_stride]; integer weights take its whole numbers instead, as `quantise`
-    leaves it. Row r of out begins at out[r * stride].
+    matrix: a row of the plan. Row r of x begins at x[r * x_stride]; where the format `takes_words` these are read instead, as `quantise`
+    leaves them. Row r of out begins at out[r * stride].
     """
     kind, weights, scales, bias, groups = matrix[FORMAT], matrix[WEIGHTS], matrix[SCALES], matrix[BIAS], matrix[GROUPS]
     adding = matrix[ADDS]
     if kind == F32_WEIGHTS:
         _product_f32(arena, weights, groups, first, last, x, x_stride, rows, out, stride, vectors, bias, adding)
+    elif kind == BF16_WEIGHTS and rounds_bf16(path):
+        _product_bf16_words(path, arena, weights, groups, first, last, words, rows, out, stride, vectors, bias, adding)
     elif kind == BF16_WEIGHTS:
         _product_bf16(arena, weights, groups, first, last, x, x_stride, rows, out, stride, vectors, bias, adding)
     elif kind == INT8_WEIGHTS:
-        _product_int8(path, arena, weights, scales, groups, first, last, words, factors, rows, out, stride, vectors, bias, adding)
+        _product_int8(path, arena, weights, scales, groups, first, last, words, factors, sums, rows, out, stride, vectors, bias, adding)
     else:
         _product_int4(path, arena, weights, scales, groups, first, last, words, factors, sums, rows, out, stride, vectors, bias, adding)

@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chatwright.generate.kernels.dots import GROUP
+from chatwright.generate.kernels import paths
+from chatwright.generate.kernels.dots import GROUP, ROUNDS_BF16
 from chatwright.generate.kernels.packing import Packed, up_to
-from chatwright.generate.kernels.products import FORMAT, INT8_WEIGHTS, WORD_LIMITS
+from chatwright.generate.kernels.products import BF16_WEIGHTS, FORMAT, INT8_WEIGHTS, WORD_LIMITS
 from chatwright.generate.kernels.simd import LANES
 from chatwright.generate.kernels.step import DOWN, MATRICES, OUTPUT, QKV, UP
 from chatwright.model.cache import KVCache
 from chatwright.model.gpt import GPT, Block
 
 
-def rounded_activations(x: Tensor, kind: int) -> Tensor:
-    """x as whole numbers times a factor per group of 32 of its last dimension, as weights of a format take it."""
+def rounded_activations(x: Tensor, kind: int, path: str) -> Tensor:
+    """x as weights of a format take it on a path: for integers, whole numbers times a factor per group of 32 of its last dimension."""
+    if kind < INT8_WEIGHTS:
+        return x.bfloat16().float() if kind == BF16_WEIGHTS and ROUNDS_BF16[paths.NAMES.index(path)] else x
     limit = WORD_LIMITS[1] if kind == INT8_WEIGHTS else WORD_LIMITS[0]
     width = x.shape[-1]
     padded = nn.functional.pad(x.float(), (0, up_to(width, GROUP) - width))
@@ -30,12 +33,12 @@ def rounded_activations(x: Tensor, kind: int) -> Tensor:
     return rounded.flatten(-2)[..., :width]
 
 
-def _round_inputs(kind: int, heads: int = 1) -> Any:
+def _round_inputs(kind: int, path: str, heads: int = 1) -> Any:
     """For the output matrix of attention each head is padded to whole groups, so no group has parts of two heads."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         parts = inputs[0].view(*inputs[0].shape[:-1], heads, -1)
-        return (rounded_activations(parts, kind).flatten(-2),)
+        return (rounded_activations(parts, kind, path).flatten(-2),)
 
     return hook
 
@@ -59,24 +62,22 @@ def _restore(block: Block, matrices: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def reference(model: GPT, packed: Packed) -> GPT:
-    """A copy of the model with the packed weights read back, and inputs of integer matrices rounded as the kernels do."""
+def reference(model: GPT, packed: Packed, path: str) -> GPT:
+    """A copy of the model with the packed weights read back, and the matrices' inputs rounded as the kernels' path does."""
     plain = copy.deepcopy(model).float().eval()
     kinds = packed.plan[:, FORMAT]
     for number, block in enumerate(plain.blocks):
         assert isinstance(block, Block)
         first = number * MATRICES
         _restore(block, [packed.matrix(first + which) for which in range(MATRICES)])
-        if kinds[first] >= INT8_WEIGHTS:
-            for module in block.modules():
-                if isinstance(module, nn.Linear):
-                    heads = block.attention.heads if module is block.attention.output else 1
-                    module.register_forward_pre_hook(_round_inputs(int(kinds[first]), heads))
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                heads = block.attention.heads if module is block.attention.output else 1
+                module.register_forward_pre_hook(_round_inputs(int(kinds[first]), path, heads))
     size, width, last = model.config.vocab_size, model.config.width, len(packed.plan) - 1
     plain.head.weight.copy_(packed.matrix(last - 1)[:size, :width])
     plain.embed.weight.copy_(packed.matrix(last)[:size, :width])  # the same once more, where they are one
-    if kinds[last - 1] >= INT8_WEIGHTS:
-        plain.head.register_forward_pre_hook(_round_inputs(int(kinds[last - 1])))
+    plain.head.register_forward_pre_hook(_round_inputs(int(kinds[last - 1]), path))
     return plain
 
 

@@ -186,23 +186,29 @@ def store_one_bf16(typing: Any, array: Any, index: Any, value: Any) -> Any:
     return types.none(array, types.int64, types.float32), code
 
 
-def _store_rounded(bits: int) -> Any:
-    kind = ir.VectorType(ir.IntType(bits), LANES)
+@intrinsic
+def store_rounded8(typing: Any, array: Any, index: Any, rounded: Any) -> Any:
+    """Write sixteen results of `rounded` to an array of bytes, as int8."""
+    kind = ir.VectorType(I8, LANES)
 
-    def declared(typing: Any, array: Any, index: Any, rounded: Any) -> Any:
-        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointer = address_of(context, builder, signature.args[0], args[0], args[1])
-            value = builder.trunc(builder.bitcast(args[2], WIDE_I32), kind)
-            builder.store(value, builder.bitcast(pointer, kind.as_pointer()), align=1)
-            return context.get_dummy_value()
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = address_of(context, builder, signature.args[0], args[0], args[1])
+        builder.store(builder.trunc(builder.bitcast(args[2], WIDE_I32), kind), builder.bitcast(pointer, kind.as_pointer()), align=1)
+        return context.get_dummy_value()
 
-        return types.none(array, types.int64, F32), code
-
-    return intrinsic(declared)
+    return types.none(array, types.int64, F32), code
 
 
-store_rounded8, store_rounded16 = _store_rounded(8), _store_rounded(16)
-"""Write sixteen results of `rounded` to an array of bytes, as int8 or int16."""
+@intrinsic
+def store_int(typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """Write an int32 into the place of a float32."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = address_of(context, builder, signature.args[0], args[0], args[1])
+        builder.store(builder.trunc(args[2], INT32), builder.bitcast(pointer, INT32.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64, types.int64), code
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
@@ -322,7 +328,7 @@ _TERMS = tuple(np.float32(1 / n) for n in (720, 120, 24, 6, 2))
 
 @njit(forceinline=True)
 def rounded(x):
-    """x (within 2^22) rounded to whole numbers, for `store_rounded8` and `unrounded`."""
+    """x (within 2^22) rounded to whole numbers, for `store_rounded8`, `dots.store_words` and `unrounded`."""
     return add(x, splat(_ROUNDER))
 
 

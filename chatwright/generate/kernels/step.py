@@ -23,13 +23,13 @@ from chatwright.generate.kernels.products import (
     F32_WEIGHTS,
     FORMAT,
     GROUPS,
-    INT8_WEIGHTS,
     SCALES,
     TILES,
     TOGETHER,
     WEIGHTS,
     product,
     quantise,
+    takes_words,
 )
 from chatwright.generate.kernels.simd import (
     LANES,
@@ -274,12 +274,12 @@ def _activate(kind, raw, raw_stride, rows, first, last, hidden, stride):
 
 @inner
 def _multiply(path, thread, threads, sync, arena, matrix, x, x_stride, words, factors, sums, rows, out, stride, vectors):
-    """This thread's part of a product, once x is whole. Integer weights first have their input rounded."""
+    """This thread's part of a product, once x is whole. Most weights first have their input rounded."""
     shared = rows > ALONE and threads > 1
     slot = 0 if shared else thread
-    if matrix[FORMAT] >= INT8_WEIGHTS:
+    if takes_words(path, matrix[FORMAT]):
         first, last = _part(rows, thread, threads) if shared else (0, rows)
-        quantise(matrix[FORMAT], x, x_stride, first, last, matrix[GROUPS], words[slot], factors[slot], sums[slot])
+        quantise(path, matrix[FORMAT], x, x_stride, first, last, matrix[GROUPS], words[slot], factors[slot], sums[slot])
         if shared:
             meet(sync, threads)
     together = matrix[TOGETHER]
