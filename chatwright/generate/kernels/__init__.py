@@ -1,7 +1,7 @@
 """Fast generation on CPUs: compiled by Numba when first used, so that no compiler is needed to install or to run.
 
     simd.py      vectors of sixteen numbers for Numba
-    dots.py      products of small integers, per kind of processor
+    dots.py      products of small integers and of bfloat16, per kind of processor
     compiling.py how functions are compiled
     barrier.py   how threads wait for each other
     paths.py     which kind this processor is

@@ -7,9 +7,9 @@ from typing import Any
 
 from numba import njit
 
-_OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+_OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "_nrt": False}
 
-inlined = njit(forceinline=True, error_model="numpy")
+inlined = njit(forceinline=True, error_model="numpy", _nrt=False)
 """Becomes part of whoever calls it."""
 
 

@@ -55,6 +55,13 @@ def up_to(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def on_boundary(size: int, boundary: int = 64) -> np.ndarray:
+    """`size` bytes, not yet written, that begin at a multiple of `boundary`: a vector that lies across two cache lines costs two reads."""
+    room = np.empty(size + boundary, dtype=np.uint8)
+    start = -room.ctypes.data % boundary
+    return room[start : start + size]
+
+
 def quantised8(weights: Tensor) -> tuple[Tensor, Tensor]:
     """(rows, inputs), inputs a multiple of 32 -> whole numbers and scales, (rows, groups, 32) and (rows, groups, 1)."""
     groups = weights.view(weights.shape[0], -1, GROUP)
@@ -186,9 +193,7 @@ class _Packer:
 
     def arena(self) -> np.ndarray:
         """Everything in one block that begins on a huge page, where the system has them."""
-        room = np.empty(self.size + HUGE_PAGE, dtype=np.uint8)
-        start = -room.ctypes.data % HUGE_PAGE
-        block = room[start : start + self.size]
+        block = on_boundary(self.size, HUGE_PAGE)
         place = 0
         while self.parts:  # handed over one by one: never much more than one copy in memory
             part = self.parts.pop(0)

@@ -29,6 +29,7 @@ from chatwright.generate.kernels.simd import (
     add,
     even_bf16,
     fetch_ahead,
+    fetch_nearer,
     fma,
     larger,
     largest,
@@ -59,7 +60,8 @@ WORD_LIMITS = (127.0, 32_512.0)
 """Largest whole number that an activation becomes: before it meets int4 weights, int8 weights. The upper one is 256 * 127: cut into
 two signed bytes (dots.py), it needs no third."""
 AHEAD = 2048
-"""How many bytes before they are used weights are asked for: the processor itself looks ahead no further than a page."""
+"""How many bytes before they are used weights are asked for: the processor itself looks ahead no further than a page. With many rows
+the next tile is asked for while this one is used (`_share`), or memory would rest meanwhile."""
 
 
 @inlined
@@ -112,6 +114,22 @@ def quantise(path, kind, x, x_stride, first, last, groups, words, factors, sums)
                 store_rounded8(words, place * GROUP, a)
                 store_rounded8(words, place * GROUP + LANES, b)
                 sums[place] = both
+
+
+@inlined
+def _share(lines, rows):
+    """How many of the `lines` cache lines of a group each four of `rows` rows ask for in the next tile, while they use this one.
+
+    With less than eight rows none, because the processor itself sees what comes next; with many none, because memory waits anyway.
+    """
+    blocks = rows // 4
+    return (lines + blocks - 1) // blocks if 2 <= blocks <= 16 else 0
+
+
+@inlined
+def _ask(arena, at, lines, row, share):
+    for line in range(min(row // 4 * share, lines), min((row // 4 + 1) * share, lines)):
+        fetch_nearer(arena, at + line * 64)
 
 
 @inner
@@ -198,6 +216,7 @@ def _product_bf16(arena, weights, groups, first, last, x, x_stride, rows, out, s
 def _product_bf16_words(path, arena, weights, groups, first, last, words, rows, out, stride, vectors, bias, adding):
     """Each row has the same sums in the same order, alone or with three others."""
     zero = splat(np.float32(0.0))
+    share = _share(16, rows)
     for tile in range(first, last):
         base = weights + tile * groups * 1024
         row = 0
@@ -210,6 +229,7 @@ def _product_bf16_words(path, arena, weights, groups, first, last, words, rows, 
                 _start(vectors, bias, tile, out, at + 3 * stride, adding), zero,
             )  # fmt: skip
             for g in range(groups):
+                _ask(arena, base + (groups + g) * 1024, 16, row, share)
                 sums = add_bf16(path, arena, base + g * 1024, words, row * groups + g, groups, sums)
             store(out, at, add(sums[0], sums[1]))
             store(out, at + stride, add(sums[2], sums[3]))
@@ -218,12 +238,12 @@ def _product_bf16_words(path, arena, weights, groups, first, last, words, rows, 
             row += 4
         while row < rows:
             at = row * stride + tile * LANES
-            sums = (_start(vectors, bias, tile, out, at, adding), zero)
+            pair = (_start(vectors, bias, tile, out, at, adding), zero)
             for g in range(groups):
                 for line in range(0, 1024, 64):
                     fetch_ahead(arena, base + g * 1024 + AHEAD + line)
-                sums = add_bf16(path, arena, base + g * 1024, words, row * groups + g, groups, sums)
-            store(out, at, add(sums[0], sums[1]))
+                pair = add_bf16(path, arena, base + g * 1024, words, row * groups + g, groups, pair)
+            store(out, at, add(pair[0], pair[1]))
             row += 1
 
 
@@ -235,6 +255,7 @@ def _scaled8(arena, s, dots, factors, place, value):
 
 @inner
 def _product_int8(path, arena, weights, scales, groups, first, last, words, factors, sums, rows, out, stride, vectors, bias, adding):
+    share = _share(8, rows)
     for tile in range(first, last):
         base = weights + tile * groups * 512
         scale_at = scales + tile * groups * 32
@@ -247,6 +268,7 @@ def _product_int8(path, arena, weights, scales, groups, first, last, words, fact
             c = _start(vectors, bias, tile, out, at + 2 * stride, adding)
             d = _start(vectors, bias, tile, out, at + 3 * stride, adding)
             for g in range(groups):
+                _ask(arena, base + (groups + g) * 512, 8, row, share)
                 s = scale_at + g * 32
                 ad, bd, cd, dd = four_dots8(path, arena, base + g * 512, words, sums, p + g, groups)
                 a = _scaled8(arena, s, ad, factors, p + g, a)
@@ -281,6 +303,7 @@ def _scaled4(arena, s, dots, factors, sums, place, value):
 
 @inner
 def _product_int4(path, arena, weights, scales, groups, first, last, words, factors, sums, rows, out, stride, vectors, bias, adding):
+    share = _share(4, rows)
     for tile in range(first, last):
         base = weights + tile * groups * 256
         scale_at = scales + tile * groups * 64
@@ -293,6 +316,7 @@ def _product_int4(path, arena, weights, scales, groups, first, last, words, fact
             c = _start(vectors, bias, tile, out, at + 2 * stride, adding)
             d = _start(vectors, bias, tile, out, at + 3 * stride, adding)
             for g in range(groups):
+                _ask(arena, base + (groups + g) * 256, 4, row, share)
                 s = scale_at + g * 64
                 ad, bd, cd, dd = four_dots4(path, arena, base + g * 256, words, p + g, groups)
                 a = _scaled4(arena, s, ad, factors, sums, p + g, a)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import weakref
@@ -187,11 +188,13 @@ class KernelRunner:
         up = int(self.packed.plan[step.UP, 4]) * LANES
 
         def zeros(*shape: int) -> np.ndarray:
-            return np.zeros(shape, dtype=np.float32)
+            made = packing.on_boundary(4 * math.prod(shape)).view(np.float32).reshape(shape)
+            made.fill(0.0)
+            return made
 
         self._x = zeros(rows * int(dims[step.STRIDE]))
         self._normed = zeros(threads, rows * int(dims[step.STRIDE]))
-        self._words = np.zeros((threads, 2 * rows * widest), dtype=np.uint8)  # up to two bytes each
+        self._words = zeros(threads, rows * widest // 2).view(np.uint8)  # up to two bytes each
         self._factors = zeros(threads, rows * widest // GROUP)
         self._sums = zeros(threads, rows * widest // GROUP)
         self._qkv = zeros(rows * int(dims[step.QKV_STRIDE]) + GROUP)
@@ -220,7 +223,7 @@ class KernelRunner:
         half = pages * size * self.token_bytes() // 2
         try:
             # Untouched memory costs nothing, and numbers that were never written are never read.
-            self._keys, self._values = np.empty(half, dtype=np.uint8), np.empty(half, dtype=np.uint8)
+            self._keys, self._values = packing.on_boundary(half), packing.on_boundary(half)
             self._scores = np.zeros((self.team.threads, pages * size), dtype=np.float32)  # no sequence is longer
         except (MemoryError, ValueError):
             raise UserError(

@@ -112,17 +112,21 @@ def spread(typing: Any, array: Any, index: Any) -> Any:
     return F32(array, types.int64), code
 
 
-@intrinsic
-def fetch_ahead(typing: Any, array: Any, index: Any) -> Any:
-    """Have the cache line of array[index] brought near; harmless beyond the array's end."""
+def _fetching(locality: int) -> Any:
+    def declared(typing: Any, array: Any, index: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer = builder.bitcast(address_of(context, builder, signature.args[0], args[0], args[1]), I8.as_pointer())
+            numbers = [ir.Constant(INT32, number) for number in (0, locality, 1)]  # to read, how near, data
+            call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *numbers])
+            return context.get_dummy_value()
 
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.bitcast(address_of(context, builder, signature.args[0], args[0], args[1]), I8.as_pointer())
-        numbers = [ir.Constant(INT32, number) for number in (0, 3, 1)]  # to read, to keep, data
-        call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *numbers])
-        return context.get_dummy_value()
+        return types.none(array, types.int64), code
 
-    return types.none(array, types.int64), code
+    return intrinsic(declared)
+
+
+fetch_ahead, fetch_nearer = _fetching(3), _fetching(2)
+"""Have the cache line of array[index] brought near, `fetch_nearer` not into the first cache; harmless beyond the array's end."""
 
 
 @intrinsic

@@ -37,6 +37,7 @@ from chatwright.generate.kernels.simd import (
     divide,
     even_bf16,
     exp,
+    fetch_ahead,
     fma,
     keep_first,
     larger,
@@ -188,33 +189,73 @@ def _place(dims, eps, vectors, norms, layer, first, last, qkv, cos, sin, positio
                 store_one(values, base + (token * room + i) * 4, value)
 
 
+@inlined
+def _similarities(narrow, keys, base, qkv, query, size, values, ahead):
+    """q k for the sixteen tokens of the page at `base`. Meanwhile the page at `ahead`, unless that is -1, is brought near."""
+    a = b = c = d = splat(np.float32(0.0))  # sums apart, because an addition must wait for the one before
+    if narrow:
+        for i in range(0, size - 2, 4):
+            if ahead >= 0:
+                fetch_ahead(keys, ahead + i * 32)
+                fetch_ahead(keys, ahead + i * 32 + 64)
+                fetch_ahead(values, ahead + i * 32)
+                fetch_ahead(values, ahead + i * 32 + 64)
+            pair = load_int(keys, base + i * 32)
+            a = fma(even_bf16(pair), spread(qkv, query + i), a)
+            b = fma(odd_bf16(pair), spread(qkv, query + i + 1), b)
+            pair = load_int(keys, base + i * 32 + 64)
+            c = fma(even_bf16(pair), spread(qkv, query + i + 2), c)
+            d = fma(odd_bf16(pair), spread(qkv, query + i + 3), d)
+        if size % 4:
+            pair = load_int(keys, base + (size - 2) * 32)
+            a = fma(even_bf16(pair), spread(qkv, query + size - 2), a)
+            b = fma(odd_bf16(pair), spread(qkv, query + size - 1), b)
+    else:
+        for i in range(0, size, 2):
+            a = fma(load(keys, base + i * 64), spread(qkv, query + i), a)
+            b = fma(load(keys, base + i * 64 + 64), spread(qkv, query + i + 1), b)
+    return add(add(a, b), add(c, d))
+
+
+@inlined
+def _page_ahead(pages, positions, row, next_row, rows, number, head, together):
+    """The page that a head asks for while it looks at its own page `number`, of those that `next_row` needs; -1 for none.
+
+    The heads that share keys share the asking. What the row before has as well is near already: in a prompt that is every page.
+    """
+    if next_row >= rows or number % together != head % together or number * LANES > positions[next_row]:
+        return -1
+    page = pages[next_row, number]
+    return -1 if next_row > 0 and pages[next_row - 1, number] == page else page
+
+
 @inner
-def _attend(dims, layer, first, last, qkv, positions, pages, keys, values, scores, attended):
-    """softmax(q k^T / sqrt(K)) v for the heads `first` to `last` (row after row)."""
+def _attend(thread, threads, dims, layer, rows, qkv, positions, pages, keys, values, scores, attended):
+    """softmax(q k^T / sqrt(K)) v: this thread's share of all heads of all rows.
+
+    Many rows are dealt out in turn, because in a prompt the later ones have more to look at.
+    """
     heads, groups, size, room = dims[HEADS], dims[KV_HEADS], dims[HEAD_DIM], dims[HEAD_STRIDE]
-    narrow = dims[BF16_CACHE] != 0
+    narrow, together = dims[BF16_CACHE] != 0, heads // groups
     page_bytes = room * LANES * (2 if narrow else 4)
     scale = splat(np.float32(1.0) / np.sqrt(np.float32(size)))
+    start, step = (thread, threads) if rows > ALONE else (0, 1)
+    first, last = (0, (rows - thread + threads - 1) // threads * heads) if rows > ALONE else _part(rows * heads, thread, threads)
     for unit in range(first, last):
-        row, head = unit // heads, unit % heads
-        group = head // (heads // groups)
+        row, head = start + unit // heads * step, unit % heads
+        group = head // together
         query = row * dims[QKV_STRIDE] + head * size
         tokens = positions[row] + 1
         used = (tokens + LANES - 1) // LANES
+        next_row, next_group = (row, group + 1) if group + 1 < groups else (row + step, 0)
         tops = splat(np.float32(-np.inf))
         for number in range(used):
             base = ((layer * dims[PAGES] + pages[row, number]) * groups + group) * page_bytes
-            a = b = splat(np.float32(0.0))
-            if narrow:
-                for i in range(0, size, 2):
-                    pair = load_int(keys, base + i * 32)
-                    a = fma(even_bf16(pair), spread(qkv, query + i), a)
-                    b = fma(odd_bf16(pair), spread(qkv, query + i + 1), b)
-            else:
-                for i in range(0, size, 2):
-                    a = fma(load(keys, base + i * 64), spread(qkv, query + i), a)
-                    b = fma(load(keys, base + i * 64 + 64), spread(qkv, query + i + 1), b)
-            a = keep_first(multiply(add(a, b), scale), tokens - number * LANES, np.float32(-np.inf))
+            ahead = _page_ahead(pages, positions, row, next_row, rows, number, head, together)
+            if ahead >= 0:
+                ahead = ((layer * dims[PAGES] + ahead) * groups + next_group) * page_bytes
+            a = _similarities(narrow, keys, base, qkv, query, size, values, ahead)
+            a = keep_first(multiply(a, scale), tokens - number * LANES, np.float32(-np.inf))
             store(scores, number * LANES, a)
             tops = larger(tops, a)
         top = splat(largest(tops))
@@ -227,24 +268,27 @@ def _attend(dims, layer, first, last, qkv, positions, pages, keys, values, score
         inverse = splat(np.float32(1.0) / total(sums))
         out = (row * heads + head) * room
         for chunk in range(0, room, 32):
-            a = b = splat(np.float32(0.0))
+            a = b = c = d = splat(np.float32(0.0))
             for number in range(used):
                 base = ((layer * dims[PAGES] + pages[row, number]) * groups + group) * page_bytes
                 inside = min(LANES, tokens - number * LANES)
                 if narrow:
-                    for token in range(inside):
-                        pair = load_int(values, base + (token * room + chunk) * 2)
-                        weight = spread(scores, number * LANES + token)
-                        a = fma(even_bf16(pair), weight, a)
-                        b = fma(odd_bf16(pair), weight, b)
+                    at, line = base + chunk * 2, room * 2
+                    for token in range(0, inside - 1, 2):
+                        pair, weight = load_int(values, at + token * line), spread(scores, number * LANES + token)
+                        a, b = fma(even_bf16(pair), weight, a), fma(odd_bf16(pair), weight, b)
+                        pair, weight = load_int(values, at + (token + 1) * line), spread(scores, number * LANES + token + 1)
+                        c, d = fma(even_bf16(pair), weight, c), fma(odd_bf16(pair), weight, d)
+                    if inside % 2:
+                        pair, weight = load_int(values, at + (inside - 1) * line), spread(scores, number * LANES + inside - 1)
+                        a, b = fma(even_bf16(pair), weight, a), fma(odd_bf16(pair), weight, b)
                 else:
                     for token in range(inside):
                         at = base + (token * room + chunk) * 4
                         weight = spread(scores, number * LANES + token)
-                        a = fma(load(values, at), weight, a)
-                        b = fma(load(values, at + 64), weight, b)
-            store(attended, out + chunk, multiply(a, inverse))
-            store(attended, out + chunk + LANES, multiply(b, inverse))
+                        a, b = fma(load(values, at), weight, a), fma(load(values, at + 64), weight, b)
+            store(attended, out + chunk, multiply(add(a, c), inverse))
+            store(attended, out + chunk + LANES, multiply(add(b, d), inverse))
 
 
 @inlined
@@ -311,8 +355,7 @@ def forward(path, thread, threads, sync, dims, eps, arena, plan, vectors, norms,
         a, b = _part(units, thread, threads)
         _place(dims, eps, vectors, norms, layer, a, b, qkv, cos, sin, positions, pages, keys, values)
         meet(sync, threads)
-        a, b = _part(rows * dims[HEADS], thread, threads)
-        _attend(dims, layer, a, b, qkv, positions, pages, keys, values, scores[thread], attended)
+        _attend(thread, threads, dims, layer, rows, qkv, positions, pages, keys, values, scores[thread], attended)
         meet(sync, threads)
         matrix = plan[layer * MATRICES + OUTPUT]
         _multiply(path, thread, threads, sync, arena, matrix, attended, heads_stride, words, factors, sums, rows, x, stride, vectors)
