@@ -1,4 +1,5 @@
-"""The three ways in which kernel functions are compiled. None holds Python's lock while it runs, or checks for division by zero."""
+"""The three ways in which kernel functions are compiled. None holds Python's lock while it runs, checks for division by zero, or counts
+who holds an array (`_nrt`): counters that all threads write to cost more than the work between them. So none may make an array."""
 
 from __future__ import annotations
 
