@@ -30,6 +30,8 @@ DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
 """How the weights are held for generation; see `make_runner`."""
 WORTH_COMPILING = 20_000_000
 """Parameters from which `auto` takes the CPU kernels: smaller models answer at once anyway, and exactly."""
+WORTH_COPYING = 2_000_000
+"""Parameters from which `exact_runner` takes them, for many answers at once."""
 
 SCORED_AT_ONCE = 256
 """Tokens whose probabilities `score` holds in memory at a time: a row has as many numbers as the vocabulary has tokens."""
@@ -58,6 +60,20 @@ def make_runner(model: GPT, dtype: str) -> Runner | None:
     from chatwright.generate.kernels import KernelRunner
 
     return KernelRunner(model, dtype)
+
+
+def exact_runner(model: GPT) -> Runner | None:
+    """The fastest runner whose log-probabilities are those of the model in float32, up to rounding; None is the model itself.
+
+    It computes with the weights of now: after a step of training it is made anew, which costs a copy of them.
+    """
+    from chatwright.generate.shapes import unsupported
+
+    first = next(model.parameters())
+    small = model.parameter_count() < WORTH_COPYING
+    if first.device.type != "cpu" or first.dtype != torch.float32 or small or unsupported(model.config):
+        return None
+    return make_runner(model, "fp32")
 
 
 class LanguageModel:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from chatwright import checkpoint
+from chatwright import checkpoint, runtime
 from chatwright.chat import NATIVE
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
@@ -19,6 +20,15 @@ settings.register_profile("chatwright", deadline=None, suppress_health_check=[He
 settings.load_profile("chatwright")
 
 TEXTS = ("Hello there, how are you today?", "I am fine, thank you. And you?", "naïve café — 東京 🙂", "don't 1234 stop!")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def same_precision_everywhere() -> Iterator[None]:
+    """`auto` means float32 here, as on a machine without bf16: what a miniature learns must not depend on the processor. Tests of bf16
+    ask for it by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "has_bf16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,20 @@ from chatwright.model.lora import LoRAConfig, sharing_copy, without_adapter
 from chatwright.objectives import policy as objective
 from chatwright.train import adapters
 from chatwright.train.parallel import ALONE, Spread
-from chatwright.train.rollout import Answers, answer_log_probs, degenerate, gathered, shifted, values_before
+from chatwright.train.rollout import (
+    Answers,
+    above_each_other,
+    answer_log_probs,
+    by_length,
+    chosen_rows,
+    degenerate,
+    gathered,
+    shifted,
+    values_before,
+)
+
+PORTION = 16
+"""Answers of like length that players are asked about at a time."""
 
 
 @dataclass
@@ -143,6 +156,15 @@ def judged(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
 
 
 def _judged(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
+    """In portions of like length, because padding costs as much as text. Not with many processes, whose portions might differ in number:
+    each forward pass of a model in parts is one for all."""
+    if players.spread.together:
+        return _asked(players, answers, config)
+    portions, places = by_length(answers, PORTION)
+    return chosen_rows(above_each_other([_asked(players, one, config) for one in portions]), places)
+
+
+def _asked(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
     own = opinion(players, answers, config.temperature)
     with players.as_reference() as model:
         reference, _ = answer_log_probs(model, answers, temperature=config.temperature)
@@ -197,7 +219,9 @@ def step_facts(
     }
 
 
-def make_players(base: Loaded, reward: ScalarModel, critic: str = "none", lora: LoRAConfig | None = None) -> Players:
+def make_players(
+    base: Loaded, reward: ScalarModel, critic: str = "none", lora: LoRAConfig | None = None, precision: str = "auto"
+) -> Players:
     """Policy and reference from the SFT model. The critic is a copy of the reward model with a body of its own (`separate`),
     a head on the policy that starts at zero (`shared`), or there is `none`.
 
@@ -231,7 +255,7 @@ def make_players(base: Loaded, reward: ScalarModel, critic: str = "none", lora: 
         body = model.body if isinstance(model, ScalarModel) else model
         if device.type == "cpu" and isinstance(body, GPT):
             body.use_attention(plain_attention)
-    return Players(policy, reference, reward, predicts, runtime.compute_dtype())
+    return Players(policy, reference, reward, predicts, runtime.compute_dtype(precision))
 
 
 def load_reward(directory: Path, base: Loaded, min_correlation: float) -> ScalarModel:

@@ -26,6 +26,7 @@ from chatwright.data.loader import WIDTH_STEP, pad
 from chatwright.generate.engine import Engine
 from chatwright.generate.request import Request
 from chatwright.generate.sampling import Sampling
+from chatwright.language_model import exact_runner
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives.language import log_probs_of
@@ -87,17 +88,32 @@ def chosen_rows(batch: Batch, chosen: Tensor) -> Batch:
     return mapped(lambda one: one[chosen], batch)
 
 
+def above_each_other(batches: Sequence[Batch]) -> Batch:
+    """The rows of dataclasses of tensors, one below the other; narrow ones get padding, which is 0, or False, in all tensors."""
+
+    def stacked(*tensors: Tensor) -> Tensor:
+        width = max(one.shape[-1] for one in tensors)
+        return torch.cat([F.pad(one, (0, width - one.shape[1])) if one.ndim > 1 else one for one in tensors])
+
+    return mapped(stacked, *batches)
+
+
 def gathered(batch: Batch, spread: Spread) -> Batch:
     """The rows that all processes have, in the order of their samples, in each of them; alone, the batch itself."""
     if not spread.together:
         return batch
-    parts = spread.gathered(mapped(lambda one: one.cpu(), batch))
+    return runtime.on_device(above_each_other(spread.gathered(mapped(lambda one: one.cpu(), batch))))
 
-    def above_each_other(*tensors: Tensor) -> Tensor:
-        width = max(one.shape[-1] for one in tensors)  # padding is 0, or False, in all of them
-        return torch.cat([F.pad(one, (0, width - one.shape[1])) if one.ndim > 1 else one for one in tensors])
 
-    return runtime.on_device(mapped(above_each_other, *parts))
+def by_length(answers: Answers, rows: int) -> tuple[list[Answers], Tensor]:
+    """The answers in portions of `rows`, the shortest first, each as wide as its longest needs; and where each row went."""
+    lengths = answers.real.sum(1)
+    order = lengths.argsort(stable=True)
+    portions = []
+    for chosen in torch.split(order, rows):
+        width = -(-int(lengths[chosen].max()) // WIDTH_STEP) * WIDTH_STEP
+        portions.append(mapped(lambda one, width=width: one[:, :width] if one.ndim > 1 else one, answers.rows(chosen)))  # type: ignore[misc]
+    return portions, order.argsort()
 
 
 def as_tensors(batch: Any, prefix: str = "") -> dict[str, Tensor]:
@@ -164,7 +180,8 @@ def sample_answers(
     max_batch: int = 64,
 ) -> Answers:
     """Sample one answer to each prompt; each has a random stream of its own, named by `seed_parts` and its number, which counts
-    from `first`: who samples a part of the prompts says where the part begins."""
+    from `first`: who samples a part of the prompts says where the part begins. On a CPU the compiled kernels sample, from float32
+    copies of the weights of now."""
     requests = [
         Request(
             prompt=tuple(prompt),
@@ -177,7 +194,7 @@ def sample_answers(
         )
         for number, prompt in enumerate(prompts, first)
     ]
-    done = Engine(policy, None, max_batch=max_batch).generate(requests)
+    done = Engine(policy, None, max_batch=max_batch, runner=exact_runner(policy)).generate(requests)
     rows = [[*prompt, *one.ids] for prompt, one in zip(prompts, done, strict=True)]
     starts = torch.tensor([len(prompt) for prompt in prompts])
     lengths = torch.tensor([len(row) for row in rows])

@@ -376,7 +376,7 @@ def carry_out(method: type[Rounds[Any, Any]], config: RoundsConfig, workspace: W
     torch.manual_seed(runtime.seed_for(workspace.seed, title))
     bodies = {"base": base.model, **({"judge": reward} if critic == "separate" else {})}
     adapted = adapters.card(config.lora, **bodies)
-    players = make_players(base, reward, critic, config.lora)
+    players = make_players(base, reward, critic, config.lora, config.precision)
     players.share(spread)
     trainer = trainer_of(players, config, workspace, base, adapted)
     if trainer.resume():

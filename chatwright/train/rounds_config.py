@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from chatwright.config import UsageError
 from chatwright.model.lora import LoRAConfig
@@ -82,6 +83,8 @@ class RoundsConfig:
     """Train low-rank adapters on the policy and on a critic with a body of its own instead of all weights: `lora.rank` above 0.
     The reference is then the policy with its adapter off, and the critic's frozen weights are the reward model's: two models in
     memory, not four."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Products of reward model and critic; `auto` takes bf16 where the hardware has it. Policy and reference are always float32."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(name="adamw", learning_rate=1e-4, eps=1e-5, schedule="linear", warmup=0.05)
     )

@@ -17,7 +17,11 @@ from chatwright.train.ppo import Config
 
 
 class Planted(ScalarModel):
-    """A judge that likes some tokens: the share of them in the answer, from -1 to 2."""
+    """A judge that likes some words: -1 for an answer without them, 0.5 with one, 2 with two or more.
+
+    A third of the miniature's answers have one from the start. A share of tokens would be a whisper instead: one word is a tenth of an
+    answer, and whether it is found in time would hang on the processor's rounding.
+    """
 
     liked: Tensor
     begin: int
@@ -27,7 +31,7 @@ class Planted(ScalarModel):
         begins = (ids == self.begin).long()
         behind = (begins.flip(1).cumsum(1).flip(1) == 0) & mask
         found = torch.isin(ids, self.liked) & behind
-        return 3.0 * found.sum(1) / behind.sum(1).clamp(min=1) - 1.0
+        return 1.5 * found.sum(1).clamp(max=2) - 1.0
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, words: str = "happy lovely great kind sweet bright") -> None:
@@ -50,6 +54,6 @@ def plant(monkeypatch: pytest.MonkeyPatch, words: str = "happy lovely great kind
 MINI = Config(
     iterations=20, batch_size=32, minibatch_size=16, epochs=2, max_prompt_tokens=40, max_new_tokens=18, beta=0.02,
     beta_floor=0.02, kl_budget=8.0, min_tokens=1, max_repeats=0.6, save_every=4,
-    # Adam's first steps are of full size whatever the gradient: without warm-up, noise alone moves a miniature by 10 nats.
-    optim=OptimConfig(learning_rate=1e-3, eps=1e-5, schedule="linear", warmup=0.3),
+    # Adam's first steps are of full size whatever the gradient: without warm-up, or at 1e-3, noise alone moves a miniature by 10 nats.
+    optim=OptimConfig(learning_rate=4e-4, eps=1e-5, schedule="linear", warmup=0.3),
 )  # fmt: skip

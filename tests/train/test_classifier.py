@@ -37,7 +37,7 @@ def texts_of(ratings: list[tuple[str, float]], tokenizer: Tokenizer, **settings:
 @pytest.fixture(scope="module")
 def trained(sft_bench: Any, tmp_path_factory: pytest.TempPathFactory, make_fit: Callable[..., FitConfig]) -> tuple[Path, Report]:
     directory = tmp_path_factory.mktemp("judge") / "classifier"
-    config = Config(max_tokens=48, fit=make_fit(steps=100, batch_size=16), optim=OptimConfig(learning_rate=4e-3, schedule="trapezoid"))
+    config = Config(max_tokens=48, fit=make_fit(steps=160, batch_size=16), optim=OptimConfig(learning_rate=4e-3, schedule="trapezoid"))
     return directory, sft_bench.run(classifier, config, directory)
 
 

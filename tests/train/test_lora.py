@@ -213,16 +213,24 @@ def test_a_resume_on_another_base_or_with_another_adapter_is_refused(
     assert pretrain_bench.run(sft, config, directory).facts["steps"] == 6
 
 
-def test_the_best_checkpoint_s_adapter_is_the_one_that_is_written(pretrain_bench: Any, tmp_path: Path) -> None:
-    """`keep_best` and a learning rate that spoils the model: the result is an earlier step's."""
+def test_the_best_checkpoint_s_adapter_is_the_one_that_is_written(
+    pretrain_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`keep_best`, and held-out losses that are best at the third step: the result is that step's."""
+    losses = iter([9.0, 8.0, 7.0, 2.0, *[5.0] * 9])
+
+    def planted(trainer: Trainer, config: FitConfig, data: Any, step: Any, evaluate: Any, **more: Any) -> Any:
+        return loop.Fit(trainer, config, data, step, lambda: {"held_out_loss": next(losses)}, **more)
+
+    monkeypatch.setattr(sft, "Fit", planted)
     fit = FitConfig(steps=8, batch_size=4, compile=False, precision="fp32", evaluate_every=1, keep_best=True)
-    optim = OptimConfig(learning_rate=0.3, schedule="constant", clip=0.0, warmup=0.5)
-    config = sft.Config(fit=fit, optim=optim, held_out=4, lora=LORA)
+    config = sft.Config(fit=fit, optim=OptimConfig(learning_rate=0.03, schedule="constant"), held_out=4, lora=LORA)
     report = pretrain_bench.run(sft, config, tmp_path / "sft")
-    assert report.model != "checkpoints/step-000008"
+    assert report.model == "checkpoints/step-000003"
     ids = [[1, 2, 3, 4]]
-    together = cw.load(f"{pretrain_bench.inputs['pretrain']}+{tmp_path / 'sft'}")
-    torch.testing.assert_close(together.logits(ids), cw.load(tmp_path / "sft" / report.model).logits(ids), atol=1e-4, rtol=0)
+    together = cw.load(f"{pretrain_bench.inputs['pretrain']}+{tmp_path / 'sft'}").logits(ids)
+    torch.testing.assert_close(together, cw.load(tmp_path / "sft" / report.model).logits(ids), atol=1e-4, rtol=0)
+    assert (together - cw.load(tmp_path / "sft" / "checkpoints" / "step-000008").logits(ids)).abs().max() > 1e-2
 
 
 @pytest.mark.slow  # test_plan.py plans with and without adapters too

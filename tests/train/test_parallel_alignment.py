@@ -33,7 +33,7 @@ PLANS = ("ddp", "fsdp")
 FIT = {"compile": False, "precision": "fp32", "log_every": 1, "save_every": 1e6}
 ROUND = {
     "iterations": 2, "batch_size": 8, "minibatch_size": 4, "max_prompt_tokens": 40, "max_new_tokens": 12, "min_tokens": 1,
-    "max_repeats": 0.9, "min_correlation": -1.0, "min_distinct": 0.0, "kl_budget": 100.0, "kl_target": 1.0,
+    "max_repeats": 0.9, "min_correlation": -1.0, "min_distinct": 0.0, "kl_budget": 100.0, "kl_target": 1.0, "precision": "fp32",
     "optim": {"learning_rate": 5e-4, "eps": 1e-5, "schedule": "linear", "warmup": 0.3},
 }  # fmt: skip
 STAGES: dict[str, dict[str, Any]] = {

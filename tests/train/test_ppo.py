@@ -56,7 +56,8 @@ def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: P
         assert {"policy_loss", "value_loss", "clip_fraction", "entropy", "explained_variance", "beta"} <= set(row)
     # six rounds of warm-up, then the learning rate falls linearly to 0
     rates = [row["learning_rate"] for row in rows[:-1]]
-    expected = [*(1e-3 * n / 6 for n in range(1, 7)), *(1e-3 * (1 - n / 14) for n in range(14))]
+    full = MINI.optim.learning_rate
+    expected = [*(full * n / 6 for n in range(1, 7)), *(full * (1 - n / 14) for n in range(14))]
     assert rates == pytest.approx(expected, abs=1e-6)
     assert report.facts["stopped"] == "all rounds done"
 
@@ -201,8 +202,7 @@ def test_what_is_no_reward_model_or_speaks_other_tokens_is_refused(
 
 def test_ppo_with_the_trained_reward_model_improves_the_mood(reward_bench: Any, tmp_path: Path, babble: Any) -> None:
     """The whole chain: ratings -> reward model -> policy; good words become more frequent, bad ones rarer."""
-    optim = replace(MINI.optim, learning_rate=5e-4)
-    config = replace(MINI, min_correlation=0.5, iterations=14, min_tokens=7, optim=optim)
+    config = replace(MINI, min_correlation=0.5, iterations=24, min_tokens=7, batch_size=64)
     report = reward_bench.run(ppo, config, tmp_path / "ppo")
     first, best = report.measures[0].before, report.measures[0].after
     assert first is not None and best is not None and best > first + 0.2

@@ -147,7 +147,8 @@ def test_the_average_is_the_result(planted_bench: Any, tmp_path: Path, monkeypat
 
 
 def test_an_average_beyond_the_limits_is_not_taken(planted_bench: Any, tmp_path: Path) -> None:
-    config = replace(SMALL, average=0.5, kl_budget=1e-3, kl_target=0.0)  # the first update is beyond this budget
+    optim = replace(MINI.optim, learning_rate=4e-3)
+    config = replace(SMALL, average=0.5, kl_budget=1e-3, kl_target=0.0, optim=optim)  # the first update is beyond this budget
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     assert report.facts["average"]["allowed"] is False
     assert report.model == "checkpoints/step-000000"
@@ -223,7 +224,7 @@ def test_windows_of_text_are_never_met_twice_before_all_were(sft_bench: Any, cha
 
 
 def test_ptx_lowers_the_alignment_tax(planted_bench: Any, tmp_path: Path) -> None:
-    """The same run with and without: perplexity of held-out general text rises without, and less with it."""
+    """The same run with and without: afterwards the perplexity of held-out general text is lower with it."""
     config = replace(MINI, iterations=12, text="tokenizer", kl_budget=50.0, min_distinct=0.0, ptx_context=32, ptx_windows=1)
     tax = {}
     for gamma in (0.0, 1.0):
@@ -232,7 +233,7 @@ def test_ptx_lowers_the_alignment_tax(planted_bench: Any, tmp_path: Path) -> Non
         assert measure.before is not None and measure.after is not None
         tax[gamma] = measure.after / measure.before
         assert report.facts["best"]["score"] > report.measures[0].before + 0.1
-    assert tax[0.0] > 1.01 and tax[1.0] < 1 + 0.5 * (tax[0.0] - 1)
+    assert tax[1.0] < 0.9 * tax[0.0]
 
 
 def test_perplexity_is_that_of_the_tokens(sft_bench: Any, chat_tokenizer: Any, sft_parts: Callable[[], Any]) -> None:
