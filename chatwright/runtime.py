@@ -192,7 +192,9 @@ def one_thread() -> Iterator[None]:
 
 
 def has_bf16() -> bool:
-    """Whether bf16 products are computed by the hardware, not emulated."""
+    """Whether bf16 products are computed by the hardware, not emulated. CHATWRIGHT_BF16=0 says no, as on a machine without them."""
+    if os.environ.get("CHATWRIGHT_BF16") == "0":
+        return False
     if device().type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if platform.machine() in ("x86_64", "AMD64"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from chatwright import checkpoint, runtime
+from chatwright import checkpoint
 from chatwright.chat import NATIVE
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
@@ -27,7 +27,7 @@ def same_precision_everywhere() -> Iterator[None]:
     """`auto` means float32 here, as on a machine without bf16: what a miniature learns must not depend on the processor. Tests of bf16
     ask for it by name."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "has_bf16", lambda: False)
+        patch.setenv("CHATWRIGHT_BF16", "0")  # for the programs that tests start, too
         yield
 
 

@@ -80,6 +80,9 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(runtime, "has_bf16", lambda has=has: has)
         assert runtime.compute_dtype("auto") == dtype
+    monkeypatch.undo()
+    monkeypatch.setenv("CHATWRIGHT_BF16", "0")
+    assert not runtime.has_bf16()
     with pytest.raises(UserError, match="precision 'fp8' is none of auto, bf16, fp32"):
         runtime.compute_dtype("fp8")
 
