@@ -159,8 +159,9 @@ def run_server(
     try:
         yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", model, app)
     finally:
-        model.engine.allow(float("inf"))
         server.should_exit = True
+        thread.join(3)  # what is held and outlasts the draining is interrupted; released before, it might come to its end instead
+        model.engine.allow(float("inf"))
         thread.join(20)
         listener.close()
         # Clients of libraries leave their sockets to the garbage collector, which would complain in whichever test it runs.

@@ -219,7 +219,7 @@ def test_a_deleted_conversation_stops_its_answer(me: Person, server: Running, wa
 
 def test_a_restart_loses_nothing(tiny: TinyModel, tmp_path: Path, wait_until: Callable[..., None]) -> None:
     store = str(tmp_path / "store.db")
-    with run_server(tiny, store=store) as server, Person(server.url) as me:
+    with run_server(tiny, store=store, drain_seconds=0.5) as server, Person(server.url) as me:
         cookies = dict(me.client.cookies)
         whole = me.begin("hello")
         me.answer(whole["id"], whole["leaf"])
