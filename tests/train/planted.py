@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,10 @@ MINI = Config(
     # Adam's first steps are of full size whatever the gradient: without warm-up, or at 1e-3, noise alone moves a miniature by 10 nats.
     optim=OptimConfig(learning_rate=4e-4, eps=1e-5, schedule="linear", warmup=0.3),
 )  # fmt: skip
+
+
+def gain(rows: Sequence[Mapping[str, float]]) -> float:
+    """The mean score of the last five rounds over that of the first five. Not the best round over the first: of so many rounds one is
+    better by that much by luck alone."""
+    scores = [row["score"] for row in rows]
+    return sum(scores[-5:]) / 5 - sum(scores[:5]) / 5

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI
+from planted import MINI, gain
 
 from chatwright import checkpoint
 from chatwright.config import UsageError, UserError
@@ -45,7 +45,7 @@ def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: P
     rows = rows_of(directory)
     assert [row["step"] for row in rows] == list(range(21))
     best = report.facts["best"]
-    assert best["score"] > rows[0]["score"] + 0.25
+    assert gain(rows) > 0.5
     assert abs(rows[0]["kl"]) < 1e-4 and abs(rows[0]["kl_k3"]) < 1e-4  # policy and reference are the same at first
     assert all(row["sampler_gap"] < 1e-4 for row in rows)
     assert 0.05 < best["kl"] <= MINI.kl_budget

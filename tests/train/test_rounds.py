@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI, plant
+from planted import MINI, gain, plant
 
 from chatwright.checkpoint import Checkpoint
 from chatwright.config import UsageError, UserError
@@ -97,7 +97,7 @@ def _first(policy: GPT) -> torch.Tensor:
 def test_a_planted_reward_rises_with_a_shared_trunk(planted_bench: Any, tmp_path: Path) -> None:
     report = planted_bench.run(ppo, replace(MINI, critic="shared"), tmp_path / "ppo")
     rows = rows_of(tmp_path / "ppo")
-    assert report.facts["best"]["score"] > rows[0]["score"] + 0.25
+    assert gain(rows) > 0.5
     assert rows[0]["explained_variance"] == pytest.approx(0.0, abs=1e-6)  # zeros explain nothing
     critic = Checkpoint(tmp_path / "ppo" / str(report.model)).tensors("critic")
     assert set(critic) == {"scalar.weight", "scalar.bias"}
@@ -233,7 +233,7 @@ def test_ptx_lowers_the_alignment_tax(planted_bench: Any, tmp_path: Path) -> Non
         assert measure.before is not None and measure.after is not None
         tax[gamma] = measure.after / measure.before
         assert report.facts["best"]["score"] > report.measures[0].before + 0.1
-    assert tax[1.0] < 0.9 * tax[0.0]
+    assert tax[1.0] < 0.5 * tax[0.0]
 
 
 def test_perplexity_is_that_of_the_tokens(sft_bench: Any, chat_tokenizer: Any, sft_parts: Callable[[], Any]) -> None:
