@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI
+from planted import MINI, gain
 
 import chatwright as cw
 from chatwright.checkpoint import Checkpoint
@@ -82,8 +82,7 @@ def test_a_planted_reward_rises_over_adapters(critic: str, planted_bench: Any, t
     else:
         config = replace(whole, critic=critic)  # type: ignore[arg-type]
     report = planted_bench.run(module, config, tmp_path / "run")
-    scores = [row["score"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
-    assert sum(scores[-5:]) / 5 > sum(scores[:3]) / 3 + 0.08  # a round's score is known to about 0.03
+    assert gain(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 0.25  # a round's score is known to about 0.1
     assert 0.05 < report.facts["best"]["kl"] <= config.kl_budget
     names = {file.stem for file in result(tmp_path / "run", report).path.glob("critic*.safetensors")}
     assert names == {"separate": {"critic-adapter"}, "shared": {"critic"}, "none": set()}[critic]
