@@ -205,7 +205,7 @@ def ours_ppo(shape: Shape) -> Callable[[], float]:
         batch_size=PPO["batch"], minibatch_size=PPO["minibatch"], max_new_tokens=PPO["answer"],
         optim=OptimConfig(name="adamw", learning_rate=RATE),
     )  # fmt: skip
-    players = make_players(base, ScalarModel(shape.config), config.critic)
+    players = make_players(base, ScalarModel(shape.config), config.critic, policy_precision="auto")
     workspace = Workspace(Path(tempfile.mkdtemp(prefix="bench-align-")), 3)
     runtime.tune_allocator()
     training = rounds.trainer_of(players, config, workspace, base, {})

@@ -10,6 +10,7 @@ a token counts.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from chatwright.config import UserError
 from chatwright.model.attention import CausalAttention, blocked_attention, fused_attention
 from chatwright.model.cache import Cache
 from chatwright.model.config import GPTConfig
+from chatwright.model.ragged import Ragged
 from chatwright.model.rotary import rotary_angles, rotary_rates, rotate, sinusoids
 
 
@@ -74,7 +76,7 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         angles: tuple[Tensor, Tensor] | None,
-        attend: Bool[Tensor, "B 1 T S"] | None,
+        attend: Bool[Tensor, "B 1 T S"] | Ragged | None,
         cache: Cache | None,
         layer: int,
     ) -> Float[Tensor, "B T D"]:
@@ -89,12 +91,14 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, G, S, K)
         dropout = self.dropout if self.training else 0.0
-        if attend is None and dropout == 0.0:
-            y = self.causal(q, k, v)
+        fused = partial(F.scaled_dot_product_attention, dropout_p=dropout, enable_gqa=True)
+        causal = partial(fused, is_causal=True) if dropout else self.causal
+        if attend is None:
+            y = causal(q, k, v)
+        elif isinstance(attend, Ragged):
+            y = attend.attention(q, k, v, causal)
         else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=attend, is_causal=attend is None, dropout_p=dropout, enable_gqa=True
-            )
+            y = fused(q, k, v, attn_mask=attend)
         return self.output(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))  # type: ignore[no-any-return]
 
 
@@ -191,7 +195,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         angles: tuple[Tensor, Tensor] | None,
-        attend: Tensor | None,
+        attend: Tensor | Ragged | None,
         cache: Cache | None,
         layer: int,
     ) -> Tensor:
@@ -287,6 +291,7 @@ class GPT(nn.Module):
         ids: Int[Tensor, "B T"],
         *,
         mask: Bool[Tensor, "B T"] | None = None,
+        lengths: Int[Tensor, " B"] | None = None,
         positions: Int[Tensor, "B T"] | None = None,
         documents: Int[Tensor, "B T"] | None = None,
         cache: Cache | None = None,
@@ -296,25 +301,41 @@ class GPT(nn.Module):
 
         mask: True on real tokens (all, when None). Padding may stand left or right; positions count real tokens only.
             Hidden states at padding are meaningless numbers, never NaN. With a cache, padding must stand on the right.
+        lengths: instead of all the others: real tokens of each row, the rest of which is padding. Only they are computed (ragged.py);
+            hidden states at padding are 0.
         positions: overrides the counting, for packed rows.
         documents: a number per token; a token attends only to tokens of the same number (packed rows).
         cache: keys and values of earlier calls; the real tokens of this call are appended to it.
         angles: `self.angles(positions)`, for callers who use the same positions again and again.
         Raises UserError when a sequence is longer than the context.
         """
-        config = self.config
-        start = cache.lengths if cache is not None else None
-        if positions is None:
-            positions = token_positions(ids, mask, start)
         longest = ids.shape[1] if cache is None else cache.longest + ids.shape[1]
-        if config.position == "learned" and longest > config.context:
-            raise UserError(f"{longest} tokens do not fit into the model's context of {config.context}")
-        attend = attention_mask(ids, mask, documents, cache)
+        if self.config.position == "learned" and longest > self.config.context:
+            raise UserError(f"{longest} tokens do not fit into the model's context of {self.config.context}")
+        if lengths is not None:
+            ragged = Ragged.of(lengths, ids.shape[1])
+            return ragged.put_back(self._decoded(ragged.taken(ids), ragged.columns, ragged))
+        if positions is None:
+            positions = token_positions(ids, mask, cache.lengths if cache is not None else None)
+        x = self._decoded(ids, positions, attention_mask(ids, mask, documents, cache), cache, angles)
+        if cache is not None:
+            cache.advance(ids.shape[1] if mask is None else mask.sum(1))
+        return x
+
+    def _decoded(
+        self,
+        ids: Int[Tensor, "B T"],
+        positions: Int[Tensor, "B T"],
+        attend: Bool[Tensor, "B 1 T S"] | Ragged | None,
+        cache: Cache | None = None,
+        angles: tuple[Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Tables, blocks and the last norm."""
         x = self.embed(ids)
         if self.positions is not None:
-            x = x + self.positions(positions.clamp(max=config.context - 1))
-        elif config.position == "sinusoidal":
-            x = x + sinusoids(positions, config.width).to(x.dtype)
+            x = x + self.positions(positions.clamp(max=self.config.context - 1))
+        elif self.config.position == "sinusoidal":
+            x = x + sinusoids(positions, self.config.width).to(x.dtype)
         if angles is None:
             angles = self.angles(positions)
         x = self.drop(x)
@@ -323,8 +344,6 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, angles, attend, cache, layer, use_reentrant=False)
             else:
                 x = block(x, angles, attend, cache, layer)
-        if cache is not None:
-            cache.advance(ids.shape[1] if mask is None else mask.sum(1))
         return self.final_norm(x)  # type: ignore[no-any-return]
 
     def forward(

@@ -39,21 +39,23 @@ class ScalarModel(nn.Module):
                 own[name].copy_(parameter)
 
     def forward(
-        self, ids: Int[Tensor, "B T"], *, mask: Bool[Tensor, "B T"] | None = None
+        self,
+        ids: Int[Tensor, "B T"],
+        *,
+        mask: Bool[Tensor, "B T"] | None = None,
+        lengths: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B T"]:
-        """One number per position, float32; `mask` as in GPT.hidden."""
-        values = self.scalar(self.body.hidden(ids, mask=mask)).squeeze(-1).float()
+        """One number per position, float32; `mask` and `lengths` as in GPT.hidden."""
+        values = self.scalar(self.body.hidden(ids, mask=mask, lengths=lengths)).squeeze(-1).float()
         return self.scale * (values - self.offset)  # type: ignore[no-any-return]
 
     def score(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
-        """The number at each row's last real token: what the model thinks of the whole row.
-
-        Padding on the right is seen by no real token: plain, faster causal attention is then enough.
-        """
+        """The number at each row's last real token: what the model thinks of the whole row. Padding on the right costs nothing."""
         on_the_left = bool((mask[:, 1:] & ~mask[:, :-1]).any())
         places = torch.arange(ids.shape[1], device=ids.device)
         last = torch.where(mask, places, -1).max(dim=1).values
-        return self(ids, mask=mask if on_the_left else None).gather(1, last[:, None]).squeeze(1)  # type: ignore[no-any-return]
+        padded = {"mask": mask} if on_the_left else {"lengths": mask.sum(1)}
+        return self(ids, **padded).gather(1, last[:, None]).squeeze(1)  # type: ignore[no-any-return]
 
 
 class ValueHead(nn.Module):

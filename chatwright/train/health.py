@@ -16,14 +16,25 @@ a critic has no `explained_variance`, one without a gold measure no `gold`."""
 Row = Mapping[str, float]
 History = Sequence[Row]
 
-SAMPLER_GAP = 1e-2
-"""Nats by which sampler and trainer may disagree about a token: rounding, of 16-bit weights too, is far below."""
-RATIO_GAP = 1e-3
-"""By how much a ratio may differ from 1 before anything was learnt: float32 rounding is below 1e-5."""
 YOUNG = 15
 """Rounds after which a critic should have learnt something."""
 WINDOW = 5
 """Rounds over which a gold measure is averaged when the settings name no patience."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding may do at most, with room to spare, in the precision of the policy's products."""
+
+    sampler: float = 1e-2
+    """Nats by which sampler and trainer may disagree about a token (float32: below 1e-4)."""
+    ratio: float = 1e-3
+    """By how much a ratio may differ from 1 before anything was learnt (float32: below 1e-5)."""
+
+
+FLOAT32 = Rounding()
+BFLOAT16 = Rounding(sampler=0.5, ratio=0.1)
+"""The sampler computes in float32. Seen: SAMPLER_SEEN; ratios RATIO_SEEN. A wrong temperature or template is beyond it soon."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,8 @@ class Limits:
     """Nats per answer."""
     patience: int = 0
     """Rounds that are averaged when a peak is looked for; 0 looks for none in the score."""
+    rounding: Rounding = FLOAT32
+    """Of the policy's products."""
 
 
 def diagnose(history: History, limits: Limits) -> Diagnosis | None:
@@ -49,9 +62,9 @@ def diagnose(history: History, limits: Limits) -> Diagnosis | None:
     return next((found for rule in RULES if (found := rule(history, limits)) is not None), None)
 
 
-def diagnose_ratio(gap: float) -> Diagnosis | None:
+def diagnose_ratio(gap: float, rounding: Rounding = FLOAT32) -> Diagnosis | None:
     """`gap` is the largest difference from 1 of a ratio in a round's first minibatch, before its update."""
-    if gap <= RATIO_GAP:
+    if gap <= rounding.ratio:
         return None
     return Diagnosis(
         f"in the first minibatch, before any update, a token's ratio of new to old probability is {gap:.3g} away from 1: the "
@@ -79,7 +92,7 @@ def diagnose_reward(*, train: float, held_out: float, length: float, pairs: int)
 
 def _sampler_is_not_the_policy(history: History, limits: Limits) -> Diagnosis | None:
     gap = history[-1]["sampler_gap"]
-    if gap <= SAMPLER_GAP:
+    if gap <= limits.rounding.sampler:
         return None
     return Diagnosis(
         f"sampler and trainer disagree on log-probabilities by {gap:.3g} nats; is the temperature, "

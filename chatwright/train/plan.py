@@ -246,11 +246,12 @@ def _rounds(subject: Subject, shape: GPTConfig) -> Scene:
     trained: list[GPT | ScalarModel] = [policy] if critic is None else [policy, critic]
     for model in trained:
         _adapt(model, subject)
-    length = subject.rows[1]
+    length, dtype = subject.rows[1], runtime.compute_dtype(needed.policy_precision)
 
     def step(samples: int) -> Tensor:
         ids = _tokens(samples, length)
-        loss = log_probs_of(policy(ids)[:, :-1], ids[:, 1:]).sum()
+        with runtime.autocast(dtype):
+            loss = log_probs_of(policy(ids)[:, :-1], ids[:, 1:]).sum()
         return loss if critic is None else loss + critic(ids).sum()  # type: ignore[no-any-return]
 
     return Scene(trained, step, frozen=frozen, vocabulary=shape.vocab_size)

@@ -33,24 +33,22 @@ from chatwright.train.rollout import (
     Answers,
     above_each_other,
     answer_log_probs,
-    by_length,
-    chosen_rows,
     degenerate,
     gathered,
     shifted,
     values_before,
 )
 
-PORTION = 16
-"""Answers of like length that players are asked about at a time."""
+PORTION = 64
+"""Answers that players are asked about at a time, which bounds what logits take."""
 
 
 @dataclass
 class Players:
     """What is trained, what it is compared with, what judges, what predicts the judgement (REINFORCE needs none of that).
 
-    A reference of None is the policy with its adapter off. Policy and reference compute in float32: their difference is the
-    KL, and the first ratio must be 1. Reward model and a critic with a body of its own compute in `dtype`.
+    A reference of None is the policy with its adapter off. Reward model and a critic with a body of its own compute in `dtype`,
+    policy and reference in `policy_dtype`: both in the same, for their difference is the KL.
     """
 
     policy: GPT
@@ -58,6 +56,7 @@ class Players:
     reward: ScalarModel
     critic: ScalarModel | ValueHead | None = None
     dtype: torch.dtype = torch.float32
+    policy_dtype: torch.dtype = torch.float32
     spread: Spread = ALONE
     """The processes that hold these models together, each of which samples and judges its share of a round's answers."""
 
@@ -99,14 +98,17 @@ class Opinion:
     values: Float[Tensor, "batch time"]
 
 
-def opinion(players: Players, answers: Answers, temperature: float) -> Opinion:
-    """One forward pass of the policy, and one of the critic unless it reads the policy's hidden states."""
+def opinion(players: Players, answers: Answers, temperature: float, *, learn_entropy: bool = False) -> Opinion:
+    """One forward pass of the policy, and one of the critic unless it reads the policy's hidden states. The entropy has a
+    gradient only if asked: that of a large vocabulary takes time."""
     policy, critic = players.policy, players.critic
-    hidden = policy.hidden(answers.ids) if isinstance(critic, ValueHead) else None
-    log_probs, entropy = answer_log_probs(policy, answers, temperature=temperature, with_entropy=True, hidden=hidden)
+    with runtime.autocast(players.policy_dtype):
+        hidden = policy.hidden(answers.ids, lengths=answers.lengths)
+        log_probs, entropy = answer_log_probs(
+            policy, answers, temperature=temperature, entropy="learnt" if learn_entropy else "known", hidden=hidden
+        )
     if isinstance(critic, ValueHead):
-        assert hidden is not None
-        values = shifted(critic(hidden), answers)
+        values = shifted(critic(hidden.float()), answers)
     elif critic is not None:
         with runtime.autocast(players.dtype):
             values = values_before(critic, answers)
@@ -156,17 +158,16 @@ def judged(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
 
 
 def _judged(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
-    """In portions of like length, because padding costs as much as text. Not with many processes, whose portions might differ in number:
-    each forward pass of a model in parts is one for all."""
+    """In portions. Not with many processes, whose portions might differ in number: each forward pass of a model in parts is one for all."""
     if players.spread.together:
         return _asked(players, answers, config)
-    portions, places = by_length(answers, PORTION)
-    return chosen_rows(above_each_other([_asked(players, one, config) for one in portions]), places)
+    portions = torch.split(torch.arange(len(answers.ids)), PORTION)
+    return above_each_other([_asked(players, answers.rows(chosen), config) for chosen in portions])
 
 
 def _asked(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
     own = opinion(players, answers, config.temperature)
-    with players.as_reference() as model:
+    with players.as_reference() as model, runtime.autocast(players.policy_dtype):
         reference, _ = answer_log_probs(model, answers, temperature=config.temperature)
     scores, poor = judge(players.reward, answers, config, players.dtype)
     return Judged(answers, own, reference, scores, poor)
@@ -220,7 +221,13 @@ def step_facts(
 
 
 def make_players(
-    base: Loaded, reward: ScalarModel, critic: str = "none", lora: LoRAConfig | None = None, precision: str = "auto"
+    base: Loaded,
+    reward: ScalarModel,
+    critic: str = "none",
+    lora: LoRAConfig | None = None,
+    *,
+    precision: str = "auto",
+    policy_precision: str = "fp32",
 ) -> Players:
     """Policy and reference from the SFT model. The critic is a copy of the reward model with a body of its own (`separate`),
     a head on the policy that starts at zero (`shared`), or there is `none`.
@@ -255,7 +262,9 @@ def make_players(
         body = model.body if isinstance(model, ScalarModel) else model
         if device.type == "cpu" and isinstance(body, GPT):
             body.use_attention(plain_attention)
-    return Players(policy, reference, reward, predicts, runtime.compute_dtype(precision))
+    return Players(
+        policy, reference, reward, predicts, runtime.compute_dtype(precision), runtime.compute_dtype(policy_precision)
+    )
 
 
 def load_reward(directory: Path, base: Loaded, min_correlation: float) -> ScalarModel:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,8 +29,8 @@ from chatwright.generate.sampling import Sampling
 from chatwright.language_model import exact_runner
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
+from chatwright.objectives import policy as objective
 from chatwright.objectives.language import log_probs_of
-from chatwright.objectives.policy import entropy
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.parallel import Spread
 from chatwright.train.sft import read_records
@@ -50,6 +50,11 @@ class Answers:
     """Whether the answer came to its end token."""
     sampled: Float[Tensor, "batch time"]
     """The sampler's own log-probabilities of the answer tokens, 0 elsewhere."""
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Real tokens of each row, prompt and answer."""
+        return self.real.sum(1)
 
     def rows(self, chosen: Tensor) -> Answers:
         """Some of the rows."""
@@ -103,17 +108,6 @@ def gathered(batch: Batch, spread: Spread) -> Batch:
     if not spread.together:
         return batch
     return runtime.on_device(above_each_other(spread.gathered(mapped(lambda one: one.cpu(), batch))))
-
-
-def by_length(answers: Answers, rows: int) -> tuple[list[Answers], Tensor]:
-    """The answers in portions of `rows`, the shortest first, each as wide as its longest needs; and where each row went."""
-    lengths = answers.real.sum(1)
-    order = lengths.argsort(stable=True)
-    portions = []
-    for chosen in torch.split(order, rows):
-        width = -(-int(lengths[chosen].max()) // WIDTH_STEP) * WIDTH_STEP
-        portions.append(mapped(lambda one, width=width: one[:, :width] if one.ndim > 1 else one, answers.rows(chosen)))  # type: ignore[misc]
-    return portions, order.argsort()
 
 
 def as_tensors(batch: Any, prefix: str = "") -> dict[str, Tensor]:
@@ -213,30 +207,30 @@ def answer_log_probs(
     answers: Answers,
     *,
     temperature: float,
-    with_entropy: bool = False,
+    entropy: Literal["", "known", "learnt"] = "",
     hidden: Float[Tensor, "batch time width"] | None = None,
 ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
-    """Log-probability, and if asked the entropy, of every answer token under `model`; 0 elsewhere.
+    """Log-probability, and if asked the entropy (`learnt`: with its gradient), of every answer token under `model`; 0 elsewhere.
 
     Logits are divided by the sampling temperature, as they were when the tokens were drawn. `hidden` are the model's hidden
     states of these rows where they are known already.
     """
     if hidden is None:
-        hidden = model.hidden(answers.ids)  # padding is on the right, where no real token can see it
+        hidden = model.hidden(answers.ids, lengths=answers.lengths)
     chosen = answers.response[:, 1:]
     logits = model.head(hidden[:, :-1][chosen]).float() / temperature  # (answer tokens, V)
     targets = answers.ids[:, 1:][chosen]
     log_probs = torch.zeros(answers.ids.shape, device=logits.device)
     log_probs[answers.response] = log_probs_of(logits[None], targets[None])[0]
     spread = torch.zeros_like(log_probs)
-    if with_entropy:
-        spread[answers.response] = entropy(logits[None])[0]
+    if entropy:
+        spread[answers.response] = objective.entropy(logits[None] if entropy == "learnt" else logits[None].detach())[0]
     return log_probs, spread
 
 
 def values_before(critic: ScalarModel, answers: Answers) -> Float[Tensor, "batch time"]:
     """The critic's value before each answer token, 0 elsewhere."""
-    return shifted(critic(answers.ids), answers)  # padding is on the right
+    return shifted(critic(answers.ids, lengths=answers.lengths), answers)
 
 
 def shifted(outputs: Float[Tensor, "batch time"], answers: Answers) -> Float[Tensor, "batch time"]:

@@ -121,6 +121,11 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         return self.trainer.progress.extra
 
     @property
+    def rounding(self) -> health.Rounding:
+        """What rounding may do to log-probabilities."""
+        return health.FLOAT32 if self.players.policy_dtype == torch.float32 else health.BFLOAT16
+
+    @property
     def spare(self) -> list[int]:
         """The step of the best checkpoint, which is not to be pruned."""
         best = self.extra["best"]
@@ -193,7 +198,7 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         rollout, logged = self.sampled()
         self.latest, history = logged, self.extra["history"]
         history.append({key: logged[key] for key in health.WATCHED if key in logged})
-        diagnosis = health.diagnose(history, health.Limits(self.config.kl_budget, self.config.patience))
+        diagnosis = health.diagnose(history, health.Limits(self.config.kl_budget, self.config.patience, self.rounding))
         if diagnosis is not None and diagnosis.fatal:
             self._break_off(diagnosis)
         self._keep_if_best(logged)
@@ -273,7 +278,8 @@ class Rounds(ABC, Generic[Settings, Rolled]):
 
     def _loss(self, batch: Any) -> Step:
         if isinstance(batch, TextBatch):
-            return text_step(self.players.policy, batch)
+            with runtime.autocast(self.players.policy_dtype):
+                return text_step(self.players.policy, batch)
         outcome = self.step(batch)
         if self.first_gap is None:
             self.first_gap = float(outcome.logged["ratio_gap"]) / batch.weight
@@ -286,7 +292,7 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         """
         gap = self.first_gap or 0.0
         self.first_gap = self.spread.most([math.inf if math.isnan(gap) else gap])[0]
-        diagnosis = health.diagnose_ratio(self.first_gap)
+        diagnosis = health.diagnose_ratio(self.first_gap, self.rounding)
         if diagnosis is not None:
             self._break_off(diagnosis)
         return True
@@ -376,7 +382,9 @@ def carry_out(method: type[Rounds[Any, Any]], config: RoundsConfig, workspace: W
     torch.manual_seed(runtime.seed_for(workspace.seed, title))
     bodies = {"base": base.model, **({"judge": reward} if critic == "separate" else {})}
     adapted = adapters.card(config.lora, **bodies)
-    players = make_players(base, reward, critic, config.lora, config.precision)
+    players = make_players(
+        base, reward, critic, config.lora, precision=config.precision, policy_precision=config.policy_precision
+    )
     players.share(spread)
     trainer = trainer_of(players, config, workspace, base, adapted)
     if trainer.resume():

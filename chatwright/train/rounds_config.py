@@ -84,7 +84,10 @@ class RoundsConfig:
     The reference is then the policy with its adapter off, and the critic's frozen weights are the reward model's: two models in
     memory, not four."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Products of reward model and critic; `auto` takes bf16 where the hardware has it. Policy and reference are always float32."""
+    """Products of reward model and critic; `auto` takes bf16 where the hardware has it."""
+    policy_precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    """Products of policy and reference. In bf16 a round is a third shorter, and the KL of an answer, a small difference of large
+    numbers, has rounding in it; sampling stays float32."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(name="adamw", learning_rate=1e-4, eps=1e-5, schedule="linear", warmup=0.05)
     )

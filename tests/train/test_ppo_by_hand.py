@@ -130,7 +130,7 @@ class Table(nn.Module):
         self.head = nn.Linear(3, 3, bias=False)
         self.head.weight.data = torch.tensor(logits).T.contiguous()
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, *, lengths: Tensor) -> Tensor:
         return nn.functional.one_hot(ids, 3).float()
 
 
@@ -141,7 +141,7 @@ class Values(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.tensor(VALUES))
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, *, lengths: Tensor) -> Tensor:
         return self.table[ids]
 
 

@@ -45,7 +45,7 @@ def test_the_loss_is_return_less_baseline_times_log_probability(
     rollout, logged = look_back(players, answers, 0.3, config)
     mask = answers.response
     with torch.no_grad():
-        now, spread = answer_log_probs(players.policy, answers, temperature=1.0, with_entropy=True)
+        now, spread = answer_log_probs(players.policy, answers, temperature=1.0, entropy="known")
         reference, _ = answer_log_probs(players.reference, answers, temperature=1.0)
         scores = torch.where(answers.finished, players.reward.score(answers.ids, answers.real), config.unfinished_score)
     expected, returns = [], []

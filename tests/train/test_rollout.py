@@ -56,7 +56,7 @@ def test_sampler_and_trainer_agree_on_log_probabilities(
 def test_log_probabilities_are_those_of_each_row_alone(lively_gpt: Callable[..., GPT]) -> None:
     model = lively_gpt(4)
     answers = sampled(model, 0.7)
-    found, spread = answer_log_probs(model, answers, temperature=0.7, with_entropy=True)
+    found, spread = answer_log_probs(model, answers, temperature=0.7, entropy="known")
     for row, prompt in enumerate(PROMPTS[:4]):
         ids = answers.ids[row][answers.real[row]]
         log_p = (model(ids[None])[0] / 0.7).log_softmax(-1)

@@ -46,10 +46,10 @@ def test_a_shared_trunk_is_read_once_and_starts_at_zero(
     answers = sample_answers(policy, PROMPTS, end=5, max_new_tokens=10, temperature=0.7, seed_parts=(1,))
     reads: list[int] = []
     real = policy.hidden
-    monkeypatch.setattr(policy, "hidden", lambda ids: reads.append(1) or real(ids))
+    monkeypatch.setattr(policy, "hidden", lambda ids, **more: reads.append(1) or real(ids, **more))
     seen = opinion(players, answers, 0.7)
     assert len(reads) == 1 and not bool(seen.values.any())
-    expected, spread = answer_log_probs(policy, answers, temperature=0.7, with_entropy=True)
+    expected, spread = answer_log_probs(policy, answers, temperature=0.7, entropy="known")
     torch.testing.assert_close(seen.log_probs, expected)
     torch.testing.assert_close(seen.entropy, spread)
     # with a head that is not zero: its output at the position before the token

@@ -1,0 +1,60 @@
+"""Rows of different lengths without their padding: everything but attention works on the real tokens alone, side by side.
+
+A linear layer, a norm or a table does not care which row a token stands in, so that padding costs nothing there; only for attention
+the tokens go back to their rows for a moment. Answers to questions fill half to two thirds of their padded rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from chatwright.model.attention import CausalAttention
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Where the N real tokens of B rows of T places stand. Padding is on the right, where no real token can see it."""
+
+    places: Int[Tensor, " N"]
+    """Row x T + column of each real token."""
+    rows: int
+    width: int
+
+    @classmethod
+    def of(cls, lengths: Int[Tensor, " B"], width: int) -> Ragged:
+        """Rows of `width` places whose first `lengths` are real."""
+        real = torch.arange(width, device=lengths.device) < lengths[:, None]
+        return cls(real.flatten().nonzero()[:, 0], len(lengths), width)
+
+    @property
+    def columns(self) -> Int[Tensor, "1 N"]:
+        """The column of each real token."""
+        return (self.places % self.width)[None]
+
+    def taken(self, x: Tensor) -> Tensor:
+        """(B, T, ...) -> (1, N, ...): the real tokens side by side."""
+        return x.flatten(0, 1).index_select(0, self.places)[None]
+
+    def put_back(self, x: Float[Tensor, "1 N D"]) -> Float[Tensor, "B T D"]:
+        """The real tokens in their rows; 0 at padding."""
+        flat = x.new_zeros(self.rows * self.width, x.shape[2]).index_copy(0, self.places, x[0])
+        return flat.view(self.rows, self.width, x.shape[2])
+
+    def attention(
+        self,
+        q: Float[Tensor, "1 H N K"],
+        k: Float[Tensor, "1 G N K"],
+        v: Float[Tensor, "1 G N K"],
+        causal: CausalAttention,
+    ) -> Float[Tensor, "1 H N K"]:
+        """Causal attention of each row for itself."""
+        y = causal(*(self._in_rows(x) for x in (q, k, v)))  # (B, H, T, K)
+        return self.taken(y.transpose(1, 2)).transpose(1, 2)
+
+    def _in_rows(self, x: Float[Tensor, "1 H N K"]) -> Float[Tensor, "B H T K"]:
+        _, heads, _, size = x.shape
+        return self.put_back(x.transpose(1, 2).flatten(2)).view(self.rows, self.width, heads, size).transpose(1, 2)

@@ -1,0 +1,113 @@
+"""Rows without their padding: the same hidden states and gradients as rows that are computed one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from chatwright.config import UserError
+from chatwright.model.attention import CausalAttention, fused_attention, plain_attention
+from chatwright.model.config import GPTConfig
+from chatwright.model.gpt import GPT
+from chatwright.model.ragged import Ragged
+
+IDS = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(1))
+LENGTHS = [5, 9, 1, 7]
+WEIGHTS = torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(2))
+"""What a loss counts each number of each place."""
+
+
+def shaped(preset: str, **values: Any) -> GPT:
+    """A small model of a family; random numbers everywhere, for fresh models have zero output matrices."""
+    small = {"layers": 2, "width": 64, "heads": 4, "mlp_width": 96, "vocab_size": 64, "context": 32, "dropout": 0.0}
+    model = GPT(GPTConfig.preset(preset, **{**small, **values})).eval()
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) * parameter.shape[-1] ** -0.5)
+    return model
+
+
+@contextmanager
+def counted(model: GPT) -> Iterator[list[int]]:
+    """How many tokens the first block's MLP was given, call by call."""
+    calls: list[int] = []
+    handle = model.blocks[0].mlp.register_forward_hook(lambda _, given, __: calls.append(given[0].shape[:-1].numel()))
+    yield calls
+    handle.remove()
+
+
+def one_by_one(model: GPT) -> list[Tensor]:
+    return [model.hidden(IDS[row : row + 1, :length])[0] for row, length in enumerate(LENGTHS)]
+
+
+def gradients(model: GPT, loss: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {name: one for name, one in zip(names, found, strict=True) if one is not None}
+
+
+@pytest.mark.parametrize("kernel", [fused_attention, plain_attention])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("preset", ["gpt1", "gpt2", "modern-tiny"])
+def test_hidden_states_and_gradients_are_those_of_each_row_alone(
+    preset: str, recompute: bool, kernel: CausalAttention
+) -> None:
+    model = shaped(preset)
+    model.use_attention(kernel)
+    model.recompute = recompute
+    alone = one_by_one(model)
+    expected = gradients(model, sum((h * WEIGHTS[row, : len(h)]).sum() for row, h in enumerate(alone)))  # type: ignore[arg-type]
+    with counted(model) as calls:
+        found = model.hidden(IDS, lengths=torch.tensor(LENGTHS))
+        together = gradients(model, (found * WEIGHTS).sum())
+    assert set(calls) == {sum(LENGTHS)}  # the padding was never computed
+    for row, length in enumerate(LENGTHS):
+        torch.testing.assert_close(found[row, :length], alone[row], atol=1e-5, rtol=0)
+        assert not found[row, length:].any()
+    assert together.keys() == expected.keys() and len(together) > 10
+    for name, gradient in expected.items():
+        torch.testing.assert_close(together[name], gradient, atol=1e-5 * max(1.0, float(gradient.abs().max())), rtol=0)
+
+
+@torch.no_grad()
+def test_what_stands_in_the_padding_does_not_matter() -> None:
+    model = shaped("modern-tiny")
+    lengths = torch.tensor(LENGTHS)
+    other = torch.where(torch.arange(9) < lengths[:, None], IDS, 63 - IDS)
+    assert torch.equal(model.hidden(IDS, lengths=lengths), model.hidden(other, lengths=lengths))
+
+
+def test_attention_weights_are_dropped_in_training() -> None:
+    model = shaped("gpt2", dropout=0.5)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # only the attention's is left
+    lengths = torch.tensor(LENGTHS)
+    rest = model.hidden(IDS, lengths=lengths)
+    model.train()
+    torch.manual_seed(1)
+    first, second = model.hidden(IDS, lengths=lengths), model.hidden(IDS, lengths=lengths)
+    assert not torch.allclose(first, second, atol=1e-3) and not torch.allclose(first, rest, atol=1e-3)
+
+
+def test_rows_longer_than_the_context_are_refused() -> None:
+    model = shaped("gpt2")
+    with pytest.raises(UserError, match="33 tokens do not fit"):
+        model.hidden(torch.zeros(2, 33, dtype=torch.long), lengths=torch.tensor([33, 2]))
+
+
+def test_places() -> None:
+    ragged = Ragged.of(torch.tensor([2, 0, 3]), 4)
+    assert ragged.places.tolist() == [0, 1, 8, 9, 10]
+    assert ragged.columns.tolist() == [[0, 1, 0, 1, 2]]
+    ids = torch.arange(12).view(3, 4)
+    assert ragged.taken(ids).tolist() == [[0, 1, 8, 9, 10]]
+    back = ragged.put_back(ragged.taken(ids)[..., None].float() + 1)[..., 0]
+    assert back.tolist() == [[1, 2, 0, 0], [0, 0, 0, 0], [9, 10, 11, 0]]
