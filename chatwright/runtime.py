@@ -224,6 +224,11 @@ def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device().type, dtype=dtype)
 
 
+def full_precision() -> contextlib.AbstractContextManager[Any]:
+    """Products in the precision of their numbers inside the context, whatever `autocast` says outside."""
+    return torch.autocast(device().type, enabled=False)
+
+
 def compiler_missing() -> str | None:
     """Why torch.compile cannot be used here, or None when it can."""
     if device().type == "cuda":

@@ -177,6 +177,7 @@ def round_facts(seen: Judged, beta: float) -> dict[str, float]:
     """What to log about a round's answers, before they are learnt from."""
     answers, own, mask = seen.answers, seen.opinion, seen.answers.response
     kl = torch.where(mask, objective.kl_k1(own.log_probs, seen.reference), 0.0).sum(1)
+    gaps = (answers.sampled - own.log_probs)[mask]
     k3 = torch.where(mask, objective.kl_k3(own.log_probs, seen.reference), 0.0).sum(1)
     return {
         "score": float(seen.scores.mean()),
@@ -188,7 +189,8 @@ def round_facts(seen: Judged, beta: float) -> dict[str, float]:
         "length": float(mask.sum(1).float().mean()),
         "finished": float(answers.finished.float().mean()),
         "degenerate": float(seen.poor.float().mean()),
-        "sampler_gap": float((answers.sampled - own.log_probs).abs()[mask].max()),
+        "sampler_gap": float(gaps.abs().max()),
+        "sampler_error": float(gaps.square().mean().sqrt()),
         "tokens": float(mask.sum()),
         "beta": beta,
     }

@@ -212,13 +212,15 @@ def answer_log_probs(
 ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
     """Log-probability, and if asked the entropy (`learnt`: with its gradient), of every answer token under `model`; 0 elsewhere.
 
-    Logits are divided by the sampling temperature, as they were when the tokens were drawn. `hidden` are the model's hidden
-    states of these rows where they are known already.
+    Logits are divided by the sampling temperature, as they were when the tokens were drawn. They are float32 products even under
+    autocast: a bf16 logit of 20 is 0.06 off, and so is its token's log-probability. `hidden` are the model's hidden states of
+    these rows where they are known already.
     """
     if hidden is None:
         hidden = model.hidden(answers.ids, lengths=answers.lengths)
     chosen = answers.response[:, 1:]
-    logits = model.head(hidden[:, :-1][chosen]).float() / temperature  # (answer tokens, V)
+    with runtime.full_precision():
+        logits = model.head(hidden[:, :-1][chosen].float()) / temperature  # (answer tokens, V)
     targets = answers.ids[:, 1:][chosen]
     log_probs = torch.zeros(answers.ids.shape, device=logits.device)
     log_probs[answers.response] = log_probs_of(logits[None], targets[None])[0]

@@ -70,8 +70,8 @@ def test_answers_of_another_model_give_a_negative_kl(
     made: list[Players] = []
     real_players, real_sample = rounds.make_players, rounds.sample_answers
 
-    def moved(*given: Any) -> Players:
-        players = real_players(*given)
+    def moved(*given: Any, **named: Any) -> Players:
+        players = real_players(*given, **named)
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in players.policy.blocks.parameters():
