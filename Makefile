@@ -106,7 +106,7 @@ bench-generate: $(VENV)/.installed-llama
 
 # Next to TRL, on the recipe's data.
 bench-align: $(VENV)/.installed-bench
-	$(BIN)/chatwright run tiny --until tokenizer
+	$(BIN)/chatwright run tiny --until sft
 	$(BIN)/python benchmarks/align.py $(ARGS)
 
 bench-serve: install-dev

@@ -4,8 +4,8 @@
     python benchmarks/align.py --shape 135m         SmolLM2's shape: 30 x 576, vocabulary 49,152
     python benchmarks/align.py --tasks sft reward   some of the tasks
 
-Every contender starts from random weights and reads the tiny recipe's conversations and ratings, already as token ids: only
-training is timed. All take AdamW (fused), clipping at 1.0, and bf16 products where the processor has them. A round is:
+Every contender starts from random weights (but for ppo_sft) and reads the tiny recipe's conversations and ratings, already as
+token ids: only training is timed. All take AdamW (fused), clipping at 1.0, and bf16 products where the processor has them. A round is:
 
 sft       an epoch over the same conversations in the same number of optimiser steps; the loss is that of the answers' tokens.
           TRL: padded, padded with conversations of like length together, and packed (its `bfd`), all without gradient
@@ -15,12 +15,16 @@ reward2   the same comparisons of 2 answers. reward4: of 4 answers, all pairs of
 ppo       64 prompts, one sampled answer of up to 32 tokens each, scores, and an update in minibatches of 16 (one pass), with
           policy, reference, reward model and critic of the same size. Textbook: transformers' generate (key-value cache, padding
           on the left), then forward passes over whole padded rows, as published implementations do it. TRL has no PPO any more.
+          Answers of random weights never end: each has 32 tokens. That is the worst case for whoever computes no padding.
+ppo_sft   the same from the tiny recipe's SFT model, whose answers end by themselves, as in a real run; at a rate of 1e-6, so
+          that they stay as long as they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -40,8 +44,9 @@ from chatwright.chat import NATIVE, EncodedChat
 from chatwright.data.examples import Comparison, Dialogue
 from chatwright.data.loader import SampleOrder
 from chatwright.data.packing import batch_rows, cut_dialogue, pack
-from chatwright.interop.hf_export import config_to_hf
+from chatwright.interop.hf_export import config_to_hf, plan_hf
 from chatwright.interop.loaded import Loaded
+from chatwright.language_model import load_parts
 from chatwright.model.attention import plain_attention
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
@@ -56,7 +61,7 @@ from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
 
 RUN = Path("runs/tiny")
-RATE = 1e-4
+RATE, SMALL_RATE = 1e-4, 1e-6
 
 
 @dataclass(frozen=True)
@@ -197,15 +202,22 @@ def questions(shape: Shape) -> list[list[int]]:
     return prompts_from(dialogues(), NATIVE, tokenizer(), max_tokens=longest, most=1_000)
 
 
-def ours_ppo(shape: Shape) -> Callable[[], float]:
-    """The stage's rounds, without the choice of what to keep on disk."""
+def start(shape: Shape, trained: bool) -> Loaded:
+    """The model that PPO begins with."""
     torch.manual_seed(0)
-    base = Loaded(GPT(shape.config), tokenizer(), NATIVE, "random weights")
+    return load_parts(RUN / "sft") if trained else Loaded(GPT(shape.config), tokenizer(), NATIVE, "random weights")
+
+
+def ours_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:
+    """The stage's rounds, without the choice of what to keep on disk."""
+    base = start(shape, trained)
     config = ppo.Config(
-        batch_size=PPO["batch"], minibatch_size=PPO["minibatch"], max_new_tokens=PPO["answer"],
-        optim=OptimConfig(name="adamw", learning_rate=RATE),
+        batch_size=PPO["batch"], minibatch_size=PPO["minibatch"], max_new_tokens=PPO["answer"], policy_precision="auto",
+        optim=OptimConfig(name="adamw", learning_rate=SMALL_RATE if trained else RATE),
     )  # fmt: skip
-    players = make_players(base, ScalarModel(shape.config), config.critic, policy_precision="auto")
+    players = make_players(
+        base, ScalarModel(base.model.config), config.critic, precision=config.precision, policy_precision=config.policy_precision
+    )
     workspace = Workspace(Path(tempfile.mkdtemp(prefix="bench-align-")), 3)
     runtime.tune_allocator()
     training = rounds.trainer_of(players, config, workspace, base, {})
@@ -321,15 +333,27 @@ def trl_reward(shape: Shape, k: int) -> Callable[[], float]:
 # ---- the textbook's PPO ----------------------------------------------------------------------------------------------------------
 
 
-def textbook_ppo(shape: Shape) -> Callable[[], float]:
-    """PPO as it is written down in most places: generate, five forward passes over padded rows, minibatches."""
-    policy, reference = hf_model(shape, "CausalLM"), hf_model(shape, "CausalLM")
+def exported(base: Loaded) -> Any:
+    """A model of ours in transformers."""
+    import transformers
+
+    with tempfile.TemporaryDirectory(prefix="bench-align-") as directory:
+        plan_hf(base).write(Path(directory) / "model")
+        return transformers.AutoModelForCausalLM.from_pretrained(Path(directory) / "model", dtype=torch.float32)
+
+
+def textbook_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:
+    """PPO as it is written down in most places: generate, five forward passes over padded rows, minibatches; answers are masked
+    behind their end."""
+    policy, reference = (exported(start(shape, True)) if trained else hf_model(shape, "CausalLM") for _ in range(2))
     judge, critic = (hf_model(shape, kind) for kind in ("SequenceClassification", "TokenClassification"))
     for model in (policy, reference, judge, critic):
         model.eval()
-    trained = [*policy.parameters(), *critic.parameters()]
-    optimiser = torch.optim.AdamW(trained, lr=RATE, eps=1e-5, weight_decay=0.0, fused=True)
+    parameters = [*policy.parameters(), *critic.parameters()]
+    rate = SMALL_RATE if trained else RATE
+    optimiser = torch.optim.AdamW(parameters, lr=rate, eps=1e-5, weight_decay=0.0, fused=True)
     prompts, padding, answer = questions(shape), tokenizer().end_of_text_id, PPO["answer"]
+    end = tokenizer().control_ids[NATIVE.end]
     order, taken = SampleOrder(len(prompts), 3), 0
     dtype = runtime.compute_dtype()
 
@@ -362,25 +386,28 @@ def textbook_ppo(shape: Shape) -> Callable[[], float]:
         mask = torch.tensor([[0] * (start - len(one)) + [1] * len(one) for one in chosen])
         with torch.no_grad(), runtime.autocast(dtype):
             ids = policy.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                                  max_new_tokens=answer, pad_token_id=padding)  # fmt: skip
-            mask = torch.cat((mask, torch.ones(len(ids), ids.shape[1] - start, dtype=mask.dtype)), 1)
+                                  max_new_tokens=answer, eos_token_id=end, pad_token_id=padding)  # fmt: skip
+            ended = (ids[:, start:] == end).long()
+            real = (ended.cumsum(1) - ended) == 0  # the answer with its end
+            mask = torch.cat((mask, real.to(mask.dtype)), 1)
             before, theirs = log_probs(policy, ids, mask, start), log_probs(reference, ids, mask, start)
             seen = values(ids, mask, start)
             scores = judge(input_ids=ids, attention_mask=mask).logits.squeeze(1).float()
-            rewards = -0.15 * (before - theirs)
-            rewards[:, -1] += scores
-            gained = advantages(rewards, seen)
+            seen = seen * real
+            rewards = -0.15 * (before - theirs) * real
+            rewards[torch.arange(len(ids)), real.sum(1) - 1] += scores
+            gained = advantages(rewards, seen) * real
             returns = gained + seen
-            gained = (gained - gained.mean()) / (gained.std() + 1e-8)
+            gained = (gained - gained[real].mean()) / (gained[real].std() + 1e-8)
         for part in torch.randperm(len(ids)).split(PPO["minibatch"]):
             with runtime.autocast(dtype):
                 now, opinion = log_probs(policy, ids[part], mask[part], start), values(ids[part], mask[part], start)
             ratio = (now - before[part]).exp()
-            actor = torch.max(-gained[part] * ratio, -gained[part] * ratio.clamp(0.8, 1.2)).mean()
+            actor = torch.max(-gained[part] * ratio, -gained[part] * ratio.clamp(0.8, 1.2))[real[part]].mean()
             near_ = seen[part] + (opinion - seen[part]).clamp(-0.2, 0.2)
-            value = 0.5 * torch.max((opinion - returns[part]) ** 2, (near_ - returns[part]) ** 2).mean()
+            value = 0.5 * torch.max((opinion - returns[part]) ** 2, (near_ - returns[part]) ** 2)[real[part]].mean()
             (actor + 0.1 * value).backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         return time.perf_counter() - started
@@ -404,13 +431,14 @@ def contenders(shape: Shape) -> dict[str, dict[str, side_by_side.Contender]]:
         "reward2": {"ours": lambda: ours_reward(shape, 2), "trl": lambda: trl_reward(shape, 2)},
         "reward4": {"ours": lambda: ours_reward(shape, 4), "trl": lambda: trl_reward(shape, 4)},
         "ppo": {"ours": lambda: ours_ppo(shape), "textbook": lambda: textbook_ppo(shape)},
+        "ppo_sft": {"ours": lambda: ours_ppo(shape, trained=True), "textbook": lambda: textbook_ppo(shape, trained=True)},
     }
 
 
 def table(name: str, task: str, samples: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Print what came out; the ratios. A sample is a conversation, a comparison, an answer."""
     shape = SHAPES[name]
-    count = {"sft": shape.conversations, "ppo": PPO["batch"]}.get(task, shape.comparisons)
+    count = {"sft": shape.conversations, "ppo": PPO["batch"], "ppo_sft": PPO["batch"]}.get(task, shape.comparisons)
     ratios = {}
     print(f"\n{name}, {task}: {count} samples a round\n{'':14} samples/s   peak memory   ours is faster by")
     for who, row in samples.items():
@@ -426,7 +454,7 @@ def main() -> int:
     """Run the tasks of a shape one after the other, print their tables, write results/align.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="4m")
-    parser.add_argument("--tasks", nargs="+", choices=list(contenders(SHAPES["4m"])), default=list(contenders(SHAPES["4m"])))
+    parser.add_argument("--tasks", nargs="+", choices=list(contenders(SHAPES["4m"])), help="default: all that the shape has")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -434,15 +462,19 @@ def main() -> int:
     if options.contender:
         name, task, who = options.contender.split(":")
         return side_by_side.serve_rounds(contenders(SHAPES[name])[task][who])
-    if not (RUN / "tokenizer" / "tokenizer.json").is_file():
-        raise SystemExit(f"{RUN} has no tokenizer: run `chatwright run tiny --until tokenizer` first (make bench-align does)")
+    tasks = options.tasks or [task for task in contenders(SHAPES["4m"]) if task != "ppo_sft" or options.shape == "4m"]
+    for stage in ("tokenizer", *(["sft"] if "ppo_sft" in tasks else [])):
+        if not (RUN / stage / "result.json").is_file():
+            raise SystemExit(f"{RUN} has no {stage}: run `chatwright run tiny --until {stage}` first (make bench-align does)")
     ratios, kept = {}, {}
-    for task in options.tasks:
-        names = [f"{options.shape}:{task}:{who}" for who in contenders(SHAPES[options.shape])[task]]
-        found = side_by_side.run_rounds(__file__, names, options.rounds)
-        samples = {key.rpartition(":")[2]: row for key, row in found.items()}
-        ratios |= table(options.shape, task, samples)
-        kept[f"{options.shape}/{task}"] = samples
+    with tempfile.TemporaryDirectory(prefix="bench-align-") as directory:
+        os.environ["TMPDIR"] = directory  # contenders are ended by force and clean nothing up
+        for task in tasks:
+            names = [f"{options.shape}:{task}:{who}" for who in contenders(SHAPES[options.shape])[task]]
+            found = side_by_side.run_rounds(__file__, names, options.rounds)
+            samples = {key.rpartition(":")[2]: row for key, row in found.items()}
+            ratios |= table(options.shape, task, samples)
+            kept[f"{options.shape}/{task}"] = samples
     command = " ".join(["python benchmarks/align.py", *sys.argv[1:]])
     print(side_by_side.write_results("align", ratios, command, ["transformers", "trl"], kept))
     return 0

@@ -134,7 +134,7 @@ def test_a_broken_critic(planted_bench: Any, tmp_path: Path, monkeypatch: pytest
 def test_a_first_ratio_that_is_not_one(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The update forgets the temperature; looking back does not."""
     real = ppo.opinion
-    monkeypatch.setattr(ppo, "opinion", lambda players, answers, temperature: real(players, answers, 1.0))
+    monkeypatch.setattr(ppo, "opinion", lambda players, answers, temperature, **more: real(players, answers, 1.0, **more))
     rows = broken_off(planted_bench, replace(SMALL, temperature=0.8), tmp_path / "ppo", "before any update")
     assert len(rows) == 1 and "policy_loss" not in rows[0]
     # nothing was learnt from it: the weights are still those of the SFT model

@@ -69,6 +69,19 @@ def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: P
     assert kl == pytest.approx(best["kl"], abs=1e-3)
 
 
+def test_a_policy_in_bf16_rounds_and_no_more(planted_bench: Any, tmp_path: Path) -> None:
+    planted_bench.run(ppo, replace(MINI, iterations=4, policy_precision="bf16"), tmp_path / "ppo")
+    planted_bench.run(ppo, replace(MINI, iterations=4), tmp_path / "exact")
+    rows, exact = rows_of(tmp_path / "ppo"), rows_of(tmp_path / "exact")
+    assert len(rows) == 5 and rows[0]["kl"] == 0.0  # reference and policy round alike
+    assert all(1e-4 < row["sampler_error"] < 0.05 for row in rows)
+    assert all(row["first_ratio_gap"] < 0.05 for row in rows[:-1])
+    for mine, theirs in zip(rows[:2], exact[:2], strict=True):  # before rounding has made them two different runs
+        assert mine["score"] == pytest.approx(theirs["score"], abs=1e-6) and theirs["sampler_error"] < 1e-5
+        assert mine["value_loss"] == pytest.approx(theirs["value_loss"], rel=0.02)
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=0.1)
+
+
 def measured_again(bench: Any, saved: Path, round_: int) -> tuple[float, float]:
     kept, base = load_parts(saved), load_parts(bench.inputs["sft"])
     tokenizer, template = kept.tokenizer, kept.template

@@ -66,6 +66,20 @@ def test_log_probabilities_are_those_of_each_row_alone(lively_gpt: Callable[...,
             assert float(spread[row, t]) == pytest.approx(expected, abs=1e-4)
 
 
+@torch.no_grad()
+def test_logits_are_float32_products_even_where_the_model_computes_in_bf16(lively_gpt: Callable[..., GPT]) -> None:
+    model = lively_gpt(4)
+    answers = sampled(model, 1.0)
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    model.head.register_forward_hook(lambda _, given, found: seen.append((given[0].dtype, found.dtype)))
+    model.blocks[0].mlp.register_forward_hook(lambda _, __, found: seen.append((found.dtype, found.dtype)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = answer_log_probs(model, answers, temperature=1.0)
+    assert seen == [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)]
+    exact, _ = answer_log_probs(model, answers, temperature=1.0)
+    assert 1e-5 < float((found - exact).abs().max()) < 0.2
+
+
 def test_answers_know_where_they_begin_and_whether_they_end(lively_gpt: Callable[..., GPT]) -> None:
     model = lively_gpt(5, vocab_size=12)
     prompts = [[number % 12 for number in prompt] for prompt in PROMPTS]

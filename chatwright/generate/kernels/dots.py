@@ -94,7 +94,7 @@ def _neighbours_added(builder: Any, sums: Any) -> Any:
 # --- 8-bit weights, 16-bit activations --------------------------------------------------------------------------------
 #
 # Rounding activations to 8 bits costs SmolLM2 0.34 % of its perplexity, to 12 bits 0.007 % (docs/performance.md); 16 take the
-# same instructions. A sum of 32 products, at most 127 * 32767 each, fits into 32 bits.
+# same instructions. A sum of 32 products, at most 127 * 32512 each, fits into 32 bits.
 
 
 def _dots8_plain(builder: Any, weights: Any, rows: list[Any], offsets: list[Any]) -> list[Any]:
