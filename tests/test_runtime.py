@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import inspect
 import platform
 import subprocess
 import sys
@@ -128,6 +129,15 @@ def test_what_the_machine_says_of_itself() -> None:
     assert 50e6 < peak < 1e13 or sys.platform == "win32"
     total = runtime.total_memory_bytes()
     assert total is None or total > peak
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's own peak")
+def test_a_peak_is_the_processs_own_and_not_that_of_who_started_it() -> None:
+    large = b"x" * 600_000_000  # every page is written to
+    source = inspect.getsource(runtime.peak_memory_bytes)
+    program = f"import contextlib, sys\n{source}\nprint(peak_memory_bytes())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert len(large) and 5e6 < int(done.stdout) < 100e6
 
 
 def test_the_allocator_can_be_tuned() -> None:

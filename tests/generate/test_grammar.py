@@ -409,10 +409,11 @@ def test_bad_schemas_are_refused_in_words(words: Tokenizer, schema: Any, said: s
 
 
 HOSTILE = """
-import json, resource, sys, threading, time
+import json, sys, threading, time
 import numpy as np
 from chatwright.config import UserError
 from chatwright.generate.grammar import json_schema
+from chatwright.runtime import peak_memory_bytes
 from chatwright.tokenizer import Tokenizer
 
 SHAPES = {
@@ -474,7 +475,7 @@ ends, results = [tokenizer.end_of_text_id], {}
 thread = threading.Thread(target=main)  # a server's threads have the smaller stacks
 thread.start()
 thread.join()
-print(json.dumps([results, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000]))
+print(json.dumps([results, peak_memory_bytes() / 1e6]))
 """
 
 
