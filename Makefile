@@ -65,11 +65,11 @@ browser:
 	@sh scripts/install_browser.sh
 
 test: check browser peers
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # With the tests marked `slow`: longer forms of what `make test` covers in short.
 test-all: check browser peers
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "" $(ARGS)
 
 docs: install-dev
 	$(BIN)/python scripts/write_cli_docs.py

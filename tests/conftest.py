@@ -22,6 +22,22 @@ settings.load_profile("chatwright")
 TEXTS = ("Hello there, how are you today?", "I am fine, thank you. And you?", "naïve café — 東京 🙂", "don't 1234 stop!")
 
 
+LONGEST = (
+    "faults/test_faults.py", "train/test_parallel.py", "train/test_resume.py", "e2e/test_browser_conversations.py",
+    "e2e/test_browser_looks.py", "interop/test_llama_cpp.py", "serve/test_api.py", "generate/test_kernels.py", "train/test_plan.py",
+    "e2e/test_browser.py", "interop/test_fuzz.py", "serve/test_clients.py", "serve/test_draining.py", "serve/test_conversations.py",
+    "train/test_parallel_alignment.py", "parity/test_smollm2.py", "train/test_ppo.py", "serve/test_operation.py",
+)  # fmt: skip
+"""Files of more than half a minute each, longest first (`pytest --durations=0`)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: of two workers, neither is then left with one of them when the other has nothing more to do
+    (`--no-loadscope-reorder` in the Makefile; xdist alone would begin with the files that have the most tests)."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(LONGEST)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def same_precision_everywhere() -> Iterator[None]:
     """`auto` means float32 here, as on a machine without bf16: what a miniature learns must not depend on the processor. Tests of bf16

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import inspect
+import os
 import platform
 import subprocess
 import sys
