@@ -338,8 +338,8 @@ def exported(base: Loaded) -> Any:
     import transformers
 
     with tempfile.TemporaryDirectory(prefix="bench-align-") as directory:
-        plan_hf(base).write(Path(directory) / "model")
-        return transformers.AutoModelForCausalLM.from_pretrained(Path(directory) / "model", dtype=torch.float32)
+        plan_hf(base).write(Path(directory))
+        return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
 def textbook_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:

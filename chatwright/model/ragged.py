@@ -11,16 +11,21 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from chatwright.model.attention import CausalAttention
+
+STEP = 128
+"""The number of tokens that are computed is a multiple of this: tensors of a new size in every step would fit into no hole that the
+ones before have left, and the process would grow to twice what it uses."""
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Where the N real tokens of B rows of T places stand. Padding is on the right, where no real token can see it."""
+    """Where the N tokens that are computed stand in B rows of T places. Padding is on the right, where no real token can see it."""
 
     places: Int[Tensor, " N"]
-    """Row x T + column of each real token."""
+    """Row x T + column of each real token; those that fill N up are at B x T, a place that is thrown away."""
     rows: int
     width: int
 
@@ -28,21 +33,25 @@ class Ragged:
     def of(cls, lengths: Int[Tensor, " B"], width: int) -> Ragged:
         """Rows of `width` places whose first `lengths` are real."""
         real = torch.arange(width, device=lengths.device) < lengths[:, None]
-        return cls(real.flatten().nonzero()[:, 0], len(lengths), width)
+        places = real.flatten().nonzero()[:, 0]
+        size = min(-(-len(places) // STEP) * STEP, real.numel())
+        return cls(F.pad(places, (0, size - len(places)), value=real.numel()), len(lengths), width)
 
     @property
     def columns(self) -> Int[Tensor, "1 N"]:
-        """The column of each real token."""
+        """The column of each token."""
         return (self.places % self.width)[None]
 
     def taken(self, x: Tensor) -> Tensor:
-        """(B, T, ...) -> (1, N, ...): the real tokens side by side."""
-        return x.flatten(0, 1).index_select(0, self.places)[None]
+        """(B, T, ...) -> (1, N, ...): the tokens side by side."""
+        last = self.rows * self.width - 1
+        return x.flatten(0, 1).index_select(0, self.places.clamp(max=last))[None]
 
     def put_back(self, x: Float[Tensor, "1 N D"]) -> Float[Tensor, "B T D"]:
         """The real tokens in their rows; 0 at padding."""
-        flat = x.new_zeros(self.rows * self.width, x.shape[2]).index_copy(0, self.places, x[0])
-        return flat.view(self.rows, self.width, x.shape[2])
+        count = self.rows * self.width
+        flat = x.new_zeros(count + 1, x.shape[2]).index_copy(0, self.places, x[0])
+        return flat[:count].view(self.rows, self.width, x.shape[2])
 
     def attention(
         self,

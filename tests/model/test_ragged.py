@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from chatwright.config import UserError
+from chatwright.model import ragged
 from chatwright.model.attention import CausalAttention, fused_attention, plain_attention
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
@@ -18,8 +19,15 @@ from chatwright.model.ragged import Ragged
 
 IDS = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(1))
 LENGTHS = [5, 9, 1, 7]
+FEW = 8
 WEIGHTS = torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(2))
 """What a loss counts each number of each place."""
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """22 real tokens are then filled up to 24, of 36 places."""
+    monkeypatch.setattr(ragged, "STEP", FEW)
 
 
 def shaped(preset: str, **values: Any) -> GPT:
@@ -67,7 +75,7 @@ def test_hidden_states_and_gradients_are_those_of_each_row_alone(
     with counted(model) as calls:
         found = model.hidden(IDS, lengths=torch.tensor(LENGTHS))
         together = gradients(model, (found * WEIGHTS).sum())
-    assert set(calls) == {sum(LENGTHS)}  # the padding was never computed
+    assert sum(LENGTHS) == 22 and set(calls) == {24}  # of the padding two places were computed, and nobody saw them
     for row, length in enumerate(LENGTHS):
         torch.testing.assert_close(found[row, :length], alone[row], atol=1e-5, rtol=0)
         assert not found[row, length:].any()
@@ -104,10 +112,16 @@ def test_rows_longer_than_the_context_are_refused() -> None:
 
 
 def test_places() -> None:
-    ragged = Ragged.of(torch.tensor([2, 0, 3]), 4)
-    assert ragged.places.tolist() == [0, 1, 8, 9, 10]
-    assert ragged.columns.tolist() == [[0, 1, 0, 1, 2]]
+    found = Ragged.of(torch.tensor([2, 0, 3]), 4)
+    assert found.places.tolist() == [0, 1, 8, 9, 10, 12, 12, 12]
+    assert found.columns[0, :5].tolist() == [0, 1, 0, 1, 2]
     ids = torch.arange(12).view(3, 4)
-    assert ragged.taken(ids).tolist() == [[0, 1, 8, 9, 10]]
-    back = ragged.put_back(ragged.taken(ids)[..., None].float() + 1)[..., 0]
+    assert found.taken(ids)[0, :5].tolist() == [0, 1, 8, 9, 10]
+    back = found.put_back(found.taken(ids)[..., None].float() + 1)[..., 0]
     assert back.tolist() == [[1, 2, 0, 0], [0, 0, 0, 0], [9, 10, 11, 0]]
+
+
+def test_it_never_computes_more_than_padded_rows_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ragged, "STEP", 128)
+    assert len(Ragged.of(torch.tensor([2, 0, 3]), 4).places) == 12
+    assert len(Ragged.of(torch.tensor([40, 70]), 72).places) == 128
