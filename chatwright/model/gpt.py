@@ -313,6 +313,8 @@ class GPT(nn.Module):
         if self.config.position == "learned" and longest > self.config.context:
             raise UserError(f"{longest} tokens do not fit into the model's context of {self.config.context}")
         if lengths is not None:
+            if any(given is not None for given in (mask, positions, documents, cache, angles)):
+                raise ValueError("lengths goes with none of mask, positions, documents, cache, angles")
             ragged = Ragged.of(lengths, ids.shape[1])
             return ragged.put_back(self._decoded(ragged.taken(ids), ragged.columns, ragged))
         if positions is None:

@@ -111,6 +111,12 @@ def test_rows_longer_than_the_context_are_refused() -> None:
         model.hidden(torch.zeros(2, 33, dtype=torch.long), lengths=torch.tensor([33, 2]))
 
 
+@pytest.mark.parametrize("other", ["mask", "positions", "documents"])
+def test_lengths_and_what_says_otherwise_are_refused(other: str) -> None:
+    with pytest.raises(ValueError, match="lengths goes with none of"):
+        shaped("gpt2").hidden(IDS, lengths=torch.tensor(LENGTHS), **{other: torch.ones_like(IDS)})  # type: ignore[arg-type]
+
+
 def test_places() -> None:
     found = Ragged.of(torch.tensor([2, 0, 3]), 4)
     assert found.places.tolist() == [0, 1, 8, 9, 10, 12, 12, 12]

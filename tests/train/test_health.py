@@ -16,7 +16,7 @@ from chatwright.train.health import (
 
 HEALTHY = {
     "score": 0.2, "score_error": 0.05, "kl": 2.0, "kl_error": 0.3, "entropy": 2.5, "explained_variance": 0.2, "length": 14.0,
-    "finished": 0.9, "sampler_error": 1e-5, "tokens": 900.0, "distinct_2": 0.7, "gold": 0.3, "gold_error": 0.05,
+    "finished": 0.9, "sampler_gap": 1e-5, "sampler_error": 1e-6, "tokens": 900.0, "distinct_2": 0.7, "gold": 0.3, "gold_error": 0.05,
 }  # fmt: skip
 LIMITS = Limits(kl_budget=10.0)
 PATIENT = Limits(kl_budget=10.0, patience=4)
@@ -37,6 +37,7 @@ def test_a_healthy_run_goes_on_from_its_first_round() -> None:
 
 BROKEN = [
     # rounds it takes, what is wrong, words of the diagnosis, fatal, the same at the edge of what is allowed
+    (1, {"sampler_gap": 0.02}, "sampler and trainer disagree", True, {"sampler_gap": 0.009}),
     (1, {"sampler_error": 0.003}, "sampler and trainer disagree", True, {"sampler_error": 0.0015}),
     (1, {"kl": -2.0, "kl_error": 0.1}, "clearly negative", True, {"kl": -2.0, "kl_error": 0.6}),
     (1, {"kl": -2.0, "kl_error": 0.1}, "clearly negative", True, {"kl": -0.4, "kl_error": 0.01}),
@@ -95,8 +96,10 @@ def test_the_first_ratio() -> None:
 
 def test_bf16_rounds_more_and_a_wrong_temperature_is_still_seen() -> None:
     coarse = Limits(kl_budget=10.0, rounding=BFLOAT16)
-    assert diagnose([{**HEALTHY, "sampler_error": 0.04}], coarse) is None and diagnose_ratio(0.1, BFLOAT16) is None
-    for found in (diagnose([{**HEALTHY, "sampler_error": 0.2}], coarse), diagnose_ratio(0.5, BFLOAT16)):
+    assert diagnose([{**HEALTHY, "sampler_gap": 0.6, "sampler_error": 0.08}], coarse) is None and diagnose_ratio(0.1, BFLOAT16) is None
+    found = diagnose([{**HEALTHY, "sampler_gap": 1.0, "sampler_error": 0.13}], coarse)
+    assert found is not None and found.fatal and "policy_precision" in found.text
+    for found in (diagnose([{**HEALTHY, "sampler_gap": 3.0}], coarse), diagnose_ratio(0.5, BFLOAT16)):
         assert found is not None and found.fatal
 
 

@@ -50,7 +50,7 @@ def test_a_bag_of_words_learns_ratings_and_nothing_from_rare_words(babble: Any) 
         measures.WordBag([])
 
 
-ROW = {"score_error": 0.05, "kl_error": 0.3, "entropy": 2.5, "length": 9.0, "finished": 0.9, "sampler_error": 0.0, "tokens": 900.0,
+ROW = {"score_error": 0.05, "kl_error": 0.3, "entropy": 2.5, "length": 9.0, "finished": 0.9, "sampler_gap": 0.0, "sampler_error": 0.0, "tokens": 900.0,
        "distinct_2": 0.7, "gold_error": 0.02}  # fmt: skip
 
 
