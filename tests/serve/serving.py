@@ -53,7 +53,8 @@ class GatedEngine(Engine):
         return super().step()
 
     def _someone_left(self) -> bool:
-        return any(row.handle.cancelled for row in self._places.running)
+        with self._places.arrived:
+            return any(row.handle.cancelled for row in [*self._places.running, *self._places.waiting])
 
     def allow(self, steps: float) -> None:
         """Let the engine do so many more steps and then hold it."""
