@@ -239,8 +239,9 @@ def compiler_missing() -> str | None:
     return None
 
 
-def compile_function(function: Any, *, enabled: bool = True) -> tuple[Any, str]:
-    """`torch.compile(function)` where that works, else the function itself; and a line that says which and why."""
+def compile_function(function: Any, *, enabled: bool = True, sizes_change: bool = False) -> tuple[Any, str]:
+    """`torch.compile(function)` where that works, else the function itself; and a line that says which and why. Shapes are
+    constants of the compiled code, unless `sizes_change`."""
     if not enabled:
         return function, "compile: off (asked for)"
     missing = compiler_missing()
@@ -249,7 +250,7 @@ def compile_function(function: Any, *, enabled: bool = True) -> tuple[Any, str]:
     with contextlib.suppress(ImportError), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it complains when someone has imported distutils before
         import setuptools  # noqa: F401  (the compiler's threads import it; two at once break each other's import)
-    return _OrPlain(function, torch.compile(function, dynamic=False)), "compile: on"
+    return _OrPlain(function, torch.compile(function, dynamic=sizes_change)), "compile: on"
 
 
 class _OrPlain:

@@ -1,29 +1,46 @@
 """Causal attention, softmax(q k^T / sqrt(K)) v (Vaswani et al. 2017, eq. 1), by two equal methods.
 
-Shapes: q is (B, H, T, K); k and v are (B, G, T, K) with H a multiple of G; the result is (B, H, T, K).
+Shapes: q is (B, H, T, K); k and v are (B, G, T, K) with H a multiple of G; the result is (B, H, T, K). `seen` says who may look at
+whom where that is less than all earlier tokens and oneself: (B, 1, T, T), nothing of it above the diagonal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+class CausalAttention(Protocol):
+    """One of the methods."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, /) -> Tensor: ...
 
 
 def fused_attention(
-    q: Float[Tensor, "B H T K"], k: Float[Tensor, "B G T K"], v: Float[Tensor, "B G T K"]
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G T K"],
+    v: Float[Tensor, "B G T K"],
+    seen: Bool[Tensor, "B 1 T T"] | None = None,
+    *,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "B H T K"]:
-    """torch's fused kernel: little memory, the right choice on GPUs and without a compiler."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    """torch's fused kernel: little memory, the right choice on GPUs and for long rows. `dropout` is that of the weights."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 def blocked_attention(
-    q: Float[Tensor, "B H T K"], k: Float[Tensor, "B G T K"], v: Float[Tensor, "B G T K"], blocks: int = 4
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G T K"],
+    v: Float[Tensor, "B G T K"],
+    seen: Bool[Tensor, "B 1 T T"] | None = None,
+    *,
+    blocks: int = 4,
 ) -> Float[Tensor, "B H T K"]:
     """Plain matrix products over blocks of queries; a block leaves out the keys that all of it may not see.
 
@@ -40,15 +57,21 @@ def blocked_attention(
     for start in range(0, tokens, step):
         end = min(start + step, tokens)
         scores = (q[:, :, :, start:end] @ k[:, :, :, :end].mT).float()  # (B, G, H / G, end - start, end)
-        seen = torch.arange(end, device=q.device) <= torch.arange(start, end, device=q.device)[:, None]
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype)
+        if seen is None:
+            here = torch.arange(end, device=q.device) <= torch.arange(start, end, device=q.device)[:, None]
+        else:
+            here = seen[:, :, None, start:end, :end]
+        weights = scores.masked_fill(~here, float("-inf")).softmax(-1).to(v.dtype)
         parts.append(weights @ v[:, :, :, :end])
     return torch.cat(parts, dim=3).view(batch, heads, tokens, size)
 
 
 def plain_attention(
-    q: Float[Tensor, "B H T K"], k: Float[Tensor, "B G T K"], v: Float[Tensor, "B G T K"]
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G T K"],
+    v: Float[Tensor, "B G T K"],
+    seen: Bool[Tensor, "B 1 T T"] | None = None,
 ) -> Float[Tensor, "B H T K"]:
     """`blocked_attention` as one block. Without a compiler and at lengths around 100, its backward pass takes a third of
     the time of the fused CPU kernel's."""
-    return blocked_attention(q, k, v, blocks=1)
+    return blocked_attention(q, k, v, seen, blocks=1)

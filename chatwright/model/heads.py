@@ -46,16 +46,31 @@ class ScalarModel(nn.Module):
         lengths: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B T"]:
         """One number per position, float32; `mask` and `lengths` as in GPT.hidden."""
-        values = self.scalar(self.body.hidden(ids, mask=mask, lengths=lengths)).squeeze(-1).float()
-        return self.scale * (values - self.offset)  # type: ignore[no-any-return]
+        return self._read(self.body.hidden(ids, mask=mask, lengths=lengths))
+
+    def at(
+        self,
+        ids: Int[Tensor, "B T"],
+        places: Int[Tensor, " M"],
+        *,
+        mask: Bool[Tensor, "B T"] | None = None,
+        lengths: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, " M"]:
+        """The numbers at some places, sooner than all of them; arguments as in GPT.hidden_at."""
+        return self._read(self.body.hidden_at(ids, places, mask=mask, lengths=lengths))
 
     def score(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
-        """The number at each row's last real token: what the model thinks of the whole row. Padding on the right costs nothing."""
+        """The number at each row's last real token: what the model thinks of the whole row. Padding on the right costs nothing.
+        Raises ValueError for a row without a token."""
+        if not bool(mask.any(1).all()):
+            raise ValueError("a row without a token has no score")
         on_the_left = bool((mask[:, 1:] & ~mask[:, :-1]).any())
-        places = torch.arange(ids.shape[1], device=ids.device)
-        last = torch.where(mask, places, -1).max(dim=1).values
         padded = {"mask": mask} if on_the_left else {"lengths": mask.sum(1)}
-        return self(ids, **padded).gather(1, last[:, None]).squeeze(1)  # type: ignore[no-any-return]
+        every = torch.arange(mask.numel(), device=ids.device).view(mask.shape)
+        return self.at(ids, torch.where(mask, every, -1).max(dim=1).values, **padded)
+
+    def _read(self, hidden: Float[Tensor, "*places D"]) -> Float[Tensor, "*places"]:
+        return self.scale * (self.scalar(hidden).squeeze(-1).float() - self.offset)  # type: ignore[no-any-return]
 
 
 class ValueHead(nn.Module):
@@ -71,6 +86,6 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.scalar.weight)
         nn.init.zeros_(self.scalar.bias)
 
-    def forward(self, hidden: Float[Tensor, "B T C"]) -> Float[Tensor, "B T"]:
+    def forward(self, hidden: Float[Tensor, "*places D"]) -> Float[Tensor, "*places"]:
         """One number per position, float32."""
         return self.scalar(hidden).squeeze(-1).float()  # type: ignore[no-any-return]

@@ -20,6 +20,12 @@ STEP = 128
 ones before have left, and the process would grow to twice what it uses."""
 
 
+def filled_up(places: Int[Tensor, " N"], filler: int, *, step: int, most: int | None = None) -> Int[Tensor, " M"]:
+    """Places followed by fillers, up to a multiple of `step`, to `most` at most."""
+    size = step * -(-len(places) // step)
+    return F.pad(places, (0, min(size, size if most is None else most) - len(places)), value=filler)
+
+
 @dataclass(frozen=True)
 class Ragged:
     """Where the N tokens that are computed stand in B rows of T places. Padding is on the right, where no real token can see it."""
@@ -34,13 +40,21 @@ class Ragged:
         """Rows of `width` places whose first `lengths` are real."""
         real = torch.arange(width, device=lengths.device) < lengths[:, None]
         places = real.flatten().nonzero()[:, 0]
-        size = min(-(-len(places) // STEP) * STEP, real.numel())
-        return cls(F.pad(places, (0, size - len(places)), value=real.numel()), len(lengths), width)
+        return cls(filled_up(places, real.numel(), step=STEP, most=real.numel()), len(lengths), width)
 
     @property
     def columns(self) -> Int[Tensor, "1 N"]:
         """The column of each token."""
         return (self.places % self.width)[None]
+
+    @staticmethod
+    def chosen(places: Int[Tensor, " M"]) -> Int[Tensor, " S"]:
+        """Places that are computed alone, with fillers: a reward model's one place of each of its few rows is not to be 128."""
+        return filled_up(places, 0, step=STEP if len(places) > STEP else max(1, STEP // 8))
+
+    def found(self, places: Int[Tensor, " M"]) -> Int[Tensor, " M"]:
+        """Which of the N tokens stand at these places, each row x T + column."""
+        return torch.searchsorted(self.places, places)
 
     def taken(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (1, N, ...): the tokens side by side."""

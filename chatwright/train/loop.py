@@ -41,7 +41,7 @@ class FitConfig:
     """Keep only what enters each block and compute the rest again in the backward pass: memory of one block's activations
     instead of all, for about a third more time. Changes no result."""
     compile: bool = True
-    """Use torch.compile when a C++ compiler is there."""
+    """Use torch.compile when a C++ compiler is there. Off for short stages, which it would delay more than it shortens them."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
     evaluate_every: int = 0

@@ -161,7 +161,8 @@ class Subject:
     @property
     def compiled(self) -> bool:
         """Whether its step will be compiled here."""
-        return self.verb == "pretrain" and self.fit.compile and runtime.compiler_missing() is None
+        wanted = self.config.compile if self.fit is None else self.fit.compile
+        return bool(wanted) and runtime.compiler_missing() is None
 
 
 def scene_of(subject: Subject) -> Callable[[int], Scene]:
@@ -209,8 +210,8 @@ def _sft(subject: Subject, shape: GPTConfig) -> Scene:
     def step(samples: int) -> Tensor:
         ids = _tokens(samples, length)
         with runtime.autocast(dtype):
-            hidden = model.hidden(ids, documents=ids, positions=ids)
-            learnt = hidden.flatten(0, 1)[: max(1, round(subject.learnt * samples * length))]
+            places = ids.new_zeros(max(1, round(subject.learnt * samples * length)))
+            learnt = model.hidden_at(ids, places, documents=ids, positions=ids)
             return chunked_next_token_loss(learnt[None], model.head.weight, ids.flatten()[None, : learnt.shape[0]])
 
     return Scene([model], step, vocabulary=shape.vocab_size)
@@ -225,7 +226,8 @@ def _reward(subject: Subject, shape: GPTConfig) -> Scene:
 
     def step(samples: int) -> Tensor:
         with runtime.autocast(dtype):
-            return model(_tokens(samples * rows, length))[:, -1].sum()  # type: ignore[no-any-return]
+            ids = _tokens(samples * rows, length)
+            return model.at(ids, ids.new_zeros(samples * rows)).sum()
 
     return Scene([model], step, vocabulary=shape.vocab_size)
 
@@ -250,9 +252,11 @@ def _rounds(subject: Subject, shape: GPTConfig) -> Scene:
 
     def step(samples: int) -> Tensor:
         ids = _tokens(samples, length)
+        places = ids.new_zeros(samples * needed.max_new_tokens)
         with runtime.autocast(dtype):
-            loss = log_probs_of(policy(ids)[:, :-1], ids[:, 1:]).sum()
-        return loss if critic is None else loss + critic(ids).sum()  # type: ignore[no-any-return]
+            logits = policy.head(policy.hidden_at(ids, places))
+            loss = log_probs_of(logits[None], places[None]).sum()
+        return loss if critic is None else loss + critic.at(ids, places).sum()
 
     return Scene(trained, step, frozen=frozen, vocabulary=shape.vocab_size)
 

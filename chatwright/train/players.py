@@ -35,7 +35,6 @@ from chatwright.train.rollout import (
     answer_log_probs,
     degenerate,
     gathered,
-    shifted,
     values_before,
 )
 
@@ -79,6 +78,11 @@ class Players:
         """Those that are not trained, by name."""
         return {"reward": self.reward, **({} if self.reference is None else {"reference": self.reference})}
 
+    @property
+    def computing(self) -> list[nn.Module]:
+        """Those that have forward passes of their own."""
+        return [one for one in (self.policy, self.reference, self.reward, self.critic) if one is not None]
+
     @contextmanager
     def as_reference(self) -> Iterator[GPT]:
         """The model that is the reference for as long as this lasts; no longer, for it may be the policy."""
@@ -103,12 +107,12 @@ def opinion(players: Players, answers: Answers, temperature: float, *, learn_ent
     gradient only if asked: that of a large vocabulary takes time."""
     policy, critic = players.policy, players.critic
     with runtime.autocast(players.policy_dtype):
-        hidden = policy.hidden(answers.ids, lengths=answers.lengths)
+        hidden = policy.hidden_at(answers.ids, answers.before, lengths=answers.lengths)
         log_probs, entropy = answer_log_probs(
             policy, answers, temperature=temperature, entropy="learnt" if learn_entropy else "known", hidden=hidden
         )
     if isinstance(critic, ValueHead):
-        values = shifted(critic(hidden.float()), answers)
+        values = answers.placed(critic(hidden.float()))
     elif critic is not None:
         with runtime.autocast(players.dtype):
             values = values_before(critic, answers)

@@ -56,6 +56,15 @@ class Answers:
         """Real tokens of each row, prompt and answer."""
         return self.real.sum(1)
 
+    @property
+    def before(self) -> Int[Tensor, " tokens"]:
+        """The place (row x time + column) before each answer token: what a model says there is about this token."""
+        return self.response.flatten().nonzero()[:, 0] - 1
+
+    def placed(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, "batch time"]:
+        """A number for each answer token, one row after the other, in their places; 0 elsewhere."""
+        return torch.zeros(self.ids.shape, device=values.device).masked_scatter(self.response, values)
+
     def rows(self, chosen: Tensor) -> Answers:
         """Some of the rows."""
         return chosen_rows(self, chosen)
@@ -208,37 +217,27 @@ def answer_log_probs(
     *,
     temperature: float,
     entropy: Literal["", "known", "learnt"] = "",
-    hidden: Float[Tensor, "batch time width"] | None = None,
+    hidden: Float[Tensor, "tokens width"] | None = None,
 ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
     """Log-probability, and if asked the entropy (`learnt`: with its gradient), of every answer token under `model`; 0 elsewhere.
 
     Logits are divided by the sampling temperature, as they were when the tokens were drawn. They are float32 products even under
-    autocast: a bf16 logit of 20 is 0.06 off, and so is its token's log-probability. `hidden` are the model's hidden states of
-    these rows where they are known already.
+    autocast: a bf16 logit of 20 is 0.06 off, and so is its token's log-probability. `hidden` are the model's hidden states before
+    these tokens (`Answers.before`) where they are known already.
     """
     if hidden is None:
-        hidden = model.hidden(answers.ids, lengths=answers.lengths)
-    chosen = answers.response[:, 1:]
+        hidden = model.hidden_at(answers.ids, answers.before, lengths=answers.lengths)
     with runtime.full_precision():
-        logits = model.head(hidden[:, :-1][chosen].float()) / temperature  # (answer tokens, V)
-    targets = answers.ids[:, 1:][chosen]
-    log_probs = torch.zeros(answers.ids.shape, device=logits.device)
-    log_probs[answers.response] = log_probs_of(logits[None], targets[None])[0]
-    spread = torch.zeros_like(log_probs)
-    if entropy:
-        spread[answers.response] = objective.entropy(logits[None] if entropy == "learnt" else logits[None].detach())[0]
-    return log_probs, spread
+        logits = model.head(hidden.float()) / temperature  # (answer tokens, V)
+    log_probs = answers.placed(log_probs_of(logits[None], answers.ids[answers.response][None])[0])
+    if not entropy:
+        return log_probs, torch.zeros_like(log_probs)
+    return log_probs, answers.placed(objective.entropy(logits[None] if entropy == "learnt" else logits[None].detach())[0])
 
 
 def values_before(critic: ScalarModel, answers: Answers) -> Float[Tensor, "batch time"]:
     """The critic's value before each answer token, 0 elsewhere."""
-    return shifted(critic(answers.ids, lengths=answers.lengths), answers)
-
-
-def shifted(outputs: Float[Tensor, "batch time"], answers: Answers) -> Float[Tensor, "batch time"]:
-    """The output one position before each answer token, 0 elsewhere."""
-    before = torch.cat((torch.zeros_like(outputs[:, :1]), outputs[:, :-1]), dim=1)
-    return torch.where(answers.response, before, 0.0)
+    return answers.placed(critic.at(answers.ids, answers.before, lengths=answers.lengths))
 
 
 def degenerate(answers: Answers, *, min_tokens: int, max_repeats: float) -> Bool[Tensor, " batch"]:

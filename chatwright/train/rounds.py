@@ -36,6 +36,7 @@ from chatwright.model.heads import ScalarModel
 from chatwright.objectives import policy as objective
 from chatwright.train import account, adapters, health, parallel, plan
 from chatwright.train.average import average_of, become, follow
+from chatwright.train.compiled import compile_blocks
 from chatwright.train.gold import Gold, gold_of
 from chatwright.train.outcome import kept, report_of, result_of
 from chatwright.train.parallel import ALONE, Spread
@@ -386,6 +387,8 @@ def carry_out(method: type[Rounds[Any, Any]], config: RoundsConfig, workspace: W
         base, reward, critic, config.lora, precision=config.precision, policy_precision=config.policy_precision
     )
     players.share(spread)
+    if config.compile:
+        say(f"  {compile_blocks(*players.computing)}")
     trainer = trainer_of(players, config, workspace, base, adapted)
     if trainer.resume():
         workspace.metrics.forget_after(trainer.progress.step - 1)  # the row of a round stands before its step is counted

@@ -88,6 +88,9 @@ class RoundsConfig:
     policy_precision: Literal["auto", "bf16", "fp32"] = "fp32"
     """Products of policy and reference. In bf16 a round is a third shorter, and the KL of an answer, a small difference of large
     numbers, has rounding in it; sampling stays float32."""
+    compile: bool = False
+    """Compile the blocks of all models, where there is a C++ compiler: rounds are about a quarter shorter, but the first of all on a
+    machine waits a minute or two for it, later runs some seconds."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(name="adamw", learning_rate=1e-4, eps=1e-5, schedule="linear", warmup=0.05)
     )

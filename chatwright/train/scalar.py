@@ -10,11 +10,13 @@ from chatwright import runtime
 from chatwright.config import UserError
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
+from chatwright.metrics import say
 from chatwright.model.attention import plain_attention
 from chatwright.model.heads import ScalarModel
 from chatwright.model.lora import LoRAConfig
 from chatwright.optim import OptimConfig
 from chatwright.train import adapters
+from chatwright.train.compiled import compile_blocks
 from chatwright.train.loop import FitConfig
 from chatwright.train.parallel import ALONE, Spread
 from chatwright.train.trainer import Trainer
@@ -54,6 +56,8 @@ def make_judge(
     model.to(runtime.device())
     if runtime.device().type == "cpu":
         model.body.use_attention(plain_attention)
+    if config.fit.compile:
+        say(f"  {compile_blocks(model)}")
     runtime.tune_allocator()
     card: dict[str, Any] = {
         "kind": "reward", "model": model.config.to_dict(), "tokenizer": base.tokenizer.fingerprint,

@@ -31,6 +31,7 @@ from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
 from chatwright.train import adapters, parallel, plan
 from chatwright.train.account import training_flop
+from chatwright.train.compiled import compile_blocks
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.paper import INSTRUCT, Paper
 from chatwright.train.parallel import ParallelConfig
@@ -135,14 +136,27 @@ PORTION = 256
 the one before has left, and the process would grow to several times what it uses."""
 
 
+SHORT = 1024
+"""Tokens of a row up to which compiled products with a mask are faster, on a CPU, than the fused kernel: their memory grows with the
+square."""
+
+
+def compiled_for(model: GPT, length: int) -> str:
+    """Compile the model for rows of this length; a line that says whether that works, and why not."""
+    line = compile_blocks(model)
+    if runtime.device().type == "cpu" and runtime.compiler_missing() is None and length <= SHORT:
+        model.write_out()
+    return line
+
+
 def step(model: GPT, batch: ChatBatch) -> Step:
     """Loss of the answers' tokens and their end tokens."""
-    hidden = model.hidden(batch.ids, documents=batch.documents, positions=batch.positions)
-    learnt = batch.learn[:, 1:].flatten().nonzero()[:, 0]  # logits only where there is something to learn
-    size = PORTION * max(1, -(-len(learnt) // PORTION))
-    places = F.pad(learnt, (0, size - len(learnt)))  # filled up with position 0, which does not count
-    counted = torch.arange(size, device=places.device) < len(learnt)
-    rows, targets = hidden[:, :-1].flatten(0, 1)[places], batch.ids[:, 1:].flatten()[places]
+    learnt = F.pad(batch.learn[:, 1:], (1, 0)).flatten().nonzero()[:, 0]  # the first of a row follows nothing
+    rows = model.hidden_at(batch.ids, learnt - 1, documents=batch.documents, positions=batch.positions)
+    targets = batch.ids.flatten()[learnt]
+    more = PORTION * max(1, -(-len(rows) // PORTION)) - len(rows)
+    rows, targets = F.pad(rows, (0, 0, 0, more)), F.pad(targets, (0, more))
+    counted = torch.arange(len(rows), device=rows.device) < len(rows) - more
     cap = model.config.logit_softcap
     return Step(chunked_next_token_loss(rows[None], model.head.weight, targets[None], counted[None], softcap=cap))
 
@@ -226,6 +240,8 @@ def run(config: Config, workspace: Workspace) -> Report:
     dtype = runtime.compute_dtype(config.fit.precision)
     adapted = adapters.card(config.lora, base=model)
     adapters.adapt(model, config.lora, "model")
+    if config.fit.compile:
+        say(f"  {compiled_for(model, length)}")
     trainer = Trainer(
         {"model": model},
         config.optim,

@@ -110,7 +110,7 @@ class Together(Spread):
         plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns}
         plan |= {name: RowwiseParallel() for name in ("attention.output", "mlp.down")}
         # What enters is the same everywhere. Saying so once, not once a matrix, makes its gradient one sum instead of three.
-        same, other = Replicate(), (None, None, None, None)
+        same, other = Replicate(), (None, None, None, None, None)
         plan |= {"attention": PrepareModuleInput(input_layouts=(same, *other), desired_input_layouts=(same, *other)),
                  "mlp": PrepareModuleInput(input_layouts=(same,), desired_input_layouts=(same,))}  # fmt: skip
         parallelize_module(block, self.mesh["tensor"], plan)

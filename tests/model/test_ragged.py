@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from chatwright.config import UserError
 from chatwright.model import ragged
-from chatwright.model.attention import CausalAttention, fused_attention, plain_attention
+from chatwright.model.attention import CausalAttention, blocked_attention, fused_attention, plain_attention
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.ragged import Ragged
@@ -82,6 +82,59 @@ def test_hidden_states_and_gradients_are_those_of_each_row_alone(
     assert together.keys() == expected.keys() and len(together) > 10
     for name, gradient in expected.items():
         torch.testing.assert_close(together[name], gradient, atol=1e-5 * max(1.0, float(gradient.abs().max())), rtol=0)
+
+
+LEFT = torch.arange(9) >= 9 - torch.tensor(LENGTHS)[:, None]
+PACKED = {"documents": torch.tensor([[1, 1, 1, 2, 2, 2, 2, 2, 3]] * 4), "positions": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0]] * 4)}
+ROWS: dict[str, dict[str, Tensor]] = {
+    "whole": {},
+    "packed": PACKED,
+    "padded on the left": {"mask": LEFT},
+    "without padding": {"lengths": torch.tensor(LENGTHS)},
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("preset", ["gpt1", "gpt2", "modern-tiny"])
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kernel", [fused_attention, plain_attention, blocked_attention])
+def test_hidden_states_and_gradients_at_some_places_are_those_of_all(
+    kernel: CausalAttention, kind: str, preset: str, recompute: bool
+) -> None:
+    model = shaped(preset)
+    model.recompute = recompute
+    places = torch.tensor([2, 4, 9 + 8, 18 + 8, 27 + 6] if kind == "padded on the left" else [0, 4, 9 + 3, 9 + 8, 18, 27 + 6])
+    whole = model.hidden(IDS, **ROWS[kind]).flatten(0, 1)  # type: ignore[arg-type]
+    weights = WEIGHTS.flatten(0, 1)[places]
+    expected = gradients(model, (whole[places] * weights).sum())
+    model.use_attention(kernel)
+    computed: list[int] = []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda _, given, __: computed.append(given[0].shape[:-1].numel()))
+    found = model.hidden_at(IDS, places, **ROWS[kind])  # type: ignore[arg-type]
+    assert computed == [24 if kind == "without padding" else 36, len(places)]
+    torch.testing.assert_close(found, whole[places], atol=1e-5, rtol=0)
+    some = gradients(model, (found * weights).sum())
+    assert some.keys() == expected.keys() and len(some) > 10
+    for name, gradient in expected.items():
+        torch.testing.assert_close(some[name], gradient, atol=1e-5 * max(1.0, float(gradient.abs().max())), rtol=0)
+
+
+@torch.no_grad()
+def test_places_of_ever_new_numbers_are_computed_in_few_sizes() -> None:
+    model, sizes = shaped("modern-tiny"), set()
+    model.blocks[1].mlp.register_forward_hook(lambda _, given, __: sizes.add(given[0].shape[1]))
+    for count in range(37):
+        assert len(model.hidden_at(IDS, torch.arange(count))) == count
+    assert sizes == {0, 1, 2, 3, 4, 5, 6, 7, 8, 16, 24, 32, 40}
+
+
+def test_some_places_refuse_what_all_of_them_refuse() -> None:
+    with pytest.raises(UserError, match="33 tokens do not fit"):
+        shaped("gpt2").hidden_at(torch.zeros(2, 33, dtype=torch.long), torch.tensor([3]))
+    for name in ("mask", "positions", "documents"):
+        with pytest.raises(ValueError, match="lengths goes with none of"):
+            shaped("gpt2").hidden_at(IDS, torch.tensor([3]), lengths=torch.tensor(LENGTHS), **{name: torch.ones_like(IDS)})  # type: ignore[arg-type]
 
 
 @torch.no_grad()
