@@ -12,6 +12,8 @@ sft       an epoch over the same conversations in the same number of optimiser s
           checkpointing, which it has on by default and which would cost a third.
 reward2   the same comparisons of 2 answers. reward4: of 4 answers, all pairs of which are learnt; TRL knows pairs only, so that
           it forwards an answer once for each of its pairs.
+compiled  The names that end so: ours with `compile` on (off by default, for the first steps wait a minute for it), TRL with its
+          `torch_compile`. What compiling takes is not counted, on either side.
 ppo       64 prompts, one sampled answer of up to 32 tokens each, scores, and an update in minibatches of 16 (one pass), with
           policy, reference, reward model and critic of the same size. Textbook: transformers' generate (key-value cache, padding
           on the left), then forward passes over whole padded rows, as published implementations do it. TRL has no PPO any more.
@@ -54,6 +56,7 @@ from chatwright.model.heads import ScalarModel
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
 from chatwright.train import ppo, rankings, reward, rounds, sft
+from chatwright.train.compiled import compile_blocks
 from chatwright.train.players import make_players
 from chatwright.train.rollout import prompts_from
 from chatwright.train.tokenizer import records_of
@@ -147,6 +150,13 @@ def trainer(modules: dict[str, nn.Module]) -> Trainer:
     return Trainer(modules, OptimConfig(name="adamw", learning_rate=RATE), workspace, card={}, texts={})
 
 
+def warmed(one_round: Callable[[], float]) -> Callable[[], float]:
+    """After two rounds, in which a compiler has seen all that is to come."""
+    for _ in range(2):
+        one_round()
+    return one_round
+
+
 def timed(steps: Sequence[Callable[[], object]]) -> float:
     """Seconds of some steps."""
     started = time.perf_counter()
@@ -155,11 +165,13 @@ def timed(steps: Sequence[Callable[[], object]]) -> float:
     return time.perf_counter() - started
 
 
-def ours_sft(shape: Shape) -> Callable[[], float]:
+def ours_sft(shape: Shape, *, compiled: bool = False) -> Callable[[], float]:
     """The stage's batches and step."""
     torch.manual_seed(0)
-    model = GPT(shape.config)
-    training, dtype, length = trainer({"model": model}), runtime.compute_dtype(), shape.config.context
+    model, length = GPT(shape.config), shape.config.context
+    if compiled:
+        print(sft.compiled_for(model, length))
+    training, dtype = trainer({"model": model}), runtime.compute_dtype()
     rows = pack(pieces(shape), length)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist()
     portions = [[rows[n] for n in order[start :: shape.steps]] for start in range(shape.steps)]
@@ -172,15 +184,17 @@ def ours_sft(shape: Shape) -> Callable[[], float]:
         return training.update([batch_rows(portion, length)], step, 1.0)
 
     near(update(portions[0]), math.log(shape.config.vocab_size), "ours, sft")
-    return lambda: timed([lambda portion=portion: update(portion) for portion in portions])  # type: ignore[misc]
+    return warmed(lambda: timed([lambda portion=portion: update(portion) for portion in portions]))  # type: ignore[misc]
 
 
-def ours_reward(shape: Shape, k: int) -> Callable[[], float]:
+def ours_reward(shape: Shape, k: int, *, compiled: bool = False) -> Callable[[], float]:
     """The stage's batches and step."""
     torch.manual_seed(0)
     model = ScalarModel(shape.config)
     if runtime.device().type == "cpu":
         model.body.use_attention(plain_attention)
+    if compiled:
+        print(compile_blocks(model))
     training, dtype, chosen = trainer({"model": model}), runtime.compute_dtype(), comparisons(shape, k)
     ranked = rankings.Rankings(chosen, NATIVE, tokenizer(), rated(k), SampleOrder(len(chosen), 3))
     portions = [chosen[start :: shape.steps] for start in range(shape.steps)]
@@ -193,7 +207,7 @@ def ours_reward(shape: Shape, k: int) -> Callable[[], float]:
         return training.update([ranked.batch(portion)], step, 1.0)
 
     near(update(portions[0]), math.log(2), f"ours, comparisons of {k}")
-    return lambda: timed([lambda portion=portion: update(portion) for portion in portions])  # type: ignore[misc]
+    return warmed(lambda: timed([lambda portion=portion: update(portion) for portion in portions]))  # type: ignore[misc]
 
 
 def questions(shape: Shape) -> list[list[int]]:
@@ -208,7 +222,7 @@ def start(shape: Shape, trained: bool) -> Loaded:
     return load_parts(RUN / "sft") if trained else Loaded(GPT(shape.config), tokenizer(), NATIVE, "random weights")
 
 
-def ours_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:
+def ours_ppo(shape: Shape, *, trained: bool = False, compiled: bool = False) -> Callable[[], float]:
     """The stage's rounds, without the choice of what to keep on disk."""
     base = start(shape, trained)
     config = ppo.Config(
@@ -218,6 +232,8 @@ def ours_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:
     players = make_players(
         base, ScalarModel(base.model.config), config.critic, precision=config.precision, policy_precision=config.policy_precision
     )
+    if compiled:
+        print(compile_blocks(*players.computing))
     workspace = Workspace(Path(tempfile.mkdtemp(prefix="bench-align-")), 3)
     runtime.tune_allocator()
     training = rounds.trainer_of(players, config, workspace, base, {})
@@ -233,8 +249,7 @@ def ours_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:
         training.progress.consumed += config.batch_size
         return time.perf_counter() - started
 
-    one_round()
-    return one_round
+    return warmed(one_round)
 
 
 # ---- TRL -------------------------------------------------------------------------------------------------------------------------
@@ -295,10 +310,10 @@ def trl_rounds(made: Any, expected: float, what: str) -> Callable[[], float]:
 
     first = made.train().training_loss  # the mean of the epoch: at this rate still that of an untrained model
     near(first, expected, what)
-    return one_round
+    return warmed(one_round)
 
 
-def trl_sft(shape: Shape, *, packed: bool = False, grouped: bool = False) -> Callable[[], float]:
+def trl_sft(shape: Shape, *, packed: bool = False, grouped: bool = False, compiled: bool = False) -> Callable[[], float]:
     """TRL's SFTTrainer."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -306,7 +321,7 @@ def trl_sft(shape: Shape, *, packed: bool = False, grouped: bool = False) -> Cal
     found = pieces(shape)
     records = {"input_ids": [one.ids for one in found], "assistant_masks": [[int(flag) for flag in one.mask] for one in found]}
     rows = len(pack(found, shape.config.context)) if packed else len(found)
-    more = {"train_sampling_strategy": "group_by_length"} if grouped else {}
+    more = {"train_sampling_strategy": "group_by_length" if grouped else "random", "torch_compile": compiled}
     settings = SFTConfig(
         **trl_settings(per_device_train_batch_size=-(-rows // shape.steps), max_length=shape.config.context, packing=packed, **more)
     )
@@ -315,7 +330,7 @@ def trl_sft(shape: Shape, *, packed: bool = False, grouped: bool = False) -> Cal
     return trl_rounds(made, math.log(shape.config.vocab_size), "TRL, sft")
 
 
-def trl_reward(shape: Shape, k: int) -> Callable[[], float]:
+def trl_reward(shape: Shape, k: int, *, compiled: bool = False) -> Callable[[], float]:
     """TRL's RewardTrainer on all pairs."""
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
@@ -324,7 +339,8 @@ def trl_reward(shape: Shape, k: int) -> Callable[[], float]:
     found = [encoded(one, config) for one in comparisons(shape, k)]
     pairs = [(rows[a], rows[b]) for rows in found for a in range(k) for b in range(a + 1, k)]
     records = {"chosen_ids": [a for a, _ in pairs], "rejected_ids": [b for _, b in pairs]}
-    settings = RewardConfig(**trl_settings(per_device_train_batch_size=-(-len(pairs) // shape.steps), max_length=None))
+    batch = -(-len(pairs) // shape.steps)
+    settings = RewardConfig(**trl_settings(per_device_train_batch_size=batch, max_length=None, torch_compile=compiled))
     model = hf_model(shape, "SequenceClassification")
     made = RewardTrainer(model=model, args=settings, train_dataset=Dataset.from_dict(records), processing_class=fast_tokenizer())
     return trl_rounds(made, math.log(2), f"TRL, comparisons of {k}")
@@ -412,8 +428,7 @@ def textbook_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:
             optimiser.zero_grad(set_to_none=True)
         return time.perf_counter() - started
 
-    one_round()
-    return one_round
+    return warmed(one_round)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------------------
@@ -424,14 +439,29 @@ def contenders(shape: Shape) -> dict[str, dict[str, side_by_side.Contender]]:
     return {
         "sft": {
             "ours": lambda: ours_sft(shape),
+            "ours_compiled": lambda: ours_sft(shape, compiled=True),
+            "trl_compiled": lambda: trl_sft(shape, compiled=True),
             "trl_padded": lambda: trl_sft(shape),
             "trl_grouped": lambda: trl_sft(shape, grouped=True),
             "trl_packed": lambda: trl_sft(shape, packed=True),
         },
-        "reward2": {"ours": lambda: ours_reward(shape, 2), "trl": lambda: trl_reward(shape, 2)},
+        "reward2": {
+            "ours": lambda: ours_reward(shape, 2),
+            "ours_compiled": lambda: ours_reward(shape, 2, compiled=True),
+            "trl": lambda: trl_reward(shape, 2),
+            "trl_compiled": lambda: trl_reward(shape, 2, compiled=True),
+        },
         "reward4": {"ours": lambda: ours_reward(shape, 4), "trl": lambda: trl_reward(shape, 4)},
-        "ppo": {"ours": lambda: ours_ppo(shape), "textbook": lambda: textbook_ppo(shape)},
-        "ppo_sft": {"ours": lambda: ours_ppo(shape, trained=True), "textbook": lambda: textbook_ppo(shape, trained=True)},
+        "ppo": {
+            "ours": lambda: ours_ppo(shape),
+            "ours_compiled": lambda: ours_ppo(shape, compiled=True),
+            "textbook": lambda: textbook_ppo(shape),
+        },
+        "ppo_sft": {
+            "ours": lambda: ours_ppo(shape, trained=True),
+            "ours_compiled": lambda: ours_ppo(shape, trained=True, compiled=True),
+            "textbook": lambda: textbook_ppo(shape, trained=True),
+        },
     }
 
 
@@ -439,14 +469,18 @@ def table(name: str, task: str, samples: dict[str, dict[str, Any]]) -> dict[str,
     """Print what came out; the ratios. A sample is a conversation, a comparison, an answer."""
     shape = SHAPES[name]
     count = {"sft": shape.conversations, "ppo": PPO["batch"], "ppo_sft": PPO["batch"]}.get(task, shape.comparisons)
-    ratios = {}
-    print(f"\n{name}, {task}: {count} samples a round\n{'':14} samples/s   peak memory   ours is faster by")
+    ratios: dict[str, float] = {}
+    ours = [who for who in samples if who.startswith("ours")]
+    print(f"\n{name}, {task}: {count} samples a round\n{'':14} samples/s   peak memory   {'   '.join(f'{who} is faster by' for who in ours)}")
     for who, row in samples.items():
-        faster = side_by_side.median_ratio(samples["ours"]["seconds"], row["seconds"])
-        print(f"{who:14} {count / statistics.median(row['seconds']):9.2f}   {row['peak_mb']:8,.0f} MB   {faster:6.2f}")
-        if who != "ours":
-            ratios[f"{name}/{task}/{who}"] = faster
-            ratios[f"{name}/{task}/{who}/memory"] = samples["ours"]["peak_mb"] / row["peak_mb"]
+        faster = {mine: side_by_side.median_ratio(samples[mine]["seconds"], row["seconds"]) for mine in ours}
+        print(f"{who:14} {count / statistics.median(row['seconds']):9.2f}   {row['peak_mb']:8,.0f} MB   "
+              + "   ".join(f"{faster[mine]:{len(mine) + 13}.2f}" for mine in ours))  # fmt: skip
+        if who not in ours:
+            for mine in ours:
+                key = f"{name}/{task}/{who}" + ("" if mine == "ours" else "/compiled")
+                ratios[key] = faster[mine]
+                ratios[f"{key}/memory"] = samples[mine]["peak_mb"] / row["peak_mb"]
     return ratios
 
 

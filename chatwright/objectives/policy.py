@@ -53,7 +53,11 @@ def kl_k3(log_probs: Values, reference: Values) -> Values:
 
 def entropy(logits: Float[Tensor, "batch time vocab"]) -> Values:
     """Entropy of the next-token distribution at every position, in nats."""
-    log_p = logits.float().log_softmax(-1)
+    return entropy_of(logits.float().log_softmax(-1))
+
+
+def entropy_of(log_p: Float[Tensor, "*places vocab"]) -> Float[Tensor, "*places"]:
+    """The same where the logarithms of the distribution are there already."""
     return -(log_p.exp() * log_p).sum(-1)
 
 

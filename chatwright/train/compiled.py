@@ -29,4 +29,5 @@ def compile_blocks(*models: nn.Module | None) -> str:
     blocks = [module for model in models if model is not None for module in model.modules() if isinstance(module, Block)]
     for block in blocks:
         block.forward = MethodType(forward, block)  # type: ignore[method-assign]  # bound: a deep copy has its own block's
+        block.mlp.written_out = line == "compile: on" and runtime.device().type == "cpu"
     return f"{line}, block by block: the first steps wait for the compiler" if line == "compile: on" else line

@@ -30,7 +30,6 @@ from chatwright.language_model import exact_runner
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives import policy as objective
-from chatwright.objectives.language import log_probs_of
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.parallel import Spread
 from chatwright.train.sft import read_records
@@ -229,10 +228,11 @@ def answer_log_probs(
         hidden = model.hidden_at(answers.ids, answers.before, lengths=answers.lengths)
     with runtime.full_precision():
         logits = model.head(hidden.float()) / temperature  # (answer tokens, V)
-    log_probs = answers.placed(log_probs_of(logits[None], answers.ids[answers.response][None])[0])
+    log_p = logits.log_softmax(-1)
+    log_probs = answers.placed(log_p.gather(1, answers.ids[answers.response][:, None])[:, 0])
     if not entropy:
         return log_probs, torch.zeros_like(log_probs)
-    return log_probs, answers.placed(objective.entropy(logits[None] if entropy == "learnt" else logits[None].detach())[0])
+    return log_probs, answers.placed(objective.entropy_of(log_p if entropy == "learnt" else log_p.detach()))
 
 
 def values_before(critic: ScalarModel, answers: Answers) -> Float[Tensor, "batch time"]:
