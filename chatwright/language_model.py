@@ -62,8 +62,9 @@ def make_runner(model: GPT, dtype: str) -> Runner | None:
     return KernelRunner(model, dtype)
 
 
-def exact_runner(model: GPT) -> Runner | None:
-    """The fastest runner whose log-probabilities are those of the model in float32, up to rounding; None is the model itself.
+def exact_runner(model: GPT, dtype: torch.dtype = torch.float32) -> Runner | None:
+    """The fastest runner whose log-probabilities are those of the model with products in `dtype` (float32 or bfloat16), up to rounding; None
+    is the model itself.
 
     It computes with the weights of now: after a step of training it is made anew, which costs a copy of them.
     """
@@ -73,7 +74,7 @@ def exact_runner(model: GPT) -> Runner | None:
     small = model.parameter_count() < WORTH_COPYING
     if first.device.type != "cpu" or first.dtype != torch.float32 or small or unsupported(model.config):
         return None
-    return make_runner(model, "fp32")
+    return make_runner(model, "bf16" if dtype == torch.bfloat16 else "fp32")
 
 
 class LanguageModel:

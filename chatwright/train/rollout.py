@@ -180,10 +180,11 @@ def sample_answers(
     seed_parts: Sequence[object],
     first: int = 0,
     max_batch: int = 64,
+    dtype: torch.dtype = torch.float32,
 ) -> Answers:
     """Sample one answer to each prompt; each has a random stream of its own, named by `seed_parts` and its number, which counts
-    from `first`: who samples a part of the prompts says where the part begins. On a CPU the compiled kernels sample, from float32
-    copies of the weights of now."""
+    from `first`: who samples a part of the prompts says where the part begins. On a CPU the compiled kernels sample, from copies in
+    `dtype` of the weights of now."""
     requests = [
         Request(
             prompt=tuple(prompt),
@@ -196,7 +197,7 @@ def sample_answers(
         )
         for number, prompt in enumerate(prompts, first)
     ]
-    done = Engine(policy, None, max_batch=max_batch, runner=exact_runner(policy)).generate(requests)
+    done = Engine(policy, None, max_batch=max_batch, runner=exact_runner(policy, dtype)).generate(requests)
     rows = [[*prompt, *one.ids] for prompt, one in zip(prompts, done, strict=True)]
     starts = torch.tensor([len(prompt) for prompt in prompts])
     lengths = torch.tensor([len(row) for row in rows])

@@ -150,6 +150,7 @@ class Rounds(ABC, Generic[Settings, Rolled]):
             temperature=self.config.temperature,
             seed_parts=(self.workspace.seed, self.title, progress.step),
             first=mine.start,
+            dtype=self.players.policy_dtype,
         )
 
     def sampled(self) -> tuple[Rolled, dict[str, float]]:

@@ -45,8 +45,8 @@ def test_a_shared_trunk_is_read_once_and_starts_at_zero(
     players = Players(policy, lively_gpt(2), lively_scalar(3), ValueHead(policy.config.width))
     answers = sample_answers(policy, PROMPTS, end=5, max_new_tokens=10, temperature=0.7, seed_parts=(1,))
     reads: list[int] = []
-    real = policy.hidden
-    monkeypatch.setattr(policy, "hidden", lambda ids, **more: reads.append(1) or real(ids, **more))
+    real = policy.hidden_at
+    monkeypatch.setattr(policy, "hidden_at", lambda ids, places, **more: reads.append(1) or real(ids, places, **more))
     seen = opinion(players, answers, 0.7)
     assert len(reads) == 1 and not bool(seen.values.any())
     expected, spread = answer_log_probs(policy, answers, temperature=0.7, entropy="known")
@@ -57,7 +57,7 @@ def test_a_shared_trunk_is_read_once_and_starts_at_zero(
     torch.nn.init.normal_(players.critic.scalar.weight)
     torch.nn.init.constant_(players.critic.scalar.bias, 0.3)
     with torch.no_grad():
-        values, outputs = opinion(players, answers, 0.7).values, players.critic(real(answers.ids))
+        values, outputs = opinion(players, answers, 0.7).values, players.critic(policy.hidden(answers.ids))
     for row, t in answers.response.nonzero().tolist():
         assert float(values[row, t]) == pytest.approx(float(outputs[row, t - 1]), abs=1e-5)
 
