@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from chatwright import language_model
 from chatwright.chat import NATIVE
 from chatwright.data.examples import Dialogue
 from chatwright.generate.engine import Engine, Request
@@ -78,6 +79,15 @@ def test_logits_are_float32_products_even_where_the_model_computes_in_bf16(livel
     assert seen == [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)]
     exact, _ = answer_log_probs(model, answers, temperature=1.0)
     assert 1e-5 < float((found - exact).abs().max()) < 0.2
+
+
+@torch.no_grad()
+def test_who_computes_in_bf16_samples_in_bf16(lively_gpt: Callable[..., GPT], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language_model, "WORTH_COPYING", 0)  # else models as small as this one sample for themselves
+    model = lively_gpt(4)
+    exact, rounded = sampled(model, 1.0), sampled(model, 1.0, dtype=torch.bfloat16)
+    gaps = [float((answer_log_probs(model, one, temperature=1.0)[0] - one.sampled).abs().max()) for one in (exact, rounded)]
+    assert gaps[0] < 1e-4 and 1e-3 < gaps[1] < 0.2
 
 
 def test_answers_know_where_they_begin_and_whether_they_end(lively_gpt: Callable[..., GPT]) -> None:
