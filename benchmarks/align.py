@@ -12,8 +12,8 @@ sft       an epoch over the same conversations in the same number of optimiser s
           checkpointing, which it has on by default and which would cost a third.
 reward2   the same comparisons of 2 answers. reward4: of 4 answers, all pairs of which are learnt; TRL knows pairs only, so that
           it forwards an answer once for each of its pairs.
-compiled  The names that end so: ours with `compile` on (off by default, for the first steps wait a minute for it), TRL with its
-          `torch_compile`. What compiling takes is not counted, on either side.
+compiled  The names that end so: ours with `compile` on (off by default, for the first steps wait a minute for it), TRL, padded, with its
+          `torch_compile`. What compiling takes is not counted, on either side. The textbook's loop is not compiled.
 ppo       64 prompts, one sampled answer of up to 32 tokens each, scores, and an update in minibatches of 16 (one pass), with
           policy, reference, reward model and critic of the same size. Textbook: transformers' generate (key-value cache, padding
           on the left), then forward passes over whole padded rows, as published implementations do it. TRL has no PPO any more.
@@ -478,7 +478,7 @@ def table(name: str, task: str, samples: dict[str, dict[str, Any]]) -> dict[str,
               + "   ".join(f"{faster[mine]:{len(mine) + 13}.2f}" for mine in ours))  # fmt: skip
         if who not in ours:
             for mine in ours:
-                key = f"{name}/{task}/{who}" + ("" if mine == "ours" else "/compiled")
+                key = f"{name}/{task}/{who}" + ("" if mine == "ours" else f"/{mine}")
                 ratios[key] = faster[mine]
                 ratios[f"{key}/memory"] = samples[mine]["peak_mb"] / row["peak_mb"]
     return ratios

@@ -63,8 +63,8 @@ def make_runner(model: GPT, dtype: str) -> Runner | None:
 
 
 def exact_runner(model: GPT, dtype: torch.dtype = torch.float32) -> Runner | None:
-    """The fastest runner whose log-probabilities are those of the model with products in `dtype` (float32 or bfloat16), up to rounding; None
-    is the model itself.
+    """The fastest runner whose log-probabilities are those of the model up to rounding: float32's, or, with bfloat16 weights, that
+    of a model whose products are in bfloat16. None is the model itself.
 
     It computes with the weights of now: after a step of training it is made anew, which costs a copy of them.
     """

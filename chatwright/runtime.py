@@ -254,25 +254,21 @@ def compile_function(function: Any, *, enabled: bool = True, sizes_change: bool 
 
 
 class _OrPlain:
-    """A compiled function that goes back to the plain one, and says so, when the compiler fails on first use."""
+    """A compiled function that goes back to the plain one, and says so, when the compiler fails, at its first use or at a later form."""
 
     def __init__(self, plain: Any, compiled: Any) -> None:
-        self.plain, self.chosen, self.proven = plain, compiled, False
+        self.plain, self.chosen = plain, compiled
 
     def __call__(self, *arguments: Any) -> Any:
-        if self.proven:
-            return self.chosen(*arguments)
         from torch._dynamo.exc import TorchDynamoException
 
         try:
-            result = self.chosen(*arguments)
+            return self.chosen(*arguments)
         except TorchDynamoException as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            print(f"  compile: off, the compiler failed ({reason}); training runs, about 1.4 times slower")
+            print(f"  compile: off, the compiler failed ({reason}); training runs, slower")
             self.chosen = self.plain
-            result = self.plain(*arguments)
-        self.proven = True
-        return result
+            return self.plain(*arguments)
 
 
 @functools.lru_cache

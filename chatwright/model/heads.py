@@ -62,9 +62,9 @@ class ScalarModel(nn.Module):
     def score(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
         """The number at each row's last real token: what the model thinks of the whole row. Padding on the right costs nothing.
         Raises ValueError for a row without a token."""
-        if not bool(mask.any(1).all()):
+        on_the_left, empty = torch.stack(((mask[:, 1:] & ~mask[:, :-1]).any(), ~mask.any(1).all())).tolist()
+        if empty:
             raise ValueError("a row without a token has no score")
-        on_the_left = bool((mask[:, 1:] & ~mask[:, :-1]).any())
         padded = {"mask": mask} if on_the_left else {"lengths": mask.sum(1)}
         every = torch.arange(mask.numel(), device=ids.device).view(mask.shape)
         return self.at(ids, torch.where(mask, every, -1).max(dim=1).values, **padded)

@@ -8,8 +8,9 @@ costs: docs/performance.md.
 from __future__ import annotations
 
 from types import MethodType
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from chatwright import runtime
 from chatwright.model.gpt import Block
@@ -21,13 +22,21 @@ places or all. torch's own limit is 8, beyond which it silently compiles no more
 
 def compile_blocks(*models: nn.Module | None) -> str:
     """Compile the blocks of these models where that works; a line that says whether it does, and why not. Results are the same up to
-    rounding. Copies made afterwards are compiled as well."""
+    rounding. Copies made afterwards are compiled as well. With a cache, as when answers are sampled, blocks run as they are."""
+    compiled, line = runtime.compile_function(Block.forward, sizes_change=True)
+    if line != "compile: on":
+        return line
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    forward, line = runtime.compile_function(Block.forward, sizes_change=True)
-    blocks = [module for model in models if model is not None for module in model.modules() if isinstance(module, Block)]
-    for block in blocks:
-        block.forward = MethodType(forward, block)  # type: ignore[method-assign]  # bound: a deep copy has its own block's
-        block.mlp.written_out = line == "compile: on" and runtime.device().type == "cpu"
-    return f"{line}, block by block: the first steps wait for the compiler" if line == "compile: on" else line
+
+    def forward(
+        block: Block, x: Tensor, angles: Any, attend: Any, cache: Any, layer: int, wanted: Tensor | None = None
+    ) -> Any:
+        return (compiled if cache is None else Block.forward)(block, x, angles, attend, cache, layer, wanted)
+
+    for module in (module for model in models if model is not None for module in model.modules()):
+        if isinstance(module, Block):
+            module.forward = MethodType(forward, module)  # type: ignore[method-assign]  # bound: a deep copy has its own block's
+            module.mlp.written_out = runtime.device().type == "cpu"
+    return f"{line}, block by block: the first steps wait for the compiler"

@@ -28,7 +28,7 @@ class FitConfig:
     steps: int = 0
     """Optimiser steps; above 0 it goes before `seconds`. 0: as many as fit into `seconds`."""
     seconds: float = 0.0
-    """Training time in seconds, compilation not counted. The number of steps is settled when the learning rate begins to
+    """Training time in seconds, the first two steps, which compile, not counted. The number of steps is settled when the learning rate begins to
     fall and then kept in the checkpoint. Needs the trapezoid schedule. Give `steps` for runs that repeat exactly."""
     batch_size: int = 8
     """Samples per optimiser step."""

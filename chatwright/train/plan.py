@@ -164,6 +164,11 @@ class Subject:
         wanted = self.config.compile if self.fit is None else self.fit.compile
         return bool(wanted) and runtime.compiler_missing() is None
 
+    @property
+    def compiled_whole(self) -> bool:
+        """Whether it is one compiled graph, not blocks with plain functions between them: what `COMPILED` and `FUSED` were measured on."""
+        return self.verb == "pretrain" and self.compiled
+
 
 def scene_of(subject: Subject) -> Callable[[int], Scene]:
     """What builds the stage's scene with a given number of layers, inside a rehearsal."""
@@ -201,11 +206,15 @@ def _adapt(model: GPT | ScalarModel, subject: Subject) -> None:
 
 
 def _sft(subject: Subject, shape: GPTConfig) -> Scene:
+    from chatwright.train import sft  # which imports this module
+
     with torch.device(runtime.device()):
         model = GPT(shape)
     _adapt(model, subject)
     dtype = runtime.compute_dtype(subject.fit.precision)
     _, length = subject.rows
+    if subject.compiled and sft.written_out(length):
+        model.write_out()
 
     def step(samples: int) -> Tensor:
         ids = _tokens(samples, length)
@@ -252,7 +261,7 @@ def _rounds(subject: Subject, shape: GPTConfig) -> Scene:
 
     def step(samples: int) -> Tensor:
         ids = _tokens(samples, length)
-        places = ids.new_zeros(samples * needed.max_new_tokens)
+        places = ids.new_zeros(samples * (length if needed.ptx else needed.max_new_tokens))  # of general text, all are looked at
         with runtime.autocast(dtype):
             logits = policy.head(policy.hidden_at(ids, places))
             loss = log_probs_of(logits[None], places[None]).sum()
@@ -287,7 +296,7 @@ def memory_of(seen: Rehearsed, subject: Subject) -> dict[str, float]:
         with torch.device("meta"):
             parts["sampler"] = 4.0 * GPT(subject.shape).parameter_count()  # the whole policy, in every process
     on_gpu = runtime.device().type == "cuda"
-    factor, constant = GPU if on_gpu else COMPILED if subject.compiled else EAGER
+    factor, constant = GPU if on_gpu else COMPILED if subject.compiled_whole else EAGER
     parts["allocator"] = (factor - 1) * sum(parts.values()) + constant
     if not on_gpu:
         parts["program"] = PROGRAM
@@ -305,7 +314,7 @@ def choose(subject: Subject, *, timed: bool = True, available: float | None = No
         if subject.fit is None or subject.fit.micro_batch:
             raise _refusal(subject, plan)
         plan, operations = _smaller(subject, available)
-    return replace(plan, seconds=seconds_of(operations, compiled=subject.compiled)) if timed else plan
+    return replace(plan, seconds=seconds_of(operations, compiled=subject.compiled_whole)) if timed else plan
 
 
 def _smaller(subject: Subject, available: float | None) -> tuple[Plan, Mapping[Operation, float]]:

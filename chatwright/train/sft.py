@@ -141,12 +141,16 @@ SHORT = 1024
 square."""
 
 
+def written_out(length: int) -> bool:
+    """Whether compiled rows of this length are computed by products with a mask."""
+    return runtime.device().type == "cpu" and runtime.compiler_missing() is None and length <= SHORT
+
+
 def compiled_for(model: GPT, length: int) -> str:
     """Compile the model for rows of this length; a line that says whether that works, and why not."""
-    line = compile_blocks(model)
-    if runtime.device().type == "cpu" and runtime.compiler_missing() is None and length <= SHORT:
+    if written_out(length):
         model.write_out()
-    return line
+    return compile_blocks(model)
 
 
 def step(model: GPT, batch: ChatBatch) -> Step:
