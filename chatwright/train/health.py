@@ -36,8 +36,9 @@ class Rounding:
 
 FLOAT32 = Rounding()
 BFLOAT16 = Rounding(token=2.0, sampler=0.1, ratio=0.3)
-"""The sampler computes in float32. SmolLM2-135M with adapters, 80 rounds: 0.02 nats at first, 0.08 at 5 nats from the reference, single tokens
-up to 0.53; ratios were 1 exactly, for a row's products do not depend on the other rows. A temperature of 0.95 instead of 1 is
+"""SmolLM2-135M with adapters, 80 rounds, its sampler in float32: 0.02 nats at first, 0.08 at 5 nats from the reference, single tokens
+up to 0.53. The tiny recipe's model, 12 rounds, its sampler in bf16: 0.008 throughout, single tokens up to 0.09, with compiled blocks as without.
+Ratios were 1 to four digits, for a row's products do not depend on the other rows. A temperature of 0.95 instead of 1 is
 0.13 nats, one of 0.9 is 0.28: nearer to rounding than one would like, which is why float32 is what a policy has unless asked."""
 
 
