@@ -130,8 +130,8 @@ class Table(nn.Module):
         self.head = nn.Linear(3, 3, bias=False)
         self.head.weight.data = torch.tensor(logits).T.contiguous()
 
-    def hidden(self, ids: Tensor, *, lengths: Tensor) -> Tensor:
-        return nn.functional.one_hot(ids, 3).float()
+    def hidden_at(self, ids: Tensor, places: Tensor, *, lengths: Tensor) -> Tensor:
+        return nn.functional.one_hot(ids, 3).float().flatten(0, 1)[places]
 
 
 class Values(nn.Module):
@@ -141,8 +141,8 @@ class Values(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.tensor(VALUES))
 
-    def forward(self, ids: Tensor, *, lengths: Tensor) -> Tensor:
-        return self.table[ids]
+    def at(self, ids: Tensor, places: Tensor, *, lengths: Tensor) -> Tensor:
+        return self.table[ids.flatten()[places]]
 
 
 class Scores(nn.Module):
