@@ -86,8 +86,8 @@ class RoundsConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Products of reward model and critic; `auto` takes bf16 where the hardware has it."""
     policy_precision: Literal["auto", "bf16", "fp32"] = "fp32"
-    """Products of policy and reference, and of sampling where the CPU's kernels do it (models of 2 M parameters and more). In bf16 a round is a third shorter, and the KL of an answer, a small
-    difference of large numbers, has rounding in it."""
+    """Products of policy and reference, and of sampling where the CPU's kernels do it (models of 2 M parameters and more). In bf16 a
+    round is a third shorter, and the KL of an answer, a small difference of large numbers, has rounding in it."""
     compile: bool = False
     """Compile the blocks of all models, where there is a C++ compiler: rounds are about a quarter shorter, but the first of all on a
     machine waits a minute or two for it, later runs some seconds."""
