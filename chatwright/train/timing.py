@@ -1,7 +1,10 @@
-"""How long an optimiser step will take: each kind of operation that it consists of is timed once on this machine.
+"""How long an optimiser step will take: each kind of operation that it consists of is timed on this machine.
 
 The rehearsal says which operations a step does, on which shapes, and how often. The sum of count x time over the kinds is the
 step, for a model of any number of layers, at the cost of a layer or two.
+
+A shared machine changes its speed within seconds, by a quarter and more. So the operations are timed in turns, round after
+round, and each counts with the median of its rounds: one slow second touches one sample of many kinds, not all of one kind.
 
 What the compiler fuses - sums, norms, softmax, casts: everything but matrix products and attention - runs faster than one
 by one: `FUSED` is the share of its time that is left.
@@ -20,28 +23,61 @@ from torch import Tensor
 from chatwright import runtime
 from chatwright.train.rehearsal import Operation
 
-FUSED = 0.9
+FUSED = 0.5
 """Time of fused element-wise work over its time one by one (benchmarks/plan.py measures it)."""
 
 APART = 1.1
-"""Time of an operation among others over its time alone, when what it reads is still in the cache (benchmarks/plan.py)."""
+"""Time of an uncompiled operation among others over its time alone, when what it reads is still in the cache (benchmarks/plan.py)."""
+
+SECONDS = 8.0
+"""How long to go on timing, at least `ROUNDS` rounds."""
+
+ROUNDS = 3
+"""Rounds in any case, however large the operations are."""
+
+NEARLY = 0.95
+"""Share of the first round's time that the operations of later rounds make up."""
 
 _WHOLE = ("mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_product", "_fused_", "embedding")
 
 
-def seconds_of(operations: Mapping[Operation, float], *, compiled: bool) -> float:
-    """Predicted seconds of the operations of one step. They must fit into memory one at a time."""
-    products, others = parts_of(operations)
-    return products * APART + others * (FUSED if compiled else APART)
+def seconds_of(operations: Mapping[Operation, float], *, compiled: bool, budget: float = SECONDS) -> float:
+    """Predicted seconds of the operations of one step, after about `budget` seconds of timing.
+
+    Each operation must fit into memory, one at a time.
+    """
+    return together(*parts_of(operations, budget=budget), compiled=compiled)
 
 
-def parts_of(operations: Mapping[Operation, float]) -> tuple[float, float]:
+def together(products: float, others: float, *, compiled: bool) -> float:
+    """Seconds of a step from those of its two parts, timed one by one."""
+    return products + others * FUSED if compiled else (products + others) * APART
+
+
+def parts_of(operations: Mapping[Operation, float], *, budget: float = SECONDS) -> tuple[float, float]:
     """Seconds, each operation timed alone: of the products and other large kernels; of what a compiler would fuse."""
+    began = time.perf_counter()
+    samples = {operation: [_time(operation)] for operation, count in operations.items() if count}
+    often, rounds = _largest({operation: abs(operations[operation]) * first[0] for operation, first in samples.items()}), 1
+    while rounds < ROUNDS or time.perf_counter() - began < budget:
+        for operation in often:
+            samples[operation].append(_time(operation))
+        rounds += 1
     spent = {True: 0.0, False: 0.0}
-    for operation, count in operations.items():
-        if count:
-            spent[_is_whole(operation[0])] += count * _time(operation)
+    for operation, taken in samples.items():
+        spent[_is_whole(operation[0])] += operations[operation] * statistics.median(taken)
     return spent[True], spent[False]
+
+
+def _largest(shares: Mapping[Operation, float]) -> list[Operation]:
+    """The operations that take nearly all of the time; the others are many, and one sample of each is enough."""
+    found, left = [], sum(shares.values()) * NEARLY
+    for operation in sorted(shares, key=shares.__getitem__, reverse=True):
+        if left <= 0:
+            break
+        found.append(operation)
+        left -= shares[operation]
+    return found
 
 
 def _is_whole(function: Any) -> bool:
@@ -49,7 +85,7 @@ def _is_whole(function: Any) -> bool:
 
 
 def _time(operation: Operation) -> float:
-    """Median seconds of some calls, the first left out, with made-up numbers."""
+    """Mean seconds of some calls, the first left out, with made-up numbers."""
     function, args, kwargs = operation
     where = runtime.device()
 
@@ -66,13 +102,13 @@ def _time(operation: Operation) -> float:
     spent: list[float] = []
     began = time.perf_counter()
     with torch.no_grad():
-        while len(spent) < 2 or (time.perf_counter() - began < 0.03 and len(spent) < 30):
+        while len(spent) < 2 or (time.perf_counter() - began < 0.02 and len(spent) < 20):
             runtime.synchronise()
             started = time.perf_counter()
             function(*given, **named)
             runtime.synchronise()
             spent.append(time.perf_counter() - started)
-    return statistics.median(spent[1:])
+    return statistics.mean(spent[1:])
 
 
 def _made_up(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, where: torch.device) -> Tensor:
@@ -80,7 +116,11 @@ def _made_up(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
     tensor = torch.empty_strided(shape, stride, dtype=dtype, device=where)
     flat = tensor.as_strided((tensor.untyped_storage().nbytes() // dtype.itemsize,), (1,))
     if dtype.is_floating_point:
-        flat.uniform_(0.01, 0.02)  # zeros and denormal numbers have speeds of their own
+        filled = min(len(flat), 1 << 16)
+        flat[:filled].uniform_(0.01, 0.02)  # zeros and denormal numbers have speeds of their own
+        while filled < len(flat):  # drawing them all would take longer than the operation
+            flat[filled : 2 * filled] = flat[: min(filled, len(flat) - filled)]
+            filled *= 2
     else:
         flat.zero_()
     return tensor
