@@ -98,7 +98,7 @@ class Bench:
             return
         self.inputs[stage.name] = directory
         if stage.verb == "bestofn":
-            self.rows[stage.name] = {"curve": result["facts"]["curve"], "seconds": result["seconds"]}
+            self.rows[stage.name] = {**{key: result["facts"][key] for key in ("curve", "optima")}, "seconds": result["seconds"]}
         elif stage.verb in METHODS:
             self.rows[stage.name] = self.measured(stage, result, directory)
         else:
@@ -186,6 +186,11 @@ def table(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
         points = [curve[n] for curve in curves.values()]
         cells = [f"{points[0]['kl']:.2f}", *(shown([one[key] for one in points], d) for key, d in (("score", 2), ("gold", 3)))]
         lines.append(f"| best of {n} | {len(points)} | {' | '.join(cells)} | 0 | | | |")
+    tilted = [row["optima"] for row in stages.get("bestofn", {}).values() if "optima" in row]
+    for beta in sorted(set.intersection(*map(set, tilted)), key=float, reverse=True) if tilted else []:
+        points = [found[beta] for found in tilted]
+        cells = [shown([one[key] for one in points], digits) for key, digits in (("kl", 2), ("score", 2), ("gold", 3))]
+        lines.append(f"| optimum at beta {beta} | {len(points)} | {' | '.join(cells)} | | | | |")
     return lines
 
 
@@ -218,6 +223,8 @@ def draw(stages: Mapping[str, Mapping[str, Mapping[str, Any]]], file: Path) -> N
             axes.plot([p["kl"] for p in points], [p[key] for p in points], color="tab:gray", lw=1.4, label=label)
             axes.fill_between([p["kl"] for p in points], [p[f"{key}_low"] for p in points], [p[f"{key}_high"] for p in points],
                               color="tab:gray", alpha=0.12, lw=0)  # fmt: skip
+            tilted = list(row.get("optima", {}).values())
+            axes.plot([p["kl"] for p in tilted], [p[key] for p in tilted], "--", color="black", lw=1.0, label=label and "optimum")
         for method, colour, marker in (("ppo", "tab:blue", "o"), ("reinforce", "tab:orange", "s")):
             rows = [row for name, by_seed in stages.items() if name.startswith(method) for row in by_seed.values() if key in row]
             if rows:

@@ -4,6 +4,9 @@ It moves away from the model it samples from by at most log n - (n - 1) / n nats
 REINFORCE at equal KL. From ONE set of N answers to each prompt the whole curve n = 1, 2, 4 ... N is estimated without bias, by
 the mean over all subsets of n (Nakano et al. 2021, arXiv:2112.09332; Gao et al. 2022, arXiv:2210.10760).
 
+The same answers, weighted by exp(score / beta), show the optimum: of all policies with the KL that it has, the one of the highest
+expected score (Korbak et al. 2022, arXiv:2206.00761), which PPO with this beta and REINFORCE aim at.
+
 Answers are judged as PPO judges them: unfinished and degenerate ones get the fixed score. Prompts are held out. Ties of the score
 are broken at random, in expectation.
 """
@@ -41,6 +44,11 @@ from chatwright.train.workspace import Answered, Curve, Measure, Report, Table, 
 
 Samples = Float[Tensor, "prompts n"]
 SCORE, GOLD = "reward model's score, best of n", "gold measure, best of n"
+
+BETAS = (3.2, 1.6, 0.8, 0.4, 0.2, 0.1)
+"""KL coefficients whose optimum is estimated, as far as the number of answers allows."""
+COUNTED = 4.0
+"""So many answers must count, on average over prompts, for an estimate of an optimum."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,20 @@ def at_kl(curve: Sequence[tuple[float, float]], kl: float) -> float | None:
     return None
 
 
+def tilted(scores: Samples, values: Samples, beta: float) -> tuple[Float[Tensor, " prompts"], Float[Tensor, " prompts"]]:
+    """KL from the model that was sampled, and expected `values`, of the policy that is its optimum for a KL coefficient: that model
+    tilted by exp(score / beta).
+
+    From N answers to each prompt, by self-normalised importance weights, whose bias is of the order of exp(KL) / N: exp(KL) of N
+    answers count as one. An estimate near log N is too low.
+    """
+    log_weights = (scores.double() / beta).log_softmax(1)
+    weights = log_weights.exp()
+    # 0 x -inf, where a score is hopeless, is nothing
+    kl = torch.special.xlogy(weights, weights).sum(1) + math.log(scores.shape[1])
+    return kl, (weights * values.double()).sum(1)
+
+
 @dataclass(frozen=True)
 class Judge:
     """Reward model and gold measure together."""
@@ -172,7 +194,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         bar.update(0.9, "the rival" if config.rival else "")
         rival = rival_of(config, workspace, base, prompts, ask, spread) if config.rival else None
         bar.update(1.0)
-    report = report_of(config, rows, rival)
+    report = report_of(config, rows, rival, optima(scores, values, workspace.seed))
     report.answers = chosen_answers(config, base, prompts, given, scores, values)
     report.facts["tokens"] = int(given.response.sum())
     return report
@@ -250,6 +272,21 @@ def point(scores: Samples, values: Samples | None, n: int, seed: int) -> dict[st
     return row
 
 
+def optima(scores: Samples, values: Samples | None, seed: int) -> dict[float, dict[str, float]]:
+    """For each KL coefficient at which enough answers count: KL, score and gold of its optimum, with 95 % intervals over prompts."""
+    found: dict[float, dict[str, float]] = {}
+    for beta in BETAS:
+        kl, score = tilted(scores, scores, beta)
+        if float(kl.mean()) > math.log(scores.shape[1] / COUNTED):
+            break  # smaller ones are further away
+        row = {"kl": float(kl.mean())}
+        for name, told in (("score", score), *([("gold", tilted(scores, values, beta)[1])] if values is not None else [])):
+            low, high = bootstrap_interval(told, seed=seed)
+            row |= {name: float(told.mean()), f"{name}_low": low, f"{name}_high": high}
+        found[beta] = row
+    return found
+
+
 def rival_of(
     config: Config,
     workspace: Workspace,
@@ -277,8 +314,14 @@ def rival_of(
     return result
 
 
-def report_of(config: Config, rows: dict[int, dict[str, float]], rival: dict[str, float] | None) -> Report:
-    """Measures of the largest n, the table of all, and the rival beside it."""
+def report_of(
+    config: Config,
+    rows: dict[int, dict[str, float]],
+    rival: dict[str, float] | None,
+    best: dict[float, dict[str, float]] | None = None,
+) -> Report:
+    """Measures of the largest n, the table of all, what is best at a KL coefficient (`optima`), and the rival beside it."""
+    best = best or {}
     first, last = rows[1], rows[config.n]
     names = [name for name in ("score", "gold") if name in first]
     measures = [
@@ -290,7 +333,10 @@ def report_of(config: Config, rows: dict[int, dict[str, float]], rival: dict[str
         note, within = _note(config.n, last, "gold"), (last["gold_low"], last["gold_high"])
         measures.insert(1, Measure("gold measure, best of n", first["gold"], last["gold"], "higher", note, within))
     cells = [[f"best of {n}", f"{row['kl']:.2f}", *(_interval(row, name) for name in names)] for n, row in rows.items()]
-    facts: dict[str, Any] = {"curve": {str(n): row for n, row in rows.items()}}
+    cells += [[f"optimum at beta {beta:g}", f"{row['kl']:.2f}", *(_interval(row, name) for name in names)] for beta, row in best.items()]
+    facts: dict[str, Any] = {
+        "curve": {str(n): row for n, row in rows.items()}, "optima": {str(beta): row for beta, row in best.items()},
+    }  # fmt: skip
     notes = []
     if rival is not None:
         cells.append([config.rival, f"{rival['kl']:.2f}", *(_interval(rival, name) for name in names)])

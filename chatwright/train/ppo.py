@@ -62,7 +62,7 @@ PAPER = (
     Paper("clip", 0.2, INSTRUCT),
     Paper("value_clip", 0.2, DETAILS),
     Paper("value_coefficient", 0.1, DETAILS),
-    Paper("discount", 1.0, DETAILS),
+    Paper("discount", 1.0, INSTRUCT),
     Paper("lam", 0.95, DETAILS),
     Paper("critic", "separate", f"{INSTRUCT}: from the reward model; shared in Ziegler et al. 2019"),
 )

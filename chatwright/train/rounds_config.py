@@ -122,8 +122,12 @@ SHARED_PAPER = (
     Paper("ptx_windows", 8, INSTRUCT),
     Paper("average", 0.992, INSTRUCT),
     Paper("entropy_coefficient", 0.0, DETAILS),
+    Paper("temperature", 1.0, INSTRUCT),
+    Paper("optim.beta1", 0.9, INSTRUCT),
+    Paper("optim.beta2", 0.95, INSTRUCT),
     Paper("optim.eps", 1e-5, DETAILS),
-    Paper("optim.schedule", "linear", DETAILS),
+    Paper("optim.schedule", "constant", f"{INSTRUCT}: after a warm-up; linear in Ziegler et al. 2019"),
+    Paper("optim.warmup", 0.02, f"{INSTRUCT}: 10 of 500 rounds, from a tenth of the rate"),
     Paper("lora.rank", 0, f"{INSTRUCT}: all weights are trained"),
 )
 """What InstructGPT set that any method of rounds has. The guards (kl_budget, min_correlation, min_distinct, unfinished and

@@ -69,7 +69,10 @@ class Config:
 PAPER = (
     Paper("passes over the conversations", 16, INSTRUCT, lambda config, facts: facts.get("epochs")),
     Paper("fit.batch_size", 32, f"{INSTRUCT}: 1.3B and 6B; there a sample is one conversation, here a packed row"),
+    Paper("optim.learning_rate", 9.65e-6, f"{INSTRUCT}: 1.3B and 6B"),
     Paper("optim.schedule", "cosine", INSTRUCT),
+    Paper("optim.final", 0.1, INSTRUCT),
+    Paper("optim.warmup", 0.0, INSTRUCT),
     Paper("optim.beta1", 0.9, INSTRUCT),
     Paper("optim.beta2", 0.95, INSTRUCT),
     Paper("lora.rank", 0, f"{INSTRUCT}: all weights are trained"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from chatwright.config import UsageError
-from chatwright.evaluate.best_of_n import Config, at_kl, best_of_n, best_of_n_kl, point, report_of, sizes
+from chatwright.evaluate.best_of_n import Config, at_kl, best_of_n, best_of_n_kl, optima, point, report_of, sizes, tilted
 
 SCORES = torch.tensor([[0.3, 2.0, -1.0, 0.7, 0.1], [1.0, 1.0, 0.0, -2.0, 1.0]])
 GOLD = torch.tensor([[1.0, -3.0, 0.5, 2.0, 4.0], [1.0, 2.0, 5.0, 7.0, 6.0]])
@@ -84,6 +84,49 @@ def test_what_stands_at_a_kl() -> None:
     assert at_kl(curve, 1.5) is None
 
 
+@pytest.mark.parametrize("beta", [2.0, 1.0, 0.5])
+def test_the_optimum_for_normal_scores(beta: float) -> None:
+    """Scores from N(0, 1), tilted by exp(score / beta), are N(1 / beta, 1), 1 / (2 beta^2) nats away."""
+    scores = torch.randn(16, 40_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kl, score = tilted(scores, scores, beta)
+    assert float(score.mean()) == pytest.approx(1 / beta, rel=0.02)
+    assert float(kl.mean()) == pytest.approx(1 / (2 * beta**2), rel=0.04)
+
+
+def test_the_optimum_of_two_answers_by_hand() -> None:
+    """Weights e / (1 + e) and 1 / (1 + e) at scores 1 and 0 and beta 1; a hopeless answer has none."""
+    heavy = math.e / (1 + math.e)
+    kl, gold = tilted(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, -2.0]]), 1.0)
+    assert float(gold) == pytest.approx(2 * heavy - 2 * (1 - heavy), abs=1e-6)
+    assert float(kl) == pytest.approx(heavy * math.log(2 * heavy) + (1 - heavy) * math.log(2 * (1 - heavy)), abs=1e-6)
+    kl, gold = tilted(torch.tensor([[0.0, -1e6]]), torch.tensor([[3.0, 9.0]]), 0.1)
+    assert float(gold) == 3.0 and float(kl) == pytest.approx(math.log(2))
+
+
+def test_no_policy_of_the_same_kl_scores_higher_than_the_optimum() -> None:
+    """Against random re-weightings of the same answers, scaled to the optimum's KL."""
+    draw = torch.Generator().manual_seed(2)
+    scores = torch.randn(1, 12, generator=draw, dtype=torch.float64)
+    kl, score = tilted(scores, scores, 0.7)
+    for _ in range(200):
+        other = torch.randn(1, 12, generator=draw, dtype=torch.float64)
+        low, high = 1e-3, 1e3
+        for _ in range(60):  # bisection for the temperature at which it is as far away
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if float(tilted(other, other, middle)[0]) < float(kl) else (middle, high)
+        assert float(tilted(other, scores, high)[1]) < float(score)
+
+
+def test_optima_are_told_as_far_as_enough_answers_count() -> None:
+    scores = torch.randn(64, 32, generator=torch.Generator().manual_seed(3))
+    found = optima(scores, 0.5 * scores, seed=3)
+    assert list(found) == [3.2, 1.6, 0.8]  # at 0.4 it would be 2.1 or more nats: fewer than 4 of 32
+    kls = [row["kl"] for row in found.values()]
+    assert kls == sorted(kls) and kls[-1] < math.log(8)
+    for row in found.values():
+        assert row["score_low"] < row["score"] < row["score_high"] and row["gold"] == pytest.approx(0.5 * row["score"], abs=1e-5)
+
+
 def test_the_curve_has_intervals_over_prompts() -> None:
     draw = torch.Generator().manual_seed(1)
     scores = torch.randn(64, 8, generator=draw)
@@ -101,9 +144,10 @@ def test_the_report_puts_a_rival_beside_the_curve() -> None:
     scores = torch.randn(64, 8, generator=draw)
     rows = {n: point(scores, None, n, seed=3) for n in sizes(8)}
     rival: dict[str, float] = {"kl": rows[4]["kl"], "score": 9.0, "score_low": 8.0, "score_high": 10.0}
-    report = report_of(Config(n=8, rival="ppo"), rows, rival)
+    report = report_of(Config(n=8, rival="ppo"), rows, rival, {1.6: rows[2]})
     (table,) = report.tables
-    assert [row[0] for row in table.rows] == ["best of 1", "best of 2", "best of 4", "best of 8", "ppo"]
+    assert [row[0] for row in table.rows] == ["best of 1", "best of 2", "best of 4", "best of 8", "optimum at beta 1.6", "ppo"]
+    assert report.facts["optima"] == {"1.6": rows[2]}
     assert table.columns == ["", "KL, nats", "score"] and table.rows[-1][2] == "9.000 (8.000 to 10.000)"
     assert f"where best-of-n has {rows[4]['score']:.3f}" in report.notes[0]
     beyond = report_of(Config(n=8, rival="ppo"), rows, {**rival, "kl": 7.0})
