@@ -148,6 +148,27 @@ def test_the_allocator_can_be_tuned() -> None:
     assert (done.stdout, done.stderr) == (f"{glibc}\n", "")
 
 
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
+def test_freed_memory_can_be_given_back() -> None:
+    """In a process of its own, which keeps what it frees: 128 MB in pieces below a block that stays."""
+    program = """
+from chatwright import runtime
+
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+assert runtime.tune_allocator()
+pieces = [bytearray(b"x" * 65536) for _ in range(2000)]
+above = bytearray(b"x" * 65536)
+pieces.clear()
+before = resident()
+runtime.give_back_memory()
+print(before - resident())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 100_000
+
+
 def test_one_thread_for_a_while_and_for_nobody_else() -> None:
     if runtime._openmp() is None:
         pytest.skip("OpenMP cannot be asked here: that torch's threads do not get in the way is NOT covered")

@@ -47,7 +47,7 @@ SCORE, GOLD = "reward model's score, best of n", "gold measure, best of n"
 
 BETAS = (3.2, 1.6, 0.8, 0.4, 0.2, 0.1)
 """KL coefficients whose optimum is estimated, as far as the number of answers allows."""
-COUNTED = 4.0
+COUNTED = 8.0
 """So many answers must count, on average over prompts, for an estimate of an optimum."""
 
 
@@ -133,8 +133,9 @@ def tilted(scores: Samples, values: Samples, beta: float) -> tuple[Float[Tensor,
     """KL from the model that was sampled, and expected `values`, of the policy that is its optimum for a KL coefficient: that model
     tilted by exp(score / beta).
 
-    From N answers to each prompt, by self-normalised importance weights, whose bias is of the order of exp(KL) / N: exp(KL) of N
-    answers count as one. An estimate near log N is too low.
+    From N answers to each prompt, by self-normalised importance weights: exp(KL) answers count as one. Few answers hold no rare good
+    one, so that both are too low, but together: with normal scores and 8 of 64 answers that count, the KL is a third too low, and the score
+    5 % below what a policy of that KL can have.
     """
     log_weights = (scores.double() / beta).log_softmax(1)
     weights = log_weights.exp()

@@ -173,6 +173,8 @@ class Fit(Generic[AnyBatch]):
                 progress = trainer.progress
                 spent, asked, due = self._agreed(time.monotonic() - started, stopper.asked)
                 self.fresh += 1
+                if self.fresh == 1 and config.compile:
+                    runtime.give_back_memory()  # the compiler's
                 progress.elapsed += spent if self.fresh > 2 else 0.0
                 progress.joules += self.meter.spent()
                 self._plan()

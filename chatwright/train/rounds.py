@@ -400,8 +400,12 @@ def carry_out(method: type[Rounds[Any, Any]], config: RoundsConfig, workspace: W
     with progress_bar(title) as bar, Stopper().listening() as stopper:
         run_ = method(config, workspace, trainer, players, base, prompts, gold=gold, text=text)
         run_.asked = lambda: stopper.asked
+        compiled = config.compile
         while not run_.finished:
             line = run_.round()
+            if compiled:
+                runtime.give_back_memory()  # the compiler's, which has seen all forms of a block by now
+                compiled = False
             bar.update(trainer.progress.step / config.iterations, line)
             if spread.most([float(stopper.asked)])[0]:
                 if "average" not in run_.extra:  # with which all is saved
