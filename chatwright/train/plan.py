@@ -24,7 +24,7 @@ from chatwright.model.lora import add_lora
 from chatwright.objectives.language import chunked_next_token_loss, log_probs_of
 from chatwright.train.parallel import Spread
 from chatwright.train.rehearsal import Operation, Rehearsed, Scene, rehearse
-from chatwright.train.timing import seconds_of
+from chatwright.train.timing import SECONDS, seconds_of
 
 PLANNED = ("pretrain", "sft", "reward", "classifier", "ppo", "reinforce")
 """Stages that can be planned."""
@@ -44,8 +44,12 @@ compiler leaves."""
 GPU = (1.08, 6e8)
 """The same for CUDA's caching allocator; the bytes are those of its context and cuBLAS."""
 
-SMALL = 2e12
-"""Floating-point operations of a whole run that is over before a plan would be worth reading (about ten seconds)."""
+SMALL = 10.0
+"""Seconds of a whole run that is over before a plan would be worth reading."""
+ROUGH = 2e11
+"""Floating-point operations a second, where nothing is known yet."""
+SHARE = 0.02
+"""Of a run's length that timing its operations may take, when it starts."""
 
 
 @dataclass(frozen=True)
@@ -308,8 +312,9 @@ def memory_of(seen: Rehearsed, subject: Subject) -> dict[str, float]:
     return {name: size for name, size in parts.items() if size > 0}
 
 
-def choose(subject: Subject, *, timed: bool = True, available: float | None = None) -> Plan:
-    """The plan with the largest micro-batch that fits. Raises UserError, with the arithmetic, when none does.
+def choose(subject: Subject, *, timed: bool = True, available: float | None = None, budget: float = SECONDS) -> Plan:
+    """The plan with the largest micro-batch that fits, after about `budget` seconds of timing. Raises UserError, with the arithmetic,
+    when none does.
 
     The memory it must fit into is the machine's, not what happens to be free: a resumed run chooses the same.
     """
@@ -319,7 +324,9 @@ def choose(subject: Subject, *, timed: bool = True, available: float | None = No
         if subject.fit is None or subject.fit.micro_batch:
             raise _refusal(subject, plan)
         plan, operations = _smaller(subject, available)
-    return replace(plan, seconds=seconds_of(operations, compiled=subject.compiled_whole)) if timed else plan
+    if not timed:
+        return plan
+    return replace(plan, seconds=seconds_of(operations, compiled=subject.compiled_whole, budget=budget))
 
 
 def _smaller(subject: Subject, available: float | None) -> tuple[Plan, Mapping[Operation, float]]:
@@ -357,16 +364,19 @@ def _refusal(subject: Subject, plan: Plan) -> UserError:
     )
 
 
-def worth_planning(subject: Subject) -> bool:
-    """Whether the run is long enough for a plan, by 6 N FLOP per token; always when CHATWRIGHT_MEMORY is set."""
-    if runtime.memory_is_limited():
-        return True
-    shape, (rows, length) = subject.shape, subject.rows
+def rough_seconds(subject: Subject) -> float:
+    """Of the whole run, by its budget or by 6 N FLOP per token: good to a factor of a few."""
+    if not subject.steps:
+        return float(getattr(subject.fit, "seconds", 0.0))
+    rows, length = subject.rows
     with torch.device("meta"):
-        parameters = GPT(shape).parameter_count()
-    step = 6 * parameters * subject.batch * rows * length
-    steps = subject.steps or getattr(subject.fit, "seconds", 0.0) * 2e11 / step
-    return step * steps > SMALL
+        parameters = GPT(subject.shape).parameter_count()
+    return 6 * parameters * subject.batch * rows * length * subject.steps / ROUGH
+
+
+def worth_planning(subject: Subject) -> bool:
+    """Whether the run is long enough for a plan; always when CHATWRIGHT_MEMORY is set."""
+    return runtime.memory_is_limited() or rough_seconds(subject) > SMALL
 
 
 def ahead(verb: str, config: Any, shape: GPTConfig, spread: Spread, *, learnt: float = 1.0) -> Any:
@@ -386,7 +396,7 @@ def ahead(verb: str, config: Any, shape: GPTConfig, spread: Spread, *, learnt: f
 
 def _ahead(subject: Subject) -> int:
     started = time.monotonic()
-    plan = choose(subject)
+    plan = choose(subject, budget=min(SECONDS, SHARE * rough_seconds(subject)))
     besides = "; sampling comes on top" if subject.verb in ROUNDS else ""
     say(f"  {plan.line()}{besides} (planned in {time.monotonic() - started:.0f} s)")
     if subject.fit is None or subject.fit.micro_batch or plan.micro == plan.batch:

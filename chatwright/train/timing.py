@@ -30,10 +30,13 @@ APART = 1.1
 """Time of an uncompiled operation among others over its time alone, when what it reads is still in the cache (benchmarks/plan.py)."""
 
 SECONDS = 8.0
-"""How long to go on timing, at least `ROUNDS` rounds."""
+"""How long to go on timing, unless asked for less."""
 
 ROUNDS = 3
 """Rounds in any case, however large the operations are."""
+
+SPAN = 0.02
+"""Seconds for which an operation is called again and again in a round; a tenth of it in the first, which finds out what is worth timing."""
 
 NEARLY = 0.95
 """Share of the first round's time that the operations of later rounds make up."""
@@ -57,11 +60,11 @@ def together(products: float, others: float, *, compiled: bool) -> float:
 def parts_of(operations: Mapping[Operation, float], *, budget: float = SECONDS) -> tuple[float, float]:
     """Seconds, each operation timed alone: of the products and other large kernels; of what a compiler would fuse."""
     began = time.perf_counter()
-    samples = {operation: [_time(operation)] for operation, count in operations.items() if count}
+    samples = {operation: [_time(operation, SPAN / 10)] for operation, count in operations.items() if count}
     often, rounds = _largest({operation: abs(operations[operation]) * first[0] for operation, first in samples.items()}), 1
     while rounds < ROUNDS or time.perf_counter() - began < budget:
         for operation in often:
-            samples[operation].append(_time(operation))
+            samples[operation].append(_time(operation, SPAN))
         rounds += 1
     spent = {True: 0.0, False: 0.0}
     for operation, taken in samples.items():
@@ -84,7 +87,7 @@ def _is_whole(function: Any) -> bool:
     return any(part in function.name() for part in _WHOLE)
 
 
-def _time(operation: Operation) -> float:
+def _time(operation: Operation, span: float) -> float:
     """Mean seconds of some calls, the first left out, with made-up numbers."""
     function, args, kwargs = operation
     where = runtime.device()
@@ -102,7 +105,7 @@ def _time(operation: Operation) -> float:
     spent: list[float] = []
     began = time.perf_counter()
     with torch.no_grad():
-        while len(spent) < 2 or (time.perf_counter() - began < 0.02 and len(spent) < 20):
+        while len(spent) < 2 or (time.perf_counter() - began < span and len(spent) < 20):
             runtime.synchronise()
             started = time.perf_counter()
             function(*given, **named)
