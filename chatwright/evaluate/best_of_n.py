@@ -5,7 +5,7 @@ REINFORCE at equal KL. From ONE set of N answers to each prompt the whole curve 
 the mean over all subsets of n (Nakano et al. 2021, arXiv:2112.09332; Gao et al. 2022, arXiv:2210.10760).
 
 The same answers, weighted by exp(score / beta), show the optimum: of all policies with the KL that it has, the one of the highest
-expected score (Korbak et al. 2022, arXiv:2206.00761), which PPO with this beta and REINFORCE aim at.
+expected score (Korbak et al. 2022, arXiv:2205.11275), which PPO with this beta and REINFORCE aim at.
 
 Answers are judged as PPO judges them: unfinished and degenerate ones get the fixed score. Prompts are held out. Ties of the score
 are broken at random, in expectation.
