@@ -98,7 +98,7 @@ class Bench:
             return
         self.inputs[stage.name] = directory
         if stage.verb == "bestofn":
-            self.rows[stage.name] = {**{key: result["facts"][key] for key in ("curve", "optima")}, "seconds": result["seconds"]}
+            self.rows[stage.name] = {"curve": result["facts"]["curve"], "optima": result["facts"].get("optima", {}), "seconds": result["seconds"]}
         elif stage.verb in METHODS:
             self.rows[stage.name] = self.measured(stage, result, directory)
         else:

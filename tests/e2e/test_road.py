@@ -39,7 +39,7 @@ stages:
     preset: modern-nano
     model: {{context: 64}}
     fit: {{steps: 160, batch_size: 8, compile: false, precision: fp32}}
-  sft: {{fit: {{steps: 100, batch_size: 8, precision: fp32}}, optim: {{learning_rate: 0.004}}}}
+  sft: {{fit: {{steps: 160, batch_size: 8, precision: fp32}}, optim: {{learning_rate: 0.004}}}}
   reward: {{k: 4, max_tokens: 48, fit: {{steps: 80, batch_size: 4, precision: fp32}}, optim: {{learning_rate: 0.002}}}}
   ppo: {{iterations: 4, batch_size: 16, minibatch_size: 8, max_prompt_tokens: 40, max_new_tokens: 18, min_tokens: 1,
          min_correlation: 0.3, optim: {{learning_rate: 0.0005}}}}
@@ -125,8 +125,7 @@ def test_the_reports_of_alignment_say_it_all(road: tuple[Path, str]) -> None:
     leads = [(float(pair["before"]), float(pair["after"])) for pair in checkpoint.read_json(root / "reward" / "pairs.json")]
     assert sum(after > 0.5 for _, after in leads) == 10 and sum(abs(before) for before, _ in leads) < 10
     results = {stage: checkpoint.read_json(root / stage / "result.json") for stage in STAGES}
-    before, after = results["sft"]["answers"]["measures"]["share that ends"]
-    assert before == 0.0 and after >= 0.95  # of 40 sampled answers: 1.0, or on processors without AVX-512, which round in another way, 0.975
+    assert results["sft"]["answers"]["measures"]["share that ends"] == [0.0, 1.0]
     assert results["ppo"]["answers"]["kl"] > -0.5 and results["ppo"]["kl_budget"]["allowed"] == 10.0
     assert len({result["data"] for stage, result in results.items() if stage not in ("pretrain", "tokenizer")}) == 1
     for stage in ("pretrain", "sft", "reward", "ppo"):
