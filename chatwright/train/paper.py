@@ -2,7 +2,8 @@
 
 A value stands in a table only where a paper gives it for that method; most settings of ours have no counterpart there. The
 papers trained models of 1.3 to 175 billion parameters: a difference is no mistake, but a reader should see it.
-InstructGPT's values were compared with the text of its appendix C on 27 November 2026. What no setting of ours corresponds to: SFT's
+InstructGPT's values were compared with a public transcript of its appendix C on 27 November 2026 (C.2 to C.4 verbatim, C.1 in other
+words; not with the paper itself). What no setting of ours corresponds to: SFT's
 residual dropout of 0.2 and its choice by the reward model's score; the policies that PPO starts from, which had two passes over the
 demonstrations with a tenth of pre-training text; a rate of the critic's own, 9e-6.
 """
