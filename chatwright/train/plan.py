@@ -32,8 +32,11 @@ PLANNED = ("pretrain", "sft", "reward", "classifier", "ppo", "reinforce")
 ROUNDS = ("ppo", "reinforce")
 """Those that sample what they learn from."""
 
-PROGRAM = 0.5e9
+PROGRAM = 2.5e8
 """Bytes of Python, torch and this program themselves; on a GPU they are not in its memory."""
+RECORDS = 2.5e8
+"""Bytes of conversations, ratings and rows of tokens, which all but pre-training hold as Python's objects: those of the default data, by
+what stages took alone (docs/plan.md). Token shards are memory-mapped."""
 
 EAGER = (1.40, 1e8)
 """Allocator, factor and bytes: live tensors leave holes in glibc's heap that do not all fit what comes next; the bytes are
@@ -83,8 +86,8 @@ class Plan:
 
     @property
     def above_baseline(self) -> float:
-        """Bytes beyond those of the program before the model is made."""
-        return self.total - self.memory.get("program", 0.0)
+        """Bytes beyond those of the program, and its data, before the model is made."""
+        return self.total - self.memory.get("program", 0.0) - self.memory.get("records", 0.0)
 
     @property
     def fits(self) -> bool:
@@ -309,6 +312,8 @@ def memory_of(seen: Rehearsed, subject: Subject) -> dict[str, float]:
         parts["allocator"] = (factor - 1) * sum(parts.values()) + constant
     if not on_gpu:
         parts["program"] = PROGRAM
+        if subject.verb != "pretrain":
+            parts["records"] = RECORDS
     return {name: size for name, size in parts.items() if size > 0}
 
 
