@@ -97,6 +97,23 @@ def test_autocast_changes_products_only_when_asked(monkeypatch: pytest.MonkeyPat
         assert (a @ a).dtype == torch.float32
 
 
+@pytest.mark.parametrize("held_back", [False, True])
+def test_a_product_is_the_same_by_either_library(held_back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_mkl_holds_back", lambda: held_back)
+    draw = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(2, 5, 24, generator=draw), torch.randn(7, 24, generator=draw)
+    expected = x.double() @ weight.double().mT
+    for given, matrix in ((x, weight), (x, nn.Parameter(weight)), (x.mT.contiguous().mT, weight.mT.contiguous().mT)):
+        found = runtime.product(given, matrix)
+        assert found.dtype == torch.float32 and not found.requires_grad
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+    half = runtime.product(x.bfloat16(), weight.bfloat16())
+    assert half.dtype == torch.bfloat16 and 1e-4 < float((half - expected).abs().max()) < 0.2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert runtime.product(x, weight).dtype == torch.bfloat16
+    assert runtime.product(x[:, :0], weight).shape == (2, 0, 7)
+
+
 def test_evaluating_restores_each_mode_even_after_an_error() -> None:
     training, resting = nn.Dropout(0.9), nn.Dropout(0.9).eval()
     x = torch.ones(100, requires_grad=True)

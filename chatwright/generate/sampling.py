@@ -239,13 +239,15 @@ class BatchSampler:
         """
         logits = logits.float()
         processed = self.process(logits, allowed)
-        ids = processed.argmax(-1)
-        if not self.all_greedy:
+        if self.all_greedy:
+            ids = processed.argmax(-1)
+        else:
             race = processed.softmax(-1) / self._race(logits)
             if allowed is not None:  # where one token is left, it wins even with the number that never wins
                 race = race.masked_fill(~allowed, -1.0)
-            raced = race.argmax(-1)
-            ids = raced if self.greedy is None else torch.where(self.greedy, ids, raced)
+            ids = race.argmax(-1)
+            if self.greedy is not None:
+                ids = torch.where(self.greedy, processed.argmax(-1), ids)
         scaled = logits if self.temperature is None else logits / self.temperature
         logprobs = scaled.log_softmax(-1).gather(1, ids[:, None])[:, 0]
         if self.seen is not None:

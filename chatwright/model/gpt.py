@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from chatwright import runtime
 from chatwright.config import UserError
 from chatwright.model.attention import CausalAttention, blocked_attention, fused_attention
 from chatwright.model.cache import Cache
@@ -229,7 +230,8 @@ class Head(nn.Linear):
         self.softcap = config.logit_softcap
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        logits = super().forward(x)
+        learnt = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        logits = super().forward(x) if learnt else runtime.product(x, self.weight)
         return self.softcap * torch.tanh(logits.float() / self.softcap) if self.softcap else logits
 
 

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from chatwright import runtime
 
 CHUNK_LOGITS = 2**23
 """Logits that exist at once in `chunked_next_token_loss`: 34 MB in float32. Rows of a chunk are this over the vocabulary:
@@ -104,6 +107,66 @@ def log_probs_of(
 ) -> Float[Tensor, "batch time"]:
     """log p(target) at every position, float32."""
     return -F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def projected_log_probs(
+    hidden: Float[Tensor, "tokens width"],
+    head: Float[Tensor, "vocab width"],
+    targets: Int[Tensor, " tokens"],
+    *,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+) -> Float[Tensor, " tokens"]:
+    """log p(target) of softmax(hidden @ head.T / temperature), for a loss that weighs each token in its own way (policy gradients).
+
+    The same as `log_softmax` and `gather`, of float32 products even under autocast: a bf16 logit of 20 is 0.06 off, and so would be its
+    token's log-probability. What is kept for the backward pass is the slope of each logit (one-hot - softmax, over the temperature), and
+    that in autocast's precision, in which its two products with the head and the hidden states are computed, as autocast does with
+    those of every other matrix. `softcap` as in `chunked_next_token_loss`.
+    """
+    kind = head.device.type
+    slopes = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
+    with torch.autocast(kind, enabled=False):
+        found: Tensor = _Projected.apply(hidden.float(), head.float(), targets, temperature, softcap, slopes)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Projected(torch.autograd.Function):
+    """Rows (N, D), head (V, D), targets (N) -> log-probabilities (N), as many rows at a time as in the chunked loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, head: Tensor, targets: Tensor, temperature: float, softcap: float, dtype: torch.dtype
+    ) -> Tensor:
+        found, slopes = [], []
+        chunk = max(128, CHUNK_LOGITS // head.shape[0])
+        for part, wanted in zip(torch.split(rows, chunk), torch.split(targets[:, None], chunk), strict=True):
+            logits = runtime.product(part, head)  # (C, V)
+            if softcap:
+                bent = logits.div_(softcap).tanh_()
+                logits = softcap * bent
+            log_p = (logits if temperature == 1.0 else logits.div_(temperature)).log_softmax(-1)
+            found.append(log_p.gather(1, wanted)[:, 0])
+            slope = log_p.exp_().neg_()
+            slope.scatter_add_(1, wanted, torch.ones_like(slope[:, :1]))
+            if softcap:
+                slope.mul_(1 - bent.square_())  # d c tanh(x / c) / dx
+            slopes.append(slope.to(dtype))
+        ctx.save_for_backward(torch.cat(slopes), rows, head)
+        ctx.temperature = temperature
+        return torch.cat(found)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        slopes, rows, head = ctx.saved_tensors
+        weights = gradients[0][:, None] / ctx.temperature  # of rows, so that they cost (N, D) and not (N, V)
+        for_rows = for_head = None
+        if ctx.needs_input_grad[0]:
+            for_rows = weights * runtime.product(slopes, head.to(slopes.dtype).mT)
+        if ctx.needs_input_grad[1]:
+            for_head = runtime.product(slopes.mT, (weights * rows).to(slopes.dtype).mT).to(head.dtype)
+        return for_rows, for_head, None, None, None, None
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:

@@ -177,7 +177,10 @@ class Spread:
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
         """Scale the gradients so that their norm over the whole model is at most `limit`; returns the norm before."""
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not float(norm) + 1e-6 <= limit:  # else torch would multiply all of them by 1
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return float(norm)
 
     def whole_for_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors with all their parts, on the CPU of the first process; nothing in the others, which must ask too."""

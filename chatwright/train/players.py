@@ -31,6 +31,7 @@ from chatwright.train import adapters
 from chatwright.train.parallel import ALONE, Spread
 from chatwright.train.rollout import (
     Answers,
+    Entropy,
     above_each_other,
     answer_log_probs,
     degenerate,
@@ -95,22 +96,19 @@ class Players:
 
 @dataclass(frozen=True)
 class Opinion:
-    """What policy and critic say about every answer token; 0 elsewhere, and 0 everywhere without a critic."""
+    """What policy and critic say about every answer token; 0 elsewhere, and 0 everywhere for what was not asked, or without a critic."""
 
     log_probs: Float[Tensor, "batch time"]
     entropy: Float[Tensor, "batch time"]
     values: Float[Tensor, "batch time"]
 
 
-def opinion(players: Players, answers: Answers, temperature: float, *, learn_entropy: bool = False) -> Opinion:
-    """One forward pass of the policy, and one of the critic unless it reads the policy's hidden states. The entropy has a
-    gradient only if asked: that of a large vocabulary takes time."""
+def opinion(players: Players, answers: Answers, temperature: float, *, entropy: Entropy = "known") -> Opinion:
+    """One forward pass of the policy, and one of the critic unless it reads the policy's hidden states."""
     policy, critic = players.policy, players.critic
     with runtime.autocast(players.policy_dtype):
         hidden = policy.hidden_at(answers.ids, answers.before, lengths=answers.lengths)
-        log_probs, entropy = answer_log_probs(
-            policy, answers, temperature=temperature, entropy="learnt" if learn_entropy else "known", hidden=hidden
-        )
+        log_probs, spread = answer_log_probs(policy, answers, temperature=temperature, entropy=entropy, hidden=hidden)
     if isinstance(critic, ValueHead):
         values = answers.placed(critic(hidden.float()))
     elif critic is not None:
@@ -118,7 +116,7 @@ def opinion(players: Players, answers: Answers, temperature: float, *, learn_ent
             values = values_before(critic, answers)
     else:
         values = torch.zeros_like(log_probs)
-    return Opinion(log_probs, entropy, values)
+    return Opinion(log_probs, spread, values)
 
 
 class JudgeConfig(Protocol):

@@ -111,7 +111,7 @@ def look_back(players: Players, answers: Answers, beta: float, config: Config) -
 def step(players: Players, batch: Rollout, config: Config) -> Step:
     """The clipped losses of policy and critic on some rows of a round, as a sum over answer tokens."""
     mask = batch.answers.response
-    now = opinion(players, batch.answers, config.temperature, learn_entropy=config.entropy_coefficient != 0)
+    now = opinion(players, batch.answers, config.temperature, entropy="learnt" if config.entropy_coefficient else "")
     actor = objective.policy_loss(now.log_probs, batch.log_probs, batch.advantages, mask, clip=config.clip)
     critic = objective.value_loss(now.values, batch.values, batch.returns, mask, clip=config.value_clip)
     bonus = objective.masked_mean(now.entropy, mask)

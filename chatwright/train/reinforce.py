@@ -98,7 +98,7 @@ def step(players: Players, batch: Rollout, config: Config) -> Step:
     Entropy is a mean over the minibatch's tokens: of many processes, over all of theirs.
     """
     mask = batch.answers.response
-    now = opinion(players, batch.answers, config.temperature, learn_entropy=config.entropy_coefficient != 0)
+    now = opinion(players, batch.answers, config.temperature, entropy="learnt" if config.entropy_coefficient else "")
     answers, tokens = players.spread.sum([batch.weight, float(mask.sum())])
     actor = objective.reinforce_loss(now.log_probs, batch.advantages, mask) * batch.weight
     bonus = objective.masked_mean(now.entropy, mask) * mask.sum() * (answers / tokens)

@@ -30,12 +30,17 @@ from chatwright.language_model import exact_runner
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives import policy as objective
+from chatwright.objectives.language import projected_log_probs
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.parallel import Spread
 from chatwright.train.sft import read_records
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+
+Entropy = Literal["", "known", "learnt"]
+"""Whether the entropy of the policy is asked for, and whether with its gradient: that of a large vocabulary takes time."""
 
 
 @dataclass(frozen=True)
@@ -216,21 +221,27 @@ def answer_log_probs(
     answers: Answers,
     *,
     temperature: float,
-    entropy: Literal["", "known", "learnt"] = "",
+    entropy: Entropy = "",
     hidden: Float[Tensor, "tokens width"] | None = None,
 ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
     """Log-probability, and if asked the entropy (`learnt`: with its gradient), of every answer token under `model`; 0 elsewhere.
 
     Logits are divided by the sampling temperature, as they were when the tokens were drawn. They are float32 products even under
-    autocast: a bf16 logit of 20 is 0.06 off, and so is its token's log-probability. `hidden` are the model's hidden states before
-    these tokens (`Answers.before`) where they are known already.
+    autocast (`projected_log_probs` says why). `hidden` are the model's hidden states before these tokens (`Answers.before`) where they
+    are known already.
     """
     if hidden is None:
         hidden = model.hidden_at(answers.ids, answers.before, lengths=answers.lengths)
+    tokens = answers.ids[answers.response]
+    if torch.is_grad_enabled() and not entropy:
+        learnt = projected_log_probs(
+            hidden, model.head.weight, tokens, temperature=temperature, softcap=model.config.logit_softcap
+        )
+        return answers.placed(learnt), torch.zeros(answers.ids.shape, device=learnt.device)
     with runtime.full_precision():
-        logits = model.head(hidden.float()) / temperature  # (answer tokens, V)
-    log_p = logits.log_softmax(-1)
-    log_probs = answers.placed(log_p.gather(1, answers.ids[answers.response][:, None])[:, 0])
+        logits = model.head(hidden.float())  # (answer tokens, V)
+    log_p = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
+    log_probs = answers.placed(log_p.gather(1, tokens[:, None])[:, 0])
     if not entropy:
         return log_probs, torch.zeros_like(log_probs)
     return log_probs, answers.placed(objective.entropy_of(log_p if entropy == "learnt" else log_p.detach()))

@@ -232,6 +232,21 @@ def test_company_and_threads_change_nothing(dtype: str, make_model: MakeModel) -
         assert (together[0] - alone).abs().max() < BOUND[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_nobody_asks_about_are_still_looked_at(dtype: str, make_model: MakeModel) -> None:
+    """The last block computes only what is asked for; keys and values are everybody's, in this call and in the next ones."""
+    model = shape(make_model, "qwen", layers=2)
+    ids = torch.randint(0, 512, (40,), generator=torch.Generator().manual_seed(4)).tolist()
+    every = runner(model, dtype).forward([Feed(ids, 0, [0, 1, 2], 40)])
+    run = runner(model, dtype)
+    other = Feed(ids[5:13], 0, [3], 3)
+    assert run.forward([Feed(ids[:20], 0, [0, 1, 2], 0)]).shape == (0, 512)
+    found = [run.forward([Feed(ids[20:33], 20, [0, 1, 2], 2), other])[:2], run.forward([Feed(ids[33:], 33, [0, 1, 2], 1)])]
+    within = ROUNDED if dtype == "bf16" and dots.ROUNDS_BF16[paths.NAMES.index(run.path)] else BOUND[dtype]
+    assert (torch.cat(found) - every[[31, 32, 39]]).abs().max() < within
+    assert (every[30] - every[32]).abs().max() > 10 * within  # what a wrong row would be
+
+
 def test_more_rows_than_one_call_takes(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     from chatwright.generate.kernels import runner as module
 

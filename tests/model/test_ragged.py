@@ -27,7 +27,7 @@ WEIGHTS = torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(2))
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """22 real tokens are then filled up to 24, of 36 places."""
-    monkeypatch.setattr(ragged, "STEP", FEW)
+    monkeypatch.setattr(ragged, "LEAST", FEW)
 
 
 def shaped(preset: str, **values: Any) -> GPT:
@@ -98,11 +98,11 @@ ROWS: dict[str, dict[str, Tensor]] = {
 @pytest.mark.parametrize("preset", ["gpt1", "gpt2", "modern-tiny"])
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("kernel", [fused_attention, plain_attention, blocked_attention])
-@pytest.mark.parametrize("step", [8, 64])
+@pytest.mark.parametrize("least", [8, 64])
 def test_hidden_states_and_gradients_at_some_places_are_those_of_all(
-    step: int, kernel: CausalAttention, kind: str, preset: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
+    least: int, kernel: CausalAttention, kind: str, preset: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ragged, "STEP", step)  # 64: fillers beside the places
+    monkeypatch.setattr(ragged, "LEAST", least)  # 6 places and fillers beside them
     model = shaped(preset)
     model.recompute = recompute
     places = torch.tensor([2, 4, 9 + 8, 18 + 8, 27 + 6] if kind == "padded on the left" else [0, 4, 9 + 3, 9 + 8, 18, 27 + 6])
@@ -114,7 +114,7 @@ def test_hidden_states_and_gradients_at_some_places_are_those_of_all(
     for block in model.blocks:
         block.mlp.register_forward_hook(lambda _, given, __: computed.append(given[0].shape[:-1].numel()))
     found = model.hidden_at(IDS, places, **ROWS[kind])  # type: ignore[arg-type]
-    assert computed == [24 if kind == "without padding" and step == 8 else 36, len(places) if step == 8 else 8]
+    assert computed == [24 if kind == "without padding" and least == 8 else 36, least]
     torch.testing.assert_close(found, whole[places], atol=1e-5, rtol=0)
     some = gradients(model, (found * weights).sum())
     assert some.keys() == expected.keys() and len(some) > 10
@@ -128,7 +128,15 @@ def test_places_of_ever_new_numbers_are_computed_in_few_sizes() -> None:
     model.blocks[1].mlp.register_forward_hook(lambda _, given, __: sizes.add(given[0].shape[1]))
     for count in range(37):
         assert len(model.hidden_at(IDS, torch.arange(count))) == count
-    assert sizes == {0, 1, 2, 3, 4, 5, 6, 7, 8, 16, 24, 32, 40}
+    assert sizes == {0, 8, 16, 24, 32, 40}
+
+
+def test_fillers_are_an_eighth_at_most_and_sizes_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    numbers = {count: len(ragged.filled_up(torch.arange(count), 0)) for count in range(512, 1025)}
+    assert set(numbers.values()) == set(range(512, 1025, 64))
+    assert all(count <= size < 1.125 * count for count, size in numbers.items())
+    assert [len(ragged.filled_up(torch.arange(count), 0)) for count in (1, 16, 17, 300, 5_000)] == [16, 16, 32, 320, 5_120]
 
 
 def test_some_places_refuse_what_all_of_them_refuse() -> None:
@@ -183,6 +191,6 @@ def test_places() -> None:
 
 
 def test_it_never_computes_more_than_padded_rows_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ragged, "STEP", 128)
+    monkeypatch.setattr(ragged, "LEAST", 128)
     assert len(Ragged.of(torch.tensor([2, 0, 3]), 4).places) == 12
     assert len(Ragged.of(torch.tensor([40, 70]), 72).places) == 128

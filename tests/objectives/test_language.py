@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from chatwright.objectives import language
 from chatwright.objectives.language import (
     bits_per_byte,
     chunked_next_token_loss,
     log_probs_of,
     next_token_loss,
+    projected_log_probs,
 )
 
 # Logits that are log-probabilities, so that the softmax changes nothing.
@@ -174,3 +176,56 @@ def test_a_wrong_gradient_would_be_seen(wrong: str) -> None:
     mutant = with_gradients(lambda x, w: WRONG_SLOPES[wrong](x, w, targets, mask), hidden, head)
     found = with_gradients(lambda x, w: chunked_next_token_loss(x, w, targets, mask, chunk=9), hidden, head)
     assert float((mutant[1] - found[1]).abs().max()) > 0.1 and float((mutant[2] - found[2]).abs().max()) > 0.1
+
+
+# ---- log-probabilities that a loss weighs one by one: equal to log_softmax and gather, with their gradients
+
+
+def weighed(of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, and the gradients of their sum in which each has a weight of its own."""
+    hidden, head, targets, _ = chunked_case(150)
+    rows, matrix = hidden.flatten(0, 1).requires_grad_(), head.clone().requires_grad_()
+    found = of(rows, matrix, targets.flatten())
+    (found * torch.randn(300, generator=torch.Generator().manual_seed(5))).sum().backward()
+    assert rows.grad is not None and matrix.grad is not None
+    return found.detach(), rows.grad, matrix.grad
+
+
+def written_out(rows: Tensor, head: Tensor, targets: Tensor, *, temperature: float = 1.0, softcap: float = 0.0) -> Tensor:
+    logits = rows @ head.mT
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return (logits / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("chunk", [2**23, 50])  # in one piece, and in the fewest rows at a time: 128, 128, 44
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_projected_log_probs(temperature: float, softcap: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "CHUNK_LOGITS", chunk)
+    how = {"temperature": temperature, "softcap": softcap}
+    found = weighed(lambda x, w, t: projected_log_probs(x, w, t, **how))
+    for ours, theirs in zip(found, weighed(lambda x, w, t: written_out(x, w, t, **how)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+    for mutant in ({**how, "temperature": 1.2}, {**how, "softcap": 5.0}):
+        for ours, other in zip(found, weighed(lambda x, w, t, m=mutant: written_out(x, w, t, **m)), strict=True):  # type: ignore[misc]
+            assert float((ours - other).abs().max()) > 0.1
+
+
+def test_projected_log_probs_under_autocast_have_a_rounded_gradient_alone() -> None:
+    exact = weighed(written_out)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = weighed(projected_log_probs)
+        rounded = weighed(written_out)
+    torch.testing.assert_close(found[0], exact[0], atol=1e-5, rtol=0)
+    assert float((rounded[0] - exact[0]).abs().max()) > 1e-2
+    for ours, theirs in zip(found[1:], exact[1:], strict=True):
+        assert ours.dtype == torch.float32
+        assert 1e-4 < float((ours - theirs).norm() / theirs.norm()) < 5e-3  # 8 bits: 0.4 % for each rounding
+
+
+def test_projected_log_probs_give_a_frozen_head_no_gradient() -> None:
+    hidden, head, targets, _ = chunked_case()
+    rows = hidden.flatten(0, 1).requires_grad_()
+    projected_log_probs(rows, head, targets.flatten()).sum().backward()
+    assert rows.grad is not None and head.grad is None

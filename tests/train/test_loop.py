@@ -202,6 +202,10 @@ def test_the_gradient_is_clipped_as_a_whole(tmp_path: Path) -> None:
     # the gradient is 7 in nine places, its norm 21; what is left has norm 0.5
     assert float(moved.norm()) == pytest.approx(0.5, rel=1e-4)
     assert trainer.take_logged()["gradient_norm"] == pytest.approx(21.0)
+    before = model.blocks.weight.detach().clone()
+    trainer.update([Numbers(0.1)], lambda batch: Step(batch.value * model.blocks.weight.sum()), 1.0)
+    assert float((before - model.blocks.weight.detach()).norm()) == pytest.approx(0.3, rel=1e-4)  # short enough: as it is
+    assert trainer.take_logged()["gradient_norm"] == pytest.approx(0.3)
 
 
 def test_what_is_logged_is_a_mean_over_the_weight_of_all_steps_since(tmp_path: Path) -> None:

@@ -175,13 +175,13 @@ def test_the_largest_micro_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_does_not_fit_is_refused_with_the_sum() -> None:
     with pytest.raises(UserError) as refusal:
-        plan.choose(subject(), timed=False, available=4e8)
-    numbers = re.search(r"needs ([\d.]+) MB = (.*?); this machine has 400.0 MB", str(refusal.value))
+        plan.choose(subject(), timed=False, available=2.6e8)
+    numbers = re.search(r"needs ([\d.]+) MB = (.*?); this machine has 260.0 MB", str(refusal.value))
     assert numbers is not None and "micro-batches of 1" in str(refusal.value)
     parts = [float(part.split()[-1]) for part in numbers[2].split(" + ")]
     assert sum(parts) == pytest.approx(float(numbers[1]), rel=0.03)  # the smallest parts are not shown
     with pytest.raises(UserError, match=r"micro_batch 0 lets the plan choose"):
-        plan.choose(subject(micro_batch=8), timed=False, available=4e8)
+        plan.choose(subject(micro_batch=8), timed=False, available=2.6e8)
 
 
 @pytest.mark.slow

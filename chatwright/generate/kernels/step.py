@@ -331,12 +331,27 @@ def _multiply(path, thread, threads, sync, arena, matrix, x, x_stride, words, fa
     product(path, arena, matrix, first * together, last * together, x, x_stride, words[slot], factors[slot], sums[slot], rows, out, stride, vectors)
 
 
+@inner
+def _move_up(wanted, x, x_stride, qkv, qkv_stride, positions, pages):
+    """Make some rows, which are given in order, the first ones; the others are lost."""
+    for to in range(len(wanted)):
+        row = wanted[to]
+        positions[to] = positions[row]
+        for number in range(pages.shape[1]):
+            pages[to, number] = pages[row, number]
+        for column in range(x_stride):
+            x[to * x_stride + column] = x[row * x_stride + column]
+        for column in range(qkv_stride):
+            qkv[to * qkv_stride + column] = qkv[row * qkv_stride + column]
+
+
 @entry
 def forward(path, thread, threads, sync, dims, eps, arena, plan, vectors, norms, ids, positions, pages, wanted, every, x, normed,
             words, factors, sums, qkv, attended, raw, hidden, scores, cos, sin, keys, values, logits):  # fmt: skip
     """One thread's part of the forward pass of some tokens ("rows").
 
-    ids, positions: (rows,). pages: (rows, most) page numbers. wanted: rows whose logits are asked for. every: 0, 1, 2, ...
+    ids, positions: (rows,). pages: (rows, most) page numbers. wanted: rows whose logits are asked for, in order; positions and pages are
+    theirs in the end. every: 0, 1, 2, ...
     cos, sin: (positions, K / 2), flat. keys, values: bytes. logits: (wanted, LOGIT_STRIDE), flat.
     The rest is for what is computed on the way; normed, words, factors, sums and scores have a first dimension of threads.
     """
@@ -355,6 +370,11 @@ def forward(path, thread, threads, sync, dims, eps, arena, plan, vectors, norms,
         a, b = _part(units, thread, threads)
         _place(dims, eps, vectors, norms, layer, a, b, qkv, cos, sin, positions, pages, keys, values)
         meet(sync, threads)
+        if layer == layers - 1 and count < rows:  # all keys and values are there: what follows is asked for a few rows only
+            if thread == 0:
+                _move_up(wanted, x, stride, qkv, dims[QKV_STRIDE], positions, pages)
+            meet(sync, threads)
+            rows, wanted = count, every
         _attend(thread, threads, dims, layer, rows, qkv, positions, pages, keys, values, scores[thread], attended)
         meet(sync, threads)
         matrix = plan[layer * MATRICES + OUTPUT]
