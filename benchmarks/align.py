@@ -2,7 +2,8 @@
 
     python benchmarks/align.py                      modern-tiny: 4.2 M parameters, vocabulary 4,096, context 256
     python benchmarks/align.py --shape 135m         SmolLM2's shape: 30 x 576, vocabulary 49,152
-    python benchmarks/align.py --tasks sft reward   some of the tasks
+    python benchmarks/align.py --tasks sft reward2  some of the tasks
+    python benchmarks/align.py --only trl_padded    next to some of the others only: all stay in memory together, which --shape 135m has not
 
 Every contender starts from random weights (but for ppo_sft) and reads the tiny recipe's conversations and ratings, already as
 token ids: only training is timed. All take AdamW (fused), clipping at 1.0, and bf16 products where the processor has them. A round is:
@@ -134,6 +135,12 @@ def encoded(one: Comparison, config: reward.Config) -> list[list[int]]:
     return [rankings.encode_answer(one.prompt, one.responses[n], NATIVE, tokenizer(), config.max_tokens) for n in order]
 
 
+def untrained(shape: Shape) -> float:
+    """The loss of a model whose blocks are still the identity: with tied tables it expects each token to be repeated, whose logit is
+    the length of a row of the table, sqrt(width) x 0.02, times that of the normed state, sqrt(width)."""
+    return math.log(shape.config.vocab_size - 1 + math.exp(0.02 * shape.config.width))
+
+
 def near(found: float, expected: float, what: str) -> None:
     """Everybody must start from the loss of an untrained model."""
     if not abs(found - expected) < 0.1 * expected:
@@ -183,7 +190,7 @@ def ours_sft(shape: Shape, *, compiled: bool = False) -> Callable[[], float]:
     def update(portion: Any) -> float:
         return training.update([batch_rows(portion, length)], step, 1.0)
 
-    near(update(portions[0]), math.log(shape.config.vocab_size), "ours, sft")
+    near(update(portions[0]), untrained(shape), "ours, sft")
     return warmed(lambda: timed([lambda portion=portion: update(portion) for portion in portions]))  # type: ignore[misc]
 
 
@@ -327,7 +334,7 @@ def trl_sft(shape: Shape, *, packed: bool = False, grouped: bool = False, compil
     )
     model = hf_model(shape, "CausalLM")
     made = SFTTrainer(model=model, args=settings, train_dataset=Dataset.from_dict(records), processing_class=fast_tokenizer())
-    return trl_rounds(made, math.log(shape.config.vocab_size), "TRL, sft")
+    return trl_rounds(made, math.log(shape.config.vocab_size), "TRL, sft")  # its blocks are no identity at first
 
 
 def trl_reward(shape: Shape, k: int, *, compiled: bool = False) -> Callable[[], float]:
@@ -489,6 +496,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="4m")
     parser.add_argument("--tasks", nargs="+", choices=list(contenders(SHAPES["4m"])), help="default: all that the shape has")
+    parser.add_argument("--only", nargs="+", help="names of others: default all (ours are always there)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -504,7 +512,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench-align-") as directory:
         os.environ["TMPDIR"] = directory  # contenders are ended by force and clean nothing up
         for task in tasks:
-            names = [f"{options.shape}:{task}:{who}" for who in contenders(SHAPES[options.shape])[task]]
+            here = contenders(SHAPES[options.shape])[task]
+            chosen = [who for who in here if not options.only or who.startswith("ours") or who in options.only]
+            names = [f"{options.shape}:{task}:{who}" for who in chosen]
             found = side_by_side.run_rounds(__file__, names, options.rounds)
             samples = {key.rpartition(":")[2]: row for key, row in found.items()}
             ratios |= table(options.shape, task, samples)

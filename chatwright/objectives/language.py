@@ -102,13 +102,6 @@ class _ChunkedLoss(torch.autograd.Function):
         return row_gradient * scale, head_gradient * scale if ctx.learns else None, None, None, None, None, None
 
 
-def log_probs_of(
-    logits: Float[Tensor, "batch time vocab"], targets: Int[Tensor, "batch time"]
-) -> Float[Tensor, "batch time"]:
-    """log p(target) at every position, float32."""
-    return -F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
-
-
 def projected_log_probs(
     hidden: Float[Tensor, "tokens width"],
     head: Float[Tensor, "vocab width"],
@@ -120,7 +113,7 @@ def projected_log_probs(
     """log p(target) of softmax(hidden @ head.T / temperature), for a loss that weighs each token in its own way (policy gradients).
 
     The same as `log_softmax` and `gather`, of float32 products even under autocast: a bf16 logit of 20 is 0.06 off, and so would be its
-    token's log-probability. What is kept for the backward pass is the slope of each logit (one-hot - softmax, over the temperature), and
+    token's log-probability. What is kept for the backward pass is the slope of each logit (one-hot - softmax), and
     that in autocast's precision, in which its two products with the head and the hidden states are computed, as autocast does with
     those of every other matrix. `softcap` as in `chunked_next_token_loss`.
     """

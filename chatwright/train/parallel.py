@@ -167,6 +167,11 @@ class Spread:
         """What each process that sees different samples has, in the order of their samples, in all. On the CPU."""
         return [value]
 
+    @property
+    def cuts_products(self) -> bool:
+        """Whether a block's matrix products are shared (plan `tp`)."""
+        return False
+
     def mine(self, count: int) -> slice:
         """This process's share of `count` things that lie side by side; shares differ by one at most."""
         return slice(count * self.data_rank // self.data_size, count * (self.data_rank + 1) // self.data_size)

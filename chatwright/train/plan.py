@@ -21,7 +21,7 @@ from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.model.lora import add_lora
-from chatwright.objectives.language import chunked_next_token_loss, log_probs_of
+from chatwright.objectives.language import chunked_next_token_loss, projected_log_probs
 from chatwright.train.parallel import Spread
 from chatwright.train.rehearsal import Operation, Rehearsed, Scene, rehearse
 from chatwright.train.timing import SECONDS, seconds_of
@@ -271,8 +271,8 @@ def _rounds(subject: Subject, shape: GPTConfig) -> Scene:
         ids = _tokens(samples, length)
         places = ids.new_zeros(samples * (length if needed.ptx else needed.max_new_tokens))  # of general text, all are looked at
         with runtime.autocast(dtype):
-            logits = policy.head(policy.hidden_at(ids, places))
-            loss = log_probs_of(logits[None], places[None]).sum()
+            hidden = policy.hidden_at(ids, places)
+            loss = projected_log_probs(hidden, policy.head.weight, places, softcap=shape.logit_softcap).sum()
         return loss if critic is None else loss + critic.at(ids, places).sum()
 
     return Scene(trained, step, frozen=frozen, vocabulary=shape.vocab_size)

@@ -267,8 +267,9 @@ def degenerate(answers: Answers, *, min_tokens: int, max_repeats: float) -> Bool
 
 
 def texts_of(answers: Answers, tokenizer: Tokenizer) -> list[str]:
-    """The answers as text."""
-    return [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(answers.ids, answers.response, strict=True)]
+    """The answers as text. Ids beyond the tokenizer's spell nothing: a model's table may be larger, and all of it is drawn from."""
+    spelt = answers.response & (answers.ids < tokenizer.vocab_size)
+    return [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(answers.ids, spelt, strict=True)]
 
 
 def distinct(texts: Sequence[str], n: int = 2) -> float:

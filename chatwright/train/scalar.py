@@ -57,7 +57,7 @@ def make_judge(
     if runtime.device().type == "cpu":
         model.body.use_attention(plain_attention)
     if config.fit.compile:
-        say(f"  {compile_blocks(model)}")
+        say(f"  {compile_blocks(model, cut=spread.cuts_products)}")
     runtime.tune_allocator()
     card: dict[str, Any] = {
         "kind": "reward", "model": model.config.to_dict(), "tokenizer": base.tokenizer.fingerprint,

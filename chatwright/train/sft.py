@@ -149,11 +149,11 @@ def written_out(length: int) -> bool:
     return runtime.device().type == "cpu" and runtime.compiler_missing() is None and length <= SHORT
 
 
-def compiled_for(model: GPT, length: int) -> str:
-    """Compile the model for rows of this length; a line that says whether that works, and why not."""
-    if written_out(length):
+def compiled_for(model: GPT, length: int, *, cut: bool = False) -> str:
+    """Compile the model for rows of this length; a line that says whether that works, and why not. `cut`: as in `compile_blocks`."""
+    if written_out(length) and not cut:
         model.write_out()
-    return compile_blocks(model)
+    return compile_blocks(model, cut=cut)
 
 
 def step(model: GPT, batch: ChatBatch) -> Step:
@@ -248,7 +248,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     adapted = adapters.card(config.lora, base=model)
     adapters.adapt(model, config.lora, "model")
     if config.fit.compile:
-        say(f"  {compiled_for(model, length)}")
+        say(f"  {compiled_for(model, length, cut=spread.cuts_products)}")
     trainer = Trainer(
         {"model": model},
         config.optim,

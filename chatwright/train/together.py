@@ -150,6 +150,8 @@ class Together(Spread):
     def forward(self, function: Callable[..., Result], *arguments: Any) -> Result:
         if self._door is None or (not torch.is_grad_enabled() and isinstance(self._door, DistributedDataParallel)):
             return function(*arguments)
+        if self.box.shard > 1:  # FSDP gives blocks their parameters in `dtype`: whoever measures in float32 elsewhere cannot here
+            function = _within(runtime.autocast(self.dtype), function)
         if torch.is_grad_enabled() or self._frozen is None:
             outcome: Any = self._door(function, *arguments)
         else:
@@ -201,6 +203,10 @@ class Together(Spread):
 
     def most(self, values: Sequence[float]) -> list[float]:
         return _reduced(values, dist.ReduceOp.MAX)
+
+    @property
+    def cuts_products(self) -> bool:
+        return self.box.tensor > 1
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
         if self.box.tensor > 1:
@@ -303,6 +309,16 @@ class Together(Spread):
         found = [torch.empty_like(own) for _ in range(runtime.world_size())]
         dist.all_gather(found, own, group=runtime.group("agreeing"))
         return {f"rng.{number}": state for number, state in enumerate(found)}
+
+
+def _within(context: contextlib.AbstractContextManager[Any], function: Callable[..., Result]) -> Callable[..., Result]:
+    """A function that is called inside a context."""
+
+    def call(*arguments: Any) -> Result:
+        with context:
+            return function(*arguments)
+
+    return call
 
 
 def _compile_for_training(block: nn.Module) -> None:

@@ -52,12 +52,19 @@ COMPILED = {
     "reward compiled": {**STAGES["reward"], "fit": {**STAGES["reward"]["fit"], "compile": True}},
     "ppo compiled": {**STAGES["ppo"], "compile": True},
 }
+CALM = {"optim": {"learning_rate": 4e-4, "schedule": "trapezoid"}}
 HALF = {
-    "sft half": {**STAGES["sft"], "fit": {**STAGES["sft"]["fit"], "precision": "bf16"}},
-    "reward half": {**STAGES["reward"], "fit": {**STAGES["reward"]["fit"], "precision": "bf16"}},
+    "sft half": {**STAGES["sft"], **CALM, "fit": {**STAGES["sft"]["fit"], "precision": "bf16"}},
+    "reward half": {**STAGES["reward"], **CALM, "fit": {**STAGES["reward"]["fit"], "precision": "bf16"}},
     "ppo half": {**STAGES["ppo"], "precision": "bf16", "policy_precision": "bf16"},
 }
 """Products in bfloat16, which `auto` takes where the processor has them; the tests' machines need not."""
+ROUNDED = {
+    "sft half": {"within": 4e-3, "near": 3e-3, "norms": 1e-2},
+    "reward half": {"within": 4e-3, "near": 2e-2, "norms": 4e-2},
+    "ppo half": {"within": 1e-3, "near": 2e-2, "norms": 2e-2},
+}
+"""What rounding does to them. Weights whose gradient is nothing else may go as far as AdamW goes in ten steps."""
 LORA = {"rank": 3}
 STAGES |= {
     "sft lora": {**STAGES["sft"], "lora": LORA},
@@ -169,16 +176,16 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def same(one: Path, two: Path, *, within: float = 5e-5) -> None:
+def same(one: Path, two: Path, *, within: float = 5e-5, near: float = 1e-5, norms: float = 5e-5) -> None:
     """Every number of every row and of the result, and every weight."""
     expected, found = rows(one), rows(two)
     assert expected and len(expected) == len(found)
     for row, other in zip(expected, found, strict=True):
         norm, another = row.pop("gradient_norm", 0.0), other.pop("gradient_norm", 0.0)
-        assert another == pytest.approx(norm, rel=5e-5, abs=5e-5)
-        assert other == pytest.approx(row, rel=1e-5, abs=1e-5)
+        assert another == pytest.approx(norm, rel=norms, abs=norms)
+        assert other == pytest.approx(row, rel=near, abs=near)
     assert result(two)["measures"] == [
-        [None if value is None else pytest.approx(value, rel=1e-5, abs=1e-5) for value in measure]
+        [None if value is None else pytest.approx(value, rel=near, abs=near) for value in measure]
         for measure in result(one)["measures"]
     ]
     if result(one)["model"] is None:
@@ -317,6 +324,19 @@ def test_compiled_blocks_in_two_processes_are_plain_ones_in_one(inputs: Launches
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS)
+def test_products_in_bfloat16_are_as_near_in_two_processes_as_rounding_allows(inputs: Launches, plan: str) -> None:
+    """At ddp each process rounds what one would round. FSDP casts a block's parameters itself, and is then as far from float32 as one
+    process is, elsewhere: at first by 3e-5 and 4e-4 in SFT's loss, by 1e-3 and 9e-4 in the reward model's, whose norms are 2.5 % apart after
+    five steps, each 2 % or less from the float32 ones. PPO counts: one clipped token more, of some sixty, is 0.017."""
+    for stage in HALF:
+        inputs.alone(stage, f"{plan}, compared with {stage}")
+        inputs.begin(2, inputs.work(stage, plan))
+        one, two = inputs[f"{plan}, compared with {stage}"], inputs[f"{plan} {stage}"]
+        same(one, two, **(ROUNDED[stage] if plan == "fsdp" or stage == "ppo half" else {}))
+
+
+@pytest.mark.slow
 def test_products_cut_in_two_are_whole_ones(
     inputs: Launches, sft_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,4 +356,7 @@ def test_products_cut_in_two_are_whole_ones(
     cut.begin(2, cut.work("sft", "tp"), cut.work("reward", "tp"))
     for stage in ("sft", "reward"):
         same(cut[f"one {stage}"], cut[f"tp {stage}"])
+    said = cut.begin(2, cut.work("sft compiled", "tp"))  # torch's compiler fails here (2.13), and is not asked
+    assert "compile: off (torch's compiler fails on the cut products of tp)" in said
+    same(cut["tp sft"], cut["tp sft compiled"], within=1e-6)
     shutil.rmtree(cut.root)

@@ -163,6 +163,8 @@ def test_rows_of_answers() -> None:
 def test_texts_are_the_answers_without_prompt_and_end(chat_tokenizer: Tokenizer) -> None:
     ids = [*chat_tokenizer.encode("The cat sleeps."), chat_tokenizer.control_ids["<|end|>"]]
     assert texts_of(answers_of(ids), chat_tokenizer) == ["The cat sleeps."]
+    beyond = [chat_tokenizer.vocab_size + 5, *ids, chat_tokenizer.vocab_size]  # of a model whose table has more rows
+    assert texts_of(answers_of(beyond), chat_tokenizer) == ["The cat sleeps."]
 
 
 def test_distinct_n() -> None:
