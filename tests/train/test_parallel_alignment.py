@@ -61,11 +61,11 @@ HALF = {
 """Products in bfloat16, which `auto` takes where the processor has them; the tests' machines need not."""
 ROUNDED = {
     "sft half": {"within": 4e-3, "near": 3e-3, "norms": 1e-2},
-    "reward half": {"within": 1e-2, "near": 2e-2, "norms": 4e-2},
+    "reward half": {"within": 2e-2, "near": 2e-2, "norms": 4e-2},
     "ppo half": {"within": 1e-3, "near": 2e-2, "norms": 2e-2},
 }
-"""What rounding does to them. Weights whose gradient is nothing else may go as far as AdamW goes in ten steps; the reward model's zero is a
-mean of outputs of 8 bits."""
+"""What rounding does to them. Weights whose gradient is nothing else may go as far as AdamW goes in ten steps; the reward model's zero and scale,
+which `within` is for too, are means of outputs of 8 bits."""
 LORA = {"rank": 3}
 STAGES |= {
     "sft lora": {**STAGES["sft"], "lora": LORA},
