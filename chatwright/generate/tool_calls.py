@@ -202,6 +202,11 @@ class _Call:
 
         names: tools whose arguments are told while they come.
         """
+        found = self._scan(text, names)
+        self._told()  # whatever comes of the call: in pieces, so much would have been told already
+        return found
+
+    def _scan(self, text: str, names: Collection[str]) -> bool | None:
         while True:
             found = (_INSIDE if self.string else _OUTSIDE).search(text, self.at)
             self.at = found.start() if found else len(text)
@@ -232,7 +237,6 @@ class _Call:
                 if mark == "}" and self.depth == 1 and self.name is not None:
                     self._told()
                     self.whole = True
-        self._told()
         return None
 
     def _open(self, text: str, names: Collection[str]) -> None:

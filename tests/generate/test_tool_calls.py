@@ -138,6 +138,13 @@ def test_cuts_change_nothing(text: str, data: st.DataObject, constrained: bool) 
     assert events_of(pieces, constrained=constrained) == events_of([text], constrained=constrained)
 
 
+@pytest.mark.parametrize("after", [OPEN, CLOSE, '"a\n'])
+def test_arguments_that_break_off_are_told_at_once_as_in_pieces(after: str) -> None:
+    begun = OPEN + '{"name": "now", "arguments": {'
+    assert events_of([begun + after], constrained=True) == events_of([begun, after], constrained=True)
+    assert ArgumentsDelta(0, "{") in events_of([begun + OPEN], constrained=True)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(PIECES, max_size=14).map("".join))
 def test_what_is_no_call_is_text(text: str) -> None:
