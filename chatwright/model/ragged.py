@@ -23,12 +23,16 @@ LEAST = 16
 """Numbers of tokens are multiples of this: a matrix product of 17 rows takes what one of 32 takes."""
 
 
+def one_of_few(count: int) -> int:
+    """The next of those numbers."""
+    step = max(LEAST, 2 ** max(count.bit_length() - 1, 0) // SIZES)
+    return step * -(-count // step)
+
+
 def filled_up(places: Int[Tensor, " N"], filler: int, *, most: int | None = None) -> Int[Tensor, " M"]:
     """Places followed by fillers, up to one of few sizes, to `most` at most."""
-    count = len(places)
-    step = max(LEAST, 2 ** (count.bit_length() - 1) // SIZES)
-    size = step * -(-count // step)
-    return F.pad(places, (0, min(size, size if most is None else most) - count), value=filler)
+    size = one_of_few(len(places))
+    return F.pad(places, (0, min(size, size if most is None else most) - len(places)), value=filler)
 
 
 @dataclass(frozen=True)

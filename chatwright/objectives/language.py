@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from chatwright import runtime
+from chatwright.model.ragged import one_of_few
 
 CHUNK_LOGITS = 2**23
 """Logits that exist at once in `chunked_next_token_loss`: 34 MB in float32. Rows of a chunk are this over the vocabulary:
@@ -119,9 +120,11 @@ def projected_log_probs(
     """
     kind = head.device.type
     slopes = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
+    count, more = len(targets), one_of_few(len(targets)) - len(targets)  # oneDNN keeps a program for each size that it ever saw
+    hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
     with torch.autocast(kind, enabled=False):
         found: Tensor = _Projected.apply(hidden.float(), head.float(), targets, temperature, softcap, slopes)  # type: ignore[no-untyped-call]
-    return found
+    return found[:count]
 
 
 class _Projected(torch.autograd.Function):
