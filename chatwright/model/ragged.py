@@ -25,7 +25,7 @@ LEAST = 16
 
 def one_of_few(count: int) -> int:
     """The next of those numbers."""
-    step = max(LEAST, 2 ** max(count.bit_length() - 1, 0) // SIZES)
+    step = max(LEAST, (1 << count.bit_length()) // (2 * SIZES))
     return step * -(-count // step)
 
 
