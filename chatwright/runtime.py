@@ -235,7 +235,7 @@ def full_precision() -> contextlib.AbstractContextManager[Any]:
 def _mkl_holds_back() -> bool:
     """Whether this is a processor of AMD's with AVX-512 on which torch has MKL, which gives processors of others AVX2 at most."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not both or not torch.cpu._is_avx512_supported():
+    if not both or not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not torch.cpu._is_avx512_supported():
         return False
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         return "AuthenticAMD" in file.read()

@@ -150,12 +150,12 @@ class Together(Spread):
     def forward(self, function: Callable[..., Result], *arguments: Any) -> Result:
         if self._door is None or (not torch.is_grad_enabled() and isinstance(self._door, DistributedDataParallel)):
             return function(*arguments)
-        if self.box.shard > 1:  # FSDP gives blocks their parameters in `dtype`: whoever measures in float32 elsewhere cannot here
-            function = _within(runtime.autocast(self.dtype), function)
-        if torch.is_grad_enabled() or self._frozen is None:
-            outcome: Any = self._door(function, *arguments)
-        else:
-            outcome = self._door(self._frozen, function, *arguments)
+        # FSDP gives blocks their parameters in `dtype`: whoever measures in float32 elsewhere cannot here.
+        with runtime.autocast(self.dtype if self.box.shard > 1 else torch.float32):
+            if torch.is_grad_enabled() or self._frozen is None:
+                outcome: Any = self._door(function, *arguments)
+            else:
+                outcome = self._door(self._frozen, function, *arguments)
         if not torch.is_grad_enabled():
             for module in self._units():
                 module.reshard()  # else only a backward pass would do it, and whole parameters would stay
@@ -309,16 +309,6 @@ class Together(Spread):
         found = [torch.empty_like(own) for _ in range(runtime.world_size())]
         dist.all_gather(found, own, group=runtime.group("agreeing"))
         return {f"rng.{number}": state for number, state in enumerate(found)}
-
-
-def _within(context: contextlib.AbstractContextManager[Any], function: Callable[..., Result]) -> Callable[..., Result]:
-    """A function that is called inside a context."""
-
-    def call(*arguments: Any) -> Result:
-        with context:
-            return function(*arguments)
-
-    return call
 
 
 def _compile_for_training(block: nn.Module) -> None:
