@@ -49,7 +49,8 @@ serve: install
 	$(BIN)/chatwright serve $(MODEL) $(ARGS)
 
 check: install-dev
-	$(BIN)/ruff check chatwright tests scripts examples
+	$(BIN)/ruff check chatwright tests scripts examples benchmarks
+	$(BIN)/ruff format --check chatwright tests scripts examples benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/write_cli_docs.py --check

@@ -87,11 +87,22 @@ class Shape:
 SHAPES = {
     "4m": Shape({"vocab_size": 4_096}, conversations=64, comparisons=48, steps=2),
     "135m": Shape(
-        {"layers": 30, "width": 576, "heads": 9, "kv_heads": 3, "head_dim": 64, "mlp_width": 1_536, "vocab_size": 49_152,
-         "context": 256, "qk_norm": False},
-        conversations=8, comparisons=8, steps=2,
+        {
+            "layers": 30,
+            "width": 576,
+            "heads": 9,
+            "kv_heads": 3,
+            "head_dim": 64,
+            "mlp_width": 1_536,
+            "vocab_size": 49_152,
+            "context": 256,
+            "qk_norm": False,
+        },
+        conversations=8,
+        comparisons=8,
+        steps=2,
     ),
-}  # fmt: skip
+}
 PPO = {"batch": 64, "minibatch": 16, "prompt": 64, "answer": 32}
 
 
@@ -112,8 +123,15 @@ def dialogues() -> list[Dialogue]:
 def pieces(shape: Shape) -> list[EncodedChat]:
     """Conversations as token ids with the mask of what is learnt; drawn at random, so that their lengths are the data's."""
     chosen = torch.randperm(len(found := dialogues()), generator=torch.Generator().manual_seed(3)).tolist()
-    made = (piece for n in chosen for piece in cut_dialogue(found[n].messages, NATIVE, tokenizer(), shape.config.context))
-    return [piece for piece, _ in zip((one for one in made if any(one.mask)), range(shape.conversations), strict=False)]
+    made = (
+        piece
+        for n in chosen
+        for piece in cut_dialogue(found[n].messages, NATIVE, tokenizer(), shape.config.context)
+    )
+    return [
+        piece
+        for piece, _ in zip((one for one in made if any(one.mask)), range(shape.conversations), strict=False)
+    ]
 
 
 def comparisons(shape: Shape, k: int) -> list[Comparison]:
@@ -132,7 +150,10 @@ def rated(k: int) -> reward.Config:
 def encoded(one: Comparison, config: reward.Config) -> list[list[int]]:
     """The answers of a comparison as rows, the best first."""
     order = sorted(range(len(one.responses)), key=lambda n: -one.scores[n])
-    return [rankings.encode_answer(one.prompt, one.responses[n], NATIVE, tokenizer(), config.max_tokens) for n in order]
+    return [
+        rankings.encode_answer(one.prompt, one.responses[n], NATIVE, tokenizer(), config.max_tokens)
+        for n in order
+    ]
 
 
 def untrained(shape: Shape) -> float:
@@ -144,7 +165,9 @@ def untrained(shape: Shape) -> float:
 def near(found: float, expected: float, what: str) -> None:
     """Everybody must start from the loss of an untrained model."""
     if not abs(found - expected) < 0.1 * expected:
-        raise SystemExit(f"{what}: the first loss is {found:.3f}, that of an untrained model is about {expected:.3f}")
+        raise SystemExit(
+            f"{what}: the first loss is {found:.3f}, that of an untrained model is about {expected:.3f}"
+        )
 
 
 # ---- ours ------------------------------------------------------------------------------------------------------------------------
@@ -226,18 +249,29 @@ def questions(shape: Shape) -> list[list[int]]:
 def start(shape: Shape, trained: bool) -> Loaded:
     """The model that PPO begins with."""
     torch.manual_seed(0)
-    return load_parts(RUN / "sft") if trained else Loaded(GPT(shape.config), tokenizer(), NATIVE, "random weights")
+    return (
+        load_parts(RUN / "sft")
+        if trained
+        else Loaded(GPT(shape.config), tokenizer(), NATIVE, "random weights")
+    )
 
 
 def ours_ppo(shape: Shape, *, trained: bool = False, compiled: bool = False) -> Callable[[], float]:
     """The stage's rounds, without the choice of what to keep on disk."""
     base = start(shape, trained)
     config = ppo.Config(
-        batch_size=PPO["batch"], minibatch_size=PPO["minibatch"], max_new_tokens=PPO["answer"], policy_precision="auto",
+        batch_size=PPO["batch"],
+        minibatch_size=PPO["minibatch"],
+        max_new_tokens=PPO["answer"],
+        policy_precision="auto",
         optim=OptimConfig(name="adamw", learning_rate=SMALL_RATE if trained else RATE),
-    )  # fmt: skip
+    )
     players = make_players(
-        base, ScalarModel(base.model.config), config.critic, precision=config.precision, policy_precision=config.policy_precision
+        base,
+        ScalarModel(base.model.config),
+        config.critic,
+        precision=config.precision,
+        policy_precision=config.policy_precision,
     )
     if compiled:
         print(compile_blocks(*players.computing))
@@ -265,11 +299,23 @@ def ours_ppo(shape: Shape, *, trained: bool = False, compiled: bool = False) -> 
 def trl_settings(**more: Any) -> dict[str, Any]:
     """What both trainers are told: no work beside training."""
     return {
-        "output_dir": tempfile.mkdtemp(prefix="bench-align-"), "use_cpu": True, "bf16": runtime.compute_dtype() == torch.bfloat16,
-        "learning_rate": RATE, "optim": "adamw_torch_fused", "max_grad_norm": 1.0, "gradient_checkpointing": False,
-        "report_to": [], "logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no", "disable_tqdm": True,
-        "num_train_epochs": 1, "dataloader_pin_memory": False, "dataloader_drop_last": False, **more,
-    }  # fmt: skip
+        "output_dir": tempfile.mkdtemp(prefix="bench-align-"),
+        "use_cpu": True,
+        "bf16": runtime.compute_dtype() == torch.bfloat16,
+        "learning_rate": RATE,
+        "optim": "adamw_torch_fused",
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "disable_tqdm": True,
+        "num_train_epochs": 1,
+        "dataloader_pin_memory": False,
+        "dataloader_drop_last": False,
+        **more,
+    }
 
 
 def fast_tokenizer() -> Any:
@@ -287,7 +333,10 @@ def hf_model(shape: Shape, kind: str) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    values = config_to_hf(shape.config) | {"pad_token_id": tokenizer().end_of_text_id, "attn_implementation": "sdpa"}
+    values = config_to_hf(shape.config) | {
+        "pad_token_id": tokenizer().end_of_text_id,
+        "attn_implementation": "sdpa",
+    }
     values |= {"bos_token_id": tokenizer().end_of_text_id, "eos_token_id": None}
     config = transformers.AutoConfig.for_model(values.pop("model_type"), **values, num_labels=1)
     return getattr(transformers, f"AutoModelFor{kind}").from_config(config)
@@ -320,21 +369,38 @@ def trl_rounds(made: Any, expected: float, what: str) -> Callable[[], float]:
     return warmed(one_round)
 
 
-def trl_sft(shape: Shape, *, packed: bool = False, grouped: bool = False, compiled: bool = False) -> Callable[[], float]:
+def trl_sft(
+    shape: Shape, *, packed: bool = False, grouped: bool = False, compiled: bool = False
+) -> Callable[[], float]:
     """TRL's SFTTrainer."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     found = pieces(shape)
-    records = {"input_ids": [one.ids for one in found], "assistant_masks": [[int(flag) for flag in one.mask] for one in found]}
+    records = {
+        "input_ids": [one.ids for one in found],
+        "assistant_masks": [[int(flag) for flag in one.mask] for one in found],
+    }
     rows = len(pack(found, shape.config.context)) if packed else len(found)
     more = {"train_sampling_strategy": "group_by_length" if grouped else "random", "torch_compile": compiled}
     settings = SFTConfig(
-        **trl_settings(per_device_train_batch_size=-(-rows // shape.steps), max_length=shape.config.context, packing=packed, **more)
+        **trl_settings(
+            per_device_train_batch_size=-(-rows // shape.steps),
+            max_length=shape.config.context,
+            packing=packed,
+            **more,
+        )
     )
     model = hf_model(shape, "CausalLM")
-    made = SFTTrainer(model=model, args=settings, train_dataset=Dataset.from_dict(records), processing_class=fast_tokenizer())
-    return trl_rounds(made, math.log(shape.config.vocab_size), "TRL, sft")  # its blocks are no identity at first
+    made = SFTTrainer(
+        model=model,
+        args=settings,
+        train_dataset=Dataset.from_dict(records),
+        processing_class=fast_tokenizer(),
+    )
+    return trl_rounds(
+        made, math.log(shape.config.vocab_size), "TRL, sft"
+    )  # its blocks are no identity at first
 
 
 def trl_reward(shape: Shape, k: int, *, compiled: bool = False) -> Callable[[], float]:
@@ -347,9 +413,16 @@ def trl_reward(shape: Shape, k: int, *, compiled: bool = False) -> Callable[[], 
     pairs = [(rows[a], rows[b]) for rows in found for a in range(k) for b in range(a + 1, k)]
     records = {"chosen_ids": [a for a, _ in pairs], "rejected_ids": [b for _, b in pairs]}
     batch = -(-len(pairs) // shape.steps)
-    settings = RewardConfig(**trl_settings(per_device_train_batch_size=batch, max_length=None, torch_compile=compiled))
+    settings = RewardConfig(
+        **trl_settings(per_device_train_batch_size=batch, max_length=None, torch_compile=compiled)
+    )
     model = hf_model(shape, "SequenceClassification")
-    made = RewardTrainer(model=model, args=settings, train_dataset=Dataset.from_dict(records), processing_class=fast_tokenizer())
+    made = RewardTrainer(
+        model=model,
+        args=settings,
+        train_dataset=Dataset.from_dict(records),
+        processing_class=fast_tokenizer(),
+    )
     return trl_rounds(made, math.log(2), f"TRL, comparisons of {k}")
 
 
@@ -368,7 +441,9 @@ def exported(base: Loaded) -> Any:
 def textbook_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:
     """PPO as it is written down in most places: generate, five forward passes over padded rows, minibatches; answers are masked
     behind their end."""
-    policy, reference = (exported(start(shape, True)) if trained else hf_model(shape, "CausalLM") for _ in range(2))
+    policy, reference = (
+        exported(start(shape, True)) if trained else hf_model(shape, "CausalLM") for _ in range(2)
+    )
     judge, critic = (hf_model(shape, kind) for kind in ("SequenceClassification", "TokenClassification"))
     for model in (policy, reference, judge, critic):
         model.eval()
@@ -382,7 +457,9 @@ def textbook_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:
 
     def log_probs(model: Any, ids: Tensor, mask: Tensor, start: int) -> Tensor:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, start - 1 : -1]
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[
+            :, start - 1 : -1
+        ]
         chosen = ids[:, start:, None]
         return logits.float().log_softmax(-1).gather(2, chosen).squeeze(2)
 
@@ -408,8 +485,17 @@ def textbook_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:
         ids = torch.tensor([[padding] * (start - len(one)) + one for one in chosen])
         mask = torch.tensor([[0] * (start - len(one)) + [1] * len(one) for one in chosen])
         with torch.no_grad(), runtime.autocast(dtype):
-            ids = policy.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                                  max_new_tokens=answer, eos_token_id=end, pad_token_id=padding)  # fmt: skip
+            ids = policy.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=answer,
+                eos_token_id=end,
+                pad_token_id=padding,
+            )
             ended = (ids[:, start:] == end).long()
             real = (ended.cumsum(1) - ended) == 0  # the answer with its end
             mask = torch.cat((mask, real.to(mask.dtype)), 1)
@@ -424,11 +510,17 @@ def textbook_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:
             gained = (gained - gained[real].mean()) / (gained[real].std() + 1e-8)
         for part in torch.randperm(len(ids)).split(PPO["minibatch"]):
             with runtime.autocast(dtype):
-                now, opinion = log_probs(policy, ids[part], mask[part], start), values(ids[part], mask[part], start)
+                now, opinion = (
+                    log_probs(policy, ids[part], mask[part], start),
+                    values(ids[part], mask[part], start),
+                )
             ratio = (now - before[part]).exp()
             actor = torch.max(-gained[part] * ratio, -gained[part] * ratio.clamp(0.8, 1.2))[real[part]].mean()
             near_ = seen[part] + (opinion - seen[part]).clamp(-0.2, 0.2)
-            value = 0.5 * torch.max((opinion - returns[part]) ** 2, (near_ - returns[part]) ** 2)[real[part]].mean()
+            value = (
+                0.5
+                * torch.max((opinion - returns[part]) ** 2, (near_ - returns[part]) ** 2)[real[part]].mean()
+            )
             (actor + 0.1 * value).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
@@ -475,14 +567,20 @@ def contenders(shape: Shape) -> dict[str, dict[str, side_by_side.Contender]]:
 def table(name: str, task: str, samples: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Print what came out; the ratios. A sample is a conversation, a comparison, an answer."""
     shape = SHAPES[name]
-    count = {"sft": shape.conversations, "ppo": PPO["batch"], "ppo_sft": PPO["batch"]}.get(task, shape.comparisons)
+    count = {"sft": shape.conversations, "ppo": PPO["batch"], "ppo_sft": PPO["batch"]}.get(
+        task, shape.comparisons
+    )
     ratios: dict[str, float] = {}
     ours = [who for who in samples if who.startswith("ours")]
-    print(f"\n{name}, {task}: {count} samples a round\n{'':14} samples/s   peak memory   {'   '.join(f'{who} is faster by' for who in ours)}")
+    print(
+        f"\n{name}, {task}: {count} samples a round\n{'':14} samples/s   peak memory   {'   '.join(f'{who} is faster by' for who in ours)}"
+    )
     for who, row in samples.items():
         faster = {mine: side_by_side.median_ratio(samples[mine]["seconds"], row["seconds"]) for mine in ours}
-        print(f"{who:14} {count / statistics.median(row['seconds']):9.2f}   {row['peak_mb']:8,.0f} MB   "
-              + "   ".join(f"{faster[mine]:{len(mine) + 13}.2f}" for mine in ours))  # fmt: skip
+        print(
+            f"{who:14} {count / statistics.median(row['seconds']):9.2f}   {row['peak_mb']:8,.0f} MB   "
+            + "   ".join(f"{faster[mine]:{len(mine) + 13}.2f}" for mine in ours)
+        )
         if who not in ours:
             for mine in ours:
                 key = f"{name}/{task}/{who}" + ("" if mine == "ours" else f"/{mine}")
@@ -493,9 +591,13 @@ def table(name: str, task: str, samples: dict[str, dict[str, Any]]) -> dict[str,
 
 def main() -> int:
     """Run the tasks of a shape one after the other, print their tables, write results/align.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="4m")
-    parser.add_argument("--tasks", nargs="+", choices=list(contenders(SHAPES["4m"])), help="default: all that the shape has")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=list(contenders(SHAPES["4m"])), help="default: all that the shape has"
+    )
     parser.add_argument("--only", nargs="+", help="names of others: default all (ours are always there)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
@@ -504,16 +606,22 @@ def main() -> int:
     if options.contender:
         name, task, who = options.contender.split(":")
         return side_by_side.serve_rounds(contenders(SHAPES[name])[task][who])
-    tasks = options.tasks or [task for task in contenders(SHAPES["4m"]) if task != "ppo_sft" or options.shape == "4m"]
+    tasks = options.tasks or [
+        task for task in contenders(SHAPES["4m"]) if task != "ppo_sft" or options.shape == "4m"
+    ]
     for stage in ("tokenizer", *(["sft"] if "ppo_sft" in tasks else [])):
         if not (RUN / stage / "result.json").is_file():
-            raise SystemExit(f"{RUN} has no {stage}: run `chatwright run tiny --until {stage}` first (make bench-align does)")
+            raise SystemExit(
+                f"{RUN} has no {stage}: run `chatwright run tiny --until {stage}` first (make bench-align does)"
+            )
     ratios, kept = {}, {}
     with tempfile.TemporaryDirectory(prefix="bench-align-") as directory:
         os.environ["TMPDIR"] = directory  # contenders are ended by force and clean nothing up
         for task in tasks:
             here = contenders(SHAPES[options.shape])[task]
-            chosen = [who for who in here if not options.only or who.startswith("ours") or who in options.only]
+            chosen = [
+                who for who in here if not options.only or who.startswith("ours") or who in options.only
+            ]
             names = [f"{options.shape}:{task}:{who}" for who in chosen]
             found = side_by_side.run_rounds(__file__, names, options.rounds)
             samples = {key.rpartition(":")[2]: row for key, row in found.items()}

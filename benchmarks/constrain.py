@@ -1,6 +1,6 @@
 """What a grammar costs: to compile, and per token for its mask.
 
-    python benchmarks/constrain.py [MODEL]          (default: smollm2)
+python benchmarks/constrain.py [MODEL]          (default: smollm2)
 """
 
 from __future__ import annotations
@@ -23,13 +23,27 @@ PERSON = {
         "name": {"type": "string"},
         "age": {"type": "integer"},
         "tags": {"type": "array", "items": {"type": "string"}},
-        "address": {"type": "object", "properties": {"city": {"type": "string"}, "zip": {"type": "string", "pattern": "^[0-9]{5}$"}}, "required": ["city"]},
+        "address": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "zip": {"type": "string", "pattern": "^[0-9]{5}$"}},
+            "required": ["city"],
+        },
     },
     "required": ["name", "age"],
     "additionalProperties": False,
 }
-VALUE = {"name": "Ada Lovelace, Countess of Lovelace. " * 6, "age": 36, "tags": ["mathematics", "machines"], "address": {"city": "London", "zip": "12345"}}
-TOOLS = check_tools([{"type": "function", "function": {"name": f"tool_{number}", "parameters": PERSON}} for number in range(8)])
+VALUE = {
+    "name": "Ada Lovelace, Countess of Lovelace. " * 6,
+    "age": 36,
+    "tags": ["mathematics", "machines"],
+    "address": {"city": "London", "zip": "12345"},
+}
+TOOLS = check_tools(
+    [
+        {"type": "function", "function": {"name": f"tool_{number}", "parameters": PERSON}}
+        for number in range(8)
+    ]
+)
 PASSES = 20
 
 
@@ -54,18 +68,25 @@ def main() -> None:
     tokenizer, ends = model.tokenizer, [model.tokenizer.end_of_text_id]
     begun = time.perf_counter()
     json_object(tokenizer, ends)
-    print(f"{name}: {tokenizer.vocab_size:,} tokens; the first grammar, vocabulary included: {1e3 * (time.perf_counter() - begun):.0f} ms")
+    print(
+        f"{name}: {tokenizer.vocab_size:,} tokens; the first grammar, vocabulary included: {1e3 * (time.perf_counter() - begun):.0f} ms"
+    )
     makers = {
         "object": (lambda: json_object(tokenizer, ends), json.dumps(VALUE)),
         "schema": (lambda: json_schema(tokenizer, ends, PERSON), json.dumps(VALUE)),
-        "8 tools or text": (lambda: tool_grammar(tokenizer, ends, TOOLS, "auto"), "The weather is fine, isn't it? " * 8),
+        "8 tools or text": (
+            lambda: tool_grammar(tokenizer, ends, TOOLS, "auto"),
+            "The weather is fine, isn't it? " * 8,
+        ),
     }
     for kind, (make, text) in makers.items():
         begun = time.perf_counter()
         grammar = make()
         compiled = 1e3 * (time.perf_counter() - begun)
         times = masks(grammar, tokenizer, text)
-        print(f"{kind:16} compiled in {compiled:5.1f} ms; a mask takes {mean(times):.3f} ms (median {median(times):.3f}, most {max(times):.2f})")
+        print(
+            f"{kind:16} compiled in {compiled:5.1f} ms; a mask takes {mean(times):.3f} ms (median {median(times):.3f}, most {max(times):.2f})"
+        )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ from chatwright.train.sft import read_records
 
 def main() -> int:
     """Rounds in turns, the table, results/encode.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", default="runs/tiny", help="a run with its data and tokenizer stages")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
@@ -46,7 +48,9 @@ def main() -> int:
         "shards": shards,
         "tokenizers": lambda: library.encode_batch(texts, add_special_tokens=False),
     }
-    assert [item.ids for item in library.encode_batch(texts[:50], add_special_tokens=False)] == ours.encode_batch(texts[:50])
+    assert [
+        item.ids for item in library.encode_batch(texts[:50], add_special_tokens=False)
+    ] == ours.encode_batch(texts[:50])
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(options.rounds + 1):
         for name, work in contenders.items():
@@ -57,11 +61,20 @@ def main() -> int:
     ratios = {}
     for name, spent in seconds.items():
         faster = side_by_side.median_ratio(spent, seconds["tokenizers"])
-        print(f"{name:14} {size / side_by_side.statistics.median(spent):6.1f} MB/s   {faster:.2f} of the library's")
+        print(
+            f"{name:14} {size / side_by_side.statistics.median(spent):6.1f} MB/s   {faster:.2f} of the library's"
+        )
         if name != "tokenizers":
             ratios[f"{name}/tokenizers"] = faster
-    print(side_by_side.write_results("encode", ratios, "python benchmarks/encode.py", ["tokenizers"],
-                                     {"megabytes": size, "seconds": seconds}))  # fmt: skip
+    print(
+        side_by_side.write_results(
+            "encode",
+            ratios,
+            "python benchmarks/encode.py",
+            ["tokenizers"],
+            {"megabytes": size, "seconds": seconds},
+        )
+    )
     return 0
 
 

@@ -53,24 +53,47 @@ def ready(name: str) -> Loaded:
 def table_of(config: Any, workspace: Workspace, judges: Mapping[str, Any], third: str) -> measures.Table:
     """Who measures the policies of a stage with these settings."""
     settings = best_of_n.Config(
-        policy=config.base, reward=config.reward, data=config.data, prompts=PROMPTS,
-        **{name: getattr(config, name) for name in (
-            "max_prompt_tokens", "max_new_tokens", "temperature", "unfinished_score", "min_tokens", "max_repeats", "min_correlation",
-        )},
-    )  # fmt: skip
+        policy=config.base,
+        reward=config.reward,
+        data=config.data,
+        prompts=PROMPTS,
+        **{
+            name: getattr(config, name)
+            for name in (
+                "max_prompt_tokens",
+                "max_new_tokens",
+                "temperature",
+                "unfinished_score",
+                "min_tokens",
+                "max_repeats",
+                "min_correlation",
+            )
+        },
+    )
     base = ready(str(workspace.resolve(config.base)))
-    reward = load_reward(workspace.resolve(config.reward), base, config.min_correlation).to(runtime.device()).eval()
+    reward = (
+        load_reward(workspace.resolve(config.reward), base, config.min_correlation)
+        .to(runtime.device())
+        .eval()
+    )
     if runtime.device().type == "cpu":
         reward.body.use_attention(plain_attention)
-    ask = best_of_n.Judge(reward, gold_of(getattr(config, "gold", "") or SENTIMENT, workspace.resolve, base), settings)
+    ask = best_of_n.Judge(
+        reward, gold_of(getattr(config, "gold", "") or SENTIMENT, workspace.resolve, base), settings
+    )
     prompts = best_of_n.held_out_prompts(settings, workspace, base)
-    return measures.Table(base, ask, prompts, settings, workspace.seed, judges, ready(third) if third else None)
+    return measures.Table(
+        base, ask, prompts, settings, workspace.seed, judges, ready(third) if third else None
+    )
 
 
 def word_judge(source: str, share: float = 0.1) -> tuple[measures.WordBag, float]:
     """A judge that learnt from a labelled source, and its correlation with the ratings of texts held out from it."""
     texts = list(sources.labelled_texts(source))
-    sides = {side: [one for one in texts if sources.split_of(one.id, share) == side] for side in ("train", "validation")}
+    sides = {
+        side: [one for one in texts if sources.split_of(one.id, share) == side]
+        for side in ("train", "validation")
+    }
     judge = measures.WordBag(sides["train"])
     return judge, judge.agreement(sides["validation"])
 
@@ -81,7 +104,14 @@ class Bench:
     def __init__(
         self, recipe: recipes.Recipe, seed: int, root: Path, rows: Rows, judges: Mapping[str, Any], third: str
     ) -> None:
-        self.recipe, self.seed, self.root, self.rows, self.judges, self.third = recipe, seed, root, rows, judges, third
+        self.recipe, self.seed, self.root, self.rows, self.judges, self.third = (
+            recipe,
+            seed,
+            root,
+            rows,
+            judges,
+            third,
+        )
         self.inputs: dict[str, Path] = {}
         self.tables: dict[tuple[str, str], tuple[measures.Measured, measures.Table]] = {}
 
@@ -91,14 +121,20 @@ class Bench:
         directory = self.root / ("base" if shared else f"seed-{self.seed}") / stage.name
         seed = self.recipe.seed if shared else self.seed
         try:
-            result = pipeline.run_stage(stage, directory, seed=seed, inputs=self.inputs, prompt=self.recipe.prompt)
+            result = pipeline.run_stage(
+                stage, directory, seed=seed, inputs=self.inputs, prompt=self.recipe.prompt
+            )
         except UserError as error:
             say(f"[{stage.name}] failed: {error}")
             self.rows[stage.name] = {"failed": str(error)}
             return
         self.inputs[stage.name] = directory
         if stage.verb == "bestofn":
-            self.rows[stage.name] = {"curve": result["facts"]["curve"], "optima": result["facts"].get("optima", {}), "seconds": result["seconds"]}
+            self.rows[stage.name] = {
+                "curve": result["facts"]["curve"],
+                "optima": result["facts"].get("optima", {}),
+                "seconds": result["seconds"],
+            }
         elif stage.verb in METHODS:
             self.rows[stage.name] = self.measured(stage, result, directory)
         else:
@@ -117,8 +153,14 @@ class Bench:
         before, table = self.reference(stage.config)
         say(f"  measuring {stage.name}")
         found = table.measure(ready(str(directory)), before).row()
-        row = {**found, "beta": stage.config.beta, "seconds": result["seconds"], "kept_round": result["facts"]["best"]["step"],
-               "stopped": result["facts"]["stopped"], "tax": tax_of(result)}  # fmt: skip
+        row = {
+            **found,
+            "beta": stage.config.beta,
+            "seconds": result["seconds"],
+            "kept_round": result["facts"]["best"]["step"],
+            "stopped": result["facts"]["stopped"],
+            "tax": tax_of(result),
+        }
         self.rows["before"] = before.row()
         checkpoint.write_json(file, {"mark": mark, "row": row, "before": self.rows["before"]})
         return row
@@ -150,7 +192,9 @@ def gathered(samples: Mapping[str, Any], recipe: str) -> dict[str, dict[str, dic
     return found
 
 
-def at_equal_kl(row: Mapping[str, Any], curve: Mapping[str, Mapping[str, float]] | None, measure: str) -> float | None:
+def at_equal_kl(
+    row: Mapping[str, Any], curve: Mapping[str, Mapping[str, float]] | None, measure: str
+) -> float | None:
     """By how much a policy is above best-of-n at the same KL; None beyond the largest n."""
     points = [(point["kl"], point[measure]) for point in (curve or {}).values()]
     level = best_of_n.at_kl(points, row["kl"])
@@ -165,7 +209,10 @@ def shown(values: Sequence[float], digits: int = 3) -> str:
 
 def table(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     """The rows of a recipe as a Markdown table, means over seeds."""
-    lines = ["| | seeds | KL | score | gold | gold against best-of-n | distinct-2 | tokens | ends |", "|" + "---|" * 9]
+    lines = [
+        "| | seeds | KL | score | gold | gold against best-of-n | distinct-2 | tokens | ends |",
+        "|" + "---|" * 9,
+    ]
     curves = {seed: row["curve"] for seed, row in stages.get("bestofn", {}).items() if "curve" in row}
     for name, by_seed in stages.items():
         good = {seed: row for seed, row in by_seed.items() if "gold" in row}
@@ -177,19 +224,30 @@ def table(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
         found = [at_equal_kl(row, curves.get(seed), "gold") for seed, row in good.items()]
         ahead = [value for value in found if value is not None]
         some = f" ({len(ahead)} of {len(found)})" if len(ahead) < len(found) else ""
-        cells = [shown([row[key] for row in good.values()], digits) for key, digits in (("kl", 2), ("score", 2), ("gold", 3))]
+        cells = [
+            shown([row[key] for row in good.values()], digits)
+            for key, digits in (("kl", 2), ("score", 2), ("gold", 3))
+        ]
         cells.append("0" if name == "before" else shown(ahead) + some if ahead else "beyond")
-        cells += [f"{statistics.fmean(row[key] for row in good.values()):.{digits}f}"
-                  for key, digits in (("distinct_2", 3), ("length", 1), ("finished", 3))]  # fmt: skip
+        cells += [
+            f"{statistics.fmean(row[key] for row in good.values()):.{digits}f}"
+            for key, digits in (("distinct_2", 3), ("length", 1), ("finished", 3))
+        ]
         lines.append(f"| {name} | {len(good)} | {' | '.join(cells)} |")
     for n in next(iter(curves.values()), {}):
         points = [curve[n] for curve in curves.values()]
-        cells = [f"{points[0]['kl']:.2f}", *(shown([one[key] for one in points], d) for key, d in (("score", 2), ("gold", 3)))]
+        cells = [
+            f"{points[0]['kl']:.2f}",
+            *(shown([one[key] for one in points], d) for key, d in (("score", 2), ("gold", 3))),
+        ]
         lines.append(f"| best of {n} | {len(points)} | {' | '.join(cells)} | 0 | | | |")
     tilted = [row["optima"] for row in stages.get("bestofn", {}).values() if "optima" in row]
     for beta in sorted(set.intersection(*map(set, tilted)), key=float, reverse=True) if tilted else []:
         points = [found[beta] for found in tilted]
-        cells = [shown([one[key] for one in points], digits) for key, digits in (("kl", 2), ("score", 2), ("gold", 3))]
+        cells = [
+            shown([one[key] for one in points], digits)
+            for key, digits in (("kl", 2), ("score", 2), ("gold", 3))
+        ]
         lines.append(f"| optimum at beta {beta} | {len(points)} | {' | '.join(cells)} | | | | |")
     return lines
 
@@ -199,8 +257,11 @@ def extras(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     lines = []
     for name, by_seed in stages.items():
         for seed, row in by_seed.items():
-            told = [f"{key} {row[key]:.3f} ({row[key + '_low']:.3f} to {row[key + '_high']:.3f})"
-                    for key in row if f"{key}_low" in row and (key.startswith("wins") or key == "fluency")]  # fmt: skip
+            told = [
+                f"{key} {row[key]:.3f} ({row[key + '_low']:.3f} to {row[key + '_high']:.3f})"
+                for key in row
+                if f"{key}_low" in row and (key.startswith("wins") or key == "fluency")
+            ]
             if row.get("tax"):
                 told.append("perplexity of general text {:.2f} -> {:.2f}".format(*row["tax"]))
             if told:
@@ -215,22 +276,56 @@ def draw(stages: Mapping[str, Mapping[str, Mapping[str, Any]]], file: Path) -> N
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for place, (key, title) in enumerate((("score", "reward model's score"), ("gold", "gold: VADER sentiment")), 1):
+    for place, (key, title) in enumerate(
+        (("score", "reward model's score"), ("gold", "gold: VADER sentiment")), 1
+    ):
         axes = figure.add_subplot(1, 2, place)
         for number, row in enumerate(stages.get("bestofn", {}).values()):
             points = list(row.get("curve", {}).values())
             label = "best of n" if number == 0 else None
-            axes.plot([p["kl"] for p in points], [p[key] for p in points], color="tab:gray", lw=1.4, label=label)
-            axes.fill_between([p["kl"] for p in points], [p[f"{key}_low"] for p in points], [p[f"{key}_high"] for p in points],
-                              color="tab:gray", alpha=0.12, lw=0)  # fmt: skip
+            axes.plot(
+                [p["kl"] for p in points], [p[key] for p in points], color="tab:gray", lw=1.4, label=label
+            )
+            axes.fill_between(
+                [p["kl"] for p in points],
+                [p[f"{key}_low"] for p in points],
+                [p[f"{key}_high"] for p in points],
+                color="tab:gray",
+                alpha=0.12,
+                lw=0,
+            )
             tilted = list(row.get("optima", {}).values())
-            axes.plot([p["kl"] for p in tilted], [p[key] for p in tilted], "--", color="black", lw=1.0, label=label and "optimum")
+            axes.plot(
+                [p["kl"] for p in tilted],
+                [p[key] for p in tilted],
+                "--",
+                color="black",
+                lw=1.0,
+                label=label and "optimum",
+            )
         for method, colour, marker in (("ppo", "tab:blue", "o"), ("reinforce", "tab:orange", "s")):
-            rows = [row for name, by_seed in stages.items() if name.startswith(method) for row in by_seed.values() if key in row]
+            rows = [
+                row
+                for name, by_seed in stages.items()
+                if name.startswith(method)
+                for row in by_seed.values()
+                if key in row
+            ]
             if rows:
-                errors = [[max(0.0, sign * (row[key] - row[f"{key}_{side}"])) for row in rows] for sign, side in ((1, "low"), (-1, "high"))]
-                axes.errorbar([row["kl"] for row in rows], [row[key] for row in rows], yerr=errors, fmt=marker, ms=4, lw=0.8,
-                              color=colour, label=method)  # fmt: skip
+                errors = [
+                    [max(0.0, sign * (row[key] - row[f"{key}_{side}"])) for row in rows]
+                    for sign, side in ((1, "low"), (-1, "high"))
+                ]
+                axes.errorbar(
+                    [row["kl"] for row in rows],
+                    [row[key] for row in rows],
+                    yerr=errors,
+                    fmt=marker,
+                    ms=4,
+                    lw=0.8,
+                    color=colour,
+                    label=method,
+                )
         axes.set_xlabel("KL to the SFT model, nats per answer")
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
@@ -240,12 +335,20 @@ def draw(stages: Mapping[str, Mapping[str, Mapping[str, Any]]], file: Path) -> N
 
 def main() -> int:
     """Run, measure, show."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="sentiment")
     parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
     parser.add_argument("--out", default="runs")
-    parser.add_argument("--judge", default="", help="a labelled source (`chatwright data list`) that a bag of words learns from")
-    parser.add_argument("--fluency", default="", help="a model that had no part in it: how likely it finds the answers")
+    parser.add_argument(
+        "--judge",
+        default="",
+        help="a labelled source (`chatwright data list`) that a bag of words learns from",
+    )
+    parser.add_argument(
+        "--fluency", default="", help="a model that had no part in it: how likely it finds the answers"
+    )
     parser.add_argument("--show", action="store_true", help="run nothing")
     options = parser.parse_args()
     file = side_by_side.RESULTS / "frontier.json"
@@ -254,18 +357,31 @@ def main() -> int:
     judges = {}
     if options.judge and not options.show:
         judges["words"], agreement = word_judge(options.judge)
-        print(f"the bag of words agrees with held-out ratings of {options.judge}: correlation {agreement:.3f}")
+        print(
+            f"the bag of words agrees with held-out ratings of {options.judge}: correlation {agreement:.3f}"
+        )
     if not options.show:
         recipe = recipes.read_recipe(recipes.find_recipe(options.recipe), {})
         root = Path(options.out) / options.recipe
         benches = [
-            Bench(recipe, seed, root, samples.setdefault(f"{options.recipe}/seed-{seed}", {}), judges, options.fluency)
+            Bench(
+                recipe,
+                seed,
+                root,
+                samples.setdefault(f"{options.recipe}/seed-{seed}", {}),
+                judges,
+                options.fluency,
+            )
             for seed in options.seeds
         ]
         for stage in recipe.stages.values():
-            for bench in benches:  # every seed of a stage before the next: what is there when it is stopped can be compared
+            for bench in (
+                benches
+            ):  # every seed of a stage before the next: what is there when it is stopped can be compared
                 bench.run(stage)
-                side_by_side.write_results("frontier", {}, f"python benchmarks/frontier.py --recipe {options.recipe}", [], samples)
+                side_by_side.write_results(
+                    "frontier", {}, f"python benchmarks/frontier.py --recipe {options.recipe}", [], samples
+                )
     stages = gathered(samples, options.recipe)
     print("\n".join([*table(stages), "", *extras(stages)]))
     if "bestofn" in stages:

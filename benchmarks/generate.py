@@ -60,7 +60,9 @@ def _engine(dtype: str, **options: Any) -> Any:
 
     runtime.set_threads()
     parts = load_parts("smollm2")
-    return Engine(parts.model, parts.tokenizer, runner=make_runner(parts.model, dtype), max_context=2048, **options)
+    return Engine(
+        parts.model, parts.tokenizer, runner=make_runner(parts.model, dtype), max_context=2048, **options
+    )
 
 
 def _requests(prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
@@ -237,7 +239,10 @@ def write_files() -> None:
     source = FILES / "smollm2-bf16.gguf"
     if not source.exists():
         main_export(["smollm2", str(source), "--format", "gguf", "--dtype", "bf16"])
-    for kind, number in (("q8_0", llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0), ("q4_0", llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0)):
+    for kind, number in (
+        ("q8_0", llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0),
+        ("q4_0", llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0),
+    ):
         target = FILES / f"smollm2-{kind}.gguf"
         if target.exists():
             continue
@@ -341,10 +346,15 @@ def perplexities(run: str, tokens: int = 8_192, window: int = 512) -> dict[str, 
         for start in range(0, tokens - window + 1, window):
             row = ids[start : start + window]
             logits = runner.forward([Feed(row, 0, range(window // 16), window)])
-            total += float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(row[1:]), reduction="sum"))
+            total += float(
+                torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(row[1:]), reduction="sum")
+            )
             count += window - 1
         found[dtype] = math.exp(total / count)
-        print(f"  {dtype:5} perplexity {found[dtype]:.4f}  {100 * (found[dtype] / found['fp32'] - 1):+.2f} % of fp32", flush=True)
+        print(
+            f"  {dtype:5} perplexity {found[dtype]:.4f}  {100 * (found[dtype] / found['fp32'] - 1):+.2f} % of fp32",
+            flush=True,
+        )
     return found
 
 
@@ -383,7 +393,9 @@ def compared(part: str, samples: dict[str, dict[str, Any]]) -> dict[str, float]:
         for dtype in ("bf16", "int8"):
             for peer in seconds:
                 if peer.startswith("transformers"):
-                    ratios[f"gpt2-124m/{dtype}/{peer}"] = side_by_side.median_ratio(seconds[f"ours_{dtype}"], seconds[peer])
+                    ratios[f"gpt2-124m/{dtype}/{peer}"] = side_by_side.median_ratio(
+                        seconds[f"ours_{dtype}"], seconds[peer]
+                    )
         return ratios
     suffix = {"decode": "", "prefill": "_prefill", "streams": "_16_streams"}[part]
     for dtype, kind in PAIRS.items():
@@ -406,7 +418,9 @@ def _report(part: str, samples: dict[str, dict[str, Any]], ratios: dict[str, flo
 
 def main() -> int:
     """Parts one after the other, the table, results/generate.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--run", default="runs/tiny", help="a run with its data stage, for the perplexity")
@@ -434,7 +448,9 @@ def main() -> int:
             results["samples"][part] = found
         else:
             names = [name for name in CONTENDERS if name.startswith(part + "/")]
-            if part == "gpt2" and not runtime.has_bf16():  # emulated products: minutes for each answer, no peer's best setting
+            if (
+                part == "gpt2" and not runtime.has_bf16()
+            ):  # emulated products: minutes for each answer, no peer's best setting
                 names.remove("gpt2/transformers_bf16")
                 print("this processor has no bf16 products: transformers runs in float32 only", flush=True)
             rounds = side_by_side.run_rounds(__file__, names, options.rounds)
@@ -443,8 +459,12 @@ def main() -> int:
             results["ratios"] |= ratios
             results["samples"] |= rounds
     command = "python benchmarks/generate.py " + " ".join(sys.argv[1:])
-    file = side_by_side.write_results("generate", results["ratios"], command, ["numba", "transformers"], results["samples"])
-    print(f"memory read at {read_bandwidth() / 1e9:.1f} GB/s; {file} written: {json.dumps(results['ratios'])}")
+    file = side_by_side.write_results(
+        "generate", results["ratios"], command, ["numba", "transformers"], results["samples"]
+    )
+    print(
+        f"memory read at {read_bandwidth() / 1e9:.1f} GB/s; {file} written: {json.dumps(results['ratios'])}"
+    )
     return 0
 
 

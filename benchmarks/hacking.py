@@ -49,10 +49,16 @@ def run(recipe: recipes.Recipe, root: Path, *, stopped: bool) -> dict[str, Any]:
     stop, kept, why = measures.replay(rows, limits)
     found = {
         "proxy": {key: facts[key] for key in ("held_out_correlation", "held_out_accuracy")},
-        "rounds": [{key: row[key] for key in ("step", "kl", "score", "gold", "gold_error", "length", "distinct_2")} for row in rows],
-        "stop": stop, "kept": kept, "why": why, "ended": results["ppo"]["facts"]["stopped"],
+        "rounds": [
+            {key: row[key] for key in ("step", "kl", "score", "gold", "gold_error", "length", "distinct_2")}
+            for row in rows
+        ],
+        "stop": stop,
+        "kept": kept,
+        "why": why,
+        "ended": results["ppo"]["facts"]["stopped"],
         "checkpoints": held_out(recipe, root, inputs, kept),
-    }  # fmt: skip
+    }
     if "stopped" in results:
         told = results["stopped"]["facts"]
         found["in_earnest"] = {"stop": told["rounds"], "kept": told["best"]["step"], "why": told["stopped"]}
@@ -70,7 +76,9 @@ def held_out(recipe: recipes.Recipe, root: Path, inputs: Mapping[str, Path], kep
     if "0" not in rows:
         rows["0"] = table.measure(table.base).row()
     for one in checkpoint.checkpoints(root / "ppo" / "checkpoints"):
-        if str(one.step) not in rows and (one.step % recipe.stages["ppo"].config.save_every == 0 or one.step == kept):
+        if str(one.step) not in rows and (
+            one.step % recipe.stages["ppo"].config.save_every == 0 or one.step == kept
+        ):
             say(f"  measuring round {one.step}")
             rows[str(one.step)] = table.measure(ready(str(one.path))).row()
             checkpoint.write_json(file, {"mark": mark, "rows": rows})
@@ -83,18 +91,29 @@ def verdict(found: Mapping[str, Any]) -> dict[str, float]:
     peak = max(points, key=lambda step: points[step]["gold"])
     kept, start, end = points[str(found["kept"])], points["0"], points[max(points, key=int)]
     return {
-        "start": start["gold"], "peak_round": int(peak), "peak": points[peak]["gold"], "peak_kl": points[peak]["kl"],
-        "kept_round": found["kept"], "kept": kept["gold"], "kept_kl": kept["kl"], "end": end["gold"], "end_kl": end["kl"],
+        "start": start["gold"],
+        "peak_round": int(peak),
+        "peak": points[peak]["gold"],
+        "peak_kl": points[peak]["kl"],
+        "kept_round": found["kept"],
+        "kept": kept["gold"],
+        "kept_kl": kept["kl"],
+        "end": end["gold"],
+        "end_kl": end["kl"],
         "share": kept["gold"] / points[peak]["gold"],
         "share_of_gain": (kept["gold"] - start["gold"]) / max(points[peak]["gold"] - start["gold"], 1e-9),
-        "proxy_at_peak": points[peak]["score"], "proxy_at_end": end["score"],
-    }  # fmt: skip
+        "proxy_at_peak": points[peak]["score"],
+        "proxy_at_end": end["score"],
+    }
 
 
 def table(samples: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A row a seed, Markdown."""
-    lines = ["| seed | proxy: correlation | gold before | peak: round, KL, gold | stopped in round | kept: round, KL, gold | of the peak "
-             "| of its gain | end: KL, gold | proxy, peak -> end |", "|" + "---|" * 10]  # fmt: skip
+    lines = [
+        "| seed | proxy: correlation | gold before | peak: round, KL, gold | stopped in round | kept: round, KL, gold | of the peak "
+        "| of its gain | end: KL, gold | proxy, peak -> end |",
+        "|" + "---|" * 10,
+    ]
     for seed, found in samples.items():
         if "failed" in found:
             lines.append(f"| {seed} | failed: {found['failed']} |" + " |" * 8)
@@ -135,14 +154,29 @@ def draw(samples: Mapping[str, Mapping[str, Any]], file: Path) -> None:
 def curve(axes: Any, points: Sequence[Mapping[str, float]], x: str, key: str, colour: str) -> None:
     """Points with their 95 % intervals; joined over rounds, but not over KL, which goes up and down."""
     at, values = [point[x] for point in points], [point[key] for point in points]
-    errors = [[max(0.0, sign * (point[key] - point[f"{key}_{side}"])) for point in points] for sign, side in ((1, "low"), (-1, "high"))]
-    axes.errorbar(at, values, yerr=errors, color=colour, lw=1.2, elinewidth=0.6, marker="o", ms=3, ls="-" if x == "round" else "")
+    errors = [
+        [max(0.0, sign * (point[key] - point[f"{key}_{side}"])) for point in points]
+        for sign, side in ((1, "low"), (-1, "high"))
+    ]
+    axes.errorbar(
+        at,
+        values,
+        yerr=errors,
+        color=colour,
+        lw=1.2,
+        elinewidth=0.6,
+        marker="o",
+        ms=3,
+        ls="-" if x == "round" else "",
+    )
     axes.tick_params(labelsize=7)
 
 
 def main() -> int:
     """Run, measure, show."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=[2, 3, 4])
     parser.add_argument("--out", default="runs/hacking")
     parser.add_argument("--show", action="store_true", help="run nothing")
@@ -153,7 +187,9 @@ def main() -> int:
     for seed in [] if options.show else options.seeds:
         recipe = replace(recipes.read_recipe(recipes.find_recipe("hacking"), {}), seed=seed)
         try:
-            samples[f"seed-{seed}"] = run(recipe, Path(options.out) / f"seed-{seed}", stopped=seed == options.seeds[0])
+            samples[f"seed-{seed}"] = run(
+                recipe, Path(options.out) / f"seed-{seed}", stopped=seed == options.seeds[0]
+            )
         except UserError as error:
             samples[f"seed-{seed}"] = {"failed": str(error)}
         side_by_side.write_results("hacking", {}, "python benchmarks/hacking.py", [], samples)

@@ -32,8 +32,15 @@ SHAPE = {"layers": 4, "width": 256, "heads": 4}
 GPT2 = {"preset": "gpt2", "model": {**SHAPE, "context": 256}}
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (1, 2, 3)
-RECIPE = {"name": "muon", "learning_rate": 0.03, "matrix_learning_rate": 0.02, "momentum": 0.8, "beta1": 0.8,
-          "schedule": "trapezoid", "decay": 0.6}  # fmt: skip
+RECIPE = {
+    "name": "muon",
+    "learning_rate": 0.03,
+    "matrix_learning_rate": 0.02,
+    "momentum": 0.8,
+    "beta1": 0.8,
+    "schedule": "trapezoid",
+    "decay": 0.6,
+}
 ADAMW = {"name": "adamw", "schedule": "trapezoid", "decay": 0.6}
 MODERN = {"preset": "modern-tiny"}
 
@@ -81,14 +88,23 @@ def train(settings: dict[str, Any]) -> dict[str, float]:
         PATCHES[settings["patch"]]()
     fit = {"batch_size": 8, "save_every": 1e9, **settings["fit"]}
     config = pretrain.Config(
-        tokenizer=settings["tokenizer"], preset=settings["preset"], model=settings.get("model", {}),
-        fit=FitConfig(**fit), optim=OptimConfig(**settings["optim"]),
-    )  # fmt: skip
+        tokenizer=settings["tokenizer"],
+        preset=settings["preset"],
+        model=settings.get("model", {}),
+        fit=FitConfig(**fit),
+        optim=OptimConfig(**settings["optim"]),
+    )
     with tempfile.TemporaryDirectory() as directory:
         report = pretrain.run(config, Workspace(Path(directory), seed=settings["seed"]))
     facts = report.facts
-    return {"bits_per_byte": report.measures[0].after or 0.0, "seconds": facts["training_seconds"], "steps": facts["steps"],
-            "tokens": facts["tokens"], "flop": facts["flop"], "parameters": facts["parameters"]}  # fmt: skip
+    return {
+        "bits_per_byte": report.measures[0].after or 0.0,
+        "seconds": facts["training_seconds"],
+        "steps": facts["steps"],
+        "tokens": facts["tokens"],
+        "flop": facts["flop"],
+        "parameters": facts["parameters"],
+    }
 
 
 def plain_initialisation() -> None:
@@ -143,9 +159,11 @@ def small_initialisation() -> None:
 
 
 PATCHES = {
-    "initialise": plain_initialisation, "newton_schulz": newton_schulz, "three_polynomials": three_polynomials,
+    "initialise": plain_initialisation,
+    "newton_schulz": newton_schulz,
+    "three_polynomials": three_polynomials,
     "small_initialisation": small_initialisation,
-}  # fmt: skip
+}
 
 
 class Bench:
@@ -170,8 +188,11 @@ class Bench:
             self.save()
         result: dict[str, float] = known["result"]
         rate = result["tokens"] / max(result["seconds"], 1e-9)
-        print(f"  {name:52} {result['bits_per_byte']:.4f} bits per byte  {result['steps']:5.0f} steps  "
-              f"{result['seconds']:5.0f} s  {rate:6,.0f} tokens/s", flush=True)  # fmt: skip
+        print(
+            f"  {name:52} {result['bits_per_byte']:.4f} bits per byte  {result['steps']:5.0f} steps  "
+            f"{result['seconds']:5.0f} s  {rate:6,.0f} tokens/s",
+            flush=True,
+        )
         return result
 
     def save(self) -> None:
@@ -181,7 +202,9 @@ class Bench:
     def sweep(self) -> float:
         """The learning rate for GPT-2's shape."""
         found = {
-            rate: self.run(f"sweep/gpt2 adamw {rate}", **GPT2, fit={"steps": 500}, optim={**ADAMW, "learning_rate": rate})
+            rate: self.run(
+                f"sweep/gpt2 adamw {rate}", **GPT2, fit={"steps": 500}, optim={**ADAMW, "learning_rate": rate}
+            )
             for rate in RATES
         }
         best = min(found, key=lambda rate: found[rate]["bits_per_byte"])
@@ -193,7 +216,13 @@ class Bench:
         """300 s of GPT-2's shape."""
         optim = {**ADAMW, "learning_rate": self.sweep()}
         return [
-            self.run(f"baseline/gpt2 adamw, 300 s, seed {seed}", **GPT2, fit={"seconds": 300.0}, optim=optim, seed=seed)
+            self.run(
+                f"baseline/gpt2 adamw, 300 s, seed {seed}",
+                **GPT2,
+                fit={"seconds": 300.0},
+                optim=optim,
+                seed=seed,
+            )
             for seed in SEEDS
         ]
 
@@ -201,13 +230,20 @@ class Bench:
         """The recipe's settings with less time."""
         target = self.baseline()
         for budget in (95.0, 60.0):
-            found = [self.run(f"race/recipe, {budget:.0f} s, seed {seed}", fit={"seconds": budget}, seed=seed) for seed in SEEDS]
+            found = [
+                self.run(f"race/recipe, {budget:.0f} s, seed {seed}", fit={"seconds": budget}, seed=seed)
+                for seed in SEEDS
+            ]
             key = f"bits_per_byte_at_{budget:.0f}s/gpt2_adamw_300s"
             pairs = list(zip(found, target, strict=True))
             self.ratios[key] = statistics.median(a["bits_per_byte"] / b["bits_per_byte"] for a, b in pairs)
-            self.ratios[f"flop_{budget:.0f}s/gpt2_adamw_300s"] = statistics.median(a["flop"] / b["flop"] for a, b in pairs)
+            self.ratios[f"flop_{budget:.0f}s/gpt2_adamw_300s"] = statistics.median(
+                a["flop"] / b["flop"] for a, b in pairs
+            )
             there = sum(a["bits_per_byte"] <= b["bits_per_byte"] for a, b in pairs)
-            print(f"  after {budget:.0f} s, 1/{300 / budget:.1f} of the time: {there} of {len(SEEDS)} seeds are at or below the baseline")
+            print(
+                f"  after {budget:.0f} s, 1/{300 / budget:.1f} of the time: {there} of {len(SEEDS)} seeds are at or below the baseline"
+            )
             if there == len(SEEDS):
                 spent = statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
                 self.ratios["seconds_to_gpt2_adamw_300s"] = spent
@@ -228,7 +264,9 @@ class Bench:
 
 def main() -> int:
     """Run the parts asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default="runs/tiny/tokenizer", help="a finished tokenizer stage")
     parser.add_argument("--parts", nargs="*", default=["race", "recipe", "ablation"])
     parser.add_argument("--run", help=argparse.SUPPRESS)
@@ -240,8 +278,12 @@ def main() -> int:
         parser.error(f"{options.data} does not exist; run: chatwright run tiny --until tokenizer")
     bench = Bench(options.data)
     parts: dict[str, Callable[[], object]] = {
-        "sweep": bench.sweep, "baseline": bench.baseline, "race": bench.race, "recipe": bench.recipe, "ablation": bench.ablation,
-    }  # fmt: skip
+        "sweep": bench.sweep,
+        "baseline": bench.baseline,
+        "race": bench.race,
+        "recipe": bench.recipe,
+        "ablation": bench.ablation,
+    }
     for part in options.parts:
         print(part)
         parts[part]()

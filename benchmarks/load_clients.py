@@ -67,14 +67,16 @@ class Target:
 
 def http_request(target: Target, question: Question) -> bytes:
     """The bytes of a request whose answer is streamed."""
-    body = json.dumps({
-        "model": target.model,
-        "messages": [{"role": "user", "content": question.text}],
-        "temperature": 0,
-        "max_tokens": question.max_tokens,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }).encode()  # fmt: skip
+    body = json.dumps(
+        {
+            "model": target.model,
+            "messages": [{"role": "user", "content": question.text}],
+            "temperature": 0,
+            "max_tokens": question.max_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    ).encode()
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: {target.host}:{target.port}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -89,7 +91,9 @@ class Refused(Exception):
         self.seconds = seconds
 
 
-async def _connect(target: Target, *, small: bool = False) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _connect(
+    target: Target, *, small: bool = False
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     if not small:
         return await asyncio.open_connection(target.host, target.port)
     place = socket.socket()
@@ -133,7 +137,9 @@ async def _soon(waiting: Any) -> Any:
     return await asyncio.wait_for(waiting, SILENCE)
 
 
-async def ask(target: Target, question: Question, reply: Reply, *, leave_after: int = -1, pause: float = 0.0) -> None:
+async def ask(
+    target: Target, question: Question, reply: Reply, *, leave_after: int = -1, pause: float = 0.0
+) -> None:
     """Ask once and note everything in `reply`. Raises Refused.
 
     leave_after: tear the connection after so many pieces (0: before the first). pause: seconds of rest between pieces.
@@ -187,7 +193,15 @@ async def ask_patiently(target: Target, question: Question, reply: Reply, **how:
         except Refused as refused:
             reply.refused += 1
             await asyncio.sleep(refused.seconds)
-        except (OSError, ValueError, LookupError, TypeError, EOFError, TimeoutError, asyncio.IncompleteReadError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            EOFError,
+            TimeoutError,
+            asyncio.IncompleteReadError,
+        ) as error:
             reply.error = f"{type(error).__name__}: {error}"[:300]
             return
 

@@ -80,7 +80,11 @@ class Oracle:
         ids = list(ids)
         for token, tops in zip(done.ids, done.top_logprobs, strict=True):
             best = tops[0][1]
-            ties = [([*ids, other], best - value) for other, value in tops if other != token and best - value <= self.tie]
+            ties = [
+                ([*ids, other], best - value)
+                for other, value in tops
+                if other != token and best - value <= self.tie
+            ]
             ties = [one for one in ties if self._fits(one[0], request.end_ids, text, finish)]
             others += sorted(ties, key=lambda one: -one[1])
             ids.append(token)
@@ -118,7 +122,9 @@ class Verdict:
         return not self.failures
 
 
-def judge(load: Load, known: Sequence[Reply], oracle: Oracle, memory: Sequence[tuple[float, float]] = ()) -> Verdict:
+def judge(
+    load: Load, known: Sequence[Reply], oracle: Oracle, memory: Sequence[tuple[float, float]] = ()
+) -> Verdict:
     """All checks of a finished load. known: the answers given alone. memory: (seconds, bytes) of the server."""
     verdict = Verdict({}, [], figures_of(load, known))
     outcomes = Counter(_outcome(reply, known, load.questions, oracle, verdict) for reply in load.replies)
@@ -142,8 +148,13 @@ def _outcome(
         verdict.failures.append(f"lost: {who}: {reply.error}")
         return "lost"
     right, left = known[reply.question], reply.kind == "leaves" and reply.finish is None
-    if not left and (reply.finish is None or (reply.finish == "length" and reply.tokens != questions[reply.question].max_tokens)):
-        verdict.failures.append(f"lost: {who}: cut short after {reply.tokens} tokens (finish_reason {reply.finish})")
+    if not left and (
+        reply.finish is None
+        or (reply.finish == "length" and reply.tokens != questions[reply.question].max_tokens)
+    ):
+        verdict.failures.append(
+            f"lost: {who}: cut short after {reply.tokens} tokens (finish_reason {reply.finish})"
+        )
         return "lost"
     finish = reply.finish if not left else None
     if (reply.text, finish) == (right.text, right.finish) or (left and right.text.startswith(reply.text)):
@@ -162,14 +173,24 @@ def _unfair(load: Load) -> list[str]:
     finished = Counter(reply.client for reply in load.replies if reply.finish)
     failures = []
     if waits and max(waits) > 5 * statistics.median(waits) + 5:
-        failures.append(f"unfair: somebody waited {max(waits):.1f} s, half of all less than {statistics.median(waits):.1f} s")
+        failures.append(
+            f"unfair: somebody waited {max(waits):.1f} s, half of all less than {statistics.median(waits):.1f} s"
+        )
     without = [number for number in range(load.clients) if not finished[number]]
     if without:
         failures.append(f"unfair: clients {without[:8]} finished nothing")
-    usual = statistics.median(finished[number] for number in range(load.slow, load.clients)) if load.clients > load.slow else 0
-    poor = [number for number in range(load.slow, load.clients) if 0 < finished[number] < usual / 4 and usual >= 8]
+    usual = (
+        statistics.median(finished[number] for number in range(load.slow, load.clients))
+        if load.clients > load.slow
+        else 0
+    )
+    poor = [
+        number for number in range(load.slow, load.clients) if 0 < finished[number] < usual / 4 and usual >= 8
+    ]
     if poor:
-        failures.append(f"unfair: clients {poor[:8]} finished less than a quarter of what others did ({usual:.0f})")
+        failures.append(
+            f"unfair: clients {poor[:8]} finished less than a quarter of what others did ({usual:.0f})"
+        )
     return failures
 
 

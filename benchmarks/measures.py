@@ -55,7 +55,9 @@ class WordBag:
         if not texts:
             raise ValueError("no rated texts to learn from")
         seen = Counter(word for one in texts for word in self.words(one.text))
-        self.place = {word: n for n, word in enumerate(sorted(word for word, count in seen.items() if count >= least))}
+        self.place = {
+            word: n for n, word in enumerate(sorted(word for word, count in seen.items() if count >= least))
+        }
         matrix, labels = self._matrix([one.text for one in texts]), torch.tensor([one.label for one in texts])
         self.mean = float(labels.mean())
         inner = matrix.T @ matrix + penalty * torch.eye(len(self.place))
@@ -78,7 +80,9 @@ class WordBag:
 
     def agreement(self, texts: Sequence[LabelledText]) -> float:
         """Correlation with the ratings of texts that it did not learn from."""
-        return correlation(torch.tensor(self([one.text for one in texts])), torch.tensor([one.label for one in texts]))
+        return correlation(
+            torch.tensor(self([one.text for one in texts])), torch.tensor([one.label for one in texts])
+        )
 
 
 TextJudge = Callable[[Sequence[str]], list[float]]
@@ -110,9 +114,12 @@ class Table:
             values["fluency"] = per_token(self.third, answers)
         by_prompt = {name: value.view(-1, SAMPLES).double() for name, value in values.items()}
         facts = {
-            "distinct_2": distinct(texts), "length": float(answers.response.sum(1).double().mean()),
-            "finished": float(answers.finished.double().mean()), "prompts": len(self.prompts), "samples": SAMPLES,
-        }  # fmt: skip
+            "distinct_2": distinct(texts),
+            "length": float(answers.response.sum(1).double().mean()),
+            "finished": float(answers.finished.double().mean()),
+            "prompts": len(self.prompts),
+            "samples": SAMPLES,
+        }
         wins = {}
         if reference is not None:
             judged = [name for name in ("gold", *self.judges) if name in reference.by_prompt]
@@ -126,7 +133,8 @@ class Table:
         for chosen in torch.split(torch.arange(len(answers.ids)), 64):
             part = answers.rows(chosen)
             own, base = (
-                answer_log_probs(one.model, part, temperature=self.settings.temperature)[0] for one in (policy, self.base)
+                answer_log_probs(one.model, part, temperature=self.settings.temperature)[0]
+                for one in (policy, self.base)
             )
             found.append(torch.where(part.response, kl_k1(own, base), 0.0).sum(1))
         return torch.cat(found).cpu()
@@ -163,12 +171,18 @@ class Measured:
         means = {name: values.mean(1) for name, values in self.by_prompt.items()}
         for name, values in {**means, **{f"wins_{name}": wins for name, wins in self.wins.items()}}.items():
             low, high = bootstrap_interval(values, seed=self.seed)
-            found |= {name: round(float(values.mean()), 4), f"{name}_low": round(low, 4), f"{name}_high": round(high, 4)}
+            found |= {
+                name: round(float(values.mean()), 4),
+                f"{name}_low": round(low, 4),
+                f"{name}_high": round(high, 4),
+            }
             raw[name] = [round(value, 3) for value in values.tolist()]
         return {**found, "raw": raw, "texts": list(self.texts)}
 
 
-def replay(rows: Sequence[Mapping[str, float]], limits: health.Limits, *, aim: str = "gold") -> tuple[int, int, str]:
+def replay(
+    rows: Sequence[Mapping[str, float]], limits: health.Limits, *, aim: str = "gold"
+) -> tuple[int, int, str]:
     """What a run with these limits would have done, from the rows of one that went on: the round in which it stops, the round that
     it keeps (the best `aim` until then, within the KL budget), and why it stops. Raises ValueError when it keeps none."""
     best: int | None = None

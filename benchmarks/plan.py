@@ -26,12 +26,29 @@ RESULTS = Path(__file__).parent / "results" / "plan.json"
 SMALL_GPT2 = {"layers": 6, "width": 384, "heads": 6, "vocab_size": 8192, "context": 256}
 CASES: dict[str, dict[str, Any]] = {
     "tiny-eager": {"preset": "modern-tiny", "batch": 8, "compile": False},
-    "tiny-eager-fp32-adamw": {"preset": "modern-tiny", "batch": 8, "compile": False, "precision": "fp32", "optim": "adamw"},
+    "tiny-eager-fp32-adamw": {
+        "preset": "modern-tiny",
+        "batch": 8,
+        "compile": False,
+        "precision": "fp32",
+        "optim": "adamw",
+    },
     "tiny-eager-32": {"preset": "modern-tiny", "batch": 32, "compile": False},
     "tiny-eager-2-of-8": {"preset": "modern-tiny", "batch": 8, "micro": 2, "compile": False},
     "14m-eager": {"preset": "gpt2", "model": SMALL_GPT2, "batch": 16, "compile": False, "optim": "adamw"},
-    "14m-eager-fp32": {"preset": "gpt2", "model": SMALL_GPT2, "batch": 8, "compile": False, "precision": "fp32"},
-    "small-eager": {"preset": "modern-small", "model": {"layers": 4, "context": 512}, "batch": 4, "compile": False},
+    "14m-eager-fp32": {
+        "preset": "gpt2",
+        "model": SMALL_GPT2,
+        "batch": 8,
+        "compile": False,
+        "precision": "fp32",
+    },
+    "small-eager": {
+        "preset": "modern-small",
+        "model": {"layers": 4, "context": 512},
+        "batch": 4,
+        "compile": False,
+    },
     "tiny-compiled": {"preset": "modern-tiny", "batch": 8},
     "tiny-compiled-32": {"preset": "modern-tiny", "batch": 32},
     "14m-compiled": {"preset": "gpt2", "model": SMALL_GPT2, "batch": 16, "optim": "adamw"},
@@ -46,11 +63,18 @@ def settings(case: dict[str, Any]) -> Any:
     from chatwright.train.pretrain import Config
 
     fit = FitConfig(
-        steps=1000, batch_size=case["batch"], micro_batch=case.get("micro", 0), compile=case.get("compile", True),
+        steps=1000,
+        batch_size=case["batch"],
+        micro_batch=case.get("micro", 0),
+        compile=case.get("compile", True),
         precision=case.get("precision", "auto"),
-    )  # fmt: skip
-    return Config(preset=case["preset"], model=case.get("model", {}), fit=fit,
-                  optim=OptimConfig(name=case.get("optim", "muon")))  # fmt: skip
+    )
+    return Config(
+        preset=case["preset"],
+        model=case.get("model", {}),
+        fit=fit,
+        optim=OptimConfig(name=case.get("optim", "muon")),
+    )
 
 
 def subject_of(case: dict[str, Any]) -> Any:
@@ -72,8 +96,13 @@ def predicted(case: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
     plan = choose(subject_of(case))
     parts = {name: size for name, size in plan.memory.items() if name not in ("allocator", "program")}
-    return {"bytes": plan.above_baseline, "live": sum(parts.values()), "seconds": plan.seconds,
-            "planning": time.monotonic() - began, "parts": plan.memory}  # fmt: skip
+    return {
+        "bytes": plan.above_baseline,
+        "live": sum(parts.values()),
+        "seconds": plan.seconds,
+        "planning": time.monotonic() - began,
+        "parts": plan.memory,
+    }
 
 
 def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
@@ -98,11 +127,16 @@ def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
         trainer = Trainer({"model": model}, config.optim, Workspace(Path(directory)), card={}, texts={})
         step, dtype, _ = pretrain.fast_step(model, config.fit, alone=True)
         with runtime.evaluating(model), runtime.autocast(dtype):
-            pretrain._sum_of(model, list(torch.randint(shape.vocab_size, (pretrain.held_out_rows(shape), shape.context + 1))))
+            pretrain._sum_of(
+                model,
+                list(torch.randint(shape.vocab_size, (pretrain.held_out_rows(shape), shape.context + 1))),
+            )
 
         def seconds() -> float:
-            batches = [pretrain.TokenBatch(torch.randint(shape.vocab_size, (micro, shape.context + 1)))
-                       for _ in range(config.fit.batch_size // micro)]  # fmt: skip
+            batches = [
+                pretrain.TokenBatch(torch.randint(shape.vocab_size, (micro, shape.context + 1)))
+                for _ in range(config.fit.batch_size // micro)
+            ]
             started = time.perf_counter()
             trainer.update(batches, step, 0.1)
             return time.perf_counter() - started
@@ -116,10 +150,17 @@ def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
         timed: list[tuple[float, float, float]] = []
         for _ in range(rounds):
             products, others = timing.parts_of(operations)
-            timed.append((timing.together(products, others, compiled=subject.compiled_whole), products, others))
+            timed.append(
+                (timing.together(products, others, compiled=subject.compiled_whole), products, others)
+            )
             spent.append([seconds() for _ in range(5)])
-    return {"bytes": largest, "seconds": statistics.median(sum(spent, [])), "steps": spent,
-            "predicted": statistics.median(total for total, _, _ in timed), "timed": timed}  # fmt: skip
+    return {
+        "bytes": largest,
+        "seconds": statistics.median(seconds for round_ in spent for seconds in round_),
+        "steps": spent,
+        "predicted": statistics.median(total for total, _, _ in timed),
+        "timed": timed,
+    }
 
 
 def resident(key: str) -> int:
@@ -145,15 +186,27 @@ def main() -> int:
     for name in options.only:
         row: dict[str, Any] = {}
         for part in ("predicted", "happened"):
-            command = [sys.executable, __file__, "--part", part, "--only", name, "--rounds", str(options.rounds)]
+            command = [
+                sys.executable,
+                __file__,
+                "--part",
+                part,
+                "--only",
+                name,
+                "--rounds",
+                str(options.rounds),
+            ]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             row[part] = json.loads(printed.splitlines()[-1])
         rows[name] = row
         ratios = write(rows)  # after each case: a whole run takes half an hour
         a, b = row["predicted"], row["happened"]
-        print(f"{name:24} memory {a['bytes'] / 1e6:6,.0f} of {b['bytes'] / 1e6:6,.0f} MB = {ratios[f'{name}/bytes']:.2f}  (live {a['live'] / 1e6:,.0f})"
-              f"   time {b['predicted']:.3f} of {b['seconds']:.3f} s = {ratios[f'{name}/seconds']:.2f}"
-              f"   before {a['seconds']:.3f} = {ratios[f'{name}/seconds_before']:.2f}, planned in {a['planning']:.0f} s", flush=True)  # fmt: skip
+        print(
+            f"{name:24} memory {a['bytes'] / 1e6:6,.0f} of {b['bytes'] / 1e6:6,.0f} MB = {ratios[f'{name}/bytes']:.2f}  (live {a['live'] / 1e6:,.0f})"
+            f"   time {b['predicted']:.3f} of {b['seconds']:.3f} s = {ratios[f'{name}/seconds']:.2f}"
+            f"   before {a['seconds']:.3f} = {ratios[f'{name}/seconds_before']:.2f}, planned in {a['planning']:.0f} s",
+            flush=True,
+        )
     bounded = {key: ratio for key, ratio in write(rows).items() if not key.endswith("before")}
     astray = {key: ratio for key, ratio in bounded.items() if not 0.8 <= ratio <= 1.2}
     for key, ratio in astray.items():
@@ -174,8 +227,13 @@ def write(rows: dict[str, Any]) -> dict[str, float]:
         ratios[f"{name}/seconds"] = round(b["predicted"] / b["seconds"], 3)
         ratios[f"{name}/seconds_before"] = round(a["seconds"] / b["seconds"], 3)
     RESULTS.parent.mkdir(exist_ok=True)
-    content = {"ratios": ratios, "command": "python benchmarks/plan.py", "machine": runtime.describe(),
-               "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}, "samples": rows}  # fmt: skip
+    content = {
+        "ratios": ratios,
+        "command": "python benchmarks/plan.py",
+        "machine": runtime.describe(),
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        "samples": rows,
+    }
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     return ratios
 

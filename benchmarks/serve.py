@@ -31,11 +31,19 @@ from load_judge import LONG_ENOUGH, Oracle, Verdict, growth_of, judge
 
 NAME = "model-under-load"
 TASKS = (
-    "Write a short story about a lighthouse.", "What is 12 times 7?", "Name three animals that live in the sea.",
-    "Explain in simple words why the sky is blue.", "Translate 'good morning' into French.", "Give me a recipe for pancakes.",
-    "Who wrote Hamlet?", "List the planets of the solar system.", "Write a poem of four lines about rain.",
-    "What should I pack for a week in the mountains?", "How do plants make sugar?", "Say hello.",
-)  # fmt: skip
+    "Write a short story about a lighthouse.",
+    "What is 12 times 7?",
+    "Name three animals that live in the sea.",
+    "Explain in simple words why the sky is blue.",
+    "Translate 'good morning' into French.",
+    "Give me a recipe for pancakes.",
+    "Who wrote Hamlet?",
+    "List the planets of the solar system.",
+    "Write a poem of four lines about rain.",
+    "What should I pack for a week in the mountains?",
+    "How do plants make sugar?",
+    "Say hello.",
+)
 PASSAGE = (
     "The history of the city begins with a small settlement on the northern bank of the river, where traders met in spring and "
     "autumn. A wooden bridge was built, burnt down twice, and was built again in stone. Around it grew a market, then walls, and "
@@ -57,7 +65,17 @@ def questions() -> list[Question]:
 @contextlib.contextmanager
 def running_server(model: str, dtype: str) -> Iterator[tuple[Target, subprocess.Popen[str]]]:
     """`chatwright serve` in a process of its own. Raises SystemExit with its messages when it does not come up."""
-    command = [sys.executable, "-m", "chatwright.cli", "serve", model, "--port=0", "--store=none", f"--name={NAME}", f"--dtype={dtype}"]
+    command = [
+        sys.executable,
+        "-m",
+        "chatwright.cli",
+        "serve",
+        model,
+        "--port=0",
+        "--store=none",
+        f"--name={NAME}",
+        f"--dtype={dtype}",
+    ]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     said: list[str] = []
     try:
@@ -70,10 +88,14 @@ def running_server(model: str, dtype: str) -> Iterator[tuple[Target, subprocess.
                 break
         if not found:
             raise SystemExit(f"the server did not start:\n{''.join(said)}")
-        threading.Thread(target=lambda: said.extend(child.stderr or ()), daemon=True).start()  # or its pipe would fill up
+        threading.Thread(
+            target=lambda: said.extend(child.stderr or ()), daemon=True
+        ).start()  # or its pipe would fill up
         yield Target(found[1], int(found[2]), NAME), child
         if child.poll() is not None:
-            raise SystemExit(f"the server ended by itself, exit code {child.returncode}:\n{''.join(said)[-3000:]}")
+            raise SystemExit(
+                f"the server ended by itself, exit code {child.returncode}:\n{''.join(said)[-3000:]}"
+            )
     finally:
         child.terminate()
         try:
@@ -116,7 +138,11 @@ def progress(load: Load, left: float, size: float) -> str:
 
 def tell(text: str) -> None:
     """A line that replaces the one before on a terminal."""
-    print(f"\r\x1b[K  {text}" if sys.stdout.isatty() else f"  {text}", end="" if sys.stdout.isatty() else "\n", flush=True)
+    print(
+        f"\r\x1b[K  {text}" if sys.stdout.isatty() else f"  {text}",
+        end="" if sys.stdout.isatty() else "\n",
+        flush=True,
+    )
 
 
 def table(verdict: Verdict, memory: list[tuple[float, float]], title: str) -> str:
@@ -133,10 +159,14 @@ def table(verdict: Verdict, memory: list[tuple[float, float]], title: str) -> st
         "between tokens, p50, p95 (ms)": f"{1000 * one['between_tokens_p50']:.0f}, {1000 * one['between_tokens_p95']:.0f}",
         "memory at the end; growth over the second half (MB)": f"{growth[1] / 1e6:,.0f}; {growth[0] / 1e6:+.1f}",
     }
-    return "\n".join([f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return "\n".join(
+        [f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    )
 
 
-def write(options: argparse.Namespace, verdict: Verdict, load: Load, known: list[Reply], memory: list[Any]) -> Path:
+def write(
+    options: argparse.Namespace, verdict: Verdict, load: Load, known: list[Reply], memory: list[Any]
+) -> Path:
     """results/serve.json."""
     one, key = verdict.figures, f"{Path(options.model).name}/{options.dtype}/{options.clients}_clients"
     ratios = {
@@ -149,17 +179,24 @@ def write(options: argparse.Namespace, verdict: Verdict, load: Load, known: list
         "memory": [(round(at, 1), int(size)) for at, size in memory],
         "first_token_seconds": [round(reply.first, 3) for reply in load.replies if reply.first is not None],
         "finished_per_client": [
-            sum(reply.client == number and reply.finish is not None for reply in load.replies) for number in range(load.clients)
+            sum(reply.client == number and reply.finish is not None for reply in load.replies)
+            for number in range(load.clients)
         ],
-        "alone": [{"question": reply.question, "tokens": reply.tokens, "text": reply.text} for reply in known],
+        "alone": [
+            {"question": reply.question, "tokens": reply.tokens, "text": reply.text} for reply in known
+        ],
     }
     command = "python benchmarks/serve.py " + " ".join(sys.argv[1:])
-    return side_by_side.write_results("serve", ratios, command, ["numba", "uvicorn", "fastapi"], {key: samples})
+    return side_by_side.write_results(
+        "serve", ratios, command, ["numba", "uvicorn", "fastapi"], {key: samples}
+    )
 
 
 def main() -> int:
     """Start, ask alone, load, stop, judge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2", help="what `chatwright serve` takes")
     parser.add_argument("--dtype", default="int8")
     parser.add_argument("--clients", type=int, default=64)
@@ -177,7 +214,13 @@ def main() -> int:
     from chatwright.language_model import load as load_model
 
     verdict = judge(load, known, Oracle(load_model(options.model, dtype=options.dtype), asked), memory)
-    print(table(verdict, memory, f"{Path(options.model).name}, {options.dtype}, {options.clients} clients, {options.seconds:.0f} s"))
+    print(
+        table(
+            verdict,
+            memory,
+            f"{Path(options.model).name}, {options.dtype}, {options.clients} clients, {options.seconds:.0f} s",
+        )
+    )
     print(verdict.counts)
     for failure in verdict.failures[:20]:
         print(f"FAILED  {failure}")

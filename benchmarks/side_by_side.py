@@ -44,10 +44,15 @@ def run_rounds(program: str, names: Sequence[str], rounds: int) -> dict[str, dic
     children: dict[str, subprocess.Popen[str]] = {}
     samples: dict[str, dict[str, Any]] = {}
     try:
-        for name in names:  # one after the other: two compilations at once would take longer than one after the other
+        for name in (
+            names
+        ):  # one after the other: two compilations at once would take longer than one after the other
             print(f"  {name}: preparing ...", flush=True)
             child = subprocess.Popen(
-                [sys.executable, program, "--contender", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                [sys.executable, program, "--contender", name],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
             )
             children[name] = child
             _answer(child, name)
@@ -83,7 +88,9 @@ def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
 
 
-def write_results(name: str, ratios: Mapping[str, float], command: str, packages: Sequence[str], samples: Any) -> Path:
+def write_results(
+    name: str, ratios: Mapping[str, float], command: str, packages: Sequence[str], samples: Any
+) -> Path:
     """benchmarks/results/NAME.json in the shape that all benchmarks of the project share.
 
     Ratios that this run did not measure are kept from the file, with their samples.

@@ -53,15 +53,27 @@ class Shape:
     def gpt2(self) -> GPTConfig:
         """As GPT-2."""
         return GPTConfig.preset(
-            "gpt2", layers=self.layers, width=self.width, heads=self.heads, vocab_size=self.vocab_size, context=self.context
+            "gpt2",
+            layers=self.layers,
+            width=self.width,
+            heads=self.heads,
+            vocab_size=self.vocab_size,
+            context=self.context,
         )
 
     def modern(self) -> GPTConfig:
         """The same width and depth as Qwen3: SwiGLU of 8/3 the width has as many parameters as GPT-2's MLP."""
         return GPTConfig.preset(
-            "modern-tiny", layers=self.layers, width=self.width, heads=self.heads, kv_heads=self.heads,
-            head_dim=self.width // self.heads, mlp_width=self.width * 8 // 3, vocab_size=self.vocab_size, context=self.context,
-        )  # fmt: skip
+            "modern-tiny",
+            layers=self.layers,
+            width=self.width,
+            heads=self.heads,
+            kv_heads=self.heads,
+            head_dim=self.width // self.heads,
+            mlp_width=self.width * 8 // 3,
+            vocab_size=self.vocab_size,
+            context=self.context,
+        )
 
     @property
     def tokens(self) -> int:
@@ -82,7 +94,10 @@ def flop_per_token(config: GPTConfig) -> float:
         model = GPT(config)
     tables = model.positions.weight.numel() if model.positions is not None else 0
     tables += 0 if config.tied else model.embed.weight.numel()
-    return 6 * (model.parameter_count() - tables) + 6 * config.layers * config.heads * config.head_dim * config.context
+    return (
+        6 * (model.parameter_count() - tables)
+        + 6 * config.layers * config.heads * config.head_dim * config.context
+    )
 
 
 def batches(shape: Shape) -> Callable[[], Tensor]:
@@ -91,8 +106,13 @@ def batches(shape: Shape) -> Callable[[], Tensor]:
     return lambda: torch.randint(shape.vocab_size, (shape.batch, shape.context + 1), generator=draw)
 
 
-def rounds_of(shape: Shape, step: Callable[[Tensor], Tensor], optimisers: list[torch.optim.Optimizer], model: nn.Module,
-              warm: int = 3) -> Callable[[], float]:  # fmt: skip
+def rounds_of(
+    shape: Shape,
+    step: Callable[[Tensor], Tensor],
+    optimisers: list[torch.optim.Optimizer],
+    model: nn.Module,
+    warm: int = 3,
+) -> Callable[[], float]:
     """A round of `step` (tokens -> mean loss, whose backward pass fills the gradients) with everything around it."""
     draw, parameters = batches(shape), list(model.parameters())
 
@@ -108,7 +128,9 @@ def rounds_of(shape: Shape, step: Callable[[Tensor], Tensor], optimisers: list[t
     first = [one_step() for _ in range(warm)]
     expected = torch.log(torch.tensor(float(shape.vocab_size))).item()
     if not abs(first[0] - expected) < 0.5:
-        raise SystemExit(f"the first loss is {first[0]:.3f}, that of an untrained model is about {expected:.3f}")
+        raise SystemExit(
+            f"the first loss is {first[0]:.3f}, that of an untrained model is about {expected:.3f}"
+        )
 
     def one_round() -> float:
         started = time.perf_counter()
@@ -127,7 +149,9 @@ def ours(shape: Shape, config: GPTConfig, name: str) -> Callable[[], float]:
     model.train()
     step, _, line = pretrain.fast_step(model, FitConfig(steps=1), alone=True)
     print(f"  ours: {line}", file=sys.stderr)
-    optimisers = optim.build(model, OptimConfig(name=name, learning_rate=RATE, beta1=BETAS[0], beta2=BETAS[1]))  # type: ignore[arg-type]
+    optimisers = optim.build(
+        model, OptimConfig(name=name, learning_rate=RATE, beta1=BETAS[0], beta2=BETAS[1])
+    )  # type: ignore[arg-type]
     targets = shape.batch * shape.context
     return rounds_of(shape, lambda tokens: step(TokenBatch(tokens)).loss / targets, optimisers, model)
 
@@ -137,7 +161,9 @@ def adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(model.parameters(), lr=RATE, betas=BETAS, weight_decay=0.0, fused=True)]
 
 
-def peer(shape: Shape, model: nn.Module, loss_of: Callable[[Tensor], Tensor], *, fast: bool) -> Callable[[], float]:
+def peer(
+    shape: Shape, model: nn.Module, loss_of: Callable[[Tensor], Tensor], *, fast: bool
+) -> Callable[[], float]:
     """A plain loop: eager float32, or compiled with bf16 autocast."""
     compiled = torch.compile(loss_of, dynamic=False) if fast else loss_of
 
@@ -153,11 +179,22 @@ def transformers_gpt2(shape: Shape, *, fast: bool) -> Callable[[], float]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=shape.vocab_size, n_positions=shape.context, n_embd=shape.width, n_layer=shape.layers, n_head=shape.heads,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, use_cache=False,
-        attn_implementation="sdpa",
-    ))  # fmt: skip
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=shape.vocab_size,
+            n_positions=shape.context,
+            n_embd=shape.width,
+            n_layer=shape.layers,
+            n_head=shape.heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    )
     model.train()
 
     def loss_of(tokens: Tensor) -> Tensor:
@@ -173,13 +210,29 @@ def litgpt_gpt2(shape: Shape, *, fast: bool) -> Callable[[], float]:
     from litgpt import Config
 
     torch.manual_seed(0)
-    model = LitGPT(Config(
-        name="bench", block_size=shape.context, vocab_size=shape.vocab_size, padded_vocab_size=shape.vocab_size,
-        n_layer=shape.layers, n_head=shape.heads, n_embd=shape.width, bias=True, rotary_percentage=1.0,
-        parallel_residual=False, norm_class_name="LayerNorm", mlp_class_name="GptNeoxMLP",
-        intermediate_size=4 * shape.width, gelu_approximate="tanh",
-    ))  # fmt: skip
-    model.apply(lambda module: nn.init.normal_(module.weight, std=0.02) if isinstance(module, nn.Linear | nn.Embedding) else None)
+    model = LitGPT(
+        Config(
+            name="bench",
+            block_size=shape.context,
+            vocab_size=shape.vocab_size,
+            padded_vocab_size=shape.vocab_size,
+            n_layer=shape.layers,
+            n_head=shape.heads,
+            n_embd=shape.width,
+            bias=True,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            norm_class_name="LayerNorm",
+            mlp_class_name="GptNeoxMLP",
+            intermediate_size=4 * shape.width,
+            gelu_approximate="tanh",
+        )
+    )
+    model.apply(
+        lambda module: (
+            nn.init.normal_(module.weight, std=0.02) if isinstance(module, nn.Linear | nn.Embedding) else None
+        )
+    )
     model.train()
 
     def loss_of(tokens: Tensor) -> Tensor:
@@ -233,12 +286,18 @@ def table(name: str, shape: Shape, samples: dict[str, dict[str, object]]) -> dic
         work = flop.get(key, flop["ours"])
         share = statistics.median(work / s * g / 1e12 for s, g in zip(spent, seconds["gemm"], strict=True))
         faster = side_by_side.median_ratio(seconds["ours"], spent)
-        label = {"ours": "gemm_peak", "ours_modern": "gemm_peak_modern", "ours_modern_muon": "gemm_peak_modern_muon"}.get(key)
+        label = {
+            "ours": "gemm_peak",
+            "ours_modern": "gemm_peak_modern",
+            "ours_modern_muon": "gemm_peak_modern_muon",
+        }.get(key)
         ratios[f"{name}/{label or key}"] = share if label else faster
         rate = shape.tokens / statistics.median(spent)
         print(f"{key:28} {rate:8,.0f}   {share:17.2f}   {samples[key]['peak_mb']:8,.0f} MB   {faster:6.2f}")
         if not label:
-            ratios[f"{name}/{key}/memory"] = float(samples["ours"]["peak_mb"]) / float(samples[key]["peak_mb"])  # type: ignore[arg-type]
+            ratios[f"{name}/{key}/memory"] = float(samples["ours"]["peak_mb"]) / float(
+                samples[key]["peak_mb"]
+            )  # type: ignore[arg-type]
     peak = 1e3 / statistics.median(seconds["gemm"])
     print(f"bf16 GEMM peak: {peak:,.0f} GFLOP/s (median of the rounds' best)")
     return ratios
@@ -277,8 +336,15 @@ def head() -> int:
             values.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     ours, plain = (statistics.median(values) for values in found.values())
     print(f"loss head, {HEAD}, float32: {plain:,.0f} MB plain, {ours:,.0f} MB in chunks: {ours / plain:.3f}")
-    print(side_by_side.write_results("train", {"head_memory": ours / plain}, "python benchmarks/train.py --head", [],
-                                     {"head": {"shape": HEAD, "mb": found}}))  # fmt: skip
+    print(
+        side_by_side.write_results(
+            "train",
+            {"head_memory": ours / plain},
+            "python benchmarks/train.py --head",
+            [],
+            {"head": {"shape": HEAD, "mb": found}},
+        )
+    )
     return 0
 
 
@@ -312,8 +378,12 @@ def profile(shape: Shape) -> int:
             watched = one_round() / shape.steps
         spent: dict[str, float] = {}
         for event in seen.events():
-            spent[part_of(event)] = spent.get(part_of(event), 0.0) + event.self_cpu_time_total / 1e3 / shape.steps
-        spent["the rest: bf16 copies, gradients onto the masters, clipping, Python"] += 1e3 * watched - sum(spent.values())
+            spent[part_of(event)] = (
+                spent.get(part_of(event), 0.0) + event.self_cpu_time_total / 1e3 / shape.steps
+            )
+        spent["the rest: bf16 copies, gradients onto the masters, clipping, Python"] += 1e3 * watched - sum(
+            spent.values()
+        )
         print(f"\n{name}: {1e3 * plain:,.0f} ms a step ({1e3 * watched:,.0f} under the profiler)")
         for part, milliseconds in sorted(spent.items(), key=lambda row: -row[1]):
             print(f"  {milliseconds:8,.1f}  {part}")
@@ -322,10 +392,14 @@ def profile(shape: Shape) -> int:
 
 def main() -> int:
     """Run the contenders of a shape, print the table, write results/train.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="14m")
     parser.add_argument("--head", action="store_true", help="memory of the loss head instead")
-    parser.add_argument("--profile", action="store_true", help="where the milliseconds of our steps go, instead")
+    parser.add_argument(
+        "--profile", action="store_true", help="where the milliseconds of our steps go, instead"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", nargs="*", help="some of the contenders; gemm and ours are always there")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
@@ -348,7 +422,9 @@ def main() -> int:
     ratios = table(name, shape, samples)
     command = " ".join(["python benchmarks/train.py", *sys.argv[1:]])
     kept = {name: {"shape": dataclasses.asdict(shape), "contenders": samples}}
-    packages = [package for package in ("transformers", "litgpt") if any(key.startswith(package) for key in samples)]
+    packages = [
+        package for package in ("transformers", "litgpt") if any(key.startswith(package) for key in samples)
+    ]
     print(side_by_side.write_results("train", ratios, command, packages, kept))
     return 0
 

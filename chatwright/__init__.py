@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["GPT", "ChatTemplate", "GPTConfig", "LanguageModel", "Tokenizer", "UserError", "__version__", "load"]
+__all__ = [
+    "GPT",
+    "ChatTemplate",
+    "GPTConfig",
+    "LanguageModel",
+    "Tokenizer",
+    "UserError",
+    "__version__",
+    "load",
+]
 
 _HOME = {
     "ChatTemplate": "chatwright.chat",

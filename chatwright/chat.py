@@ -58,7 +58,9 @@ def check_messages(messages: Sequence[Any]) -> list[Message]:
         if message["role"] not in ROLES:
             raise UserError(f"message {number}: role {message['role']!r} is none of {', '.join(ROLES)}")
         if not isinstance(message["content"], str):
-            raise UserError(f"message {number}: content must be text, not {type(message['content']).__name__}")
+            raise UserError(
+                f"message {number}: content must be text, not {type(message['content']).__name__}"
+            )
     return [Message(role=message["role"], content=message["content"]) for message in messages]
 
 
@@ -81,9 +83,18 @@ def _compiled(source: str) -> Any:
     if len(source) > LARGEST_TEMPLATE:
         raise UserError(f"the chat template is longer than {LARGEST_TEMPLATE:,} characters")
     try:
-        with warnings.catch_warnings(action="ignore"):  # Python has opinions on the code that Jinja makes of it
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # Python has opinions on the code that Jinja makes of it
             return Sandbox(raise_exception=raise_exception).from_string(source)
-    except (jinja2.TemplateError, SyntaxError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+    except (
+        jinja2.TemplateError,
+        SyntaxError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+        RecursionError,
+    ) as error:
         reason = str(error) or type(error).__name__  # Jinja writes Python, and Python has limits of its own
         raise UserError(f"the chat template is broken: {reason}") from None
 
@@ -95,7 +106,9 @@ def read_template(file: Path) -> str:
             raise UserError(f"{file} is longer than {LARGEST_TEMPLATE:,} characters")
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{file} does not exist: this model has no chat template (is it a base model?)") from None
+        raise UserError(
+            f"{file} does not exist: this model has no chat template (is it a base model?)"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -131,7 +144,9 @@ class ChatTemplate:
     def from_source(cls, source: str) -> ChatTemplate:
         """A template whose end token is found by rendering: the first control-like word behind an answer."""
         probe = secrets.token_hex(8)
-        text = cls(source, "").render([Message(role="user", content="u"), Message(role="assistant", content=probe)])
+        text = cls(source, "").render(
+            [Message(role="user", content="u"), Message(role="assistant", content=probe)]
+        )
         found = re.search(r"<[^<>\s]+>", text.partition(probe)[2])
         if not found:
             raise UserError("the chat template writes no control token after an assistant's turn")
@@ -143,7 +158,9 @@ class ChatTemplate:
 
         Templates that put something in front of the first turn (a default system message, a begin token) do not.
         """
-        turns = [Message(role=role, content=f"{role} {n}") for n, role in enumerate(("user", "assistant") * 2)]
+        turns = [
+            Message(role=role, content=f"{role} {n}") for n, role in enumerate(("user", "assistant") * 2)
+        ]
         system = [Message(role="system", content="s")]
         try:
             parts = [self.render(turns[:2]), self.render(turns[2:])]
@@ -166,11 +183,25 @@ class ChatTemplate:
 
         from chatwright import sandbox
 
-        values = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "bos_token": "", "eos_token": ""}
+        values = {
+            "messages": list(messages),
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": "",
+            "eos_token": "",
+        }
         try:
             return sandbox.render(_compiled(self.source), values)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, MemoryError,
-                RecursionError, NotImplementedError) as error:  # fmt: skip
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            MemoryError,
+            RecursionError,
+            NotImplementedError,
+        ) as error:
             reason = str(error) or type(error).__name__
             raise UserError(f"the chat template fails on this conversation: {reason}") from None
 
@@ -179,7 +210,8 @@ class ChatTemplate:
     ) -> EncodedChat:
         """Ids and loss mask of a conversation; with `add_generation_prompt`, up to where the answer begins."""
         marked = [
-            Message(role=message["role"], content=f"{_MARK}x{number}x{_MARK}") for number, message in enumerate(messages)
+            Message(role=message["role"], content=f"{_MARK}x{number}x{_MARK}")
+            for number, message in enumerate(messages)
         ]
         text = self.render(marked, add_generation_prompt=add_generation_prompt)
         ids: list[int] = []
@@ -208,14 +240,18 @@ class ChatTemplate:
     def end_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Ids at which an answer is finished: the turn's end and the end of text. Raises UserError when unknown."""
         if self.end not in tokenizer.control_ids:
-            raise UserError(f"the chat template ends turns with {self.end}, which the tokenizer does not know")
+            raise UserError(
+                f"the chat template ends turns with {self.end}, which the tokenizer does not know"
+            )
         return frozenset({tokenizer.control_ids[self.end], tokenizer.end_of_text_id})
 
 
 def _literal_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     cache: dict[str, tuple[int, ...]] = tokenizer.__dict__.setdefault("_literal_cache", {})
     if text not in cache:
-        controls = "|".join(re.escape(control) for control in sorted(tokenizer.controls, key=len, reverse=True))
+        controls = "|".join(
+            re.escape(control) for control in sorted(tokenizer.controls, key=len, reverse=True)
+        )
         ids: list[int] = []
         for piece in re.split(f"({controls})", text):
             if piece in tokenizer.control_ids:

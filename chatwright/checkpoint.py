@@ -48,7 +48,9 @@ def whole_directory(target: Path) -> Iterator[Path]:
         yield aside
         take_place(aside, target)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}; what was there before is intact") from error
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}; what was there before is intact"
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -64,7 +66,9 @@ def whole_file(target: Path) -> Iterator[Path]:
         os.replace(aside, target)
         _flush(target.parent)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}; what was there before is intact") from error
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}; what was there before is intact"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -216,7 +220,9 @@ def optimiser_tensors(optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, 
     return tensors
 
 
-def load_optimiser_tensors(optimisers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
+def load_optimiser_tensors(
+    optimisers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]
+) -> None:
     """Inverse of `optimiser_tensors`, for optimisers built in the same way."""
     for number, optimiser in enumerate(optimisers):
         content = optimiser.state_dict()
@@ -304,7 +310,9 @@ def write_state(directory: Path, state: Mapping[str, Any], known: Mapping[str, s
     Its own is that of its text with 64 zeros in the place of the checksum: every byte of the file counts. `known` are
     checksums of files in folders below, made by those who wrote them.
     """
-    files = {file.name: sha256(file) for file in sorted(directory.iterdir()) if file.is_file()} | dict(known or {})
+    files = {file.name: sha256(file) for file in sorted(directory.iterdir()) if file.is_file()} | dict(
+        known or {}
+    )
     text = json.dumps({**state, "files": {**files, "state.json": _NO_DIGEST}}, indent=1)
     own = hashlib.sha256(text.encode()).hexdigest()
     (directory / "state.json").write_bytes(own.join(text.rsplit(_NO_DIGEST, 1)).encode())

@@ -16,26 +16,46 @@ VERBS = {
     "pretrain": ("chatwright.pipeline:main_stage", "train a language model on raw text"),
     "sft": ("chatwright.pipeline:main_stage", "fine-tune on conversations"),
     "reward": ("chatwright.pipeline:main_stage", "train a reward model on comparisons"),
-    "classifier": ("chatwright.pipeline:main_stage", "train a classifier of texts, a judge in the reward model's place"),
+    "classifier": (
+        "chatwright.pipeline:main_stage",
+        "train a classifier of texts, a judge in the reward model's place",
+    ),
     "ppo": ("chatwright.pipeline:main_stage", "optimise answers against a reward model"),
     "reinforce": ("chatwright.pipeline:main_stage", "the same by REINFORCE: no critic, no clip; a yardstick"),
-    "bestofn": ("chatwright.pipeline:main_stage", "the best of n answers by the reward model, for n = 1, 2, 4 ...; a yardstick"),
+    "bestofn": (
+        "chatwright.pipeline:main_stage",
+        "the best of n answers by the reward model, for n = 1, 2, 4 ...; a yardstick",
+    ),
     "eval": ("chatwright.pipeline:main_stage", "compare two chat models on held-out prompts"),
-    "compare": ("chatwright.evaluate.compare:main_compare", "two runs side by side: settings, measures, curves, cost, answers"),
+    "compare": (
+        "chatwright.evaluate.compare:main_compare",
+        "two runs side by side: settings, measures, curves, cost, answers",
+    ),
     "generate": ("chatwright.serve.generate:main", "continue a text"),
     "chat": ("chatwright.serve.terminal:main", "talk to a model in the terminal"),
     "serve": ("chatwright.serve.server:main", "talk to a model in the browser; OpenAI-compatible API"),
     "key": ("chatwright.serve.operation.keys:main_key", "make an API key for a server"),
     "import": ("chatwright.serve.tools:main_import", "turn another format into a model directory"),
-    "export": ("chatwright.serve.export:main_export", "write a model for transformers and vLLM, or for llama.cpp and Ollama"),
-    "plan": ("chatwright.serve.plan:main_plan", "predict a recipe's or a shape's memory and time before it runs"),
+    "export": (
+        "chatwright.serve.export:main_export",
+        "write a model for transformers and vLLM, or for llama.cpp and Ollama",
+    ),
+    "plan": (
+        "chatwright.serve.plan:main_plan",
+        "predict a recipe's or a shape's memory and time before it runs",
+    ),
     "doctor": ("chatwright.serve.doctor:main_doctor", "check a recipe or a model before the hours are spent"),
 }
 
 
 def usage() -> str:
     """What `chatwright --help` prints."""
-    lines = ["usage: chatwright VERB [...]", "", "The road of the GPT lineage, from raw text to an aligned chat model.", ""]
+    lines = [
+        "usage: chatwright VERB [...]",
+        "",
+        "The road of the GPT lineage, from raw text to an aligned chat model.",
+        "",
+    ]
     lines += [f"  {verb:10} {text}" for verb, (_, text) in VERBS.items()]
     lines += ["", "chatwright VERB --help tells more. Exit codes: 0 done, 1 failed, 2 wrong arguments."]
     return "\n".join(lines)

@@ -58,7 +58,9 @@ def parse(
     )
     for name, help_text in (positionals or {}).items():
         number: dict[str, Any] = {"nargs": "?", "default": None} if name.endswith("?") else {}
-        parser.add_argument(name.rstrip("?+"), help=help_text, **(number or ({"nargs": "+"} if name.endswith("+") else {})))
+        parser.add_argument(
+            name.rstrip("?+"), help=help_text, **(number or ({"nargs": "+"} if name.endswith("+") else {}))
+        )
     parser.add_argument("--config", action="config", help="A YAML file with any of the settings below.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     parser.add_class_arguments(cls, nested_key=None, fail_untyped=False)
@@ -77,7 +79,9 @@ def parse(
         raise UsageError(_one_line(swallowed.getvalue())) from None
     except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
         raise UsageError(_explain(str(error), _option_names(parser))) from None
-    return cls(**values), {name: getattr(namespace, name) for name in (key.rstrip("?+") for key in positionals or {})}
+    return cls(**values), {
+        name: getattr(namespace, name) for name in (key.rstrip("?+") for key in positionals or {})
+    }
 
 
 def _switches(cls: Any, prefix: str = "--") -> set[str]:
@@ -198,7 +202,9 @@ def _explain(message: str, options: list[str]) -> str:
     if unknown:
         word = next(group for group in unknown.groups() if group)
         near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
-        return f"unknown option --{word}" + (f"; did you mean --{near[0]}?" if near else "; --help lists the options")
+        return f"unknown option --{word}" + (
+            f"; did you mean --{near[0]}?" if near else "; --help lists the options"
+        )
     return text
 
 

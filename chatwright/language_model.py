@@ -81,7 +81,13 @@ class LanguageModel:
     """A GPT that speaks text. Sampling options are those of `chatwright.generate.sampling.Sampling`."""
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, template: ChatTemplate | None, name: str, *, dtype: str = "auto"
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        name: str,
+        *,
+        dtype: str = "auto",
     ) -> None:
         if model.config.vocab_size < tokenizer.vocab_size:
             raise UserError(
@@ -178,7 +184,9 @@ class LanguageModel:
     def require_template(self) -> ChatTemplate:
         """The chat template. Raises UserError for a base model, which has none."""
         if self.template is None:
-            raise UserError(f"{self.name} has no chat template: it is a base model; use `chatwright generate`, or sft it")
+            raise UserError(
+                f"{self.name} has no chat template: it is a base model; use `chatwright generate`, or sft it"
+            )
         return self.template
 
     def encode_chat(self, messages: Sequence[Message], *, max_new_tokens: int = 128) -> FittedChat:
@@ -220,7 +228,9 @@ def find_checkpoint(path: Path) -> checkpoint.Checkpoint | None:
             except (ValueError, OSError, RuntimeError):  # no name that a file can have
                 inside = False
             if not inside:  # a directory from elsewhere speaks for itself alone
-                raise UserError(f"{path / 'result.json'} names a model outside of its directory: {chosen!r:.200}")
+                raise UserError(
+                    f"{path / 'result.json'} names a model outside of its directory: {chosen!r:.200}"
+                )
             return checkpoint.Checkpoint(place)
     newest, _ = checkpoint.newest_valid(path / "checkpoints")
     if newest is not None:
@@ -274,7 +284,9 @@ def load_checkpoint(found: checkpoint.Checkpoint, *, verify: bool = True) -> Loa
     template = ChatTemplate.load(found.path, end=end_of_turn) if has_template else None
     tokenizer = Tokenizer.load(found.path, end_of_text=end_of_text)
     if tokenizer.vocab_size > shape.vocab_size:
-        raise UserError(f"{found.path}: {tokenizer.vocab_size} tokens in tokenizer.json, {shape.vocab_size} in the model")
+        raise UserError(
+            f"{found.path}: {tokenizer.vocab_size} tokens in tokenizer.json, {shape.vocab_size} in the model"
+        )
     return Loaded(model, tokenizer, template, str(found.path))
 
 
@@ -309,7 +321,9 @@ def load_parts(name: str | Path) -> Loaded:
             from chatwright.interop.hf import load_hf
 
             return load_hf(path)
-        raise UserError(f"{path} holds no model: neither state.json, checkpoints/, a finished stage nor config.json")
+        raise UserError(
+            f"{path} holds no model: neither state.json, checkpoints/, a finished stage nor config.json"
+        )
     raise UserError(
         f"no model {text!r}: it is no directory, and no .gguf file; also known: smollm2, hf:owner/name "
         "(runs/tiny appears after `chatwright run tiny`)"
@@ -341,4 +355,6 @@ def load(name: str | Path, *, adapter: str | Path | None = None, dtype: str = "a
     if parts.tokenizer is None:
         raise UserError(f"{name} has no tokenizer.json beside its weights")
     runtime.set_threads()
-    return LanguageModel(parts.model.to(runtime.device()), parts.tokenizer, parts.template, str(name), dtype=dtype)
+    return LanguageModel(
+        parts.model.to(runtime.device()), parts.tokenizer, parts.template, str(name), dtype=dtype
+    )

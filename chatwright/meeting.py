@@ -49,7 +49,9 @@ def agree(store: Any, rank: int, world: int) -> str:
             if all(_read(store, f"answer/{number}") == word for number in others):
                 return word
         time.sleep(0.02)
-    raise UserError(f"process {rank} waited {PATIENCE:.0f} seconds for all {world} processes; have some not been started?")
+    raise UserError(
+        f"process {rank} waited {PATIENCE:.0f} seconds for all {world} processes; have some not been started?"
+    )
 
 
 def _read(store: Any, key: str) -> str:

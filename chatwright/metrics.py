@@ -19,7 +19,9 @@ from chatwright import runtime
 from chatwright.config import UserError
 from chatwright.trackers import Reporting, Tracker, open_tracker
 
-TIMED = frozenset({"elapsed", "memory_mb", "tokens_per_second", "answers_per_second", "mfu", "energy_kwh", "cost"})
+TIMED = frozenset(
+    {"elapsed", "memory_mb", "tokens_per_second", "answers_per_second", "mfu", "energy_kwh", "cost"}
+)
 """Keys that are measured by a clock or a meter: all others of a run that is repeated are the same, bit for bit."""
 
 console = Console(highlight=False, stderr=False)
@@ -54,11 +56,17 @@ class MetricsLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; the last checkpoint is intact") from error
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; the last checkpoint is intact"
+            ) from error
         if self._tracker is None:
             self._tracker = open_tracker(self.reporting, self.path.parent, self._next)
         if self._tracker is not None:
-            numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+            numbers = {
+                key: float(value)
+                for key, value in row.items()
+                if isinstance(value, int | float) and key != "step"
+            }
             self._tracker.write(step, numbers)
 
     def write_once(self, step: int, values: Mapping[str, float | int | str]) -> None:

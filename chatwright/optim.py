@@ -195,12 +195,16 @@ def build(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     groups = [{"params": tables + vectors, "weight_decay": 0.0}]
     if config.name == "muon":
         dtype = runtime.compute_dtype(config.matrix_precision)
-        optimisers.append(Muon(hidden, config.matrix_learning_rate, config.momentum, config.weight_decay, dtype))
+        optimisers.append(
+            Muon(hidden, config.matrix_learning_rate, config.momentum, config.weight_decay, dtype)
+        )
     else:
         groups.append({"params": hidden, "weight_decay": config.weight_decay})
     groups = [group for group in groups if group["params"]]
     betas = (config.beta1, config.beta2)
-    optimisers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True))
+    optimisers.append(
+        torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
+    )
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["peak_lr"] = group["lr"]

@@ -58,7 +58,11 @@ def fingerprint(stage: Stage, seed: int, inputs: Mapping[str, Path]) -> str:
     """Sixteen hexadecimal digits of what a stage's result depends on: not on how processes shared the work."""
     settings = to_plain(stage.config)
     settings.pop("parallel", None)
-    before = {name: checkpoint.read_json(inputs[name] / "result.json")["fingerprint"] for name in stage.inputs if name in inputs}
+    before = {
+        name: checkpoint.read_json(inputs[name] / "result.json")["fingerprint"]
+        for name in stage.inputs
+        if name in inputs
+    }
     text = json.dumps([stage.verb, settings, seed, before, __version__], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -98,7 +102,9 @@ def _run_stage(stage: Stage, workspace: Workspace, *, prompt: str) -> None:
         say(f"[{stage.name}]")
         directory.mkdir(parents=True, exist_ok=True)
         _Clock(directory / "clock.json", mark)  # first: it says whose directory this is
-        checkpoint.write_text(directory / "config.yaml", to_yaml({"use": stage.verb, **to_plain(stage.config)}))
+        checkpoint.write_text(
+            directory / "config.yaml", to_yaml({"use": stage.verb, **to_plain(stage.config)})
+        )
         return True
 
     if not (runtime.told_by_first(begin) if hasattr(stage.config, "parallel") else begin()):
@@ -118,9 +124,20 @@ def _run_stage(stage: Stage, workspace: Workspace, *, prompt: str) -> None:
         return
     result = _result(stage, workspace, report, clock)
     sample = report.facts.pop("sample", "") or _sample(directory, report, prompt, seed)
-    before = {name: checkpoint.read_json(place / "result.json") for name, place in workspace.inputs.items() if name in stage.inputs}
-    result = {"fingerprint": mark, "verb": stage.verb, **result, "sample": sample, "seed": seed, "version": __version__,
-              "inputs": {name: one["fingerprint"] for name, one in before.items()}}  # fmt: skip
+    before = {
+        name: checkpoint.read_json(place / "result.json")
+        for name, place in workspace.inputs.items()
+        if name in stage.inputs
+    }
+    result = {
+        "fingerprint": mark,
+        "verb": stage.verb,
+        **result,
+        "sample": sample,
+        "seed": seed,
+        "version": __version__,
+        "inputs": {name: one["fingerprint"] for name, one in before.items()},
+    }
     reports.write_stage_report(directory, stage.name, result)
     checkpoint.write_json(finished, result)
     for row in reports.table_rows(stage.name, result):
@@ -166,12 +183,16 @@ class _Clock:
         return self.burnt
 
     def stop(self) -> None:
-        with contextlib.suppress(UserError):  # a full disk: what ended the stage is the error to tell, not this
+        with contextlib.suppress(
+            UserError
+        ):  # a full disk: what ended the stage is the error to tell, not this
             self._write(self.seconds)
 
     def _write(self, seconds: float) -> None:
         if runtime.is_first():
-            checkpoint.write_json(self.file, {"fingerprint": self.mark, "seconds": seconds, "joules": self.joules})
+            checkpoint.write_json(
+                self.file, {"fingerprint": self.mark, "seconds": seconds, "joules": self.joules}
+            )
 
 
 def _make_way(directory: Path, mark: str) -> None:
@@ -185,14 +206,19 @@ def _make_way(directory: Path, mark: str) -> None:
     while (aside := directory.with_name(f"{directory.name}.old-{number}")).exists():
         number += 1
     directory.rename(aside)
-    say(f"[{directory.name}] settings or inputs have changed: running again; the earlier result is now {aside}")
+    say(
+        f"[{directory.name}] settings or inputs have changed: running again; the earlier result is now {aside}"
+    )
 
 
 def _sample(directory: Path, report: Report, prompt: str, seed: int) -> str:
     """The stage's model answers the recipe's prompt; empty when the stage made no language model."""
     from chatwright.evaluate.replies import one_answer
 
-    if report.model is None or checkpoint.Checkpoint(directory / report.model).state().get("kind") != "language":
+    if (
+        report.model is None
+        or checkpoint.Checkpoint(directory / report.model).state().get("kind") != "language"
+    ):
         return ""
     return one_answer(str(directory / report.model), [{"role": "user", "content": prompt}], seed=seed)
 
@@ -225,8 +251,13 @@ def print_results(root: Path, recipe: Recipe, results: Mapping[str, Mapping[str,
     from rich.text import Text
 
     table = Table(title=f"Run {recipe.name}", title_justify="left")
-    for column, side in (("stage", "left"), ("measured on held-out data", "left"), ("before", "right"),
-                         ("after", "right"), ("time", "right")):  # fmt: skip
+    for column, side in (
+        ("stage", "left"),
+        ("measured on held-out data", "left"),
+        ("before", "right"),
+        ("after", "right"),
+        ("time", "right"),
+    ):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     for stage, result in results.items():
         for row in reports.table_rows(stage, result):
@@ -239,9 +270,15 @@ def print_results(root: Path, recipe: Recipe, results: Mapping[str, Mapping[str,
     say(f"\nOne prompt, {recipe.prompt!r}, after each stage:")
     for stage, result in results.items():
         if result.get("sample"):
-            say(f"  {stage:9} {result['sample']!r}" if stage not in ("reward", "classifier") else f"  {stage:9} {result['sample']}")
+            say(
+                f"  {stage:9} {result['sample']!r}"
+                if stage not in ("reward", "classifier")
+                else f"  {stage:9} {result['sample']}"
+            )
     say(f"\nThe report with pictures: {root / 'report.md'}")
-    say(f"Next:  chatwright chat {root}      (or: make chat)\n       chatwright serve {root}     (or: make serve)")
+    say(
+        f"Next:  chatwright chat {root}      (or: make chat)\n       chatwright serve {root}     (or: make serve)"
+    )
 
 
 @parallel.processes()
@@ -250,11 +287,13 @@ def main_run(argv: Sequence[str]) -> int:
     own = {f.name for f in dataclasses.fields(RunConfig)} | {"config", "debug", "help"}
     plain, overrides = split_arguments(argv, own)
     config, positionals = parse(
-        RunConfig, plain, prog="chatwright run",
+        RunConfig,
+        plain,
+        prog="chatwright run",
         description="Run every stage of a recipe; finished stages are skipped. Any setting of a stage can be given "
         "as --STAGE.KEY VALUE, for example --pretrain.fit.seconds 60.",
         positionals={"recipe": "A YAML file, or the name of a built-in recipe (tiny)."},
-    )  # fmt: skip
+    )
     recipe = read_recipe(find_recipe(str(positionals["recipe"])), parse_overrides(overrides))
     if config.seed >= 0:
         recipe = dataclasses.replace(recipe, seed=config.seed)
@@ -279,7 +318,9 @@ def split_arguments(argv: Sequence[str], own: set[str]) -> tuple[list[str], list
     while pending:
         argument = pending.pop(0)
         is_stage = argument.startswith("--") and "." in argument.partition("=")[0]
-        target = rest if is_stage and argument[2:].partition(".")[0] not in own else plain  # --report.to is its own
+        target = (
+            rest if is_stage and argument[2:].partition(".")[0] not in own else plain
+        )  # --report.to is its own
         target.append(argument)
         if is_stage and "=" not in argument and pending:
             target.append(pending.pop(0))
@@ -294,12 +335,18 @@ def main_stage(verb: str, argv: Sequence[str]) -> int:
     module = module_of(verb)
     plain, out, seed, reporting = _take_options(argv)
     plain, shown = _take_preview(plain) if hasattr(module, "preview") else (plain, 0)
-    preview = " --preview N shows N samples as they are learnt, and trains nothing." if hasattr(module, "preview") else ""
+    preview = (
+        " --preview N shows N samples as they are learnt, and trains nothing."
+        if hasattr(module, "preview")
+        else ""
+    )
     config, _ = parse(
-        module.Config, plain, prog=f"chatwright {verb}",
+        module.Config,
+        plain,
+        prog=f"chatwright {verb}",
         description=f"{(module.__doc__ or '').splitlines()[0]} Also: --out DIR (default runs/my/{verb}; inputs that are "
         f"stage names are looked for beside it), --seed N, and --report.to, .watts, .price as in `chatwright run`.{preview}",
-    )  # fmt: skip
+    )
     reporting.check()
     directory = Path(out or f"runs/my/{verb}")
     beside = {file.parent.name: file.parent for file in sorted(directory.parent.glob("*/result.json"))}
@@ -310,7 +357,12 @@ def main_stage(verb: str, argv: Sequence[str]) -> int:
         return 0
     try:
         run_stage(
-            Stage(directory.name, verb, config), directory, seed=seed, inputs=beside, prompt=PROMPT, reporting=reporting
+            Stage(directory.name, verb, config),
+            directory,
+            seed=seed,
+            inputs=beside,
+            prompt=PROMPT,
+            reporting=reporting,
         )
     except Interrupted as stop:
         say(str(stop))
@@ -344,11 +396,17 @@ def main_data(argv: Sequence[str]) -> int:
 
     from chatwright.data import sources
 
-    table = Table("name", "kind", "licence", "what", title="Data that installs by itself", title_justify="left")
+    table = Table(
+        "name", "kind", "licence", "what", title="Data that installs by itself", title_justify="left"
+    )
     for source in sources.catalogue():
-        table.add_row(source.name, ", ".join(source.kinds), source.licence, f"{source.title}\n{source.homepage}")
+        table.add_row(
+            source.name, ", ".join(source.kinds), source.licence, f"{source.title}\n{source.homepage}"
+        )
     console.print(table)
-    say("Also: a .txt, .jsonl or .parquet file, a directory of them, or hf:owner/name[:config[:split]][#column]")
+    say(
+        "Also: a .txt, .jsonl or .parquet file, a directory of them, or hf:owner/name[:config[:split]][#column]"
+    )
     return 0
 
 

@@ -80,7 +80,9 @@ def find_recipe(name: str) -> Path:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
     known = sorted(file.stem for folder in (Path(str(packaged)), beside) for file in folder.glob("*.yaml"))
-    raise UsageError(f"no recipe {name!r}: no such file, and none of that name is built in{near_match(name, known)}")
+    raise UsageError(
+        f"no recipe {name!r}: no such file, and none of that name is built in{near_match(name, known)}"
+    )
 
 
 def read_recipe(path: Path, overrides: Mapping[str, Mapping[str, Any]]) -> Recipe:
@@ -97,7 +99,9 @@ def read_recipe(path: Path, overrides: Mapping[str, Mapping[str, Any]]) -> Recip
             raise UsageError(f"{path}: the settings of stage {name} must be a mapping")
         merged = _merge(dict(settings or {}), overrides.get(name, {}))
         verb = str(merged.pop("use", name))
-        stages[name] = Stage(name, verb, build(module_of(verb, where=f"{path}: ").Config, merged, where=f"{path}: {name}"))
+        stages[name] = Stage(
+            name, verb, build(module_of(verb, where=f"{path}: ").Config, merged, where=f"{path}: {name}")
+        )
     seed = values.get("seed", 1337)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UsageError(f"{path}: seed is {seed!r}; it must be a whole number, at least 0")
@@ -133,7 +137,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
     while pending:
         option = pending.pop(0)
         if not option.startswith("--") or "." not in option:
-            raise UsageError(f"unexpected argument {option!r}; settings of a stage look like --ppo.iterations 20")
+            raise UsageError(
+                f"unexpected argument {option!r}; settings of a stage look like --ppo.iterations 20"
+            )
         key, equals, text = option[2:].partition("=")
         if not equals:
             if not pending:

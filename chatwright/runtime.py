@@ -50,11 +50,14 @@ def on_device(value: Moved) -> Moved:
     if target.type == "cpu":
         return value
     if isinstance(value, Tensor):
-        pinned = value.pin_memory() if value.device.type == "cpu" else value  # only from there a copy can run beside work
+        pinned = (
+            value.pin_memory() if value.device.type == "cpu" else value
+        )  # only from there a copy can run beside work
         return cast("Moved", pinned.to(target, non_blocking=True))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(
-            value, **{field.name: on_device(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            value,
+            **{field.name: on_device(getattr(value, field.name)) for field in dataclasses.fields(value)},
         )
     return value
 
@@ -182,7 +185,10 @@ def one_thread() -> Iterator[None]:
     that threads outside of torch would need. OpenMP's number is the calling thread's own. `torch.set_num_threads` also sets what
     all threads begin with: one that met torch first just then would keep a single thread for ever.
     """
-    threads, openmp = torch.get_num_threads(), _openmp()  # asking makes torch set this thread's number, which it does once
+    threads, openmp = (
+        torch.get_num_threads(),
+        _openmp(),
+    )  # asking makes torch set this thread's number, which it does once
     if openmp is None:
         yield
         return
@@ -213,7 +219,11 @@ def _arm_bf16() -> bool:
 
 def compute_dtype(precision: str = "auto") -> torch.dtype:
     """float32 or bfloat16 for the products of training. `auto` takes bf16 where the hardware has it."""
-    choices = {"auto": torch.bfloat16 if has_bf16() else torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
+    choices = {
+        "auto": torch.bfloat16 if has_bf16() else torch.float32,
+        "bf16": torch.bfloat16,
+        "fp32": torch.float32,
+    }
     if precision not in choices:
         raise UserError(f"precision {precision!r} is none of {', '.join(choices)}")
     return choices[precision]
@@ -372,7 +382,10 @@ def total_memory_bytes() -> int | None:
     known: list[int] = []
     with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
         known.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+    with (
+        contextlib.suppress(OSError, ValueError),
+        open("/sys/fs/cgroup/memory.max", encoding="ascii") as file,
+    ):
         known.append(int(file.read()))  # the word "max" is no number
     return min(known, default=None)
 

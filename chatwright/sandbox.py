@@ -41,9 +41,24 @@ SECONDS = 2.0
 """Most of the processor's time for one rendering."""
 
 _APART = frozenset(
-    ("batch", "groupby", "join", "list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr", "slice", "sort", "sum",
-     "unique")
-)  # fmt: skip
+    (
+        "batch",
+        "groupby",
+        "join",
+        "list",
+        "map",
+        "max",
+        "min",
+        "reject",
+        "rejectattr",
+        "select",
+        "selectattr",
+        "slice",
+        "sort",
+        "sum",
+        "unique",
+    )
+)
 _SIZE, _TIME = "chatwright size", "chatwright time"  # no template can spell a name with a space
 
 
@@ -258,7 +273,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self, **functions: Callable[..., Any]) -> None:
         """`functions` are those that templates may call by name."""
         super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=_written, optimized=False)
-        self.filters = {name: _checked(function, apart=name in _APART) for name, function in self.filters.items()}
+        self.filters = {
+            name: _checked(function, apart=name in _APART) for name, function in self.filters.items()
+        }
         del self.globals["lipsum"]  # endless text on demand
         self.globals.update(functions)
         self.filters |= {_SIZE: _bounded, _TIME: _timed}
@@ -281,14 +298,21 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > 4_096:
                 raise SecurityError("it makes a number of more than 4,096 bits")
         for many, times in ((left, right), (right, left)):
-            if operator == "*" and isinstance(times, int) and hasattr(many, "__len__") and _weight(many) * times > LARGEST:
+            if (
+                operator == "*"
+                and isinstance(times, int)
+                and hasattr(many, "__len__")
+                and _weight(many) * times > LARGEST
+            ):
                 raise SecurityError(f"it makes a {type(many).__name__} {_TOO_LARGE}")
         return _bounded(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, RUF100
         """A call in the template, with checked arguments and result. (A macro may have an argument `self`.)"""
         args, kwargs = _given(args, kwargs)
-        owner = getattr(getattr(__function, "__wrapped__", __function), "__self__", None)  # Jinja wraps format
+        owner = getattr(
+            getattr(__function, "__wrapped__", __function), "__self__", None
+        )  # Jinja wraps format
         _check_sizes((owner, *args, *kwargs.values()), multiply=not isinstance(__function, Macro))
         if getattr(__function, "__name__", "") in ("format", "format_map"):
             _check_format(owner)

@@ -42,7 +42,9 @@ def aside_of(target: Path) -> Path:
 class _Writer(HuggingFaceStorageWriter):
     """DCP's safetensors writer, with a checksum of each file made by the process that wrote it."""
 
-    def __init__(self, target: Path, state: Mapping[str, Any], texts: Mapping[str, str], then: Callable[[], None]) -> None:
+    def __init__(
+        self, target: Path, state: Mapping[str, Any], texts: Mapping[str, str], then: Callable[[], None]
+    ) -> None:
         super().__init__(str(aside_of(target) / PARTS), save_distributed=True)
         self.target, self.state, self.texts, self.then = target, dict(state), dict(texts), then
 
@@ -50,7 +52,9 @@ class _Writer(HuggingFaceStorageWriter):
         """Write this process's parts, and beside each file its digest."""
         written = super().write_data(plan, planner)
         if plan.items:
-            for file in (aside_of(self.target) / PARTS).glob(f"shard-{plan.storage_data['shard_index']:05}-*.safetensors"):
+            for file in (aside_of(self.target) / PARTS).glob(
+                f"shard-{plan.storage_data['shard_index']:05}-*.safetensors"
+            ):
                 file.with_suffix(".sha256").write_text(checkpoint.sha256(file), encoding="ascii")
         return written
 
@@ -109,7 +113,9 @@ class Saving:
         except CheckpointException as error:
             reason = next(iter(error.failures.values()))
             cause = reason[0] if isinstance(reason, tuple) else reason
-            raise UserError(f"cannot write {self._target}: {cause}; what was there before is intact") from error
+            raise UserError(
+                f"cannot write {self._target}: {cause}; what was there before is intact"
+            ) from error
         finally:
             if runtime.is_first():
                 shutil.rmtree(aside_of(self._target), ignore_errors=True)
@@ -151,7 +157,9 @@ def whole_tensors(directory: Path, part: str) -> dict[str, Tensor]:
     claimed = sum(item.size.numel() * item.properties.dtype.itemsize for item in wanted.values())
     there = sum(file.stat().st_size for file in (directory / PARTS).iterdir())
     if claimed > there:  # before memory is taken for it
-        raise UserError(f"{directory / PARTS} is damaged: tensors of {claimed} bytes are said to be in {there}")
+        raise UserError(
+            f"{directory / PARTS} is damaged: tensors of {claimed} bytes are said to be in {there}"
+        )
     tensors = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in wanted.items()}
     read(directory, tensors, alone=True)
     return {name.removeprefix(f"{part}/"): tensor for name, tensor in tensors.items()}
@@ -176,4 +184,3 @@ def _without_dcp_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-

@@ -65,12 +65,18 @@ class Tokenizer:
     """Text to ids and back. `controls` are the tokens that text can never produce."""
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, *, end_of_text: str = END_OF_TEXT, controls: Sequence[str] | None = None
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        end_of_text: str = END_OF_TEXT,
+        controls: Sequence[str] | None = None,
     ) -> None:
         special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
         self.controls = tuple(controls if controls is not None else special)
         if end_of_text not in self.controls:
-            raise UserError(f"the tokenizer has no control token {end_of_text!r} (it has {', '.join(self.controls)})")
+            raise UserError(
+                f"the tokenizer has no control token {end_of_text!r} (it has {', '.join(self.controls)})"
+            )
         self.end_of_text = end_of_text
         self.backend = backend
         if self.vocab_size > LARGEST_VOCABULARY:  # tables have a place for each id
@@ -90,7 +96,9 @@ class Tokenizer:
         not at all: too little text gives a smaller vocabulary. Raises UserError when vocab_size is too small."""
         least = 256 + len(CONTROLS)
         if vocab_size < least:
-            raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and the control tokens need {least}")
+            raise UserError(
+                f"vocab_size {vocab_size} is too small: 256 bytes and the control tokens need {least}"
+            )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -119,7 +127,9 @@ class Tokenizer:
         content = _read(file)
         _check_parts(content, str(file))
         with library(f"{file} is not a tokenizer"):
-            backend = tokenizers.Tokenizer.from_str(json.dumps(content))  # what was checked, whatever the file spells
+            backend = tokenizers.Tokenizer.from_str(
+                json.dumps(content)
+            )  # what was checked, whatever the file spells
             backend.no_padding()  # whoever encodes with it wants the ids of the text, no others and all of them
             backend.no_truncation()
         if not isinstance(backend.model, models.BPE):
@@ -129,7 +139,9 @@ class Tokenizer:
             usual = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
             end_of_text = next((name for name in usual if name in names), None)
             if end_of_text is None:
-                raise UserError(f"{file}: none of its special tokens ({', '.join(names) or 'none'}) ends a text")
+                raise UserError(
+                    f"{file}: none of its special tokens ({', '.join(names) or 'none'}) ends a text"
+                )
         return cls(backend, end_of_text=end_of_text)
 
     def save(self, directory: str | Path) -> Path:
@@ -175,7 +187,10 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, on all cores."""
         try:
-            return [list(item.ids) for item in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            return [
+                list(item.ids)
+                for item in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            ]
         except TypeError:
             return [self.encode(text) for text in texts]
 
@@ -232,7 +247,9 @@ def library(trouble: str, *passing: type[Exception]) -> Iterator[None]:
         yield
     except BaseException as error:  # the library raises bare Exception; a panic of its Rust is not even that
         own = isinstance(error, Exception) or type(error).__name__ == "PanicException"
-        if not own or isinstance(error, passing):  # what is not the library's passes: Ctrl-C, a signal that ends a stage
+        if not own or isinstance(
+            error, passing
+        ):  # what is not the library's passes: Ctrl-C, a signal that ends a stage
             raise
         raise UserError(f"{trouble} ({error})") from None
 
@@ -257,10 +274,16 @@ def _check_parts(content: Any, where: str) -> None:
         kinds = list(_kinds(content.get(place)))
         strange = [kind for kind in kinds if kind not in known]
         if strange:
-            raise UserError(f"{where}: its {place} {strange[0]!r:.80} is not supported, only {', '.join(known)}")
+            raise UserError(
+                f"{where}: its {place} {strange[0]!r:.80} is not supported, only {', '.join(known)}"
+            )
         if len(kinds) > 16 or kinds.count("ByteLevel") > 1:
             raise UserError(f"{where}: its {place} has too many parts")
-    repeats = sum(len(one["single"]) for one in _parts(content.get("post_processor")) if isinstance(one.get("single"), list))
+    repeats = sum(
+        len(one["single"])
+        for one in _parts(content.get("post_processor"))
+        if isinstance(one.get("single"), list)
+    )
     if repeats > 16:
         raise UserError(f"{where}: its post_processor has too many parts")
 

@@ -60,7 +60,9 @@ def _package(name: str) -> Any:
 class _TensorBoard:
     def __init__(self, directory: Path, first_step: int) -> None:
         # purge_step: what earlier event files hold from this step on is done again, and readers drop it
-        self.writer = _package("tensorboard").SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+        self.writer = _package("tensorboard").SummaryWriter(
+            str(directory / "tensorboard"), purge_step=first_step
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():

@@ -85,8 +85,12 @@ def main() -> None:
     for arm, pays in enumerate(PAYS.tolist()):
         row = [float(one.policy[arm]) for one in (exact, *found.values())]
         bar = "#" * round(60 * row[0])
-        print(f"{arm:>5} {pays:>6.1f} {float(REFERENCE[arm]):>7.3f} {row[0]:>7.3f} {row[1]:>10.3f} {row[2]:>7.3f}  {bar}")
-    told = {"the reference": value_of(REFERENCE), "exact": exact.earns} | {name: one.earns for name, one in found.items()}
+        print(
+            f"{arm:>5} {pays:>6.1f} {float(REFERENCE[arm]):>7.3f} {row[0]:>7.3f} {row[1]:>10.3f} {row[2]:>7.3f}  {bar}"
+        )
+    told = {"the reference": value_of(REFERENCE), "exact": exact.earns} | {
+        name: one.earns for name, one in found.items()
+    }
     print("earns: " + ", ".join(f"{name} {earns:.4f}" for name, earns in told.items()))
 
 

@@ -76,7 +76,9 @@ def walk(right: Tensor, walks: int, draw: torch.Generator) -> Walks:
         steps.append(step)
         alive.append(walking)
         place = torch.where(walking, place + 2 * step - 1, place)
-    return Walks(torch.stack(states, 1), torch.stack(steps, 1), torch.stack(alive, 1), (place == STATES).float())
+    return Walks(
+        torch.stack(states, 1), torch.stack(steps, 1), torch.stack(alive, 1), (place == STATES).float()
+    )
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ class Learnt:
     values: Tensor
 
 
-def learn(method: str, *, train_policy: bool = True, rounds: int = ROUNDS, batch: int = BATCH, seed: int = 0) -> Learnt:
+def learn(
+    method: str, *, train_policy: bool = True, rounds: int = ROUNDS, batch: int = BATCH, seed: int = 0
+) -> Learnt:
     """Learn from walks alone, by `reinforce` (leave-one-out baseline) or `ppo`. Without `train_policy` one goes on walking at
     random and PPO's critic alone learns; there is no penalty then, and the values are those of the walk."""
     draw = torch.Generator().manual_seed(seed)
@@ -130,8 +134,12 @@ def main() -> None:
     random_values, (values, right) = values_at_random(), best()
     critic = critic_at_random()
     found = {name: learn(name) for name in ("reinforce", "ppo")}
-    print("values of the walk at random          values under the penalty     probability of a step to the right")
-    print(f"{'state':>5} {'Bellman':>9} {'critic':>8} {'Bellman':>21} {'ppo':>8} {'Bellman':>16} {'reinforce':>10} {'ppo':>7}")
+    print(
+        "values of the walk at random          values under the penalty     probability of a step to the right"
+    )
+    print(
+        f"{'state':>5} {'Bellman':>9} {'critic':>8} {'Bellman':>21} {'ppo':>8} {'Bellman':>16} {'reinforce':>10} {'ppo':>7}"
+    )
     for s in range(STATES):
         row = (random_values[s], critic[s], values[s], found["ppo"].values[s], right[s])
         bar = "#" * round(30 * float(right[s]))

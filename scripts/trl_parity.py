@@ -57,8 +57,16 @@ def inputs(seed: int) -> dict[str, Any]:
 FULL = [0, 4]
 """Rows that have no padding at their end."""
 
-SETTINGS = {"beta": 0.13, "discount": 0.98, "lam": 0.9, "clip": 0.2, "value_clip": 0.2, "value_coefficient": 0.1,
-            "kl_target": 6.0, "kl_horizon": 300.0}  # fmt: skip
+SETTINGS = {
+    "beta": 0.13,
+    "discount": 0.98,
+    "lam": 0.9,
+    "clip": 0.2,
+    "value_clip": 0.2,
+    "value_coefficient": 0.1,
+    "kl_target": 6.0,
+    "kl_horizon": 300.0,
+}
 
 
 def answers(given: dict[str, Any]) -> dict[str, Any]:
@@ -71,12 +79,20 @@ def answers(given: dict[str, Any]) -> dict[str, Any]:
     tensors = {name: torch.tensor(value) for name, value in given.items()}
     mask, result = tensors["mask"].long(), {}
     config = SimpleNamespace(
-        kl_penalty="kl", gamma=SETTINGS["discount"], lam=SETTINGS["lam"], cliprange=SETTINGS["clip"],
-        cliprange_value=SETTINGS["value_clip"], vf_coef=SETTINGS["value_coefficient"], ratio_threshold=1e9, whiten_rewards=False,
-    )  # fmt: skip
+        kl_penalty="kl",
+        gamma=SETTINGS["discount"],
+        lam=SETTINGS["lam"],
+        cliprange=SETTINGS["clip"],
+        cliprange_value=SETTINGS["value_clip"],
+        vf_coef=SETTINGS["value_coefficient"],
+        ratio_threshold=1e9,
+        whiten_rewards=False,
+    )
     trainer = SimpleNamespace(config=config, kl_ctl=SimpleNamespace(value=SETTINGS["beta"]))
     trainer._kl_penalty = lambda *pair: PPOTrainer._kl_penalty(trainer, *pair)
-    rewards, _, _ = PPOTrainer.compute_rewards(trainer, tensors["scores"], tensors["old_log_probs"], tensors["reference"], mask)
+    rewards, _, _ = PPOTrainer.compute_rewards(
+        trainer, tensors["scores"], tensors["old_log_probs"], tensors["reference"], mask
+    )
     result["rewards"] = rewards
     # Whitened rewards are compared where no padding follows: TRL leaves a reward on padding then, which reaches the answer's end.
     for name, whiten, rows in (("", False, list(range(5))), ("_whitened_rewards", True, FULL)):
@@ -88,21 +104,41 @@ def answers(given: dict[str, Any]) -> dict[str, Any]:
     result["whitened"] = masked_whiten(tensors["values"], mask)
     result["whitened_mean_kept"] = masked_whiten(tensors["values"], mask, shift_mean=False)
     policy, value, stats = PPOTrainer.loss(
-        trainer, tensors["old_log_probs"], tensors["old_values"], tensors["logits"], tensors["values"], tensors["log_probs"],
-        mask, result["advantages"], result["returns"],
-    )  # fmt: skip
-    result |= {"policy_loss": policy, "value_loss_weighted": value, "clip_fraction": stats["policy/clipfrac"],
-               "value_clip_fraction": stats["val/clipfrac"], "approximate_kl": stats["policy/approxkl"],
-               "entropy": entropy_from_logits(tensors["logits"])}  # fmt: skip
-    judge = SimpleNamespace(use_reward_data_collator=True, args=SimpleNamespace(center_rewards_coefficient=None))
+        trainer,
+        tensors["old_log_probs"],
+        tensors["old_values"],
+        tensors["logits"],
+        tensors["values"],
+        tensors["log_probs"],
+        mask,
+        result["advantages"],
+        result["returns"],
+    )
+    result |= {
+        "policy_loss": policy,
+        "value_loss_weighted": value,
+        "clip_fraction": stats["policy/clipfrac"],
+        "value_clip_fraction": stats["val/clipfrac"],
+        "approximate_kl": stats["policy/approxkl"],
+        "entropy": entropy_from_logits(tensors["logits"]),
+    }
+    judge = SimpleNamespace(
+        use_reward_data_collator=True, args=SimpleNamespace(center_rewards_coefficient=None)
+    )
 
     def model(input_ids: str, **_: Any) -> dict[str, torch.Tensor]:
         return {"logits": tensors[input_ids]}
 
-    batch: dict[str, Any] = {"input_ids_chosen": "chosen", "input_ids_rejected": "rejected",
-                             "attention_mask_chosen": None, "attention_mask_rejected": None}  # fmt: skip
+    batch: dict[str, Any] = {
+        "input_ids_chosen": "chosen",
+        "input_ids_rejected": "rejected",
+        "attention_mask_chosen": None,
+        "attention_mask_rejected": None,
+    }
     result["reward_loss"] = RewardTrainer.compute_loss(judge, model, batch)
-    result["reward_loss_margin"] = RewardTrainer.compute_loss(judge, model, {**batch, "margin": tensors["margin"]})
+    result["reward_loss_margin"] = RewardTrainer.compute_loss(
+        judge, model, {**batch, "margin": tensors["margin"]}
+    )
     control = AdaptiveKLController(SETTINGS["beta"], SETTINGS["kl_target"], SETTINGS["kl_horizon"])
     betas = []
     for kl in (9.0, 6.5, 2.0):
@@ -120,9 +156,15 @@ def main() -> int:
     torch.set_num_threads(1)
     given = inputs(20)
     content = {
-        "command": COMMAND, "trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        "settings": SETTINGS, "full": FULL, "inputs": given, "answers": answers(given),
-    }  # fmt: skip
+        "command": COMMAND,
+        "trl": trl.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "settings": SETTINGS,
+        "full": FULL,
+        "inputs": given,
+        "answers": answers(given),
+    }
     if "--print" in sys.argv:
         print(json.dumps(content))
     else:

@@ -41,7 +41,12 @@ def text() -> str:
     ]
     for verb in VERBS:
         parts += [f"## {verb}", "", "```", help_of([verb, "--help"]), "```", ""]
-    parts += ["## Model shapes", "", "| preset | layers | width | heads | context | vocabulary |", "|---|---|---|---|---|---|"]
+    parts += [
+        "## Model shapes",
+        "",
+        "| preset | layers | width | heads | context | vocabulary |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, shape in PRESETS.items():
         parts.append(
             f"| {name} | {shape.layers} | {shape.width} | {shape.heads} | {shape.context} | {shape.vocab_size:,} |"

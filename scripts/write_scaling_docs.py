@@ -63,7 +63,9 @@ class Setup:
 def block_parameters(shape: GPTConfig) -> float:
     """Matrices of all blocks: L (2 D H Q + 2 D G Q + m D M), m = 3 with a gate, else 2. Norms and biases are left out."""
     heads = 2 * shape.width * shape.head_dim * (shape.heads + shape.kv_heads)
-    return float(shape.layers * (heads + (3 if shape.activation == "swiglu" else 2) * shape.width * shape.mlp_width))
+    return float(
+        shape.layers * (heads + (3 if shape.activation == "swiglu" else 2) * shape.width * shape.mlp_width)
+    )
 
 
 def root_parameters(shape: GPTConfig) -> float:
@@ -89,7 +91,12 @@ def memory(setup: Setup) -> dict[str, float]:
     layer = shape.context * setup.micro_batch * shape.width * (10 + 24 / setup.tensor)
     stream = shape.context * setup.micro_batch * shape.width * 4
     activations = layer + shape.layers * stream if setup.recompute else shape.layers * layer
-    return {"kept": kept, "together": together, "activations": activations, "logits": 2 * 1024 * 4.0 * shape.vocab_size}
+    return {
+        "kept": kept,
+        "together": together,
+        "activations": activations,
+        "logits": 2 * 1024 * 4.0 * shape.vocab_size,
+    }
 
 
 def traffic(setup: Setup) -> dict[str, float]:
@@ -101,7 +108,11 @@ def traffic(setup: Setup) -> dict[str, float]:
     float32. tensor: for each layer and micro-batch two all-reduces of s b D bf16 numbers forward and two backward
     (Shoeybi et al. 2019, arXiv:1909.08053, section 3), and two more when the forward pass is repeated.
     """
-    shape, blocks, root = setup.shape, block_parameters(setup.shape) / setup.tensor, root_parameters(setup.shape)
+    shape, blocks, root = (
+        setup.shape,
+        block_parameters(setup.shape) / setup.tensor,
+        root_parameters(setup.shape),
+    )
     passes = setup.micro_batches
 
     def ring(n: int) -> float:
@@ -159,19 +170,26 @@ SETUPS = (
 
 def memory_table(machine: Machine) -> str:
     """Gigabytes per process."""
-    lines = ["| model, plan | kept | together | activations | logits | sum (GB) | fits 80 GB |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| model, plan | kept | together | activations | logits | sum (GB) | fits 80 GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for setup in SETUPS:
         parts = memory(setup)
         total = sum(parts.values())
         cells = " | ".join(f"{value / 1e9:.1f}" for value in (*parts.values(), total))
-        lines.append(f"| {setup.name}, micro-batch {setup.micro_batch} | {cells} | {'yes' if total < 0.9 * machine.memory else 'no'} |")
+        lines.append(
+            f"| {setup.name}, micro-batch {setup.micro_batch} | {cells} | {'yes' if total < 0.9 * machine.memory else 'no'} |"
+        )
     return "\n".join(lines)
 
 
 def time_table(machine: Machine) -> str:
     """Gigabytes sent per process, and seconds, per optimiser step."""
-    lines = ["| model, plan | micro-batches | sent (GB): copies | shard | tensor | products (s) | copies (s) | shard (s) | tensor (s) |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| model, plan | micro-batches | sent (GB): copies | shard | tensor | products (s) | copies (s) | shard (s) | tensor (s) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for setup in SETUPS:
         sent, took = traffic(setup), seconds(setup, machine)
         cells = [f"{sent[kind] / 1e9:.1f}" for kind in ("copies", "shard", "tensor")]
@@ -184,7 +202,9 @@ def written(page: str) -> str:
     """The page with its tables computed anew."""
     for name, table in (("memory", memory_table(Machine())), ("time", time_table(Machine()))):
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)"
-        page, count = re.subn(pattern, lambda found, table=table: found[1] + table + found[2], page, flags=re.DOTALL)
+        page, count = re.subn(
+            pattern, lambda found, table=table: found[1] + table + found[2], page, flags=re.DOTALL
+        )
         if count != 1:
             raise SystemExit(f"{PAGE} has no place for the table {name!r}")
     return page

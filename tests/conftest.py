@@ -19,15 +19,34 @@ from chatwright.tokenizer import Tokenizer
 settings.register_profile("chatwright", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("chatwright")
 
-TEXTS = ("Hello there, how are you today?", "I am fine, thank you. And you?", "naïve café — 東京 🙂", "don't 1234 stop!")
+TEXTS = (
+    "Hello there, how are you today?",
+    "I am fine, thank you. And you?",
+    "naïve café — 東京 🙂",
+    "don't 1234 stop!",
+)
 
 
 LONGEST = (
-    "faults/test_faults.py", "train/test_parallel.py", "train/test_resume.py", "e2e/test_browser_conversations.py",
-    "e2e/test_browser_looks.py", "interop/test_llama_cpp.py", "serve/test_api.py", "generate/test_kernels.py", "train/test_plan.py",
-    "e2e/test_browser.py", "interop/test_fuzz.py", "serve/test_clients.py", "serve/test_draining.py", "serve/test_conversations.py",
-    "train/test_parallel_alignment.py", "parity/test_smollm2.py", "train/test_ppo.py", "serve/test_operation.py",
-)  # fmt: skip
+    "faults/test_faults.py",
+    "train/test_parallel.py",
+    "train/test_resume.py",
+    "e2e/test_browser_conversations.py",
+    "e2e/test_browser_looks.py",
+    "interop/test_llama_cpp.py",
+    "serve/test_api.py",
+    "generate/test_kernels.py",
+    "train/test_plan.py",
+    "e2e/test_browser.py",
+    "interop/test_fuzz.py",
+    "serve/test_clients.py",
+    "serve/test_draining.py",
+    "serve/test_conversations.py",
+    "train/test_parallel_alignment.py",
+    "parity/test_smollm2.py",
+    "train/test_ppo.py",
+    "serve/test_operation.py",
+)
 """Files of more than half a minute each, longest first (`pytest --durations=0`)."""
 
 
@@ -63,7 +82,9 @@ def write_tiny(directory: Path, tokenizer: Tokenizer, *, chat: bool) -> Path:
     texts = {"tokenizer.json": tokenizer.to_json()}
     if chat:
         texts["chat_template.jinja"] = NATIVE.source
-    checkpoint.save_checkpoint(directory, tensors={"model": checkpoint.model_tensors(model)}, state=card, texts=texts)
+    checkpoint.save_checkpoint(
+        directory, tensors={"model": checkpoint.model_tensors(model)}, state=card, texts=texts
+    )
     return directory
 
 

@@ -22,7 +22,9 @@ from chatwright.chat import (
 from chatwright.config import UserError
 from chatwright.tokenizer import CONTROLS, Tokenizer
 
-TOKENIZER = Tokenizer.train(["Hello there, how are you?", "I am fine. <|end|> system user assistant"] * 3, 320)
+TOKENIZER = Tokenizer.train(
+    ["Hello there, how are you?", "I am fine. <|end|> system user assistant"] * 3, 320
+)
 CONTROL_IDS = TOKENIZER.control_ids
 END = CONTROL_IDS["<|end|>"]
 CHATML = ChatTemplate.from_source(
@@ -39,7 +41,9 @@ TRIMMING = ChatTemplate.from_source(
 
 CONTENT = st.lists(
     st.one_of(
-        st.sampled_from([*CONTROLS, "<|im_end|>", "{{ 1 }}", "{% raw %}", "{#", "x0x", "\ud800", "", " ", "\n"]),
+        st.sampled_from(
+            [*CONTROLS, "<|im_end|>", "{{ 1 }}", "{% raw %}", "{#", "x0x", "\ud800", "", " ", "\n"]
+        ),
         st.text(st.characters(), max_size=8),
     ),
     max_size=5,
@@ -65,7 +69,9 @@ def controls_of(ids: list[int]) -> list[int]:
 
 
 @given(MESSAGES, st.booleans())
-def test_control_tokens_stand_exactly_where_the_template_puts_them(messages: list[Message], ask: bool) -> None:
+def test_control_tokens_stand_exactly_where_the_template_puts_them(
+    messages: list[Message], ask: bool
+) -> None:
     expected: list[int] = []
     for message in messages:
         expected += [CONTROL_IDS[f"<|{message['role']}|>"], *TOKENIZER.encode(message["content"]), END]
@@ -149,9 +155,12 @@ def test_concatenates_tells_templates_apart() -> None:
     assert NATIVE.concatenates and CHATML.concatenates
     assert not TRIMMING.concatenates
     head = ChatTemplate.from_source("<|system|>" + NATIVE.source)
-    numbered = ChatTemplate.from_source("{% for m in messages %}{{ loop.index }}{{ m.content }}<|end|>{% endfor %}")
+    numbered = ChatTemplate.from_source(
+        "{% for m in messages %}{{ loop.index }}{{ m.content }}<|end|>{% endfor %}"
+    )
     refusing = ChatTemplate(
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + NATIVE.source, "<|end|>"
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + NATIVE.source,
+        "<|end|>",
     )
     assert not head.concatenates and not numbered.concatenates and not refusing.concatenates
 
@@ -171,7 +180,10 @@ def test_end_ids() -> None:
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
     CHATML.save(tmp_path)
-    assert ChatTemplate.load(tmp_path) == CHATML and ChatTemplate.load(tmp_path).fingerprint == CHATML.fingerprint
+    assert (
+        ChatTemplate.load(tmp_path) == CHATML
+        and ChatTemplate.load(tmp_path).fingerprint == CHATML.fingerprint
+    )
     assert CHATML.fingerprint != NATIVE.fingerprint and hash(CHATML) != hash(NATIVE)
     assert ChatTemplate.load(tmp_path, end="<|tool|>").end == "<|tool|>"
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
@@ -207,7 +219,10 @@ def test_rendering_is_transformers(template: ChatTemplate, tmp_path: Path) -> No
         ([], "at least one message"),
         (["hi"], "message 0: expected an object"),
         ([{"role": "user"}], "message 0: expected an object with role and content"),
-        ([{"role": "user", "content": "x"}, {"role": "root", "content": "x"}], "message 1: role 'root' is none of"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "root", "content": "x"}],
+            "message 1: role 'root' is none of",
+        ),
         ([{"role": "user", "content": None}], "message 0: content must be text, not NoneType"),
         ([{"role": "user", "content": ["x"]}], "content must be text, not list"),
         ([{"role": ["user"], "content": "x"}], "role"),
@@ -220,7 +235,9 @@ def test_messages_that_are_none(messages: list[object], said: str) -> None:
 
 
 def test_messages_lose_what_else_they_carry() -> None:
-    assert check_messages([{"role": "user", "content": "x", "name": "n"}]) == [{"role": "user", "content": "x"}]
+    assert check_messages([{"role": "user", "content": "x", "name": "n"}]) == [
+        {"role": "user", "content": "x"}
+    ]
 
 
 # Fitting
@@ -331,8 +348,19 @@ HOSTILE = [
     *(
         "{{ ('y' * 4000000) | " + end + " }}"
         for end in (
-            "groupby('a')", "list", "map('upper') | list", "map(attribute='a') | list", "select('odd') | list",
-            "rejectattr('a') | list", "sort", "unique | list", "sum", "max", "batch(1) | list", "slice(2) | list", "join(',')",
+            "groupby('a')",
+            "list",
+            "map('upper') | list",
+            "map(attribute='a') | list",
+            "select('odd') | list",
+            "rejectattr('a') | list",
+            "sort",
+            "unique | list",
+            "sum",
+            "max",
+            "batch(1) | list",
+            "slice(2) | list",
+            "join(',')",
         )
     ),
     "{{ cycler(*('y' * 4000000)) }}",
@@ -374,7 +402,8 @@ def test_hostile_templates_fail_in_one_line_and_soon(source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "expression", ["self._TemplateReference__context", "raise_exception.__globals__", "'{0.__class__}'.format(1)"]
+    "expression",
+    ["self._TemplateReference__context", "raise_exception.__globals__", "'{0.__class__}'.format(1)"],
 )
 def test_what_lies_behind_an_underscore_is_not_there(expression: str) -> None:
     assert ChatTemplate("[{{ " + expression + " }}]", "<|end|>").render(say("Hi")) == "[]"
@@ -382,7 +411,9 @@ def test_what_lies_behind_an_underscore_is_not_there(expression: str) -> None:
 
 def test_a_template_that_refuses_says_why() -> None:
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}", "<|end|>")
-    with pytest.raises(UserError, match=r"^the chat template refuses this conversation: roles must alternate$"):
+    with pytest.raises(
+        UserError, match=r"^the chat template refuses this conversation: roles must alternate$"
+    ):
         template.render(say("Hi"))
     assert not template.concatenates
 

@@ -109,7 +109,10 @@ def test_an_optimiser_goes_on_where_it_was(tmp_path: Path) -> None:
     def make() -> tuple[nn.Linear, list[torch.optim.Optimizer]]:
         torch.manual_seed(0)
         model = nn.Linear(4, 2)
-        return model, [torch.optim.AdamW([model.weight], lr=0.1), torch.optim.SGD([model.bias], lr=0.1, momentum=0.9)]
+        return model, [
+            torch.optim.AdamW([model.weight], lr=0.1),
+            torch.optim.SGD([model.bias], lr=0.1, momentum=0.9),
+        ]
 
     def steps(model: nn.Linear, optimisers: list[torch.optim.Optimizer], numbers: range) -> None:
         for number in numbers:
@@ -122,7 +125,10 @@ def test_an_optimiser_goes_on_where_it_was(tmp_path: Path) -> None:
     steps(straight, optimisers, range(3))
     model, optimisers = make()
     steps(model, optimisers, range(2))
-    tensors = {"model": checkpoint.model_tensors(model), "optimizer": checkpoint.optimiser_tensors(optimisers)}
+    tensors = {
+        "model": checkpoint.model_tensors(model),
+        "optimizer": checkpoint.optimiser_tensors(optimisers),
+    }
     saved = save_checkpoint(tmp_path / "x", tensors=tensors, state={})
     again, fresh = make()
     checkpoint.load_model_tensors(again, saved.tensors("model"), where="x")
@@ -134,7 +140,9 @@ def test_an_optimiser_goes_on_where_it_was(tmp_path: Path) -> None:
 # Damage is found
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "tokenizer.json", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "tokenizer.json", "chat_template.jinja"]
+)
 def test_a_flipped_bit_is_found_and_named(tmp_path: Path, name: str) -> None:
     saved = save(tmp_path / "step-000001")
     file = saved.path / name
@@ -226,7 +234,9 @@ def test_a_directory_appears_whole(tmp_path: Path) -> None:
     assert names(target) == ["g"] and names(target.parent) == ["x"]
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), OSError(28, "No space left on device"), KeyboardInterrupt(), UserError("y")])
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), OSError(28, "No space left on device"), KeyboardInterrupt(), UserError("y")]
+)
 def test_after_an_error_everything_is_as_before(tmp_path: Path, error: BaseException) -> None:
     target = tmp_path / "x"
 

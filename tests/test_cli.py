@@ -38,7 +38,9 @@ def one_line(err: str) -> str:
 
 
 def python(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, **options
+    )  # type: ignore[call-overload,no-any-return]
 
 
 # What it says of itself
@@ -140,8 +142,10 @@ def test_wrong_arguments(
 @pytest.mark.parametrize("verb", ["chat", "serve", "generate", "doctor", "import"])
 def test_a_model_that_is_not_there(run: Run, verb: str, tmp_path: Path) -> None:
     rest: dict[str, tuple[object, ...]] = {
-        "generate": ("--prompt", "x"), "serve": ("--port", "0"), "import": (tmp_path / "made",)
-    }  # fmt: skip
+        "generate": ("--prompt", "x"),
+        "serve": ("--port", "0"),
+        "import": (tmp_path / "made",),
+    }
     code, out, err = run(verb, "no/such/model", *rest.get(verb, ()))
     assert (code, out) == (1, "")
     assert "no/such/model" in one_line(err)
@@ -166,7 +170,12 @@ def test_a_file_that_is_no_model(run: Run, tmp_path: Path) -> None:
 
 
 def test_inputs_of_a_stage_that_are_not_there(run: Run, tmp_path: Path) -> None:
-    for verb, option in (("tokenizer", "--data"), ("pretrain", "--tokenizer"), ("sft", "--base"), ("reward", "--base")):
+    for verb, option in (
+        ("tokenizer", "--data"),
+        ("pretrain", "--tokenizer"),
+        ("sft", "--base"),
+        ("reward", "--base"),
+    ):
         code, _, err = run(verb, option, "no/such", "--out", tmp_path / verb)
         assert code == 1 and "no/such" in one_line(err), verb
 
@@ -216,11 +225,20 @@ def test_a_missing_file_of_a_checkpoint(run: Run, damaged: Path) -> None:
 
 @pytest.mark.parametrize(
     "state",
-    ["[]", "{}", '{"kind": "language"}', '{"kind": "language", "model": {}}', '{"kind": "language", "model": {"x": 1}}',
-     '{"kind": "reward", "model": {}}', '{"kind": "language", "model": 3, "files": {}}', "\x00", '"text"',
-     '{"kind": "language", "model": {"vocab_size": 9, "context": 8, "layers": 1, "width": 8, "heads": 2}}',
-     '{"kind": "language", "files": []}'],
-)  # fmt: skip
+    [
+        "[]",
+        "{}",
+        '{"kind": "language"}',
+        '{"kind": "language", "model": {}}',
+        '{"kind": "language", "model": {"x": 1}}',
+        '{"kind": "reward", "model": {}}',
+        '{"kind": "language", "model": 3, "files": {}}',
+        "\x00",
+        '"text"',
+        '{"kind": "language", "model": {"vocab_size": 9, "context": 8, "layers": 1, "width": 8, "heads": 2}}',
+        '{"kind": "language", "files": []}',
+    ],
+)
 def test_a_state_that_describes_no_model(run: Run, damaged: Path, state: str) -> None:
     (damaged / "state.json").write_text(state)
     code, _, err = run("chat", damaged)
@@ -358,8 +376,21 @@ def test_a_closed_pipe_is_no_accident(chat_dir: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "chatwright", "generate", str(chat_dir), "--prompt", "x", "--max_new_tokens", "9"],
-        stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "chatwright",
+            "generate",
+            str(chat_dir),
+            "--prompt",
+            "x",
+            "--max_new_tokens",
+            "9",
+        ],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")

@@ -71,14 +71,18 @@ def test_defaults_then_file_then_command_line(tmp_path: Path) -> None:
 
 
 def test_types() -> None:
-    made = parsed("--flag", "true", "--seed", "7", "--words", '["a", "b c"]', "--shape", "{layers: 2}", "--name", "12")
+    made = parsed(
+        "--flag", "true", "--seed", "7", "--words", '["a", "b c"]', "--shape", "{layers: 2}", "--name", "12"
+    )
     assert made == Outer(flag=True, seed=7, words=["a", "b c"], shape={"layers": 2}, name="12")
     assert parsed("--seed", "null").seed is None
     assert isinstance(made.inner, Inner)
 
 
 def test_a_switch_needs_no_value() -> None:
-    assert parsed("--flag").flag and parsed("--flag", "true").flag and parsed("--flag=true", "--steps", "1").flag
+    assert (
+        parsed("--flag").flag and parsed("--flag", "true").flag and parsed("--flag=true", "--steps", "1").flag
+    )
     assert not parsed("--flag", "false").flag
     made, names = parse(Outer, ["--flag", "m"], prog="t", positionals={"model": "A model."})
     assert made.flag and names == {"model": "m"}
@@ -114,7 +118,9 @@ def test_mistakes_on_the_line(argv: tuple[str, ...], said: str) -> None:
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["stepps: 3", "inner: {rat: 3}", "steps: many", "[1, 2]", "a: [", "inner: 3"])
+@pytest.mark.parametrize(
+    "text", ["stepps: 3", "inner: {rat: 3}", "steps: many", "[1, 2]", "a: [", "inner: 3"]
+)
 def test_mistakes_in_the_file(tmp_path: Path, text: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(text)
@@ -133,11 +139,15 @@ def test_help_shows_docstrings_and_defaults(capsys: pytest.CaptureFixture[str]) 
         parsed("--help", description="What it does.")
     out = capsys.readouterr().out
     assert stop.value.code == 0
-    assert "What it does." in out and "Number of steps." in out and "default: 3" in out and "--inner.rate" in out
+    assert (
+        "What it does." in out and "Number of steps." in out and "default: 3" in out and "--inner.rate" in out
+    )
 
 
 def test_build_from_a_recipe() -> None:
-    assert build(Outer, {"steps": 2, "inner": {"mode": "fast"}}, where="r: s") == Outer(2, inner=Inner(mode="fast"))
+    assert build(Outer, {"steps": 2, "inner": {"mode": "fast"}}, where="r: s") == Outer(
+        2, inner=Inner(mode="fast")
+    )
     for values, said in (
         ({"stepz": 1}, "r: s: unknown setting 'stepz'; did you mean 'steps'?"),
         ({"inner": {"rates": 1}}, "r: s.inner: unknown setting 'rates'; did you mean 'rate'?"),
@@ -173,12 +183,16 @@ def test_read_yaml(tmp_path: Path) -> None:
 
 
 def test_to_yaml_is_read_back(tmp_path: Path) -> None:
-    made = Outer(5, "東京: #1", words=["a"], shape={"p": Path("x/y"), "t": (1, 2)}, inner=Inner(0.125, "fast"))
+    made = Outer(
+        5, "東京: #1", words=["a"], shape={"p": Path("x/y"), "t": (1, 2)}, inner=Inner(0.125, "fast")
+    )
     (tmp_path / "c.yaml").write_text(to_yaml(made), encoding="utf-8")
     plain = read_yaml(tmp_path / "c.yaml")
     assert plain == to_plain(made)
     assert plain["shape"] == {"p": "x/y", "t": [1, 2]}
-    assert build(Outer, {**plain, "shape": {}}, where="") == build(Outer, {**to_plain(made), "shape": {}}, where="")
+    assert build(Outer, {**plain, "shape": {}}, where="") == build(
+        Outer, {**to_plain(made), "shape": {}}, where=""
+    )
 
 
 def test_fail_is_one_line_and_knows_the_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
-WRITTEN = [page for page in PAGES if page.name != "cli.md"]  # that one is generated; its options stand without their stage
+WRITTEN = [
+    page for page in PAGES if page.name != "cli.md"
+]  # that one is generated; its options stand without their stage
 PLACE = re.compile(r"([\w./-]+\.\w+)::([\w.]+)")
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -78,12 +80,20 @@ def test_every_place_named_exists(page: Path) -> None:
 def test_a_wrong_place_is_found() -> None:
     good = "chatwright/train/trainer.py::Trainer.update chatwright/cli.py::VERBS"
     assert missing_places(good) == []
-    bad = ["chatwright/train/trainer.py::Trainer.upgrade", "chatwright/nowhere.py::main", "chatwright/cli.py::update"]
+    bad = [
+        "chatwright/train/trainer.py::Trainer.upgrade",
+        "chatwright/nowhere.py::main",
+        "chatwright/cli.py::update",
+    ]
     assert missing_places(f"`{bad[0]}`, `{bad[1]}` and {bad[2]}.") == [bad[0], bad[1], f"{bad[2]}."]
 
 
 def test_where_answers_about_fifty_questions() -> None:
-    rows = [line for line in page_text(ROOT / "docs/where.md").splitlines() if line.startswith("|") and "?" in line]
+    rows = [
+        line
+        for line in page_text(ROOT / "docs/where.md").splitlines()
+        if line.startswith("|") and "?" in line
+    ]
     assert len(rows) >= 50
     assert all(PLACE.search(row) for row in rows)
 
@@ -135,7 +145,13 @@ def unknown_targets(text: str) -> set[str]:
 def constant(file: str, name: str) -> ast.expr:
     """The value assigned to a module's name."""
     for node in tree_of(ROOT / file).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else []
+        )
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             assert isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
             return node.value
@@ -149,7 +165,11 @@ def mapping_keys(file: str, name: str) -> list[str]:
 
 
 def unnamed_verbs(text: str, verbs: Iterable[str]) -> list[str]:
-    return [verb for verb in verbs if not re.search(rf"(chatwright {verb}|`{verb}`|^## {verb}$)(?!\w)", text, re.MULTILINE)]
+    return [
+        verb
+        for verb in verbs
+        if not re.search(rf"(chatwright {verb}|`{verb}`|^## {verb}$)(?!\w)", text, re.MULTILINE)
+    ]
 
 
 def unknown_verbs(text: str) -> set[str]:
@@ -158,13 +178,20 @@ def unknown_verbs(text: str) -> set[str]:
 
 
 def unknown_recipes(text: str) -> list[str]:
-    names = re.findall(r"recipes/([\w-]+)\.yaml", text) + re.findall(r"chatwright run ([a-z][\w-]*)(?![\w./-])", code_of(text))
+    names = re.findall(r"recipes/([\w-]+)\.yaml", text) + re.findall(
+        r"chatwright run ([a-z][\w-]*)(?![\w./-])", code_of(text)
+    )
     return [name for name in names if not (ROOT / "recipes" / f"{name}.yaml").is_file()]
 
 
 def unknown_presets(text: str) -> list[str]:
-    presets = {*mapping_keys("chatwright/model/config.py", "PRESETS"), "smollm2"}  # smollm2: a MODEL, not a shape
-    words = re.findall(r"`((?:gpt[0-9]|modern|smollm)[\w.-]*)`", text) + re.findall(r"preset\(['\"]([^'\"]+)['\"]", text)
+    presets = {
+        *mapping_keys("chatwright/model/config.py", "PRESETS"),
+        "smollm2",
+    }  # smollm2: a MODEL, not a shape
+    words = re.findall(r"`((?:gpt[0-9]|modern|smollm)[\w.-]*)`", text) + re.findall(
+        r"preset\(['\"]([^'\"]+)['\"]", text
+    )
     return [word for word in words if word not in presets]
 
 
@@ -178,10 +205,19 @@ def test_targets_verbs_recipes_and_presets_exist(page: Path) -> None:
 
 
 def test_unknown_targets_verbs_recipes_and_presets_are_found() -> None:
-    assert unknown_targets("`make quickstart`, to make sure: `make quickfix MODEL=x`\n```\n$ A=1 make way\n```\n") == {"quickfix", "way"}
-    assert unknown_verbs("chatwright builds; `chatwright run tiny`\n```\nchatwright rum tiny\n```\n") == {"rum"}
-    assert unknown_recipes("recipes/tiny.yaml recipes/huge.yaml `chatwright run tiny` `chatwright run vast`") == ["huge", "vast"]
-    assert unknown_presets("`gpt2-xl` `gpt2-xxl` GPTConfig.preset('modern-tony')") == ["gpt2-xxl", "modern-tony"]
+    assert unknown_targets(
+        "`make quickstart`, to make sure: `make quickfix MODEL=x`\n```\n$ A=1 make way\n```\n"
+    ) == {"quickfix", "way"}
+    assert unknown_verbs("chatwright builds; `chatwright run tiny`\n```\nchatwright rum tiny\n```\n") == {
+        "rum"
+    }
+    assert unknown_recipes(
+        "recipes/tiny.yaml recipes/huge.yaml `chatwright run tiny` `chatwright run vast`"
+    ) == ["huge", "vast"]
+    assert unknown_presets("`gpt2-xl` `gpt2-xxl` GPTConfig.preset('modern-tony')") == [
+        "gpt2-xxl",
+        "modern-tony",
+    ]
 
 
 def test_every_verb_is_documented() -> None:
@@ -217,9 +253,12 @@ def unknown_settings(text: str) -> list[str]:
     Behind `chatwright STAGE`, on the same line or its continuation, `--fit.KEY` (`--optim.`, `--lora.`, `--parallel.`) is that stage's.
     """
     stages = dict(zip(mapping_keys("chatwright/recipe.py", "STAGES"), stage_files(), strict=True))
-    nested = {"fit": ("chatwright/train/loop.py", "FitConfig"), "optim": ("chatwright/optim.py", "OptimConfig"),
-              "lora": ("chatwright/model/lora.py", "LoRAConfig"),
-              "parallel": ("chatwright/train/parallel.py", "ParallelConfig")}  # fmt: skip
+    nested = {
+        "fit": ("chatwright/train/loop.py", "FitConfig"),
+        "optim": ("chatwright/optim.py", "OptimConfig"),
+        "lora": ("chatwright/model/lora.py", "LoRAConfig"),
+        "parallel": ("chatwright/train/parallel.py", "ParallelConfig"),
+    }
     unknown = []
     for line in re.findall(rf"chatwright (?:{'|'.join(stages)}) (?:.*\\\n)*.*", text):
         stage = line.split()[1]
@@ -235,7 +274,9 @@ def unknown_settings(text: str) -> list[str]:
     return unknown
 
 
-SHARED = dict.fromkeys(("ppo", "reinforce"), class_fields(ROOT / "chatwright/train/rounds_config.py", "RoundsConfig"))
+SHARED = dict.fromkeys(
+    ("ppo", "reinforce"), class_fields(ROOT / "chatwright/train/rounds_config.py", "RoundsConfig")
+)
 """Settings that a stage's Config has from its base class."""
 
 
@@ -263,7 +304,11 @@ def test_an_unknown_setting_is_found() -> None:
 def unknown_attributes(code: str) -> list[str]:
     """Attributes of `cw` that are not public, and of `model` that LanguageModel does not have."""
     public = set(ast.literal_eval(constant("chatwright/__init__.py", "__all__")))
-    own = {name.partition(".")[2] for name in names_in(tree_of(ROOT / "chatwright/language_model.py").body) if "." in name}
+    own = {
+        name.partition(".")[2]
+        for name in names_in(tree_of(ROOT / "chatwright/language_model.py").body)
+        if "." in name
+    }
     own |= {"model", "tokenizer", "template", "name"}  # set in __init__
     known = {"cw": public, "model": own}
     return [
@@ -278,7 +323,10 @@ def test_the_example_in_python_uses_what_is_public() -> None:
     blocks = PYTHON.findall(page_text(ROOT / "README.md"))
     assert len(blocks) == 1
     assert unknown_attributes(blocks[0]) == []
-    assert unknown_attributes("cw.lode('x'); cw.load; model.chatter(1); model.chat") == ["cw.lode", "model.chatter"]
+    assert unknown_attributes("cw.lode('x'); cw.load; model.chatter(1); model.chat") == [
+        "cw.lode",
+        "model.chatter",
+    ]
 
 
 # ---- logged keys ---------------------------------------------------------------------------------------------------
@@ -304,7 +352,9 @@ class LoggedKeys:
         for tree in self.trees.values():
             self._note_scopes(tree, None)
         self.calls = [node for node in self.nodes if isinstance(node, ast.Call)]
-        self.functions = [node for node in self.nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        self.functions = [
+            node for node in self.nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
         self.busy: set[int] = set()
 
     def _note_scopes(self, node: ast.AST, scope: Scope) -> None:
@@ -316,14 +366,25 @@ class LoggedKeys:
     def all(self) -> set[str]:
         """The keys, `step` included. Fails when the log is reached in a way that this class cannot see."""
         used = [node for node in self.nodes if isinstance(node, ast.Attribute) and node.attr == "metrics"]
-        known = [call.func.value for call in self.calls if isinstance(call.func, ast.Attribute)
-                 and call.func.attr in ("write", "write_once", "forget_after", "close")]  # fmt: skip
+        known = [
+            call.func.value
+            for call in self.calls
+            if isinstance(call.func, ast.Attribute)
+            and call.func.attr in ("write", "write_once", "forget_after", "close")
+        ]
         for node in used:
-            assert node in known, f"line {node.lineno}: `{ast.unparse(node)}` is used for something else than .write(...)"
+            assert node in known, (
+                f"line {node.lineno}: `{ast.unparse(node)}` is used for something else than .write(...)"
+            )
         made = [call for call in self.calls if ast.unparse(call.func).endswith("MetricsLog")]
         assert len(made) == 1, "MetricsLog is to be made in Workspace.metrics alone"
-        writes = [call for call in self.calls if isinstance(call.func, ast.Attribute)
-                  and call.func.attr in ("write", "write_once") and call.func.value in used]  # fmt: skip
+        writes = [
+            call
+            for call in self.calls
+            if isinstance(call.func, ast.Attribute)
+            and call.func.attr in ("write", "write_once")
+            and call.func.value in used
+        ]
         assert writes
         keys = {"step"}
         for call in writes:
@@ -352,14 +413,19 @@ class LoggedKeys:
                 return self.of(value.left) | self.of(value.right)
             case ast.Name(name):
                 return self.assigned(name, self.scope_of[value])
-            case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="spread"), attr="forward"), args=[ast.Attribute(attr=name)]):
+            case ast.Call(
+                func=ast.Attribute(value=ast.Attribute(attr="spread"), attr="forward"),
+                args=[ast.Attribute(attr=name)],
+            ):
                 return self.returned(name)  # `Spread.forward` gives what the function that it is given gives
             case ast.Call(func=ast.Attribute(attr="told_by_first"), args=[ast.Lambda(body=body)]):
                 return self.of(body)
             case ast.Call(func=ast.Name(name) | ast.Attribute(attr=name)):
                 return self.returned(name)
             case ast.Attribute(attr="logged"):  # of a Step: the second argument wherever one is made
-                steps = [call for call in self.calls if isinstance(call.func, ast.Name) and call.func.id == "Step"]
+                steps = [
+                    call for call in self.calls if isinstance(call.func, ast.Name) and call.func.id == "Step"
+                ]
                 given = [item for call in steps for item in call.args[1:2]]
                 given += [word.value for call in steps for word in call.keywords if word.arg == "logged"]
                 return set().union(*map(self.of, given))
@@ -367,30 +433,45 @@ class LoggedKeys:
                 return self.stored(lambda target: isinstance(target, ast.Attribute) and target.attr == name)
             case ast.Subscript(slice=ast.Constant(value=place)):
                 return self.stored(
-                    lambda target: isinstance(target, ast.Subscript) and ast.unparse(target.slice) == repr(place),
+                    lambda target: (
+                        isinstance(target, ast.Subscript) and ast.unparse(target.slice) == repr(place)
+                    ),
                     otherwise=self.entries(place),
                 )
-        raise AssertionError(f"line {value.lineno}: cannot follow `{ast.unparse(value)}` to the keys that it logs")
+        raise AssertionError(
+            f"line {value.lineno}: cannot follow `{ast.unparse(value)}` to the keys that it logs"
+        )
 
     def key(self, key: ast.expr) -> set[str]:
         """A key of a dictionary literal: a constant, or an f-string that begins with the unit of `throughput`."""
         match key:
             case ast.Constant(value=str(text)):
                 return {text}
-            case ast.JoinedStr(values=[ast.FormattedValue(value=ast.Name("unit")), ast.Constant(value=str(rest))]):
-                words = [word.value for call in self.calls for word in call.keywords if word.arg == "throughput"]
+            case ast.JoinedStr(
+                values=[ast.FormattedValue(value=ast.Name("unit")), ast.Constant(value=str(rest))]
+            ):
+                words = [
+                    word.value for call in self.calls for word in call.keywords if word.arg == "throughput"
+                ]
                 assert words and all(isinstance(word, ast.Tuple) for word in words)
-                return {str(ast.literal_eval(word.elts[0])) + rest for word in words if isinstance(word, ast.Tuple)}
+                return {
+                    str(ast.literal_eval(word.elts[0])) + rest
+                    for word in words
+                    if isinstance(word, ast.Tuple)
+                }
         raise AssertionError(f"line {key.lineno}: cannot work out the logged key `{ast.unparse(key)}`")
 
     def looped(self, name: str, target: ast.expr, source: ast.expr) -> set[str]:
         """A key that is the first loop variable over `....items()`, or over `zip(list(names)[1:], ...)`."""
         match target, source:
             case ast.Tuple(elts=[ast.Name(first), *_]), ast.Call(
-                func=ast.Name("zip"), args=[ast.Subscript(value=ast.Call(func=ast.Name("list"), args=[names])), *_]
+                func=ast.Name("zip"),
+                args=[ast.Subscript(value=ast.Call(func=ast.Name("list"), args=[names])), *_],
             ) if first == name:
                 return self.of(names) - {""}
-            case ast.Tuple(elts=[ast.Name(first), *_]), ast.Call(func=ast.Attribute(attr="items")) if first == name:
+            case ast.Tuple(elts=[ast.Name(first), *_]), ast.Call(func=ast.Attribute(attr="items")) if (
+                first == name
+            ):
                 assert isinstance(source, ast.Call) and isinstance(source.func, ast.Attribute)
                 return self.of(source.func.value)
         raise AssertionError(f"line {source.lineno}: cannot follow the keys of `{ast.unparse(source)}`")
@@ -398,7 +479,9 @@ class LoggedKeys:
     def item(self, target: ast.Subscript, scope: Scope) -> set[str]:
         """The key of `target[key] = ...`."""
         if isinstance(target.slice, ast.Name):
-            loops = [node for node in self.nodes if isinstance(node, ast.For) and self.scope_of[node] is scope]
+            loops = [
+                node for node in self.nodes if isinstance(node, ast.For) and self.scope_of[node] is scope
+            ]
             around = [loop for loop in loops if any(node is target for node in ast.walk(loop))]
             return self.looped(target.slice.id, around[-1].target, around[-1].iter)
         return self.key(target.slice)
@@ -416,8 +499,12 @@ class LoggedKeys:
                     found = True
                 case ast.AugAssign(target=ast.Name(left), op=ast.BitOr()) if left == name:
                     keys |= self.of(node.value)
-                case ast.Call(func=ast.Attribute(value=ast.Name(left), attr="update" | "setdefault")) if left == name:
-                    raise AssertionError(f"line {node.lineno}: write `{name} |= ...` or `{name}[key] = ...` instead")
+                case ast.Call(func=ast.Attribute(value=ast.Name(left), attr="update" | "setdefault")) if (
+                    left == name
+                ):
+                    raise AssertionError(
+                        f"line {node.lineno}: write `{name} |= ...` or `{name}[key] = ...` instead"
+                    )
                 case ast.Assign():
                     for target in node.targets:
                         match target:
@@ -426,8 +513,12 @@ class LoggedKeys:
                                 found = True
                             case ast.Subscript(value=ast.Name(left)) if left == name:
                                 keys |= self.item(target, scope)
-                            case ast.Tuple() if any(isinstance(one, ast.Name) and one.id == name for one in target.elts):
-                                place = next(n for n, one in enumerate(target.elts) if ast.unparse(one) == name)
+                            case ast.Tuple() if any(
+                                isinstance(one, ast.Name) and one.id == name for one in target.elts
+                            ):
+                                place = next(
+                                    n for n, one in enumerate(target.elts) if ast.unparse(one) == name
+                                )
                                 assert isinstance(node.value, ast.Call), ast.unparse(node)
                                 keys |= self.returned(ast.unparse(node.value.func).rpartition(".")[2], place)
                                 found = True
@@ -440,7 +531,11 @@ class LoggedKeys:
         assert functions, f"no function is called {name}"
         keys: set[str] = set()
         for function in functions:
-            returns = [node for node in ast.walk(function) if isinstance(node, ast.Return) and self.scope_of[node] is function]
+            returns = [
+                node
+                for node in ast.walk(function)
+                if isinstance(node, ast.Return) and self.scope_of[node] is function
+            ]
             for node in returns:
                 value = node.value
                 if place is not None:
@@ -494,8 +589,16 @@ def test_every_logged_key_is_documented() -> None:
 
 
 PLANTED = {
-    "round_facts": ("chatwright/train/players.py", '        "kl": float(kl.mean()),', '        "KEY": 1.0,\n'),
-    "ppo_step": ("chatwright/train/ppo.py", '        "policy_loss": actor.loss.detach(),', '        "KEY": 1.0,\n'),
+    "round_facts": (
+        "chatwright/train/players.py",
+        '        "kl": float(kl.mean()),',
+        '        "KEY": 1.0,\n',
+    ),
+    "ppo_step": (
+        "chatwright/train/ppo.py",
+        '        "policy_loss": actor.loss.detach(),',
+        '        "KEY": 1.0,\n',
+    ),
     "round": (
         "chatwright/train/rounds.py",
         "        self.workspace.metrics.write(progress.step, logged)",
@@ -507,7 +610,11 @@ PLANTED = {
         '        if total > weight:\n            return {"KEY": 1.0, "held_out_loss": 1.0}\n',
     ),
     "loop": ("chatwright/train/loop.py", '                "loss": loss,', '                "KEY": 1.0,\n'),
-    "trainer": ("chatwright/train/trainer.py", '        result["gradient_norm"] = norm', '        result["KEY"] = 1.0\n'),
+    "trainer": (
+        "chatwright/train/trainer.py",
+        '        result["gradient_norm"] = norm',
+        '        result["KEY"] = 1.0\n',
+    ),
 }
 """Where a key might be added: file, line, and the line to put before it."""
 

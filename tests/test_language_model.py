@@ -32,7 +32,15 @@ def model(chat_dir: Path) -> LanguageModel:
 # Names
 
 
-def stage(root: Path, name: str, source: Path, *, steps: tuple[int, ...] = (1,), chosen: int | None = None, at: int = 0) -> Path:
+def stage(
+    root: Path,
+    name: str,
+    source: Path,
+    *,
+    steps: tuple[int, ...] = (1,),
+    chosen: int | None = None,
+    at: int = 0,
+) -> Path:
     """A stage directory with checkpoints; finished when `chosen` names one, `at` seconds after the others."""
     for step in steps:
         shutil.copytree(source, root / name / "checkpoints" / f"step-{step:06}")
@@ -132,9 +140,11 @@ def test_names_reach_their_readers(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for name in ("smollm2", "hf:owner/name", tmp_path / "x.gguf", tmp_path / "dir"):
         load_parts(name)
     assert asked == [
-        ("gguf", str(Path("cache/smol.gguf"))), ("hub", "owner/name"), ("gguf", str(tmp_path / "x.gguf")),
+        ("gguf", str(Path("cache/smol.gguf"))),
+        ("hub", "owner/name"),
+        ("gguf", str(tmp_path / "x.gguf")),
         ("hf", str(tmp_path / "dir")),
-    ]  # fmt: skip
+    ]
     with pytest.raises(UserError, match=r"has no tokenizer\.json beside its weights"):
         load("smollm2")
 
@@ -181,7 +191,9 @@ def test_streams_are_the_whole(model: LanguageModel) -> None:
     options: dict[str, Any] = {"max_new_tokens": 12, "seed": 3}
     pieces = list(model.stream("Once", **options))
     assert "".join(piece.text for piece in pieces) == model.generate("Once", **options)
-    assert pieces[-1].finish_reason in ("stop", "length") and all(piece.finish_reason is None for piece in pieces[:-1])
+    assert pieces[-1].finish_reason in ("stop", "length") and all(
+        piece.finish_reason is None for piece in pieces[:-1]
+    )
     chats = list(model.stream_chat(HELLO, **options))
     assert "".join(piece.text for piece in chats) == model.chat(HELLO, **options)
 
@@ -193,7 +205,11 @@ def test_seeds_repeat(model: LanguageModel) -> None:
 
 def test_a_chat_begins_where_the_template_says(model: LanguageModel) -> None:
     request, fitted = model.chat_request(HELLO, max_new_tokens=5, temperature=0.0)
-    assert list(request.prompt) == NATIVE.encode(HELLO, model.tokenizer, add_generation_prompt=True).ids == fitted.ids
+    assert (
+        list(request.prompt)
+        == NATIVE.encode(HELLO, model.tokenizer, add_generation_prompt=True).ids
+        == fitted.ids
+    )
     assert request.end_ids == NATIVE.end_ids(model.tokenizer)
     assert (request.sampling.max_new_tokens, request.sampling.temperature) == (5, 0.0)
 

@@ -57,7 +57,8 @@ def test_steps_that_are_done_again_are_forgotten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(0, "0:00"), (75, "1:15"), (59.6, "1:00"), (3600, "1:00:00"), (7384, "2:03:04"), (-3, "0:00")]
+    ("seconds", "told"),
+    [(0, "0:00"), (75, "1:15"), (59.6, "1:00"), (3600, "1:00:00"), (7384, "2:03:04"), (-3, "0:00")],
 )
 def test_durations(seconds: float, told: str) -> None:
     assert duration(seconds) == told
@@ -66,7 +67,9 @@ def test_durations(seconds: float, told: str) -> None:
 @pytest.fixture
 def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     out = io.StringIO()
-    monkeypatch.setattr(metrics, "console", Console(file=out, highlight=False, width=100, force_terminal=False))
+    monkeypatch.setattr(
+        metrics, "console", Console(file=out, highlight=False, width=100, force_terminal=False)
+    )
     return out
 
 
@@ -78,7 +81,9 @@ def test_nothing_is_read_as_markup(printed: io.StringIO) -> None:
     assert "[red]stage 100 %  [/note]" in printed.getvalue()
 
 
-def test_without_a_terminal_a_line_now_and_then(printed: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_a_line_now_and_then(
+    printed: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     with progress_bar("sft") as bar:
@@ -91,7 +96,9 @@ def test_without_a_terminal_a_line_now_and_then(printed: io.StringIO, monkeypatc
     ]
 
 
-def test_a_first_step_that_compiles_says_nothing_about_the_others(printed: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_step_that_compiles_says_nothing_about_the_others(
+    printed: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     with progress_bar("pretrain") as bar:
@@ -104,7 +111,9 @@ def test_a_first_step_that_compiles_says_nothing_about_the_others(printed: io.St
 
 def test_with_a_terminal_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
-    monkeypatch.setattr(metrics, "console", Console(file=out, highlight=False, width=120, force_terminal=True))
+    monkeypatch.setattr(
+        metrics, "console", Console(file=out, highlight=False, width=120, force_terminal=True)
+    )
     with progress_bar("pretrain") as bar:
         bar.update(0.25, "loss 3.1")
     assert "pretrain" in out.getvalue()

@@ -22,7 +22,11 @@ CORNERS: list[tuple[Shape, float, list[float]]] = [
     ("linear", 0.0, [0.5, 1.0, 1.0, 0.5, 0.25, 0.125, 0.0]),
     ("linear", 0.2, [0.5, 1.0, 1.0, 0.6, 0.4, 0.3, 0.2]),  # 0.2 + 0.8 x the line above
     ("cosine", 0.0, [0.5, 1.0, 1.0, 0.5, (1 - math.sqrt(0.5)) / 2, (1 + math.cos(7 * math.pi / 8)) / 2, 0.0]),
-    ("trapezoid", 0.0, [0.5, 1.0, 1.0, 1.0, 0.5, 0.25, 0.0]),  # falls over the last half: (1 - progress) / 0.5
+    (
+        "trapezoid",
+        0.0,
+        [0.5, 1.0, 1.0, 1.0, 0.5, 0.25, 0.0],
+    ),  # falls over the last half: (1 - progress) / 0.5
     ("trapezoid", 0.1, [0.5, 1.0, 1.0, 1.0, 0.55, 0.325, 0.1]),
 ]
 
@@ -79,8 +83,13 @@ def test_orthogonalised_matrices_point_where_u_vt_points(shape: tuple[int, int])
 
 def test_products_in_float32_are_closer_to_the_polynomials() -> None:
     """`matrix_precision: fp32`: what is left is the polynomials' own error, 9 %."""
-    model = torch.nn.ModuleDict({"blocks": torch.nn.Linear(64, 48, bias=False), "head": torch.nn.Linear(2, 2)})
-    chosen = {name: build(model, OptimConfig(name="muon", matrix_precision=name))[0].dtype for name in ("fp32", "bf16")}  # type: ignore[arg-type, attr-defined]
+    model = torch.nn.ModuleDict(
+        {"blocks": torch.nn.Linear(64, 48, bias=False), "head": torch.nn.Linear(2, 2)}
+    )
+    chosen = {
+        name: build(model, OptimConfig(name="muon", matrix_precision=name))[0].dtype
+        for name in ("fp32", "bf16")
+    }  # type: ignore[arg-type, attr-defined]
     assert chosen == {"fp32": torch.float32, "bf16": torch.bfloat16}
     values = torch.linalg.svdvals(orthogonalise(matrices(3, 64, 48), torch.float32))
     assert float(values.min()) > 0.9 and float(values.max()) < 1.1
@@ -98,7 +107,10 @@ def test_the_scalar_map_of_the_polynomials() -> None:
     for number, (a, b, c) in enumerate(POLYNOMIALS):
         s = a * s + b * s**3 + c * s**5
         if number < len(POLYNOMIALS) - 1:  # each is the best on the interval that the one before leaves:
-            low, high = 1 - float(s.min()), float(s.max()) - 1  # ... its largest errors on both sides are equal
+            low, high = (
+                1 - float(s.min()),
+                float(s.max()) - 1,
+            )  # ... its largest errors on both sides are equal
             assert low == pytest.approx(high, abs=3e-3)
     assert float(s.min()) > 0.91 and float(s.max()) < 1.09
     jordan = torch.logspace(math.log10(0.005), 0, 2000, dtype=torch.float64)
@@ -187,7 +199,9 @@ def test_adamw_decays_matrices_of_blocks_alone() -> None:
     (adamw,) = build(gpt, OptimConfig(weight_decay=0.1, learning_rate=0.01))
     decayed = [p for group in adamw.param_groups if group["weight_decay"] for p in group["params"]]
     free = [p for group in adamw.param_groups if not group["weight_decay"] for p in group["params"]]
-    assert names_of(gpt, decayed) == {n for n, p in gpt.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
+    assert names_of(gpt, decayed) == {
+        n for n, p in gpt.named_parameters() if n.startswith("blocks.") and p.ndim == 2
+    }
     assert {"embed.weight", "head.weight", "final_norm.weight"} <= names_of(gpt, free)
     assert len(decayed) + len(free) == len(list(gpt.parameters()))
 
@@ -199,7 +213,9 @@ def test_muon_gets_the_matrices_of_blocks_and_adamw_the_rest() -> None:
     own = [p for group in muon.param_groups for p in group["params"]]
     rest = [p for group in adamw.param_groups for p in group["params"]]
     assert all(p.ndim == 2 for p in own)
-    assert names_of(gpt, own) == {n for n, p in gpt.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
+    assert names_of(gpt, own) == {
+        n for n, p in gpt.named_parameters() if n.startswith("blocks.") and p.ndim == 2
+    }
     assert not names_of(gpt, own) & names_of(gpt, rest)
     assert names_of(gpt, own) | names_of(gpt, rest) == {n for n, _ in gpt.named_parameters()}
 

@@ -56,7 +56,10 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
         log.stages.append(workspace.directory.name)
         log.seeds.append(workspace.seed)
         (workspace.directory / "made.txt").write_text(str(config.size))
-        return Report(measures=[Measure("size", None, float(config.size))], facts={"sample": "a sample", "size": config.size})
+        return Report(
+            measures=[Measure("size", None, float(config.size))],
+            facts={"sample": "a sample", "size": config.size},
+        )
 
     def run_second(config: Second, workspace: Workspace) -> Report:
         log.stages.append(workspace.directory.name)
@@ -102,7 +105,10 @@ def test_stages_come_after_those_they_need(write: Write, ran: Ran, tmp_path: Pat
     assert results["other"]["measures"][0]["after"] == 4.0
     assert results["one"]["sample"] == "a sample" and results["one"]["facts"] == {"size": 4}
     assert [results[name]["seed"] for name in ("one", "other")] == [9, 9]
-    assert results["other"]["inputs"] == {"one": results["one"]["fingerprint"]} and results["one"]["inputs"] == {}
+    assert (
+        results["other"]["inputs"] == {"one": results["one"]["fingerprint"]}
+        and results["one"]["inputs"] == {}
+    )
     assert results["one"]["cost"]["seconds"] == results["one"]["seconds"] and "paper" not in results["one"]
     report = (tmp_path / "run" / "report.md").read_text()
     assert "| one | size | - | 4.000 |" in report and "| other | made (of the other) | - | 4.000 |" in report
@@ -119,7 +125,9 @@ def test_what_is_finished_is_skipped_with_a_line(
     assert run_recipe(recipe, tmp_path / "run") == first
     assert ran.stages == ["one", "other"]
     told = capsys.readouterr().out
-    assert "[one] finished before" in told and "[other] finished before" in told and told.count("skipped") == 2
+    assert (
+        "[one] finished before" in told and "[other] finished before" in told and told.count("skipped") == 2
+    )
 
 
 def test_a_changed_setting_runs_the_stage_and_those_behind_it_again(
@@ -131,7 +139,9 @@ def test_a_changed_setting_runs_the_stage_and_those_behind_it_again(
     assert ran.stages == ["one", "other"] * 2
     assert results["other"]["measures"][0]["after"] == 7.0
     # what was there is kept beside it
-    assert (root / "one.old-1" / "made.txt").read_text() == "4" and (root / "other.old-1" / "result.json").is_file()
+    assert (root / "one.old-1" / "made.txt").read_text() == "4" and (
+        root / "other.old-1" / "result.json"
+    ).is_file()
     assert "settings or inputs have changed" in capsys.readouterr().out
     # and back again: the older results are not found again, they are old
     run_recipe(read_recipe(file, {}), root)
@@ -232,8 +242,18 @@ def test_overrides_of_stages_that_are_not_there(write: Write) -> None:
 
 
 def test_parse_overrides() -> None:
-    found = parse_overrides(["--ppo.iterations", "3", "--pretrain.fit.steps=5", "--pretrain.fit.compile", "false",
-                             "--pretrain.model", "{layers: 6}", "--data.text=a,b"])  # fmt: skip
+    found = parse_overrides(
+        [
+            "--ppo.iterations",
+            "3",
+            "--pretrain.fit.steps=5",
+            "--pretrain.fit.compile",
+            "false",
+            "--pretrain.model",
+            "{layers: 6}",
+            "--data.text=a,b",
+        ]
+    )
     assert found == {
         "ppo": {"iterations": 3},
         "pretrain": {"fit": {"steps": 5, "compile": False}, "model": {"layers": 6}},
@@ -254,7 +274,9 @@ def test_overrides_go_into_nested_settings(write: Write) -> None:
 
 def test_arguments_are_parted_between_run_and_stages() -> None:
     own = {"out", "name", "seed", "until", "config", "debug", "help"}
-    plain, rest = split_arguments(["tiny", "--out", "a.b", "--ppo.beta", "0.2", "--seed=3", "--sft.fit.steps=4"], own)
+    plain, rest = split_arguments(
+        ["tiny", "--out", "a.b", "--ppo.beta", "0.2", "--seed=3", "--sft.fit.steps=4"], own
+    )
     assert plain == ["tiny", "--out", "a.b", "--seed=3"]
     assert parse_overrides(rest) == {"ppo": {"beta": 0.2}, "sft": {"fit": {"steps": 4}}}
 

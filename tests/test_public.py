@@ -48,7 +48,9 @@ def test_a_model_through_the_public_names_alone(chat_dir: Path) -> None:
 
 def test_the_example_in_the_readme_runs(chat_dir: Path) -> None:
     """As it stands there, on a model and with a shape that are small."""
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    examples = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     examples = [example for example in examples if "cw.load(" in example]
     assert examples, "README.md has no Python example that loads a model"
     for example in examples:

@@ -103,7 +103,11 @@ def test_a_product_is_the_same_by_either_library(held_back: bool, monkeypatch: p
     draw = torch.Generator().manual_seed(1)
     x, weight = torch.randn(2, 5, 24, generator=draw), torch.randn(7, 24, generator=draw)
     expected = x.double() @ weight.double().mT
-    for given, matrix in ((x, weight), (x, nn.Parameter(weight)), (x.mT.contiguous().mT, weight.mT.contiguous().mT)):
+    for given, matrix in (
+        (x, weight),
+        (x, nn.Parameter(weight)),
+        (x.mT.contiguous().mT, weight.mT.contiguous().mT),
+    ):
         found = runtime.product(given, matrix)
         assert found.dtype == torch.float32 and not found.requires_grad
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
@@ -153,7 +157,9 @@ def test_a_peak_is_the_processs_own_and_not_that_of_who_started_it() -> None:
     large = b"x" * 600_000_000  # every page is written to
     source = inspect.getsource(runtime.peak_memory_bytes)
     program = f"import contextlib, sys\n{source}\nprint(peak_memory_bytes())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
     assert len(large) and 5e6 < int(done.stdout) < 100e6
 
 
@@ -165,7 +171,9 @@ def test_the_allocator_can_be_tuned() -> None:
     assert (done.stdout, done.stderr) == (f"{glibc}\n", "")
 
 
-@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's"
+)
 def test_freed_memory_can_be_given_back() -> None:
     """In a process of its own, which keeps what it frees: 128 MB in pieces below a block that stays."""
     program = """

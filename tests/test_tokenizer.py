@@ -15,7 +15,12 @@ from chatwright.config import UserError
 from chatwright.tokenizer import CONTROLS, END_OF_TEXT, TextStream, Tokenizer, byte_alphabet, library
 from chatwright.train.stopping import StopNow
 
-TEXTS = ["Hello there, how are you?", "naïve café — 東京 🙂 ok", "don't 12345 stop!\r\n\n\tno", "<|end|> is a tag"] * 3
+TEXTS = [
+    "Hello there, how are you?",
+    "naïve café — 東京 🙂 ok",
+    "don't 12345 stop!\r\n\n\tno",
+    "<|end|> is a tag",
+] * 3
 TOKENIZER = Tokenizer.train(TEXTS, 320)
 CONTROL_IDS = set(TOKENIZER.control_ids.values())
 
@@ -63,7 +68,10 @@ def test_a_stream_gives_the_whole(parts: list[list[int]]) -> None:
 
 
 def test_a_stream_waits_for_whole_characters() -> None:
-    stream, ids = TextStream(TOKENIZER), TOKENIZER.encode(b"\xf0\x9f\x98\x80")  # not in the training text: bytes
+    stream, ids = (
+        TextStream(TOKENIZER),
+        TOKENIZER.encode(b"\xf0\x9f\x98\x80"),
+    )  # not in the training text: bytes
     assert len(ids) > 1
     pieces = [stream.push(number) for number in ids]
     assert pieces[-1] == "😀" and set(pieces[:-1]) == {""}
@@ -182,7 +190,9 @@ def test_tokenizers_without_an_end(tmp_path: Path) -> None:
 
 def test_a_vocabulary_without_some_bytes() -> None:
     """Vocabularies from elsewhere may lack bytes; what they have goes in, what they lack is named."""
-    backend = tokenizers.Tokenizer(models.BPE(vocab={character: n for n, character in enumerate("abí½")}, merges=[]))
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={character: n for n, character in enumerate("abí½")}, merges=[])
+    )
     backend.add_special_tokens([AddedToken("</s>", special=True)])
     few = Tokenizer(backend, end_of_text="</s>")
     table = byte_alphabet()

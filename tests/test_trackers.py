@@ -35,7 +35,9 @@ def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_shows_each_row_once_also_after_a_resume(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="the tracker tensorboard is NOT tested: pip install tensorboard")
+    pytest.importorskip(
+        "tensorboard", reason="the tracker tensorboard is NOT tested: pip install tensorboard"
+    )
     log = MetricsLog(tmp_path / "metrics.jsonl", Reporting(to="tensorboard"))
     log.forget_after(-1)
     for step in (1, 2, 3):
@@ -59,7 +61,9 @@ def test_none_writes_nothing_else(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_wandb_is_given_rows_under_their_step_and_a_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_is_given_rows_under_their_step_and_a_run_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[Any] = []
     stand_in = SimpleNamespace(
         init=lambda **settings: calls.append(settings),
@@ -92,13 +96,19 @@ def test_trackio_keeps_rows_in_its_local_database(tmp_path: Path) -> None:
     )
     home = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], env={**os.environ, **home}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program, str(tmp_path)],
+        env={**os.environ, **home},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     found = []
     for file in (tmp_path / "trackio").rglob("*.db"):
         with sqlite3.connect(file) as database:
-            for run, step, values in database.execute("select run_name, step, metrics from metrics order by step"):
+            for run, step, values in database.execute(
+                "select run_name, step, metrics from metrics order by step"
+            ):
                 found.append((run, step, json.loads(values)["loss"]))
     assert found == [("sft", 1, 1.0), ("sft", 2, 0.5)]
 
@@ -117,7 +127,9 @@ def test_negative_figures_are_refused() -> None:
     Reporting().check()
 
 
-def test_the_option_reaches_each_verb_and_changes_no_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_option_reaches_each_verb_and_changes_no_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`--report.to` is the pipeline's: a stage's settings, and so its fingerprint, cannot hold it."""
     given: list[tuple[str, Reporting, str]] = []
 

@@ -192,8 +192,10 @@ class Comparison:
     def to_json(self) -> str:
         """One line of JSON."""
         fields: dict[str, object] = {
-            "prompt": list(self.prompt), "responses": list(self.responses), "scores": list(self.scores),
-        }  # fmt: skip
+            "prompt": list(self.prompt),
+            "responses": list(self.responses),
+            "scores": list(self.scores),
+        }
         return _dump({"id": self.id, **fields, **({"annotator": self.annotator} if self.annotator else {})})
 
     @classmethod

@@ -44,9 +44,15 @@ PreferenceFormat = Literal["auto", "ranked", "pairs"]
 LISTS = ("messages", "conversations")
 """Columns that hold a list of messages."""
 SPEAKERS = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
-    "model": "assistant", "system": "system", "tool": "tool",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
 """ShareGPT's `from` -> role."""
 STRUCTURED = ("tool_calls", "function_call", "audio")
 """Parts of an OpenAI message that no plain text stands for."""
@@ -89,7 +95,9 @@ def _is_alpaca(row: Mapping[str, Any], column: str) -> bool:
         return False
     others = _present(row, *LISTS)
     if others:
-        raise ValueError(f"columns of two formats: instruction, output and {', '.join(others)}; choose one by `format`, or by #column")
+        raise ValueError(
+            f"columns of two formats: instruction, output and {', '.join(others)}; choose one by `format`, or by #column"
+        )
     return True
 
 
@@ -119,10 +127,16 @@ def _turns(row: Mapping[str, Any], column: str, format: Format = "auto") -> list
 def _way(turn: Any) -> Format:
     """How the first message of a list is written."""
     if not isinstance(turn, Mapping):
-        raise ValueError(f"a message must be an object with role and content, found {type(turn).__name__} {turn!r:.40}")
+        raise ValueError(
+            f"a message must be an object with role and content, found {type(turn).__name__} {turn!r:.40}"
+        )
     found = _present(turn, "role", "from")
     if len(found) != 1:
-        raise ValueError("a message has both role and from" if found else "a message has neither role (and content) nor from (and value)")
+        raise ValueError(
+            "a message has both role and from"
+            if found
+            else "a message has neither role (and content) nor from (and value)"
+        )
     return "openai" if found == ["role"] else "sharegpt"
 
 
@@ -135,10 +149,14 @@ def _message(turn: Any) -> Message:
         return check_message(turn)
     _refuse_unlearnt(turn)
     if found := [name for name in STRUCTURED if turn.get(name)]:
-        raise ValueError(f"a message has {found[0]}, which is not read: write the call as text into its content, or leave it out")
+        raise ValueError(
+            f"a message has {found[0]}, which is not read: write the call as text into its content, or leave it out"
+        )
     role = "system" if turn.get("role") == "developer" else turn.get("role")
     content = turn.get("content")
-    return check_message({"role": role, "content": _joined(content) if isinstance(content, list | tuple) else content})
+    return check_message(
+        {"role": role, "content": _joined(content) if isinstance(content, list | tuple) else content}
+    )
 
 
 def _joined(parts: Sequence[Any]) -> str:
@@ -153,7 +171,9 @@ def _joined(parts: Sequence[Any]) -> str:
 def _said(turn: Any) -> Message:
     """A message as ShareGPT's files have it."""
     if not isinstance(turn, Mapping):
-        raise ValueError(f"a message must be an object with from and value, found {type(turn).__name__} {turn!r:.40}")
+        raise ValueError(
+            f"a message must be an object with from and value, found {type(turn).__name__} {turn!r:.40}"
+        )
     _refuse_unlearnt(turn)
     speaker = turn.get("from")
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
@@ -164,7 +184,9 @@ def _said(turn: Any) -> Message:
 def _refuse_unlearnt(turn: Mapping[str, Any]) -> None:
     """OpenAI's `weight` 0 keeps an answer out of the loss; to learn it all the same would be against its writer's will."""
     if turn.get("weight") not in (None, 1):
-        raise ValueError(f"a message has weight {turn['weight']!r}: leaving single answers out of the loss is not supported")
+        raise ValueError(
+            f"a message has weight {turn['weight']!r}: leaving single answers out of the loss is not supported"
+        )
 
 
 def _under_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
@@ -183,17 +205,24 @@ def _alpaca(row: Mapping[str, Any], *, plain: bool) -> list[Message]:
     parts["input"] = parts["input"] or ""
     for name, value in parts.items():
         if not isinstance(value, str):
-            raise ValueError(f"{name} must be text, found {'nothing (null)' if value is None else type(value).__name__}")
+            raise ValueError(
+                f"{name} must be text, found {'nothing (null)' if value is None else type(value).__name__}"
+            )
         if name != "input" and not value.strip():
             raise ValueError(f"{name} is empty")
     if row.get("history"):
-        raise ValueError("earlier turns in a column `history` are not read: write such conversations as `messages`")
+        raise ValueError(
+            "earlier turns in a column `history` are not read: write such conversations as `messages`"
+        )
     if plain:
         asked = "\n\n".join(part for part in (parts["instruction"], parts["input"]) if part)
     else:  # not str.format: the texts may hold braces
         prompt = ALPACA_INPUT if parts["input"] else ALPACA
         asked = re.sub(r"\{(instruction|input)\}", lambda found: str(parts[found[1]]), prompt)
-    turns: list[Message] = [{"role": "user", "content": asked}, {"role": "assistant", "content": str(parts["output"])}]
+    turns: list[Message] = [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": str(parts["output"])},
+    ]
     return _under_system(row, turns)
 
 
@@ -208,14 +237,17 @@ def comparison(row: Mapping[str, Any], format: PreferenceFormat = "auto") -> Com
     """The comparison of a record. Raises ValueError as `dialogue` does."""
     if format not in get_args(PreferenceFormat):
         raise ValueError(f"format {format!r} is none of {', '.join(get_args(PreferenceFormat))}")
-    ranked, pair = (len(_present(row, *names)) == 2 for names in (("responses", "scores"), ("chosen", "rejected")))
+    ranked, pair = (
+        len(_present(row, *names)) == 2 for names in (("responses", "scores"), ("chosen", "rejected"))
+    )
     if format == "auto":
         if ranked == pair:
             found = ", ".join(map(str, row)) or "none"
             raise ValueError(
-                "columns of two formats: responses, scores and chosen, rejected; choose one by `format`" if ranked
+                "columns of two formats: responses, scores and chosen, rejected; choose one by `format`"
+                if ranked
                 else f"no columns 'responses' and 'scores', or 'chosen' and 'rejected'; the columns found are: {found}"
-            )  # fmt: skip
+            )
         format = "ranked" if ranked else "pairs"
     elif not (ranked if format == "ranked" else pair):
         wanted = "'responses' and 'scores'" if format == "ranked" else "'chosen' and 'rejected'"
@@ -263,7 +295,9 @@ def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str]]:
     ends = [_behind(turns, given) for turns in whole]
     prompt = given if given is not None else whole[0][:-1]
     if given is None and whole[0][:-1] != whole[1][:-1]:
-        raise ValueError("chosen and rejected differ before their last message: they do not answer the same prompt")
+        raise ValueError(
+            "chosen and rejected differ before their last message: they do not answer the same prompt"
+        )
     return prompt, ends
 
 
@@ -271,7 +305,9 @@ def _behind(turns: list[Message], prompt: list[Message] | None) -> str:
     """The answer at the end of a conversation that may repeat the prompt."""
     if prompt is None:
         if len(turns) < 2:
-            raise ValueError("without a column 'prompt', chosen and rejected must hold it before their last message")
+            raise ValueError(
+                "without a column 'prompt', chosen and rejected must hold it before their last message"
+            )
         left = turns[-1:]
     else:
         repeated = len(turns) > len(prompt) and turns[: len(prompt)] == prompt
@@ -286,6 +322,10 @@ def _spoken(text: str) -> list[Message]:
     """A text of turns that begin with Human: and Assistant: as messages."""
     before, *parts = HH.split(text)
     if before.strip() or not parts:
-        raise ValueError('without a column "prompt", texts must begin with "\\n\\nHuman:" (messages are another way)')
+        raise ValueError(
+            'without a column "prompt", texts must begin with "\\n\\nHuman:" (messages are another way)'
+        )
     turns = zip(parts[::2], parts[1::2], strict=True)
-    return [{"role": "user" if who == "Human" else "assistant", "content": said.strip()} for who, said in turns]
+    return [
+        {"role": "user" if who == "Human" else "assistant", "content": said.strip()} for who, said in turns
+    ]

@@ -62,10 +62,15 @@ def write_shards(
                 np.concatenate(buffer).tofile(file)
                 blocks = file.with_suffix(".crc32")
                 _block_sums(np.fromfile(file, dtype=np.uint8)).tofile(blocks)
-                entries.append({
-                    "file": file.name, "tokens": held, "sha256": checkpoint.sha256(file),
-                    "blocks": blocks.name, "blocks_sha256": checkpoint.sha256(blocks),
-                })  # fmt: skip
+                entries.append(
+                    {
+                        "file": file.name,
+                        "tokens": held,
+                        "sha256": checkpoint.sha256(file),
+                        "blocks": blocks.name,
+                        "blocks_sha256": checkpoint.sha256(blocks),
+                    }
+                )
             buffer, held = [], 0
 
         pending = iter(texts)
@@ -100,7 +105,9 @@ def write_shards(
 
 def _block_sums(content: np.ndarray) -> np.ndarray:
     """CRC-32 of each block of a shard's bytes."""
-    return np.array([zlib.crc32(content[at : at + BLOCK].data) for at in range(0, len(content), BLOCK)], dtype="<u4")
+    return np.array(
+        [zlib.crc32(content[at : at + BLOCK].data) for at in range(0, len(content), BLOCK)], dtype="<u4"
+    )
 
 
 class _Guard:
@@ -121,7 +128,9 @@ class _Guard:
 
 
 def _damaged(file: Path) -> UserError:
-    return UserError(f"token shard {file} is damaged (its checksum differs); delete {file.parent} and run again")
+    return UserError(
+        f"token shard {file} is damaged (its checksum differs); delete {file.parent} and run again"
+    )
 
 
 @dataclass(frozen=True)
@@ -150,13 +159,22 @@ class TokenShards:
         if tokenizer is not None and tokenizer.fingerprint != index["tokenizer"]:
             raise UserError(f"{directory} was encoded with another tokenizer; delete it and run again")
         found = cls(tuple(arrays), index["tokens"], index["bytes"], index["documents"], index["tokenizer"])
-        if sum(array.nbytes for array in arrays) <= WHOLE or not all("blocks" in entry for entry in index["shards"]):
+        if sum(array.nbytes for array in arrays) <= WHOLE or not all(
+            "blocks" in entry for entry in index["shards"]
+        ):
             found.verify(directory)
             return found
-        return replace(found, guards=tuple(
-            _Guard(directory / entry["file"], array, _read_sums(directory / entry["blocks"], entry["blocks_sha256"]))
-            for entry, array in zip(index["shards"], arrays, strict=True)
-        ))  # fmt: skip
+        return replace(
+            found,
+            guards=tuple(
+                _Guard(
+                    directory / entry["file"],
+                    array,
+                    _read_sums(directory / entry["blocks"], entry["blocks_sha256"]),
+                )
+                for entry, array in zip(index["shards"], arrays, strict=True)
+            ),
+        )
 
     def verify(self, directory: Path) -> None:
         """Compare every shard with its checksum. Raises UserError naming the first that differs."""

@@ -161,7 +161,9 @@ def documents(
     listed and archives fetched at the call; reading begins with the first item. Raises UserError: unknown
     source, unreadable or broken data (with file and line; `faults` may have single records left out), nothing to read.
     """
-    return _chain([(spec, _documents_of(spec, faults, cache, progress)) for spec in split_specs(specs)], faults)
+    return _chain(
+        [(spec, _documents_of(spec, faults, cache, progress)) for spec in split_specs(specs)], faults
+    )
 
 
 def dialogues(
@@ -173,14 +175,18 @@ def dialogues(
     progress: Progress | None = None,
 ) -> Iterator[Dialogue]:
     """The dialogues of one or more sources, in a fixed order. Raises UserError as `documents` does."""
-    return _chain([(spec, _dialogues_of(spec, format, faults, cache, progress)) for spec in split_specs(specs)], faults)
+    return _chain(
+        [(spec, _dialogues_of(spec, format, faults, cache, progress)) for spec in split_specs(specs)], faults
+    )
 
 
 def labelled_texts(
     specs: Specs, *, faults: Faults | None = None, cache: Path | None = None, progress: Progress | None = None
 ) -> Iterator[LabelledText]:
     """The labelled texts of one or more sources, in a fixed order. Raises UserError as `documents` does."""
-    return _chain([(spec, _labelled_of(spec, faults, cache, progress)) for spec in split_specs(specs)], faults)
+    return _chain(
+        [(spec, _labelled_of(spec, faults, cache, progress)) for spec in split_specs(specs)], faults
+    )
 
 
 def comparisons(
@@ -191,7 +197,13 @@ def comparisons(
     for spec in listed:
         if (source := _named(spec)) is not None:
             raise _wrong_kind(source, "comparison")
-    return _chain([(spec, _own_records(spec, (), lambda row, _: formats.comparison(row, format), faults)) for spec in listed], faults)
+    return _chain(
+        [
+            (spec, _own_records(spec, (), lambda row, _: formats.comparison(row, format), faults))
+            for spec in listed
+        ],
+        faults,
+    )
 
 
 def fetch_archives(
@@ -252,7 +264,9 @@ def _labelled_of(
 ) -> Iterator[LabelledText]:
     source = _named(spec)
     if source is None:
-        return _own_records(spec, ("text", "label"), lambda row, column: LabelledText.of(row[column], row["label"]), faults)
+        return _own_records(
+            spec, ("text", "label"), lambda row, column: LabelledText.of(row[column], row["label"]), faults
+        )
     if source.labelled is None:
         raise _wrong_kind(source, "labelled")
     rated = source.labelled(fetch(source.archive, cache, progress))
@@ -334,7 +348,9 @@ def _chain(plans: Iterable[tuple[str, Iterator[Record]]], faults: Faults | None)
             empty = False
             yield record
         if empty and faults is not None and faults.count > before:
-            raise UserError(f"{spec}: none of its {faults.count - before:,} records can be used; the first: {faults.first}")
+            raise UserError(
+                f"{spec}: none of its {faults.count - before:,} records can be used; the first: {faults.first}"
+            )
         if empty:
             raise UserError(f"{spec}: nothing to read in it (no record with any text)")
 

@@ -57,12 +57,18 @@ def side_by_side(
     what is known of single prompts is the mean over them. `values` adds further numbers of single prompts.
     """
     each, texts = [of_each(side) for side in sides], [texts_of(side, tokenizer) for side in sides]
-    known = {name: (per_prompt(each[0][name], len(prompts)), per_prompt(each[1][name], len(prompts))) for name in each[0]}
+    known = {
+        name: (per_prompt(each[0][name], len(prompts)), per_prompt(each[1][name], len(prompts)))
+        for name in each[0]
+    }
     measures = {name: (mean(each[0][name]), mean(each[1][name])) for name in each[0]}
     for n in (1, 2):
         measures[f"distinct-{n}"] = (distinct(texts[0], n), distinct(texts[1], n))
     readable = [turns(prompt, tokenizer) for prompt in prompts]
-    pairs = [{"prompt": readable[n], "before": texts[0][n], "after": texts[1][n]} for n in range(min(SHOWN, len(prompts)))]
+    pairs = [
+        {"prompt": readable[n], "before": texts[0][n], "after": texts[1][n]}
+        for n in range(min(SHOWN, len(prompts)))
+    ]
     return Answered(names[0], names[1], readable, pairs, {**known, **(values or {})}, measures, kl)
 
 

@@ -113,7 +113,9 @@ def best_of_n(scores: Samples, values: Samples, n: int) -> Float[Tensor, " promp
     size = scores.shape[1]
     if not 1 <= n <= size:
         raise ValueError(f"n = {n} of {size} answers")
-    weights = torch.tensor([math.comb(i, n - 1) for i in range(size)], dtype=torch.float64) / math.comb(size, n)
+    weights = torch.tensor([math.comb(i, n - 1) for i in range(size)], dtype=torch.float64) / math.comb(
+        size, n
+    )
     order = scores.double().argsort(dim=1)
     ranked, told = scores.double().gather(1, order), values.double().gather(1, order)
     same = (ranked[:, :, None] == ranked[:, None, :]).double()  # (prompts, N, N): which answers tie
@@ -129,7 +131,9 @@ def at_kl(curve: Sequence[tuple[float, float]], kl: float) -> float | None:
     return None
 
 
-def tilted(scores: Samples, values: Samples, beta: float) -> tuple[Float[Tensor, " prompts"], Float[Tensor, " prompts"]]:
+def tilted(
+    scores: Samples, values: Samples, beta: float
+) -> tuple[Float[Tensor, " prompts"], Float[Tensor, " prompts"]]:
     """KL from the model that was sampled, and expected `values`, of the policy that is its optimum for a KL coefficient: that model
     tilted by exp(score / beta).
 
@@ -172,7 +176,11 @@ def sizes(most: int) -> list[int]:
 def run(config: Config, workspace: Workspace) -> Report:
     """Sample N answers to each held-out prompt, and say what choosing among n of them brings."""
     base = _load(config.policy, workspace)
-    reward = load_reward(workspace.resolve(config.reward), base, config.min_correlation).to(runtime.device()).eval()
+    reward = (
+        load_reward(workspace.resolve(config.reward), base, config.min_correlation)
+        .to(runtime.device())
+        .eval()
+    )
     if runtime.device().type == "cpu":
         reward.body.use_attention(plain_attention)
     gold = gold_of(config.gold, workspace.resolve, base)
@@ -202,7 +210,12 @@ def run(config: Config, workspace: Workspace) -> Report:
 
 
 def chosen_answers(
-    config: Config, base: Loaded, prompts: Sequence[Sequence[int]], given: Answers, scores: Samples, values: Samples | None
+    config: Config,
+    base: Loaded,
+    prompts: Sequence[Sequence[int]],
+    given: Answers,
+    scores: Samples,
+    values: Samples | None,
 ) -> Answered:
     """The first answer to each prompt beside the one with the highest score."""
     assert base.tokenizer is not None
@@ -211,7 +224,10 @@ def chosen_answers(
     known = {SCORE: (scores.mean(1).tolist(), scores.max(1).values.tolist())}
     if values is not None:
         known[GOLD] = (values.mean(1).tolist(), best_of_n(scores, values, config.n).tolist())
-    names = (f"{config.policy}, its first answer", f"{config.policy}, the best of {config.n} by {config.reward}")
+    names = (
+        f"{config.policy}, its first answer",
+        f"{config.policy}, the best of {config.n} by {config.reward}",
+    )
     sides = (given.rows(runtime.on_device(first)), given.rows(runtime.on_device(best)))
     return side_by_side(names, prompts, sides, base.tokenizer, values=known)
 
@@ -220,10 +236,14 @@ def sharing(config: Config, prompts: Sequence[Sequence[int]]) -> Spread:
     """The processes that share the prompts. Raises UsageError for plans that cut models, UserError for too few prompts."""
     reason = "bestofn trains nothing, every process has the whole models: use ddp"
     spread = parallel.start(
-        config.parallel, batch_size=runtime.world_size(), refused=dict.fromkeys(("fsdp", "hsdp", "tp"), reason)
+        config.parallel,
+        batch_size=runtime.world_size(),
+        refused=dict.fromkeys(("fsdp", "hsdp", "tp"), reason),
     )
     if len(prompts) < spread.data_size:
-        raise UserError(f"{len(prompts)} held-out prompts are too few for {spread.data_size} processes; start fewer")
+        raise UserError(
+            f"{len(prompts)} held-out prompts are too few for {spread.data_size} processes; start fewer"
+        )
     return spread
 
 
@@ -248,17 +268,26 @@ def held_out_prompts(config: Config, workspace: Workspace, base: Loaded) -> list
     longest = min(config.max_prompt_tokens, base.model.config.context - config.max_new_tokens)
     prompts = prompts_from(dialogues, base.template, base.tokenizer, max_tokens=longest, most=config.prompts)
     if len(prompts) < 2:
-        raise UserError("there are no held-out prompts short enough; raise max_prompt_tokens or the validation share")
+        raise UserError(
+            "there are no held-out prompts short enough; raise max_prompt_tokens or the validation share"
+        )
     return prompts
 
 
-def answered(base: Loaded, prompts: Sequence[Sequence[int]], config: Config, seed: int, first: int = 0) -> Answers:
+def answered(
+    base: Loaded, prompts: Sequence[Sequence[int]], config: Config, seed: int, first: int = 0
+) -> Answers:
     """One answer to each prompt; `first` is the number of the first one among those of all processes."""
     assert base.tokenizer is not None and base.template is not None
     return sample_answers(
-        base.model, prompts, end=base.tokenizer.control_ids[base.template.end], max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, seed_parts=(seed, "bestofn"), first=first,
-    )  # fmt: skip
+        base.model,
+        prompts,
+        end=base.tokenizer.control_ids[base.template.end],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed_parts=(seed, "bestofn"),
+        first=first,
+    )
 
 
 def point(scores: Samples, values: Samples | None, n: int, seed: int) -> dict[str, float]:
@@ -281,7 +310,10 @@ def optima(scores: Samples, values: Samples | None, seed: int) -> dict[float, di
         if float(kl.mean()) > math.log(scores.shape[1] / COUNTED):
             break  # smaller ones are further away
         row = {"kl": float(kl.mean())}
-        for name, told in (("score", score), *([("gold", tilted(scores, values, beta)[1])] if values is not None else [])):
+        for name, told in (
+            ("score", score),
+            *([("gold", tilted(scores, values, beta)[1])] if values is not None else []),
+        ):
             low, high = bootstrap_interval(told, seed=seed)
             row |= {name: float(told.mean()), f"{name}_low": low, f"{name}_high": high}
         found[beta] = row
@@ -326,25 +358,44 @@ def report_of(
     first, last = rows[1], rows[config.n]
     names = [name for name in ("score", "gold") if name in first]
     measures = [
-        Measure("reward model's score, best of n", first["score"], last["score"], "higher",
-                _note(config.n, last, "score"), (last["score_low"], last["score_high"])),
+        Measure(
+            "reward model's score, best of n",
+            first["score"],
+            last["score"],
+            "higher",
+            _note(config.n, last, "score"),
+            (last["score_low"], last["score_high"]),
+        ),
         Measure("KL of best of n", 0.0, last["kl"], "context", "nats per answer, log n - (n - 1) / n"),
-    ]  # fmt: skip
+    ]
     if "gold" in names:
         note, within = _note(config.n, last, "gold"), (last["gold_low"], last["gold_high"])
-        measures.insert(1, Measure("gold measure, best of n", first["gold"], last["gold"], "higher", note, within))
-    cells = [[f"best of {n}", f"{row['kl']:.2f}", *(_interval(row, name) for name in names)] for n, row in rows.items()]
-    cells += [[f"optimum at beta {beta:g}", f"{row['kl']:.2f}", *(_interval(row, name) for name in names)] for beta, row in best.items()]
+        measures.insert(
+            1, Measure("gold measure, best of n", first["gold"], last["gold"], "higher", note, within)
+        )
+    cells = [
+        [f"best of {n}", f"{row['kl']:.2f}", *(_interval(row, name) for name in names)]
+        for n, row in rows.items()
+    ]
+    cells += [
+        [f"optimum at beta {beta:g}", f"{row['kl']:.2f}", *(_interval(row, name) for name in names)]
+        for beta, row in best.items()
+    ]
     facts: dict[str, Any] = {
-        "curve": {str(n): row for n, row in rows.items()}, "optima": {str(beta): row for beta, row in best.items()},
-    }  # fmt: skip
+        "curve": {str(n): row for n, row in rows.items()},
+        "optima": {str(beta): row for beta, row in best.items()},
+    }
     notes = []
     if rival is not None:
         cells.append([config.rival, f"{rival['kl']:.2f}", *(_interval(rival, name) for name in names)])
         facts["rival"] = rival
         for name in names:
             level = at_kl([(row["kl"], row[name]) for row in rows.values()], rival["kl"])
-            reach = "beyond the largest n" if level is None else f"where best-of-n has {level:.3f} ({rival[name] - level:+.3f})"
+            reach = (
+                "beyond the largest n"
+                if level is None
+                else f"where best-of-n has {level:.3f} ({rival[name] - level:+.3f})"
+            )
             notes.append(f"{config.rival}: {name} {rival[name]:.3f} at {rival['kl']:.2f} nats, {reach}")
     curves = [Curve(f"Best of n: {name}", [name, f"{name}_low", f"{name}_high"], "step: n") for name in names]
     title = "What choosing among n answers brings (95 % intervals over prompts, bootstrap)"

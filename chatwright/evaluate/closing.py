@@ -47,7 +47,10 @@ def close(
     verb: str, module: Any, config: Any, workspace: Workspace, report: Report, spent: Mapping[str, float]
 ) -> dict[str, Any]:
     """Entries for result.json; writes pairs.json and per_prompt.json. `spent`: seconds, joules and memory_bytes of the stage."""
-    result: dict[str, Any] = {"cost": cost(report, workspace, spent), "data": content(verb, config, workspace)}
+    result: dict[str, Any] = {
+        "cost": cost(report, workspace, spent),
+        "data": content(verb, config, workspace),
+    }
     if verb not in ALIGNMENT:
         return result
     result["paper"] = paper.beside(getattr(module, "PAPER", ()), config, report.facts)
@@ -55,15 +58,26 @@ def close(
     answers = report.answers
     if answers is None and report.model is not None:
         try:
-            answers = _compared(config, workspace, report) if verb == "reward" else _asked(config, workspace, report)
+            answers = (
+                _compared(config, workspace, report)
+                if verb == "reward"
+                else _asked(config, workspace, report)
+            )
         except UserError as error:  # the stage is done all the same; the report says what it lacks, and why
             report.notes.append(f"no answers before and after: {error}")
     result["answers"] = None
     if answers is not None:
-        result["answers"] = {"before": answers.before, "after": answers.after, "prompts": len(answers.prompts),
-                             "measures": dict(answers.measures), "kl": answers.kl}  # fmt: skip
+        result["answers"] = {
+            "before": answers.before,
+            "after": answers.after,
+            "prompts": len(answers.prompts),
+            "measures": dict(answers.measures),
+            "kl": answers.kl,
+        }
         checkpoint.write_json(workspace.directory / "pairs.json", list(answers.pairs))
-        values = {name: {"before": before, "after": after} for name, (before, after) in answers.values.items()}
+        values = {
+            name: {"before": before, "after": after} for name, (before, after) in answers.values.items()
+        }
         marks = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in answers.prompts]
         checkpoint.write_json(workspace.directory / "per_prompt.json", {"prompts": marks, "values": values})
     return result
@@ -93,18 +107,32 @@ def kl_budget(verb: str, config: Any, workspace: Workspace, report: Report) -> d
     there is no reference. `allowed` is None where nothing was limited."""
     spent = {measure.name: measure.after for measure in report.measures}
     if verb in ("ppo", "reinforce"):
-        rows = [row for row in read_metrics(workspace.directory / "metrics.jsonl") if row.get("kl") is not None]
+        rows = [
+            row for row in read_metrics(workspace.directory / "metrics.jsonl") if row.get("kl") is not None
+        ]
         best = report.facts.get("best") or {}
-        return {"spent": spent.get("KL to the SFT model"), "allowed": config.kl_budget,
-                "largest": max((row["kl"] for row in rows), default=None), "round": rows[-1]["step"] if rows else None,
-                "kept": best.get("step"), "stopped": report.facts.get("stopped", "")}  # fmt: skip
+        return {
+            "spent": spent.get("KL to the SFT model"),
+            "allowed": config.kl_budget,
+            "largest": max((row["kl"] for row in rows), default=None),
+            "round": rows[-1]["step"] if rows else None,
+            "kept": best.get("step"),
+            "stopped": report.facts.get("stopped", ""),
+        }
     if verb == "bestofn":
-        return {"spent": spent["KL of best of n"], "allowed": None, "stopped": "nothing is trained; log n - (n - 1) / n is an upper bound"}
+        return {
+            "spent": spent["KL of best of n"],
+            "allowed": None,
+            "stopped": "nothing is trained; log n - (n - 1) / n is an upper bound",
+        }
     if verb == "eval":
         trained = workspace.inputs.get(config.policy)
         known = checkpoint.read_json(trained / "result.json").get("kl_budget") if trained else None
-        return {"spent": spent["KL on held-out prompts"], "allowed": (known or {}).get("allowed"),
-                "stopped": f"measured on held-out prompts; the budget is that of {config.policy}"}  # fmt: skip
+        return {
+            "spent": spent["KL on held-out prompts"],
+            "allowed": (known or {}).get("allowed"),
+            "stopped": f"measured on held-out prompts; the budget is that of {config.policy}",
+        }
     return None
 
 
@@ -120,7 +148,12 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
     after = _ready(str(workspace.directory / str(report.model)), workspace)
     before = _ready(config.base, workspace)
     tokenizer, template = after.tokenizer, after.template
-    if tokenizer is None or template is None or before.tokenizer is None or before.tokenizer.fingerprint != tokenizer.fingerprint:
+    if (
+        tokenizer is None
+        or template is None
+        or before.tokenizer is None
+        or before.tokenizer.fingerprint != tokenizer.fingerprint
+    ):
         raise UserError(f"{config.base} and the result have not one tokenizer")
     context = after.model.config.context
     room = min(getattr(config, "max_new_tokens", LONGEST_ANSWER), context // 2)
@@ -134,19 +167,29 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
     say(f"  asking {config.base} and the result {len(prompts)} held-out prompts")
     temperature = getattr(config, "temperature", 1.0)
     sides = [
-        sample_answers(model, prompts, end=tokenizer.control_ids[template.end], max_new_tokens=room, temperature=temperature,
-                       seed_parts=(workspace.seed, "before and after"))
+        sample_answers(
+            model,
+            prompts,
+            end=tokenizer.control_ids[template.end],
+            max_new_tokens=room,
+            temperature=temperature,
+            seed_parts=(workspace.seed, "before and after"),
+        )
         for model in (before.model, after.model)
-    ]  # fmt: skip
+    ]
     kl = mean_kl(after.model, before.model, sides[1], temperature)
-    return side_by_side((config.base, workspace.directory.name), prompts, (sides[0], sides[1]), tokenizer, kl=kl)
+    return side_by_side(
+        (config.base, workspace.directory.name), prompts, (sides[0], sides[1]), tokenizer, kl=kl
+    )
 
 
 def _compared(config: Any, workspace: Workspace, report: Report) -> Answered:
     """What a reward model thinks of ten held-out pairs of answers, before training and after: by how much the score of the one
     that was rated higher leads."""
     held_out = reward.load_split(config, workspace).held_out
-    chosen = [pair for pair in map(_extremes, held_out) if pair.scores[0] - pair.scores[1] > config.margin][:SHOWN]
+    chosen = [pair for pair in map(_extremes, held_out) if pair.scores[0] - pair.scores[1] > config.margin][
+        :SHOWN
+    ]
     base = _ready(config.base, workspace)
     if base.tokenizer is None or base.template is None or not chosen:
         raise UserError("there is no held-out pair that is no tie")
@@ -157,16 +200,22 @@ def _compared(config: Any, workspace: Workspace, report: Report) -> Answered:
         torch.manual_seed(runtime.seed_for(workspace.seed, "reward"))
         before = ScalarModel(base.model.config)
     before.start_from(base.model)
-    rankings = Rankings(chosen, base.template, base.tokenizer, config, SampleOrder(len(chosen), workspace.seed))
+    rankings = Rankings(
+        chosen, base.template, base.tokenizer, config, SampleOrder(len(chosen), workspace.seed)
+    )
     leads = []
     for model in (before, after):
         with runtime.evaluating(model.to(runtime.device())):
             scores, _ = judge(model, rankings, chosen)
         leads.append((scores[:, 0] - scores[:, 1]).tolist())
-    prompts = [f"{' / '.join(one['content'] for one in pair.prompt)} - higher: {pair.responses[0]} - lower: {pair.responses[1]}"
-               for pair in chosen]  # fmt: skip
-    pairs = [{"prompt": prompt, "before": f"{first:+.2f}", "after": f"{second:+.2f}"}
-             for prompt, first, second in zip(prompts, *leads, strict=True)]  # fmt: skip
+    prompts = [
+        f"{' / '.join(one['content'] for one in pair.prompt)} - higher: {pair.responses[0]} - lower: {pair.responses[1]}"
+        for pair in chosen
+    ]
+    pairs = [
+        {"prompt": prompt, "before": f"{first:+.2f}", "after": f"{second:+.2f}"}
+        for prompt, first, second in zip(prompts, *leads, strict=True)
+    ]
     return Answered("lead of the higher rated answer, untrained", "trained", prompts, pairs)
 
 

@@ -40,14 +40,20 @@ class Config:
 def main_compare(argv: Sequence[str]) -> int:
     """`chatwright compare RUN_A RUN_B [...]`."""
     config, given = parse(
-        Config, argv, prog="chatwright compare",
+        Config,
+        argv,
+        prog="chatwright compare",
         description="Put runs, or stages of runs, side by side: settings that differ, measures with their intervals, curves, cost, "
         "and the answers to the same prompts. Says what makes the comparison unfair.",
-        positionals={"run+": "Directories of two or more runs (runs/tiny), or of two or more stages (runs/tiny/ppo)."},
-    )  # fmt: skip
+        positionals={
+            "run+": "Directories of two or more runs (runs/tiny), or of two or more stages (runs/tiny/ppo)."
+        },
+    )
     paths = [Path(one) for one in given["run"] or ()]
     if not 2 <= len(paths) <= MOST:
-        raise UsageError(f"{len(paths)} directory given; compare takes two to {MOST}, for example runs/a runs/b")
+        raise UsageError(
+            f"{len(paths)} directory given; compare takes two to {MOST}, for example runs/a runs/b"
+        )
     if config.out and Path(config.out).is_dir():
         raise UsageError(f"--out {config.out} is a directory; give a file, for example comparison.md")
     runs = [read_run(path) for path in paths]
@@ -100,7 +106,11 @@ def _labels(numbers: Sequence[int]) -> str:
 def _missing(runs: Sequence[Run]) -> list[str]:
     """Stages that not every run has, or has finished."""
     lines = []
-    for name in dict.fromkeys(name for run in runs for name in (*run.stages, *run.unfinished)) if runs[0].whole else ():
+    for name in (
+        dict.fromkeys(name for run in runs for name in (*run.stages, *run.unfinished))
+        if runs[0].whole
+        else ()
+    ):
         has = [number for number, run in enumerate(runs) if name in run.stages]
         begun = [number for number, run in enumerate(runs) if name in run.unfinished]
         if len(has) < len(runs):
@@ -114,14 +124,22 @@ def _unfair(groups: Mapping[str, Group]) -> list[str]:
     lines = []
     everyone = [stage for group in groups.values() for stage in group if stage is not None]
     if any("seed" not in stage.result for stage in everyone):
-        lines.append("some results are of an older version and do not tell their seed and data: whether this is fair is not known")
+        lines.append(
+            "some results are of an older version and do not tell their seed and data: whether this is fair is not known"
+        )
     seeds = _by_run(groups, "seed")
     if seeds:
-        lines.append(f"the seeds differ ({seeds}): part of each difference is chance of the seed, which no interval here contains")
+        lines.append(
+            f"the seeds differ ({seeds}): part of each difference is chance of the seed, which no interval here contains"
+        )
     versions = _by_run(groups, "version")
     if versions:
         lines.append(f"the versions of chatwright differ ({versions})")
-    other = [name for name, group in groups.items() if len({str(one.result["data"]) for one in group if one and one.result.get("data")}) > 1]
+    other = [
+        name
+        for name, group in groups.items()
+        if len({str(one.result["data"]) for one in group if one and one.result.get("data")}) > 1
+    ]
     if other:
         lines.append(f"the data differ (stages {', '.join(other)}): what is held out is not the same")
     for name, group in groups.items():
@@ -177,7 +195,9 @@ def _stage(name: str, group: Group) -> dict[str, Any]:
         "same": _same(group),
         "settings": [{"setting": key, "values": row} for key, row in values.items() if _differ(row, group)],
         "measures": _measures(group),
-        "paired": [row for number in range(1, len(group)) for row in _paired(group[0], group[number], number)],
+        "paired": [
+            row for number in range(1, len(group)) for row in _paired(group[0], group[number], number)
+        ],
         "curves": _curves(group),
         "kl_budget": kl if any(kl) else None,
         "cost": _costs(group),
@@ -199,13 +219,24 @@ def _measures(group: Group) -> list[dict[str, Any]]:
             continue
         told = [dict(one) for one in stage.result["measures"]]
         more = (stage.result.get("answers") or {}).get("measures", {})
-        told += [{"name": key, "before": pair[0], "after": pair[1], "better": "context"} for key, pair in more.items()]
+        told += [
+            {"name": key, "before": pair[0], "after": pair[1], "better": "context"}
+            for key, pair in more.items()
+        ]
         for one in told:
             row = found.setdefault(one["name"], [None] * len(group))
             row[number] = {key: one.get(key) for key in ("before", "after", "interval")}
             better.setdefault(one["name"], str(one.get("better", "context")))
-    return [{"measure": name, "better": better[name], "values": row, "differences": _differences(row), "intervals": _overlap(row)}
-            for name, row in found.items()]  # fmt: skip
+    return [
+        {
+            "measure": name,
+            "better": better[name],
+            "values": row,
+            "differences": _differences(row),
+            "intervals": _overlap(row),
+        }
+        for name, row in found.items()
+    ]
 
 
 def _differences(row: Sequence[Mapping[str, Any] | None]) -> list[float | None]:
@@ -237,10 +268,20 @@ def _paired(first: Stage | None, other: Stage | None, number: int) -> list[dict[
         if name not in other.per_prompt["values"]:
             continue
         theirs = other.per_prompt["values"][name]["after"]
-        change = torch.tensor([float(theirs[places[1][key]]) - float(sides["after"][places[0][key]]) for key in shared])
+        change = torch.tensor(
+            [float(theirs[places[1][key]]) - float(sides["after"][places[0][key]]) for key in shared]
+        )
         low, high = bootstrap_interval(change, seed=0)
-        rows.append({"measure": name, "runs": [label(0), label(number)], "prompts": len(shared), "difference": float(change.mean()),
-                     "interval": [low, high], "clear": low > 0 or high < 0})  # fmt: skip
+        rows.append(
+            {
+                "measure": name,
+                "runs": [label(0), label(number)],
+                "prompts": len(shared),
+                "difference": float(change.mean()),
+                "interval": [low, high],
+                "clear": low > 0 or high < 0,
+            }
+        )
     return rows
 
 
@@ -265,15 +306,35 @@ def _curves(group: Group) -> list[dict[str, Any]]:
     for key, curve in titles.items():
         series = [stage.points(key) if stage else [] for stage in group]
         if sum(len(one) > 1 for one in series) > 1:
-            rows.append({"metric": key, "title": curve["title"], "unit": curve.get("unit", ""), "values": [
-                {"first": one[0][1], "last": one[-1][1], "lowest": min(y for _, y in one), "highest": max(y for _, y in one),
-                 "steps": one[-1][0], "shape": compare_page.sketch([y for _, y in one])} if one else None for one in series]})  # fmt: skip
+            rows.append(
+                {
+                    "metric": key,
+                    "title": curve["title"],
+                    "unit": curve.get("unit", ""),
+                    "values": [
+                        {
+                            "first": one[0][1],
+                            "last": one[-1][1],
+                            "lowest": min(y for _, y in one),
+                            "highest": max(y for _, y in one),
+                            "steps": one[-1][0],
+                            "shape": compare_page.sketch([y for _, y in one]),
+                        }
+                        if one
+                        else None
+                        for one in series
+                    ],
+                }
+            )
     return rows
 
 
 def _costs(group: Group) -> list[dict[str, Any]]:
     """What at least one run knows of its cost; `ratios` to the first run."""
-    known = [{"seconds": stage.result["seconds"], **(stage.result.get("cost") or {})} if stage else {} for stage in group]
+    known = [
+        {"seconds": stage.result["seconds"], **(stage.result.get("cost") or {})} if stage else {}
+        for stage in group
+    ]
     rows = []
     for key in COSTS:
         values = [finite(one.get(key)) for one in known]
@@ -290,6 +351,13 @@ def _same_prompts(group: Group) -> list[dict[str, Any]]:
     for number, stage in enumerate(group):
         for pair in stage.pairs if stage else ():
             found.setdefault(pair["prompt"], [None] * len(group))[number] = pair
-    rows = [{"prompt": prompt, "before": [one["before"] if one else None for one in row], "after": [one["after"] if one else None for one in row]}
-            for prompt, row in found.items() if sum(one is not None for one in row) > 1]  # fmt: skip
+    rows = [
+        {
+            "prompt": prompt,
+            "before": [one["before"] if one else None for one in row],
+            "after": [one["after"] if one else None for one in row],
+        }
+        for prompt, row in found.items()
+        if sum(one is not None for one in row) > 1
+    ]
     return rows[:SHOWN]

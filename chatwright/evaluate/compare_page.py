@@ -37,7 +37,9 @@ def sketch(values: Sequence[float]) -> str:
     """A curve in one line of block characters, lowest to highest: means over equal stretches."""
     count = min(WIDTH, len(values))
     parts = [values[n * len(values) // count : (n + 1) * len(values) // count] for n in range(count)]
-    means = [sum(value / len(one) / 2 for value in one) for one in parts]  # halves: their differences are finite
+    means = [
+        sum(value / len(one) / 2 for value in one) for one in parts
+    ]  # halves: their differences are finite
     low, high = min(means), max(means)
     return "".join(BARS[round((one - low) / (high - low) * 7)] if high > low else BARS[3] for one in means)
 
@@ -48,17 +50,38 @@ def sheets(found: Mapping[str, Any], stage: Mapping[str, Any]) -> Iterator[Sheet
         return
     labels = [run["label"] for run in found["runs"]]
     every = [
-        Sheet("Settings that differ", ("setting", *labels), [(one["setting"], *map(setting, one["values"])) for one in stage["settings"]]),
+        Sheet(
+            "Settings that differ",
+            ("setting", *labels),
+            [(one["setting"], *map(setting, one["values"])) for one in stage["settings"]],
+        ),
         _measures(labels, stage["measures"]),
-        Sheet("The same prompts: mean of paired differences", ("measure", "difference", "95 % interval", "prompts", ""),
-              [_paired(one) for one in stage["paired"]]),
-        Sheet("Curves: first → last (lowest to highest)", ("metric", *labels), [_curve(one) for one in stage["curves"]]),
-        Sheet("KL budget", ("", "nats per answer"),
-              [(label, one or "-") for label, one in zip(labels, stage["kl_budget"] or (), strict=False)]),
-        Sheet("Cost", ("", *labels, *(f"{label} / {labels[0]}" for label in labels[1:])), [_cost(one) for one in stage["cost"]]),
-        Sheet("Answers to the same prompts, not chosen", ("prompt", *_sides(labels, stage["answers"])),
-              [_answer(one, stage["answers"]) for one in stage["answers"]]),
-    ]  # fmt: skip
+        Sheet(
+            "The same prompts: mean of paired differences",
+            ("measure", "difference", "95 % interval", "prompts", ""),
+            [_paired(one) for one in stage["paired"]],
+        ),
+        Sheet(
+            "Curves: first → last (lowest to highest)",
+            ("metric", *labels),
+            [_curve(one) for one in stage["curves"]],
+        ),
+        Sheet(
+            "KL budget",
+            ("", "nats per answer"),
+            [(label, one or "-") for label, one in zip(labels, stage["kl_budget"] or (), strict=False)],
+        ),
+        Sheet(
+            "Cost",
+            ("", *labels, *(f"{label} / {labels[0]}" for label in labels[1:])),
+            [_cost(one) for one in stage["cost"]],
+        ),
+        Sheet(
+            "Answers to the same prompts, not chosen",
+            ("prompt", *_sides(labels, stage["answers"])),
+            [_answer(one, stage["answers"]) for one in stage["answers"]],
+        ),
+    ]
     yield from (one for one in every if one.rows)
 
 
@@ -72,8 +95,16 @@ def setting(value: Any) -> str:
 def _measures(labels: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Sheet:
     """The table of measures, without a column on intervals where no two are known."""
     known = any(text for one in rows for text in one["intervals"])
-    columns = ["measure", *labels, *(f"{label} - {labels[0]}" for label in labels[1:]), *(["intervals"] if known else [])]
-    cells = [[*_measured(one), *(["; ".join(text for text in one["intervals"] if text)] if known else [])] for one in rows]
+    columns = [
+        "measure",
+        *labels,
+        *(f"{label} - {labels[0]}" for label in labels[1:]),
+        *(["intervals"] if known else []),
+    ]
+    cells = [
+        [*_measured(one), *(["; ".join(text for text in one["intervals"] if text)] if known else [])]
+        for one in rows
+    ]
     return Sheet("Measures: before → after (95 % interval of after)", columns, cells)
 
 
@@ -90,14 +121,28 @@ def _measured(one: Mapping[str, Any]) -> list[str]:
 def _paired(one: Mapping[str, Any]) -> list[str]:
     first, other = one["runs"]
     low, high = one["interval"]
-    verdict = "the interval leaves out 0" if one["clear"] else "no difference" if low == high else "the interval holds 0: may be chance"
-    return [one["measure"], f"{other} - {first} = {one['difference']:+.4g}", f"{low:+.4g} to {high:+.4g}", str(one["prompts"]), verdict]
+    verdict = (
+        "the interval leaves out 0"
+        if one["clear"]
+        else "no difference"
+        if low == high
+        else "the interval holds 0: may be chance"
+    )
+    return [
+        one["measure"],
+        f"{other} - {first} = {one['difference']:+.4g}",
+        f"{low:+.4g} to {high:+.4g}",
+        str(one["prompts"]),
+        verdict,
+    ]
 
 
 def _curve(one: Mapping[str, Any]) -> list[str]:
     name = f"{one['metric']}, {one['unit']}" if one["unit"] else one["metric"]
     cells = [
-        "-" if value is None else f"{value['shape']} {number(value['first'])} → {number(value['last'])} "
+        "-"
+        if value is None
+        else f"{value['shape']} {number(value['first'])} → {number(value['last'])} "
         f"({number(value['lowest'])} to {number(value['highest'])}), to step {value['steps']:g}"
         for value in one["values"]
     ]
@@ -158,15 +203,22 @@ def write(found: Mapping[str, Any], groups: Mapping[str, Sequence[Stage | None]]
     lines = ["# Comparison", ""]
     lines += [f"- {run['label']} = {item(run['path'])}" for run in found["runs"]]
     if found["remarks"]:
-        lines += ["", "What makes the comparison less than fair:", "", *(f"- {item(remark)}" for remark in found["remarks"])]
+        lines += [
+            "",
+            "What makes the comparison less than fair:",
+            "",
+            *(f"- {item(remark)}" for remark in found["remarks"]),
+        ]
     for stage in found["stages"]:
         lines += ["", f"## {item(stage['stage'])}", *(["", REPEATED] if stage["same"] else [])]
         for sheet in sheets(found, stage):
             lines += ["", f"{sheet.title}:", "", *table(sheet.columns, sheet.rows)]
         for curve in () if stage["same"] else stage["curves"]:
             name = f"{plain(out.stem)}-{plain(stage['stage'])}-{plain(curve['metric'])}.png"
-            series = [(run["label"], one.points(curve["metric"]) if one else [])
-                      for run, one in zip(found["runs"], groups[stage["stage"]], strict=True)]  # fmt: skip
+            series = [
+                (run["label"], one.points(curve["metric"]) if one else [])
+                for run, one in zip(found["runs"], groups[stage["stage"]], strict=True)
+            ]
             overlay(out.parent / name, curve, series)
             lines += ["", f"![{item(curve['metric'])}]({name})"]
     checkpoint.write_text(out, "\n".join(lines) + "\n")
@@ -177,7 +229,9 @@ def plain(text: str) -> str:
     return re.sub(r"[^\w-]+", "_", text)[:80]
 
 
-def overlay(file: Path, curve: Mapping[str, Any], series: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> None:
+def overlay(
+    file: Path, curve: Mapping[str, Any], series: Sequence[tuple[str, Sequence[tuple[float, float]]]]
+) -> None:
     """One metric of all runs in one picture. Raises UserError when it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -63,7 +63,8 @@ def run(config: Config, workspace: Workspace) -> Report:
     """Sample answers of both models to the same held-out prompts and compare them."""
     names = {"before": config.reference, "after": config.policy}
     models = {
-        side: load_parts(workspace.resolve(name) if name in workspace.inputs else name) for side, name in names.items()
+        side: load_parts(workspace.resolve(name) if name in workspace.inputs else name)
+        for side, name in names.items()
     }
     tokenizer, template = models["after"].tokenizer, models["after"].template
     other = models["before"].tokenizer
@@ -75,7 +76,9 @@ def run(config: Config, workspace: Workspace) -> Report:
         dialogues, template, tokenizer, max_tokens=config.max_prompt_tokens, most=config.prompts
     )
     if len(prompts) < 2:
-        raise UserError("there are no held-out prompts short enough; raise max_prompt_tokens or the validation share")
+        raise UserError(
+            "there are no held-out prompts short enough; raise max_prompt_tokens or the validation share"
+        )
     texts: dict[str, list[str]] = {}
     gold: dict[str, Tensor] = {}
     sampled: dict[str, Answers] = {}
@@ -99,23 +102,39 @@ def run(config: Config, workspace: Workspace) -> Report:
     gain = float((gold["after"] - gold["before"]).mean())
     variety = {side: distinct(texts[side]) for side in texts}
     answers = side_by_side(
-        (config.reference, config.policy), prompts, (sampled["before"], sampled["after"]), tokenizer, kl=kl,
+        (config.reference, config.policy),
+        prompts,
+        (sampled["before"], sampled["after"]),
+        tokenizer,
+        kl=kl,
         values={GOLD: (gold["before"].tolist(), gold["after"].tolist())},
-    )  # fmt: skip
+    )
     within = bootstrap_interval(gold["after"], seed=workspace.seed)
     return Report(
         measures=[
-            Measure("gold sentiment, held-out prompts", float(gold["before"].mean()), float(gold["after"].mean()),
-                    "higher", f"{gain:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}", within),
+            Measure(
+                "gold sentiment, held-out prompts",
+                float(gold["before"].mean()),
+                float(gold["after"].mean()),
+                "higher",
+                f"{gain:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}",
+                within,
+            ),
             Measure("KL on held-out prompts", 0.0, kl, "context", "nats per answer"),
             Measure("distinct-2, held-out prompts", variety["before"], variety["after"], "higher"),
             Measure("answer length", *answers.measures[LENGTH], "context", "tokens"),
             Measure("answers that come to their end", *answers.measures[ENDED], "higher"),
         ],
-        facts={"gain": gain, "interval": [low, high], "kl": kl, "prompts": len(prompts),
-               "distinct_2": variety, "tokens": sum(int(side.response.sum()) for side in sampled.values())},
+        facts={
+            "gain": gain,
+            "interval": [low, high],
+            "kl": kl,
+            "prompts": len(prompts),
+            "distinct_2": variety,
+            "tokens": sum(int(side.response.sum()) for side in sampled.values()),
+        },
         answers=answers,
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ def draw_curves(directory: Path, curves: Sequence[Mapping[str, Any]]) -> Path | 
     """`curves.png` in a stage's directory from its metrics.jsonl; None when there is nothing to draw."""
     rows = read_metrics(directory / "metrics.jsonl")
     drawable = [
-        (curve, [key for key in curve["keys"] if sum(row.get(key) is not None for row in rows) > 1]) for curve in curves
+        (curve, [key for key in curve["keys"] if sum(row.get(key) is not None for row in rows) > 1])
+        for curve in curves
     ]
     drawable = [(curve, keys) for curve, keys in drawable if keys]
     if not drawable:
@@ -62,10 +63,15 @@ def table_rows(name: str, result: Result) -> list[tuple[str, str, str, str, str]
     for place, measure in enumerate(result["measures"]):
         note = f" ({measure['note']})" if measure.get("note") else ""
         first = place == 0
-        rows.append((
-            name if first else "", measure["name"] + note, number(measure["before"]), number(measure["after"]),
-            duration(result["seconds"]) if first else "",
-        ))  # fmt: skip
+        rows.append(
+            (
+                name if first else "",
+                measure["name"] + note,
+                number(measure["before"]),
+                number(measure["after"]),
+                duration(result["seconds"]) if first else "",
+            )
+        )
     return rows or [(name, "", "-", "-", duration(result["seconds"]))]
 
 
@@ -104,7 +110,9 @@ def _paper(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The settings that differ, and in a line those that do not."""
     if not rows:
         return ["The papers of this method give no value for any of its settings."]
-    differ = [(row["setting"], shown(row["ours"]), row["paper"], row["source"]) for row in rows if not row["same"]]
+    differ = [
+        (row["setting"], shown(row["ours"]), row["paper"], row["source"]) for row in rows if not row["same"]
+    ]
     same = [row["setting"] for row in rows if row["same"]]
     lines = table(("setting", "ours", "paper", "source"), differ) if differ else ["None."]
     lines += ["", f"As in the paper: {cell(', '.join(same))}."] if same else []
@@ -121,12 +129,20 @@ def _answers(directory: Path, result: Result) -> list[str]:
     if not answers["measures"]:  # of a reward model, which answers nothing
         what = f"The first {len(pairs)} held-out pairs of answers that are no tie, not chosen otherwise."
     lines = [what, ""]
-    lines += table(("", "prompt", *names), [(str(n), pair["prompt"], pair["before"], pair["after"]) for n, pair in enumerate(pairs, 1)])
+    lines += table(
+        ("", "prompt", *names),
+        [(str(n), pair["prompt"], pair["before"], pair["after"]) for n, pair in enumerate(pairs, 1)],
+    )
     if answers["measures"]:
         lines += ["", f"Length and diversity of the answers to all {answers['prompts']} prompts:", ""]
-        lines += table(("", *names), [(key, number(one[0]), number(one[1])) for key, one in answers["measures"].items()])
+        lines += table(
+            ("", *names), [(key, number(one[0]), number(one[1])) for key, one in answers["measures"].items()]
+        )
     if answers["kl"] is not None:
-        lines += ["", f"KL of the second from the first on its own answers: {number(answers['kl'])} nats per answer."]
+        lines += [
+            "",
+            f"KL of the second from the first on its own answers: {number(answers['kl'])} nats per answer.",
+        ]
     return lines
 
 
@@ -136,8 +152,11 @@ def kl_line(result: Result) -> str:
     if not known:
         return "no budget: this stage has no reference to stay near."
     spent, allowed = known["spent"], known["allowed"]
-    parts = [f"spent {number(spent)} of {number(allowed)} nats per answer" if allowed is not None else
-             f"spent {number(spent)} nats per answer; no budget was set"]  # fmt: skip
+    parts = [
+        f"spent {number(spent)} of {number(allowed)} nats per answer"
+        if allowed is not None
+        else f"spent {number(spent)} nats per answer; no budget was set"
+    ]
     if known.get("largest") is not None:
         parts.append(f"the most in any round was {number(known['largest'])}")
     if known.get("round") is not None:
@@ -169,8 +188,10 @@ def write_run_report(directory: Path, name: str, results: Mapping[str, Result], 
     """report.md of a whole run, with the pictures of its stages; returns its text."""
     total = sum(result["seconds"] for result in results.values())
     lines = [f"# Run {cell(name)}", "", f"{len(results)} stages in {duration(total)} (minutes:seconds).", ""]
-    lines += table(("stage", "measured on held-out data", "before", "after", "time"),
-                   [row for stage, result in results.items() for row in table_rows(stage, result)])  # fmt: skip
+    lines += table(
+        ("stage", "measured on held-out data", "before", "after", "time"),
+        [row for stage, result in results.items() for row in table_rows(stage, result)],
+    )
     lines += ["", f"## One prompt after each stage: {cell(prompt)}", ""]
     for stage, result in results.items():
         if result.get("sample"):
@@ -178,8 +199,14 @@ def write_run_report(directory: Path, name: str, results: Mapping[str, Result], 
     lines += _summary(results)
     for stage in results:
         if (directory / stage / "curves.png").is_file():
-            lines += ["", f"## {stage}", "", f"![curves of {stage}]({stage}/curves.png)", "",
-                      f"More: [{stage}/report.md]({stage}/report.md)"]  # fmt: skip
+            lines += [
+                "",
+                f"## {stage}",
+                "",
+                f"![curves of {stage}]({stage}/curves.png)",
+                "",
+                f"More: [{stage}/report.md]({stage}/report.md)",
+            ]
     text = "\n".join(lines) + "\n"
     checkpoint.write_text(directory / "report.md", text)
     return text
@@ -190,15 +217,28 @@ def _summary(results: Mapping[str, Result]) -> list[str]:
     told = {stage: result for stage, result in results.items() if "paper" in result}
     lines: list[str] = []
     if told:
-        lines += ["", "## Alignment in short", "",
-                  "Ten pairs of answers, and the settings that differ from the paper's, stand in each stage's report.", ""]  # fmt: skip
+        lines += [
+            "",
+            "## Alignment in short",
+            "",
+            "Ten pairs of answers, and the settings that differ from the paper's, stand in each stage's report.",
+            "",
+        ]
         for stage, result in told.items():
             differ = sum(not row["same"] for row in result["paper"])
-            papers = f"{differ} of the papers' {len(result['paper'])} settings differ. " if result["paper"] else ""
+            papers = (
+                f"{differ} of the papers' {len(result['paper'])} settings differ. " if result["paper"] else ""
+            )
             lines.append(f"- [{stage}]({stage}/report.md): {papers}KL: {cell(kl_line(result))}")
-        rows = [(stage, key, number(one[0]), number(one[1])) for stage, result in told.items() if result["answers"]
-                for key, one in result["answers"]["measures"].items()]  # fmt: skip
-        lines += ["", *table(("stage", "answers to held-out prompts", "before", "after"), rows)] if rows else []
+        rows = [
+            (stage, key, number(one[0]), number(one[1]))
+            for stage, result in told.items()
+            if result["answers"]
+            for key, one in result["answers"]["measures"].items()
+        ]
+        lines += (
+            ["", *table(("stage", "answers to held-out prompts", "before", "after"), rows)] if rows else []
+        )
     costs = {stage: result["cost"] for stage, result in results.items() if "cost" in result}
     if costs:
         spent = [(stage, *(value for _, value in cost_rows(cost))) for stage, cost in costs.items()]
@@ -213,4 +253,7 @@ def _total(costs: Collection[Mapping[str, float]]) -> list[str]:
     total["memory_bytes"] = max(cost["memory_bytes"] for cost in costs)
     part = {key for key in total if sum(key in cost for cost in costs) < len(costs)}
     cells = [value for _, value in cost_rows(total)]
-    return [f"{value} (of the stages that count)" if key in part else value for key, value in zip(COSTS, cells, strict=True)]
+    return [
+        f"{value} (of the stages that count)" if key in part else value
+        for key, value in zip(COSTS, cells, strict=True)
+    ]

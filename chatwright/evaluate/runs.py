@@ -59,16 +59,25 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path} is no directory; give a run (runs/tiny) or a stage (runs/tiny/ppo)")
     if _is_stage(path):
         if not (path / "result.json").is_file():
-            raise UserError(f"{path} is not finished: it has no result.json; the command that began it goes on with it")
+            raise UserError(
+                f"{path} is not finished: it has no result.json; the command that began it goes on with it"
+            )
         return Run(path, False, {path.name: read_stage(path)})
     places = [place for place in sorted(path.iterdir()) if _is_stage(place) and ".old-" not in place.name]
     if not places:
-        raise UserError(f"{path} is no run: no folder in it is a stage (with result.json); give a run or a stage's directory")
+        raise UserError(
+            f"{path} is no run: no folder in it is a stage (with result.json); give a run or a stage's directory"
+        )
     done = [place for place in places if (place / "result.json").is_file()]
     if not done:
         raise UserError(f"{path}: none of its stages is finished ({', '.join(one.name for one in places)})")
     done.sort(key=lambda place: (place / "result.json").stat().st_mtime)  # as they were run
-    return Run(path, True, {place.name: read_stage(place) for place in done}, [one.name for one in places if one not in done])
+    return Run(
+        path,
+        True,
+        {place.name: read_stage(place) for place in done},
+        [one.name for one in places if one not in done],
+    )
 
 
 def _is_stage(path: Path) -> bool:
@@ -78,8 +87,15 @@ def _is_stage(path: Path) -> bool:
 def read_stage(directory: Path) -> Stage:
     """A finished stage. Raises UserError naming the file that is damaged."""
     result = _checked(checkpoint.read_json(directory / "result.json"), directory / "result.json")
-    return Stage(directory.name, directory, result, _settings(directory / "config.yaml"), read_rows(directory / "metrics.jsonl"),
-                 _pairs(directory / "pairs.json"), _per_prompt(directory / "per_prompt.json"))  # fmt: skip
+    return Stage(
+        directory.name,
+        directory,
+        result,
+        _settings(directory / "config.yaml"),
+        read_rows(directory / "metrics.jsonl"),
+        _pairs(directory / "pairs.json"),
+        _per_prompt(directory / "per_prompt.json"),
+    )
 
 
 def finite(value: Any) -> float | None:
@@ -96,8 +112,12 @@ def _checked(result: Any, file: Path) -> Mapping[str, Any]:
     """result.json, when what is read of it has the shape that it should."""
     expected = {"verb": str, "measures": list, "curves": list, "facts": dict, "notes": list}
     optional = {"cost": dict, "kl_budget": dict, "answers": dict, "inputs": dict, "paper": list}
-    fine = isinstance(result, dict) and all(isinstance(result.get(key), kind) for key, kind in expected.items())
-    fine = fine and all(result.get(key) is None or isinstance(result[key], kind) for key, kind in optional.items())
+    fine = isinstance(result, dict) and all(
+        isinstance(result.get(key), kind) for key, kind in expected.items()
+    )
+    fine = fine and all(
+        result.get(key) is None or isinstance(result[key], kind) for key, kind in optional.items()
+    )
     fine = fine and finite(result.get("seconds")) is not None and all(map(_is_measure, result["measures"]))
     fine = fine and all(map(_is_curve, result["curves"])) and _is_known(result)
     if not fine:
@@ -109,20 +129,27 @@ def _is_measure(one: Any) -> bool:
     if not isinstance(one, dict) or not isinstance(one.get("name"), str):
         return False
     interval = one.get("interval")
-    pair = interval is None or (isinstance(interval, list) and len(interval) == 2 and None not in map(finite, interval))
-    return pair and all(one.get(side) is None or finite(one[side]) is not None for side in ("before", "after"))
+    pair = interval is None or (
+        isinstance(interval, list) and len(interval) == 2 and None not in map(finite, interval)
+    )
+    return pair and all(
+        one.get(side) is None or finite(one[side]) is not None for side in ("before", "after")
+    )
 
 
 def _is_curve(one: Any) -> bool:
     keys = one.get("keys") if isinstance(one, dict) else None
-    return isinstance(keys, list) and all(isinstance(word, str) for word in (*keys, one.get("title"), one.get("unit", "")))
+    return isinstance(keys, list) and all(
+        isinstance(word, str) for word in (*keys, one.get("title"), one.get("unit", ""))
+    )
 
 
 def _is_known(result: Mapping[str, Any]) -> bool:
     """What newer results hold beside: cost, KL budget, length and diversity."""
     measures = (result.get("answers") or {}).get("measures", {})
     fine = isinstance(measures, dict) and all(
-        isinstance(pair, list) and len(pair) == 2 and None not in map(finite, pair) for pair in measures.values()
+        isinstance(pair, list) and len(pair) == 2 and None not in map(finite, pair)
+        for pair in measures.values()
     )
     fine = fine and all(finite(value) is not None for value in (result.get("cost") or {}).values())
     budget = result.get("kl_budget") or {}
@@ -151,7 +178,12 @@ def _flat(values: Mapping[Any, Any], before: str, left: Iterator[int]) -> list[t
         if isinstance(value, Mapping):
             found += _flat(value, f"{before}{key}.", left)
         else:
-            found.append((f"{before}{key}", value if isinstance(value, int | float | str | None) else str(value)[:1_000]))
+            found.append(
+                (
+                    f"{before}{key}",
+                    value if isinstance(value, int | float | str | None) else str(value)[:1_000],
+                )
+            )
     return found
 
 
@@ -187,7 +219,9 @@ def _pairs(file: Path) -> list[dict[str, str]]:
         return []
     found = checkpoint.read_json(file)
     names = ("prompt", "before", "after")
-    if not isinstance(found, list) or not all(isinstance(one, dict) and all(isinstance(one.get(key), str) for key in names) for one in found):
+    if not isinstance(found, list) or not all(
+        isinstance(one, dict) and all(isinstance(one.get(key), str) for key in names) for one in found
+    ):
         raise UserError(f"{file} is damaged: it holds no pairs of answers")
     return [{key: one[key] for key in names} for one in found]
 

@@ -62,7 +62,9 @@ def locate(place: str) -> URL:
         try:
             return make_url(place)
         except ArgumentError:
-            raise StoreError("the store's URL is no SQLAlchemy URL (dialect://user:password@host/name)") from None
+            raise StoreError(
+                "the store's URL is no SQLAlchemy URL (dialect://user:password@host/name)"
+            ) from None
     file = Path(place).expanduser() if place else data_dir() / "conversations.db"
     return URL.create("sqlite", database=str(file))
 
@@ -117,7 +119,10 @@ def explained(shown: str) -> Iterator[None]:
 def _remedy(error: BaseException | None) -> str:
     said = str(error).partition("\n")[0]
     reasons = (
-        ("not a database", "this is no SQLite file, or it is damaged; move it away, or choose another with --store"),
+        (
+            "not a database",
+            "this is no SQLite file, or it is damaged; move it away, or choose another with --store",
+        ),
         ("malformed", "the file is damaged; move it away, or restore a copy of it"),
         ("locked", "another program has locked the database; end it, or try again in a moment"),
         ("readonly", "the file may not be written; give yourself the right, or choose another with --store"),
@@ -138,7 +143,9 @@ def _sqlite(url: URL, busy_seconds: float) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _(connection: sqlite3.Connection, __: Any) -> None:
-        connection.isolation_level = None  # transactions begin below, and not where the driver sees a first write
+        connection.isolation_level = (
+            None  # transactions begin below, and not where the driver sees a first write
+        )
         connection.create_function("lower", 1, _lower, deterministic=True)  # SQLite's own knows only ASCII
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
@@ -172,7 +179,9 @@ def _prepare(engine: Engine, shown: str) -> None:
         present = set(inspect(connection).get_table_names())
         if SchemaRow.__tablename__ not in present:
             if foreign := present & set(Base.metadata.tables):
-                raise StoreError(f"{shown} has a table {min(foreign)!r} that is not chatwright's; choose another place")
+                raise StoreError(
+                    f"{shown} has a table {min(foreign)!r} that is not chatwright's; choose another place"
+                )
             Base.metadata.create_all(connection)
             connection.execute(SchemaRow.__table__.insert().values(version=VERSION))  # type: ignore[attr-defined]
         version = connection.execute(select(SchemaRow.version)).scalar()

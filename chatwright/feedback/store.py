@@ -28,7 +28,18 @@ from chatwright.feedback.database import WRITES, StoreError, explained, locate, 
 from chatwright.feedback.quota import Full, Quota, bytes_of, grow, of_frame, of_message, weigh_again
 from chatwright.feedback.tables import ConversationRow, MessageRow
 
-__all__ = ["Conversation", "Full", "NotThere", "Owned", "Quota", "Store", "StoreError", "Summary", "Turn", "title_of"]
+__all__ = [
+    "Conversation",
+    "Full",
+    "NotThere",
+    "Owned",
+    "Quota",
+    "Store",
+    "StoreError",
+    "Summary",
+    "Turn",
+    "title_of",
+]
 
 TITLE = 60
 """Most characters of a title that is made from a first message."""
@@ -316,7 +327,12 @@ class Owned:
 
 
 def _add(
-    session: Session, row: ConversationRow, parent: int | None, role: str, content: str, model: str | None = None
+    session: Session,
+    row: ConversationRow,
+    parent: int | None,
+    role: str,
+    content: str,
+    model: str | None = None,
 ) -> MessageRow:
     message = MessageRow(
         conversation=row.id,
@@ -341,7 +357,16 @@ def _read(session: Session, row: ConversationRow) -> Conversation:
     columns = (one.id, one.parent, one.role, one.content, one.created, one.model, one.finish_reason)
     query = select(*columns, one.tokens, one.seconds, one.dropped, known)
     turns = session.execute(query.where(one.conversation == row.id).order_by(one.id))
-    values = (row.id, row.title, row.model, row.system, dict(row.settings), row.created, row.updated, row.leaf)
+    values = (
+        row.id,
+        row.title,
+        row.model,
+        row.system,
+        dict(row.settings),
+        row.created,
+        row.updated,
+        row.leaf,
+    )
     return Conversation(*values, tuple(Turn(*turn) for turn in turns))
 
 

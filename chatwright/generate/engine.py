@@ -84,7 +84,9 @@ class Engine:
         if max_context is not None and not 2 <= max_context <= context:
             raise UserError(f"engine: max_context is {max_context}; this model allows 2 to {context}")
         if cache_tokens is not None and cache_tokens < PAGE_TOKENS:
-            raise UserError(f"engine: cache_tokens is {cache_tokens}; it must be at least {PAGE_TOKENS}, one page")
+            raise UserError(
+                f"engine: cache_tokens is {cache_tokens}; it must be at least {PAGE_TOKENS}, one page"
+            )
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.config.vocab_size}: "
@@ -174,7 +176,9 @@ class Engine:
                 f"the prompt has token ids outside of the model's vocabulary (0 to {vocab_size - 1})"
             )
         if any(token >= vocab_size for token, _ in sampling.logit_bias):
-            raise UserError(f"logit_bias has token ids outside of the model's vocabulary (0 to {vocab_size - 1})")
+            raise UserError(
+                f"logit_bias has token ids outside of the model's vocabulary (0 to {vocab_size - 1})"
+            )
         if sampling.stop and self.tokenizer is None:
             raise UserError("stop texts need an engine with a tokenizer")
         room = min(sampling.max_new_tokens, self.max_context - len(prompt))
@@ -245,7 +249,9 @@ class Engine:
                 for row, guess in zip(rows, guesses, strict=True)
             ]
             logits = self._forward(feeds)
-            choices = iter(self._choose([row for row, feed in zip(rows, feeds, strict=True) for _ in feed.ids], logits))
+            choices = iter(
+                self._choose([row for row, feed in zip(rows, feeds, strict=True) for _ in feed.ids], logits)
+            )
             for row, guess in zip(rows, guesses, strict=True):
                 self._take_in(row, guess, [next(choices) for _ in range(1 + len(guess))])
 
@@ -260,7 +266,9 @@ class Engine:
                 count = min(row.pending, budget) if row.reading else 0
                 if count:
                     end = row.stored + count
-                    feeds.append(Feed(row.tokens[row.stored : end], row.stored, row.pages, int(end == len(row.tokens))))
+                    feeds.append(
+                        Feed(row.tokens[row.stored : end], row.stored, row.pages, int(end == len(row.tokens)))
+                    )
                     rows.append(row)
                     budget -= count
             if not rows:
@@ -343,6 +351,7 @@ class Engine:
         if weights != self._weights:
             self._places.forget()
         self._weights = weights
+
 
 def _until_closed(handle: Handle) -> Iterator[Piece]:
     try:

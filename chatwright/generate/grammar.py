@@ -141,7 +141,9 @@ class _Vocabulary:
         # 0xff begins llguidance's own names of special tokens. It is never part of a text in UTF-8, nor is a token that has it.
         self.tokens = [b"" if b"\xff" in piece else piece for piece in pieces] + [b"\xffend"]
         self.bos_token_id, self.eos_token_id, self.special_token_ids = None, self.size, [self.size]
-        self._tokenizer = weakref.ref(tokenizer)  # it must not be kept alive by what is kept for as long as it lives
+        self._tokenizer = weakref.ref(
+            tokenizer
+        )  # it must not be kept alive by what is kept for as long as it lives
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
         self._library = library
@@ -163,7 +165,10 @@ class _Vocabulary:
         ids: list[int] = []
         at = 0
         while at < len(data):
-            found = (self._ids.get(data[at : at + size]) for size in range(min(self._longest, len(data) - at), 0, -1))
+            found = (
+                self._ids.get(data[at : at + size])
+                for size in range(min(self._longest, len(data) - at), 0, -1)
+            )
             number = next((number for number in found if number is not None), None)
             if number is None:
                 break
@@ -192,7 +197,9 @@ class _Vocabulary:
             raise UserError(f"{what} cannot be used: {_reason(matcher)}")
         first = matcher.deep_copy()
         if not any(first.compute_bitmask()) or first.is_error():
-            raise UserError(f"{what} cannot be satisfied by any answer ({_reason(first) or 'it begins with nothing'})")
+            raise UserError(
+                f"{what} cannot be satisfied by any answer ({_reason(first) or 'it begins with nothing'})"
+            )
         with self._lock:
             self._compiled[rules] = matcher
             while len(self._compiled) > REMEMBERED:
@@ -219,7 +226,11 @@ def _vocabulary(tokenizer: Tokenizer) -> _Vocabulary:
 
 def _reason(matcher: LLMatcher) -> str:
     """llguidance's error in a line: the first, without the place, or of a regular expression's drawing the one that says it."""
-    lines = [line.strip() for line in matcher.get_error().replace("<non-verbose/>", "").splitlines() if line.strip()]
+    lines = [
+        line.strip()
+        for line in matcher.get_error().replace("<non-verbose/>", "").splitlines()
+        if line.strip()
+    ]
     said = next((line for line in lines if line.startswith("error: ")), lines[0] if lines else "")
     if said.startswith("NoExtensionBias"):
         return "no token of this vocabulary can come next"
@@ -259,7 +270,9 @@ class _LLMatcher:
         mask[size:] = False
         mask[self._ends] = bits[size]  # an end that is text as well ends the answer wherever it comes
         if not mask.any():
-            raise UserError("the answer cannot go on as its grammar asks: no token of this vocabulary can come next")
+            raise UserError(
+                "the answer cannot go on as its grammar asks: no token of this vocabulary can come next"
+            )
 
     def accept(self, token: int) -> None:
         if token in self._ends:

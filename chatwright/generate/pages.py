@@ -62,7 +62,9 @@ class PagePool:
         self.users = [0] * pages
         """How many sequences use each page."""
         self._free = list(range(pages - 1, -1, -1))
-        self._idle: OrderedDict[int, None] = OrderedDict()  # known pages without users; unused for longest first
+        self._idle: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # known pages without users; unused for longest first
         self._known: dict[int, _Known] = {}
         self._root = _Known(-1, (), None)
 
@@ -130,7 +132,10 @@ class PagePool:
         for number, at in enumerate(range(0, len(tokens), self.size)):
             chunk, page = tuple(tokens[at : at + self.size]), own[number]
             if len(chunk) < self.size:
-                if not any(known.page != page and known.tokens[: len(chunk)] == chunk for known in above.below.get(chunk[0], ())):
+                if not any(
+                    known.page != page and known.tokens[: len(chunk)] == chunk
+                    for known in above.below.get(chunk[0], ())
+                ):
                     self._remember(page, chunk, above)
                 break
             twin = above.whole.get(chunk)

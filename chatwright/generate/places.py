@@ -69,7 +69,9 @@ class Places:
         """Give places to waiting requests, in their order, until as many tokens are to be read as this step may."""
         at = 0
         with self.arrived:
-            for row in [row for row in self.waiting if row.handle.cancelled]:  # wherever in the queue they are
+            for row in [
+                row for row in self.waiting if row.handle.cancelled
+            ]:  # wherever in the queue they are
                 self.waiting.remove(row)
                 row.finish("cancelled")
             while at < len(self.waiting):
@@ -116,7 +118,9 @@ class Places:
         for page in match.pages:
             pool.share(page)
         source = match.source
-        if source is not None and (pool.users[source] or spare):  # it is held while the page for the copy is taken
+        if source is not None and (
+            pool.users[source] or spare
+        ):  # it is held while the page for the copy is taken
             pool.share(source)
             row.pages.append(pool.take())
             self.runner.copy_page(source, row.pages[-1])
@@ -132,7 +136,9 @@ class Places:
     def make_room(self) -> None:
         """See that every running row has a page for its newest token. Who came last may lose its place for it."""
         for row in sorted(self.running, key=lambda row: row.number):
-            while row in self.running and not row.reading and self.pool.needed(row.stored + 1) > len(row.pages):
+            while (
+                row in self.running and not row.reading and self.pool.needed(row.stored + 1) > len(row.pages)
+            ):
                 if self.pool.available:
                     row.pages.append(self.pool.take())
                 else:

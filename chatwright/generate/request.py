@@ -158,7 +158,9 @@ class Handle:
     def _raise_failure(self) -> None:
         if self._error is not None:
             kind = UserError if isinstance(self._error, UserError) else RuntimeError
-            raise kind(f"generation failed: {str(self._error) or type(self._error).__name__}") from self._error
+            raise kind(
+                f"generation failed: {str(self._error) or type(self._error).__name__}"
+            ) from self._error
 
     def _tell(self, tokens: int) -> None:
         """Wake those who wait. The lock is held: nobody reads before `on_change` knows."""

@@ -85,8 +85,16 @@ class Sampling:
                 _within(self.repetition_penalty, 0.0, math.inf) and self.repetition_penalty > 0,
                 "a number above 0 (1 changes nothing)",
             ),
-            ("presence_penalty", _within(self.presence_penalty, -2.0, 2.0), "a number from -2 to 2 (0 changes nothing)"),
-            ("frequency_penalty", _within(self.frequency_penalty, -2.0, 2.0), "a number from -2 to 2 (0 changes nothing)"),
+            (
+                "presence_penalty",
+                _within(self.presence_penalty, -2.0, 2.0),
+                "a number from -2 to 2 (0 changes nothing)",
+            ),
+            (
+                "frequency_penalty",
+                _within(self.frequency_penalty, -2.0, 2.0),
+                "a number from -2 to 2 (0 changes nothing)",
+            ),
             ("top_logprobs", _whole(self.top_logprobs, 0, 21), "a whole number from 0 to 20"),
             (
                 "seed",
@@ -102,7 +110,6 @@ class Sampling:
                 f"sampling: temperature {self.temperature} is too small to divide by; use 0 for greedy"
             )
 
-
     @property
     def looks_back(self) -> bool:
         """Whether the choice of a token depends on those before it in other ways than through the model."""
@@ -113,7 +120,13 @@ def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
     pairs = tuple(bias.items()) if isinstance(bias, Mapping) else bias
     if isinstance(pairs, Sequence) and not isinstance(pairs, str):
         pairs = tuple(tuple(pair) if isinstance(pair, Sequence) else pair for pair in pairs)
-        if all(isinstance(pair, tuple) and len(pair) == 2 and _whole(pair[0], 0) and _within(pair[1], -100.0, 100.0) for pair in pairs):
+        if all(
+            isinstance(pair, tuple)
+            and len(pair) == 2
+            and _whole(pair[0], 0)
+            and _within(pair[1], -100.0, 100.0)
+            for pair in pairs
+        ):
             return pairs
     raise UserError(f"sampling: logit_bias is {bias!r}; it must give token ids numbers from -100 to 100")
 
@@ -199,7 +212,9 @@ class BatchSampler:
             self.presence = column([sampling.presence_penalty for sampling in settings])
             self.frequency = column([sampling.frequency_penalty for sampling in settings])
             self.counts = torch.zeros(len(settings), vocab_size, device=device)
-            for row, (history, length) in enumerate(zip(histories, answered or [0] * len(settings), strict=True)):
+            for row, (history, length) in enumerate(
+                zip(histories, answered or [0] * len(settings), strict=True)
+            ):
                 answer = torch.tensor(history[len(history) - length :], dtype=torch.int64, device=device)
                 self.counts[row] = torch.bincount(answer, minlength=vocab_size)
         self.tops = [sampling.top_logprobs for sampling in settings]

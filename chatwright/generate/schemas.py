@@ -60,7 +60,9 @@ def _check_values(schema: Mapping[str, Any], what: str) -> None:
                 raise UserError(f"{what} has a key that is not text")
             properties = value.get("properties")
             if isinstance(properties, Mapping) and len(properties) > MOST_PROPERTIES:
-                raise UserError(f"{what} has an object of {len(properties):,} properties; at most {MOST_PROPERTIES:,} are read")
+                raise UserError(
+                    f"{what} has an object of {len(properties):,} properties; at most {MOST_PROPERTIES:,} are read"
+                )
         elif not isinstance(value, list | str | int | float | bool | None):
             raise UserError(f"{what} holds a value of type {type(value).__name__}, which is not JSON")
 
@@ -84,7 +86,9 @@ def _check_references(schema: Mapping[str, Any], what: str) -> None:
     for value, depth in _walk(schema):
         if isinstance(value, Mapping):
             if depth and isinstance(value.get("$id"), str):
-                raise UserError(f"{what}: $id inside of a schema is not supported, references start from its root")
+                raise UserError(
+                    f"{what}: $id inside of a schema is not supported, references start from its root"
+                )
             for name in ("$ref", "$dynamicRef", "$recursiveRef"):
                 reference = value.get(name)
                 if isinstance(reference, str):
@@ -132,7 +136,9 @@ def _check_patterns(schema: Mapping[str, Any], what: str) -> None:
         patterns += list(keyed) if isinstance(keyed, Mapping) else []
         for pattern in patterns:
             if len(pattern) > LONGEST_PATTERN:
-                raise UserError(f"{what} has a pattern of {len(pattern):,} characters; at most {LONGEST_PATTERN} are read")
+                raise UserError(
+                    f"{what} has a pattern of {len(pattern):,} characters; at most {LONGEST_PATTERN} are read"
+                )
         own = len(patterns) + isinstance(value.get("format"), str)
         count += own
         joined |= "allOf" in value or bool(own and {"$ref", "anyOf", "oneOf"} & value.keys())

@@ -26,12 +26,16 @@ class Lookup:
     def __init__(self, most: int) -> None:
         self.most = self.size = most
         self._pause = self._rest = 0
-        self._followed: dict[tuple[int, ...], int] = {}  # some tokens -> the place behind their last occurrence
+        self._followed: dict[
+            tuple[int, ...], int
+        ] = {}  # some tokens -> the place behind their last occurrence
         self._read = 0
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
         """Up to `most` tokens that may come next; `tokens` are those of earlier calls and new ones behind them."""
-        for end in range(max(self._read, SHORTEST), len(tokens)):  # what ends with the newest token is not yet followed
+        for end in range(
+            max(self._read, SHORTEST), len(tokens)
+        ):  # what ends with the newest token is not yet followed
             for size in range(SHORTEST, min(LONGEST, end) + 1):
                 self._followed[tuple(tokens[end - size : end])] = end
         self._read = len(tokens)

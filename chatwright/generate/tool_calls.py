@@ -82,7 +82,11 @@ def read_answer(text: str, names: Collection[str]) -> tuple[str, list[ToolCall]]
     parser = ToolCallParser(names)
     events = [*parser.push(text), *parser.flush()]
     arguments = {event.index: event.text for event in events if isinstance(event, ArgumentsDelta)}
-    calls = [ToolCall(event.id, event.name, arguments[event.index]) for event in events if isinstance(event, CallStarted)]
+    calls = [
+        ToolCall(event.id, event.name, arguments[event.index])
+        for event in events
+        if isinstance(event, CallStarted)
+    ]
     return "".join(event.text for event in events if isinstance(event, TextDelta)), calls
 
 
@@ -123,7 +127,9 @@ class ToolCallParser:
                     self._after = not self._held
                 at = self._held.find(OPEN)
                 if at < 0:
-                    shown = self._held if final else self._held[: len(self._held) - _may_begin_tag(self._held)]
+                    shown = (
+                        self._held if final else self._held[: len(self._held) - _may_begin_tag(self._held)]
+                    )
                     self._held = self._held[len(shown) :]
                     yield TextDelta(shown)
                     return
@@ -182,7 +188,9 @@ class ToolCallParser:
 
 _OUTSIDE = re.compile(r'["{}\[\]<]')
 _INSIDE = re.compile(r'["\\\x00-\x1f]')
-_HEAD = re.compile(rf'[ \t\r\n]*\{{[ \t\r\n]*"name"[ \t\r\n]*:[ \t\r\n]*"({NAME})"[ \t\r\n]*,[ \t\r\n]*"arguments"[ \t\r\n]*:[ \t\r\n]*')
+_HEAD = re.compile(
+    rf'[ \t\r\n]*\{{[ \t\r\n]*"name"[ \t\r\n]*:[ \t\r\n]*"({NAME})"[ \t\r\n]*,[ \t\r\n]*"arguments"[ \t\r\n]*:[ \t\r\n]*'
+)
 
 
 class _Call:
@@ -256,7 +264,11 @@ def _sound(body: str, names: Collection[str]) -> tuple[str, str] | None:
     """Name and arguments of a call, or None when it is not one."""
     try:
         value: Any = json.loads(body, parse_constant=_refuse)
-        if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in names:
+        if (
+            not isinstance(value, dict)
+            or not isinstance(value.get("name"), str)
+            or value["name"] not in names
+        ):
             return None
         arguments = value.get("arguments", {})
         if not isinstance(arguments, dict):
@@ -264,7 +276,9 @@ def _sound(body: str, names: Collection[str]) -> tuple[str, str] | None:
         head = _HEAD.match(body)
         if head:
             _, end = json.JSONDecoder().raw_decode(body, head.end())
-            if body[end:].strip(WHITE) == "}":  # nothing but name and arguments: they are said as the model wrote them
+            if (
+                body[end:].strip(WHITE) == "}"
+            ):  # nothing but name and arguments: they are said as the model wrote them
                 return value["name"], body[head.end() : end]
         return value["name"], json.dumps(arguments, allow_nan=False)
     except (ValueError, RecursionError):
@@ -277,7 +291,9 @@ def _refuse(constant: str) -> NoReturn:
 
 def _may_begin_tag(text: str) -> int:
     """How many characters at the end may be the beginning of an opening tag, or white space before one."""
-    partial = next((size for size in range(min(len(OPEN) - 1, len(text)), 0, -1) if text.endswith(OPEN[:size])), 0)
+    partial = next(
+        (size for size in range(min(len(OPEN) - 1, len(text)), 0, -1) if text.endswith(OPEN[:size])), 0
+    )
     before = text[: len(text) - partial]
     return len(text) - len(before.rstrip(WHITE))
 
@@ -291,7 +307,11 @@ def _joined(events: Iterator[ToolEvent]) -> list[ToolEvent]:
         last = result[-1] if result else None
         if isinstance(event, TextDelta) and isinstance(last, TextDelta):
             result[-1] = TextDelta(last.text + event.text)
-        elif isinstance(event, ArgumentsDelta) and isinstance(last, ArgumentsDelta) and last.index == event.index:
+        elif (
+            isinstance(event, ArgumentsDelta)
+            and isinstance(last, ArgumentsDelta)
+            and last.index == event.index
+        ):
             result[-1] = ArgumentsDelta(event.index, last.text + event.text)
         else:
             result.append(event)

@@ -68,20 +68,30 @@ def check_tools(tools: Any) -> tuple[Tool, ...]:
             raise UserError(f"two tools have the name {name}")
     size = sum(len(json.dumps(tool.parameters)) for tool in checked)
     if size > LARGEST_SCHEMA:
-        raise UserError(f"the tools' parameters have {size:,} characters altogether; at most {LARGEST_SCHEMA:,} are read")
+        raise UserError(
+            f"the tools' parameters have {size:,} characters altogether; at most {LARGEST_SCHEMA:,} are read"
+        )
     return checked
 
 
 def _check_tool(tool: Any, number: int) -> Tool:
     where = f"tools[{number}]"
-    if not isinstance(tool, Mapping) or tool.get("type") != "function" or not isinstance(tool.get("function"), Mapping):
+    if (
+        not isinstance(tool, Mapping)
+        or tool.get("type") != "function"
+        or not isinstance(tool.get("function"), Mapping)
+    ):
         raise UserError(f'{where}: expected an object {{"type": "function", "function": {{"name": ...}}}}')
     function = tool["function"]
     name, description = function.get("name"), function.get("description") or ""
     if not isinstance(name, str) or not re.fullmatch(NAME, name):
-        raise UserError(f"{where}: the name {name!r:.80} must be 1 to 64 of the characters A-Z, a-z, 0-9, _ and -")
+        raise UserError(
+            f"{where}: the name {name!r:.80} must be 1 to 64 of the characters A-Z, a-z, 0-9, _ and -"
+        )
     if not isinstance(description, str) or len(description) > LONGEST_DESCRIPTION:
-        raise UserError(f"tool {name}: its description must be a text of at most {LONGEST_DESCRIPTION:,} characters")
+        raise UserError(
+            f"tool {name}: its description must be a text of at most {LONGEST_DESCRIPTION:,} characters"
+        )
     parameters = function.get("parameters")
     if parameters is None:  # OpenAI: a function without parameters
         parameters = {"properties": {}, "additionalProperties": False}
@@ -104,7 +114,9 @@ def check_tool_choice(choice: Any, tools: Sequence[Tool]) -> ToolChoice:
         if not tools:
             raise UserError("tool_choice is required, but there are no tools")
         return "required"
-    function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    function = (
+        choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    )
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UserError(
             'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}, '
@@ -124,7 +136,11 @@ def tools_prompt(tools: Sequence[Tool]) -> str:
         json.dumps(
             {
                 "type": "function",
-                "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
+                "function": {
+                    "name": tool.name,
+                    "description": tool.description,
+                    "parameters": tool.parameters,
+                },
             },
             ensure_ascii=False,
         )
@@ -140,7 +156,11 @@ def tools_prompt(tools: Sequence[Tool]) -> str:
 
 
 def tool_grammar(
-    tokenizer: Tokenizer, end_ids: Iterable[int], tools: Sequence[Tool], choice: ToolChoice, parallel: bool = True
+    tokenizer: Tokenizer,
+    end_ids: Iterable[int],
+    tools: Sequence[Tool],
+    choice: ToolChoice,
+    parallel: bool = True,
 ) -> Grammar | None:
     """The grammar of an answer that may, or must, call tools; None where none may be called.
 
@@ -152,7 +172,9 @@ def tool_grammar(
         return None
     chosen = [choice] if isinstance(choice, Tool) else list(tools)
     try:
-        return lark(tokenizer, end_ids, _rules(chosen, choice == "auto", parallel), what="the grammar of the tools")
+        return lark(
+            tokenizer, end_ids, _rules(chosen, choice == "auto", parallel), what="the grammar of the tools"
+        )
     except UserError:
         for tool in chosen:  # the one at fault says so, by its name
             what = f"tool {tool.name}: its parameters' JSON schema"

@@ -32,7 +32,9 @@ class PagedCache:
     that is all zeros and stands where a row has fewer pages than the longest. bench: holds these rows, in this order.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, feeds: Sequence[Feed], bench: Workbench | None = None) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, feeds: Sequence[Feed], bench: Workbench | None = None
+    ) -> None:
         self.keys, self.values, self.bench = keys, values, bench
         pages, size = keys.shape[1] - 2, keys.shape[2]
         tokens = max(len(feed.ids) for feed in feeds)
@@ -51,7 +53,9 @@ class PagedCache:
         self.lengths: Int[Tensor, " B"] = torch.tensor([feed.start for feed in feeds], device=device)
         self._table = torch.tensor(table, device=device).flatten()
         self._slots = torch.tensor(slots, device=device).flatten()
-        self._column = self.lengths[:, None] + torch.arange(tokens, device=device)  # (B, T) positions of the new tokens
+        self._column = self.lengths[:, None] + torch.arange(
+            tokens, device=device
+        )  # (B, T) positions of the new tokens
         if bench is not None:
             heads, room = bench.keys.shape[2:4]
             first = torch.arange(len(feeds) * heads, device=device).view(-1, heads, 1) * room
@@ -137,7 +141,9 @@ class TorchRunner:
             raise UserError(
                 f"there is no memory for a key-value cache of {pages * size} tokens ({need:.0f} MiB); lower cache_tokens"
             ) from error
-        self._bench = Workbench((self._keys, self._values), lambda shape: _zeros(shape, self._dtype, self.device))
+        self._bench = Workbench(
+            (self._keys, self._values), lambda shape: _zeros(shape, self._dtype, self.device)
+        )
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> Float[Tensor, "wanted vocab"]:
@@ -173,7 +179,11 @@ class TorchRunner:
                 return [group[number] for number in order], self._bench
         size = self._keys.shape[2]
         self._bench.written(
-            {page for feed in chosen for page in feed.pages[feed.start // size : (feed.start + len(feed.ids) - 1) // size + 1]}
+            {
+                page
+                for feed in chosen
+                for page in feed.pages[feed.start // size : (feed.start + len(feed.ids) - 1) // size + 1]
+            }
         )
         return group, None
 

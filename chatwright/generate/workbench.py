@@ -25,7 +25,9 @@ class Workbench:
         self._pages, self._zeros = pages, zeros
         layers, count, self._size, *shape = pages[0].shape
         self.most = (count - 2) * self._size
-        self._places: list[list[int]] = []  # the pages of what lies in each row; none when it is worth nothing
+        self._places: list[
+            list[int]
+        ] = []  # the pages of what lies in each row; none when it is worth nothing
         self.keys = self.values = zeros((layers, 0, shape[0], 0, shape[1]))
 
     def arrange(self, feeds: Sequence[Feed], tokens: int) -> list[int] | None:
@@ -80,8 +82,12 @@ class Workbench:
     def _lay_out(self, row: int, feed: Feed) -> None:
         index = torch.tensor(feed.pages[: -(-feed.start // self._size)], device=self.keys.device)
         for copy, pages in ((self.keys, self._pages[0]), (self.values, self._pages[1])):
-            copy[:, row, :, : feed.start] = pages.index_select(1, index).flatten(1, 2)[:, : feed.start].transpose(1, 2)
-            copy[:, row, :, feed.start :] = 0.0  # what lay there may be no number, which a weight of zero does not hide
+            copy[:, row, :, : feed.start] = (
+                pages.index_select(1, index).flatten(1, 2)[:, : feed.start].transpose(1, 2)
+            )
+            copy[:, row, :, feed.start :] = (
+                0.0  # what lay there may be no number, which a weight of zero does not hide
+            )
 
     def _grow(self, rows: int, room: int) -> bool:
         """Make room for so many sequences of so many tokens; False, and nothing is left, when there is too little."""

@@ -248,7 +248,9 @@ def _rotary(settings: _Settings) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in _ROTARY:
         raise UserError(f"{settings.where}: rotary scaling of type {_python(kind)} is not supported")
     rope.only("partial_rotary_factor", None, 1, 1.0)
-    strange = sorted(set(found) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"} - _ROTARY[kind])
+    strange = sorted(
+        set(found) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"} - _ROTARY[kind]
+    )
     if strange:
         raise UserError(f"{settings.where}: rotary setting {strange[0]!r:.80} is not supported")
     base = rope.number("rope_theta", settings.number("rope_theta", 10_000.0))

@@ -168,7 +168,9 @@ class _Metadata:
         """A positive whole number of the architecture."""
         value = self.values.get(f"{self.architecture}.{name}", default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{self.where}: {self.architecture}.{name} must be a whole number, not {value!r:.80}")
+            raise UserError(
+                f"{self.where}: {self.architecture}.{name} must be a whole number, not {value!r:.80}"
+            )
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -177,7 +179,6 @@ class _Metadata:
         if not isinstance(value, float):
             raise UserError(f"{self.where}: {self.architecture}.{name} must be a number, not {value!r:.80}")
         return float(str(np.float32(value)))
-
 
     def items(self, name: str, kind: type[Any]) -> list[Any]:
         """A list of metadata whose items are all of this kind; empty when absent."""
@@ -267,7 +268,10 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer | None:
     if not isinstance(kind, str) or kind not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
         raise UserError(f"{where}: pre-tokenizer {kind!r:.80} is not supported; supported: {known}")
-    tokens, types = metadata.items("tokenizer.ggml.tokens", str), metadata.items("tokenizer.ggml.token_type", int)
+    tokens, types = (
+        metadata.items("tokenizer.ggml.tokens", str),
+        metadata.items("tokenizer.ggml.token_type", int),
+    )
     merges = [tuple(merge.split(" ")) for merge in metadata.items("tokenizer.ggml.merges", str)]
     if not tokens or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise UserError(f"{where}: its list of tokens is damaged (missing types, or tokens that occur twice)")

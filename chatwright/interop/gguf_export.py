@@ -81,7 +81,10 @@ def _rotary(scaling: RotaryScaling | None) -> dict[str, Any]:
     """Rotary scaling, as far as metadata can say it: llama3's is a tensor of divisors in these files, and is refused."""
     if scaling is None or scaling.kind == "llama3":
         return {}
-    values: dict[str, Any] = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": float(np.float32(scaling.factor))}
+    values: dict[str, Any] = {
+        "rope.scaling.type": scaling.kind,
+        "rope.scaling.factor": float(np.float32(scaling.factor)),
+    }
     if scaling.kind == "yarn":
         values["rope.scaling.original_context_length"] = scaling.original_context
         values["rope.scaling.yarn_beta_slow"] = float(np.float32(scaling.low_turns))
@@ -142,7 +145,9 @@ def _check_tokenizer(content: Mapping[str, Any], pre: str) -> None:
     """Raise UserError for what llama.cpp's byte-level BPE does not do."""
     model = content["model"]
     if model.get("type") != "BPE":
-        raise UserError(f"the tokenizer is of type {model.get('type')}, and only byte-level BPE can be written")
+        raise UserError(
+            f"the tokenizer is of type {model.get('type')}, and only byte-level BPE can be written"
+        )
     if content.get("normalizer"):
         kind = content["normalizer"].get("type")
         raise UserError(f"the tokenizer normalises text first ({kind}), which llama.cpp does not")
@@ -155,9 +160,13 @@ def _check_tokenizer(content: Mapping[str, Any], pre: str) -> None:
             f"the tokenizer has ignore_merges = {not whole_words}, and llama.cpp's {pre} means {whole_words}"
         )
     for token in content.get("added_tokens", []):
-        strange = [name for name in ("single_word", "lstrip", "rstrip") if token.get(name) and not token["special"]]
+        strange = [
+            name for name in ("single_word", "lstrip", "rstrip") if token.get(name) and not token["special"]
+        ]
         if strange:
-            raise UserError(f"the tokenizer's {token['content']!r} has {strange[0]}, which llama.cpp does not")
+            raise UserError(
+                f"the tokenizer's {token['content']!r} has {strange[0]}, which llama.cpp does not"
+            )
 
 
 def vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
@@ -169,7 +178,9 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
         token["id"]: reading.CONTROL if token["special"] else reading.USER_DEFINED
         for token in content.get("added_tokens", [])
     }
-    spelling = {number: token for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
+    spelling = {
+        number: token for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items()
+    }
     tokens = [spelling.get(number, f"[PAD{number}]") for number in range(size)]
     if len(set(tokens)) != size:
         raise UserError("the tokenizer has tokens called [PAD...], as llama.cpp calls the unused ones")
@@ -183,7 +194,8 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [
-            kinds.get(number, reading.NORMAL) if number in spelling else reading.UNUSED for number in range(size)
+            kinds.get(number, reading.NORMAL) if number in spelling else reading.UNUSED
+            for number in range(size)
         ],
         "tokenizer.ggml.merges": [" ".join(pair) for pair in pairs],
         "tokenizer.ggml.add_bos_token": False,
@@ -244,7 +256,10 @@ def plan_gguf(parts: Loaded, *, dtype: str = "f32") -> GGUFExport:
     values = metadata_of(config)
     architecture = _architecture(config)
     tensors = foreign(parts.model, reading.RULES[architecture])
-    values |= {"general.file_type": int(_FILE_TYPES[kind]), "general.quantization_version": gguf.GGML_QUANT_VERSION}
+    values |= {
+        "general.file_type": int(_FILE_TYPES[kind]),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+    }
     if parts.tokenizer is not None:
         tokenizer, ends = parts.tokenizer, ends_of(parts, parts.tokenizer)
         values |= vocabulary(tokenizer, config.vocab_size)

@@ -57,7 +57,9 @@ class StoredTensor:
             with np.errstate(all="ignore"):  # scales of damaged blocks may be anything
                 numbers = dequantize(data.reshape(*self.shape[:-1], -1), self.kind)
         except NotImplementedError:
-            raise UserError(f"{self.path}: {self.name} is quantised as {self.kind.name}, which cannot be read") from None
+            raise UserError(
+                f"{self.path}: {self.name} is quantised as {self.kind.name}, which cannot be read"
+            ) from None
         return torch.from_numpy(np.require(numbers, np.float32, "W")).reshape(self.shape)
 
 

@@ -156,9 +156,15 @@ class HFExport:
         shards = self._shards(shard_bytes)
         index: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            file = (
+                "model.safetensors"
+                if len(shards) == 1
+                else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            )
             tensors = {name: self.tensors[name].read().to(self.dtype) for name in names}
-            save_tensors(directory / file, tensors, {"format": "pt"})  # without the note, transformers 4 refuses it
+            save_tensors(
+                directory / file, tensors, {"format": "pt"}
+            )  # without the note, transformers 4 refuses it
             index |= dict.fromkeys(names, file)
         if len(shards) > 1:
             content = {"metadata": {"total_size": sum(map(self._size, index))}, "weight_map": index}

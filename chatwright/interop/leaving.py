@@ -48,7 +48,10 @@ def check_shape(config: GPTConfig, carried: GPTConfig, family: str) -> None:
 
 def ends_of(parts: Loaded, tokenizer: Tokenizer) -> Ends:
     """The end tokens of a model. Raises UserError when readers would take another token for one of them."""
-    size, rows = 1 + max(tokenizer.backend.get_vocab(with_added_tokens=True).values()), parts.model.config.vocab_size
+    size, rows = (
+        1 + max(tokenizer.backend.get_vocab(with_added_tokens=True).values()),
+        parts.model.config.vocab_size,
+    )
     if size > rows:
         raise UserError(f"the tokenizer has {size} tokens and the model {rows}: they do not belong together")
     if parts.template is not None:
@@ -70,7 +73,10 @@ def portable(template: ChatTemplate) -> str:
 
     try:
         syntax = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template.source)
-    except (jinja2.TemplateError, RecursionError):  # tags that only transformers has: nothing is known about the text
+    except (
+        jinja2.TemplateError,
+        RecursionError,
+    ):  # tags that only transformers has: nothing is known about the text
         free = {"bos_token", "eos_token"}
     else:
         free = meta.find_undeclared_variables(syntax) & {"bos_token", "eos_token"}

@@ -41,15 +41,40 @@ MOST_NAMES = 4096
 """Most names of layers in a setting: PEFT writes as many as a model has linear layers, if it writes them all."""
 
 _HARMLESS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_version",
-    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
-}  # fmt: skip
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
 """Settings that are read here, or that change nothing once there are tensors: these say which layers have an adapter."""
 _ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others change the base model as well
+    "init_lora_weights": (
+        True,
+        False,
+        "gaussian",
+        "orthogonal",
+        "eva",
+    ),  # the others change the base model as well
 }
 
 
@@ -126,7 +151,9 @@ class _Settings:
         for key, allowed in _ONLY.items():
             value = values.get(key, allowed[0])
             if not any(type(value) is type(one) and value == one for one in allowed):
-                raise UserError(f"{where}: {key} = {shown(value)} is not supported, only {' or '.join(map(shown, allowed))}")
+                raise UserError(
+                    f"{where}: {key} = {shown(value)} is not supported, only {' or '.join(map(shown, allowed))}"
+                )
         for key, value in values.items():
             if key not in _HARMLESS and key not in _ONLY and value:
                 raise UserError(f"{where}: {key[:80]!r} = {shown(value)} is not supported")
@@ -141,13 +168,17 @@ class _Settings:
         rank = _matching(self.ranks, path, self.values.get("r", 8))
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= 1 << 20:
             raise UserError(f"{self.where}: r must be a positive whole number, not {shown(rank)}")
-        alpha = self._number("lora_alpha", _matching(self.alphas, path, self.values.get("lora_alpha", 8)), 0.0, 1e9)
+        alpha = self._number(
+            "lora_alpha", _matching(self.alphas, path, self.values.get("lora_alpha", 8)), 0.0, 1e9
+        )
         with located(self.where):
             return LoRAConfig(rank, alpha, self.dropout, rank_stabilised=self.stabilised)
 
     def _number(self, key: str, value: Any, least: float, below: float) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < below:
-            raise UserError(f"{self.where}: {key} must be a number from {least:g} to {below:g}, not {shown(value)}")
+            raise UserError(
+                f"{self.where}: {key} must be a number from {least:g} to {below:g}, not {shown(value)}"
+            )
         return float(value)
 
     def _patterns(self, key: str) -> Mapping[str, Any]:
@@ -158,7 +189,9 @@ class _Settings:
         self._check_count(key, found)
         for name in found:
             if not re.fullmatch(r"\^?[\w.]{1,240}", name, re.ASCII):
-                raise UserError(f"{self.where}: {key} has {name[:80]!r}, and only names of layers are supported")
+                raise UserError(
+                    f"{self.where}: {key} has {name[:80]!r}, and only names of layers are supported"
+                )
         return found
 
     def _check_count(self, key: str, names: Sequence[Any] | Mapping[str, Any]) -> None:
@@ -170,13 +203,18 @@ class _Settings:
         """Whether every layer that is said to have an adapter has one, and no other. What patterns say is not looked into:
         there the tensors decide."""
         targets = self.values.get("target_modules")
-        if not isinstance(targets, list) or any(self.values.get(key) for key in ("exclude_modules", "layers_to_transform")):
+        if not isinstance(targets, list) or any(
+            self.values.get(key) for key in ("exclude_modules", "layers_to_transform")
+        ):
             return
         self._check_count("target_modules", targets)
         if not all(isinstance(one, str) for one in targets):
             raise UserError(f"{self.where}: target_modules must be names, not {shown(targets)}")
         said = {path for path in known if any(_is_end(one, path) for one in targets)}
-        for problem, paths in (("no tensors for", said - found), ("tensors for layers that are no target:", found - said)):
+        for problem, paths in (
+            ("no tensors for", said - found),
+            ("tensors for layers that are no target:", found - said),
+        ):
             if paths:
                 raise UserError(f"{self.where}: {problem} {_listed(paths)}")
 
@@ -195,7 +233,9 @@ def _listed(names: set[str], most: int = 4) -> str:
     return ", ".join(name[:120] for name in sorted(names)[:most]) + more
 
 
-def _pairs(tensors: Mapping[str, Stored], settings: _Settings, shape: GPTConfig, where: str) -> dict[str, _Pair]:
+def _pairs(
+    tensors: Mapping[str, Stored], settings: _Settings, shape: GPTConfig, where: str
+) -> dict[str, _Pair]:
     """The pair of each layer by its full path. Raises UserError for whatever is no pair of a layer of this model."""
     found: dict[str, dict[str, Stored]] = {}
     strange = set()
@@ -212,11 +252,15 @@ def _pairs(tensors: Mapping[str, Stored], settings: _Settings, shape: GPTConfig,
     full = {base + path if bare else path: path for path in found}
     unknown = set(full) - set(layers_of(shape))
     if unknown:
-        raise UserError(f"{where}: adapters for layers that this model does not have or carry: {_listed(unknown)}")
+        raise UserError(
+            f"{where}: adapters for layers that this model does not have or carry: {_listed(unknown)}"
+        )
     alone = {path for path, pair in found.items() if len(pair) < 2}
     if alone:
         raise UserError(f"{where}: only one of lora_A and lora_B for {_listed(alone)}")
-    return {path: _Pair(found[name]["A"], found[name]["B"], settings.config(name)) for path, name in full.items()}
+    return {
+        path: _Pair(found[name]["A"], found[name]["B"], settings.config(name)) for path, name in full.items()
+    }
 
 
 def _check_shapes(path: str, pair: _Pair, layers: Sequence[Sequence[int]], where: str) -> None:
@@ -224,7 +268,9 @@ def _check_shapes(path: str, pair: _Pair, layers: Sequence[Sequence[int]], where
     for letter, stored, want in (("A", pair.a, want_a), ("B", pair.b, want_b)):
         if stored.shape != want:
             times = " x ".join(map(str, stored.shape)) or "a single number"
-            raise UserError(f"{where}: lora_{letter} of {path} is {times}, not {want[0]} x {want[1]}: it is for another model")
+            raise UserError(
+                f"{where}: lora_{letter} of {path} is {times}, not {want[0]} x {want[1]}: it is for another model"
+            )
 
 
 def _notes(file: Path) -> dict[str, str]:
@@ -257,7 +303,11 @@ def _note_of_parts(
         raise UserError(f"{where}: the note {_PARTS} in its header is damaged")
     for path, ranks in parts.items():
         fits = path in pairs and isinstance(ranks, dict) and set(ranks) <= set(table[path])
-        if not fits or not all(type(one) is int and one > 0 for one in ranks.values()) or sum(ranks.values()) != pairs[path].config.rank:
+        if (
+            not fits
+            or not all(type(one) is int and one > 0 for one in ranks.values())
+            or sum(ranks.values()) != pairs[path].config.rank
+        ):
             raise UserError(f"{where}: the note {_PARTS} in its header is damaged")
     return parts
 
@@ -296,7 +346,9 @@ def _same_scale(config: LoRAConfig, rank: int) -> LoRAConfig:
 
 @torch.no_grad()
 def _adapter(layer: torch.nn.Linear, config: LoRAConfig, a: Tensor, b: Tensor) -> Adapter:
-    with torch.random.fork_rng(devices=[]):  # its first values are not kept, and training's stream is not to notice
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # its first values are not kept, and training's stream is not to notice
         adapter = Adapter(layer, config)
     adapter.a.copy_(a)
     adapter.b.copy_(b)
@@ -324,29 +376,45 @@ def write_peft(model: GPT, directory: str | Path, *, base: str = "", name: str =
             continue
         sizes = [model.get_submodule(one).out_features for one in own]
         a, b, config, blocks = _fused(chosen, dict(zip(own, sizes, strict=True)))  # type: ignore[arg-type]
-        tensors[f"base_model.model.{path}.lora_A.weight"], tensors[f"base_model.model.{path}.lora_B.weight"] = a, b
+        (
+            tensors[f"base_model.model.{path}.lora_A.weight"],
+            tensors[f"base_model.model.{path}.lora_B.weight"],
+        ) = a, b
         alpha = config.alpha if config.rank_stabilised == stabilised else config.scale * config.rank
         configs[path] = replace(config, alpha=alpha)
         if blocks:
             parts[path] = blocks
     (rank, alpha), _ = Counter((config.rank, config.alpha) for config in configs.values()).most_common(1)[0]
-    others = {path: config for path, config in configs.items() if (config.rank, config.alpha) != (rank, alpha)}
+    others = {
+        path: config for path, config in configs.items() if (config.rank, config.alpha) != (rank, alpha)
+    }
     values = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base.removeprefix("hf:") or None,
-        "r": rank, "lora_alpha": _short(alpha), "lora_dropout": first.dropout, "use_rslora": stabilised, "bias": "none",
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.removeprefix("hf:") or None,
+        "r": rank,
+        "lora_alpha": _short(alpha),
+        "lora_dropout": first.dropout,
+        "use_rslora": stabilised,
+        "bias": "none",
         "target_modules": _targets(set(configs), set(table)),
         "rank_pattern": {path: config.rank for path, config in others.items() if config.rank != rank},
-        "alpha_pattern": {path: _short(config.alpha) for path, config in others.items() if config.alpha != alpha},
+        "alpha_pattern": {
+            path: _short(config.alpha) for path, config in others.items() if config.alpha != alpha
+        },
         "fan_in_fan_out": family_name(model.config) in ("gpt2", "openai-gpt"),  # their layers are Conv1D
-        "inference_mode": True, "init_lora_weights": True,
-    }  # fmt: skip
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
     with lora.without_adapter(model):
         notes = {"format": "pt", _BASE: checkpoint.fingerprint(lora.merged_tensors(model))}
     if parts:
         notes[_PARTS] = json.dumps(parts)
     with checkpoint.whole_directory(Path(directory)) as aside:
         checkpoint.save_tensors(aside / WEIGHTS, tensors, notes)
-        (aside / SETTINGS).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (aside / SETTINGS).write_text(
+            json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def _short(alpha: float) -> float:
@@ -362,7 +430,9 @@ def _fused(
     first = adapters[0]
     if len(outputs) == 1:
         return first.a, first.b, first.config, {}
-    same = len(chosen) == len(outputs) and all(torch.equal(one.a, first.a) and one.config == first.config for one in adapters)
+    same = len(chosen) == len(outputs) and all(
+        torch.equal(one.a, first.a) and one.config == first.config for one in adapters
+    )
     if same:
         return first.a, torch.cat([one.b for one in adapters]), first.config, {}
     ranks = {path: one.config.rank for path, one in chosen.items()}

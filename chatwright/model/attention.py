@@ -30,7 +30,13 @@ def fused_attention(
 ) -> Float[Tensor, "B H T K"]:
     """torch's fused kernel: little memory, the right choice on GPUs and for long rows. `dropout` is that of the weights."""
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        attn_mask=seen,
+        dropout_p=dropout,
+        is_causal=seen is None,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
@@ -50,14 +56,20 @@ def blocked_attention(
     """
     batch, heads, tokens, size = q.shape
     groups = k.shape[1]
-    together = heads // groups  # heads that share keys and values: side by side, they are one product, and neither is copied
+    together = (
+        heads // groups
+    )  # heads that share keys and values: side by side, they are one product, and neither is copied
     q = (q * size**-0.5).view(batch, groups, together, tokens, size)
-    places = torch.arange(tokens, dtype=torch.int32, device=q.device)  # compared number by number: half as wide is twice as fast
+    places = torch.arange(
+        tokens, dtype=torch.int32, device=q.device
+    )  # compared number by number: half as wide is twice as fast
     step = -(-tokens // blocks)
     parts = []
     for start in range(0, tokens, step):
         end = min(start + step, tokens)
-        scores = (q[:, :, :, start:end].flatten(2, 3) @ k[:, :, :end].mT).float()  # (B, G, H / G x (end - start), end)
+        scores = (
+            q[:, :, :, start:end].flatten(2, 3) @ k[:, :, :end].mT
+        ).float()  # (B, G, H / G x (end - start), end)
         here = places[:end] <= places[start:end, None] if seen is None else seen[:, :, None, start:end, :end]
         scores = scores.view(batch, groups, together, end - start, end).masked_fill(~here, float("-inf"))
         weights = scores.softmax(-1).to(v.dtype)

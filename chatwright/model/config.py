@@ -62,9 +62,13 @@ class RotaryScaling:
         if not all(isinstance(value, int | float) and 0.0 < value < math.inf for value in positive):
             raise UserError("model: the numbers of rope_scaling must be positive")
         if self.kind != "linear" and not 1 <= self.original_context <= LARGEST:
-            raise UserError(f"model: {self.kind} scaling needs an original_context, not {self.original_context}")
+            raise UserError(
+                f"model: {self.kind} scaling needs an original_context, not {self.original_context}"
+            )
         if self.kind != "linear" and self.low_turns >= self.high_turns:
-            raise UserError(f"model: rope_scaling: {self.low_turns} is no limit below {self.high_turns} turns")
+            raise UserError(
+                f"model: rope_scaling: {self.low_turns} is no limit below {self.high_turns} turns"
+            )
 
     @staticmethod
     def usual_attention_factor(factor: float, share: float = 1.0) -> float:
@@ -82,7 +86,9 @@ def _check_kinds(config: Any, prefix: str = "") -> None:
             continue
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             raise UserError(f"model: {prefix}{field.name} is {value!r:.80}, not of type {field.type}")
-        if float in allowed and not abs(getattr(config, field.name)) < 1e300:  # neither NaN nor infinite, nor a whole number beyond floats
+        if (
+            float in allowed and not abs(getattr(config, field.name)) < 1e300
+        ):  # neither NaN nor infinite, nor a whole number beyond floats
             raise UserError(f"model: {prefix}{field.name} is {value!r:.80}, which no computer can use")
 
 
@@ -141,7 +147,9 @@ class GPTConfig:
             raise UserError("model: layers, width and heads must be at least 1")
         if not self.head_dim:
             if self.width % self.heads:
-                raise UserError(f"model: width {self.width} is not a multiple of heads {self.heads}; set head_dim")
+                raise UserError(
+                    f"model: width {self.width} is not a multiple of heads {self.heads}; set head_dim"
+                )
             set_(self, "head_dim", self.width // self.heads)
         if not self.mlp_width:
             set_(self, "mlp_width", 4 * self.width)
@@ -175,7 +183,9 @@ class GPTConfig:
             if not 1 <= getattr(self, name) <= LARGEST:
                 raise UserError(f"model: {name} is {getattr(self, name)}; it can be 1 to {LARGEST}")
         if self.heads * self.head_dim > LARGEST:
-            raise UserError(f"model: {self.heads} heads of size {self.head_dim} are more than {LARGEST} features")
+            raise UserError(
+                f"model: {self.heads} heads of size {self.head_dim} are more than {LARGEST} features"
+            )
 
     def _check_rotary(self) -> None:
         """The settings of rotary positions."""
@@ -185,7 +195,9 @@ class GPTConfig:
         if not self.rope_base > (1.0 if scaling is not None and scaling.kind == "yarn" else 0.0):
             raise UserError(f"model: rope_base {self.rope_base} is too small")
         if scaling is not None and len(scaling.divisors) not in (0, self.head_dim // 2):
-            raise UserError(f"model: {len(scaling.divisors)} divisors of rotary rates for {self.head_dim // 2} pairs")
+            raise UserError(
+                f"model: {len(scaling.divisors)} divisors of rotary rates for {self.head_dim // 2} pairs"
+            )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GPTConfig:

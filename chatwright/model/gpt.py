@@ -76,7 +76,9 @@ class Attention(nn.Module):
     @property
     def kernel(self) -> CausalAttention:
         """What computes attention now: in training with dropout only the fused kernel can."""
-        return partial(fused_attention, dropout=self.dropout) if self.training and self.dropout else self.causal
+        return (
+            partial(fused_attention, dropout=self.dropout) if self.training and self.dropout else self.causal
+        )
 
     def forward(
         self,
@@ -122,7 +124,9 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.activation
         self.gate = (
-            nn.Linear(config.width, config.mlp_width, bias=config.bias) if config.activation == "swiglu" else None
+            nn.Linear(config.width, config.mlp_width, bias=config.bias)
+            if config.activation == "swiglu"
+            else None
         )
         self.up = nn.Linear(config.width, config.mlp_width, bias=config.bias)
         self.down = nn.Linear(config.mlp_width, config.width, bias=config.bias)

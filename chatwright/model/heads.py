@@ -25,7 +25,9 @@ class ScalarModel(nn.Module):
         self.body = GPT(config)
         self.body.head = nn.Identity()  # type: ignore[assignment]
         self.scalar = nn.Linear(config.width, 1)
-        nn.init.normal_(self.scalar.weight, std=1 / (config.width + 1) ** 0.5)  # Stiennon et al. 2020, appendix B
+        nn.init.normal_(
+            self.scalar.weight, std=1 / (config.width + 1) ** 0.5
+        )  # Stiennon et al. 2020, appendix B
         nn.init.zeros_(self.scalar.bias)
         self.register_buffer("offset", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))

@@ -182,7 +182,9 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = DEFAULT) -> None:
 def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str = DEFAULT) -> None:
     """Put one adapter, made of a pair of matrices for each path, on a model: the second half of `add_lora`."""
     if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII) or hasattr(nn.ModuleDict(), name):
-        raise UserError(f"an adapter cannot be called {name!r}: letters, digits, - and _, and no word of torch's")
+        raise UserError(
+            f"an adapter cannot be called {name!r}: letters, digits, - and _, and no word of torch's"
+        )
     if name in adapter_names(model):
         raise UserError(f"the model has an adapter called {name!r} already")
     for decoder in _decoders(model):
@@ -201,7 +203,9 @@ def use_adapter(model: nn.Module, name: str | None) -> None:
     """Let a model compute with the adapter of this name, or with none. Raises UserError when there is none of this name."""
     known = adapter_names(model)
     if name is not None and name not in known:
-        raise UserError(f"no adapter is called {name!r}; this model has {', '.join(map(repr, known)) or 'none'}")
+        raise UserError(
+            f"no adapter is called {name!r}; this model has {', '.join(map(repr, known)) or 'none'}"
+        )
     for _, layer in _adapted(model):
         layer.active = name if name is not None and name in layer.adapters else None
 
@@ -219,7 +223,9 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
 
 def lora_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """The matrices of one adapter, of all when no name is given."""
-    adapters = [layer.adapters[key] for _, layer in _adapted(model) for key in layer.adapters if name in (None, key)]
+    adapters = [
+        layer.adapters[key] for _, layer in _adapted(model) for key in layer.adapters if name in (None, key)
+    ]
     return [parameter for adapter in adapters for parameter in adapter.parameters()]
 
 
@@ -250,7 +256,9 @@ def sharing_copy(model: Model, instead: Mapping[int, nn.Module] | None = None) -
 
     `instead` maps the id of a module to what stands in its place.
     """
-    memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    memo: dict[int, object] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()
+    }
     return copy.deepcopy(model, memo | dict(instead or {}))
 
 
@@ -260,7 +268,9 @@ def plain(model: Model) -> Model:
     layers = _adapted(model)
     if not layers:
         return model
-    instead = {id(layer): layer.plain(nn.Parameter(layer.merged(), requires_grad=False)) for _, layer in layers}
+    instead = {
+        id(layer): layer.plain(nn.Parameter(layer.merged(), requires_grad=False)) for _, layer in layers
+    }
     return sharing_copy(model, instead).requires_grad_(False)
 
 

@@ -89,4 +89,8 @@ class Ragged:
 
     def _in_rows(self, x: Float[Tensor, "1 H N K"]) -> Float[Tensor, "B H T K"]:
         _, heads, _, size = x.shape
-        return self.put_back(x.transpose(1, 2).flatten(2)).view(self.rows, self.width, heads, size).transpose(1, 2)
+        return (
+            self.put_back(x.transpose(1, 2).flatten(2))
+            .view(self.rows, self.width, heads, size)
+            .transpose(1, 2)
+        )

@@ -29,7 +29,9 @@ def rotary_rates(config: GPTConfig, device: torch.device | None = None) -> tuple
 
     base ** (-2 i / K) (Su et al. 2021, arXiv:2104.09864, eq. 15), then as `config.rope_scaling` says.
     """
-    rates = config.rope_base ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    rates = config.rope_base ** -(
+        torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    )
     scaling = config.rope_scaling
     if scaling is None:
         return rates, 1.0

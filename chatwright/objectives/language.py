@@ -29,7 +29,9 @@ def next_token_loss(
     `targets[b, t]` is the token that follows position t. The sum, not the mean: whoever accumulates several
     micro-batches divides by the number of targets of all of them, so that 8 x 1 equals 1 x 8.
     """
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(
+        targets.shape
+    )
     return losses.sum() if mask is None else torch.where(mask, losses, 0.0).sum()
 
 
@@ -66,7 +68,14 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, head: Tensor, targets: Tensor, counted: Tensor, softcap: float, chunk: int, learns: bool
+        ctx: Any,
+        rows: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        counted: Tensor,
+        softcap: float,
+        chunk: int,
+        learns: bool,
     ) -> Tensor:
         ctx.learns = learns
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
@@ -82,7 +91,9 @@ class _ChunkedLoss(torch.autograd.Function):
             normaliser = logits.logsumexp(-1, keepdim=True)
             loss = loss + torch.where(counts, normaliser - logits.gather(1, wanted), 0.0).sum()
             slope = logits.sub_(normaliser).exp_()  # in place: one buffer of (C, V), the softmax ...
-            slope.add_(torch.arange(head.shape[0], device=head.device) == wanted, alpha=-1)  # ... minus one-hot
+            slope.add_(
+                torch.arange(head.shape[0], device=head.device) == wanted, alpha=-1
+            )  # ... minus one-hot
             if softcap:
                 slope.mul_(1 - bent.square_())  # d c tanh(x / c) / dx
             slope = slope.mul_(counts).to(head.dtype)
@@ -100,7 +111,15 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         row_gradient, head_gradient = ctx.saved_tensors
         (scale,) = gradients
-        return row_gradient * scale, head_gradient * scale if ctx.learns else None, None, None, None, None, None
+        return (
+            row_gradient * scale,
+            head_gradient * scale if ctx.learns else None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def projected_log_probs(
@@ -120,7 +139,10 @@ def projected_log_probs(
     """
     kind = head.device.type
     slopes = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
-    count, more = len(targets), one_of_few(len(targets)) - len(targets)  # oneDNN keeps a program for each size that it ever saw
+    count, more = (
+        len(targets),
+        one_of_few(len(targets)) - len(targets),
+    )  # oneDNN keeps a program for each size that it ever saw
     hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
     with torch.autocast(kind, enabled=False):
         found: Tensor = _Projected.apply(hidden.float(), head.float(), targets, temperature, softcap, slopes)  # type: ignore[no-untyped-call]
@@ -132,7 +154,13 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, head: Tensor, targets: Tensor, temperature: float, softcap: float, dtype: torch.dtype
+        ctx: Any,
+        rows: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        temperature: float,
+        softcap: float,
+        dtype: torch.dtype,
     ) -> Tensor:
         found, slopes = [], []
         chunk = max(128, CHUNK_LOGITS // head.shape[0])

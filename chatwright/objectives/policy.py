@@ -133,7 +133,9 @@ class Clipped:
     fraction: Tensor
 
 
-def policy_loss(log_probs: Values, old: Values, advantages: Values, mask: Mask, *, clip: float = 0.2) -> Clipped:
+def policy_loss(
+    log_probs: Values, old: Values, advantages: Values, mask: Mask, *, clip: float = 0.2
+) -> Clipped:
     """-min(r A, clip(r, 1 - c, 1 + c) A) with r = pi / pi_old (Schulman et al. 2017, arXiv:1707.06347, eq. 7)."""
     ratio = torch.where(mask, log_probs - old, 0.0).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
@@ -160,7 +162,9 @@ def explained_variance(values: Values, returns: Values, mask: Mask) -> float:
     return float(1 - error.var() / target.var())
 
 
-def next_beta(beta: float, kl: float, *, target: float, episodes: int, horizon: float, floor: float = 0.0) -> float:
+def next_beta(
+    beta: float, kl: float, *, target: float, episodes: int, horizon: float, floor: float = 0.0
+) -> float:
     """The KL coefficient after a batch (Ziegler et al. 2019, arXiv:1909.08593, section 2.2).
 
     beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon), never below `floor`. `kl` is in nats per response.

@@ -31,7 +31,9 @@ def pair_wins(
     """
     wins = preferred_pairs(labels, margin).float()
     if ties == "half":
-        tied = (labels[:, :, None] - labels[:, None, :]).abs() <= margin  # NaN compares as False: padding ties with nothing
+        tied = (
+            labels[:, :, None] - labels[:, None, :]
+        ).abs() <= margin  # NaN compares as False: padding ties with nothing
         wins = wins + 0.5 * (tied & ~torch.eye(labels.shape[1], dtype=torch.bool, device=labels.device))
     return wins
 

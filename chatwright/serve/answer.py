@@ -61,7 +61,9 @@ class Answer:
         self._on_end: Callable[[Answer], None] | None = on_end
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
-        self._arrivals: deque[tuple[int, int, bool, float]] = deque()  # (request, new tokens, whether it is the end, when)
+        self._arrivals: deque[tuple[int, int, bool, float]] = (
+            deque()
+        )  # (request, new tokens, whether it is the end, when)
         self._called = False  # whether `_look` is to run already
         self._latest = [0.0] * len(self.requests)  # when the newest token of each came
         self._open = len(self.requests)
@@ -78,7 +80,9 @@ class Answer:
         self._alarm = None if remaining is None else self._loop.call_later(remaining, self._give_up)
         if self._facts is not None:
             self._facts.model = model
-            prompts = dict.fromkeys(request.prompt for request in self.requests)  # several answers may have the same
+            prompts = dict.fromkeys(
+                request.prompt for request in self.requests
+            )  # several answers may have the same
             self._facts.prompt_tokens += sum(map(len, prompts))
             if self._facts.keep_texts and decode is not None:
                 self._facts.prompts += map(decode, prompts)
@@ -89,7 +93,9 @@ class Answer:
         self._arrivals.append((index, tokens, ended, time.monotonic()))
         if not self._called:
             self._called = True
-            with suppress(RuntimeError):  # the loop is closed: the server has stopped and nobody waits any more
+            with suppress(
+                RuntimeError
+            ):  # the loop is closed: the server has stopped and nobody waits any more
                 self._loop.call_soon_threadsafe(self._look)
 
     # ---- in the loop ---------------------------------------------------------------------------------------------

@@ -103,14 +103,22 @@ class Answering:
         except Exception as error:
             if not isinstance(error, UserError):
                 logger.exception("an answer failed")
-            message = str(error) if isinstance(error, UserError) else "the model failed while it answered; the server's log says why"
+            message = (
+                str(error)
+                if isinstance(error, UserError)
+                else "the model failed while it answered; the server's log says why"
+            )
             raise Failed(message, await self._give_up()) from None
         draft = self._draft
         try:
             await self._save()
         except StoreError as error:
             raise Failed(f"the answer could not be kept: {error}", {}) from None
-        return {"type": "done", "turn": self._turn(), "html": await asyncio.to_thread(self._render, draft.text)}
+        return {
+            "type": "done",
+            "turn": self._turn(),
+            "html": await asyncio.to_thread(self._render, draft.text),
+        }
 
     def _turn(self) -> dict[str, Any]:
         """The answer as the page gets it."""
@@ -141,7 +149,9 @@ class Answering:
                 self._seat.close()  # what follows takes the place before anybody else can
                 prepared = await service.prepare(ask.messages, sampling, begun=begun)
                 draft.dropped, draft.started = prepared.dropped, time.monotonic()
-                job.publish({"type": "begin", "model": ask.model, "dropped": draft.dropped, "window": service.context})
+                job.publish(
+                    {"type": "begin", "model": ask.model, "dropped": draft.dropped, "window": service.context}
+                )
                 with service.answer(prepared) as answer:
                     unwanted.add_done_callback(lambda _: answer.cancel())
                     await self._write(job, answer, service)
@@ -189,7 +199,9 @@ class Answering:
         if texts is not None:
             tokens = texts.push(piece)
             event |= {"text": "".join(token["text"] for token in tokens), "tokens": tokens}
-        elif draft.token_texts is not None and piece.text:  # the part before has probabilities, this one has none
+        elif (
+            draft.token_texts is not None and piece.text
+        ):  # the part before has probabilities, this one has none
             event |= {"tokens": [_unknown(piece.text)]}
         if event["text"]:
             draft.text += event["text"]
@@ -237,7 +249,9 @@ class Answering:
                 )
                 return {}
             # Where the answer was to go on and did not, it is what it was.
-            draft.reason = "error" if draft.text != ask.turn.content else ask.turn.finish_reason or "interrupted"
+            draft.reason = (
+                "error" if draft.text != ask.turn.content else ask.turn.finish_reason or "interrupted"
+            )
             await self._save()
         except UserError as error:
             logger.warning("a failed answer could not be kept: %s", error)

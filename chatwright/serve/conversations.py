@@ -115,7 +115,9 @@ def routes(pool: ModelPool, jobs: JobStore, render: Callable[[str], str], save_s
     starting = asyncio.Lock()  # or two answers could begin in one conversation between a look and a leap
 
     @router.get("/conversations")
-    def page(mine: Mine, search: str = "", before: float | None = None, before_id: str = "") -> dict[str, Any]:
+    def page(
+        mine: Mine, search: str = "", before: float | None = None, before_id: str = ""
+    ) -> dict[str, Any]:
         seen = None if before is None else (before, before_id)
         found, more = mine.page(search=search.strip(), before=seen, limit=PAGE)
         return {"conversations": [_summary(one) for one in found], "more": more}
@@ -133,7 +135,9 @@ def routes(pool: ModelPool, jobs: JobStore, render: Callable[[str], str], save_s
 
     @router.get("/conversations/{conversation}")
     async def read(conversation: str, mine: Mine) -> dict[str, Any]:
-        job = jobs.running_on(conversation)  # before the store is read: a job that ends meanwhile can still be followed
+        job = jobs.running_on(
+            conversation
+        )  # before the store is read: a job that ends meanwhile can still be followed
         found = await asyncio.to_thread(mine.get, conversation)
         return _whole(found, {"id": job.id, **job.about} if job else None)
 
@@ -166,7 +170,9 @@ def routes(pool: ModelPool, jobs: JobStore, render: Callable[[str], str], save_s
         async with starting:
             found = await asyncio.to_thread(mine.get, conversation)
             if jobs.running_on(conversation):
-                raise ApiError(409, "an answer is being written in this conversation; stop it first", code="answering")
+                raise ApiError(
+                    409, "an answer is being written in this conversation; stop it first", code="answering"
+                )
             jobs.make_room()
             with ExitStack() as if_refused:
                 seat = ExitStack()
@@ -184,7 +190,11 @@ def routes(pool: ModelPool, jobs: JobStore, render: Callable[[str], str], save_s
 
 def _place(mine: Owned, found: Conversation, body: NewAnswer, sampling: Sampling) -> Ask:
     """Find or make the answer's place in the tree. Raises Full, and then no place is made."""
-    changes: dict[str, Any] = {"model": body.model, "system": body.system, "settings": body.settings.model_dump()}
+    changes: dict[str, Any] = {
+        "model": body.model,
+        "system": body.system,
+        "settings": body.settings.model_dump(),
+    }
     earlier = None
     if body.continues is not None:
         turn = found.turn(body.continues)
@@ -216,7 +226,13 @@ def _place(mine: Owned, found: Conversation, body: NewAnswer, sampling: Sampling
 
 
 def _summary(one: Summary) -> dict[str, Any]:
-    return {"id": one.id, "title": one.title, "model": one.model, "created": one.created, "updated": one.updated}
+    return {
+        "id": one.id,
+        "title": one.title,
+        "model": one.model,
+        "created": one.created,
+        "updated": one.updated,
+    }
 
 
 def _whole(found: Conversation, job: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -58,7 +58,9 @@ def main_doctor(argv: Sequence[str]) -> int:
     picture: Text | None = None
     if is_recipe(name):
         if config.dialogue:
-            raise UsageError("--dialogue shows what a model learns from; give it with a model instead of a recipe")
+            raise UsageError(
+                "--dialogue shows what a model learns from; give it with a model instead of a recipe"
+            )
         from chatwright.serve.doctor_recipe import check_recipe
 
         findings = check_recipe(name)
@@ -81,8 +83,10 @@ def is_recipe(name: str) -> bool:
     try:
         find_recipe(name)
     except UsageError:
-        raise UserError(f"{name!r} is no recipe (a .yaml file, or tiny) and no model (a directory, .gguf file, smollm2, "
-                        "hf:owner/name)") from None  # fmt: skip
+        raise UserError(
+            f"{name!r} is no recipe (a .yaml file, or tiny) and no model (a directory, .gguf file, smollm2, "
+            "hf:owner/name)"
+        ) from None
     return True
 
 
@@ -95,13 +99,17 @@ def show(findings: Sequence[Finding], picture: Text | None) -> int:
     width = max(len(finding.topic) for finding in findings)
     for finding in findings:
         line = Text(f"{finding.level:8}", style=STYLES[finding.level])
-        line.append(f" {finding.topic:{width}}  ", style="bold").append(harmless(finding.text), style="default not bold")
+        line.append(f" {finding.topic:{width}}  ", style="bold").append(
+            harmless(finding.text), style="default not bold"
+        )
         console.print(line, soft_wrap=True)
         if finding.remedy:
             console.print(Text(f"{'':{width + 11}}-> {harmless(finding.remedy)}"), soft_wrap=True)
     if picture is not None:
         shown = legend(colours=console.is_terminal)
-        console.print(Text("\nThe loss mask; what the model learns to write is ").append(shown), soft_wrap=True)
+        console.print(
+            Text("\nThe loss mask; what the model learns to write is ").append(shown), soft_wrap=True
+        )
         console.print(picture, soft_wrap=True)
     counts = {level: sum(finding.level == level for finding in findings) for level in STYLES}
     summary = f"{len(findings)} checks: {counts['problem']} problems, {counts['warning']} warnings"

@@ -63,20 +63,34 @@ def _check(parts: Loaded, name: str, form: Format) -> Finding:
     try:
         plan = plan_hf(parts) if form == "hf" else plan_gguf(parts)
     except UserError as error:
-        return Finding("warning", topic, f"impossible: {error}", "docs/export.md says what each format carries")
+        return Finding(
+            "warning", topic, f"impossible: {error}", "docs/export.md says what each format carries"
+        )
     command = f"chatwright export {name} {'DIR' if form == 'hf' else 'FILE.gguf'} --format {form}"
     reason = _too_much(parts.model.parameter_count())
     if reason:
-        return Finding("warning", topic, f"{plan.family} carries it, but it was not tried: {reason}",
-                       f"`{command}` writes it, reads it back and compares")  # fmt: skip
+        return Finding(
+            "warning",
+            topic,
+            f"{plan.family} carries it, but it was not tried: {reason}",
+            f"`{command}` writes it, reads it back and compares",
+        )
     try:
         before = behaviour(parts)
-        if not bool(torch.isfinite(before[2]).all()):  # what is no number is equal to nothing, itself included
-            return Finding("warning", topic, "not tried: the model's own logits are not finite", "see the findings above")
+        if not bool(
+            torch.isfinite(before[2]).all()
+        ):  # what is no number is equal to nothing, itself included
+            return Finding(
+                "warning", topic, "not tried: the model's own logits are not finite", "see the findings above"
+            )
         text = _tried(parts, plan, before)
     except _Differs as error:
-        return Finding("problem", topic, f"as {plan.family}: {error}",
-                       "this is a fault of the program: please report it with this model's name; do not use its exports")  # fmt: skip
+        return Finding(
+            "problem",
+            topic,
+            f"as {plan.family}: {error}",
+            "this is a fault of the program: please report it with this model's name; do not use its exports",
+        )
     except (OSError, UserError) as error:
         return Finding("problem", topic, f"as {plan.family}: {error}", f"see what `{command} --debug` says")
     return Finding("ok", topic, f"{plan.family}: {text}")
@@ -134,7 +148,9 @@ def _read_by_transformers(parts: Loaded, written: Path) -> str:
     version = str(auto.__version__)
     assert parts.tokenizer is not None
     try:
-        theirs = auto.AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32, local_files_only=True).eval()
+        theirs = auto.AutoModelForCausalLM.from_pretrained(
+            written, dtype=torch.float32, local_files_only=True
+        ).eval()
         tokenizer = auto.AutoTokenizer.from_pretrained(written, local_files_only=True)
     except Exception as error:  # kinds without a common ancestor
         raise _Differs(f"transformers {version} refuses it: {' '.join(str(error).split())[:200]}") from None
@@ -151,7 +167,9 @@ def _read_by_transformers(parts: Loaded, written: Path) -> str:
         found = theirs(ids).logits
     apart, largest = float((own - found).abs().max()), max(1.0, float(own.abs().max()))
     if not apart <= TOLERANCE * largest:  # not a number counts as apart, too
-        raise _Differs(f"transformers {version} computes logits that are {apart:.2g} apart, the largest being {largest:.2g}")
+        raise _Differs(
+            f"transformers {version} computes logits that are {apart:.2g} apart, the largest being {largest:.2g}"
+        )
     same = "the same ids of a text and of a conversation" if talk else "the same ids of a text"
     return f"read back by chatwright (equal) and transformers {version}: {same}, logits at most {apart:.1g} apart"
 
@@ -169,9 +187,13 @@ def _talk_ids(parts: Loaded, tokenizer: Any, version: str) -> list[int]:
     else:
         return []
     try:
-        found = tokenizer.apply_chat_template([dict(one) for one in messages], tokenize=True, return_dict=False)
+        found = tokenizer.apply_chat_template(
+            [dict(one) for one in messages], tokenize=True, return_dict=False
+        )
     except Exception as error:  # the template's own, jinja's, or the library's
-        raise _Differs(f"transformers {version} cannot use the template: {' '.join(str(error).split())[:200]}") from None
+        raise _Differs(
+            f"transformers {version} cannot use the template: {' '.join(str(error).split())[:200]}"
+        ) from None
     whole = tokenizers.Tokenizer.from_str(parts.tokenizer.to_json())
     if list(found) != whole.encode(text, add_special_tokens=False).ids:
         raise _Differs(f"transformers {version} gets other ids of a conversation")

@@ -40,7 +40,9 @@ def _dtypes(config: GPTConfig) -> Iterator[Finding]:
     if reason:
         remedy = "leave --dtype at auto: torch computes this shape, in float32"
         for name in NAMED:
-            yield Finding("warning", f"dtype {name}", f"the CPU kernels cannot run a model with {reason}", remedy)
+            yield Finding(
+                "warning", f"dtype {name}", f"the CPU kernels cannot run a model with {reason}", remedy
+            )
         return
     from chatwright.generate.kernels import paths
 
@@ -48,23 +50,44 @@ def _dtypes(config: GPTConfig) -> Iterator[Finding]:
         path = paths.choose()
     except UserError as error:
         for name in NAMED:
-            yield Finding("problem", f"dtype {name}", str(error), "unset CHATWRIGHT_KERNELS: the best one is chosen then")
+            yield Finding(
+                "problem",
+                f"dtype {name}",
+                str(error),
+                "unset CHATWRIGHT_KERNELS: the best one is chosen then",
+            )
         return
     for name in NAMED:
         if name in ("fp32", "bf16"):
-            yield Finding("ok", f"dtype {name}", f"{VECTORS}; {'float32' if name == 'fp32' else 'bf16'} weights")
+            yield Finding(
+                "ok", f"dtype {name}", f"{VECTORS}; {'float32' if name == 'fp32' else 'bf16'} weights"
+            )
         elif path == "plain":
             better = paths.possible()[-1]
-            remedy = f"unset CHATWRIGHT_KERNELS: there is {better}" if better != "plain" else "--dtype bf16 is likely faster here"
-            yield Finding("warning", f"dtype {name}", "computed without instructions for small integers", remedy)
+            remedy = (
+                f"unset CHATWRIGHT_KERNELS: there is {better}"
+                if better != "plain"
+                else "--dtype bf16 is likely faster here"
+            )
+            yield Finding(
+                "warning", f"dtype {name}", "computed without instructions for small integers", remedy
+            )
         else:
-            yield Finding("ok", f"dtype {name}", f"{paths.named(path)}, of {', '.join(paths.possible())} on this processor")
+            yield Finding(
+                "ok",
+                f"dtype {name}",
+                f"{paths.named(path)}, of {', '.join(paths.possible())} on this processor",
+            )
 
 
 def _on_gpu(name: str, kind: str) -> Finding:
     if name in ("int8", "int4"):
-        return Finding("warning", f"dtype {name}", f"the kernels for {name} are for CPUs, and this is {kind}",
-                       "take --dtype bf16 or fp32, or set CHATWRIGHT_DEVICE=cpu")  # fmt: skip
+        return Finding(
+            "warning",
+            f"dtype {name}",
+            f"the kernels for {name} are for CPUs, and this is {kind}",
+            "take --dtype bf16 or fp32, or set CHATWRIGHT_DEVICE=cpu",
+        )
     if name == "bf16" and not runtime.has_bf16():
         return Finding("warning", "dtype bf16", f"{kind} only imitates bf16", "take --dtype fp32")
     return Finding("ok", f"dtype {name}", f"torch on {kind}")
@@ -90,7 +113,12 @@ def _serving(config: GPTConfig, count: int) -> Finding:
     if not fitting:
         return Finding("problem", "serving", text, "use a machine with more memory, or a smaller model")
     if len(fitting) < len(plans):
-        return Finding("warning", "serving", text, f"serve it with --dtype {fitting[-1]}; these fit: {', '.join(fitting)}")
+        return Finding(
+            "warning",
+            "serving",
+            text,
+            f"serve it with --dtype {fitting[-1]}; these fit: {', '.join(fitting)}",
+        )
     return Finding("ok", "serving", text)
 
 
@@ -103,7 +131,12 @@ def _training(count: int) -> Finding:
         return Finding("ok", "training", f"{text}; how much there is, this system does not say")
     text += f"; there is {gigabytes(have)}"
     if need > 0.9 * have:
-        return Finding("warning", "training", text, "it cannot be trained here as a whole: use more memory, or a smaller model")
+        return Finding(
+            "warning",
+            "training",
+            text,
+            "it cannot be trained here as a whole: use more memory, or a smaller model",
+        )
     return Finding("ok", "training", text)
 
 

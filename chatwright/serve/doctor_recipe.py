@@ -29,9 +29,18 @@ def check_recipe(name: str) -> list[Finding]:
     try:
         recipe = read_recipe(path, {})
     except UserError as error:
-        return [Finding("problem", "recipe", str(error), "correct it; `chatwright VERB --help` lists a stage's settings")]
+        return [
+            Finding(
+                "problem",
+                "recipe",
+                str(error),
+                "correct it; `chatwright VERB --help` lists a stage's settings",
+            )
+        ]
     stages = list(recipe.stages.values())
-    findings = [Finding("ok", "recipe", f"{path}: {' -> '.join(stage.name for stage in stages)}, seed {recipe.seed}")]
+    findings = [
+        Finding("ok", "recipe", f"{path}: {' -> '.join(stage.name for stage in stages)}, seed {recipe.seed}")
+    ]
     for stage in stages:
         findings += _inputs(stage, recipe)
         findings += _portions(stage)
@@ -50,8 +59,12 @@ def _inputs(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
         if name in recipe.stages or Path(name).exists() or name == "smollm2" or name.startswith("hf:"):
             continue
         known = ", ".join(other for other in recipe.stages if other != stage.name) or "none"
-        yield Finding("problem", stage.name, f"its input {name!r} is neither a stage of this recipe nor an existing path",
-                      f"add that stage, or name one of: {known}")  # fmt: skip
+        yield Finding(
+            "problem",
+            stage.name,
+            f"its input {name!r} is neither a stage of this recipe nor an existing path",
+            f"add that stage, or name one of: {known}",
+        )
 
 
 def _portions(stage: Stage) -> Iterator[Finding]:
@@ -68,7 +81,9 @@ def _portions(stage: Stage) -> Iterator[Finding]:
     micro = f" in portions of {fit.micro_batch}" if fit.micro_batch else ""
     yield Finding("ok", stage.name, f"{length} of {fit.batch_size} samples each{micro}")
     if fit.compile and (missing := runtime.compiler_missing()):
-        yield Finding("warning", stage.name, f"it would be compiled, but {missing}", "install one: training is faster")
+        yield Finding(
+            "warning", stage.name, f"it would be compiled, but {missing}", "install one: training is faster"
+        )
 
 
 def _data(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
@@ -76,26 +91,54 @@ def _data(stage: Stage, recipe: Recipe) -> Iterator[Finding]:
     config = stage.config
     wanted: list[tuple[str, str, sources.Kind, Any]] = [
         ("text", config.path or config.text, "text", sources.documents),
-        ("dialogues", config.dialogues, "dialogue", partial(sources.dialogues, format=config.dialogue_format)),
+        (
+            "dialogues",
+            config.dialogues,
+            "dialogue",
+            partial(sources.dialogues, format=config.dialogue_format),
+        ),
         ("ratings", config.ratings, "labelled", sources.labelled_texts),
-        ("comparisons", config.comparisons, "comparison", partial(sources.comparisons, format=config.comparison_format)),
+        (
+            "comparisons",
+            config.comparisons,
+            "comparison",
+            partial(sources.comparisons, format=config.comparison_format),
+        ),
     ]
     for setting, specs, kind, read in wanted:
         if specs:
             for spec in sources.split_specs(specs):
                 yield _source(stage, setting, spec, kind, read)
-    for setting, verbs in (("dialogues", ("sft", "ppo", "reinforce", "bestofn", "eval")), ("ratings", ("reward", "classifier"))):
+    for setting, verbs in (
+        ("dialogues", ("sft", "ppo", "reinforce", "bestofn", "eval")),
+        ("ratings", ("reward", "classifier")),
+    ):
         users = [
-            other.name for other in recipe.stages.values()
-            if other.verb in verbs and stage.name in other.inputs and not getattr(other.config, "comparisons", "")
-        ]  # fmt: skip
+            other.name
+            for other in recipe.stages.values()
+            if other.verb in verbs
+            and stage.name in other.inputs
+            and not getattr(other.config, "comparisons", "")
+        ]
         if users and not getattr(config, setting):
-            yield Finding("problem", stage.name, f"`{setting}` is empty, but {', '.join(users)} learns from them",
-                          f"name a source of {setting} (chatwright data list)")  # fmt: skip
-    users = [other.name for other in recipe.stages.values() if getattr(other.config, "comparisons", "") == stage.name]
+            yield Finding(
+                "problem",
+                stage.name,
+                f"`{setting}` is empty, but {', '.join(users)} learns from them",
+                f"name a source of {setting} (chatwright data list)",
+            )
+    users = [
+        other.name
+        for other in recipe.stages.values()
+        if getattr(other.config, "comparisons", "") == stage.name
+    ]
     if users and not config.comparisons:
-        yield Finding("problem", stage.name, f"`comparisons` is empty, but {', '.join(users)} learns from them",
-                      "name a file or folder of comparisons, or hf:owner/name (docs/alignment.md)")  # fmt: skip
+        yield Finding(
+            "problem",
+            stage.name,
+            f"`comparisons` is empty, but {', '.join(users)} learns from them",
+            "name a file or folder of comparisons, or hf:owner/name (docs/alignment.md)",
+        )
 
 
 def _source(stage: Stage, setting: str, spec: str, kind: sources.Kind, read: Any) -> Finding:
@@ -104,17 +147,25 @@ def _source(stage: Stage, setting: str, spec: str, kind: sources.Kind, read: Any
     if spec in named:
         source = named[spec]
         if kind not in source.kinds:
-            return Finding("problem", topic, f"{spec} holds {' and '.join(source.kinds)} records, not {kind}",
-                           "chatwright data list names the kinds")  # fmt: skip
+            return Finding(
+                "problem",
+                topic,
+                f"{spec} holds {' and '.join(source.kinds)} records, not {kind}",
+                "chatwright data list names the kinds",
+            )
         if (archives.cache_dir() / "archives" / source.archive.filename).is_file():
             return Finding("ok", topic, f"{spec} is in the cache ({source.licence})")
-        return Finding("ok", topic, f"{spec} will be downloaded: {gigabytes(source.archive.size)} ({source.licence})")
+        return Finding(
+            "ok", topic, f"{spec} will be downloaded: {gigabytes(source.archive.size)} ({source.licence})"
+        )
     if spec.startswith("hf:"):
         return Finding("ok", topic, f"{spec} will be read from the hub; not looked at now")
     try:
         next(read(spec))
     except (UserError, StopIteration) as error:
-        return Finding("problem", topic, str(error) or f"{spec}: nothing to read in it", "correct the path or the file")
+        return Finding(
+            "problem", topic, str(error) or f"{spec}: nothing to read in it", "correct the path or the file"
+        )
     return Finding("ok", topic, f"{spec}: its first record can be read")
 
 
@@ -124,7 +175,9 @@ def _shapes(recipe: Recipe, findings: list[Finding]) -> Iterator[tuple[str, GPTC
 
     shapes: dict[str, GPTConfig] = {}
     for stage in recipe.stages.values():
-        shape = shapes.get(getattr(stage.config, "base", "")) or shapes.get(getattr(stage.config, "policy", ""))
+        shape = shapes.get(getattr(stage.config, "base", "")) or shapes.get(
+            getattr(stage.config, "policy", "")
+        )
         if stage.verb == "pretrain":
             source = recipe.stages.get(stage.config.tokenizer)
             size = source.config.vocab_size if source is not None and source.verb == "tokenizer" else None
@@ -134,8 +187,14 @@ def _shapes(recipe: Recipe, findings: list[Finding]) -> Iterator[tuple[str, GPTC
             except (UserError, TypeError) as error:
                 findings.append(Finding("problem", stage.name, str(error), "correct `preset` and `model`"))
         elif stage.verb == "tokenizer" and stage.config.vocab_size < 264:
-            findings.append(Finding("problem", stage.name, f"vocab_size {stage.config.vocab_size} is too small",
-                                    "256 bytes and 8 control tokens need 264"))  # fmt: skip
+            findings.append(
+                Finding(
+                    "problem",
+                    stage.name,
+                    f"vocab_size {stage.config.vocab_size} is too small",
+                    "256 bytes and 8 control tokens need 264",
+                )
+            )
         if shape is not None:
             shapes[stage.name] = shape
             yield stage.name, shape
@@ -150,18 +209,32 @@ def _lengths(stage: Stage, recipe: Recipe, shapes: dict[str, GPTConfig]) -> Iter
         table = shape.vocab_size * shape.width
         share = table / max(1, parameters(shape))
         if share > 0.5:
-            yield Finding("warning", stage.name, f"{100 * share:.0f} % of the parameters are the token table",
-                          f"a smaller vocabulary than {shape.vocab_size:,} (tokenizer.vocab_size) leaves more to think with")  # fmt: skip
+            yield Finding(
+                "warning",
+                stage.name,
+                f"{100 * share:.0f} % of the parameters are the token table",
+                f"a smaller vocabulary than {shape.vocab_size:,} (tokenizer.vocab_size) leaves more to think with",
+            )
         if shape.context < 64:
-            yield Finding("warning", stage.name, f"a context of {shape.context} tokens is a sentence or two",
-                          "conversations want 128 or more")  # fmt: skip
+            yield Finding(
+                "warning",
+                stage.name,
+                f"a context of {shape.context} tokens is a sentence or two",
+                "conversations want 128 or more",
+            )
     config = stage.config
-    parts = [(name, getattr(config, name, 0)) for name in ("max_prompt_tokens", "max_new_tokens", "max_tokens")]
+    parts = [
+        (name, getattr(config, name, 0)) for name in ("max_prompt_tokens", "max_new_tokens", "max_tokens")
+    ]
     longest = sum(size for _, size in parts)
     if longest > shape.context:
         told = " + ".join(f"{name} {size}" for name, size in parts if size)
-        yield Finding("problem", stage.name, f"{told} do not fit into the model's context of {shape.context}",
-                      "lower them, or give the model a longer context (pretrain.model.context)")  # fmt: skip
+        yield Finding(
+            "problem",
+            stage.name,
+            f"{told} do not fit into the model's context of {shape.context}",
+            "lower them, or give the model a longer context (pretrain.model.context)",
+        )
 
 
 def parameters(shape: GPTConfig) -> int:
@@ -205,13 +278,23 @@ def _memory(recipe: Recipe, shapes: dict[str, GPTConfig]) -> Iterator[Finding]:
     have = runtime.total_memory_bytes()
     text = f"about {gigabytes(needs[name] + 5e8)} for {name}, the largest stage"
     if have is not None and needs[name] + 5e8 > 0.9 * have:
-        yield Finding("problem" if needs[name] > 1.5 * have else "warning", "memory", f"{text}; there is {gigabytes(have)}",
-                      f"set {name}.fit.micro_batch (changes no result), or choose a smaller shape")  # fmt: skip
+        yield Finding(
+            "problem" if needs[name] > 1.5 * have else "warning",
+            "memory",
+            f"{text}; there is {gigabytes(have)}",
+            f"set {name}.fit.micro_batch (changes no result), or choose a smaller shape",
+        )
     else:
         yield Finding("ok", "memory", text + (f"; there is {gigabytes(have)}" if have is not None else ""))
     free = shutil.disk_usage(Path.cwd()).free
     if disk > free:
-        yield Finding("problem", "disk", f"checkpoints take {gigabytes(disk)}, {gigabytes(free)} are free here",
-                      "free some, or give --out on another disk")  # fmt: skip
+        yield Finding(
+            "problem",
+            "disk",
+            f"checkpoints take {gigabytes(disk)}, {gigabytes(free)} are free here",
+            "free some, or give --out on another disk",
+        )
     else:
-        yield Finding("ok", "disk", f"checkpoints take about {gigabytes(disk)}, {gigabytes(free)} are free here")
+        yield Finding(
+            "ok", "disk", f"checkpoints take about {gigabytes(disk)}, {gigabytes(free)} are free here"
+        )

@@ -70,7 +70,9 @@ def main_export(argv: Sequence[str]) -> int:
     if parts.tokenizer is None:
         raise UserError(f"{source} has no tokenizer beside its weights: nobody could talk to it")
     say(f"{parts.source}: {sum(parameter.numel() for parameter in parts.model.parameters()):,} parameters")
-    family, notes = write_export(parts, target, form=config.format, dtype=dtype, verify=config.verify, source=source)
+    family, notes = write_export(
+        parts, target, form=config.format, dtype=dtype, verify=config.verify, source=source
+    )
     for note in notes:
         say(note)
     say(f"Written to {target} as {family}, {dtype}. docs/export.md tells how others run it.")

@@ -62,7 +62,9 @@ def packed_bytes(config: GPTConfig, dtype: str) -> int:
     width, heads = config.width, config.heads
     attended = heads * _up_to(config.head_dim, GROUP)
     up = (2 if config.activation == "swiglu" else 1) * _up_to(config.mlp_width, TILE)
-    block = _matrix((heads + 2 * config.kv_heads) * config.head_dim, width, dtype) + _matrix(width, attended, dtype)
+    block = _matrix((heads + 2 * config.kv_heads) * config.head_dim, width, dtype) + _matrix(
+        width, attended, dtype
+    )
     block += _matrix(up, width, dtype) + _matrix(width, config.mlp_width, dtype)
     size = config.layers * block + _matrix(config.vocab_size, width, "int8" if dtype == "int4" else dtype)
     if not config.tied:

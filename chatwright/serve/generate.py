@@ -61,7 +61,9 @@ class GenerateConfig:
         if not self.beams and self.length_penalty != 1.0:
             raise UsageError("--length_penalty belongs to beam search: give --beams as well")
         if self.beams and self.count > self.beams:
-            raise UsageError(f"--count {self.count}: {self.beams} beams give at most {self.beams} continuations")
+            raise UsageError(
+                f"--count {self.count}: {self.beams} beams give at most {self.beams} continuations"
+            )
         if self.beams:
             for one in fields(self):
                 if one.name in CHANCE and getattr(self, one.name) not in (one.default, []):
@@ -117,7 +119,9 @@ def read_prompt(config: GenerateConfig) -> str:
         except OSError as error:
             raise UserError(f"--prompt_file {where}: {error.strerror}") from None
     elif sys.stdin.isatty():
-        raise UsageError("nothing to continue: give --prompt TEXT, --prompt_file FILE, or text on standard input")
+        raise UsageError(
+            "nothing to continue: give --prompt TEXT, --prompt_file FILE, or text on standard input"
+        )
     else:
         where = "standard input"
         buffer = getattr(sys.stdin, "buffer", None)
@@ -125,7 +129,9 @@ def read_prompt(config: GenerateConfig) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text (byte {data[error.start]:#04x} at {error.start})") from None
+        raise UserError(
+            f"{where} is not UTF-8 text (byte {data[error.start]:#04x} at {error.start})"
+        ) from None
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -142,7 +148,8 @@ def _sample(
     requests = [model.prompt_request(prompt, **asdict(sampling))] * count
     if sampling.seed is not None:
         requests = [
-            replace(one, sampling=replace(sampling, seed=sampling.seed + number)) for number, one in enumerate(requests)
+            replace(one, sampling=replace(sampling, seed=sampling.seed + number))
+            for number, one in enumerate(requests)
         ]
     handles = [model.engine.submit(one) for one in requests]
     with stopping() as stopped:
@@ -180,6 +187,8 @@ def _search(model: LanguageModel, prompt: str, config: GenerateConfig, show: Cal
     )[: config.count]
     for number, (ids, score) in enumerate(found, 1):
         _heading(number, len(found), f", score {score:.3f}")
-        known = [one for one in ids if one < model.tokenizer.vocab_size]  # a padded table has ids that spell nothing
+        known = [
+            one for one in ids if one < model.tokenizer.vocab_size
+        ]  # a padded table has ids that spell nothing
         print(show(model.tokenizer.decode(known)), flush=True)
     return 0

@@ -32,12 +32,16 @@ def main_plan(argv: Sequence[str]) -> int:
     own = {field.name for field in fields(PlanConfig)} | {"config", "debug", "help"}
     plain, overrides = split_arguments(argv, own)
     config, positionals = parse(
-        PlanConfig, plain, prog="chatwright plan",
+        PlanConfig,
+        plain,
+        prog="chatwright plan",
         description="Predict memory and time of each training stage and the micro-batch that fits. Nothing is trained. Any "
         "setting of a stage can be given as --STAGE.KEY VALUE, for example --pretrain.fit.batch_size 32.",
-        positionals={"recipe_or_preset": "A recipe (a .yaml file, or the name of a built-in one), or the name of a model "
-                     "shape, planned for pre-training."},
-    )  # fmt: skip
+        positionals={
+            "recipe_or_preset": "A recipe (a .yaml file, or the name of a built-in one), or the name of a model "
+            "shape, planned for pre-training."
+        },
+    )
     if config.memory_gb < 0:
         raise UsageError(f"memory_gb is {config.memory_gb:g}; it must be above 0, or 0 for the machine's")
     from chatwright.train.plan import choose
@@ -65,8 +69,12 @@ def _recipe(name: str, overrides: dict[str, dict[str, Any]]) -> Recipe:
     if name not in PRESETS:
         return read_recipe(find_recipe(name), overrides)
     if set(overrides) - {"pretrain"}:
-        raise UsageError("a shape is planned for pre-training: settings look like --pretrain.fit.batch_size 32")
-    config = build(module_of("pretrain").Config, {"preset": name, **overrides.get("pretrain", {})}, where="pretrain")
+        raise UsageError(
+            "a shape is planned for pre-training: settings look like --pretrain.fit.batch_size 32"
+        )
+    config = build(
+        module_of("pretrain").Config, {"preset": name, **overrides.get("pretrain", {})}, where="pretrain"
+    )
     return Recipe(name, {"pretrain": Stage("pretrain", "pretrain", config)})
 
 
@@ -88,7 +96,11 @@ def shapes_of(recipe: Recipe) -> Iterator[tuple[Stage, GPTConfig]]:
         shape = shapes.get(getattr(stage.config, "base", ""))
         if stage.verb == "pretrain":
             source = recipe.stages.get(stage.config.tokenizer)
-            size = {"vocab_size": source.config.vocab_size} if source is not None and source.verb == "tokenizer" else {}
+            size = (
+                {"vocab_size": source.config.vocab_size}
+                if source is not None and source.verb == "tokenizer"
+                else {}
+            )
             try:
                 shape = GPTConfig.preset(stage.config.preset, **{**stage.config.model, **size})
             except TypeError as error:
@@ -118,11 +130,17 @@ def _show(plans: Sequence[Plan]) -> None:
     table.add_row("batch", *(f"{plan.batch:,} x {plan.length:,} tokens" for plan in plans))
     table.add_row("micro-batch", *(f"{plan.micro:,}" for plan in plans))
     table.add_row("GFLOP a step", *(f"{plan.flop / 1e9:,.1f}" for plan in plans))
-    table.add_row("seconds a step", *("-" if plan.seconds is None else f"{plan.seconds:.3g}" for plan in plans))
+    table.add_row(
+        "seconds a step", *("-" if plan.seconds is None else f"{plan.seconds:.3g}" for plan in plans)
+    )
     table.add_row("steps", *(f"{plan.expected_steps:,}" if plan.expected_steps else "-" for plan in plans))
-    table.add_row("tokens", *(f"{plan.expected_steps * plan.batch * plan.length / 1e6:,.1f} M" for plan in plans))
-    table.add_row("time of the steps",
-                  *(duration(plan.expected_steps * plan.seconds) if plan.seconds else "-" for plan in plans))  # fmt: skip
+    table.add_row(
+        "tokens", *(f"{plan.expected_steps * plan.batch * plan.length / 1e6:,.1f} M" for plan in plans)
+    )
+    table.add_row(
+        "time of the steps",
+        *(duration(plan.expected_steps * plan.seconds) if plan.seconds else "-" for plan in plans),
+    )
     console.print(table)
     available = plans[0].available
     if available is not None:

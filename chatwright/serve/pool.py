@@ -84,7 +84,9 @@ class ModelPool:
     ) -> None:
         names = [spec.name for spec in specs]
         if not names or len(set(names)) < len(names):
-            raise UserError(f"the names of the models served must differ: {', '.join(names) or 'none is given'}")
+            raise UserError(
+                f"the names of the models served must differ: {', '.join(names) or 'none is given'}"
+            )
         self._places = {spec.name: _Place(spec) for spec in specs}
         self._budget, self._limits = budget, limits
         self.listeners: list[Listener] = []
@@ -199,7 +201,9 @@ class ModelPool:
         while place.service is None:
             if place.loading is None:
                 place.loading = asyncio.create_task(self._load_in_turn(place))
-                place.loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio complains
+                place.loading.add_done_callback(
+                    lambda done: done.cancelled() or done.exception()
+                )  # or asyncio complains
             try:
                 await asyncio.wait_for(asyncio.shield(place.loading), seconds_left(self._limits.timeout))
             except TimeoutError:
@@ -278,7 +282,9 @@ class ModelPool:
         while self.memory + size > self._budget:
             if not idle:
                 busy = ", ".join(one.spec.name for one in self._places.values() if one.service)
-                raise NoMemory(f"{place.spec.name} does not fit beside {busy}, which are in use; try again in a moment")
+                raise NoMemory(
+                    f"{place.spec.name} does not fit beside {busy}, which are in use; try again in a moment"
+                )
             await self._put_away(idle.pop(0))
 
     async def _put_away(self, place: _Place) -> None:
@@ -292,7 +298,9 @@ class ModelPool:
 
 
 def _sum(one: Stats, other: Stats) -> Stats:
-    return Stats(**{field.name: getattr(one, field.name) + getattr(other, field.name) for field in fields(Stats)})
+    return Stats(
+        **{field.name: getattr(one, field.name) + getattr(other, field.name) for field in fields(Stats)}
+    )
 
 
 def _age(place: _Place) -> float:

@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     from chatwright.language_model import LanguageModel
 
 
-__all__ = ["Answer", "Busy", "ChatService", "Limits", "Listener", "Prepared", "TooLong", "prepare", "prepare_prompts"]
+__all__ = [
+    "Answer",
+    "Busy",
+    "ChatService",
+    "Limits",
+    "Listener",
+    "Prepared",
+    "TooLong",
+    "prepare",
+    "prepare_prompts",
+]
 
 MOST_WAIT = 60
 """Longest time, in seconds, after which a refused client is told to come again."""
@@ -131,7 +141,9 @@ def prepare_prompts(
     for ids in prompts:
         room = model.engine.max_context - len(ids)
         if room < 1:
-            raise TooLong(f"the prompt has {len(ids)} tokens, the model's context holds {model.engine.max_context}")
+            raise TooLong(
+                f"the prompt has {len(ids)} tokens, the model's context holds {model.engine.max_context}"
+            )
         requests += _samples(Request(tuple(ids), _within(sampling, room), end_ids), answers)
     return Prepared(tuple(requests), sum(map(len, prompts)), 0)
 
@@ -229,7 +241,9 @@ class ChatService:
         lacking = self.running + self._preparing + answers - self.limits.max_requests
         if lacking > 0:
             wait = self.retry_after(lacking)
-            raise Busy(f"the server is busy with {self.running} answers; try again in a moment", retry_after=wait)
+            raise Busy(
+                f"the server is busy with {self.running} answers; try again in a moment", retry_after=wait
+            )
 
     def check_size(self, prepared: Prepared) -> None:
         """Raise TooLong when the prompt has more tokens than this server takes."""
@@ -262,7 +276,9 @@ class ChatService:
 
     def _text(self, ids: Sequence[int]) -> str:
         tokenizer = self.model.tokenizer
-        return tokenizer.decode(one for one in ids if one < tokenizer.vocab_size)  # a model's table may be larger
+        return tokenizer.decode(
+            one for one in ids if one < tokenizer.vocab_size
+        )  # a model's table may be larger
 
     def _ended(self, answer: Answer) -> None:
         self._running.discard(answer)

@@ -47,7 +47,10 @@ class TokenTexts:
         if token >= self._tokenizer.vocab_size or not self._tokenizer.token_bytes(token):
             return  # a control token: it is not part of the text
         if self._unfinished is None:
-            alternatives = [{"text": spelled(self._tokenizer, number), "p": _share(math.exp(value))} for number, value in top]
+            alternatives = [
+                {"text": spelled(self._tokenizer, number), "p": _share(math.exp(value))}
+                for number, value in top
+            ]
             self._unfinished = {"p": p, "alternatives": alternatives}
         else:
             self._unfinished["p"] *= p

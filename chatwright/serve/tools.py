@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from chatwright.interop.loaded import Loaded
 
-OURS = frozenset({"model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json", "chat_template.jinja"})
+OURS = frozenset(
+    {"model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json", "chat_template.jinja"}
+)
 """The files of a model directory: nothing else is ever replaced."""
 
 SAMPLE = "The same text, read twice: naïve café, 12 ÷ 7 — こんにちは.\n\tEnd"
@@ -55,7 +57,9 @@ def main_import(argv: Sequence[str]) -> int:
     say(f"{parts.source}: {parameters:,} parameters, {template}")
     write_model(parts, target, source=source)
     verb = "chat" if parts.template else "generate"
-    say(f"Written to {target} and read back: the same tokens and the same logits. Next: chatwright {verb} {target}")
+    say(
+        f"Written to {target} and read back: the same tokens and the same logits. Next: chatwright {verb} {target}"
+    )
     return 0
 
 
@@ -69,9 +73,13 @@ def check_target(target: Path, *, force: bool, known: Callable[[str], bool] = OU
     names = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
     others = sorted(name for name in names if not known(name))
     if others:
-        raise UserError(f"{target} holds other things than a model ({', '.join(others[:3])}); choose another directory")
+        raise UserError(
+            f"{target} holds other things than a model ({', '.join(others[:3])}); choose another directory"
+        )
     if names and not force:
-        raise UserError(f"{target} holds a model already; choose another directory, or replace it with --force")
+        raise UserError(
+            f"{target} holds a model already; choose another directory, or replace it with --force"
+        )
 
 
 def write_model(parts: Loaded, target: Path, *, source: str) -> None:

@@ -73,7 +73,9 @@ def passed_key() -> str:
     ours = [key for key in (part.strip() for part in os.environ.get(VARIABLE, "").split(",")) if key]
     theirs = os.environ.get(KEY, "")
     if len(ours) > 1:
-        raise UserError(f"{VARIABLE} holds {len(ours)} keys; vLLM takes one that way (more: its --api-key in --engine_args)")
+        raise UserError(
+            f"{VARIABLE} holds {len(ours)} keys; vLLM takes one that way (more: its --api-key in --engine_args)"
+        )
     if ours and theirs and ours != [theirs]:
         raise UserError(f"{VARIABLE} and {KEY} hold different keys; unset one of them")
     return ours[0] if ours else theirs
@@ -107,7 +109,9 @@ def find_program() -> str:
     """The program `vllm`: beside this Python, else on PATH. Raises UserError when there is none."""
     found = shutil.which("vllm", path=str(Path(sys.executable).parent)) or shutil.which("vllm")
     if found is None:
-        raise UserError("--engine vllm: there is no program `vllm` here; install it: pip install vllm (or 'chatwright[vllm]')")
+        raise UserError(
+            "--engine vllm: there is no program `vllm` here; install it: pip install vllm (or 'chatwright[vllm]')"
+        )
     return found
 
 
@@ -151,7 +155,9 @@ def exported(source: str, dtype: str) -> Path:
         raise UserError(f"{source} has no tokenizer beside its weights: nobody could talk to it")
     family = family_name(parts.model.config)
     if family not in FAMILIES:
-        raise UserError(f"{source}: vLLM has no {family}; serve it with chatwright's own engine (leave --engine out)")
+        raise UserError(
+            f"{source}: vLLM has no {family}; serve it with chatwright's own engine (leave --engine out)"
+        )
     if dtype == "auto":
         dtype = "bf16" if parts.model.parameter_count() >= WORTH_COMPILING else "fp32"
     print(f"exporting {source} for vLLM, once: {target}", file=sys.stderr, flush=True)
@@ -176,7 +182,9 @@ def fingerprint(source: str) -> str:
         return checkpoint.sha256(path)
     found = find_checkpoint(path) if path.exists() else None
     if found is None:
-        raise UserError(f"no model {source!r}: it is no directory with a model, and no .gguf file; also known: smollm2, hf:owner/name")
+        raise UserError(
+            f"no model {source!r}: it is no directory with a model, and no .gguf file; also known: smollm2, hf:owner/name"
+        )
     said = (found.path / "state.json").read_bytes()
     if not found.state().get("files"):  # written by hand: nobody has noted the checksums of the other files
         others = sorted(file for file in found.path.iterdir() if file.is_file())

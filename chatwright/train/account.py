@@ -55,7 +55,13 @@ def _looked_up(model: GPT) -> int:
 
 
 def rounds_spent(
-    rows: Sequence[Mapping[str, Any]], prompt: float, *, read: Sequence[GPT], trained: Sequence[GPT], epochs: int, text: float = 0.0
+    rows: Sequence[Mapping[str, Any]],
+    prompt: float,
+    *,
+    read: Sequence[GPT],
+    trained: Sequence[GPT],
+    epochs: int,
+    text: float = 0.0,
 ) -> dict[str, float]:
     """Tokens and operations of rounds of sampling and learning, from the `rows` that they logged.
 
@@ -98,7 +104,13 @@ class EnergyMeter:
 
 
 def account_row(
-    reporting: Reporting, *, flop: float | None, elapsed: float, joules: float, rate: float | None = None, peak: float = 0.0
+    reporting: Reporting,
+    *,
+    flop: float | None,
+    elapsed: float,
+    joules: float,
+    rate: float | None = None,
+    peak: float = 0.0,
 ) -> dict[str, float]:
     """The figures that can be known of `flop` operations so far in `elapsed` seconds of training, for metrics.jsonl.
 

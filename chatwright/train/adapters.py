@@ -41,8 +41,12 @@ def adapt(model: nn.Module, config: LoRAConfig, what: str) -> None:
     if not config.rank:
         return
     add_lora(model, config)
-    trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
-    say(f"  {what}: LoRA of rank {config.rank}, {trained:,} of {total:,} numbers are trained ({100 * trained / total:.2g} %)")
+    trained, total = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)
+    )
+    say(
+        f"  {what}: LoRA of rank {config.rank}, {trained:,} of {total:,} numbers are trained ({100 * trained / total:.2g} %)"
+    )
 
 
 def _whole(model: GPT, tensors: Mapping[str, Tensor]) -> GPT:

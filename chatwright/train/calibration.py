@@ -43,7 +43,9 @@ def reliability(
     predicted, observed = predicted.double(), observed.double()
     place = ((predicted - low) / (1 - low) * bins).long().clamp(0, bins - 1)
     count = torch.zeros(bins, dtype=torch.float64).index_add(0, place, torch.ones_like(predicted))
-    sums = [torch.zeros(bins, dtype=torch.float64).index_add(0, place, values) for values in (predicted, observed)]
+    sums = [
+        torch.zeros(bins, dtype=torch.float64).index_add(0, place, values) for values in (predicted, observed)
+    ]
     return Reliability(count, *(total / count for total in sums))
 
 
@@ -85,14 +87,18 @@ def platt(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> tuple[fl
 
     def cost(at: Tensor) -> Tensor:
         z = rows @ at
-        return -(target * torch.nn.functional.logsigmoid(z) + (1 - target) * torch.nn.functional.logsigmoid(-z)).sum()
+        return -(
+            target * torch.nn.functional.logsigmoid(z) + (1 - target) * torch.nn.functional.logsigmoid(-z)
+        ).sum()
 
     for _ in range(100):
         p = (rows @ weights).sigmoid()
         gradient = rows.T @ (p - target)
         hessian = rows.T @ (rows * (p * (1 - p))[:, None]) + 1e-9 * torch.eye(2, dtype=torch.float64)
         step, size = torch.linalg.solve(hessian, gradient), 1.0
-        while size > 1e-6 and cost(weights - size * step) > cost(weights):  # a whole step may be too far where p is near 0 or 1
+        while size > 1e-6 and cost(weights - size * step) > cost(
+            weights
+        ):  # a whole step may be too far where p is near 0 or 1
             size /= 2
         weights = weights - size * step
         if step.abs().max() < 1e-10:

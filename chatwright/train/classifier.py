@@ -104,7 +104,9 @@ class Texts:
     def take(self, start: int, count: int) -> TextBatch:
         """Samples start ... start + count - 1."""
         numbers = self.order.take(start, count)
-        asked = [self.prompts[(number + start + place) % len(self.prompts)] for place, number in enumerate(numbers)]
+        asked = [
+            self.prompts[(number + start + place) % len(self.prompts)] for place, number in enumerate(numbers)
+        ]
         return self.batch([self.texts[number] for number in numbers], asked)
 
     def batch(self, texts: Sequence[LabelledText], prompts: Sequence[Sequence[Message]]) -> TextBatch:
@@ -151,12 +153,17 @@ def load_texts(config: Config, records: Path) -> Parts:
     """The texts of a data stage. Raises UserError when one side lacks good or bad ones."""
 
     def clear(texts: list[LabelledText]) -> list[LabelledText]:
-        return [one for one in texts if abs(one.label - config.threshold) > config.neutral or config.neutral == 0]
+        return [
+            one for one in texts if abs(one.label - config.threshold) > config.neutral or config.neutral == 0
+        ]
 
     learnt = clear(list(read_records(records / "ratings-train.jsonl", LabelledText)))
     everything = list(read_records(records / "ratings-validation.jsonl", LabelledText))
     sides = [split_of(f"calibration:{one.id}", config.calibration) for one in learnt]
-    train, apart = ([one for one, side in zip(learnt, sides, strict=True) if side == wanted] for wanted in ("train", "validation"))
+    train, apart = (
+        [one for one, side in zip(learnt, sides, strict=True) if side == wanted]
+        for wanted in ("train", "validation")
+    )
     parts = Parts(train, apart, clear(everything), everything)
     for name in ("train", "calibration", "held_out"):
         good = sum(one.label > config.threshold for one in getattr(parts, name))
@@ -178,8 +185,17 @@ def run(config: Config, workspace: Workspace) -> Report:
         raise UserError("there are no conversations to take prompts from; set `dialogues` in the data stage")
     config = plan.ahead("classifier", config, base.model.config, ALONE)
     model, trainer, dtype = make_judge("classifier", config, workspace, base)
-    texts = Texts(parts.train, prompts, base.template, base.tokenizer, config, SampleOrder(len(parts.train), workspace.seed))
-    say(f"  {len(parts.train):,} texts, {len(parts.calibration):,} to calibrate with, {len(parts.held_out):,} held out")
+    texts = Texts(
+        parts.train,
+        prompts,
+        base.template,
+        base.tokenizer,
+        config,
+        SampleOrder(len(parts.train), workspace.seed),
+    )
+    say(
+        f"  {len(parts.train):,} texts, {len(parts.calibration):,} to calibrate with, {len(parts.held_out):,} held out"
+    )
 
     def train_step(batch: TextBatch) -> Step:
         with runtime.autocast(dtype):
@@ -196,21 +212,33 @@ def run(config: Config, workspace: Workspace) -> Report:
         return {
             "held_out_accuracy": float(((scores > 0) == good).float().mean()),
             "held_out_loss": calibration.log_loss(scores, good),
-            "held_out_correlation": correlation(judged(parts.all_held_out), torch.tensor([one.label for one in parts.all_held_out])),
+            "held_out_correlation": correlation(
+                judged(parts.all_held_out), torch.tensor([one.label for one in parts.all_held_out])
+            ),
         }
 
     fitted = Fit(
-        trainer, config.fit, texts, train_step, evaluate,
-        title="classifier", throughput=("answers", 1.0), best=("held_out_loss", "lower"),
-    ).run()  # fmt: skip
+        trainer,
+        config.fit,
+        texts,
+        train_step,
+        evaluate,
+        title="classifier",
+        throughput=("answers", 1.0),
+        best=("held_out_loss", "lower"),
+    ).run()
     known = torch.tensor([one.label > config.threshold for one in parts.calibration])
     report = Report(
         curves=[Curve("Loss of the classifier", ["loss"], "nats per text"), Curve("Accuracy", ["accuracy"])],
-        facts={"texts": len(parts.train), "steps": fitted.progress.step,
-               "held_out_accuracy": fitted.after["held_out_accuracy"],
-               "held_out_correlation": fitted.after["held_out_correlation"], **fitted.facts},
+        facts={
+            "texts": len(parts.train),
+            "steps": fitted.progress.step,
+            "held_out_accuracy": fitted.after["held_out_accuracy"],
+            "held_out_correlation": fitted.after["held_out_correlation"],
+            **fitted.facts,
+        },
         notes=fitted.notes,
-    )  # fmt: skip
+    )
     extra = trainer.progress.extra
     if "calibration" not in extra:  # once: a stage that is run again after this keeps the constants it has
         as_learnt = calibration.reliability(judged(parts.held_out).sigmoid(), good.float()).error
@@ -220,9 +248,18 @@ def run(config: Config, workspace: Workspace) -> Report:
     report.facts["calibration"] = extra["calibration"]
     measure(report, fitted.before, evaluate(), good)
     reliable = calibration.reliability(judged(parts.held_out).sigmoid(), good.float())
-    report.measures.append(Measure("calibration error on held-out texts", extra["calibration"]["error_before"], reliable.error,
-                                   "lower", note="before: the same model without calibration"))  # fmt: skip
-    report.pictures.append(calibration.draw(workspace.directory, reliable, low=0.0, what="share that people call good"))
+    report.measures.append(
+        Measure(
+            "calibration error on held-out texts",
+            extra["calibration"]["error_before"],
+            reliable.error,
+            "lower",
+            note="before: the same model without calibration",
+        )
+    )
+    report.pictures.append(
+        calibration.draw(workspace.directory, reliable, low=0.0, what="share that people call good")
+    )
     report.facts["sample"] = example(model, texts)
     return report
 
@@ -231,7 +268,9 @@ def example(model: ScalarModel, texts: Texts) -> str:
     """What the model thinks of two answers."""
 
     def score(prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:
-        batch = runtime.on_device(texts.batch([LabelledText.of(one, 0.0) for one in answers], [prompt] * len(answers)))
+        batch = runtime.on_device(
+            texts.batch([LabelledText.of(one, 0.0) for one in answers], [prompt] * len(answers))
+        )
         with runtime.evaluating(model):
             return [float(value) for value in model.score(batch.ids, batch.mask)]
 
@@ -247,20 +286,36 @@ def calibrate(
         scale, offset = calibration.platt(scores, positive)
     except ValueError as error:
         report.notes.insert(0, str(error))
-        raise Unhealthy(f"classifier: {error}. Train it longer, on more ratings, or start it from a better model", report) from None
+        raise Unhealthy(
+            f"classifier: {error}. Train it longer, on more ratings, or start it from a better model", report
+        ) from None
     with torch.no_grad():  # scale' (x - offset') of what was s (x - o)
         model.offset.add_(offset / model.scale)
         model.scale.mul_(scale)
     return scale, offset
 
 
-def measure(report: Report, before: dict[str, float], after: dict[str, float], good: Bool[Tensor, " n"]) -> None:
+def measure(
+    report: Report, before: dict[str, float], after: dict[str, float], good: Bool[Tensor, " n"]
+) -> None:
     """Add what the calibrated classifier reaches on held-out texts to the report."""
     share = float(good.float().mean())
     report.facts |= {key: after[key] for key in ("held_out_accuracy", "held_out_correlation")}
     report.measures += [
-        Measure("accuracy on held-out texts", before["held_out_accuracy"], after["held_out_accuracy"], "higher"),
+        Measure(
+            "accuracy on held-out texts", before["held_out_accuracy"], after["held_out_accuracy"], "higher"
+        ),
         Measure("accuracy of the commoner class", None, max(share, 1 - share), "context"),
-        Measure("loss on held-out texts", before["held_out_loss"], after["held_out_loss"], note="nats per text; guessing: 0.693"),
-        Measure("correlation with held-out ratings", before["held_out_correlation"], after["held_out_correlation"], "higher"),
+        Measure(
+            "loss on held-out texts",
+            before["held_out_loss"],
+            after["held_out_loss"],
+            note="nats per text; guessing: 0.693",
+        ),
+        Measure(
+            "correlation with held-out ratings",
+            before["held_out_correlation"],
+            after["held_out_correlation"],
+            "higher",
+        ),
     ]

@@ -34,7 +34,13 @@ def compile_blocks(*models: nn.Module | None, cut: bool = False) -> str:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
 
     def forward(
-        block: Block, x: Tensor, angles: Any, attend: Any, cache: Any, layer: int, wanted: Tensor | None = None
+        block: Block,
+        x: Tensor,
+        angles: Any,
+        attend: Any,
+        cache: Any,
+        layer: int,
+        wanted: Tensor | None = None,
     ) -> Any:
         return (compiled if cache is None else Block.forward)(block, x, angles, attend, cache, layer, wanted)
 

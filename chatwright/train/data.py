@@ -128,8 +128,12 @@ def run(config: Config, workspace: Workspace) -> Report:
                     f"data: {spec} gives {counts['train'].records} {name} for training and "
                     f"{counts['validation'].records} held out; both must be above 0: add data or change `validation`"
                 )
-            line = f"{name}: {counts['train'].records:,} for training, {counts['validation'].records:,} held out"
-            notes.append(f"{line} ({(counts['train'].bytes + counts['validation'].bytes) / 1e6:.1f} MB; {spec})")
+            line = (
+                f"{name}: {counts['train'].records:,} for training, {counts['validation'].records:,} held out"
+            )
+            notes.append(
+                f"{line} ({(counts['train'].bytes + counts['validation'].bytes) / 1e6:.1f} MB; {spec})"
+            )
             say(f"  {notes[-1]}")
             if faults.count:
                 facts[f"{name} left out"] = faults.count

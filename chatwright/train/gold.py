@@ -41,7 +41,12 @@ def gold_of(name: str, resolve: Callable[[str], Path], base: Loaded) -> Gold | N
         return None
     if name == SENTIMENT:
         return lambda answers: torch.tensor(sentiment(texts_of(answers, tokenizer)))
-    judge = load_reward(resolve(name), base, min_correlation=-1.0).to(runtime.device()).eval().requires_grad_(False)
+    judge = (
+        load_reward(resolve(name), base, min_correlation=-1.0)
+        .to(runtime.device())
+        .eval()
+        .requires_grad_(False)
+    )
     if runtime.device().type == "cpu":
         judge.body.use_attention(plain_attention)
 

@@ -7,9 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 WATCHED = (
-    "score", "score_error", "kl", "kl_error", "entropy", "explained_variance", "length", "finished", "sampler_gap",
-    "sampler_error", "tokens", "distinct_2", "gold", "gold_error",
-)  # fmt: skip
+    "score",
+    "score_error",
+    "kl",
+    "kl_error",
+    "entropy",
+    "explained_variance",
+    "length",
+    "finished",
+    "sampler_gap",
+    "sampler_error",
+    "tokens",
+    "distinct_2",
+    "gold",
+    "gold_error",
+)
 """Logged values that `diagnose` looks at; kept in the checkpoint so that a resumed run judges as the whole one. A run without
 a critic has no `explained_variance`, one without a gold measure no `gold`."""
 
@@ -185,7 +197,9 @@ def _reward_is_hacked(history: History, limits: Limits) -> Diagnosis | None:
     best, now = history[peak : peak + size], history[-size:]
     score, gold, length = ((_mean(best, key), _mean(now, key)) for key in ("score", "gold", "length"))
     if score[1] <= score[0]:
-        return Diagnosis(f"gold fell from {gold[0]:.3f} to {gold[1]:.3f} since round {peak}, with the score", fatal=False)
+        return Diagnosis(
+            f"gold fell from {gold[0]:.3f} to {gold[1]:.3f} since round {peak}, with the score", fatal=False
+        )
     return Diagnosis(
         f"the reward model is exploited: since round {peak} its score rose from {score[0]:.2f} to {score[1]:.2f} while gold "
         f"fell from {gold[0]:.3f} to {gold[1]:.3f}; length {length[0]:.0f} -> {length[1]:.0f} tokens",
@@ -199,8 +213,13 @@ def _score_is_past_its_peak(history: History, limits: Limits) -> Diagnosis | Non
     peak = past_peak(history, "score", limits.patience)
     if peak is None:
         return None
-    high, low = _mean(history[peak : peak + limits.patience], "score"), _mean(history[-limits.patience :], "score")
-    return Diagnosis(f"the score is past its peak: {high:.2f} in the rounds from {peak}, {low:.2f} now", fatal=False)
+    high, low = (
+        _mean(history[peak : peak + limits.patience], "score"),
+        _mean(history[-limits.patience :], "score"),
+    )
+    return Diagnosis(
+        f"the score is past its peak: {high:.2f} in the rounds from {peak}, {low:.2f} now", fatal=False
+    )
 
 
 def past_peak(history: History, key: str, size: int) -> int | None:

@@ -64,11 +64,19 @@ class FitConfig:
         if self.steps < 0 or (self.steps == 0 and self.seconds <= 0):
             raise UsageError("give steps or seconds: one of them above 0")
         if not self.steps and schedule not in ("trapezoid", "constant"):
-            raise UsageError(f"a budget in seconds needs the trapezoid schedule, not {schedule}: steps are not known")
-        if self.batch_size < 1 or self.micro_batch < 0 or self.batch_size % (self.micro_batch or self.batch_size):
+            raise UsageError(
+                f"a budget in seconds needs the trapezoid schedule, not {schedule}: steps are not known"
+            )
+        if (
+            self.batch_size < 1
+            or self.micro_batch < 0
+            or self.batch_size % (self.micro_batch or self.batch_size)
+        ):
             raise UsageError(f"batch_size {self.batch_size} must be a positive multiple of micro_batch")
         if self.keep_best and not self.evaluate_every:
-            raise UsageError("keep_best chooses by the held-out measures during training: set evaluate_every above 0")
+            raise UsageError(
+                "keep_best chooses by the held-out measures during training: set evaluate_every above 0"
+            )
         if self.save_steps < 0:
             raise UsageError("save_steps must be at least 0")
         self.spikes.check()
@@ -131,10 +139,18 @@ class Fit(Generic[AnyBatch]):
         if config.keep_best and best is None:
             raise UsageError("keep_best: this stage has no single measure to choose by")
         if config.keep_best and trainer.spread.in_parts:
-            raise UsageError("keep_best is for models that each process holds whole: parallel.plan ddp, or one process")
+            raise UsageError(
+                "keep_best is for models that each process holds whole: parallel.plan ddp, or one process"
+            )
         self.best, self.flop_per_sample, self.meter = best, flop_per_sample, account.EnergyMeter()
         self.fresh = 0  # steps of this process: the first two compile and warm up, their time is not counted
-        self.trainer, self.config, self.batches, self.step, self.evaluate = trainer, config, batches, step, evaluate
+        self.trainer, self.config, self.batches, self.step, self.evaluate = (
+            trainer,
+            config,
+            batches,
+            step,
+            evaluate,
+        )
         self.title, self.throughput = title, throughput
         self.modules = list(trainer.modules.values())
 
@@ -155,7 +171,9 @@ class Fit(Generic[AnyBatch]):
                 self._keep_if_best(progress.extra["after"])
                 trainer.save(final=True, spare=self._spare())
             self._name_best()
-            if runtime.is_first():  # of the ones that were the best before; here, as a run may be killed behind its last save
+            if (
+                runtime.is_first()
+            ):  # of the ones that were the best before; here, as a run may be killed behind its last save
                 checkpoint.prune(trainer.workspace.checkpoints, trainer.keep, spare=self._spare())
         return self._result()
 
@@ -168,7 +186,9 @@ class Fit(Generic[AnyBatch]):
             while not trainer.progress.planned or trainer.progress.step < trainer.progress.planned:
                 self._look(stopper)
                 started = time.monotonic()
-                with self._may_stop_at_once(stopper, when=self.fresh == 0):  # compilation: nothing is lost yet
+                with self._may_stop_at_once(
+                    stopper, when=self.fresh == 0
+                ):  # compilation: nothing is lost yet
                     loss = self._one_step()
                 progress = trainer.progress
                 spent, asked, due = self._agreed(time.monotonic() - started, stopper.asked)
@@ -185,7 +205,9 @@ class Fit(Generic[AnyBatch]):
                     raise self._interrupted()
                 if spikes.damaged(config.spikes, progress.extra):
                     self._answer_spikes()
-                elif due and not progress.extra.get("spikes_in_a_row"):  # nothing to return to is saved inside a jump
+                elif due and not progress.extra.get(
+                    "spikes_in_a_row"
+                ):  # nothing to return to is saved inside a jump
                     trainer.save(wait=False, spare=self._spare())
 
     def _interrupted(self) -> Interrupted:
@@ -198,13 +220,20 @@ class Fit(Generic[AnyBatch]):
 
     def _may_stop_at_once(self, stopper: Stopper, *, when: bool) -> AbstractContextManager[None]:
         """Where a signal need not wait for the end of the step. Several processes stop together, or wait forever."""
-        return stopper.at_once(self._interrupted) if when and not self.trainer.spread.together else nullcontext()
+        return (
+            stopper.at_once(self._interrupted) if when and not self.trainer.spread.together else nullcontext()
+        )
 
     def _look(self, stopper: Stopper) -> None:
         """The held-out measure of `evaluate_every`, at the beginning of the step after: where a run that was stopped in
         the middle of it goes on."""
         progress, every = self.trainer.progress, self.config.evaluate_every
-        if not every or progress.step == 0 or progress.step % every or progress.extra.get("measured") == progress.step:
+        if (
+            not every
+            or progress.step == 0
+            or progress.step % every
+            or progress.extra.get("measured") == progress.step
+        ):
             return
         values = self._measure(stopper)
         self.trainer.workspace.metrics.write_once(progress.step, values)
@@ -236,7 +265,9 @@ class Fit(Generic[AnyBatch]):
         progress.consumed += config.batch_size
         if progress.extra.get("spikes", 0) > before:
             self.trainer.workspace.metrics.write(progress.step, {"spike_loss": loss, "spike_limit": limit})
-            say(f"  step {progress.step}: the loss jumped to {loss:.3f} (limit {limit:.3f}); its update is left out")
+            say(
+                f"  step {progress.step}: the loss jumped to {loss:.3f} (limit {limit:.3f}); its update is left out"
+            )
         return loss
 
     def _answer_spikes(self) -> None:
@@ -244,7 +275,9 @@ class Fit(Generic[AnyBatch]):
         trainer, config = self.trainer, self.config.spikes
         if config.action == "skip":
             trainer.progress.extra |= {"losses": [], "spikes_in_a_row": 0}
-            say(f"  step {trainer.progress.step}: {config.patience} jumps in a row; this is taken for the new level")
+            say(
+                f"  step {trainer.progress.step}: {config.patience} jumps in a row; this is taken for the new level"
+            )
             return
         if trainer.progress.extra.get("rollbacks", 0) >= config.most:
             raise UserError(
@@ -286,17 +319,26 @@ class Fit(Generic[AnyBatch]):
     def _result(self) -> Fitted:
         """What the finished run gives: its last checkpoint, or the best one, whose weights the modules then get back."""
         trainer, progress = self.trainer, self.trainer.progress
-        chosen, after, notes = checkpoint.checkpoints(trainer.workspace.checkpoints)[-1], progress.extra["after"], []
+        chosen, after, notes = (
+            checkpoint.checkpoints(trainer.workspace.checkpoints)[-1],
+            progress.extra["after"],
+            [],
+        )
         best = progress.extra.get("best")
         if self.config.keep_best and best is not None and self.best is not None:
             name = self.best[0]
-            notes.append(f"the model is that of step {best['step']}, whose {name} was the best: "
-                         f"{best['measures'][name]:.4f}; after the last step ({progress.step}) {after[name]:.4f}")  # fmt: skip
+            notes.append(
+                f"the model is that of step {best['step']}, whose {name} was the best: "
+                f"{best['measures'][name]:.4f}; after the last step ({progress.step}) {after[name]:.4f}"
+            )
             if best["step"] != progress.step:
                 chosen = Checkpoint(trainer.workspace.checkpoints / f"step-{best['step']:06}")
                 trainer.load_weights(chosen)
                 after = best["measures"]
-        for key, line in (("spikes", "{} losses jumped and had no update"), ("rollbacks", "{} returns to a checkpoint")):
+        for key, line in (
+            ("spikes", "{} losses jumped and had no update"),
+            ("rollbacks", "{} returns to a checkpoint"),
+        ):
             if progress.extra.get(key):
                 notes.append(line.format(progress.extra[key]) + " (chatwright/train/spikes.py)")
         return Fitted(chosen, progress.extra["before"], after, progress, self._account(), notes)

@@ -19,7 +19,11 @@ COMMON = (
 
 def kept(logged: Mapping[str, float]) -> dict[str, float]:
     """What is remembered of the answers of a policy that may be the result."""
-    return {key: logged[key] for key in ("score", "kl", "distinct_2", "length", "finished", "gold") if key in logged}
+    return {
+        key: logged[key]
+        for key in ("score", "kl", "distinct_2", "length", "finished", "gold")
+        if key in logged
+    }
 
 
 def result_of(extra: Mapping[str, Any], step: int) -> dict[str, Any] | None:
@@ -53,7 +57,9 @@ def report_of(
             Measure("distinct-2 of answers", first["distinct_2"], result["distinct_2"], "higher"),
         ]
         if "gold" in result:
-            measures.insert(1, Measure("gold measure (training prompts)", first["gold"], result["gold"], "higher"))
+            measures.insert(
+                1, Measure("gold measure (training prompts)", first["gold"], result["gold"], "higher")
+            )
     if tax is not None:
         measures.append(Measure("perplexity of general text", *tax, note="per token; the alignment tax"))
     stopped = trouble or extra["stopped"]
@@ -65,7 +71,11 @@ def report_of(
         notes.append(f"stopped: {stopped}; kept: round {result['step']}, the best {aim} within the KL budget")
     else:
         facts["average"] = extra["average"]
-        chosen = "the average of the weights" if extra["average"]["allowed"] else "the best round: the average was beyond the limits"
+        chosen = (
+            "the average of the weights"
+            if extra["average"]["allowed"]
+            else "the best round: the average was beyond the limits"
+        )
         notes.append(f"stopped: {stopped}; kept: {chosen}")
     model = None if result is None or trouble else f"checkpoints/step-{result['step']:06}"
     return Report(measures, [*COMMON, *curves], model, facts, notes)

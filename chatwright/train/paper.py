@@ -54,8 +54,15 @@ def beside(papers: Sequence[Paper], config: Any, facts: Facts) -> list[dict[str,
     for one in papers:
         ours = one.of(config, facts)
         if ours is not None:
-            rows.append({"setting": one.setting, "ours": ours, "paper": shown(one.value), "source": one.source,
-                         "same": one.agrees(ours)})  # fmt: skip
+            rows.append(
+                {
+                    "setting": one.setting,
+                    "ours": ours,
+                    "paper": shown(one.value),
+                    "source": one.source,
+                    "same": one.agrees(ours),
+                }
+            )
     return rows
 
 

@@ -88,7 +88,9 @@ def sizes(config: ParallelConfig, world: int, local: int) -> Sizes:
     if plan == "tp":
         tensor = config.tensor or world
         if tensor < 2 or world % tensor:
-            raise UsageError(f"parallel.plan tp: {world} processes are not groups of {tensor}; set parallel.tensor to a divisor above 1")
+            raise UsageError(
+                f"parallel.plan tp: {world} processes are not groups of {tensor}; set parallel.tensor to a divisor above 1"
+            )
         return Sizes(1, world // tensor, tensor)
     return Sizes(world, 1, 1)
 
@@ -105,7 +107,9 @@ def check(
     """Raise UsageError when the batch, which the settings call `named`, or the model's shape cannot be divided in this way."""
     data = box.copies * box.shard
     if batch_size % data:
-        raise UsageError(f"{named} {batch_size} cannot be divided among {data} processes: make it a multiple of {data}")
+        raise UsageError(
+            f"{named} {batch_size} cannot be divided among {data} processes: make it a multiple of {data}"
+        )
     if micro_batch and (batch_size // data) % micro_batch:
         share = f"{batch_size // data}, each process's share of batch_size {batch_size}"
         raise UsageError(f"micro_batch {micro_batch} must divide {share}")
@@ -139,7 +143,9 @@ class Spread:
         """Put the plan on the modules, before their optimisers are made. `frozen` ones take part in forward passes without
         gradients only."""
 
-    def optimisers(self, modules: Mapping[str, nn.Module], config: OptimConfig) -> list[torch.optim.Optimizer]:
+    def optimisers(
+        self, modules: Mapping[str, nn.Module], config: OptimConfig
+    ) -> list[torch.optim.Optimizer]:
         """The optimisers of the modules."""
         return optim.build(nn.ModuleDict(dict(modules)), config)
 

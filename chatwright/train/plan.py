@@ -105,12 +105,18 @@ class Plan:
         """'31.2 GB = weights 4.2 + gradients 4.2 + ...'."""
         unit, name = (1e9, "GB") if self.total >= 1e9 else (1e6, "MB")
         digits = 1 if self.total / unit < 1000 else 0
-        shown = [f"{part} {size / unit:,.{digits}f}" for part, size in self.memory.items() if size / self.total > 0.005]
+        shown = [
+            f"{part} {size / unit:,.{digits}f}"
+            for part, size in self.memory.items()
+            if size / self.total > 0.005
+        ]
         return f"{self.total / unit:,.{digits}f} {name} = {' + '.join(shown)}"
 
     def line(self) -> str:
         """The plan in one line."""
-        micro = f", {self.batch // self.micro} micro-batches of {self.micro}" if self.micro != self.batch else ""
+        micro = (
+            f", {self.batch // self.micro} micro-batches of {self.micro}" if self.micro != self.batch else ""
+        )
         took = ""
         if self.seconds is not None:
             steps = self.expected_steps
@@ -180,7 +186,9 @@ class Subject:
 
 def scene_of(subject: Subject) -> Callable[[int], Scene]:
     """What builds the stage's scene with a given number of layers, inside a rehearsal."""
-    build = {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "classifier": _reward}.get(subject.verb, _rounds)
+    build = {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "classifier": _reward}.get(
+        subject.verb, _rounds
+    )
     return lambda layers: build(subject, replace(subject.shape, layers=layers))
 
 
@@ -202,9 +210,11 @@ def _pretrain(subject: Subject, shape: GPTConfig) -> Scene:
             pretrain._sum_of(model, list(_tokens(pretrain.held_out_rows(shape), shape.context + 1)))
 
     return Scene(
-        [model], lambda samples: train(pretrain.TokenBatch(_tokens(samples, shape.context + 1))).loss,
-        vocabulary=shape.vocab_size, measure=measure,
-    )  # fmt: skip
+        [model],
+        lambda samples: train(pretrain.TokenBatch(_tokens(samples, shape.context + 1))).loss,
+        vocabulary=shape.vocab_size,
+        measure=measure,
+    )
 
 
 def _adapt(model: GPT | ScalarModel, subject: Subject) -> None:
@@ -229,7 +239,9 @@ def _sft(subject: Subject, shape: GPTConfig) -> Scene:
         with runtime.autocast(dtype):
             places = ids.new_zeros(max(1, round(subject.learnt * samples * length)))
             learnt = model.hidden_at(ids, places, documents=ids, positions=ids)
-            return chunked_next_token_loss(learnt[None], model.head.weight, ids.flatten()[None, : learnt.shape[0]])
+            return chunked_next_token_loss(
+                learnt[None], model.head.weight, ids.flatten()[None, : learnt.shape[0]]
+            )
 
     return Scene([model], step, vocabulary=shape.vocab_size)
 
@@ -269,7 +281,9 @@ def _rounds(subject: Subject, shape: GPTConfig) -> Scene:
 
     def step(samples: int) -> Tensor:
         ids = _tokens(samples, length)
-        places = ids.new_zeros(samples * (length if needed.ptx else needed.max_new_tokens))  # of general text, all are looked at
+        places = ids.new_zeros(
+            samples * (length if needed.ptx else needed.max_new_tokens)
+        )  # of general text, all are looked at
         with runtime.autocast(dtype):
             hidden = policy.hidden_at(ids, places)
             loss = projected_log_probs(hidden, policy.head.weight, places, softcap=shape.logit_softcap).sum()
@@ -287,22 +301,37 @@ def predict(
     micro = min(micro, subject.batch)
     portions = subject.batch // micro
     with torch.compiler.set_stance("force_eager"):  # fake tensors are for the plain functions
-        seen = rehearse(scene_of(subject), subject.shape.layers, subject.config.optim, micro=micro, portions=portions)
+        seen = rehearse(
+            scene_of(subject), subject.shape.layers, subject.config.optim, micro=micro, portions=portions
+        )
     rows, length = subject.rows
     plan = Plan(
-        subject.stage, subject.batch, micro, rows * length, subject.steps, getattr(subject.fit, "seconds", 0.0),
-        seen.parameters, memory_of(seen, subject), available, seen.flop, None,
-    )  # fmt: skip
+        subject.stage,
+        subject.batch,
+        micro,
+        rows * length,
+        subject.steps,
+        getattr(subject.fit, "seconds", 0.0),
+        seen.parameters,
+        memory_of(seen, subject),
+        available,
+        seen.flop,
+        None,
+    )
     return plan, seen.operations
 
 
 def memory_of(seen: Rehearsed, subject: Subject) -> dict[str, float]:
     """The parts of the largest moment, with what the allocator and the program add."""
-    parts = {name: size / subject.shards if name in ("weights", "gradients", "optimiser") else size
-             for name, size in seen.memory.items()}  # fmt: skip
+    parts = {
+        name: size / subject.shards if name in ("weights", "gradients", "optimiser") else size
+        for name, size in seen.memory.items()
+    }
     if subject.verb in ROUNDS and subject.shards > 1:
         with torch.device("meta"):
-            parts["sampler"] = 4.0 * GPT(subject.shape).parameter_count()  # the whole policy, in every process
+            parts["sampler"] = (
+                4.0 * GPT(subject.shape).parameter_count()
+            )  # the whole policy, in every process
     on_gpu = runtime.device().type == "cuda"
     if subject.compiled_whole and not on_gpu:
         share, parts["allocator"] = COMPILED
@@ -317,7 +346,9 @@ def memory_of(seen: Rehearsed, subject: Subject) -> dict[str, float]:
     return {name: size for name, size in parts.items() if size > 0}
 
 
-def choose(subject: Subject, *, timed: bool = True, available: float | None = None, budget: float = SECONDS) -> Plan:
+def choose(
+    subject: Subject, *, timed: bool = True, available: float | None = None, budget: float = SECONDS
+) -> Plan:
     """The plan with the largest micro-batch that fits, after about `budget` seconds of timing. Raises UserError, with the arithmetic,
     when none does.
 
@@ -391,7 +422,13 @@ def ahead(verb: str, config: Any, shape: GPTConfig, spread: Spread, *, learnt: f
     """
     box = getattr(spread, "box", None)
     subject = Subject(
-        verb, verb, shape, config, learnt, shards=box.shard * box.tensor if box else 1, processes=spread.data_size
+        verb,
+        verb,
+        shape,
+        config,
+        learnt,
+        shards=box.shard * box.tensor if box else 1,
+        processes=spread.data_size,
     )
     if not worth_planning(subject):
         return config

@@ -108,7 +108,9 @@ def opinion(players: Players, answers: Answers, temperature: float, *, entropy: 
     policy, critic = players.policy, players.critic
     with runtime.autocast(players.policy_dtype):
         hidden = policy.hidden_at(answers.ids, answers.before, lengths=answers.lengths)
-        log_probs, spread = answer_log_probs(policy, answers, temperature=temperature, entropy=entropy, hidden=hidden)
+        log_probs, spread = answer_log_probs(
+            policy, answers, temperature=temperature, entropy=entropy, hidden=hidden
+        )
     if isinstance(critic, ValueHead):
         values = answers.placed(critic(hidden.float()))
     elif critic is not None:
@@ -138,7 +140,9 @@ def judge(
     """Scores, and which answers are poor (unfinished or degenerate): those get the fixed score instead of the model's."""
     with runtime.autocast(dtype):
         scores = reward.score(answers.ids, answers.real)
-    poor = degenerate(answers, min_tokens=config.min_tokens, max_repeats=config.max_repeats) | ~answers.finished
+    poor = (
+        degenerate(answers, min_tokens=config.min_tokens, max_repeats=config.max_repeats) | ~answers.finished
+    )
     return torch.where(poor, config.unfinished_score, scores), poor
 
 
@@ -214,11 +218,15 @@ def step_facts(
     change = torch.where(mask, (now.log_probs - before).detach(), 0.0)
     ratio = change.exp()
     gap = (ratio - 1).abs().max()
-    if spread.together:  # the largest of the minibatch, of which this process has a part; NaN is no number to compare with
+    if (
+        spread.together
+    ):  # the largest of the minibatch, of which this process has a part; NaN is no number to compare with
         gap = torch.tensor(spread.most([float(gap.nan_to_num(nan=math.inf, posinf=math.inf))])[0])
     tokens = mask.sum() * per_token
     return {
-        "moved": 0.5 * objective.masked_mean(change.square(), mask) * tokens,  # k2 estimate of KL(old || new) per token
+        "moved": 0.5
+        * objective.masked_mean(change.square(), mask)
+        * tokens,  # k2 estimate of KL(old || new) per token
         "ratio": objective.masked_mean(ratio, mask) * tokens,
         "ratio_gap": gap * weight,
     }
@@ -267,7 +275,12 @@ def make_players(
         if device.type == "cpu" and isinstance(body, GPT):
             body.use_attention(plain_attention)
     return Players(
-        policy, reference, reward, predicts, runtime.compute_dtype(precision), runtime.compute_dtype(policy_precision)
+        policy,
+        reference,
+        reward,
+        predicts,
+        runtime.compute_dtype(precision),
+        runtime.compute_dtype(policy_precision),
     )
 
 

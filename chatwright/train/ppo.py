@@ -91,7 +91,9 @@ class Rollout:
 
 
 @torch.no_grad()
-def look_back(players: Players, answers: Answers, beta: float, config: Config) -> tuple[Rollout, dict[str, float]]:
+def look_back(
+    players: Players, answers: Answers, beta: float, config: Config
+) -> tuple[Rollout, dict[str, float]]:
     """Score sampled answers and work out advantages; also what to log about them. Of many processes each gives its own answers
     and gets the round's: what is averaged over a round is then the same everywhere, and as one process has it."""
     seen = judged(players, answers, config)
@@ -100,7 +102,9 @@ def look_back(players: Players, answers: Answers, beta: float, config: Config) -
     rewards = objective.token_rewards(seen.scores, log_probs, seen.reference, mask, beta=beta)
     if config.whiten_rewards:
         rewards = objective.whiten(rewards, mask, shift_mean=False)
-    advantages = objective.generalized_advantages(rewards, values, mask, discount=config.discount, lam=config.lam)
+    advantages = objective.generalized_advantages(
+        rewards, values, mask, discount=config.discount, lam=config.lam
+    )
     returns = advantages + values
     logged = round_facts(seen, beta)
     logged["explained_variance"] = objective.explained_variance(values, returns, mask)
@@ -111,7 +115,9 @@ def look_back(players: Players, answers: Answers, beta: float, config: Config) -
 def step(players: Players, batch: Rollout, config: Config) -> Step:
     """The clipped losses of policy and critic on some rows of a round, as a sum over answer tokens."""
     mask = batch.answers.response
-    now = opinion(players, batch.answers, config.temperature, entropy="learnt" if config.entropy_coefficient else "")
+    now = opinion(
+        players, batch.answers, config.temperature, entropy="learnt" if config.entropy_coefficient else ""
+    )
     actor = objective.policy_loss(now.log_probs, batch.log_probs, batch.advantages, mask, clip=config.clip)
     critic = objective.value_loss(now.values, batch.values, batch.returns, mask, clip=config.value_clip)
     bonus = objective.masked_mean(now.entropy, mask)
@@ -123,7 +129,9 @@ def step(players: Players, batch: Rollout, config: Config) -> Step:
         "value_clip_fraction": critic.fraction,
     }
     facts = step_facts(now, batch.log_probs, mask, weight=batch.weight, spread=players.spread)
-    return Step(loss * batch.weight, {**{key: value * batch.weight for key, value in logged.items()}, **facts})
+    return Step(
+        loss * batch.weight, {**{key: value * batch.weight for key, value in logged.items()}, **facts}
+    )
 
 
 class _Run(Rounds[Config, Rollout]):

@@ -76,13 +76,17 @@ class Windows:
 
     def take(self, start: int, count: int) -> TokenBatch:
         """Samples start ... start + count - 1."""
-        return TokenBatch(torch.stack([self.shards.window(n, self.context) for n in self.order.take(start, count)]))
+        return TokenBatch(
+            torch.stack([self.shards.window(n, self.context) for n in self.order.take(start, count)])
+        )
 
 
 def step(model: GPT, batch: TokenBatch, angles: tuple[Tensor, Tensor] | None = None) -> Step:
     """Next-token loss of a batch; `angles` are those of its positions, when they are at hand."""
     hidden = model.hidden(batch.tokens[:, :-1], angles=angles)
-    loss = chunked_next_token_loss(hidden, model.head.weight, batch.tokens[:, 1:], softcap=model.config.logit_softcap)
+    loss = chunked_next_token_loss(
+        hidden, model.head.weight, batch.tokens[:, 1:], softcap=model.config.logit_softcap
+    )
     return Step(loss)
 
 
@@ -160,9 +164,13 @@ def run(config: Config, workspace: Workspace) -> Report:
     held_out = TokenShards.open(directory / "validation", tokenizer)
     shape = GPTConfig.preset(config.preset, **{**config.model, "vocab_size": tokenizer.vocab_size})
     spread = parallel.start(
-        config.parallel, batch_size=config.fit.batch_size, micro_batch=config.fit.micro_batch, shape=shape,
-        precision=config.fit.precision, compile_blocks=config.fit.compile,
-    )  # fmt: skip
+        config.parallel,
+        batch_size=config.fit.batch_size,
+        micro_batch=config.fit.micro_batch,
+        shape=shape,
+        precision=config.fit.precision,
+        compile_blocks=config.fit.compile,
+    )
     windows = Windows(shards, shape.context, SampleOrder(shards.windows(shape.context), workspace.seed))
     config = plan.ahead("pretrain", config, shape, spread)
     runtime.tune_allocator()
@@ -178,30 +186,53 @@ def run(config: Config, workspace: Workspace) -> Report:
         keep=config.fit.keep,
         spread=spread,
     )
-    train_step, dtype, line = fast_step(model, config.fit, alone=not spread.together, in_parts=spread.in_parts)
+    train_step, dtype, line = fast_step(
+        model, config.fit, alone=not spread.together, in_parts=spread.in_parts
+    )
     count = model.parameter_count()
-    say(f"  {config.preset}: {count / 1e6:.1f} M parameters; {shards.tokens / 1e6:.1f} M training tokens; {line}")
+    say(
+        f"  {config.preset}: {count / 1e6:.1f} M parameters; {shards.tokens / 1e6:.1f} M training tokens; {line}"
+    )
 
     def evaluate() -> dict[str, float]:
         return {"bits_per_byte": held_out_bits_per_byte(model, held_out, context=shape.context, dtype=dtype)}
 
     fitted = Fit(
-        trainer, config.fit, windows, train_step, evaluate,
-        title="pretrain", throughput=("tokens", float(shape.context)), best=("bits_per_byte", "lower"),
+        trainer,
+        config.fit,
+        windows,
+        train_step,
+        evaluate,
+        title="pretrain",
+        throughput=("tokens", float(shape.context)),
+        best=("bits_per_byte", "lower"),
         flop_per_sample=training_flop(model, shape.context),
-    ).run()  # fmt: skip
+    ).run()
     tokens = fitted.samples * shape.context
-    baseline = workspace.result(config.tokenizer).get("facts", {}) if config.tokenizer in workspace.inputs else {}
-    measures = [Measure("bits per byte, held out", fitted.before["bits_per_byte"], fitted.after["bits_per_byte"])]
+    baseline = (
+        workspace.result(config.tokenizer).get("facts", {}) if config.tokenizer in workspace.inputs else {}
+    )
+    measures = [
+        Measure("bits per byte, held out", fitted.before["bits_per_byte"], fitted.after["bits_per_byte"])
+    ]
     for name in ("gzip", "xz"):
         if f"{name}_bits_per_byte" in baseline:
             value = baseline[f"{name}_bits_per_byte"]
             measures.append(Measure(f"{name} -9, the same text", None, value, "context"))
     return Report(
         measures=measures,
-        curves=[Curve("Pre-training loss", ["loss"], "nats per token"), Curve("Held out", ["bits_per_byte"], "bits")],
+        curves=[
+            Curve("Pre-training loss", ["loss"], "nats per token"),
+            Curve("Held out", ["bits_per_byte"], "bits"),
+        ],
         model=f"checkpoints/{fitted.checkpoint.path.name}",
-        facts={"parameters": count, "steps": fitted.progress.step, "tokens": tokens, "how": line,
-               "training_seconds": fitted.progress.elapsed, **fitted.facts},
+        facts={
+            "parameters": count,
+            "steps": fitted.progress.step,
+            "tokens": tokens,
+            "how": line,
+            "training_seconds": fitted.progress.elapsed,
+            **fitted.facts,
+        },
         notes=fitted.notes,
-    )  # fmt: skip
+    )

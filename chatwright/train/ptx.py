@@ -54,11 +54,15 @@ class GeneralText:
         """The shards of a tokenizer stage. Raises UserError when they are missing, or of another tokenizer."""
         train = TokenShards.open(directory / "train", tokenizer)
         held_out = TokenShards.open(directory / "validation", tokenizer)
-        return cls(train, held_out, context, SampleOrder(train.windows(context), runtime.seed_for(seed, "ptx")))
+        return cls(
+            train, held_out, context, SampleOrder(train.windows(context), runtime.seed_for(seed, "ptx"))
+        )
 
     def take(self, start: int, count: int) -> Int[Tensor, "count context+1"]:
         """Windows start ... start + count - 1 of the order."""
-        return torch.stack([self.train.window(number, self.context) for number in self.order.take(start, count)])
+        return torch.stack(
+            [self.train.window(number, self.context) for number in self.order.take(start, count)]
+        )
 
     def perplexity(self, model: GPT) -> float:
         """exp of the mean negative log-likelihood of a held-out token."""
@@ -72,6 +76,10 @@ def text_step(policy: GPT, batch: TextBatch) -> Step:
     hidden = policy.hidden(batch.ids[:, :-1])
     targets = batch.ids[:, 1:]
     total = chunked_next_token_loss(
-        hidden, policy.head.weight, targets, torch.ones_like(targets, dtype=torch.bool), softcap=policy.config.logit_softcap
+        hidden,
+        policy.head.weight,
+        targets,
+        torch.ones_like(targets, dtype=torch.bool),
+        softcap=policy.config.logit_softcap,
     )
     return Step(total * (batch.share / targets.numel()))

@@ -66,7 +66,9 @@ def encode_answer(
     return [*before[len(before) - min(room, len(before)) :], *content, tokenizer.control_ids[template.end]]
 
 
-def padded(rows: list[list[int]], tokenizer: Tokenizer) -> tuple[Int[Tensor, "rows time"], Bool[Tensor, "rows time"]]:
+def padded(
+    rows: list[list[int]], tokenizer: Tokenizer
+) -> tuple[Int[Tensor, "rows time"], Bool[Tensor, "rows time"]]:
     """Rows as one tensor, padded on the right, and where they are real."""
     ids = pad(rows, tokenizer.end_of_text_id, multiple=WIDTH_STEP)
     return ids, pad([[1] * len(row) for row in rows], 0, multiple=WIDTH_STEP).bool()
@@ -88,7 +90,11 @@ def demonstrations(file: Path, most: int) -> list[Comparison]:
         roles = [message["role"] for message in dialogue.messages]
         place = roles.index("assistant") if "assistant" in roles else 0
         if "user" in roles[:place]:
-            found.append(Comparison.of(dialogue.messages[:place], (dialogue.messages[place]["content"], ""), (0.0, 0.0)))
+            found.append(
+                Comparison.of(
+                    dialogue.messages[:place], (dialogue.messages[place]["content"], ""), (0.0, 0.0)
+                )
+            )
         if len(found) == most:
             break
     return found
@@ -113,9 +119,13 @@ def from_ratings(
         for start in range(0, len(order) - k + 1, k):
             group = [texts[n] for n in order[start : start + k]]
             prompt = prompts[int(torch.randint(len(prompts), (1,), generator=draw))]
-            result.append(Comparison.of(prompt, [text.text for text in group], [text.label for text in group]))
+            result.append(
+                Comparison.of(prompt, [text.text for text in group], [text.label for text in group])
+            )
     if not result:
-        raise UserError(f"{len(texts)} rated texts are too few for comparisons of {k}; lower k or add ratings")
+        raise UserError(
+            f"{len(texts)} rated texts are too few for comparisons of {k}; lower k or add ratings"
+        )
     return result
 
 
@@ -141,10 +151,14 @@ class Rankings:
         for one in chosen:
             for n in range(k):
                 answer = one.responses[n] if n < len(one.responses) else ""
-                rows.append(encode_answer(one.prompt, answer, self.template, self.tokenizer, config.max_tokens))
+                rows.append(
+                    encode_answer(one.prompt, answer, self.template, self.tokenizer, config.max_tokens)
+                )
                 labels.append(one.scores[n] if n < len(one.scores) else float("nan"))
         ids, mask = padded(rows, self.tokenizer)
-        return RankedBatch(ids, mask, torch.tensor(labels).view(-1, k), config.margin, config.lead, config.ties)
+        return RankedBatch(
+            ids, mask, torch.tensor(labels).view(-1, k), config.margin, config.lead, config.ties
+        )
 
 
 # ---- sources and annotators ----------------------------------------------------------------------------------------
@@ -155,11 +169,15 @@ def own_comparisons(directory: Path) -> tuple[list[Comparison], list[Comparison]
     both = [list(read_records(directory / f"comparisons-{side}.jsonl", Comparison)) for side in SIDES]
     for side, found in zip(SIDES, both, strict=True):
         if not found:
-            raise UserError(f"{directory / f'comparisons-{side}.jsonl'} is empty; nothing to learn or to measure")
+            raise UserError(
+                f"{directory / f'comparisons-{side}.jsonl'} is empty; nothing to learn or to measure"
+            )
     return both[0], both[1]
 
 
-def rated_comparisons(records: Path, k: int, seed: int, *, labels: int = 0) -> tuple[list[Comparison], list[Comparison]]:
+def rated_comparisons(
+    records: Path, k: int, seed: int, *, labels: int = 0
+) -> tuple[list[Comparison], list[Comparison]]:
     """Training and held-out comparisons made of the texts that people rated; of `labels` training texts, 0 for all.
     Raises UserError."""
     made = []
@@ -177,7 +195,9 @@ def drawn(texts: list[LabelledText], labels: int, seed: int) -> list[LabelledTex
         return texts
     if labels > len(texts):
         raise UserError(f"labels is {labels}, but there are {len(texts)} rated texts to learn from")
-    return [texts[n] for n in sorted(SampleOrder(len(texts), runtime.seed_for(seed, "labels")).take(0, labels))]
+    return [
+        texts[n] for n in sorted(SampleOrder(len(texts), runtime.seed_for(seed, "labels")).take(0, labels))
+    ]
 
 
 @dataclass(frozen=True)
@@ -205,11 +225,18 @@ def without_annotators(train: list[Comparison], held_out: list[Comparison], name
         raise UserError("held_out_annotators: no comparison says who made it (column `annotator`)")
     if unknown := sorted(chosen - known):
         told = ", ".join(sorted(known)[:10])
-        raise UserError(f"held_out_annotators: nobody is called {', '.join(unknown)}; annotators: {told}{' ...' if len(known) > 10 else ''}")
+        raise UserError(
+            f"held_out_annotators: nobody is called {', '.join(unknown)}; annotators: {told}{' ...' if len(known) > 10 else ''}"
+        )
     strangers = [one for one in held_out if one.annotator in chosen]
     kept, measured = ([one for one in side if one.annotator not in chosen] for side in (train, held_out))
-    for what, found in (("training comparisons by others", kept), ("held-out comparisons by others", measured),
-                        ("comparisons of theirs on held-out prompts", strangers)):  # fmt: skip
+    for what, found in (
+        ("training comparisons by others", kept),
+        ("held-out comparisons by others", measured),
+        ("comparisons of theirs on held-out prompts", strangers),
+    ):
         if not found:
-            raise UserError(f"held_out_annotators {names}: there are no {what}; hold out others, or raise the validation share")
+            raise UserError(
+                f"held_out_annotators {names}: there are no {what}; hold out others, or raise the validation share"
+            )
     return Split(kept, measured, strangers)

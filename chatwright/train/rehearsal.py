@@ -85,7 +85,9 @@ def rehearse(
         return a + steps * (b - a)
 
     def lines(a: Mapping[Any, float], b: Mapping[Any, float]) -> dict[Any, float]:
-        return {key: line(a.get(key, 0.0), b.get(key, 0.0)) for key in (*a, *(key for key in b if key not in a))}
+        return {
+            key: line(a.get(key, 0.0), b.get(key, 0.0)) for key in (*a, *(key for key in b if key not in a))
+        }
 
     return Rehearsed(
         line(few.parameters, more.parameters),
@@ -98,14 +100,18 @@ def rehearse(
 def _rehearse(build: Callable[[], Scene], optim_config: OptimConfig, micro: int, portions: int) -> Rehearsed:
     flops = FlopCounterMode(display=False, custom_mapping=_attention_on_cpus())
     with warnings.catch_warnings(), FakeTensorMode(), _Watch() as watch, flops:
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copy.deepcopy looks for one
+        warnings.filterwarnings(
+            "ignore", "Accessing the data pointer of FakeTensor"
+        )  # copy.deepcopy looks for one
         scene = build()
         modules = nn.ModuleList([*scene.trained, *scene.frozen])
         watch.name("weights", (*modules.parameters(), *modules.buffers()))
         watch.shapes = {tuple(p.shape) for p in modules.parameters() if p.ndim > 1}
         watch.vocabulary = scene.vocabulary
         optimisers = optim.build(nn.ModuleList(scene.trained), optim_config)
-        repeated = min(portions, 2)  # from the second micro-batch on, the gradients are there during the forward pass
+        repeated = min(
+            portions, 2
+        )  # from the second micro-batch on, the gradients are there during the forward pass
         phases: dict[str, Mapping[str, float]] = {}
         for _ in range(2):  # the first step makes the optimiser's state
             watch.operations.clear()
@@ -117,7 +123,9 @@ def _rehearse(build: Callable[[], Scene], optim_config: OptimConfig, micro: int,
                     if number:  # counted once more for each portion that is left out here
                         left_out = portions - repeated
                         before -= left_out * (flops.get_total_flops() - start)
-                        watch.operations.update({k: left_out * n for k, n in (watch.operations - seen).items()})
+                        watch.operations.update(
+                            {k: left_out * n for k, n in (watch.operations - seen).items()}
+                        )
             with watch.phase(phases, "update"):
                 for optimiser in optimisers:
                     optimiser.step()
@@ -150,7 +158,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live: dict[int, tuple[int, tuple[int, ...], torch.dtype, Any]] = {}
         self._names: dict[int, str] = {}
         self._now = self._peak = 0
-        self._log: list[tuple[int, Any]] = []  # since the phase began: (storage, None) freed, (storage, entry) made
+        self._log: list[
+            tuple[int, Any]
+        ] = []  # since the phase began: (storage, None) freed, (storage, entry) made
         self._peak_at = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -168,7 +178,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._live:
             return
         size = storage.nbytes()
-        entry = (size, tuple(tensor.shape), tensor.dtype, weakref.ref(storage, lambda _, key=key: self._freed(key)))  # type: ignore[misc]
+        entry = (
+            size,
+            tuple(tensor.shape),
+            tensor.dtype,
+            weakref.ref(storage, lambda _, key=key: self._freed(key)),
+        )  # type: ignore[misc]
         self._live[key] = entry
         self._log.append((key, entry))
         self._now += size

@@ -47,14 +47,23 @@ class Config(RoundsConfig):
         if self.baseline not in ("mean", "leave-one-out", "none"):
             raise UsageError(f"baseline {self.baseline!r} is none of mean, leave-one-out, none")
         if self.samples_per_prompt < 1 or self.batch_size % self.samples_per_prompt:
-            raise UsageError(f"batch_size {self.batch_size} must be a multiple of samples_per_prompt {self.samples_per_prompt}")
+            raise UsageError(
+                f"batch_size {self.batch_size} must be a multiple of samples_per_prompt {self.samples_per_prompt}"
+            )
         if self.baseline == "leave-one-out" and self.samples_per_prompt < 2:
-            raise UsageError("baseline leave-one-out compares answers to one prompt: set samples_per_prompt to 2 or more")
+            raise UsageError(
+                "baseline leave-one-out compares answers to one prompt: set samples_per_prompt to 2 or more"
+            )
 
 
 PAPER = (
     *SHARED_PAPER,
-    Paper("steps per round (batch_size / minibatch_size)", 1, "Williams 1992", lambda config, facts: config.batch_size // config.minibatch_size),
+    Paper(
+        "steps per round (batch_size / minibatch_size)",
+        1,
+        "Williams 1992",
+        lambda config, facts: config.batch_size // config.minibatch_size,
+    ),
 )
 """InstructGPT's values too, though it used PPO: this is the yardstick beside it."""
 
@@ -80,7 +89,9 @@ class Rollout:
 
 
 @torch.no_grad()
-def look_back(players: Players, answers: Answers, beta: float, config: Config) -> tuple[Rollout, dict[str, float]]:
+def look_back(
+    players: Players, answers: Answers, beta: float, config: Config
+) -> tuple[Rollout, dict[str, float]]:
     """Score sampled answers and compare their returns; also what to log about them. Of many processes each gives its own
     answers and gets the round's."""
     seen = judged(players, answers, config)
@@ -88,7 +99,9 @@ def look_back(players: Players, answers: Answers, beta: float, config: Config) -
     log_probs = seen.opinion.log_probs
     returns = objective.token_rewards(seen.scores, log_probs, seen.reference, mask, beta=beta).sum(1)
     grouped = returns.view(-1, config.samples_per_prompt)
-    advantages = objective.reinforce_advantages(grouped, baseline=config.baseline, scaled=config.whiten).flatten()
+    advantages = objective.reinforce_advantages(
+        grouped, baseline=config.baseline, scaled=config.whiten
+    ).flatten()
     return Rollout(answers, log_probs, returns, advantages), round_facts(seen, beta)
 
 
@@ -98,11 +111,15 @@ def step(players: Players, batch: Rollout, config: Config) -> Step:
     Entropy is a mean over the minibatch's tokens: of many processes, over all of theirs.
     """
     mask = batch.answers.response
-    now = opinion(players, batch.answers, config.temperature, entropy="learnt" if config.entropy_coefficient else "")
+    now = opinion(
+        players, batch.answers, config.temperature, entropy="learnt" if config.entropy_coefficient else ""
+    )
     answers, tokens = players.spread.sum([batch.weight, float(mask.sum())])
     actor = objective.reinforce_loss(now.log_probs, batch.advantages, mask) * batch.weight
     bonus = objective.masked_mean(now.entropy, mask) * mask.sum() * (answers / tokens)
-    facts = step_facts(now, batch.log_probs, mask, weight=batch.weight, per_token=answers / tokens, spread=players.spread)
+    facts = step_facts(
+        now, batch.log_probs, mask, weight=batch.weight, per_token=answers / tokens, spread=players.spread
+    )
     return Step(actor - config.entropy_coefficient * bonus, {"policy_loss": actor.detach(), **facts})
 
 

@@ -78,7 +78,9 @@ class Config:
     """Longer prompts lose their beginning, longer answers their end."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Train a low-rank adapter and the scalar head instead of all weights: `lora.rank` above 0."""
-    fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=90.0, batch_size=2, micro_batch=1, compile=False))
+    fit: FitConfig = field(
+        default_factory=lambda: FitConfig(seconds=90.0, batch_size=2, micro_batch=1, compile=False)
+    )
     """Length and portions of training; a sample is a prompt with its K answers."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
@@ -118,7 +120,8 @@ def step(model: ScalarModel, batch: RankedBatch) -> Step:
     accuracy = torch.tensor(batch.weight * right / max(pairs, 1))
     lead = batch.lead * (batch.labels[:, :, None] - batch.labels[:, None, :]) if batch.lead else None
     return Step(
-        bradley_terry_loss(scores, batch.labels, batch.margin, lead=lead, ties=batch.ties), {"accuracy": accuracy}
+        bradley_terry_loss(scores, batch.labels, batch.margin, lead=lead, ties=batch.ties),
+        {"accuracy": accuracy},
     )
 
 
@@ -141,8 +144,10 @@ def find_demonstrations(config: Config, workspace: Workspace) -> list[Comparison
     file = records_of(workspace.resolve(config.data)) / "dialogues-train.jsonl" if there else None
     found = demonstrations(file, DEMONSTRATIONS) if file is not None and file.is_file() else []
     if not found and config.center_on == "demonstrations":
-        raise UserError(f"center_on demonstrations: {file or config.data} has no conversation with an answer; "
-                        "name a data stage with dialogues as `data`, or set center_on to answers")  # fmt: skip
+        raise UserError(
+            f"center_on demonstrations: {file or config.data} has no conversation with an answer; "
+            "name a data stage with dialogues as `data`, or set center_on to answers"
+        )
     return found
 
 
@@ -153,9 +158,12 @@ def run(config: Config, workspace: Workspace) -> Report:
     split, shown = load_split(config, workspace), find_demonstrations(config, workspace)
     train, held_out = split.train, split.held_out
     spread = parallel.start(
-        config.parallel, batch_size=config.fit.batch_size, micro_batch=config.fit.micro_batch, shape=base.model.config,
+        config.parallel,
+        batch_size=config.fit.batch_size,
+        micro_batch=config.fit.micro_batch,
+        shape=base.model.config,
         precision=config.fit.precision,
-    )  # fmt: skip
+    )
     config = plan.ahead("reward", config, base.model.config, spread)
     model, trainer, dtype = make_judge("reward", config, workspace, base, spread)
     rankings = Rankings(train, base.template, base.tokenizer, config, SampleOrder(len(train), workspace.seed))
@@ -180,29 +188,54 @@ def run(config: Config, workspace: Workspace) -> Report:
     some = rankings.batch(train[:64])  # tokens of a comparison and of a row: their means over these
     tokens, width = float(some.mask.sum()) / len(train[:64]), float(some.mask.sum(1).float().mean())
     fitted = Fit(
-        trainer, config.fit, rankings, train_step, evaluate,
-        title="reward", throughput=("answers", float(config.k)), best=("held_out_accuracy", "higher"),
+        trainer,
+        config.fit,
+        rankings,
+        train_step,
+        evaluate,
+        title="reward",
+        throughput=("answers", float(config.k)),
+        best=("held_out_accuracy", "higher"),
         flop_per_sample=training_flop(model.body, width) * tokens / width,
-    ).run()  # fmt: skip
+    ).run()
     saved = measures.normalise(trainer, model, rankings, train[:64], dtype, shown)
     before, after = fitted.before, fitted.after
     report = Report(
         measures=[
-            Measure("accuracy on held-out pairs", before["held_out_accuracy"], after["held_out_accuracy"], "higher"),
-            Measure("accuracy of length alone", None, measures.length_baseline(train, held_out, config.margin, config.ties), "context"),
-            Measure("correlation with held-out ratings", before["held_out_correlation"],
-                    after["held_out_correlation"], "higher"),
+            Measure(
+                "accuracy on held-out pairs",
+                before["held_out_accuracy"],
+                after["held_out_accuracy"],
+                "higher",
+            ),
+            Measure(
+                "accuracy of length alone",
+                None,
+                measures.length_baseline(train, held_out, config.margin, config.ties),
+                "context",
+            ),
+            Measure(
+                "correlation with held-out ratings",
+                before["held_out_correlation"],
+                after["held_out_correlation"],
+                "higher",
+            ),
         ],
         curves=[Curve("Reward model loss", ["loss"], "nats per prompt"), Curve("Accuracy", ["accuracy"])],
         model=saved,
-        facts={"comparisons": len(train), "steps": fitted.progress.step, "epochs": fitted.samples / len(train),
-               "tokens": round(fitted.samples * tokens),
-               "held_out_correlation": after["held_out_correlation"],
-               "held_out_accuracy": after["held_out_accuracy"],
-               "scores 0 on average": f"{len(shown)} demonstrations" if shown else "training answers",
-               "sample": example(model, rankings, spread), **fitted.facts},
+        facts={
+            "comparisons": len(train),
+            "steps": fitted.progress.step,
+            "epochs": fitted.samples / len(train),
+            "tokens": round(fitted.samples * tokens),
+            "held_out_correlation": after["held_out_correlation"],
+            "held_out_accuracy": after["held_out_accuracy"],
+            "scores 0 on average": f"{len(shown)} demonstrations" if shown else "training answers",
+            "sample": example(model, rankings, spread),
+            **fitted.facts,
+        },
         notes=fitted.notes,
-    )  # fmt: skip
+    )
     with runtime.evaluating(model):
         look_closer(report, model, lambda asked: spread.forward(judged, asked), split, config, workspace)
         accuracy = measures.accuracy_of(spread.forward(judged, train[:64]), config)
@@ -228,16 +261,33 @@ def look_closer(
     found = judged(split.held_out)
     raw = found.scores / model.scale.cpu()  # as in training: a probability is of the scale that was learnt
     reliable = calibration.pair_reliability(raw, found.labels, config.margin, config.ties)
-    report.measures.append(Measure("calibration error on held-out pairs", None, reliable.error, "lower",
-                                   note="mean distance of predicted and observed preference"))  # fmt: skip
+    report.measures.append(
+        Measure(
+            "calibration error on held-out pairs",
+            None,
+            reliable.error,
+            "lower",
+            note="mean distance of predicted and observed preference",
+        )
+    )
     report.facts["calibration_error"] = reliable.error
-    report.pictures.append(calibration.draw(workspace.directory, reliable, low=0.5, what="share preferred by people"))
+    report.pictures.append(
+        calibration.draw(workspace.directory, reliable, low=0.5, what="share preferred by people")
+    )
     report.tables.append(measures.by_candidates(found, config))
     strangers = judged(split.strangers) if split.strangers else None
     if strangers is not None:
         accuracy = measures.accuracy_of(strangers, config)
-        report.measures.insert(2, Measure("accuracy on held-out pairs, annotators held out", None, accuracy, "higher",
-                                              note=f"{config.held_out_annotators}; nothing of theirs was trained on"))  # fmt: skip
+        report.measures.insert(
+            2,
+            Measure(
+                "accuracy on held-out pairs, annotators held out",
+                None,
+                accuracy,
+                "higher",
+                note=f"{config.held_out_annotators}; nothing of theirs was trained on",
+            ),
+        )
         report.facts["held_out_annotators_accuracy"] = accuracy
     table = measures.by_annotator(found, split.held_out, strangers, split.strangers, config)
     if table is not None:

@@ -74,17 +74,24 @@ def length_baseline(
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def accuracy_rows(judged: Judged, groups: Iterable[tuple[str, Sequence[int]]], config: RankingConfig) -> list[list[str]]:
+def accuracy_rows(
+    judged: Judged, groups: Iterable[tuple[str, Sequence[int]]], config: RankingConfig
+) -> list[list[str]]:
     """Name, prompts, pairs, accuracy of groups of comparisons, by their numbers. The error is the standard error over prompts,
     for the pairs of a prompt are not independent."""
     rows = []
     for name, numbers in groups:
         part = Judged(*(values[list(numbers)] for values in judged))
-        each = [pair_accuracy(one[None], label[None], config.margin, config.ties) for one, label in zip(*part, strict=True)]
+        each = [
+            pair_accuracy(one[None], label[None], config.margin, config.ties)
+            for one, label in zip(*part, strict=True)
+        ]
         shares = torch.tensor([right / pairs for right, pairs in each if pairs])
         error = f" ± {float(shares.std() / len(shares) ** 0.5):.3f}" if len(shares) > 1 else ""
         pairs = sum(count for _, count in each)
-        rows.append([name, str(len(each)), str(pairs), f"{accuracy_of(part, config):.3f}{error}" if pairs else "-"])
+        rows.append(
+            [name, str(len(each)), str(pairs), f"{accuracy_of(part, config):.3f}{error}" if pairs else "-"]
+        )
     return rows
 
 
@@ -93,11 +100,19 @@ def by_candidates(judged: Judged, config: RankingConfig) -> Table:
     sizes = (~judged.labels.isnan()).sum(1).tolist()
     groups = [(str(k), [n for n, size in enumerate(sizes) if size == k]) for k in sorted(set(sizes))]
     rows = accuracy_rows(judged, groups, config)
-    return Table("Accuracy on held-out prompts, by number of answers", ["answers", "prompts", "pairs", "accuracy"], rows)
+    return Table(
+        "Accuracy on held-out prompts, by number of answers",
+        ["answers", "prompts", "pairs", "accuracy"],
+        rows,
+    )
 
 
 def by_annotator(
-    judged: Judged, comparisons: Sequence[Comparison], strangers: Judged | None, strange: Sequence[Comparison], config: RankingConfig
+    judged: Judged,
+    comparisons: Sequence[Comparison],
+    strangers: Judged | None,
+    strange: Sequence[Comparison],
+    config: RankingConfig,
 ) -> Table | None:
     """Accuracy for each annotator, those whose judgements were trained on first; None where nobody is named."""
     rows: list[list[str]] = []
@@ -108,10 +123,17 @@ def by_annotator(
         if found is None or set(names) <= {""}:
             continue
         groups = sorted(names.items(), key=lambda item: (-len(item[1]), item[0]))[:MOST_ROWS]
-        rows += [[kind, *row] for row in accuracy_rows(found, [(name or "(not named)", part) for name, part in groups], config)]
+        rows += [
+            [kind, *row]
+            for row in accuracy_rows(found, [(name or "(not named)", part) for name, part in groups], config)
+        ]
     if not rows:
         return None
-    return Table("Accuracy on held-out prompts, by annotator", ["annotator is", "name", "prompts", "pairs", "accuracy"], rows)
+    return Table(
+        "Accuracy on held-out prompts, by annotator",
+        ["annotator is", "name", "prompts", "pairs", "accuracy"],
+        rows,
+    )
 
 
 # ---- where scores begin, and what is not to be used ----------------------------------------------------------------
@@ -148,9 +170,15 @@ def refuse_if_learnt_by_heart(
     report: Report, accuracy: float, held_out: Sequence[Comparison], config: RankingConfig
 ) -> None:
     """Raise Unhealthy with the report when the model is good on training pairs and guesses on held-out ones."""
-    pairs = sum(round(float(pair_wins(torch.tensor([one.scores]), config.margin, config.ties).sum())) for one in held_out)
+    pairs = sum(
+        round(float(pair_wins(torch.tensor([one.scores]), config.margin, config.ties).sum()))
+        for one in held_out
+    )
     diagnosis = diagnose_reward(
-        train=accuracy, held_out=report.facts["held_out_accuracy"], length=report.measures[1].after or 0.5, pairs=pairs
+        train=accuracy,
+        held_out=report.facts["held_out_accuracy"],
+        length=report.measures[1].after or 0.5,
+        pairs=pairs,
     )
     if diagnosis is not None:
         report.model = None  # no other stage is to use it

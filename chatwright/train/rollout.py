@@ -167,7 +167,9 @@ def prompts_from(
     return prompts[:most]
 
 
-def training_prompts(records: Path, template: ChatTemplate, tokenizer: Tokenizer, max_tokens: int) -> list[list[int]]:
+def training_prompts(
+    records: Path, template: ChatTemplate, tokenizer: Tokenizer, max_tokens: int
+) -> list[list[int]]:
     """What the users of a data stage's dialogues said, at most 4,000 prompts. Raises UserError when none is short enough."""
     dialogues = list(read_records(records / "dialogues-train.jsonl", Dialogue))
     prompts = prompts_from(dialogues, template, tokenizer, max_tokens=max_tokens, most=4_000)
@@ -276,5 +278,9 @@ def texts_of(answers: Answers, tokenizer: Tokenizer) -> list[str]:
 
 def distinct(texts: Sequence[str], n: int = 2) -> float:
     """Different word n-grams over all word n-grams of the texts together (Li et al. 2016, arXiv:1510.03055)."""
-    grams = [tuple(words[i : i + n]) for words in (text.split() for text in texts) for i in range(len(words) - n + 1)]
+    grams = [
+        tuple(words[i : i + n])
+        for words in (text.split() for text in texts)
+        for i in range(len(words) - n + 1)
+    ]
     return len(set(grams)) / len(grams) if grams else 0.0

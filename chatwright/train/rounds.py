@@ -184,9 +184,13 @@ class Rounds(ABC, Generic[Settings, Rolled]):
             return ""
         if config.kl_target > 0:
             self.extra["beta"] = objective.next_beta(
-                self.extra["beta"], logged["kl"], target=config.kl_target, episodes=config.batch_size,
-                horizon=config.kl_horizon, floor=config.beta_floor,
-            )  # fmt: skip
+                self.extra["beta"],
+                logged["kl"],
+                target=config.kl_target,
+                episodes=config.batch_size,
+                horizon=config.kl_horizon,
+                floor=config.beta_floor,
+            )
         progress.step += 1
         progress.consumed += config.batch_size // self.per_prompt
         self.extra.pop("unfinished", None)
@@ -200,7 +204,9 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         rollout, logged = self.sampled()
         self.latest, history = logged, self.extra["history"]
         history.append({key: logged[key] for key in health.WATCHED if key in logged})
-        diagnosis = health.diagnose(history, health.Limits(self.config.kl_budget, self.config.patience, self.rounding))
+        diagnosis = health.diagnose(
+            history, health.Limits(self.config.kl_budget, self.config.patience, self.rounding)
+        )
         if diagnosis is not None and diagnosis.fatal:
             self._break_off(diagnosis)
         self._keep_if_best(logged)
@@ -217,7 +223,10 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         self.workspace.metrics.write(step, self.latest)
         self._save_before_round()
         text = f"{self.title} stopped in round {step}: {diagnosis.text}"
-        raise Unhealthy(text, report_of(self.extra, step, aim=self.aim, curves=self.curves, trouble=text, more=self.spent()))
+        raise Unhealthy(
+            text,
+            report_of(self.extra, step, aim=self.aim, curves=self.curves, trouble=text, more=self.spent()),
+        )
 
     def _save_before_round(self) -> None:
         """Save so that a resume does this round again."""
@@ -266,7 +275,9 @@ class Rounds(ABC, Generic[Settings, Rolled]):
     def _minibatches(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
         """Pass, number in it, and rows: a function of the seed and the round."""
         for epoch in range(self.epochs):
-            draw = runtime.generator(self.workspace.seed, f"{self.title} minibatches", self.trainer.progress.step, epoch)
+            draw = runtime.generator(
+                self.workspace.seed, f"{self.title} minibatches", self.trainer.progress.step, epoch
+            )
             order = torch.randperm(rows, generator=draw)
             for number, chosen in enumerate(torch.split(order, self.config.minibatch_size)):
                 yield epoch, number, chosen
@@ -303,11 +314,18 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         """This process's part of the general text for a minibatch of `weight`, in portions of as many windows as answers."""
         if self.text is None or not self.config.ptx:
             return []
-        size, windows, mine = self.config.minibatch_size, self.config.ptx_windows, self.spread.mine(self.config.minibatch_size)
+        size, windows, mine = (
+            self.config.minibatch_size,
+            self.config.ptx_windows,
+            self.spread.mine(self.config.minibatch_size),
+        )
         before = (self.trainer.progress.step * self.epochs + epoch) * self.config.batch_size + number * size
         count = mine.stop - mine.start
         share = self.config.ptx * weight / windows * count / size
-        return [TextBatch(self.text.take(before * windows + n * size + mine.start, count), share) for n in range(windows)]
+        return [
+            TextBatch(self.text.take(before * windows + n * size + mine.start, count), share)
+            for n in range(windows)
+        ]
 
     def _measure_average(self) -> None:
         """Ask the average of the weights the last round's prompts, and save it; `outcome.result_of` chooses."""
@@ -325,22 +343,30 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         step = self.trainer.progress.step
         result = result_of(self.extra, step)
         if result is None:
-            raise UserError(f"{self.title}: no round gave answers within the KL budget that were varied enough; lower the learning rate")
+            raise UserError(
+                f"{self.title}: no round gave answers within the KL budget that were varied enough; lower the learning rate"
+            )
         tax, policy = None, self.players.policy
         self.trainer.put_together(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
-        if self.text is not None or self.config.lora.rank:  # what follows is about the result, not the last round's policy
+        if (
+            self.text is not None or self.config.lora.rank
+        ):  # what follows is about the result, not the last round's policy
             self.trainer.load_weights(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
         if self.text is not None:
             say("  measuring what it costs on general text")
             with torch.no_grad():
                 tax = self.spread.forward(self._tax, self.text)
-        more = self.spent() | adapters.write_adapter(policy, self.workspace.directory, base=self.config.base, spread=self.spread)
+        more = self.spent() | adapters.write_adapter(
+            policy, self.workspace.directory, base=self.config.base, spread=self.spread
+        )
         return report_of(self.extra, step, aim=self.aim, curves=self.curves, tax=tax, more=more)
 
     def spent(self) -> dict[str, float]:
         """Answer tokens and floating-point operations of all rounds so far, by what they logged."""
         policy, critic, text = self.players.policy, self.players.critic, 0.0
-        critics = [critic.body] if isinstance(critic, ScalarModel) else []  # a head alone costs next to nothing
+        critics = (
+            [critic.body] if isinstance(critic, ScalarModel) else []
+        )  # a head alone costs next to nothing
         if self.text is not None and self.config.ptx:
             windows = self.epochs * self.config.batch_size * self.config.ptx_windows
             text = windows * account.training_flop(policy, self.config.ptx_context or policy.config.context)
@@ -353,7 +379,6 @@ class Rounds(ABC, Generic[Settings, Rolled]):
             text=text,
         )
 
-
     def _tax(self, text: GeneralText) -> tuple[float, float]:
         """Perplexity of general text under the reference and under the policy."""
         with self.players.as_reference() as reference:
@@ -361,7 +386,9 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         return before, text.perplexity(self.players.policy)
 
 
-def carry_out(method: type[Rounds[Any, Any]], config: RoundsConfig, workspace: Workspace, *, critic: str = "none") -> Report:
+def carry_out(
+    method: type[Rounds[Any, Any]], config: RoundsConfig, workspace: Workspace, *, critic: str = "none"
+) -> Report:
     """A whole run: load, make the players, rounds until the last, report. Raises UserError, Unhealthy, Interrupted."""
     title = method.title
     base = load_parts(workspace.resolve(config.base) if config.base in workspace.inputs else config.base)
@@ -369,34 +396,51 @@ def carry_out(method: type[Rounds[Any, Any]], config: RoundsConfig, workspace: W
         raise UserError(f"{config.base} has no chat template; {title.upper()} needs a model after sft")
     reward = load_reward(workspace.resolve(config.reward), base, config.min_correlation)
     longest = min(config.max_prompt_tokens, base.model.config.context - config.max_new_tokens)
-    prompts = training_prompts(records_of(workspace.resolve(config.data)), base.template, base.tokenizer, longest)
+    prompts = training_prompts(
+        records_of(workspace.resolve(config.data)), base.template, base.tokenizer, longest
+    )
     gold = gold_of(config.gold, workspace.resolve, base)
     context = config.ptx_context or base.model.config.context
     text = None
     if config.text:
         text = GeneralText.open(workspace.resolve(config.text), base.tokenizer, context, workspace.seed)
     spread = parallel.start(
-        config.parallel, batch_size=config.minibatch_size, named="minibatch_size", shape=base.model.config, precision="fp32",
-        refused={"tp": f"{title} samples from whole weights, which this plan does not put together: use ddp, fsdp or hsdp"},
-    )  # fmt: skip
+        config.parallel,
+        batch_size=config.minibatch_size,
+        named="minibatch_size",
+        shape=base.model.config,
+        precision="fp32",
+        refused={
+            "tp": f"{title} samples from whole weights, which this plan does not put together: use ddp, fsdp or hsdp"
+        },
+    )
     plan.ahead(title, config, base.model.config, spread)
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, title))
     bodies = {"base": base.model, **({"judge": reward} if critic == "separate" else {})}
     adapted = adapters.card(config.lora, **bodies)
     players = make_players(
-        base, reward, critic, config.lora, precision=config.precision, policy_precision=config.policy_precision
+        base,
+        reward,
+        critic,
+        config.lora,
+        precision=config.precision,
+        policy_precision=config.policy_precision,
     )
     players.share(spread)
     if config.compile:
         say(f"  {compile_blocks(*players.computing)}")
     trainer = trainer_of(players, config, workspace, base, adapted)
     if trainer.resume():
-        workspace.metrics.forget_after(trainer.progress.step - 1)  # the row of a round stands before its step is counted
+        workspace.metrics.forget_after(
+            trainer.progress.step - 1
+        )  # the row of a round stands before its step is counted
     else:
         trainer.progress.extra = {"beta": config.beta, "best": None, "history": []}
-    say(f"  {len(prompts):,} prompts; {config.iterations} rounds of {config.batch_size} answers; KL budget "
-        f"{config.kl_budget:g} nats")  # fmt: skip
+    say(
+        f"  {len(prompts):,} prompts; {config.iterations} rounds of {config.batch_size} answers; KL budget "
+        f"{config.kl_budget:g} nats"
+    )
     with progress_bar(title) as bar, Stopper().listening() as stopper:
         run_ = method(config, workspace, trainer, players, base, prompts, gold=gold, text=text)
         run_.asked = lambda: stopper.asked
@@ -412,7 +456,9 @@ def carry_out(method: type[Rounds[Any, Any]], config: RoundsConfig, workspace: W
                     if run_.finished:
                         run_.extra["history"].pop()  # the last round counts no step: it is done again
                     trainer.save(spare=run_.spare)
-                raise Interrupted(f"{title}: saved at round {trainer.progress.step}; the same command goes on from there")
+                raise Interrupted(
+                    f"{title}: saved at round {trainer.progress.step}; the same command goes on from there"
+                )
     return run_.report()
 
 
@@ -431,10 +477,15 @@ def trainer_of(
         modules,
         config.optim,
         workspace,
-        card={"kind": "language", "model": base.model.config.to_dict(), "tokenizer": base.tokenizer.fingerprint,
-              "template": base.template.fingerprint, **adapted},
+        card={
+            "kind": "language",
+            "model": base.model.config.to_dict(),
+            "tokenizer": base.tokenizer.fingerprint,
+            "template": base.template.fingerprint,
+            **adapted,
+        },
         texts={"tokenizer.json": base.tokenizer.to_json(), "chat_template.jinja": base.template.source},
         spread=players.spread,
         frozen=players.frozen,
         keep=config.keep,
-    )  # fmt: skip
+    )

@@ -92,7 +92,9 @@ class RoundsConfig:
     """Compile the blocks of all models, where there is a C++ compiler: rounds are about a quarter shorter, but the first of all on a
     machine waits a minute or two for it, later runs some seconds."""
     optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(name="adamw", learning_rate=1e-4, eps=1e-5, schedule="linear", warmup=0.05)
+        default_factory=lambda: OptimConfig(
+            name="adamw", learning_rate=1e-4, eps=1e-5, schedule="linear", warmup=0.05
+        )
     )
     """Optimiser of everything that is trained; the learning rate falls linearly to 0."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -100,19 +102,28 @@ class RoundsConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.minibatch_size:
-            raise UsageError(f"batch_size {self.batch_size} must be a multiple of minibatch_size {self.minibatch_size}")
+            raise UsageError(
+                f"batch_size {self.batch_size} must be a multiple of minibatch_size {self.minibatch_size}"
+            )
         if self.temperature <= 0:
             raise UsageError("temperature must be above 0: there must be something to choose from")
         if self.ptx and not self.text:
             raise UsageError("ptx needs general text: set `text` to the tokenizer stage")
         if self.lora.dropout:
-            raise UsageError("there is no dropout here, neither in rollouts nor in updates: lora.dropout must be 0")
+            raise UsageError(
+                "there is no dropout here, neither in rollouts nor in updates: lora.dropout must be 0"
+            )
         if not 0 <= self.average < 1:
             raise UsageError(f"average {self.average:g} must be at least 0 and below 1")
 
 
 SHARED_PAPER = (
-    Paper("answers in all (iterations x batch_size)", 256_000, INSTRUCT, lambda config, facts: config.iterations * config.batch_size),
+    Paper(
+        "answers in all (iterations x batch_size)",
+        256_000,
+        INSTRUCT,
+        lambda config, facts: config.iterations * config.batch_size,
+    ),
     Paper("batch_size", 512, INSTRUCT),
     Paper("max_prompt_tokens", 1_000, INSTRUCT),
     Paper("max_new_tokens", 1_000, INSTRUCT),

@@ -60,9 +60,14 @@ def make_judge(
         say(f"  {compile_blocks(model, cut=spread.cuts_products)}")
     runtime.tune_allocator()
     card: dict[str, Any] = {
-        "kind": "reward", "model": model.config.to_dict(), "tokenizer": base.tokenizer.fingerprint,
-        "template": base.template.fingerprint, **adapters.card(config.lora, base=base.model),
-    }  # fmt: skip
+        "kind": "reward",
+        "model": model.config.to_dict(),
+        "tokenizer": base.tokenizer.fingerprint,
+        "template": base.template.fingerprint,
+        **adapters.card(config.lora, base=base.model),
+    }
     texts = {"tokenizer.json": base.tokenizer.to_json(), "chat_template.jinja": base.template.source}
-    trainer = Trainer({"model": model}, config.optim, workspace, card=card, texts=texts, keep=config.fit.keep, spread=spread)
+    trainer = Trainer(
+        {"model": model}, config.optim, workspace, card=card, texts=texts, keep=config.fit.keep, spread=spread
+    )
     return model, trainer, runtime.compute_dtype(config.fit.precision)

@@ -68,7 +68,11 @@ class Config:
 
 PAPER = (
     Paper("passes over the conversations", 16, INSTRUCT, lambda config, facts: facts.get("epochs")),
-    Paper("fit.batch_size", 32, f"{INSTRUCT}: 1.3B and 6B; there a sample is one conversation, here a packed row"),
+    Paper(
+        "fit.batch_size",
+        32,
+        f"{INSTRUCT}: 1.3B and 6B; there a sample is one conversation, here a packed row",
+    ),
     Paper("optim.learning_rate", 9.65e-6, f"{INSTRUCT}: 1.3B and 6B"),
     Paper("optim.schedule", "cosine", INSTRUCT),
     Paper("optim.final", 0.1, INSTRUCT),
@@ -102,7 +106,9 @@ def read_records(file: Path, kind: type[Record]) -> Iterator[Record]:
             for line in lines:
                 yield kind.from_json(line)  # type: ignore[attr-defined]
     except FileNotFoundError:
-        raise UserError(f"{file} does not exist; the data stage writes it (its settings name the sources)") from None
+        raise UserError(
+            f"{file} does not exist; the data stage writes it (its settings name the sources)"
+        ) from None
     except (ValueError, OSError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
 
@@ -165,7 +171,9 @@ def step(model: GPT, batch: ChatBatch) -> Step:
     rows, targets = F.pad(rows, (0, 0, 0, more)), F.pad(targets, (0, more))
     counted = torch.arange(len(rows), device=rows.device) < len(rows) - more
     cap = model.config.logit_softcap
-    return Step(chunked_next_token_loss(rows[None], model.head.weight, targets[None], counted[None], softcap=cap))
+    return Step(
+        chunked_next_token_loss(rows[None], model.head.weight, targets[None], counted[None], softcap=cap)
+    )
 
 
 def start(config: Config, workspace: Workspace) -> tuple[GPT, Tokenizer, ChatTemplate, Path]:
@@ -208,7 +216,9 @@ def preview(config: Config, workspace: Workspace, count: int) -> None:
     console.print(Text("What the model learns to write is ").append(legend(colours=colours)), soft_wrap=True)
     for number in SampleOrder(len(rows), workspace.seed).take(0, min(count, len(rows))):
         row = rows[number]
-        say(f"\nrow {number}: {len(row.ids)} of {length} tokens in {row.documents[-1]} conversations, {learnt_tokens(row)} learnt")
+        say(
+            f"\nrow {number}: {len(row.ids)} of {length} tokens in {row.documents[-1]} conversations, {learnt_tokens(row)} learnt"
+        )
         console.print(row_picture(row, tokenizer, end=template.end, colours=colours), soft_wrap=True)
     say(f"\n{tally(rows, length)}")
     check_end_is_learnt(rows, template, tokenizer)
@@ -222,7 +232,11 @@ def excerpt(row: PackedRow, tokenizer: Tokenizer, template: ChatTemplate) -> Tab
     """The beginning of a row with its loss mask, for the report."""
     text = row_picture(row, tokenizer, end=template.end, colours=False).plain
     cut = text if len(text) <= EXCERPT else f"{text[:EXCERPT]} ..."
-    return Table("The beginning of the first row; what stands in [[ ]] is learnt", ["row"], [[line] for line in cut.splitlines() if line])
+    return Table(
+        "The beginning of the first row; what stands in [[ ]] is learnt",
+        ["row"],
+        [[line] for line in cut.splitlines() if line],
+    )
 
 
 def run(config: Config, workspace: Workspace) -> Report:
@@ -233,14 +247,22 @@ def run(config: Config, workspace: Workspace) -> Report:
     rows = rows_of(records / "dialogues-train.jsonl", template, tokenizer, length, packing=config.packing)
     check_end_is_learnt(rows, template, tokenizer)
     held_out = rows_of(
-        records / "dialogues-validation.jsonl", template, tokenizer, length, packing=True, limit=config.held_out
+        records / "dialogues-validation.jsonl",
+        template,
+        tokenizer,
+        length,
+        packing=True,
+        limit=config.held_out,
     )[: config.held_out]
     filled = sum(len(row.ids) for row in rows) / (len(rows) * length)
     learnt = sum(map(learnt_tokens, rows))
     spread = parallel.start(
-        config.parallel, batch_size=config.fit.batch_size, micro_batch=config.fit.micro_batch, shape=model.config,
+        config.parallel,
+        batch_size=config.fit.batch_size,
+        micro_batch=config.fit.micro_batch,
+        shape=model.config,
         precision=config.fit.precision,
-    )  # fmt: skip
+    )
     config = plan.ahead("sft", config, model.config, spread, learnt=learnt / (len(rows) * length))
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, "sft"))  # dropout, where the model has any
@@ -253,12 +275,17 @@ def run(config: Config, workspace: Workspace) -> Report:
         {"model": model},
         config.optim,
         workspace,
-        card={"kind": "language", "model": model.config.to_dict(), "tokenizer": tokenizer.fingerprint,
-              "template": template.fingerprint, **adapted},
+        card={
+            "kind": "language",
+            "model": model.config.to_dict(),
+            "tokenizer": tokenizer.fingerprint,
+            "template": template.fingerprint,
+            **adapted,
+        },
         texts={"tokenizer.json": tokenizer.to_json(), "chat_template.jinja": template.source},
         keep=config.fit.keep,
         spread=spread,
-    )  # fmt: skip
+    )
     say(f"  {tally(rows, length)}")
 
     def train_step(batch: ChatBatch) -> Step:
@@ -274,20 +301,37 @@ def run(config: Config, workspace: Workspace) -> Report:
         return {"held_out_loss": total / weight}
 
     fitted = Fit(
-        trainer, config.fit, Rows(rows, length, SampleOrder(len(rows), workspace.seed)), train_step, evaluate,
-        title="sft", throughput=("tokens", filled * length), best=("held_out_loss", "lower"),
+        trainer,
+        config.fit,
+        Rows(rows, length, SampleOrder(len(rows), workspace.seed)),
+        train_step,
+        evaluate,
+        title="sft",
+        throughput=("tokens", filled * length),
+        best=("held_out_loss", "lower"),
         flop_per_sample=training_flop(model, length),
-    ).run()  # fmt: skip
+    ).run()
     return Report(
         measures=[
-            Measure("loss of held-out answers", fitted.before["held_out_loss"], fitted.after["held_out_loss"],
-                    note="nats per token")
+            Measure(
+                "loss of held-out answers",
+                fitted.before["held_out_loss"],
+                fitted.after["held_out_loss"],
+                note="nats per token",
+            )
         ],
         curves=[Curve("SFT loss", ["loss"], "nats per answer token")],
         model=f"checkpoints/{fitted.checkpoint.path.name}",
-        facts={"rows": len(rows), "filled": filled, "tokens learnt": learnt, "steps": fitted.progress.step,
-               "epochs": fitted.samples / len(rows), "tokens": round(fitted.samples * filled * length), **fitted.facts,
-               **adapters.write_adapter(model, workspace.directory, base=config.base, spread=spread)},
+        facts={
+            "rows": len(rows),
+            "filled": filled,
+            "tokens learnt": learnt,
+            "steps": fitted.progress.step,
+            "epochs": fitted.samples / len(rows),
+            "tokens": round(fitted.samples * filled * length),
+            **fitted.facts,
+            **adapters.write_adapter(model, workspace.directory, base=config.base, spread=spread),
+        },
         notes=fitted.notes,
         tables=[excerpt(rows[SampleOrder(len(rows), workspace.seed)[0]], tokenizer, template)],
-    )  # fmt: skip
+    )

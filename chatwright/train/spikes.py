@@ -53,7 +53,9 @@ class SpikeConfig:
     def check(self) -> None:
         """Raise UsageError when a number is out of range."""
         if self.window < 2 or self.patience < 1 or self.most < 0 or self.deviations < 0 or self.rise < 0:
-            raise UsageError("fit.spikes: window must be at least 2, patience at least 1, the others at least 0")
+            raise UsageError(
+                "fit.spikes: window must be at least 2, patience at least 1, the others at least 0"
+            )
 
 
 def limit(config: SpikeConfig, extra: Mapping[str, Any]) -> float:

@@ -61,7 +61,10 @@ def parts_of(operations: Mapping[Operation, float], *, budget: float = SECONDS) 
     """Seconds, each operation timed alone: of the products and other large kernels; of what a compiler would fuse."""
     began = time.perf_counter()
     samples = {operation: [_time(operation, SPAN / 10)] for operation, count in operations.items() if count}
-    often, rounds = _largest({operation: abs(operations[operation]) * first[0] for operation, first in samples.items()}), 1
+    often, rounds = (
+        _largest({operation: abs(operations[operation]) * first[0] for operation, first in samples.items()}),
+        1,
+    )
     while rounds < ROUNDS or time.perf_counter() - began < budget:
         for operation in often:
             samples[operation].append(_time(operation, SPAN))
@@ -114,7 +117,9 @@ def _time(operation: Operation, span: float) -> float:
     return statistics.mean(spent[1:])
 
 
-def _made_up(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, where: torch.device) -> Tensor:
+def _made_up(
+    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, where: torch.device
+) -> Tensor:
     """A tensor of this shape and stride: small numbers, or zeros where they are indices or flags."""
     tensor = torch.empty_strided(shape, stride, dtype=dtype, device=where)
     flat = tensor.as_strided((tensor.untyped_storage().nbytes() // dtype.itemsize,), (1,))

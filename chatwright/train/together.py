@@ -58,10 +58,14 @@ class Together(Spread):
 
     together = True
 
-    def __init__(self, box: Sizes, *, dtype: torch.dtype = torch.float32, compile_blocks: bool = False) -> None:
+    def __init__(
+        self, box: Sizes, *, dtype: torch.dtype = torch.float32, compile_blocks: bool = False
+    ) -> None:
         self.box, self.dtype, self.compile_blocks = box, dtype, compile_blocks
         self.mesh: DeviceMesh = init_device_mesh(
-            runtime.device().type, (box.copies, box.shard, box.tensor), mesh_dim_names=("copies", "shard", "tensor")
+            runtime.device().type,
+            (box.copies, box.shard, box.tensor),
+            mesh_dim_names=("copies", "shard", "tensor"),
         )
         copies, shard, _ = self.mesh.get_coordinate() or (0, 0, 0)
         self.data_rank, self.data_size = copies * box.shard + shard, box.copies * box.shard
@@ -76,7 +80,9 @@ class Together(Spread):
 
     def spread(self, modules: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module] | None = None) -> None:
         # An average of the weights is saved beside the model and never computed with: a roof of its own keeps it in parts.
-        still = {name: one for name, one in modules.items() if not any(p.requires_grad for p in one.parameters())}
+        still = {
+            name: one for name, one in modules.items() if not any(p.requires_grad for p in one.parameters())
+        }
         door = _Door({name: one for name, one in modules.items() if name not in still})
         # Gradients that wait to be added up between groups must be of the same parameters each time: text has none for a critic.
         self._alike = len(door.parts) == 1
@@ -94,7 +100,10 @@ class Together(Spread):
             self._door = door
             if frozen:
                 self._frozen = _Door(frozen)
-            for roof in (*([self._frozen] if self._frozen is not None else []), *map(_Door, ({k: v} for k, v in still.items()))):
+            for roof in (
+                *([self._frozen] if self._frozen is not None else []),
+                *map(_Door, ({k: v} for k, v in still.items())),
+            ):
                 self._cut_parameters(roof, [module for module in roof.modules() if isinstance(module, Block)])
         elif self.box.copies > 1:
             devices = [runtime.device()] if runtime.device().type == "cuda" else None
@@ -106,13 +115,23 @@ class Together(Spread):
 
     def _cut_products(self, block: Block) -> None:
         """Query, key, value, gate and up by columns: each process its own heads; output and down by rows, then a sum."""
-        columns = ["attention.query", "attention.key", "attention.value", "mlp.up", *(["mlp.gate"] if block.mlp.gate else [])]
+        columns = [
+            "attention.query",
+            "attention.key",
+            "attention.value",
+            "mlp.up",
+            *(["mlp.gate"] if block.mlp.gate else []),
+        ]
         plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns}
         plan |= {name: RowwiseParallel() for name in ("attention.output", "mlp.down")}
         # What enters is the same everywhere. Saying so once, not once a matrix, makes its gradient one sum instead of three.
         same, other = Replicate(), (None, None, None, None, None)
-        plan |= {"attention": PrepareModuleInput(input_layouts=(same, *other), desired_input_layouts=(same, *other)),
-                 "mlp": PrepareModuleInput(input_layouts=(same,), desired_input_layouts=(same,))}  # fmt: skip
+        plan |= {
+            "attention": PrepareModuleInput(
+                input_layouts=(same, *other), desired_input_layouts=(same, *other)
+            ),
+            "mlp": PrepareModuleInput(input_layouts=(same,), desired_input_layouts=(same,)),
+        }
         parallelize_module(block, self.mesh["tensor"], plan)
         block.attention.heads //= self.box.tensor
         block.attention.kv_heads //= self.box.tensor
@@ -127,28 +146,39 @@ class Together(Spread):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(door, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
-    def optimisers(self, modules: Mapping[str, nn.Module], config: OptimConfig) -> list[torch.optim.Optimizer]:
+    def optimisers(
+        self, modules: Mapping[str, nn.Module], config: OptimConfig
+    ) -> list[torch.optim.Optimizer]:
         made = optim.build(nn.ModuleDict(dict(modules)), config)
         for number, optimiser in enumerate(made):
             order = [parameter for group in optimiser.param_groups for parameter in group["params"]]
             self._places |= {parameter: f"{number}.{index}" for index, parameter in enumerate(order)}
             # A fused step takes tensors of one kind: all cut in the same way, or none.
             optimiser.param_groups = [
-                {**group, "params": part} for group in optimiser.param_groups for part in _kinds(group["params"])
+                {**group, "params": part}
+                for group in optimiser.param_groups
+                for part in _kinds(group["params"])
             ]
         if self.box.tensor > 1:
             cut = [p for p in self._places if isinstance(p, DTensor) and "tensor" in _names(p)]
             normed = [
                 norm.weight
-                for module in modules.values() for block in module.modules() if isinstance(block, Block)
-                for norm in (block.attention.query_norm, block.attention.key_norm) if norm is not None
-            ]  # fmt: skip
+                for module in modules.values()
+                for block in module.modules()
+                if isinstance(block, Block)
+                for norm in (block.attention.query_norm, block.attention.key_norm)
+                if norm is not None
+            ]
             self._partial = [p for p in self._places if any(p is weight for weight in normed)]
-            self._replicated = [p for p in self._places if not any(p is other for other in (*cut, *self._partial))]
+            self._replicated = [
+                p for p in self._places if not any(p is other for other in (*cut, *self._partial))
+            ]
         return made
 
     def forward(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        if self._door is None or (not torch.is_grad_enabled() and isinstance(self._door, DistributedDataParallel)):
+        if self._door is None or (
+            not torch.is_grad_enabled() and isinstance(self._door, DistributedDataParallel)
+        ):
             return function(*arguments)
         # FSDP gives blocks their parameters in `dtype`: whoever measures in float32 elsewhere cannot here.
         with runtime.autocast(self.dtype if self.box.shard > 1 else torch.float32):
@@ -198,7 +228,9 @@ class Together(Spread):
 
     def gathered(self, value: Result) -> list[Result]:
         found: list[Any] = [None] * runtime.world_size()
-        dist.all_gather_object(found, value, group=runtime.group("agreeing"))  # pickled between our own processes
+        dist.all_gather_object(
+            found, value, group=runtime.group("agreeing")
+        )  # pickled between our own processes
         return found[:: self.box.tensor]
 
     def most(self, values: Sequence[float]) -> list[float]:
@@ -212,7 +244,9 @@ class Together(Spread):
         if self.box.tensor > 1:
             self._agree_on_gradients()
         parts = _kinds([parameter for parameter in parameters if parameter.grad is not None])
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
+        norms = [
+            torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts
+        ]
         norm = torch.stack([_whole(one) for one in norms]).norm()
         for part in parts:
             torch.nn.utils.clip_grads_with_norm_(part, limit, norm)
@@ -250,13 +284,19 @@ class Together(Spread):
         texts: Mapping[str, str],
         then: Callable[[], None],
     ) -> None:
-        flat = {f"{part}/{name}": tensor for part, content in tensors.items() for name, tensor in content.items()}
+        flat = {
+            f"{part}/{name}": tensor for part, content in tensors.items() for name, tensor in content.items()
+        }
         self._saving.start(target, flat, state, texts, then)
 
     def load_parts(
         self, found: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]], *, final: bool
     ) -> dict[str, Tensor]:
-        wanted = {f"{part}/{name}": tensor.detach() for part, content in parts.items() for name, tensor in content.items()}
+        wanted = {
+            f"{part}/{name}": tensor.detach()
+            for part, content in parts.items()
+            for name, tensor in content.items()
+        }
         state = {
             name: self._room_for(name.removeprefix("optimizer/"), item.size, item.properties.dtype)
             for name, item in sharded.describe(found.path).items()
@@ -292,7 +332,8 @@ class Together(Spread):
 
     def fill(self, wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, where: str) -> None:
         ready = {
-            name: _like(tensor, wanted[name]) if name in wanted else tensor for name, tensor in tensors.items()
+            name: _like(tensor, wanted[name]) if name in wanted else tensor
+            for name, tensor in tensors.items()
         }
         checkpoint.fill(wanted, ready, where=where)
 
@@ -332,7 +373,9 @@ def _kinds(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Parameters that are cut in the same way, together."""
     found: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
-        found.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+        found.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(
+            parameter
+        )
     return list(found.values())
 
 

@@ -59,7 +59,9 @@ def own_or_learnt(config: Config, workspace: Workspace, file: Path) -> Tokenizer
     """The tokenizer of `base`, or one learnt on the texts of a file. Raises UserError."""
     if not config.base:
         return Tokenizer.train(texts_of(file, config.train_bytes), config.vocab_size)
-    found = load_parts(workspace.resolve(config.base) if config.base in workspace.inputs else config.base).tokenizer
+    found = load_parts(
+        workspace.resolve(config.base) if config.base in workspace.inputs else config.base
+    ).tokenizer
     if found is None:
         raise UserError(f"{config.base} has no tokenizer")
     return found
@@ -75,7 +77,9 @@ def run(config: Config, workspace: Workspace) -> Report:
         bar.update(0.4, "encoding the training documents")
         train = write_shards(workspace.directory / "train", texts_of(records / "train.jsonl"), tokenizer)
         bar.update(0.9, "encoding the held-out documents")
-        held_out = write_shards(workspace.directory / "validation", texts_of(records / "validation.jsonl"), tokenizer)
+        held_out = write_shards(
+            workspace.directory / "validation", texts_of(records / "validation.jsonl"), tokenizer
+        )
         bar.update(1.0)
     text = "\n".join(texts_of(records / "validation.jsonl")).encode()
     compressed = compressed_bits_per_byte(text[:20_000_000])
@@ -83,6 +87,12 @@ def run(config: Config, workspace: Workspace) -> Report:
     say(f"  {tokenizer.vocab_size:,} tokens; {train.tokens:,} training tokens, {held_out.tokens:,} held out")
     return Report(
         measures=[Measure("bytes per token, held out", 1.0, per_token, "higher")],
-        facts={"vocab_size": tokenizer.vocab_size, "train_tokens": train.tokens, "fingerprint": tokenizer.fingerprint,
-               "validation_tokens": held_out.tokens, "validation_bytes": held_out.text_bytes, **compressed},
-    )  # fmt: skip
+        facts={
+            "vocab_size": tokenizer.vocab_size,
+            "train_tokens": train.tokens,
+            "fingerprint": tokenizer.fingerprint,
+            "validation_tokens": held_out.tokens,
+            "validation_bytes": held_out.text_bytes,
+            **compressed,
+        },
+    )

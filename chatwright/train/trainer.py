@@ -88,7 +88,9 @@ class Trainer:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Everything that is trained."""
-        return [p for optimiser in self.optimisers for group in optimiser.param_groups for p in group["params"]]
+        return [
+            p for optimiser in self.optimisers for group in optimiser.param_groups for p in group["params"]
+        ]
 
     def update(
         self,
@@ -256,8 +258,12 @@ class Trainer:
 
     def _take_up(self, found: Checkpoint) -> None:
         state = found.state()
-        if state.get("lora") != self.card.get("lora"):  # never more than a part of the model would come from it
-            raise UserError(f"{found.path} was trained with another adapter (lora settings), or on another base model")
+        if state.get("lora") != self.card.get(
+            "lora"
+        ):  # never more than a part of the model would come from it
+            raise UserError(
+                f"{found.path} was trained with another adapter (lora settings), or on another base model"
+            )
         self.progress = Progress(**state["progress"])
         self._load(found, final=state["final"])
         if not state["final"]:
@@ -287,9 +293,18 @@ class Trainer:
         self._take_up(found)
         now = self.progress
         passed_over = now.extra.get("passed_over", 0) + before.consumed - now.consumed
-        now.extra |= {"passed_over": passed_over, "rollbacks": before.extra.get("rollbacks", 0) + 1,
-                      "spikes": before.extra["spikes"], "spikes_in_a_row": 0}  # fmt: skip
-        now.consumed, now.planned, now.elapsed, now.joules = before.consumed, before.planned, before.elapsed, before.joules
+        now.extra |= {
+            "passed_over": passed_over,
+            "rollbacks": before.extra.get("rollbacks", 0) + 1,
+            "spikes": before.extra["spikes"],
+            "spikes_in_a_row": 0,
+        }
+        now.consumed, now.planned, now.elapsed, now.joules = (
+            before.consumed,
+            before.planned,
+            before.elapsed,
+            before.joules,
+        )
         self.workspace.metrics.write_once(now.step, {"rolled_back_from": before.step})
 
         def forget() -> None:  # before the new state is saved: else it could be taken for older than these

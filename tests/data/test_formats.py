@@ -58,7 +58,10 @@ SPOKEN = {"user": "human", "assistant": "gpt", "system": "system"}
 
 
 def sharegpt(talk: Dialogue) -> Row:
-    return {"id": 7, "conversations": [{"from": SPOKEN[m["role"]], "value": m["content"]} for m in talk.messages]}
+    return {
+        "id": 7,
+        "conversations": [{"from": SPOKEN[m["role"]], "value": m["content"]} for m in talk.messages],
+    }
 
 
 def sharegpt_with_a_system_column(talk: Dialogue) -> Row:
@@ -73,10 +76,13 @@ def openai_called_conversations(talk: Dialogue) -> Row:
 
 
 @pytest.mark.parametrize(
-    "write", [ours, openai, openai_parts, sharegpt, sharegpt_with_a_system_column, openai_called_conversations]
+    "write",
+    [ours, openai, openai_parts, sharegpt, sharegpt_with_a_system_column, openai_called_conversations],
 )
 @given(TALK)
-def test_each_format_gives_back_the_conversation(write: Callable[[Dialogue], Row], turns: list[tuple[str, str]]) -> None:
+def test_each_format_gives_back_the_conversation(
+    write: Callable[[Dialogue], Row], turns: list[tuple[str, str]]
+) -> None:
     talk = dialogue_of(turns)
     row = write(talk)
     assert formats.dialogue(row) == talk
@@ -84,15 +90,24 @@ def test_each_format_gives_back_the_conversation(write: Callable[[Dialogue], Row
 
 
 @given(TEXT, st.one_of(st.just(""), TEXT), TEXT)
-def test_alpaca_is_one_exchange_with_the_standard_prompt(instruction: str, given_input: str, output: str) -> None:
+def test_alpaca_is_one_exchange_with_the_standard_prompt(
+    instruction: str, given_input: str, output: str
+) -> None:
     row = {"instruction": instruction, "input": given_input, "output": output}
     asked, answer = formats.dialogue(row).messages
     middle = f"\n\n### Input:\n{given_input}" if given_input else ""
-    assert asked["content"].endswith(f" completes the request.\n\n### Instruction:\n{instruction}{middle}\n\n### Response:")
-    assert asked["content"].startswith("Below is an instruction that describes a task" + (", paired" if given_input else ". Write"))
+    assert asked["content"].endswith(
+        f" completes the request.\n\n### Instruction:\n{instruction}{middle}\n\n### Response:"
+    )
+    assert asked["content"].startswith(
+        "Below is an instruction that describes a task" + (", paired" if given_input else ". Write")
+    )
     assert (asked["role"], answer) == ("user", {"role": "assistant", "content": output})
     plain = formats.dialogue(row, "alpaca-plain").messages
-    assert plain[0]["content"] == (f"{instruction}\n\n{given_input}" if given_input else instruction) and plain[1] == answer
+    assert (
+        plain[0]["content"] == (f"{instruction}\n\n{given_input}" if given_input else instruction)
+        and plain[1] == answer
+    )
     under = formats.dialogue({**row, "system": "Be brief."}).messages
     assert under == ({"role": "system", "content": "Be brief."}, asked, answer)
 
@@ -102,7 +117,18 @@ def test_through_files_and_the_hub(kind: str, tmp_path: Path, monkeypatch: pytes
     """Columns that a record lacks are null in Parquet and on the hub: that must not make it ambiguous."""
     talks = [dialogue_of([("user", f"q{n}"), ("assistant", f"a{n}")]) for n in range(3)]
     rows = [openai(talks[0]), sharegpt(talks[1]), {"instruction": "i", "output": "o"}]
-    rows = [{"messages": None, "conversations": None, "instruction": None, "input": None, "output": None, "id": None, **row} for row in rows]
+    rows = [
+        {
+            "messages": None,
+            "conversations": None,
+            "instruction": None,
+            "input": None,
+            "output": None,
+            "id": None,
+            **row,
+        }
+        for row in rows
+    ]
     for row in rows:
         row.pop("tools", None)
     monkeypatch.chdir(tmp_path)
@@ -139,19 +165,47 @@ def test_a_setting_decides_where_a_record_fits_two_formats() -> None:
     ("row", "format", "message"),
     [
         ({"text": "x"}, "auto", r"no column 'messages' .*the columns found are: text"),
-        ({"messages": ASKED, "conversations": ASKED}, "auto", "both of the columns messages, conversations; choose one by #column"),
+        (
+            {"messages": ASKED, "conversations": ASKED},
+            "auto",
+            "both of the columns messages, conversations; choose one by #column",
+        ),
         ({"messages": [{"content": "x"}]}, "auto", "neither role .* nor from"),
         ({"messages": [{"role": "user", "from": "human"}]}, "auto", "both role and from"),
-        ({"messages": [*ASKED, {"from": "human", "value": "x"}]}, "auto", "has role None"),  # two ways in one list
+        (
+            {"messages": [*ASKED, {"from": "human", "value": "x"}]},
+            "auto",
+            "has role None",
+        ),  # two ways in one list
         ({"messages": ASKED}, "sharegpt", "a message is from None; known: human, user, gpt"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "auto", "a message is from 'bot'"),
         ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "auto", "a message is from"),
-        ({"conversations": [{"from": "gpt", "value": None}]}, "auto", "content of a assistant message must be text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "auto", "of type 'image_url'; only text"),
+        (
+            {"conversations": [{"from": "gpt", "value": None}]},
+            "auto",
+            "content of a assistant message must be text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "auto",
+            "of type 'image_url'; only text",
+        ),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "auto", "of type 'str'; only text"),
-        ({"messages": [*ASKED, {"role": "assistant", "content": None, "tool_calls": [1]}]}, "auto", "has tool_calls, which is not"),
-        ({"messages": [*ASKED[:1], {**ASKED[1], "weight": 0}]}, "auto", "weight 0: leaving single answers out"),
-        ({"system": "a", "messages": [{"role": "system", "content": "b"}, *ASKED]}, "auto", "a system message in the conversation as well"),
+        (
+            {"messages": [*ASKED, {"role": "assistant", "content": None, "tool_calls": [1]}]},
+            "auto",
+            "has tool_calls, which is not",
+        ),
+        (
+            {"messages": [*ASKED[:1], {**ASKED[1], "weight": 0}]},
+            "auto",
+            "weight 0: leaving single answers out",
+        ),
+        (
+            {"system": "a", "messages": [{"role": "system", "content": "b"}, *ASKED]},
+            "auto",
+            "a system message in the conversation as well",
+        ),
         ({"instruction": "a", "output": " "}, "auto", "output is empty"),
         ({"instruction": 3, "output": "x"}, "auto", "instruction must be text, found int"),
         ({"instruction": "a", "output": "x", "history": [["b", "c"]]}, "auto", "`history` are not read"),
@@ -197,17 +251,28 @@ PROMPT = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), PLAIN), min_
 
 
 def pair_texts(prompt: list[Row], good: str, bad: str) -> Row:
-    return {"prompt": prompt if len(prompt) > 1 or prompt[0]["role"] != "user" else prompt[0]["content"], "chosen": good, "rejected": bad}
+    return {
+        "prompt": prompt if len(prompt) > 1 or prompt[0]["role"] != "user" else prompt[0]["content"],
+        "chosen": good,
+        "rejected": bad,
+    }
 
 
 def pair_messages(prompt: list[Row], good: str, bad: str) -> Row:
     """As TRL has them: the answers are lists of one message."""
-    return {"prompt": prompt, "chosen": [{"role": "assistant", "content": good}], "rejected": [{"role": "assistant", "content": bad}]}
+    return {
+        "prompt": prompt,
+        "chosen": [{"role": "assistant", "content": good}],
+        "rejected": [{"role": "assistant", "content": bad}],
+    }
 
 
 def pair_implicit(prompt: list[Row], good: str, bad: str) -> Row:
     """The prompt is in both, and nowhere else."""
-    return {"chosen": [*prompt, {"role": "assistant", "content": good}], "rejected": [*prompt, {"role": "assistant", "content": bad}]}
+    return {
+        "chosen": [*prompt, {"role": "assistant", "content": good}],
+        "rejected": [*prompt, {"role": "assistant", "content": bad}],
+    }
 
 
 def pair_repeated(prompt: list[Row], good: str, bad: str) -> Row:
@@ -217,12 +282,17 @@ def pair_repeated(prompt: list[Row], good: str, bad: str) -> Row:
 
 def pair_sharegpt(prompt: list[Row], good: str, bad: str) -> Row:
     row = pair_messages(prompt, good, bad)
-    return {key: [{"from": SPOKEN[turn["role"]], "value": turn["content"]} for turn in value] for key, value in row.items()}
+    return {
+        key: [{"from": SPOKEN[turn["role"]], "value": turn["content"]} for turn in value]
+        for key, value in row.items()
+    }
 
 
 def hh_text(prompt: list[Row], answer: str) -> str:
     turns = [*prompt, {"role": "assistant", "content": answer}]
-    return "".join(f"\n\n{'Human' if turn['role'] == 'user' else 'Assistant'}: {turn['content']}" for turn in turns)
+    return "".join(
+        f"\n\n{'Human' if turn['role'] == 'user' else 'Assistant'}: {turn['content']}" for turn in turns
+    )
 
 
 def pair_hh(prompt: list[Row], good: str, bad: str) -> Row:
@@ -245,15 +315,28 @@ def test_every_way_to_write_a_pair_gives_the_same_comparison(
     assert formats.comparison(write(prompt, *answers)) == Comparison.of(prompt, answers, (1.0, 0.0))  # type: ignore[arg-type]
 
 
-@given(PROMPT, st.lists(st.tuples(PLAIN, st.integers(0, 4)), min_size=2, max_size=6), st.one_of(st.just(""), PLAIN))
-def test_rankings_are_ours(turns: list[tuple[str, str]], answers: list[tuple[str, int]], annotator: str) -> None:
+@given(
+    PROMPT,
+    st.lists(st.tuples(PLAIN, st.integers(0, 4)), min_size=2, max_size=6),
+    st.one_of(st.just(""), PLAIN),
+)
+def test_rankings_are_ours(
+    turns: list[tuple[str, str]], answers: list[tuple[str, int]], annotator: str
+) -> None:
     prompt = [{"role": role, "content": text} for role, text in turns]
     texts, scores = zip(*answers, strict=True)
     ranked = Comparison.of(prompt, texts, scores, annotator)  # type: ignore[arg-type]
     assert Comparison.from_json(ranked.to_json()) == ranked
-    assert ("annotator" in json.loads(ranked.to_json())) == bool(annotator)  # older files have none, and still load
+    assert ("annotator" in json.loads(ranked.to_json())) == bool(
+        annotator
+    )  # older files have none, and still load
     assert formats.comparison(json.loads(ranked.to_json())) == ranked
-    assert formats.comparison({"prompt": prompt, "responses": list(texts), "scores": list(scores), "annotator": annotator}) == ranked
+    assert (
+        formats.comparison(
+            {"prompt": prompt, "responses": list(texts), "scores": list(scores), "annotator": annotator}
+        )
+        == ranked
+    )
 
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -271,19 +354,28 @@ def test_a_setting_decides_between_rankings_and_pairs() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "p", "chosen": "a"}, "no columns 'responses' and 'scores', or 'chosen' and 'rejected'; the columns found are: prompt"),
+        (
+            {"prompt": "p", "chosen": "a"},
+            "no columns 'responses' and 'scores', or 'chosen' and 'rejected'; the columns found are: prompt",
+        ),
         ({"responses": ["a", "b"], "scores": [0, 1]}, "no column 'prompt'"),
         ({**RANKED, "responses": "ab"}, "responses must be a list"),
         ({**RANKED, "scores": [0]}, "2 responses but 1 scores"),
         ({**PAIR, "annotator": True}, "annotator must be a name or a number"),
         ({**PAIR, "chosen": ASKED}, "one of chosen and rejected is a text"),
-        ({"chosen": "a", "rejected": "b"}, 'texts must begin with'),
-        ({"chosen": ASKED, "rejected": [{"role": "user", "content": "other"}, ASKED[1]]}, "differ before their last message"),
+        ({"chosen": "a", "rejected": "b"}, "texts must begin with"),
+        (
+            {"chosen": ASKED, "rejected": [{"role": "user", "content": "other"}, ASKED[1]]},
+            "differ before their last message",
+        ),
         ({"chosen": ASKED[1:], "rejected": ASKED[1:]}, "must hold it before their last message"),
-        ({"prompt": ASKED[:1], "chosen": [*ASKED, *ASKED], "rejected": ASKED}, "one message of the assistant, found: assistant, user, assistant"),
+        (
+            {"prompt": ASKED[:1], "chosen": [*ASKED, *ASKED], "rejected": ASKED},
+            "one message of the assistant, found: assistant, user, assistant",
+        ),
         ({"chosen": ASKED[:1] * 2, "rejected": ASKED[:1] * 2}, "found: user"),
     ],
-)  # fmt: skip
+)
 def test_comparisons_that_are_not_understood_are_refused(row: Row, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         formats.comparison(row)
@@ -294,6 +386,10 @@ def test_comparisons_come_from_files_and_not_from_named_sources(tmp_path: Path) 
     with pytest.raises(UserError, match=r"a\.jsonl:2: no columns 'responses'"):
         list(comparisons(str(tmp_path / "a.jsonl")))
     faults = Faults(skip=True)
-    assert [one.responses for one in comparisons(str(tmp_path), faults=faults)] == [("a", "b")] and faults.count == 1
-    with pytest.raises(UserError, match=r"chitchat holds text and dialogue records, not comparison; .*none \(give a file"):
+    assert [one.responses for one in comparisons(str(tmp_path), faults=faults)] == [
+        ("a", "b")
+    ] and faults.count == 1
+    with pytest.raises(
+        UserError, match=r"chitchat holds text and dialogue records, not comparison; .*none \(give a file"
+    ):
         comparisons("chitchat")

@@ -13,8 +13,15 @@ from chatwright.data.loader import SampleOrder, pad
 Sizes = st.integers(1, 40)
 
 
-@given(size=Sizes, seed=st.integers(0, 5), start=st.integers(0, 100), cuts=st.lists(st.integers(1, 9), max_size=8))
-def test_the_order_does_not_depend_on_the_batch_size(size: int, seed: int, start: int, cuts: list[int]) -> None:
+@given(
+    size=Sizes,
+    seed=st.integers(0, 5),
+    start=st.integers(0, 100),
+    cuts=st.lists(st.integers(1, 9), max_size=8),
+)
+def test_the_order_does_not_depend_on_the_batch_size(
+    size: int, seed: int, start: int, cuts: list[int]
+) -> None:
     order = SampleOrder(size, seed)
     whole = order.take(start, sum(cuts))
     found, place = [], start

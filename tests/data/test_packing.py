@@ -43,7 +43,10 @@ def test_what_fits_stays_whole() -> None:
 
 def test_cuts_stand_between_exchanges() -> None:
     messages = [*exchange(0), *exchange(1), *exchange(2)]
-    assert cut(messages, 26) == [NATIVE.encode(messages[:4], TOKENIZER), NATIVE.encode(messages[4:], TOKENIZER)]
+    assert cut(messages, 26) == [
+        NATIVE.encode(messages[:4], TOKENIZER),
+        NATIVE.encode(messages[4:], TOKENIZER),
+    ]
     assert cut(messages, 9) == [NATIVE.encode(messages[n : n + 2], TOKENIZER) for n in (0, 2, 4)]
 
 
@@ -74,8 +77,17 @@ def test_turns_without_an_answer_are_left_out() -> None:
 
 
 def test_several_turns_of_one_person_are_one_exchange() -> None:
-    messages = [turn("user", "a"), turn("user", "b"), turn("assistant", "c"), turn("assistant", "d"), *exchange(0)]
-    assert cut(messages, 13) == [NATIVE.encode(messages[:4], TOKENIZER), NATIVE.encode(messages[4:], TOKENIZER)]
+    messages = [
+        turn("user", "a"),
+        turn("user", "b"),
+        turn("assistant", "c"),
+        turn("assistant", "d"),
+        *exchange(0),
+    ]
+    assert cut(messages, 13) == [
+        NATIVE.encode(messages[:4], TOKENIZER),
+        NATIVE.encode(messages[4:], TOKENIZER),
+    ]
 
 
 def test_a_template_that_begins_with_something_is_encoded_as_a_whole() -> None:
@@ -114,7 +126,10 @@ def piece_of(size: int, start: int = 0) -> EncodedChat:
 def test_packing_takes_the_longest_first_and_the_first_row_with_room() -> None:
     rows = pack([piece_of(n, 100 * n) for n in (2, 7, 14, 11)], 20)
     # 14 | 11 | 7 beside 11 | 2 beside 14, where there is room first, though the other row is fuller
-    assert [row.ids for row in rows] == [[*range(1400, 1414), 200, 201], [*range(1100, 1111), *range(700, 707)]]
+    assert [row.ids for row in rows] == [
+        [*range(1400, 1414), 200, 201],
+        [*range(1100, 1111), *range(700, 707)],
+    ]
 
 
 @given(st.lists(st.integers(1, 12), max_size=40), st.integers(12, 30))
@@ -167,7 +182,10 @@ def test_a_batch_is_padded_and_learns_no_first_token() -> None:
     assert batch.documents.tolist() == [[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 0, 0, 0]]
     # the first token of a piece follows nothing of its own; padding is never learnt
-    assert batch.learn.tolist() == [[False, True, True, False, False, False], [False, True, False, False, False, False]]
+    assert batch.learn.tolist() == [
+        [False, True, True, False, False, False],
+        [False, True, False, False, False, False],
+    ]
     assert batch.weight == 3.0
     assert batch.learn.dtype == torch.bool
 

@@ -58,11 +58,15 @@ def test_batches_of_documents_join_without_a_seam(
 
 
 def made(arrays: list[list[int]]) -> TokenShards:
-    return TokenShards(tuple(np.array(array, dtype="<u2") for array in arrays), sum(map(len, arrays)), 1, 1, "x")
+    return TokenShards(
+        tuple(np.array(array, dtype="<u2") for array in arrays), sum(map(len, arrays)), 1, 1, "x"
+    )
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(1, 9))
-def test_stretches_have_every_token_but_a_shards_first_as_a_target_once(lengths: list[int], context: int) -> None:
+def test_stretches_have_every_token_but_a_shards_first_as_a_target_once(
+    lengths: list[int], context: int
+) -> None:
     arrays = [[100 * number + n for n in range(length)] for number, length in enumerate(lengths)]
     targets: list[int] = []
     for stretch in made(arrays).stretches(context):
@@ -73,7 +77,9 @@ def test_stretches_have_every_token_but_a_shards_first_as_a_target_once(lengths:
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(1, 9))
-def test_windows_have_each_target_at_most_once_and_leave_only_a_rest(lengths: list[int], context: int) -> None:
+def test_windows_have_each_target_at_most_once_and_leave_only_a_rest(
+    lengths: list[int], context: int
+) -> None:
     arrays = [[100 * number + n for n in range(length)] for number, length in enumerate(lengths)]
     found = made(arrays)
     targets = []
@@ -142,7 +148,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_damaged_block_of_a_large_shard_is_found_when_it_is_first_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_damaged_block_of_a_large_shard_is_found_when_it_is_first_read(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     directory = tmp_path / "s"
     write_shards(directory, ["x" * 199], tokenizer, shard_tokens=100)
     whole = [TokenShards.open(directory).window(number, 10).tolist() for number in range(18)]
@@ -183,7 +191,9 @@ def test_every_flipped_byte_of_large_shards_is_found(tmp_path: Path, tokenizer: 
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_large_shards_of_the_first_versions_are_checked_as_a_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_large_shards_of_the_first_versions_are_checked_as_a_whole(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     directory = tmp_path / "s"
     write_shards(directory, TEXTS, tokenizer)
     index = json.loads((directory / "shards.json").read_text())

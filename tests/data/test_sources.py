@@ -216,7 +216,9 @@ def test_looking_for_pip_leaves_the_compiler_alone(tmp_path: Path) -> None:
         "import setuptools"
     )
     environment = {**os.environ, "PIP_NO_INDEX": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

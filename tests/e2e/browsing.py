@@ -35,7 +35,9 @@ needs_browser = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="NO PLAYWRIGHT: the chat page goes untested")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="NO PLAYWRIGHT: the chat page goes untested"
+    )
     playwright.expect.set_options(timeout=15_000)
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
@@ -57,7 +59,9 @@ def visiting(browser: Any, *urls: str, **settings: Any) -> Iterator[Any]:
     complaints: list[str] = []
 
     def watch(page: Any) -> None:
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on(
+            "console", lambda message: complaints.append(message.text) if message.type == "error" else None
+        )
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.on(

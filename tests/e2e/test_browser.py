@@ -112,9 +112,17 @@ def test_settings_are_used_and_kept(page: Any) -> None:
     expect(page.locator(".note")).to_contain_text("5 tokens")
     expect(page.locator(".note")).to_contain_text("cut off")
     changed = {
-        "System prompt": "Be kind.", "Temperature": "0.5", "Top-p": "0.9", "Top-k": "7", "Min-p": "0.1", "Repetition penalty": "1.1",
-        "Presence penalty": "0.5", "Frequency penalty": "-0.5", "Seed": "11", "Stop texts": "one\\n\ntwo",
-    }  # fmt: skip
+        "System prompt": "Be kind.",
+        "Temperature": "0.5",
+        "Top-p": "0.9",
+        "Top-k": "7",
+        "Min-p": "0.1",
+        "Repetition penalty": "1.1",
+        "Presence penalty": "0.5",
+        "Frequency penalty": "-0.5",
+        "Seed": "11",
+        "Stop texts": "one\\n\ntwo",
+    }
     button(page, "Settings").click()
     for label, value in changed.items():
         page.get_by_label(label).fill(value)
@@ -125,9 +133,17 @@ def test_settings_are_used_and_kept(page: Any) -> None:
     assert (first["system"], first["settings"]["temperature"], first["settings"]["max_tokens"]) == ("", 0, 5)
     assert second["system"] == "Be kind."
     assert second["settings"] == {
-        "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.5,
-        "frequency_penalty": -0.5, "seed": 11, "max_tokens": 5, "stop": ["one\n", "two"],
-    }  # fmt: skip
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "seed": 11,
+        "max_tokens": 5,
+        "stop": ["one\n", "two"],
+    }
     page.reload()
     expect(page.locator(".user")).to_have_count(2)
     for label, value in changed.items():
@@ -174,7 +190,9 @@ def test_errors_and_dropped_turns_are_shown(page: Any) -> None:
     expect(page.locator(".notice")).to_contain_text("no longer fit")
 
 
-def test_a_failed_answer_can_be_asked_again(page: Any, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_answer_can_be_asked_again(
+    page: Any, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as broken:
         broken.setattr(server.model, "template", None)
         say(page, "hello")

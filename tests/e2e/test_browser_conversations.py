@@ -125,7 +125,10 @@ def test_another_browser_sees_nothing(browser: Any, page: Any, server: Running) 
 def test_coming_by_a_link_from_elsewhere_keeps_the_conversations(page: Any, server: Running) -> None:
     """The cookie is not sent with such a visit; nothing may put another in its place."""
     chat(page, "hello")
-    page.route("https://elsewhere.example/", lambda route: route.fulfill(body=f"<a href='{server.url}/'>go</a>", content_type="text/html"))
+    page.route(
+        "https://elsewhere.example/",
+        lambda route: route.fulfill(body=f"<a href='{server.url}/'>go</a>", content_type="text/html"),
+    )
     page.expected = ["https://elsewhere.example/"]
     page.goto("https://elsewhere.example/")
     with page.expect_request(f"{server.url}/") as visit:
@@ -344,7 +347,9 @@ def test_a_full_store_says_what_to_do(browser: Any, tiny: TinyModel) -> None:
         button(page, "New chat").click()
         say(page, "name?")
         alert = page.get_by_role("alert")
-        expect(alert).to_contain_text("delete some that you no longer need, or have --max_conversations raised")
+        expect(alert).to_contain_text(
+            "delete some that you no longer need, or have --max_conversations raised"
+        )
         expect(page.get_by_label("Message", exact=True)).to_have_value("name?")  # nothing typed is lost
         rows(page).first.hover()
         button(page, "Delete hello").click()

@@ -77,7 +77,9 @@ def test_token_probabilities_by_keyboard(page: Any) -> None:
 
 def test_tokens_and_markdown(page: Any) -> None:
     chat(page, "name?")
-    expect(last(page, "answer").get_by_role("button", name="Token probabilities")).to_have_count(0)  # not asked for
+    expect(last(page, "answer").get_by_role("button", name="Token probabilities")).to_have_count(
+        0
+    )  # not asked for
     button(page, "New chat").click()
     pill = page.locator("#show-tokens")
     pill.click()
@@ -119,8 +121,12 @@ def test_what_is_unlikely_is_marked_without_colour(page: Any) -> None:
     marked = page.locator(".token.unlikely")
     assert marked.count() > 0
     assert marked.first.evaluate("(token) => getComputedStyle(token).textDecorationStyle") == "dotted"
-    assert all(share < 0.1 for share in marked.evaluate_all("(all) => all.map((token) => token.style.getPropertyValue('--p'))"
-                                                             ".map(Number)"))  # fmt: skip
+    assert all(
+        share < 0.1
+        for share in marked.evaluate_all(
+            "(all) => all.map((token) => token.style.getPropertyValue('--p')).map(Number)"
+        )
+    )
 
 
 # ---- keyboard ----------------------------------------------------------------------------------------------------
@@ -164,7 +170,9 @@ def test_dialogs_give_the_focus_back(page: Any) -> None:
     for _ in range(20):
         page.keyboard.press("Tab")
         # Behind the last field is the browser's own bar, for which the page has its body.
-        assert page.evaluate("document.activeElement === document.body || !!document.activeElement.closest('dialog[open]')")
+        assert page.evaluate(
+            "document.activeElement === document.body || !!document.activeElement.closest('dialog[open]')"
+        )
     page.keyboard.press("Escape")
     expect(settings).to_be_focused()
 
@@ -234,7 +242,9 @@ def test_a_phone(browser: Any, tiny: TinyModel) -> None:
             fits(page)
             dialog = page.get_by_role("dialog", name="Settings").bounding_box()
             assert dialog["x"] >= 0 and dialog["x"] + dialog["width"] <= 360
-            assert page.get_by_role("dialog", name="Settings").evaluate("(one) => one.scrollWidth <= one.clientWidth")
+            assert page.get_by_role("dialog", name="Settings").evaluate(
+                "(one) => one.scrollWidth <= one.clientWidth"
+            )
 
 
 def test_the_sidebar_folds_and_stays_folded(page: Any) -> None:
@@ -269,7 +279,9 @@ def axe_script() -> str:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", ["desktop", "phone"])
-def test_axe_finds_nothing_serious(browser: Any, server: Running, axe_script: str, scheme: str, size: str) -> None:
+def test_axe_finds_nothing_serious(
+    browser: Any, server: Running, axe_script: str, scheme: str, size: str
+) -> None:
     settings = {"color_scheme": scheme, "reduced_motion": "reduce", **(PHONE if size == "phone" else {})}
     with visiting(browser, server.url, **settings) as page:
 

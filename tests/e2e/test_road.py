@@ -122,18 +122,28 @@ def test_the_reports_of_alignment_say_it_all(road: tuple[Path, str]) -> None:
             assert f"\n## {title}\n" in text, (stage, title)
         assert len(checkpoint.read_json(root / stage / "pairs.json")) == 10 and "\n| 10 | " in text
         assert "no answers before and after" not in text
-    leads = [(float(pair["before"]), float(pair["after"])) for pair in checkpoint.read_json(root / "reward" / "pairs.json")]
+    leads = [
+        (float(pair["before"]), float(pair["after"]))
+        for pair in checkpoint.read_json(root / "reward" / "pairs.json")
+    ]
     assert sum(after > 0.5 for _, after in leads) == 10 and sum(abs(before) for before, _ in leads) < 10
     results = {stage: checkpoint.read_json(root / stage / "result.json") for stage in STAGES}
     assert results["sft"]["answers"]["measures"]["share that ends"] == [0.0, 1.0]
     assert results["ppo"]["answers"]["kl"] > -0.5 and results["ppo"]["kl_budget"]["allowed"] == 10.0
-    assert len({result["data"] for stage, result in results.items() if stage not in ("pretrain", "tokenizer")}) == 1
+    assert (
+        len({result["data"] for stage, result in results.items() if stage not in ("pretrain", "tokenizer")})
+        == 1
+    )
     for stage in ("pretrain", "sft", "reward", "ppo"):
         cost = results[stage]["cost"]
         assert cost["flop"] > 1e8 and cost["seconds"] > 0 and cost["memory_bytes"] > 1e7
-    assert results["ppo"]["cost"]["tokens"] == sum(row["tokens"] for row in read_metrics(root / "ppo" / "metrics.jsonl"))
+    assert results["ppo"]["cost"]["tokens"] == sum(
+        row["tokens"] for row in read_metrics(root / "ppo" / "metrics.jsonl")
+    )
     report = (root / "report.md").read_text()
-    assert "\n## Alignment in short\n" in report and "[ppo](ppo/report.md): " in report and "| total |" in report
+    assert (
+        "\n## Alignment in short\n" in report and "[ppo](ppo/report.md): " in report and "| total |" in report
+    )
 
 
 def test_the_numbers_went_the_right_way(road: tuple[Path, str]) -> None:
@@ -167,7 +177,9 @@ def test_the_run_directory_chats(road: tuple[Path, str]) -> None:
     answer = model.chat(messages, max_new_tokens=24, seed=1)
     assert answer and answer == model.chat(messages, max_new_tokens=24, seed=1)
     logits = chatwright.load(str(road[0] / "ppo")).logits([[1, 2, 3]])
-    torch.testing.assert_close(logits, model.logits([[1, 2, 3]]))  # the run stands for its last language model
+    torch.testing.assert_close(
+        logits, model.logits([[1, 2, 3]])
+    )  # the run stands for its last language model
     base = chatwright.load(str(road[0] / "pretrain"))
     assert base.template is None and base.generate("The old cat", max_new_tokens=8, temperature=0.0)
 
@@ -175,7 +187,10 @@ def test_the_run_directory_chats(road: tuple[Path, str]) -> None:
 def test_a_checkpoint_stands_by_itself(road: tuple[Path, str], tmp_path: Path) -> None:
     name = checkpoint.read_json(road[0] / "ppo" / "result.json")["model"]
     shutil.copytree(road[0] / "ppo" / name, tmp_path / "alone")
-    assert chatwright.load(str(tmp_path / "alone")).chat([{"role": "user", "content": "Hi"}], max_new_tokens=4) is not None
+    assert (
+        chatwright.load(str(tmp_path / "alone")).chat([{"role": "user", "content": "Hi"}], max_new_tokens=4)
+        is not None
+    )
 
 
 def test_a_second_run_skips_everything(road: tuple[Path, str], recipe: Path) -> None:
@@ -186,7 +201,9 @@ def test_a_second_run_skips_everything(road: tuple[Path, str], recipe: Path) -> 
     assert stamps == {stage: (road[0] / stage / "result.json").stat().st_mtime_ns for stage in STAGES}
 
 
-def test_a_changed_setting_of_ppo_runs_ppo_and_eval_again(road: tuple[Path, str], recipe: Path, tmp_path: Path) -> None:
+def test_a_changed_setting_of_ppo_runs_ppo_and_eval_again(
+    road: tuple[Path, str], recipe: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "mini"
     shutil.copytree(road[0], copy)
     told = run(recipe, tmp_path, "--ppo.iterations", "2")
@@ -203,13 +220,25 @@ def test_a_changed_setting_of_ppo_runs_ppo_and_eval_again(road: tuple[Path, str]
         assert cli.main(["compare", str(road[0]), str(copy), "--json"]) == 0
     found = {one["stage"]: one for one in json.loads(shown.getvalue())["stages"]}
     assert all(found[stage]["same"] for stage in STAGES[:5]) and not found["ppo"]["same"]
-    assert found["ppo"]["settings"] == [{"setting": "iterations", "values": [4, 2]}] and found["eval"]["paired"]
+    assert (
+        found["ppo"]["settings"] == [{"setting": "iterations", "values": [4, 2]}] and found["eval"]["paired"]
+    )
     assert chatwright.load(str(copy)).chat([{"role": "user", "content": "Hi"}], max_new_tokens=4) is not None
 
 
 def test_ctrl_c_and_the_same_command_again(road: tuple[Path, str], recipe: Path, tmp_path: Path) -> None:
     """SIGINT in the middle of pre-training; the second run ends with the model that an uninterrupted one makes."""
-    argv = [sys.executable, "-m", "chatwright.cli", "run", str(recipe), "--out", str(tmp_path), "--until", "pretrain"]
+    argv = [
+        sys.executable,
+        "-m",
+        "chatwright.cli",
+        "run",
+        str(recipe),
+        "--out",
+        str(tmp_path),
+        "--until",
+        "pretrain",
+    ]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
     metrics = tmp_path / "mini" / "pretrain" / "metrics.jsonl"
     deadline = time.monotonic() + 120

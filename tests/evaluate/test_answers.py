@@ -37,13 +37,20 @@ def test_two_answers_to_each_of_two_prompts() -> None:
     prompts = [TOKENIZER.encode("a b"), TOKENIZER.encode("c")]
     first, second = ("a b", "c d", "a b", "c"), ("a a a a", "b", "c d", "d")
     sides = answers(*first), answers(*second, ended=(True, False, True, True))
-    found = side_by_side(("old", "new"), prompts, sides, TOKENIZER, values={"gold": ([0.0, 1.0], [1.0, 2.0])}, kl=0.5)
+    found = side_by_side(
+        ("old", "new"), prompts, sides, TOKENIZER, values={"gold": ([0.0, 1.0], [1.0, 2.0])}, kl=0.5
+    )
     assert (found.before, found.after, found.kl) == ("old", "new", 0.5)
-    assert [(pair["before"].strip(), pair["after"].strip()) for pair in found.pairs] == [("a b", "a a a a"), ("c d", "b")]
+    assert [(pair["before"].strip(), pair["after"].strip()) for pair in found.pairs] == [
+        ("a b", "a a a a"),
+        ("c d", "b"),
+    ]
     assert found.prompts == [turns(prompt, TOKENIZER) for prompt in prompts]
     sizes = [[len(TOKENIZER.encode(text)) + 1 for text in side] for side in (first, second)]
     assert found.measures[LENGTH] == pytest.approx([sum(side) / 4 for side in sizes])
-    assert found.values[LENGTH][1] == pytest.approx([(sizes[1][0] + sizes[1][2]) / 2, (sizes[1][1] + sizes[1][3]) / 2])
+    assert found.values[LENGTH][1] == pytest.approx(
+        [(sizes[1][0] + sizes[1][2]) / 2, (sizes[1][1] + sizes[1][3]) / 2]
+    )
     assert found.measures[ENDED] == (1.0, 0.75) and found.values[ENDED][1] == pytest.approx([1.0, 0.5])
     assert found.measures["distinct-1"] == pytest.approx((4 / 7, 4 / 8))  # a b c d of 7 words; a b c d of 8
     assert found.measures["distinct-2"] == pytest.approx((2 / 3, 2 / 4))  # ab cd ab; aa aa aa cd

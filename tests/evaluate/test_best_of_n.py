@@ -41,7 +41,9 @@ def test_the_estimator_is_the_mean_over_all_subsets(n: int) -> None:
     for values in (SCORES, GOLD):
         found = best_of_n(SCORES, values, n)
         for row in range(2):
-            assert float(found[row]) == pytest.approx(by_subsets(SCORES[row].tolist(), values[row].tolist(), n), abs=1e-6)
+            assert float(found[row]) == pytest.approx(
+                by_subsets(SCORES[row].tolist(), values[row].tolist(), n), abs=1e-6
+            )
 
 
 WRONG = {
@@ -65,7 +67,9 @@ def test_it_is_unbiased_whatever_the_number_of_answers() -> None:
     for size in (4, 16):
         scores = torch.rand(20_000, size, generator=draw)
         for n in (1, 2, 4):
-            assert float(best_of_n(scores, scores, n).mean()) == pytest.approx(n / (n + 1), abs=3e-3)  # error 0.002
+            assert float(best_of_n(scores, scores, n).mean()) == pytest.approx(
+                n / (n + 1), abs=3e-3
+            )  # error 0.002
 
 
 def test_n_must_be_among_the_answers() -> None:
@@ -77,7 +81,9 @@ def test_n_must_be_among_the_answers() -> None:
 def test_the_kl_of_many_equally_likely_answers() -> None:
     """Exact KL of the best of n of M ranked answers: p(i) = ((i + 1)^n - i^n) / M^n. Near log n - (n - 1) / n, and below."""
     for n in (1, 2, 4, 16):
-        exact = sum(p * math.log(5000 * p) for i in range(5000) if (p := ((i + 1) / 5000) ** n - (i / 5000) ** n) > 0)
+        exact = sum(
+            p * math.log(5000 * p) for i in range(5000) if (p := ((i + 1) / 5000) ** n - (i / 5000) ** n) > 0
+        )
         assert best_of_n_kl(n) == pytest.approx(exact, abs=1e-4)
         coarse = sum(p * math.log(5 * p) for i in range(5) if (p := ((i + 1) / 5) ** n - (i / 5) ** n) > 0)
         assert coarse <= best_of_n_kl(n) + 1e-12
@@ -108,7 +114,9 @@ def test_the_optimum_of_two_answers_by_hand() -> None:
     heavy = math.e / (1 + math.e)
     kl, gold = tilted(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, -2.0]]), 1.0)
     assert float(gold) == pytest.approx(2 * heavy - 2 * (1 - heavy), abs=1e-6)
-    assert float(kl) == pytest.approx(heavy * math.log(2 * heavy) + (1 - heavy) * math.log(2 * (1 - heavy)), abs=1e-6)
+    assert float(kl) == pytest.approx(
+        heavy * math.log(2 * heavy) + (1 - heavy) * math.log(2 * (1 - heavy)), abs=1e-6
+    )
     kl, gold = tilted(torch.tensor([[0.0, -1e6]]), torch.tensor([[3.0, 9.0]]), 0.1)
     assert float(gold) == 3.0 and float(kl) == pytest.approx(math.log(2))
 
@@ -123,7 +131,9 @@ def test_no_policy_of_the_same_kl_scores_higher_than_the_optimum() -> None:
         low, high = 1e-3, 1e3
         for _ in range(60):  # bisection for the temperature at which it is as far away
             middle = math.sqrt(low * high)
-            low, high = (low, middle) if float(tilted(other, other, middle)[0]) < float(kl) else (middle, high)
+            low, high = (
+                (low, middle) if float(tilted(other, other, middle)[0]) < float(kl) else (middle, high)
+            )
         assert float(tilted(other, scores, high)[1]) < float(score)
 
 
@@ -134,8 +144,12 @@ def test_optima_are_told_as_far_as_enough_answers_count() -> None:
     kls = [row["kl"] for row in found.values()]
     assert kls == sorted(kls) and kls[-1] < math.log(4)
     for row in found.values():
-        assert 0.9 < row["score"] / math.sqrt(2 * row["kl"]) < 1.1  # of normal scores, a policy that far away can have this
-        assert row["score_low"] < row["score"] < row["score_high"] and row["gold"] == pytest.approx(0.5 * row["score"], abs=1e-5)
+        assert (
+            0.9 < row["score"] / math.sqrt(2 * row["kl"]) < 1.1
+        )  # of normal scores, a policy that far away can have this
+        assert row["score_low"] < row["score"] < row["score_high"] and row["gold"] == pytest.approx(
+            0.5 * row["score"], abs=1e-5
+        )
 
 
 def test_the_curve_has_intervals_over_prompts() -> None:
@@ -157,7 +171,14 @@ def test_the_report_puts_a_rival_beside_the_curve() -> None:
     rival: dict[str, float] = {"kl": rows[4]["kl"], "score": 9.0, "score_low": 8.0, "score_high": 10.0}
     report = report_of(Config(n=8, rival="ppo"), rows, rival, {1.6: rows[2]})
     (table,) = report.tables
-    assert [row[0] for row in table.rows] == ["best of 1", "best of 2", "best of 4", "best of 8", "optimum at beta 1.6", "ppo"]
+    assert [row[0] for row in table.rows] == [
+        "best of 1",
+        "best of 2",
+        "best of 4",
+        "best of 8",
+        "optimum at beta 1.6",
+        "ppo",
+    ]
     assert report.facts["optima"] == {"1.6": rows[2]}
     assert table.columns == ["", "KL, nats", "score"] and table.rows[-1][2] == "9.000 (8.000 to 10.000)"
     assert f"where best-of-n has {rows[4]['score']:.3f}" in report.notes[0]

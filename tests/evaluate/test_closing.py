@@ -37,25 +37,34 @@ def save(place: Path, seed: int) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=draw) * parameter.shape[-1] ** -0.5)
     card = {"kind": "language", "model": model.config.to_dict(), "tokenizer": TOKENIZER.fingerprint}
     texts = {"tokenizer.json": TOKENIZER.to_json(), "chat_template.jinja": NATIVE.source}
-    checkpoint.save_checkpoint(place, tensors={"model": checkpoint.model_tensors(model)}, state=card, texts=texts)
+    checkpoint.save_checkpoint(
+        place, tensors={"model": checkpoint.model_tensors(model)}, state=card, texts=texts
+    )
 
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Workspace:
     """A PPO stage that has just ended, beside the model that it started from and the data."""
     save(tmp_path / "sft" / "checkpoints" / "step-000009", 1)
-    checkpoint.write_json(tmp_path / "sft" / "result.json", {"model": "checkpoints/step-000009", "fingerprint": "s"})
+    checkpoint.write_json(
+        tmp_path / "sft" / "result.json", {"model": "checkpoints/step-000009", "fingerprint": "s"}
+    )
     save(tmp_path / "ppo" / "checkpoints" / "step-000003", 2)
     made = [Dialogue.of([{"role": "user", "content": f"is the cat {n}?"}]) for n in range(14)]
     text = "".join(one.to_json() + "\n" for one in made)
     checkpoint.write_text(tmp_path / "data" / "records" / "dialogues-validation.jsonl", text)
     checkpoint.write_json(tmp_path / "data" / "result.json", {"data": "d" * 16, "fingerprint": "d"})
-    return Workspace(tmp_path / "ppo", 5, {"sft": tmp_path / "sft", "data": tmp_path / "data"}, Reporting(price=3.0))
+    return Workspace(
+        tmp_path / "ppo", 5, {"sft": tmp_path / "sft", "data": tmp_path / "data"}, Reporting(price=3.0)
+    )
 
 
 def ended(**facts: Any) -> Report:
-    return Report([Measure("KL to the SFT model", 0.0, 2.5)], model="checkpoints/step-000003",
-                  facts={"best": {"step": 3}, "stopped": "all rounds done", **facts})  # fmt: skip
+    return Report(
+        [Measure("KL to the SFT model", 0.0, 2.5)],
+        model="checkpoints/step-000003",
+        facts={"best": {"step": 3}, "stopped": "all rounds done", **facts},
+    )
 
 
 CONFIG = ppo.Config(max_new_tokens=8, max_prompt_tokens=40)
@@ -71,9 +80,13 @@ def test_base_and_result_answer_the_same_prompts_with_the_same_seeds(stage: Work
     places = {"before": stage.inputs["sft"], "after": stage.directory / "checkpoints" / "step-000003"}
     for number, (side, place) in enumerate(places.items()):
         answers = sample_answers(
-            load_parts(place).model, prompts, end=TOKENIZER.control_ids["<|end|>"], max_new_tokens=8, temperature=1.0,
+            load_parts(place).model,
+            prompts,
+            end=TOKENIZER.control_ids["<|end|>"],
+            max_new_tokens=8,
+            temperature=1.0,
             seed_parts=(5, "before and after"),
-        )  # fmt: skip
+        )
         assert [pair[side] for pair in pairs] == texts_of(answers, TOKENIZER)[:10]
         lengths = answers.response.sum(1).float()
         assert found["answers"]["measures"][LENGTH][number] == pytest.approx(float(lengths.mean()))
@@ -82,7 +95,13 @@ def test_base_and_result_answer_the_same_prompts_with_the_same_seeds(stage: Work
     assert [pair["before"] for pair in pairs] != [pair["after"] for pair in pairs]
     assert found["answers"]["kl"] > 0.1 and found["answers"]["prompts"] == 14
     assert (found["answers"]["before"], found["answers"]["after"], found["data"]) == ("sft", "ppo", "d" * 16)
-    assert {"setting": "beta", "ours": 0.15, "paper": "0.02", "source": found["paper"][4]["source"], "same": False} in found["paper"]
+    assert {
+        "setting": "beta",
+        "ours": 0.15,
+        "paper": "0.02",
+        "source": found["paper"][4]["source"],
+        "same": False,
+    } in found["paper"]
 
 
 def test_the_kl_budget(stage: Workspace) -> None:
@@ -90,8 +109,13 @@ def test_the_kl_budget(stage: Workspace) -> None:
     for step, kl in enumerate((0.0, 4.0, 2.5, 11.0)):
         log.write(step, {"kl": kl})
     assert closing.kl_budget("ppo", CONFIG, stage, ended()) == {
-        "spent": 2.5, "allowed": 10.0, "largest": 11.0, "round": 3, "kept": 3, "stopped": "all rounds done"
-    }  # fmt: skip
+        "spent": 2.5,
+        "allowed": 10.0,
+        "largest": 11.0,
+        "round": 3,
+        "kept": 3,
+        "stopped": "all rounds done",
+    }
     assert closing.kl_budget("sft", sft.Config(), stage, ended()) is None
     nothing = closing.kl_budget("ppo", CONFIG, stage, Report(facts={"best": None, "stopped": "broken"}))
     assert nothing is not None and nothing["spent"] is None and nothing["kept"] is None
@@ -99,10 +123,18 @@ def test_the_kl_budget(stage: Workspace) -> None:
 
 def test_cost_is_what_is_known(stage: Workspace) -> None:
     assert closing.cost(ended(tokens=7, flop=8e9), stage, SPENT) == {
-        "seconds": 7_200.0, "tokens": 7.0, "flop": 8e9, "energy_kwh": 0.5, "cost": 6.0, "memory_bytes": 5e8
-    }  # fmt: skip
+        "seconds": 7_200.0,
+        "tokens": 7.0,
+        "flop": 8e9,
+        "energy_kwh": 0.5,
+        "cost": 6.0,
+        "memory_bytes": 5e8,
+    }
     silent = Workspace(stage.directory, 5, {})
-    assert closing.cost(Report(), silent, {**SPENT, "joules": 0.0}) == {"seconds": 7_200.0, "memory_bytes": 5e8}
+    assert closing.cost(Report(), silent, {**SPENT, "joules": 0.0}) == {
+        "seconds": 7_200.0,
+        "memory_bytes": 5e8,
+    }
 
 
 def test_what_cannot_be_asked_is_said_and_loses_nothing(stage: Workspace) -> None:
@@ -110,7 +142,10 @@ def test_what_cannot_be_asked_is_said_and_loses_nothing(stage: Workspace) -> Non
     report = ended()
     found = closing.close("ppo", ppo, CONFIG, stage, report, SPENT)
     assert found["answers"] is None and not (stage.directory / "pairs.json").exists()
-    assert report.notes[0].startswith("no answers before and after: ") and "dialogues-validation.jsonl" in report.notes[0]
+    assert (
+        report.notes[0].startswith("no answers before and after: ")
+        and "dialogues-validation.jsonl" in report.notes[0]
+    )
     assert found["kl_budget"]["spent"] == 2.5
 
 
@@ -131,4 +166,6 @@ def test_the_same_records_have_one_mark(tmp_path: Path) -> None:
             checkpoint.write_text(tmp_path / name / "records" / f"{number}.jsonl", text)
         return closing.content("data", object(), Workspace(tmp_path / name))
 
-    assert mark("a", "x", "y") == mark("b", "x", "y") != mark("c", "x", "z") and mark("d", "y", "x") != mark("a", "x", "y")
+    assert mark("a", "x", "y") == mark("b", "x", "y") != mark("c", "x", "z") and mark("d", "y", "x") != mark(
+        "a", "x", "y"
+    )

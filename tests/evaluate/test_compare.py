@@ -61,8 +61,13 @@ def test_the_page_of_two_runs(run: Call, tmp_path: Path) -> None:
         GOLDEN.write_text(page)
     assert page == GOLDEN.read_text()
     pictures = sorted(file.name for file in tmp_path.glob("*.png"))
-    assert pictures == ["page-ppo-kl.png", "page-ppo-score.png"]  # one per metric that both drew; entropy was never a number
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") and f"]({name})" in page for name in pictures)
+    assert pictures == [
+        "page-ppo-kl.png",
+        "page-ppo-score.png",
+    ]  # one per metric that both drew; entropy was never a number
+    assert all(
+        (tmp_path / name).read_bytes().startswith(b"\x89PNG") and f"]({name})" in page for name in pictures
+    )
     assert "A = a" in out and "learning_rate" in out and "page.md" in out
 
 
@@ -71,7 +76,11 @@ def test_json_holds_what_the_page_shows(run: Call, tmp_path: Path) -> None:
     code, out, _ = run("a", "b", "--json")
     found = json.loads(out)
     assert code == 0 and [one["path"] for one in found["runs"]] == ["a", "b"] and found["remarks"] == []
-    assert [(one["stage"], one["same"]) for one in found["stages"]] == [("data", True), ("sft", True), ("ppo", False)]
+    assert [(one["stage"], one["same"]) for one in found["stages"]] == [
+        ("data", True),
+        ("sft", True),
+        ("ppo", False),
+    ]
     ppo = the(found, "ppo")
     assert ppo["settings"] == [{"setting": "optim.learning_rate", "values": [0.5, 2.0]}]
     gold, kl, length = ppo["measures"]
@@ -81,10 +90,25 @@ def test_json_holds_what_the_page_shows(run: Call, tmp_path: Path) -> None:
     (paired,) = ppo["paired"]
     assert paired["prompts"] == 12 and paired["difference"] == pytest.approx(0.4) and paired["clear"]
     curves = {one["metric"]: one["values"] for one in ppo["curves"]}
-    assert curves["kl"][0] == {"first": 0.0, "last": 4.0, "lowest": 0.0, "highest": 4.0, "steps": 3.0, "shape": sketch([0, 1, 2, 4])}
+    assert curves["kl"][0] == {
+        "first": 0.0,
+        "last": 4.0,
+        "lowest": 0.0,
+        "highest": 4.0,
+        "steps": 3.0,
+        "shape": sketch([0, 1, 2, 4]),
+    }
     cost = {one["cost"]: one for one in ppo["cost"]}
-    assert cost["seconds"]["values"] == [120.0, 30.0] and cost["seconds"]["ratios"] == [None, 0.25] and "energy_kwh" not in cost
-    assert ppo["answers"][1] == {"prompt": "prompt 1", "before": ["old 1", "old 1"], "after": ["at 0.5", "at 2.0"]}
+    assert (
+        cost["seconds"]["values"] == [120.0, 30.0]
+        and cost["seconds"]["ratios"] == [None, 0.25]
+        and "energy_kwh" not in cost
+    )
+    assert ppo["answers"][1] == {
+        "prompt": "prompt 1",
+        "before": ["old 1", "old 1"],
+        "after": ["at 0.5", "at 2.0"],
+    }
     assert len(ppo["answers"]) == 10
 
 
@@ -132,7 +156,9 @@ def test_stages_that_are_missing_or_unfinished_and_older_results(run: Call, tmp_
     checkpoint.write_json(b / "sft" / "result.json", result)
     code, out, _ = run("a", "b")
     assert code == 0
-    assert "! ppo: only in A; not finished in B" in out and "! eval: only in A" in out and "older version" in out
+    assert (
+        "! ppo: only in A; not finished in B" in out and "! eval: only in A" in out and "older version" in out
+    )
     assert [one["stage"] for one in of(a, b)["stages"]] == ["data", "sft"]
 
 
@@ -179,11 +205,20 @@ def test_what_is_refused(run: Call, tmp_path: Path) -> None:
         ("metrics.jsonl", '{"step": "x"}\n\n'),
         ("config.yaml", "a: [\n"),
         ("config.yaml", "a: &x {b: *x}\n"),
-        ("config.yaml", "a: &a [1,1]\n" + "".join(f"k{n}: &m{n} {{{', '.join(f'{i}: *m{n - 1}' for i in 'abcdefgh')}}}\n" if n else "k0: &m0 {a: 1}\n" for n in range(9))),
+        (
+            "config.yaml",
+            "a: &a [1,1]\n"
+            + "".join(
+                f"k{n}: &m{n} {{{', '.join(f'{i}: *m{n - 1}' for i in 'abcdefgh')}}}\n"
+                if n
+                else "k0: &m0 {a: 1}\n"
+                for n in range(9)
+            ),
+        ),
         ("pairs.json", '[{"prompt": 1}]'),
         ("per_prompt.json", '{"prompts": ["a"], "values": {"gold": {"before": [1], "after": []}}}'),
     ],
-)  # fmt: skip
+)
 def test_damaged_files_are_named(run: Call, tmp_path: Path, file: str, text: str) -> None:
     _, b = write_both(tmp_path)
     (b / "ppo" / file).write_text(text)
@@ -195,10 +230,17 @@ def test_numbers_of_the_wrong_kind_in_a_result(tmp_path: Path) -> None:
     _, b = write_both(tmp_path)
     good = checkpoint.read_json(b / "ppo" / "result.json")
     for key, value in (
-        ("seconds", "long"), ("seconds", 10**400), ("measures", [{"name": "x", "before": "y"}]), ("measures", [{"after": 1}]),
-        ("measures", [{"name": "x", "interval": [1]}]), ("curves", [{"title": "x", "keys": "kl"}]), ("cost", {"seconds": None}),
-        ("answers", {"measures": {"x": [1]}}), ("kl_budget", {"spent": "much"}), ("facts", None),
-    ):  # fmt: skip
+        ("seconds", "long"),
+        ("seconds", 10**400),
+        ("measures", [{"name": "x", "before": "y"}]),
+        ("measures", [{"after": 1}]),
+        ("measures", [{"name": "x", "interval": [1]}]),
+        ("curves", [{"title": "x", "keys": "kl"}]),
+        ("cost", {"seconds": None}),
+        ("answers", {"measures": {"x": [1]}}),
+        ("kl_budget", {"spent": "much"}),
+        ("facts", None),
+    ):
         checkpoint.write_json(b / "ppo" / "result.json", good | {key: value})
         with pytest.raises(UserError, match=r"result.json is damaged"):
             read_run(b)
@@ -238,18 +280,27 @@ def test_anything_in_place_of_anything_is_shown_or_refused(tmp_path: Path, file:
     assert 0 < shown < 60
 
 
-ROWS = "".join(json.dumps({"step": n, "loss": 1.0 / (n + 1), "null": None, "note": "ü"}, ensure_ascii=False) + "\n" for n in range(4))
+ROWS = "".join(
+    json.dumps({"step": n, "loss": 1.0 / (n + 1), "null": None, "note": "ü"}, ensure_ascii=False) + "\n"
+    for n in range(4)
+)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(cut=st.integers(0, len(ROWS.encode())), at=st.integers(0, len(ROWS.encode())), noise=st.binary(max_size=6))
-def test_a_metrics_file_that_was_cut_off_or_overwritten(tmp_path: Path, cut: int, at: int, noise: bytes) -> None:
+@given(
+    cut=st.integers(0, len(ROWS.encode())), at=st.integers(0, len(ROWS.encode())), noise=st.binary(max_size=6)
+)
+def test_a_metrics_file_that_was_cut_off_or_overwritten(
+    tmp_path: Path, cut: int, at: int, noise: bytes
+) -> None:
     """A file that merely ends too soon gives its whole rows; anything else is read, or refused in one line."""
     whole = ROWS.encode()
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(whole[:cut])
     rows = read_rows(file)
-    assert [row["step"] for row in rows] == list(range(len(rows))) and len(rows) - whole[:cut].count(b"\n") in (0, 1)
+    assert [row["step"] for row in rows] == list(range(len(rows))) and len(rows) - whole[:cut].count(
+        b"\n"
+    ) in (0, 1)
     assert all(set(row) == {"step", "loss"} for row in rows)
     file.write_bytes(whole[:at] + noise + whole[at + len(noise) :])
     told = ""
@@ -263,7 +314,9 @@ def test_a_metrics_file_that_was_cut_off_or_overwritten(tmp_path: Path, cut: int
 
 def test_odd_numbers_in_metrics(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1, "a": NaN, "b": 1e999, "c": true, "d": "x", "e": 1' + "0" * 400 + ', "f": 2}\n')
+    file.write_text(
+        '{"step": 1, "a": NaN, "b": 1e999, "c": true, "d": "x", "e": 1' + "0" * 400 + ', "f": 2}\n'
+    )
     assert read_rows(file) == [{"step": 1.0, "f": 2.0}]
     file.write_text('{"step": 1' + "0" * 5_000 + "}\n\n")
     with pytest.raises(UserError, match="line 1"):

@@ -15,10 +15,37 @@ from chatwright.evaluate.markdown import LONGEST, cell, harmless, item, table
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 
 HOSTILE = [
-    "# head", "###### x", "- x", "+ x", "* x", "1. a", "12) a", "-", "---", "- - -", "===", "> quoted", "    code", "```", "~~~",
-    "<script>alert(1)</script>", "<!-- gone", "<img src=x onerror=y>", "![p](http://e.com/p.png)", "[a](javascript:x)", "[a]: http://b",
-    "**b** _i_ ~~s~~ `c`", "a | b |", "\\", "\\\\|", "&lt;script&gt;", "&#60;b&#62;", "line one\n\n# line two\r\n<b>", "$x$", "<http://e.com>",
-]  # fmt: skip
+    "# head",
+    "###### x",
+    "- x",
+    "+ x",
+    "* x",
+    "1. a",
+    "12) a",
+    "-",
+    "---",
+    "- - -",
+    "===",
+    "> quoted",
+    "    code",
+    "```",
+    "~~~",
+    "<script>alert(1)</script>",
+    "<!-- gone",
+    "<img src=x onerror=y>",
+    "![p](http://e.com/p.png)",
+    "[a](javascript:x)",
+    "[a]: http://b",
+    "**b** _i_ ~~s~~ `c`",
+    "a | b |",
+    "\\",
+    "\\\\|",
+    "&lt;script&gt;",
+    "&#60;b&#62;",
+    "line one\n\n# line two\r\n<b>",
+    "$x$",
+    "<http://e.com>",
+]
 
 
 def tags(html: str) -> list[str]:

@@ -32,14 +32,18 @@ Save = Callable[..., Path]
 def save(tmp_path: Path) -> Save:
     """Writes a random chat model; `bias` makes a word likelier."""
 
-    def make(name: str, seed: int, *, tokenizer: Tokenizer = TOKENIZER, word: str = "", template: bool = True) -> Path:
+    def make(
+        name: str, seed: int, *, tokenizer: Tokenizer = TOKENIZER, word: str = "", template: bool = True
+    ) -> Path:
         config = GPTConfig.preset("modern-nano", vocab_size=tokenizer.vocab_size, context=64, tied=False)
         draw = torch.Generator().manual_seed(seed)
         model = GPT(config)
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
                 if "norm" not in parameter_name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=draw) * parameter.shape[-1] ** -0.5)
+                    parameter.copy_(
+                        torch.randn(parameter.shape, generator=draw) * parameter.shape[-1] ** -0.5
+                    )
             if word:
                 for token in tokenizer.encode(word):
                     model.head.weight[token] *= 6.0
@@ -58,15 +62,22 @@ def save(tmp_path: Path) -> Save:
 def data(tmp_path: Path) -> Path:
     """Held-out dialogues."""
     made = [Dialogue.of([{"role": "user", "content": f"is the cat {n}?"}]) for n in range(12)]
-    checkpoint.write_text(tmp_path / "data" / "dialogues-validation.jsonl", "".join(one.to_json() + "\n" for one in made))
+    checkpoint.write_text(
+        tmp_path / "data" / "dialogues-validation.jsonl", "".join(one.to_json() + "\n" for one in made)
+    )
     return tmp_path / "data"
 
 
 def config_of(policy: Path, reference: Path, data: Path) -> Config:
     return Config(
-        policy=str(policy), reference=str(reference), data=str(data), prompts=10, samples=3, max_new_tokens=8,
+        policy=str(policy),
+        reference=str(reference),
+        data=str(data),
+        prompts=10,
+        samples=3,
+        max_new_tokens=8,
         max_prompt_tokens=40,
-    )  # fmt: skip
+    )
 
 
 def test_a_model_compared_with_itself_has_changed_nothing(save: Save, data: Path, tmp_path: Path) -> None:
@@ -83,7 +94,9 @@ def test_the_measures_are_those_of_the_answers(save: Save, data: Path, tmp_path:
     config = config_of(save("two", 2, word=" love"), save("one", 1), data)
     report = replies.run(config, Workspace(tmp_path / "eval", 5))
     policy, reference = load_parts(config.policy), load_parts(config.reference)
-    dialogues = [Dialogue.from_json(line) for line in (data / "dialogues-validation.jsonl").read_text().splitlines()]
+    dialogues = [
+        Dialogue.from_json(line) for line in (data / "dialogues-validation.jsonl").read_text().splitlines()
+    ]
     prompts = prompts_from(dialogues, NATIVE, TOKENIZER, max_tokens=40, most=10)
     assert len(prompts) == report.facts["prompts"] == 10
     end = TOKENIZER.control_ids["<|end|>"]
@@ -95,7 +108,9 @@ def test_the_measures_are_those_of_the_answers(save: Save, data: Path, tmp_path:
         texts[side] = texts_of(answers, TOKENIZER)
         golds[side] = sentiment(texts[side])
     with torch.no_grad():
-        own, base = (answer_log_probs(parts.model, answers, temperature=1.0)[0] for parts in (policy, reference))
+        own, base = (
+            answer_log_probs(parts.model, answers, temperature=1.0)[0] for parts in (policy, reference)
+        )
     measures = {measure.name: (measure.before, measure.after) for measure in report.measures}
     means = tuple(sum(golds[side]) / 30 for side in ("before", "after"))
     assert measures["gold sentiment, held-out prompts"] == pytest.approx(means, abs=1e-6)
@@ -144,7 +159,9 @@ def test_about_95_of_100_intervals_hold_the_truth() -> None:
 
 
 def test_sentiment_knows_good_from_bad() -> None:
-    good, plain, bad = sentiment(["I love this, it is great!", "The table has four legs.", "This is awful, I hate it."])
+    good, plain, bad = sentiment(
+        ["I love this, it is great!", "The table has four legs.", "This is awful, I hate it."]
+    )
     assert good > 0.5 and plain == 0.0 and bad < -0.5
     assert all(math.isfinite(value) for value in sentiment(["", "☃", "x" * 1000]))
 

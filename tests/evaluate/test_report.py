@@ -20,13 +20,18 @@ def measure(name: str, before: float | None, after: float | None, note: str = ""
 
 def result_of(**changes: Any) -> dict[str, Any]:
     return {
-        "seconds": 75.4, "measures": [measure("loss", 2.5, 1.25, "nats"), measure("gzip", None, 3.0)],
-        "curves": [{"title": "Loss", "keys": ["loss"], "unit": "nats"}], "notes": [], "facts": {"steps": 7}, **changes,
-    }  # fmt: skip
+        "seconds": 75.4,
+        "measures": [measure("loss", 2.5, 1.25, "nats"), measure("gzip", None, 3.0)],
+        "curves": [{"title": "Loss", "keys": ["loss"], "unit": "nats"}],
+        "notes": [],
+        "facts": {"steps": 7},
+        **changes,
+    }
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(None, "-"), (1.23456, "1.235"), (-0.5, "-0.500"), (12345.6, "12,346"), (0.0, "0.000")]
+    ("value", "text"),
+    [(None, "-"), (1.23456, "1.235"), (-0.5, "-0.500"), (12345.6, "12,346"), (0.0, "0.000")],
 )
 def test_number(value: float | None, text: str) -> None:
     assert number(value) == text
@@ -96,8 +101,21 @@ ALIGNED = {
         {"setting": "beta", "ours": 0.15, "paper": "0.02", "source": "Ouyang", "same": False},
         {"setting": "clip", "ours": 0.2, "paper": "0.2", "source": "Ouyang", "same": True},
     ],
-    "kl_budget": {"spent": 2.5, "allowed": 10.0, "largest": 4.0, "round": 7, "kept": 5, "stopped": "gold turned | down"},
-    "answers": {"before": "sft", "after": "ppo", "prompts": 64, "kl": 1.5, "measures": {"tokens per answer": [10.0, 12.5]}},
+    "kl_budget": {
+        "spent": 2.5,
+        "allowed": 10.0,
+        "largest": 4.0,
+        "round": 7,
+        "kept": 5,
+        "stopped": "gold turned | down",
+    },
+    "answers": {
+        "before": "sft",
+        "after": "ppo",
+        "prompts": 64,
+        "kl": 1.5,
+        "measures": {"tokens per answer": [10.0, 12.5]},
+    },
     "cost": {"seconds": 75.4, "tokens": 1234.0, "flop": 5.25e12, "energy_kwh": 0.25, "memory_bytes": 1.5e9},
 }
 
@@ -108,28 +126,55 @@ def test_the_sections_of_an_alignment_stage(tmp_path: Path) -> None:
     write_stage_report(tmp_path, "ppo", result_of(**ALIGNED, facts={"tokens": 1234, "steps": 7}))
     text = (tmp_path / "report.md").read_text()
     parts = {part.partition("\n")[0]: part for part in text.split("\n## ")}
-    assert list(parts) == ["# ppo", "Settings that differ from the paper's", "Before and after", "KL budget", "Cost", "Facts"]
+    assert list(parts) == [
+        "# ppo",
+        "Settings that differ from the paper's",
+        "Before and after",
+        "KL budget",
+        "Cost",
+        "Facts",
+    ]
     settings = parts["Settings that differ from the paper's"]
-    assert "| beta | 0.15 | 0.02 | Ouyang |" in settings and "As in the paper: clip." in settings and "| clip" not in settings
+    assert (
+        "| beta | 0.15 | 0.02 | Ouyang |" in settings
+        and "As in the paper: clip." in settings
+        and "| clip" not in settings
+    )
     answers = parts["Before and after"]
     assert "The first 10 of 64 held-out prompts" in answers
     assert answers.count(r"| \<b\>no\</b\> | \| yes # \| |") == 10
     assert "| tokens per answer | 10.000 | 12.500 |" in answers and "1.500 nats" in answers
     assert "spent 2.500 of 10.000 nats per answer; the most in any round was 4.000" in parts["KL budget"]
     assert r"ended in round 7, the best round was 5; gold turned \| down." in parts["KL budget"]
-    for line in ("| time | 1:15 |", "1,234 |", "| 5.25e+12 |", "| 0.25 kWh |", "| 1.50 GB |", "report.price is not set"):
+    for line in (
+        "| time | 1:15 |",
+        "1,234 |",
+        "| 5.25e+12 |",
+        "| 0.25 kWh |",
+        "| 1.50 GB |",
+        "report.price is not set",
+    ):
         assert line in parts["Cost"]
     assert "- steps: 7" in parts["Facts"] and "tokens" not in parts["Facts"]
 
 
 def test_a_stage_without_answers_and_without_a_paper_says_so(tmp_path: Path) -> None:
-    write_stage_report(tmp_path, "eval", result_of(**{**ALIGNED, "paper": [], "answers": None, "kl_budget": None}))
+    write_stage_report(
+        tmp_path, "eval", result_of(**{**ALIGNED, "paper": [], "answers": None, "kl_budget": None})
+    )
     text = (tmp_path / "report.md").read_text()
-    assert "give no value for any of its settings" in text and "There are no answers" in text and "no budget" in text
+    assert (
+        "give no value for any of its settings" in text
+        and "There are no answers" in text
+        and "no budget" in text
+    )
 
 
 def test_the_run_sums_up_what_its_stages_say(tmp_path: Path) -> None:
-    results = {"sft": result_of(cost={"seconds": 60.0, "memory_bytes": 2e9, "tokens": 766.0}), "ppo": result_of(**ALIGNED)}
+    results = {
+        "sft": result_of(cost={"seconds": 60.0, "memory_bytes": 2e9, "tokens": 766.0}),
+        "ppo": result_of(**ALIGNED),
+    }
     text = write_run_report(tmp_path, "tiny", results, "Hi")
     assert "- [ppo](ppo/report.md): 1 of the papers' 2 settings differ. KL: spent 2.500 of 10.000" in text
     assert "[sft](sft/report.md): " not in text  # it has no such sections here

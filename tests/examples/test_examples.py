@@ -73,5 +73,11 @@ def test_the_critic_meets_bellman_on_the_walk_at_random() -> None:
 
 @pytest.mark.parametrize("name", [pytest.param("bandit", marks=pytest.mark.slow), "chain"])
 def test_the_script_prints_both(name: str) -> None:
-    done = subprocess.run([sys.executable, str(EXAMPLES / f"{name}.py")], capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
     assert "ppo" in done.stdout and "####" in done.stdout and len(done.stdout.splitlines()) >= 7

@@ -34,10 +34,25 @@ from chatwright.tokenizer import Tokenizer
 
 STEPS = 240
 SETTINGS = [
-    "--preset", "modern-nano", "--model", "{context: 32, dropout: 0.2}", "--fit.batch_size", "4",
-    "--fit.compile", "false", "--fit.precision", "fp32", "--fit.save_every", "0", "--fit.log_every", "3",
-    "--fit.evaluate_every", "40", "--fit.keep_best", "true",
-]  # fmt: skip
+    "--preset",
+    "modern-nano",
+    "--model",
+    "{context: 32, dropout: 0.2}",
+    "--fit.batch_size",
+    "4",
+    "--fit.compile",
+    "false",
+    "--fit.precision",
+    "fp32",
+    "--fit.save_every",
+    "0",
+    "--fit.log_every",
+    "3",
+    "--fit.evaluate_every",
+    "40",
+    "--fit.keep_best",
+    "true",
+]
 """A model of 0.1 M parameters; dropout, so that the random stream counts; a checkpoint after each step."""
 
 
@@ -56,15 +71,29 @@ def write_input(directory: Path) -> Path:
 
 def command(source: Path, out: Path, *more: str) -> list[str]:
     """The command that is given again and again."""
-    return [sys.executable, "-m", "chatwright", "pretrain", "--tokenizer", str(source), "--out", str(out), *SETTINGS, *more]
+    return [
+        sys.executable,
+        "-m",
+        "chatwright",
+        "pretrain",
+        "--tokenizer",
+        str(source),
+        "--out",
+        str(out),
+        *SETTINGS,
+        *more,
+    ]
 
 
 def start(source: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     """Start it, with one thread: sums are then made in the same order."""
     return subprocess.Popen(
-        command(source, out, *more), env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        command(source, out, *more),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def contents(out: Path) -> dict[str, Any]:
@@ -117,7 +146,12 @@ def wait_for_moment(process: subprocess.Popen[str], out: Path, draw: random.Rand
             break
         time.sleep(0.002)
     time.sleep(draw.uniform(0.0, 0.5))
-    while aimed and process.poll() is None and time.monotonic() < deadline and not leftovers(checkpoints, "partial"):
+    while (
+        aimed
+        and process.poll() is None
+        and time.monotonic() < deadline
+        and not leftovers(checkpoints, "partial")
+    ):
         pass
     time.sleep(draw.uniform(0.0, 0.004) if aimed else 0.0)
 
@@ -169,7 +203,9 @@ def run_campaign(kills: int, seed: int, work: Path, *, steps: int = STEPS) -> Ca
                 done.faults.append(f"after kill {done.kills} the same command failed:\n{told}")
             break
         found = contents(out) if not process.returncode else {}
-        done.faults += [f"run {done.runs}: {key} differs" for key in expected if found.get(key) != expected[key]]
+        done.faults += [
+            f"run {done.runs}: {key} differs" for key in expected if found.get(key) != expected[key]
+        ]
         done.faults += [f"run {done.runs}: {key} is too much" for key in found if key not in expected]
         print(f"run {done.runs}: {done.kills} kills so far, {len(done.faults)} faults")
         shutil.rmtree(out)
@@ -185,10 +221,18 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
         done = run_campaign(options.kills, options.seed, Path(work))
-    print(json.dumps({
-        "kills": done.kills, "runs": done.runs, "fell": dict(done.fell), "faults": done.faults,
-        "seconds": round(time.monotonic() - started),
-    }, indent=1))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "kills": done.kills,
+                "runs": done.runs,
+                "fell": dict(done.fell),
+                "faults": done.faults,
+                "seconds": round(time.monotonic() - started),
+            },
+            indent=1,
+        )
+    )
     return 1 if done.faults else 0
 
 

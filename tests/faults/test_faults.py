@@ -156,7 +156,12 @@ def test_a_disk_that_takes_no_large_files(source: Path, whole: Path, tmp_path: P
     found = stopped_early(source, out)
     before = {file.name: file.read_bytes() for file in found.path.iterdir()}
     code, told = run(source, out, *SAVING, limit=65_536)
-    assert code == 1 and "cannot write" in told and "what was there before is intact" in told and "Traceback" not in told
+    assert (
+        code == 1
+        and "cannot write" in told
+        and "what was there before is intact" in told
+        and "Traceback" not in told
+    )
     intact(found, before)
     assert run(source, out, *SAVING)[0] == 0
     assert campaign.contents(out) == campaign.contents(whole)
@@ -167,9 +172,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MB in memory."""
     place = tmp_path / "disk"
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True, text=True
+    )
     if done.returncode:
-        pytest.skip(f"no small disk can be mounted here, a really full one is NOT tested: {done.stderr.strip()}")
+        pytest.skip(
+            f"no small disk can be mounted here, a really full one is NOT tested: {done.stderr.strip()}"
+        )
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
 
@@ -186,7 +195,9 @@ def test_a_full_disk(source: Path, whole: Path, small_disk: Path) -> None:
     assert "Traceback" not in told
     intact(found, before)
     ballast.write_bytes(b"x" * (free - 4096))
-    ballast.write_bytes(b"x" * (shutil.disk_usage(small_disk).free + ballast.stat().st_size))  # not even for metrics
+    ballast.write_bytes(
+        b"x" * (shutil.disk_usage(small_disk).free + ballast.stat().st_size)
+    )  # not even for metrics
     code, told = run(source, out, *SAVING)
     assert code == 1 and "No space left on device" in told and "Traceback" not in told
     intact(found, before)

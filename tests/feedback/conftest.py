@@ -18,7 +18,9 @@ from chatwright.feedback.tables import Base
 
 
 def _drop() -> None:
-    assert "test" in str(make_url(DATABASE).database), "CHATWRIGHT_TEST_DATABASE: the database's name must have 'test' in it"
+    assert "test" in str(make_url(DATABASE).database), (
+        "CHATWRIGHT_TEST_DATABASE: the database's name must have 'test' in it"
+    )
     engine = create_engine(DATABASE)
     Base.metadata.drop_all(engine)
     engine.dispose()

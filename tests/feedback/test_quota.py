@@ -52,7 +52,9 @@ def busy_life(store: Store) -> str:
     made = mine.create("Grüße ☃", model="m", system="Be kind.", settings={"temperature": 0.5})
     turn = mine.add(made.id, made.leaf, "assistant", "")
     for content in ("a", "a longer ä", "short"):
-        mine.write(made.id, turn.id, content, finish_reason="stop", tokens=1, seconds=1.0, probabilities=TOKENS)
+        mine.write(
+            made.id, turn.id, content, finish_reason="stop", tokens=1, seconds=1.0, probabilities=TOKENS
+        )
     mine.change(made.id, title="Another", system="", settings={"stop": ["x" * 50]})
     below = mine.add(made.id, turn.id, "user", "below")
     mine.add(made.id, below.id, "assistant", "further below")

@@ -37,16 +37,29 @@ def contents(mine: Owned, conversation: str) -> list[str]:
 
 
 def test_a_conversation_is_kept_as_it_was_said(mine: Owned) -> None:
-    made = mine.create("Hello ☃\n\nthere", model="small", system="Be kind.", settings={"temperature": 0.5, "stop": ["x"]})
+    made = mine.create(
+        "Hello ☃\n\nthere", model="small", system="Be kind.", settings={"temperature": 0.5, "stop": ["x"]}
+    )
     assert made.leaf == made.turns[0].id
     number = answer(mine, made.id, made.turns[0].id, "Hi!", dropped=2)
     found = mine.get(made.id)
     assert (found.title, found.model, found.system) == ("Hello ☃ there", "small", "Be kind.")
     assert found.settings == {"temperature": 0.5, "stop": ["x"]}
     user, reply = found.turns
-    assert (user.role, user.parent, user.content, user.finish_reason) == ("user", None, "Hello ☃\n\nthere", None)
+    assert (user.role, user.parent, user.content, user.finish_reason) == (
+        "user",
+        None,
+        "Hello ☃\n\nthere",
+        None,
+    )
     assert (reply.id, reply.parent, reply.role, reply.content) == (number, user.id, "assistant", "Hi!")
-    assert (reply.model, reply.finish_reason, reply.tokens, reply.seconds, reply.dropped) == ("small", "stop", 3, 0.5, 2)
+    assert (reply.model, reply.finish_reason, reply.tokens, reply.seconds, reply.dropped) == (
+        "small",
+        "stop",
+        3,
+        0.5,
+        2,
+    )
     assert found.leaf == number
     assert found.updated >= found.created
     assert found.messages(found.leaf) == [
@@ -66,7 +79,13 @@ def test_edits_and_new_answers_are_siblings(mine: Owned) -> None:
     answer(mine, made.id, edited.id, "answer 3")
     mine.change(made.id, leaf=first)
     assert contents(mine, made.id) == ["one", "answer 1"]
-    assert [turn.content for turn in mine.get(made.id).turns] == ["one", "answer 1", "answer 2", "one, edited", "answer 3"]
+    assert [turn.content for turn in mine.get(made.id).turns] == [
+        "one",
+        "answer 1",
+        "answer 2",
+        "one, edited",
+        "answer 3",
+    ]
     assert second in {turn.id for turn in mine.get(made.id).turns}
 
 
@@ -112,7 +131,12 @@ def test_pages_are_newest_first_and_whole(mine: Owned) -> None:
 def test_search_looks_into_titles(mine: Owned) -> None:
     for title in ("ÄPFEL and pears", "50% off", "500 on", "a_b", "axb"):
         mine.create(title, model="m")
-    for search, titles in {"äpfel": ["ÄPFEL and pears"], "0%": ["50% off"], "A_B": ["a_b"], "PEARS": ["ÄPFEL and pears"]}.items():
+    for search, titles in {
+        "äpfel": ["ÄPFEL and pears"],
+        "0%": ["50% off"],
+        "A_B": ["a_b"],
+        "PEARS": ["ÄPFEL and pears"],
+    }.items():
         assert [one.title for one in mine.page(search=search)[0]] == titles
     assert mine.page(search="nothing") == ([], False)
 
@@ -161,7 +185,9 @@ def test_an_owner_sees_nothing_of_another(store: Store) -> None:
 
 def test_a_long_conversation_is_read_in_one_go() -> None:
     """Looking for every turn among all of them took a second of processor time for so many."""
-    turns = tuple(Turn(n, n - 1 or None, "user", "x", 0.0, None, None, None, None, 0, False) for n in range(1, 8001))
+    turns = tuple(
+        Turn(n, n - 1 or None, "user", "x", 0.0, None, None, None, None, 0, False) for n in range(1, 8001)
+    )
     found = Conversation("id", "title", "m", "", {}, 0.0, 0.0, 8000, turns)
     begun = time.process_time()
     assert [turn.id for turn in found.branch(8000)] == list(range(1, 8001))
@@ -231,7 +257,10 @@ def test_threads_and_event_loops(store: Store) -> None:
 
     async def main() -> None:
         await asyncio.gather(
-            *(asyncio.to_thread(mine.add, made.id, made.leaf, "assistant", str(number)) for number in range(40)),
+            *(
+                asyncio.to_thread(mine.add, made.id, made.leaf, "assistant", str(number))
+                for number in range(40)
+            ),
             *(asyncio.to_thread(mine.get, made.id) for _ in range(20)),
         )
 
@@ -269,9 +298,11 @@ def test_a_server_that_was_started_again(lasting: str) -> None:
     store = Store(lasting)
     made = store.of("me").create("hello", model="m")
     with create_engine(lasting, poolclass=NullPool).connect() as other:
-        ended = other.execute(text(
-            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database() AND pid != pg_backend_pid()"
-        ))  # fmt: skip
+        ended = other.execute(
+            text(
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database() AND pid != pg_backend_pid()"
+            )
+        )
         assert ended.scalar_one() >= 1
     assert store.of("me").get(made.id) == made
     store.close()

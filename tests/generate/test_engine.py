@@ -218,7 +218,9 @@ def test_who_leaves_the_queue_is_out_of_it_wherever_he_stood(make_model: MakeMod
 def test_a_handle_is_read_without_waiting_and_tells_before_it_is_read(make_model: MakeModel) -> None:
     engine = Engine(make_model(), max_batch=1)
     told: list[tuple[int, bool]] = []
-    handle = engine.submit(Request((1, 2), Sampling(4, seed=0)), on_change=lambda tokens, ended: told.append((tokens, ended)))
+    handle = engine.submit(
+        Request((1, 2), Sampling(4, seed=0)), on_change=lambda tokens, ended: told.append((tokens, ended))
+    )
     assert (handle.take(), handle.completion) == (None, None)
     engine.step()
     engine.step()

@@ -44,7 +44,10 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "properties": {
             "who": {
                 "type": "object",
-                "properties": {"ok": {"type": "boolean"}, "id": {"type": "string", "pattern": "^[a-f]{2}-\\d$"}},
+                "properties": {
+                    "ok": {"type": "boolean"},
+                    "id": {"type": "string", "pattern": "^[a-f]{2}-\\d$"},
+                },
                 "required": ["ok", "id"],
                 "additionalProperties": False,
             },
@@ -53,13 +56,21 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "required": ["who"],
         "additionalProperties": False,
     },
-    "array": {"type": "array", "items": {"anyOf": [{"type": "null"}, {"type": "integer", "maximum": 9}]}, "minItems": 2, "maxItems": 5},
+    "array": {
+        "type": "array",
+        "items": {"anyOf": [{"type": "null"}, {"type": "integer", "maximum": 9}]},
+        "minItems": 2,
+        "maxItems": 5,
+    },
     "string": {"type": "string", "minLength": 3, "maxLength": 20},
     "tree": {
         "$defs": {
             "node": {
                 "type": "object",
-                "properties": {"v": {"type": "boolean"}, "next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]}},
+                "properties": {
+                    "v": {"type": "boolean"},
+                    "next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]},
+                },
                 "required": ["v", "next"],
                 "additionalProperties": False,
             }
@@ -85,7 +96,9 @@ def ends(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset({tokenizer.end_of_text_id, tokenizer.control_ids["<|end|>"]})
 
 
-def request(tokenizer: Tokenizer, grammar: Grammar | None, seed: int = 0, prompt: str = "Say:", **options: Any) -> Request:
+def request(
+    tokenizer: Tokenizer, grammar: Grammar | None, seed: int = 0, prompt: str = "Say:", **options: Any
+) -> Request:
     sampling = Sampling(**{"max_new_tokens": 600, "temperature": 1.0, "seed": seed, **options})
     return Request(tuple(tokenizer.encode(prompt)), sampling, ends(tokenizer), grammar=grammar)
 
@@ -102,10 +115,15 @@ def test_every_answer_satisfies_its_schema(model: GPT, words: Tokenizer, name: s
     bias = dict.fromkeys(outside, 20.0)
     requests = [request(words, grammar, seed) for seed in range(8)]
     requests += [request(words, grammar, seed, temperature=5.0, logit_bias=bias) for seed in range(8)]
-    requests += [request(words, grammar, 1, temperature=0.0, logit_bias=bias), request(words, grammar, 1, top_k=2, top_p=0.5, min_p=0.1)]
+    requests += [
+        request(words, grammar, 1, temperature=0.0, logit_bias=bias),
+        request(words, grammar, 1, top_k=2, top_p=0.5, min_p=0.1),
+    ]
     answers = Engine(model, words).generate(requests)
     whole = [answer for answer in answers if answer.finish_reason == "stop"]
-    assert len(whole) >= len(answers) - 2  # a random model may go on with a list, or with digits, up to the limit
+    assert (
+        len(whole) >= len(answers) - 2
+    )  # a random model may go on with a list, or with digits, up to the limit
     for answer in whole:
         validator.validate(json.loads(answer.text))
         assert not set(outside) & set(answer.ids[:-1])
@@ -116,16 +134,24 @@ def test_every_answer_satisfies_its_schema(model: GPT, words: Tokenizer, name: s
 def test_strings_are_escaped(model: GPT, words: Tokenizer) -> None:
     grammar = json_schema(words, ends(words), {"type": "string", "minLength": 30, "maxLength": 60})
     likely = {token: 6.0 for text in ('"', "\\", "\n", "/") for token in words.encode(text)}
-    answers = Engine(model, words).generate([request(words, grammar, seed, logit_bias=likely) for seed in range(12)])
+    answers = Engine(model, words).generate(
+        [request(words, grammar, seed, logit_bias=likely) for seed in range(12)]
+    )
     said = [json.loads(answer.text) for answer in answers]
     assert all(30 <= len(text) <= 60 for text in said)
-    assert any('"' in text for text in said) and any("\\" in text for text in said) and any("\n" in text for text in said)
+    assert (
+        any('"' in text for text in said)
+        and any("\\" in text for text in said)
+        and any("\n" in text for text in said)
+    )
 
 
 def test_any_object(model: GPT, words: Tokenizer) -> None:
     likely = {token: 3.0 for text in ('"', "}") for token in words.encode(text)}
     grammar = json_object(words, ends(words))
-    answers = Engine(model, words).generate([request(words, grammar, seed, logit_bias=likely) for seed in range(10)])
+    answers = Engine(model, words).generate(
+        [request(words, grammar, seed, logit_bias=likely) for seed in range(10)]
+    )
     whole = [json.loads(answer.text) for answer in answers if answer.finish_reason == "stop"]
     assert len(whole) >= 8
     assert all(isinstance(value, dict) for value in whole) and any(whole)
@@ -149,7 +175,9 @@ def test_regular_expressions(model: GPT, words: Tokenizer) -> None:
 def test_end_tokens_come_where_the_text_may_end_only(model: GPT, words: Tokenizer) -> None:
     grammar = regex(words, ends(words), "(ab)*c?")
     bias = dict.fromkeys(ends(words), 7.0) | {words.encode("c")[0]: 7.0}
-    answers = Engine(model, words).generate([request(words, grammar, seed, logit_bias=bias) for seed in range(30)])
+    answers = Engine(model, words).generate(
+        [request(words, grammar, seed, logit_bias=bias) for seed in range(30)]
+    )
     assert {answer.ids[-1] in ends(words) for answer in answers} == {True, False}
     assert all(answer.text.removesuffix("c") == "ab" * (len(answer.text) // 2) for answer in answers)
     assert {answer.finish_reason for answer in answers} == {"stop"}
@@ -171,7 +199,15 @@ def test_an_end_that_is_text_ends_a_whole_answer_only(words: Tokenizer) -> None:
 def test_length_cuts(model: GPT, words: Tokenizer) -> None:
     grammar = json_schema(words, ends(words), {"type": "string", "minLength": 300})
     cut, whole = Engine(model, words).generate(
-        [request(words, grammar, max_new_tokens=7), request(words, regex(words, ends(words), "a{7}"), max_new_tokens=7, logit_bias={words.encode("aa")[0]: -100.0})]
+        [
+            request(words, grammar, max_new_tokens=7),
+            request(
+                words,
+                regex(words, ends(words), "a{7}"),
+                max_new_tokens=7,
+                logit_bias={words.encode("aa")[0]: -100.0},
+            ),
+        ]
     )
     assert (cut.finish_reason, len(cut.ids)) == ("length", 7)
     assert whole.finish_reason == "stop"
@@ -182,7 +218,18 @@ def test_length_cuts(model: GPT, words: Tokenizer) -> None:
 
 def test_rows_without_a_grammar_are_left_alone(model: GPT, words: Tokenizer) -> None:
     grammar = json_schema(words, ends(words), SCHEMAS["nested"])
-    free = [request(words, None, seed, f"Prompt {seed}", max_new_tokens=40, temperature=0.0 if seed == 2 else 1.0, top_p=0.9) for seed in range(4)]
+    free = [
+        request(
+            words,
+            None,
+            seed,
+            f"Prompt {seed}",
+            max_new_tokens=40,
+            temperature=0.0 if seed == 2 else 1.0,
+            top_p=0.9,
+        )
+        for seed in range(4)
+    ]
     bound = [request(words, grammar, seed, f"Prompt {seed}") for seed in range(4)]
     mixed = [one for pair in zip(free, bound, strict=True) for one in pair]
     together = Engine(model, words).generate(mixed)
@@ -194,7 +241,10 @@ def test_rows_without_a_grammar_are_left_alone(model: GPT, words: Tokenizer) -> 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_losing_pages_changes_nothing(model: GPT, words: Tokenizer, temperature: float) -> None:
     grammar = json_schema(words, ends(words), {"type": "string", "minLength": 60, "maxLength": 80})
-    requests = [request(words, grammar, seed, f"Prompt {seed}", temperature=temperature, max_new_tokens=90) for seed in range(6)]
+    requests = [
+        request(words, grammar, seed, f"Prompt {seed}", temperature=temperature, max_new_tokens=90)
+        for seed in range(6)
+    ]
     roomy = Engine(model, words).generate(requests)
     tight = Engine(model, words, cache_tokens=160)
     again = tight.generate(requests)
@@ -221,7 +271,9 @@ def test_greedy_takes_the_likeliest_that_is_allowed(model: GPT, words: Tokenizer
 
 
 def test_logprobs_are_those_before_the_grammar(model: GPT, words: Tokenizer) -> None:
-    answer = Engine(model, words).generate([request(words, regex(words, ends(words), "[a-m]{20}"), 3, top_k=5, temperature=0.8)])[0]
+    answer = Engine(model, words).generate(
+        [request(words, regex(words, ends(words), "[a-m]{20}"), 3, top_k=5, temperature=0.8)]
+    )[0]
     prompt = words.encode("Say:")
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *answer.ids]]))[0, len(prompt) - 1 : -1]
@@ -234,7 +286,9 @@ def test_many_answers_share_a_grammar(model: GPT, words: Tokenizer) -> None:
     requests = [request(words, grammar, seed) for seed in range(6)]
     assert hash(requests[0]) == hash(request(words, grammar, 0))
     together = Engine(model, words).generate(requests)
-    assert [answer.ids for answer in together] == [Engine(model, words).generate([one])[0].ids for one in requests]
+    assert [answer.ids for answer in together] == [
+        Engine(model, words).generate([one])[0].ids for one in requests
+    ]
     assert len({answer.text for answer in together}) > 1
 
 
@@ -319,8 +373,13 @@ def test_a_vocabulary_without_a_byte(words: Tokenizer, monkeypatch: pytest.Monke
     bare = Tokenizer(words.backend)
     lost = bare.encode("é")
     plain = list(words._token_bytes)
-    monkeypatch.setattr(bare, "_token_bytes", [b"" if number in lost else piece for number, piece in enumerate(plain)])
-    matcher, mask = json_schema(bare, ends(bare), {"const": "caf\u00e9"}).start(), np.zeros(bare.vocab_size, dtype=np.bool_)
+    monkeypatch.setattr(
+        bare, "_token_bytes", [b"" if number in lost else piece for number, piece in enumerate(plain)]
+    )
+    matcher, mask = (
+        json_schema(bare, ends(bare), {"const": "caf\u00e9"}).start(),
+        np.zeros(bare.vocab_size, dtype=np.bool_),
+    )
     for token in bare.encode('"caf'):
         matcher.allow(mask)
         assert mask[token]
@@ -341,7 +400,9 @@ def test_a_tokenizer_that_changes_texts_keeps_to_the_grammar(words: Tokenizer, m
     backend.normalizer = tokenizers.normalizers.Lowercase()
     lower = Tokenizer(backend)
     model = make_model(vocab_size=lower.vocab_size)
-    answer = Engine(model, lower).generate([request(lower, json_schema(lower, ends(lower), {"const": "Oslo IS Big"}))])[0]
+    answer = Engine(model, lower).generate(
+        [request(lower, json_schema(lower, ends(lower), {"const": "Oslo IS Big"}))]
+    )[0]
     assert (answer.text, answer.finish_reason) == ('"Oslo IS Big"', "stop")
 
 
@@ -382,7 +443,10 @@ def endless() -> dict[str, Any]:
         ({"$ref": "#"}, "cannot be satisfied"),
         ({"$ref": "#/$defs/a"}, "leads to nothing"),
         ({"$ref": "https://example.com/schema.json"}, "not supported; only references into the schema"),
-        ({"properties": {"a": {"$ref": "file:///etc/passwd"}}}, "not supported; only references into the schema"),
+        (
+            {"properties": {"a": {"$ref": "file:///etc/passwd"}}},
+            "not supported; only references into the schema",
+        ),
         ({"properties": {"a": {"$id": "http://a/b", "$ref": "#/c"}}}, r"\$id"),
         ({"$dynamicRef": "#a"}, "not supported"),
         ({"minimum": float("nan")}, "number that JSON does not know"),
@@ -394,10 +458,23 @@ def endless() -> dict[str, Any]:
         ({"properties": {f"p{n}": {} for n in range(2001)}}, "object of 2,001 properties"),
         (nested(70), "within each other"),
         (endless(), "within each other"),
-        (chain(1000, lambda ref: {"type": "object", "properties": {"x": ref}, "required": ["x"]}), "references lead to"),
+        (
+            chain(1000, lambda ref: {"type": "object", "properties": {"x": ref}, "required": ["x"]}),
+            "references lead to",
+        ),
         (chain(3000, lambda ref: ref), "references lead to|at most"),
-        ({"allOf": [{"type": "string", "pattern": f".*a{n}.*"} for n in range(20)]}, "may have to hold at once"),
-        ({"type": "string", "pattern": ".*a.*", "anyOf": [{"pattern": f".*{n}.*"} for n in range(JOINED_PATTERNS)]}, "may have to hold"),
+        (
+            {"allOf": [{"type": "string", "pattern": f".*a{n}.*"} for n in range(20)]},
+            "may have to hold at once",
+        ),
+        (
+            {
+                "type": "string",
+                "pattern": ".*a.*",
+                "anyOf": [{"pattern": f".*{n}.*"} for n in range(JOINED_PATTERNS)],
+            },
+            "may have to hold",
+        ),
     ],
 )
 def test_bad_schemas_are_refused_in_words(words: Tokenizer, schema: Any, said: str) -> None:
@@ -533,5 +610,7 @@ def test_completion_says_stop(model: GPT, words: Tokenizer) -> None:
     """Streams and completions agree about an answer that a grammar has ended."""
     pieces = list(Engine(model, words).stream(request(words, regex(words, ends(words), "[0-9]{4}"))))
     assert pieces[-1].finish_reason == "stop"
-    whole: Completion = Engine(model, words).generate([request(words, regex(words, ends(words), "[0-9]{4}"))])[0]
+    whole: Completion = Engine(model, words).generate(
+        [request(words, regex(words, ends(words), "[0-9]{4}"))]
+    )[0]
     assert "".join(piece.text for piece in pieces) == whole.text and len(whole.text) == 4

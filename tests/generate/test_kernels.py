@@ -40,7 +40,15 @@ DTYPES = ("fp32", "bf16", "int8", "int4")
 SHAPES = {
     "qwen": {"heads": 4, "kv_heads": 2},
     "llama": {"qk_norm": False, "tied": True, "vocab_size": 515},
-    "gpt2": {"preset": "gpt2", "layers": 2, "width": 104, "heads": 4, "context": 96, "vocab_size": 515, "tied": True},
+    "gpt2": {
+        "preset": "gpt2",
+        "layers": 2,
+        "width": 104,
+        "heads": 4,
+        "context": 96,
+        "vocab_size": 515,
+        "tied": True,
+    },
     "relu2": {"activation": "relu2", "heads": 1, "kv_heads": 1, "head_dim": 40, "mlp_width": 100},
 }
 BOUND = {"fp32": 3e-5, "bf16": 2e-2, "int8": 0.4, "int4": 0.4}
@@ -65,7 +73,11 @@ def runner(model: GPT, dtype: str, *, threads: int = 2, path: str | None = None)
 
 
 def missing(path: str) -> str | None:
-    return None if path in paths.possible() else f"this processor cannot run the {path} path: it is NOT covered here"
+    return (
+        None
+        if path in paths.possible()
+        else f"this processor cannot run the {path} path: it is NOT covered here"
+    )
 
 
 @njit
@@ -178,7 +190,9 @@ def test_packed_weights_read_back(dtype: str, make_model: MakeModel) -> None:
     elif dtype == "bf16":
         limit = groups.abs() * 2**-8
     elif dtype == "int8":
-        limit = groups.abs().amax(-1, keepdim=True) * (0.5 + 127 * 2**-8) / 127  # a scale rounded down cuts the largest
+        limit = (
+            groups.abs().amax(-1, keepdim=True) * (0.5 + 127 * 2**-8) / 127
+        )  # a scale rounded down cuts the largest
     else:  # ends may be drawn in by a tenth of the range, when that serves the others
         limit = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) * (0.5 / 15 + 0.105 + 2**-7)
     error = (read[:104].view(104, 13, 32) - groups).abs()
@@ -190,7 +204,9 @@ def test_packed_weights_read_back(dtype: str, make_model: MakeModel) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_equal_plain_torch(name: str, layers: int, dtype: str, path: str, make_model: MakeModel) -> None:
+def test_logits_equal_plain_torch(
+    name: str, layers: int, dtype: str, path: str, make_model: MakeModel
+) -> None:
     """A prompt in two pieces, then token by token; every position's logits."""
     if reason := missing(path):
         pytest.skip(reason)
@@ -241,7 +257,10 @@ def test_rows_that_nobody_asks_about_are_still_looked_at(dtype: str, make_model:
     run = runner(model, dtype)
     other = Feed(ids[5:13], 0, [3], 3)
     assert run.forward([Feed(ids[:20], 0, [0, 1, 2], 0)]).shape == (0, 512)
-    found = [run.forward([Feed(ids[20:33], 20, [0, 1, 2], 2), other])[:2], run.forward([Feed(ids[33:], 33, [0, 1, 2], 1)])]
+    found = [
+        run.forward([Feed(ids[20:33], 20, [0, 1, 2], 2), other])[:2],
+        run.forward([Feed(ids[33:], 33, [0, 1, 2], 1)]),
+    ]
     within = ROUNDED if dtype == "bf16" and dots.ROUNDS_BF16[paths.NAMES.index(run.path)] else BOUND[dtype]
     assert (torch.cat(found) - every[[31, 32, 39]]).abs().max() < within
     assert (every[30] - every[32]).abs().max() > 10 * within  # what a wrong row would be
@@ -265,7 +284,9 @@ def test_a_copied_page_is_the_page(make_model: MakeModel) -> None:
     first = run.forward([Feed(ids, 0, [2, 4], 1)])
     run.copy_page(4, 7)
     run.forward([Feed([9] * 16, 0, [4], 1)])  # the original is overwritten
-    assert torch.equal(run.forward([Feed(ids[-1:], 27, [2, 7], 1)]), run.forward([Feed(ids[-1:], 27, [2, 7], 1)]))
+    assert torch.equal(
+        run.forward([Feed(ids[-1:], 27, [2, 7], 1)]), run.forward([Feed(ids[-1:], 27, [2, 7], 1)])
+    )
     assert (run.forward([Feed(ids[-1:], 27, [2, 7], 1)]) - first).abs().max() < BOUND["int8"]
 
 
@@ -316,7 +337,11 @@ def test_rounding_activations(path: str, width: int, seed: int, size: float) -> 
     padded = packing.up_to(width, 32)
     flat = torch.zeros(padded)
     flat[:width] = x
-    words, factors, sums = np.zeros(2 * padded, np.uint8), np.zeros(padded // 32, np.float32), np.zeros(padded // 32, np.float32)
+    words, factors, sums = (
+        np.zeros(2 * padded, np.uint8),
+        np.zeros(padded // 32, np.float32),
+        np.zeros(padded // 32, np.float32),
+    )
 
     def round_for(kind: int) -> None:
         _quantise(paths.typed(path), kind, flat.numpy(), padded, padded // 32, words, factors, sums)
@@ -343,7 +368,9 @@ def test_rounding_activations(path: str, width: int, seed: int, size: float) -> 
 def _product(path, arena, matrix, x, x_stride, words, factors, sums, rows, out, stride, vectors):  # type: ignore[no-untyped-def]
     if takes_words(path, matrix[FORMAT]):
         quantise(path, matrix[FORMAT], x, x_stride, 0, rows, matrix[GROUPS], words, factors, sums)
-    product(path, arena, matrix, 0, matrix[TILES], x, x_stride, words, factors, sums, rows, out, stride, vectors)
+    product(
+        path, arena, matrix, 0, matrix[TILES], x, x_stride, words, factors, sums, rows, out, stride, vectors
+    )
 
 
 @pytest.mark.parametrize("path", paths.NAMES)
@@ -358,14 +385,29 @@ def test_products_equal_plain_torch(dtype: str, path: str, make_model: MakeModel
         plan = packed.plan[number]
         weights, kind = packed.matrix(number), int(plan[FORMAT])
         outputs, inputs = weights.shape
-        bias = torch.from_numpy(packed.vectors[plan[BIAS] : plan[BIAS] + outputs]) if plan[BIAS] >= 0 else torch.zeros(outputs)
+        bias = (
+            torch.from_numpy(packed.vectors[plan[BIAS] : plan[BIAS] + outputs])
+            if plan[BIAS] >= 0
+            else torch.zeros(outputs)
+        )
         for rows in (1, 3, 4, 9):
             x, out = torch.randn(rows, inputs, generator=draw), torch.randn(rows, outputs, generator=draw)
             given = rounded_activations(x, kind, path)
             there = out.clone() if plan[ADDS] else torch.zeros_like(out)
             words, factors = np.zeros(2 * x.numel(), np.uint8), np.zeros((2, x.numel() // 32), np.float32)
-            _product(paths.typed(path), packed.arena, plan, x.flatten().numpy(), inputs, words, *factors, rows,
-                     out.view(-1).numpy(), outputs, packed.vectors)  # fmt: skip
+            _product(
+                paths.typed(path),
+                packed.arena,
+                plan,
+                x.flatten().numpy(),
+                inputs,
+                words,
+                *factors,
+                rows,
+                out.view(-1).numpy(),
+                outputs,
+                packed.vectors,
+            )
             wanted = there.double() + given.double() @ weights.double().T + bias
             size = there.abs() + given.abs() @ weights.abs().T + bias.abs()
             assert ((out - wanted).abs() <= 1e-6 * size).all()
@@ -384,7 +426,20 @@ def test_compiled_code_counts_no_references() -> None:
     """Two threads that count the same arrays in their loops wait for each other: a third of the time of a long prompt, once."""
     attend = njit(**compiling._OPTIONS)(step._attend.py_func)
     whole, real = np.zeros(step.DIMS, np.int64), np.zeros(64, np.float32)
-    attend(0, 1, whole, 0, 0, real, whole, np.zeros((1, 1), np.int64), whole.view(np.uint8), whole.view(np.uint8), real, real)
+    attend(
+        0,
+        1,
+        whole,
+        0,
+        0,
+        real,
+        whole,
+        np.zeros((1, 1), np.int64),
+        whole.view(np.uint8),
+        whole.view(np.uint8),
+        real,
+        real,
+    )
     (code,) = attend.inspect_llvm().values()
     assert "NRT_incref" not in code
 

@@ -164,7 +164,9 @@ def test_without_running_answers_a_step_reads_more(make_model: MakeModel) -> Non
 
 def test_chunks_of_very_different_lengths_keep_their_order(make_model: MakeModel) -> None:
     model = make_model(context=400)
-    requests = [Request(tokens(length, seed=length), Sampling(6, seed=length)) for length in (3, 300, 40, 90, 1)]
+    requests = [
+        Request(tokens(length, seed=length), Sampling(6, seed=length)) for length in (3, 300, 40, 90, 1)
+    ]
     for request, completion in zip(requests, Engine(model).generate(requests), strict=True):
         assert_equal(completion, fresh(model, request))
 
@@ -189,7 +191,12 @@ def test_pages_run_out_and_the_last_request_goes_on_later(make_model: MakeModel)
 
 def test_penalties_survive_the_loss_of_pages(make_model: MakeModel) -> None:
     model = make_model()
-    sampling = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.4, "temperature": 0.5}
+    sampling = {
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.4,
+        "temperature": 0.5,
+    }
     requests = [Request(tokens(20, seed=at), Sampling(60, seed=at, **sampling)) for at in range(3)]
     engine = Engine(model, cache_tokens=96)
     for request, completion in zip(requests, engine.generate(requests), strict=True):
@@ -200,7 +207,9 @@ def test_penalties_survive_the_loss_of_pages(make_model: MakeModel) -> None:
 def test_what_can_never_fit_is_refused_with_the_arithmetic(make_model: MakeModel) -> None:
     model = make_model()
     engine = Engine(model, cache_tokens=64)
-    with pytest.raises(UserError, match=r"prompt of 40 tokens and an answer of up to 26 store up to 65 tokens.* holds 64"):
+    with pytest.raises(
+        UserError, match=r"prompt of 40 tokens and an answer of up to 26 store up to 65 tokens.* holds 64"
+    ):
         engine.submit(Request(tokens(40), Sampling(26)))
     request = Request(tokens(40), Sampling(25, seed=1))
     assert_equal(engine.generate([request])[0], fresh(model, request))
@@ -231,7 +240,9 @@ def test_random_arrivals_in_little_memory_equal_a_fresh_engine(
     make_model: MakeModel, asked: list[Any], pages: int, max_batch: int, prefill: int, lookup: int
 ) -> None:
     model = make_model()
-    engine = Engine(model, cache_tokens=16 * pages, max_batch=max_batch, prefill_tokens=prefill, lookup=lookup)
+    engine = Engine(
+        model, cache_tokens=16 * pages, max_batch=max_batch, prefill_tokens=prefill, lookup=lookup
+    )
     running = []
     for number, (which, length, own, new, pause, cancel, greedy) in enumerate(asked):
         prompt = (*tokens(length, seed=which, vocab_size=7), *tokens(own, seed=number, vocab_size=7))
@@ -299,7 +310,10 @@ def test_numbers_that_are_none_do_not_spread(make_model: MakeModel) -> None:
         model.embed.weight[13] = float("nan")
     engine = Engine(model, cache_tokens=160, max_batch=4)
     never = {13: -100.0}
-    good = [Request(tokens(18, seed=at, vocab_size=12), Sampling(20, seed=at, logit_bias=never)) for at in range(8)]
+    good = [
+        Request(tokens(18, seed=at, vocab_size=12), Sampling(20, seed=at, logit_bias=never))
+        for at in range(8)
+    ]
     bad = [Request((*tokens(20 + at, vocab_size=12), 13, 5), Sampling(5)) for at in range(3)]
     handles = [engine.submit(request) for pair in zip(good[:3], bad, strict=True) for request in pair]
     handles += [engine.submit(request) for request in good[3:]]
@@ -317,7 +331,9 @@ def test_the_last_page_of_a_failed_answer_is_not_for_others(make_model: MakeMode
     with torch.no_grad():
         model.embed.weight[13] = float("nan")
     engine = Engine(model)
-    with pytest.raises(UserError, match="not finite"):  # at the second token, in the page where the prompt ends
+    with pytest.raises(
+        UserError, match="not finite"
+    ):  # at the second token, in the page where the prompt ends
         engine.generate([Request(tokens(20, vocab_size=12), Sampling(9, 0.0, logit_bias={13: 100}))])
     request = Request(tokens(20, vocab_size=12), Sampling(9, 0.0, logit_bias={13: -100}))
     assert_equal(engine.generate([request])[0], fresh(model, request))
@@ -344,7 +360,9 @@ def test_an_interrupt_leaves_nothing_behind(make_model: MakeModel, monkeypatch: 
     assert_equal(engine.generate([request])[0], fresh(model, request))
 
 
-def test_an_error_outside_of_a_pass_reaches_the_requests(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_outside_of_a_pass_reaches_the_requests(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, runner = counting(make_model())
     request = Request(tokens(20), Sampling(3, seed=1))
     engine.generate([request])

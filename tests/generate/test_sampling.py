@@ -114,7 +114,9 @@ def test_penalty_sees_the_tokens_drawn_so_far() -> None:
 
 def test_presence_frequency_and_bias_worked_by_hand() -> None:
     # OpenAI: logit - count * frequency_penalty - (count > 0) * presence_penalty, counted in the answer; then the bias.
-    sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 2.0, 1: -1.0}, temperature=0.5)
+    sampling = Sampling(
+        presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 2.0, 1: -1.0}, temperature=0.5
+    )
     plain = Sampling()
     history = [0, 0, 1, 2, 2, 2]  # the prompt is 0, 0; the answer 1, 2, 2, 2
     generators = [make_generator(one) for one in (sampling, plain)]
@@ -276,7 +278,9 @@ DRAWN = (
 )
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted by Linux only: NOT covered here")
+@pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir(), reason="threads are counted by Linux only: NOT covered here"
+)
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("sampling", DRAWN)
 def test_no_other_thread_is_waked(sampling: str, alone: bool) -> None:
@@ -300,7 +304,13 @@ with runtime.one_thread() if {alone} else contextlib.nullcontext():
     sampler.alternatives(logits)
 print(len(os.listdir("/proc/self/task")) - before)
 """
-    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment
+    )
     assert not done.returncode, done.stderr
     assert (int(done.stdout) == 0) == alone

@@ -33,7 +33,9 @@ def repeating(model: GPT, strength: float) -> GPT:
 def prompts(count: int) -> list[tuple[int, ...]]:
     rng = random.Random(1)
     words = [[rng.randrange(512) for _ in range(4)] for _ in range(3)]
-    return [tuple(token for _ in range(rng.randint(1, 5)) for token in rng.choice(words)) for _ in range(count)]
+    return [
+        tuple(token for _ in range(rng.randint(1, 5)) for token in rng.choice(words)) for _ in range(count)
+    ]
 
 
 def test_the_last_occurrence_of_three_tokens_then_of_two() -> None:
@@ -41,7 +43,11 @@ def test_the_last_occurrence_of_three_tokens_then_of_two() -> None:
     assert Lookup(8).propose(text, 8) == [4, 5, 9, 2, 3, 6, 7, 8]
     assert Lookup(4).propose(text, 8) == [4, 5, 9, 2]
     assert Lookup(8).propose(text, 2) == [4, 5]
-    assert Lookup(8).propose([9, 1, *text[1:], 0, 2, 3], 3) == [0, 2, 3]  # no such three: the last 2, 3 before
+    assert Lookup(8).propose([9, 1, *text[1:], 0, 2, 3], 3) == [
+        0,
+        2,
+        3,
+    ]  # no such three: the last 2, 3 before
     assert Lookup(8).propose([1, 2, 3, 4, 7, 3, 1], 8) == []
     assert Lookup(8).propose([5, 5, 5, 5], 8) == [5] * 8
     assert Lookup(8).propose([1], 8) == Lookup(8).propose([1, 2], 8) == []
@@ -74,7 +80,11 @@ def test_who_keeps_failing_guesses_less_often() -> None:
 @pytest.mark.parametrize("preset", ["modern-nano", "gpt2"])
 @pytest.mark.parametrize("strength", [0.0, 5.0, 40.0])
 def test_greedy_answers_are_the_same(make_model: MakeModel, preset: str, strength: float) -> None:
-    shape = {} if preset == "modern-nano" else {"layers": 2, "width": 32, "heads": 4, "vocab_size": 512, "context": 128}
+    shape = (
+        {}
+        if preset == "modern-nano"
+        else {"layers": 2, "width": 32, "heads": 4, "vocab_size": 512, "context": 128}
+    )
     model = repeating(make_model(preset, **shape), strength)
     accepted = proposed = 0
     for at, prompt in enumerate(prompts(12)):
@@ -130,7 +140,9 @@ def test_who_draws_or_looks_back_does_not_guess(make_model: MakeModel) -> None:
 def test_beside_others(make_model: MakeModel) -> None:
     """A row that guesses runs beside one that draws; among many nobody guesses."""
     model = repeating(make_model(), 40.0)
-    requests = [Request(prompt, Sampling(60, 0.0 if at % 2 else 0.9, seed=at)) for at, prompt in enumerate(prompts(6))]
+    requests = [
+        Request(prompt, Sampling(60, 0.0 if at % 2 else 0.9, seed=at)) for at, prompt in enumerate(prompts(6))
+    ]
     alone = [Engine(model).generate([request])[0] for request in requests]
     engine = Engine(model, lookup=8, max_batch=2)
     assert [one.ids for one in engine.generate(requests)] == [one.ids for one in alone]

@@ -56,11 +56,20 @@ WEATHER = {
         "days": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "maxItems": 3},
         "where": {"$ref": "#/$defs/place"},
     },
-    "$defs": {"place": {"type": "object", "properties": {"lat": {"type": "boolean"}}, "required": ["lat"], "additionalProperties": False}},
+    "$defs": {
+        "place": {
+            "type": "object",
+            "properties": {"lat": {"type": "boolean"}},
+            "required": ["lat"],
+            "additionalProperties": False,
+        }
+    },
     "required": ["city", "unit"],
     "additionalProperties": False,
 }
-TOOLS = check_tools([function("weather", description="Weather of a city", parameters=WEATHER), function("now")])
+TOOLS = check_tools(
+    [function("weather", description="Weather of a city", parameters=WEATHER), function("now")]
+)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------------
@@ -92,26 +101,56 @@ ANSWERS: dict[str, tuple[str, list[ToolEvent]]] = {
     "text": ("Hello <tool> a < b\n", [TextDelta("Hello <tool> a < b\n")]),
     "half a tag": ("Hello \n<tool_ca", [TextDelta("Hello \n<tool_ca")]),
     "one": (GOOD, call(0, "weather", '{"city": "O\\"s<tool_call>lo </tool_call>", "n": [{"a": 1}]}')),
-    "text before": ("Let me see.\n\n" + GOOD, [TextDelta("Let me see."), *call(0, "weather", '{"city": "O\\"s<tool_call>lo </tool_call>", "n": [{"a": 1}]}')]),
+    "text before": (
+        "Let me see.\n\n" + GOOD,
+        [
+            TextDelta("Let me see."),
+            *call(0, "weather", '{"city": "O\\"s<tool_call>lo </tool_call>", "n": [{"a": 1}]}'),
+        ],
+    ),
     "two, text after": (
         f"{write_tool_call('now', '')}\n{write_tool_call('weather', '{ }')}\n So be it. ",
         [*call(0, "now", "{}"), *call(1, "weather", "{ }"), TextDelta("So be it. ")],
     ),
     "no white space": (f'{OPEN}{{"name":"now","arguments":{{}}}}{CLOSE}', call(0, "now", "{}")),
-    "other order": (f'{OPEN}{{"arguments": {{"a": "\u00e9"}}, "name": "now"}}{CLOSE}', call(0, "now", '{"a": "\\u00e9"}')),
+    "other order": (
+        f'{OPEN}{{"arguments": {{"a": "\u00e9"}}, "name": "now"}}{CLOSE}',
+        call(0, "now", '{"a": "\\u00e9"}'),
+    ),
     "no arguments": (f'{OPEN}{{"name": "now"}}{CLOSE}', call(0, "now", "{}")),
-    "twice the arguments": (f'{OPEN}{{"name": "now", "arguments": {{"a": 1}}, "arguments": {{"b": 2}}}}{CLOSE}', call(0, "now", '{"b": 2}')),
-    "more keys": (f'{OPEN}{{"name": "now", "arguments": {{"a": 1}}, "id": 7}}{CLOSE}', call(0, "now", '{"a": 1}')),
-    "half a character": (f'{OPEN}{{"name": "now", "id": 1, "arguments": {{"a": "\\ud800"}}}}{CLOSE}', call(0, "now", '{"a": "\\ud800"}')),
-    "broken JSON": (f" {OPEN}\n{{'name': 'now'}}\n{CLOSE}", [TextDelta(f" {OPEN}\n{{'name': 'now'}}\n{CLOSE}")]),
+    "twice the arguments": (
+        f'{OPEN}{{"name": "now", "arguments": {{"a": 1}}, "arguments": {{"b": 2}}}}{CLOSE}',
+        call(0, "now", '{"b": 2}'),
+    ),
+    "more keys": (
+        f'{OPEN}{{"name": "now", "arguments": {{"a": 1}}, "id": 7}}{CLOSE}',
+        call(0, "now", '{"a": 1}'),
+    ),
+    "half a character": (
+        f'{OPEN}{{"name": "now", "id": 1, "arguments": {{"a": "\\ud800"}}}}{CLOSE}',
+        call(0, "now", '{"a": "\\ud800"}'),
+    ),
+    "broken JSON": (
+        f" {OPEN}\n{{'name': 'now'}}\n{CLOSE}",
+        [TextDelta(f" {OPEN}\n{{'name': 'now'}}\n{CLOSE}")],
+    ),
     "broken, then good": (
         f'{OPEN}{{"name: 1}}\n{CLOSE}\n{write_tool_call("now", "")}',
         [TextDelta(f'{OPEN}{{"name: 1}}\n{CLOSE}'), *call(0, "now", "{}")],
     ),
-    "tag within a broken call": (f"{OPEN} {{ {write_tool_call('now', '')}", [TextDelta(f"{OPEN} {{"), *call(0, "now", "{}")]),
+    "tag within a broken call": (
+        f"{OPEN} {{ {write_tool_call('now', '')}",
+        [TextDelta(f"{OPEN} {{"), *call(0, "now", "{}")],
+    ),
     "unknown tool": (write_tool_call("rm", ""), [TextDelta(write_tool_call("rm", ""))]),
-    "arguments no object": (f'{OPEN}{{"name": "now", "arguments": [1]}}{CLOSE}', [TextDelta(f'{OPEN}{{"name": "now", "arguments": [1]}}{CLOSE}')]),
-    "not a number": (f'{OPEN}{{"name": "now", "arguments": {{"a": NaN}}}}{CLOSE}', [TextDelta(f'{OPEN}{{"name": "now", "arguments": {{"a": NaN}}}}{CLOSE}')]),
+    "arguments no object": (
+        f'{OPEN}{{"name": "now", "arguments": [1]}}{CLOSE}',
+        [TextDelta(f'{OPEN}{{"name": "now", "arguments": [1]}}{CLOSE}')],
+    ),
+    "not a number": (
+        f'{OPEN}{{"name": "now", "arguments": {{"a": NaN}}}}{CLOSE}',
+        [TextDelta(f'{OPEN}{{"name": "now", "arguments": {{"a": NaN}}}}{CLOSE}')],
+    ),
     "cut short": (GOOD[:-9] + "</too", [TextDelta(GOOD[:-9] + "</too")]),
     "deep": (f"{OPEN}{'[' * 5000}{CLOSE}", [TextDelta(f"{OPEN}{'[' * 5000}{CLOSE}")]),
     "empty": (f"{OPEN}{CLOSE}", [TextDelta(f"{OPEN}{CLOSE}")]),
@@ -126,7 +165,27 @@ def test_answers_are_read(name: str) -> None:
 
 
 PIECES = st.sampled_from(
-    [OPEN, CLOSE, "<tool", "_call>", "</", "<", '{"name": "now", "arguments": {', '"', "\\", "}", "}}", "\n", " ", "a", "é", "[1]", ", ", GOOD, write_tool_call("now", "{}")]
+    [
+        OPEN,
+        CLOSE,
+        "<tool",
+        "_call>",
+        "</",
+        "<",
+        '{"name": "now", "arguments": {',
+        '"',
+        "\\",
+        "}",
+        "}}",
+        "\n",
+        " ",
+        "a",
+        "é",
+        "[1]",
+        ", ",
+        GOOD,
+        write_tool_call("now", "{}"),
+    ]
 )
 
 
@@ -184,7 +243,11 @@ def test_no_tag_is_shown_in_part() -> None:
     assert parser.push("b> and ") == [TextDelta(" <b> and")]
     assert parser.push("<tool_call") == []
     assert parser.push(">\n{") == []
-    assert [type(event) for event in parser.push('"name": "now"}\n</tool_call>')] == [CallStarted, ArgumentsDelta, CallEnded]
+    assert [type(event) for event in parser.push('"name": "now"}\n</tool_call>')] == [
+        CallStarted,
+        ArgumentsDelta,
+        CallEnded,
+    ]
     assert parser.flush() == []
 
 
@@ -200,13 +263,19 @@ def test_what_cannot_become_a_call_is_given_back_at_once() -> None:
 def test_arguments_come_as_they_are_said_where_a_grammar_holds() -> None:
     parser = ToolCallParser(NAMES, constrained=True, make_id=lambda: "id")
     assert parser.push('Well\n<tool_call>\n{"name": "weather", "argu') == [TextDelta("Well")]
-    assert parser.push('ments": {"city": "Os') == [CallStarted(0, "id", "weather"), ArgumentsDelta(0, '{"city": "Os')]
-    assert parser.push('lo }</tool_call>\\') == [ArgumentsDelta(0, "lo }</tool_call>")]
+    assert parser.push('ments": {"city": "Os') == [
+        CallStarted(0, "id", "weather"),
+        ArgumentsDelta(0, '{"city": "Os'),
+    ]
+    assert parser.push("lo }</tool_call>\\") == [ArgumentsDelta(0, "lo }</tool_call>")]
     assert parser.push('"", "n": {}') == [ArgumentsDelta(0, '\\"", "n": {}')]
     assert parser.push("} ") == [ArgumentsDelta(0, "}")]
     assert parser.push("}\n</tool") == []
     assert parser.push("_call>") == [CallEnded(0)]
-    assert parser.push('<tool_call>\n{"name": "now", "arguments": {"a": "') == [CallStarted(1, "id", "now"), ArgumentsDelta(1, '{"a": "')]
+    assert parser.push('<tool_call>\n{"name": "now", "arguments": {"a": "') == [
+        CallStarted(1, "id", "now"),
+        ArgumentsDelta(1, '{"a": "'),
+    ]
     assert parser.flush() == []  # cut short: it has no end
 
 
@@ -225,7 +294,14 @@ def test_long_answers_are_read_in_time() -> None:
     import time
 
     begun = time.monotonic()
-    for text in (OPEN * 20_000, (OPEN + '"') * 20_000, (OPEN + '{"' + CLOSE) * 10_000, " " * 200_000 + "x", "<tool_cal" * 20_000, OPEN + "{" * 200_000 + CLOSE):
+    for text in (
+        OPEN * 20_000,
+        (OPEN + '"') * 20_000,
+        (OPEN + '{"' + CLOSE) * 10_000,
+        " " * 200_000 + "x",
+        "<tool_cal" * 20_000,
+        OPEN + "{" * 200_000 + CLOSE,
+    ):
         assert "".join(event.text for event in events_of([text]) if isinstance(event, TextDelta)) == text
     assert time.monotonic() - begun < 10
 
@@ -263,7 +339,12 @@ def test_choices() -> None:
     assert check_tool_choice("none", TOOLS) == "none"
     assert check_tool_choice("required", TOOLS) == "required"
     assert check_tool_choice(function("now"), TOOLS) is TOOLS[1]
-    for wrong, said in (("sometimes", "must be"), ({"type": "function"}, "must be"), (function("rm"), "none of the tools"), (3, "must be")):
+    for wrong, said in (
+        ("sometimes", "must be"),
+        ({"type": "function"}, "must be"),
+        (function("rm"), "none of the tools"),
+        (3, "must be"),
+    ):
         with pytest.raises(UserError, match=said):
             check_tool_choice(wrong, TOOLS)
     with pytest.raises(UserError, match="there are no tools"):
@@ -293,10 +374,20 @@ def model(make_model: MakeModel, words: Tokenizer) -> GPT:
     return make_model(vocab_size=words.vocab_size + 4, context=1024)
 
 
-def answers(model: GPT, words: Tokenizer, choice: ToolChoice, *, parallel: bool = True, bias: dict[int, float] | None = None, number: int = 8) -> list[Completion]:
+def answers(
+    model: GPT,
+    words: Tokenizer,
+    choice: ToolChoice,
+    *,
+    parallel: bool = True,
+    bias: dict[int, float] | None = None,
+    number: int = 8,
+) -> list[Completion]:
     end = frozenset({words.end_of_text_id})
     grammar = tool_grammar(words, end, TOOLS, choice, parallel)
-    settings = [Sampling(500, 1.0, seed=seed, logit_bias=tuple((bias or {}).items())) for seed in range(number)]
+    settings = [
+        Sampling(500, 1.0, seed=seed, logit_bias=tuple((bias or {}).items())) for seed in range(number)
+    ]
     return Engine(model, words).generate([Request((5, 6), one, end, grammar=grammar) for one in settings])
 
 
@@ -338,7 +429,9 @@ def test_auto_lets_text_be_and_holds_calls(model: GPT, words: Tokenizer) -> None
     assert len(single.encode(OPEN)) == 1
     for tokenizer in (single, words):
         opening = tokenizer.encode(OPEN)
-        likely = dict.fromkeys(opening, 5.0 if len(opening) == 1 else 12.0) | {words.end_of_text_id: 4.0 if len(opening) == 1 else 9.0}
+        likely = dict.fromkeys(opening, 5.0 if len(opening) == 1 else 12.0) | {
+            words.end_of_text_id: 4.0 if len(opening) == 1 else 9.0
+        }
         kinds = set()
         for answer in answers(model, tokenizer, "auto", bias=likely, number=24):
             text, calls = read_answer(answer.text, NAMES)
@@ -356,11 +449,18 @@ def test_none_is_free(words: Tokenizer) -> None:
 
 def test_a_schema_that_cannot_be_compiled_is_named(words: Tokenizer) -> None:
     tools = check_tools([function("now"), function("bad", parameters={"properties": {"a": {"not": {}}}})])
-    with pytest.raises(UserError, match=r"tool bad: its parameters' JSON schema cannot be used: Unimplemented keys: \[\"not\"\]"):
+    with pytest.raises(
+        UserError,
+        match=r"tool bad: its parameters' JSON schema cannot be used: Unimplemented keys: \[\"not\"\]",
+    ):
         tool_grammar(words, [0], tools, "auto")
 
 
 def test_streams_of_constrained_answers_equal_the_whole(model: GPT, words: Tokenizer) -> None:
     for answer in answers(model, words, "required", number=4):
         whole = events_of([answer.text])
-        assert [event for event in events_of(list(answer.text), constrained=True) if answer.finish_reason == "stop"] in (whole, [])
+        assert [
+            event
+            for event in events_of(list(answer.text), constrained=True)
+            if answer.finish_reason == "stop"
+        ] in (whole, [])

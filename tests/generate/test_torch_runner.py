@@ -96,7 +96,11 @@ def test_without_memory_for_copies_answers_are_laid_out_anew(model: GPT, runner:
     runner._bench.clear()
     pages = [[5, 4], [7, 6], [9, 8]]  # three long ones are too much
     runner.forward([Feed(A, 0, own, 0) for own in pages])
-    check(model, runner.forward([Feed([token], 30, own) for token, own in enumerate(pages)]), *([*A, at] for at in range(3)))
+    check(
+        model,
+        runner.forward([Feed([token], 30, own) for token, own in enumerate(pages)]),
+        *([*A, at] for at in range(3)),
+    )
     assert runner._bench.keys.numel() == 0
 
 

@@ -16,7 +16,12 @@ from chatwright.model.gpt import GPT
 from chatwright.serve.export import write_export
 from chatwright.tokenizer import Tokenizer
 
-TEXTS = ("Hello there, how are you today?", "I am fine, thank you. And you?", "naïve café — 東京 🙂", "don't 1234 stop!")
+TEXTS = (
+    "Hello there, how are you today?",
+    "I am fine, thank you. And you?",
+    "naïve café — 東京 🙂",
+    "don't 1234 stop!",
+)
 VOCAB = 331
 """An odd number, larger than the tokenizer's: the table has rows without a token, as published models have."""
 
@@ -41,7 +46,8 @@ SHAPES: dict[str, GPTConfig] = {
     "llama-wide-heads": GPTConfig(**{**GATED, "kv_heads": 1, "head_dim": 32}),
     "qwen3": GPTConfig(**GATED, qk_norm=True),
     "qwen3-untied": GPTConfig(
-        **{**GATED, "width": 48, "heads": 5, "kv_heads": 1, "head_dim": 24, "mlp_width": 100, "tied": False}, qk_norm=True
+        **{**GATED, "width": 48, "heads": 5, "kv_heads": 1, "head_dim": 24, "mlp_width": 100, "tied": False},
+        qk_norm=True,
     ),
     "llama-linear": GPTConfig(**GATED, rope_scaling=RotaryScaling("linear", 4.0)),
     "qwen3-yarn": GPTConfig(

@@ -42,7 +42,11 @@ def memory_trouble(error: BaseException | None) -> bool:
     """Whether memory ran out on the way to this error, even if someone caught that."""
     seen = 0
     while error is not None and seen < 50:
-        if isinstance(error, MemoryError) or "allocate memory" in str(error) or "not enough memory" in str(error):
+        if (
+            isinstance(error, MemoryError)
+            or "allocate memory" in str(error)
+            or "not enough memory" in str(error)
+        ):
             return True
         error, seen = error.__context__ or error.__cause__, seen + 1
     return False
@@ -142,7 +146,9 @@ def run_batch(numbers: list[int], action: Callable[[int], tuple[str, str]], resu
     _, status = os.waitpid(child, 0)
     os.close(reading)
     if waiting:
-        how = sleeping or (f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit code {status >> 8}")
+        how = sleeping or (
+            f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit code {status >> 8}"
+        )
         result.add(waiting.pop(0), "FAILED", how, time.monotonic() - begun)
     return waiting
 
@@ -157,12 +163,16 @@ def run_all(numbers: list[int], action: Callable[[int], tuple[str, str]]) -> Res
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=1_000, help="cases in all, spread evenly over the kinds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=specimens.KINDS, action="append", help="one kind of file (all)")
     parser.add_argument("--only", type=int, help="this number alone, without a process of its own")
-    parser.add_argument("--keep", type=Path, help="with --only: the directory in which the damaged model is left")
+    parser.add_argument(
+        "--keep", type=Path, help="with --only: the directory in which the damaged model is left"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     sandbox.SECONDS = 0.5  # a quarter of what templates usually have: many here use all of it
@@ -185,9 +195,14 @@ def main() -> int:
             numbers = list(range(-(-options.count // len(kinds))))
             start = time.monotonic()
             result = run_all(numbers, lambda number: judge(lambda: specimens.use(prepared(number))))
-            figures = ", ".join(f"{result.verdicts[verdict]} {verdict}" for verdict in ("accepted", "refused", "FAILED"))
+            figures = ", ".join(
+                f"{result.verdicts[verdict]} {verdict}" for verdict in ("accepted", "refused", "FAILED")
+            )
             seconds = time.monotonic() - start
-            print(f"{kind:12} {len(numbers):6} cases: {figures}; {seconds:.0f} s, slowest {result.slowest:.2f} s", flush=True)
+            print(
+                f"{kind:12} {len(numbers):6} cases: {figures}; {seconds:.0f} s, slowest {result.slowest:.2f} s",
+                flush=True,
+            )
             for number, why in result.failures:
                 print(f"  FAILED --seed {options.seed} --kind {kind} --only {number}: {why}", flush=True)
             failed += len(result.failures)

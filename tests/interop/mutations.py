@@ -14,11 +14,57 @@ from typing import Any
 SIZES = (0, 1, 2, 3, 7, 31, 255, 256, 65_535, 2**20, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**53, 2**60)
 EDGES = (*SIZES, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 ODD: tuple[Any, ...] = (
-    *EDGES, -1, -2, -(2**31), -(2**63), 2**64, 10**30, 10**400, 0.0, -0.5, 0.5, 1.5, 1e-320, 1e300, 1e308, -1e308,
-    float("inf"), float("-inf"), float("nan"), True, False, None, "", "a", "\0", "\ud800", "\x1b[2J", "é" * 9, "x" * 3_000,
-    "../../../etc/passwd", "/dev/zero", "model.safetensors", ".", "a/b", "{{", "<|endoftext|>", "ByteLevel", "BPE", "Ġ",
-    [], {}, [[]], [None], [1, 2], ["a", "b"], {"a": 1}, {"type": "ByteLevel"}, {"content": 7}, [{}], [[[[]]]],
-)  # fmt: skip
+    *EDGES,
+    -1,
+    -2,
+    -(2**31),
+    -(2**63),
+    2**64,
+    10**30,
+    10**400,
+    0.0,
+    -0.5,
+    0.5,
+    1.5,
+    1e-320,
+    1e300,
+    1e308,
+    -1e308,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+    True,
+    False,
+    None,
+    "",
+    "a",
+    "\0",
+    "\ud800",
+    "\x1b[2J",
+    "é" * 9,
+    "x" * 3_000,
+    "../../../etc/passwd",
+    "/dev/zero",
+    "model.safetensors",
+    ".",
+    "a/b",
+    "{{",
+    "<|endoftext|>",
+    "ByteLevel",
+    "BPE",
+    "Ġ",
+    [],
+    {},
+    [[]],
+    [None],
+    [1, 2],
+    ["a", "b"],
+    {"a": 1},
+    {"type": "ByteLevel"},
+    {"content": 7},
+    [{}],
+    [[[[]]]],
+)
 
 
 def damage_bytes(random: Random, data: bytes, others: tuple[bytes, ...] = (), *, head: int = 0) -> bytes:
@@ -37,7 +83,9 @@ def damage_bytes(random: Random, data: bytes, others: tuple[bytes, ...] = (), *,
             case 0:
                 content[place] ^= 1 << random.randrange(8)
             case 1:
-                content[place : place + length] = bytes([random.choice((0, 255, 127, 128, random.randrange(256)))]) * length
+                content[place : place + length] = (
+                    bytes([random.choice((0, 255, 127, 128, random.randrange(256)))]) * length
+                )
             case 2:
                 number = random.choice(EDGES).to_bytes(8, "little")[: random.choice((4, 8))]
                 content[place : place + len(number)] = number
@@ -87,7 +135,11 @@ def _damage_one(random: Random, value: Any) -> Any:
                 value.insert(key, value[key])
         case 3:
             for _ in range(random.choice((1, 3, 200))):
-                inner = [inner] if random.random() < 0.5 else {"type": "Sequence", random.choice(("pretokenizers", "decoders")): [inner]}
+                inner = (
+                    [inner]
+                    if random.random() < 0.5
+                    else {"type": "Sequence", random.choice(("pretokenizers", "decoders")): [inner]}
+                )
             value[key] = inner
         case 4:
             other = random.choice(list(value.values()) if isinstance(value, dict) else value)
@@ -149,7 +201,9 @@ def _value(value: Any) -> bytes:
     return struct.pack("<I", 8) + _text(value if isinstance(value, str) else repr(value))
 
 
-def gguf_bytes(values: dict[str, Any], tensors: list[tuple[str, list[int], int, int]], data: bytes) -> tuple[bytes, list[int]]:
+def gguf_bytes(
+    values: dict[str, Any], tensors: list[tuple[str, list[int], int, int]], data: bytes
+) -> tuple[bytes, list[int]]:
     """A GGUF file, right or wrong, and the places of its lengths, counts, types, sizes and offsets."""
     places: list[int] = [4, 8, 16]
     out = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(values))
@@ -169,10 +223,15 @@ def gguf_bytes(values: dict[str, Any], tensors: list[tuple[str, list[int], int, 
     return out + bytes(-len(out) % 32) + data, places
 
 
-def damage_gguf(random: Random, values: dict[str, Any], tensors: list[tuple[str, list[int], int, int]], data: bytes) -> bytes:
+def damage_gguf(
+    random: Random, values: dict[str, Any], tensors: list[tuple[str, list[int], int, int]], data: bytes
+) -> bytes:
     """A GGUF file with wrong values, wrong tensors, wrong numbers in its header, or damaged bytes."""
     way = random.randrange(5)
-    values, tensors = dict(values), [(name, list(shape), kind, offset) for name, shape, kind, offset in tensors]
+    values, tensors = (
+        dict(values),
+        [(name, list(shape), kind, offset) for name, shape, kind, offset in tensors],
+    )
     if way in (0, 4):
         damaged = damage_json(random, values)
         values = {str(key): value for key, value in damaged.items()} if isinstance(damaged, dict) else {}
@@ -190,7 +249,16 @@ def damage_gguf(random: Random, values: dict[str, Any], tensors: list[tuple[str,
                 case 3:
                     shape = shape[::-1] if random.random() < 0.5 else shape * random.choice((0, 2, 3))
                 case 4:
-                    name = random.choice((tensors[0][0], "", "x\ny", "rope_freqs.weight", "output.weight", "blk.9.ffn_up.weight"))
+                    name = random.choice(
+                        (
+                            tensors[0][0],
+                            "",
+                            "x\ny",
+                            "rope_freqs.weight",
+                            "output.weight",
+                            "blk.9.ffn_up.weight",
+                        )
+                    )
                 case _:
                     tensors.append(tensors[number])
             tensors[number] = (name, shape, kind, offset)
@@ -208,23 +276,122 @@ def damage_gguf(random: Random, values: dict[str, Any], tensors: list[tuple[str,
 # --- chat templates ---
 
 _VALUES = (
-    "'x'", "'xy' * 99", "'x' * 4000000", "x", "y", "messages", "range(99999)", "range(9)", "[x, x, x]", "[y] * 1000", "7", "-1",
-    "4000000", "10 ** 9", "{'a': x}", "(x, y)", "''", "none", "true", "messages[0]", "messages[0].content", "loop", "self", "ns",
-    "ns.a", "cycler('a', 'b')", "joiner(x)", "dict(a=x)", "namespace", "raise_exception", "m", "1.5", "'%s' * 9", "'%999999d'",
-    "'{:>999999}'", "y[::-1]", "x[1:]",
-)  # fmt: skip
+    "'x'",
+    "'xy' * 99",
+    "'x' * 4000000",
+    "x",
+    "y",
+    "messages",
+    "range(99999)",
+    "range(9)",
+    "[x, x, x]",
+    "[y] * 1000",
+    "7",
+    "-1",
+    "4000000",
+    "10 ** 9",
+    "{'a': x}",
+    "(x, y)",
+    "''",
+    "none",
+    "true",
+    "messages[0]",
+    "messages[0].content",
+    "loop",
+    "self",
+    "ns",
+    "ns.a",
+    "cycler('a', 'b')",
+    "joiner(x)",
+    "dict(a=x)",
+    "namespace",
+    "raise_exception",
+    "m",
+    "1.5",
+    "'%s' * 9",
+    "'%999999d'",
+    "'{:>999999}'",
+    "y[::-1]",
+    "x[1:]",
+)
 _FILTERS = (
-    "abs", "attr('__class__')", "batch(999999, 'x')", "capitalize", "center(4000000)", "default(x)", "dictsort", "escape", "first",
-    "float", "format(x, x)", "groupby('a')", "indent(99999)", "int", "items", "join(x)", "join(y)", "last", "length", "list", "lower",
-    "map('upper')", "max", "pprint", "random", "reject", "replace('x', x)", "replace('', y)", "reverse", "round", "select",
-    "selectattr('role')", "slice(999999)", "sort", "string", "striptags", "sum", "sum(start=[])", "title", "tojson", "tojson(indent=99999)",
-    "trim", "truncate(9)", "unique", "upper", "urlencode", "urlize", "wordcount", "wordwrap(1, wrapstring=x)", "xmlattr",
-)  # fmt: skip
+    "abs",
+    "attr('__class__')",
+    "batch(999999, 'x')",
+    "capitalize",
+    "center(4000000)",
+    "default(x)",
+    "dictsort",
+    "escape",
+    "first",
+    "float",
+    "format(x, x)",
+    "groupby('a')",
+    "indent(99999)",
+    "int",
+    "items",
+    "join(x)",
+    "join(y)",
+    "last",
+    "length",
+    "list",
+    "lower",
+    "map('upper')",
+    "max",
+    "pprint",
+    "random",
+    "reject",
+    "replace('x', x)",
+    "replace('', y)",
+    "reverse",
+    "round",
+    "select",
+    "selectattr('role')",
+    "slice(999999)",
+    "sort",
+    "string",
+    "striptags",
+    "sum",
+    "sum(start=[])",
+    "title",
+    "tojson",
+    "tojson(indent=99999)",
+    "trim",
+    "truncate(9)",
+    "unique",
+    "upper",
+    "urlencode",
+    "urlize",
+    "wordcount",
+    "wordwrap(1, wrapstring=x)",
+    "xmlattr",
+)
 _METHODS = (
-    ".replace('x', x)", ".replace('', y)", ".join([y] * 1000)", ".join(y)", ".split('x')", ".expandtabs(999999)", ".zfill(999999)",
-    ".ljust(999999)", ".format(x, y)", ".format_map({'a': x})", ".translate({120: x})", ".append(x)", ".__class__", ".__mro__",
-    ".items()", ".encode()", ".splitlines()", ".title()", ".partition('x')", ".count('x')", ".index('y')", "[0]", "['a']", "[:-1]",
-)  # fmt: skip
+    ".replace('x', x)",
+    ".replace('', y)",
+    ".join([y] * 1000)",
+    ".join(y)",
+    ".split('x')",
+    ".expandtabs(999999)",
+    ".zfill(999999)",
+    ".ljust(999999)",
+    ".format(x, y)",
+    ".format_map({'a': x})",
+    ".translate({120: x})",
+    ".append(x)",
+    ".__class__",
+    ".__mro__",
+    ".items()",
+    ".encode()",
+    ".splitlines()",
+    ".title()",
+    ".partition('x')",
+    ".count('x')",
+    ".index('y')",
+    "[0]",
+    "['a']",
+    "[:-1]",
+)
 _OPERATORS = ("+", "*", "**", "%", "~", "//", "/", "-", "==", "in", "<", "and", "or", "not in")
 
 
@@ -242,7 +409,9 @@ def _expression(random: Random, depth: int = 0) -> str:
 
 
 def _statement(random: Random, depth: int) -> str:
-    inside = "".join(_statement(random, depth + 1) for _ in range(random.choice((1, 1, 2)))) if depth < 3 else "z"
+    inside = (
+        "".join(_statement(random, depth + 1) for _ in range(random.choice((1, 1, 2)))) if depth < 3 else "z"
+    )
     match random.randrange(10):
         case 0:
             return f"{{% for x in {_expression(random)} %}}{inside}{{% endfor %}}"
@@ -273,12 +442,26 @@ def hostile_template(random: Random, real: str) -> str:
         return damage_bytes(random, real.encode()).decode("utf-8", "replace")
     if way == 1:
         many = random.choice((20, 200, 20_000))
-        pairs = (("{{ (", "1", ") }}"), ("{{ [", "1", "] }}"), ("{{ -", "1", "}}"), ("{% if 1 %}", "x", "{% endif %}"))
-        pairs += (("{% for i in range(3) %}", "x", "{% endfor %}"), ("{{ not ", "1", "}}"), ("{{ x.", "a", "}}"), ("{{ 'a' ~ ", "x", "}}"))
+        pairs = (
+            ("{{ (", "1", ") }}"),
+            ("{{ [", "1", "] }}"),
+            ("{{ -", "1", "}}"),
+            ("{% if 1 %}", "x", "{% endif %}"),
+        )
+        pairs += (
+            ("{% for i in range(3) %}", "x", "{% endfor %}"),
+            ("{{ not ", "1", "}}"),
+            ("{{ x.", "a", "}}"),
+            ("{{ 'a' ~ ", "x", "}}"),
+        )
         start, middle, end = random.choice(pairs)
         if start.startswith("{{"):
             return "{{ " + start[3:] * many + middle + end[:-2].rstrip() * many + " }}"
         return start * many + middle + end * many
     body = "".join(_statement(random, 0) for _ in range(random.choice((1, 2, 4, 30))))
-    head = "{% set x = 'x' * 1000 %}{% set y = 'y' * 1000000 %}" if random.random() < 0.7 else "{% set x = 'ab' %}{% set y = [x] * 1000 %}"
+    head = (
+        "{% set x = 'x' * 1000 %}{% set y = 'y' * 1000000 %}"
+        if random.random() < 0.7
+        else "{% set x = 'ab' %}{% set y = [x] * 1000 %}"
+    )
     return head + "{% set ns = namespace(a='a') %}" + body + (real if random.random() < 0.5 else "")

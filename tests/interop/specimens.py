@@ -30,7 +30,14 @@ WIDTH = 32
 
 def _hf_values(family: str, vocab: int) -> dict[str, Any]:
     if family in ("gpt2", "openai-gpt"):
-        return {"model_type": family, "vocab_size": vocab, "n_positions": 16, "n_embd": WIDTH, "n_layer": 2, "n_head": 2}
+        return {
+            "model_type": family,
+            "vocab_size": vocab,
+            "n_positions": 16,
+            "n_embd": WIDTH,
+            "n_layer": 2,
+            "n_head": 2,
+        }
     values = {
         "model_type": family,
         "vocab_size": vocab,
@@ -69,19 +76,44 @@ def _gguf_parts(tokenizer: Tokenizer) -> tuple[dict[str, Any], list[tuple[str, l
     tokens = [tokenizer.name(number) for number in range(tokenizer.vocab_size)]
     merges = [" ".join(pair) for pair in json.loads(tokenizer.to_json())["model"]["merges"]]
     values = {
-        "general.architecture": "llama", "general.alignment": 32, "llama.context_length": 16, "llama.embedding_length": WIDTH,
-        "llama.block_count": 1, "llama.feed_forward_length": 32, "llama.attention.head_count": 2,
-        "llama.attention.head_count_kv": 1, "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.freq_base": 1e4,
-        "llama.rope.dimension_count": 16, "llama.vocab_size": len(tokens), "llama.rope.scaling.type": "yarn",
-        "llama.rope.scaling.factor": 2.0, "llama.rope.scaling.original_context_length": 8, "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.tokens": tokens,
+        "general.architecture": "llama",
+        "general.alignment": 32,
+        "llama.context_length": 16,
+        "llama.embedding_length": WIDTH,
+        "llama.block_count": 1,
+        "llama.feed_forward_length": 32,
+        "llama.attention.head_count": 2,
+        "llama.attention.head_count_kv": 1,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.freq_base": 1e4,
+        "llama.rope.dimension_count": 16,
+        "llama.vocab_size": len(tokens),
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": 2.0,
+        "llama.rope.scaling.original_context_length": 8,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [3 if token in tokenizer.controls else 1 for token in tokens],
-        "tokenizer.ggml.merges": merges, "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 5,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 5,
         "tokenizer.chat_template": NATIVE.source,
-    }  # fmt: skip
+    }
     shapes = {"token_embd": (len(tokens), WIDTH), "output_norm": (WIDTH,), "rope_freqs": (8,)}
-    block = {"attn_norm": (WIDTH,), "ffn_norm": (WIDTH,), "attn_output": (WIDTH, WIDTH), "attn_q": (WIDTH, WIDTH)}
-    block |= {"attn_k": (16, WIDTH), "attn_v": (16, WIDTH), "ffn_gate": (32, WIDTH), "ffn_up": (32, WIDTH), "ffn_down": (WIDTH, 32)}
+    block = {
+        "attn_norm": (WIDTH,),
+        "ffn_norm": (WIDTH,),
+        "attn_output": (WIDTH, WIDTH),
+        "attn_q": (WIDTH, WIDTH),
+    }
+    block |= {
+        "attn_k": (16, WIDTH),
+        "attn_v": (16, WIDTH),
+        "ffn_gate": (32, WIDTH),
+        "ffn_up": (32, WIDTH),
+        "ffn_down": (WIDTH, 32),
+    }
     shapes |= {f"blk.0.{name}": shape for name, shape in block.items()}
     random, tensors, data = np.random.default_rng(0), [], b""
     for number, (name, shape) in enumerate(shapes.items()):
@@ -101,7 +133,11 @@ class Specimens:
         self.place = place
         self.tokenizer = Tokenizer.train(["Hello there, how are you today? I am fine, thank you."] * 4, 300)
         self.tokens = json.loads(self.tokenizer.to_json())
-        self.settings = {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|end|>"}, "chat_template": NATIVE.source}
+        self.settings = {
+            "bos_token": "<|endoftext|>",
+            "eos_token": {"content": "<|end|>"},
+            "chat_template": NATIVE.source,
+        }
         for family in FAMILY_FILES:
             values = _hf_values(family, self.tokenizer.vocab_size)
             self._hf(place / family, values)
@@ -114,10 +150,22 @@ class Specimens:
             parts["ab"[number % 2] + ".safetensors"][name] = tensor
         for name, part in parts.items():
             save_file(part, place / "shards" / name)
-        self.index = {"metadata": {"total_size": 1}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+        self.index = {
+            "metadata": {"total_size": 1},
+            "weight_map": {name: file for file, part in parts.items() for name in part},
+        }
         (place / "shards" / "model.safetensors.index.json").write_text(json.dumps(self.index))
-        model = GPT(GPTConfig.preset("modern-nano", vocab_size=self.tokenizer.vocab_size, context=16, width=32, mlp_width=32))
-        card = {"kind": "language", "model": model.config.to_dict(), "end_of_turn": "<|end|>", "end_of_text": "<|endoftext|>"}
+        model = GPT(
+            GPTConfig.preset(
+                "modern-nano", vocab_size=self.tokenizer.vocab_size, context=16, width=32, mlp_width=32
+            )
+        )
+        card = {
+            "kind": "language",
+            "model": model.config.to_dict(),
+            "end_of_turn": "<|end|>",
+            "end_of_text": "<|endoftext|>",
+        }
         texts = {"tokenizer.json": self.tokenizer.to_json(), "chat_template.jinja": NATIVE.source}
         checkpoint.save_checkpoint(
             place / "own", tensors={"model": checkpoint.model_tensors(model)}, state=card, texts=texts
@@ -141,7 +189,10 @@ class Specimens:
             values, tensors, data = self.gguf
             file = work / "m.gguf"
             if kind == "template":
-                values = {**values, "tokenizer.chat_template": mutations.hostile_template(random, NATIVE.source)}
+                values = {
+                    **values,
+                    "tokenizer.chat_template": mutations.hostile_template(random, NATIVE.source),
+                }
                 file.write_bytes(mutations.gguf_bytes(values, tensors, data)[0])
             else:
                 file.write_bytes(mutations.damage_gguf(random, values, tensors, data))
@@ -162,9 +213,17 @@ class Specimens:
     def _tokenizer(self, random: Random) -> tuple[str, bytes, str]:
         model = random.choice(("llama", "own"))
         if random.random() < 0.15:
-            return "tokenizer_config.json", mutations.json_text(random, mutations.damage_json(random, self.settings)), "llama"
+            return (
+                "tokenizer_config.json",
+                mutations.json_text(random, mutations.damage_json(random, self.settings)),
+                "llama",
+            )
         if random.random() < 0.3:
-            return "tokenizer.json", mutations.damage_bytes(random, json.dumps(self.tokens).encode(), head=1_500), model
+            return (
+                "tokenizer.json",
+                mutations.damage_bytes(random, json.dumps(self.tokens).encode(), head=1_500),
+                model,
+            )
         content = mutations.damage_json(random, self.tokens)
         if random.random() < 0.6:
             content = dict([*self.tokens.items(), _strange_part(random)])
@@ -187,7 +246,11 @@ class Specimens:
     def _template(self, random: Random) -> tuple[str, bytes, str]:
         source = mutations.hostile_template(random, NATIVE.source)
         if random.random() < 0.2:
-            return "tokenizer_config.json", json.dumps({**self.settings, "chat_template": source}).encode(), "llama"
+            return (
+                "tokenizer_config.json",
+                json.dumps({**self.settings, "chat_template": source}).encode(),
+                "llama",
+            )
         return "chat_template.jinja", source.encode("utf-8", "surrogatepass"), random.choice(("own", "llama"))
 
     def _with(self, work: Path, model: str, name: str, content: bytes) -> Path:
@@ -205,46 +268,189 @@ class Specimens:
 
 def _strange_part(random: Random) -> tuple[str, Any]:
     """A part of a tokenizer.json in its place, with settings that cost time or memory, or that do not fit each other."""
-    patterns = ("(a+)+$", "(x{1000}){1000}", "((((a{99}){99}){99}){99})", "(", "(?=(a*)*)b", "", "(?<!a{1,99})", "\\p{L}*" * 500,
-                "(a|aa)+c", "(?:(?:a*)*)*c", "[[[[", "\\p{Nope}", "(?R)", "(?<x>a\\g<x>)")  # fmt: skip
+    patterns = (
+        "(a+)+$",
+        "(x{1000}){1000}",
+        "((((a{99}){99}){99}){99})",
+        "(",
+        "(?=(a*)*)b",
+        "",
+        "(?<!a{1,99})",
+        "\\p{L}*" * 500,
+        "(a|aa)+c",
+        "(?:(?:a*)*)*c",
+        "[[[[",
+        "\\p{Nope}",
+        "(?R)",
+        "(?<x>a\\g<x>)",
+    )
     pattern = random.choice(patterns)
     behavior = random.choice(("Isolated", "Removed", "MergedWithNext", "Contiguous"))
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": random.random() < 0.5}
-    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": random.random() < 0.5}
-    big, content = random.choice(mutations.EDGES), random.choice(("", "a", "<|endoftext|>", "é" * 99, "\0", " "))
-    added = {"id": big, "content": content, "single_word": True, "lstrip": True, "rstrip": True, "normalized": True, "special": True}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": behavior,
+        "invert": random.random() < 0.5,
+    }
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": True,
+        "use_regex": random.random() < 0.5,
+    }
+    big, content = (
+        random.choice(mutations.EDGES),
+        random.choice(("", "a", "<|endoftext|>", "é" * 99, "\0", " ")),
+    )
+    added = {
+        "id": big,
+        "content": content,
+        "single_word": True,
+        "lstrip": True,
+        "rstrip": True,
+        "normalized": True,
+        "special": True,
+    }
     known = {"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3, "Ġ": 4}
-    return random.choice((
-        ("pre_tokenizer", split),
-        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [split, level]}),
-        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [level] * random.choice((0, 2, 20))}),
-        ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}),
-        ("pre_tokenizer", {"type": "FixedLength", "length": big}),
-        ("normalizer", {"type": "Replace", "pattern": {"Regex": pattern}, "content": "y" * random.choice((0, 1, 100_000))}),
-        ("normalizer", {"type": "Replace", "pattern": {"String": content}, "content": "y" * random.choice((0, 1, 100_000))}),
-        ("normalizer", {"type": "Sequence", "normalizers": [
-            {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}] * random.choice((1, 4, 9))}),
-        ("normalizer", {"type": "Prepend", "prepend": "z" * 100_000}),
-        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": random.choice(("AAAA", "//////8=", "gAAAAP////8AAAAA", ""))}),
-        ("normalizer", {"type": random.choice(("NFKC", "StripAccents", "Nmt", "Lowercase", "ByteLevel"))}),
-        ("padding", {"strategy": {"Fixed": big}, "direction": "Right", "pad_to_multiple_of": random.choice((None, big)), "pad_id": 0,
-                     "pad_type_id": 0, "pad_token": "x"}),
-        ("truncation", {"direction": "Left", "max_length": big, "strategy": "LongestFirst", "stride": random.choice(mutations.EDGES)}),
-        ("post_processor", {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 99, "pair": [],
-                            "special_tokens": {}}),
-        ("decoder", {"type": "Sequence", "decoders": [level, {"type": "Strip", "content": "a", "start": big, "stop": big}]}),
-        ("model", {"type": "Unigram", "unk_id": big, "vocab": [["a", -1.0], ["b", -2.0]], "byte_fallback": True}),
-        ("model", {"type": "WordLevel", "vocab": {"<|endoftext|>": big % 2**32}, "unk_token": "a"}),
-        ("model", {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "b", "continuing_subword_prefix": "##",
-                   "max_input_chars_per_word": big}),
-        ("model", {"type": "BPE", "vocab": {**known, "z": big % 2**32}, "merges": []}),
-        ("model", {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []}),
-        ("model", {"type": "BPE", "dropout": 0.5, "vocab": known, "merges": [["a", "b"]], "fuse_unk": True, "unk_token": "q"}),
-        ("model", {"type": "BPE", "vocab": known, "merges": [["a", "b"]], "continuing_subword_prefix": "é", "end_of_word_suffix": "b"}),
-        ("model", {"type": "BPE", "vocab": known, "merges": [["a", "b"]], "byte_fallback": True, "ignore_merges": True}),
-        ("added_tokens", [added]),
-        ("added_tokens", [{**added, "id": number} for number in range(random.choice((3, 3_000)))]),
-    ))  # fmt: skip
+    return random.choice(
+        (
+            ("pre_tokenizer", split),
+            ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [split, level]}),
+            ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [level] * random.choice((0, 2, 20))}),
+            (
+                "pre_tokenizer",
+                {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+            ),
+            ("pre_tokenizer", {"type": "FixedLength", "length": big}),
+            (
+                "normalizer",
+                {
+                    "type": "Replace",
+                    "pattern": {"Regex": pattern},
+                    "content": "y" * random.choice((0, 1, 100_000)),
+                },
+            ),
+            (
+                "normalizer",
+                {
+                    "type": "Replace",
+                    "pattern": {"String": content},
+                    "content": "y" * random.choice((0, 1, 100_000)),
+                },
+            ),
+            (
+                "normalizer",
+                {
+                    "type": "Sequence",
+                    "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}]
+                    * random.choice((1, 4, 9)),
+                },
+            ),
+            ("normalizer", {"type": "Prepend", "prepend": "z" * 100_000}),
+            (
+                "normalizer",
+                {
+                    "type": "Precompiled",
+                    "precompiled_charsmap": random.choice(("AAAA", "//////8=", "gAAAAP////8AAAAA", "")),
+                },
+            ),
+            (
+                "normalizer",
+                {"type": random.choice(("NFKC", "StripAccents", "Nmt", "Lowercase", "ByteLevel"))},
+            ),
+            (
+                "padding",
+                {
+                    "strategy": {"Fixed": big},
+                    "direction": "Right",
+                    "pad_to_multiple_of": random.choice((None, big)),
+                    "pad_id": 0,
+                    "pad_type_id": 0,
+                    "pad_token": "x",
+                },
+            ),
+            (
+                "truncation",
+                {
+                    "direction": "Left",
+                    "max_length": big,
+                    "strategy": "LongestFirst",
+                    "stride": random.choice(mutations.EDGES),
+                },
+            ),
+            (
+                "post_processor",
+                {
+                    "type": "TemplateProcessing",
+                    "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 99,
+                    "pair": [],
+                    "special_tokens": {},
+                },
+            ),
+            (
+                "decoder",
+                {
+                    "type": "Sequence",
+                    "decoders": [level, {"type": "Strip", "content": "a", "start": big, "stop": big}],
+                },
+            ),
+            (
+                "model",
+                {
+                    "type": "Unigram",
+                    "unk_id": big,
+                    "vocab": [["a", -1.0], ["b", -2.0]],
+                    "byte_fallback": True,
+                },
+            ),
+            ("model", {"type": "WordLevel", "vocab": {"<|endoftext|>": big % 2**32}, "unk_token": "a"}),
+            (
+                "model",
+                {
+                    "type": "WordPiece",
+                    "vocab": {"a": 0},
+                    "unk_token": "b",
+                    "continuing_subword_prefix": "##",
+                    "max_input_chars_per_word": big,
+                },
+            ),
+            ("model", {"type": "BPE", "vocab": {**known, "z": big % 2**32}, "merges": []}),
+            ("model", {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []}),
+            (
+                "model",
+                {
+                    "type": "BPE",
+                    "dropout": 0.5,
+                    "vocab": known,
+                    "merges": [["a", "b"]],
+                    "fuse_unk": True,
+                    "unk_token": "q",
+                },
+            ),
+            (
+                "model",
+                {
+                    "type": "BPE",
+                    "vocab": known,
+                    "merges": [["a", "b"]],
+                    "continuing_subword_prefix": "é",
+                    "end_of_word_suffix": "b",
+                },
+            ),
+            (
+                "model",
+                {
+                    "type": "BPE",
+                    "vocab": known,
+                    "merges": [["a", "b"]],
+                    "byte_fallback": True,
+                    "ignore_merges": True,
+                },
+            ),
+            ("added_tokens", [added]),
+            ("added_tokens", [{**added, "id": number} for number in range(random.choice((3, 3_000)))]),
+        )
+    )
 
 
 def use(path: Path) -> None:
@@ -257,7 +463,9 @@ def use(path: Path) -> None:
         parts.tokenizer.decode(ids)
         assert max(ids, default=0) < parts.model.config.vocab_size
         if parts.template is not None:
-            parts.template.encode([{"role": "user", "content": "Hi"}], parts.tokenizer, add_generation_prompt=True)
+            parts.template.encode(
+                [{"role": "user", "content": "Hi"}], parts.tokenizer, add_generation_prompt=True
+            )
 
 
 def empty(work: Path) -> None:

@@ -53,7 +53,28 @@ def twins(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 PIECES = st.sampled_from(
-    [" ", "\n", "\t", "a", "you", "'s", "1", "12", "é", "東", "🙂", ":", "<", "<|", "|>", "<|end", "|", "end|>", ".", "\u0300"]
+    [
+        " ",
+        "\n",
+        "\t",
+        "a",
+        "you",
+        "'s",
+        "1",
+        "12",
+        "é",
+        "東",
+        "🙂",
+        ":",
+        "<",
+        "<|",
+        "|>",
+        "<|end",
+        "|",
+        "end|>",
+        ".",
+        "\u0300",
+    ]
 )
 CONTENTS = st.one_of(st.text(max_size=20), st.lists(PIECES, max_size=12).map("".join))
 CHATS = st.lists(
@@ -69,7 +90,9 @@ def spells_a_control(messages: list[Message], tokenizer: Tokenizer) -> bool:
 
 def joins(template: ChatTemplate, messages: list[Message], tokenizer: Tokenizer, *, prompt: bool) -> bool:
     """Whether, between two control tokens, text and contents have other tokens together than one by one."""
-    marked = [Message(role=one["role"], content=f"\ue000{number}\ue001") for number, one in enumerate(messages)]
+    marked = [
+        Message(role=one["role"], content=f"\ue000{number}\ue001") for number, one in enumerate(messages)
+    ]
     frame = template.render(marked, add_generation_prompt=prompt)
     controls = "|".join(re.escape(control) for control in tokenizer.controls)
     for stretch in re.split(controls, frame):
@@ -77,7 +100,9 @@ def joins(template: ChatTemplate, messages: list[Message], tokenizer: Tokenizer,
             messages[int(piece[1:-1])]["content"] if piece.startswith("\ue000") else piece
             for piece in re.split("(\ue000\\d+\ue001)", stretch)
         ]
-        if tokenizer.encode("".join(pieces)) != [token for piece in pieces for token in tokenizer.encode(piece)]:
+        if tokenizer.encode("".join(pieces)) != [
+            token for piece in pieces for token in tokenizer.encode(piece)
+        ]:
             return True
     return False
 
@@ -113,7 +138,9 @@ def test_where_ids_differ(twins: dict[str, Any], tokenizer: Tokenizer) -> None:
     assert tokenizer.control_ids["<|end|>"] in their_ids(twins["native"], spelled)[1:2]
     assert NATIVE.encode(spelled, tokenizer).ids.count(tokenizer.control_ids["<|end|>"]) == 1
     joined = [Message(role="user", content="you")]  # "user: " and "you", but " you" is a token
-    assert joins(WORDY, joined, tokenizer, prompt=False) and not joins(NATIVE, joined, tokenizer, prompt=False)
+    assert joins(WORDY, joined, tokenizer, prompt=False) and not joins(
+        NATIVE, joined, tokenizer, prompt=False
+    )
     assert their_ids(twins["native"], joined) == NATIVE.encode(joined, tokenizer).ids
     assert their_ids(twins["wordy"], joined) != WORDY.encode(joined, tokenizer).ids
     assert twins["wordy"].decode(their_ids(twins["wordy"], joined)) == "user: you\n<|end|>\n"
@@ -123,7 +150,10 @@ def test_where_ids_differ(twins: dict[str, Any], tokenizer: Tokenizer) -> None:
     ("source", "wanted"),
     [
         ("{{ bos_token }}{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", "hi<|end|>"),
-        ("{%- set eos_token = '!' -%}{% for m in messages %}{{ m.content }}{{ eos_token }}<|end|>{% endfor %}", "hi!<|end|>"),
+        (
+            "{%- set eos_token = '!' -%}{% for m in messages %}{{ m.content }}{{ eos_token }}<|end|>{% endfor %}",
+            "hi!<|end|>",
+        ),
     ],
 )
 def test_templates_that_speak_of_special_tokens(

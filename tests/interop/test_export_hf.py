@@ -77,7 +77,13 @@ def test_every_rule_can_be_undone(
 ) -> None:
     """Theirs -> ours -> theirs and ours -> theirs -> ours are the identity, for every rule of every format."""
     config = GPTConfig(
-        vocab_size=8, context=8, layers=1, width=columns, heads=heads * share, kv_heads=heads, head_dim=2 * half
+        vocab_size=8,
+        context=8,
+        layers=1,
+        width=columns,
+        heads=heads * share,
+        kv_heads=heads,
+        head_dim=2 * half,
     )
     generator = torch.Generator().manual_seed(seed)
     for rule in RULES[case]:
@@ -110,7 +116,10 @@ def test_a_tensor_without_a_place() -> None:
 # ---- models --------------------------------------------------------------------------------------------------------
 
 
-SHAPES = {**SHAPES, "llama-llama3": GPTConfig(**GATED, rope_scaling=RotaryScaling("llama3", 8.0, 40, 1.0, 4.0))}
+SHAPES = {
+    **SHAPES,
+    "llama-llama3": GPTConfig(**GATED, rope_scaling=RotaryScaling("llama3", 8.0, 40, 1.0, 4.0)),
+}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -165,7 +174,9 @@ def test_several_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 def test_settings_for_old_and_new(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Transformers 5 reads rope_parameters and dtype, 4 and most other programs rope_theta and torch_dtype."""
-    values = json.loads((export_hf(parts_of(SHAPES["llama-grouped"], tokenizer), tmp_path / "a") / "config.json").read_text())
+    values = json.loads(
+        (export_hf(parts_of(SHAPES["llama-grouped"], tokenizer), tmp_path / "a") / "config.json").read_text()
+    )
     assert values["rope_theta"] == values["rope_parameters"]["rope_theta"] == 500_000.0
     assert values["dtype"] == values["torch_dtype"] == "float32"
     assert values["architectures"] == ["LlamaForCausalLM"]
@@ -178,7 +189,11 @@ def test_ends(tokenizer: Tokenizer, tmp_path: Path) -> None:
     turn, text = tokenizer.control_ids["<|end|>"], tokenizer.end_of_text_id
     directory = export_hf(parts_of(SHAPES["qwen3"], tokenizer), tmp_path / "chat")
     generation = transformers.GenerationConfig.from_pretrained(directory)
-    assert (generation.eos_token_id, generation.bos_token_id, generation.pad_token_id) == ([turn, text], text, text)
+    assert (generation.eos_token_id, generation.bos_token_id, generation.pad_token_id) == (
+        [turn, text],
+        text,
+        text,
+    )
     theirs = their_tokenizer(directory)
     assert (theirs.eos_token, theirs.bos_token, theirs.model_max_length) == ("<|end|>", "<|endoftext|>", 160)
     directory = export_hf(parts_of(SHAPES["qwen3"], tokenizer, chat=False), tmp_path / "base")
@@ -211,7 +226,10 @@ REFUSED = [
     ({**LEARNED, "position": "sinusoidal"}, "the model has position 'sinusoidal', and transformers' gpt2"),
     ({**GATED, "pre_norm": False}, "the model has pre_norm False, and transformers' llama"),
     ({**GATED, "activation": "relu2", "bias": True}, "the model has bias True, and transformers' arcee"),
-    ({**GATED, "activation": "relu2", "qk_norm": True}, "the model has qk_norm True, and transformers' arcee"),
+    (
+        {**GATED, "activation": "relu2", "qk_norm": True},
+        "the model has qk_norm True, and transformers' arcee",
+    ),
     ({**GATED, "activation": "gelu"}, "the model has activation 'gelu', and transformers' llama"),
     ({**GATED, "norm": "layer"}, "the model has norm 'layer', and transformers' llama"),
     ({**LEARNED, "norm": "rms"}, "the model has norm 'rms', and transformers' gpt2"),
@@ -219,14 +237,22 @@ REFUSED = [
     ({**LEARNED, "qk_norm": True}, "the model has qk_norm True, and transformers' gpt2"),
     ({**LEARNED, "bias": False}, "the model has bias False, and transformers' gpt2"),
     ({**LEARNED, "activation": "relu2"}, "the model has activation 'relu2', and transformers' gpt2"),
-    ({**LEARNED, "pre_norm": False, "mlp_width": 64}, "the model has mlp_width 64, and transformers' openai-gpt"),
-    ({**LEARNED, "pre_norm": False, "activation": "gelu"}, "the model has activation 'gelu', and transformers' openai-gpt"),
+    (
+        {**LEARNED, "pre_norm": False, "mlp_width": 64},
+        "the model has mlp_width 64, and transformers' openai-gpt",
+    ),
+    (
+        {**LEARNED, "pre_norm": False, "activation": "gelu"},
+        "the model has activation 'gelu', and transformers' openai-gpt",
+    ),
     ({**GATED, "heads": 5, "head_dim": 8}, "the model's width 64 is not a multiple of its 5 heads"),
 ]
 
 
 @pytest.mark.parametrize(("shape", "message"), REFUSED)
-def test_shapes_that_no_family_has(shape: dict[str, Any], message: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_shapes_that_no_family_has(
+    shape: dict[str, Any], message: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     with pytest.raises(UserError) as caught:
         export_hf(parts_of(GPTConfig(**shape), tokenizer), tmp_path / "deep" / "out")
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -242,9 +268,14 @@ def test_transformers_does_refuse_that() -> None:
 def test_ends_that_readers_would_mistake(tokenizer: Tokenizer, tmp_path: Path) -> None:
     unusual = Tokenizer(tokenizer.backend, end_of_text="<|reserved_0|>")
     parts = replace(parts_of(SHAPES["llama"], tokenizer), tokenizer=unusual)
-    with pytest.raises(UserError, match=r"end with <\|reserved_0\|>, which other programs would take to be <\|endoftext\|>"):
+    with pytest.raises(
+        UserError, match=r"end with <\|reserved_0\|>, which other programs would take to be <\|endoftext\|>"
+    ):
         export_hf(parts, tmp_path / "out")
-    parts = replace(parts_of(SHAPES["llama"], tokenizer), template=ChatTemplate("{{ messages[0].content }}<|eot|>", "<|eot|>"))
+    parts = replace(
+        parts_of(SHAPES["llama"], tokenizer),
+        template=ChatTemplate("{{ messages[0].content }}<|eot|>", "<|eot|>"),
+    )
     with pytest.raises(UserError, match="which the tokenizer does not know"):
         export_hf(parts, tmp_path / "out")
 
@@ -271,19 +302,27 @@ def test_the_verb(chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     out, err = capsys.readouterr()
     assert "the same tokens and the same logits" in out and err == ""
     assert sorted(file.name for file in target.iterdir()) == [
-        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
         "tokenizer_config.json",
-    ]  # fmt: skip
+    ]
     ours = load_parts(chat_dir)
     assert ours.tokenizer is not None
     ids = torch.tensor([ours.tokenizer.encode("Hello there, how are you?")])
     with torch.no_grad():
         assert float((their_model(target)(ids).logits - ours.model(ids)).abs().max()) <= TOLERANCE
-    assert cli.main(["export", str(target), str(tmp_path / "again"), "--format", "hf", "--dtype", "bf16"]) == 0
+    assert (
+        cli.main(["export", str(target), str(tmp_path / "again"), "--format", "hf", "--dtype", "bf16"]) == 0
+    )
     assert "the rounding of the weights, and nothing else" in capsys.readouterr().out
 
 
-def test_nothing_is_overwritten_unasked(chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_overwritten_unasked(
+    chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "out"
     arguments = ["export", str(chat_dir), str(target), "--format", "hf"]
     assert cli.main([*arguments, "--no-verify"]) == 0
@@ -305,7 +344,12 @@ def test_nothing_is_overwritten_unasked(chat_dir: Path, tmp_path: Path, capsys: 
 @pytest.mark.parametrize("form", ["hf", "gguf"])
 @pytest.mark.parametrize("what", ["tokens of a text", "tokens of a conversation", "logits"])
 def test_what_reads_back_otherwise_is_not_kept(
-    form: str, what: str, chat_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    form: str,
+    what: str,
+    chat_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from chatwright.serve import export as verb
 
@@ -329,7 +373,9 @@ def test_what_reads_back_otherwise_is_not_kept(
 
 @pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
 @pytest.mark.parametrize("form", ["hf", "gguf"])
-def test_a_disk_that_is_full(form: str, chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_that_is_full(
+    form: str, chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The system refuses to write more than 64 kB: what was there stays, nothing half-written is left."""
     import resource
 
@@ -375,6 +421,13 @@ def test_smollm2(tmp_path: Path) -> None:
     # Logits reach 40, and 30 blocks add their roundings (5e-5 seen): twice the usual.
     assert float((theirs(torch.tensor([ids])).logits - source(torch.tensor([ids]))).abs().max()) <= 2e-4
     chat = [Message(role="user", content="What is the capital of France?")]
-    assert their_ids(text, chat, prompt=True) == parts.template.encode(chat, parts.tokenizer, add_generation_prompt=True).ids
+    assert (
+        their_ids(text, chat, prompt=True)
+        == parts.template.encode(chat, parts.tokenizer, add_generation_prompt=True).ids
+    )
     again = load_hf(directory)
-    assert again.model.config == source.config and again.template is not None and again.template.end == "<|im_end|>"
+    assert (
+        again.model.config == source.config
+        and again.template is not None
+        and again.template.end == "<|im_end|>"
+    )

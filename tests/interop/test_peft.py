@@ -98,7 +98,9 @@ def reloaded(directory: Path, kind: str) -> GPT:
     ],
     ids=["all", "some, stabilised", "one"],
 )
-def test_what_we_write_peft_computes(peft: Any, kind: str, config: LoRAConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_what_we_write_peft_computes(
+    peft: Any, kind: str, config: LoRAConfig, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     """GPT-2's query and value are one layer there: the pair of blocks must be what the two adapters were."""
     theirs = their_model(export_hf(parts_of(SHAPES[kind], tokenizer), tmp_path / "base"))
     bare = logits(theirs)
@@ -113,15 +115,30 @@ def test_what_we_write_peft_computes(peft: Any, kind: str, config: LoRAConfig, t
 
 
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama-grouped", {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
-    "patterns": ("llama", {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "up_proj"], "lora_dropout": 0.1,
-                           "rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"up_proj": 3}}),
+    "llama": (
+        "llama-grouped",
+        {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    ),
+    "patterns": (
+        "llama",
+        {
+            "r": 4,
+            "lora_alpha": 12,
+            "target_modules": ["q_proj", "up_proj"],
+            "lora_dropout": 0.1,
+            "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+            "alpha_pattern": {"up_proj": 3},
+        },
+    ),
     "stabilised": ("qwen3", {"r": 4, "use_rslora": True, "target_modules": "all-linear"}),
     "some layers": ("qwen3", {"r": 2, "target_modules": ["k_proj", "o_proj"], "layers_to_transform": [1]}),
     "expression": ("arcee", {"r": 2, "target_modules": r".*\.(q|v)_proj"}),
-    "fused": ("gpt2", {"r": 4, "lora_alpha": 12, "target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}),
+    "fused": (
+        "gpt2",
+        {"r": 4, "lora_alpha": 12, "target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True},
+    ),
     "gpt1": ("gpt1", {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", THEIRS)
@@ -176,7 +193,9 @@ def test_one_a_for_the_three_stays_one(tmp_path: Path) -> None:
             for layer in layers[1:]:
                 layer.adapters["default"].a.copy_(layers[0].adapters["default"].a)
     write_peft(model, tmp_path / "adapter")
-    assert load_file(tmp_path / "adapter" / WEIGHTS)["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"].shape == (2, 64)
+    assert load_file(tmp_path / "adapter" / WEIGHTS)[
+        "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
+    ].shape == (2, 64)
     assert torch.equal(logits(reloaded(tmp_path / "adapter", "gpt2")), logits(model))
 
 
@@ -187,17 +206,30 @@ def test_names_and_settings_are_peft_s(tmp_path: Path) -> None:
     assert len(tensors) == 2 * 2 * 7
     values = json.loads((tmp_path / "llama" / SETTINGS).read_text())
     assert (values["r"], values["lora_alpha"], values["base_model_name_or_path"]) == (3, 7, "owner/name")
-    assert values["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert values["target_modules"] == [
+        "down_proj",
+        "gate_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    ]
     assert values["rank_pattern"] == {} and not values["fan_in_fan_out"]
     write_peft(adapted("gpt2"), tmp_path / "gpt2")
     tensors = load_file(tmp_path / "gpt2" / WEIGHTS)
     assert tensors["base_model.model.transformer.h.1.attn.c_attn.lora_B.weight"].shape == (192, 9)
     values = json.loads((tmp_path / "gpt2" / SETTINGS).read_text())
-    assert values["fan_in_fan_out"] and values["rank_pattern"] == {f"transformer.h.{n}.attn.c_attn": 9 for n in (0, 1)}
+    assert values["fan_in_fan_out"] and values["rank_pattern"] == {
+        f"transformer.h.{n}.attn.c_attn": 9 for n in (0, 1)
+    }
     write_peft(adapted("gpt2", LoRAConfig(rank=1, targets=("down",))), tmp_path / "down")
     assert json.loads((tmp_path / "down" / SETTINGS).read_text())["target_modules"] == ["mlp.c_proj"]
-    assert set(layers_of(SHAPES["gpt2"])) == {f"transformer.h.{n}.{end}" for n in (0, 1) for end in
-                                              ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}  # fmt: skip
+    assert set(layers_of(SHAPES["gpt2"])) == {
+        f"transformer.h.{n}.{end}"
+        for n in (0, 1)
+        for end in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
 
 
 def test_several_are_read_into_one_model_and_switched(tmp_path: Path) -> None:
@@ -237,11 +269,17 @@ SETTINGS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "'use_dora' = true is not supported"),
     "biases": ({"bias": "all"}, 'bias = "all" is not supported'),
     "whole modules": ({"modules_to_save": ["lm_head"]}, "'modules_to_save'"),
-    "a base that was changed": ({"init_lora_weights": "pissa"}, 'init_lora_weights = "pissa" is not supported'),
+    "a base that was changed": (
+        {"init_lora_weights": "pissa"},
+        'init_lora_weights = "pissa" is not supported',
+    ),
     "the unknown": ({"use_magic": {"a": 1}}, "'use_magic'"),
     "a rank in words": ({"r": "8"}, "r must be a positive whole number"),
     "a rank that is no rank": ({"r": True}, "r must be a positive whole number"),
-    "another rank": ({"r": 4}, r"lora_A of model.layers.0\S* is 3 x \d+, not 4 x \d+: it is for another model"),
+    "another rank": (
+        {"r": 4},
+        r"lora_A of model.layers.0\S* is 3 x \d+, not 4 x \d+: it is for another model",
+    ),
     "alpha in words": ({"lora_alpha": "7"}, "lora_alpha must be a number"),
     "alpha of nothing": ({"lora_alpha": 0}, "alpha 0.0 must be above 0"),
     "dropout": ({"lora_dropout": 1.5}, "lora_dropout must be a number from 0 to 1"),
@@ -270,21 +308,44 @@ def refused(directory: Path, message: str, kind: str = "llama") -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_peft(directory, model)
     assert str(directory) in str(caught.value)
-    assert adapter_names(model) == [] and not any(isinstance(module, LoRALinear) for module in model.modules())
+    assert adapter_names(model) == [] and not any(
+        isinstance(module, LoRALinear) for module in model.modules()
+    )
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 TENSORS_REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "another layer": (lambda t: t.update({Q.replace("q_proj", "x_proj"): t.pop(Q)}), r"does not have or carry: model\.layers\.0\.self_attn\.x_proj"),
-    "a layer too many": (lambda t: t.update({Q.replace("layers.0", "layers.9"): t[Q].clone()}), r"layers\.9\.self_attn"),
-    "the output matrix": (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[Q].clone()}), "carry: lm_head"),
+    "another layer": (
+        lambda t: t.update({Q.replace("q_proj", "x_proj"): t.pop(Q)}),
+        r"does not have or carry: model\.layers\.0\.self_attn\.x_proj",
+    ),
+    "a layer too many": (
+        lambda t: t.update({Q.replace("layers.0", "layers.9"): t[Q].clone()}),
+        r"layers\.9\.self_attn",
+    ),
+    "the output matrix": (
+        lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[Q].clone()}),
+        "carry: lm_head",
+    ),
     "no pair": (lambda t: t.pop(Q), "only one of lora_A and lora_B for model.layers.0.self_attn.q_proj"),
-    "a layer too few": (lambda t: [t.pop(Q), t.pop(Q.replace("_A", "_B"))], "no tensors for model.layers.0.self_attn.q_proj"),
-    "a magnitude": (lambda t: t.update({Q.replace("lora_A", "lora_magnitude_vector"): torch.ones(3)}), "no part of a LoRA: base_model"),
+    "a layer too few": (
+        lambda t: [t.pop(Q), t.pop(Q.replace("_A", "_B"))],
+        "no tensors for model.layers.0.self_attn.q_proj",
+    ),
+    "a magnitude": (
+        lambda t: t.update({Q.replace("lora_A", "lora_magnitude_vector"): torch.ones(3)}),
+        "no part of a LoRA: base_model",
+    ),
     "nothing": (lambda t: t.clear(), "it is empty"),
-    "another width": (lambda t: t.update({Q: torch.zeros(3, 63)}), "is 3 x 63, not 3 x 64: it is for another model"),
+    "another width": (
+        lambda t: t.update({Q: torch.zeros(3, 63)}),
+        "is 3 x 63, not 3 x 64: it is for another model",
+    ),
     "three dimensions": (lambda t: t.update({Q: torch.zeros(3, 64, 1)}), "is 3 x 64 x 1"),
-    "whole numbers": (lambda t: t.update({Q: torch.zeros(3, 64, dtype=torch.int32)}), "has numbers of type I32"),
+    "whole numbers": (
+        lambda t: t.update({Q: torch.zeros(3, 64, dtype=torch.int32)}),
+        "has numbers of type I32",
+    ),
 }
 
 
@@ -326,25 +387,37 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
         other.blocks[1].mlp.up.weight[0, 0] += 1e-3  # type: ignore[union-attr, index]
     with pytest.raises(UserError, match="was trained on another model of this shape"):
         load_peft(tmp_path / "a", other)
-    with_tensors(tmp_path / "a", lambda tensors: None, notes=False)  # whoever does not say on what it was trained is believed
+    with_tensors(
+        tmp_path / "a", lambda tensors: None, notes=False
+    )  # whoever does not say on what it was trained is believed
     load_peft(tmp_path / "a", other)
 
 
 @pytest.mark.parametrize(
     "note",
-    ["{", "[]", '{"x": {}}', '{"transformer.h.0.attn.c_attn": 3}', '{"transformer.h.0.attn.c_attn": {"query": 9}}',
-     '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 8}}',
-     '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 9}}',
-     '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 3, "blocks.0.attention.key": 2, "blocks.0.attention.value": 4}}',
-     '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": -1, "blocks.0.attention.key": 10}}'],
-)  # fmt: skip
+    [
+        "{",
+        "[]",
+        '{"x": {}}',
+        '{"transformer.h.0.attn.c_attn": 3}',
+        '{"transformer.h.0.attn.c_attn": {"query": 9}}',
+        '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 8}}',
+        '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 9}}',
+        '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 3, "blocks.0.attention.key": 2, "blocks.0.attention.value": 4}}',
+        '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": -1, "blocks.0.attention.key": 10}}',
+    ],
+)
 def test_a_note_about_blocks_is_not_believed_blindly(note: str, tmp_path: Path) -> None:
     write_peft(adapted("gpt2"), tmp_path / "a")
     file = tmp_path / "a" / WEIGHTS
     save_file(load_file(file), file, {"format": "pt", "chatwright.parts": note})
     refused(tmp_path / "a", "note chatwright.parts in its header is damaged", kind="gpt2")
-    save_file(load_file(file), file, {"format": "pt"})  # without it: the wide adapter for each of the three, the same numbers
-    torch.testing.assert_close(logits(reloaded(tmp_path / "a", "gpt2")), logits(adapted("gpt2")), atol=1e-5, rtol=0)
+    save_file(
+        load_file(file), file, {"format": "pt"}
+    )  # without it: the wide adapter for each of the three, the same numbers
+    torch.testing.assert_close(
+        logits(reloaded(tmp_path / "a", "gpt2")), logits(adapted("gpt2")), atol=1e-5, rtol=0
+    )
 
 
 def test_an_adapter_of_the_bare_model_is_read(tmp_path: Path) -> None:
@@ -380,13 +453,24 @@ def test_a_model_and_its_adapter_are_loaded_by_name(base: str, tmp_path: Path) -
     ids = [[1, 2, 3, 4]]
     with torch.no_grad():
         expected = wanted(torch.tensor(ids))
-    for name in (f"{base}+{tmp_path}/with+plus/adapter", f"{base}+{tmp_path}/with+plus"):  # or the stage that made it
+    for name in (
+        f"{base}+{tmp_path}/with+plus/adapter",
+        f"{base}+{tmp_path}/with+plus",
+    ):  # or the stage that made it
         found = cw.load(name)
-        assert found.name == name and adapter_names(found.model) == []  # merged: whatever reads weights sees it
+        assert (
+            found.name == name and adapter_names(found.model) == []
+        )  # merged: whatever reads weights sees it
         torch.testing.assert_close(found.logits(ids), expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(cw.load(base, adapter=tmp_path / "with+plus" / "adapter").logits(ids), expected, atol=1e-5, rtol=0)
-    for name, message in ((f"{base}+nowhere", "nowhere holds no adapter"), (f"nowhere+{tmp_path}", "no model 'nowhere'"),
-                          ("++", "no model"), (f"{base}+", "no model")):  # fmt: skip
+    torch.testing.assert_close(
+        cw.load(base, adapter=tmp_path / "with+plus" / "adapter").logits(ids), expected, atol=1e-5, rtol=0
+    )
+    for name, message in (
+        (f"{base}+nowhere", "nowhere holds no adapter"),
+        (f"nowhere+{tmp_path}", "no model 'nowhere'"),
+        ("++", "no model"),
+        (f"{base}+", "no model"),
+    ):
         with pytest.raises(UserError, match=message):
             cw.load(name)
 
@@ -398,9 +482,14 @@ def test_one_base_answers_with_several_adapters(base: str, tmp_path: Path) -> No
         wanted = adapter_for(base, tmp_path / str(seed), seed)
         beside = model.with_adapter(tmp_path / str(seed))
         with torch.no_grad():
-            torch.testing.assert_close(beside.logits([[1, 2, 3]]), wanted(torch.tensor([[1, 2, 3]])), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                beside.logits([[1, 2, 3]]), wanted(torch.tensor([[1, 2, 3]])), atol=1e-5, rtol=0
+            )
         assert beside.model.embed.weight.data_ptr() == model.model.embed.weight.data_ptr()
-        assert beside.tokenizer is model.tokenizer and beside.chat([{"role": "user", "content": "Hi"}], max_new_tokens=3, seed=1) is not None
+        assert (
+            beside.tokenizer is model.tokenizer
+            and beside.chat([{"role": "user", "content": "Hi"}], max_new_tokens=3, seed=1) is not None
+        )
     assert torch.equal(model.logits([[1, 2, 3]]), before) and adapter_names(model.model) == []
 
 
@@ -408,7 +497,11 @@ def test_a_server_s_models_may_be_one_base_with_several_adapters(base: str, tmp_
     wanted = {"plain": load_parts(base).model.eval()}
     for seed, name in enumerate(("kind", "curt"), 1):
         wanted[name] = adapter_for(base, tmp_path / name, seed)
-    pool = ModelPool(parse_specs([f"plain={base}", *(f"{name}={base}+{tmp_path / name}" for name in ("kind", "curt"))], "fp32"))
+    pool = ModelPool(
+        parse_specs(
+            [f"plain={base}", *(f"{name}={base}+{tmp_path / name}" for name in ("kind", "curt"))], "fp32"
+        )
+    )
 
     async def logits_of(name: str) -> Tensor:
         async with pool.use(name) as service:
@@ -431,7 +524,9 @@ def test_an_exported_model_has_the_adapter_in_it(base: str, tmp_path: Path) -> N
     torch.testing.assert_close(cw.load(tmp_path / "out").logits([[1, 2, 3]]), expected, atol=1e-5, rtol=0)
 
 
-def test_a_model_with_an_adapter_beside_it_is_not_written_as_one_without(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_model_with_an_adapter_beside_it_is_not_written_as_one_without(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     parts = parts_of(SHAPES["llama"], tokenizer)
     add_lora(parts.model, LoRAConfig(rank=2))
     with pytest.raises(UserError, match="no place for"):

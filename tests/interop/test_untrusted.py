@@ -44,8 +44,14 @@ LIES: dict[str, tuple[bytes, str]] = {
     "tensors": (gguf(HUGE, 0), f"{HUGE} entries are said to follow"),
     "long key": (gguf(0, 1, struct.pack("<Q", HUGE)), f"{HUGE} bytes are said to follow"),
     "long text": (gguf(0, 1, field("k", 8, struct.pack("<Q", HUGE))), f"{HUGE} bytes are said to follow"),
-    "long list": (gguf(0, 1, field("k", 9, struct.pack("<IQ", 4, HUGE))), f"{4 * HUGE} bytes are said to follow"),
-    "list of texts": (gguf(0, 1, field("k", 9, struct.pack("<IQ", 8, HUGE))), f"{HUGE} entries are said to follow"),
+    "long list": (
+        gguf(0, 1, field("k", 9, struct.pack("<IQ", 4, HUGE))),
+        f"{4 * HUGE} bytes are said to follow",
+    ),
+    "list of texts": (
+        gguf(0, 1, field("k", 9, struct.pack("<IQ", 8, HUGE))),
+        f"{HUGE} entries are said to follow",
+    ),
     "list of lists": (gguf(0, 1, field("k", 9, struct.pack("<IQ", 9, 1))), "a list of items of type 9"),
     "unknown type": (gguf(0, 1, field("k", 13, b"")), "metadata of unknown type 13"),
     "key twice": (gguf(0, 2, field("k", 4, bytes(4)), field("k", 4, bytes(4))), "'k' occurs twice"),
@@ -54,8 +60,14 @@ LIES: dict[str, tuple[bytes, str]] = {
     "alignment of nothing": (gguf(0, 1, field("general.alignment", 4, bytes(4))), "an alignment of 0"),
     "alignment in words": (gguf(0, 1, field("general.alignment", 8, text("x"))), "an alignment of 'x'"),
     "dimensions": (gguf(1, 0, tensor("a", (1,) * 5, 0, 0)), "'a' has 5 dimensions"),
-    "many dimensions": (gguf(1, 0, text("a") + struct.pack("<I", 2**31) + bytes(20)), f"'a' has {2**31} dimensions"),
-    "large tensor": (gguf(1, 0, tensor("a", (HUGE, HUGE), 0, 0)), f"'a' ends at byte {4 * HUGE * HUGE + 96} of 352"),
+    "many dimensions": (
+        gguf(1, 0, text("a") + struct.pack("<I", 2**31) + bytes(20)),
+        f"'a' has {2**31} dimensions",
+    ),
+    "large tensor": (
+        gguf(1, 0, tensor("a", (HUGE, HUGE), 0, 0)),
+        f"'a' ends at byte {4 * HUGE * HUGE + 96} of 352",
+    ),
     "far tensor": (gguf(1, 0, tensor("a", (32,), 0, HUGE)), "'a' ends at byte"),
     "no tensor": (gguf(1, 0, tensor("a", (32, 0), 0, 0)), "'a' has the shape (0, 32)"),
     "half a block": (gguf(1, 0, tensor("a", (16,), 8, 0)), "'a' has the shape (16,)"),
@@ -80,7 +92,9 @@ def test_gguf_headers(lie: str, tmp_path: Path) -> None:
 def test_a_true_header(tmp_path: Path) -> None:
     """The same bytes without a lie are read: the refusals above are for what they say."""
     file = tmp_path / "m.gguf"
-    values = field("k", 9, struct.pack("<IQ2i", 5, 2, -1, 7)) + field("general.alignment", 4, struct.pack("<I", 64))
+    values = field("k", 9, struct.pack("<IQ2i", 5, 2, -1, 7)) + field(
+        "general.alignment", 4, struct.pack("<I", 64)
+    )
     file.write_bytes(gguf(2, 2, values, tensor("a", (32, 1), 0, 0), tensor("b", (), 0, 128), data=320))
     found = read_gguf(file)
     assert found.values == {"k": [-1, 7], "general.alignment": 64}
@@ -104,7 +118,10 @@ def copy_of(chat_dir: Path, tmp_path: Path, **changes: Any) -> Path:
     ("changes", "message"),
     [
         ({"model": {"layers": 2**29}}, "536870912 blocks in state.json"),
-        ({"model": {"vocab_size": 2**29}}, "tensor embed.weight has shape (320, 64), the model has (536870912, 64)"),
+        (
+            {"model": {"vocab_size": 2**29}},
+            "tensor embed.weight has shape (320, 64), the model has (536870912, 64)",
+        ),
         ({"model": {"width": 2**40}}, "width is 1099511627776; it can be 1 to"),
         ({"model": {"heads": 2**29, "kv_heads": 1}}, "more than 1073741824 features"),
         ({"model": {"vocab_size": "320"}}, "vocab_size is '320', not of type int"),
@@ -122,7 +139,11 @@ def test_states(changes: dict[str, Any], message: str, chat_dir: Path, tmp_path:
 
 def test_whole_numbers_for_weights(chat_dir: Path, tmp_path: Path) -> None:
     path = copy_of(chat_dir, tmp_path)
-    tensors = {name: tensor.long() for name, tensor in load_parts(path).model.state_dict().items() if name != "head.weight"}
+    tensors = {
+        name: tensor.long()
+        for name, tensor in load_parts(path).model.state_dict().items()
+        if name != "head.weight"
+    }
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(UserError, match=r"has numbers of type torch\.int64"):
         load_parts(path)
@@ -137,24 +158,48 @@ def test_results_that_name_no_model(name: str, tmp_path: Path) -> None:
 
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 PARTS: list[tuple[str, Any, str]] = [
-    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "//////8="}, "normalizer 'Precompiled' is not supported"),
+    (
+        "normalizer",
+        {"type": "Precompiled", "precompiled_charsmap": "//////8="},
+        "normalizer 'Precompiled' is not supported",
+    ),
     ("normalizer", {"type": "Prepend", "prepend": "z"}, "normalizer 'Prepend' is not supported"),
     (
         "normalizer",
-        {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}]},
+        {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "NFC"},
+                {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"},
+            ],
+        },
         "normalizer 'Replace' is not supported",
     ),
-    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [LEVEL, LEVEL]}, "pre_tokenizer has too many parts"),
+    (
+        "pre_tokenizer",
+        {"type": "Sequence", "pretokenizers": [LEVEL, LEVEL]},
+        "pre_tokenizer has too many parts",
+    ),
     ("pre_tokenizer", {"type": "Metaspace"}, "pre_tokenizer 'Metaspace' is not supported"),
-    ("post_processor", {"type": "Sequence", "processors": [{"type": "TemplateProcessing", "single": [{}] * 17}]}, "too many parts"),
-    ("model", {"type": "WordLevel", "vocab": {"<|endoftext|>": 0}, "unk_token": "a"}, "of kind WordLevel, not BPE"),
+    (
+        "post_processor",
+        {"type": "Sequence", "processors": [{"type": "TemplateProcessing", "single": [{}] * 17}]},
+        "too many parts",
+    ),
+    (
+        "model",
+        {"type": "WordLevel", "vocab": {"<|endoftext|>": 0}, "unk_token": "a"},
+        "of kind WordLevel, not BPE",
+    ),
     ("model", {"type": "BPE", "vocab": {"a": 2**31}, "merges": []}, "the tokenizer has the id 2147483648"),
     ("model", 7, "is not a tokenizer"),
 ]
 
 
 @pytest.mark.parametrize(("place", "part", "message"), PARTS)
-def test_parts_of_tokenizers(place: str, part: Any, message: str, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_parts_of_tokenizers(
+    place: str, part: Any, message: str, small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     """Damaged, the first of these would end the process; the others make texts longer without end, or huge tables."""
     content = json.loads(small_tokenizer.to_json())
     (tmp_path / "tokenizer.json").write_text(json.dumps({**content, place: part}))
@@ -167,8 +212,13 @@ def test_padding_and_truncation_are_left_out(small_tokenizer: Tokenizer, tmp_pat
     """They would make 2 ** 40 ids of every text, or lose its end."""
     content = json.loads(small_tokenizer.to_json())
     content["padding"] = {
-        "strategy": {"Fixed": 2**40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x",
-    }  # fmt: skip
+        "strategy": {"Fixed": 2**40},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "x",
+    }
     content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     said = "Hello there, how are you today?"

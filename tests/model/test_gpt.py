@@ -398,7 +398,9 @@ def test_gelu_written_out_is_gelu() -> None:
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
     slopes = [torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in (found, wanted)]
     torch.testing.assert_close(slopes[0], slopes[1], atol=2e-6, rtol=1e-6)
-    assert float((found - torch.nn.functional.gelu(x)).detach().abs().max()) > 1e-4  # the exact form is another function
+    assert (
+        float((found - torch.nn.functional.gelu(x)).detach().abs().max()) > 1e-4
+    )  # the exact form is another function
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "modern-nano"])

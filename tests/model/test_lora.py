@@ -35,7 +35,13 @@ from chatwright.model.lora import (
     without_adapter,
 )
 
-GATED: dict[str, Any] = {"position": "rotary", "norm": "rms", "norm_eps": 1e-6, "activation": "swiglu", "bias": False}
+GATED: dict[str, Any] = {
+    "position": "rotary",
+    "norm": "rms",
+    "norm_eps": 1e-6,
+    "activation": "swiglu",
+    "bias": False,
+}
 SIZE: dict[str, Any] = {"vocab_size": 96, "context": 48, "layers": 2, "width": 64, "heads": 4}
 SHAPES = {
     "gpt2": GPTConfig(**SIZE),  # biases, tied
@@ -76,7 +82,9 @@ def model(request: pytest.FixtureRequest) -> GPT:
 
 def test_a_new_adapter_changes_nothing_and_a_trained_one_is_what_the_formula_says(model: GPT) -> None:
     before = logits(model)
-    weights = {path: layer.weight.clone() for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    weights = {
+        path: layer.weight.clone() for path, layer in model.named_modules() if isinstance(layer, nn.Linear)
+    }
     add_lora(model, LoRAConfig(rank=3, alpha=6.0))
     assert torch.equal(logits(model), before)
     stir(model)
@@ -99,13 +107,19 @@ def test_every_linear_layer_of_the_blocks_has_one_and_nothing_else_is_trained(mo
     stir(model)
     model(IDS).square().mean().backward()
     assert all((parameter.grad is not None) == (id(parameter) in own) for parameter in model.parameters())
-    assert all(float(parameter.grad.abs().max()) > 0 for parameter in lora_parameters(model) if parameter.grad is not None)
+    assert all(
+        float(parameter.grad.abs().max()) > 0
+        for parameter in lora_parameters(model)
+        if parameter.grad is not None
+    )
 
 
 def test_targets_are_those_that_are_named() -> None:
     model = random_model(SHAPES["llama"])
     add_lora(model, LoRAConfig(rank=2, targets=("query", "down")))
-    assert sorted(adapters_of(model)) == [f"blocks.{n}.{path}" for n in (0, 1) for path in ("attention.query", "mlp.down")]
+    assert sorted(adapters_of(model)) == [
+        f"blocks.{n}.{path}" for n in (0, 1) for path in ("attention.query", "mlp.down")
+    ]
     assert len(LAYERS) == 7
 
 
@@ -140,7 +154,9 @@ def test_off_is_the_base_bit_for_bit(model: GPT) -> None:
         assert torch.equal(logits(model), before)
         assert active_adapter(model) is None
         tensors = merged_tensors(model)
-    assert all(torch.equal(tensor, random_model(model.config).state_dict()[name]) for name, tensor in tensors.items())
+    assert all(
+        torch.equal(tensor, random_model(model.config).state_dict()[name]) for name, tensor in tensors.items()
+    )
     assert torch.equal(logits(model), after)
     with pytest.raises(ZeroDivisionError), without_adapter(model):  # and on again when something fails inside
         raise ZeroDivisionError
@@ -160,7 +176,9 @@ def test_several_adapters_on_one_base_are_switched_by_name() -> None:
         seen[name] = logits(model)
         # only the newest is trained
         assert all(p.requires_grad for p in lora_parameters(model, name))
-        assert all(not p.requires_grad for other in seen if other != name for p in lora_parameters(model, other))
+        assert all(
+            not p.requires_grad for other in seen if other != name for p in lora_parameters(model, other)
+        )
     assert adapter_names(model) == ["polite", "rude"] and active_adapter(model) == "rude"
     assert float((seen["polite"] - seen["rude"]).abs().max()) > 0.1
     for name in ("polite", "rude", None, "polite"):
@@ -178,7 +196,9 @@ def test_the_engine_sees_the_adapter_and_forgets_what_another_one_has_read() -> 
         add_lora(model, LoRAConfig(rank=4), name)
         stir(model, name, seed=seed)
     engine = Engine(model, None)
-    request = Request(prompt=tuple(range(1, 33)), sampling=Sampling(max_new_tokens=6, temperature=0.0), end_ids=frozenset())
+    request = Request(
+        prompt=tuple(range(1, 33)), sampling=Sampling(max_new_tokens=6, temperature=0.0), end_ids=frozenset()
+    )
     found = {}
     for name in ("one", "two", None, "one"):
         use_adapter(model, name)
@@ -225,7 +245,9 @@ def test_bf16_autocast_and_compilation_go_on_working() -> None:
         model(IDS).mean().backward()
     assert float((rough - exact).abs().max()) < 0.05 * float(exact.std())
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in lora_parameters(model))
-    compiled = torch.compile(model, backend="eager")  # the tracing is what adapters could break; code is written elsewhere
+    compiled = torch.compile(
+        model, backend="eager"
+    )  # the tracing is what adapters could break; code is written elsewhere
     torch.testing.assert_close(logits(compiled), exact)
     with without_adapter(model):
         torch.testing.assert_close(logits(compiled), bare)
@@ -283,7 +305,10 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
 
 def test_what_cannot_be_added_leaves_the_model_as_it_was() -> None:
     model = random_model(SHAPES["gpt2"])
-    for config, message in ((LoRAConfig(), "rank of at least 1"), (LoRAConfig(rank=1, targets=("gate",)), "has no gate")):
+    for config, message in (
+        (LoRAConfig(), "rank of at least 1"),
+        (LoRAConfig(rank=1, targets=("gate",)), "has no gate"),
+    ):
         with pytest.raises(UsageError, match=message):
             add_lora(model, config)
     for name in ("", "a.b", "../x", "keys", "forward", "x" * 65):

@@ -32,7 +32,15 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shaped(preset: str, **values: Any) -> GPT:
     """A small model of a family; random numbers everywhere, for fresh models have zero output matrices."""
-    small = {"layers": 2, "width": 64, "heads": 4, "mlp_width": 96, "vocab_size": 64, "context": 32, "dropout": 0.0}
+    small = {
+        "layers": 2,
+        "width": 64,
+        "heads": 4,
+        "mlp_width": 96,
+        "vocab_size": 64,
+        "context": 32,
+        "dropout": 0.0,
+    }
     model = GPT(GPTConfig.preset(preset, **{**small, **values})).eval()
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -46,7 +54,9 @@ def shaped(preset: str, **values: Any) -> GPT:
 def counted(model: GPT) -> Iterator[list[int]]:
     """How many tokens the first block's MLP was given, call by call."""
     calls: list[int] = []
-    handle = model.blocks[0].mlp.register_forward_hook(lambda _, given, __: calls.append(given[0].shape[:-1].numel()))
+    handle = model.blocks[0].mlp.register_forward_hook(
+        lambda _, given, __: calls.append(given[0].shape[:-1].numel())
+    )
     yield calls
     handle.remove()
 
@@ -75,17 +85,24 @@ def test_hidden_states_and_gradients_are_those_of_each_row_alone(
     with counted(model) as calls:
         found = model.hidden(IDS, lengths=torch.tensor(LENGTHS))
         together = gradients(model, (found * WEIGHTS).sum())
-    assert sum(LENGTHS) == 22 and set(calls) == {24}  # of the padding two places were computed, and nobody saw them
+    assert sum(LENGTHS) == 22 and set(calls) == {
+        24
+    }  # of the padding two places were computed, and nobody saw them
     for row, length in enumerate(LENGTHS):
         torch.testing.assert_close(found[row, :length], alone[row], atol=1e-5, rtol=0)
         assert not found[row, length:].any()
     assert together.keys() == expected.keys() and len(together) > 10
     for name, gradient in expected.items():
-        torch.testing.assert_close(together[name], gradient, atol=1e-5 * max(1.0, float(gradient.abs().max())), rtol=0)
+        torch.testing.assert_close(
+            together[name], gradient, atol=1e-5 * max(1.0, float(gradient.abs().max())), rtol=0
+        )
 
 
 LEFT = torch.arange(9) >= 9 - torch.tensor(LENGTHS)[:, None]
-PACKED = {"documents": torch.tensor([[1, 1, 1, 2, 2, 2, 2, 2, 3]] * 4), "positions": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0]] * 4)}
+PACKED = {
+    "documents": torch.tensor([[1, 1, 1, 2, 2, 2, 2, 2, 3]] * 4),
+    "positions": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0]] * 4),
+}
 ROWS: dict[str, dict[str, Tensor]] = {
     "whole": {},
     "packed": PACKED,
@@ -100,12 +117,19 @@ ROWS: dict[str, dict[str, Tensor]] = {
 @pytest.mark.parametrize("kernel", [fused_attention, plain_attention, blocked_attention])
 @pytest.mark.parametrize("least", [8, 64])
 def test_hidden_states_and_gradients_at_some_places_are_those_of_all(
-    least: int, kernel: CausalAttention, kind: str, preset: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
+    least: int,
+    kernel: CausalAttention,
+    kind: str,
+    preset: str,
+    recompute: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ragged, "LEAST", least)  # 6 places and fillers beside them
     model = shaped(preset)
     model.recompute = recompute
-    places = torch.tensor([2, 4, 9 + 8, 18 + 8, 27 + 6] if kind == "padded on the left" else [0, 4, 9 + 3, 9 + 8, 18, 27 + 6])
+    places = torch.tensor(
+        [2, 4, 9 + 8, 18 + 8, 27 + 6] if kind == "padded on the left" else [0, 4, 9 + 3, 9 + 8, 18, 27 + 6]
+    )
     whole = model.hidden(IDS, **ROWS[kind]).flatten(0, 1)  # type: ignore[arg-type]
     weights = WEIGHTS.flatten(0, 1)[places]
     expected = gradients(model, (whole[places] * weights).sum())
@@ -119,7 +143,9 @@ def test_hidden_states_and_gradients_at_some_places_are_those_of_all(
     some = gradients(model, (found * weights).sum())
     assert some.keys() == expected.keys() and len(some) > 10
     for name, gradient in expected.items():
-        torch.testing.assert_close(some[name], gradient, atol=1e-5 * max(1.0, float(gradient.abs().max())), rtol=0)
+        torch.testing.assert_close(
+            some[name], gradient, atol=1e-5 * max(1.0, float(gradient.abs().max())), rtol=0
+        )
 
 
 @torch.no_grad()
@@ -136,7 +162,13 @@ def test_fillers_are_an_eighth_at_most_and_sizes_few(monkeypatch: pytest.MonkeyP
     numbers = {count: len(ragged.filled_up(torch.arange(count), 0)) for count in range(512, 1025)}
     assert set(numbers.values()) == set(range(512, 1025, 64))
     assert all(count <= size < 1.125 * count for count, size in numbers.items())
-    assert [len(ragged.filled_up(torch.arange(count), 0)) for count in (1, 16, 17, 300, 5_000)] == [16, 16, 32, 320, 5_120]
+    assert [len(ragged.filled_up(torch.arange(count), 0)) for count in (1, 16, 17, 300, 5_000)] == [
+        16,
+        16,
+        32,
+        320,
+        5_120,
+    ]
 
 
 def test_some_places_refuse_what_all_of_them_refuse() -> None:
@@ -144,7 +176,9 @@ def test_some_places_refuse_what_all_of_them_refuse() -> None:
         shaped("gpt2").hidden_at(torch.zeros(2, 33, dtype=torch.long), torch.tensor([3]))
     for name in ("mask", "positions", "documents"):
         with pytest.raises(ValueError, match="lengths goes with none of"):
-            shaped("gpt2").hidden_at(IDS, torch.tensor([3]), lengths=torch.tensor(LENGTHS), **{name: torch.ones_like(IDS)})  # type: ignore[arg-type]
+            shaped("gpt2").hidden_at(
+                IDS, torch.tensor([3]), lengths=torch.tensor(LENGTHS), **{name: torch.ones_like(IDS)}
+            )  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -15,7 +15,9 @@ from chatwright.model.config import GPTConfig, RotaryScaling
 from chatwright.model.gpt import GPT
 from chatwright.model.rotary import rotary_rates
 
-BASE = GPTConfig.preset("modern-nano", vocab_size=31, width=16, heads=2, head_dim=8, mlp_width=20, rope_base=1e4)
+BASE = GPTConfig.preset(
+    "modern-nano", vocab_size=31, width=16, heads=2, head_dim=8, mlp_width=20, rope_base=1e4
+)
 PLAIN = [1.0, 0.1, 0.01, 0.001]  # 10000 ** (-2 i / 8)
 
 
@@ -50,7 +52,9 @@ def test_yarn() -> None:
 
 
 def test_divisors_come_first() -> None:
-    assert rates(RotaryScaling("linear", 2.0, divisors=(1, 2, 4, 8))) == pytest.approx([0.5, 0.025, 0.00125, 0.0000625])
+    assert rates(RotaryScaling("linear", 2.0, divisors=(1, 2, 4, 8))) == pytest.approx(
+        [0.5, 0.025, 0.00125, 0.0000625]
+    )
 
 
 def test_the_factor_is_on_cosine_and_sine() -> None:

@@ -66,13 +66,18 @@ def test_a_masked_position_gets_no_gradient_even_when_its_loss_is_infinite() -> 
     assert logits.grad is not None
     # d(-log softmax) / d logits = p - onehot: (0.5 - 1, 0.25, 0.25) and (0.1, 0.8 - 1, 0.1)
     torch.testing.assert_close(
-        logits.grad[0], torch.tensor([[-0.5, 0.25, 0.25], [0.1, -0.2, 0.1], [0.0, 0.0, 0.0]]), atol=1e-6, rtol=0
+        logits.grad[0],
+        torch.tensor([[-0.5, 0.25, 0.25], [0.1, -0.2, 0.1], [0.0, 0.0, 0.0]]),
+        atol=1e-6,
+        rtol=0,
     )
 
 
 def test_log_probs_of_targets() -> None:
     expected = torch.tensor([math.log(0.5), math.log(0.8), math.log(0.2)])
-    torch.testing.assert_close(projected_log_probs(LOGITS[0], torch.eye(3), TARGETS[0]), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        projected_log_probs(LOGITS[0], torch.eye(3), TARGETS[0]), expected, atol=1e-6, rtol=0
+    )
 
 
 def test_bits_per_byte() -> None:
@@ -88,24 +93,37 @@ def test_bits_per_byte() -> None:
 def chunked_case(tokens: int = 23) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(3)
     hidden, head = torch.randn(2, tokens, 16, generator=draw), torch.randn(50, 16, generator=draw)
-    return hidden, head, torch.randint(50, (2, tokens), generator=draw), torch.rand(2, tokens, generator=draw) < 0.6
+    return (
+        hidden,
+        head,
+        torch.randint(50, (2, tokens), generator=draw),
+        torch.rand(2, tokens, generator=draw) < 0.6,
+    )
 
 
-def with_gradients(loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def with_gradients(
+    loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, head: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     value = loss(hidden, head)
-    (value * 0.37).backward()  # a scale other than 1: whoever divides by the number of targets does so afterwards
+    (
+        value * 0.37
+    ).backward()  # a scale other than 1: whoever divides by the number of targets does so afterwards
     assert hidden.grad is not None and head.grad is not None
     return value.detach(), hidden.grad, head.grad
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 46, 1000])  # 46 rows in all: many chunks, an uneven last one, exactly one, one
+@pytest.mark.parametrize(
+    "chunk", [1, 7, 46, 1000]
+)  # 46 rows in all: many chunks, an uneven last one, exactly one, one
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_chunked_loss_equals_the_plain_one(chunk: int, masked: bool) -> None:
     hidden, head, targets, mask = chunked_case()
     chosen = mask if masked else None
     plain = with_gradients(lambda x, w: next_token_loss(x @ w.mT, targets, chosen), hidden, head)
-    found = with_gradients(lambda x, w: chunked_next_token_loss(x, w, targets, chosen, chunk=chunk), hidden, head)
+    found = with_gradients(
+        lambda x, w: chunked_next_token_loss(x, w, targets, chosen, chunk=chunk), hidden, head
+    )
     for ours, theirs in zip(found, plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -119,8 +137,12 @@ def test_the_chunked_loss_of_capped_logits(chunk: int) -> None:
         return next_token_loss(3 * torch.tanh(x @ w.mT / 3), targets, mask)
 
     plain = with_gradients(capped, hidden, head)
-    found = with_gradients(lambda x, w: chunked_next_token_loss(x, w, targets, mask, softcap=3.0, chunk=chunk), hidden, head)
-    without = with_gradients(lambda x, w: chunked_next_token_loss(x, w, targets, mask, chunk=chunk), hidden, head)
+    found = with_gradients(
+        lambda x, w: chunked_next_token_loss(x, w, targets, mask, softcap=3.0, chunk=chunk), hidden, head
+    )
+    without = with_gradients(
+        lambda x, w: chunked_next_token_loss(x, w, targets, mask, chunk=chunk), hidden, head
+    )
     for ours, theirs, other in zip(found, plain, without, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         assert float((ours - other).abs().max()) > 0.1
@@ -144,8 +166,12 @@ def test_a_frozen_head_has_no_gradient_and_changes_none() -> None:
 
 def test_the_chunked_loss_in_bf16_is_as_near_as_bf16_allows() -> None:
     hidden, head, targets, mask = chunked_case(200)
-    exact = with_gradients(lambda x, w: next_token_loss(x @ w.mT, targets, mask), hidden, head.bfloat16().float())
-    found = with_gradients(lambda x, w: chunked_next_token_loss(x, w, targets, mask, chunk=64), hidden, head.bfloat16())
+    exact = with_gradients(
+        lambda x, w: next_token_loss(x @ w.mT, targets, mask), hidden, head.bfloat16().float()
+    )
+    found = with_gradients(
+        lambda x, w: chunked_next_token_loss(x, w, targets, mask, chunk=64), hidden, head.bfloat16()
+    )
     assert found[2].dtype == torch.bfloat16
     for ours, theirs in zip(found, exact, strict=True):
         assert float((ours.float() - theirs).norm() / theirs.norm()) < 1e-2  # 8 bits: 0.4 % for each rounding
@@ -189,7 +215,9 @@ def weighed(of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Tensor, Ten
     return found.detach(), rows.grad, matrix.grad
 
 
-def written_out(rows: Tensor, head: Tensor, targets: Tensor, *, temperature: float = 1.0, softcap: float = 0.0) -> Tensor:
+def written_out(
+    rows: Tensor, head: Tensor, targets: Tensor, *, temperature: float = 1.0, softcap: float = 0.0
+) -> Tensor:
     logits = rows @ head.mT
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -199,14 +227,18 @@ def written_out(rows: Tensor, head: Tensor, targets: Tensor, *, temperature: flo
 @pytest.mark.parametrize("chunk", [2**23, 50])  # in one piece, and in the fewest rows at a time: 128, 128, 44
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_projected_log_probs(temperature: float, softcap: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_projected_log_probs(
+    temperature: float, softcap: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(language, "CHUNK_LOGITS", chunk)
     how = {"temperature": temperature, "softcap": softcap}
     found = weighed(lambda x, w, t: projected_log_probs(x, w, t, **how))
     for ours, theirs in zip(found, weighed(lambda x, w, t: written_out(x, w, t, **how)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
     for mutant in ({**how, "temperature": 1.2}, {**how, "softcap": 5.0}):
-        for ours, other in zip(found, weighed(lambda x, w, t, m=mutant: written_out(x, w, t, **m)), strict=True):  # type: ignore[misc]
+        for ours, other in zip(
+            found, weighed(lambda x, w, t, m=mutant: written_out(x, w, t, **m)), strict=True
+        ):  # type: ignore[misc]
             assert float((ours - other).abs().max()) > 0.1
 
 

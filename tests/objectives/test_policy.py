@@ -41,7 +41,9 @@ def test_whitening_over_a_mask() -> None:
 def test_masked_mean() -> None:
     close(policy.masked_mean(VALUES, INSIDE), torch.tensor(4.0))
     close(policy.masked_mean(VALUES, torch.zeros_like(INSIDE)), torch.tensor(0.0))
-    close(policy.masked_mean(torch.tensor([[1.0, math.nan]]), torch.tensor([[True, False]])), torch.tensor(1.0))
+    close(
+        policy.masked_mean(torch.tensor([[1.0, math.nan]]), torch.tensor([[True, False]])), torch.tensor(1.0)
+    )
 
 
 def _white(mean: Tensor, variance: Tensor, shift: float = 0.0) -> Tensor:
@@ -148,7 +150,14 @@ def test_policy_loss_clips_both_sides_for_both_signs() -> None:
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "expected"),
-    [(1.5, 1.0, 1.2), (0.5, 1.0, 0.5), (1.5, -1.0, -1.5), (0.5, -1.0, -0.8), (1.1, 1.0, 1.1), (0.9, -1.0, -0.9)],
+    [
+        (1.5, 1.0, 1.2),
+        (0.5, 1.0, 0.5),
+        (1.5, -1.0, -1.5),
+        (0.5, -1.0, -0.8),
+        (1.1, 1.0, 1.1),
+        (0.9, -1.0, -0.9),
+    ],
 )
 def test_corners_of_the_policy_clip(ratio: float, advantage: float, expected: float) -> None:
     log_ratio = torch.tensor([[math.log(ratio)]], requires_grad=True)
@@ -171,7 +180,9 @@ WRONG_POLICY: Wrong = {
     "only from below": lambda: -torch.minimum(RATIO * SIGNED, RATIO.clamp(min=0.8) * SIGNED)[FOUR].mean(),
     "padding counted": lambda: -torch.minimum(RATIO * SIGNED, _CLAMPED * SIGNED).mean(),
     "sign lost": lambda: -POLICY_LOSS,
-    "ratio turned round": lambda: -torch.minimum(SIGNED / RATIO, (1 / RATIO).clamp(0.8, 1.2) * SIGNED)[FOUR].mean(),
+    "ratio turned round": lambda: (
+        -torch.minimum(SIGNED / RATIO, (1 / RATIO).clamp(0.8, 1.2) * SIGNED)[FOUR].mean()
+    ),
 }
 
 
@@ -210,8 +221,9 @@ WRONG_VALUE: Wrong = {
     "not clipped": lambda: 0.5 * _PLAIN[FOUR].mean(),
     "one half forgotten": lambda: torch.maximum(_PLAIN, _NEAR)[FOUR].mean(),
     "padding counted": lambda: 0.5 * torch.maximum(_PLAIN, _NEAR).mean(),
-    "clipped around the return": lambda: 0.5
-    * torch.maximum(_PLAIN, (PREDICTED - RETURNS).clamp(-0.2, 0.2).square())[FOUR].mean(),
+    "clipped around the return": lambda: (
+        0.5 * torch.maximum(_PLAIN, (PREDICTED - RETURNS).clamp(-0.2, 0.2).square())[FOUR].mean()
+    ),
 }
 
 
@@ -273,12 +285,14 @@ def test_entropy() -> None:
 
 
 def test_end_positions() -> None:
-    mask = torch.tensor([
-        [False, True, True, False, False],
-        [False, False, False, True, True],
-        [True, False, False, False, False],
-        [False, False, False, False, False],
-    ])  # fmt: skip
+    mask = torch.tensor(
+        [
+            [False, True, True, False, False],
+            [False, False, False, True, True],
+            [True, False, False, False, False],
+            [False, False, False, False, False],
+        ]
+    )
     assert policy.end_positions(mask).nonzero().tolist() == [[0, 2], [1, 4], [2, 0]]
 
 
@@ -318,7 +332,12 @@ def test_next_beta() -> None:
     assert policy.next_beta(0.1, 5.7, target=6.0, episodes=64, horizon=320) == pytest.approx(0.099)
     assert policy.next_beta(0.1, -4.0, target=6.0, episodes=64, horizon=320) == pytest.approx(0.096)
     assert policy.next_beta(0.1, 0.0, target=6.0, episodes=64, horizon=320, floor=0.1) == 0.1
-    for wrong in (0.1 * (1 + 0.5 * 64 / 320), 0.1 * 1.2, 0.1 * (1 - 0.2 * 64 / 320), 0.1 * (1 + 0.2 * 320 / 64)):
+    for wrong in (
+        0.1 * (1 + 0.5 * 64 / 320),
+        0.1 * 1.2,
+        0.1 * (1 - 0.2 * 64 / 320),
+        0.1 * (1 + 0.2 * 320 / 64),
+    ):
         assert abs(wrong - 0.104) > 1e-3  # not cut; no horizon; wrong sign; horizon turned round
 
 
@@ -362,7 +381,9 @@ ADVANTAGE = {
 def test_baselines_of_reinforce(baseline: policy.Baseline) -> None:
     close(policy.reinforce_advantages(GAINS, baseline=baseline), ADVANTAGE[baseline])
     # mean of squares less square of the mean: 26 / 6; for leave-one-out 45 / 6 with mean 0; for none 50 / 6 - 4
-    deviation = {"mean": math.sqrt(26 / 6), "leave-one-out": math.sqrt(45 / 6), "none": math.sqrt(26 / 6)}[baseline]
+    deviation = {"mean": math.sqrt(26 / 6), "leave-one-out": math.sqrt(45 / 6), "none": math.sqrt(26 / 6)}[
+        baseline
+    ]
     close(policy.reinforce_advantages(GAINS, baseline=baseline, scaled=True), ADVANTAGE[baseline] / deviation)
 
 
@@ -381,7 +402,9 @@ def test_wrong_baselines_show(wrong: str) -> None:
 def test_leave_one_out_needs_others() -> None:
     with pytest.raises(ValueError, match="at least two"):
         policy.reinforce_advantages(torch.ones(4, 1), baseline="leave-one-out")
-    close(policy.reinforce_advantages(torch.ones(4, 2), scaled=True), torch.zeros(4, 2))  # no deviation, no division by 0
+    close(
+        policy.reinforce_advantages(torch.ones(4, 2), scaled=True), torch.zeros(4, 2)
+    )  # no deviation, no division by 0
 
 
 # Two answers, of two and of one token (log-probabilities -1, -2 and -0.5; the rest is padding): -(2 x -3 + -4 x -0.5) / 2 = 2
@@ -396,7 +419,9 @@ def test_reinforce_loss_and_its_gradient() -> None:
     loss = policy.reinforce_loss(log_probs, WORTH, SAID)
     loss.backward()
     close(loss.detach(), REINFORCE_LOSS)
-    close(log_probs.grad, torch.tensor([[-1.0, -1.0, 0.0], [2.0, 0.0, 0.0]]))  # -A / 2 at every token of the answer
+    close(
+        log_probs.grad, torch.tensor([[-1.0, -1.0, 0.0], [2.0, 0.0, 0.0]])
+    )  # -A / 2 at every token of the answer
 
 
 WRONG_REINFORCE: Wrong = {
@@ -434,4 +459,7 @@ def test_the_expected_gradient_is_that_of_the_expected_return(baseline: policy.B
 
 def test_whitening_with_bessels_correction() -> None:
     """The variance 5 of VALUES over four positions becomes 5 x 4 / 3."""
-    close(policy.whiten(VALUES, INSIDE, correction=1), torch.where(INSIDE, (VALUES - 4) / math.sqrt(20 / 3), 0.0))
+    close(
+        policy.whiten(VALUES, INSIDE, correction=1),
+        torch.where(INSIDE, (VALUES - 4) / math.sqrt(20 / 3), 0.0),
+    )

@@ -34,7 +34,9 @@ def loss(scores: list[list[float]], labels: list[list[float]], margin: float = 0
 def test_two_answers() -> None:
     # ln(1 + e^-2) = 0.126928
     assert loss([[2.0, 0.0]], [[1.0, 0.0]]) == pytest.approx(0.126928, abs=1e-6)
-    assert loss([[2.0, 0.0]], [[0.0, 1.0]]) == pytest.approx(2.126928, abs=1e-6)  # the other one preferred: + 2
+    assert loss([[2.0, 0.0]], [[0.0, 1.0]]) == pytest.approx(
+        2.126928, abs=1e-6
+    )  # the other one preferred: + 2
 
 
 # Three answers, the last two a tie: the pairs are (0, 1) with difference 1 and (0, 2) with difference 2.
@@ -69,8 +71,12 @@ def test_the_hand_value_tells_a_wrong_loss_from_the_right_one(wrong: str) -> Non
 
 def test_pairs_closer_than_the_margin_are_ties() -> None:
     # differences of the labels 0.4, 2.0, 1.6: the first is within 0.5
-    assert loss([[1.0, 0.0, -1.0]], [[2.0, 1.6, 0.0]], margin=0.5) == pytest.approx((loss_of(2) + loss_of(1)) / 2)
-    assert loss([[1.0, 0.0, -1.0]], [[2.0, 1.6, 0.0]]) == pytest.approx((loss_of(1) + loss_of(2) + loss_of(1)) / 3)
+    assert loss([[1.0, 0.0, -1.0]], [[2.0, 1.6, 0.0]], margin=0.5) == pytest.approx(
+        (loss_of(2) + loss_of(1)) / 2
+    )
+    assert loss([[1.0, 0.0, -1.0]], [[2.0, 1.6, 0.0]]) == pytest.approx(
+        (loss_of(1) + loss_of(2) + loss_of(1)) / 3
+    )
     assert loss([[5.0, 0.0]], [[1.0, 0.5]], margin=0.5) == 0.0  # exactly the margin is a tie
 
 
@@ -82,7 +88,9 @@ LED = (0.474077 + 0.201413) / 2
 
 def test_a_pair_must_lead_by_its_margin() -> None:
     assert float(bradley_terry_loss(SCORES, LABELS, lead=LEAD)) == pytest.approx(LED, abs=1e-6)
-    assert float(bradley_terry_loss(SCORES, LABELS, lead=torch.zeros_like(LEAD))) == pytest.approx(HAND, abs=1e-6)
+    assert float(bradley_terry_loss(SCORES, LABELS, lead=torch.zeros_like(LEAD))) == pytest.approx(
+        HAND, abs=1e-6
+    )
 
 
 WRONG_LEAD: dict[str, Callable[[], float]] = {
@@ -179,7 +187,9 @@ def test_a_tie_may_be_won_by_half() -> None:
     bradley_terry_loss(scores, torch.tensor([[3.0, 3.0]]), ties="half").backward()
     # d/ds of (-log sigmoid(d) - log sigmoid(-d)) / 2 at d = 1: sigmoid(1) - 1/2 = 0.231059
     torch.testing.assert_close(scores.grad, torch.tensor([[0.231059, -0.231059]]), atol=1e-6, rtol=0)
-    assert float(bradley_terry_loss(torch.zeros(1, 2), torch.ones(1, 2), ties="half")) == pytest.approx(math.log(2))
+    assert float(bradley_terry_loss(torch.zeros(1, 2), torch.ones(1, 2), ties="half")) == pytest.approx(
+        math.log(2)
+    )
 
 
 WRONG_HALF: dict[str, Callable[[], float]] = {

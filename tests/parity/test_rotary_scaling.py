@@ -55,7 +55,9 @@ def theirs_of(family: str, rope: dict[str, Any]) -> Any:
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            parameter.copy_(torch.randn_like(parameter) * (0.4 if "embed" in name else 0.15) + ("norm" in name))
+            parameter.copy_(
+                torch.randn_like(parameter) * (0.4 if "embed" in name else 0.15) + ("norm" in name)
+            )
     return model
 
 
@@ -103,7 +105,10 @@ def test_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", "proportional"])
 def test_other_kinds_are_refused_by_name(kind: str) -> None:
-    values = {**theirs_of("Llama", KINDS["linear"]).config.to_dict(), "rope_parameters": {"rope_type": kind, "factor": 2.0}}
+    values = {
+        **theirs_of("Llama", KINDS["linear"]).config.to_dict(),
+        "rope_parameters": {"rope_type": kind, "factor": 2.0},
+    }
     with pytest.raises(UserError, match=f"rotary scaling of type '{kind}' is not supported"):
         config_from_hf(values)
 
@@ -195,7 +200,12 @@ GGUF_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool]] = {
     "yarn, other limits and factor": (
         "Llama",
         {**KINDS["yarn, other limits"], "attention_factor": 0.5 * (1 + 0.1 * float(np.log(4.0)))},
-        {**YARN_KEYS, "scaling.yarn_beta_fast": 4.0, "scaling.yarn_beta_slow": 0.5, "scaling.attn_factor": 0.5},
+        {
+            **YARN_KEYS,
+            "scaling.yarn_beta_fast": 4.0,
+            "scaling.yarn_beta_slow": 0.5,
+            "scaling.attn_factor": 0.5,
+        },
         False,
     ),
 }
@@ -206,7 +216,9 @@ GGUF_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool]] = {
 def test_gguf(case: str, tmp_path: Path) -> None:
     family, rope, metadata, divided = GGUF_CASES[case]
     theirs = theirs_of(family, rope)
-    ours = load_gguf(write(tmp_path / "m.gguf", theirs, metadata, llama3_divisors() if divided else None)).model
+    ours = load_gguf(
+        write(tmp_path / "m.gguf", theirs, metadata, llama3_divisors() if divided else None)
+    ).model
     for tokens in (ORIGINAL, 2 * CONTEXT):
         ids = ids_of(tokens)
         assert (ours(ids) - theirs(ids).logits).abs().max() <= TOLERANCE

@@ -74,7 +74,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee-tied": (
         "Arcee",
         _gated(
-            64, 2, 4, 4, 80, head_dim=24, tie_word_embeddings=True, rms_norm_eps=1e-3, rope_parameters={"rope_theta": 1e6}
+            64,
+            2,
+            4,
+            4,
+            80,
+            head_dim=24,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-3,
+            rope_parameters={"rope_theta": 1e6},
         ),
     ),
 }

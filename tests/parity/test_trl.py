@@ -30,20 +30,31 @@ FULL = GOLDEN["full"]
 which the advantages carry into the answers before it; ours is 0 there. So whitened rewards are compared on these rows."""
 
 
-def ours(discount: float = SET["discount"], lam: float = SET["lam"], clip: float = SET["clip"], sign: float = 1.0) -> dict[str, Any]:
+def ours(
+    discount: float = SET["discount"], lam: float = SET["lam"], clip: float = SET["clip"], sign: float = 1.0
+) -> dict[str, Any]:
     """Everything that TRL was asked for, by our functions. TRL divides variances by n - 1."""
-    rewards = policy.token_rewards(GIVEN["scores"], GIVEN["old_log_probs"], GIVEN["reference"], MASK, beta=SET["beta"])
+    rewards = policy.token_rewards(
+        GIVEN["scores"], GIVEN["old_log_probs"], GIVEN["reference"], MASK, beta=SET["beta"]
+    )
     result: dict[str, Any] = {"rewards": rewards}
     for name, rows in (("", list(range(5))), ("_whitened_rewards", FULL)):
         mask, values, given = MASK[rows], GIVEN["old_values"][rows], rewards[rows]
         if name:
             given = policy.whiten(given, mask, shift_mean=False, correction=1)
         raw = policy.generalized_advantages(given, values, mask, discount=discount, lam=lam)
-        result[f"returns{name}"], result[f"advantages{name}"] = raw + values, policy.whiten(raw, mask, correction=1)
+        result[f"returns{name}"], result[f"advantages{name}"] = (
+            raw + values,
+            policy.whiten(raw, mask, correction=1),
+        )
     result["whitened"] = policy.whiten(GIVEN["values"], MASK, correction=1)
     result["whitened_mean_kept"] = policy.whiten(GIVEN["values"], MASK, shift_mean=False, correction=1)
-    actor = policy.policy_loss(GIVEN["log_probs"], GIVEN["old_log_probs"], sign * result["advantages"], MASK, clip=clip)
-    critic = policy.value_loss(GIVEN["values"], GIVEN["old_values"], result["returns"], MASK, clip=SET["value_clip"])
+    actor = policy.policy_loss(
+        GIVEN["log_probs"], GIVEN["old_log_probs"], sign * result["advantages"], MASK, clip=clip
+    )
+    critic = policy.value_loss(
+        GIVEN["values"], GIVEN["old_values"], result["returns"], MASK, clip=SET["value_clip"]
+    )
     moved = policy.masked_mean((GIVEN["log_probs"] - GIVEN["old_log_probs"]).square(), MASK)
     pairs = torch.stack((GIVEN["chosen"], GIVEN["rejected"]), 1)
     order = torch.tensor([[1.0, 0.0]]).expand(6, 2)
@@ -54,12 +65,16 @@ def ours(discount: float = SET["discount"], lam: float = SET["lam"], clip: float
         beta = policy.next_beta(beta, kl, target=SET["kl_target"], episodes=64, horizon=SET["kl_horizon"])
         betas.append(beta)
     return result | {
-        "policy_loss": actor.loss, "clip_fraction": actor.fraction, "value_clip_fraction": critic.fraction,
-        "value_loss_weighted": SET["value_coefficient"] * critic.loss, "approximate_kl": 0.5 * moved,
-        "entropy": policy.entropy(GIVEN["logits"]), "betas": torch.tensor(betas),
+        "policy_loss": actor.loss,
+        "clip_fraction": actor.fraction,
+        "value_clip_fraction": critic.fraction,
+        "value_loss_weighted": SET["value_coefficient"] * critic.loss,
+        "approximate_kl": 0.5 * moved,
+        "entropy": policy.entropy(GIVEN["logits"]),
+        "betas": torch.tensor(betas),
         "reward_loss": bradley_terry_loss(pairs, order) / 6,  # ours is a sum over prompts
         "reward_loss_margin": bradley_terry_loss(pairs, order, lead=lead) / 6,
-    }  # fmt: skip
+    }
 
 
 def difference(name: str, found: Tensor) -> float:
@@ -88,7 +103,12 @@ def test_our_numbers_are_trls(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "changed"),
-    [("advantages", {"lam": 0.95}), ("returns", {"discount": 1.0}), ("policy_loss", {"clip": 0.25}), ("policy_loss", {"sign": -1.0})],
+    [
+        ("advantages", {"lam": 0.95}),
+        ("returns", {"discount": 1.0}),
+        ("policy_loss", {"clip": 0.25}),
+        ("policy_loss", {"sign": -1.0}),
+    ],
 )
 def test_a_change_of_ours_would_show(name: str, changed: dict[str, float]) -> None:
     assert difference(name, ours(**changed)[name]) > 1e-3
@@ -101,9 +121,15 @@ def test_without_bessels_correction_it_would_show() -> None:
 def test_trl_says_the_same_today() -> None:
     python = os.environ.get("CHATWRIGHT_TRL_PYTHON")
     if not python:
-        pytest.skip("TRL itself was not asked: set CHATWRIGHT_TRL_PYTHON to a Python that has it (scripts/trl_parity.py says how)")
+        pytest.skip(
+            "TRL itself was not asked: set CHATWRIGHT_TRL_PYTHON to a Python that has it (scripts/trl_parity.py says how)"
+        )
     done = subprocess.run(
-        [python, str(ROOT / "scripts" / "trl_parity.py"), "--print"], capture_output=True, text=True, timeout=300, check=False
+        [python, str(ROOT / "scripts" / "trl_parity.py"), "--print"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])

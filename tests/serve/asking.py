@@ -8,7 +8,12 @@ from typing import Any
 import httpx
 from serving import DIALOGUES, Running
 
-STORY = {"model": "tiny/taught", "messages": [{"role": "user", "content": "story"}], "temperature": 0, "max_tokens": 200}
+STORY = {
+    "model": "tiny/taught",
+    "messages": [{"role": "user", "content": "story"}],
+    "temperature": 0,
+    "max_tokens": 200,
+}
 HELLO = {"model": "tiny/taught", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
 
 
@@ -21,10 +26,14 @@ def events(text: str) -> list[Any]:
 
 
 def text_of(stream: str) -> str:
-    return "".join(one["choices"][0]["delta"].get("content", "") for one in events(stream) if one.get("choices"))
+    return "".join(
+        one["choices"][0]["delta"].get("content", "") for one in events(stream) if one.get("choices")
+    )
 
 
 def reasons_of(stream: str) -> list[str]:
     found = [one["choices"][0]["finish_reason"] for one in events(stream) if one.get("choices")]
     return [reason for reason in found if reason]
+
+
 STORY_TEXT = DIALOGUES["story"]

@@ -10,4 +10,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 from serving import roomy, roomy_server, server, small, taught, tiny, wait_until
 from tooling import copy, good, hf_dir, run
 
-__all__ = ["copy", "good", "hf_dir", "roomy", "roomy_server", "run", "server", "small", "taught", "tiny", "wait_until"]
+__all__ = [
+    "copy",
+    "good",
+    "hf_dir",
+    "roomy",
+    "roomy_server",
+    "run",
+    "server",
+    "small",
+    "taught",
+    "tiny",
+    "wait_until",
+]

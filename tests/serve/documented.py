@@ -80,7 +80,9 @@ class Replica:
         return self.process.wait(60)
 
 
-def start(command: str, cwd: Path, *, port: int, env: Mapping[str, str] | None = None, more: tuple[str, ...] = ()) -> Replica:
+def start(
+    command: str, cwd: Path, *, port: int, env: Mapping[str, str] | None = None, more: tuple[str, ...] = ()
+) -> Replica:
     """Run a documented `chatwright serve ...` with this port and `more` settings."""
     words = shlex.split(command)
     assert words[0].rpartition("/")[2] == "chatwright"
@@ -89,7 +91,10 @@ def start(command: str, cwd: Path, *, port: int, env: Mapping[str, str] | None =
     errors = cwd / f"replica-{port}.txt"
     with errors.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "chatwright", *words[1:], "--port", str(port), *more], cwd=cwd, env=variables, stderr=file
+            [sys.executable, "-m", "chatwright", *words[1:], "--port", str(port), *more],
+            cwd=cwd,
+            env=variables,
+            stderr=file,
         )
     return Replica(process, port, errors)
 

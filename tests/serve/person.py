@@ -14,7 +14,9 @@ SURE = {"temperature": 0.0}
 class Person:
     """Speaks to a server under a cookie of its own."""
 
-    def __init__(self, url: str, *, model: str = "tiny/taught", headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, url: str, *, model: str = "tiny/taught", headers: dict[str, str] | None = None
+    ) -> None:
         self.client, self.model = httpx.Client(base_url=url, timeout=30, headers=headers), model
         assert self.client.post("/chat/owner").status_code == 200
 
@@ -38,7 +40,9 @@ class Person:
 
     def begin(self, text: str, **more: Any) -> Json:
         """A new conversation."""
-        return self.post("/chat/conversations", {"content": text, "model": self.model, "settings": SURE, **more})
+        return self.post(
+            "/chat/conversations", {"content": text, "model": self.model, "settings": SURE, **more}
+        )
 
     def ask(self, conversation: str, parent: int, *, settings: Json | None = None, **more: Any) -> Json:
         """Have the message `parent` answered: {"id": the job's, "turn"}."""

@@ -161,7 +161,9 @@ def run_server(
         yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", model, app)
     finally:
         server.should_exit = True
-        thread.join(3)  # what is held and outlasts the draining is interrupted; released before, it might come to its end instead
+        thread.join(
+            3
+        )  # what is held and outlasts the draining is interrupted; released before, it might come to its end instead
         model.engine.allow(float("inf"))
         thread.join(20)
         listener.close()

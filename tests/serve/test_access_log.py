@@ -50,7 +50,9 @@ def lines(path: Path, count: int) -> list[dict[str, Any]]:
 
 
 def post(server: Running, change: Any = None, **settings: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/chat/completions", json={**BODY, **(change or {})}, timeout=30, **settings)
+    return httpx.post(
+        f"{server.url}/v1/chat/completions", json={**BODY, **(change or {})}, timeout=30, **settings
+    )
 
 
 def test_a_line_says_what_an_operator_asks(logged: Running, log: Path) -> None:
@@ -60,7 +62,11 @@ def test_a_line_says_what_an_operator_asks(logged: Running, log: Path) -> None:
     assert sent.headers["x-request-id"] == line["request_id"] == "trace-1/a:b"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
     assert 0 < line["ttft_ms"] <= line["duration_ms"] < 30_000
-    rest = {name: value for name, value in line.items() if name not in ("time", "request_id", "ttft_ms", "duration_ms")}
+    rest = {
+        name: value
+        for name, value in line.items()
+        if name not in ("time", "request_id", "ttft_ms", "duration_ms")
+    }
     assert rest == {
         "method": "POST",
         "path": "/v1/chat/completions",
@@ -119,7 +125,9 @@ def test_ids_of_requests(logged: Running, log: Path) -> None:
         assert response.headers["x-request-id"]
 
 
-def test_a_crash_is_a_line_an_id_and_a_clean_answer(logged: Running, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_is_a_line_an_id_and_a_clean_answer(
+    logged: Running, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise ValueError("secret detail")
 
@@ -140,7 +148,11 @@ def test_who_used_which_key(tiny: TinyModel, log: Path, tmp_path: Path) -> None:
         post(server, headers={"authorization": f"Bearer {KEY}"})
         post(server, headers={"authorization": "Bearer cw-wrong"})
         httpx.post(f"{server.url}/login", data={"key": KEY})
-        assert [(line["key"], line["status"]) for line in lines(log, 3)] == [("anna", 200), (None, 401), (None, 303)]
+        assert [(line["key"], line["status"]) for line in lines(log, 3)] == [
+            ("anna", 200),
+            (None, 401),
+            (None, 303),
+        ]
     assert KEY not in log.read_text() and "cw-wrong" not in log.read_text()
 
 
@@ -164,7 +176,12 @@ def test_answers_on_the_page_are_counted(tiny: TinyModel, log: Path) -> None:
         turn = person.answer(first["id"], first["leaf"])["turn"]
         found = {line["path"]: line for line in lines(log, 5)}
         line = found[f"/chat/conversations/{first['id']}/answers"]
-        assert (line["method"], line["status"], line["model"], line["finish_reason"]) == ("POST", 201, "tiny/taught", "stop")
+        assert (line["method"], line["status"], line["model"], line["finish_reason"]) == (
+            "POST",
+            201,
+            "tiny/taught",
+            "stop",
+        )
         assert line["prompt_tokens"] == usage["prompt_tokens"] and line["cached_tokens"] > 0
         assert line["completion_tokens"] == usage["completion_tokens"] == turn["tokens"]
         assert 0 < line["ttft_ms"] <= line["duration_ms"]
@@ -203,7 +220,9 @@ def test_texts_are_logged_when_asked_for(tiny: TinyModel, log: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves(logged: Running, log: Path, wait_until: Callable[..., None], stream: bool) -> None:
+def test_a_client_that_leaves(
+    logged: Running, log: Path, wait_until: Callable[..., None], stream: bool
+) -> None:
     engine = logged.model.engine
     engine.allow(5)
     body = {**BODY, "messages": [{"role": "user", "content": "story"}], "stream": stream}
@@ -245,7 +264,9 @@ def test_a_full_disk_costs_lines_and_no_answers(tiny: TinyModel, caplog: pytest.
     assert len(errors) == 1 and "No space left" in errors[0]
 
 
-def test_after_a_full_disk_the_log_goes_on_with_whole_lines(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_full_disk_the_log_goes_on_with_whole_lines(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, space = os.write, [25]  # the first line fits, of the second a part
 
     def write(file: int, data: bytes) -> int:

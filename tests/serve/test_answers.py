@@ -41,7 +41,9 @@ def test_an_answer_can_go_on(me: Person) -> None:
     assert "can go on" in me.post(path, body, expect=400)["error"]["message"]
 
 
-def test_an_answer_that_cannot_go_on_stays_as_it_was(me: Person, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_cannot_go_on_stays_as_it_was(
+    me: Person, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = me.begin("story")
     cut = me.answer(made["id"], made["leaf"], settings={"max_tokens": 12})["turn"]
     monkeypatch.setattr(server.model, "template", None)
@@ -60,7 +62,9 @@ def test_an_answer_that_came_to_nothing_leaves_nothing(
     made = me.begin("hello")
     first = me.answer(made["id"], made["leaf"])["turn"]
     if fails == "too long":
-        long = me.post(f"/chat/conversations/{made['id']}/messages", {"parent": first["id"], "content": "long " * 400})
+        long = me.post(
+            f"/chat/conversations/{made['id']}/messages", {"parent": first["id"], "content": "long " * 400}
+        )
         event, leaf = me.answer(made["id"], long["id"]), long["id"]
         assert "too long" in event["message"]
     else:
@@ -93,7 +97,9 @@ def test_another_model_is_loaded_when_it_is_asked_for(
         assert me.post("/chat/conversations", {"content": "x", "model": "none"}, expect=404)
 
 
-def test_stop_does_not_wait_for_a_model(tiny: TinyModel, small: LanguageModel, wait_until: Callable[..., None]) -> None:
+def test_stop_does_not_wait_for_a_model(
+    tiny: TinyModel, small: LanguageModel, wait_until: Callable[..., None]
+) -> None:
     gate = threading.Event()
 
     def load(_: Any) -> LanguageModel:
@@ -149,7 +155,12 @@ def test_probabilities_of_an_answer_that_goes_on(me: Person, first: bool) -> Non
     """Where they were not asked for, the text stands as one token without a probability."""
     made = me.begin("story")
     cut = me.answer(made["id"], made["leaf"], settings={"max_tokens": 12}, probabilities=first)["turn"]
-    body = {"continues": cut["id"], "model": "tiny/taught", "settings": {"temperature": 0.0}, "probabilities": not first}
+    body = {
+        "continues": cut["id"],
+        "model": "tiny/taught",
+        "settings": {"temperature": 0.0},
+        "probabilities": not first,
+    }
     seen = me.events(me.post(f"/chat/conversations/{made['id']}/answers", body)["id"])
     tokens = me.get(f"/chat/conversations/{made['id']}/messages/{cut['id']}/tokens")["tokens"]
     assert "".join(token["text"] for token in tokens) == STORY == seen[-1]["turn"]["content"]
@@ -174,9 +185,14 @@ def test_a_burst_of_answers_keeps_to_the_limit(tiny: TinyModel, wait_until: Call
         tiny.engine.allow(0)
 
         async def burst() -> list[httpx.Response]:
-            async with httpx.AsyncClient(base_url=server.url, cookies=dict(me.client.cookies), timeout=30) as client:
+            async with httpx.AsyncClient(
+                base_url=server.url, cookies=dict(me.client.cookies), timeout=30
+            ) as client:
                 asks = [
-                    client.post(f"/chat/conversations/{one['id']}/answers", json={"parent": one["leaf"], "model": me.model})
+                    client.post(
+                        f"/chat/conversations/{one['id']}/answers",
+                        json={"parent": one["leaf"], "model": me.model},
+                    )
                     for one in made
                 ]
                 return await asyncio.gather(*asks)
@@ -200,7 +216,9 @@ def test_a_place_that_came_to_nothing_is_free_again(tiny: TinyModel) -> None:
         made = me.begin("hello")
         path = f"/chat/conversations/{made['id']}/answers"
         me.post(path, {"parent": 999, "model": me.model}, expect=404)
-        long = me.post(f"/chat/conversations/{made['id']}/messages", {"parent": made["leaf"], "content": "long " * 400})
+        long = me.post(
+            f"/chat/conversations/{made['id']}/messages", {"parent": made["leaf"], "content": "long " * 400}
+        )
         assert me.answer(made["id"], long["id"])["type"] == "error"
         assert me.answer(made["id"], made["leaf"])["turn"]["content"] == DIALOGUES["hello"]
 
@@ -212,7 +230,10 @@ def test_those_who_wait_for_a_model_are_limited(tiny: TinyModel, small: Language
         assert gate.wait(20)
         return small
 
-    with run_server(tiny, models=["small=somewhere"], loader=load, max_requests=2) as server, Person(server.url) as me:
+    with (
+        run_server(tiny, models=["small=somewhere"], loader=load, max_requests=2) as server,
+        Person(server.url) as me,
+    ):
         made = [me.begin("hello") for _ in range(3)]
         settings = {"temperature": 0.0, "max_tokens": 3}
         jobs = [me.ask(one["id"], one["leaf"], model="small", settings=settings)["id"] for one in made[:2]]

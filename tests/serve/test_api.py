@@ -49,7 +49,9 @@ def test_openai_client_stream_is_the_same_answer(client: openai.OpenAI, server: 
         messages=user("snowman"), stream=True, stream_options={"include_usage": True}, **ASK
     ):
         chunks.append(chunk)
-        if chunk.choices and chunk.choices[0].delta.content:  # the rest is not computed before something has arrived
+        if (
+            chunk.choices and chunk.choices[0].delta.content
+        ):  # the rest is not computed before something has arrived
             server.model.engine.allow(float("inf"))
     texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(texts) == DIALOGUES["snowman"] == whole.choices[0].message.content
@@ -224,13 +226,17 @@ def test_parameters_that_ask_for_nothing_are_accepted(server: Running) -> None:
         (b"{", "application/json", 400),
         (b"", "application/json", 400),
         (b"[1]", "application/json", 400),
-        (b'{"model": "tiny/taught", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "application/json", 400),
+        (
+            b'{"model": "tiny/taught", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+            "application/json",
+            400,
+        ),
         (b"\xff\xfe", "application/json", 400),
         (b"{}", "text/plain", 400),
         (b" " * (1 << 20) + b"{}", "application/json", 413),
         (b"x" * (3 << 20), "application/json", 413),
     ],
-)  # fmt: skip
+)
 def test_bodies_that_make_no_sense(server: Running, content: bytes, kind: str, status: int) -> None:
     url = f"{server.url}/v1/chat/completions"
     response = httpx.post(url, content=content, headers={"content-type": kind}, timeout=30)

@@ -80,7 +80,10 @@ def test_a_reader_that_stops_reading_blocks_nobody(
     story = {**STORY, "model": LONG_NAME, "stream": True}
     with small_buffers(monkeypatch), run_server(tiny, name=LONG_NAME) as server, raw(server, story) as lazy:
         pool, stats = server.app.state.pool, tiny.engine.stats
-        wait_until(lambda: stats.new_tokens and not pool.running, "the answer to be computed although nobody reads it")
+        wait_until(
+            lambda: stats.new_tokens and not pool.running,
+            "the answer to be computed although nobody reads it",
+        )
         assert server.app.state.lifecycle.in_flight == 1
         assert sum(taken) < stats.new_tokens / 2, "unread pieces pile up on their way to the client"
         for _ in range(3):
@@ -117,7 +120,12 @@ def test_half_open_clients_block_nobody(
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.5)
     with run_server(tiny) as server:
         start = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
-        heads = ["", "POST /v1", start, start + "content-type: application/json\r\ncontent-length: 100\r\n\r\n{"]
+        heads = [
+            "",
+            "POST /v1",
+            start,
+            start + "content-type: application/json\r\ncontent-length: 100\r\n\r\n{",
+        ]
         halves = [raw(server, head=head) for head in heads for _ in range(5)]
         assert post(server, HELLO).json()["choices"][0]["message"]["content"] == DIALOGUES["hello"]
         for number, half in enumerate(halves):

@@ -45,7 +45,9 @@ def nginx(folder: Path, port: int, servers: list[int]) -> list[str]:
             "listen 80;": f"listen 127.0.0.1:{port};",
         },
     )
-    temporary = "".join(f"{one}_temp_path {folder}/{one};\n" for one in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    temporary = "".join(
+        f"{one}_temp_path {folder}/{one};\n" for one in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
     head = f"daemon off; master_process off; pid {folder}/pid; error_log {folder}/errors.txt;\nevents {{}}\n"
     (folder / "nginx.conf").write_text(f"{head}http {{\naccess_log off;\n{temporary}{http}}}\n")
     return [NGINX, "-p", str(folder), "-e", f"{folder}/errors.txt", "-c", f"{folder}/nginx.conf"]
@@ -69,9 +71,14 @@ Balancer = Callable[[Path, int, list[int]], list[str]]
 BALANCERS = [pytest.param(nginx, marks=needs("nginx")), pytest.param(haproxy, marks=needs("haproxy"))]
 
 
-@pytest.mark.parametrize(("balancer", "check"), [pytest.param(nginx, "-t", marks=needs("nginx")), pytest.param(haproxy, "-c", marks=needs("haproxy"))])
+@pytest.mark.parametrize(
+    ("balancer", "check"),
+    [pytest.param(nginx, "-t", marks=needs("nginx")), pytest.param(haproxy, "-c", marks=needs("haproxy"))],
+)
 def test_the_configuration_is_one(balancer: Balancer, check: str, tmp_path: Path) -> None:
-    checked = subprocess.run([*balancer(tmp_path, 8080, [8001, 8002]), check], capture_output=True, text=True, timeout=30)
+    checked = subprocess.run(
+        [*balancer(tmp_path, 8080, [8001, 8002]), check], capture_output=True, text=True, timeout=30
+    )
     assert checked.returncode == 0, checked.stderr
     assert "warn" not in checked.stderr.lower(), checked.stderr
 
@@ -80,7 +87,9 @@ def test_the_configuration_is_one(balancer: Balancer, check: str, tmp_path: Path
 def test_the_proxy_for_tls_is_one(tmp_path: Path) -> None:
     location = block("serving.md", "than an answer takes. nginx:")
     head = f"pid {tmp_path}/pid; error_log {tmp_path}/errors.txt;\nevents {{}}\n"
-    (tmp_path / "nginx.conf").write_text(f"{head}http {{ access_log off; server {{ listen 127.0.0.1:8080;\n{location}}} }}\n")
+    (tmp_path / "nginx.conf").write_text(
+        f"{head}http {{ access_log off; server {{ listen 127.0.0.1:8080;\n{location}}} }}\n"
+    )
     command = [NGINX, "-t", "-e", f"{tmp_path}/errors.txt", "-c", f"{tmp_path}/nginx.conf"]
     checked = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert checked.returncode == 0 and "warn" not in checked.stderr, checked.stderr
@@ -108,13 +117,26 @@ class Farm:
             {"/models/mine": str(self.model), "0.0.0.0": "127.0.0.1", "10.0.0.1": "127.0.0.1"},
         )
         # Settings under which a request can be made that is always refused, with 429 or with 503.
-        more = ("--store", "none", "--max_requests", "4", "--models", json.dumps([f"large={self.model}"]), "--memory_gb", "1e-6")
-        return start(command, self.folder, port=port, more=(*more, "--access_log", str(self.folder / "access.jsonl")))
+        more = (
+            "--store",
+            "none",
+            "--max_requests",
+            "4",
+            "--models",
+            json.dumps([f"large={self.model}"]),
+            "--memory_gb",
+            "1e-6",
+        )
+        return start(
+            command, self.folder, port=port, more=(*more, "--access_log", str(self.folder / "access.jsonl"))
+        )
 
     def log(self) -> list[dict[str, Any]]:
         """The servers' lines, once there is one for a completion."""
         end = time.monotonic() + 10
-        while "/v1/chat" not in (text := (self.folder / "access.jsonl").read_text()) or not text.endswith("\n"):
+        while "/v1/chat" not in (text := (self.folder / "access.jsonl").read_text()) or not text.endswith(
+            "\n"
+        ):
             assert time.monotonic() < end, text
             time.sleep(0.02)
         return [json.loads(line) for line in text.splitlines()]
@@ -143,9 +165,13 @@ def stream(farm: Farm) -> tuple[str, list[float]]:
     """A streamed answer that is not short, and when its parts came."""
     ends = NATIVE.end_ids(Tokenizer.load(farm.model / "tokenizer.json"))
     body = {
-        "model": "mine", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 120, "stream": True, "seed": 1,
+        "model": "mine",
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 120,
+        "stream": True,
+        "seed": 1,
         "logit_bias": {str(one): -100 for one in ends},
-    }  # fmt: skip
+    }
     headers = {"host": HOST, "authorization": f"Bearer {KEY}"}
     text, times = "", []
     # Another address than the balancer's, to see whose the log has.

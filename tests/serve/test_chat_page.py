@@ -38,7 +38,9 @@ def test_events_are_numbered_and_end_with_done(me: Person) -> None:
     assert seen[-1]["turn"]["tokens"] > 1
 
 
-def test_a_lost_follower_goes_on_where_it_was(me: Person, server: Running, wait_until: Callable[..., None]) -> None:
+def test_a_lost_follower_goes_on_where_it_was(
+    me: Person, server: Running, wait_until: Callable[..., None]
+) -> None:
     engine = server.model.engine
     engine.allow(6)
     _, job = me.start("story")
@@ -51,7 +53,11 @@ def test_a_lost_follower_goes_on_where_it_was(me: Person, server: Running, wait_
     rest = me.events(job, after=first["n"])
     assert first["text"] + text_of(rest) == DIALOGUES["story"]
     assert text_of(me.events(job)) == DIALOGUES["story"]  # and again from the start, after the end
-    assert [event["type"] for event in me.events(job)] == ["begin", "text", "done"]  # missed text comes at once
+    assert [event["type"] for event in me.events(job)] == [
+        "begin",
+        "text",
+        "done",
+    ]  # missed text comes at once
     assert [event["type"] for event in me.events(job, after=rest[-1]["n"] - 1)] == ["done"]
 
 
@@ -75,7 +81,9 @@ def test_unknown_jobs(me: Person, server: Running) -> None:
     assert me.client.post("/chat/jobs/none/stop", headers=other_site).status_code == 403
 
 
-def test_a_failing_model_ends_the_job_with_an_error(me: Person, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_model_ends_the_job_with_an_error(
+    me: Person, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise ValueError("secret detail")
 
@@ -87,7 +95,9 @@ def test_a_failing_model_ends_the_job_with_an_error(me: Person, server: Running,
 
 def test_headers_of_the_page(server: Running) -> None:
     page = httpx.get(f"{server.url}/")
-    assert httpx.get(f"{server.url}/c/any-conversation").text == page.text  # what is in it, its scripts ask for
+    assert (
+        httpx.get(f"{server.url}/c/any-conversation").text == page.text
+    )  # what is in it, its scripts ask for
     assert "set-cookie" not in page.headers  # see owner.py
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy

@@ -17,7 +17,9 @@ BIN = Path(sys.executable).parent
 
 
 def test_langchain(server: Running) -> None:
-    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed: NOT covered here")
+    langchain = pytest.importorskip(
+        "langchain_openai", reason="langchain-openai is not installed: NOT covered here"
+    )
     where = {"base_url": f"{server.url}/v1", "api_key": "unused", "model": "tiny/taught"}
     chat = langchain.ChatOpenAI(**where, temperature=0)
     answer = chat.invoke("hello")
@@ -32,7 +34,9 @@ def test_langchain(server: Running) -> None:
 
 
 def test_langchain_tools(roomy_server: Running) -> None:
-    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed: NOT covered here")
+    langchain = pytest.importorskip(
+        "langchain_openai", reason="langchain-openai is not installed: NOT covered here"
+    )
     from pydantic import BaseModel
 
     class Weather(BaseModel):
@@ -42,7 +46,11 @@ def test_langchain_tools(roomy_server: Running) -> None:
         days: Literal[1, 2, 3]
 
     chat = langchain.ChatOpenAI(
-        base_url=f"{roomy_server.url}/v1", api_key="unused", model="tiny/taught", temperature=0, max_tokens=300
+        base_url=f"{roomy_server.url}/v1",
+        api_key="unused",
+        model="tiny/taught",
+        temperature=0,
+        max_tokens=300,
     )
     forced = chat.bind_tools([Weather], tool_choice="Weather").invoke("hello")
     (call,) = forced.tool_calls
@@ -61,9 +69,25 @@ def test_the_program_llm(server: Running, tmp_path: Path) -> None:
         f'- model_id: tiny\n  model_name: tiny/taught\n  api_base: "{server.url}/v1"\n', encoding="utf-8"
     )
     for more in ([], ["--no-stream"]):
-        command = [program, "-m", "tiny", "hello", "-o", "temperature", "0", "--no-log", "--key", "unused", *more]
+        command = [
+            program,
+            "-m",
+            "tiny",
+            "hello",
+            "-o",
+            "temperature",
+            "0",
+            "--no-log",
+            "--key",
+            "unused",
+            *more,
+        ]
         told = subprocess.run(
-            command, capture_output=True, text=True, timeout=120, env={**os.environ, "LLM_USER_PATH": str(tmp_path)}
+            command,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "LLM_USER_PATH": str(tmp_path)},
         )
         assert told.stdout.strip() == DIALOGUES["hello"], told.stderr
 
@@ -73,8 +97,19 @@ def test_schemathesis_finds_no_server_error(roomy_server: Running, tmp_path: Pat
     if not program.exists():
         pytest.skip("schemathesis is not installed: NOT covered here")
     command = [
-        *(program, "run", f"{roomy_server.url}/openapi.json", "--phases", "fuzzing,coverage", "--max-examples", "8"),
-        *("--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"),
+        *(
+            program,
+            "run",
+            f"{roomy_server.url}/openapi.json",
+            "--phases",
+            "fuzzing,coverage",
+            "--max-examples",
+            "8",
+        ),
+        *(
+            "--checks",
+            "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
+        ),
         *("--seed", "1", "--request-timeout", "60", "--no-color"),
     ]
     told = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=tmp_path)

@@ -26,7 +26,11 @@ def client(server: Running) -> Iterator[openai.OpenAI]:
 def prompt_of(server: Running, question: str) -> list[int]:
     """Ids after which the taught model answers `question`."""
     message = {"role": "user", "content": question}
-    return server.model.require_template().encode([message], server.model.tokenizer, add_generation_prompt=True).ids  # type: ignore[list-item]
+    return (
+        server.model.require_template()
+        .encode([message], server.model.tokenizer, add_generation_prompt=True)
+        .ids
+    )  # type: ignore[list-item]
 
 
 def reference(server: Running, ids: list[int]) -> torch.Tensor:
@@ -59,7 +63,13 @@ def test_several_prompts_and_answers_keep_their_order(client: openai.OpenAI, ser
     assert answer.usage.prompt_tokens == sum(map(len, prompts))
     streamed = [""] * 4
     for chunk in client.completions.create(
-        prompt=prompts, n=2, max_tokens=40, stop=["!", "."], stream=True, stream_options={"include_usage": True}, **ASK
+        prompt=prompts,
+        n=2,
+        max_tokens=40,
+        stop=["!", "."],
+        stream=True,
+        stream_options={"include_usage": True},
+        **ASK,
     ):
         for choice in chunk.choices:
             streamed[choice.index] += choice.text
@@ -74,16 +84,21 @@ def test_log_probabilities_are_those_of_the_plain_model(client: openai.OpenAI, s
     answered = [*ids, *server.model.tokenizer.encode(choice.text)]
     table = reference(server, answered)
     for place, (token, logprob, top) in enumerate(
-        zip(choice.logprobs.tokens, choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True),
+        zip(
+            choice.logprobs.tokens, choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True
+        ),
         start=len(ids),
     ):
         assert logprob == pytest.approx(table[place - 1, answered[place]].item(), abs=1e-4)
         assert top[token] == logprob == max(top.values())
-        assert sorted(top.values(), reverse=True) == pytest.approx(table[place - 1].topk(3).values.tolist(), abs=1e-4)
+        assert sorted(top.values(), reverse=True) == pytest.approx(
+            table[place - 1].topk(3).values.tolist(), abs=1e-4
+        )
     starts = choice.logprobs.text_offset
-    assert [choice.text[start : start + len(token)] for start, token in zip(starts, choice.logprobs.tokens, strict=True)] == (
-        choice.logprobs.tokens
-    )
+    assert [
+        choice.text[start : start + len(token)]
+        for start, token in zip(starts, choice.logprobs.tokens, strict=True)
+    ] == (choice.logprobs.tokens)
 
 
 def test_given_texts_are_scored(client: openai.OpenAI, server: Running) -> None:
@@ -102,7 +117,9 @@ def test_given_texts_are_scored(client: openai.OpenAI, server: Running) -> None:
     assert whole.choices[0].logprobs.tokens[-5:] == plain.choices[0].logprobs.tokens
     parts = ["", ""]
     tokens: list[str] = []
-    for chunk in client.completions.create(prompt=["Once", "hello"], max_tokens=5, echo=True, logprobs=1, stream=True, **ASK):
+    for chunk in client.completions.create(
+        prompt=["Once", "hello"], max_tokens=5, echo=True, logprobs=1, stream=True, **ASK
+    ):
         for one in chunk.choices:
             parts[one.index] += one.text
             tokens += one.logprobs.tokens if one.index == 0 else []
@@ -114,17 +131,25 @@ def test_chat_log_probabilities(client: openai.OpenAI, server: Running) -> None:
     messages: Any = [{"role": "user", "content": "snowman"}]
     whole = client.chat.completions.create(messages=messages, logprobs=True, top_logprobs=2, **ASK).choices[0]
     content = whole.logprobs.content
-    assert b"".join(bytes(one.bytes) for one in content).decode() == whole.message.content == DIALOGUES["snowman"]
+    assert (
+        b"".join(bytes(one.bytes) for one in content).decode()
+        == whole.message.content
+        == DIALOGUES["snowman"]
+    )
     ids = [*prompt_of(server, "snowman"), *server.model.tokenizer.encode(DIALOGUES["snowman"])]
     table = reference(server, ids)
     start = len(prompt_of(server, "snowman"))
     assert len(content) == len(ids) - start  # the end token is not among them
     for place, one in enumerate(content, start):
         assert one.logprob == pytest.approx(table[place - 1, ids[place]].item(), abs=1e-4)
-        assert [other.logprob for other in one.top_logprobs] == pytest.approx(table[place - 1].topk(2).values.tolist(), abs=1e-4)
+        assert [other.logprob for other in one.top_logprobs] == pytest.approx(
+            table[place - 1].topk(2).values.tolist(), abs=1e-4
+        )
         assert one.top_logprobs[0].token == one.token
     streamed = []
-    for chunk in client.chat.completions.create(messages=messages, logprobs=True, top_logprobs=2, stream=True, **ASK):
+    for chunk in client.chat.completions.create(
+        messages=messages, logprobs=True, top_logprobs=2, stream=True, **ASK
+    ):
         if chunk.choices[0].logprobs:
             streamed += chunk.choices[0].logprobs.content
     assert [one.token for one in streamed] == [one.token for one in content]
@@ -136,7 +161,13 @@ def test_chat_log_probabilities(client: openai.OpenAI, server: Running) -> None:
 
 def test_penalties_and_bias_change_the_answer(client: openai.OpenAI, server: Running) -> None:
     messages: Any = [{"role": "user", "content": "story"}]
-    warm: Any = {"messages": messages, "max_tokens": 60, "model": "tiny/taught", "temperature": 1.5, "seed": 3}
+    warm: Any = {
+        "messages": messages,
+        "max_tokens": 60,
+        "model": "tiny/taught",
+        "temperature": 1.5,
+        "seed": 3,
+    }
     plain = client.chat.completions.create(**warm).choices[0].message.content
     assert client.chat.completions.create(**warm, presence_penalty=0.0).choices[0].message.content == plain
     for name in ("frequency_penalty", "presence_penalty"):
@@ -187,12 +218,21 @@ def test_embeddings(client: openai.OpenAI, server: Running) -> None:
             torch.testing.assert_close(vector, mean / mean.norm(), atol=1e-5, rtol=1e-5)
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
     assert whole.usage.prompt_tokens == sum(map(len, ids))
-    packed = client.embeddings.create(model="tiny/taught", input=ids)  # the client asks for base64 and unpacks it
+    packed = client.embeddings.create(
+        model="tiny/taught", input=ids
+    )  # the client asks for base64 and unpacks it
     torch.testing.assert_close(torch.tensor([one.embedding for one in packed.data]), vectors)
     width = vectors.shape[1]
     assert client.embeddings.create(model="tiny/taught", input="x", dimensions=width).data[0].index == 0
-    for wrong in ({"input": ""}, {"input": []}, {"input": ["a", ""]}, {"input": "x", "dimensions": width - 1}, {"input": [1 << 20]},
-                  {"input": "long " * 400}, {"input": "x", "encoding_format": "hex"}):  # fmt: skip
+    for wrong in (
+        {"input": ""},
+        {"input": []},
+        {"input": ["a", ""]},
+        {"input": "x", "dimensions": width - 1},
+        {"input": [1 << 20]},
+        {"input": "long " * 400},
+        {"input": "x", "encoding_format": "hex"},
+    ):
         with pytest.raises(openai.BadRequestError):
             client.embeddings.create(**{"model": "tiny/taught", **wrong})
     with pytest.raises(openai.NotFoundError):
@@ -219,7 +259,12 @@ class Gate:
     ],
 )
 def test_what_nobody_waits_for_is_not_computed(
-    server: Running, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None], path: str, method: str, body: dict[str, Any]
+    server: Running,
+    monkeypatch: pytest.MonkeyPatch,
+    wait_until: Callable[..., None],
+    path: str,
+    method: str,
+    body: dict[str, Any],
 ) -> None:
     gate = Gate(getattr(server.model, method))
     monkeypatch.setattr(server.model, method, gate)
@@ -228,10 +273,14 @@ def test_what_nobody_waits_for_is_not_computed(
         client.post(f"/v1/{path}", json={"model": "tiny/taught", **body}, timeout=httpx.Timeout(5, read=0.3))
     assert gate.calls == 1
     time.sleep(0.2)
-    assert service._preparing > 0  # one text is being computed: a thread cannot be stopped, and its place is taken
+    assert (
+        service._preparing > 0
+    )  # one text is being computed: a thread cannot be stopped, and its place is taken
     gate.open.set()
     wait_until(lambda: service._preparing == 0, "the place to be free")
     time.sleep(0.1)
     assert gate.calls == 1
-    answer = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny/taught", "input": "hello"}, timeout=30)
+    answer = httpx.post(
+        f"{server.url}/v1/embeddings", json={"model": "tiny/taught", "input": "hello"}, timeout=30
+    )
     assert answer.status_code == 200

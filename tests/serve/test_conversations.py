@@ -26,7 +26,9 @@ def me(server: Running) -> Iterator[Person]:
         yield person
 
 
-def held_in_story(person: Person, server: Running, wait_until: Callable[..., None], **more: Any) -> tuple[str, str]:
+def held_in_story(
+    person: Person, server: Running, wait_until: Callable[..., None], **more: Any
+) -> tuple[str, str]:
     """A conversation and the job that is held in the middle of the story."""
     server.model.engine.allow(8)
     made = person.start("story", **more)
@@ -60,17 +62,28 @@ def test_what_the_model_is_told(me: Person, server: Running, monkeypatch: pytest
 
     monkeypatch.setattr(service, "prepare", spy)
     settings = {
-        "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.5,
-        "frequency_penalty": -0.5, "seed": 5, "max_tokens": 3, "stop": ["x", "yy"],
-    }  # fmt: skip
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "seed": 5,
+        "max_tokens": 3,
+        "stop": ["x", "yy"],
+    }
     made = me.begin("name?")
     first = me.answer(made["id"], made["leaf"])["turn"]
     told = me.post(f"/chat/conversations/{made['id']}/messages", {"parent": first["id"], "content": "hello"})
     me.answer(made["id"], told["id"], settings=settings, system="Be short.")
     messages, sampling = seen[-1]
     assert [(message["role"], message["content"]) for message in messages] == [
-        ("system", "Be short."), ("user", "name?"), ("assistant", DIALOGUES["name?"]), ("user", "hello"),
-    ]  # fmt: skip
+        ("system", "Be short."),
+        ("user", "name?"),
+        ("assistant", DIALOGUES["name?"]),
+        ("user", "hello"),
+    ]
     for name, value in settings.items():
         have = getattr(sampling, "max_new_tokens" if name == "max_tokens" else name)
         assert have == (tuple(value) if isinstance(value, list) else value), name
@@ -100,7 +113,9 @@ def test_list_search_rename_delete(me: Person) -> None:
     assert not listed["more"]
     path = f"/chat/conversations/{made[0]['id']}"
     assert me.client.patch(path, json={"title": "Ähm"}).status_code == 200
-    assert [one["id"] for one in me.get("/chat/conversations", search="ähm")["conversations"]] == [made[0]["id"]]
+    assert [one["id"] for one in me.get("/chat/conversations", search="ähm")["conversations"]] == [
+        made[0]["id"]
+    ]
     assert me.client.delete(path).status_code == 200
     assert me.client.get(path).status_code == 404
     assert me.client.delete(path).status_code == 404
@@ -160,18 +175,27 @@ def test_the_cookie(server: Running) -> None:
     secret, _, attributes = made.removeprefix(f"{COOKIE}=").partition(";")
     assert len(secret) == 43
     assert {part.strip().lower() for part in attributes.split(";")} == {
-        "httponly", "samesite=strict", "path=/", f"max-age={YEAR}",
-    }  # fmt: skip
-    kept = httpx.post(f"{server.url}/chat/owner", headers={"cookie": f"{COOKIE}={secret}"}).headers["set-cookie"]
+        "httponly",
+        "samesite=strict",
+        "path=/",
+        f"max-age={YEAR}",
+    }
+    kept = httpx.post(f"{server.url}/chat/owner", headers={"cookie": f"{COOKIE}={secret}"}).headers[
+        "set-cookie"
+    ]
     assert secret in kept
     for bad in ("short", "x" * 44, "x" * 42 + ";"):
-        changed = httpx.post(f"{server.url}/chat/owner", headers={"cookie": f"{COOKIE}={bad}"}).headers["set-cookie"]
+        changed = httpx.post(f"{server.url}/chat/owner", headers={"cookie": f"{COOKIE}={bad}"}).headers[
+            "set-cookie"
+        ]
         assert f"{COOKIE}={bad}" not in changed
     other_site = {"origin": "https://evil.example"}
     assert httpx.post(f"{server.url}/chat/owner", headers=other_site).status_code == 403
 
 
-def test_a_stopped_answer_is_kept_as_far_as_it_came(me: Person, server: Running, wait_until: Callable[..., None]) -> None:
+def test_a_stopped_answer_is_kept_as_far_as_it_came(
+    me: Person, server: Running, wait_until: Callable[..., None]
+) -> None:
     conversation, job = held_in_story(me, server, wait_until)
     running = me.read(conversation)["job"]
     assert running["id"] == job
@@ -186,7 +210,10 @@ def test_one_answer_at_a_time(me: Person, server: Running, wait_until: Callable[
     conversation, job = held_in_story(me, server, wait_until)
     turns = me.read(conversation)["turns"]
     body = {"parent": turns[0]["id"], "model": "tiny/taught"}
-    assert me.post(f"/chat/conversations/{conversation}/answers", body, expect=409)["error"]["code"] == "answering"
+    assert (
+        me.post(f"/chat/conversations/{conversation}/answers", body, expect=409)["error"]["code"]
+        == "answering"
+    )
     server.model.engine.allow(float("inf"))
     me.events(job)
     assert len(me.read(conversation)["turns"]) == 2
@@ -209,7 +236,9 @@ def test_a_failure_in_the_middle_keeps_the_beginning(
     assert seen[-1]["turn"]["content"] == answer["content"]
 
 
-def test_a_deleted_conversation_stops_its_answer(me: Person, server: Running, wait_until: Callable[..., None]) -> None:
+def test_a_deleted_conversation_stops_its_answer(
+    me: Person, server: Running, wait_until: Callable[..., None]
+) -> None:
     conversation, job = held_in_story(me, server, wait_until)
     assert me.client.delete(f"/chat/conversations/{conversation}").status_code == 200
     assert me.events(job)[-1]["type"] == "error"
@@ -247,7 +276,9 @@ def events_so_far(person: Person, job: str) -> list[dict[str, Any]]:
     raise AssertionError("the job has no text")
 
 
-def test_a_crash_loses_a_second_at_most(tiny: TinyModel, tmp_path: Path, wait_until: Callable[..., None]) -> None:
+def test_a_crash_loses_a_second_at_most(
+    tiny: TinyModel, tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
     """A second server on the same file sees what a server that died would have left behind."""
     store = str(tmp_path / "store.db")
     with run_server(tiny, store=store) as server, Person(server.url) as me:
@@ -255,7 +286,9 @@ def test_a_crash_loses_a_second_at_most(tiny: TinyModel, tmp_path: Path, wait_un
 
         def saved() -> str:
             with sqlite3.connect(store) as connection:
-                (text,) = connection.execute("SELECT content FROM messages WHERE role = 'assistant'").fetchone()
+                (text,) = connection.execute(
+                    "SELECT content FROM messages WHERE role = 'assistant'"
+                ).fetchone()
             connection.close()
             return str(text)
 
@@ -292,7 +325,10 @@ def test_dropped_messages_are_told(me: Person) -> None:
     leaf = made["leaf"]
     for _ in range(3):
         event = me.answer(made["id"], leaf, settings={"max_tokens": 30})
-        said = me.post(f"/chat/conversations/{made['id']}/messages", {"parent": event["turn"]["id"], "content": "many words " * 8})
+        said = me.post(
+            f"/chat/conversations/{made['id']}/messages",
+            {"parent": event["turn"]["id"], "content": "many words " * 8},
+        )
         leaf = said["id"]
     job = me.ask(made["id"], leaf, settings={"max_tokens": 4})
     begin = me.events(job["id"])[0]
@@ -319,14 +355,19 @@ def test_bad_bodies(me: Person) -> None:
     ]
     for where, body in bad:
         assert me.post(where, body, expect=400)["error"]["message"], body
-    surrogate = me.client.post("/chat/conversations", content=b'{"content": "\\ud800", "model": "tiny/taught"}')
+    surrogate = me.client.post(
+        "/chat/conversations", content=b'{"content": "\\ud800", "model": "tiny/taught"}'
+    )
     assert surrogate.status_code == 400
     for change in ({"title": ""}, {"title": "x" * 201}, {"leaf": 0}, {"nothing": 1}):
         assert me.client.patch(path, json=change).status_code == 400, change
     assert me.client.patch(path, json={"leaf": 999}).status_code == 404
     assert me.client.patch(path, json={"model": "none"}).status_code == 404
     answer = me.answer(made["id"], made["leaf"])["turn"]
-    assert "not what can be answered" in me.post(f"{path}/answers", {**model, "parent": answer["id"]}, expect=400)["error"]["message"]
+    assert (
+        "not what can be answered"
+        in me.post(f"{path}/answers", {**model, "parent": answer["id"]}, expect=400)["error"]["message"]
+    )
 
 
 def test_a_full_store_is_said_with_the_way_out(tiny: TinyModel) -> None:
@@ -352,7 +393,9 @@ def test_bytes_are_limited(tiny: TinyModel, option: str) -> None:
             me.post("/chat/conversations", {"content": long, "model": me.model}, expect=403),
             me.post(f"{path}/messages", {"parent": made["leaf"], "content": long}, expect=403),
             dict(me.client.patch(path, json={"system": long}).json()),
-            me.post(f"{path}/answers", {"parent": made["leaf"], "model": me.model, "system": long}, expect=403),
+            me.post(
+                f"{path}/answers", {"parent": made["leaf"], "model": me.model, "system": long}, expect=403
+            ),
         ):
             assert refused["error"]["code"] == "store_full" and f"--{option}" in refused["error"]["message"]
         found = me.read(made["id"])

@@ -63,7 +63,9 @@ def test_which_instructions_compute(run: Run, good: Path, monkeypatch: pytest.Mo
     assert "--dtype bf16 is likely faster here" in run("doctor", good)[1]
     monkeypatch.setenv("CHATWRIGHT_KERNELS", "neon")
     code, out, _ = run("doctor", good)
-    assert code == 1 and "4 problems" in out and "CHATWRIGHT_KERNELS=neon: this processor can run plain" in out
+    assert (
+        code == 1 and "4 problems" in out and "CHATWRIGHT_KERNELS=neon: this processor can run plain" in out
+    )
     assert all(findings(out)[f"dtype {name}"] == "problem" for name in NAMED)
 
 
@@ -71,7 +73,10 @@ def test_a_shape_that_the_kernels_lack(run: Run, shaped: Callable[..., Path]) ->
     code, out, err = run("doctor", shaped("gpt1", layers=1, width=16, heads=2, context=128))
     assert (code, err) == (0, ""), out
     assert all(findings(out)[f"dtype {name}"] == "warning" for name in NAMED)
-    assert out.count("the CPU kernels cannot run a model with post-norm blocks") == 4 and "leave --dtype at auto" in out
+    assert (
+        out.count("the CPU kernels cannot run a model with post-norm blocks") == 4
+        and "leave --dtype at auto" in out
+    )
     found = findings(out)
     assert (found["export hf"], found["export gguf"]) == ("ok", "warning")
     assert "post-norm (GPT-1), which no architecture of llama.cpp computes" in out
@@ -83,7 +88,12 @@ def test_dtypes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for real in (True, False):
         monkeypatch.setattr("chatwright.runtime.has_bf16", lambda real=real: real)
         found = {one.topic: one for one in doctor_machine._dtypes(config)}
-        assert [found[f"dtype {name}"].level for name in NAMED] == ["ok", "ok" if real else "warning", "warning", "warning"]
+        assert [found[f"dtype {name}"].level for name in NAMED] == [
+            "ok",
+            "ok" if real else "warning",
+            "warning",
+            "warning",
+        ]
         assert "CHATWRIGHT_DEVICE=cpu" in found["dtype int4"].remedy
     monkeypatch.setattr("chatwright.runtime.total_memory_bytes", lambda: 10**12)
     assert "int8" not in doctor_machine._serving(config, 10**8).text
@@ -92,7 +102,11 @@ def test_dtypes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("real", [True, False])
 def test_the_precision_of_training(run: Run, good: Path, monkeypatch: pytest.MonkeyPatch, real: bool) -> None:
     monkeypatch.setattr("chatwright.runtime.has_bf16", lambda: real)
-    said = "cpu computes bf16: training uses it" if real else "cpu has no bf16 units: training computes in float32"
+    said = (
+        "cpu computes bf16: training uses it"
+        if real
+        else "cpu has no bf16 units: training computes in float32"
+    )
     assert said in run("doctor", good)[1]
 
 
@@ -104,7 +118,10 @@ def test_the_precision_of_training(run: Run, good: Path, monkeypatch: pytest.Mon
     ("preset", "changes"),
     [
         ("modern-nano", {"context": 100}),
-        ("modern-nano", {"context": 4096, "tied": False, "width": 40, "mlp_width": 90, "head_dim": 10, "qk_norm": False}),
+        (
+            "modern-nano",
+            {"context": 4096, "tied": False, "width": 40, "mlp_width": 90, "head_dim": 10, "qk_norm": False},
+        ),
         ("gpt2", {"layers": 2, "width": 48, "heads": 3, "context": 40_000}),
     ],
 )
@@ -114,7 +131,9 @@ def test_the_estimate_is_what_serving_takes(
     torch.manual_seed(0)
     model = GPT(GPTConfig.preset(preset, vocab_size=small_tokenizer.vocab_size, **changes))
     made = LanguageModel(model, small_tokenizer, None, "x", dtype=dtype)
-    plan = serving(model.config, model.parameter_count(), "fp32" if dtype == "auto" else dtype, kernels=dtype != "auto")
+    plan = serving(
+        model.config, model.parameter_count(), "fp32" if dtype == "auto" else dtype, kernels=dtype != "auto"
+    )
     packed = made.engine.runner.weight_bytes()
     assert plan.cache == made.engine.cache_bytes
     assert plan.weights == made.memory_bytes - packed - made.engine.cache_bytes
@@ -159,7 +178,10 @@ def test_exports_are_tried_and_thrown_away(run: Run, good: Path, aside: Path) ->
 
     code, out, err = run("doctor", good)
     assert (code, err) == (0, "")
-    assert f"transformers' qwen3: read back by chatwright (equal) and transformers {transformers.__version__}" in out
+    assert (
+        f"transformers' qwen3: read back by chatwright (equal) and transformers {transformers.__version__}"
+        in out
+    )
     assert "the same ids of a text and of a conversation, logits at most" in out
     assert "llama.cpp's qwen3: read back by chatwright: the same ids and the same logits" in out
     assert list(aside.iterdir()) == []
@@ -188,7 +210,9 @@ def test_weights_that_are_written_otherwise(
         made = plan(parts)
         name = next(name for name in made.tensors if "norm" in name)
         tensor = made.tensors[name]
-        return replace(made, tensors={**made.tensors, name: Stored(tensor.shape, lambda: tensor.read() * 1.01)})
+        return replace(
+            made, tensors={**made.tensors, name: Stored(tensor.shape, lambda: tensor.read() * 1.01)}
+        )
 
     monkeypatch.setattr(doctor_export, f"plan_{form}", spoilt)
     out = check(run, good, problem=f"export {form}")
@@ -222,7 +246,9 @@ def test_transformers_that_computes_otherwise(run: Run, good: Path, monkeypatch:
     assert "computes logits that are" in check(run, good, problem="export hf")
 
 
-def test_transformers_that_refuses(run: Run, good: Path, aside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_that_refuses(
+    run: Run, good: Path, aside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM
 
     def refuse(*_: Any, **__: Any) -> Any:
@@ -246,7 +272,9 @@ def test_transformers_that_tokenizes_otherwise(
         if what == "a text":
             monkeypatch.setattr(tokenizer, "encode", lambda text, **_: [1, 2, 3])
         elif what == "a conversation":
-            tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] + '!'")
+            tokenizer.chat_template = tokenizer.chat_template.replace(
+                "message['content']", "message['content'] + '!'"
+            )
             tokenizer.chat_template += "!"
         else:
             tokenizer.chat_template = "{{ raise_exception('not today') }}"
@@ -265,7 +293,9 @@ def test_models_that_are_too_large_for_a_trial(run: Run, good: Path, monkeypatch
     assert f"`chatwright export {good} DIR --format hf` writes it" in out
     assert f"`chatwright export {good} FILE.gguf --format gguf` writes it" in out
     monkeypatch.undo()
-    monkeypatch.setattr("chatwright.runtime.total_memory_bytes", lambda: 8 * load(good).model.parameter_count() - 1)
+    monkeypatch.setattr(
+        "chatwright.runtime.total_memory_bytes", lambda: 8 * load(good).model.parameter_count() - 1
+    )
     assert "two copies take" in run("doctor", good)[1]
 
 

@@ -26,10 +26,29 @@ def test_a_good_model(run: Run, good: Path) -> None:
     code, out, err = run("doctor", good)
     assert (code, err) == (0, ""), out
     found = findings(out)
-    assert set(found) == {"files", "model", "precision", "dtype fp32", "dtype bf16", "dtype int8", "dtype int4",
-                          "serving", "training", "tokenizer", "round trip", "controls", "context",
-                          "generation", "template", "loss mask", "prompt", "elsewhere", "stopping",
-                          "export hf", "export gguf"}  # fmt: skip
+    assert set(found) == {
+        "files",
+        "model",
+        "precision",
+        "dtype fp32",
+        "dtype bf16",
+        "dtype int8",
+        "dtype int4",
+        "serving",
+        "training",
+        "tokenizer",
+        "round trip",
+        "controls",
+        "context",
+        "generation",
+        "template",
+        "loss mask",
+        "prompt",
+        "elsewhere",
+        "stopping",
+        "export hf",
+        "export gguf",
+    }
     assert set(found.values()) <= {"ok", "warning"}
     assert "0 problems" in out
     assert NATIVE.fingerprint in out and load(good).tokenizer.fingerprint in out
@@ -65,7 +84,9 @@ def test_a_damaged_file(run: Run, copy: Path) -> None:
     assert code == 1 and findings(out)["files"] == "problem" and "tokenizer.json is damaged" in out
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(run: Run, good: Path, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
+    run: Run, good: Path, tmp_path: Path
+) -> None:
     for step in (1, 2):
         shutil.copytree(good, tmp_path / "sft" / "checkpoints" / f"step-{step:06}")
     (tmp_path / "sft" / "checkpoints" / "step-000002" / "model.safetensors").write_bytes(b"x")
@@ -97,9 +118,7 @@ def test_a_tokenizer_that_was_exchanged(run: Run, taught: tuple[GPT, Tokenizer],
     assert "trained with 0123456789abcdef" in check(run, directory, problem="tokenizer")
 
 
-def test_a_template_whose_end_is_not_learnt(
-    run: Run, taught: tuple[GPT, Tokenizer], tmp_path: Path
-) -> None:
+def test_a_template_whose_end_is_not_learnt(run: Run, taught: tuple[GPT, Tokenizer], tmp_path: Path) -> None:
     """The template ends each turn at the beginning of the next one: no answer's end is seen in its own turn."""
     source = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|end|>"
     out = check(run, save(tmp_path / "x", *taught, source), problem="loss mask")
@@ -108,7 +127,9 @@ def test_a_template_whose_end_is_not_learnt(
 
 def test_a_template_whose_end_is_unknown(run: Run, taught: tuple[GPT, Tokenizer], tmp_path: Path) -> None:
     source = NATIVE.source.replace("<|end|>", "<|eot|>")
-    assert "<|eot|>, which is no control token" in check(run, save(tmp_path / "x", *taught, source), problem="template")
+    assert "<|eot|>, which is no control token" in check(
+        run, save(tmp_path / "x", *taught, source), problem="template"
+    )
 
 
 def test_templates_that_deserve_a_warning(run: Run, taught: tuple[GPT, Tokenizer], tmp_path: Path) -> None:
@@ -123,8 +144,13 @@ def test_templates_that_deserve_a_warning(run: Run, taught: tuple[GPT, Tokenizer
 def test_templates_that_others_read_otherwise(taught: tuple[GPT, Tokenizer]) -> None:
     """Where the template's text and a content make one word, tokenizing the whole gives other tokens."""
     tokenizer = taught[1]
-    spelled = [tokenizer.token_bytes(number).decode("ascii", errors="replace") for number in range(tokenizer.vocab_size)]
-    word = max((text for text in spelled if text.isalpha()), key=len)  # one token; it is cut behind its first letter
+    spelled = [
+        tokenizer.token_bytes(number).decode("ascii", errors="replace")
+        for number in range(tokenizer.vocab_size)
+    ]
+    word = max(
+        (text for text in spelled if text.isalpha()), key=len
+    )  # one token; it is cut behind its first letter
     talk = [Message(role="user", content=word[1:]), Message(role="assistant", content="x")]
     joined = ChatTemplate(NATIVE.source.replace("+ '|>' +", f"+ '|>{word[0]}' +"), "<|end|>")
     assert doctor_model._twin(talk, joined, tokenizer).level == "warning"
@@ -133,7 +159,9 @@ def test_templates_that_others_read_otherwise(taught: tuple[GPT, Tokenizer]) -> 
 
 def test_a_position_table_of_another_length(taught: tuple[GPT, Tokenizer]) -> None:
     _, tokenizer = taught
-    model = GPT(GPTConfig.preset("gpt2", vocab_size=tokenizer.vocab_size, context=64, layers=1, width=16, heads=2))
+    model = GPT(
+        GPTConfig.preset("gpt2", vocab_size=tokenizer.vocab_size, context=64, layers=1, width=16, heads=2)
+    )
     assert doctor_model._context(model.eval()).level == "ok"
     model.positions = torch.nn.Embedding(32, 16)
     finding = doctor_model._context(model)
@@ -142,10 +170,14 @@ def test_a_position_table_of_another_length(taught: tuple[GPT, Tokenizer]) -> No
 
 def gpt2(tokenizer: Tokenizer) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig.preset("gpt2", vocab_size=tokenizer.vocab_size, context=64, layers=1, width=16, heads=2)).eval()
+    return GPT(
+        GPTConfig.preset("gpt2", vocab_size=tokenizer.vocab_size, context=64, layers=1, width=16, heads=2)
+    ).eval()
 
 
-def test_a_context_that_is_not_the_length_of_the_table(run: Run, taught: tuple[GPT, Tokenizer], tmp_path: Path) -> None:
+def test_a_context_that_is_not_the_length_of_the_table(
+    run: Run, taught: tuple[GPT, Tokenizer], tmp_path: Path
+) -> None:
     """Such a model cannot be loaded; the doctor says why, in our directories and in transformers' ones."""
     directory = save(tmp_path / "ours", gpt2(taught[1]), taught[1])
     state = checkpoint.read_json(directory / "state.json")
@@ -166,7 +198,9 @@ def test_a_last_position_that_is_damaged(run: Run, taught: tuple[GPT, Tokenizer]
     assert model.positions is not None
     with torch.no_grad():
         model.positions.weight[-1] = 3e38
-    assert "position 63 are not finite" in check(run, save(tmp_path / "x", model, taught[1]), problem="context")
+    assert "position 63 are not finite" in check(
+        run, save(tmp_path / "x", model, taught[1]), problem="context"
+    )
 
 
 def test_a_cache_that_changes_the_answer(run: Run, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +225,9 @@ def test_a_tokenizer_that_changes_text(run: Run, taught: tuple[GPT, Tokenizer], 
     assert "normalises text first" in out
 
 
-def test_a_tokenizer_that_makes_control_tokens_of_text(run: Run, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_makes_control_tokens_of_text(
+    run: Run, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encode = Tokenizer.encode
 
     def spoilt(self: Tokenizer, text: str | bytes) -> list[int]:
@@ -207,7 +243,9 @@ def test_weights_without_a_tokenizer(run: Run, hf_dir: Path, tmp_path: Path) -> 
     assert "none beside the weights" in check(run, tmp_path / "bare", problem="tokenizer")
 
 
-def test_a_context_too_short_for_conversations(run: Run, taught: tuple[GPT, Tokenizer], tmp_path: Path) -> None:
+def test_a_context_too_short_for_conversations(
+    run: Run, taught: tuple[GPT, Tokenizer], tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig.preset("modern-nano", vocab_size=taught[1].vocab_size, context=32))
     code, out, _ = run("doctor", save(tmp_path / "x", model, taught[1]))
@@ -215,7 +253,9 @@ def test_a_context_too_short_for_conversations(run: Run, taught: tuple[GPT, Toke
 
 
 def dialogue_file(path: Path, *dialogues: list[tuple[str, str]]) -> Path:
-    lines = [json.dumps({"messages": [{"role": role, "content": text} for role, text in one]}) for one in dialogues]
+    lines = [
+        json.dumps({"messages": [{"role": role, "content": text} for role, text in one]}) for one in dialogues
+    ]
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -226,7 +266,9 @@ def test_own_dialogues(run: Run, good: Path, tmp_path: Path) -> None:
     code, out, _ = run("doctor", good, "--dialogue", file)
     assert code == 0 and findings(out)["dialogues"] == "ok" and "1 conversations" in out
     assert "<|user|>hi <|end|><|end|><|assistant|>[[yes ☃<|end|>]]\n<|user|>bye<|end|>" in out
-    file = dialogue_file(tmp_path / "long.jsonl", talk, [("user", "x"), ("assistant", "y z " * 300)], [("user", "q")])
+    file = dialogue_file(
+        tmp_path / "long.jsonl", talk, [("user", "x"), ("assistant", "y z " * 300)], [("user", "q")]
+    )
     code, out, _ = run("doctor", good, "--dialogue", file)
     assert code == 0 and findings(out)["dialogues"] == "warning"
     assert "1 are longer than the context of 256, 1 have no answer" in out

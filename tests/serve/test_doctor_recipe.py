@@ -44,18 +44,33 @@ def test_the_built_in_recipe(run: Run, recipe: Callable[[str], Path], tmp_path: 
         ("{data: {dialogues: ''}, sft: {base: smollm2}}", "data", "`dialogues` is empty, but sft"),
         ("{data: {ratings: ''}, reward: {base: smollm2}}", "data", "`ratings` is empty, but reward"),
         ("{data: {ratings: ''}, classifier: {base: smollm2}}", "data", "`ratings` is empty, but classifier"),
-        ("{data: {}, reward: {base: smollm2, comparisons: data}}", "data", "`comparisons` is empty, but reward"),
+        (
+            "{data: {}, reward: {base: smollm2, comparisons: data}}",
+            "data",
+            "`comparisons` is empty, but reward",
+        ),
         ("{data: {comparisons: chitchat}}", "data.comparisons", "not comparison"),
-        ("{data: {}, reward: {base: smollm2, comparisons: nowhere}}", "reward", "its input 'nowhere' is neither a stage"),
-        ("{pretrain: {tokenizer: ., fit: {batch_size: 8, micro_batch: 3}}}", "pretrain", "multiple of micro_batch"),
+        (
+            "{data: {}, reward: {base: smollm2, comparisons: nowhere}}",
+            "reward",
+            "its input 'nowhere' is neither a stage",
+        ),
+        (
+            "{pretrain: {tokenizer: ., fit: {batch_size: 8, micro_batch: 3}}}",
+            "pretrain",
+            "multiple of micro_batch",
+        ),
         ("{pretrain: {tokenizer: ., fit: {seconds: 0}}}", "pretrain", "give steps or seconds"),
         ("{pretrain: {tokenizer: ., preset: modern-tyny}}", "pretrain", "did you mean modern-tiny?"),
         ("{pretrain: {tokenizer: ., model: {layerz: 3}}}", "pretrain", "layerz"),
         ("{data: {}, tokenizer: {vocab_size: 100}}", "tokenizer", "vocab_size 100 is too small"),
-        ("{pretrain: {tokenizer: ., model: {context: 64}}, ppo: {base: pretrain, reward: ., data: .}}", "ppo",
-         "do not fit into the model's context of 64"),
+        (
+            "{pretrain: {tokenizer: ., model: {context: 64}}, ppo: {base: pretrain, reward: ., data: .}}",
+            "ppo",
+            "do not fit into the model's context of 64",
+        ),
     ],
-)  # fmt: skip
+)
 def test_recipes_with_a_problem(
     run: Run, recipe: Callable[[str], Path], tmp_path: Path, stages: str, topic: str, said: str
 ) -> None:
@@ -94,7 +109,11 @@ def test_recipes_that_are_too_large(
 
 def test_a_vocabulary_that_eats_the_model(run: Run, recipe: Callable[[str], Path]) -> None:
     code, out, _ = run("doctor", recipe("{data: {}, tokenizer: {vocab_size: 40000}, pretrain: {}}"))
-    assert code == 0 and findings(out)["pretrain"] == "warning" and "% of the parameters are the token table" in out
+    assert (
+        code == 0
+        and findings(out)["pretrain"] == "warning"
+        and "% of the parameters are the token table" in out
+    )
 
 
 def test_names_that_lead_nowhere(run: Run, recipe: Callable[[str], Path]) -> None:

@@ -39,14 +39,19 @@ def test_draining(tiny: TinyModel, wait_until: Callable[..., None]) -> None:
             chunks = response.iter_text()
             begun = next(chunks)
             server.app.state.lifecycle.draining = True  # what the signal does
-            assert httpx.get(f"{server.url}/ready").json() == {"status": "not ready", "reason": "the server is stopping"}
+            assert httpx.get(f"{server.url}/ready").json() == {
+                "status": "not ready",
+                "reason": "the server is stopping",
+            }
             for refused in (post(server, HELLO), httpx.get(f"{server.url}/v1/models"), httpx.get(server.url)):
                 assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_stopping")
                 assert (refused.headers["retry-after"], refused.headers["connection"]) == ("30", "close")
             assert httpx.get(f"{server.url}/health").status_code == 200
             assert "chatwright_draining 1.0" in httpx.get(f"{server.url}/metrics").text
             engine.allow(float("inf"))
-            assert person.events(job)[-1]["turn"]["finish_reason"] == "stop"  # a page that lost its connection
+            assert (
+                person.events(job)[-1]["turn"]["finish_reason"] == "stop"
+            )  # a page that lost its connection
             assert person.read(conversation)["turns"]
             stream = begun + "".join(chunks)
         assert text_of(stream) == STORY_TEXT
@@ -120,7 +125,9 @@ def taught_dir(taught: tuple[GPT, Tokenizer], tmp_path_factory: pytest.TempPathF
     directory = tmp_path_factory.mktemp("models") / "taught"
     card = {"kind": "language", "model": model.config.to_dict(), "tokenizer": tokenizer.fingerprint}
     texts = {"tokenizer.json": tokenizer.to_json(), "chat_template.jinja": NATIVE.source}
-    checkpoint.save_checkpoint(directory, tensors={"model": checkpoint.model_tensors(model)}, state=card, texts=texts)
+    checkpoint.save_checkpoint(
+        directory, tensors={"model": checkpoint.model_tensors(model)}, state=card, texts=texts
+    )
     return directory
 
 

@@ -107,11 +107,15 @@ def test_seeds_repeat_and_count_counts_them_up(generate: Generate) -> None:
     "options",
     [("--top_k", "1"), ("--top_p", "0.000001"), ("--min_p", "1.0"), ("--temperature", "0")],
 )
-def test_each_filter_reaches_the_sampler(generate: Generate, tiny: TinyModel, options: tuple[str, ...]) -> None:
+def test_each_filter_reaches_the_sampler(
+    generate: Generate, tiny: TinyModel, options: tuple[str, ...]
+) -> None:
     """Each of these leaves only the likeliest token, whatever the seed."""
     wanted = tiny.generate("q", max_new_tokens=10, temperature=0.0)
     for seed in ("1", "2"):
-        assert generate("--prompt", "q", "--max_new_tokens", "10", "--seed", seed, *options)[1] == wanted + "\n"
+        assert (
+            generate("--prompt", "q", "--max_new_tokens", "10", "--seed", seed, *options)[1] == wanted + "\n"
+        )
 
 
 def test_penalty_and_stop_reach_the_sampler(generate: Generate, tiny: TinyModel) -> None:

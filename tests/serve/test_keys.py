@@ -118,14 +118,17 @@ def test_where_keys_come_from(key_file: Path, tmp_path: Path) -> None:
     both = open_keys(str(key_file), {"CHATWRIGHT_API_KEYS": "a" * 16 + " , " + "b" * 20})
     assert both is not None
     found = {key: both.find(key) for key in (KEY, "a" * 16, "b" * 20, "c" * 20, "", "a" * 15)}
-    assert [key.name if key else None for key in found.values()] == [
-        "anna",
-        f"environment-{hashlib.sha256(b'a' * 16).hexdigest()[:8]}",  # whatever its place in the list
-        f"environment-{hashlib.sha256(b'b' * 20).hexdigest()[:8]}",
-        None,
-        None,
-        None,
-    ]
+    assert (
+        [key.name if key else None for key in found.values()]
+        == [
+            "anna",
+            f"environment-{hashlib.sha256(b'a' * 16).hexdigest()[:8]}",  # whatever its place in the list
+            f"environment-{hashlib.sha256(b'b' * 20).hexdigest()[:8]}",
+            None,
+            None,
+            None,
+        ]
+    )
     for environment in ({"CHATWRIGHT_API_KEYS": ""}, {"CHATWRIGHT_API_KEYS": " , "}):
         with pytest.raises(UserError, match="empty"):
             open_keys(None, environment)
@@ -144,7 +147,9 @@ def test_where_keys_come_from(key_file: Path, tmp_path: Path) -> None:
             open_keys(str(key_file), {})
 
 
-def test_the_file_is_read_again_and_a_damaged_one_is_not(key_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_file_is_read_again_and_a_damaged_one_is_not(
+    key_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     ring = KeyRing(key_file)
     text = key_file.read_text()
     third = new_key()
@@ -171,9 +176,18 @@ def test_the_file_is_read_again_and_a_damaged_one_is_not(key_file: Path, caplog:
 
 def test_without_a_key_only_the_state_is_told(locked: Running) -> None:
     for path in ("/v1/models", "/v1/chat/completions", "/v1/nothing", "/v1", "/metrics", "/openapi.json"):
-        for headers in (HTML, {}, bearer("wrong"), {"authorization": f"Basic {KEY}"}, {"authorization": "Bearer"}):
+        for headers in (
+            HTML,
+            {},
+            bearer("wrong"),
+            {"authorization": f"Basic {KEY}"},
+            {"authorization": "Bearer"},
+        ):
             response = httpx.get(f"{locked.url}{path}", headers=headers)
-            assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer"), (path, headers)
+            assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer"), (
+                path,
+                headers,
+            )
             assert response.json()["error"]["code"] == "invalid_api_key"
             assert response.headers["x-content-type-options"] == "nosniff"
         doors_of(locked).attempts = Attempts()
@@ -182,7 +196,13 @@ def test_without_a_key_only_the_state_is_told(locked: Running) -> None:
     assert httpx.get(f"{locked.url}/health").json() == {"status": "ok"}  # not which models, not what load
     assert httpx.get(f"{locked.url}/ready").json() == {"status": "ready"}
     assert httpx.get(f"{locked.url}/static/login.css").status_code == 200
-    for path in ("/static/../v1/models", "/static/%2e%2e/v1/models", "//v1/models", "/V1/models", "/health/../v1/models"):
+    for path in (
+        "/static/../v1/models",
+        "/static/%2e%2e/v1/models",
+        "//v1/models",
+        "/V1/models",
+        "/health/../v1/models",
+    ):
         response = httpx.get(f"{locked.url}{path}")
         assert response.status_code in (401, 404), path
         assert "tiny/taught" not in response.text
@@ -202,7 +222,9 @@ def test_a_key_opens_the_interface(locked: Running) -> None:
         client.with_options(api_key=KEY[:-1]).models.list()
     for path in ("/metrics", "/openapi.json", "/v1/models", "/"):
         assert httpx.get(f"{locked.url}{path}", headers=bearer(OTHER)).status_code == 200
-    assert httpx.get(f"{locked.url}/v1/models", headers={"authorization": f"bearer  {OTHER}"}).status_code == 200
+    assert (
+        httpx.get(f"{locked.url}/v1/models", headers={"authorization": f"bearer  {OTHER}"}).status_code == 200
+    )
 
 
 def test_without_keys_everything_is_open(server: Running) -> None:
@@ -232,7 +254,9 @@ def test_a_person_gives_a_key_once(locked: Running) -> None:
         assert 'name="key" type="password"' in asked.text
         assert "tiny/taught" not in asked.text
         assert "<script" not in asked.text and "<style" not in asked.text and " style=" not in asked.text
-        assert browser.get("/chat/jobs/x/events").json()["error"]["code"] == "invalid_api_key"  # a script gets JSON
+        assert (
+            browser.get("/chat/jobs/x/events").json()["error"]["code"] == "invalid_api_key"
+        )  # a script gets JSON
         wrong = browser.post("/login", data={"key": "nonsense", "next": "/"})
         assert (wrong.status_code, wrong.headers.get("set-cookie")) == (401, None)
         assert "not known" in wrong.text and "nonsense" not in wrong.text
@@ -240,14 +264,23 @@ def test_a_person_gives_a_key_once(locked: Running) -> None:
         inside = browser.post("/login", data={"key": f" {KEY} ", "next": "/openapi.json?x=1"})
         assert (inside.status_code, inside.headers["location"]) == (303, "/openapi.json?x=1")
         cookie = inside.headers["set-cookie"]
-        assert "HttpOnly" in cookie and "SameSite=strict" in cookie and "Secure" not in cookie and "Path=/" in cookie
+        assert (
+            "HttpOnly" in cookie
+            and "SameSite=strict" in cookie
+            and "Secure" not in cookie
+            and "Path=/" in cookie
+        )
         assert KEY not in cookie
         assert "tiny/taught" in browser.get("/", headers=HTML).text
         assert browser.post("/chat/owner").status_code == 200
         begun = browser.post("/chat/conversations", json={"content": "hello", "model": "tiny/taught"})
         assert begun.status_code == 201
-        assert [one["id"] for one in browser.get("/chat/conversations").json()["conversations"]] == [begun.json()["id"]]
-        assert browser.get("/v1/models").status_code == 401, "a cookie counts for the interface: other sites could use it"
+        assert [one["id"] for one in browser.get("/chat/conversations").json()["conversations"]] == [
+            begun.json()["id"]
+        ]
+        assert browser.get("/v1/models").status_code == 401, (
+            "a cookie counts for the interface: other sites could use it"
+        )
         assert browser.get("/metrics").status_code == 401
         assert "anna" in browser.get("/login").text
         out = browser.post("/logout")
@@ -281,7 +314,9 @@ def test_other_sites_cannot_log_anybody_in_or_out(locked: Running) -> None:
 
 
 @pytest.mark.parametrize(("proxies", "secure"), [(["127.0.0.1"], True), ([], False)])
-def test_the_cookie_is_secure_behind_https(tiny: TinyModel, key_file: Path, proxies: list[str], secure: bool) -> None:
+def test_the_cookie_is_secure_behind_https(
+    tiny: TinyModel, key_file: Path, proxies: list[str], secure: bool
+) -> None:
     """Who says that it is a proxy is not believed without being one."""
     forwarded = {"x-forwarded-proto": "https", "x-forwarded-for": "203.0.113.9"}
     with run_server(tiny, api_keys=str(key_file), proxies=proxies) as server:
@@ -293,7 +328,16 @@ def test_the_cookie_is_secure_behind_https(tiny: TinyModel, key_file: Path, prox
 
 def test_the_way_back_stays_here() -> None:
     assert [safe_way(way) for way in ("/", "/c/abc?x=1#y", "/login")] == ["/", "/c/abc?x=1#y", "/login"]
-    for evil in ("//evil.example", "/\\evil.example", "https://evil.example", "evil", "", "/\r\nx: y", "/\t/evil", "/é"):
+    for evil in (
+        "//evil.example",
+        "/\\evil.example",
+        "https://evil.example",
+        "evil",
+        "",
+        "/\r\nx: y",
+        "/\t/evil",
+        "/é",
+    ):
         assert safe_way(evil) == "/"
 
 
@@ -337,8 +381,12 @@ def test_guessing_gets_slower_and_slower(key_file: Path) -> None:
     clock = Clock()
     doors = Doors(KeyRing(key_file), clock)
     assert attempt(doors, "1.1.1.1", KEY) == "anna"
-    assert [attempt(doors, "1.1.1.1", f"guess{at}") for at in range(7)] == [(401, None)] * 5 + [(429, "1")] * 2
-    assert attempt(doors, "1.1.1.1", OTHER) == (429, "1"), "a right guess is told while the address has to wait"
+    assert [attempt(doors, "1.1.1.1", f"guess{at}") for at in range(7)] == [(401, None)] * 5 + [
+        (429, "1")
+    ] * 2
+    assert attempt(doors, "1.1.1.1", OTHER) == (429, "1"), (
+        "a right guess is told while the address has to wait"
+    )
     assert attempt(doors, "1.1.1.1", KEY) == "anna"  # a key in use from there goes on
     assert attempt(doors, "1.1.1.2", "guess") == (401, None)  # others are not concerned
     waits = []
@@ -395,7 +443,9 @@ def test_guessing_over_http(locked: Running) -> None:
 def test_others_are_not_let_in_by_accident(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CHATWRIGHT_API_KEYS", raising=False)
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
-        with pytest.raises(UserError, match=r"everybody who reaches this machine.*chatwright key.*--insecure"):
+        with pytest.raises(
+            UserError, match=r"everybody who reaches this machine.*chatwright key.*--insecure"
+        ):
             check_exposure(ServeConfig(host=host))
         check_exposure(ServeConfig(host=host, insecure=True))
         check_exposure(ServeConfig(host=host, api_keys=str(key_file)))

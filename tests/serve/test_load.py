@@ -58,7 +58,12 @@ def test_sixteen_clients(server: Running, oracle: Oracle, wait_until: Any) -> No
     assert verdict.passed, verdict.failures
     counts = verdict.counts
     assert counts["answers equal"] + counts.get("answers near tie", 0) == len(load.replies) >= 16
-    assert counts["requests plain"] and counts["requests leaves"] and counts["requests slow"] and counts["half requests"]
+    assert (
+        counts["requests plain"]
+        and counts["requests leaves"]
+        and counts["requests slow"]
+        and counts["half requests"]
+    )
     assert verdict.figures["tokens_per_second"] > 0 and verdict.figures["between_tokens_p95"] > 0
     wait_until(lambda: httpx.get(f"{server.url}/health").json()["running"] == 0, "every slot freed")
 
@@ -94,7 +99,9 @@ def test_who_is_let_in_is_answered(tiny: TinyModel) -> None:
     assert sorted(reply.text for reply in replies) == [""] * 8 + [DIALOGUES["hello"]] * 4
 
 
-def test_a_server_that_computes_wrongly_is_found(tiny: TinyModel, oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_computes_wrongly_is_found(
+    tiny: TinyModel, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Right as long as nobody else asks; in company, rows get each other's logits."""
     runner = tiny.engine.runner
     forward = runner.forward
@@ -119,7 +126,16 @@ def finished() -> tuple[Load, list[Reply]]:
     known = [Reply(number, -1, "plain", text, "stop", 9, first=0.1) for number, text in enumerate(texts)]
     load = Load(Target("", 0, ""), QUESTIONS, clients=4, slow=0, seconds=10.0)
     load.replies = [
-        Reply(number % len(texts), number % 4, "plain", texts[number % len(texts)], "stop", 9, first=0.2, gaps=[0.01] * 8)
+        Reply(
+            number % len(texts),
+            number % 4,
+            "plain",
+            texts[number % len(texts)],
+            "stop",
+            9,
+            first=0.2,
+            gaps=[0.01] * 8,
+        )
         for number in range(64)
     ]
     return load, known
@@ -149,7 +165,9 @@ def test_the_judge_finds(
     finished: tuple[Load, list[Reply]], oracle: Oracle, change: dict[str, Any], said: str
 ) -> None:
     load, known = finished
-    place = next(number for number, reply in enumerate(load.replies) if reply.client == 3 and reply.question != 1)
+    place = next(
+        number for number, reply in enumerate(load.replies) if reply.client == 3 and reply.question != 1
+    )
     for name, value in change.items():
         setattr(load.replies[place], name, value)
     verdict = judge(load, known, oracle)
@@ -169,7 +187,9 @@ def test_the_judge_finds_the_starved(finished: tuple[Load, list[Reply]], oracle:
 
 def test_the_judge_finds_a_leak(finished: tuple[Load, list[Reply]], oracle: Oracle) -> None:
     leak = [(float(second), 1e9 + 1e6 * second) for second in range(200)]
-    assert judge(*finished, oracle, leak).failures == ["memory: it grew by 99 MB over the second half, to 1,199 MB"]
+    assert judge(*finished, oracle, leak).failures == [
+        "memory: it grew by 99 MB over the second half, to 1,199 MB"
+    ]
     early = [(at, min(size, 1.05e9)) for at, size in leak]
     assert judge(*finished, oracle, early).passed, "growth that ends in the first half is first use"
     assert judge(*finished, oracle, leak[:50]).passed, "too short to tell"
@@ -189,16 +209,22 @@ def test_the_beginning_of_an_answer_is_right(finished: tuple[Load, list[Reply]],
 def test_the_oracle_measures_the_turn_that_a_text_took(oracle: Oracle) -> None:
     """The answer behind another first token: right for those who allow as wide a gap, wrong for all others."""
     model = oracle.model
-    request = model.chat_request([Message(role="user", content="hello")], temperature=0.0, max_new_tokens=200)[0]
+    request = model.chat_request(
+        [Message(role="user", content="hello")], temperature=0.0, max_new_tokens=200
+    )[0]
     logprobs = model.logits([request.prompt])[0, -1].log_softmax(-1)
     (best, second), (_, token) = logprobs.topk(2)
     gap = float(best - second)
-    other = model.engine.generate([type(request)((*request.prompt, int(token)), request.sampling, request.end_ids)])[0]
+    other = model.engine.generate(
+        [type(request)((*request.prompt, int(token)), request.sampling, request.end_ids)]
+    )[0]
     text = model.tokenizer.decode([int(token)]) + other.text
     assert text != DIALOGUES["hello"] and other.finish_reason == "stop"
     number = next(n for n, one in enumerate(QUESTIONS) if one == Question("hello", 200))
     assert Oracle(model, QUESTIONS, tie=gap + 0.01).gap(number, text, "stop") == pytest.approx(gap, abs=1e-3)
-    assert Oracle(model, QUESTIONS, tie=gap + 0.01).gap(number, text[:-3], None) == pytest.approx(gap, abs=1e-3)
+    assert Oracle(model, QUESTIONS, tie=gap + 0.01).gap(number, text[:-3], None) == pytest.approx(
+        gap, abs=1e-3
+    )
     assert Oracle(model, QUESTIONS, tie=gap - 0.01).gap(number, text, "stop") is None
     assert Oracle(model, QUESTIONS, tie=gap + 0.01).gap(number, text + "!", "stop") is None
     assert Oracle(model, QUESTIONS, tie=gap + 0.01).gap(number, text[:-3], "stop") is None

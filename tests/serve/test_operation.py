@@ -51,16 +51,22 @@ def test_sizes(tiny: TinyModel) -> None:
         with Person(server.url) as person:  # the page has no other rules
             turn = person.events(person.start("story")[1])[-1]["turn"]
             assert (turn["finish_reason"], turn["tokens"]) == ("length", 3)
-        lengths = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny/taught", "input": ["a", "word " * 50]})
+        lengths = httpx.post(
+            f"{server.url}/v1/embeddings", json={"model": "tiny/taught", "input": ["a", "word " * 50]}
+        )
         assert (lengths.status_code, lengths.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
 def test_limits_hold_whoever_prepared_the_answer(tiny: TinyModel) -> None:
     async def check() -> None:
         with EngineThread(tiny.engine) as engine:
-            service = ChatService(tiny, engine, name="tiny", limits=Limits(max_new_tokens=3, max_prompt_tokens=40))
+            service = ChatService(
+                tiny, engine, name="tiny", limits=Limits(max_new_tokens=3, max_prompt_tokens=40)
+            )
             talk = [Message(role="user", content="story")]
-            pieces = [piece async for _, piece in service.answer(prepare(tiny, talk, Sampling(max_new_tokens=99)))]
+            pieces = [
+                piece async for _, piece in service.answer(prepare(tiny, talk, Sampling(max_new_tokens=99)))
+            ]
             assert sum(len(piece.ids) for piece in pieces) == 3
             with pytest.raises(TooLong):
                 service.answer(prepare(tiny, [Message(role="user", content="word " * 50)], Sampling()))
@@ -70,9 +76,13 @@ def test_limits_hold_whoever_prepared_the_answer(tiny: TinyModel) -> None:
 
 def test_settings_that_make_no_sense() -> None:
     for name, value in (
-        ("max_body", 100), ("max_new_tokens", -1), ("max_prompt_tokens", -1), ("timeout", -1.0), ("timeout", float("inf")),
+        ("max_body", 100),
+        ("max_new_tokens", -1),
+        ("max_prompt_tokens", -1),
+        ("timeout", -1.0),
+        ("timeout", float("inf")),
         ("drain_seconds", float("nan")),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UsageError, match=f"--{name}"):
             ServeConfig(**{name: value})  # type: ignore[arg-type]
 
@@ -84,14 +94,18 @@ def test_retry_after_is_when_places_will_be_free(tiny: TinyModel) -> None:
         with EngineThread(tiny.engine) as engine:
             service = ChatService(tiny, engine, name="tiny", limits=Limits(max_requests=40))
             assert service.retry_after() == 1  # nothing is known yet
-            prepared = await service.prepare([Message(role="user", content="story")], Sampling(max_new_tokens=200), answers=40)
+            prepared = await service.prepare(
+                [Message(role="user", content="story")], Sampling(max_new_tokens=200), answers=40
+            )
             service._seconds = 30.0
             tiny.engine.allow(0)
             answer = service.answer(prepared)
             assert service.running == 40
             for answers, seconds in ((1, 1), (4, 3), (8, 6)):  # one leaves every 30 s / 40
                 with pytest.raises(Busy) as refused:
-                    await service.prepare([Message(role="user", content="story")], Sampling(), answers=answers)
+                    await service.prepare(
+                        [Message(role="user", content="story")], Sampling(), answers=answers
+                    )
                 assert refused.value.retry_after == seconds
             service._seconds = 10_000.0
             assert service.retry_after() == 60
@@ -101,7 +115,9 @@ def test_retry_after_is_when_places_will_be_free(tiny: TinyModel) -> None:
                 pass
             service._seconds = 0.0
             before = time.monotonic()
-            async for _ in service.answer(await service.prepare([Message(role="user", content="hello")], Sampling(temperature=0.0))):
+            async for _ in service.answer(
+                await service.prepare([Message(role="user", content="hello")], Sampling(temperature=0.0))
+            ):
                 pass
             assert 0 < service._seconds <= time.monotonic() - before
 
@@ -115,14 +131,18 @@ def test_many_at_the_same_moment_are_counted(tiny: TinyModel) -> None:
         with EngineThread(tiny.engine) as engine:
             service = ChatService(tiny, engine, name="tiny", limits=Limits(max_requests=3))
             talk = [Message(role="user", content="hello")]
-            done = await asyncio.gather(*(service.prepare(talk, Sampling()) for _ in range(8)), return_exceptions=True)
+            done = await asyncio.gather(
+                *(service.prepare(talk, Sampling()) for _ in range(8)), return_exceptions=True
+            )
             assert sum(isinstance(one, Busy) for one in done) == 5
             await service.prepare(talk, Sampling(), answers=3)  # places that were not taken are free again
 
     asyncio.run(check())
 
 
-def test_embeddings_and_scoring_take_up_places_and_time(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeddings_and_scoring_take_up_places_and_time(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They compute beside the engine; as many as anybody likes would keep everybody else waiting."""
     gate = threading.Event()
 
@@ -133,7 +153,10 @@ def test_embeddings_and_scoring_take_up_places_and_time(tiny: TinyModel, monkeyp
     monkeypatch.setattr(LanguageModel, "embed", held)
     monkeypatch.setattr(LanguageModel, "score", held)
     vectors = ("/v1/embeddings", {"model": "tiny/taught", "input": "hello"})
-    scores = ("/v1/completions", {"model": "tiny/taught", "prompt": "hello", "echo": True, "logprobs": 1, "max_tokens": 0})
+    scores = (
+        "/v1/completions",
+        {"model": "tiny/taught", "prompt": "hello", "echo": True, "logprobs": 1, "max_tokens": 0},
+    )
 
     async def check(server: Running) -> None:
         async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
@@ -146,8 +169,12 @@ def test_embeddings_and_scoring_take_up_places_and_time(tiny: TinyModel, monkeyp
                 assert [response.status_code for response in await asyncio.gather(*busy)] == [400, 400]
                 assert (await client.post(path, json=body)).status_code == 400  # the places are free again
             gate.clear()
-            server.app.state.pool.services[0].limits = replace(server.app.state.pool.services[0].limits, timeout=0.2)
-            asyncio.get_running_loop().call_later(1.0, gate.set)  # a place is held until its computation ends, late or not
+            server.app.state.pool.services[0].limits = replace(
+                server.app.state.pool.services[0].limits, timeout=0.2
+            )
+            asyncio.get_running_loop().call_later(
+                1.0, gate.set
+            )  # a place is held until its computation ends, late or not
             late = await client.post(vectors[0], json=vectors[1])
             assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
 
@@ -190,7 +217,9 @@ def test_an_answer_in_time_is_not_cut(tiny: TinyModel) -> None:
     async def check() -> None:
         with EngineThread(tiny.engine) as engine:
             service = ChatService(tiny, engine, name="tiny", limits=Limits(timeout=0.4))
-            answer = service.answer(await service.prepare([Message(role="user", content="hello")], Sampling(temperature=0.0)))
+            answer = service.answer(
+                await service.prepare([Message(role="user", content="hello")], Sampling(temperature=0.0))
+            )
             while service.running:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.5)
@@ -204,7 +233,9 @@ def test_time_is_up_although_nobody_reads(tiny: TinyModel) -> None:
         with EngineThread(tiny.engine) as engine:
             service = ChatService(tiny, engine, name="tiny", limits=Limits(timeout=0.2))
             tiny.engine.allow(3)
-            answer = service.answer(await service.prepare([Message(role="user", content="story")], Sampling(temperature=0.0)))
+            answer = service.answer(
+                await service.prepare([Message(role="user", content="story")], Sampling(temperature=0.0))
+            )
             try:
                 end = time.monotonic() + 10
                 while service.running:
@@ -219,7 +250,9 @@ def test_time_is_up_although_nobody_reads(tiny: TinyModel) -> None:
     asyncio.run(check())
 
 
-def test_a_request_waits_in_the_queue_no_longer_either(tiny: TinyModel, wait_until: Callable[..., None]) -> None:
+def test_a_request_waits_in_the_queue_no_longer_either(
+    tiny: TinyModel, wait_until: Callable[..., None]
+) -> None:
     with run_server(tiny, timeout=0.5) as server:
         tiny.engine.allow(0)  # it does a step for whoever leaves, and no other
         begun, made = time.monotonic(), tiny.engine.stats.new_tokens
@@ -237,7 +270,10 @@ def test_cors_is_for_those_listed_and_the_interface(tiny: TinyModel, tmp_path: P
     keys.write_text(line_for("anna", "k" * 40))
     ours, other = "http://localhost:3000", "http://localhost:3001"
     chat = "/v1/chat/completions"
-    ask = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type,x-stainless-os"}
+    ask = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type,x-stainless-os",
+    }
     with run_server(tiny, cors_origins=[f"{ours}/"], api_keys=str(keys)) as server:
         good = httpx.options(f"{server.url}{chat}", headers={"origin": ours, **ask})
         assert good.status_code == 204
@@ -245,7 +281,14 @@ def test_cors_is_for_those_listed_and_the_interface(tiny: TinyModel, tmp_path: P
         assert "POST" in good.headers["access-control-allow-methods"]
         assert good.headers["access-control-allow-headers"] == ask["access-control-request-headers"]
         assert good.headers["vary"].lower() == "origin"
-        for path, origin in ((chat, other), (chat, "null"), ("/chat/jobs", ours), ("/", ours), ("/metrics", ours), ("/v1x", ours)):
+        for path, origin in (
+            (chat, other),
+            (chat, "null"),
+            ("/chat/jobs", ours),
+            ("/", ours),
+            ("/metrics", ours),
+            ("/v1x", ours),
+        ):
             bad = httpx.options(f"{server.url}{path}", headers={"origin": origin, **ask})
             assert bad.status_code >= 400
             assert not [name for name in bad.headers if name.startswith("access-control")], path
@@ -255,21 +298,42 @@ def test_cors_is_for_those_listed_and_the_interface(tiny: TinyModel, tmp_path: P
         assert answer.headers["access-control-allow-origin"] == ours
         assert "x-request-id" in answer.headers["access-control-expose-headers"]
         assert "access-control-allow-credentials" not in answer.headers
-        for refused in (post(server, HELLO, headers={"origin": ours}), post(server, {}, headers={"origin": ours, **key})):
+        for refused in (
+            post(server, HELLO, headers={"origin": ours}),
+            post(server, {}, headers={"origin": ours, **key}),
+        ):
             assert refused.status_code in (400, 401)
             assert refused.headers["access-control-allow-origin"] == ours  # or the page could not read why
         foreign = post(server, HELLO, headers={"origin": other, **key})
         assert foreign.status_code == 403 and "access-control-allow-origin" not in foreign.headers
         page = httpx.post(f"{server.url}/chat/jobs", json={}, headers={"origin": ours, **key})
         assert page.status_code == 403 and "access-control-allow-origin" not in page.headers
-        strange = httpx.options(f"{server.url}{chat}", headers={"origin": ours, **ask, "access-control-request-headers": "a\tb;c"})
+        strange = httpx.options(
+            f"{server.url}{chat}", headers={"origin": ours, **ask, "access-control-request-headers": "a\tb;c"}
+        )
         assert strange.headers["access-control-allow-headers"] == "authorization, content-type"
 
 
 def test_origins() -> None:
     given = ["https://A.example", "http://x:80/", "https://x:443", "http://x:8080", "http://[::1]:3000"]
-    assert check_origins(given) == ["https://a.example", "http://x", "https://x", "http://x:8080", "http://[::1]:3000"]
-    for bad in ("*", "x.example", "ftp://x", "https://x/path", "https://u@x", "https://x?y", "http://[", "http://x:y", "null"):
+    assert check_origins(given) == [
+        "https://a.example",
+        "http://x",
+        "https://x",
+        "http://x:8080",
+        "http://[::1]:3000",
+    ]
+    for bad in (
+        "*",
+        "x.example",
+        "ftp://x",
+        "https://x/path",
+        "https://u@x",
+        "https://x?y",
+        "http://[",
+        "http://x:y",
+        "null",
+    ):
         with pytest.raises(UsageError, match="--cors_origins"):
             check_origins([bad])
 
@@ -307,13 +371,18 @@ def test_ready(taught: tuple[GPT, Tokenizer]) -> None:
             gate.set()
             assert (await asked[0]).status_code == 500
             assert await ready() == (503, "a could not be loaded: broken file")
-            assert (await client.post("/v1/chat/completions", json={**HELLO, "model": "a"})).status_code == 200
+            assert (
+                await client.post("/v1/chat/completions", json={**HELLO, "model": "a"})
+            ).status_code == 200
             assert await ready() == (200, "")
             app.state.lifecycle.draining = True
             assert await ready() == (503, "the server is stopping")
             assert (await client.get("/health")).json()["status"] == "ok"
             pool.services[0].engine.close()
-            assert ((await client.get("/health")).status_code, (await client.get("/health")).json()["status"]) == (503, "failed")
+            assert (
+                (await client.get("/health")).status_code,
+                (await client.get("/health")).json()["status"],
+            ) == (503, "failed")
 
     asyncio.run(check())
     pool.close()

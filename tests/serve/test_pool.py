@@ -58,7 +58,9 @@ def run(check: Callable[[], Awaitable[Any]]) -> None:
 
 
 async def ask(service: ChatService, question: str = "hello") -> str:
-    prepared = await service.prepare([Message(role="user", content=question)], Sampling(temperature=0.0, max_new_tokens=64))
+    prepared = await service.prepare(
+        [Message(role="user", content=question)], Sampling(temperature=0.0, max_new_tokens=64)
+    )
     return "".join([piece.text async for _, piece in service.answer(prepared)])
 
 
@@ -140,7 +142,9 @@ def test_a_model_in_use_is_never_put_away(loader: Loader) -> None:
 def test_a_budget_that_is_too_small(loader: Loader) -> None:
     size = size_of(loader.parts)
     expected = ModelPool(specs("a"), budget=size // 3, loader=loader)  # the files say that it cannot fit
-    found = ModelPool(specs("a"), budget=int(0.75 * size), loader=loader)  # that it does not shows when it is there
+    found = ModelPool(
+        specs("a"), budget=int(0.75 * size), loader=loader
+    )  # that it does not shows when it is there
 
     async def check() -> None:
         with pytest.raises(NoMemory, match=r"raise --memory_gb"):
@@ -271,7 +275,9 @@ def test_closing_ends_answers_properly(taught: tuple[GPT, Tokenizer]) -> None:
     async def check() -> None:
         model.engine.allow(5)
         async with pool.use("mine") as service:
-            prepared = await service.prepare([Message(role="user", content="story")], Sampling(temperature=0.0, max_new_tokens=200))
+            prepared = await service.prepare(
+                [Message(role="user", content="story")], Sampling(temperature=0.0, max_new_tokens=200)
+            )
             answer = service.answer(prepared)
             pieces = aiter(answer)
             await anext(pieces)
@@ -284,7 +290,9 @@ def test_closing_ends_answers_properly(taught: tuple[GPT, Tokenizer]) -> None:
     pool.close()
 
 
-def test_an_engine_that_ends_by_itself_is_told_of(taught: tuple[GPT, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_ends_by_itself_is_told_of(
+    taught: tuple[GPT, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Fatal(BaseException):
         pass
 

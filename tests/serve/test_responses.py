@@ -29,8 +29,15 @@ def test_whole_response(client: openai.OpenAI) -> None:
 
 def test_the_same_as_chat(client: openai.OpenAI) -> None:
     items: Any = [
-        {"role": "user", "content": [{"type": "input_text", "text": "hel"}, {"type": "input_text", "text": "lo"}]},
-        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": DIALOGUES["hello"]}]},
+        {
+            "role": "user",
+            "content": [{"type": "input_text", "text": "hel"}, {"type": "input_text", "text": "lo"}],
+        },
+        {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": DIALOGUES["hello"]}],
+        },
         {"role": "user", "content": "name?"},
     ]
     response = client.responses.create(input=items, instructions="Be brief.", max_output_tokens=20, **ASK)

@@ -13,7 +13,10 @@ from serving import DIALOGUES, Running
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
-    "properties": {"mood": {"enum": ["good", "bad"]}, "score": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "properties": {
+        "mood": {"enum": ["good", "bad"]},
+        "score": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
     "required": ["mood", "score"],
     "additionalProperties": False,
 }
@@ -30,7 +33,9 @@ MESSAGES: Any = [{"role": "user", "content": "hello"}]
 
 @pytest.fixture
 def client(roomy_server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{roomy_server.url}/v1", api_key="unused", max_retries=0, timeout=60) as made:
+    with openai.OpenAI(
+        base_url=f"{roomy_server.url}/v1", api_key="unused", max_retries=0, timeout=60
+    ) as made:
         yield made
 
 
@@ -62,7 +67,11 @@ def test_json_of_a_schema(client: openai.OpenAI, seed: int) -> None:
 def test_any_json_object(client: openai.OpenAI) -> None:
     for seed in range(4):
         choice = client.chat.completions.create(
-            model="tiny/taught", messages=MESSAGES, seed=seed, max_tokens=120, response_format={"type": "json_object"}
+            model="tiny/taught",
+            messages=MESSAGES,
+            seed=seed,
+            max_tokens=120,
+            response_format={"type": "json_object"},
         ).choices[0]
         if choice.finish_reason == "stop":
             assert isinstance(json.loads(choice.message.content), dict)
@@ -73,7 +82,9 @@ def test_any_json_object(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "rate"}}], ids=str)
 def test_a_call_can_be_forced(client: openai.OpenAI, choice: Any) -> None:
     settings: Any = {"model": "tiny/taught", "messages": MESSAGES, "seed": 5, "max_tokens": 120}
-    whole = client.chat.completions.create(**settings, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False).choices[0]
+    whole = client.chat.completions.create(
+        **settings, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False
+    ).choices[0]
     assert (whole.finish_reason, whole.message.content) == ("tool_calls", None)
     (call,) = whole.message.tool_calls
     if choice == "required":
@@ -91,7 +102,12 @@ def test_a_call_can_be_forced(client: openai.OpenAI, choice: Any) -> None:
             names += one.function.name or ""
             arguments += one.function.arguments or ""
             ids |= {one.id} if one.id else set()
-    assert (names, arguments, reasons[-1], len(ids)) == (call.function.name, call.function.arguments, "tool_calls", 1)
+    assert (names, arguments, reasons[-1], len(ids)) == (
+        call.function.name,
+        call.function.arguments,
+        "tool_calls",
+        1,
+    )
     again: Any = [*MESSAGES, whole.message, {"role": "tool", "tool_call_id": call.id, "content": "42"}]
     after = client.chat.completions.create(model="tiny/taught", messages=again, tools=TOOLS, max_tokens=5)
     assert after.choices[0].finish_reason in ("length", "stop", "tool_calls")
@@ -99,8 +115,15 @@ def test_a_call_can_be_forced(client: openai.OpenAI, choice: Any) -> None:
 
 def test_responses_call_tools(client: openai.OpenAI) -> None:
     tools: Any = [{"type": "function", "name": "rate", "parameters": SCHEMA, "strict": True}]
-    settings: Any = {"model": "tiny/taught", "input": "hello", "tools": tools, "temperature": 0.0, "max_output_tokens": 120,
-                     "tool_choice": {"type": "function", "name": "rate"}, "parallel_tool_calls": False}  # fmt: skip
+    settings: Any = {
+        "model": "tiny/taught",
+        "input": "hello",
+        "tools": tools,
+        "temperature": 0.0,
+        "max_output_tokens": 120,
+        "tool_choice": {"type": "function", "name": "rate"},
+        "parallel_tool_calls": False,
+    }
     whole = client.responses.create(**settings)
     (call,) = whole.output
     assert (call.type, call.name) == ("function_call", "rate")
@@ -114,35 +137,68 @@ def test_responses_call_tools(client: openai.OpenAI) -> None:
             assert event.arguments == arguments
     assert arguments == call.arguments
     assert kinds[2] == "response.output_item.added"
-    assert kinds[-3:] == ["response.function_call_arguments.done", "response.output_item.done", "response.completed"]
+    assert kinds[-3:] == [
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
     turns: Any = [
         {"role": "user", "content": "hello"},
         {"type": "function_call", "call_id": call.call_id, "name": call.name, "arguments": call.arguments},
         {"type": "function_call_output", "call_id": call.call_id, "output": "42"},
     ]
-    assert client.responses.create(model="tiny/taught", input=turns, max_output_tokens=4).usage.output_tokens == 4
+    assert (
+        client.responses.create(model="tiny/taught", input=turns, max_output_tokens=4).usage.output_tokens
+        == 4
+    )
 
 
 def test_without_a_form_nothing_changes(client: openai.OpenAI) -> None:
-    for form in ({}, {"response_format": {"type": "text"}}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": []}):
+    for form in (
+        {},
+        {"response_format": {"type": "text"}},
+        {"tools": TOOLS, "tool_choice": "none"},
+        {"tools": []},
+    ):
         answer = client.chat.completions.create(model="tiny/taught", messages=MESSAGES, temperature=0, **form)
         assert answer.choices[0].message.content == DIALOGUES["hello"], form
 
 
 def test_tools_are_described_to_the_model(client: openai.OpenAI) -> None:
     bare = client.chat.completions.create(model="tiny/taught", messages=MESSAGES, max_tokens=2)
-    told = client.chat.completions.create(model="tiny/taught", messages=MESSAGES, max_tokens=2, tools=TOOLS[1:])
+    told = client.chat.completions.create(
+        model="tiny/taught", messages=MESSAGES, max_tokens=2, tools=TOOLS[1:]
+    )
     assert told.usage.prompt_tokens > bare.usage.prompt_tokens + 20
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wizard"}}}}, "schema"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://x/y"}}}}, "schema"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "wizard"}},
+                }
+            },
+            "schema",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"$ref": "http://x/y"}},
+                }
+            },
+            "schema",
+        ),
         ({"response_format": {"type": "json_object"}, "tools": TOOLS}, "cannot be had"),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "the name rate"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "no"}}}, "none of the tools"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "no"}}},
+            "none of the tools",
+        ),
         ({"tools": TOOLS * 65}, "tools"),
     ],
     ids=str,

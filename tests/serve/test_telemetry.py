@@ -35,7 +35,9 @@ def scrape(url: str) -> Figures:
     response = httpx.get(f"{url}/metrics", timeout=30)
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain; version=")
-    samples = [sample for family in text_string_to_metric_families(response.text) for sample in family.samples]
+    samples = [
+        sample for family in text_string_to_metric_families(response.text) for sample in family.samples
+    ]
 
     def figure(name: str, **labels: str) -> float:
         found = [one.value for one in samples if one.name == name and labels.items() <= one.labels.items()]
@@ -55,7 +57,9 @@ def test_tokens_and_latencies_are_counted(server: Running) -> None:
     tokens = 2 * whole["completion_tokens"]
     assert after("chatwright_generation_tokens_total", **MODEL) == tokens
     assert after("chatwright_prompt_tokens_total", **MODEL) == 2 * whole["prompt_tokens"]
-    assert after("chatwright_prompt_tokens_cached_total", **MODEL) == whole["prompt_tokens"] - 1  # all but the newest
+    assert (
+        after("chatwright_prompt_tokens_cached_total", **MODEL) == whole["prompt_tokens"] - 1
+    )  # all but the newest
     assert after("chatwright_time_to_first_token_seconds_count", **MODEL) == 2
     assert after("chatwright_inter_token_latency_seconds_count", **MODEL) == tokens - 2
     assert after("chatwright_e2e_request_latency_seconds_count", **MODEL) == 2
@@ -70,12 +74,16 @@ def test_tokens_and_latencies_are_counted(server: Running) -> None:
     assert steps == rows == tokens  # one answer at a time: a row a step
 
 
-def test_latencies_are_those_of_the_engine_and_not_of_a_slow_reader(server: Running, wait_until: Callable[..., None]) -> None:
+def test_latencies_are_those_of_the_engine_and_not_of_a_slow_reader(
+    server: Running, wait_until: Callable[..., None]
+) -> None:
     engine = server.model.engine
     engine.allow(3)
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**BODY, "stream": True}) as response:
         between = "chatwright_inter_token_latency_seconds_count"
-        wait_until(lambda: scrape(server.url)(between) == 2, "three tokens to be counted")  # and nobody has read anything
+        wait_until(
+            lambda: scrape(server.url)(between) == 2, "three tokens to be counted"
+        )  # and nobody has read anything
         engine.allow(float("inf"))
         response.read()
 
@@ -95,7 +103,10 @@ def test_what_is_running_and_waiting(server: Running, wait_until: Callable[..., 
             assert now("chatwright_engine_step_rows_total") > 16
     # The engine stays held (it steps only to let go of who left): released now, it could come to the end of an answer
     # before the server has seen that the client is gone, and that answer would count as stopped.
-    wait_until(lambda: scrape(server.url)("chatwright_answers_total", finished_reason="cancelled") == 19, "both to end")
+    wait_until(
+        lambda: scrape(server.url)("chatwright_answers_total", finished_reason="cancelled") == 19,
+        "both to end",
+    )
     after = scrape(server.url)
     assert after("chatwright_num_requests_running") == after("chatwright_num_requests_waiting") == 0
     assert after("chatwright_kv_cache_usage_ratio") == 0
@@ -106,7 +117,15 @@ def test_requests_are_counted_by_route_and_status(server: Running) -> None:
     post(server)
     post(server, model="other")
     post(server, model=None)
-    for path in ("/nothing", "/v1/models/a", "/v1/models/b", "/static/chat.js", "/static/nothing", "/wp-login.php", "/health"):
+    for path in (
+        "/nothing",
+        "/v1/models/a",
+        "/v1/models/b",
+        "/static/chat.js",
+        "/static/nothing",
+        "/wp-login.php",
+        "/health",
+    ):
         httpx.get(f"{server.url}{path}")
     httpx.request("PROPFIND", f"{server.url}/coffee")
     httpx.get(f"{server.url}/health", headers={"host": "evil.example"})
@@ -154,7 +173,10 @@ def test_models_come_and_go(taught: tuple[GPT, Tokenizer]) -> None:
                 other = "b" if model == "a" else "a"
                 loaded = {name: now["chatwright_model_loaded", name] for name in ("a", "b")}
                 assert loaded == {model: 1, other: 0}
-                assert (now["chatwright_model_memory_bytes", model], now["chatwright_model_memory_bytes", other]) == (size, 0)
+                assert (
+                    now["chatwright_model_memory_bytes", model],
+                    now["chatwright_model_memory_bytes", other],
+                ) == (size, 0)
                 tokens = tokens or now["chatwright_generation_tokens_total", "a"]
             assert now["chatwright_generation_tokens_total", "a"] == 2 * tokens  # counters never fall
             assert now["chatwright_generation_tokens_total", "b"] == tokens > 0
@@ -188,13 +210,17 @@ def test_every_figure_is_documented_and_every_one_documented_exists(server: Runn
     real = {family.name + ("_total" if family.type == "counter" else "") for family in families}
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\| `(chatwright_\w+)`", text, re.MULTILINE))
-    assert documented == {name for name in real if name.startswith("chatwright_") and not name.endswith("_created")}
+    assert documented == {
+        name for name in real if name.startswith("chatwright_") and not name.endswith("_created")
+    }
 
 
 def test_steps_and_rows(taught: tuple[GPT, Tokenizer]) -> None:
     """Three requests side by side, of 4, 4 and 2 tokens, all of whose prompts are read in the first step."""
     engine: Engine = GatedEngine(*taught)
-    requests = [Request((5 + at, 6, 7), Sampling(length, temperature=0.0)) for at, length in enumerate((4, 4, 2))]
+    requests = [
+        Request((5 + at, 6, 7), Sampling(length, temperature=0.0)) for at, length in enumerate((4, 4, 2))
+    ]
     engine.generate(requests)
     assert (engine.stats.steps, engine.stats.rows) == (4, 10)
     engine.step()  # nothing to do

@@ -83,9 +83,16 @@ def test_save_writes_messages_once_and_never_over_a_file(chat: Chat, tmp_path: P
     other = tmp_path / "other.jsonl"
     other.write_text("precious")
     _, _, err = chat(
-        "/save", f"/save {file}", "/system Be ☃.", "snowman", f"/save {file}", f"/save '{file}'",
-        f"/save {other}", f"/save {tmp_path}/no/where.jsonl", options=("--temperature=0", "--max_new_tokens=40"),
-    )  # fmt: skip
+        "/save",
+        f"/save {file}",
+        "/system Be ☃.",
+        "snowman",
+        f"/save {file}",
+        f"/save '{file}'",
+        f"/save {other}",
+        f"/save {tmp_path}/no/where.jsonl",
+        options=("--temperature=0", "--max_new_tokens=40"),
+    )
     (line,) = file.read_text(encoding="utf-8").splitlines()
     messages = json.loads(line)["messages"]
     assert [message["role"] for message in messages] == ["system", "user", "assistant"]

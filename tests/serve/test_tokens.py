@@ -47,12 +47,18 @@ def test_a_character_of_several_tokens_has_the_product(tiny: TinyModel) -> None:
     a, *snowman = (tiny.tokenizer.encode(bytes([byte]))[0] for byte in "a☃".encode())
     top = [[(a, math.log(0.5))]]
     half = math.log(0.5)
-    assert texts.push(Piece("a", [a], None, [half], top)) == [{"text": "a", "p": 0.5, "alternatives": [{"text": "a", "p": 0.5}]}]
+    assert texts.push(Piece("a", [a], None, [half], top)) == [
+        {"text": "a", "p": 0.5, "alternatives": [{"text": "a", "p": 0.5}]}
+    ]
     assert texts.push(Piece("", snowman[:2], None, [half] * 2, top * 2)) == []
-    assert [(token["text"], token["p"]) for token in texts.push(Piece("☃", snowman[2:], None, [half], top))] == [("☃", 0.125)]
+    assert [
+        (token["text"], token["p"]) for token in texts.push(Piece("☃", snowman[2:], None, [half], top))
+    ] == [("☃", 0.125)]
     assert texts.push(Piece("", snowman[:1], None, [half], top)) == []
     end = tiny.tokenizer.end_of_text_id
-    assert [(token["text"], token["p"]) for token in texts.push(Piece("\ufffd", [end], "stop", [half], top))] == [("\ufffd", 0.5)]
+    assert [
+        (token["text"], token["p"]) for token in texts.push(Piece("\ufffd", [end], "stop", [half], top))
+    ] == [("\ufffd", 0.5)]
 
 
 def test_how_tokens_are_spelled(tiny: TinyModel) -> None:

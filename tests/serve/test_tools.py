@@ -27,7 +27,11 @@ def test_import_of_a_hugging_face_directory(run: Run, hf_dir: Path, tmp_path: Pa
     moved = Path(shutil.move(tmp_path / "made", tmp_path / "moved"))
     assert {path.name for path in moved.iterdir()} <= tools.OURS
     ours, theirs = load(moved), load(hf_dir)
-    assert ours.template == theirs.template and ours.template is not None and ours.template.end == "<|endoftext|>"
+    assert (
+        ours.template == theirs.template
+        and ours.template is not None
+        and ours.template.end == "<|endoftext|>"
+    )
     assert ours.tokenizer.fingerprint == theirs.tokenizer.fingerprint
     ids = [ours.tokenizer.encode("Hello there, 東京")]
     assert torch.equal(ours.logits(ids), theirs.logits(ids))
@@ -46,27 +50,31 @@ def test_an_imported_model_chats(
 
 
 def test_import_of_our_own_leaves_the_optimiser_behind(run: Run, good: Path, tmp_path: Path) -> None:
-    tensors = {"model": checkpoint.load_tensors(good / "model.safetensors"), "optimizer": {"m": torch.ones(9)}}
+    tensors = {
+        "model": checkpoint.load_tensors(good / "model.safetensors"),
+        "optimizer": {"m": torch.ones(9)},
+    }
     texts = {name: (good / name).read_text() for name in ("tokenizer.json", "chat_template.jinja")}
     run_dir = tmp_path / "run" / "sft" / "checkpoints" / "step-000009"
-    checkpoint.save_checkpoint(run_dir, tensors=tensors, state=checkpoint.Checkpoint(good).state(), texts=texts)
+    checkpoint.save_checkpoint(
+        run_dir, tensors=tensors, state=checkpoint.Checkpoint(good).state(), texts=texts
+    )
     assert run("import", tmp_path / "run" / "sft", tmp_path / "made")[0] == 0
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [
-        "chat_template.jinja", "model.safetensors", "state.json", "tokenizer.json"
-    ]  # fmt: skip
+        "chat_template.jinja",
+        "model.safetensors",
+        "state.json",
+        "tokenizer.json",
+    ]
 
 
-def test_ends_that_cannot_be_guessed_are_kept(
-    taught: tuple[GPT, Tokenizer], tmp_path: Path
-) -> None:
+def test_ends_that_cannot_be_guessed_are_kept(taught: tuple[GPT, Tokenizer], tmp_path: Path) -> None:
     """Which tokens end a text and a turn comes from the source, not from a guess at what was written."""
     model, tokenizer = taught
     unusual = Tokenizer(tokenizer.backend, end_of_text="<|reserved_0|>")
     template = ChatTemplate(NATIVE.source.replace("'<|end|>'", "'<|image|><|end|>'"), "<|end|>")
     parts = load_parts(save(tmp_path / "source", model, tokenizer))
-    tools.write_model(
-        type(parts)(parts.model, unusual, template, "x"), tmp_path / "made", source="x"
-    )
+    tools.write_model(type(parts)(parts.model, unusual, template, "x"), tmp_path / "made", source="x")
     again = load(tmp_path / "made")
     assert again.tokenizer.end_of_text == "<|reserved_0|>"
     assert again.template == template != ChatTemplate.from_source(template.source)
@@ -129,7 +137,6 @@ def test_a_source_without_a_tokenizer(run: Run, hf_dir: Path, tmp_path: Path) ->
         (tmp_path / "bare" / name).unlink(missing_ok=True)
     code, _, err = run("import", tmp_path / "bare", tmp_path / "made")
     assert code == 1 and "has no tokenizer" in err and not (tmp_path / "made").exists()
-
 
 
 def test_check_target_needs_no_torch(tmp_path: Path) -> None:

@@ -45,14 +45,18 @@ def unit() -> str:
     return block("serving.md", "A systemd unit")
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="NO SYSTEMD-ANALYZE: the documented unit goes unverified")
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="NO SYSTEMD-ANALYZE: the documented unit goes unverified"
+)
 def test_the_unit_is_valid(unit: str, tmp_path: Path) -> None:
     program = tmp_path / "chatwright"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     file = tmp_path / "chatwright.service"
     file.write_text(placed(unit, {"/opt/chatwright/bin/chatwright": str(program)}))
-    checked = subprocess.run(["systemd-analyze", "verify", "--man=no", str(file)], capture_output=True, text=True, timeout=60)
+    checked = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(file)], capture_output=True, text=True, timeout=60
+    )
     ours = [line for line in checked.stderr.splitlines() if "chatwright" in line]
     assert (checked.returncode, ours) == (0, [])
 
@@ -75,10 +79,16 @@ def test_what_the_unit_starts_serves(unit: str, tmp_path: Path, chat_dir: Path) 
         folder.mkdir()
     keys = tmp_path / "keys.txt"
     keys.write_text(line_for("anna", KEY))
-    unit = placed(unit, {
-        "/srv/models/mine": str(chat_dir), "/etc/chatwright/keys.txt": str(keys), "/var/cache/chatwright": str(folders["cache"]),
-        "/var/lib/chatwright": str(folders["lib"]), "/var/log/chatwright": str(folders["log"]),
-    })  # fmt: skip
+    unit = placed(
+        unit,
+        {
+            "/srv/models/mine": str(chat_dir),
+            "/etc/chatwright/keys.txt": str(keys),
+            "/var/cache/chatwright": str(folders["cache"]),
+            "/var/lib/chatwright": str(folders["lib"]),
+            "/var/log/chatwright": str(folders["log"]),
+        },
+    )
     given = settings(unit)
     env = dict(one.split("=", 1) for one in shlex.split(given["Environment"]))
     with served(given["ExecStart"], tmp_path, env) as server:
@@ -88,7 +98,9 @@ def test_what_the_unit_starts_serves(unit: str, tmp_path: Path, chat_dir: Path) 
             made = person.begin("hello")
             assert person.answer(made["id"], made["leaf"], settings={"max_tokens": 3})["type"] == "done"
         assert server.end() == 0
-    assert (folders["lib"] / "conversations.db").is_file() and (folders["log"] / "access.jsonl").stat().st_size > 0
+    assert (folders["lib"] / "conversations.db").is_file() and (
+        folders["log"] / "access.jsonl"
+    ).stat().st_size > 0
 
 
 # ---- Kubernetes ----------------------------------------------------------------------------------------------------
@@ -115,7 +127,11 @@ def container_of(objects: list[dict[str, Any]]) -> dict[str, Any]:
 def test_the_objects_belong_together(objects: list[dict[str, Any]]) -> None:
     secret, deployment, service = objects
     pod, container = deployment["spec"]["template"], container_of(objects)
-    assert deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"] == service["spec"]["selector"]
+    assert (
+        deployment["spec"]["selector"]["matchLabels"]
+        == pod["metadata"]["labels"]
+        == service["spec"]["selector"]
+    )
     reference = container["env"][0]["valueFrom"]["secretKeyRef"]
     assert reference["name"] == secret["metadata"]["name"] and reference["key"] in secret["stringData"]
     (port,) = container["ports"]
@@ -123,11 +139,15 @@ def test_the_objects_belong_together(objects: list[dict[str, Any]]) -> None:
     probes = [container[kind]["httpGet"]["port"] for kind in ("readinessProbe", "livenessProbe")]
     assert {*probes, service["spec"]["ports"][0]["targetPort"]} == {port["name"]}
     assert pod["spec"]["terminationGracePeriodSeconds"] > ServeConfig().drain_seconds + 5
-    assert {one["name"] for one in container["volumeMounts"]} == {one["name"] for one in pod["spec"]["volumes"]}
+    assert {one["name"] for one in container["volumeMounts"]} == {
+        one["name"] for one in pod["spec"]["volumes"]
+    }
 
 
 @pytest.mark.slow
-def test_what_the_container_starts_serves(objects: list[dict[str, Any]], tmp_path: Path, chat_dir: Path) -> None:
+def test_what_the_container_starts_serves(
+    objects: list[dict[str, Any]], tmp_path: Path, chat_dir: Path
+) -> None:
     container = container_of(objects)
     key = objects[0]["stringData"]["keys"]
     command = placed(shlex.join(container["command"]), {"/models/mine": str(chat_dir)})

@@ -30,7 +30,9 @@ from chatwright.serve import vllm
 from chatwright.serve.server import ServeConfig, main
 from chatwright.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="the stand-in is a script with a first line that names Python")
+pytestmark = pytest.mark.skipif(
+    os.name != "posix", reason="the stand-in is a script with a first line that names Python"
+)
 
 RECORDS = """#!{python}
 import json, os, sys
@@ -113,8 +115,20 @@ def test_a_model_of_ours_is_exported_once(
 ) -> None:
     arguments = given(chat_dir, "--host=0.0.0.0", "--insecure", "--port=8123", "--name=mine")
     directory = Path(arguments[1])
-    assert arguments == ["serve", str(directory), "--host", "0.0.0.0", "--port", "8123", "--served-model-name", "mine",
-                         "--max-model-len", "128", "--dtype", "float32"]  # fmt: skip
+    assert arguments == [
+        "serve",
+        str(directory),
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "8123",
+        "--served-model-name",
+        "mine",
+        "--max-model-len",
+        "128",
+        "--dtype",
+        "float32",
+    ]
     assert directory.parent == folder / "cache" / "vllm"
     ours, theirs = load_parts(chat_dir), load_hf(directory)
     assert theirs.tokenizer is not None and ours.tokenizer is not None and theirs.template is not None
@@ -161,12 +175,31 @@ def test_auto_is_bf16_for_models_worth_it(
     assert option(given(chat_dir), "--dtype") == "bfloat16"
 
 
-def test_what_is_in_transformers_format_is_passed_on(given: Callable[..., list[str]], hf_dir: Path, folder: Path) -> None:
+def test_what_is_in_transformers_format_is_passed_on(
+    given: Callable[..., list[str]], hf_dir: Path, folder: Path
+) -> None:
     arguments = given(hf_dir)
-    assert arguments == ["serve", str(hf_dir), "--host", "127.0.0.1", "--port", "8000", "--served-model-name", str(hf_dir)]
+    assert arguments == [
+        "serve",
+        str(hf_dir),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "8000",
+        "--served-model-name",
+        str(hf_dir),
+    ]
     assert given("hf:owner/name", "--dtype=fp32", "--name=n")[1:] == [
-        "owner/name", "--host", "127.0.0.1", "--port", "8000", "--served-model-name", "n", "--dtype", "float32"
-    ]  # fmt: skip
+        "owner/name",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "8000",
+        "--served-model-name",
+        "n",
+        "--dtype",
+        "float32",
+    ]
     assert not (folder / "cache").exists()
 
 
@@ -181,7 +214,11 @@ def test_a_gguf_file_is_exported(given: Callable[..., list[str]], chat_dir: Path
 
 def test_arguments_of_vllm_come_last(given: Callable[..., list[str]], hf_dir: Path) -> None:
     extra = ["--tensor-parallel-size", "2", "--dtype=half"]
-    assert given(hf_dir, "--dtype=fp32", f"--engine_args={json.dumps(extra)}")[-5:] == ["--dtype", "float32", *extra]
+    assert given(hf_dir, "--dtype=fp32", f"--engine_args={json.dumps(extra)}")[-5:] == [
+        "--dtype",
+        "float32",
+        *extra,
+    ]
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
@@ -227,10 +264,18 @@ def test_the_program_beside_this_python_comes_first(folder: Path, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("preset", "changes", "said"),
-    [("gpt1", {}, "vLLM has no openai-gpt"), ("modern-nano", {"logit_softcap": 5.0}, "cannot be written as hf.*logit_softcap")],
+    [
+        ("gpt1", {}, "vLLM has no openai-gpt"),
+        ("modern-nano", {"logit_softcap": 5.0}, "cannot be written as hf.*logit_softcap"),
+    ],
 )
 def test_models_that_vllm_cannot_compute(
-    given: Callable[..., list[str]], taught: tuple[GPT, Tokenizer], folder: Path, preset: str, changes: dict[str, Any], said: str
+    given: Callable[..., list[str]],
+    taught: tuple[GPT, Tokenizer],
+    folder: Path,
+    preset: str,
+    changes: dict[str, Any],
+    said: str,
 ) -> None:
     small = {"layers": 1, "width": 16, "heads": 2} if preset == "gpt1" else {}
     model = GPT(GPTConfig.preset(preset, vocab_size=taught[1].vocab_size, context=32, **small, **changes))
@@ -248,7 +293,9 @@ def test_names_that_lead_nowhere(given: Callable[..., list[str]], base_dir: Path
     assert given(base_dir)[0] == "serve", "a base model is served for /v1/completions"
 
 
-@pytest.mark.parametrize("how", ["--insecure", "VLLM_API_KEY", "CHATWRIGHT_API_KEYS", '--engine_args=["--api-key", "k"]'])
+@pytest.mark.parametrize(
+    "how", ["--insecure", "VLLM_API_KEY", "CHATWRIGHT_API_KEYS", '--engine_args=["--api-key", "k"]']
+)
 def test_a_server_open_to_everybody_is_refused(
     given: Callable[..., list[str]], hf_dir: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -284,8 +331,13 @@ def test_keys(given: Callable[..., list[str]], hf_dir: Path, monkeypatch: pytest
 def run_verb(folder: Path, *arguments: object) -> subprocess.Popen[str]:
     program = "import sys; from chatwright.cli import main; sys.exit(main())"
     environment = {**os.environ, "PATH": str(folder / "bin")}
-    return subprocess.Popen([PYTHON, "-c", program, "serve", *map(str, arguments), "--engine", "vllm"], env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [PYTHON, "-c", program, "serve", *map(str, arguments), "--engine", "vllm"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_vllm_takes_the_process_over(folder: Path, hf_dir: Path) -> None:
@@ -338,7 +390,9 @@ def test_a_stand_in_that_really_serves(folder: Path, chat_dir: Path) -> None:
             except httpx.TransportError:
                 assert child.poll() is None and time.monotonic() < end, child.communicate(timeout=5)
                 time.sleep(0.05)
-        assert found["data"][0]["id"] == "mine" and found["data"][0]["root"].startswith(str(folder / "cache" / "vllm"))
+        assert found["data"][0]["id"] == "mine" and found["data"][0]["root"].startswith(
+            str(folder / "cache" / "vllm")
+        )
         child.send_signal(signal.SIGTERM)
         assert child.wait(20) == -signal.SIGTERM, "signals reach the program itself"
     finally:

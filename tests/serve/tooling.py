@@ -41,12 +41,16 @@ def good(tmp_path_factory: pytest.TempPathFactory, taught: tuple[GPT, Tokenizer]
     return save(tmp_path_factory.mktemp("good") / "model", *taught)
 
 
-def save(target: Path, model: GPT, tokenizer: Tokenizer, source: str | None = NATIVE.source, mark: str = "") -> Path:
+def save(
+    target: Path, model: GPT, tokenizer: Tokenizer, source: str | None = NATIVE.source, mark: str = ""
+) -> Path:
     card = {"kind": "language", "model": model.config.to_dict(), "tokenizer": mark or tokenizer.fingerprint}
     texts = {"tokenizer.json": tokenizer.to_json()}
     if source is not None:
         texts["chat_template.jinja"] = source
-    checkpoint.save_checkpoint(target, tensors={"model": checkpoint.model_tensors(model)}, state=card, texts=texts)
+    checkpoint.save_checkpoint(
+        target, tensors={"model": checkpoint.model_tensors(model)}, state=card, texts=texts
+    )
     return target
 
 
@@ -66,7 +70,9 @@ def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save(directory)
     torch.manual_seed(0)
     size = tokenizer.vocab_size
-    GPT2LMHeadModel(GPT2Config(vocab_size=size, n_positions=128, n_embd=16, n_layer=2, n_head=2)).save_pretrained(directory)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=size, n_positions=128, n_embd=16, n_layer=2, n_head=2)
+    ).save_pretrained(directory)
     template = (
         "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"

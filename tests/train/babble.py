@@ -37,8 +37,12 @@ class Babble:
         for _ in range(exchanges):
             thing = self.draw.choice(self.THINGS)
             word = self.draw.choice(self.words(self.draw.choice((-1, 0, 1))))
-            result.append({"role": "user", "content": f"How is the {thing} number {self.draw.randrange(100)}?"})
-            result.append({"role": "assistant", "content": f"The {thing} is {word} and {self.draw.choice(self.PLAIN)}."})
+            result.append(
+                {"role": "user", "content": f"How is the {thing} number {self.draw.randrange(100)}?"}
+            )
+            result.append(
+                {"role": "assistant", "content": f"The {thing} is {word} and {self.draw.choice(self.PLAIN)}."}
+            )
         return result
 
     def rated(self) -> tuple[str, float]:

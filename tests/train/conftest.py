@@ -57,7 +57,11 @@ def write_records(directory: Path) -> None:
     documents = [Document.of(draw.document()) for _ in range(240)]
     dialogues = [Dialogue.of(draw.messages()) for _ in range(260)]
     ratings = [LabelledText.of(*draw.rated()) for _ in range(400)]
-    for prefix, records, held_out in (("", documents, 20), ("dialogues-", dialogues, 60), ("ratings-", ratings, 80)):
+    for prefix, records, held_out in (
+        ("", documents, 20),
+        ("dialogues-", dialogues, 60),
+        ("ratings-", ratings, 80),
+    ):
         for side, part in (("train", records[held_out:]), ("validation", records[:held_out])):
             text = "".join(record.to_json() + "\n" for record in part)
             checkpoint.write_text(directory / f"{prefix}{side}.jsonl", text)
@@ -109,7 +113,10 @@ def sft_bench(pretrain_bench: Bench) -> Bench:
 
 
 REWARD = reward.Config(  # at 0.002, three of eight seeds of the base model told good from plain by less than the test asks
-    k=4, max_tokens=48, fit=fit(steps=240, batch_size=4), optim=OptimConfig(learning_rate=4e-3, schedule="trapezoid")
+    k=4,
+    max_tokens=48,
+    fit=fit(steps=240, batch_size=4),
+    optim=OptimConfig(learning_rate=4e-3, schedule="trapezoid"),
 )
 
 
@@ -175,7 +182,9 @@ def lively_gpt() -> Callable[..., GPT]:
     """A small GPT with random numbers everywhere (fresh ones have zero output matrices: attention would not show)."""
 
     def make(seed: int = 0, **changes: Any) -> GPT:
-        model = GPT(GPTConfig.preset("modern-nano", **{"vocab_size": 96, "context": 64, "tied": False, **changes}))
+        model = GPT(
+            GPTConfig.preset("modern-nano", **{"vocab_size": 96, "context": 64, "tied": False, **changes})
+        )
         _liven(model, seed)
         with torch.no_grad():
             model.head.weight.mul_(2.0)
@@ -189,7 +198,9 @@ def lively_scalar() -> Callable[..., ScalarModel]:
     """The same for a scalar model."""
 
     def make(seed: int = 0, **changes: Any) -> ScalarModel:
-        config = GPTConfig.preset("modern-nano", **{"vocab_size": 96, "context": 64, "tied": False, **changes})
+        config = GPTConfig.preset(
+            "modern-nano", **{"vocab_size": 96, "context": 64, "tied": False, **changes}
+        )
         model = ScalarModel(config)
         _liven(model, seed)
         return model.eval()

@@ -66,7 +66,14 @@ def muon(out: Path) -> None:
             optimiser.step()
     pairs = [(one.detach(), part.full_tensor().detach()) for one, part in zip(whole, parts, strict=True)]
     if parallel.runtime.is_first():
-        checkpoint.save_tensors(out, {f"{n}.{kind}": pair[k] for n, pair in enumerate(pairs) for k, kind in enumerate(("whole", "parts"))})
+        checkpoint.save_tensors(
+            out,
+            {
+                f"{n}.{kind}": pair[k]
+                for n, pair in enumerate(pairs)
+                for k, kind in enumerate(("whole", "parts"))
+            },
+        )
 
 
 def main(work: list[dict[str, Any]]) -> None:
@@ -87,7 +94,9 @@ def main(work: list[dict[str, Any]]) -> None:
             parallel.runtime.barrier()
             continue
         if parallel.runtime.is_first():
-            checkpoint.write_json(workspace.directory / "result.json", {"model": report.model, "facts": report.facts})
+            checkpoint.write_json(
+                workspace.directory / "result.json", {"model": report.model, "facts": report.facts}
+            )
 
 
 if __name__ == "__main__":

@@ -40,8 +40,12 @@ def carry_out(one: dict[str, Any]) -> None:
         loop.Stopper = rounds.Stopper = Stopper  # type: ignore[misc, attr-defined]
     assert not stop, "nobody was asked to stop"
     if runtime.is_first():
-        content = {"model": report.model, "facts": report.facts, "fingerprint": workspace.directory.name,
-                   "measures": [[measure.before, measure.after] for measure in report.measures]}  # fmt: skip
+        content = {
+            "model": report.model,
+            "facts": report.facts,
+            "fingerprint": workspace.directory.name,
+            "measures": [[measure.before, measure.after] for measure in report.measures],
+        }
         checkpoint.write_json(workspace.directory / "result.json", content)
     runtime.barrier()
 

@@ -53,11 +53,21 @@ def plant(monkeypatch: pytest.MonkeyPatch, words: str = "happy lovely great kind
 
 
 MINI = Config(
-    iterations=20, batch_size=32, minibatch_size=16, epochs=2, max_prompt_tokens=40, max_new_tokens=18, beta=0.02,
-    beta_floor=0.02, kl_budget=8.0, min_tokens=1, max_repeats=0.6, save_every=4,
+    iterations=20,
+    batch_size=32,
+    minibatch_size=16,
+    epochs=2,
+    max_prompt_tokens=40,
+    max_new_tokens=18,
+    beta=0.02,
+    beta_floor=0.02,
+    kl_budget=8.0,
+    min_tokens=1,
+    max_repeats=0.6,
+    save_every=4,
     # Adam's first steps are of full size whatever the gradient: without warm-up, or at 1e-3, noise alone moves a miniature by 10 nats.
     optim=OptimConfig(learning_rate=4e-4, eps=1e-5, schedule="linear", warmup=0.3),
-)  # fmt: skip
+)
 
 
 def gain(rows: Sequence[Mapping[str, float]]) -> float:

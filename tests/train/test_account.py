@@ -23,15 +23,26 @@ from chatwright.train.account import EnergyMeter, account_row, forward_flop, rou
 
 def test_the_formula_by_hand() -> None:
     """One block of width 8, 2 heads of 4, MLP 32, vocabulary 16, no biases: 4 x 64 + 2 x 256 in the block, 128 in the head."""
-    shape = {"vocab_size": 16, "context": 10, "layers": 1, "width": 8, "heads": 2, "bias": False, "norm": "rms",
-             "position": "rotary", "activation": "gelu"}  # fmt: skip
+    shape = {
+        "vocab_size": 16,
+        "context": 10,
+        "layers": 1,
+        "width": 8,
+        "heads": 2,
+        "bias": False,
+        "norm": "rms",
+        "position": "rotary",
+        "activation": "gelu",
+    }
     norms = 3 * 8
     for tied in (True, False):
         model = GPT(GPTConfig(**{**shape, "tied": tied}))  # type: ignore[arg-type]
         products = 4 * 64 + 2 * 256 + 128 + norms
         assert training_flop(model, 10) == 10 * (6 * products + 12 * 1 * 2 * 4 * 10)
     learned = GPT(GPTConfig(**{**shape, "position": "learned"}))  # type: ignore[arg-type]
-    assert training_flop(learned, 10) == 10 * (6 * products + 960)  # a table of positions is only looked up in
+    assert training_flop(learned, 10) == 10 * (
+        6 * products + 960
+    )  # a table of positions is only looked up in
 
 
 def test_the_formula_against_a_count_of_what_torch_does() -> None:
@@ -119,8 +130,14 @@ def test_a_stage_tells_its_account(tokenizer_bench: Any, make_fit: Any, tmp_path
         assert 0 < row["mfu"] < 1.5
         assert row["energy_kwh"] == pytest.approx(50 * row["elapsed"] / 3.6e6, abs=1e-7)
         assert row["cost"] == pytest.approx(2 * row["elapsed"] / 3600, abs=1e-6)
-        assert row["matrix_learning_rate"] == pytest.approx(5 * row["learning_rate"], abs=1e-6)  # peaks 0.03 and 0.006
-    assert report.facts["flop"] == rows[-1]["flop"] and report.facts["cost"] > 0 and report.facts["energy_kwh"] > 0
+        assert row["matrix_learning_rate"] == pytest.approx(
+            5 * row["learning_rate"], abs=1e-6
+        )  # peaks 0.03 and 0.006
+    assert (
+        report.facts["flop"] == rows[-1]["flop"]
+        and report.facts["cost"] > 0
+        and report.facts["energy_kwh"] > 0
+    )
     silent = pretrain.run(replace(config), Workspace(tmp_path / "silent", 3, tokenizer_bench.inputs))
     assert "cost" not in silent.facts and ("energy_kwh" in silent.facts) is bool(EnergyMeter().meters)
 
@@ -139,11 +156,21 @@ def test_reading_costs_a_third_and_a_reward_model_has_no_output_matrix() -> None
 
 def test_rounds_by_hand() -> None:
     """Two rounds of 4 answers of 5 tokens behind 3 of a prompt, the second without an update."""
-    policy, critic = (GPT(GPTConfig.preset("modern-nano", vocab_size=64, context=16, layers=layers)) for layers in (2, 1))
-    rows = [{"step": 0, "tokens": 20.0, "length": 5.0, "policy_loss": 0.1}, {"step": 1, "tokens": 20.0, "length": 5.0}]
-    found = rounds_spent(rows, 3.0, read=[policy, policy, critic], trained=[policy, critic], epochs=2, text=7.0)
+    policy, critic = (
+        GPT(GPTConfig.preset("modern-nano", vocab_size=64, context=16, layers=layers)) for layers in (2, 1)
+    )
+    rows = [
+        {"step": 0, "tokens": 20.0, "length": 5.0, "policy_loss": 0.1},
+        {"step": 1, "tokens": 20.0, "length": 5.0},
+    ]
+    found = rounds_spent(
+        rows, 3.0, read=[policy, policy, critic], trained=[policy, critic], epochs=2, text=7.0
+    )
     each, other = forward_flop(policy, 8), forward_flop(critic, 8)
     learnt = 2 * 4 * (training_flop(policy, 8) + training_flop(critic, 8))
     assert found == {"tokens": 40.0, "flop": pytest.approx(2 * 4 * (3 * each + other) + learnt + 7.0)}
     broken: list[dict[str, Any]] = [{"step": 0}, {"step": 1, "tokens": None, "length": None}]
-    assert rounds_spent(broken, 3.0, read=[policy], trained=[policy], epochs=1) == {"tokens": 0.0, "flop": 0.0}
+    assert rounds_spent(broken, 3.0, read=[policy], trained=[policy], epochs=1) == {
+        "tokens": 0.0,
+        "flop": 0.0,
+    }

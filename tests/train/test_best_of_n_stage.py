@@ -14,10 +14,14 @@ from chatwright.evaluate import best_of_n, report
 from chatwright.metrics import read_metrics
 from chatwright.train import ppo
 
-SMALL = best_of_n.Config(prompts=40, n=8, max_prompt_tokens=40, max_new_tokens=18, min_tokens=1, max_repeats=0.6)
+SMALL = best_of_n.Config(
+    prompts=40, n=8, max_prompt_tokens=40, max_new_tokens=18, min_tokens=1, max_repeats=0.6
+)
 
 
-def test_choosing_among_more_answers_pleases_the_reward_model_more(planted_bench: Any, tmp_path: Path) -> None:
+def test_choosing_among_more_answers_pleases_the_reward_model_more(
+    planted_bench: Any, tmp_path: Path
+) -> None:
     planted_bench.run(ppo, replace(MINI, iterations=8), tmp_path / "ppo")
     bench = planted_bench.with_(ppo=tmp_path / "ppo")
     found = bench.run(best_of_n, replace(SMALL, rival="ppo"), tmp_path / "bestofn")
@@ -25,19 +29,32 @@ def test_choosing_among_more_answers_pleases_the_reward_model_more(planted_bench
     assert [row["step"] for row in rows] == [1, 2, 4, 8]
     scores = [row["score"] for row in rows]
     assert scores == sorted(scores) and scores[-1] > scores[0] + 0.15
-    assert all(row["score_low"] <= row["score"] <= row["score_high"] and -1 <= row["gold"] <= 1 for row in rows)
+    assert all(
+        row["score_low"] <= row["score"] <= row["score_high"] and -1 <= row["gold"] <= 1 for row in rows
+    )
     assert found.model is None and found.measures[0].after == found.facts["curve"]["8"]["score"]
     assert found.facts["rival"]["kl"] > 0 and "ppo: score" in found.notes[0]
     assert found.answers is not None and len(found.answers.pairs) == 10
     first, best = found.answers.values[best_of_n.SCORE]
     assert all(one <= other for one, other in zip(first, best, strict=True))
-    assert sum(best) / len(best) == pytest.approx(scores[-1], abs=1e-6) and sum(first) / len(first) == pytest.approx(scores[0], abs=1e-6)
+    assert sum(best) / len(best) == pytest.approx(scores[-1], abs=1e-6) and sum(first) / len(
+        first
+    ) == pytest.approx(scores[0], abs=1e-6)
     again = bench.run(best_of_n, replace(SMALL, rival="ppo"), tmp_path / "bestofn")
     assert again.measures == found.measures and read_metrics(tmp_path / "bestofn" / "metrics.jsonl") == rows
     tables = [{"title": one.title, "columns": one.columns, "rows": one.rows} for one in found.tables]
-    report.write_stage_report(tmp_path / "bestofn", "bestofn", {
-        "seconds": 1.0, "measures": [], "curves": [], "notes": found.notes, "facts": {}, "tables": tables,
-    })  # fmt: skip
+    report.write_stage_report(
+        tmp_path / "bestofn",
+        "bestofn",
+        {
+            "seconds": 1.0,
+            "measures": [],
+            "curves": [],
+            "notes": found.notes,
+            "facts": {},
+            "tables": tables,
+        },
+    )
     text = (tmp_path / "bestofn" / "report.md").read_text()
     assert "|  | KL, nats | score | gold |" in text and "| best of 8 | 1.20 |" in text
 

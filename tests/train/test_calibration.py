@@ -14,20 +14,27 @@ NAN = float("nan")
 
 
 def test_bins_by_hand() -> None:
-    found = reliability(torch.tensor([0.05, 0.15, 0.55, 0.6, 1.0]), torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0]), bins=2)
+    found = reliability(
+        torch.tensor([0.05, 0.15, 0.55, 0.6, 1.0]), torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0]), bins=2
+    )
     assert found.count.tolist() == [2, 3]
     assert found.predicted.tolist() == pytest.approx([0.1, (0.55 + 0.6 + 1) / 3])
     assert found.observed.tolist() == pytest.approx([0.5, 2 / 3])
     # (2 |0.1 - 0.5| + 3 |0.716667 - 0.666667|) / 5 = 0.19
     assert found.error == pytest.approx(0.19)
     # with a bin for each there are empty ones, which count for nothing: (0.05 + 0.85 + 0.45 + 0.6 + 0) / 5
-    assert reliability(torch.tensor([0.05, 0.15, 0.55, 0.6, 1.0]), torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0]), bins=100).error == pytest.approx(0.39)
+    assert reliability(
+        torch.tensor([0.05, 0.15, 0.55, 0.6, 1.0]), torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0]), bins=100
+    ).error == pytest.approx(0.39)
 
 
 def test_pairs_by_hand() -> None:
     scores, labels = torch.tensor([[2.0, 0.0, 1.0, 9.0]]), torch.tensor([[1.0, 0.0, 3.0, NAN]])
     # pairs: (0, 1) by 2, right; (0, 2) by 1, wrong; (2, 1) by 1, right
-    one, two = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2))  # 0.731, 0.881: bins 4 and 7 of ten from 1/2 to 1
+    one, two = (
+        1 / (1 + math.exp(-1)),
+        1 / (1 + math.exp(-2)),
+    )  # 0.731, 0.881: bins 4 and 7 of ten from 1/2 to 1
     found = pair_reliability(scores, labels)
     assert found.count.tolist() == [0, 0, 0, 0, 2, 0, 0, 1, 0, 0]
     assert found.predicted[4] == pytest.approx(one, abs=1e-6) and found.observed[4] == 0.5
@@ -63,7 +70,9 @@ def test_platt_finds_the_scale_that_made_the_classes() -> None:
     best = log_loss(scale * (scores - offset), positive)
     for a, b in ((1.1, 0.0), (0.9, 0.0), (1.0, 0.1), (1.0, -0.1)):
         assert log_loss(scale * a * (scores - offset - b), positive) > best
-    assert platt(scale * (scores - offset), positive) == pytest.approx((1.0, 0.0), abs=1e-6)  # done twice is done once
+    assert platt(scale * (scores - offset), positive) == pytest.approx(
+        (1.0, 0.0), abs=1e-6
+    )  # done twice is done once
 
 
 def test_platt_is_finite_where_a_threshold_separates_the_classes() -> None:

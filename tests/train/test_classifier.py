@@ -32,16 +32,24 @@ PROMPTS = [({"role": "user", "content": word},) for word in ("Hi", "And?", "Why 
 
 def texts_of(ratings: list[tuple[str, float]], tokenizer: Tokenizer, **settings: Any) -> Texts:
     made = [LabelledText.of(text, label) for text, label in ratings]
-    return Texts(made, PROMPTS, NATIVE, tokenizer, Config(max_tokens=32, **settings), SampleOrder(len(made), 3))  # type: ignore[arg-type]
+    return Texts(
+        made, PROMPTS, NATIVE, tokenizer, Config(max_tokens=32, **settings), SampleOrder(len(made), 3)
+    )  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def settings(make_fit: Callable[..., FitConfig]) -> Config:
-    return Config(max_tokens=48, fit=make_fit(steps=160, batch_size=16), optim=OptimConfig(learning_rate=4e-3, schedule="trapezoid"))
+    return Config(
+        max_tokens=48,
+        fit=make_fit(steps=160, batch_size=16),
+        optim=OptimConfig(learning_rate=4e-3, schedule="trapezoid"),
+    )
 
 
 @pytest.fixture(scope="module")
-def trained(sft_bench: Any, tmp_path_factory: pytest.TempPathFactory, settings: Config) -> tuple[Path, Report]:
+def trained(
+    sft_bench: Any, tmp_path_factory: pytest.TempPathFactory, settings: Config
+) -> tuple[Path, Report]:
     directory = tmp_path_factory.mktemp("judge") / "classifier"
     return directory, sft_bench.run(classifier, settings, directory)
 
@@ -58,7 +66,12 @@ def test_a_planted_mood_is_learnt(trained: tuple[Path, Report]) -> None:
     directory, report = trained
     measures = {measure.name: measure for measure in report.measures}
     accuracy = measures["accuracy on held-out texts"]
-    assert accuracy.before is not None and accuracy.before < 0.8 and accuracy.after is not None and accuracy.after > 0.9
+    assert (
+        accuracy.before is not None
+        and accuracy.before < 0.8
+        and accuracy.after is not None
+        and accuracy.after > 0.9
+    )
     assert 0.5 <= (measures["accuracy of the commoner class"].after or 0) < 0.7
     assert (measures["loss on held-out texts"].after or 9) < 0.4
     assert report.facts["held_out_correlation"] > 0.8  # with the neutral texts, which it never saw
@@ -95,12 +108,29 @@ def test_ppo_and_best_of_n_follow_it_unchanged(
     trained: tuple[Path, Report], sft_bench: Any, tmp_path: Path
 ) -> None:
     bench = sft_bench.with_(classifier=trained[0])
-    config = ppo.Config(reward="classifier", iterations=2, batch_size=8, minibatch_size=8, max_prompt_tokens=40, max_new_tokens=12,
-                        min_tokens=1, max_repeats=0.9, save_every=2)  # fmt: skip
+    config = ppo.Config(
+        reward="classifier",
+        iterations=2,
+        batch_size=8,
+        minibatch_size=8,
+        max_prompt_tokens=40,
+        max_new_tokens=12,
+        min_tokens=1,
+        max_repeats=0.9,
+        save_every=2,
+    )
     report = bench.run(ppo, config, tmp_path / "ppo")
     assert report.facts["rounds"] == 2 and report.measures
-    chosen = best_of_n.Config(reward="classifier", prompts=4, n=4, max_prompt_tokens=40, max_new_tokens=12, gold="", min_tokens=1,
-                              max_repeats=0.9)  # fmt: skip
+    chosen = best_of_n.Config(
+        reward="classifier",
+        prompts=4,
+        n=4,
+        max_prompt_tokens=40,
+        max_new_tokens=12,
+        gold="",
+        min_tokens=1,
+        max_repeats=0.9,
+    )
     score = bench.run(best_of_n, chosen, tmp_path / "bestofn").measures[0]
     assert score.before is not None and score.after is not None and score.after > score.before
 
@@ -116,13 +146,17 @@ def test_a_recipe_may_name_it_as_the_reward(tmp_path: Path) -> None:
     assert recipe.stages["classifier"].config.threshold == 0.5
 
 
-def test_step_is_the_loss_of_the_scores(chat_tokenizer: Tokenizer, lively_scalar: Callable[..., ScalarModel]) -> None:
+def test_step_is_the_loss_of_the_scores(
+    chat_tokenizer: Tokenizer, lively_scalar: Callable[..., ScalarModel]
+) -> None:
     model = lively_scalar(2, vocab_size=chat_tokenizer.vocab_size)
     texts = texts_of([("good", 2.0), ("bad and long", -1.0), ("so so", 0.1)], chat_tokenizer)
     batch = texts.take(0, 3)
     assert batch.weight == 3.0
     with torch.no_grad():
-        alone = torch.stack([model(row[mask][None])[0, -1] for row, mask in zip(batch.ids, batch.mask, strict=True)])
+        alone = torch.stack(
+            [model(row[mask][None])[0, -1] for row, mask in zip(batch.ids, batch.mask, strict=True)]
+        )
         outcome = step(model, batch)
     torch.testing.assert_close(outcome.loss, logistic_loss(alone, batch.positive), atol=1e-5, rtol=0)
     assert float(outcome.logged["accuracy"]) == float(((alone > 0) == batch.positive).sum())
@@ -131,10 +165,17 @@ def test_step_is_the_loss_of_the_scores(chat_tokenizer: Tokenizer, lively_scalar
 def test_batches_do_not_depend_on_the_portions(chat_tokenizer: Tokenizer) -> None:
     texts = texts_of([(f"text number {n}", float(n % 3 - 1)) for n in range(10)], chat_tokenizer)
     whole = texts.take(3, 6)
-    rows = [ids[mask].tolist() for start in (3, 5, 7) for part in [texts.take(start, 2)] for ids, mask in zip(part.ids, part.mask, strict=True)]
+    rows = [
+        ids[mask].tolist()
+        for start in (3, 5, 7)
+        for part in [texts.take(start, 2)]
+        for ids, mask in zip(part.ids, part.mask, strict=True)
+    ]
     assert rows == [ids[mask].tolist() for ids, mask in zip(whole.ids, whole.mask, strict=True)]
     end = chat_tokenizer.control_ids["<|end|>"]
-    assert all(row[-1] == end for row in rows) and len({tuple(row[:4]) for row in rows}) > 1  # several prompts
+    assert (
+        all(row[-1] == end for row in rows) and len({tuple(row[:4]) for row in rows}) > 1
+    )  # several prompts
 
 
 def write(directory: Path, labels: list[float]) -> Path:
@@ -148,12 +189,18 @@ def test_threshold_and_neutral_decide_what_is_good_and_what_is_left_out(tmp_path
     write(tmp_path, [-2.0, -0.3, 0.4, 1.0] * 30)
     parts = load_texts(Config(calibration=0.3), tmp_path)
     assert {one.label for one in [*parts.train, *parts.calibration, *parts.held_out]} == {-2.0, 1.0}
-    assert len(parts.train) + len(parts.calibration) == 60 == len(parts.held_out) and len(parts.all_held_out) == 120
+    assert (
+        len(parts.train) + len(parts.calibration) == 60 == len(parts.held_out)
+        and len(parts.all_held_out) == 120
+    )
     assert 8 <= len(parts.calibration) <= 28
     write(tmp_path, [0.0, 1.0] * 60)
     binary = load_texts(Config(threshold=0.5, neutral=0.0, calibration=0.3), tmp_path)
     assert len(binary.held_out) == 120
-    with pytest.raises(UserError, match=r"of 60 texts for .* 60 are good: both kinds are needed; set `threshold`|of \d+ texts for train \d+ are good"):
+    with pytest.raises(
+        UserError,
+        match=r"of 60 texts for .* 60 are good: both kinds are needed; set `threshold`|of \d+ texts for train \d+ are good",
+    ):
         load_texts(Config(threshold=0.0, neutral=0.5), tmp_path)
 
 
@@ -166,14 +213,21 @@ def test_settings_that_cannot_be_are_refused() -> None:
 def test_scores_that_tell_nothing_break_it_off(lively_scalar: Callable[..., ScalarModel]) -> None:
     report, model = Report(), lively_scalar(1)
     with pytest.raises(Unhealthy, match="do not rise with the class"):
-        classifier.calibrate(report, model, torch.tensor([2.0, 1.0, 0.0, -1.0]), torch.tensor([False, False, True, True]))
+        classifier.calibrate(
+            report, model, torch.tensor([2.0, 1.0, 0.0, -1.0]), torch.tensor([False, False, True, True])
+        )
     assert report.model is None and float(model.scale) == 1.0
 
 
 def test_it_can_train_an_adapter(sft_bench: Any, tmp_path: Path, make_fit: Callable[..., FitConfig]) -> None:
     from chatwright.model.lora import LoRAConfig
 
-    config = Config(max_tokens=48, fit=make_fit(steps=60, batch_size=16), lora=LoRAConfig(rank=8), optim=OptimConfig(learning_rate=1e-2))
+    config = Config(
+        max_tokens=48,
+        fit=make_fit(steps=60, batch_size=16),
+        lora=LoRAConfig(rank=8),
+        optim=OptimConfig(learning_rate=1e-2),
+    )
     report = sft_bench.run(classifier, config, tmp_path / "classifier")
     saved = checkpoint.Checkpoint(tmp_path / "classifier" / str(report.model))
     assert (saved.path / "adapter.safetensors").is_file() and report.facts["held_out_accuracy"] > 0.7

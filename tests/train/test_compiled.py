@@ -37,7 +37,9 @@ def outcome(model: ScalarModel, ids: Tensor, lengths: Tensor) -> tuple[Tensor, l
 
 
 @pytest.mark.skipif(MISSING is not None, reason=f"compiled blocks are NOT covered: {MISSING}")
-def test_compiled_blocks_give_the_same_numbers_at_any_length(lively_scalar: Callable[..., ScalarModel]) -> None:
+def test_compiled_blocks_give_the_same_numbers_at_any_length(
+    lively_scalar: Callable[..., ScalarModel],
+) -> None:
     plain = lively_scalar(5)
     model = copy.deepcopy(plain)
     assert compile_blocks(model).startswith("compile: on")
@@ -53,7 +55,10 @@ def test_compiled_blocks_give_the_same_numbers_at_any_length(lively_scalar: Call
 
 @pytest.mark.skipif(MISSING is not None, reason=f"compiled blocks are NOT covered: {MISSING}")
 def test_packed_rows_are_learnt_from_alike(lively_gpt: Callable[..., GPT]) -> None:
-    chats = [EncodedChat(list(range(start, start + size)), [n > 1 for n in range(size)]) for start, size in ((1, 9), (20, 5), (40, 13), (60, 3))]
+    chats = [
+        EncodedChat(list(range(start, start + size)), [n > 1 for n in range(size)])
+        for start, size in ((1, 9), (20, 5), (40, 13), (60, 3))
+    ]
     batch = batch_rows(pack(chats, 16), 16)
     losses, slopes = [], []
     for compiled in (False, True):
@@ -69,7 +74,9 @@ def test_packed_rows_are_learnt_from_alike(lively_gpt: Callable[..., GPT]) -> No
         torch.testing.assert_close(mine, theirs, atol=1e-5 * max(1.0, float(theirs.abs().max())), rtol=0)
 
 
-def test_with_a_cache_blocks_run_as_they_are(lively_gpt: Callable[..., GPT], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_cache_blocks_run_as_they_are(
+    lively_gpt: Callable[..., GPT], monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
 
     def counting(function: Any, **_: Any) -> Any:
@@ -94,7 +101,9 @@ def test_rounds_of_ppo_are_the_same_compiled(planted_bench: Any, tmp_path: Path)
         planted_bench.run(ppo, replace(MINI, iterations=2, compile=compiled), directory)
         found.append(read_metrics(directory / "metrics.jsonl"))
     for plain, other in zip(*found, strict=True):
-        assert other["score"] == pytest.approx(plain["score"], abs=1e-4) and other["kl"] == pytest.approx(plain["kl"], abs=1e-3)
+        assert other["score"] == pytest.approx(plain["score"], abs=1e-4) and other["kl"] == pytest.approx(
+            plain["kl"], abs=1e-3
+        )
         assert other["sampler_gap"] < 1e-4
 
 
@@ -118,7 +127,9 @@ def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(
     assert torch.equal(other(ids), plain(ids))
 
 
-def test_without_a_compiler_blocks_run_as_they_are(lively_gpt: Callable[..., GPT], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_blocks_run_as_they_are(
+    lively_gpt: Callable[..., GPT], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(runtime, "compiler_missing", lambda: "no C++ compiler (g++) is installed")
     model = lively_gpt(3)
     assert "off (no C++ compiler (g++) is installed)" in compile_blocks(model)

@@ -29,14 +29,22 @@ def own(tmp_path: Path) -> Path:
 
 
 def run(own: Path, **changes: Any) -> tuple[Path, Report]:
-    settings = {"path": str(own / "text.txt"), "dialogues": str(own / "alpaca.jsonl"), "ratings": "", "validation": 0.2}
+    settings = {
+        "path": str(own / "text.txt"),
+        "dialogues": str(own / "alpaca.jsonl"),
+        "ratings": "",
+        "validation": 0.2,
+    }
     report = data.run(data.Config(**{**settings, **changes}), Workspace(own / "data"))
     return records_of(own / "data"), report
 
 
 def test_formats_of_others_become_records_of_ours(own: Path) -> None:
     records, report = run(own, comparisons=str(own / "pairs.jsonl"))
-    talks = [*read_records(records / "dialogues-train.jsonl", Dialogue), *read_records(records / "dialogues-validation.jsonl", Dialogue)]
+    talks = [
+        *read_records(records / "dialogues-train.jsonl", Dialogue),
+        *read_records(records / "dialogues-validation.jsonl", Dialogue),
+    ]
     assert len(talks) == 60 and all("### Instruction:\nSay" in one.messages[0]["content"] for one in talks)
     train, held_out = own_comparisons(records)
     assert len(train) + len(held_out) == 60 and len(held_out) == report.facts["comparisons validation"] > 0
@@ -47,12 +55,18 @@ def test_formats_of_others_become_records_of_ours(own: Path) -> None:
 
 def test_the_formats_are_settings(own: Path) -> None:
     records, _ = run(own, dialogue_format="alpaca-plain")
-    assert next(read_records(records / "dialogues-train.jsonl", Dialogue)).messages[0]["content"].endswith("\n\nloud")
+    assert (
+        next(read_records(records / "dialogues-train.jsonl", Dialogue))
+        .messages[0]["content"]
+        .endswith("\n\nloud")
+    )
     assert not (records / "comparisons-train.jsonl").exists()
     with pytest.raises(UserError, match=r"alpaca\.jsonl:1: no column 'messages'"):
         run(own, dialogue_format="sharegpt")
     both = {"prompt": "p", "responses": ["x", "y"], "scores": [2, 1], "chosen": "a", "rejected": "b"}
-    (own / "both.jsonl").write_text("".join(json.dumps({**both, "prompt": f"p{n}"}) + "\n" for n in range(40)))
+    (own / "both.jsonl").write_text(
+        "".join(json.dumps({**both, "prompt": f"p{n}"}) + "\n" for n in range(40))
+    )
     with pytest.raises(UserError, match="columns of two formats"):
         run(own, comparisons=str(own / "both.jsonl"))
     records, _ = run(own, comparisons=str(own / "both.jsonl"), comparison_format="ranked")
@@ -66,6 +80,15 @@ def test_broken_records_end_the_stage_or_are_counted(own: Path) -> None:
         run(own)
     assert not (own / "data" / "records").exists()  # never half a data set
     records, report = run(own, broken="skip")
-    assert sum(1 for side in ("train", "validation") for _ in read_records(records / f"dialogues-{side}.jsonl", Dialogue)) == 60
+    assert (
+        sum(
+            1
+            for side in ("train", "validation")
+            for _ in read_records(records / f"dialogues-{side}.jsonl", Dialogue)
+        )
+        == 60
+    )
     assert report.facts["dialogues left out"] == 2
-    assert any("2 broken records left out; the first:" in note and "alpaca.jsonl:61" in note for note in report.notes)
+    assert any(
+        "2 broken records left out; the first:" in note and "alpaca.jsonl:61" in note for note in report.notes
+    )

@@ -39,9 +39,13 @@ def broken_off(bench: Any, config: Any, directory: Path, words: str) -> list[dic
 # ---- KL negative or jumping: sampler and trainer differ ------------------------------------------------------------
 
 
-def test_a_sampler_at_another_temperature(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampler_at_another_temperature(
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = rounds.sample_answers
-    monkeypatch.setattr(rounds, "sample_answers", lambda *given, **named: real(*given, **{**named, "temperature": 1.3}))
+    monkeypatch.setattr(
+        rounds, "sample_answers", lambda *given, **named: real(*given, **{**named, "temperature": 1.3})
+    )
     rows = broken_off(planted_bench, SMALL, tmp_path / "ppo", "round 0: sampler and trainer disagree")
     assert rows[-1]["sampler_gap"] > 0.01
 
@@ -102,7 +106,9 @@ def test_kl_that_jumps_ends_the_run(planted_bench: Any, tmp_path: Path) -> None:
 
 
 def test_entropy_that_is_gone_ends_the_run(planted_bench: Any, tmp_path: Path) -> None:
-    config = replace(SMALL, temperature=0.03, kl_budget=1e9)  # a distribution as sharp as that of a policy that collapsed
+    config = replace(
+        SMALL, temperature=0.03, kl_budget=1e9
+    )  # a distribution as sharp as that of a policy that collapsed
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     rows = read_metrics(tmp_path / "ppo" / "metrics.jsonl")
     assert "entropy is gone" in report.facts["stopped"] and len(rows) < 17
@@ -119,7 +125,9 @@ def test_a_broken_critic(planted_bench: Any, tmp_path: Path, monkeypatch: pytest
     def senseless(*given: Any) -> Any:
         seen = real(*given)
         draw = torch.Generator().manual_seed(3)
-        values = torch.where(seen.answers.response, 5 * torch.randn(seen.opinion.values.shape, generator=draw), 0.0)
+        values = torch.where(
+            seen.answers.response, 5 * torch.randn(seen.opinion.values.shape, generator=draw), 0.0
+        )
         return replace(seen, opinion=replace(seen.opinion, values=values))
 
     monkeypatch.setattr(ppo, "judged", senseless)
@@ -131,10 +139,14 @@ def test_a_broken_critic(planted_bench: Any, tmp_path: Path, monkeypatch: pytest
 # ---- ratio far from 1 in the first minibatch ------------------------------------------------------------------------
 
 
-def test_a_first_ratio_that_is_not_one(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_ratio_that_is_not_one(
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The update forgets the temperature; looking back does not."""
     real = ppo.opinion
-    monkeypatch.setattr(ppo, "opinion", lambda players, answers, temperature, **more: real(players, answers, 1.0, **more))
+    monkeypatch.setattr(
+        ppo, "opinion", lambda players, answers, temperature, **more: real(players, answers, 1.0, **more)
+    )
     rows = broken_off(planted_bench, replace(SMALL, temperature=0.8), tmp_path / "ppo", "before any update")
     assert len(rows) == 1 and "policy_loss" not in rows[0]
     # nothing was learnt from it: the weights are still those of the SFT model
@@ -186,7 +198,12 @@ def test_an_end_token_outside_of_sfts_loss(
         end = tokenizer.control_ids[template.end]
         rows = real(file, template, tokenizer, *given, **named)
         return [
-            replace(row, mask=type(row.mask)(flag and token != end for token, flag in zip(row.ids, row.mask, strict=True)))
+            replace(
+                row,
+                mask=type(row.mask)(
+                    flag and token != end for token, flag in zip(row.ids, row.mask, strict=True)
+                ),
+            )
             for row in rows
         ]
 
@@ -209,11 +226,16 @@ def write_comparisons(directory: Path, babble: Any) -> None:
     draw, speak = random.Random(5), babble(5)
     for side, count in (("train", 24), ("validation", 120)):
         made = [
-            Comparison.of([{"role": "user", "content": f"How is the cat number {n}?"}],
-                          [f"{speak.sentence()} {draw.randrange(1000)}" for _ in range(2)], draw.sample((0.0, 1.0), 2))
+            Comparison.of(
+                [{"role": "user", "content": f"How is the cat number {n}?"}],
+                [f"{speak.sentence()} {draw.randrange(1000)}" for _ in range(2)],
+                draw.sample((0.0, 1.0), 2),
+            )
             for n in range(count)
-        ]  # fmt: skip
-        checkpoint.write_text(directory / f"comparisons-{side}.jsonl", "".join(one.to_json() + "\n" for one in made))
+        ]
+        checkpoint.write_text(
+            directory / f"comparisons-{side}.jsonl", "".join(one.to_json() + "\n" for one in made)
+        )
 
 
 def test_a_reward_model_that_learns_by_heart(
@@ -221,9 +243,16 @@ def test_a_reward_model_that_learns_by_heart(
 ) -> None:
     (tmp_path / "own").mkdir()
     write_comparisons(tmp_path / "own", babble)
-    config = reward.Config(comparisons=str(tmp_path / "own"), k=2, max_tokens=48, fit=make_fit(steps=150),
-                           optim=replace(MINI.optim, learning_rate=4e-3))  # fmt: skip
-    with pytest.raises(Unhealthy, match="held-out ones, which is chance: it knows the training prompts by heart") as caught:
+    config = reward.Config(
+        comparisons=str(tmp_path / "own"),
+        k=2,
+        max_tokens=48,
+        fit=make_fit(steps=150),
+        optim=replace(MINI.optim, learning_rate=4e-3),
+    )
+    with pytest.raises(
+        Unhealthy, match="held-out ones, which is chance: it knows the training prompts by heart"
+    ) as caught:
         sft_bench.run(reward, config, tmp_path / "reward")
     report = caught.value.report
     assert report.model is None and "by heart" in report.notes[0] and report.facts["held_out_accuracy"] < 0.6
@@ -237,17 +266,39 @@ def test_the_command_fails_with_the_diagnosis_and_leaves_a_report(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = rounds.sample_answers
-    monkeypatch.setattr(rounds, "sample_answers", lambda *given, **named: real(*given, **{**named, "temperature": 1.3}))
+    monkeypatch.setattr(
+        rounds, "sample_answers", lambda *given, **named: real(*given, **{**named, "temperature": 1.3})
+    )
     out = tmp_path / "road" / "ppo"
-    argv = ["ppo", "--out", str(out), "--iterations", "2", "--batch_size", "8", "--minibatch_size", "8", "--max_prompt_tokens",
-            "40", "--max_new_tokens", "18"]  # fmt: skip
-    argv += [word for name in ("base", "reward", "data") for word in (f"--{name}", str(planted_bench.inputs[{"base": "sft"}.get(name, name)]))]
+    argv = [
+        "ppo",
+        "--out",
+        str(out),
+        "--iterations",
+        "2",
+        "--batch_size",
+        "8",
+        "--minibatch_size",
+        "8",
+        "--max_prompt_tokens",
+        "40",
+        "--max_new_tokens",
+        "18",
+    ]
+    argv += [
+        word
+        for name in ("base", "reward", "data")
+        for word in (f"--{name}", str(planted_bench.inputs[{"base": "sft"}.get(name, name)]))
+    ]
     assert cli.main(argv) == 1
     told = capsys.readouterr()
     assert "ppo stopped in round 0: sampler and trainer disagree" in told.err and "report.md" in told.out
     text = (out / "report.md").read_text()
     assert "broken off" in text and "sampler and trainer disagree" in text
-    assert not (out / "result.json").exists() and (out / "checkpoints" / "step-000000" / "optimizer.safetensors").is_file()
+    assert (
+        not (out / "result.json").exists()
+        and (out / "checkpoints" / "step-000000" / "optimizer.safetensors").is_file()
+    )
     # mended, the same command goes on from there
     monkeypatch.setattr(rounds, "sample_answers", real)
     assert cli.main(argv) == 0

@@ -15,9 +15,21 @@ from chatwright.train.health import (
 )
 
 HEALTHY = {
-    "score": 0.2, "score_error": 0.05, "kl": 2.0, "kl_error": 0.3, "entropy": 2.5, "explained_variance": 0.2, "length": 14.0,
-    "finished": 0.9, "sampler_gap": 1e-5, "sampler_error": 1e-6, "tokens": 900.0, "distinct_2": 0.7, "gold": 0.3, "gold_error": 0.05,
-}  # fmt: skip
+    "score": 0.2,
+    "score_error": 0.05,
+    "kl": 2.0,
+    "kl_error": 0.3,
+    "entropy": 2.5,
+    "explained_variance": 0.2,
+    "length": 14.0,
+    "finished": 0.9,
+    "sampler_gap": 1e-5,
+    "sampler_error": 1e-6,
+    "tokens": 900.0,
+    "distinct_2": 0.7,
+    "gold": 0.3,
+    "gold_error": 0.05,
+}
 LIMITS = Limits(kl_budget=10.0)
 PATIENT = Limits(kl_budget=10.0, patience=4)
 
@@ -29,7 +41,11 @@ def history(rounds: int, **changes: float) -> list[dict[str, float]]:
 
 def test_a_healthy_run_goes_on_from_its_first_round() -> None:
     assert set(WATCHED) == set(HEALTHY)
-    plain = {key: value for key, value in HEALTHY.items() if key not in ("gold", "gold_error", "explained_variance")}
+    plain = {
+        key: value
+        for key, value in HEALTHY.items()
+        if key not in ("gold", "gold_error", "explained_variance")
+    }
     for length in range(1, 21):
         for row in (HEALTHY, plain):  # with and without gold and critic
             assert diagnose([row] * length, LIMITS) is None and diagnose([row] * length, PATIENT) is None
@@ -41,7 +57,13 @@ BROKEN = [
     (1, {"sampler_error": 0.003}, "sampler and trainer disagree", True, {"sampler_error": 0.0015}),
     (1, {"kl": -2.0, "kl_error": 0.1}, "clearly negative", True, {"kl": -2.0, "kl_error": 0.6}),
     (1, {"kl": -2.0, "kl_error": 0.1}, "clearly negative", True, {"kl": -0.4, "kl_error": 0.01}),
-    (1, {"kl": -2.0, "kl_error": 0.1}, "clearly negative", True, {"kl": -2.0, "kl_error": 0.1, "tokens": 400.0}),
+    (
+        1,
+        {"kl": -2.0, "kl_error": 0.1},
+        "clearly negative",
+        True,
+        {"kl": -2.0, "kl_error": 0.1, "tokens": 400.0},
+    ),
     (1, {"kl": 9.0}, "KL jumped from 2.0 to 9.0", False, {"kl": 6.9}),
     (1, {"kl": 9.0}, "KL jumped from 2.0 to 9.0", False, {"kl": 9.0, "kl_error": 2.0}),
     (1, {"kl": 10.1}, "beyond the budget of 10 nats", False, {"kl": 6.9}),
@@ -52,7 +74,9 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("rounds", "wrong", "words", "fatal", "edge"), BROKEN, ids=lambda value: str(value))
-def test_each_rule(rounds: int, wrong: dict[str, float], words: str, fatal: bool, edge: dict[str, float]) -> None:
+def test_each_rule(
+    rounds: int, wrong: dict[str, float], words: str, fatal: bool, edge: dict[str, float]
+) -> None:
     found = diagnose(history(rounds, **wrong), LIMITS)
     assert found is not None and words in found.text and found.fatal is fatal
     if rounds > 1:  # a shorter spell is let pass
@@ -96,7 +120,10 @@ def test_the_first_ratio() -> None:
 
 def test_bf16_rounds_more_and_a_wrong_temperature_is_still_seen() -> None:
     coarse = Limits(kl_budget=10.0, rounding=BFLOAT16)
-    assert diagnose([{**HEALTHY, "sampler_gap": 0.6, "sampler_error": 0.08}], coarse) is None and diagnose_ratio(0.1, BFLOAT16) is None
+    assert (
+        diagnose([{**HEALTHY, "sampler_gap": 0.6, "sampler_error": 0.08}], coarse) is None
+        and diagnose_ratio(0.1, BFLOAT16) is None
+    )
     found = diagnose([{**HEALTHY, "sampler_gap": 1.0, "sampler_error": 0.13}], coarse)
     assert found is not None and found.fatal and "policy_precision" in found.text
     for found in (diagnose([{**HEALTHY, "sampler_gap": 3.0}], coarse), diagnose_ratio(0.5, BFLOAT16)):
@@ -106,7 +133,9 @@ def test_bf16_rounds_more_and_a_wrong_temperature_is_still_seen() -> None:
 # ---- peaks ----------------------------------------------------------------------------------------------------------
 
 
-def curve(scores: list[float], gold: list[float] | None = None, error: float = 0.02) -> list[dict[str, float]]:
+def curve(
+    scores: list[float], gold: list[float] | None = None, error: float = 0.02
+) -> list[dict[str, float]]:
     rows = []
     for number, score in enumerate(scores):
         row = {**HEALTHY, "score": score, "score_error": error, "length": 10.0 + number}
@@ -155,5 +184,9 @@ def test_a_reward_model_that_knows_its_prompts_by_heart() -> None:
     biased = diagnose_reward(train=0.95, held_out=0.51, length=0.7, pairs=1000)
     assert biased is not None and "or their lengths" in biased.text
     assert diagnose_reward(train=0.95, held_out=0.6, length=0.5, pairs=1000) is None
-    assert diagnose_reward(train=0.95, held_out=0.6, length=0.5, pairs=20) is not None  # 0.6 of 20 pairs is chance
-    assert diagnose_reward(train=0.6, held_out=0.5, length=0.5, pairs=1000) is None  # it has not learnt at all yet
+    assert (
+        diagnose_reward(train=0.95, held_out=0.6, length=0.5, pairs=20) is not None
+    )  # 0.6 of 20 pairs is chance
+    assert (
+        diagnose_reward(train=0.6, held_out=0.5, length=0.5, pairs=1000) is None
+    )  # it has not learnt at all yet

@@ -35,7 +35,9 @@ LENGTHS = [(3, 1), (40, 30), (7, 2), (12, 12), (25, 1), (18, 9), (50, 44), (5, 3
 def conversations(seed: int = 0) -> list[EncodedChat]:
     draw = torch.Generator().manual_seed(seed)
     return [
-        EncodedChat(torch.randint(96, (size,), generator=draw).tolist(), [n >= size - learnt for n in range(size)])
+        EncodedChat(
+            torch.randint(96, (size,), generator=draw).tolist(), [n >= size - learnt for n in range(size)]
+        )
         for size, learnt in LENGTHS
     ]
 
@@ -80,7 +82,10 @@ def test_eight_times_one_equals_one_times_eight(lively_gpt: Callable[..., Any], 
         for name, parameter in whole.items():
             torch.testing.assert_close(parts[name], parameter, atol=1e-6, rtol=0)
     assert max(float((whole[name] - start[name]).detach().abs().max()) for name in whole) > 1e-2
-    losses = [[row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row] for name in ("1x8", "1")]
+    losses = [
+        [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in ("1x8", "1")
+    ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -97,19 +102,29 @@ def test_a_mean_of_means_would_not_be_equal(lively_gpt: Callable[..., Any]) -> N
     assert max(float((gradients[0][n] - gradients[1][n]).abs().max()) for n in gradients[0]) > 1e-3
 
 
-def gradients(model: Any, rows: list[PackedRow], *, together: bool = False) -> tuple[float, dict[str, Tensor]]:
+def gradients(
+    model: Any, rows: list[PackedRow], *, together: bool = False
+) -> tuple[float, dict[str, Tensor]]:
     batch = batch_rows(rows, 64)
     if together:  # the mutation: everything in a row may see everything before it
         batch = type(batch)(batch.ids, batch.learn, (batch.documents > 0).long(), batch.positions)
     model.zero_grad()
     loss = sft.step(model, batch).loss
     loss.backward()
-    return float(loss.detach()), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return float(loss.detach()), {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("preset", ["modern", "gpt2"])
-def test_packed_rows_have_the_gradients_of_rows_of_their_own(lively_gpt: Callable[..., Any], preset: str) -> None:
-    shape = {} if preset == "modern" else {"position": "learned", "norm": "layer", "activation": "gelu_tanh", "bias": True}
+def test_packed_rows_have_the_gradients_of_rows_of_their_own(
+    lively_gpt: Callable[..., Any], preset: str
+) -> None:
+    shape = (
+        {}
+        if preset == "modern"
+        else {"position": "learned", "norm": "layer", "activation": "gelu_tanh", "bias": True}
+    )
     model = lively_gpt(2, **shape)
     alone = pack(conversations(), 64, enabled=False)
     packed = pack(conversations(), 64)
@@ -161,7 +176,10 @@ class Bed:
 
     def snapshot(self) -> dict[str, Tensor]:
         tensors = checkpoint.optimiser_tensors(self.trainer.optimisers)
-        return {"weight": self.model.blocks.weight.detach().clone(), **{k: v.clone() for k, v in tensors.items()}}
+        return {
+            "weight": self.model.blocks.weight.detach().clone(),
+            **{k: v.clone() for k, v in tensors.items()},
+        }
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -204,7 +222,9 @@ def test_the_gradient_is_clipped_as_a_whole(tmp_path: Path) -> None:
     assert trainer.take_logged()["gradient_norm"] == pytest.approx(21.0)
     before = model.blocks.weight.detach().clone()
     trainer.update([Numbers(0.1)], lambda batch: Step(batch.value * model.blocks.weight.sum()), 1.0)
-    assert float((before - model.blocks.weight.detach()).norm()) == pytest.approx(0.3, rel=1e-4)  # short enough: as it is
+    assert float((before - model.blocks.weight.detach()).norm()) == pytest.approx(
+        0.3, rel=1e-4
+    )  # short enough: as it is
     assert trainer.take_logged()["gradient_norm"] == pytest.approx(0.3)
 
 
@@ -220,7 +240,9 @@ def test_what_is_logged_is_a_mean_over_the_weight_of_all_steps_since(tmp_path: P
 def test_the_loss_returned_is_the_mean_over_the_weight(tmp_path: Path) -> None:
     # 9 weights of 1: sums 18 and 36, over a weight of 4
     bed = Bed(tmp_path)
-    assert bed.trainer.update([Numbers(2.0, 1.0), Numbers(4.0, 3.0)], bed.step, 1.0) == pytest.approx((18 + 36) / 4)
+    assert bed.trainer.update([Numbers(2.0, 1.0), Numbers(4.0, 3.0)], bed.step, 1.0) == pytest.approx(
+        (18 + 36) / 4
+    )
 
 
 @dataclass(frozen=True)
@@ -236,7 +258,9 @@ def make_fit(bed: Bed, config: FitConfig) -> Fit[Numbers]:
 
 
 def rates(directory: Path) -> list[float]:
-    return [row["learning_rate"] for row in read_metrics(directory / "metrics.jsonl") if "learning_rate" in row]
+    return [
+        row["learning_rate"] for row in read_metrics(directory / "metrics.jsonl") if "learning_rate" in row
+    ]
 
 
 def test_steps_follow_the_schedule(tmp_path: Path) -> None:
@@ -305,7 +329,10 @@ def signal_in_step(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: signal.
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_step_and_saves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
     signal_in_step(monkeypatch, 4, number)
@@ -355,7 +382,11 @@ def test_checkpoints_are_pruned_to_the_newest_and_the_spared(tmp_path: Path) -> 
         bed.trainer.save(spare=[1])
     assert [found.step for found in checkpoint.checkpoints(tmp_path / "checkpoints")] == [1, 3, 4]
     final = bed.trainer.save(final=True)
-    assert sorted(file.name for file in final.path.iterdir()) == ["model.safetensors", "note.txt", "state.json"]
+    assert sorted(file.name for file in final.path.iterdir()) == [
+        "model.safetensors",
+        "note.txt",
+        "state.json",
+    ]
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,9 +428,16 @@ def best_fit(bed: Bed, curve: Curve, better: Any = "lower", **settings: Any) -> 
 
 @pytest.mark.parametrize(
     ("better", "curve", "step"),
-    [("lower", (9, 3, 1, 2, 4), 4), ("higher", (9, 3, 1, 2, 1), 2), ("lower", (9, 3, 2, 2, 1), 8), ("lower", (9, 3, 3, 3, 3), 2)],
+    [
+        ("lower", (9, 3, 1, 2, 4), 4),
+        ("higher", (9, 3, 1, 2, 1), 2),
+        ("lower", (9, 3, 2, 2, 1), 8),
+        ("lower", (9, 3, 3, 3, 3), 2),
+    ],
 )
-def test_the_best_checkpoint_is_kept_and_is_the_result(tmp_path: Path, better: Any, curve: Any, step: int) -> None:
+def test_the_best_checkpoint_is_kept_and_is_the_result(
+    tmp_path: Path, better: Any, curve: Any, step: int
+) -> None:
     bed = Bed(tmp_path)
     fitted = best_fit(bed, Curve(*curve), better).run()
     assert fitted.checkpoint.step == step and fitted.before == {"measure": 9}
@@ -409,7 +447,9 @@ def test_the_best_checkpoint_is_kept_and_is_the_result(tmp_path: Path, better: A
     named = checkpoint.best(tmp_path / "checkpoints")
     assert named == fitted.checkpoint
     named.verify()
-    assert torch.equal(named.tensors("model")["blocks.weight"], bed.model.blocks.weight)  # the modules have its weights
+    assert torch.equal(
+        named.tensors("model")["blocks.weight"], bed.model.blocks.weight
+    )  # the modules have its weights
     assert (step == 8) is torch.equal(kept[-1].tensors("model")["blocks.weight"], bed.model.blocks.weight)
     assert f"the model is that of step {step}, whose measure was the best" in fitted.notes[0]
     again = Bed(tmp_path)
@@ -455,7 +495,9 @@ def test_a_signal_in_the_first_step_stops_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [2, 4, 6])
-def test_a_signal_in_a_held_out_measure_saves_at_once_and_the_measure_is_done_again(tmp_path: Path, at: int) -> None:
+def test_a_signal_in_a_held_out_measure_saves_at_once_and_the_measure_is_done_again(
+    tmp_path: Path, at: int
+) -> None:
     """In those of steps 2 and 4, and in the last one."""
     calls = itertools.count(1)
 
@@ -476,7 +518,10 @@ def test_a_signal_in_a_held_out_measure_saves_at_once_and_the_measure_is_done_ag
     fit(tmp_path / "stopped", lambda: {"measure": 1.0})
     fit(tmp_path / "whole", lambda: {"measure": 1.0})
     left, right = (
-        [{k: v for k, v in row.items() if k not in {*TIMED, "samples_per_second"}} for row in read_metrics(path / "metrics.jsonl")]
+        [
+            {k: v for k, v in row.items() if k not in {*TIMED, "samples_per_second"}}
+            for row in read_metrics(path / "metrics.jsonl")
+        ]
         for path in (tmp_path / "stopped", tmp_path / "whole")
     )
     assert left == right and sum("measure" in row for row in left) == 3

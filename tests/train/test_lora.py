@@ -50,7 +50,9 @@ class AskedAtOnce(Stopper):
         assert value is False
 
 
-def stopped(bench: Any, module: Any, config: Any, directory: Path, monkeypatch: pytest.MonkeyPatch) -> checkpoint.Checkpoint:
+def stopped(
+    bench: Any, module: Any, config: Any, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> checkpoint.Checkpoint:
     """The checkpoint of a stage that was stopped in its third step."""
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Stopper", AskedAtOnce)
@@ -66,35 +68,54 @@ def made(pretrain_bench: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple
     directory = tmp_path_factory.mktemp("lora") / "sft"
     fit = FitConfig(steps=60, batch_size=8, compile=False, precision="fp32", log_every=5)
     optim = OptimConfig(learning_rate=1e-2, schedule="trapezoid", decay=0.6)
-    return directory, pretrain_bench.run(sft, sft.Config(fit=fit, optim=optim, held_out=16, lora=LORA), directory)
+    return directory, pretrain_bench.run(
+        sft, sft.Config(fit=fit, optim=optim, held_out=16, lora=LORA), directory
+    )
 
 
-def test_an_adapter_learns_and_the_result_is_a_model_like_any(made: tuple[Path, Any], pretrain_bench: Any, tmp_path: Path) -> None:
+def test_an_adapter_learns_and_the_result_is_a_model_like_any(
+    made: tuple[Path, Any], pretrain_bench: Any, tmp_path: Path
+) -> None:
     directory, report = made
     assert report.measures[0].after < 0.75 * report.measures[0].before
     saved = directory / report.model
     assert sorted(file.name for file in saved.iterdir()) == [
-        "adapter.safetensors", "chat_template.jinja", "model.safetensors", "state.json", "tokenizer.json",
-    ]  # fmt: skip
+        "adapter.safetensors",
+        "chat_template.jinja",
+        "model.safetensors",
+        "state.json",
+        "tokenizer.json",
+    ]
     base = load_parts(pretrain_bench.inputs["pretrain"])
     tensors, own = (checkpoint.model_tensors(one) for one in (load_parts(saved).model, base.model))
     changed = {name for name in own if not torch.equal(own[name], tensors[name])}
     assert own.keys() == tensors.keys() and changed
-    assert all(".attention." in name or ".mlp." in name for name in changed)  # norms, tables and the head are the base's
+    assert all(
+        ".attention." in name or ".mlp." in name for name in changed
+    )  # norms, tables and the head are the base's
     # the base model with the adapter in PEFT's format is the same model
     shutil.copytree(directory / "adapter", tmp_path / "adapter")
     ids = [[1, 2, 3, 4, 5]]
-    for name in (f"{pretrain_bench.inputs['pretrain']}+{tmp_path / 'adapter'}", f"{pretrain_bench.inputs['pretrain']}+{directory}"):
-        torch.testing.assert_close(cw.load(name).logits(ids), cw.load(directory).logits(ids), atol=1e-5, rtol=0)
+    for name in (
+        f"{pretrain_bench.inputs['pretrain']}+{tmp_path / 'adapter'}",
+        f"{pretrain_bench.inputs['pretrain']}+{directory}",
+    ):
+        torch.testing.assert_close(
+            cw.load(name).logits(ids), cw.load(directory).logits(ids), atol=1e-5, rtol=0
+        )
     assert report.facts["adapter"] == "adapter"
     trained = report.facts["trained_parameters"]
     assert trained == sum(one.numel() for one in checkpoint.Checkpoint(saved).tensors("adapter").values())
     assert trained < 0.2 * base.model.parameter_count()
-    with pytest.raises(UserError, match="trained on another model of this shape"):  # not on what it was merged into
+    with pytest.raises(
+        UserError, match="trained on another model of this shape"
+    ):  # not on what it was merged into
         cw.load(f"{saved}+{directory}")
 
 
-def test_only_the_adapter_has_optimiser_state(pretrain_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_adapter_has_optimiser_state(
+    pretrain_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = sft.Config(fit=FitConfig(steps=6, batch_size=4, compile=False, precision="fp32"), held_out=4)
     sizes = {}
     for name, lora in (("all", LoRAConfig()), ("lora", LORA)):
@@ -104,10 +125,16 @@ def test_only_the_adapter_has_optimiser_state(pretrain_bench: Any, tmp_path: Pat
         assert ("adapter.safetensors" in [file.name for file in found.path.iterdir()]) == (name == "lora")
     adapter = sum(tensor.numel() for tensor in checkpoint.Checkpoint(found.path).tensors("adapter").values())
     assert sizes["lora"] == 2 * adapter
-    assert sizes["all"] == 2 * load_parts(pretrain_bench.inputs["pretrain"]).model.parameter_count() > 5 * sizes["lora"]
+    assert (
+        sizes["all"]
+        == 2 * load_parts(pretrain_bench.inputs["pretrain"]).model.parameter_count()
+        > 5 * sizes["lora"]
+    )
 
 
-def test_the_reward_model_trains_adapter_and_head(sft_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reward_model_trains_adapter_and_head(
+    sft_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fit = FitConfig(steps=6, batch_size=4, compile=False, precision="fp32")
     config = reward.Config(k=3, max_tokens=32, fit=fit, lora=LORA)
     found = stopped(sft_bench, reward, config, tmp_path / "reward", monkeypatch)
@@ -115,54 +142,88 @@ def test_the_reward_model_trains_adapter_and_head(sft_bench: Any, tmp_path: Path
     outside = {name: tensor for name, tensor in kept.items() if ".adapters." not in name}
     assert outside.keys() == {"scalar.weight", "scalar.bias", "offset", "scale"}
     state = sum(tensor.numel() for key, tensor in found.tensors("optimizer").items() if ".exp_avg" in key)
-    assert state == 2 * sum(tensor.numel() for name, tensor in kept.items() if name not in ("offset", "scale"))
+    assert state == 2 * sum(
+        tensor.numel() for name, tensor in kept.items() if name not in ("offset", "scale")
+    )
     report = sft_bench.run(reward, config, tmp_path / "reward")
     saved = checkpoint.Checkpoint(tmp_path / "reward" / report.model)
     whole = ScalarModel(GPTConfig.from_dict(saved.state()["model"]))
-    checkpoint.load_model_tensors(whole, saved.tensors("model"), where="here")  # merged: PPO reads it like any other
+    checkpoint.load_model_tensors(
+        whole, saved.tensors("model"), where="here"
+    )  # merged: PPO reads it like any other
     base = load_parts(sft_bench.inputs["sft"]).model
     assert torch.equal(whole.body.embed.weight, base.embed.weight)
     first, other = whole.body.blocks[0].mlp.up.weight, base.blocks[0].mlp.up.weight  # type: ignore[union-attr]
     assert not torch.equal(first, other)  # type: ignore[arg-type]
-    assert float(whole.scale) != 1.0 and not torch.equal(whole.scalar.weight, torch.zeros_like(whole.scalar.weight))
+    assert float(whole.scale) != 1.0 and not torch.equal(
+        whole.scalar.weight, torch.zeros_like(whole.scalar.weight)
+    )
 
 
 MINI = ppo.Config(
-    iterations=4, batch_size=8, minibatch_size=8, max_prompt_tokens=40, max_new_tokens=14, min_tokens=1, max_repeats=0.9,
-    save_every=2, min_correlation=-1.0, lora=LORA, optim=OptimConfig(learning_rate=3e-3, eps=1e-5, schedule="linear", warmup=0.0),
-)  # fmt: skip
+    iterations=4,
+    batch_size=8,
+    minibatch_size=8,
+    max_prompt_tokens=40,
+    max_new_tokens=14,
+    min_tokens=1,
+    max_repeats=0.9,
+    save_every=2,
+    min_correlation=-1.0,
+    lora=LORA,
+    optim=OptimConfig(learning_rate=3e-3, eps=1e-5, schedule="linear", warmup=0.0),
+)
 
 
-def test_ppo_starts_at_ratio_one_and_no_kl_and_leaves_the_reference_behind(reward_bench: Any, tmp_path: Path) -> None:
+def test_ppo_starts_at_ratio_one_and_no_kl_and_leaves_the_reference_behind(
+    reward_bench: Any, tmp_path: Path
+) -> None:
     directory = tmp_path / "ppo"
     report = reward_bench.run(ppo, MINI, directory)
     rows = read_metrics(directory / "metrics.jsonl")
-    assert rows[0]["kl"] == 0.0 and rows[0]["kl_k3"] == 0.0  # not nearly: policy and reference are the same numbers
+    assert (
+        rows[0]["kl"] == 0.0 and rows[0]["kl_k3"] == 0.0
+    )  # not nearly: policy and reference are the same numbers
     assert rows[0]["ratio"] == pytest.approx(1.0, abs=1e-5)
     assert max(abs(row["kl"]) for row in rows[1:]) > 1e-3
     assert all(row["sampler_gap"] < 1e-4 for row in rows)  # the engine samples from the adapted policy
     saved = checkpoint.Checkpoint(directory / report.model)
     names = {file.name for file in saved.path.iterdir()}
-    assert {"model.safetensors", "adapter.safetensors", "critic-adapter.safetensors"} <= names and "critic.safetensors" not in names
+    assert {
+        "model.safetensors",
+        "adapter.safetensors",
+        "critic-adapter.safetensors",
+    } <= names and "critic.safetensors" not in names
     base = cw.load(f"{reward_bench.inputs['sft']}+{directory}")
-    torch.testing.assert_close(base.logits([[1, 2, 3]]), cw.load(directory).logits([[1, 2, 3]]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        base.logits([[1, 2, 3]]), cw.load(directory).logits([[1, 2, 3]]), atol=1e-5, rtol=0
+    )
 
 
-def test_two_models_are_in_memory_instead_of_four(sft_parts: Callable[[], Any], lively_scalar: Callable[..., ScalarModel]) -> None:
+def test_two_models_are_in_memory_instead_of_four(
+    sft_parts: Callable[[], Any], lively_scalar: Callable[..., ScalarModel]
+) -> None:
     base = sft_parts()
     judge = lively_scalar(5, vocab_size=base.model.config.vocab_size, layers=1)
     players = make_players(base, judge, "separate", LORA)
     assert players.reference is None and players.policy is base.model
     models = (players.policy, players.reward, players.critic)
-    storages = {parameter.data_ptr(): parameter.numel() for model in models for parameter in model.parameters()}
+    storages = {
+        parameter.data_ptr(): parameter.numel() for model in models for parameter in model.parameters()
+    }
     fresh = sft_parts().model.eval()
     fresh.use_attention(plain_attention)  # as the players do on a CPU
     own = sum(p.numel() for model in (players.policy, players.critic) for p in lora_parameters(model))
     head = sum(p.numel() for p in players.critic.scalar.parameters())
-    assert sum(storages.values()) == fresh.parameter_count() + sum(p.numel() for p in judge.parameters()) + own + head
+    assert (
+        sum(storages.values())
+        == fresh.parameter_count() + sum(p.numel() for p in judge.parameters()) + own + head
+    )
     trained = [p for model in models for p in model.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == own + head
-    assert adapter_names(players.reward) == [] and not any(p.requires_grad for p in players.reward.parameters())
+    assert adapter_names(players.reward) == [] and not any(
+        p.requires_grad for p in players.reward.parameters()
+    )
     ids = torch.arange(6)[None]
     with torch.no_grad():
         before = players.reward(ids)
@@ -173,7 +234,9 @@ def test_two_models_are_in_memory_instead_of_four(sft_parts: Callable[[], Any], 
 
         # the reference stays the base model, whatever the policy learns
         end = base.tokenizer.control_ids[base.template.end]
-        answers = sample_answers(fresh, [[5, 6, 7]] * 3, end=end, max_new_tokens=5, temperature=1.0, seed_parts=("x",))
+        answers = sample_answers(
+            fresh, [[5, 6, 7]] * 3, end=end, max_new_tokens=5, temperature=1.0, seed_parts=("x",)
+        )
         wanted, _ = answer_log_probs(fresh, answers, temperature=1.0)
         assert torch.equal(judged(players, answers, ppo.Config()).reference, wanted)
         policy, _ = answer_log_probs(players.policy, answers, temperature=1.0)
@@ -184,7 +247,11 @@ def test_two_models_are_in_memory_instead_of_four(sft_parts: Callable[[], Any], 
 
 def test_the_settings_on_the_command_line() -> None:
     for module in (sft, reward, ppo, reinforce):
-        config, _ = parse(module.Config, ["--lora.rank", "8", "--lora.targets", "[query,value]", "--lora.alpha", "32"], prog="x")
+        config, _ = parse(
+            module.Config,
+            ["--lora.rank", "8", "--lora.targets", "[query,value]", "--lora.alpha", "32"],
+            prog="x",
+        )
         assert config.lora == LoRAConfig(rank=8, alpha=32.0, targets=("query", "value"))
         assert module.Config().lora.rank == 0  # off unless asked for
     with pytest.raises(UsageError, match="'embed' is none of"):
@@ -200,7 +267,9 @@ def test_dropout_in_rounds_is_refused(module: Any) -> None:
 def test_a_resume_on_another_base_or_with_another_adapter_is_refused(
     pretrain_bench: Any, sft_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = sft.Config(fit=FitConfig(steps=6, batch_size=4, compile=False, precision="fp32"), held_out=4, lora=LORA)
+    config = sft.Config(
+        fit=FitConfig(steps=6, batch_size=4, compile=False, precision="fp32"), held_out=4, lora=LORA
+    )
     directory = tmp_path / "sft"
     stopped(pretrain_bench, sft, config, directory, monkeypatch)
     for bench, changed in (
@@ -224,13 +293,19 @@ def test_the_best_checkpoint_s_adapter_is_the_one_that_is_written(
 
     monkeypatch.setattr(sft, "Fit", planted)
     fit = FitConfig(steps=8, batch_size=4, compile=False, precision="fp32", evaluate_every=1, keep_best=True)
-    config = sft.Config(fit=fit, optim=OptimConfig(learning_rate=0.03, schedule="constant"), held_out=4, lora=LORA)
+    config = sft.Config(
+        fit=fit, optim=OptimConfig(learning_rate=0.03, schedule="constant"), held_out=4, lora=LORA
+    )
     report = pretrain_bench.run(sft, config, tmp_path / "sft")
     assert report.model == "checkpoints/step-000003"
     ids = [[1, 2, 3, 4]]
     together = cw.load(f"{pretrain_bench.inputs['pretrain']}+{tmp_path / 'sft'}").logits(ids)
-    torch.testing.assert_close(together, cw.load(tmp_path / "sft" / report.model).logits(ids), atol=1e-4, rtol=0)
-    assert (together - cw.load(tmp_path / "sft" / "checkpoints" / "step-000008").logits(ids)).abs().max() > 1e-2
+    torch.testing.assert_close(
+        together, cw.load(tmp_path / "sft" / report.model).logits(ids), atol=1e-4, rtol=0
+    )
+    assert (
+        together - cw.load(tmp_path / "sft" / "checkpoints" / "step-000008").logits(ids)
+    ).abs().max() > 1e-2
 
 
 @pytest.mark.slow  # test_plan.py plans with and without adapters too
@@ -238,7 +313,11 @@ def test_the_plan_knows_that_little_is_trained() -> None:
     shape = GPTConfig.preset("modern-tiny")
     fit = FitConfig(steps=10, batch_size=2, compile=False, precision="fp32")
     memory = {}
-    for verb, config in (("sft", sft.Config(fit=fit)), ("reward", reward.Config(fit=fit)), ("ppo", ppo.Config())):
+    for verb, config in (
+        ("sft", sft.Config(fit=fit)),
+        ("reward", reward.Config(fit=fit)),
+        ("ppo", ppo.Config()),
+    ):
         for lora in (LoRAConfig(), LORA):
             what = plan.Subject(verb, verb, shape, replace(config, lora=lora))  # type: ignore[type-var]
             memory[verb, lora.rank] = plan.predict(what, micro=1)[0].memory
@@ -258,7 +337,16 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("many")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CHATWRIGHT_DEVICE": "cpu"}
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    ]
     for before, plans in (([], ["auto"]), (torchrun, ["ddp", "fsdp"])):
         command = [sys.executable, *before, str(HERE / "many_lora.py"), str(root), *plans]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -294,4 +382,6 @@ def test_a_plan_that_would_cut_adapters_is_refused(monkeypatch: pytest.MonkeyPat
     together = Together.__new__(Together)
     together.box = Sizes(1, 1, 2)
     with pytest.raises(UsageError, match="tp does not cut adapters"):
-        Trainer({"model": lively_model()}, OptimConfig(), Workspace(tmp_path), card={}, texts={}, spread=together)
+        Trainer(
+            {"model": lively_model()}, OptimConfig(), Workspace(tmp_path), card={}, texts={}, spread=together
+        )

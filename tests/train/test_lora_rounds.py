@@ -26,9 +26,16 @@ from chatwright.train.rollout import sample_answers
 
 LORA = LoRAConfig(rank=4, alpha=8.0)
 SMALL = replace(
-    MINI, iterations=3, batch_size=8, minibatch_size=8, epochs=1, kl_budget=100.0, min_distinct=0.0, lora=LORA,
+    MINI,
+    iterations=3,
+    batch_size=8,
+    minibatch_size=8,
+    epochs=1,
+    kl_budget=100.0,
+    min_distinct=0.0,
+    lora=LORA,
     optim=OptimConfig(learning_rate=1e-2, eps=1e-5, schedule="linear", warmup=0.0),
-)  # fmt: skip
+)
 OWN = ("epochs", "clip", "value_clip", "value_coefficient", "discount", "lam", "whiten_rewards", "critic")
 
 
@@ -42,9 +49,20 @@ def result(directory: Path, report: Any) -> Checkpoint:
 
 
 @pytest.mark.parametrize("module", [ppo, reinforce], ids=["ppo", "reinforce"])
-def test_everything_at_once(module: Any, planted_bench: Any, tmp_path: Path, sft_parts: Callable[[], Any]) -> None:
+def test_everything_at_once(
+    module: Any, planted_bench: Any, tmp_path: Path, sft_parts: Callable[[], Any]
+) -> None:
     """A shared trunk (reinforce: no critic), ptx with its tax, an average, a gold measure."""
-    whole = replace(SMALL, critic="shared", average=0.5, text="tokenizer", ptx=0.5, ptx_windows=1, ptx_context=32, gold="sentiment")
+    whole = replace(
+        SMALL,
+        critic="shared",
+        average=0.5,
+        text="tokenizer",
+        ptx=0.5,
+        ptx_windows=1,
+        ptx_context=32,
+        gold="sentiment",
+    )
     directory = tmp_path / "run"
     report = planted_bench.run(module, whole if module is ppo else as_reinforce(whole), directory)
     rows = read_metrics(directory / "metrics.jsonl")
@@ -54,8 +72,11 @@ def test_everything_at_once(module: Any, planted_bench: Any, tmp_path: Path, sft
     saved = result(directory, report)
     critic = {"critic.safetensors"} if module is ppo else set()
     assert {file.name for file in saved.path.glob("*.safetensors")} == {
-        "model.safetensors", "adapter.safetensors", "average.safetensors", *critic,
-    }  # fmt: skip
+        "model.safetensors",
+        "adapter.safetensors",
+        "average.safetensors",
+        *critic,
+    }
 
     # the tax is that of the model without its adapter, and of the result
     (tax,) = [one for one in report.measures if one.name == "perplexity of general text"]
@@ -66,7 +87,9 @@ def test_everything_at_once(module: Any, planted_bench: Any, tmp_path: Path, sft
     assert abs(tax.after / tax.before - 1) > 1e-4
     # the adapter that is written is the result's
     together = cw.load(f"{planted_bench.inputs['sft']}+{directory}")
-    torch.testing.assert_close(together.logits([[1, 2, 3]]), cw.load(directory).logits([[1, 2, 3]]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        together.logits([[1, 2, 3]]), cw.load(directory).logits([[1, 2, 3]]), atol=1e-5, rtol=0
+    )
     assert report.facts["adapter"] == "adapter"
 
 
@@ -78,11 +101,16 @@ def test_a_planted_reward_rises_over_adapters(critic: str, planted_bench: Any, t
     module: Any = ppo
     config: Any = whole
     if critic == "none":
-        module, config = reinforce, as_reinforce(whole, iterations=30, optim=replace(optim, learning_rate=6e-3))
+        module, config = (
+            reinforce,
+            as_reinforce(whole, iterations=30, optim=replace(optim, learning_rate=6e-3)),
+        )
     else:
         config = replace(whole, critic=critic)  # type: ignore[arg-type]
     report = planted_bench.run(module, config, tmp_path / "run")
-    assert gain(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 0.25  # a round's score is known to about 0.1
+    assert (
+        gain(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 0.25
+    )  # a round's score is known to about 0.1
     assert 0.05 < report.facts["best"]["kl"] <= config.kl_budget
     names = {file.stem for file in result(tmp_path / "run", report).path.glob("critic*.safetensors")}
     assert names == {"separate": {"critic-adapter"}, "shared": {"critic"}, "none": set()}[critic]
@@ -95,7 +123,9 @@ def test_a_head_on_an_adapted_policy_trains_adapter_and_head(
     judge = lively_scalar(5, vocab_size=base.model.config.vocab_size, layers=1)
     players = make_players(base, judge, "shared", LORA)
     assert players.reference is None and isinstance(players.critic, ValueHead)
-    answers = sample_answers(players.policy, [[5, 6, 7], [8, 9]] * 4, end=5, max_new_tokens=6, temperature=1.0, seed_parts=("x",))
+    answers = sample_answers(
+        players.policy, [[5, 6, 7], [8, 9]] * 4, end=5, max_new_tokens=6, temperature=1.0, seed_parts=("x",)
+    )
     with torch.no_grad():
         for parameter in lora_parameters(players.policy):
             parameter.add_(0.05)
@@ -104,12 +134,18 @@ def test_a_head_on_an_adapted_policy_trains_adapter_and_head(
         with players.as_reference() as reference:  # the head goes on reading the adapted policy
             assert reference is players.policy
         assert torch.equal(opinion(players, answers, 1.0).values, values)
-    config = ppo.Config(batch_size=8, minibatch_size=8, min_tokens=0, max_repeats=1.0, critic="shared", lora=LORA)
+    config = ppo.Config(
+        batch_size=8, minibatch_size=8, min_tokens=0, max_repeats=1.0, critic="shared", lora=LORA
+    )
     rollout, logged = look_back(players, answers, 0.1, config)
     assert abs(logged["kl"]) > 1e-4
     step(players, rollout, config).loss.backward()  # type: ignore[no-untyped-call]
-    moved = [one for one in (*players.policy.parameters(), *players.critic.parameters()) if one.grad is not None]
-    assert {id(one) for one in moved} == {id(one) for one in (*lora_parameters(players.policy), *players.critic.parameters())}
+    moved = [
+        one for one in (*players.policy.parameters(), *players.critic.parameters()) if one.grad is not None
+    ]
+    assert {id(one) for one in moved} == {
+        id(one) for one in (*lora_parameters(players.policy), *players.critic.parameters())
+    }
     assert all(bool(one.grad.any()) for one in moved)  # type: ignore[union-attr]
     assert not any(one.grad is not None for one in players.reward.parameters())
 
@@ -118,14 +154,18 @@ def test_without_a_critic_nothing_of_the_judge_is_trained(
     sft_parts: Callable[[], Any], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
     base = sft_parts()
-    players = make_players(base, lively_scalar(5, vocab_size=base.model.config.vocab_size, layers=1), "none", LORA)
+    players = make_players(
+        base, lively_scalar(5, vocab_size=base.model.config.vocab_size, layers=1), "none", LORA
+    )
     assert players.critic is None and players.reference is None and adapter_names(players.reward) == []
     assert not any(parameter.requires_grad for parameter in players.reward.parameters())
     trained = {id(one) for one in players.policy.parameters() if one.requires_grad}
     assert trained == {id(one) for one in lora_parameters(players.policy)}
 
 
-def test_the_average_is_one_of_the_adapter_s_matrices(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_average_is_one_of_the_adapter_s_matrices(
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One update a round: the average is 0.5 of what it was and 0.5 of the adapter, three times."""
     met: list[dict[str, torch.Tensor]] = []
     real_start, real_follow = rounds.average_of, rounds.follow
@@ -154,11 +194,15 @@ def test_the_average_is_one_of_the_adapter_s_matrices(planted_bench: Any, tmp_pa
     assert report.measures[0].after == report.facts["average"]["score"]
 
 
-def test_an_average_beyond_the_limits_leaves_the_best_round_s_adapter(planted_bench: Any, tmp_path: Path) -> None:
+def test_an_average_beyond_the_limits_leaves_the_best_round_s_adapter(
+    planted_bench: Any, tmp_path: Path
+) -> None:
     directory = tmp_path / "ppo"
     optim = replace(SMALL.optim, learning_rate=5e-2)  # the first update is beyond this budget
     config = replace(SMALL, average=0.5, kl_budget=1e-3, kl_target=0.0, optim=optim)
     report = planted_bench.run(ppo, config, directory)
     assert report.facts["average"]["allowed"] is False and report.model == "checkpoints/step-000000"
-    together = cw.load(f"{planted_bench.inputs['sft']}+{directory}")  # whose adapter is as it began: it adds nothing
+    together = cw.load(
+        f"{planted_bench.inputs['sft']}+{directory}"
+    )  # whose adapter is as it began: it adds nothing
     assert torch.equal(together.logits([[1, 2, 3]]), cw.load(planted_bench.inputs["sft"]).logits([[1, 2, 3]]))

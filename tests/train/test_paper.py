@@ -25,7 +25,9 @@ def test_every_setting_of_a_table_is_one_of_the_stage(module: Any) -> None:
 def test_a_setting_that_is_made_equal_is_no_longer_a_difference() -> None:
     before = {row["setting"]: row for row in beside(ppo.PAPER, ppo.Config(), {})}
     assert not before["beta"]["same"] and before["beta"]["ours"] == 0.15 and before["beta"]["paper"] == "0.02"
-    after = {row["setting"]: row for row in beside(ppo.PAPER, replace(ppo.Config(), beta=0.02, kl_target=0.0), {})}
+    after = {
+        row["setting"]: row for row in beside(ppo.PAPER, replace(ppo.Config(), beta=0.02, kl_target=0.0), {})
+    }
     assert after["beta"]["same"] and after["kl_target"]["same"]
     assert {key for key in after if after[key]["same"] != before[key]["same"]} == {"beta", "kl_target"}
 
@@ -42,7 +44,9 @@ def test_what_is_worked_out_and_what_lies_in_a_setting_of_settings() -> None:
 
 
 def test_what_is_not_known_of_a_run_is_left_out() -> None:
-    assert "passes over the conversations" not in [row["setting"] for row in beside(sft.PAPER, sft.Config(), {})]
+    assert "passes over the conversations" not in [
+        row["setting"] for row in beside(sft.PAPER, sft.Config(), {})
+    ]
 
 
 def test_agreement() -> None:
@@ -52,4 +56,10 @@ def test_agreement() -> None:
     assert rate.agrees(9.05e-6) and not rate.agrees(9.2e-6)
     assert Paper("x", 0.0, "").agrees(0.0) and not Paper("x", 0.0, "").agrees(1e-9)
     assert Paper("x", "cosine", "").agrees("cosine") and not Paper("x", "cosine", "").agrees("linear")
-    assert (shown((4, 9)), shown(9e-6), shown(0.02), shown("cosine"), shown(256_000)) == ("4 to 9", "9e-06", "0.02", "cosine", "256000")
+    assert (shown((4, 9)), shown(9e-6), shown(0.02), shown("cosine"), shown(256_000)) == (
+        "4 to 9",
+        "9e-06",
+        "0.02",
+        "cosine",
+        "256000",
+    )

@@ -40,24 +40,58 @@ SETTINGS: dict[str, Any] = {
     "preset": "modern-nano",
     "model": {"context": 32, "kv_heads": 2},
     "optim": {"name": "adamw", "learning_rate": 2e-3, "schedule": "trapezoid"},
-    "fit": {"steps": STEPS, "batch_size": 8, "micro_batch": 2, "compile": False, "precision": "fp32", "log_every": 1,
-            "save_every": 1e6, "evaluate_every": 25, "keep": 9},
-}  # fmt: skip
+    "fit": {
+        "steps": STEPS,
+        "batch_size": 8,
+        "micro_batch": 2,
+        "compile": False,
+        "precision": "fp32",
+        "log_every": 1,
+        "save_every": 1e6,
+        "evaluate_every": 25,
+        "keep": 9,
+    },
+}
 
 
-MUON = {"name": "muon", "learning_rate": 2e-3, "matrix_learning_rate": 0.02, "schedule": "trapezoid", "matrix_precision": "fp32"}
+MUON = {
+    "name": "muon",
+    "learning_rate": 2e-3,
+    "matrix_learning_rate": 0.02,
+    "schedule": "trapezoid",
+    "matrix_precision": "fp32",
+}
 
 
 def settings(plan: str = "auto", *, micro_batch: int = 2, muon: bool = False, **sizes: int) -> dict[str, Any]:
-    fit = {**SETTINGS["fit"], "micro_batch": micro_batch, "save_steps": PART if plan == "fsdp" and not muon else 0}
-    return {**SETTINGS, "parallel": {"plan": plan, **sizes}, "fit": fit, "optim": MUON if muon else SETTINGS["optim"]}
+    fit = {
+        **SETTINGS["fit"],
+        "micro_batch": micro_batch,
+        "save_steps": PART if plan == "fsdp" and not muon else 0,
+    }
+    return {
+        **SETTINGS,
+        "parallel": {"plan": plan, **sizes},
+        "fit": fit,
+        "optim": MUON if muon else SETTINGS["optim"],
+    }
 
 
 def torchrun(processes: int, *arguments: str, restarts: int = 0) -> list[str]:
     return [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--max-restarts", str(restarts),
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *arguments,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--max-restarts",
+        str(restarts),
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+        *arguments,
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -179,7 +213,9 @@ def equal_curves(launches: Launches, plan: str) -> None:
         one, many = curve(launches[alone], key), curve(launches[plan], key)
         assert len(one) == len(many) == count
         assert many == pytest.approx(one, abs=1e-5 if key != "gradient_norm" else 5e-5)
-    assert curve(launches[alone])[-1] < curve(launches[alone])[0] - 2  # it has learnt, far beyond the tolerance
+    assert (
+        curve(launches[alone])[-1] < curve(launches[alone])[0] - 2
+    )  # it has learnt, far beyond the tolerance
     for name, tensor in final(launches[alone]).items():
         torch.testing.assert_close(final(launches[plan])[name], tensor, atol=1e-4, rtol=0)
 
@@ -198,7 +234,8 @@ def test_resumed_in_parts_is_uninterrupted_bit_for_bit(launches: Launches) -> No
 def test_a_checkpoint_written_beside_training_is_that_of_its_moment(launches: Launches) -> None:
     """`fsdp` went on while step 20 was being written; `parted` waited."""
     beside, waited = (
-        checkpoint.Checkpoint(launches[name] / "checkpoints" / f"step-{PART:06}") for name in ("fsdp", "handed on")
+        checkpoint.Checkpoint(launches[name] / "checkpoints" / f"step-{PART:06}")
+        for name in ("fsdp", "handed on")
     )
     for found in (beside, waited):
         found.verify()
@@ -206,13 +243,27 @@ def test_a_checkpoint_written_beside_training_is_that_of_its_moment(launches: La
     for part in ("model", "optimizer"):
         left, right = beside.tensors(part), waited.tensors(part)
         assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-    assert {name.split(".")[-1] for name in beside.tensors("optimizer")} == {"exp_avg", "exp_avg_sq", "step", "0", "1"}
+    assert {name.split(".")[-1] for name in beside.tensors("optimizer")} == {
+        "exp_avg",
+        "exp_avg_sq",
+        "step",
+        "0",
+        "1",
+    }
 
 
 def test_no_checkpoint_in_parts_holds_a_pickle(launches: Launches) -> None:
-    files = [file.name for file in (launches["fsdp"] / "checkpoints" / f"step-{PART:06}").rglob("*") if file.is_file()]
-    assert sorted(files) == ["shard-00001-model-00001-of-00001.safetensors",
-                             "shard-00002-model-00001-of-00001.safetensors", "state.json", "tokenizer.json"]  # fmt: skip
+    files = [
+        file.name
+        for file in (launches["fsdp"] / "checkpoints" / f"step-{PART:06}").rglob("*")
+        if file.is_file()
+    ]
+    assert sorted(files) == [
+        "shard-00001-model-00001-of-00001.safetensors",
+        "shard-00002-model-00001-of-00001.safetensors",
+        "state.json",
+        "tokenizer.json",
+    ]
 
 
 def test_a_damaged_part_is_named(launches: Launches, tmp_path: Path) -> None:
@@ -239,8 +290,9 @@ def test_a_missing_tensor_and_another_shape_are_named(launches: Launches) -> Non
 
 def test_a_run_in_parts_is_a_model_to_chat_with(launches: Launches) -> None:
     """At the end, and in the middle of it."""
-    assert {file.name for file in checkpoint.checkpoints(launches["handed on"] / "checkpoints")[-1].path.iterdir()} == {
-        "model.safetensors", "state.json", "tokenizer.json"}  # fmt: skip
+    assert {
+        file.name for file in checkpoint.checkpoints(launches["handed on"] / "checkpoints")[-1].path.iterdir()
+    } == {"model.safetensors", "state.json", "tokenizer.json"}
     for directory in (launches["handed on"], launches["fsdp"] / "checkpoints" / f"step-{PART:06}"):
         logits = load_parts(directory).model(torch.tensor([[1, 2, 3]]))
         assert logits.shape[:2] == (1, 3) and bool(logits.isfinite().all())
@@ -259,14 +311,18 @@ def worker(launcher: int, rank: int) -> int:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == launcher and f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+            if parent == launcher and f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(
+                b"\0"
+            ):
                 return int(entry.name)
         except (OSError, ValueError):
             continue
     return 0
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc: Linux only")
+@pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc: Linux only"
+)
 def test_a_killed_process_is_no_matter(launches: Launches, tmp_path: Path) -> None:
     """SIGKILL in the middle: torchrun starts both processes again, they go on from the newest checkpoint by themselves,
     and the end is that of the run that nobody disturbed."""
@@ -275,9 +331,21 @@ def test_a_killed_process_is_no_matter(launches: Launches, tmp_path: Path) -> No
     file = tmp_path / "pretrain.yaml"
     file.write_text(to_yaml({"tokenizer": str(launches.inputs["tokenizer"]), **plan}), encoding="utf-8")
     out = tmp_path / "run" / "pretrain"
-    arguments = ["-m", "chatwright", "pretrain", "--config", str(file), "--out", str(out), "--seed", str(SEED)]
+    arguments = [
+        "-m",
+        "chatwright",
+        "pretrain",
+        "--config",
+        str(file),
+        "--out",
+        str(out),
+        "--seed",
+        str(SEED),
+    ]
     with (tmp_path / "log").open("w+") as log:
-        launcher = subprocess.Popen(torchrun(2, *arguments, restarts=3), env=environment(), stdout=log, stderr=log)
+        launcher = subprocess.Popen(
+            torchrun(2, *arguments, restarts=3), env=environment(), stdout=log, stderr=log
+        )
         try:
             deadline = time.monotonic() + 120
             while not (out / "checkpoints" / "step-000012").exists():
@@ -290,7 +358,9 @@ def test_a_killed_process_is_no_matter(launches: Launches, tmp_path: Path) -> No
         finally:
             workers = [pid for pid in (worker(launcher.pid, rank) for rank in (0, 1)) if pid]
             launcher.kill()
-            for pid in workers:  # they are leaders of their own sessions, and would wait for each other for ever
+            for (
+                pid
+            ) in workers:  # they are leaders of their own sessions, and would wait for each other for ever
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
     told = (tmp_path / "log").read_text()
@@ -319,9 +389,22 @@ def test_a_process_that_stays_away_is_missed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_wrong_sizes_are_refused_once_by_a_real_launch(launches: Launches, tmp_path: Path) -> None:
-    arguments = ["-m", "chatwright", "pretrain", "--tokenizer", str(launches.inputs["tokenizer"]), "--preset", "modern-nano",
-                 "--out", str(tmp_path / "x" / "pretrain"), "--parallel.plan", "tp"]  # fmt: skip
-    done = subprocess.run(torchrun(2, *arguments), env=environment(), capture_output=True, text=True, timeout=120)
+    arguments = [
+        "-m",
+        "chatwright",
+        "pretrain",
+        "--tokenizer",
+        str(launches.inputs["tokenizer"]),
+        "--preset",
+        "modern-nano",
+        "--out",
+        str(tmp_path / "x" / "pretrain"),
+        "--parallel.plan",
+        "tp",
+    ]
+    done = subprocess.run(
+        torchrun(2, *arguments), env=environment(), capture_output=True, text=True, timeout=120
+    )
     line = "chatwright: the model's kv_heads, 1, cannot be divided among 2 processes: choose another parallel.tensor"
     assert done.returncode != 0 and done.stderr.count("cannot be divided") == 1
     assert line in done.stderr
@@ -330,8 +413,17 @@ def test_wrong_sizes_are_refused_once_by_a_real_launch(launches: Launches, tmp_p
 
 
 def test_a_plan_without_torchrun_is_one_clear_line(launches: Launches, tmp_path: Path, capsys: Any) -> None:
-    arguments = ["pretrain", "--tokenizer", str(launches.inputs["tokenizer"]), "--preset", "modern-nano",
-                 "--out", str(tmp_path / "pretrain"), "--parallel.plan", "fsdp"]  # fmt: skip
+    arguments = [
+        "pretrain",
+        "--tokenizer",
+        str(launches.inputs["tokenizer"]),
+        "--preset",
+        "modern-nano",
+        "--out",
+        str(tmp_path / "pretrain"),
+        "--parallel.plan",
+        "fsdp",
+    ]
     assert cli.main(arguments) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
@@ -373,11 +465,17 @@ def test_a_plan_that_does_not_fit_the_processes(plan: ParallelConfig, world: int
 
 
 def test_a_batch_or_a_model_that_cannot_be_divided() -> None:
-    box, shape = Sizes(2, 2, 3), GPTConfig.preset("modern-nano", heads=6, kv_heads=3, mlp_width=192, head_dim=32)
+    box, shape = (
+        Sizes(2, 2, 3),
+        GPTConfig.preset("modern-nano", heads=6, kv_heads=3, mlp_width=192, head_dim=32),
+    )
     parallel.check(ParallelConfig(), box, batch_size=8, micro_batch=2, shape=shape)
     for values, line in (
         ({"batch_size": 6}, "batch_size 6 cannot be divided among 4 processes: make it a multiple of 4"),
-        ({"batch_size": 8, "micro_batch": 4}, "micro_batch 4 must divide 2, each process's share of batch_size 8"),
+        (
+            {"batch_size": 8, "micro_batch": 4},
+            "micro_batch 4 must divide 2, each process's share of batch_size 8",
+        ),
         ({"batch_size": 8, "shape": GPTConfig.preset("gpt2-xl")}, "heads, 25, cannot be divided among 3"),
         ({"batch_size": 8, "shape": GPTConfig.preset("gpt2")}, None),
     ):
@@ -416,7 +514,13 @@ def test_recipes_for_clusters_can_be_divided_as_they_say() -> None:
         config = read_recipe(folder / f"{name}.yaml", {}).stages["pretrain"].config
         box = parallel.sizes(config.parallel, world, local)
         shape = GPTConfig.preset(config.preset)
-        parallel.check(config.parallel, box, batch_size=config.fit.batch_size, micro_batch=config.fit.micro_batch, shape=shape)
+        parallel.check(
+            config.parallel,
+            box,
+            batch_size=config.fit.batch_size,
+            micro_batch=config.fit.micro_batch,
+            shape=shape,
+        )
         config.fit.check(config.optim.schedule)
 
 
@@ -434,7 +538,11 @@ def arithmetic() -> Any:
 def test_the_tables_of_the_page_follow_from_the_formulae(arithmetic: Any) -> None:
     page = arithmetic.PAGE.read_text(encoding="utf-8")
     assert arithmetic.written(page) == page
-    assert arithmetic.written(page.replace("| 11.14 |", "| 11.15 |")) == page != page.replace("| 11.14 |", "| 11.15 |")
+    assert (
+        arithmetic.written(page.replace("| 11.14 |", "| 11.15 |"))
+        == page
+        != page.replace("| 11.14 |", "| 11.15 |")
+    )
 
 
 def test_the_arithmetic_by_hand(arithmetic: Any) -> None:
@@ -442,7 +550,9 @@ def test_the_arithmetic_by_hand(arithmetic: Any) -> None:
         for name in ("gpt2", "modern-nano", "modern-small"):
             shape = GPTConfig.preset(name)
             counted = GPT(shape).parameter_count()
-            assert arithmetic.block_parameters(shape) + arithmetic.root_parameters(shape) == pytest.approx(counted, rel=0.02)
+            assert arithmetic.block_parameters(shape) + arithmetic.root_parameters(shape) == pytest.approx(
+                counted, rel=0.02
+            )
     big = GPTConfig.preset("gpt3-175b")
     assert arithmetic.block_parameters(big) == 12 * 96 * 12_288**2  # 12 L D^2
     one = arithmetic.Setup("", GPTConfig.preset("gpt2"), 1024 * 8, 8)
@@ -479,7 +589,9 @@ def test_on_a_gpu_batches_are_copied_from_pinned_memory_and_streams_come_back() 
 
 @CUDA
 @pytest.mark.parametrize("plan", ["ddp", "fsdp"])
-def test_on_gpus_the_loss_curve_is_that_of_one(launches: Launches, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_gpus_the_loss_curve_is_that_of_one(
+    launches: Launches, plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """bf16, compiled, NCCL, on as many GPUs as divide the batch."""
     count = max(n for n in (1, 2, 4) if n <= torch.cuda.device_count())
     monkeypatch.delenv("CHATWRIGHT_DEVICE", raising=False)
@@ -494,4 +606,6 @@ def test_on_gpus_the_loss_curve_is_that_of_one(launches: Launches, plan: str, mo
         variables = {key: value for key, value in environment().items() if key != "CHATWRIGHT_DEVICE"}
         subprocess.run(command, env=variables, check=True, timeout=600)
         found[name] = curve(launches[f"cuda-{name}-{plan}"])
-    assert found[plan] == pytest.approx(found["one"], abs=0.05)  # bf16 rounds at 0.4 %, and sums are ordered otherwise
+    assert found[plan] == pytest.approx(
+        found["one"], abs=0.05
+    )  # bf16 rounds at 0.4 %, and sums are ordered otherwise

@@ -32,20 +32,50 @@ PLANS = ("ddp", "fsdp")
 
 FIT = {"compile": False, "precision": "fp32", "log_every": 1, "save_every": 1e6}
 ROUND = {
-    "iterations": 2, "batch_size": 8, "minibatch_size": 4, "max_prompt_tokens": 40, "max_new_tokens": 12, "min_tokens": 1,
-    "max_repeats": 0.9, "min_correlation": -1.0, "min_distinct": 0.0, "kl_budget": 100.0, "kl_target": 1.0, "precision": "fp32",
+    "iterations": 2,
+    "batch_size": 8,
+    "minibatch_size": 4,
+    "max_prompt_tokens": 40,
+    "max_new_tokens": 12,
+    "min_tokens": 1,
+    "max_repeats": 0.9,
+    "min_correlation": -1.0,
+    "min_distinct": 0.0,
+    "kl_budget": 100.0,
+    "kl_target": 1.0,
+    "precision": "fp32",
     "optim": {"learning_rate": 5e-4, "eps": 1e-5, "schedule": "linear", "warmup": 0.3},
-}  # fmt: skip
+}
 STAGES: dict[str, dict[str, Any]] = {
-    "sft": {"fit": {**FIT, "steps": 12, "batch_size": 8, "micro_batch": 2}, "held_out": 8,
-            "optim": {"learning_rate": 4e-3, "schedule": "trapezoid"}},
-    "reward": {"fit": {**FIT, "steps": 10, "batch_size": 4, "micro_batch": 1}, "k": 3, "max_tokens": 32,
-               "optim": {"learning_rate": 2e-3, "schedule": "trapezoid"}},
+    "sft": {
+        "fit": {**FIT, "steps": 12, "batch_size": 8, "micro_batch": 2},
+        "held_out": 8,
+        "optim": {"learning_rate": 4e-3, "schedule": "trapezoid"},
+    },
+    "reward": {
+        "fit": {**FIT, "steps": 10, "batch_size": 4, "micro_batch": 1},
+        "k": 3,
+        "max_tokens": 32,
+        "optim": {"learning_rate": 2e-3, "schedule": "trapezoid"},
+    },
     "ppo": {**ROUND, "epochs": 2},
-    "reinforce": {**ROUND, "minibatch_size": 8, "samples_per_prompt": 2, "baseline": "leave-one-out", "entropy_coefficient": 0.01},
-    "bestofn": {"prompts": 5, "n": 3, "max_prompt_tokens": 40, "max_new_tokens": 12, "min_tokens": 1, "min_correlation": -1.0,
-                "rival": "ppo"},
-}  # fmt: skip
+    "reinforce": {
+        **ROUND,
+        "minibatch_size": 8,
+        "samples_per_prompt": 2,
+        "baseline": "leave-one-out",
+        "entropy_coefficient": 0.01,
+    },
+    "bestofn": {
+        "prompts": 5,
+        "n": 3,
+        "max_prompt_tokens": 40,
+        "max_new_tokens": 12,
+        "min_tokens": 1,
+        "min_correlation": -1.0,
+        "rival": "ppo",
+    },
+}
 FEW = tuple(STAGES)
 COMPILED = {
     "sft compiled": {**STAGES["sft"], "fit": {**STAGES["sft"]["fit"], "compile": True}},
@@ -73,11 +103,27 @@ STAGES |= {
     "ppo lora": {**ROUND, "lora": LORA},
     "reinforce lora": {**STAGES["reinforce"], "lora": LORA},
     # all that has a state of its own: a shared trunk, an average, general text beside the answers and its tax, a gold measure
-    "ppo whole": {**ROUND, "critic": "shared", "average": 0.5, "text": "tokenizer", "ptx": 0.5, "ptx_windows": 1,
-                  "ptx_context": 32, "gold": "sentiment"},
-    "ppo whole lora": {**ROUND, "average": 0.5, "text": "tokenizer", "ptx": 0.5, "ptx_windows": 1, "ptx_context": 32,
-                       "gold": "reward", "lora": LORA},
-}  # fmt: skip
+    "ppo whole": {
+        **ROUND,
+        "critic": "shared",
+        "average": 0.5,
+        "text": "tokenizer",
+        "ptx": 0.5,
+        "ptx_windows": 1,
+        "ptx_context": 32,
+        "gold": "sentiment",
+    },
+    "ppo whole lora": {
+        **ROUND,
+        "average": 0.5,
+        "text": "tokenizer",
+        "ptx": 0.5,
+        "ptx_windows": 1,
+        "ptx_context": 32,
+        "gold": "reward",
+        "lora": LORA,
+    },
+}
 MANY = tuple(stage for stage in STAGES if stage not in FEW)
 STAGES |= COMPILED | HALF
 
@@ -94,8 +140,13 @@ class Launches:
 
     def work(self, stage: str, plan: str, out: str = "", stop: int = 0, **sizes: int) -> dict[str, Any]:
         inputs = {key: str(path) for key, path in self.inputs.items()}
-        return {"stage": stage.split()[0], "out": str(self[out or f"{plan} {stage}"]), "inputs": inputs, "stop": stop,
-                "settings": {**STAGES[stage], "parallel": {"plan": plan, **sizes}}}  # fmt: skip
+        return {
+            "stage": stage.split()[0],
+            "out": str(self[out or f"{plan} {stage}"]),
+            "inputs": inputs,
+            "stop": stop,
+            "settings": {**STAGES[stage], "parallel": {"plan": plan, **sizes}},
+        }
 
     def begin(self, processes: int, *work: dict[str, Any]) -> str:
         """What they printed."""
@@ -119,7 +170,9 @@ def inputs(sft_bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     few.mkdir()
     for file in sft_bench.inputs["data"].glob("*.jsonl"):
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        (few / file.name).write_text("".join(lines[:60] if "dialogues" in file.name else lines), encoding="utf-8")
+        (few / file.name).write_text(
+            "".join(lines[:60] if "dialogues" in file.name else lines), encoding="utf-8"
+        )
     made.inputs |= {"data": few, "pretrain": sft_bench.inputs["sft"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CHATWRIGHT_DEVICE", "cpu")
@@ -171,14 +224,22 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     found.verify()
     assert not found.in_parts
     tensors = found.tensors("model")
-    if "scalar.bias" in tensors:  # no pair of answers says anything about it: what moves it is rounding, and the offset takes it up
+    if (
+        "scalar.bias" in tensors
+    ):  # no pair of answers says anything about it: what moves it is rounding, and the offset takes it up
         tensors["offset"] = tensors["offset"] - tensors.pop("scalar.bias")[0]
         tensors["scale"] = tensors["scale"].log()
     return tensors
 
 
 def same(
-    one: Path, two: Path, *, within: float = 5e-5, near: float = 1e-5, norms: float = 5e-5, zero: float | None = None
+    one: Path,
+    two: Path,
+    *,
+    within: float = 5e-5,
+    near: float = 1e-5,
+    norms: float = 5e-5,
+    zero: float | None = None,
 ) -> None:
     """Every number of every row and of the result, and every weight."""
     expected, found = rows(one), rows(two)
@@ -200,7 +261,10 @@ def same(
         torch.testing.assert_close(theirs[name], tensor, atol=allowed, rtol=0)
 
 
-@pytest.mark.parametrize(("stage", "plan"), [(stage, plan) for stage in FEW for plan in PLANS if (stage, plan) != ("bestofn", "fsdp")])
+@pytest.mark.parametrize(
+    ("stage", "plan"),
+    [(stage, plan) for stage in FEW for plan in PLANS if (stage, plan) != ("bestofn", "fsdp")],
+)
 def test_two_processes_are_one(launches: Launches, stage: str, plan: str) -> None:
     same(launches[f"one {stage}"], launches[f"{plan} {stage}"])
     assert [file.name for file in launches[f"{plan} {stage}"].rglob("*.partial")] == []
@@ -236,13 +300,17 @@ def test_a_result_that_was_in_parts_has_all_that_one_has(launches: Launches) -> 
     one, parts = (launches[name] / result(launches[name])["model"] for name in ("one ppo", "fsdp ppo"))
     assert {file.name for file in one.iterdir()} == {file.name for file in parts.iterdir()}
     kept, own = (checkpoint.Checkpoint(found) for found in (one, parts))
-    assert kept.tensors("optimizer").keys() - own.tensors("optimizer").keys() == {"rng"}  # each process has one
+    assert kept.tensors("optimizer").keys() - own.tensors("optimizer").keys() == {
+        "rng"
+    }  # each process has one
     for name, tensor in kept.tensors("critic").items():
         torch.testing.assert_close(own.tensors("critic")[name], tensor, atol=5e-5, rtol=0)
     assert cw.load(launches["fsdp ppo"]).logits([[1, 2, 3]]).shape[:2] == (1, 3)
 
 
-@pytest.mark.parametrize(("stage", "plan"), [("ppo", "tp"), ("reinforce", "tp"), ("bestofn", "fsdp"), ("bestofn", "tp")])
+@pytest.mark.parametrize(
+    ("stage", "plan"), [("ppo", "tp"), ("reinforce", "tp"), ("bestofn", "fsdp"), ("bestofn", "tp")]
+)
 def test_plans_that_a_stage_cannot_use_are_refused(inputs: Launches, stage: str, plan: str) -> None:
     with pytest.raises(UsageError, match=rf"parallel\.plan {plan}: {stage} .*use ddp"):
         inputs.alone(stage, "refused") if plan == "auto" else carry_out(inputs.work(stage, plan, "refused"))
@@ -256,15 +324,22 @@ def test_the_recipe_for_eight_gpus_can_be_divided_among_them_at_every_stage() ->
         config = stages[name].config
         fit = getattr(config, "fit", None)
         size, micro = (fit.batch_size, fit.micro_batch) if fit else (config.minibatch_size, 0)
-        parallel.check(config.parallel, parallel.sizes(config.parallel, 8, 8), batch_size=size, micro_batch=micro)
+        parallel.check(
+            config.parallel, parallel.sizes(config.parallel, 8, 8), batch_size=size, micro_batch=micro
+        )
 
 
-@pytest.mark.parametrize(("stage", "setting"), [("ppo", "minibatch_size 4"), ("reinforce", "minibatch_size 8"), ("sft", "batch_size 8")])
+@pytest.mark.parametrize(
+    ("stage", "setting"),
+    [("ppo", "minibatch_size 4"), ("reinforce", "minibatch_size 8"), ("sft", "batch_size 8")],
+)
 def test_what_cannot_be_divided_is_called_by_its_name(
     inputs: Launches, stage: str, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UsageError, match=rf"^{setting} cannot be divided among 3 processes: make it a multiple of 3"):
+    with pytest.raises(
+        UsageError, match=rf"^{setting} cannot be divided among 3 processes: make it a multiple of 3"
+    ):
         carry_out(inputs.work(stage, "ddp", "undivided"))
 
 
@@ -275,7 +350,8 @@ def test_the_plan_counts_the_copy_that_samples() -> None:
         size = 4 * GPT(shape).parameter_count()
     seen = Rehearsed(1.0, {"step": {"weights": 8e6, "activations": 1e6}}, 0.0)
     one, two = (
-        plan.memory_of(seen, plan.Subject("ppo", "ppo", shape, ppo.Config(), shards=shards, processes=shards)) for shards in (1, 2)
+        plan.memory_of(seen, plan.Subject("ppo", "ppo", shape, ppo.Config(), shards=shards, processes=shards))
+        for shards in (1, 2)
     )
     assert "sampler" not in one and two["sampler"] == size
     assert (one["weights"], two["weights"], two["activations"]) == (8e6, 4e6, 1e6)
@@ -301,7 +377,9 @@ def test_two_processes_are_one_with_all_that_has_a_state(more: Launches, stage: 
     one, two = more[f"again one {stage}"], more[f"{plan} {stage}"]
     same(one, two)
     if "lora" in stage and not stage.startswith("reward"):
-        ours, theirs = (checkpoint.load_tensors(found / "adapter" / "adapter_model.safetensors") for found in (one, two))
+        ours, theirs = (
+            checkpoint.load_tensors(found / "adapter" / "adapter_model.safetensors") for found in (one, two)
+        )
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
             torch.testing.assert_close(theirs[name], tensor, atol=5e-5, rtol=0)
@@ -314,7 +392,10 @@ def test_four_processes_in_two_groups_are_one(more: Launches, stage: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(runtime.compiler_missing() is not None, reason=f"compiled blocks are NOT covered: {runtime.compiler_missing()}")
+@pytest.mark.skipif(
+    runtime.compiler_missing() is not None,
+    reason=f"compiled blocks are NOT covered: {runtime.compiler_missing()}",
+)
 @pytest.mark.parametrize("plan", PLANS)
 def test_compiled_blocks_in_two_processes_are_plain_ones_in_one(inputs: Launches, plan: str) -> None:
     """The compiler's kernels round in another way. Where a gradient is nothing but rounding AdamW takes whole steps by it: one weight of
@@ -329,7 +410,9 @@ def test_compiled_blocks_in_two_processes_are_plain_ones_in_one(inputs: Launches
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
-def test_products_in_bfloat16_are_as_near_in_two_processes_as_rounding_allows(inputs: Launches, plan: str) -> None:
+def test_products_in_bfloat16_are_as_near_in_two_processes_as_rounding_allows(
+    inputs: Launches, plan: str
+) -> None:
     """At ddp each process rounds what one would round. FSDP casts a block's parameters itself, and is then as far from float32 as one
     process is, elsewhere: at first by 3e-5 and 4e-4 in SFT's loss, by 1e-3 and 9e-4 in the reward model's, whose norms are 2.5 % apart after
     five steps, each 2 % or less from the float32 ones. PPO counts: one clipped token more, of some sixty, is 0.017."""
@@ -349,18 +432,26 @@ def test_products_cut_in_two_are_whole_ones(
     from chatwright.train import pretrain
     from chatwright.train.loop import FitConfig
 
-    config = pretrain.Config(preset="modern-nano", model={"context": 64, "kv_heads": 2}, fit=FitConfig(steps=20, batch_size=8, **FIT))
+    config = pretrain.Config(
+        preset="modern-nano",
+        model={"context": 64, "kv_heads": 2},
+        fit=FitConfig(steps=20, batch_size=8, **FIT),
+    )
     sft_bench.run(pretrain, config, tmp_path / "pretrain")
     cut = Launches(tmp_path / "cut", {**inputs.inputs, "pretrain": tmp_path / "pretrain"})
     cut.root.mkdir()
-    monkeypatch.setitem(STAGES, "reward", {**STAGES["reward"], "optim": {"learning_rate": 2e-4, "schedule": "trapezoid"}})
+    monkeypatch.setitem(
+        STAGES, "reward", {**STAGES["reward"], "optim": {"learning_rate": 2e-4, "schedule": "trapezoid"}}
+    )
     cut.alone("sft")
     cut.inputs["sft"] = cut["one sft"]
     cut.alone("reward")
     cut.begin(2, cut.work("sft", "tp"), cut.work("reward", "tp"))
     for stage in ("sft", "reward"):
         same(cut[f"one {stage}"], cut[f"tp {stage}"])
-    said = cut.begin(2, cut.work("sft compiled", "tp"))  # torch's compiler fails here (2.13), and is not asked
+    said = cut.begin(
+        2, cut.work("sft compiled", "tp")
+    )  # torch's compiler fails here (2.13), and is not asked
     assert "compile: off (torch's compiler fails on the cut products of tp)" in said
     same(cut["tp sft"], cut["tp sft compiled"], within=1e-6)
     shutil.rmtree(cut.root)

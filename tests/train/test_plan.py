@@ -27,14 +27,20 @@ from chatwright.train.rehearsal import rehearse
 ROOT = Path(__file__).parents[2]
 
 
-def subject(preset: str = "modern-nano", optimiser: str = "muon", model: dict[str, Any] | None = None, **fit: Any) -> plan.Subject:
+def subject(
+    preset: str = "modern-nano", optimiser: str = "muon", model: dict[str, Any] | None = None, **fit: Any
+) -> plan.Subject:
     settings = FitConfig(**{"steps": 100, "batch_size": 8, "compile": False, "precision": "fp32", **fit})
-    config = pretrain.Config(preset=preset, model=model or {}, fit=settings, optim=OptimConfig(name=optimiser))  # type: ignore[arg-type]
+    config = pretrain.Config(
+        preset=preset, model=model or {}, fit=settings, optim=OptimConfig(name=optimiser)
+    )  # type: ignore[arg-type]
     return plan.Subject("pretrain", "pretrain", GPTConfig.preset(preset, **config.model), config)
 
 
 def seen_of(what: plan.Subject, *, micro: int = 8, portions: int = 1, layers: int = 0) -> Any:
-    return rehearse(plan.scene_of(what), layers or what.shape.layers, what.config.optim, micro=micro, portions=portions)
+    return rehearse(
+        plan.scene_of(what), layers or what.shape.layers, what.config.optim, micro=micro, portions=portions
+    )
 
 
 def test_operations_are_those_of_a_real_step() -> None:
@@ -61,14 +67,22 @@ def test_operations_are_those_of_a_real_step() -> None:
 def test_fused_attention_is_counted_as_its_products_are() -> None:
     what = subject(optimiser="adamw")
     shape = what.shape
-    without = seen_of(replace(what, shape=replace(shape, heads=1, kv_heads=1, head_dim=shape.head_dim * shape.heads)))
+    without = seen_of(
+        replace(what, shape=replace(shape, heads=1, kv_heads=1, head_dim=shape.head_dim * shape.heads))
+    )
     with_heads = seen_of(replace(what, shape=replace(shape, kv_heads=shape.heads)))
     assert without.flop < with_heads.flop * 1.2
     product = 2 * 8 * shape.heads * shape.context**2 * shape.head_dim  # q k^T, all rows and layers' heads
-    linear = 6 * 8 * shape.context * sum(
-        p.numel() for name, p in pretrain.GPT(replace(shape, kv_heads=shape.heads)).named_parameters()
-        if p.ndim == 2
-    )  # fmt: skip
+    linear = (
+        6
+        * 8
+        * shape.context
+        * sum(
+            p.numel()
+            for name, p in pretrain.GPT(replace(shape, kv_heads=shape.heads)).named_parameters()
+            if p.ndim == 2
+        )
+    )
     assert with_heads.flop == pytest.approx(linear + shape.layers * 7 * product, rel=1e-9)
 
 
@@ -88,7 +102,9 @@ def test_the_state_is_what_real_optimisers_hold(optimiser: str) -> None:
         parameter.grad = torch.ones_like(parameter)
     for one in optimisers:
         one.step()
-    held = sum(v.nbytes for one in optimisers for s in one.state.values() for v in s.values() if torch.is_tensor(v))
+    held = sum(
+        v.nbytes for one in optimisers for s in one.state.values() for v in s.values() if torch.is_tensor(v)
+    )
     parts = seen_of(what).memory
     assert parts["optimiser"] == held
     assert parts["weights"] == sum(p.nbytes for p in model.parameters())
@@ -134,19 +150,35 @@ def test_critics_and_averages_are_planned_for() -> None:
 
 CASES = {
     "modern": {"preset": "modern-tiny", "batch": 8, "compile": False, "precision": "fp32"},
-    "gpt2": {"preset": "gpt2", "model": {"layers": 4, "width": 256, "heads": 4, "vocab_size": 4096, "context": 256},
-             "batch": 12, "compile": False, "precision": "fp32", "optim": "adamw"},
-}  # fmt: skip
+    "gpt2": {
+        "preset": "gpt2",
+        "model": {"layers": 4, "width": 256, "heads": 4, "vocab_size": 4096, "context": 256},
+        "batch": 12,
+        "compile": False,
+        "precision": "fp32",
+        "optim": "adamw",
+    },
+}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status: predicted memory was not compared")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="reads /proc/self/status: predicted memory was not compared"
+)
 @pytest.mark.parametrize("name", ["modern", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_memory_within_a_fifth_of_what_happens(name: str) -> None:
-    code = ("import sys, json; sys.path.insert(0, 'benchmarks'); import plan; case = json.loads(sys.argv[1]);"
-            "print(json.dumps(plan.happened(case, 4)))")  # fmt: skip
+    code = (
+        "import sys, json; sys.path.insert(0, 'benchmarks'); import plan; case = json.loads(sys.argv[1]);"
+        "print(json.dumps(plan.happened(case, 4)))"
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(CASES[name])], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(CASES[name])],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     happened = json.loads(done.stdout.splitlines()[-1])["bytes"]
     case = CASES[name]
     what = subject(case["preset"], case.get("optim", "muon"), case.get("model"), batch_size=case["batch"])  # type: ignore[arg-type]
@@ -192,7 +224,10 @@ def test_the_largest_shape_is_refused_without_being_made(capsys: pytest.CaptureF
 
 
 def test_the_verb_shows_every_training_stage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "tiny", "--time", "false", "--pretrain.fit.batch_size", "4", "--memory_gb", "8"]) == 0
+    assert (
+        cli.main(["plan", "tiny", "--time", "false", "--pretrain.fit.batch_size", "4", "--memory_gb", "8"])
+        == 0
+    )
     said = capsys.readouterr().out
     for word in ("pretrain", "sft", "reward", "ppo", "4.2 M", "4 x 256", "8.0 GB"):
         assert word in said
@@ -240,14 +275,21 @@ def test_a_slow_round_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
         return {matrix: 1.0, small: 0.001}[operation[0]] * (5.0 if number == 2 else 1.0)
 
     monkeypatch.setattr(timing, "_time", taken)
-    assert timing.parts_of({(matrix,): 3.0, (small,): 2.0}, budget=0.0) == (pytest.approx(3.0), pytest.approx(0.002))
+    assert timing.parts_of({(matrix,): 3.0, (small,): 2.0}, budget=0.0) == (
+        pytest.approx(3.0),
+        pytest.approx(0.002),
+    )
     assert calls == {matrix: timing.ROUNDS, small: 1}
     assert timing.together(3.0, 0.002, compiled=True) == pytest.approx(3.0 + 0.002 * timing.FUSED)
 
 
-def test_a_run_that_starts_waits_for_a_fiftieth_of_its_length_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_starts_waits_for_a_fiftieth_of_its_length_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[float] = []
-    monkeypatch.setattr(plan, "seconds_of", lambda operations, *, compiled, budget: asked.append(budget) or 1.0)
+    monkeypatch.setattr(
+        plan, "seconds_of", lambda operations, *, compiled, budget: asked.append(budget) or 1.0
+    )
     for seconds, budget in ((100.0, 2.0), (3600.0, timing.SECONDS)):
         what = subject()
         what = replace(what, config=replace(what.config, fit=replace(what.fit, steps=0, seconds=seconds)))

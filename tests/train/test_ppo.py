@@ -46,14 +46,21 @@ def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: P
     assert [row["step"] for row in rows] == list(range(21))
     best = report.facts["best"]
     assert gain(rows) > 0.5
-    assert abs(rows[0]["kl"]) < 1e-4 and abs(rows[0]["kl_k3"]) < 1e-4  # policy and reference are the same at first
+    assert (
+        abs(rows[0]["kl"]) < 1e-4 and abs(rows[0]["kl_k3"]) < 1e-4
+    )  # policy and reference are the same at first
     assert all(row["sampler_gap"] < 1e-4 for row in rows)
     assert 0.05 < best["kl"] <= MINI.kl_budget
     measured = {measure.name: (measure.before, measure.after) for measure in report.measures}
-    assert measured["reward model's score (training prompts)"] == (pytest.approx(rows[0]["score"], abs=1e-6), best["score"])
+    assert measured["reward model's score (training prompts)"] == (
+        pytest.approx(rows[0]["score"], abs=1e-6),
+        best["score"],
+    )
     assert measured["KL to the SFT model"] == (0.0, best["kl"])
     for row in rows[:-1]:
-        assert {"policy_loss", "value_loss", "clip_fraction", "entropy", "explained_variance", "beta"} <= set(row)
+        assert {"policy_loss", "value_loss", "clip_fraction", "entropy", "explained_variance", "beta"} <= set(
+            row
+        )
     # six rounds of warm-up, then the learning rate falls linearly to 0
     rates = [row["learning_rate"] for row in rows[:-1]]
     full = MINI.optim.learning_rate
@@ -62,7 +69,9 @@ def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: P
     assert report.facts["stopped"] == "all rounds done"
 
     # what is kept is the policy that gave the best answers: sampling again gives their score and KL
-    admissible = [row for row in rows if row["kl"] <= 8.0 and row["distinct_2"] >= 0.8 * rows[0]["distinct_2"]]
+    admissible = [
+        row for row in rows if row["kl"] <= 8.0 and row["distinct_2"] >= 0.8 * rows[0]["distinct_2"]
+    ]
     assert best["score"] == pytest.approx(max(row["score"] for row in admissible), abs=1e-6)
     score, kl = measured_again(planted_bench, directory / str(report.model), best["step"])
     assert score == pytest.approx(best["score"], abs=1e-4)
@@ -77,7 +86,9 @@ def test_a_policy_in_bf16_rounds_and_no_more(planted_bench: Any, tmp_path: Path)
     assert len(rows) == 5 and rows[0]["kl"] == 0.0  # reference and policy round alike
     assert all(1e-4 < row["sampler_error"] < 0.05 for row in rows)
     assert all(row["first_ratio_gap"] < 0.05 for row in rows[:-1])
-    for mine, theirs in zip(rows[:2], exact[:2], strict=True):  # before rounding has made them two different runs
+    for mine, theirs in zip(
+        rows[:2], exact[:2], strict=True
+    ):  # before rounding has made them two different runs
         assert mine["score"] == pytest.approx(theirs["score"], abs=1e-6) and theirs["sampler_error"] < 1e-5
         assert mine["value_loss"] == pytest.approx(theirs["value_loss"], rel=0.02)
         assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=0.1)
@@ -91,9 +102,13 @@ def measured_again(bench: Any, saved: Path, round_: int) -> tuple[float, float]:
     prompts = prompts_from(dialogues, template, tokenizer, max_tokens=40, most=4_000)
     chosen = SampleOrder(len(prompts), 11).take(round_ * 32, 32)
     answers = sample_answers(
-        kept.model, [prompts[n] for n in chosen], end=tokenizer.control_ids["<|end|>"], max_new_tokens=18,
-        temperature=1.0, seed_parts=(11, "ppo", round_),
-    )  # fmt: skip
+        kept.model,
+        [prompts[n] for n in chosen],
+        end=tokenizer.control_ids["<|end|>"],
+        max_new_tokens=18,
+        temperature=1.0,
+        seed_parts=(11, "ppo", round_),
+    )
     judge = rounds.load_reward(Path(), base, 0.0)
     players = Players(kept.model, base.model, judge, judge)
     _, logged = look_back(players, answers, 0.0, MINI)
@@ -101,7 +116,14 @@ def measured_again(bench: Any, saved: Path, round_: int) -> tuple[float, float]:
 
 
 def test_it_stops_beyond_the_kl_budget_and_keeps_the_best_within(planted_bench: Any, tmp_path: Path) -> None:
-    config = replace(MINI, kl_budget=0.4, kl_target=0.0, beta=0.0, iterations=10, optim=replace(MINI.optim, learning_rate=3e-3))
+    config = replace(
+        MINI,
+        kl_budget=0.4,
+        kl_target=0.0,
+        beta=0.0,
+        iterations=10,
+        optim=replace(MINI.optim, learning_rate=3e-3),
+    )
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     rows = rows_of(tmp_path / "ppo")
     assert "beyond the budget of 0.4 nats" in report.facts["stopped"]
@@ -145,9 +167,16 @@ def test_what_is_kept(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_beta_follows_the_kl(planted_bench: Any, tmp_path: Path) -> None:
     config = replace(
-        MINI, iterations=3, batch_size=8, minibatch_size=8, beta=0.5, beta_floor=0.3, kl_target=3.0, kl_horizon=40.0,
+        MINI,
+        iterations=3,
+        batch_size=8,
+        minibatch_size=8,
+        beta=0.5,
+        beta_floor=0.3,
+        kl_target=3.0,
+        kl_horizon=40.0,
         optim=replace(MINI.optim, learning_rate=1e-4),
-    )  # fmt: skip
+    )
     planted_bench.run(ppo, config, tmp_path / "ppo")
     rows = rows_of(tmp_path / "ppo")
     assert all(row["kl"] < 2.0 for row in rows)
@@ -179,7 +208,9 @@ def stage_with_reward(reward_bench: Any, directory: Path, **facts: Any) -> Path:
 
 def test_a_weak_reward_model_is_refused_with_the_reason(reward_bench: Any, tmp_path: Path) -> None:
     weak = stage_with_reward(reward_bench, tmp_path / "weak", held_out_correlation=0.31)
-    with pytest.raises(UserError, match=r"correlation with held-out ratings is 0\.310, PPO wants 0\.6.*exploited") as caught:
+    with pytest.raises(
+        UserError, match=r"correlation with held-out ratings is 0\.310, PPO wants 0\.6.*exploited"
+    ) as caught:
         reward_bench.with_(reward=weak).run(ppo, MINI, tmp_path / "ppo")
     assert "min_correlation" in str(caught.value)  # and how to go on all the same
     assert not (tmp_path / "ppo" / "checkpoints").exists()
@@ -214,7 +245,9 @@ def test_what_is_no_reward_model_or_speaks_other_tokens_is_refused(
         load_reward(broken, base, 0.6)
 
 
-def test_ppo_with_the_trained_reward_model_improves_the_mood(reward_bench: Any, tmp_path: Path, babble: Any) -> None:
+def test_ppo_with_the_trained_reward_model_improves_the_mood(
+    reward_bench: Any, tmp_path: Path, babble: Any
+) -> None:
     """The whole chain: ratings -> reward model -> policy; good words become more frequent, bad ones rarer."""
     config = replace(MINI, min_correlation=0.5, iterations=24, min_tokens=7, batch_size=64)
     report = reward_bench.run(ppo, config, tmp_path / "ppo")
@@ -225,14 +258,24 @@ def test_ppo_with_the_trained_reward_model_improves_the_mood(reward_bench: Any, 
         parts = load_parts(directory)
         assert parts.tokenizer is not None and parts.template is not None
         prompts = [
-            parts.template.encode([{"role": "user", "content": f"How is the {thing} number {n}?"}], parts.tokenizer,
-                                  add_generation_prompt=True).ids
-            for thing in babble.THINGS for n in range(8)
-        ]  # fmt: skip
+            parts.template.encode(
+                [{"role": "user", "content": f"How is the {thing} number {n}?"}],
+                parts.tokenizer,
+                add_generation_prompt=True,
+            ).ids
+            for thing in babble.THINGS
+            for n in range(8)
+        ]
         end = parts.tokenizer.control_ids["<|end|>"]
-        answers = sample_answers(parts.model, prompts, end=end, max_new_tokens=18, temperature=1.0, seed_parts=("mood",))
-        words = [word for text in texts_of(answers, parts.tokenizer) for word in text.replace(".", "").split()]
-        return (sum(word in babble.GOOD for word in words) - sum(word in babble.BAD for word in words)) / len(prompts)
+        answers = sample_answers(
+            parts.model, prompts, end=end, max_new_tokens=18, temperature=1.0, seed_parts=("mood",)
+        )
+        words = [
+            word for text in texts_of(answers, parts.tokenizer) for word in text.replace(".", "").split()
+        ]
+        return (sum(word in babble.GOOD for word in words) - sum(word in babble.BAD for word in words)) / len(
+            prompts
+        )
 
     assert mood(tmp_path / "ppo" / str(report.model)) > mood(reward_bench.inputs["sft"]) + 0.05
 

@@ -105,7 +105,13 @@ class ByHand:
         flat = [g for row in grad for g in row] + grad_v
         norm = math.sqrt(sum(g * g for g in flat))
         self.adam([g * min(1.0, NORM / (norm + 1e-6)) for g in flat])
-        return {"policy_loss": policy, "value_loss": value, "entropy": entropy, "clip_fraction": clipped, "norm": norm}
+        return {
+            "policy_loss": policy,
+            "value_loss": value,
+            "entropy": entropy,
+            "clip_fraction": clipped,
+            "norm": norm,
+        }
 
     def adam(self, gradients: list[float]) -> None:
         self.steps += 1
@@ -165,20 +171,33 @@ def answers_of() -> Answers:
 
 
 CONFIG = Config(
-    batch_size=4, minibatch_size=2, clip=CLIP, value_clip=VALUE_CLIP, value_coefficient=VALUE_WEIGHT,
-    entropy_coefficient=ENTROPY_WEIGHT, lam=LAMBDA, min_tokens=0, max_repeats=1.0,
-    optim=OptimConfig(name="adamw", learning_rate=RATE, beta1=BETA1, beta2=BETA2, eps=EPS, clip=NORM, weight_decay=0.0),
-)  # fmt: skip
+    batch_size=4,
+    minibatch_size=2,
+    clip=CLIP,
+    value_clip=VALUE_CLIP,
+    value_coefficient=VALUE_WEIGHT,
+    entropy_coefficient=ENTROPY_WEIGHT,
+    lam=LAMBDA,
+    min_tokens=0,
+    max_repeats=1.0,
+    optim=OptimConfig(
+        name="adamw", learning_rate=RATE, beta1=BETA1, beta2=BETA2, eps=EPS, clip=NORM, weight_decay=0.0
+    ),
+)
 
 
 def close(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(torch.as_tensor(found).double(), torch.as_tensor(expected).double(), atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(
+        torch.as_tensor(found).double(), torch.as_tensor(expected).double(), atol=2e-6, rtol=2e-6
+    )
 
 
 def test_a_round_of_two_minibatches(tmp_path: Path) -> None:
     hand, policy, critic = ByHand(), Table(LOGITS), Values()
     players = cast("Any", Players)(policy, Table(REFERENCE), Scores(), critic)
-    trainer = Trainer({"model": policy, "critic": critic}, CONFIG.optim, Workspace(tmp_path), card={}, texts={})
+    trainer = Trainer(
+        {"model": policy, "critic": critic}, CONFIG.optim, Workspace(tmp_path), card={}, texts={}
+    )
     answers = answers_of()
     rollout, logged = look_back(players, answers, BETA, CONFIG)
     mask = answers.response
@@ -209,7 +228,11 @@ def test_a_round_of_two_minibatches(tmp_path: Path) -> None:
 
     assert seen[0]["ratio"] == pytest.approx(1.0, abs=1e-6) and seen[0]["clip_fraction"] == 0.0
     # the second minibatch meets both clips, and both gradients are cut to norm 0.3
-    assert seen[1]["ratio_gap"] > 0.08 and 0.0 < seen[1]["clip_fraction"] < 1.0 and seen[1]["value_clip_fraction"] > 0.0
+    assert (
+        seen[1]["ratio_gap"] > 0.08
+        and 0.0 < seen[1]["clip_fraction"] < 1.0
+        and seen[1]["value_clip_fraction"] > 0.0
+    )
     assert all(round_["gradient_norm"] > 0.3 for round_ in seen)
     close([round_["policy_loss"] for round_ in seen], POLICY_LOSSES)
     close([round_["value_loss"] for round_ in seen], VALUE_LOSSES)

@@ -31,15 +31,25 @@ def players_of(lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., Scal
 
 
 def config_of(**changes: Any) -> Config:
-    settings = {"batch_size": 16, "minibatch_size": 4, "max_new_tokens": 10, "min_tokens": 0, "max_repeats": 1.0}
+    settings = {
+        "batch_size": 16,
+        "minibatch_size": 4,
+        "max_new_tokens": 10,
+        "min_tokens": 0,
+        "max_repeats": 1.0,
+    }
     return Config(**{**settings, **changes})
 
 
 def round_of(players: Players, config: Config) -> tuple[Rollout, dict[str, float]]:
     answers = sample_answers(
-        players.policy, PROMPTS, end=END, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+        players.policy,
+        PROMPTS,
+        end=END,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
         seed_parts=(3, "ppo"),
-    )  # fmt: skip
+    )
     return look_back(players, answers, 0.1, config)
 
 
@@ -66,7 +76,9 @@ def test_the_first_minibatch_has_ratio_one_and_the_loss_of_its_advantages(
         total = seen["policy_loss"] + config.value_coefficient * seen["value_loss"]
         assert float(outcome.loss.detach()) / batch.weight == pytest.approx(total, abs=1e-5)
     assert float(rollout.advantages[rollout.answers.response].mean()) == pytest.approx(0.0, abs=1e-5)
-    assert float(rollout.advantages[rollout.answers.response].var(correction=0)) == pytest.approx(1.0, abs=1e-4)
+    assert float(rollout.advantages[rollout.answers.response].var(correction=0)) == pytest.approx(
+        1.0, abs=1e-4
+    )
 
 
 def test_a_trainer_at_another_temperature_would_show_in_the_first_ratio(
@@ -82,7 +94,10 @@ def test_a_trainer_at_another_temperature_would_show_in_the_first_ratio(
 def test_looking_back_is_what_the_formulas_say(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
-    players, config = players_of(lively_gpt, lively_scalar), config_of(unfinished_score=-7.0, lam=0.9, discount=0.97)
+    players, config = (
+        players_of(lively_gpt, lively_scalar),
+        config_of(unfinished_score=-7.0, lam=0.9, discount=0.97),
+    )
     rollout, logged = round_of(players, config)
     answers, mask = rollout.answers, rollout.answers.response
     assert torch.equal(rollout.scores == -7.0, ~answers.finished)
@@ -96,7 +111,9 @@ def test_looking_back_is_what_the_formulas_say(
     following = next_value = 0.0
     raw = {}
     for t in reversed(places.tolist()):
-        reward = -0.1 * float(rollout.log_probs[0, t] - reference[0, t]) + (float(rollout.scores[0]) if not raw else 0.0)
+        reward = -0.1 * float(rollout.log_probs[0, t] - reference[0, t]) + (
+            float(rollout.scores[0]) if not raw else 0.0
+        )
         following = reward + 0.97 * next_value - float(rollout.values[0, t]) + 0.97 * 0.9 * following
         next_value, raw[t] = float(rollout.values[0, t]), following
     for t, advantage in raw.items():
@@ -134,7 +151,9 @@ def test_whitened_rewards_keep_their_mean(
     white, _ = round_of(players, config_of(lam=1.0, whiten_rewards=True))
     mask = plain.answers.response
     rewards = objective.token_rewards(plain.scores, plain.log_probs, plain.reference, mask, beta=0.1)
-    expected = torch.where(mask, (rewards - rewards[mask].mean()) / rewards[mask].std(correction=0) + rewards[mask].mean(), 0.0)
+    expected = torch.where(
+        mask, (rewards - rewards[mask].mean()) / rewards[mask].std(correction=0) + rewards[mask].mean(), 0.0
+    )
     # with lambda 1 the return of an answer's first token is the sum of its rewards
     first = mask & (mask.long().cumsum(1) == 1)
     torch.testing.assert_close(white.returns[first], expected.sum(1), atol=1e-3, rtol=1e-4)
@@ -152,9 +171,13 @@ def test_the_entropy_bonus_is_subtracted(
     assert float(without - with_bonus) == pytest.approx(0.5 * logged["entropy"], abs=1e-4)
 
 
-def test_only_policy_and_critic_are_trained(sft_parts: Callable[[], Any], lively_scalar: Callable[..., ScalarModel]) -> None:
+def test_only_policy_and_critic_are_trained(
+    sft_parts: Callable[[], Any], lively_scalar: Callable[..., ScalarModel]
+) -> None:
     base = sft_parts()
-    reward = lively_scalar(5, vocab_size=base.model.config.vocab_size, layers=1)  # of another shape than the policy
+    reward = lively_scalar(
+        5, vocab_size=base.model.config.vocab_size, layers=1
+    )  # of another shape than the policy
     players = make_players(base, reward, "separate")
     assert players.policy is base.model
     trained = {True: (players.policy, players.critic), False: (players.reference, players.reward)}

@@ -102,17 +102,26 @@ def test_norms_and_tables_are_the_models_own(lively_gpt: Callable[..., Any]) -> 
     shared = {name for name, parameter in own.items() if id(parameter) in copied}
     assert "embed.weight" in shared and "head.weight" not in shared
     assert {name for name, parameter in own.items() if parameter.dtype == torch.float32} == shared
-    assert all(not isinstance(module, nn.Linear) for name, module in twin.named_modules() if f"{name}.weight" in shared)
+    assert all(
+        not isinstance(module, nn.Linear)
+        for name, module in twin.named_modules()
+        if f"{name}.weight" in shared
+    )
 
 
-@pytest.mark.skipif(runtime.compiler_missing() is not None, reason=f"compiled training not covered: {runtime.compiler_missing()}")
+@pytest.mark.skipif(
+    runtime.compiler_missing() is not None,
+    reason=f"compiled training not covered: {runtime.compiler_missing()}",
+)
 @pytest.mark.parametrize("name", [pytest.param("muon", marks=pytest.mark.slow), "adamw"])
 def test_the_fast_step_trains_like_the_plain_one(name: Any, lively_gpt: Callable[..., Any]) -> None:
     """Compiled, bf16, blocked attention, angles made once, chunked loss: three steps like plain float32's."""
     found = {}
     for precision, compile_ in (("fp32", False), ("bf16", True)):
         model = lively_gpt(1, layers=1)
-        step, _, line = pretrain.fast_step(model, FitConfig(steps=1, precision=precision, compile=compile_), alone=True)
+        step, _, line = pretrain.fast_step(
+            model, FitConfig(steps=1, precision=precision, compile=compile_), alone=True
+        )
         optimisers = optim.build(model, OptimConfig(name=name, learning_rate=0.01))
         losses = []
         for seed in range(3):
@@ -124,7 +133,9 @@ def test_the_fast_step_trains_like_the_plain_one(name: Any, lively_gpt: Callable
                 optimiser.zero_grad()
         found[precision] = losses
         assert line.endswith("compile: on" if compile_ else "compile: off (asked for)")
-    assert found["bf16"] == pytest.approx(found["fp32"], rel=1e-2)  # bf16 products; the first loss alone is nearer
+    assert found["bf16"] == pytest.approx(
+        found["fp32"], rel=1e-2
+    )  # bf16 products; the first loss alone is nearer
     assert found["bf16"][0] == pytest.approx(found["fp32"][0], rel=2e-3)
     assert found["fp32"][2] != pytest.approx(found["fp32"][0], rel=1e-2)  # it did train
 

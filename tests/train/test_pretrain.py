@@ -65,7 +65,9 @@ def test_the_saved_model_is_the_one_that_was_measured(pretrain_bench: Any) -> No
 
 def test_the_report_compares_with_compressors(pretrain_bench: Any) -> None:
     directory = pretrain_bench.inputs["pretrain"]
-    report = pretrain_bench.run(pretrain, pretrain.Config(**{**vars_of(), "preset": "modern-nano"}), directory)
+    report = pretrain_bench.run(
+        pretrain, pretrain.Config(**{**vars_of(), "preset": "modern-nano"}), directory
+    )
     names = [measure.name for measure in report.measures]
     assert names == ["bits per byte, held out", "gzip -9, the same text", "xz -9, the same text"]
     assert all(0 < measure.after < 8 for measure in report.measures)
@@ -75,7 +77,10 @@ def test_the_report_compares_with_compressors(pretrain_bench: Any) -> None:
 def vars_of() -> dict[str, Any]:
     from chatwright.train.loop import FitConfig
 
-    return {"model": {"context": 64}, "fit": FitConfig(steps=120, batch_size=8, compile=False, precision="fp32")}
+    return {
+        "model": {"context": 64},
+        "fit": FitConfig(steps=120, batch_size=8, compile=False, precision="fp32"),
+    }
 
 
 def test_the_step_of_a_model_with_a_soft_cap_is_that_of_its_logits(lively_gpt: Callable[..., Any]) -> None:
@@ -94,7 +99,9 @@ def test_bits_per_byte_of_a_model_that_knows_nothing(lively_gpt: Callable[..., A
     model = lively_gpt()
     model.head.weight.zero_()  # every token has chance 1 / 96
     # 50 + 34 + 7 tokens are 49 + 33 + 6 targets of log2(96) bits each, over 200 bytes
-    found = held_out_bits_per_byte(model, shards_of(50, 34, 7, text_bytes=200), context=8, dtype=torch.float32)
+    found = held_out_bits_per_byte(
+        model, shards_of(50, 34, 7, text_bytes=200), context=8, dtype=torch.float32
+    )
     assert found == pytest.approx(88 * math.log2(96) / 200, rel=1e-5)
 
 
@@ -117,14 +124,18 @@ def test_windows_do_not_depend_on_the_portions() -> None:
     assert torch.equal(torch.cat([windows.take(3 + n, 4).tokens for n in range(0, 40, 4)]), whole)
 
 
-def test_the_weight_is_the_number_of_targets_and_targets_follow_their_inputs(lively_gpt: Callable[..., Any]) -> None:
+def test_the_weight_is_the_number_of_targets_and_targets_follow_their_inputs(
+    lively_gpt: Callable[..., Any],
+) -> None:
     batch = TokenBatch(torch.randint(96, (3, 9), generator=torch.Generator().manual_seed(2)))
     assert batch.weight == 24.0
     model = lively_gpt(4)
     with torch.no_grad():
         log_p = model(batch.tokens).log_softmax(-1)
         right = -log_p[:, :-1].gather(2, batch.tokens[:, 1:, None]).sum()
-        shifted = -log_p[:, :-1].gather(2, batch.tokens[:, :-1, None]).sum()  # the mutation: predict the input itself
+        shifted = (
+            -log_p[:, :-1].gather(2, batch.tokens[:, :-1, None]).sum()
+        )  # the mutation: predict the input itself
         found = pretrain.step(model, batch).loss
     torch.testing.assert_close(found, right, atol=1e-3, rtol=1e-6)  # a sum of 24 terms of about 10
     assert abs(float(found - shifted)) > 1.0

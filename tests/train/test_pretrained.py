@@ -22,10 +22,15 @@ from chatwright.train.loop import FitConfig
 from chatwright.train.workspace import Workspace
 
 
-def test_the_shards_of_a_base_are_of_its_tokens(pretrain_bench: Any, chat_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_shards_of_a_base_are_of_its_tokens(
+    pretrain_bench: Any, chat_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     config = tokenizer_stage.Config(base="pretrain", vocab_size=300)
     report = pretrain_bench.run(tokenizer_stage, config, tmp_path / "tokenizer")
-    assert report.facts["fingerprint"] == chat_tokenizer.fingerprint and report.facts["vocab_size"] == chat_tokenizer.vocab_size
+    assert (
+        report.facts["fingerprint"] == chat_tokenizer.fingerprint
+        and report.facts["vocab_size"] == chat_tokenizer.vocab_size
+    )
     ours = TokenShards.open(tmp_path / "tokenizer" / "validation", chat_tokenizer)
     theirs = TokenShards.open(pretrain_bench.inputs["tokenizer"] / "validation", chat_tokenizer)
     assert ours.window(0, 40).tolist() == theirs.window(0, 40).tolist()
@@ -36,7 +41,9 @@ def test_short_rows_are_of_that_length(
 ) -> None:
     lengths = []
     real = sft.step
-    monkeypatch.setattr(sft, "step", lambda model, batch: (lengths.append(batch.ids.shape[1]), real(model, batch))[1])
+    monkeypatch.setattr(
+        sft, "step", lambda model, batch: (lengths.append(batch.ids.shape[1]), real(model, batch))[1]
+    )
     rows = {}
     for context in (0, 48, 1000):
         config = sft.Config(context=context, held_out=4, fit=make_fit(steps=1, batch_size=2))

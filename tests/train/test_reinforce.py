@@ -21,15 +21,37 @@ from chatwright.train.reinforce import Config, look_back, step
 from chatwright.train.rollout import answer_log_probs, sample_answers
 
 PROMPTS = [[7, 8, 9], [11], [20, 21, 22, 23, 24, 25, 26, 27, 28], [40, 41]]
-SHARED = ("iterations", "batch_size", "max_prompt_tokens", "max_new_tokens", "beta", "beta_floor", "kl_budget", "min_tokens",
-          "max_repeats", "save_every")  # fmt: skip
-SMALL = Config(**{name: getattr(MINI, name) for name in SHARED}, minibatch_size=32,
-               optim=replace(MINI.optim, learning_rate=1e-3))  # fmt: skip
+SHARED = (
+    "iterations",
+    "batch_size",
+    "max_prompt_tokens",
+    "max_new_tokens",
+    "beta",
+    "beta_floor",
+    "kl_budget",
+    "min_tokens",
+    "max_repeats",
+    "save_every",
+)
+SMALL = Config(
+    **{name: getattr(MINI, name) for name in SHARED},
+    minibatch_size=32,
+    optim=replace(MINI.optim, learning_rate=1e-3),
+)
 """One step a round, where PPO takes four: larger ones."""
 
 
 def config_of(**changes: Any) -> Config:
-    return Config(**{"batch_size": 16, "minibatch_size": 16, "max_new_tokens": 10, "min_tokens": 0, "max_repeats": 1.0, **changes})
+    return Config(
+        **{
+            "batch_size": 16,
+            "minibatch_size": 16,
+            "max_new_tokens": 10,
+            "min_tokens": 0,
+            "max_repeats": 1.0,
+            **changes,
+        }
+    )
 
 
 @pytest.mark.parametrize("baseline", ["mean", "leave-one-out", "none"])
@@ -39,15 +61,21 @@ def test_the_loss_is_return_less_baseline_times_log_probability(
     players = Players(lively_gpt(1), lively_gpt(2), lively_scalar(3))
     config = config_of(baseline=baseline, samples_per_prompt=4, whiten=False, entropy_coefficient=0.02)
     answers = sample_answers(
-        players.policy, [prompt for prompt in PROMPTS for _ in range(4)], end=5, max_new_tokens=10, temperature=1.0,
+        players.policy,
+        [prompt for prompt in PROMPTS for _ in range(4)],
+        end=5,
+        max_new_tokens=10,
+        temperature=1.0,
         seed_parts=(1, "reinforce"),
-    )  # fmt: skip
+    )
     rollout, logged = look_back(players, answers, 0.3, config)
     mask = answers.response
     with torch.no_grad():
         now, spread = answer_log_probs(players.policy, answers, temperature=1.0, entropy="known")
         reference, _ = answer_log_probs(players.reference, answers, temperature=1.0)
-        scores = torch.where(answers.finished, players.reward.score(answers.ids, answers.real), config.unfinished_score)
+        scores = torch.where(
+            answers.finished, players.reward.score(answers.ids, answers.real), config.unfinished_score
+        )
     expected, returns = [], []
     for row in range(16):
         kl = float((now[row] - reference[row])[mask[row]].sum())
@@ -73,7 +101,9 @@ def test_whitening_makes_the_score_s_unit_irrelevant(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
     players, config = Players(lively_gpt(1), lively_gpt(1), lively_scalar(3)), config_of(unfinished_score=0.0)
-    answers = sample_answers(players.policy, PROMPTS * 4, end=5, max_new_tokens=10, temperature=1.0, seed_parts=(2,))
+    answers = sample_answers(
+        players.policy, PROMPTS * 4, end=5, max_new_tokens=10, temperature=1.0, seed_parts=(2,)
+    )
     answers = replace(answers, finished=torch.ones(16, dtype=torch.bool))
     one, _ = look_back(players, answers, 0.0, config)
     players.reward.scale.mul_(7.0)
@@ -84,7 +114,11 @@ def test_whitening_makes_the_score_s_unit_irrelevant(
 
 @pytest.mark.parametrize("changes", [{}, {"baseline": "leave-one-out", "samples_per_prompt": 4}])
 def test_a_planted_reward_rises(planted_bench: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
-    report = planted_bench.run(reinforce, replace(SMALL, iterations=45, batch_size=64, minibatch_size=64, **changes), tmp_path / "reinforce")
+    report = planted_bench.run(
+        reinforce,
+        replace(SMALL, iterations=45, batch_size=64, minibatch_size=64, **changes),
+        tmp_path / "reinforce",
+    )
     rows = read_metrics(tmp_path / "reinforce" / "metrics.jsonl")
     assert gain(rows) > 0.5
     assert 0.05 < report.facts["best"]["kl"] <= SMALL.kl_budget
@@ -94,7 +128,9 @@ def test_a_planted_reward_rises(planted_bench: Any, tmp_path: Path, changes: dic
     assert not (tmp_path / "reinforce" / str(report.model) / "critic.safetensors").exists()
 
 
-def test_answers_to_one_prompt_stand_side_by_side(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_to_one_prompt_stand_side_by_side(
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[list[list[int]]] = []
     real = reinforce.look_back
 
@@ -104,7 +140,9 @@ def test_answers_to_one_prompt_stand_side_by_side(planted_bench: Any, tmp_path: 
         return real(players, answers, beta, config)
 
     monkeypatch.setattr(reinforce, "look_back", watched)
-    config = replace(SMALL, iterations=1, batch_size=8, minibatch_size=8, samples_per_prompt=4, baseline="leave-one-out")
+    config = replace(
+        SMALL, iterations=1, batch_size=8, minibatch_size=8, samples_per_prompt=4, baseline="leave-one-out"
+    )
     planted_bench.run(reinforce, config, tmp_path / "reinforce")
     for prompts in seen:
         assert prompts[0] == prompts[1] == prompts[3] != prompts[4] == prompts[7]
@@ -113,7 +151,12 @@ def test_answers_to_one_prompt_stand_side_by_side(planted_bench: Any, tmp_path: 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"baseline": "median"}, {"baseline": "leave-one-out"}, {"samples_per_prompt": 3}, {"samples_per_prompt": 0}],
+    [
+        {"baseline": "median"},
+        {"baseline": "leave-one-out"},
+        {"samples_per_prompt": 3},
+        {"samples_per_prompt": 0},
+    ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

@@ -29,8 +29,16 @@ from chatwright.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+
 def fit(**values: Any) -> FitConfig:
-    settings = {"steps": 6, "batch_size": 4, "micro_batch": 2, "compile": False, "precision": "fp32", "log_every": 4}
+    settings = {
+        "steps": 6,
+        "batch_size": 4,
+        "micro_batch": 2,
+        "compile": False,
+        "precision": "fp32",
+        "log_every": 4,
+    }
     return FitConfig(**{**settings, **values})
 
 
@@ -52,29 +60,86 @@ class Case:
 
 CASES = {
     # dropout draws from the global random stream, which must therefore come back as well
-    "pretrain": Case(pretrain, pretrain.Config(
-        preset="modern-nano", model={"context": 32, "dropout": 0.2}, fit=fit(evaluate_every=3))),
+    "pretrain": Case(
+        pretrain,
+        pretrain.Config(
+            preset="modern-nano", model={"context": 32, "dropout": 0.2}, fit=fit(evaluate_every=3)
+        ),
+    ),
     "sft": Case(sft, sft.Config(fit=fit(), held_out=4)),
-    "reward": Case(reward, reward.Config(k=3, max_tokens=32, fit=fit(), optim=OptimConfig(name="muon", learning_rate=1e-3))),
-    "classifier": Case(classifier, classifier.Config(max_tokens=32, fit=fit(), optim=OptimConfig(learning_rate=1e-2))),
-    "ppo": Case(ppo, PPOConfig(
-        iterations=5, batch_size=8, minibatch_size=4, max_prompt_tokens=40, max_new_tokens=14, min_tokens=1,
-        max_repeats=0.9, save_every=2, min_correlation=-1.0)),
-    "ppo whole": Case(ppo, PPOConfig(  # with everything that has a state of its own
-        iterations=4, batch_size=8, minibatch_size=4, epochs=2, max_prompt_tokens=40, max_new_tokens=14, min_tokens=1,
-        max_repeats=0.9, save_every=2, min_correlation=-1.0, critic="shared", average=0.9, text="tokenizer", ptx=0.5,
-        ptx_windows=1, ptx_context=32, gold="sentiment", min_distinct=0.0, kl_budget=100.0)),
-    "reinforce": Case(reinforce, reinforce.Config(
-        iterations=5, batch_size=8, minibatch_size=8, max_prompt_tokens=40, max_new_tokens=14, min_tokens=1,
-        max_repeats=0.9, save_every=2, min_correlation=-1.0, samples_per_prompt=2, baseline="leave-one-out")),
-}  # fmt: skip
+    "reward": Case(
+        reward,
+        reward.Config(k=3, max_tokens=32, fit=fit(), optim=OptimConfig(name="muon", learning_rate=1e-3)),
+    ),
+    "classifier": Case(
+        classifier, classifier.Config(max_tokens=32, fit=fit(), optim=OptimConfig(learning_rate=1e-2))
+    ),
+    "ppo": Case(
+        ppo,
+        PPOConfig(
+            iterations=5,
+            batch_size=8,
+            minibatch_size=4,
+            max_prompt_tokens=40,
+            max_new_tokens=14,
+            min_tokens=1,
+            max_repeats=0.9,
+            save_every=2,
+            min_correlation=-1.0,
+        ),
+    ),
+    "ppo whole": Case(
+        ppo,
+        PPOConfig(  # with everything that has a state of its own
+            iterations=4,
+            batch_size=8,
+            minibatch_size=4,
+            epochs=2,
+            max_prompt_tokens=40,
+            max_new_tokens=14,
+            min_tokens=1,
+            max_repeats=0.9,
+            save_every=2,
+            min_correlation=-1.0,
+            critic="shared",
+            average=0.9,
+            text="tokenizer",
+            ptx=0.5,
+            ptx_windows=1,
+            ptx_context=32,
+            gold="sentiment",
+            min_distinct=0.0,
+            kl_budget=100.0,
+        ),
+    ),
+    "reinforce": Case(
+        reinforce,
+        reinforce.Config(
+            iterations=5,
+            batch_size=8,
+            minibatch_size=8,
+            max_prompt_tokens=40,
+            max_new_tokens=14,
+            min_tokens=1,
+            max_repeats=0.9,
+            save_every=2,
+            min_correlation=-1.0,
+            samples_per_prompt=2,
+            baseline="leave-one-out",
+        ),
+    ),
+}
 LORA = LoRAConfig(rank=3, dropout=0.2)  # dropout, whose random stream must come back too
 CASES |= {
     "sft lora": Case(sft, replace(CASES["sft"].config, lora=LORA)),
-    "reward lora": Case(reward, replace(CASES["reward"].config, lora=LORA, optim=OptimConfig(learning_rate=1e-3))),
-    **{f"{name} lora": Case(CASES[name].module, replace(CASES[name].config, lora=replace(LORA, dropout=0.0)))
-       for name in ("ppo", "ppo whole", "reinforce")},
-}  # fmt: skip
+    "reward lora": Case(
+        reward, replace(CASES["reward"].config, lora=LORA, optim=OptimConfig(learning_rate=1e-3))
+    ),
+    **{
+        f"{name} lora": Case(CASES[name].module, replace(CASES[name].config, lora=replace(LORA, dropout=0.0)))
+        for name in ("ppo", "ppo whole", "reinforce")
+    },
+}
 SLOW = ("reward lora", "ppo whole lora", "reinforce lora")
 """What `make test` leaves to `make test-all`: the two other adapters and the same stages without one say nearly as much."""
 STAGES: list[Any] = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
@@ -169,7 +234,9 @@ def test_a_round_that_is_stopped_between_any_two_minibatches_goes_on_as_if_nothi
     """The second of two rounds, before each of its minibatches: its answers are those that were sampled before the stop."""
     sampled: list[int] = []
     real = rounds.sample_answers
-    monkeypatch.setattr(rounds, "sample_answers", lambda *given, **named: sampled.append(1) or real(*given, **named))
+    monkeypatch.setattr(
+        rounds, "sample_answers", lambda *given, **named: sampled.append(1) or real(*given, **named)
+    )
     whole, looks = tmp_path / "whole", CASES[stage].looks
     report = run(stage, whole, iterations=2)
     rounds_of_whole = len(sampled)
@@ -236,7 +303,10 @@ def crash(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> 
 
 @pytest.mark.parametrize(
     ("stage", "round_"),
-    [*(pytest.param(name, 3, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES), ("ppo", 1)],
+    [
+        *(pytest.param(name, 3, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES),
+        ("ppo", 1),
+    ],
 )
 def test_a_crash_between_checkpoints_leaves_no_trace(
     stage: str, round_: int, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
@@ -244,7 +314,10 @@ def test_a_crash_between_checkpoints_leaves_no_trace(
     """Steps are done again from the last checkpoint, and their rows of metrics are not doubled."""
     whole, crashed = tmp_path / "whole", tmp_path / "crashed"
     report = run(stage, whole)
-    if CASES[stage].module in (ppo, reinforce):  # after a round's row was written, before its step is counted; the first is always kept
+    if CASES[stage].module in (
+        ppo,
+        reinforce,
+    ):  # after a round's row was written, before its step is counted; the first is always kept
         crash(monkeypatch, rounds.objective, "next_beta", round_)
     else:
         with pytest.raises(Interrupted):
@@ -298,7 +371,9 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(
     assert rows(damaged) == rows(whole)
 
 
-def test_leftovers_of_a_killed_writer_are_ignored_and_cleared(tmp_path: Path, run: Callable[..., Any]) -> None:
+def test_leftovers_of_a_killed_writer_are_ignored_and_cleared(
+    tmp_path: Path, run: Callable[..., Any]
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     report = run("sft", whole)
     with pytest.raises(Interrupted):
@@ -324,9 +399,23 @@ def test_a_finished_stage_can_be_run_again(stage: str, tmp_path: Path, run: Call
 
 
 KILLED = [
-    "--preset", "modern-nano", "--model", "{context: 32, dropout: 0.2}", "--fit.steps", "60", "--fit.batch_size", "4",
-    "--fit.compile", "false", "--fit.precision", "fp32", "--fit.save_every", "0", "--fit.log_every", "5",
-]  # fmt: skip
+    "--preset",
+    "modern-nano",
+    "--model",
+    "{context: 32, dropout: 0.2}",
+    "--fit.steps",
+    "60",
+    "--fit.batch_size",
+    "4",
+    "--fit.compile",
+    "false",
+    "--fit.precision",
+    "fp32",
+    "--fit.save_every",
+    "0",
+    "--fit.log_every",
+    "5",
+]
 
 
 @pytest.mark.slow  # the short campaign of tests/faults does it as well
@@ -338,7 +427,9 @@ def test_sigkill(tokenizer_bench: Any, tmp_path: Path) -> None:
     reached = 0
     for least in (4, 15):
         process = subprocess.Popen(
-            [sys.executable, "-m", "chatwright.cli", *argv, str(killed)], stdout=subprocess.DEVNULL, env=dict(os.environ)
+            [sys.executable, "-m", "chatwright.cli", *argv, str(killed)],
+            stdout=subprocess.DEVNULL,
+            env=dict(os.environ),
         )
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:

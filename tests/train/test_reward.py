@@ -50,7 +50,9 @@ def test_a_planted_preference_is_learnt(reward_bench: Any) -> None:
 
 
 def reward_of(bench: Any) -> ScalarModel:
-    found = checkpoint.Checkpoint(bench.inputs["reward"] / checkpoint.read_json(bench.inputs["reward"] / "result.json")["model"])
+    found = checkpoint.Checkpoint(
+        bench.inputs["reward"] / checkpoint.read_json(bench.inputs["reward"] / "result.json")["model"]
+    )
     model = ScalarModel(GPTConfig.from_dict(found.state()["model"]))
     checkpoint.load_model_tensors(model, found.tensors("model"), where="here")
     return model.eval()
@@ -61,7 +63,9 @@ def test_scores_are_normalised_and_follow_the_mood(
     reward_bench: Any, sft_parts: Callable[[], Any], babble: Any
 ) -> None:
     model, parts, draw = reward_of(reward_bench), sft_parts(), babble(77)
-    texts = [comparison((draw.sentence(1), 2), (draw.sentence(0), 0), (draw.sentence(-1), -2)) for _ in range(40)]
+    texts = [
+        comparison((draw.sentence(1), 2), (draw.sentence(0), 0), (draw.sentence(-1), -2)) for _ in range(40)
+    ]
     scores, _ = judge(model, rankings_of(texts, parts.tokenizer, max_tokens=48), texts)
     good, plain, bad = scores.mean(0).tolist()
     assert good > plain + 0.5 > bad + 1.0
@@ -73,7 +77,10 @@ def test_normalisation_is_as_its_formula_says(
 ) -> None:
     """Also with prompts of unequal numbers of answers: the fillers do not count."""
     model = lively_scalar(4, vocab_size=chat_tokenizer.vocab_size)
-    chosen = [comparison(("one", 1), ("two", 2)), comparison(("three", 1), ("four", 2), ("five", 0), ("six", 3))]
+    chosen = [
+        comparison(("one", 1), ("two", 2)),
+        comparison(("three", 1), ("four", 2), ("five", 0), ("six", 3)),
+    ]
     rankings = rankings_of(chosen, chat_tokenizer)
     with torch.no_grad():
         model.offset.fill_(0.3)
@@ -117,9 +124,11 @@ def test_a_length_bias_shows_in_the_report(
         rows = [comparison((draw.document(3), 1.0), (draw.sentence(), 0.0)) for _ in range(count)]
         (tmp_path / f"comparisons-{side}.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
     config = Config(
-        comparisons=str(tmp_path), max_tokens=64, fit=make_fit(steps=6, batch_size=4),
+        comparisons=str(tmp_path),
+        max_tokens=64,
+        fit=make_fit(steps=6, batch_size=4),
         optim=OptimConfig(learning_rate=1e-3),
-    )  # fmt: skip
+    )
     report = sft_bench.run(reward, config, tmp_path / "reward")
     measures = {measure.name: measure for measure in report.measures}
     assert measures["accuracy of length alone"].after == 1.0
@@ -132,7 +141,9 @@ def test_own_comparisons_may_have_any_number_of_answers(
     draw = babble(6)
     for side in ("train", "validation"):
         rows = [
-            comparison(*((draw.sentence(n % 3 - 1), float(n)) for n in range(k))) for k in (2, 4, 3, 2) for _ in range(9)
+            comparison(*((draw.sentence(n % 3 - 1), float(n)) for n in range(k)))
+            for k in (2, 4, 3, 2)
+            for _ in range(9)
         ]
         (tmp_path / f"comparisons-{side}.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
     config = Config(comparisons=str(tmp_path), max_tokens=48, fit=make_fit(steps=3, batch_size=4))
@@ -160,7 +171,10 @@ def test_a_batch_forwards_every_answer_once_and_marks_padding(chat_tokenizer: To
     batch = rankings_of(chosen, chat_tokenizer).batch(chosen)
     assert batch.ids.shape[0] == 6 and batch.labels.shape == (2, 3)
     assert batch.labels.isnan().tolist() == [[False, False, True], [False] * 3]
-    rows = [encode_answer(ASK, text, NATIVE, chat_tokenizer, 40) for text in ("yes", "no, never", "", "a", "b", "c")]
+    rows = [
+        encode_answer(ASK, text, NATIVE, chat_tokenizer, 40)
+        for text in ("yes", "no, never", "", "a", "b", "c")
+    ]
     assert [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)] == rows
     assert batch.weight == 2.0
     tied = rankings_of(chosen, chat_tokenizer, margin=5.0).batch(chosen)
@@ -174,12 +188,19 @@ def test_step_is_the_loss_of_the_scores_and_their_accuracy(
     model = lively_scalar(8, vocab_size=chat_tokenizer.vocab_size)
     batch = rankings_of(chosen, chat_tokenizer).batch(chosen)
     with torch.no_grad():
-        alone = torch.stack([model(row[mask][None])[0, -1] for row, mask in zip(batch.ids, batch.mask, strict=True)])
+        alone = torch.stack(
+            [model(row[mask][None])[0, -1] for row, mask in zip(batch.ids, batch.mask, strict=True)]
+        )
         outcome = step(model, batch)
     expected = bradley_terry_loss(alone.view(2, 3), batch.labels, 0.5)
     torch.testing.assert_close(outcome.loss, expected, atol=1e-5, rtol=0)
     table = alone.view(2, 3)
-    right = [table[0, 0] > table[0, 1], table[1, 1] > table[1, 0], table[1, 2] > table[1, 0], table[1, 2] > table[1, 1]]
+    right = [
+        table[0, 0] > table[0, 1],
+        table[1, 1] > table[1, 0],
+        table[1, 2] > table[1, 0],
+        table[1, 2] > table[1, 1],
+    ]
     assert float(outcome.logged["accuracy"]) == pytest.approx(2.0 * sum(map(int, right)) / 4)
 
 
@@ -189,11 +210,17 @@ def test_a_lead_is_asked_for_in_proportion_to_the_ratings(
     model = lively_scalar(1, vocab_size=chat_tokenizer.vocab_size)
     made = [comparison(("good", 2.0), ("plain", 0.5), ("bad", -1.0))]
     with torch.no_grad():
-        plain, led = (step(model, rankings_of(made, chat_tokenizer, lead=lead).batch(made)).loss for lead in (0.0, 0.3))
+        plain, led = (
+            step(model, rankings_of(made, chat_tokenizer, lead=lead).batch(made)).loss for lead in (0.0, 0.3)
+        )
         batch = rankings_of(made, chat_tokenizer).batch(made)
         scores = model.score(batch.ids, batch.mask).tolist()
     # the differences of the ratings are 1.5, 3 and 1.5
-    gaps = [scores[0] - scores[1] - 0.3 * 1.5, scores[0] - scores[2] - 0.3 * 3.0, scores[1] - scores[2] - 0.3 * 1.5]
+    gaps = [
+        scores[0] - scores[1] - 0.3 * 1.5,
+        scores[0] - scores[2] - 0.3 * 3.0,
+        scores[1] - scores[2] - 0.3 * 1.5,
+    ]
     expected = sum(math.log1p(math.exp(-gap)) for gap in gaps) / 3
     assert float(led) == pytest.approx(expected, rel=1e-4) and float(led) > float(plain)
 
@@ -206,7 +233,11 @@ def test_comparisons_from_ratings_use_each_text_once_per_pass() -> None:
     for turn in (made[:3], made[3:]):
         used = [response for one in turn for response in one.responses]
         assert len(set(used)) == 9
-    assert all(float(text.split()[1]) == score for one in made for text, score in zip(one.responses, one.scores, strict=True))
+    assert all(
+        float(text.split()[1]) == score
+        for one in made
+        for text, score in zip(one.responses, one.scores, strict=True)
+    )
     assert [one.responses for one in made[:3]] != [one.responses for one in made[3:]]
     assert made == from_ratings(texts, prompts, 3, seed=1, passes=2)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="too few"):
@@ -217,7 +248,9 @@ def test_comparisons_from_ratings_use_each_text_once_per_pass() -> None:
 
 def test_correlation_by_hand() -> None:
     # deviations (-1, 0, 1) and (-2, 1, 1): 3 / sqrt(2 * 6) = 0.866025
-    assert correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 3.0, 3.0])) == pytest.approx(0.866025, abs=1e-6)
+    assert correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 3.0, 3.0])) == pytest.approx(
+        0.866025, abs=1e-6
+    )
     assert correlation(torch.tensor([1.0, 2.0]), torch.tensor([5.0, 1.0])) == pytest.approx(-1.0)
     assert correlation(torch.ones(3), torch.tensor([1.0, 2.0, 3.0])) == 0.0
 

@@ -28,9 +28,15 @@ from chatwright.train.reward_measures import Judged, by_annotator, by_candidates
 NAN = float("nan")
 SLOW = OptimConfig(learning_rate=1e-5)  # nothing is learnt by heart
 
+
 def by(annotator: str, prompt: str = "How?", *pairs: tuple[str, float]) -> Comparison:
     given = pairs or (("good", 1.0), ("bad", 0.0))
-    return Comparison.of([{"role": "user", "content": prompt}], [text for text, _ in given], [score for _, score in given], annotator)
+    return Comparison.of(
+        [{"role": "user", "content": prompt}],
+        [text for text, _ in given],
+        [score for _, score in given],
+        annotator,
+    )
 
 
 def write(directory: Path, train: list[Comparison], held_out: list[Comparison]) -> Path:
@@ -64,7 +70,9 @@ def test_held_out_annotators_are_on_no_side_of_training() -> None:
         ("ab", "a", "a", "no held-out comparisons by others"),
     ],
 )
-def test_annotators_that_leave_nothing_are_refused(train: str, held_out: str, names: str, message: str) -> None:
+def test_annotators_that_leave_nothing_are_refused(
+    train: str, held_out: str, names: str, message: str
+) -> None:
     sides = [[by(name.strip("-")) for name in side] for side in (train, held_out)]
     with pytest.raises(UserError, match=message):
         without_annotators(sides[0], sides[1], names)
@@ -84,24 +92,41 @@ def test_the_stage_measures_annotators_that_it_did_not_learn_from(
     def rows(name: str, count: int, start: int, *, turned: bool = False) -> list[Comparison]:
         result = []
         for n in range(start, start + count):
-            texts = [(f"{draw.sentence(1)}", 1.0), (f"{draw.sentence(-1)}", 0.0), (draw.sentence(0), 0.5)][: 2 + n % 2]
-            result.append(by(name, f"What is {n}?", *((text, -score if turned else score) for text, score in texts)))
+            texts = [(f"{draw.sentence(1)}", 1.0), (f"{draw.sentence(-1)}", 0.0), (draw.sentence(0), 0.5)][
+                : 2 + n % 2
+            ]
+            result.append(
+                by(name, f"What is {n}?", *((text, -score if turned else score) for text, score in texts))
+            )
         return result
 
     seen = rows("ann", 14, 100)
-    turned = [Comparison.of(one.prompt, one.responses, [-score for score in one.scores], "bob") for one in seen]
+    turned = [
+        Comparison.of(one.prompt, one.responses, [-score for score in one.scores], "bob") for one in seen
+    ]
     write(tmp_path / "set", [*rows("ann", 24, 0), *rows("bob", 8, 50, turned=True)], [*seen, *turned])
     fit = make_fit(steps=2, batch_size=4)
-    config = Config(comparisons=str(tmp_path / "set"), margin=0.0, max_tokens=40, fit=fit, held_out_annotators="bob",
-                    optim=SLOW)  # fmt: skip
+    config = Config(
+        comparisons=str(tmp_path / "set"),
+        margin=0.0,
+        max_tokens=40,
+        fit=fit,
+        held_out_annotators="bob",
+        optim=SLOW,
+    )
     report = sft_bench.run(reward, config, tmp_path / "reward")
     measures = {measure.name: measure for measure in report.measures}
-    inside, outside = (measures[f"accuracy on held-out pairs{rest}"].after for rest in ("", ", annotators held out"))
+    inside, outside = (
+        measures[f"accuracy on held-out pairs{rest}"].after for rest in ("", ", annotators held out")
+    )
     assert report.facts["comparisons"] == 24
     assert outside == pytest.approx(1 - inside, abs=1e-6) and inside != 0.5
     assert report.facts["held_out_annotators_accuracy"] == outside
     annotators = next(table for table in report.tables if "annotator" in table.title)
-    assert [row[:4] for row in annotators.rows] == [["in training", "ann", "14", "28"], ["held out", "bob", "14", "28"]]
+    assert [row[:4] for row in annotators.rows] == [
+        ["in training", "ann", "14", "28"],
+        ["held out", "bob", "14", "28"],
+    ]
     sizes = next(table for table in report.tables if "number of answers" in table.title)
     assert [row[:3] for row in sizes.rows] == [["2", "7", "7"], ["3", "7", "21"]]
     # calibration, as the report shows it
@@ -110,7 +135,9 @@ def test_the_stage_measures_annotators_that_it_did_not_learn_from(
     model, rankings = saved_model(tmp_path / "reward", report.model), rankings_of(sft_bench, seen, config)
     with torch.no_grad():
         scores, labels = judge(model, rankings, seen)
-    assert abs(float(model.scale) - 1) > 0.05  # normalised by now; the probabilities are those of the scale that was learnt
+    assert (
+        abs(float(model.scale) - 1) > 0.05
+    )  # normalised by now; the probabilities are those of the scale that was learnt
     expected = pair_reliability(scores / model.scale, labels).error
     assert report.facts["calibration_error"] == pytest.approx(expected, abs=1e-5)
     # people's own answers are there: they score 0
@@ -137,7 +164,10 @@ def test_accuracy_by_annotator_by_hand() -> None:
     asked = [by("ann"), by("bob"), by("ann")]
     table = by_annotator(JUDGED, asked, None, [], Config(margin=0.0))
     assert table is not None
-    assert table.rows == [["in training", "ann", "2", "4", "1.000 ± 0.000"], ["in training", "bob", "1", "1", "0.000"]]
+    assert table.rows == [
+        ["in training", "ann", "2", "4", "1.000 ± 0.000"],
+        ["in training", "bob", "1", "1", "0.000"],
+    ]
     assert by_annotator(JUDGED, [by(""), by(""), by("")], None, [], Config()) is None
 
 
@@ -152,7 +182,13 @@ def saved_model(directory: Path, name: str) -> ScalarModel:
 
 
 def rankings_of(bench: Any, comparisons: list[Comparison], config: Config) -> Rankings:
-    return Rankings(comparisons, NATIVE, Tokenizer.load(bench.inputs["tokenizer"]), config, SampleOrder(len(comparisons), 1))
+    return Rankings(
+        comparisons,
+        NATIVE,
+        Tokenizer.load(bench.inputs["tokenizer"]),
+        config,
+        SampleOrder(len(comparisons), 1),
+    )
 
 
 @torch.no_grad()
@@ -164,7 +200,13 @@ def mean_of_demonstrations(bench: Any, directory: Path, report: Any) -> float:
 
 def test_demonstrations_are_the_first_answers_of_people(tmp_path: Path) -> None:
     talks = [
-        [("system", "Be kind."), ("user", "Hi"), ("assistant", "Ho"), ("user", "Bye"), ("assistant", "Later")],
+        [
+            ("system", "Be kind."),
+            ("user", "Hi"),
+            ("assistant", "Ho"),
+            ("user", "Bye"),
+            ("assistant", "Later"),
+        ],
         [("user", "alone")],
         [("assistant", "unasked"), ("user", "x")],
         [("user", "a"), ("assistant", "b")],
@@ -182,9 +224,17 @@ def test_scores_may_be_centred_on_the_training_answers_instead(
     sft_bench: Any, tmp_path: Path, babble: Any, make_fit: Callable[..., FitConfig]
 ) -> None:
     draw = babble(9)
-    rows = [by("", f"{n}?", (draw.sentence(0), 1.0), (draw.sentence(0), 0.0)) for n in range(40)]  # nothing to learn
+    rows = [
+        by("", f"{n}?", (draw.sentence(0), 1.0), (draw.sentence(0), 0.0)) for n in range(40)
+    ]  # nothing to learn
     write(tmp_path / "set", rows, rows[:8])
-    config = Config(comparisons=str(tmp_path / "set"), max_tokens=40, fit=make_fit(steps=2, batch_size=4), optim=SLOW, center_on="answers")
+    config = Config(
+        comparisons=str(tmp_path / "set"),
+        max_tokens=40,
+        fit=make_fit(steps=2, batch_size=4),
+        optim=SLOW,
+        center_on="answers",
+    )
     report = sft_bench.run(reward, config, tmp_path / "reward")
     assert report.facts["scores 0 on average"] == "training answers"
     assert abs(mean_of_demonstrations(sft_bench, tmp_path / "reward", report)) > 1e-3

@@ -41,7 +41,11 @@ def sampled(model: GPT, temperature: float, **changes: Any) -> Answers:
 def test_sampler_and_trainer_agree_on_log_probabilities(
     lively_gpt: Callable[..., GPT], temperature: float, preset: str
 ) -> None:
-    shape = {} if preset == "modern" else {"position": "learned", "norm": "layer", "activation": "gelu_tanh", "bias": True}
+    shape = (
+        {}
+        if preset == "modern"
+        else {"position": "learned", "norm": "layer", "activation": "gelu_tanh", "bias": True}
+    )
     model = lively_gpt(3, **shape)
     answers = sampled(model, temperature)
     with torch.no_grad():
@@ -68,7 +72,9 @@ def test_log_probabilities_are_those_of_each_row_alone(lively_gpt: Callable[...,
 
 
 @torch.no_grad()
-def test_logits_are_float32_products_even_where_the_model_computes_in_bf16(lively_gpt: Callable[..., GPT]) -> None:
+def test_logits_are_float32_products_even_where_the_model_computes_in_bf16(
+    lively_gpt: Callable[..., GPT],
+) -> None:
     model = lively_gpt(4)
     answers = sampled(model, 1.0)
     seen: list[tuple[torch.dtype, torch.dtype]] = []
@@ -82,11 +88,18 @@ def test_logits_are_float32_products_even_where_the_model_computes_in_bf16(livel
 
 
 @torch.no_grad()
-def test_who_computes_in_bf16_samples_in_bf16(lively_gpt: Callable[..., GPT], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language_model, "WORTH_COPYING", 0)  # else models as small as this one sample for themselves
+def test_who_computes_in_bf16_samples_in_bf16(
+    lively_gpt: Callable[..., GPT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        language_model, "WORTH_COPYING", 0
+    )  # else models as small as this one sample for themselves
     model = lively_gpt(4)
     exact, rounded = sampled(model, 1.0), sampled(model, 1.0, dtype=torch.bfloat16)
-    gaps = [float((answer_log_probs(model, one, temperature=1.0)[0] - one.sampled).abs().max()) for one in (exact, rounded)]
+    gaps = [
+        float((answer_log_probs(model, one, temperature=1.0)[0] - one.sampled).abs().max())
+        for one in (exact, rounded)
+    ]
     assert gaps[0] < 1e-4 and 1e-3 < gaps[1] < 0.2
 
 
@@ -138,7 +151,9 @@ def answers_of(*rows: list[int], prompt: int = 2) -> Answers:
         response[row, prompt : prompt + len(answer)] = True
     real = response.clone()
     real[:, :prompt] = True
-    return Answers(ids, real, response, torch.ones(len(rows), dtype=torch.bool), torch.zeros(len(rows), width))
+    return Answers(
+        ids, real, response, torch.ones(len(rows), dtype=torch.bool), torch.zeros(len(rows), width)
+    )
 
 
 def test_degenerate_answers() -> None:
@@ -163,7 +178,11 @@ def test_rows_of_answers() -> None:
 def test_texts_are_the_answers_without_prompt_and_end(chat_tokenizer: Tokenizer) -> None:
     ids = [*chat_tokenizer.encode("The cat sleeps."), chat_tokenizer.control_ids["<|end|>"]]
     assert texts_of(answers_of(ids), chat_tokenizer) == ["The cat sleeps."]
-    beyond = [chat_tokenizer.vocab_size + 5, *ids, chat_tokenizer.vocab_size]  # of a model whose table has more rows
+    beyond = [
+        chat_tokenizer.vocab_size + 5,
+        *ids,
+        chat_tokenizer.vocab_size,
+    ]  # of a model whose table has more rows
     assert texts_of(answers_of(beyond), chat_tokenizer) == ["The cat sleeps."]
 
 
@@ -201,7 +220,8 @@ def test_answers_after_an_update_are_those_of_the_new_policy(lively_gpt: Callabl
     assert float((found - after.sampled).abs().max()) < 1e-4
 
     requests = [
-        Request(tuple(prompt * 7), Sampling(12, seed=row), frozenset({END})) for row, prompt in enumerate(PROMPTS)
+        Request(tuple(prompt * 7), Sampling(12, seed=row), frozenset({END}))
+        for row, prompt in enumerate(PROMPTS)
     ]
     engine = Engine(model)
     engine.generate(requests)

@@ -46,7 +46,9 @@ def test_a_shared_trunk_is_read_once_and_starts_at_zero(
     answers = sample_answers(policy, PROMPTS, end=5, max_new_tokens=10, temperature=0.7, seed_parts=(1,))
     reads: list[int] = []
     real = policy.hidden_at
-    monkeypatch.setattr(policy, "hidden_at", lambda ids, places, **more: reads.append(1) or real(ids, places, **more))
+    monkeypatch.setattr(
+        policy, "hidden_at", lambda ids, places, **more: reads.append(1) or real(ids, places, **more)
+    )
     seen = opinion(players, answers, 0.7)
     assert len(reads) == 1 and not bool(seen.values.any())
     expected, spread = answer_log_probs(policy, answers, temperature=0.7, entropy="known")
@@ -67,7 +69,9 @@ def test_the_value_loss_reaches_the_shared_trunk_once_the_head_has_moved(
 ) -> None:
     policy = lively_gpt(1)
     players = Players(policy, lively_gpt(2), lively_scalar(3), ValueHead(policy.config.width))
-    config = Config(batch_size=8, minibatch_size=8, max_new_tokens=10, min_tokens=0, max_repeats=1.0, critic="shared")
+    config = Config(
+        batch_size=8, minibatch_size=8, max_new_tokens=10, min_tokens=0, max_repeats=1.0, critic="shared"
+    )
     answers = sample_answers(policy, PROMPTS, end=5, max_new_tokens=10, temperature=1.0, seed_parts=(1,))
     rollout, _ = look_back(players, answers, 0.1, config)
 
@@ -103,7 +107,9 @@ def test_a_planted_reward_rises_with_a_shared_trunk(planted_bench: Any, tmp_path
     assert set(critic) == {"scalar.weight", "scalar.bias"}
 
 
-def test_make_players_knows_three_kinds_of_critic(sft_parts: Callable[[], Any], lively_scalar: Callable[..., ScalarModel]) -> None:
+def test_make_players_knows_three_kinds_of_critic(
+    sft_parts: Callable[[], Any], lively_scalar: Callable[..., ScalarModel]
+) -> None:
     for kind, expected in (("separate", ScalarModel), ("shared", ValueHead), ("none", type(None))):
         base = sft_parts()
         reward = lively_scalar(5, vocab_size=base.model.config.vocab_size, layers=1)
@@ -122,7 +128,9 @@ def test_the_average_follows_the_weights() -> None:
         assert average.weight.item() == pytest.approx(expected)
 
 
-def test_the_average_is_the_result(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_average_is_the_result(
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One update a round: the average is 0.5 of what it was and 0.5 of the policy, three times."""
     met: list[dict[str, torch.Tensor]] = []
     real = rounds.follow
@@ -148,7 +156,9 @@ def test_the_average_is_the_result(planted_bench: Any, tmp_path: Path, monkeypat
 
 def test_an_average_beyond_the_limits_is_not_taken(planted_bench: Any, tmp_path: Path) -> None:
     optim = replace(MINI.optim, learning_rate=4e-3)
-    config = replace(SMALL, average=0.5, kl_budget=1e-3, kl_target=0.0, optim=optim)  # the first update is beyond this budget
+    config = replace(
+        SMALL, average=0.5, kl_budget=1e-3, kl_target=0.0, optim=optim
+    )  # the first update is beyond this budget
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     assert report.facts["average"]["allowed"] is False
     assert report.model == "checkpoints/step-000000"
@@ -162,7 +172,10 @@ def test_text_step_is_gamma_times_the_mean_loss(lively_gpt: Callable[..., GPT]) 
     model = lively_gpt(3)
     ids = torch.randint(0, 96, (3, 17), generator=torch.Generator().manual_seed(1))
     targets = ids[:, 1:]
-    expected = next_token_loss(model(ids[:, :-1]), targets, torch.ones_like(targets, dtype=torch.bool)) / targets.numel()
+    expected = (
+        next_token_loss(model(ids[:, :-1]), targets, torch.ones_like(targets, dtype=torch.bool))
+        / targets.numel()
+    )
     for gamma in (1.0, 2.5):
         torch.testing.assert_close(text_step(model, TextBatch(ids, gamma)).loss, gamma * expected)
 
@@ -173,8 +186,17 @@ def test_an_update_with_text_has_the_gradient_of_eq_2(
     """Through Rounds and Trainer: the sum of PPO's loss per answer token and gamma x loss per token of text."""
     policy = lively_gpt(1)
     players = Players(policy, lively_gpt(2), lively_scalar(3), lively_scalar(4))
-    config = Config(batch_size=8, minibatch_size=8, max_new_tokens=10, min_tokens=0, max_repeats=1.0, text="x", ptx=0.7,
-                    ptx_windows=2, optim=OptimConfig(clip=0.0))  # fmt: skip
+    config = Config(
+        batch_size=8,
+        minibatch_size=8,
+        max_new_tokens=10,
+        min_tokens=0,
+        max_repeats=1.0,
+        text="x",
+        ptx=0.7,
+        ptx_windows=2,
+        optim=OptimConfig(clip=0.0),
+    )
     answers = sample_answers(policy, PROMPTS, end=5, max_new_tokens=10, temperature=1.0, seed_parts=(1,))
     rollout, _ = look_back(players, answers, 0.1, config)
     windows = torch.randint(0, 96, (16, 17), generator=torch.Generator().manual_seed(2))
@@ -184,7 +206,9 @@ def test_an_update_with_text_has_the_gradient_of_eq_2(
 
     run = object.__new__(ppo._Run)
     run.config, run.players = config, players
-    run.trainer = Trainer({"model": policy, "critic": players.critic}, config.optim, Workspace(tmp_path), card={}, texts={})
+    run.trainer = Trainer(
+        {"model": policy, "critic": players.critic}, config.optim, Workspace(tmp_path), card={}, texts={}
+    )
 
     class Text:
         def take(self, start: int, count: int) -> torch.Tensor:
@@ -193,7 +217,9 @@ def test_an_update_with_text_has_the_gradient_of_eq_2(
     run.text, run.first_gap = Text(), None
     found: list[torch.Tensor] = []
     for optimiser in run.trainer.optimisers:  # look at the gradients, move nothing
-        optimiser.step = lambda: found.extend(p.grad.clone() for p in policy.parameters()) if not found else None
+        optimiser.step = lambda: (
+            found.extend(p.grad.clone() for p in policy.parameters()) if not found else None
+        )
     run.trainer.update([rollout, *run._texts(rollout.weight, 0, 0)], run._loss, 1.0)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
@@ -225,7 +251,9 @@ def test_windows_of_text_are_never_met_twice_before_all_were(sft_bench: Any, cha
 
 def test_ptx_lowers_the_alignment_tax(planted_bench: Any, tmp_path: Path) -> None:
     """The same run with and without: afterwards the perplexity of held-out general text is lower with it."""
-    config = replace(MINI, iterations=12, text="tokenizer", kl_budget=50.0, min_distinct=0.0, ptx_context=32, ptx_windows=1)
+    config = replace(
+        MINI, iterations=12, text="tokenizer", kl_budget=50.0, min_distinct=0.0, ptx_context=32, ptx_windows=1
+    )
     tax = {}
     for gamma in (0.0, 1.0):
         report = planted_bench.run(ppo, replace(config, ptx=gamma), tmp_path / f"ppo-{gamma}")
@@ -236,7 +264,9 @@ def test_ptx_lowers_the_alignment_tax(planted_bench: Any, tmp_path: Path) -> Non
     assert tax[1.0] < 0.5 * tax[0.0]
 
 
-def test_perplexity_is_that_of_the_tokens(sft_bench: Any, chat_tokenizer: Any, sft_parts: Callable[[], Any]) -> None:
+def test_perplexity_is_that_of_the_tokens(
+    sft_bench: Any, chat_tokenizer: Any, sft_parts: Callable[[], Any]
+) -> None:
     text = GeneralText.open(sft_bench.inputs["tokenizer"], chat_tokenizer, 32, seed=1)
     model = sft_parts().model
     nats = tokens = 0.0
@@ -246,7 +276,9 @@ def test_perplexity_is_that_of_the_tokens(sft_bench: Any, chat_tokenizer: Any, s
             nats -= float(log_p.gather(2, stretch[None, 1:, None]).sum())
             tokens += len(stretch) - 1
     # every token is a target once but the first of each shard
-    assert text.perplexity(model) == pytest.approx(float(torch.tensor(nats / text.held_out.tokens).exp()), rel=1e-4)
+    assert text.perplexity(model) == pytest.approx(
+        float(torch.tensor(nats / text.held_out.tokens).exp()), rel=1e-4
+    )
     assert tokens == pytest.approx(text.held_out.tokens, abs=2)
 
 
@@ -259,7 +291,9 @@ def test_gold_chooses_what_is_kept_and_stops_the_run_when_it_turns(
     """The planted reward model likes bad words, the lexicon good ones: what is kept is from before that."""
     plant(monkeypatch, "sad awful bad cruel bitter dull")
     bench = sft_bench.with_(reward=sft_bench.inputs["sft"])
-    config = replace(MINI, gold="sentiment", patience=3, kl_budget=20.0, optim=replace(MINI.optim, learning_rate=7e-4))
+    config = replace(
+        MINI, gold="sentiment", patience=3, kl_budget=20.0, optim=replace(MINI.optim, learning_rate=7e-4)
+    )
     report = bench.run(ppo, config, tmp_path / "ppo")
     rows = rows_of(tmp_path / "ppo")
     assert "the reward model is exploited" in report.facts["stopped"] and len(rows) < 21
@@ -270,7 +304,9 @@ def test_gold_chooses_what_is_kept_and_stops_the_run_when_it_turns(
     assert without.facts["best"]["step"] > report.facts["best"]["step"]
 
 
-def test_a_run_stops_when_its_score_is_past_its_peak(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stops_when_its_score_is_past_its_peak(
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scores = iter([0.0, 0.5, 1.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0])
     real = ppo.look_back
 
@@ -279,9 +315,13 @@ def test_a_run_stops_when_its_score_is_past_its_peak(planted_bench: Any, tmp_pat
         return rollout, {**logged, "score": next(scores), "score_error": 0.05}
 
     monkeypatch.setattr(ppo, "look_back", planted)
-    report = planted_bench.run(ppo, replace(SMALL, iterations=8, patience=2, min_distinct=0.0), tmp_path / "ppo")
+    report = planted_bench.run(
+        ppo, replace(SMALL, iterations=8, patience=2, min_distinct=0.0), tmp_path / "ppo"
+    )
     assert "past its peak" in report.facts["stopped"] and report.facts["best"]["step"] == 3
-    assert report.facts["rounds"] == 5  # mean of 1.5 and 1.0 in the rounds 3 and 4; of rounds 5 and 6 it would be 0.25
+    assert (
+        report.facts["rounds"] == 5
+    )  # mean of 1.5 and 1.0 in the rounds 3 and 4; of rounds 5 and 6 it would be 0.25
 
 
 def test_gold_by_a_reward_model_and_by_nothing(reward_bench: Any, sft_parts: Callable[[], Any]) -> None:
@@ -289,16 +329,26 @@ def test_gold_by_a_reward_model_and_by_nothing(reward_bench: Any, sft_parts: Cal
     assert gold_of("", Path, base) is None
     gold = gold_of("reward", lambda name: reward_bench.inputs[name], base)
     assert gold is not None
-    prompt = base.template.encode([{"role": "user", "content": "How is the cat?"}], base.tokenizer, add_generation_prompt=True).ids
-    answers = sample_answers(base.model, [prompt] * 4, end=base.tokenizer.control_ids["<|end|>"], max_new_tokens=18,
-                             temperature=1.0, seed_parts=(1,))  # fmt: skip
+    prompt = base.template.encode(
+        [{"role": "user", "content": "How is the cat?"}], base.tokenizer, add_generation_prompt=True
+    ).ids
+    answers = sample_answers(
+        base.model,
+        [prompt] * 4,
+        end=base.tokenizer.control_ids["<|end|>"],
+        max_new_tokens=18,
+        temperature=1.0,
+        seed_parts=(1,),
+    )
     assert gold(answers).shape == (4,)
     with pytest.raises(UserError, match="holds no reward model"):
         gold_of("sft", lambda name: reward_bench.inputs[name], base)
     assert sentiment(["I love it.", "I hate it."])[0] > 0 > sentiment(["I love it.", "I hate it."])[1]
 
 
-@pytest.mark.parametrize("settings", [{"ptx": 1.0}, {"average": 1.0}, {"average": -0.1}, {"critic": "none"}, {"epochs": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"ptx": 1.0}, {"average": 1.0}, {"average": -0.1}, {"critic": "none"}, {"epochs": 0}]
+)
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Config(**settings)

@@ -30,12 +30,17 @@ from chatwright.train.sft import EXCERPT, check_end_is_learnt, excerpt, learnt_t
 
 def dialogues_file(directory: Path, *conversations: list[tuple[str, str]]) -> Path:
     file = directory / "dialogues.jsonl"
-    made = [Dialogue.of([{"role": role, "content": content} for role, content in turns]) for turns in conversations]
+    made = [
+        Dialogue.of([{"role": role, "content": content} for role, content in turns])
+        for turns in conversations
+    ]
     file.write_text("".join(dialogue.to_json() + "\n" for dialogue in made), encoding="utf-8")
     return file
 
 
-def test_answers_and_their_end_tokens_are_learnt_and_nothing_else(tmp_path: Path, chat_tokenizer: Tokenizer) -> None:
+def test_answers_and_their_end_tokens_are_learnt_and_nothing_else(
+    tmp_path: Path, chat_tokenizer: Tokenizer
+) -> None:
     file = dialogues_file(tmp_path, [("user", "How is the cat?"), ("assistant", "The cat is old.")])
     (row,) = rows_of(file, NATIVE, chat_tokenizer, 64, packing=True)
     learnt = [token for token, flag in zip(row.ids, row.mask, strict=True) if flag]
@@ -58,18 +63,26 @@ def test_the_step_is_the_loss_of_the_learnt_tokens(lively_gpt: Callable[..., Any
     for count in (5, sft.PORTION, sft.PORTION + 1, 0):
         learn = torch.zeros(30 * 19, dtype=torch.bool)
         learn[order[:count]] = True
-        batch = ChatBatch(ids=ids, learn=F.pad(learn.view(30, 19), (1, 0)), documents=documents, positions=positions)
+        batch = ChatBatch(
+            ids=ids, learn=F.pad(learn.view(30, 19), (1, 0)), documents=documents, positions=positions
+        )
         found = []
         for loss in (
             sft.step(model, batch).loss,
-            next_token_loss(model(ids, positions=positions, documents=documents)[:, :-1], ids[:, 1:], batch.learn[:, 1:]),
+            next_token_loss(
+                model(ids, positions=positions, documents=documents)[:, :-1], ids[:, 1:], batch.learn[:, 1:]
+            ),
         ):
             model.zero_grad()
             loss.backward()
-            found.append((loss.detach(), model.head.weight.grad.clone(), model.blocks[0].mlp.down.weight.grad.clone()))
+            found.append(
+                (loss.detach(), model.head.weight.grad.clone(), model.blocks[0].mlp.down.weight.grad.clone())
+            )
         assert (float(found[0][0]) > 1) == (count > 0)
         for ours, plain in zip(*found, strict=True):
-            torch.testing.assert_close(ours, plain, atol=2e-4, rtol=1e-4)  # sums of up to 257 losses, in another order
+            torch.testing.assert_close(
+                ours, plain, atol=2e-4, rtol=1e-4
+            )  # sums of up to 257 losses, in another order
 
 
 def test_a_mask_that_leaves_the_end_token_out_is_refused(tmp_path: Path, chat_tokenizer: Tokenizer) -> None:
@@ -129,10 +142,15 @@ def test_the_miniature_learns_to_answer(sft_bench: Any) -> None:
     assert extra["after"]["held_out_loss"] < 0.5 * extra["before"]["held_out_loss"]
     model = load(directory)
     answers = [
-        model.engine.generate([model.chat_request([{"role": "user", "content": f"How is the {thing} number 7?"}],
-                                                  max_new_tokens=24, seed=n)[0]])[0]
+        model.engine.generate(
+            [
+                model.chat_request(
+                    [{"role": "user", "content": f"How is the {thing} number 7?"}], max_new_tokens=24, seed=n
+                )[0]
+            ]
+        )[0]
         for n, thing in enumerate(("cat", "road", "river", "song", "friend", "winter"))
-    ]  # fmt: skip
+    ]
     assert sum(answer.finish_reason == "stop" for answer in answers) >= 5  # it has learnt to stop
     assert sum(" is " in answer.text for answer in answers) >= 5  # and how answers go
 
@@ -144,8 +162,11 @@ def test_the_saved_directory_chats_by_itself(sft_bench: Any, tmp_path: Path) -> 
 
     shutil.copytree(sft_bench.inputs["sft"] / result["model"], copied)
     assert sorted(file.name for file in copied.iterdir()) == [
-        "chat_template.jinja", "model.safetensors", "state.json", "tokenizer.json",
-    ]  # fmt: skip
+        "chat_template.jinja",
+        "model.safetensors",
+        "state.json",
+        "tokenizer.json",
+    ]
     assert isinstance(load(copied).chat([{"role": "user", "content": "Hi"}], max_new_tokens=4, seed=1), str)
 
 
@@ -165,7 +186,9 @@ def test_packing_changes_the_number_of_rows_and_not_what_is_learnt(
 ) -> None:
     parts = sft_parts()
     file = sft_bench.inputs["data"] / "dialogues-train.jsonl"
-    packed, alone = (rows_of(file, parts.template, parts.tokenizer, 160, packing=flag) for flag in (True, False))
+    packed, alone = (
+        rows_of(file, parts.template, parts.tokenizer, 160, packing=flag) for flag in (True, False)
+    )
     assert len(packed) < 0.8 * len(alone)
     assert sum(sum(row.mask) for row in packed) == sum(sum(row.mask) for row in alone)
 
@@ -188,7 +211,9 @@ def test_a_model_that_is_not_a_language_model_is_no_base(reward_bench: Any, tmp_
 # ---- packed = unpacked ---------------------------------------------------------------------------------------------
 
 
-def loss_and_gradients(model: Any, rows: list[PackedRow], length: int, *, walls: bool = True) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def loss_and_gradients(
+    model: Any, rows: list[PackedRow], length: int, *, walls: bool = True
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Sum of the losses of some rows, and every parameter's gradient; without walls, conversations in a row see each other."""
     batch = batch_rows(rows, length)
     if not walls:
@@ -216,7 +241,10 @@ def test_packed_conversations_give_the_loss_and_the_gradients_of_unpacked_ones(
         assert float((ours - plain).norm()) <= 1e-5 * float(plain.norm())
     mixed, others = loss_and_gradients(model, packed, length, walls=False)
     assert abs(float(mixed - expected)) > 1e-3 * float(expected)  # they would have seen each other
-    assert any(float((ours - plain).norm()) > 1e-3 * float(plain.norm()) for ours, plain in zip(others, theirs, strict=True))
+    assert any(
+        float((ours - plain).norm()) > 1e-3 * float(plain.norm())
+        for ours, plain in zip(others, theirs, strict=True)
+    )
 
 
 # ---- preview -------------------------------------------------------------------------------------------------------
@@ -227,12 +255,20 @@ def test_the_preview_shows_what_is_learnt_and_trains_nothing(
 ) -> None:
     base, data = (str(sft_bench.inputs[name]) for name in ("sft", "data"))
     out = tmp_path / "run" / "sft"
-    assert main(["sft", "--base", base, "--data", data, "--out", str(out), "--seed", "3", "--preview", "4"]) == 0
+    assert (
+        main(["sft", "--base", base, "--data", data, "--out", str(out), "--seed", "3", "--preview", "4"]) == 0
+    )
     shown = capsys.readouterr().out
     assert not out.parent.exists() and not list(tmp_path.iterdir())
     parts = sft_parts()
     length = parts.model.config.context
-    rows = rows_of(sft_bench.inputs["data"] / "dialogues-train.jsonl", parts.template, parts.tokenizer, length, packing=True)
+    rows = rows_of(
+        sft_bench.inputs["data"] / "dialogues-train.jsonl",
+        parts.template,
+        parts.tokenizer,
+        length,
+        packing=True,
+    )
     first = [rows[n] for n in SampleOrder(len(rows), 3).take(0, 4)]  # what training with this seed sees first
     for row in first:
         assert row_picture(row, parts.tokenizer, end="<|end|>", colours=False).plain in shown
@@ -241,8 +277,13 @@ def test_the_preview_shows_what_is_learnt_and_trains_nothing(
     assert f"{learnt:,} of {tokens:,} tokens are learnt" in shown and "in [[brackets]]" in shown
     answers = [part.partition("]]")[0] for part in shown.split("[[")[2:]]
     assert len(answers) >= 4 and all(text.startswith("The ") and text.endswith("<|end|>") for text in answers)
-    assert shown.count("\nrow ") == 4 and shown.count("--------") == sum(max(row.documents) - 1 for row in first)
-    assert main(["sft", "--base", base, "--data", data, "--out", str(out), "--preview=1", "--packing", "false"]) == 0
+    assert shown.count("\nrow ") == 4 and shown.count("--------") == sum(
+        max(row.documents) - 1 for row in first
+    )
+    assert (
+        main(["sft", "--base", base, "--data", data, "--out", str(out), "--preview=1", "--packing", "false"])
+        == 0
+    )
     assert "in 1 conversations" in capsys.readouterr().out
 
 
@@ -260,7 +301,12 @@ def test_a_preview_of_rows_that_do_not_learn_to_end_fails_behind_them(
     dialogues_file(tmp_path, [("user", "Go on"), ("assistant", "And then the cat sees the river. " * 40)])
     (tmp_path / "dialogues.jsonl").rename(tmp_path / "dialogues-train.jsonl")
     base = str(sft_bench.inputs["sft"])
-    assert main(["sft", "--base", base, "--data", str(tmp_path), "--out", str(tmp_path / "sft"), "--preview", "1"]) == 1
+    assert (
+        main(
+            ["sft", "--base", base, "--data", str(tmp_path), "--out", str(tmp_path / "sft"), "--preview", "1"]
+        )
+        == 1
+    )
     shown = capsys.readouterr()
     assert "[[And then the cat" in shown.out and "would never stop talking" in shown.err
 
@@ -269,9 +315,13 @@ def test_a_picture_of_a_row_shows_the_loss_and_not_the_mask(chat_tokenizer: Toke
     """The first token of a conversation follows nothing: it is not learnt, whatever the template says."""
     ids = chat_tokenizer.encode("abc")
     assert len(ids) > 1
-    row = PackedRow([*ids, *ids], [True] * 2 * len(ids), [1] * len(ids) + [2] * len(ids), [*range(len(ids))] * 2)
+    row = PackedRow(
+        [*ids, *ids], [True] * 2 * len(ids), [1] * len(ids) + [2] * len(ids), [*range(len(ids))] * 2
+    )
     first, rest = (chat_tokenizer.decode(part) for part in (ids[:1], ids[1:]))
-    assert row_picture(row, chat_tokenizer, end="<|end|>", colours=False).plain == "\n--------\n".join([f"{first}[[{rest}]]"] * 2)
+    assert row_picture(row, chat_tokenizer, end="<|end|>", colours=False).plain == "\n--------\n".join(
+        [f"{first}[[{rest}]]"] * 2
+    )
     assert learnt_tokens(row) == 2 * (len(ids) - 1) == batch_rows([row], 9).weight
     coloured = row_picture(row, chat_tokenizer, end="<|end|>", colours=True)
     assert "[[" not in coloured.plain and any("green" in str(span.style) for span in coloured.spans)

@@ -36,8 +36,16 @@ def test_the_limit_is_the_median_and_so_many_robust_deviations() -> None:
     assert spikes.limit(config, extra) == pytest.approx(3 + 3 * 1.4826)
     assert spikes.limit(SpikeConfig(window=5, deviations=3.0, rise=9.0), extra) == pytest.approx(12.0)
     assert spikes.limit(SpikeConfig(window=5, deviations=1.0, rise=0.0), extra) == pytest.approx(3 + 1.4826)
-    assert spikes.accept(config, extra, 7.4) and extra["losses"] == [2.0, 3.0, 4.0, 5.0, 7.4]  # the oldest is forgotten
-    assert not spikes.accept(config, extra, 100.0) and extra["losses"][-1] == 7.4  # a spike is not learnt from
+    assert spikes.accept(config, extra, 7.4) and extra["losses"] == [
+        2.0,
+        3.0,
+        4.0,
+        5.0,
+        7.4,
+    ]  # the oldest is forgotten
+    assert (
+        not spikes.accept(config, extra, 100.0) and extra["losses"][-1] == 7.4
+    )  # a spike is not learnt from
 
 
 def test_before_the_window_is_full_nothing_is_a_spike() -> None:
@@ -76,7 +84,9 @@ def test_the_defaults_do_not_fire_in_normal_runs() -> None:
         assert not spikes.accept(config, extra, curve(3000) + 4.0)  # but a real one is seen
 
 
-@pytest.mark.parametrize("wrong", [{"window": 1}, {"patience": 0}, {"most": -1}, {"deviations": -1.0}, {"rise": -0.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"window": 1}, {"patience": 0}, {"most": -1}, {"deviations": -1.0}, {"rise": -0.5}]
+)
 def test_senseless_numbers_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"fit\.spikes"):
         FitConfig(steps=5, spikes=SpikeConfig(**wrong)).check("linear")
@@ -131,21 +141,35 @@ class Run:
         torch.manual_seed(5)
         self.model = Weights()
         self.trainer = Trainer(
-            {"model": self.model}, OptimConfig(learning_rate=0.05, schedule="constant"), Workspace(self.directory),
-            card={"kind": "language"}, texts={},
-        )  # fmt: skip
-        config = FitConfig(**{
-            "steps": 40, "batch_size": 2, "log_every": 3, "save_steps": 5,
-            "spikes": SpikeConfig(**{"window": 6, "patience": 2, **self.settings}), **fit,
-        })  # fmt: skip
-        return Fit(self.trainer, config, Samples(self.planted, self.late), self.step, lambda: {"m": 1.0}, title="t").run()
+            {"model": self.model},
+            OptimConfig(learning_rate=0.05, schedule="constant"),
+            Workspace(self.directory),
+            card={"kind": "language"},
+            texts={},
+        )
+        config = FitConfig(
+            **{
+                "steps": 40,
+                "batch_size": 2,
+                "log_every": 3,
+                "save_steps": 5,
+                "spikes": SpikeConfig(**{"window": 6, "patience": 2, **self.settings}),
+                **fit,
+            }
+        )
+        return Fit(
+            self.trainer, config, Samples(self.planted, self.late), self.step, lambda: {"m": 1.0}, title="t"
+        ).run()
 
     def step(self, batch: Batch) -> Step:
         goals = torch.tensor(batch.values)[:, None]
         return Step((self.model.drop(self.model.scale + 1) - 1 - goals).square().mean(1).sum())
 
     def rows(self, *keys: str) -> list[dict[str, Any]]:
-        rows = [{k: v for k, v in row.items() if k not in {*TIMED, "samples_per_second"}} for row in read_metrics(self.directory / "metrics.jsonl")]
+        rows = [
+            {k: v for k, v in row.items() if k not in {*TIMED, "samples_per_second"}}
+            for row in read_metrics(self.directory / "metrics.jsonl")
+        ]
         return [row for row in rows if not keys or any(key in row for key in keys)]
 
 
@@ -153,14 +177,18 @@ SPIKE = {2 * 21: 40.0}  # a sample of step 22
 DAMAGE = {2 * n: 40.0 for n in (21, 22, 23)}  # of steps 22, 23 and 24
 
 
-def test_a_planted_spike_is_left_out_logged_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_planted_spike_is_left_out_logged_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Run(tmp_path / "skip", SPIKE)
     fitted = run.fit()
     assert [row["step"] for row in run.rows("spike_loss")] == [22]
     row = run.rows("spike_loss")[0]
     assert row["spike_loss"] > 100 > row["spike_limit"] > 0
     assert "step 22: the loss jumped to" in " ".join(capsys.readouterr().out.split())
-    assert fitted.progress.extra["spikes"] == 1 and fitted.progress.step == 40 and fitted.progress.consumed == 80
+    assert (
+        fitted.progress.extra["spikes"] == 1 and fitted.progress.step == 40 and fitted.progress.consumed == 80
+    )
     assert any("1 losses jumped" in note for note in fitted.notes)
     off = Run(tmp_path / "off", SPIKE, {"action": "off"})
     off.fit()
@@ -195,7 +223,9 @@ def test_a_rollback_returns_to_the_last_checkpoint_and_passes_over_the_samples(t
     # 23 steps of 2 samples were seen when it returned to step 20: six samples are passed over, the spike of step 24 too late
     assert fitted.progress.consumed == 80 + 6 and fitted.samples == 80
     assert [row["step"] for row in run.rows("loss")] == [*range(3, 40, 3), 40]
-    assert [row["step"] for row in run.rows("spike_loss")] == [21]  # the third planted sample comes first now: alone
+    assert [row["step"] for row in run.rows("spike_loss")] == [
+        21
+    ]  # the third planted sample comes first now: alone
     assert fitted.progress.extra["rollbacks"] == 1 and fitted.progress.extra["spikes"] == 3
     assert any("1 returns" in note for note in fitted.notes)
 
@@ -285,6 +315,8 @@ def test_checkpoints_of_the_abandoned_steps_are_gone(tmp_path: Path, monkeypatch
         crash(patch, Trainer, "update", 24, behind=False)  # the first one behind the return
         with pytest.raises(MemoryError):
             killed.fit(save_every=0.0, save_steps=10)
-    assert [found.step for found in checkpoint.checkpoints(killed.directory / "checkpoints")][-1] == 20  # not 21
+    assert [found.step for found in checkpoint.checkpoints(killed.directory / "checkpoints")][
+        -1
+    ] == 20  # not 21
     killed.fit(save_every=0.0, save_steps=10)
     assert killed.rows() == whole.rows() and torch.equal(killed.model.scale, whole.model.scale)

@@ -74,7 +74,9 @@ def _joined(builder: Any, parts: list[Any]) -> Any:
 
 def _nibble_vectors(builder: Any, weights: Any, offset: int, count: int) -> list[Any]:
     """For each of the 8 words of a group of 4-bit weights the `count` bytes at `offset` within its 64, unpacked."""
-    pairs = [_nibbles(builder, _bytes(builder, weights, 64 * half + offset, count)) for half in range(_WORDS // 2)]
+    pairs = [
+        _nibbles(builder, _bytes(builder, weights, 64 * half + offset, count)) for half in range(_WORDS // 2)
+    ]
     return [low for low, _ in pairs] + [high for _, high in pairs]
 
 
@@ -106,7 +108,9 @@ def _dots8_plain(builder: Any, weights: Any, rows: list[Any], offsets: list[Any]
         for number in range(_WORDS):
             vector = builder.sext(_bytes(builder, weights, 64 * number + offset, 16), wide)
             for row, activations in enumerate(rows):
-                word = builder.bitcast(copies(builder, _word(builder, activations, number, 16), 4), ir.VectorType(I16, 16))
+                word = builder.bitcast(
+                    copies(builder, _word(builder, activations, number, 16), 4), ir.VectorType(I16, 16)
+                )
                 sums[row] = builder.add(sums[row], builder.mul(vector, builder.sext(word, wide)))
         _append(parts, sums)
     return [_neighbours_added(builder, _neighbours_added(builder, _joined(builder, part))) for part in parts]
@@ -126,8 +130,12 @@ def _dots8_avx2(builder: Any, weights: Any, rows: list[Any], offsets: list[Any])
             vectors = [builder.sext(_bytes(builder, weights, place, 16), room) for place in places]
             for row, activations in enumerate(rows):
                 word = builder.bitcast(copies(builder, _word(builder, activations, number, 16), 4), room)
-                products = [call_llvm(builder, "llvm.x86.avx2.pmadd.wd", kind, [vector, word]) for vector in vectors]
-                sums[row] = [builder.add(one, product) for one, product in zip(sums[row], products, strict=True)]
+                products = [
+                    call_llvm(builder, "llvm.x86.avx2.pmadd.wd", kind, [vector, word]) for vector in vectors
+                ]
+                sums[row] = [
+                    builder.add(one, product) for one, product in zip(sums[row], products, strict=True)
+                ]
         for part, both in zip(parts, sums, strict=True):
             part += both
     return [_neighbours_added(builder, _joined(builder, part)) for part in parts]
@@ -145,7 +153,10 @@ def _dots8_vnni(builder: Any, weights: Any, rows: list[Any], offsets: list[Any])
     for number in range(_WORDS):
         vector = builder.bitcast(builder.xor(_bytes(builder, weights, 64 * number, 64), flip), WIDE_I32)
         for row, activations in enumerate(rows):
-            high, low = (copies(builder, _word(builder, activations, place, 8), LANES) for place in (number, _WORDS + number))
+            high, low = (
+                copies(builder, _word(builder, activations, place, 8), LANES)
+                for place in (number, _WORDS + number)
+            )
             highs[row] = call_llvm(builder, _VPDPBUSD, WIDE_I32, [highs[row], vector, high])
             lows[row] = call_llvm(builder, _VPDPBUSD, WIDE_I32, [lows[row], vector, low])
     eight = ir.Constant(WIDE_I32, [8] * LANES)
@@ -178,9 +189,19 @@ def _dots4_avx2(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
         sums = [ir.Constant(wide, [0] * 16) for _ in rows]
         for number, vector in enumerate(_nibble_vectors(builder, weights, offset, 32)):
             for row, activations in enumerate(rows):
-                word = builder.bitcast(copies(builder, _word(builder, activations, number, 8), 8), ir.VectorType(I8, 32))
-                sums[row] = builder.add(sums[row], call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", wide, [vector, word]))
-        _append(parts, [call_llvm(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT32, 8), [one, ones]) for one in sums])
+                word = builder.bitcast(
+                    copies(builder, _word(builder, activations, number, 8), 8), ir.VectorType(I8, 32)
+                )
+                sums[row] = builder.add(
+                    sums[row], call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", wide, [vector, word])
+                )
+        _append(
+            parts,
+            [
+                call_llvm(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT32, 8), [one, ones])
+                for one in sums
+            ],
+        )
     return [_joined(builder, part) for part in parts]
 
 
@@ -204,7 +225,9 @@ def _dots4_neon(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
         for number, vector in enumerate(_nibble_vectors(builder, weights, offset, 16)):
             for row, activations in enumerate(rows):
                 word = builder.bitcast(copies(builder, _word(builder, activations, number, 8), 4), sixteen)
-                sums[row] = call_llvm(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", four, [sums[row], vector, word])
+                sums[row] = call_llvm(
+                    builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", four, [sums[row], vector, word]
+                )
         _append(parts, sums)
     return [_joined(builder, part) for part in parts]
 
@@ -223,7 +246,9 @@ def _add_bf16_pairs(builder: Any, weights: Any, words: list[Any], sums: list[Any
         for row, activations in enumerate(words):
             place = 2 * row + number % 2
             pair = copies(builder, _word(builder, activations, number, 8), LANES)
-            sums[place] = call_llvm(builder, "llvm.x86.avx512bf16.dpbf16ps.512", WIDE_F32, [sums[place], vector, pair])
+            sums[place] = call_llvm(
+                builder, "llvm.x86.avx512bf16.dpbf16ps.512", WIDE_F32, [sums[place], vector, pair]
+            )
     return sums
 
 
@@ -279,14 +304,20 @@ def store_bf16(typing: Any, path: Any, words: Any, at: Any, value: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if ROUNDS_BF16[path.count]:
             kind = ir.VectorType(I16, LANES)
-            pointer = builder.bitcast(address_of(context, builder, signature.args[1], args[1], args[2]), kind.as_pointer())
-            builder.store(call_llvm(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", kind, [args[3]]), pointer, align=1)
+            pointer = builder.bitcast(
+                address_of(context, builder, signature.args[1], args[1], args[2]), kind.as_pointer()
+            )
+            builder.store(
+                call_llvm(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", kind, [args[3]]), pointer, align=1
+            )
         return context.get_dummy_value()
 
     return types.none(path, words, types.int64, F32), code
 
 
-def _pointers(context: Any, builder: Any, array_type: Any, array: Any, at: Any, stride: Any, rows: int) -> list[Any]:
+def _pointers(
+    context: Any, builder: Any, array_type: Any, array: Any, at: Any, stride: Any, rows: int
+) -> list[Any]:
     """Of array[at], array[at + stride], ..."""
     places = [builder.add(at, builder.mul(stride, ir.Constant(I64, row))) for row in range(rows)]
     return [address_of(context, builder, array_type, array, place) for place in places]
@@ -295,14 +326,20 @@ def _pointers(context: Any, builder: Any, array_type: Any, array: Any, at: Any, 
 def _dots8(rows: int) -> Any:
     result = types.UniTuple(I32, rows)
 
-    def declared(typing: Any, path: Any, weights: Any, at: Any, words: Any, offsets: Any, group: Any, groups: Any) -> Any:
-        form = DOTS8[path.count]  # the path is a tuple whose length is its number: known when this is compiled
+    def declared(
+        typing: Any, path: Any, weights: Any, at: Any, words: Any, offsets: Any, group: Any, groups: Any
+    ) -> Any:
+        form = DOTS8[
+            path.count
+        ]  # the path is a tuple whose length is its number: known when this is compiled
 
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _, weights_type, _, words_type, offsets_type, *_ = signature.args
             _, weights, at, words, offsets, group, groups = args
             size = ir.Constant(I64, 2 * GROUP)
-            given = _pointers(context, builder, words_type, words, builder.mul(group, size), builder.mul(groups, size), rows)
+            given = _pointers(
+                context, builder, words_type, words, builder.mul(group, size), builder.mul(groups, size), rows
+            )
             starts = _pointers(context, builder, offsets_type, offsets, group, groups, rows)
             starts = [builder.bitcast(start, INT32.as_pointer()) for start in starts]
             weight = address_of(context, builder, weights_type, weights, at)
@@ -323,7 +360,9 @@ def _dots4(rows: int) -> Any:
             _, weights_type, _, words_type, *_ = signature.args
             _, weights, at, words, group, groups = args
             size = ir.Constant(I64, GROUP)
-            given = _pointers(context, builder, words_type, words, builder.mul(group, size), builder.mul(groups, size), rows)
+            given = _pointers(
+                context, builder, words_type, words, builder.mul(group, size), builder.mul(groups, size), rows
+            )
             weight = address_of(context, builder, weights_type, weights, at)
             return context.make_tuple(builder, result, form(builder, weight, given))
 
@@ -343,7 +382,9 @@ j + 4 in its high bits."""
 
 
 @intrinsic
-def add_bf16(typing: Any, path: Any, weights: Any, at: Any, words: Any, group: Any, groups: Any, sums: Any) -> Any:
+def add_bf16(
+    typing: Any, path: Any, weights: Any, at: Any, words: Any, group: Any, groups: Any, sums: Any
+) -> Any:
     """Add 32 products of bfloat16 weights and activations to the sums, two of each row. Only where `rounds_bf16`."""
     rows = sums.count // 2
 
@@ -353,7 +394,9 @@ def add_bf16(typing: Any, path: Any, weights: Any, at: Any, words: Any, group: A
         if not ROUNDS_BF16[path.count]:
             return sums
         size = ir.Constant(I64, 2 * GROUP)
-        given = _pointers(context, builder, words_type, words, builder.mul(group, size), builder.mul(groups, size), rows)
+        given = _pointers(
+            context, builder, words_type, words, builder.mul(group, size), builder.mul(groups, size), rows
+        )
         weight = address_of(context, builder, weights_type, weights, at)
         values = _add_bf16_pairs(builder, weight, given, cgutils.unpack_tuple(builder, sums, 2 * rows))
         return context.make_tuple(builder, sums_type, values)

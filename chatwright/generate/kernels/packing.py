@@ -44,7 +44,12 @@ from chatwright.model.gpt import GPT, Attention, Block
 from chatwright.model.lora import plain
 
 Dtype = Literal["fp32", "bf16", "int8", "int4"]
-FORMATS: dict[str, int] = {"fp32": F32_WEIGHTS, "bf16": BF16_WEIGHTS, "int8": INT8_WEIGHTS, "int4": INT4_WEIGHTS}
+FORMATS: dict[str, int] = {
+    "fp32": F32_WEIGHTS,
+    "bf16": BF16_WEIGHTS,
+    "int8": INT8_WEIGHTS,
+    "int4": INT4_WEIGHTS,
+}
 BYTES_PER_GROUP = {F32_WEIGHTS: 2048, BF16_WEIGHTS: 1024, INT8_WEIGHTS: 512, INT4_WEIGHTS: 256}
 """Of one tile: 32 inputs times 16 outputs."""
 HUGE_PAGE = 2 << 20
@@ -84,7 +89,11 @@ def quantised4(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         whole = ((groups - least) / scale).round().clamp(0, 15)
         error = (torch.addcmul(least, whole, scale) - groups).square().sum(-1, keepdim=True)
         found = (error, whole, scale, least)
-        best = found if best is None else tuple(torch.where(error < best[0], new, old) for new, old in zip(found, best, strict=True))
+        best = (
+            found
+            if best is None
+            else tuple(torch.where(error < best[0], new, old) for new, old in zip(found, best, strict=True))
+        )
     assert best is not None
     return best[1], best[2], best[3]
 
@@ -124,16 +133,28 @@ class Packed:
             nibbles = data.view(tiles, groups, 4, LANES, 4)
             whole = torch.cat((nibbles & 15, nibbles >> 4), dim=2).float()
         each = 1 if kind == INT8_WEIGHTS else 2
-        bits = torch.from_numpy(self.arena[scales : scales + tiles * groups * each * LANES * 2]).view(torch.bfloat16)
-        scale = bits.view(tiles, groups, each, LANES, 1).float().transpose(1, 3)  # (tiles, 16, each, groups, 1)
+        bits = torch.from_numpy(self.arena[scales : scales + tiles * groups * each * LANES * 2]).view(
+            torch.bfloat16
+        )
+        scale = (
+            bits.view(tiles, groups, each, LANES, 1).float().transpose(1, 3)
+        )  # (tiles, 16, each, groups, 1)
         values = whole.permute(0, 3, 1, 2, 4).flatten(3) * scale[:, :, 0]
         return (values if each == 1 else values + scale[:, :, 1]).reshape(shape)
 
     def weight_bytes(self) -> int:
         """Bytes that one token's forward pass reads."""
         read = self.plan[:-1]  # of the token table only a row
-        sizes = {F32_WEIGHTS: 0, BF16_WEIGHTS: 0, INT8_WEIGHTS: 2 * LANES, INT4_WEIGHTS: 4 * LANES}  # of scales
-        return sum(int(row[TILES] * row[GROUPS]) * (BYTES_PER_GROUP[int(row[FORMAT])] + sizes[int(row[FORMAT])]) for row in read)
+        sizes = {
+            F32_WEIGHTS: 0,
+            BF16_WEIGHTS: 0,
+            INT8_WEIGHTS: 2 * LANES,
+            INT4_WEIGHTS: 4 * LANES,
+        }  # of scales
+        return sum(
+            int(row[TILES] * row[GROUPS]) * (BYTES_PER_GROUP[int(row[FORMAT])] + sizes[int(row[FORMAT])])
+            for row in read
+        )
 
 
 class _Packer:
@@ -163,7 +184,9 @@ class _Packer:
             self.vector_size += padded.numel()
         return place
 
-    def matrix(self, weights: Tensor, bias: Tensor | None, dtype: str, *, together: int = 1, adds: bool = False) -> None:
+    def matrix(
+        self, weights: Tensor, bias: Tensor | None, dtype: str, *, together: int = 1, adds: bool = False
+    ) -> None:
         """(outputs, inputs) into tiles, padded with zeros to whole tiles and groups. `together`, `adds`: see the plan."""
         outputs, inputs = weights.shape
         whole = torch.zeros(up_to(outputs, LANES), up_to(inputs, GROUP))
@@ -275,7 +298,9 @@ def pack(model: GPT, dtype: str) -> Packed:
     positions = -1
     if model.positions is not None:
         table = model.positions.weight
-        positions = packer.vector(torch.nn.functional.pad(table, (0, up_to(table.shape[1], GROUP) - table.shape[1])).flatten())
+        positions = packer.vector(
+            torch.nn.functional.pad(table, (0, up_to(table.shape[1], GROUP) - table.shape[1])).flatten()
+        )
     return Packed(
         model.config,
         packer.arena(),

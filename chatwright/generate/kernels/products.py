@@ -213,7 +213,9 @@ def _product_bf16(arena, weights, groups, first, last, x, x_stride, rows, out, s
 
 
 @inner
-def _product_bf16_words(path, arena, weights, groups, first, last, words, rows, out, stride, vectors, bias, adding):
+def _product_bf16_words(
+    path, arena, weights, groups, first, last, words, rows, out, stride, vectors, bias, adding
+):
     """Each row has the same sums in the same order, alone or with three others."""
     zero = splat(np.float32(0.0))
     share = _share(16, rows)
@@ -223,11 +225,15 @@ def _product_bf16_words(path, arena, weights, groups, first, last, words, rows, 
         while row + 4 <= rows:
             at = row * stride + tile * LANES
             sums = (
-                _start(vectors, bias, tile, out, at, adding), zero,
-                _start(vectors, bias, tile, out, at + stride, adding), zero,
-                _start(vectors, bias, tile, out, at + 2 * stride, adding), zero,
-                _start(vectors, bias, tile, out, at + 3 * stride, adding), zero,
-            )  # fmt: skip
+                _start(vectors, bias, tile, out, at, adding),
+                zero,
+                _start(vectors, bias, tile, out, at + stride, adding),
+                zero,
+                _start(vectors, bias, tile, out, at + 2 * stride, adding),
+                zero,
+                _start(vectors, bias, tile, out, at + 3 * stride, adding),
+                zero,
+            )
             for g in range(groups):
                 _ask(arena, base + (groups + g) * 1024, 16, row, share)
                 sums = add_bf16(path, arena, base + g * 1024, words, row * groups + g, groups, sums)
@@ -254,7 +260,24 @@ def _scaled8(arena, s, dots, factors, place, value):
 
 
 @inner
-def _product_int8(path, arena, weights, scales, groups, first, last, words, factors, sums, rows, out, stride, vectors, bias, adding):
+def _product_int8(
+    path,
+    arena,
+    weights,
+    scales,
+    groups,
+    first,
+    last,
+    words,
+    factors,
+    sums,
+    rows,
+    out,
+    stride,
+    vectors,
+    bias,
+    adding,
+):
     share = _share(8, rows)
     for tile in range(first, last):
         base = weights + tile * groups * 512
@@ -302,7 +325,24 @@ def _scaled4(arena, s, dots, factors, sums, place, value):
 
 
 @inner
-def _product_int4(path, arena, weights, scales, groups, first, last, words, factors, sums, rows, out, stride, vectors, bias, adding):
+def _product_int4(
+    path,
+    arena,
+    weights,
+    scales,
+    groups,
+    first,
+    last,
+    words,
+    factors,
+    sums,
+    rows,
+    out,
+    stride,
+    vectors,
+    bias,
+    adding,
+):
     share = _share(4, rows)
     for tile in range(first, last):
         base = weights + tile * groups * 256
@@ -348,15 +388,61 @@ def product(path, arena, matrix, first, last, x, x_stride, words, factors, sums,
     matrix: a row of the plan. Row r of x begins at x[r * x_stride]; where the format `takes_words` these are read instead, as `quantise`
     leaves them. Row r of out begins at out[r * stride].
     """
-    kind, weights, scales, bias, groups = matrix[FORMAT], matrix[WEIGHTS], matrix[SCALES], matrix[BIAS], matrix[GROUPS]
+    kind, weights, scales, bias, groups = (
+        matrix[FORMAT],
+        matrix[WEIGHTS],
+        matrix[SCALES],
+        matrix[BIAS],
+        matrix[GROUPS],
+    )
     adding = matrix[ADDS]
     if kind == F32_WEIGHTS:
-        _product_f32(arena, weights, groups, first, last, x, x_stride, rows, out, stride, vectors, bias, adding)
+        _product_f32(
+            arena, weights, groups, first, last, x, x_stride, rows, out, stride, vectors, bias, adding
+        )
     elif kind == BF16_WEIGHTS and rounds_bf16(path):
-        _product_bf16_words(path, arena, weights, groups, first, last, words, rows, out, stride, vectors, bias, adding)
+        _product_bf16_words(
+            path, arena, weights, groups, first, last, words, rows, out, stride, vectors, bias, adding
+        )
     elif kind == BF16_WEIGHTS:
-        _product_bf16(arena, weights, groups, first, last, x, x_stride, rows, out, stride, vectors, bias, adding)
+        _product_bf16(
+            arena, weights, groups, first, last, x, x_stride, rows, out, stride, vectors, bias, adding
+        )
     elif kind == INT8_WEIGHTS:
-        _product_int8(path, arena, weights, scales, groups, first, last, words, factors, sums, rows, out, stride, vectors, bias, adding)
+        _product_int8(
+            path,
+            arena,
+            weights,
+            scales,
+            groups,
+            first,
+            last,
+            words,
+            factors,
+            sums,
+            rows,
+            out,
+            stride,
+            vectors,
+            bias,
+            adding,
+        )
     else:
-        _product_int4(path, arena, weights, scales, groups, first, last, words, factors, sums, rows, out, stride, vectors, bias, adding)
+        _product_int4(
+            path,
+            arena,
+            weights,
+            scales,
+            groups,
+            first,
+            last,
+            words,
+            factors,
+            sums,
+            rows,
+            out,
+            stride,
+            vectors,
+            bias,
+            adding,
+        )

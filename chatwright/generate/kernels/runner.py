@@ -109,7 +109,9 @@ def _compile_once(path: str) -> None:
     """Have the step compiled, or read from the disk."""
     if path in _compiled:
         return
-    note = threading.Timer(SOON, _tell, ["compiling the CPU kernels for this machine: once, about ten seconds"])
+    note = threading.Timer(
+        SOON, _tell, ["compiling the CPU kernels for this machine: once, about ten seconds"]
+    )
     note.daemon = True
     note.start()
     try:
@@ -158,7 +160,9 @@ class KernelRunner:
         dims = np.zeros(step.DIMS, dtype=np.int64)
         head_stride = packing.up_to(config.head_dim, GROUP)
         qkv = (config.heads + 2 * config.kv_heads) * config.head_dim
-        activation = {"swiglu": step.SWIGLU, "gelu_tanh": step.GELU_TANH, "relu2": step.RELU2}[config.activation]
+        activation = {"swiglu": step.SWIGLU, "gelu_tanh": step.GELU_TANH, "relu2": step.RELU2}[
+            config.activation
+        ]
         for place, value in (
             (step.WIDTH, config.width),
             (step.STRIDE, packing.up_to(config.width, GROUP)),
@@ -224,7 +228,9 @@ class KernelRunner:
         try:
             # Untouched memory costs nothing, and numbers that were never written are never read.
             self._keys, self._values = packing.on_boundary(half), packing.on_boundary(half)
-            self._scores = np.zeros((self.team.threads, pages * size), dtype=np.float32)  # no sequence is longer
+            self._scores = np.zeros(
+                (self.team.threads, pages * size), dtype=np.float32
+            )  # no sequence is longer
         except (MemoryError, ValueError):
             raise UserError(
                 f"there is no memory for a key-value cache of {pages * size} tokens ({2 * half / 2**20:.0f} MiB); "
@@ -246,7 +252,9 @@ class KernelRunner:
             end = min(start + ROWS, len(ids))
             first, last = np.searchsorted(asked, (start, end))
             part = logits[first:last].reshape(-1)
-            self._rows(ids[start:end], positions[start:end], pages[start:end], asked[first:last] - start, part)
+            self._rows(
+                ids[start:end], positions[start:end], pages[start:end], asked[first:last] - start, part
+            )
         return torch.from_numpy(logits)[:, : self.config.vocab_size]
 
     def _turn(self, longest: int) -> None:
@@ -258,7 +266,14 @@ class KernelRunner:
         assert angles is not None
         self._cos, self._sin = (part.flatten().contiguous().numpy() for part in angles)
 
-    def _rows(self, ids: np.ndarray, positions: np.ndarray, pages: np.ndarray, wanted: np.ndarray, logits: np.ndarray) -> None:
+    def _rows(
+        self,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        pages: np.ndarray,
+        wanted: np.ndarray,
+        logits: np.ndarray,
+    ) -> None:
         """One compiled call: up to ROWS tokens."""
         self._turn(int(positions.max()) + 1)
         path, threads = paths.typed(self.path), self.team.threads
@@ -266,10 +281,36 @@ class KernelRunner:
 
         def job(thread: int) -> None:
             step.forward(
-                path, thread, threads, self._sync, self._dims, eps, packed.arena, packed.plan, packed.vectors, packed.norms,
-                ids, positions, pages, wanted, self._every, self._x, self._normed, self._words, self._factors, self._sums,
-                self._qkv, self._attended, self._raw, self._hidden, self._scores, self._cos, self._sin, self._keys, self._values,
+                path,
+                thread,
+                threads,
+                self._sync,
+                self._dims,
+                eps,
+                packed.arena,
+                packed.plan,
+                packed.vectors,
+                packed.norms,
+                ids,
+                positions,
+                pages,
+                wanted,
+                self._every,
+                self._x,
+                self._normed,
+                self._words,
+                self._factors,
+                self._sums,
+                self._qkv,
+                self._attended,
+                self._raw,
+                self._hidden,
+                self._scores,
+                self._cos,
+                self._sin,
+                self._keys,
+                self._values,
                 logits,
-            )  # fmt: skip
+            )
 
         self.team.run(job)

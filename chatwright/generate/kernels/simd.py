@@ -74,7 +74,9 @@ def load(typing: Any, array: Any, index: Any) -> Any:
     """Sixteen float32 from array[index] on."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return load_as(builder, address_of(context, builder, signature.args[0], args[0], args[1]), WIDE_F32, 4)
+        return load_as(
+            builder, address_of(context, builder, signature.args[0], args[0], args[1]), WIDE_F32, 4
+        )
 
     return F32(array, types.int64), code
 
@@ -84,7 +86,9 @@ def load_int(typing: Any, array: Any, index: Any) -> Any:
     """Sixteen int32 (or thirty-two bfloat16, two to a lane) from array[index] on."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return load_as(builder, address_of(context, builder, signature.args[0], args[0], args[1]), WIDE_I32, 2)
+        return load_as(
+            builder, address_of(context, builder, signature.args[0], args[0], args[1]), WIDE_I32, 2
+        )
 
     return I32(array, types.int64), code
 
@@ -115,7 +119,9 @@ def spread(typing: Any, array: Any, index: Any) -> Any:
 def _fetching(locality: int) -> Any:
     def declared(typing: Any, array: Any, index: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointer = builder.bitcast(address_of(context, builder, signature.args[0], args[0], args[1]), I8.as_pointer())
+            pointer = builder.bitcast(
+                address_of(context, builder, signature.args[0], args[0], args[1]), I8.as_pointer()
+            )
             numbers = [ir.Constant(INT32, number) for number in (0, locality, 1)]  # to read, how near, data
             call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *numbers])
             return context.get_dummy_value()
@@ -197,7 +203,11 @@ def store_rounded8(typing: Any, array: Any, index: Any, rounded: Any) -> Any:
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = address_of(context, builder, signature.args[0], args[0], args[1])
-        builder.store(builder.trunc(builder.bitcast(args[2], WIDE_I32), kind), builder.bitcast(pointer, kind.as_pointer()), align=1)
+        builder.store(
+            builder.trunc(builder.bitcast(args[2], WIDE_I32), kind),
+            builder.bitcast(pointer, kind.as_pointer()),
+            align=1,
+        )
         return context.get_dummy_value()
 
     return types.none(array, types.int64, F32), code
@@ -326,7 +336,11 @@ def keep_first(typing: Any, value: Any, count: Any, other: Any) -> Any:
 
 
 _ROUNDER = np.float32(12_582_912.0)  # 1.5 * 2^23: adding it rounds to a whole number, held in the lowest bits
-_PER_LN2, _LN2_HIGH, _LN2_LOW = np.float32(1.4426950408889634), np.float32(0.693359375), np.float32(-2.12194440e-4)
+_PER_LN2, _LN2_HIGH, _LN2_LOW = (
+    np.float32(1.4426950408889634),
+    np.float32(0.693359375),
+    np.float32(-2.12194440e-4),
+)
 _TERMS = tuple(np.float32(1 / n) for n in (720, 120, 24, 6, 2))
 
 

@@ -57,8 +57,26 @@ from chatwright.generate.kernels.simd import (
     total,
 )
 
-(WIDTH, STRIDE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HEAD_STRIDE, MLP_STRIDE, QKV_STRIDE, LOGIT_STRIDE, NORM, ACTIVATION, QK_NORM,
- ROTARY, PAGES, BF16_CACHE, POSITIONS, DIMS) = range(18)  # fmt: skip
+(
+    WIDTH,
+    STRIDE,
+    LAYERS,
+    HEADS,
+    KV_HEADS,
+    HEAD_DIM,
+    HEAD_STRIDE,
+    MLP_STRIDE,
+    QKV_STRIDE,
+    LOGIT_STRIDE,
+    NORM,
+    ACTIVATION,
+    QK_NORM,
+    ROTARY,
+    PAGES,
+    BF16_CACHE,
+    POSITIONS,
+    DIMS,
+) = range(18)
 """Places in `dims`. Strides are widths rounded up to 32, heads apart. POSITIONS is the place of the position table in `vectors`,
 -1 without one."""
 RMS, LAYER = range(2)
@@ -93,7 +111,9 @@ def _row_norm(kind, x, at, width, eps, vectors, norm, out, out_at):
         squares = fma(value, value, squares)
     scale = np.float32(1.0) / np.sqrt(total(squares) / np.float32(width) + eps)
     for i in range(0, width, LANES):
-        value = multiply(multiply(subtract(load(x, at + i), splat(mean)), splat(scale)), load(vectors, norm + i))
+        value = multiply(
+            multiply(subtract(load(x, at + i), splat(mean)), splat(scale)), load(vectors, norm + i)
+        )
         if kind == LAYER:
             value = add(value, load(vectors, norm + (width + LANES - 1) // LANES * LANES + i))
         store(out, out_at + i, keep_first(value, width - i, np.float32(0.0)))
@@ -107,7 +127,9 @@ def _normalise(thread, threads, sync, dims, eps, x, which, count, vectors, norm,
     first, last = _part(count, thread, threads) if shared else (0, count)
     stride = dims[STRIDE]
     for row in range(first, last):
-        _row_norm(dims[NORM], x, which[row] * stride, dims[WIDTH], eps, vectors, norm, out[slot], row * stride)
+        _row_norm(
+            dims[NORM], x, which[row] * stride, dims[WIDTH], eps, vectors, norm, out[slot], row * stride
+        )
     if shared:
         meet(sync, threads)
     return slot
@@ -173,7 +195,12 @@ def _place(dims, eps, vectors, norms, layer, first, last, qkv, cos, sin, positio
             continue
         position = positions[row]
         token = position % LANES
-        base = ((layer * dims[PAGES] + pages[row, position // LANES]) * groups + head - heads) * room * LANES * item
+        base = (
+            ((layer * dims[PAGES] + pages[row, position // LANES]) * groups + head - heads)
+            * room
+            * LANES
+            * item
+        )
         value_at = at + groups * size
         for i in range(size):
             if narrow:
@@ -240,7 +267,11 @@ def _attend(thread, threads, dims, layer, rows, qkv, positions, pages, keys, val
     page_bytes = room * LANES * (2 if narrow else 4)
     scale = splat(np.float32(1.0) / np.sqrt(np.float32(size)))
     start, step = (thread, threads) if rows > ALONE else (0, 1)
-    first, last = (0, (rows - thread + threads - 1) // threads * heads) if rows > ALONE else _part(rows * heads, thread, threads)
+    first, last = (
+        (0, (rows - thread + threads - 1) // threads * heads)
+        if rows > ALONE
+        else _part(rows * heads, thread, threads)
+    )
     for unit in range(first, last):
         row, head = start + unit // heads * step, unit % heads
         group = head // together
@@ -275,12 +306,21 @@ def _attend(thread, threads, dims, layer, rows, qkv, positions, pages, keys, val
                 if narrow:
                     at, line = base + chunk * 2, room * 2
                     for token in range(0, inside - 1, 2):
-                        pair, weight = load_int(values, at + token * line), spread(scores, number * LANES + token)
+                        pair, weight = (
+                            load_int(values, at + token * line),
+                            spread(scores, number * LANES + token),
+                        )
                         a, b = fma(even_bf16(pair), weight, a), fma(odd_bf16(pair), weight, b)
-                        pair, weight = load_int(values, at + (token + 1) * line), spread(scores, number * LANES + token + 1)
+                        pair, weight = (
+                            load_int(values, at + (token + 1) * line),
+                            spread(scores, number * LANES + token + 1),
+                        )
                         c, d = fma(even_bf16(pair), weight, c), fma(odd_bf16(pair), weight, d)
                     if inside % 2:
-                        pair, weight = load_int(values, at + (inside - 1) * line), spread(scores, number * LANES + inside - 1)
+                        pair, weight = (
+                            load_int(values, at + (inside - 1) * line),
+                            spread(scores, number * LANES + inside - 1),
+                        )
                         a, b = fma(even_bf16(pair), weight, a), fma(odd_bf16(pair), weight, b)
                 else:
                     for token in range(inside):
@@ -317,18 +357,46 @@ def _activate(kind, raw, raw_stride, rows, first, last, hidden, stride):
 
 
 @inner
-def _multiply(path, thread, threads, sync, arena, matrix, x, x_stride, words, factors, sums, rows, out, stride, vectors):
+def _multiply(
+    path, thread, threads, sync, arena, matrix, x, x_stride, words, factors, sums, rows, out, stride, vectors
+):
     """This thread's part of a product, once x is whole. Most weights first have their input rounded."""
     shared = rows > ALONE and threads > 1
     slot = 0 if shared else thread
     if takes_words(path, matrix[FORMAT]):
         first, last = _part(rows, thread, threads) if shared else (0, rows)
-        quantise(path, matrix[FORMAT], x, x_stride, first, last, matrix[GROUPS], words[slot], factors[slot], sums[slot])
+        quantise(
+            path,
+            matrix[FORMAT],
+            x,
+            x_stride,
+            first,
+            last,
+            matrix[GROUPS],
+            words[slot],
+            factors[slot],
+            sums[slot],
+        )
         if shared:
             meet(sync, threads)
     together = matrix[TOGETHER]
     first, last = _part(matrix[TILES] // together, thread, threads)
-    product(path, arena, matrix, first * together, last * together, x, x_stride, words[slot], factors[slot], sums[slot], rows, out, stride, vectors)
+    product(
+        path,
+        arena,
+        matrix,
+        first * together,
+        last * together,
+        x,
+        x_stride,
+        words[slot],
+        factors[slot],
+        sums[slot],
+        rows,
+        out,
+        stride,
+        vectors,
+    )
 
 
 @inner
@@ -346,8 +414,38 @@ def _move_up(wanted, x, x_stride, qkv, qkv_stride, positions, pages):
 
 
 @entry
-def forward(path, thread, threads, sync, dims, eps, arena, plan, vectors, norms, ids, positions, pages, wanted, every, x, normed,
-            words, factors, sums, qkv, attended, raw, hidden, scores, cos, sin, keys, values, logits):  # fmt: skip
+def forward(
+    path,
+    thread,
+    threads,
+    sync,
+    dims,
+    eps,
+    arena,
+    plan,
+    vectors,
+    norms,
+    ids,
+    positions,
+    pages,
+    wanted,
+    every,
+    x,
+    normed,
+    words,
+    factors,
+    sums,
+    qkv,
+    attended,
+    raw,
+    hidden,
+    scores,
+    cos,
+    sin,
+    keys,
+    values,
+    logits,
+):
     """One thread's part of the forward pass of some tokens ("rows").
 
     ids, positions: (rows,). pages: (rows, most) page numbers. wanted: rows whose logits are asked for, in order; positions and pages are
@@ -364,36 +462,128 @@ def forward(path, thread, threads, sync, dims, eps, arena, plan, vectors, norms,
     meet(sync, threads)
     for layer in range(layers):
         matrix = plan[layer * MATRICES + QKV]
-        slot = _normalise(thread, threads, sync, dims, eps, x, every, rows, vectors, norms[layer, ATTENTION_NORM], normed)
-        _multiply(path, thread, threads, sync, arena, matrix, normed[slot], stride, words, factors, sums, rows, qkv, dims[QKV_STRIDE], vectors)
+        slot = _normalise(
+            thread, threads, sync, dims, eps, x, every, rows, vectors, norms[layer, ATTENTION_NORM], normed
+        )
+        _multiply(
+            path,
+            thread,
+            threads,
+            sync,
+            arena,
+            matrix,
+            normed[slot],
+            stride,
+            words,
+            factors,
+            sums,
+            rows,
+            qkv,
+            dims[QKV_STRIDE],
+            vectors,
+        )
         meet(sync, threads)
         a, b = _part(units, thread, threads)
         _place(dims, eps, vectors, norms, layer, a, b, qkv, cos, sin, positions, pages, keys, values)
         meet(sync, threads)
-        if layer == layers - 1 and count < rows:  # all keys and values are there: what follows is asked for a few rows only
+        if (
+            layer == layers - 1 and count < rows
+        ):  # all keys and values are there: what follows is asked for a few rows only
             if thread == 0:
                 _move_up(wanted, x, stride, qkv, dims[QKV_STRIDE], positions, pages)
             meet(sync, threads)
             rows, wanted = count, every
-        _attend(thread, threads, dims, layer, rows, qkv, positions, pages, keys, values, scores[thread], attended)
+        _attend(
+            thread, threads, dims, layer, rows, qkv, positions, pages, keys, values, scores[thread], attended
+        )
         meet(sync, threads)
         matrix = plan[layer * MATRICES + OUTPUT]
-        _multiply(path, thread, threads, sync, arena, matrix, attended, heads_stride, words, factors, sums, rows, x, stride, vectors)
+        _multiply(
+            path,
+            thread,
+            threads,
+            sync,
+            arena,
+            matrix,
+            attended,
+            heads_stride,
+            words,
+            factors,
+            sums,
+            rows,
+            x,
+            stride,
+            vectors,
+        )
         meet(sync, threads)
         matrix = plan[layer * MATRICES + UP]
-        slot = _normalise(thread, threads, sync, dims, eps, x, every, rows, vectors, norms[layer, MLP_NORM], normed)
+        slot = _normalise(
+            thread, threads, sync, dims, eps, x, every, rows, vectors, norms[layer, MLP_NORM], normed
+        )
         raw_stride = matrix[TILES] * LANES
-        _multiply(path, thread, threads, sync, arena, matrix, normed[slot], stride, words, factors, sums, rows, raw, raw_stride, vectors)
-        a, b = _part(matrix[TILES] // matrix[TOGETHER], thread, threads)  # the tiles that this thread has just made
+        _multiply(
+            path,
+            thread,
+            threads,
+            sync,
+            arena,
+            matrix,
+            normed[slot],
+            stride,
+            words,
+            factors,
+            sums,
+            rows,
+            raw,
+            raw_stride,
+            vectors,
+        )
+        a, b = _part(
+            matrix[TILES] // matrix[TOGETHER], thread, threads
+        )  # the tiles that this thread has just made
         _activate(dims[ACTIVATION], raw, raw_stride, rows, a, b, hidden, dims[MLP_STRIDE])
         meet(sync, threads)
         matrix = plan[layer * MATRICES + DOWN]
-        _multiply(path, thread, threads, sync, arena, matrix, hidden, dims[MLP_STRIDE], words, factors, sums, rows, x, stride, vectors)
+        _multiply(
+            path,
+            thread,
+            threads,
+            sync,
+            arena,
+            matrix,
+            hidden,
+            dims[MLP_STRIDE],
+            words,
+            factors,
+            sums,
+            rows,
+            x,
+            stride,
+            vectors,
+        )
         meet(sync, threads)
     if count:
         matrix = plan[layers * MATRICES]
-        slot = _normalise(thread, threads, sync, dims, eps, x, wanted, count, vectors, norms[layers, 0], normed)
-        _multiply(path, thread, threads, sync, arena, matrix, normed[slot], stride, words, factors, sums, count, logits, dims[LOGIT_STRIDE], vectors)
+        slot = _normalise(
+            thread, threads, sync, dims, eps, x, wanted, count, vectors, norms[layers, 0], normed
+        )
+        _multiply(
+            path,
+            thread,
+            threads,
+            sync,
+            arena,
+            matrix,
+            normed[slot],
+            stride,
+            words,
+            factors,
+            sums,
+            count,
+            logits,
+            dims[LOGIT_STRIDE],
+            vectors,
+        )
 
 
 def compile_for(path: tuple[int, ...]) -> None:
@@ -403,9 +593,35 @@ def compile_for(path: tuple[int, ...]) -> None:
     byte, whole, real = types.uint8, types.int64, types.float32
     forward.compile(
         (
-            typeof(path), whole, whole, one[whole], one[whole], real, one[byte], two[whole], one[real], two[whole],
-            one[whole], one[whole], two[whole], one[whole], one[whole], one[real], two[real],
-            two[byte], two[real], two[real], one[real], one[real], one[real], one[real], two[real], one[real], one[real],
-            one[byte], one[byte], one[real],
+            typeof(path),
+            whole,
+            whole,
+            one[whole],
+            one[whole],
+            real,
+            one[byte],
+            two[whole],
+            one[real],
+            two[whole],
+            one[whole],
+            one[whole],
+            two[whole],
+            one[whole],
+            one[whole],
+            one[real],
+            two[real],
+            two[byte],
+            two[real],
+            two[real],
+            one[real],
+            one[real],
+            one[real],
+            one[real],
+            two[real],
+            one[real],
+            one[real],
+            one[byte],
+            one[byte],
+            one[real],
         )
-    )  # fmt: skip
+    )

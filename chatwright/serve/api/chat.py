@@ -46,10 +46,20 @@ class ChatRequest(SampledBody):
         "audio": (),
         "web_search_options": (),
     }
-    ignored: ClassVar = frozenset({
-        "user", "metadata", "store", "service_tier", "prediction", "reasoning_effort", "verbosity",
-        "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    })  # fmt: skip
+    ignored: ClassVar = frozenset(
+        {
+            "user",
+            "metadata",
+            "store",
+            "service_tier",
+            "prediction",
+            "reasoning_effort",
+            "verbosity",
+            "safety_identifier",
+            "prompt_cache_key",
+            "prompt_cache_retention",
+        }
+    )
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
     max_tokens: Count | None = None
@@ -89,7 +99,11 @@ class Writer:
 
     def __init__(self, body: ChatRequest, reading: Reading) -> None:
         self._body, self._reading = body, reading
-        self._common: dict[str, Any] = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": body.model}
+        self._common: dict[str, Any] = {
+            "id": new_id("chatcmpl-"),
+            "created": int(time.time()),
+            "model": body.model,
+        }
         self._note = {"chatwright": {"dropped_messages": reading.prepared.dropped}}
 
     def whole(self, wholes: Sequence[Whole]) -> dict[str, Any]:
@@ -115,7 +129,9 @@ class Writer:
         yield self._chunk(opening, first=True)
         async with aclosing(self._reading.deltas()) as deltas:
             async for delta in deltas:
-                news: dict[str, Any] = {"content": delta.text} if delta.text or (delta.tokens and self._body.logprobs) else {}
+                news: dict[str, Any] = (
+                    {"content": delta.text} if delta.text or (delta.tokens and self._body.logprobs) else {}
+                )
                 if delta.calls:
                     news["tool_calls"] = [_call_chunk(one) for one in delta.calls]
                 if news:
@@ -128,7 +144,9 @@ class Writer:
 
     def _chunk(self, choices: list[dict[str, Any]], *, usage: Any = None, first: bool = False) -> bytes:
         body = {**self._common, "object": "chat.completion.chunk", "choices": choices}
-        return event(body | ({"usage": usage} if self._body.include_usage else {}) | (self._note if first else {}))
+        return event(
+            body | ({"usage": usage} if self._body.include_usage else {}) | (self._note if first else {})
+        )
 
     def _choice(
         self, index: int, delta: dict[str, Any], *, finish: str | None = None, logprobs: Any = None
@@ -172,7 +190,9 @@ def routes(pool: ModelPool) -> APIRouter:
         async with AsyncExitStack() as stack:
             service = await stack.enter_async_context(pool.use(body.model))
             messages = form.messages([message.plain() for message in body.messages])
-            prepared = await service.prepare(messages, body.sampling(), answers=body.answers, grammar=form.grammar)
+            prepared = await service.prepare(
+                messages, body.sampling(), answers=body.answers, grammar=form.grammar
+            )
             reading = Reading(service, prepared, form)
             reading.begin(stack)
             writer = Writer(body, reading)

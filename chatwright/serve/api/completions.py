@@ -49,7 +49,9 @@ class CompletionRequest(SampledBody):
     refused: ClassVar = {"suffix": ("",)}
     ignored: ClassVar = frozenset({"user", "best_of"})
 
-    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
+    prompt: (
+        str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
+    )
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """The likeliest tokens to report at each place; OpenAI allows 5."""
@@ -59,7 +61,9 @@ class CompletionRequest(SampledBody):
     @classmethod
     def _one_is_the_best_of_itself(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("best_of") not in (None, data.get("n") or 1):
-            raise parameter_error("unsupported_parameter", "best_of is not supported by this server", "best_of")
+            raise parameter_error(
+                "unsupported_parameter", "best_of is not supported by this server", "best_of"
+            )
         return data
 
     @model_validator(mode="after")
@@ -67,7 +71,9 @@ class CompletionRequest(SampledBody):
         if self.max_tokens == 0 and not self.echo:
             raise parameter_error("invalid_value", "max_tokens: 0 makes sense with echo alone", "max_tokens")
         if len(self.prompts) * self.answers > max(MOST_PROMPTS, MOST_ANSWERS):
-            raise parameter_error("invalid_value", f"more than {MOST_PROMPTS} continuations in one request", "prompt")
+            raise parameter_error(
+                "invalid_value", f"more than {MOST_PROMPTS} continuations in one request", "prompt"
+            )
         return self
 
     @property
@@ -179,7 +185,10 @@ def routes(pool: ModelPool) -> APIRouter:
 
             async def written() -> Writer:
                 pairs = zip(body.prompts, prompts, strict=True) if body.echo else ()
-                echoes = [await to_the_end(echo_of, service.model, given, ids, body.logprobs) for given, ids in pairs]
+                echoes = [
+                    await to_the_end(echo_of, service.model, given, ids, body.logprobs)
+                    for given, ids in pairs
+                ]
                 return Writer(body, reading, echoes)
 
             if body.stream:

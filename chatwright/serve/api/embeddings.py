@@ -57,7 +57,9 @@ def encoded(model: LanguageModel, body: EmbeddingRequest) -> list[list[int]]:
         if max(ids) >= most:
             raise UserError(f"input: token ids of this model are 0 to {most - 1}")
         if len(ids) > model.model.config.context:
-            raise TooLong(f"input {number} has {len(ids)} tokens, the model's context holds {model.model.config.context}")
+            raise TooLong(
+                f"input {number} has {len(ids)} tokens, the model's context holds {model.model.config.context}"
+            )
     return inputs
 
 
@@ -100,6 +102,8 @@ def written(body: EmbeddingRequest, found: Sequence[Vector], tokens: int) -> dic
     return {
         "object": "list",
         "model": body.model,
-        "data": [{"object": "embedding", "index": at, "embedding": one(values)} for at, values in enumerate(found)],
+        "data": [
+            {"object": "embedding", "index": at, "embedding": one(values)} for at, values in enumerate(found)
+        ],
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }

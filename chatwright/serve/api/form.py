@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from chatwright.language_model import LanguageModel
 
 
-
 class SchemaFormat(BaseModel):
     """A JSON schema with its name."""
 
@@ -96,13 +95,19 @@ class Form:
         if self.kind == "json_schema" and self.schema is None:
             raise UserError("response_format: json_schema needs a schema")
         if self.kind != "text" and self.calls:
-            raise UserError("response_format and tools cannot be had in one answer: give tool_choice none, or leave one out")
+            raise UserError(
+                "response_format and tools cannot be had in one answer: give tool_choice none, or leave one out"
+            )
 
     @classmethod
     def of(
-        cls, kind: Literal["text", "json_object", "json_schema"], schema: dict[str, Any] | None, tools: list[dict[str, Any]],
-        choice: Any, parallel: bool | None,
-    ) -> Form:  # fmt: skip
+        cls,
+        kind: Literal["text", "json_object", "json_schema"],
+        schema: dict[str, Any] | None,
+        tools: list[dict[str, Any]],
+        choice: Any,
+        parallel: bool | None,
+    ) -> Form:
         """From what OpenAI's chat interface has: tools as {"type": "function", "function": ...}. Raises UserError."""
         checked = check_tools(tools)
         return cls(kind, schema, checked, check_tool_choice(choice, checked), parallel is not False)

@@ -62,11 +62,17 @@ class ChatMessage(BaseModel):
             return data
         for name in ("function_call", "audio"):
             if data.get(name):
-                raise parameter_error("unsupported_parameter", f"messages: {name} is not supported", "messages")
+                raise parameter_error(
+                    "unsupported_parameter", f"messages: {name} is not supported", "messages"
+                )
         if data.get("content") is None and data.get("role") != "assistant":
-            raise parameter_error("unsupported_value", "messages: content must be text or text parts", "messages")
+            raise parameter_error(
+                "unsupported_value", "messages: content must be text or text parts", "messages"
+            )
         if data.get("tool_calls") and data.get("role") != "assistant":
-            raise parameter_error("invalid_value", "messages: only an assistant's message has tool_calls", "messages")
+            raise parameter_error(
+                "invalid_value", "messages: only an assistant's message has tool_calls", "messages"
+            )
         return data
 
     def plain(self) -> Message:

@@ -51,7 +51,9 @@ class Body(BaseModel):
                 kept[name] = value
             elif name in cls.refused:
                 if value is not None and value not in cls.refused[name]:
-                    raise parameter_error("unsupported_parameter", f"{name} is not supported by this server", name)
+                    raise parameter_error(
+                        "unsupported_parameter", f"{name} is not supported by this server", name
+                    )
             elif name not in cls.ignored:
                 hint = near_match(name, list(cls.model_fields)).partition("; known")[0]
                 raise parameter_error("unknown_parameter", f"unknown parameter {name!r}{hint}", name)
@@ -76,7 +78,9 @@ class SampledBody(Body):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None
+    ) = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 62)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
@@ -114,9 +118,13 @@ class SampledBody(Body):
 
     @model_validator(mode="after")
     def _bias_names_tokens(self) -> SampledBody:
-        wrong = [key for key in self.logit_bias or {} if not (key.isascii() and key.isdigit() and len(key) < 10)]
+        wrong = [
+            key for key in self.logit_bias or {} if not (key.isascii() and key.isdigit() and len(key) < 10)
+        ]
         if wrong:
-            raise parameter_error("invalid_value", f"logit_bias: {wrong[0]!r:.40} is not the number of a token", "logit_bias")
+            raise parameter_error(
+                "invalid_value", f"logit_bias: {wrong[0]!r:.40} is not the number of a token", "logit_bias"
+            )
         return self
 
 

@@ -55,7 +55,11 @@ class Spelling:
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         data = self.data(token)
-        return {"token": data.decode("utf-8", errors="replace"), "logprob": _finite(logprob), "bytes": list(data)}
+        return {
+            "token": data.decode("utf-8", errors="replace"),
+            "logprob": _finite(logprob),
+            "bytes": list(data),
+        }
 
     def completion(self, tokens: Sequence[TokenProbability], top: int, offset: int) -> dict[str, Any]:
         """`logprobs` of a completion's choice; the first token begins `offset` characters behind the prompt's beginning."""

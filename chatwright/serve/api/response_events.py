@@ -63,7 +63,9 @@ class Writer:
             "total_tokens": reading.prompt_tokens + reading.new_tokens,
         }
         if finish == "length":
-            return self.response("incomplete", incomplete_details={"reason": "max_output_tokens"}, usage=usage)
+            return self.response(
+                "incomplete", incomplete_details={"reason": "max_output_tokens"}, usage=usage
+            )
         return self.response("completed", usage=usage)
 
     async def events(self) -> AsyncGenerator[bytes]:
@@ -87,7 +89,9 @@ class Writer:
     def failed(self, body: dict[str, Any]) -> bytes:
         """The event of an error in the middle."""
         error = body["error"]
-        return self._event("error", code=error["code"] or error["type"], message=error["message"], param=error["param"])
+        return self._event(
+            "error", code=error["code"] or error["type"], message=error["message"], param=error["param"]
+        )
 
     def _event(self, kind: str, **values: Any) -> bytes:
         number, self._number = self._number, self._number + 1
@@ -97,9 +101,21 @@ class Writer:
         events = []
         if delta.text and (delta.text.strip() or self._writes_text()):
             if not self._writes_text():
-                events += [*self._close(), self._begin(_message(new_id("msg_"), "", "in_progress")), self._part("added")]
+                events += [
+                    *self._close(),
+                    self._begin(_message(new_id("msg_"), "", "in_progress")),
+                    self._part("added"),
+                ]
             self._item["content"][0]["text"] += delta.text
-            events.append(self._event("response.output_text.delta", **self._place, content_index=0, delta=delta.text, logprobs=[]))
+            events.append(
+                self._event(
+                    "response.output_text.delta",
+                    **self._place,
+                    content_index=0,
+                    delta=delta.text,
+                    logprobs=[],
+                )
+            )
         for call in delta.calls:
             events += self._call_news(call)
         return events
@@ -110,7 +126,9 @@ class Writer:
             events += [*self._close(), self._begin(_call(call.id, call.name, "", "in_progress"))]
         if call.arguments:
             self._item["arguments"] += call.arguments
-            events.append(self._event("response.function_call_arguments.delta", **self._place, delta=call.arguments))
+            events.append(
+                self._event("response.function_call_arguments.delta", **self._place, delta=call.arguments)
+            )
         return events
 
     @property
@@ -132,7 +150,9 @@ class Writer:
         return self._event("response.output_item.added", output_index=self._open, item=shown)
 
     def _part(self, change: str) -> bytes:
-        return self._event(f"response.content_part.{change}", **self._place, content_index=0, part=self._item["content"][0])
+        return self._event(
+            f"response.content_part.{change}", **self._place, content_index=0, part=self._item["content"][0]
+        )
 
     def _close(self) -> list[bytes]:
         """The events that end the item that is being written."""
@@ -143,7 +163,9 @@ class Writer:
         if item["type"] == "message":
             text = item["content"][0]["text"]
             events = [
-                self._event("response.output_text.done", **self._place, content_index=0, text=text, logprobs=[]),
+                self._event(
+                    "response.output_text.done", **self._place, content_index=0, text=text, logprobs=[]
+                ),
                 self._part("done"),
             ]
         else:

@@ -119,10 +119,20 @@ class ResponsesRequest(Body):
         "truncation": ("auto", "disabled"),
         "top_logprobs": (0,),
     }
-    ignored: ClassVar = frozenset({
-        "user", "metadata", "store", "service_tier", "reasoning", "safety_identifier", "prompt_cache_key",
-        "prompt_cache_retention", "max_tool_calls", "stream_options",
-    })  # fmt: skip
+    ignored: ClassVar = frozenset(
+        {
+            "user",
+            "metadata",
+            "store",
+            "service_tier",
+            "reasoning",
+            "safety_identifier",
+            "prompt_cache_key",
+            "prompt_cache_retention",
+            "max_tool_calls",
+            "stream_options",
+        }
+    )
 
     model: str
     input: str | Annotated[list[InputMessage | InputCall | InputResult], Field(min_length=1, max_length=2048)]
@@ -179,7 +189,9 @@ class ResponsesRequest(Body):
             wanted.type,
             wanted.schema_,
             [{"type": "function", "function": one.model_dump(exclude={"type"})} for one in self.tools or ()],
-            {"type": "function", "function": {"name": choice.name}} if isinstance(choice, NamedFunction) else choice,
+            {"type": "function", "function": {"name": choice.name}}
+            if isinstance(choice, NamedFunction)
+            else choice,
             self.parallel_tool_calls,
         )
 
@@ -200,7 +212,9 @@ def routes(pool: ModelPool) -> APIRouter:
             reading.begin(stack)
             writer = Writer(body.echoed(), reading)
             if body.stream:
-                return HeldStream(guarded(writer.events(), writer.failed), stack.pop_all(), headers=reading.headers)
+                return HeldStream(
+                    guarded(writer.events(), writer.failed), stack.pop_all(), headers=reading.headers
+                )
 
             async def answered() -> dict[str, Any]:
                 return writer.whole((await reading.wholes())[0])

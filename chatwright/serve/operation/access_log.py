@@ -146,7 +146,13 @@ class Ledger:
     """ASGI middleware, the outermost: gives each request its id and its facts, and reports how it ended."""
 
     def __init__(
-        self, app: ASGIApp, *, lifecycle: Lifecycle, telemetry: Telemetry, log: AccessLog | None, keep_texts: bool
+        self,
+        app: ASGIApp,
+        *,
+        lifecycle: Lifecycle,
+        telemetry: Telemetry,
+        log: AccessLog | None,
+        keep_texts: bool,
     ) -> None:
         self._app, self._lifecycle, self._telemetry, self._log = app, lifecycle, telemetry, log
         self._keep_texts = keep_texts

@@ -30,7 +30,13 @@ def _origin(text: str) -> str:
         host, port = parts.hostname or "", parts.port
     except ValueError:
         host, port, parts = "", None, urlsplit("")
-    if parts.scheme not in ("http", "https") or not host or parts.path not in ("", "/") or parts.query or parts.username:
+    if (
+        parts.scheme not in ("http", "https")
+        or not host
+        or parts.path not in ("", "/")
+        or parts.query
+        or parts.username
+    ):
         raise UsageError(
             f"--cors_origins {text!r}: an origin is scheme, host and port, such as https://app.example.org or "
             "http://localhost:3000; there is no sign for all origins"

@@ -102,7 +102,9 @@ class Doors:
         self.keys = keys
         self.attempts = Attempts(clock)
         self._clock = clock
-        self._sessions: OrderedDict[bytes, Session] = OrderedDict()  # by the hash of the cookie; last used last
+        self._sessions: OrderedDict[bytes, Session] = (
+            OrderedDict()
+        )  # by the hash of the cookie; last used last
 
     def check(self, client: str, presented: str) -> Key:
         """The key. Raises ApiError: 401 for a wrong one, 429 for an address that had too many."""
@@ -206,7 +208,9 @@ class Doorkeeper:
         if session is not None:
             return session.key
         if cookies:
-            raise unauthorized("this page wants an API key: open / in a browser to give it, or send it as a header")
+            raise unauthorized(
+                "this page wants an API key: open / in a browser to give it, or send it as a header"
+            )
         raise unauthorized("an API key is needed: send the header `Authorization: Bearer KEY`")
 
 

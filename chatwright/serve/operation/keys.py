@@ -64,10 +64,14 @@ def read_keys(text: str, where: str) -> list[Key]:
         name, secret = (f"key-{number}", words[0]) if len(words) == 1 else (words[0], words[1])
         found = HASH.fullmatch(secret)
         if len(words) > 2 or not NAME.fullmatch(name) or (len(words) == 1 and found):
-            raise UserError(f"{where}, line {number}: expected `NAME sha256:HEX`; `chatwright key NAME` makes such a line")
+            raise UserError(
+                f"{where}, line {number}: expected `NAME sha256:HEX`; `chatwright key NAME` makes such a line"
+            )
         if found is None:
             if secret.startswith("sha256:"):
-                raise UserError(f"{where}, line {number}: a SHA-256 has 64 hexadecimal digits; this line was cut or changed")
+                raise UserError(
+                    f"{where}, line {number}: a SHA-256 has 64 hexadecimal digits; this line was cut or changed"
+                )
             raise UserError(
                 f"{where}, line {number}: keys must not stand here in clear; write instead: {line_for(name, secret)}"
             )
@@ -88,7 +92,9 @@ class KeyRing:
         self._seen: object = self._stamp()
         self._keys = self._read()
         if not self._keys and not self._fixed:
-            raise UserError(f"--api_keys {path}: there are no keys in it; `chatwright key NAME --file {path}` adds one")
+            raise UserError(
+                f"--api_keys {path}: there are no keys in it; `chatwright key NAME --file {path}` adds one"
+            )
 
     def refresh(self, *, force: bool = False) -> None:
         """Read the file again if it has changed."""
@@ -131,7 +137,9 @@ class KeyRing:
             return []
         try:
             if os.name == "posix" and self._path.stat().st_mode & 0o002:
-                raise UserError(f"{self._path}: everybody on this machine could add a key; run: chmod o-w {self._path}")
+                raise UserError(
+                    f"{self._path}: everybody on this machine could add a key; run: chmod o-w {self._path}"
+                )
             return read_keys(self._path.read_text(encoding="utf-8"), str(self._path))
         except OSError as error:
             raise UserError(f"--api_keys {self._path}: {error.strerror}") from None

@@ -56,7 +56,9 @@ def routes(doors: Doors) -> APIRouter:
             key = doors.check(client_of(request.scope), presented)
         except ApiError as error:
             wait = error.headers.get("retry-after", "")
-            problem = f"Too many wrong keys. Try again in {wait} s." if wait else "This key is not known here."
+            problem = (
+                f"Too many wrong keys. Try again in {wait} s." if wait else "This key is not known here."
+            )
             return page(request.scope, back, problem, error.status, wait=wait)
         response = RedirectResponse(back, status_code=303)
         response.set_cookie(

@@ -34,7 +34,11 @@ def owned(request: Request) -> Owned:
     """The conversations of whoever asks. Raises ApiError 401 when the browser has no secret yet."""
     secret = _secret_of(request)
     if secret is None:
-        raise ApiError(401, "this browser has no cookie of this server yet: reload the page, and allow cookies", code="no_owner")
+        raise ApiError(
+            401,
+            "this browser has no cookie of this server yet: reload the page, and allow cookies",
+            code="no_owner",
+        )
     store: Store = request.app.state.store
     key = facts(request).key
     return store.of(f"{secret} {key}" if key else secret)

@@ -155,5 +155,7 @@ class Server(uvicorn.Server):
         self._app_state.lifecycle.draining = True
         self._app_state.pool.cancel_all()
         await super().shutdown(sockets)
-        if self.force_exit:  # uvicorn leaves this out then, and asyncio would end the engines' owner with a traceback
+        if (
+            self.force_exit
+        ):  # uvicorn leaves this out then, and asyncio would end the engines' owner with a traceback
             await self.lifespan.shutdown()

@@ -26,11 +26,20 @@ WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 240, 480, 960)
 
 COUNTERS = {
     "prompt_tokens": ("chatwright_prompt_tokens", "Tokens of the prompts that were given a place"),
-    "cached_tokens": ("chatwright_prompt_tokens_cached", "Those of them that were known already and not computed"),
+    "cached_tokens": (
+        "chatwright_prompt_tokens_cached",
+        "Those of them that were known already and not computed",
+    ),
     "new_tokens": ("chatwright_generation_tokens", "Tokens that were chosen"),
-    "preempted": ("chatwright_num_preemptions", "Times that a running request lost its keys and values to others"),
+    "preempted": (
+        "chatwright_num_preemptions",
+        "Times that a running request lost its keys and values to others",
+    ),
     "steps": ("chatwright_engine_steps", "Steps in which an engine computed something"),
-    "rows": ("chatwright_engine_step_rows", "Requests computed for, added up over the steps: rows / steps is the batch"),
+    "rows": (
+        "chatwright_engine_step_rows",
+        "Requests computed for, added up over the steps: rows / steps is the batch",
+    ),
     "proposed": ("chatwright_spec_decode_draft_tokens", "Tokens guessed by prompt lookup"),
     "accepted": ("chatwright_spec_decode_accepted_tokens", "Guesses that were right"),
 }
@@ -56,9 +65,15 @@ class Telemetry:
             ("model_name", "finished_reason"),
             registry=self.registry,
         )
-        self._first = self._histogram("time_to_first_token", "From asking the engine to the first token", FIRST_TOKEN)
-        self._next = self._histogram("inter_token_latency", "From one token of an answer to its next", NEXT_TOKEN)
-        self._whole = self._histogram("e2e_request_latency", "From asking the engine to the end of the answer", WHOLE)
+        self._first = self._histogram(
+            "time_to_first_token", "From asking the engine to the first token", FIRST_TOKEN
+        )
+        self._next = self._histogram(
+            "inter_token_latency", "From one token of an answer to its next", NEXT_TOKEN
+        )
+        self._whole = self._histogram(
+            "e2e_request_latency", "From asking the engine to the end of the answer", WHOLE
+        )
         pool.listeners.append(self)
 
     def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
@@ -101,13 +116,23 @@ class _Asked(Collector):
     def collect(self) -> Iterator[Metric]:
         """All gauges, and the counters of the engines."""
         pool = self._pool
-        yield GaugeMetricFamily("chatwright_draining", "1 while the server finishes and takes nothing new", self._lifecycle.draining)
         yield GaugeMetricFamily(
-            "chatwright_http_requests_in_flight", "HTTP requests being served, this one included", self._lifecycle.in_flight
+            "chatwright_draining",
+            "1 while the server finishes and takes nothing new",
+            self._lifecycle.draining,
         )
-        loaded = GaugeMetricFamily("chatwright_model_loaded", "1 when the model is in memory", labels=["model_name"])
+        yield GaugeMetricFamily(
+            "chatwright_http_requests_in_flight",
+            "HTTP requests being served, this one included",
+            self._lifecycle.in_flight,
+        )
+        loaded = GaugeMetricFamily(
+            "chatwright_model_loaded", "1 when the model is in memory", labels=["model_name"]
+        )
         size = GaugeMetricFamily(
-            "chatwright_model_memory_bytes", "Weights, packed weights and keys and values of a model in memory", labels=["model_name"]
+            "chatwright_model_memory_bytes",
+            "Weights, packed weights and keys and values of a model in memory",
+            labels=["model_name"],
         )
         for name in pool.names:
             loaded.add_metric([name], bool(pool.size(name)))
@@ -122,9 +147,15 @@ class _Asked(Collector):
 
 def _services(services: list[ChatService]) -> Iterator[Metric]:
     names = ["model_name"]
-    running = GaugeMetricFamily("chatwright_num_requests_running", "Answers that have a place in the batch", labels=names)
-    waiting = GaugeMetricFamily("chatwright_num_requests_waiting", "Answers that wait for a place", labels=names)
-    usage = GaugeMetricFamily("chatwright_kv_cache_usage_ratio", "Share of the keys' and values' memory in use", labels=names)
+    running = GaugeMetricFamily(
+        "chatwright_num_requests_running", "Answers that have a place in the batch", labels=names
+    )
+    waiting = GaugeMetricFamily(
+        "chatwright_num_requests_waiting", "Answers that wait for a place", labels=names
+    )
+    usage = GaugeMetricFamily(
+        "chatwright_kv_cache_usage_ratio", "Share of the keys' and values' memory in use", labels=names
+    )
     for service in services:
         engine = service.model.engine
         running.add_metric([service.name], engine.active)
