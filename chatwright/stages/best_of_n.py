@@ -414,4 +414,6 @@ def kl_budget(config: Config, workspace: Workspace, report: Report) -> dict[str,
     return {"spent": report.value("KL of best of n"), "allowed": None, "stopped": bound}
 
 
-STAGE = Stage(config=Config, run=run, plan=None, reads=lambda config: ("dialogues",), kl_budget=kl_budget)
+STAGE = Stage(
+    config=Config, run=run, plan=None, reads=lambda config: {"dialogues": config.data}, kl_budget=kl_budget
+)

@@ -350,5 +350,10 @@ def run(config: Config, workspace: Workspace) -> Report:
 
 
 STAGE = Stage(
-    config=Config, run=run, plan=PLAN, preview=preview, paper=PAPER, reads=lambda config: ("dialogues",)
+    config=Config,
+    run=run,
+    plan=PLAN,
+    preview=preview,
+    paper=PAPER,
+    reads=lambda config: {"dialogues": config.data},
 )
