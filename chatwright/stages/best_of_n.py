@@ -33,7 +33,8 @@ from chatwright.metrics import progress_bar
 from chatwright.model.attention import plain_attention
 from chatwright.model.heads import ScalarModel
 from chatwright.train.base import open_base
-from chatwright.train.parallel.context import ALONE, ParallelConfig, Spread, start_parallel
+from chatwright.train.parallel.context import ALONE, ParallelConfig, Spread
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.rl.gold import SENTIMENT, Gold, gold_of
 from chatwright.train.rl.models import judge, load_reward
 from chatwright.train.rl.rollout import Answers, gathered, prompts_from, sample_answers

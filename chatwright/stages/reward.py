@@ -33,7 +33,8 @@ from chatwright.train.base import open_base
 from chatwright.train.cost import training_flop
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.paper import INSTRUCT, Paper
-from chatwright.train.parallel.context import ALONE, ParallelConfig, Spread, start_parallel
+from chatwright.train.parallel.context import ALONE, ParallelConfig, Spread
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import StagePlan
 from chatwright.train.preference import calibration, measures

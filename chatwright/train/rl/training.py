@@ -37,7 +37,8 @@ from chatwright.objectives import policy as objective
 from chatwright.train import adapters, cost
 from chatwright.train.base import open_base
 from chatwright.train.compiled import compile_blocks
-from chatwright.train.parallel.context import ALONE, Spread, start_parallel
+from chatwright.train.parallel.context import ALONE, Spread
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.planning import plan
 from chatwright.train.rl import health
 from chatwright.train.rl.config import RoundsConfig
