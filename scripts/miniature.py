@@ -140,6 +140,9 @@ USES = {
 }
 """What a finished run is used for: arguments and standard input. A name with a suffix is the output file."""
 
+READ = ("export-hf", "export-lora", "generate.txt", "chat.txt", "compare.json")
+"""Those that are enough to see that a run of another version is read; the server is asked in any case."""
+
 NAMES = ("anna", "ben", "cleo")
 SAMPLED = {"max_tokens": 16, "temperature": 0.9, "seed": 11}
 
@@ -240,11 +243,12 @@ class Side:
         """Run the recipe; what it printed."""
         return self.command("run", "run ../inputs/mini.yaml --out runs")
 
-    def use(self) -> None:
+    def use(self, names: Sequence[str] = tuple(USES)) -> None:
         """Export, import, generate, chat, compare and serve what `walk_the_road` made; results in `uses`."""
         uses = self.folder / "uses"
         uses.mkdir(parents=True)
-        for name, (arguments, given) in USES.items():
+        for name in names:
+            arguments, given = USES[name]
             told = self.command(name, arguments, given)
             if "." in name:
                 (uses / name).write_text(told, encoding="utf-8")

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 import miniature
 import safetensors.torch
 import torch
-from miniature import Failed, Side
+from miniature import READ, Failed, Side
 
 RENAMED: dict[str, str] = {}
 """Deliberate renames, OLD's word -> NEW's: this table is where they are recorded. A word is a key in
@@ -39,7 +39,14 @@ on both sides.
 LEFT_OUT = {
     "metrics.jsonl": ("elapsed", "*_per_second", "memory_mb", "mfu", "energy_kwh"),
     "result.json": (
-        *("seconds", "memory_bytes", "cost.seconds", "cost.memory_bytes", "cost.energy_kwh"),
+        *(
+            "seconds",
+            "memory_bytes",
+            "cost.seconds",
+            "cost.memory_bytes",
+            "cost.energy_kwh",
+            "facts.training_seconds",
+        ),
         *(
             "fingerprint",
             "version",
@@ -61,7 +68,7 @@ LEFT_OUT = {
         *("stages.*.cost.*", "stages.*.settings.*"),
         *("remarks.*", "stages.*.kl_budget.*", "stages.*.curves.*.title"),
     ),
-    "served.json": ("*.id", "*.created"),
+    "served.json": ("first turn.id", "second turn.id", "completion.id", "*.created"),
 }
 """Entries of JSON files that are not compared, as patterns of their dotted path."""
 
@@ -159,12 +166,12 @@ def kind_of(path: str) -> str:
     return next(kind for kind, pattern in KINDS if fnmatch(path, pattern))
 
 
-def compare(old: Path, new: Path, folders: tuple[str, ...]) -> list[str]:
-    """Compare all files below some folders of two sides: prints a row a kind, returns the differences."""
+def compare(old: Path, new: Path, places: Sequence[str]) -> list[str]:
+    """Compare files and folders of two sides: prints a row for each kind of file, returns the differences."""
     found: set[str] = set()
     for side in (old, new):
-        for folder in folders:
-            files = [file for file in (side / folder).rglob("*") if file.is_file()]
+        for place in places:
+            files = [file for file in (side / place, *(side / place).rglob("*")) if file.is_file()]
             found |= {file.relative_to(side).as_posix() for file in files}
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
@@ -215,10 +222,11 @@ def read_old_run(old: Side, code: Path) -> list[str]:
     shutil.copytree(old.folder / "runs", side.folder / "runs")
     side.check()
     skipped = side.walk_the_road().count("skipped")
-    made(side, "uses", side.use)
+    made(side, "uses", lambda: side.use(READ))
     print("OLD's run, read by NEW:")
     print(f"  {'finished stages skipped':32} {skipped:4} of {miniature.STAGES}")
-    differences = compare(old.folder, side.folder, ("runs", "uses"))
+    used = sorted(f"uses/{file.name}" for file in (side.folder / "uses").iterdir())
+    differences = compare(old.folder, side.folder, ("runs", *used))
     if skipped != miniature.STAGES:
         logs = side.folder / "logs"
         differences.append(f"of {miniature.STAGES} finished stages {skipped} were skipped; see {logs}")
@@ -232,6 +240,8 @@ def run(options: argparse.Namespace, work: Path) -> list[str]:
     if not reuse:
         shutil.rmtree(work / "inputs", ignore_errors=True)
     miniature.write_inputs(work / "inputs")
+    if both := {*RENAMED} & {*RENAMED.values()}:
+        raise Failed(f"RENAMED: {', '.join(both)} on both sides")
     differences = []
     made(old, "runs", old.walk_the_road, reuse=reuse)
     if {"uses", "read"} & set(options.only):
@@ -264,7 +274,6 @@ def main() -> int:
         "--only", choices=PARTS, nargs="+", default=PARTS, help="parts: %(choices)s (default: all)"
     )
     options = parser.parse_args()
-    assert not {*RENAMED} & {*RENAMED.values()}, "a word stands on both sides of RENAMED"
     work = (options.work or Path(tempfile.mkdtemp(prefix="same_results-"))).resolve()
     try:
         differences = run(options, work)
