@@ -6,8 +6,10 @@ weights, states of optimisers, metrics, answers, tokens, exported files. At last
 made. Exit code 0: all the same; 1: something differs, or a command failed.
 
 Not compared: what a clock or a meter says, and prose (`LEFT_OUT`, `FILES_LEFT_OUT`). Of exported files every
-byte counts. Not run, as it would take minutes: torch.compile, several processes, models so large that PPO
-samples by the compiled kernels. Not run, as it never repeats exactly: a stage with a budget in seconds.
+byte counts, but for the order of metadata in a safetensors header: that library draws it by chance.
+
+Not run, as it would take minutes: torch.compile, several processes, models so large that PPO samples by the
+compiled kernels. Not run, as it never repeats exactly: a stage with a budget in seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -118,9 +120,8 @@ def read_entries(file: Path) -> dict[str, Any]:
     return found
 
 
-def different_entry(old: Path, new: Path) -> str:
+def first_different(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """The first entry that differs; empty when none does."""
-    before, after = read_entries(old), read_entries(new)
     for path in [*before, *(path for path in after if path not in before)]:
         if path not in after or path not in before:
             return f"{path}: only in {'OLD' if path in before else 'NEW'}"
@@ -130,7 +131,7 @@ def different_entry(old: Path, new: Path) -> str:
 
 
 def different_tensor(old: Path, new: Path) -> str:
-    """The first tensor that differs; empty when all values are the same, and the rest of the file is not."""
+    """Where two safetensors files first differ, in a tensor or in the header; empty when they do not."""
     before, after = safetensors.torch.load_file(old), safetensors.torch.load_file(new)
     for name in sorted({*before, *after}):
         if name not in after or name not in before:
@@ -144,7 +145,13 @@ def different_tensor(old: Path, new: Path) -> str:
             place = int(apart.nonzero()[0]) // one.element_size()
             values = f"{one.flatten()[place].item()!r} -> {two.flatten()[place].item()!r}"
             return f"{name}[{place}]: {values}"
-    return ""
+    return first_different(header_of(old), header_of(new))
+
+
+def header_of(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file: metadata, and type, shape and place of each tensor."""
+    with file.open("rb") as content:
+        return dict(entries(json.loads(content.read(int.from_bytes(content.read(8), "little")))))
 
 
 def difference(old: Path, new: Path) -> str:
@@ -153,9 +160,9 @@ def difference(old: Path, new: Path) -> str:
     if before == after:
         return ""
     if old.name in AS_JSON:
-        return different_entry(old, new)
-    if old.suffix == ".safetensors" and (found := different_tensor(old, new)):
-        return found
+        return first_different(read_entries(old), read_entries(new))
+    if old.suffix == ".safetensors":
+        return different_tensor(old, new)
     length = min(len(before), len(after))
     place = next((n for n in range(length) if before[n] != after[n]), length)
     return f"byte {place} of {len(before)}: {before[place : place + 24]!r} -> {after[place : place + 24]!r}"
