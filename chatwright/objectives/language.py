@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from chatwright import runtime
-from chatwright.model.ragged import one_of_few
+from chatwright.model.ragged import bucket_size
 
 CHUNK_LOGITS = 2**23
 """Logits that exist at once in `chunked_next_token_loss`: 34 MB in float32. Rows of a chunk are this over the vocabulary:
@@ -141,7 +141,7 @@ def projected_log_probs(
     slopes = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
     count, more = (
         len(targets),
-        one_of_few(len(targets)) - len(targets),
+        bucket_size(len(targets)) - len(targets),
     )  # oneDNN keeps a program for each size that it ever saw
     hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
     with torch.autocast(kind, enabled=False):

@@ -17,6 +17,7 @@ from torch import Tensor
 from chatwright import runtime
 from chatwright.config import UserError
 from chatwright.metrics import duration, say
+from chatwright.model.compile_friendly import make_compile_friendly
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
@@ -201,7 +202,7 @@ def _pretrain(subject: Subject, shape: GPTConfig) -> Scene:
 
     with torch.device(runtime.device()):
         model = GPT(shape)
-    model.recompute = subject.fit.recompute
+    model.activation_checkpointing = subject.fit.recompute
     train, dtype, _ = pretrain.fast_step(model, subject.fit, alone=subject.processes * subject.shards == 1)
 
     def measure() -> None:
@@ -231,8 +232,8 @@ def _sft(subject: Subject, shape: GPTConfig) -> Scene:
     _adapt(model, subject)
     dtype = runtime.compute_dtype(subject.fit.precision)
     _, length = subject.rows
-    if subject.compiled and sft.written_out(length):
-        model.write_out()
+    if subject.compiled and sft.is_compile_friendly(length):
+        make_compile_friendly(model)
 
     def step(samples: int) -> Tensor:
         ids = _tokens(samples, length)

@@ -20,6 +20,7 @@ from chatwright import runtime
 from chatwright.data.loader import SampleOrder
 from chatwright.data.shards import TokenShards
 from chatwright.metrics import say
+from chatwright.model.compile_friendly import make_compile_friendly
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.objectives.language import bits_per_byte, chunked_next_token_loss, next_token_loss
@@ -134,7 +135,7 @@ def fast_step(
     copies = WorkingCopy(model) if alone and dtype == torch.bfloat16 else None
     used = copies.twin if copies else model
     if config.compile and runtime.device().type == "cpu" and not runtime.compiler_missing():
-        used.write_out()
+        make_compile_friendly(used)
     # Inside the graph they would be computed again for every layer and every head.
     angles = model.angles(torch.arange(model.config.context, device=runtime.device())[None])
 
@@ -176,7 +177,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, "pretrain"))
     model = GPT(shape).to(runtime.device())
-    model.recompute = config.fit.recompute
+    model.activation_checkpointing = config.fit.recompute
     trainer = Trainer(
         {"model": model},
         config.optim,

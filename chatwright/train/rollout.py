@@ -29,7 +29,7 @@ from chatwright.generate.sampling import Sampling
 from chatwright.language_model import exact_runner
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
-from chatwright.model.ragged import one_of_few
+from chatwright.model.ragged import bucket_size
 from chatwright.objectives import policy as objective
 from chatwright.objectives.language import projected_log_probs
 from chatwright.tokenizer import Tokenizer
@@ -241,7 +241,7 @@ def answer_log_probs(
             hidden, model.head.weight, tokens, temperature=temperature, softcap=model.config.logit_softcap
         )
         return answers.placed(learnt), torch.zeros(answers.ids.shape, device=learnt.device)
-    more = one_of_few(len(tokens)) - len(tokens)  # as in projected_log_probs
+    more = bucket_size(len(tokens)) - len(tokens)  # as in projected_log_probs
     with runtime.full_precision():
         logits = model.head(F.pad(hidden.float(), (0, 0, 0, more)))[: len(tokens)]  # (answer tokens, V)
     log_p = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)

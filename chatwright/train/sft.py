@@ -24,6 +24,7 @@ from chatwright.data.packing import ChatBatch, PackedRow, batch_rows, cut_dialog
 from chatwright.data.picture import legend, row_picture
 from chatwright.language_model import load_parts
 from chatwright.metrics import console, say
+from chatwright.model.compile_friendly import make_compile_friendly
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import LoRAConfig
 from chatwright.objectives.language import chunked_next_token_loss
@@ -150,15 +151,15 @@ SHORT = 1024
 square."""
 
 
-def written_out(length: int) -> bool:
-    """Whether compiled rows of this length are computed by products with a mask."""
+def is_compile_friendly(length: int) -> bool:
+    """Whether compiled rows of this length take the compile-friendly forms (model/compile_friendly.py)."""
     return runtime.device().type == "cpu" and runtime.compiler_missing() is None and length <= SHORT
 
 
 def compiled_for(model: GPT, length: int, *, cut: bool = False) -> str:
     """Compile the model for rows of this length; a line that says whether that works, and why not. `cut`: as in `compile_blocks`."""
-    if written_out(length) and not cut:
-        model.write_out()
+    if is_compile_friendly(length) and not cut:
+        make_compile_friendly(model)
     return compile_blocks(model, cut=cut)
 
 
