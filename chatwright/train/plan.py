@@ -229,6 +229,7 @@ def _sft(subject: Subject, shape: GPTConfig) -> Scene:
 
     with torch.device(runtime.device()):
         model = GPT(shape)
+    model.activation_checkpointing = subject.fit.recompute
     _adapt(model, subject)
     dtype = runtime.compute_dtype(subject.fit.precision)
     _, length = subject.rows
@@ -250,6 +251,7 @@ def _sft(subject: Subject, shape: GPTConfig) -> Scene:
 def _reward(subject: Subject, shape: GPTConfig) -> Scene:
     with torch.device(runtime.device()):
         model = ScalarModel(shape)
+    model.body.activation_checkpointing = subject.fit.recompute
     _adapt(model, subject)
     dtype = runtime.compute_dtype(subject.fit.precision)
     rows, length = subject.rows

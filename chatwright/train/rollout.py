@@ -107,8 +107,8 @@ def chosen_rows(batch: Batch, chosen: Tensor) -> Batch:
     return mapped(lambda one: one[chosen], batch)
 
 
-def above_each_other(batches: Sequence[Batch]) -> Batch:
-    """The rows of dataclasses of tensors, one below the other; narrow ones get padding, which is 0, or False, in all tensors."""
+def concat(batches: Sequence[Batch]) -> Batch:
+    """The rows of several dataclasses of tensors; narrower tensors are padded on the right with 0, or False."""
 
     def stacked(*tensors: Tensor) -> Tensor:
         width = max(one.shape[-1] for one in tensors)
@@ -121,7 +121,7 @@ def gathered(batch: Batch, spread: Spread) -> Batch:
     """The rows that all processes have, in the order of their samples, in each of them; alone, the batch itself."""
     if not spread.together:
         return batch
-    return runtime.on_device(above_each_other(spread.gathered(mapped(lambda one: one.cpu(), batch))))
+    return runtime.on_device(concat(spread.gathered(mapped(lambda one: one.cpu(), batch))))
 
 
 def as_tensors(batch: Any, prefix: str = "") -> dict[str, Tensor]:

@@ -54,6 +54,7 @@ def make_judge(
     model.start_from(base.model)
     adapters.adapt(model, config.lora, f"{verb} model")
     model.to(runtime.device())
+    model.body.activation_checkpointing = config.fit.recompute
     if runtime.device().type == "cpu":
         model.body.use_attention(plain_attention)
     if config.fit.compile:

@@ -244,6 +244,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     """Fine-tune on conversations and measure the loss of held-out answers before and after."""
     model, tokenizer, template, records = start(config, workspace)
     model.to(runtime.device())
+    model.activation_checkpointing = config.fit.recompute
     length = row_length(config, model)
     rows = rows_of(records / "dialogues-train.jsonl", template, tokenizer, length, packing=config.packing)
     check_end_is_learnt(rows, template, tokenizer)
