@@ -32,8 +32,8 @@ from chatwright.train.parallel import ALONE, Spread
 from chatwright.train.rollout import (
     Answers,
     Entropy,
-    concat,
     answer_log_probs,
+    concat,
     degenerate,
     gathered,
     values_before,
