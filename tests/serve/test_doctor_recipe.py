@@ -124,6 +124,6 @@ def test_names_that_lead_nowhere(run: Run, recipe: Callable[[str], Path]) -> Non
 
 
 def test_the_estimate_of_parameters_is_the_count() -> None:
-    from chatwright.serve.doctor_recipe import parameters
+    from chatwright.commands.doctor.recipe import parameters
 
     assert parameters(GPTConfig.preset("gpt2")) == 124_439_808

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from chatwright.evaluate import best_of_n
 from chatwright.interop.loaded import Loaded
 from chatwright.model.heads import ScalarModel
 from chatwright.optim import OptimConfig
-from chatwright.train import rounds
-from chatwright.train.ppo import Config
+from chatwright.stages import best_of_n
+from chatwright.stages.ppo import Config
 
 
 class Planted(ScalarModel):
@@ -48,7 +47,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, words: str = "happy lovely great kind
         model.begin = base.tokenizer.control_ids["<|assistant|>"]
         return model
 
-    for module in (rounds, best_of_n):
+    for module in (training, best_of_n):
         monkeypatch.setattr(module, "load_reward", planted)
 
 

@@ -17,13 +17,13 @@ from chatwright.data.loader import SampleOrder
 from chatwright.model.config import GPTConfig
 from chatwright.model.heads import ScalarModel
 from chatwright.optim import OptimConfig
+from chatwright.stages import reward
+from chatwright.stages.reward import Config
 from chatwright.tokenizer import Tokenizer
-from chatwright.train import reward
-from chatwright.train.calibration import pair_reliability
 from chatwright.train.loop import FitConfig
-from chatwright.train.rankings import Rankings, demonstrations, own_comparisons, without_annotators
-from chatwright.train.reward import Config
-from chatwright.train.reward_measures import Judged, by_annotator, by_candidates, judge
+from chatwright.train.preference.calibration import pair_reliability
+from chatwright.train.preference.measures import Judged, by_annotator, by_candidates, judge
+from chatwright.train.preference.rankings import Rankings, demonstrations, own_comparisons, without_annotators
 
 NAN = float("nan")
 SLOW = OptimConfig(learning_rate=1e-5)  # nothing is learnt by heart

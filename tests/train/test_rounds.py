@@ -18,12 +18,13 @@ from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel, ValueHead
 from chatwright.objectives.language import next_token_loss
 from chatwright.optim import OptimConfig
-from chatwright.train import ppo, rounds
-from chatwright.train.gold import gold_of, sentiment
-from chatwright.train.players import Players, make_players, opinion
-from chatwright.train.ppo import Config, look_back, step
-from chatwright.train.ptx import GeneralText, TextBatch, text_step
-from chatwright.train.rollout import answer_log_probs, sample_answers
+from chatwright.stages import ppo
+from chatwright.stages.ppo import Config, look_back, step
+from chatwright.train.rl import training
+from chatwright.train.rl.gold import gold_of, sentiment
+from chatwright.train.rl.models import Players, make_players, opinion
+from chatwright.train.rl.ptx import GeneralText, TextBatch, text_step
+from chatwright.train.rl.rollout import answer_log_probs, sample_answers
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
 
@@ -124,7 +125,7 @@ def test_the_average_follows_the_weights() -> None:
     torch.nn.init.constant_(average.weight, 1.0)
     for value, expected in ((2.0, 0.9 * 1.0 + 0.1 * 2.0), (5.0, 0.9 * 1.1 + 0.1 * 5.0)):
         torch.nn.init.constant_(policy.weight, value)
-        rounds.follow(average, policy, 0.9)
+        training.follow(average, policy, 0.9)
         assert average.weight.item() == pytest.approx(expected)
 
 
@@ -133,7 +134,7 @@ def test_the_average_is_the_result(
 ) -> None:
     """One update a round: the average is 0.5 of what it was and 0.5 of the policy, three times."""
     met: list[dict[str, torch.Tensor]] = []
-    real = rounds.follow
+    real = training.follow
 
     def watched(average: Any, policy: Any, decay: float) -> None:
         if not met:
@@ -141,7 +142,7 @@ def test_the_average_is_the_result(
         real(average, policy, decay)
         met.append({key: value.clone() for key, value in policy.state_dict().items()})
 
-    monkeypatch.setattr(rounds, "follow", watched)
+    monkeypatch.setattr(training, "follow", watched)
     config = replace(SMALL, epochs=1, average=0.5, kl_budget=100.0, min_distinct=0.0)
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     assert len(met) == 4
