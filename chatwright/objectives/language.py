@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from chatwright import runtime
-from chatwright.model.ragged import one_of_few
+from chatwright.model.ragged import bucket_size
 
 CHUNK_LOGITS = 2**23
 """Logits that exist at once in `chunked_next_token_loss`: 34 MB in float32. Rows of a chunk are this over the vocabulary:
@@ -83,19 +83,19 @@ class _ChunkedLoss(torch.autograd.Function):
         head_gradient = torch.zeros(head.shape if learns else (0,), dtype=torch.float32, device=head.device)
         for start in range(0, rows.shape[0], chunk):
             part = rows[start : start + chunk].to(head.dtype)
-            wanted, counts = targets[start : start + chunk, None], counted[start : start + chunk, None]
+            target, counts = targets[start : start + chunk, None], counted[start : start + chunk, None]
             logits = (part @ head.mT).float()  # (C, V)
             if softcap:
-                bent = logits.div_(softcap).tanh_()
-                logits = softcap * bent
+                capped = logits.div_(softcap).tanh_()
+                logits = softcap * capped
             normaliser = logits.logsumexp(-1, keepdim=True)
-            loss = loss + torch.where(counts, normaliser - logits.gather(1, wanted), 0.0).sum()
+            loss = loss + torch.where(counts, normaliser - logits.gather(1, target), 0.0).sum()
             slope = logits.sub_(normaliser).exp_()  # in place: one buffer of (C, V), the softmax ...
             slope.add_(
-                torch.arange(head.shape[0], device=head.device) == wanted, alpha=-1
+                torch.arange(head.shape[0], device=head.device) == target, alpha=-1
             )  # ... minus one-hot
             if softcap:
-                slope.mul_(1 - bent.square_())  # d c tanh(x / c) / dx
+                slope.mul_(1 - capped.square_())  # d c tanh(x / c) / dx
             slope = slope.mul_(counts).to(head.dtype)
             row_gradients.append((slope @ head).to(rows.dtype))
             if not learns:
@@ -141,7 +141,7 @@ def projected_log_probs(
     slopes = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
     count, more = (
         len(targets),
-        one_of_few(len(targets)) - len(targets),
+        bucket_size(len(targets)) - len(targets),
     )  # oneDNN keeps a program for each size that it ever saw
     hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
     with torch.autocast(kind, enabled=False):
@@ -164,17 +164,17 @@ class _Projected(torch.autograd.Function):
     ) -> Tensor:
         found, slopes = [], []
         chunk = max(128, CHUNK_LOGITS // head.shape[0])
-        for part, wanted in zip(torch.split(rows, chunk), torch.split(targets[:, None], chunk), strict=True):
+        for part, target in zip(torch.split(rows, chunk), torch.split(targets[:, None], chunk), strict=True):
             logits = runtime.product(part, head)  # (C, V)
             if softcap:
-                bent = logits.div_(softcap).tanh_()
-                logits = softcap * bent
+                capped = logits.div_(softcap).tanh_()
+                logits = softcap * capped
             log_p = (logits if temperature == 1.0 else logits.div_(temperature)).log_softmax(-1)
-            found.append(log_p.gather(1, wanted)[:, 0])
+            found.append(log_p.gather(1, target)[:, 0])
             slope = log_p.exp_().neg_()
-            slope.scatter_add_(1, wanted, torch.ones_like(slope[:, :1]))
+            slope.scatter_add_(1, target, torch.ones_like(slope[:, :1]))
             if softcap:
-                slope.mul_(1 - bent.square_())  # d c tanh(x / c) / dx
+                slope.mul_(1 - capped.square_())  # d c tanh(x / c) / dx
             slopes.append(slope.to(dtype))
         ctx.save_for_backward(torch.cat(slopes), rows, head)
         ctx.temperature = temperature

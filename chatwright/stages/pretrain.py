@@ -21,6 +21,7 @@ from chatwright.config import UsageError
 from chatwright.data.loader import SampleOrder
 from chatwright.data.shards import TokenShards
 from chatwright.metrics import say
+from chatwright.model.compile_friendly import make_compile_friendly
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.objectives.language import chunked_next_token_loss
@@ -108,7 +109,7 @@ def fast_step(
     copies = WorkingCopy(model) if alone and dtype == torch.bfloat16 else None
     used = copies.twin if copies else model
     if config.compile and runtime.device().type == "cpu" and not runtime.compiler_missing():
-        used.write_out()
+        make_compile_friendly(used)
     # Inside the graph they would be computed again for every layer and every head.
     angles = model.angles(torch.arange(model.config.context, device=runtime.device())[None])
 
@@ -134,7 +135,7 @@ def step_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
     """The training step on fake tensors, for the planner."""
     with torch.device(runtime.device()):
         model = GPT(shape)
-    model.recompute = planned.fit.recompute
+    model.activation_checkpointing = planned.fit.recompute
     train, dtype, _ = fast_step(model, planned.fit, alone=planned.processes * planned.shards == 1)
 
     def measure() -> None:
@@ -173,7 +174,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, "pretrain"))
     model = GPT(shape).to(runtime.device())
-    model.recompute = config.fit.recompute
+    model.activation_checkpointing = config.fit.recompute
     trainer = Trainer(
         {"model": model},
         config.optim,

@@ -24,6 +24,7 @@ from chatwright.data.packing import ChatBatch, PackedRow, batch_rows, cut_dialog
 from chatwright.data.picture import legend, row_picture
 from chatwright.data.records import read_records, records_of
 from chatwright.metrics import console, say
+from chatwright.model.compile_friendly import make_compile_friendly
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import LoRAConfig
@@ -138,15 +139,15 @@ SHORT = 1024
 square."""
 
 
-def written_out(length: int) -> bool:
-    """Whether compiled rows of this length are computed by products with a mask."""
+def is_compile_friendly(length: int) -> bool:
+    """Whether compiled rows of this length take the compile-friendly forms (model/compile_friendly.py)."""
     return runtime.device().type == "cpu" and runtime.compiler_missing() is None and length <= SHORT
 
 
 def compiled_for(model: GPT, length: int, *, cut: bool = False) -> str:
     """Compile the model for rows of this length; a line that says whether that works, and why not. `cut`: as in `compile_blocks`."""
-    if written_out(length) and not cut:
-        model.write_out()
+    if is_compile_friendly(length) and not cut:
+        make_compile_friendly(model)
     return compile_blocks(model, cut=cut)
 
 
@@ -231,11 +232,12 @@ def step_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
     """The training step on fake tensors, for the planner."""
     with torch.device(runtime.device()):
         model = GPT(shape)
+    model.activation_checkpointing = planned.fit.recompute
     adapters.add_if_asked(model, planned.config.lora)
     dtype = runtime.compute_dtype(planned.fit.precision)
     _, length = planned.rows
-    if planned.compiled and written_out(length):
-        model.write_out()
+    if planned.compiled and is_compile_friendly(length):
+        make_compile_friendly(model)
 
     def step(samples: int) -> Tensor:
         ids = fake_tokens(samples, length)
@@ -256,6 +258,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     """Fine-tune on conversations and measure the loss of held-out answers before and after."""
     model, tokenizer, template, records = start(config, workspace)
     model.to(runtime.device())
+    model.activation_checkpointing = config.fit.recompute
     length = row_length(config, model)
     rows = rows_of(records / "dialogues-train.jsonl", template, tokenizer, length, packing=config.packing)
     check_end_is_learnt(rows, template, tokenizer)

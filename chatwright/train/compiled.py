@@ -13,7 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from chatwright import runtime
+from chatwright.model.compile_friendly import use_sigmoid_gelu
 from chatwright.model.gpt import Block
+from chatwright.model.inputs import AttentionInput
 
 GRAPHS = 64
 """Forms of a block that one process may compile: with gradients or without, frozen or trained, packed, padded or neither, some
@@ -33,19 +35,12 @@ def compile_blocks(*models: nn.Module | None, cut: bool = False) -> str:
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
 
-    def forward(
-        block: Block,
-        x: Tensor,
-        angles: Any,
-        attend: Any,
-        cache: Any,
-        layer: int,
-        wanted: Tensor | None = None,
-    ) -> Any:
-        return (compiled if cache is None else Block.forward)(block, x, angles, attend, cache, layer, wanted)
+    def forward(block: Block, x: Tensor, inputs: AttentionInput) -> Any:
+        return (compiled if inputs.cache is None else Block.forward)(block, x, inputs)
 
     for module in (module for model in models if model is not None for module in model.modules()):
         if isinstance(module, Block):
             module.forward = MethodType(forward, module)  # type: ignore[method-assign]  # bound: a deep copy has its own block's
-            module.mlp.written_out = runtime.device().type == "cpu"
+            if runtime.device().type == "cpu":
+                use_sigmoid_gelu(module)
     return f"{line}, block by block: the first steps wait for the compiler"

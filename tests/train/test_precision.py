@@ -144,7 +144,7 @@ def test_recomputed_activations_give_the_same_gradients_and_keep_less(lively_gpt
     found, kept = {}, {}
     for recompute in (False, True):
         model = lively_gpt(1, layers=4)
-        model.recompute = recompute
+        model.activation_checkpointing = recompute
         sizes: list[int] = []
 
         def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:

@@ -125,11 +125,9 @@ class Together(Spread):
         plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns}
         plan |= {name: RowwiseParallel() for name in ("attention.output", "mlp.down")}
         # What enters is the same everywhere. Saying so once, not once a matrix, makes its gradient one sum instead of three.
-        same, other = Replicate(), (None, None, None, None, None)
+        same = Replicate()
         plan |= {
-            "attention": PrepareModuleInput(
-                input_layouts=(same, *other), desired_input_layouts=(same, *other)
-            ),
+            "attention": PrepareModuleInput(input_layouts=(same, None), desired_input_layouts=(same, None)),
             "mlp": PrepareModuleInput(input_layouts=(same,), desired_input_layouts=(same,)),
         }
         parallelize_module(block, self.mesh["tensor"], plan)

@@ -40,6 +40,7 @@ def start_parallel(
                 f"parallel.plan {config.plan} needs processes that torchrun starts: "
                 "torchrun --nproc-per-node 2 -m chatwright ... (docs/scaling.md)"
             )
+        sizes(config, 1, 1)  # refuses settings of plans that are not chosen
         return ALONE
     box = sizes(config, runtime.world_size(), runtime.local_world_size())
     check(config, box, batch_size=batch_size, micro_batch=micro_batch, shape=shape, named=named)

@@ -57,6 +57,7 @@ def make_judge(
     model.start_from(base.model)
     adapters.adapt(model, config.lora, f"{verb} model")
     model.to(runtime.device())
+    model.body.activation_checkpointing = config.fit.recompute
     if runtime.device().type == "cpu":
         model.body.use_attention(plain_attention)
     if config.fit.compile:
@@ -80,6 +81,7 @@ def scalar_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
     """The training step on fake tensors, for the planner."""
     with torch.device(runtime.device()):
         model = ScalarModel(shape)
+    model.body.activation_checkpointing = planned.fit.recompute
     adapters.add_if_asked(model, planned.config.lora)
     dtype = runtime.compute_dtype(planned.fit.precision)
     rows, length = planned.rows

@@ -32,8 +32,8 @@ from chatwright.train.parallel.context import ALONE, Spread
 from chatwright.train.rl.rollout import (
     Answers,
     Entropy,
-    above_each_other,
     answer_log_probs,
+    concat,
     degenerate,
     gathered,
     values_before,
@@ -168,7 +168,7 @@ def _judged(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
     if players.spread.together:
         return _asked(players, answers, config)
     portions = torch.split(torch.arange(len(answers.ids)), PORTION)
-    return above_each_other([_asked(players, answers.rows(chosen), config) for chosen in portions])
+    return concat([_asked(players, answers.rows(chosen), config) for chosen in portions])
 
 
 def _asked(players: Players, answers: Answers, config: JudgeConfig) -> Judged:

@@ -30,7 +30,7 @@ from chatwright.generate.sampling import Sampling
 from chatwright.language_model import exact_runner
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
-from chatwright.model.ragged import one_of_few
+from chatwright.model.ragged import bucket_size
 from chatwright.objectives import policy as objective
 from chatwright.objectives.language import projected_log_probs
 from chatwright.tokenizer import Tokenizer
@@ -107,8 +107,8 @@ def chosen_rows(batch: Batch, chosen: Tensor) -> Batch:
     return mapped(lambda one: one[chosen], batch)
 
 
-def above_each_other(batches: Sequence[Batch]) -> Batch:
-    """The rows of dataclasses of tensors, one below the other; narrow ones get padding, which is 0, or False, in all tensors."""
+def concat(batches: Sequence[Batch]) -> Batch:
+    """The rows of several dataclasses of tensors; narrower tensors are padded on the right with 0, or False."""
 
     def stacked(*tensors: Tensor) -> Tensor:
         width = max(one.shape[-1] for one in tensors)
@@ -121,7 +121,7 @@ def gathered(batch: Batch, spread: Spread) -> Batch:
     """The rows that all processes have, in the order of their samples, in each of them; alone, the batch itself."""
     if not spread.together:
         return batch
-    return runtime.on_device(above_each_other(spread.gathered(mapped(lambda one: one.cpu(), batch))))
+    return runtime.on_device(concat(spread.gathered(mapped(lambda one: one.cpu(), batch))))
 
 
 def as_tensors(batch: Any, prefix: str = "") -> dict[str, Tensor]:
@@ -241,7 +241,7 @@ def answer_log_probs(
             hidden, model.head.weight, tokens, temperature=temperature, softcap=model.config.logit_softcap
         )
         return answers.placed(learnt), torch.zeros(answers.ids.shape, device=learnt.device)
-    more = one_of_few(len(tokens)) - len(tokens)  # as in projected_log_probs
+    more = bucket_size(len(tokens)) - len(tokens)  # as in projected_log_probs
     with runtime.full_precision():
         logits = model.head(F.pad(hidden.float(), (0, 0, 0, more)))[: len(tokens)]  # (answer tokens, V)
     log_p = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
