@@ -21,6 +21,7 @@ from chatwright.evaluate.answers import SHOWN, side_by_side
 from chatwright.evaluate.replies import mean_kl
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import WORTH_COMPILING, load_parts
+from chatwright.messages import described
 from chatwright.metrics import read_metrics, say
 from chatwright.model.config import GPTConfig
 from chatwright.model.heads import ScalarModel
@@ -209,7 +210,7 @@ def _compared(config: Any, workspace: Workspace, report: Report) -> Answered:
             scores, _ = judge(model, rankings, chosen)
         leads.append((scores[:, 0] - scores[:, 1]).tolist())
     prompts = [
-        f"{' / '.join(one['content'] for one in pair.prompt)} - higher: {pair.responses[0]} - lower: {pair.responses[1]}"
+        f"{' / '.join(described(one['content']) for one in pair.prompt)} - higher: {pair.responses[0]} - lower: {pair.responses[1]}"
         for pair in chosen
     ]
     pairs = [

@@ -18,6 +18,7 @@ from chatwright.config import UserError
 from chatwright.data.examples import Dialogue
 from chatwright.evaluate.answers import ENDED, LENGTH, bootstrap_interval, side_by_side
 from chatwright.language_model import load_parts
+from chatwright.messages import written
 from chatwright.metrics import progress_bar
 from chatwright.model.gpt import GPT
 from chatwright.objectives.policy import kl_k1
@@ -156,5 +157,5 @@ def one_answer(model: str, messages: Sequence[Message], *, seed: int) -> str:
     ready = load(model)
     options = {"max_new_tokens": 40, "temperature": 0.7, "top_p": 0.9, "seed": seed}
     if ready.template is None:
-        return ready.generate(messages[-1]["content"], **options)
+        return ready.generate(written(messages[-1]["content"]), **options)
     return ready.chat(messages, **options)
