@@ -5,10 +5,13 @@ it is served with. It is rendered once with a unique mark in place of every cont
 template's own and its control tokens count, while contents are encoded as plain text. Hence a user who types
 `<|assistant|>` has typed thirteen characters, nothing more.
 
-Contents in parts: a list of texts is given to a template that goes through such lists, as transformers gives it; to others
-their texts are given as one. Calls of tools, their results and thinking are always given as one text
-(`messages.written`), whatever else the template knows. A template that only goes through lists gets a plain text as a list of
-one. What a model cannot read (an image) is refused.
+How a template gets a content that is a list of parts (messages.py):
+* A list of texts is passed as a list to a template that iterates over lists, as transformers does, and as
+  one joined text to any other template.
+* Tool calls, tool results and thinking are always passed as one text (`messages.written`), even where the
+  template has a form of its own for them.
+* A plain text is passed as a list of one text part to a template that only iterates over lists.
+* An image is refused: no model here can read one.
 """
 
 from __future__ import annotations
@@ -301,9 +304,10 @@ class ChatTemplate:
 
 
 def _stretches(pieces: Sequence[str], texts: Sequence[tuple[int, str]]) -> Iterator[tuple[int | None, str]]:
-    """A rendered text that was split at its marks, as (message, its text) and (None, the template's own text).
+    """Yield a rendered text that was split at its marks, as (message, its text) and (None, the template's
+    text).
 
-    Parts of one message that follow each other with nothing between them are one stretch: a tokenizer would join them too.
+    Parts of one message with nothing between them are one stretch, because a tokenizer would join them too.
     """
     owner, held, last = None, "", -1
     for number, piece in enumerate(pieces):

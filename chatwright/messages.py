@@ -1,21 +1,22 @@
 """What a message is: a role, and a content that is a text or a list of typed parts.
 
-One form inside, in records, in the store and in chat templates, whatever an interface writes. A part is a flat object of
-texts; nearly all contents are plain texts and stay plain `str`.
+Records, the store and chat templates use one form of parts. A part is a flat object whose values are texts.
+A content of nothing but text is usually a plain `str`.
 
-| part | its fields beside `type` | whose message |
+| type of part | its other fields | in messages of |
 |---|---|---|
-| `text` | text | anybody's |
-| `image` | url; mime, sha256 where known | user, tool |
-| `tool_call` | id, name, arguments (JSON, as text) | assistant |
+| `text` | text | any role |
+| `image` | url; mime and sha256 where known | user, tool |
+| `tool_call` | id, name, arguments (a JSON object, as text) | assistant |
 | `tool_result` | tool_call_id, content | tool |
-| `thinking` | thinking: what the model wrote for itself before its answer | assistant |
+| `thinking` | thinking: what a model wrote before its answer | assistant |
 
-OpenAI's interface writes some of this beside the content: `tool_calls` and `reasoning_content` of an assistant's message,
-`tool_call_id` of a tool's, and `image_url` parts. `check_message` reads both forms and gives ours; `to_openai` writes theirs.
+OpenAI's interface has another form: `tool_calls` and `reasoning_content` stand beside the content of an
+assistant's message, `tool_call_id` beside that of a tool's, and images are parts of type `image_url`.
+`check_message` reads both forms and returns ours; `to_openai` writes theirs.
 
-Most models read nothing but text. `written` says a content in text: a call in the form of Hermes (generate/tools.py), thinking
-between <think> and </think>. No text stands for an image, so there it raises `UnreadablePart`.
+A model that reads only text gets `written(content)`: tool calls in the form of Hermes (generate/tools.py),
+thinking between <think> and </think>. An image has no such text, so `written` raises UnreadablePart for it.
 """
 
 from __future__ import annotations
@@ -49,15 +50,16 @@ class ImagePart(TypedDict):
     mime: NotRequired[str]
     """Its kind, such as image/png."""
     sha256: NotRequired[str]
-    """Of the file's bytes, 64 hexadecimal digits: names the image even where the reference may come to mean another."""
+    """SHA-256 of the image's bytes, 64 hexadecimal digits. It identifies the image even if the file
+    changes."""
 
 
 class ToolCallPart(TypedDict):
-    """A call of a tool that the assistant asks for."""
+    """The assistant's request to call a tool."""
 
     type: Literal["tool_call"]
     id: str
-    """What the result refers to; empty where nobody gave one."""
+    """The tool result refers to it; empty if unknown."""
     name: str
     arguments: str
     """A JSON object, as the model wrote it."""
@@ -72,7 +74,7 @@ class ToolResultPart(TypedDict):
 
 
 class ThinkingPart(TypedDict):
-    """What a model wrote for itself before it answered."""
+    """What a model wrote before its answer, for itself."""
 
     type: Literal["thinking"]
     thinking: str
@@ -90,7 +92,7 @@ class Message(TypedDict):
 
 
 class UnreadablePart(UserError):
-    """A part of a message is of a kind that the model cannot take in."""
+    """A message holds a part that the model cannot read."""
 
 
 _FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -109,13 +111,13 @@ _WHOSE: Mapping[str, tuple[str, ...]] = {
     "thinking": ("assistant",),
 }
 
-# ---- reading -----------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def check_message(message: object) -> Message:
-    """The message as {"role", "content"} and nothing else, read in our form or in OpenAI's.
+    """The message as {"role", "content"} and nothing else; it may be in our form or in OpenAI's.
 
-    A content of text alone stays what it is, a `str` or a list. Raises ValueError naming what is wrong with it.
+    A content that is a `str` stays one. Raises ValueError naming what is wrong.
     """
     if not isinstance(message, Mapping):
         raise ValueError(f"a message must be an object with role and content, found {kind_of(message)}")
@@ -195,7 +197,7 @@ def data_of(url: str) -> bytes:
 
 
 def _beside(role: str, message: Mapping[Any, Any]) -> list[Part]:
-    """What OpenAI's form of an assistant's message holds beside its content."""
+    """The parts that OpenAI's form keeps beside the content: thinking and tool calls."""
     thought, calls = message.get("reasoning_content"), message.get("tool_calls")
     if calls and role != "assistant":
         raise ValueError("only an assistant's message has tool_calls")
@@ -213,7 +215,8 @@ def _call(call: object) -> Part:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):
         raise ValueError(
-            f'a tool call must be an object {{"id", "type", "function": {{"name", "arguments"}}}}, found {kind_of(call)}'
+            'a tool call must be an object {"id", "type", "function": {"name", "arguments"}}, '
+            f"found {kind_of(call)}"
         )
     arguments = function.get("arguments")
     if isinstance(arguments, Mapping):  # as data sets write them
@@ -223,7 +226,7 @@ def _call(call: object) -> Part:
 
 
 def _result(call: str, parts: Sequence[Part]) -> list[Part]:
-    """The content of a tool's message in OpenAI's form: its texts are the result."""
+    """The parts of a tool's message in OpenAI's form: its texts are the result."""
     if any(part["type"] == "tool_result" for part in parts):
         return list(parts)
     text = "".join(part["text"] for part in parts if part["type"] == "text")
@@ -232,11 +235,11 @@ def _result(call: str, parts: Sequence[Part]) -> list[Part]:
 
 
 def kind_of(value: object) -> str:
-    """A value's type and its beginning, for messages of errors."""
+    """A value's type and the beginning of its repr, for error messages."""
     return "nothing (null)" if value is None else f"{type(value).__name__} {value!r:.40}"
 
 
-# ---- looking at them ---------------------------------------------------------------------------------------------
+# ---- looking at them ---------------------------------------------------------------------------------------
 
 
 def text_part(text: str) -> TextPart:
@@ -250,7 +253,7 @@ def parts_of(content: Content) -> list[Part]:
 
 
 def text_of(content: Content) -> str:
-    """The text of a content, whatever stands beside it left out: for titles and lists."""
+    """The text parts of a content joined, other parts left out: for titles and previews."""
     return "".join(part["text"] for part in parts_of(content) if part["type"] == "text")
 
 
@@ -267,42 +270,44 @@ def joined(first: Content, second: Content) -> Content:
 
 
 def image_name(part: ImagePart) -> str:
-    """What identifies an image: the SHA-256 of its bytes where they or their sum are at hand, else its reference."""
+    """What identifies an image: the SHA-256 of its bytes if they or the field are there, else its
+    reference."""
     if "sha256" in part:
         return part["sha256"]
     url = part["url"]
     return hashlib.sha256(data_of(url)).hexdigest() if url.startswith("data:") else url
 
 
-# ---- as text -----------------------------------------------------------------------------------------------------
+# ---- as text -----------------------------------------------------------------------------------------------
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 BEFORE_NAME, BEFORE_ARGUMENTS, BEHIND_ARGUMENTS, BETWEEN = '\n{"name": "', '", "arguments": ', "}\n", "\n"
-"""What stands around name and arguments between the tags, as models write it that learnt the form, and between two calls."""
+"""The text around name and arguments between the tags, and between two calls, as trained models write it."""
 
 
 def write_tool_call(name: str, arguments: str) -> str:
-    """A call as the model says it, for the assistant's turns before. `arguments`: a JSON object, as text."""
+    """A tool call as a model writes it, for earlier turns of the assistant. `arguments`: a JSON object, as
+    text."""
     return f"{OPEN}{BEFORE_NAME}{name}{BEFORE_ARGUMENTS}{arguments or '{}'}{BEHIND_ARGUMENTS}{CLOSE}"
 
 
 def write_thinking(thinking: str) -> str:
-    """Thinking as models write it that learnt to (DeepSeek-R1, Qwen3), before the answer."""
+    """Thinking as DeepSeek-R1 and Qwen3 write it before an answer."""
     return f"<think>\n{thinking}\n</think>\n\n"
 
 
 def written(content: Content) -> str:
-    """The content as a model that reads text writes it or is told it. Raises UnreadablePart for an image."""
+    """The content as a text-only model reads or writes it. Raises UnreadablePart for an image."""
     return _written(content, _refuse_image)
 
 
 def described(content: Content) -> str:
-    """The same for people, and for ids of contents: an image stands there as its name."""
+    """The content as text for people and for content ids; an image is written as its name."""
     return _written(content, lambda part: f"[image {image_name(part)}]")
 
 
 def _written(content: Content, image: Callable[[ImagePart], str]) -> str:
-    """The parts as one text. A call stands on lines of its own, and so does each of several results."""
+    """The parts as one text. A tool call begins and ends its line, and so does each of several results."""
     if isinstance(content, str):
         return content
     text, before = "", ""
@@ -334,20 +339,20 @@ def _refuse_image(part: ImagePart) -> str:
     )
 
 
-# ---- writing for others ------------------------------------------------------------------------------------------
+# ---- writing for others ------------------------------------------------------------------------------------
 
 
 def to_openai(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """The messages in OpenAI's form, which `check_message` reads. Those with plain texts are left as they are.
+    """The messages in OpenAI's form, which `check_message` reads. Messages with plain texts do not change.
 
-    A message of theirs has its thinking, its text and its calls in this order, and answers one call: where ours says
-    more, it becomes several.
+    Their form has thinking, then text and images, then tool calls, and one tool result in a message. A
+    message of ours with another order, or with several results, becomes several messages.
     """
     return [turn for message in messages for turn in _turns(message)]
 
 
 _PLACES = {"tool_result": 0, "thinking": 0, "text": 1, "image": 1, "tool_call": 2}
-"""Where a kind of part stands in a message of theirs; of those at 0 there is one."""
+"""The order of parts in a message of OpenAI's form; at most one part of order 0."""
 
 
 def _turns(message: Message) -> list[dict[str, Any]]:

@@ -248,13 +248,15 @@ def test_messages_lose_what_else_they_carry() -> None:
 
 LISTING = ChatTemplate.from_source(
     "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
-    "{% for part in m.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% for part in m.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}"
     "{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 """Goes through lists and knows nothing else, as templates of models that see do."""
 EITHER = ChatTemplate.from_source(
     "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% for part in m.content if part.type == 'text' %}"
+    "{{ part.text }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
     "{% endif %}{{ '<|end|>' }}{% endfor %}"
 )
 """Takes both, and writes a line break between the parts of a list."""
@@ -342,7 +344,8 @@ def test_parts_with_nothing_between_them_are_one_text_for_the_tokenizer() -> Non
     word = TOKENIZER.encode("Hello")
     assert len(word) < len(TOKENIZER.encode("Hel") + TOKENIZER.encode("lo"))
     assert LISTING.encode(texts("Hel", "lo"), TOKENIZER).ids[1:-1] == word
-    # Two messages stay two, even where a template writes nothing between them, and so does a content written twice.
+    # Two messages stay two texts where a template writes nothing between them; so does a content written
+    # twice.
     bare = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}<|end|>", "<|end|>")
     apart = TOKENIZER.encode("Hel") + TOKENIZER.encode("lo")
     assert bare.encode(say("Hel", "lo"), TOKENIZER).ids == [*apart, END]

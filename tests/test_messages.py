@@ -1,4 +1,4 @@
-"""Messages in parts: read in both forms, written back without loss, and refused by what is wrong with them."""
+"""Messages in parts: read in both forms, written back without loss, refused with what is wrong with them."""
 
 from __future__ import annotations
 
@@ -106,7 +106,8 @@ def test_openais_form_of_an_answer_comes_back(parts: list[Any]) -> None:
 
 @given(st.lists(MESSAGES, max_size=4))
 def test_nothing_is_lost_in_openais_form(messages: list[Any]) -> None:
-    """One message may become several, and an image has no kind and no sum there. All else is there, in order."""
+    """One message may become several, and an image has no mime and no sha256 there. All else is kept, in
+    order."""
     turns = to_openai(messages)
     read = [check_message(turn) for turn in json.loads(json.dumps(turns))]
 

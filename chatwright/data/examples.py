@@ -38,9 +38,10 @@ def content_id(text: str) -> str:
 
 
 def transcript(messages: Iterable[Message]) -> str:
-    """The contents of a conversation as plain text, one turn a line (line breaks inside a turn become spaces).
+    """The contents of a conversation as plain text, one turn a line (line breaks inside a turn become
+    spaces).
 
-    Calls of tools are written out, and an image is its name (messages.py): whatever differs has another content id.
+    Every part counts, an image by its name (messages.py), so that different conversations have different ids.
     """
     return "\n".join(" ".join(described(message["content"]).split()) for message in messages)
 

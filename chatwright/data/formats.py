@@ -7,12 +7,14 @@ Conversations:
 
 | columns | format | what is read |
 |---|---|---|
-| `messages` or `conversations`: a list of {"role", "content"} | `openai` | ours are the same with an `id`, which is made anew. Calls (`tool_calls`), results (`tool_call_id`) and thinking (`reasoning_content`) become parts (messages.py) |
-| `messages` or `conversations`: a list of {"from", "value"} | `sharegpt` | human is the user, gpt the assistant (`SPEAKERS`); a `function_call` is JSON with name and arguments |
+| `messages` or `conversations`: a list of {"role", "content"} | `openai` | ours are the same with an `id`, which is made anew |
+| `messages` or `conversations`: a list of {"from", "value"} | `sharegpt` | human is the user, gpt the assistant (`SPEAKERS`) |
 | `instruction` and `output` (and `input`) | `alpaca` | one exchange; the user's turn is Alpaca's standard prompt |
 | the same | `alpaca-plain`, never by itself | the user's turn is the instruction, a blank line and the input |
 
-A text in a column `system` stands before the conversation as its system message.
+A text in a column `system` stands before the conversation as its system message. OpenAI's `tool_calls`,
+`tool_call_id` and `reasoning_content`, and ShareGPT's `function_call` (JSON with name and arguments),
+become parts of contents (messages.py).
 
 Comparisons, with a column `annotator` where it is known who judged:
 
@@ -153,14 +155,14 @@ def _way(turn: Any) -> Format:
 def _message(turn: Any) -> Message:
     """A message in OpenAI's form or in ours; `developer` is a system message, and text parts are one text.
 
-    Calls of tools, their results and thinking become parts. What nothing here can be taught is refused: images, and `STRUCTURED`.
+    Tool calls, tool results and thinking become parts. Images and what is in `STRUCTURED` are refused.
     """
     if not isinstance(turn, Mapping):
         return check_message(turn)
     _refuse_unlearnt(turn)
     if found := [name for name in STRUCTURED if turn.get(name)]:
         raise ValueError(
-            f"a message has {found[0]}, which is not read: write the call as tool_calls, or leave the message out"
+            f"a message has {found[0]}, which is not read: write calls as tool_calls, or leave it out"
         )
     role = "system" if turn.get("role") == "developer" else turn.get("role")
     checked = check_message({**turn, "role": role})
@@ -189,7 +191,8 @@ def _said(turn: Any) -> Message:
 
 
 def _called(value: Any) -> list[Part]:
-    """The calls that a `function_call` of ShareGPT's files holds: a JSON object with name and arguments, or a list of them."""
+    """The calls in a `function_call` of ShareGPT: a JSON object with name and arguments, or a list of
+    them."""
     try:
         found = json.loads(value) if isinstance(value, str) else value
     except ValueError:
@@ -201,7 +204,7 @@ def _called(value: Any) -> list[Part]:
         )
         if not isinstance(name, str) or not isinstance(arguments, Mapping | str):
             raise ValueError(
-                f'a function_call must be JSON of the form {{"name": ..., "arguments": ...}}, found {value!r:.80}'
+                f'a function_call must be JSON like {{"name": ..., "arguments": ...}}, found {value!r:.80}'
             )
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         parts.append(ToolCallPart(type="tool_call", id="", name=name, arguments=text))

@@ -210,7 +210,8 @@ def _compared(config: Any, workspace: Workspace, report: Report) -> Answered:
             scores, _ = judge(model, rankings, chosen)
         leads.append((scores[:, 0] - scores[:, 1]).tolist())
     prompts = [
-        f"{' / '.join(described(one['content']) for one in pair.prompt)} - higher: {pair.responses[0]} - lower: {pair.responses[1]}"
+        f"{' / '.join(described(one['content']) for one in pair.prompt)} - higher: {pair.responses[0]} "
+        f"- lower: {pair.responses[1]}"
         for pair in chosen
     ]
     pairs = [

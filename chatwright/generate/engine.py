@@ -175,9 +175,10 @@ class Engine:
             raise UserError(
                 f"the prompt has token ids outside of the model's vocabulary (0 to {vocab_size - 1})"
             )
-        if any(not 0 <= place < len(prompt) or not content for place, content in request.placeholders):
+        if any(not 0 <= position < len(prompt) or not content for position, content in request.placeholders):
             raise UserError(
-                f"placeholders must name places in the prompt (0 to {len(prompt) - 1}) and a hash of what each stands for"
+                f"placeholders must be positions in the prompt (0 to {len(prompt) - 1}), each with a hash "
+                "of what it stands for"
             )
         if any(token >= vocab_size for token, _ in sampling.logit_bias):
             raise UserError(

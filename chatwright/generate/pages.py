@@ -1,10 +1,11 @@
 """Who uses which page of the key-value cache, and which pages hold the beginning of a text that may come again.
 
-A page has room for the keys and values of `size` tokens (Kwon et al. 2023, "PagedAttention", arXiv:2309.06180). What is
-known is a tree (Zheng et al. 2023, SGLang's RadixAttention, arXiv:2312.07104): below the root the pages that hold the first
-tokens of some text, below each page those that go on. Keys are the tokens themselves, compared one by one, and a page
-stands for nothing but its whole path: two prompts can never be mixed up. A token that only holds the place of something else
-(an image's placeholder) is keyed together with a hash of what it stands for.
+A page has room for the keys and values of `size` tokens (Kwon et al. 2023, "PagedAttention",
+arXiv:2309.06180). What is known is a tree (Zheng et al. 2023, SGLang's RadixAttention, arXiv:2312.07104):
+below the root the pages that hold the first tokens of some text, below each page those that go on. Keys are
+the tokens themselves, compared one by one, and a page stands for nothing but its whole path: two prompts
+can never be mixed up. A placeholder token (for an image) is compared together with a hash of what it stands
+for: two images behind the same tokens never share a page.
 
 Three rules make it safe:
 * Sequences share whole pages only, and nobody writes to a page that is whole. Who goes on in the middle of a page
@@ -26,7 +27,7 @@ PAGE_TOKENS = 16
 
 
 Key = int | tuple[int, str]
-"""What a place of a page is known by: its token, or (token, hash) where the token is a placeholder."""
+"""What is compared at one position: the token, or (token, hash) where the token is a placeholder."""
 
 
 class OutOfPages(Exception):

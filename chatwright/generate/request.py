@@ -30,11 +30,12 @@ class Request:
     """Ids that end the answer. They are part of its ids but not of its text."""
     id: str = ""
     """A name for the caller's use."""
-    placeholders: tuple[tuple[int, str], ...] = ()
-    """(place in the prompt, hash) for each token that only holds the place of something else, such as a part of an image. Prompts
-    whose hashes differ there share no stored keys and values from there on; so the hash must cover all that is computed from."""
     grammar: Grammar | None = None
     """What the answer must look like (grammar.py). Once it is complete and nothing may follow, the answer ends, without an end id."""
+    placeholders: tuple[tuple[int, str], ...] = ()
+    """(position in the prompt, hash) of each placeholder token, such as those of an image. Requests whose
+    hashes differ at a position share no cached keys and values from there on. The hash must cover all that
+    the embeddings at these positions are computed from."""
 
 
 @dataclass(frozen=True)

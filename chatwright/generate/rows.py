@@ -93,14 +93,15 @@ class Row:
     top: list[Alternatives] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     keys: list[Key] = field(init=False)
-    """What the cache knows the tokens by (pages.py): the very list `tokens` unless the prompt has placeholders."""
+    """What the prefix cache compares (pages.py): the list `tokens` itself unless the prompt has
+    placeholders."""
 
     def __post_init__(self) -> None:
         self.keys = cast(list[Key], self.tokens)
         if self.handle.request.placeholders:
             self.keys = list(self.tokens)
-            for place, content in self.handle.request.placeholders:
-                self.keys[place] = (self.tokens[place], content)
+            for position, content in self.handle.request.placeholders:
+                self.keys[position] = (self.tokens[position], content)
 
     @classmethod
     def begin(

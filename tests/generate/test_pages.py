@@ -82,8 +82,8 @@ def test_placeholders_are_known_by_what_they_stand_for() -> None:
 
 
 class Sequences(RuleBasedStateMachine):
-    """Texts of two letters and an image come, grow, end and fail. `memory` is what a runner would have written: at each place of a
-    page the whole text up to there."""
+    """Texts of two letters and an image come, grow, end and fail. `memory` is what a runner would have
+    written: at each place of a page the whole text up to there."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -474,6 +474,6 @@ def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
 @pytest.mark.parametrize("places", [((46, "a"),), ((-1, "a"),), ((0, "a"), (1, ""))])
 def test_placeholders_that_are_none(make_model: MakeModel, places: tuple[tuple[int, str], ...]) -> None:
     with pytest.raises(
-        UserError, match=r"placeholders must name places in the prompt \(0 to 45\) and a hash"
+        UserError, match=r"placeholders must be positions in the prompt \(0 to 45\), each with a hash"
     ):
         Engine(make_model()).submit(Request(pictured("").prompt, placeholders=places))

@@ -1,7 +1,7 @@
 """The messages of a request: OpenAI's form is checked here and becomes ours (chatwright/messages.py).
 
-Calls of tools and their results stay parts, and reach the model as text (chat.py). An image is taken in as a part as well;
-a model that reads text only refuses it when the prompt is written.
+Tool calls and their results are parts, which chat.py writes to the model as text. An image is a part as
+well; a model that reads only text refuses it when the prompt is encoded.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def with_system(messages: Sequence[Message], text: str) -> list[Message]:
 
 
 def with_turn(messages: list[Message], turn: Message) -> list[Message]:
-    """The messages and another one; one of the assistant goes on in its message before, on a line of its own."""
+    """The messages and one more turn. Two turns of the assistant in a row become one message, a line break
+    between."""
     if not messages or not turn["role"] == messages[-1]["role"] == "assistant":
         return [*messages, turn]
     *others, last = messages
