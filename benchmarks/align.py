@@ -47,6 +47,7 @@ from chatwright.chat import NATIVE, EncodedChat
 from chatwright.data.examples import Comparison, Dialogue
 from chatwright.data.loader import SampleOrder
 from chatwright.data.packing import batch_rows, cut_dialogue, pack
+from chatwright.data.records import records_of
 from chatwright.interop.hf_export import config_to_hf, plan_hf
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
@@ -55,12 +56,13 @@ from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.optim import OptimConfig
+from chatwright.stages import ppo, reward, sft
 from chatwright.tokenizer import Tokenizer
-from chatwright.train import ppo, rankings, reward, rounds, sft
 from chatwright.train.compiled import compile_blocks
-from chatwright.train.players import make_players
-from chatwright.train.rollout import prompts_from
-from chatwright.train.tokenizer import records_of
+from chatwright.train.preference import rankings
+from chatwright.train.rl import training
+from chatwright.train.rl.models import make_players
+from chatwright.train.rl.rollout import prompts_from
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
 
@@ -277,17 +279,17 @@ def ours_ppo(shape: Shape, *, trained: bool = False, compiled: bool = False) -> 
         print(compile_blocks(*players.computing))
     workspace = Workspace(Path(tempfile.mkdtemp(prefix="bench-align-")), 3)
     runtime.tune_allocator()
-    training = rounds.trainer_of(players, config, workspace, base, {})
-    training.progress.extra = {"beta": config.beta, "best": None, "history": []}
-    run = ppo._Run(config, workspace, training, players, base, questions(shape))
+    trainer = training.trainer_of(players, config, workspace, base, {})
+    trainer.progress.extra = {"beta": config.beta, "best": None, "history": []}
+    run = ppo._Run(config, workspace, trainer, players, base, questions(shape))
 
     def one_round() -> float:
         started = time.perf_counter()
         rollout, _ = run.sampled()
         run._update(rollout)
-        training.take_logged()
-        training.progress.step += 1
-        training.progress.consumed += config.batch_size
+        trainer.take_logged()
+        trainer.progress.step += 1
+        trainer.progress.consumed += config.batch_size
         return time.perf_counter() - started
 
     return warmed(one_round)

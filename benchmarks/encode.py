@@ -20,9 +20,9 @@ import side_by_side
 from tokenizers import Tokenizer as Library
 
 from chatwright.data.examples import Document
+from chatwright.data.records import read_records
 from chatwright.data.shards import write_shards
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.sft import read_records
 
 
 def main() -> int:

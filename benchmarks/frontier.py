@@ -23,17 +23,17 @@ from typing import Any
 import measures
 import side_by_side
 
-from chatwright import checkpoint, pipeline, runtime
+from chatwright import files, pipeline, runtime
 from chatwright import recipe as recipes
 from chatwright.config import UserError
 from chatwright.data import sources
-from chatwright.evaluate import best_of_n
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
 from chatwright.metrics import say
 from chatwright.model.attention import plain_attention
-from chatwright.train.gold import SENTIMENT, gold_of
-from chatwright.train.players import load_reward
+from chatwright.stages import best_of_n
+from chatwright.train.rl.gold import SENTIMENT, gold_of
+from chatwright.train.rl.models import load_reward
 from chatwright.train.workspace import Workspace
 
 METHODS = ("ppo", "reinforce")
@@ -146,7 +146,7 @@ class Bench:
         mark = f"{result['fingerprint']} {PROMPTS} {measures.SAMPLES} {sorted(self.judges)} {self.third}"
         file = directory / "measured.json"
         if file.is_file():
-            known: dict[str, Any] = checkpoint.read_json(file)
+            known: dict[str, Any] = files.read_json(file)
             if known["mark"] == mark:
                 self.rows.setdefault("before", known["before"])
                 return dict(known["row"])
@@ -162,7 +162,7 @@ class Bench:
             "tax": tax_of(result),
         }
         self.rows["before"] = before.row()
-        checkpoint.write_json(file, {"mark": mark, "row": row, "before": self.rows["before"]})
+        files.write_json(file, {"mark": mark, "row": row, "before": self.rows["before"]})
         return row
 
     def reference(self, config: Any) -> tuple[measures.Measured, measures.Table]:

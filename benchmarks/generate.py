@@ -233,7 +233,7 @@ def write_files() -> None:
     """SmolLM2 for llama.cpp: bf16 by our export, the others by its own quantiser from that."""
     import llama_cpp
 
-    from chatwright.serve.export import main_export
+    from chatwright.commands.export import main as main_export
 
     FILES.mkdir(parents=True, exist_ok=True)
     source = FILES / "smollm2-bf16.gguf"
@@ -326,9 +326,9 @@ def shared_prefix(rounds: int) -> tuple[float, dict[str, list[float]]]:
 def perplexities(run: str, tokens: int = 8_192, window: int = 512) -> dict[str, float]:
     """Perplexity of held-out text, by dtype."""
     from chatwright.data.examples import Document
+    from chatwright.data.records import read_records
     from chatwright.generate.runner import Feed
     from chatwright.language_model import load_parts, make_runner
-    from chatwright.train.sft import read_records
 
     parts = load_parts("smollm2")
     assert parts.tokenizer is not None

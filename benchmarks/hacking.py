@@ -24,11 +24,11 @@ import measures
 import side_by_side
 from frontier import ready, table_of
 
-from chatwright import checkpoint, pipeline, runtime
+from chatwright import checkpoint, files, pipeline, runtime
 from chatwright import recipe as recipes
 from chatwright.config import UserError
 from chatwright.metrics import read_metrics, say
-from chatwright.train import health
+from chatwright.train.rl import health
 from chatwright.train.workspace import Workspace
 
 
@@ -66,22 +66,22 @@ def run(recipe: recipes.Recipe, root: Path, *, stopped: bool) -> dict[str, Any]:
 
 
 def held_out(recipe: recipes.Recipe, root: Path, inputs: Mapping[str, Path], kept: int) -> dict[str, Any]:
-    """Round -> what the policy of that round is like on held-out prompts: every `save_every` rounds, and the kept one. Those known
+    """Round -> what the policy of that round is like on held-out prompts: every `save_steps` iterations, and the kept one. Those known
     are not measured again."""
     file = root / "ppo" / "measured.json"
-    mark = checkpoint.read_json(root / "ppo" / "result.json")["fingerprint"]
-    known = checkpoint.read_json(file) if file.is_file() else {}
+    mark = files.read_json(root / "ppo" / "result.json")["fingerprint"]
+    known = files.read_json(file) if file.is_file() else {}
     rows: dict[str, Any] = known["rows"] if known.get("mark") == mark else {}
     table = table_of(recipe.stages["ppo"].config, Workspace(root / "measure", recipe.seed, inputs), {}, "")
     if "0" not in rows:
         rows["0"] = table.measure(table.base).row()
     for one in checkpoint.checkpoints(root / "ppo" / "checkpoints"):
         if str(one.step) not in rows and (
-            one.step % recipe.stages["ppo"].config.save_every == 0 or one.step == kept
+            one.step % recipe.stages["ppo"].config.save_steps == 0 or one.step == kept
         ):
             say(f"  measuring round {one.step}")
             rows[str(one.step)] = table.measure(ready(str(one.path))).row()
-            checkpoint.write_json(file, {"mark": mark, "rows": rows})
+            files.write_json(file, {"mark": mark, "rows": rows})
     return dict(sorted(rows.items(), key=lambda pair: int(pair[0])))
 
 

@@ -79,7 +79,7 @@ def train(settings: dict[str, Any]) -> dict[str, float]:
     """One run in this process: what it measured."""
     from chatwright import runtime
     from chatwright.optim import OptimConfig
-    from chatwright.train import pretrain
+    from chatwright.stages import pretrain
     from chatwright.train.loop import FitConfig
     from chatwright.train.workspace import Workspace
 

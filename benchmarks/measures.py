@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from chatwright.data.examples import LabelledText
-from chatwright.evaluate import best_of_n
-from chatwright.evaluate.replies import bootstrap_interval
 from chatwright.interop.loaded import Loaded
 from chatwright.objectives.policy import kl_k1
-from chatwright.train import health
-from chatwright.train.reward_measures import correlation
-from chatwright.train.rollout import Answers, answer_log_probs, distinct, texts_of
+from chatwright.stages import best_of_n
+from chatwright.stages.evaluate import bootstrap_interval
+from chatwright.train.preference.measures import correlation
+from chatwright.train.rl import health
+from chatwright.train.rl.rollout import Answers, answer_log_probs, distinct, texts_of
 
 SAMPLES = 4
 """Answers to each prompt."""

@@ -59,8 +59,8 @@ CASES: dict[str, dict[str, Any]] = {
 def settings(case: dict[str, Any]) -> Any:
     """The stage's settings of a case."""
     from chatwright.optim import OptimConfig
+    from chatwright.stages.pretrain import Config
     from chatwright.train.loop import FitConfig
-    from chatwright.train.pretrain import Config
 
     fit = FitConfig(
         steps=1000,
@@ -80,16 +80,17 @@ def settings(case: dict[str, Any]) -> Any:
 def subject_of(case: dict[str, Any]) -> Any:
     """A case as the planner sees it."""
     from chatwright.model.config import GPTConfig
-    from chatwright.train.plan import Subject
+    from chatwright.stages import pretrain
+    from chatwright.train.planning.program import PlannedStage
 
     config = settings(case)
-    return Subject("pretrain", "pretrain", GPTConfig.preset(config.preset, **config.model), config)
+    return PlannedStage("pretrain", pretrain.PLAN, GPTConfig.preset(config.preset, **config.model), config)
 
 
 def predicted(case: dict[str, Any]) -> dict[str, Any]:
     """Bytes above the baseline and seconds a step, by the planner, in a process that does nothing else."""
     from chatwright import runtime
-    from chatwright.train.plan import choose
+    from chatwright.train.planning.plan import choose
 
     runtime.set_threads()
     runtime.tune_allocator()
@@ -111,8 +112,9 @@ def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
 
     from chatwright import runtime
     from chatwright.model.gpt import GPT
-    from chatwright.train import pretrain, timing
-    from chatwright.train.plan import predict
+    from chatwright.stages import pretrain
+    from chatwright.train.planning import timing
+    from chatwright.train.planning.plan import predict
     from chatwright.train.trainer import Trainer
     from chatwright.train.workspace import Workspace
 

@@ -32,9 +32,9 @@ from chatwright import optim, runtime
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.optim import OptimConfig
-from chatwright.train import pretrain
+from chatwright.stages import pretrain
+from chatwright.stages.pretrain import TokenBatch
 from chatwright.train.loop import FitConfig
-from chatwright.train.pretrain import TokenBatch
 
 
 @dataclass(frozen=True)

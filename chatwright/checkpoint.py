@@ -9,154 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from chatwright.config import UserError
+from chatwright.files import read_json, sha256, whole_directory, write_text
+from chatwright.tensor_files import NO_DIGEST, PARTS, load_tensors, save_tensors, write_state
 
 STEP = re.compile(r"step-(\d{6,})$")
 BEST = "best"
 """The file beside the checkpoints that holds the name of the best one (`fit.keep_best`)."""
 UNFINISHED = "unfinished"
 """Beside the checkpoints: what a step that was stopped in its middle (a round of PPO) needs to be gone on with."""
-PARTS = "sharded"
-"""The folder of a checkpoint that many processes write together, a file each."""
-LARGEST_JSON = 64 << 20
-"""Most bytes of a JSON file: as Python's objects they become twenty times as large, and more."""
-_NO_DIGEST = "0" * 64  # stands for the checksum of state.json while that checksum is computed
-
-
-@contextlib.contextmanager
-def whole_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that becomes `target` when the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.parent / f".{target.name}.{os.getpid()}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        take_place(aside, target)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror or error}; what was there before is intact"
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
-    """The name of a file beside `target` that becomes `target` when the block ends without an error."""
-    aside = target.parent / f".{target.name}.{os.getpid()}.partial"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        _flush(aside)
-        os.replace(aside, target)
-        _flush(target.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror or error}; what was there before is intact"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-
-
-def take_place(aside: Path, target: Path) -> None:
-    """Flush a finished directory to the disk and give it its name; what had that name before goes."""
-    for file in aside.rglob("*"):
-        _flush(file)
-    if target.exists():
-        old = target.parent / f".{target.name}.{os.getpid()}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        aside.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        aside.rename(target)
-    _flush(target.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it: a reader sees the old or the new text, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f".{path.name}.{os.getpid()}.partial"
-    try:
-        aside.write_text(text, encoding="utf-8")
-        _flush(aside)
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of a value as JSON."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises UserError when missing or broken."""
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise UserError(f"{path} is larger than {LARGEST_JSON >> 20} MB: no settings are")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def _flush(path: Path) -> None:
-    """Push a file's (on Linux and macOS also a directory's) content to the disk before it is relied on."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors, in C order and on the CPU, as safetensors; `metadata` goes into the file's header."""
-    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        safetensors.torch.save_file(content, path, metadata)
-        path.chmod(mode)  # the library makes files that nobody else can read, whatever the umask says
-    except safetensors.SafetensorError as error:
-        raise OSError(None, str(error)) from error
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises UserError when missing, cut off or not safetensors."""
-    try:
-        return safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -273,7 +145,7 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one of its files, `model` or `optimizer`, or of the parts that many processes wrote."""
         if self.in_parts:
-            from chatwright import sharded  # torch's distributed part takes a while to import
+            from chatwright import sharded  # torch's distributed part takes a second to import
 
             return sharded.whole_tensors(self.path, name)
         return load_tensors(self.path / f"{name}.safetensors")
@@ -304,20 +176,6 @@ def save_checkpoint(
     return Checkpoint(target)
 
 
-def write_state(directory: Path, state: Mapping[str, Any], known: Mapping[str, str] | None = None) -> None:
-    """`state.json` of a directory whose other files are all written: `state`, and `files` with everyone's checksum.
-
-    Its own is that of its text with 64 zeros in the place of the checksum: every byte of the file counts. `known` are
-    checksums of files in folders below, made by those who wrote them.
-    """
-    files = {file.name: sha256(file) for file in sorted(directory.iterdir()) if file.is_file()} | dict(
-        known or {}
-    )
-    text = json.dumps({**state, "files": {**files, "state.json": _NO_DIGEST}}, indent=1)
-    own = hashlib.sha256(text.encode()).hexdigest()
-    (directory / "state.json").write_bytes(own.join(text.rsplit(_NO_DIGEST, 1)).encode())
-
-
 def _state_is_whole(text: bytes, own: object) -> bool:
     """Whether a state.json passes its own checksum. One without (by hand, or of the first versions) does.
 
@@ -326,7 +184,7 @@ def _state_is_whole(text: bytes, own: object) -> bool:
     found = re.findall(rb'"state\.json": "([0-9a-f]{64})"', text)
     if not found:
         return own is None
-    zeroed = _NO_DIGEST.encode().join(text.rsplit(found[-1], 1))
+    zeroed = NO_DIGEST.encode().join(text.rsplit(found[-1], 1))
     return bool(hashlib.sha256(zeroed).hexdigest().encode() == found[-1])
 
 

@@ -6,6 +6,7 @@ line's help. Unknown keys fail and name the nearest known one. Also here: the tw
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import io
@@ -36,6 +37,10 @@ class UsageError(UserError):
     """The command line or a recipe is wrong; nothing has been started. Exit code 2."""
 
 
+USAGE_ERRORS = (argparse.ArgumentError, TypeError, ValueError, OSError)
+"""What jsonargparse raises for arguments that are wrong."""
+
+
 def parse(
     cls: type[Config],
     argv: Sequence[str],
@@ -48,8 +53,59 @@ def parse(
     """Settings of type `cls` from `--config FILE` and `--key value`, over `defaults` over the dataclass's own.
 
     `positionals` maps the name of each leading positional argument to its help; a name that ends in `?` is optional,
-    one that ends in `+` takes one or more. Returns the settings and the positionals. `--help` prints and exits with 0. Raises UsageError.
+    one that ends in `+` takes one or more. Returns the settings and the positionals. `--help` prints and exits with 0.
+    Raises UsageError.
     """
+    (config,), found = parse_all((cls,), argv, prog, description, defaults=defaults, positionals=positionals)
+    return config, found
+
+
+def parse_all(
+    classes: Sequence[type[Any]],
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    positionals: Mapping[str, str] | None = None,
+    renamed: Mapping[str, str] | None = None,
+) -> tuple[list[Any], dict[str, Any]]:
+    """`parse` for settings that several classes hold side by side; an instance of each, and the positionals.
+
+    `renamed` maps former names of settings of the first class to their names now. The former ones are read as well, and a
+    line on standard error names the new one.
+    """
+    parser = make_parser(prog, description, positionals)
+    for cls in classes:
+        parser.add_class_arguments(cls, nested_key=None, fail_untyped=False)
+    for old in renamed or {}:
+        parser.add_argument(f"--{old}", default=None, type=str, help=argparse.SUPPRESS)
+    if defaults:
+        check_keys(defaults, [field.name for field in _fields(classes[0])], where=prog)
+        parser.set_defaults(dict(defaults))
+    switches = set().union(*map(_switches, classes))
+    swallowed = io.StringIO()
+    try:
+        with redirect_stderr(swallowed):
+            namespace = parser.parse_args(_with_values(argv, switches))
+            made = parser.instantiate(namespace)
+        found = [cls(**{field.name: getattr(made, field.name) for field in _fields(cls)}) for cls in classes]
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UsageError(_one_line(swallowed.getvalue())) from None
+    except USAGE_ERRORS as error:
+        raise UsageError(_explain(str(error), _option_names(parser))) from None
+    former = {old: getattr(namespace, old) for old in renamed or {} if getattr(namespace, old) is not None}
+    if former:
+        found[0] = build(
+            classes[0], to_plain(found[0]) | rename_settings(former, renamed or {}, where=prog), where=prog
+        )
+    return found, {name: getattr(namespace, name) for name in map(_bare, positionals or {})}
+
+
+def make_parser(prog: str, description: str, positionals: Mapping[str, str] | None = None) -> Any:
+    """A parser with `--config`, `--debug` and positional arguments, whose errors are exceptions."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -58,30 +114,49 @@ def parse(
     )
     for name, help_text in (positionals or {}).items():
         number: dict[str, Any] = {"nargs": "?", "default": None} if name.endswith("?") else {}
-        parser.add_argument(
-            name.rstrip("?+"), help=help_text, **(number or ({"nargs": "+"} if name.endswith("+") else {}))
-        )
+        number |= {"nargs": "+"} if name.endswith("+") else {}
+        parser.add_argument(_bare(name), help=help_text, **number)
     parser.add_argument("--config", action="config", help="A YAML file with any of the settings below.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    parser.add_class_arguments(cls, nested_key=None, fail_untyped=False)
-    if defaults:
-        check_keys(defaults, [field.name for field in dataclasses.fields(cls)], where=prog)  # type: ignore[arg-type]
-        parser.set_defaults(dict(defaults))
+    return parser
+
+
+def _bare(name: str) -> str:
+    """A positional argument's name without the mark that says how many there may be."""
+    return name.rstrip("?+")
+
+
+def parse_given(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
+    """The values that `argv` gives, without any defaults, nested by the dots of their names. Raises UsageError."""
     swallowed = io.StringIO()
     try:
         with redirect_stderr(swallowed):
-            namespace = parser.parse_args(_with_values(argv, _switches(cls)))
-            made = parser.instantiate(namespace)
-        values = {field.name: getattr(made, field.name) for field in _fields(cls)}
+            namespace = parser.parse_args(list(argv), defaults=False)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise UsageError(_one_line(swallowed.getvalue())) from None
-    except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
+    except USAGE_ERRORS as error:
         raise UsageError(_explain(str(error), _option_names(parser))) from None
-    return cls(**values), {
-        name: getattr(namespace, name) for name in (key.rstrip("?+") for key in positionals or {})
-    }
+    return dict(namespace.as_dict())
+
+
+def rename_settings(values: Mapping[str, Any], renamed: Mapping[str, str], *, where: str) -> dict[str, Any]:
+    """`values` with former names of settings replaced by those of now; a line on standard error for each.
+
+    Raises UsageError when both names of a setting are given.
+    """
+    found = dict(values)
+    for old, new in renamed.items():
+        if old in found:
+            if new in found:
+                raise UsageError(f"{where}: {old} is the former name of {new}; give {new} alone")
+            print(
+                f"{where}: {old} is called {new} now; the former name is read until version 0.3",
+                file=sys.stderr,
+            )
+            found[new] = found.pop(old)
+    return found
 
 
 def _switches(cls: Any, prefix: str = "--") -> set[str]:
@@ -117,7 +192,7 @@ def build(cls: type[Config], values: Mapping[str, Any], *, where: str) -> Config
     _check_nested(cls, values, where)
     try:
         namespace = parser.instantiate(parser.parse_object(dict(values)))
-    except (jsonargparse.ArgumentError, TypeError, ValueError, KeyError) as error:
+    except (*USAGE_ERRORS, KeyError) as error:
         raise UsageError(f"{where}: {_one_line(str(error))}") from None
     return cls(**{field.name: getattr(namespace, field.name) for field in _fields(cls)})
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from chatwright import checkpoint, runtime
+from chatwright import checkpoint, files, runtime
 from chatwright.chat import ChatTemplate, FittedChat, Message, fit_context
 from chatwright.config import UserError
 from chatwright.generate.engine import Engine
@@ -247,7 +247,7 @@ def find_checkpoint(path: Path) -> checkpoint.Checkpoint | None:
 
 def _result(file: Path) -> dict[str, Any]:
     """The result.json of a stage."""
-    found = checkpoint.read_json(file)
+    found = files.read_json(file)
     if not isinstance(found, dict):
         raise UserError(f"{file}: expected an object")
     return found

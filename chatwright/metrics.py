@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,18 @@ TIMED = frozenset(
 """Keys that are measured by a clock or a meter: all others of a run that is repeated are the same, bit for bit."""
 
 console = Console(highlight=False, stderr=False)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a stage logs: docs/reference/metrics.md is made of these."""
+
+    name: str
+    unit: str
+    healthy: str
+    """The range, or the course, of a healthy run."""
+    meaning: str
+    """What it is, and what an unhealthy value says."""
 
 
 class MetricsLog:

@@ -5,39 +5,40 @@ A stage's settings name the stages it needs (fields marked as inputs), and these
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from chatwright.config import UsageError, build, check_keys, near_match, read_yaml
-
-STAGES = {
-    "data": "chatwright.train.data",
-    "tokenizer": "chatwright.train.tokenizer",
-    "pretrain": "chatwright.train.pretrain",
-    "sft": "chatwright.train.sft",
-    "reward": "chatwright.train.reward",
-    "classifier": "chatwright.train.classifier",
-    "ppo": "chatwright.train.ppo",
-    "reinforce": "chatwright.train.reinforce",
-    "bestofn": "chatwright.evaluate.best_of_n",
-    "eval": "chatwright.evaluate.replies",
-}
-"""Verb -> the module with its Config and run."""
+from chatwright.config import (
+    UsageError,
+    UserError,
+    build,
+    check_keys,
+    make_parser,
+    near_match,
+    parse_given,
+    read_yaml,
+    rename_settings,
+)
+from chatwright.discovery import current_name, stage_verb
+from chatwright.model.config import GPTConfig
+from chatwright.train.planning.program import PlannedStage
+from chatwright.train.stage import Stage, stage_of
 
 PROMPT = "Hi! How are you today?"
 
 
 @dataclass(frozen=True)
-class Stage:
+class RecipeStage:
     """One entry of a recipe."""
 
     name: str
     verb: str
+    """The stage's name as the command line has it (discovery.py)."""
     config: Any
 
     @property
@@ -45,13 +46,18 @@ class Stage:
         """What its settings name as inputs: stages or paths."""
         return input_names(self.config)
 
+    @property
+    def stage(self) -> Stage:
+        """The STAGE of its file. Raises UsageError when there is none."""
+        return find_stage(self.verb)
+
 
 @dataclass(frozen=True)
 class Recipe:
     """A whole road."""
 
     name: str
-    stages: dict[str, Stage]
+    stages: dict[str, RecipeStage]
     seed: int = 1337
     prompt: str = PROMPT
 
@@ -62,11 +68,9 @@ def input_names(config: Any) -> list[str]:
     return [value for f in fields if (value := getattr(config, f.name)) not in f.metadata.get("words", ())]
 
 
-def module_of(verb: str, *, where: str = "") -> Any:
-    """The module of a stage verb. Raises UsageError with a near match."""
-    if verb not in STAGES:
-        raise UsageError(f"{where}no stage is called {verb!r}{near_match(verb, list(STAGES))}")
-    return importlib.import_module(STAGES[verb])
+def find_stage(verb: str, *, where: str = "") -> Stage:
+    """The STAGE of a verb. Raises UsageError with a near match."""
+    return stage_of(stage_verb(verb, where=where).load())
 
 
 def find_recipe(name: str) -> Path:
@@ -87,26 +91,81 @@ def find_recipe(name: str) -> Path:
 
 def read_recipe(path: Path, overrides: Mapping[str, Mapping[str, Any]]) -> Recipe:
     """A recipe with overrides applied. Raises UsageError naming the stage and the setting that is wrong."""
-    values = read_yaml(path)
-    check_keys(values, ["name", "seed", "prompt", "stages"], where=str(path))
-    entries = values.get("stages")
-    if not isinstance(entries, dict) or not entries:
-        raise UsageError(f"{path}: `stages` must be a mapping with at least one stage")
+    values, entries = _read(path)
     check_keys(overrides, list(entries), where=f"{path.name} has no such stage")
     stages = {}
     for name, settings in entries.items():
-        if settings is not None and not isinstance(settings, dict):
-            raise UsageError(f"{path}: the settings of stage {name} must be a mapping")
-        merged = _merge(dict(settings or {}), overrides.get(name, {}))
-        verb = str(merged.pop("use", name))
-        stages[name] = Stage(
-            name, verb, build(module_of(verb, where=f"{path}: ").Config, merged, where=f"{path}: {name}")
-        )
+        verb, stage = _stage_named(name, settings, path)
+        where = f"{path}: {name}"
+        given = {key: value for key, value in settings.items() if key != "use"}
+        merged = _merge(rename_settings(given, stage.renamed, where=where), overrides.get(name, {}))
+        merged = rename_settings(merged, stage.renamed, where=where)
+        stages[name] = RecipeStage(name, verb, build(stage.config, merged, where=where))
     seed = values.get("seed", 1337)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UsageError(f"{path}: seed is {seed!r}; it must be a whole number, at least 0")
     name = str(values.get("name") or path.stem)
     return Recipe(name, _ordered(stages, str(path)), seed, str(values.get("prompt", PROMPT)))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """A recipe file's values, and its stages' settings by name. Raises UsageError."""
+    values = read_yaml(path)
+    check_keys(values, ["name", "seed", "prompt", "stages"], where=str(path))
+    entries = values.get("stages")
+    if not isinstance(entries, dict) or not entries:
+        raise UsageError(f"{path}: `stages` must be a mapping with at least one stage")
+    for name, settings in entries.items():
+        if settings is not None and not isinstance(settings, dict):
+            raise UsageError(f"{path}: the settings of stage {name} must be a mapping")
+    return values, {str(name): dict(settings or {}) for name, settings in entries.items()}
+
+
+def _stage_named(name: str, settings: Mapping[str, Any], path: Path) -> tuple[str, Stage]:
+    """The verb, and its STAGE, of an entry of a recipe: what `use` says, or the entry's name. Raises UsageError."""
+    verb = current_name(str(settings.get("use", name)))
+    return verb, find_stage(verb, where=f"{path}: ")
+
+
+def parse_with_recipe(
+    cls: type[Any], argv: Sequence[str], *, prog: str, description: str, presets: Sequence[str] = ()
+) -> tuple[Any, str, Recipe]:
+    """Settings of type `cls`, the recipe's name, and the recipe with what `argv` changes in it. Raises UsageError.
+
+    The recipe, the first argument, says which stages there are: their settings are options of the same parser. In its
+    place a name of `presets` may stand, the shape of a model: the recipe is then that of pre-training it.
+    """
+    positionals = {
+        "recipe": "A YAML file, or the name of a built-in recipe (tiny)"
+        + (", or of a model's shape." if presets else ".")
+    }
+    name = argv[0] if argv and not argv[0].startswith("-") else None
+    parser = make_parser(prog, description, positionals)
+    parser.add_class_arguments(cls, nested_key=None, fail_untyped=False)
+    own = [field.name for field in dataclasses.fields(cls)]
+    stages: dict[str, Stage] = {}
+    if name in presets:
+        stages = {"pretrain": find_stage("pretrain")}
+    elif name is not None:
+        path = find_recipe(name)
+        stages = {entry: _stage_named(entry, settings, path)[1] for entry, settings in _read(path)[1].items()}
+    for entry, stage in stages.items():
+        parser.add_class_arguments(stage.config, nested_key=entry, fail_untyped=False)
+        for old in stage.renamed:
+            parser.add_argument(f"--{entry}.{old}", type=Any, help=argparse.SUPPRESS)
+    given = parse_given(parser, argv)
+    overrides = {entry: given[entry] for entry in stages if given.get(entry)}
+    config = build(cls, {key: given[key] for key in own if key in given}, where=prog)
+    if name in presets:
+        settings = build(
+            stages["pretrain"].config, {"preset": name, **overrides.get("pretrain", {})}, where="pretrain"
+        )
+        return (
+            config,
+            str(name),
+            Recipe(str(name), {"pretrain": RecipeStage("pretrain", "pretrain", settings)}),
+        )
+    return config, str(name), read_recipe(find_recipe(str(name)), overrides)
 
 
 def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,9 +175,9 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return values
 
 
-def _ordered(stages: dict[str, Stage], where: str) -> dict[str, Stage]:
+def _ordered(stages: dict[str, RecipeStage], where: str) -> dict[str, RecipeStage]:
     """The stages so that each comes after those it needs, else as written. Raises UsageError on a circle."""
-    done: dict[str, Stage] = {}
+    done: dict[str, RecipeStage] = {}
     left = dict(stages)
     while left:
         ready = next((s for s in left.values() if not any(name in left for name in s.inputs)), None)
@@ -128,29 +187,26 @@ def _ordered(stages: dict[str, Stage], where: str) -> dict[str, Stage]:
     return done
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`--ppo.iterations 3 --pretrain.fit.steps=5` -> {"ppo": {"iterations": 3}, ...}. Raises UsageError."""
-    import yaml
+def shape_of(entry: RecipeStage, recipe: Recipe, known: Mapping[str, GPTConfig]) -> GPTConfig | None:
+    """The shape of the model that a stage makes or trains; None where the recipe does not tell it.
 
-    result: dict[str, dict[str, Any]] = {}
-    pending = list(arguments)
-    while pending:
-        option = pending.pop(0)
-        if not option.startswith("--") or "." not in option:
-            raise UsageError(
-                f"unexpected argument {option!r}; settings of a stage look like --ppo.iterations 20"
-            )
-        key, equals, text = option[2:].partition("=")
-        if not equals:
-            if not pending:
-                raise UsageError(f"{option} needs a value")
-            text = pending.pop(0)
-        *path, last = key.split(".")
-        target: dict[str, Any] = result
-        for part in path:
-            target = target.setdefault(part, {})
+    `known` has the shapes of the stages before it. Raises UserError for settings that no model can have.
+    """
+    if entry.stage.shape is None:
+        return next((known[name] for name in entry.inputs if name in known), None)
+    source = recipe.stages.get(getattr(entry.config, "tokenizer", ""))
+    return entry.stage.shape(entry.config, getattr(source.config, "vocab_size", None) if source else None)
+
+
+def planned_stages(recipe: Recipe) -> Iterator[PlannedStage]:
+    """The training stages of a recipe whose model's shape it tells. Raises UserError where there can be no such shape."""
+    shapes: dict[str, GPTConfig] = {}
+    for entry in recipe.stages.values():
         try:
-            target[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            target[last] = text
-    return result
+            shape = shape_of(entry, recipe, shapes)
+        except UserError as error:
+            raise UserError(f"{entry.name}: {error}") from None
+        if shape is not None:
+            shapes[entry.name] = shape
+            if entry.stage.plan is not None:
+                yield PlannedStage(entry.name, entry.stage.plan, shape, entry.config)

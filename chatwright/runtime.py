@@ -96,7 +96,7 @@ def join() -> None:
 
     if world_size() == 1 or dist.is_initialized():
         return
-    from chatwright.meeting import fresh_store
+    from chatwright.rendezvous import fresh_store
 
     store, number, count = fresh_store()
     if device().type == "cuda":

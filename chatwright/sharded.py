@@ -28,10 +28,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 
-from chatwright import checkpoint, runtime
+from chatwright import runtime
 from chatwright.config import UserError
-
-PARTS = checkpoint.PARTS
+from chatwright.files import read_json, sha256, take_place, whole_directory
+from chatwright.tensor_files import PARTS, save_tensors, write_state
 
 
 def aside_of(target: Path) -> Path:
@@ -55,7 +55,7 @@ class _Writer(HuggingFaceStorageWriter):
             for file in (aside_of(self.target) / PARTS).glob(
                 f"shard-{plan.storage_data['shard_index']:05}-*.safetensors"
             ):
-                file.with_suffix(".sha256").write_text(checkpoint.sha256(file), encoding="ascii")
+                file.with_suffix(".sha256").write_text(sha256(file), encoding="ascii")
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -67,8 +67,8 @@ class _Writer(HuggingFaceStorageWriter):
             digest.unlink()
         for name, text in self.texts.items():
             (aside / name).write_text(text, encoding="utf-8")
-        checkpoint.write_state(aside, self.state, files)
-        checkpoint.take_place(aside, self.target)
+        write_state(aside, self.state, files)
+        take_place(aside, self.target)
         self.then()
 
 
@@ -165,17 +165,17 @@ def whole_tensors(directory: Path, part: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{part}/"): tensor for name, tensor in tensors.items()}
 
 
-def put_together(directory: Path) -> None:
+def consolidate(directory: Path) -> None:
     """Make an ordinary checkpoint of one in parts, in its place and of the same content: for one process, file by file."""
-    state = checkpoint.read_json(directory / "state.json")
+    state = read_json(directory / "state.json")
     state.pop("files", None)
-    with checkpoint.whole_directory(directory) as aside:
+    with whole_directory(directory) as aside:
         for part in sorted({name.partition("/")[0] for name in describe(directory)}):
-            checkpoint.save_tensors(aside / f"{part}.safetensors", whole_tensors(directory, part))
+            save_tensors(aside / f"{part}.safetensors", whole_tensors(directory, part))
         for file in directory.iterdir():
             if file.is_file() and file.name != "state.json":
                 shutil.copyfile(file, aside / file.name)
-        checkpoint.write_state(aside, state)
+        write_state(aside, state)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Setup:
-    """A model on a box of processes: copies x shard x tensor, as chatwright/train/parallel.py arranges them."""
+    """A model on a box of processes: copies x shard x tensor, as chatwright/train/parallel/context.py arranges them."""
 
     name: str
     shape: GPTConfig

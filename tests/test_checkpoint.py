@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import nn
 
-from chatwright import checkpoint
-from chatwright.checkpoint import Checkpoint, save_checkpoint, whole_directory
+from chatwright import checkpoint, files, tensor_files
+from chatwright.checkpoint import Checkpoint, save_checkpoint
 from chatwright.config import UserError
+from chatwright.files import whole_directory
 
 
 def save(target: Path, value: float = 1.0, size: int = 8) -> Checkpoint:
@@ -63,7 +64,7 @@ def test_the_state_names_each_file_with_its_checksum(tmp_path: Path) -> None:
     assert others == ["chat_template.jinja", "model.safetensors", "optimizer.safetensors", "tokenizer.json"]
     own = state["files"].pop("state.json")
     for name, digest in state["files"].items():
-        assert checkpoint.sha256(saved.path / name) == digest
+        assert files.sha256(saved.path / name) == digest
     text = (saved.path / "state.json").read_text()
     assert text.count(own) == 1
     assert hashlib.sha256(text.replace(own, "0" * 64).encode()).hexdigest() == own
@@ -210,10 +211,10 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     bomb = tmp_path / "model.safetensors"
     bomb.write_bytes(pickle.dumps(Trap(mark)))
     with pytest.raises(UserError):
-        checkpoint.load_tensors(bomb)
+        tensor_files.load_tensors(bomb)
     torch.save({"a": Trap(mark)}, bomb)
     with pytest.raises(UserError):
-        checkpoint.load_tensors(bomb)
+        tensor_files.load_tensors(bomb)
     assert not mark.exists()
     pickle.loads(pickle.dumps(Trap(mark)))
     assert mark.exists(), "the trap itself does not work"
@@ -269,7 +270,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"cannot write .*step-000001: .*what was there before is intact"):
             save(target, 2.0, size=100_000)
         with pytest.raises(UserError, match="cannot write"):
-            checkpoint.write_text(tmp_path / "text", "x" * 100_000)
+            files.write_text(tmp_path / "text", "x" * 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
@@ -286,6 +287,9 @@ def test_a_process_killed_while_it_writes(tmp_path: Path) -> None:
 import os, signal, sys
 from pathlib import Path
 from chatwright import checkpoint
+from chatwright import tensor_files
+from chatwright import files
+from chatwright import tensor_files
 checkpoint._flush = lambda path: os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save_checkpoint(Path({str(tmp_path)!r}) / "step-000002", tensors={{}}, state={{}})
 """
@@ -299,26 +303,26 @@ checkpoint.save_checkpoint(Path({str(tmp_path)!r}) / "step-000002", tensors={{}}
 
 def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "deep" / "x.json"
-    checkpoint.write_json(file, {"é": [1, None]})
+    files.write_json(file, {"é": [1, None]})
     assert file.read_text(encoding="utf-8") == '{\n "é": [\n  1,\n  null\n ]\n}\n'
-    assert checkpoint.read_json(file) == {"é": [1, None]}
+    assert files.read_json(file) == {"é": [1, None]}
 
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(UserError, match="Input/output error"):
-        checkpoint.write_text(file, "new")
-    assert checkpoint.read_json(file) == {"é": [1, None]} and names(file.parent) == ["x.json"]
+        files.write_text(file, "new")
+    assert files.read_json(file) == {"é": [1, None]} and names(file.parent) == ["x.json"]
 
 
 def test_json_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        checkpoint.read_json(tmp_path / "none.json")
+        files.read_json(tmp_path / "none.json")
     for content in (b"{", b"\xff", b""):
         (tmp_path / "x.json").write_bytes(content)
         with pytest.raises(UserError, match=r"x\.json cannot be read"):
-            checkpoint.read_json(tmp_path / "x.json")
+            files.read_json(tmp_path / "x.json")
 
 
 # Many checkpoints
@@ -386,6 +390,9 @@ def test_a_process_killed_while_it_deletes_leaves_no_half_checkpoint(tmp_path: P
 import os, signal
 from pathlib import Path
 from chatwright import checkpoint
+from chatwright import tensor_files
+from chatwright import files
+from chatwright import tensor_files
 checkpoint.shutil.rmtree = lambda path, **_: Path(path).exists() and os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.prune(Path({str(tmp_path)!r}), 1)
 """

@@ -257,7 +257,7 @@ def unknown_settings(text: str) -> list[str]:
         "fit": ("chatwright/train/loop.py", "FitConfig"),
         "optim": ("chatwright/optim.py", "OptimConfig"),
         "lora": ("chatwright/model/lora.py", "LoRAConfig"),
-        "parallel": ("chatwright/train/parallel.py", "ParallelConfig"),
+        "parallel": ("chatwright/train/parallel/context.py", "ParallelConfig"),
     }
     unknown = []
     for line in re.findall(rf"chatwright (?:{'|'.join(stages)}) (?:.*\\\n)*.*", text):
@@ -275,7 +275,7 @@ def unknown_settings(text: str) -> list[str]:
 
 
 SHARED = dict.fromkeys(
-    ("ppo", "reinforce"), class_fields(ROOT / "chatwright/train/rounds_config.py", "RoundsConfig")
+    ("ppo", "reinforce"), class_fields(ROOT / "chatwright/train/rl/config.py", "RoundsConfig")
 )
 """Settings that a stage's Config has from its base class."""
 
@@ -590,22 +590,22 @@ def test_every_logged_key_is_documented() -> None:
 
 PLANTED = {
     "round_facts": (
-        "chatwright/train/players.py",
+        "chatwright/train/rl/models.py",
         '        "kl": float(kl.mean()),',
         '        "KEY": 1.0,\n',
     ),
     "ppo_step": (
-        "chatwright/train/ppo.py",
+        "chatwright/stages/ppo.py",
         '        "policy_loss": actor.loss.detach(),',
         '        "KEY": 1.0,\n',
     ),
     "round": (
-        "chatwright/train/rounds.py",
+        "chatwright/train/rl/training.py",
         "        self.workspace.metrics.write(progress.step, logged)",
         '        logged["KEY"] = 1.0\n',
     ),
     "held_out": (
-        "chatwright/train/sft.py",
+        "chatwright/stages/sft.py",
         '        return {"held_out_loss": total / weight}',
         '        if total > weight:\n            return {"KEY": 1.0, "held_out_loss": 1.0}\n',
     ),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from chatwright import checkpoint
+from chatwright import checkpoint, files
 from chatwright.chat import NATIVE, Message
 from chatwright.checkpoint import Checkpoint
 from chatwright.config import UserError
@@ -59,8 +59,8 @@ def found(path: Path) -> str:
 
 
 def set_kind(directory: Path, kind: str) -> None:
-    state = checkpoint.read_json(directory / "state.json")
-    checkpoint.write_json(directory / "state.json", {**state, "kind": kind})
+    state = files.read_json(directory / "state.json")
+    files.write_json(directory / "state.json", {**state, "kind": kind})
 
 
 def test_a_checkpoint_directory_is_itself(chat_dir: Path) -> None:

@@ -11,10 +11,15 @@ from typing import Any
 
 import pytest
 
-from chatwright import checkpoint, pipeline, recipe
+from chatwright import discovery, pipeline
+from chatwright.commands import _stage
+from chatwright.commands.run import RunConfig
+from chatwright.commands.run import main as main_run
 from chatwright.config import UsageError, UserError
-from chatwright.pipeline import fingerprint, main_run, main_stage, run_recipe, split_arguments
-from chatwright.recipe import Stage, find_recipe, parse_overrides, read_recipe
+from chatwright.files import read_json, write_json
+from chatwright.pipeline import fingerprint, run_recipe
+from chatwright.recipe import RecipeStage, find_recipe, parse_with_recipe, read_recipe
+from chatwright.train.stage import Stage
 from chatwright.train.stopping import Interrupted
 from chatwright.train.workspace import Measure, Report, Workspace
 
@@ -72,9 +77,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
 
     for name, config, run in (("first", First, run_first), ("second", Second, run_second)):
         module = ModuleType(f"stage_{name}", doc="A stage for tests.")
-        module.Config, module.run = config, run  # type: ignore[attr-defined]
+        module.STAGE = Stage(config=config, run=run, plan=None)  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, f"stage_{name}", module)
-        monkeypatch.setitem(recipe.STAGES, name, f"stage_{name}")
+        monkeypatch.setitem(discovery.stages(), name, discovery.Verb(name, f"stage_{name}"))
     return log
 
 
@@ -182,18 +187,19 @@ def test_the_time_of_interrupted_attempts_is_counted(
     recipe, root = read_recipe(write(TWO), {"other": {"fail": "interrupt"}}), tmp_path / "run"
     now = [1000.0]
     monkeypatch.setattr(pipeline.time, "monotonic", lambda: now[0])
-    real = pipeline.module_of
+    second = sys.modules["stage_second"]
+    run = second.STAGE.run
 
-    def slow(verb: str, **settings: Any) -> Any:
-        now[0] += 5.0 if verb == "second" else 0.0
-        return real(verb, **settings)
+    def slow(config: Second, workspace: Workspace) -> Report:
+        now[0] += 5.0
+        return run(config, workspace)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(pipeline, "module_of", slow)
+    monkeypatch.setattr(second, "STAGE", replace(second.STAGE, run=slow))
     for _ in range(2):
         with pytest.raises(Interrupted):
             run_recipe(recipe, root)
         now[0] += 100.0  # between the attempts
-    assert checkpoint.read_json(root / "other" / "clock.json")["seconds"] == pytest.approx(10.0)
+    assert read_json(root / "other" / "clock.json")["seconds"] == pytest.approx(10.0)
 
 
 def test_until(write: Write, ran: Ran, tmp_path: Path) -> None:
@@ -205,8 +211,8 @@ def test_until(write: Write, ran: Ran, tmp_path: Path) -> None:
 
 def test_the_fingerprint_depends_on_everything_that_matters(ran: Ran, tmp_path: Path) -> None:
     def mark(config: Any = Second(), verb: str = "second", seed: int = 1, before: str = "a") -> str:
-        checkpoint.write_json(tmp_path / "one" / "result.json", {"fingerprint": before})
-        return fingerprint(Stage("s", verb, config), seed, {"one": tmp_path / "one"})
+        write_json(tmp_path / "one" / "result.json", {"fingerprint": before})
+        return fingerprint(RecipeStage("s", verb, config), seed, {"one": tmp_path / "one"})
 
     marks = [mark(), mark(Second(fail="x")), mark(verb="first"), mark(seed=2), mark(before="b")]
     assert len(set(marks)) == 5 and mark() == marks[0]
@@ -241,28 +247,40 @@ def test_overrides_of_stages_that_are_not_there(write: Write) -> None:
         read_recipe(write(TWO), {"one": {"sixe": 3}})
 
 
-def test_parse_overrides() -> None:
-    found = parse_overrides(
-        [
-            "--ppo.iterations",
-            "3",
-            "--pretrain.fit.steps=5",
-            "--pretrain.fit.compile",
-            "false",
-            "--pretrain.model",
-            "{layers: 6}",
-            "--data.text=a,b",
-        ]
+def given(recipe: Path, *options: str) -> Any:
+    """The stages' settings as `chatwright run RECIPE OPTIONS` would take them."""
+    config, _, found = parse_with_recipe(RunConfig, [str(recipe), *options], prog="run", description="")
+    return config, {name: stage.config for name, stage in found.stages.items()}
+
+
+def test_settings_of_stages_are_options_of_run() -> None:
+    config, stages = given(
+        RECIPES / "tiny.yaml",
+        "--ppo.iterations",
+        "3",
+        "--pretrain.fit.steps=5",
+        "--out",
+        "a.b",
+        "--pretrain.fit.compile",
+        "false",
+        "--pretrain.model",
+        "{layers: 6}",
+        "--data.text=a,b",
+        "--report.watts",
+        "40",
     )
-    assert found == {
-        "ppo": {"iterations": 3},
-        "pretrain": {"fit": {"steps": 5, "compile": False}, "model": {"layers": 6}},
-        "data": {"text": "a,b"},
-    }
-    with pytest.raises(UsageError, match="needs a value"):
-        parse_overrides(["--ppo.iterations"])
-    with pytest.raises(UsageError, match="unexpected argument 'extra'"):
-        parse_overrides(["extra"])
+    assert (config.out, config.seed, config.report.watts) == ("a.b", -1, 40.0)
+    assert stages["ppo"].iterations == 3 and stages["data"].text == "a,b"
+    assert stages["pretrain"].fit.steps == 5 and stages["pretrain"].fit.compile is False
+    assert stages["pretrain"].model["layers"] == 6 and stages["pretrain"].fit.batch_size == 8
+    for wrong, said in (
+        (["--ppo.iterations"], "expected one argument"),
+        (["extra"], "extra"),
+        (["--ppo.iteration", "3"], "did you mean --ppo.iterations"),
+        (["--ppo.iterations", "many"], "iterations"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            given(RECIPES / "tiny.yaml", *wrong)
 
 
 def test_overrides_go_into_nested_settings(write: Write) -> None:
@@ -270,15 +288,6 @@ def test_overrides_go_into_nested_settings(write: Write) -> None:
     assert recipe.stages["pretrain"].config.fit.seconds == 5.0
     assert recipe.stages["pretrain"].config.fit.batch_size == 8  # the recipe's own stays
     assert recipe.stages["sft"].config.fit.seconds > 0
-
-
-def test_arguments_are_parted_between_run_and_stages() -> None:
-    own = {"out", "name", "seed", "until", "config", "debug", "help"}
-    plain, rest = split_arguments(
-        ["tiny", "--out", "a.b", "--ppo.beta", "0.2", "--seed=3", "--sft.fit.steps=4"], own
-    )
-    assert plain == ["tiny", "--out", "a.b", "--seed=3"]
-    assert parse_overrides(rest) == {"ppo": {"beta": 0.2}, "sft": {"fit": {"steps": 4}}}
 
 
 def test_the_recipe_of_the_quickstart_is_whole() -> None:
@@ -323,12 +332,12 @@ def test_an_interrupted_run_says_where_it_stopped(
 
 
 def test_one_stage_by_itself_finds_its_inputs_beside_it(ran: Ran, tmp_path: Path) -> None:
-    assert main_stage("first", ["--out", str(tmp_path / "one"), "--size", "3"]) == 0
-    assert main_stage("second", [f"--out={tmp_path / 'other'}", "--seed=4"]) == 0
-    assert checkpoint.read_json(tmp_path / "other" / "result.json")["measures"][0]["after"] == 3.0
-    with pytest.raises(UsageError, match="--seed 'x'"):
-        main_stage("first", ["--seed", "x"])
-    with pytest.raises(UsageError, match="--out needs a value"):
-        main_stage("first", ["--out"])
+    assert _stage.main("first", ["--out", str(tmp_path / "one"), "--size", "3"]) == 0
+    assert _stage.main("second", [f"--out={tmp_path / 'other'}", "--seed=4"]) == 0
+    assert read_json(tmp_path / "other" / "result.json")["measures"][0]["after"] == 3.0
+    with pytest.raises(UsageError, match="seed"):
+        _stage.main("first", ["--seed", "x"])
+    with pytest.raises(UsageError, match="expected one argument"):
+        _stage.main("first", ["--out"])
     with pytest.raises(UserError, match="neither a finished stage"):
-        main_stage("second", ["--out", str(tmp_path / "lonely" / "other"), "--source", "nothing"])
+        _stage.main("second", ["--out", str(tmp_path / "lonely" / "other"), "--source", "nothing"])

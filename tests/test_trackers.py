@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from chatwright import pipeline, trackers
+from chatwright import trackers
+from chatwright.commands import _stage, run
 from chatwright.config import UsageError
 from chatwright.metrics import MetricsLog, read_metrics
 from chatwright.pipeline import fingerprint
-from chatwright.recipe import Stage
+from chatwright.recipe import RecipeStage
+from chatwright.stages import pretrain
 from chatwright.trackers import Reporting
-from chatwright.train import pretrain
 
 
 def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
@@ -133,21 +134,24 @@ def test_the_option_reaches_each_verb_and_changes_no_fingerprint(
     """`--report.to` is the pipeline's: a stage's settings, and so its fingerprint, cannot hold it."""
     given: list[tuple[str, Reporting, str]] = []
 
-    def run_stage(stage: Stage, directory: Path, *, reporting: Reporting, **others: Any) -> dict[str, Any]:
+    def run_stage(
+        stage: RecipeStage, directory: Path, *, reporting: Reporting, **others: Any
+    ) -> dict[str, Any]:
         given.append((stage.name, reporting, fingerprint(stage, others["seed"], {})))
         return {"seconds": 0.0, "memory_bytes": 0, "measures": [], "curves": []}
 
-    monkeypatch.setattr(pipeline, "run_stage", run_stage)
+    monkeypatch.setattr("chatwright.pipeline.run_stage", run_stage)
+    monkeypatch.setattr(_stage, "run_stage", run_stage)
     monkeypatch.setattr(trackers, "_package", lambda name: None)
     recipe = tmp_path / "one.yaml"
     recipe.write_text("stages: {pretrain: {fit: {steps: 3}}}\n")
     report = ["--report.to", "tensorboard", "--report.watts=65", "--report.price", "0.5"]
     wanted = Reporting("tensorboard", 65.0, 0.5)
     for more in ([], report):
-        assert pipeline.main_run([str(recipe), "--out", str(tmp_path / "runs"), *more]) == 0
-        assert pipeline.main_stage("pretrain", ["--fit.steps", "3", "--out", str(tmp_path / "p"), *more]) == 0
+        assert run.main([str(recipe), "--out", str(tmp_path / "runs"), *more]) == 0
+        assert _stage.main("pretrain", ["--fit.steps", "3", "--out", str(tmp_path / "p"), *more]) == 0
     assert [one for _, one, _ in given] == [Reporting(), Reporting(), wanted, wanted]
     assert given[0][2] == given[2][2] and given[1][2] == given[3][2]
     with pytest.raises(UsageError, match="report"):
-        pipeline.main_stage("pretrain", ["--fit.steps", "3", "--report.too", "wandb"])
+        _stage.main("pretrain", ["--fit.steps", "3", "--report.too", "wandb"])
     assert not hasattr(pretrain.Config(), "report")

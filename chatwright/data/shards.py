@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from chatwright import checkpoint
+from chatwright import files
 from chatwright.config import UserError
 from chatwright.metrics import progress_bar
 from chatwright.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def write_shards(
     entries: list[dict[str, object]] = []
     total_bytes = documents = 0
 
-    with checkpoint.whole_directory(directory) as aside:
+    with files.whole_directory(directory) as aside:
         buffer: list[np.ndarray] = []
         held = 0
 
@@ -66,9 +66,9 @@ def write_shards(
                     {
                         "file": file.name,
                         "tokens": held,
-                        "sha256": checkpoint.sha256(file),
+                        "sha256": files.sha256(file),
                         "blocks": blocks.name,
-                        "blocks_sha256": checkpoint.sha256(blocks),
+                        "blocks_sha256": files.sha256(blocks),
                     }
                 )
             buffer, held = [], 0
@@ -89,7 +89,7 @@ def write_shards(
             raise UserError(
                 f"{directory.name}: there is no text to encode; add data or raise the validation share"
             )
-        checkpoint.write_json(
+        files.write_json(
             aside / "shards.json",
             {
                 "dtype": kind.str,
@@ -148,7 +148,7 @@ class TokenShards:
     def open(cls, directory: Path, tokenizer: Tokenizer | None = None) -> TokenShards:
         """Map the shards of a directory. Raises UserError when one is missing, short, damaged, or made by another
         tokenizer; of more than `WHOLE` bytes a damaged block is found when it is first read."""
-        index = checkpoint.read_json(directory / "shards.json")
+        index = files.read_json(directory / "shards.json")
         arrays = []
         for entry in index["shards"]:
             file = directory / entry["file"]
@@ -178,11 +178,11 @@ class TokenShards:
 
     def verify(self, directory: Path) -> None:
         """Compare every shard with its checksum. Raises UserError naming the first that differs."""
-        entries = checkpoint.read_json(directory / "shards.json")["shards"]
+        entries = files.read_json(directory / "shards.json")["shards"]
         large = sum(array.nbytes for array in self.arrays) > WHOLE
         with progress_bar(f"checking {directory.name}") if large else nullcontext() as bar:
             for number, entry in enumerate(entries):
-                if checkpoint.sha256(directory / entry["file"]) != entry["sha256"]:
+                if files.sha256(directory / entry["file"]) != entry["sha256"]:
                     raise _damaged(directory / entry["file"])
                 if bar is not None:
                     bar.update((number + 1) / len(entries))
@@ -213,6 +213,6 @@ class TokenShards:
 
 
 def _read_sums(file: Path, digest: str) -> np.ndarray:
-    if not file.is_file() or checkpoint.sha256(file) != digest:
+    if not file.is_file() or files.sha256(file) != digest:
         raise _damaged(file)
     return np.fromfile(file, dtype="<u4")

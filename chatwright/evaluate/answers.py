@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from chatwright import runtime
+from chatwright.model.gpt import GPT
+from chatwright.objectives.policy import kl_k1
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.rollout import Answers, distinct, texts_of
+from chatwright.train.rl.rollout import Answers, answer_log_probs, distinct, texts_of
 from chatwright.train.workspace import Answered
 
 SHOWN = 10
@@ -92,3 +94,15 @@ def turns(ids: Sequence[int], tokenizer: Tokenizer) -> str:
         else:
             parts[-1].append(number)
     return " / ".join(tokenizer.decode(part) for part in parts if part)
+
+
+@torch.no_grad()
+def mean_kl(policy: GPT, reference: GPT, answers: Answers, temperature: float) -> float:
+    """KL of the policy from the reference on its own answers, k1, nats per answer."""
+    total = 0.0
+    for chosen in torch.split(torch.arange(len(answers.ids)), 64):
+        part = answers.rows(chosen)
+        own, _ = answer_log_probs(policy, part, temperature=temperature)
+        base, _ = answer_log_probs(reference, part, temperature=temperature)
+        total += float(torch.where(part.response, kl_k1(own, base), 0.0).sum())
+    return total / len(answers.ids)

@@ -18,9 +18,9 @@ import safetensors
 import torch
 from torch import Tensor
 
-from chatwright import checkpoint
 from chatwright.chat import ChatTemplate, read_template
 from chatwright.config import UserError
+from chatwright.files import read_json
 from chatwright.interop.families import config_from_hf, family_of
 from chatwright.interop.loaded import (
     Loaded,
@@ -124,7 +124,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    values = checkpoint.read_json(file)
+    values = read_json(file)
     if not isinstance(values, dict):
         raise UserError(f"{file}: expected an object")
     return values

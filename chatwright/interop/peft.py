@@ -22,7 +22,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from chatwright import checkpoint
+from chatwright import checkpoint, files, tensor_files
 from chatwright.config import UserError
 from chatwright.interop.families import FAMILIES, shown
 from chatwright.interop.hf import open_weights
@@ -116,7 +116,7 @@ def load_peft(directory: str | Path, model: GPT, name: str = DEFAULT) -> None:
     directory = Path(directory)
     if not is_adapter(directory):
         raise UserError(f"{directory} holds no adapter: there is no {SETTINGS} in it")
-    values = checkpoint.read_json(directory / SETTINGS)
+    values = files.read_json(directory / SETTINGS)
     where = str(directory / SETTINGS)
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected an object")
@@ -410,8 +410,8 @@ def write_peft(model: GPT, directory: str | Path, *, base: str = "", name: str =
         notes = {"format": "pt", _BASE: checkpoint.fingerprint(lora.merged_tensors(model))}
     if parts:
         notes[_PARTS] = json.dumps(parts)
-    with checkpoint.whole_directory(Path(directory)) as aside:
-        checkpoint.save_tensors(aside / WEIGHTS, tensors, notes)
+    with files.whole_directory(Path(directory)) as aside:
+        tensor_files.save_tensors(aside / WEIGHTS, tensors, notes)
         (aside / SETTINGS).write_text(
             json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )

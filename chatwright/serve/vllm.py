@@ -22,7 +22,7 @@ from chatwright.config import UsageError, UserError
 from chatwright.serve.operation.guard import is_loopback
 
 if TYPE_CHECKING:
-    from chatwright.serve.server import ServeConfig
+    from chatwright.serve.config import ServeConfig
 
 CARRIED = frozenset({"host", "port", "name", "dtype", "insecure", "engine", "engine_args"})
 """Settings of `serve` that are carried out here or by vLLM. Any other one that was changed is refused: it would have no effect."""
@@ -125,7 +125,7 @@ def hand_over(source: str, dtype: str) -> Handed:
     if path.is_dir() and find_checkpoint(path) is None and (path / "config.json").is_file():
         return Handed(str(path.resolve()), DTYPES.get(dtype))
     directory = exported(source, dtype)
-    from chatwright.checkpoint import read_json
+    from chatwright.files import read_json
     from chatwright.interop.families import config_from_hf
 
     values = read_json(directory / "config.json")
@@ -146,9 +146,9 @@ def exported(source: str, dtype: str) -> Path:
     if (target / "config.json").is_file():  # it appears whole or not at all
         print(f"exported before: {target}", file=sys.stderr)
         return target
+    from chatwright.interop.export import write_export
     from chatwright.interop.leaving import family_name
     from chatwright.language_model import WORTH_COMPILING, load_parts
-    from chatwright.serve.export import write_export
 
     parts = load_parts(source)
     if parts.tokenizer is None:
@@ -170,7 +170,7 @@ def fingerprint(source: str) -> str:
 
     Raises UserError when there is no such model.
     """
-    from chatwright import checkpoint
+    from chatwright import files
     from chatwright.language_model import find_checkpoint
 
     path = Path(source)
@@ -179,7 +179,7 @@ def fingerprint(source: str) -> str:
 
         path = smollm2_gguf()
     if path.is_file() and path.suffix == ".gguf":
-        return checkpoint.sha256(path)
+        return files.sha256(path)
     found = find_checkpoint(path) if path.exists() else None
     if found is None:
         raise UserError(
@@ -188,7 +188,7 @@ def fingerprint(source: str) -> str:
     said = (found.path / "state.json").read_bytes()
     if not found.state().get("files"):  # written by hand: nobody has noted the checksums of the other files
         others = sorted(file for file in found.path.iterdir() if file.is_file())
-        said += "".join(map(checkpoint.sha256, others)).encode()
+        said += "".join(map(files.sha256, others)).encode()
     return hashlib.sha256(said).hexdigest()
 
 

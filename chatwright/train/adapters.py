@@ -21,7 +21,7 @@ from chatwright.interop.peft import write_peft
 from chatwright.metrics import say
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import LoRAConfig, adapter_names, adapters_of, add_lora, lora_parameters
-from chatwright.train.parallel import ALONE, Spread
+from chatwright.train.parallel.context import ALONE, Spread
 
 FOLDER = "adapter"
 """Where a finished stage has its adapter in PEFT's format."""
@@ -71,3 +71,9 @@ def write_adapter(model: GPT, directory: Path, *, base: str, spread: Spread = AL
 
     runtime.told_by_first(write)
     return {"adapter": FOLDER, "trained_parameters": sum(p.numel() for p in lora_parameters(model))}
+
+
+def add_if_asked(model: nn.Module, config: LoRAConfig) -> None:
+    """Put an adapter on when the settings ask for one, without a word: for the planner's dry run."""
+    if config.rank:
+        add_lora(model, config)

@@ -15,7 +15,7 @@ from chatwright import checkpoint, optim, runtime
 from chatwright.checkpoint import Checkpoint
 from chatwright.config import UsageError, UserError
 from chatwright.metrics import progress_bar, say
-from chatwright.train import account, spikes
+from chatwright.train import cost, spikes
 from chatwright.train.spikes import SpikeConfig
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import AnyBatch, Batch, Progress, Step, Trainer
@@ -142,7 +142,7 @@ class Fit(Generic[AnyBatch]):
             raise UsageError(
                 "keep_best is for models that each process holds whole: parallel.plan ddp, or one process"
             )
-        self.best, self.flop_per_sample, self.meter = best, flop_per_sample, account.EnergyMeter()
+        self.best, self.flop_per_sample, self.meter = best, flop_per_sample, cost.EnergyMeter()
         self.fresh = 0  # steps of this process: the first two compile and warm up, their time is not counted
         self.trainer, self.config, self.batches, self.step, self.evaluate = (
             trainer,
@@ -398,11 +398,11 @@ class Fit(Generic[AnyBatch]):
         """Operations, energy and money so far; with `rate`, samples per second, also the share of the machine's peak."""
         progress, each = self.trainer.progress, self.flop_per_sample
         samples = progress.consumed - progress.extra.get("passed_over", 0)
-        return account.account_row(
+        return cost.account_row(
             self.trainer.workspace.reporting,
             flop=None if each is None else each * samples,
             elapsed=progress.elapsed,
             joules=progress.joules,
             rate=None if each is None or not rate else each * rate,
-            peak=account.peak_of(self.config.precision) if each is not None and rate else 0.0,
+            peak=cost.peak_of(self.config.precision) if each is not None and rate else 0.0,
         )

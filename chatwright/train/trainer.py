@@ -21,7 +21,7 @@ from chatwright.config import UserError
 from chatwright.metrics import say
 from chatwright.model import lora
 from chatwright.optim import OptimConfig
-from chatwright.train.parallel import ALONE, Spread
+from chatwright.train.parallel.context import ALONE, Spread
 from chatwright.train.workspace import Workspace
 
 
@@ -339,7 +339,7 @@ def sharded_to_plain(found: Checkpoint) -> None:
     if found.in_parts:
         from chatwright import sharded  # torch's distributed part takes a while to import
 
-        sharded.put_together(found.path)
+        sharded.consolidate(found.path)
 
 
 def _is_before_spikes(found: Checkpoint) -> bool:

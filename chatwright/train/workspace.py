@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from chatwright import checkpoint
+from chatwright import files
 from chatwright.config import UserError
 from chatwright.metrics import MetricsLog
 from chatwright.trackers import Reporting
@@ -79,9 +79,13 @@ class Report:
     """Lines for the report: departures, warnings."""
     tables: list[Table] = field(default_factory=list)
     answers: Answered | None = None
-    """Of a stage that asks models itself; for other stages the pipeline asks base and result (evaluate/closing.py)."""
+    """Of a stage that asks models itself; for other stages the pipeline asks base and result (reports/extras.py)."""
     pictures: list[str] = field(default_factory=list)
     """Files in the stage's directory to show beside the curves."""
+
+    def value(self, name: str) -> float | None:
+        """What the measure of this name came to after the stage; None when there is none."""
+        return next((measure.after for measure in self.measures if measure.name == name), None)
 
 
 class Unhealthy(UserError):
@@ -123,4 +127,4 @@ class Workspace:
 
     def result(self, name: str) -> dict[str, Any]:
         """What stage `name` left in its result.json."""
-        return dict(checkpoint.read_json(self.resolve(name) / "result.json"))
+        return dict(files.read_json(self.resolve(name) / "result.json"))

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import chatwright
-from chatwright import checkpoint, cli
+from chatwright import cli, files
 from chatwright.metrics import read_metrics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
@@ -120,14 +120,14 @@ def test_the_reports_of_alignment_say_it_all(road: tuple[Path, str]) -> None:
         text = (root / stage / "report.md").read_text()
         for title in ("Settings that differ from the paper's", "Before and after", "KL budget", "Cost"):
             assert f"\n## {title}\n" in text, (stage, title)
-        assert len(checkpoint.read_json(root / stage / "pairs.json")) == 10 and "\n| 10 | " in text
+        assert len(files.read_json(root / stage / "pairs.json")) == 10 and "\n| 10 | " in text
         assert "no answers before and after" not in text
     leads = [
         (float(pair["before"]), float(pair["after"]))
-        for pair in checkpoint.read_json(root / "reward" / "pairs.json")
+        for pair in files.read_json(root / "reward" / "pairs.json")
     ]
     assert sum(after > 0.5 for _, after in leads) == 10 and sum(abs(before) for before, _ in leads) < 10
-    results = {stage: checkpoint.read_json(root / stage / "result.json") for stage in STAGES}
+    results = {stage: files.read_json(root / stage / "result.json") for stage in STAGES}
     assert results["sft"]["answers"]["measures"]["share that ends"] == [0.0, 1.0]
     assert results["ppo"]["answers"]["kl"] > -0.5 and results["ppo"]["kl_budget"]["allowed"] == 10.0
     assert (
@@ -150,14 +150,14 @@ def test_the_numbers_went_the_right_way(road: tuple[Path, str]) -> None:
     root, _ = road
 
     def measure(stage: str, place: int = 0) -> tuple[float, float]:
-        found = checkpoint.read_json(root / stage / "result.json")["measures"][place]
+        found = files.read_json(root / stage / "result.json")["measures"][place]
         return found["before"], found["after"]
 
     assert measure("pretrain")[1] < 0.6 * measure("pretrain")[0]
     assert measure("sft")[1] < 0.7 * measure("sft")[0]
     assert measure("reward")[1] > 0.8
     assert measure("ppo")[1] >= measure("ppo")[0]
-    facts = checkpoint.read_json(root / "eval" / "result.json")["facts"]
+    facts = files.read_json(root / "eval" / "result.json")["facts"]
     assert facts["interval"][0] <= facts["gain"] <= facts["interval"][1] and facts["kl"] > -0.5
 
 
@@ -185,7 +185,7 @@ def test_the_run_directory_chats(road: tuple[Path, str]) -> None:
 
 
 def test_a_checkpoint_stands_by_itself(road: tuple[Path, str], tmp_path: Path) -> None:
-    name = checkpoint.read_json(road[0] / "ppo" / "result.json")["model"]
+    name = files.read_json(road[0] / "ppo" / "result.json")["model"]
     shutil.copytree(road[0] / "ppo" / name, tmp_path / "alone")
     assert (
         chatwright.load(str(tmp_path / "alone")).chat([{"role": "user", "content": "Hi"}], max_new_tokens=4)
@@ -212,9 +212,9 @@ def test_a_changed_setting_of_ppo_runs_ppo_and_eval_again(
         assert not (copy / f"{stage}.old-1").exists()
     for stage in ("ppo", "eval"):
         assert f"[{stage}] settings or inputs have changed" in told
-        old, new = (checkpoint.read_json(copy / name / "result.json") for name in (f"{stage}.old-1", stage))
+        old, new = (files.read_json(copy / name / "result.json") for name in (f"{stage}.old-1", stage))
         assert old["fingerprint"] != new["fingerprint"]
-    assert checkpoint.read_json(copy / "ppo" / "result.json")["facts"]["rounds"] <= 2
+    assert files.read_json(copy / "ppo" / "result.json")["facts"]["rounds"] <= 2
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         assert cli.main(["compare", str(road[0]), str(copy), "--json"]) == 0

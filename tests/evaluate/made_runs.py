@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from chatwright import checkpoint
+from chatwright import files
 from chatwright.config import to_yaml
 from chatwright.metrics import MetricsLog
 
@@ -44,19 +44,19 @@ def write_stage(directory: Path, kind: str, settings: dict[str, Any], **result: 
         "inputs": {},
         **result,
     }
-    checkpoint.write_json(directory / "clock.json", {"fingerprint": content["fingerprint"], "seconds": 60.0})
-    checkpoint.write_text(directory / "config.yaml", to_yaml({"use": kind, **settings}))
-    checkpoint.write_json(directory / "result.json", content)
+    files.write_json(directory / "clock.json", {"fingerprint": content["fingerprint"], "seconds": 60.0})
+    files.write_text(directory / "config.yaml", to_yaml({"use": kind, **settings}))
+    files.write_json(directory / "result.json", content)
 
 
 def write_answers(directory: Path, after: list[str], values: list[float]) -> None:
     """pairs.json and per_prompt.json of twelve prompts."""
     prompts = [f"prompt {n}" for n in range(12)]
     pairs = [{"prompt": prompts[n], "before": f"old {n}", "after": after[n % len(after)]} for n in range(10)]
-    checkpoint.write_json(directory / "pairs.json", pairs)
+    files.write_json(directory / "pairs.json", pairs)
     marks = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in prompts]
     sides = {"before": [0.0] * 12, "after": [values[n % len(values)] for n in range(12)]}
-    checkpoint.write_json(directory / "per_prompt.json", {"prompts": marks, "values": {"gold": sides}})
+    files.write_json(directory / "per_prompt.json", {"prompts": marks, "values": {"gold": sides}})
 
 
 def write_run(root: Path, *, rate: float, gold: float, kl: list[float], **changes: Any) -> Path:

@@ -7,7 +7,7 @@ import torch
 
 from chatwright.evaluate.answers import ENDED, LENGTH, REPEATS, per_prompt, repeats, side_by_side, turns
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.rollout import Answers
+from chatwright.train.rl.rollout import Answers
 
 TOKENIZER = Tokenizer.train(["a b c d " * 20], 300)
 END = TOKENIZER.control_ids["<|end|>"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from chatwright.config import UsageError
-from chatwright.evaluate.best_of_n import (
+from chatwright.stages.best_of_n import (
     Config,
     at_kl,
     best_of_n,

@@ -8,19 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from chatwright import checkpoint
+from chatwright import checkpoint, files
 from chatwright.chat import NATIVE
 from chatwright.data.examples import Dialogue
-from chatwright.evaluate import closing
 from chatwright.evaluate.answers import LENGTH
 from chatwright.language_model import load_parts
 from chatwright.metrics import MetricsLog
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
+from chatwright.reports import extras
+from chatwright.stages import ppo, pretrain, sft
 from chatwright.tokenizer import Tokenizer
 from chatwright.trackers import Reporting
-from chatwright.train import ppo, sft
-from chatwright.train.rollout import prompts_from, sample_answers, texts_of
+from chatwright.train.rl.outcome import kl_budget
+from chatwright.train.rl.rollout import prompts_from, sample_answers, texts_of
 from chatwright.train.workspace import Measure, Report, Workspace
 
 TOKENIZER = Tokenizer.train(["love hate good bad the cat is " * 3], 300)
@@ -46,14 +47,14 @@ def save(place: Path, seed: int) -> None:
 def stage(tmp_path: Path) -> Workspace:
     """A PPO stage that has just ended, beside the model that it started from and the data."""
     save(tmp_path / "sft" / "checkpoints" / "step-000009", 1)
-    checkpoint.write_json(
+    files.write_json(
         tmp_path / "sft" / "result.json", {"model": "checkpoints/step-000009", "fingerprint": "s"}
     )
     save(tmp_path / "ppo" / "checkpoints" / "step-000003", 2)
     made = [Dialogue.of([{"role": "user", "content": f"is the cat {n}?"}]) for n in range(14)]
     text = "".join(one.to_json() + "\n" for one in made)
-    checkpoint.write_text(tmp_path / "data" / "records" / "dialogues-validation.jsonl", text)
-    checkpoint.write_json(tmp_path / "data" / "result.json", {"data": "d" * 16, "fingerprint": "d"})
+    files.write_text(tmp_path / "data" / "records" / "dialogues-validation.jsonl", text)
+    files.write_json(tmp_path / "data" / "result.json", {"data": "d" * 16, "fingerprint": "d"})
     return Workspace(
         tmp_path / "ppo", 5, {"sft": tmp_path / "sft", "data": tmp_path / "data"}, Reporting(price=3.0)
     )
@@ -71,8 +72,8 @@ CONFIG = ppo.Config(max_new_tokens=8, max_prompt_tokens=40)
 
 
 def test_base_and_result_answer_the_same_prompts_with_the_same_seeds(stage: Workspace) -> None:
-    found = closing.close("ppo", ppo, CONFIG, stage, ended(), SPENT)
-    pairs = checkpoint.read_json(stage.directory / "pairs.json")
+    found = extras.close(ppo.STAGE, CONFIG, stage, ended(), SPENT)
+    pairs = files.read_json(stage.directory / "pairs.json")
     file = stage.inputs["data"] / "records" / "dialogues-validation.jsonl"
     dialogues = [Dialogue.from_json(line) for line in file.read_text().splitlines()]
     prompts = prompts_from(dialogues, NATIVE, TOKENIZER, max_tokens=40, most=64)
@@ -90,7 +91,7 @@ def test_base_and_result_answer_the_same_prompts_with_the_same_seeds(stage: Work
         assert [pair[side] for pair in pairs] == texts_of(answers, TOKENIZER)[:10]
         lengths = answers.response.sum(1).float()
         assert found["answers"]["measures"][LENGTH][number] == pytest.approx(float(lengths.mean()))
-        known = checkpoint.read_json(stage.directory / "per_prompt.json")
+        known = files.read_json(stage.directory / "per_prompt.json")
         assert known["values"][LENGTH][side] == lengths.tolist() and len(set(known["prompts"])) == 14
     assert [pair["before"] for pair in pairs] != [pair["after"] for pair in pairs]
     assert found["answers"]["kl"] > 0.1 and found["answers"]["prompts"] == 14
@@ -108,7 +109,7 @@ def test_the_kl_budget(stage: Workspace) -> None:
     log = MetricsLog(stage.directory / "metrics.jsonl")
     for step, kl in enumerate((0.0, 4.0, 2.5, 11.0)):
         log.write(step, {"kl": kl})
-    assert closing.kl_budget("ppo", CONFIG, stage, ended()) == {
+    assert kl_budget(CONFIG, stage, ended()) == {
         "spent": 2.5,
         "allowed": 10.0,
         "largest": 11.0,
@@ -116,13 +117,13 @@ def test_the_kl_budget(stage: Workspace) -> None:
         "kept": 3,
         "stopped": "all rounds done",
     }
-    assert closing.kl_budget("sft", sft.Config(), stage, ended()) is None
-    nothing = closing.kl_budget("ppo", CONFIG, stage, Report(facts={"best": None, "stopped": "broken"}))
+    assert sft.STAGE.kl_budget is None
+    nothing = kl_budget(CONFIG, stage, Report(facts={"best": None, "stopped": "broken"}))
     assert nothing is not None and nothing["spent"] is None and nothing["kept"] is None
 
 
 def test_cost_is_what_is_known(stage: Workspace) -> None:
-    assert closing.cost(ended(tokens=7, flop=8e9), stage, SPENT) == {
+    assert extras.cost(ended(tokens=7, flop=8e9), stage, SPENT) == {
         "seconds": 7_200.0,
         "tokens": 7.0,
         "flop": 8e9,
@@ -131,7 +132,7 @@ def test_cost_is_what_is_known(stage: Workspace) -> None:
         "memory_bytes": 5e8,
     }
     silent = Workspace(stage.directory, 5, {})
-    assert closing.cost(Report(), silent, {**SPENT, "joules": 0.0}) == {
+    assert extras.cost(Report(), silent, {**SPENT, "joules": 0.0}) == {
         "seconds": 7_200.0,
         "memory_bytes": 5e8,
     }
@@ -140,7 +141,7 @@ def test_cost_is_what_is_known(stage: Workspace) -> None:
 def test_what_cannot_be_asked_is_said_and_loses_nothing(stage: Workspace) -> None:
     (stage.inputs["data"] / "records" / "dialogues-validation.jsonl").unlink()
     report = ended()
-    found = closing.close("ppo", ppo, CONFIG, stage, report, SPENT)
+    found = extras.close(ppo.STAGE, CONFIG, stage, report, SPENT)
     assert found["answers"] is None and not (stage.directory / "pairs.json").exists()
     assert (
         report.notes[0].startswith("no answers before and after: ")
@@ -150,21 +151,21 @@ def test_what_cannot_be_asked_is_said_and_loses_nothing(stage: Workspace) -> Non
 
 
 def test_a_large_model_on_a_cpu_is_asked_less(stage: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(closing, "WORTH_COMPILING", 1)
-    monkeypatch.setattr(closing, "FEW", 11)
-    assert closing.close("ppo", ppo, CONFIG, stage, ended(), SPENT)["answers"]["prompts"] == 11
+    monkeypatch.setattr(extras, "WORTH_COMPILING", 1)
+    monkeypatch.setattr(extras, "FEW", 11)
+    assert extras.close(ppo.STAGE, CONFIG, stage, ended(), SPENT)["answers"]["prompts"] == 11
 
 
 def test_a_stage_without_a_result_and_one_that_aligns_nothing(stage: Workspace) -> None:
-    assert closing.close("ppo", ppo, CONFIG, stage, Report(facts={"stopped": "x"}), SPENT)["answers"] is None
-    assert set(closing.close("pretrain", object(), object(), stage, Report(), SPENT)) == {"cost", "data"}
+    assert extras.close(ppo.STAGE, CONFIG, stage, Report(facts={"stopped": "x"}), SPENT)["answers"] is None
+    assert set(extras.close(pretrain.STAGE, object(), stage, Report(), SPENT)) == {"cost", "data"}
 
 
 def test_the_same_records_have_one_mark(tmp_path: Path) -> None:
     def mark(name: str, *texts: str) -> str | None:
         for number, text in enumerate(texts):
-            checkpoint.write_text(tmp_path / name / "records" / f"{number}.jsonl", text)
-        return closing.content("data", object(), Workspace(tmp_path / name))
+            files.write_text(tmp_path / name / "records" / f"{number}.jsonl", text)
+        return extras.content(object(), Workspace(tmp_path / name))
 
     assert mark("a", "x", "y") == mark("b", "x", "y") != mark("c", "x", "z") and mark("d", "y", "x") != mark(
         "a", "x", "y"

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chatwright import checkpoint, cli
+from chatwright import cli, files
 from chatwright.config import UserError
-from chatwright.evaluate.compare import align, compare
-from chatwright.evaluate.compare_page import plain, sheets, sketch
-from chatwright.evaluate.runs import read_rows, read_run
+from chatwright.reports.compare import align, compare
+from chatwright.reports.compare_page import plain, sheets, sketch
+from chatwright.reports.runs import read_rows, read_run
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -115,14 +115,14 @@ def test_json_holds_what_the_page_shows(run: Call, tmp_path: Path) -> None:
 def test_differences_of_equal_means_are_not_clear(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", rate=0.5, gold=0.2, kl=[0.0, 1.0])
     b = write_run(tmp_path / "b", rate=2.0, gold=0.2, kl=[0.0, 1.0])
-    values = checkpoint.read_json(b / "ppo" / "per_prompt.json")
+    values = files.read_json(b / "ppo" / "per_prompt.json")
     values["values"]["gold"]["after"].reverse()
-    checkpoint.write_json(b / "ppo" / "per_prompt.json", values)
+    files.write_json(b / "ppo" / "per_prompt.json", values)
     ppo = the(of(a, b), "ppo")
     assert ppo["measures"][0]["intervals"] == [None, "overlap"]
     assert not ppo["paired"][0]["clear"] and ppo["paired"][0]["difference"] == pytest.approx(0.0)
     values["prompts"] = [f"other {n}" for n in range(5)] + values["prompts"][5:]
-    checkpoint.write_json(b / "ppo" / "per_prompt.json", values)
+    files.write_json(b / "ppo" / "per_prompt.json", values)
     assert the(of(a, b), "ppo")["paired"] == []  # seven prompts in common are too few
 
 
@@ -141,8 +141,8 @@ def test_what_makes_it_unfair_is_one_line(tmp_path: Path, changes: dict[str, Any
     paths = write_both(tmp_path, **changes)
     if "seed" in changes or "version" in changes:  # of the whole run
         for stage in ("data", "sft"):
-            result = checkpoint.read_json(paths[1] / stage / "result.json")
-            checkpoint.write_json(paths[1] / stage / "result.json", result | changes)
+            result = files.read_json(paths[1] / stage / "result.json")
+            files.write_json(paths[1] / stage / "result.json", result | changes)
     (found,) = of(*paths)["remarks"]
     assert found.startswith(remark)
 
@@ -151,9 +151,9 @@ def test_stages_that_are_missing_or_unfinished_and_older_results(run: Call, tmp_
     a, b = write_both(tmp_path)
     write_stage(a / "eval", "eval", {})
     (b / "ppo" / "result.json").unlink()
-    result = checkpoint.read_json(b / "sft" / "result.json")
+    result = files.read_json(b / "sft" / "result.json")
     del result["seed"]
-    checkpoint.write_json(b / "sft" / "result.json", result)
+    files.write_json(b / "sft" / "result.json", result)
     code, out, _ = run("a", "b")
     assert code == 0
     assert (
@@ -228,7 +228,7 @@ def test_damaged_files_are_named(run: Call, tmp_path: Path, file: str, text: str
 
 def test_numbers_of_the_wrong_kind_in_a_result(tmp_path: Path) -> None:
     _, b = write_both(tmp_path)
-    good = checkpoint.read_json(b / "ppo" / "result.json")
+    good = files.read_json(b / "ppo" / "result.json")
     for key, value in (
         ("seconds", "long"),
         ("seconds", 10**400),
@@ -241,7 +241,7 @@ def test_numbers_of_the_wrong_kind_in_a_result(tmp_path: Path) -> None:
         ("kl_budget", {"spent": "much"}),
         ("facts", None),
     ):
-        checkpoint.write_json(b / "ppo" / "result.json", good | {key: value})
+        files.write_json(b / "ppo" / "result.json", good | {key: value})
         with pytest.raises(UserError, match=r"result.json is damaged"):
             read_run(b)
 

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from chatwright.evaluate.markdown import LONGEST, cell, harmless, item, table
+from chatwright.reports.markdown import LONGEST, cell, harmless, item, table
 
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 

@@ -10,19 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from chatwright import checkpoint
+from chatwright import checkpoint, files
 from chatwright.chat import NATIVE
 from chatwright.config import UserError
 from chatwright.data.examples import Dialogue
-from chatwright.evaluate import replies
 from chatwright.evaluate.answers import bootstrap_interval
-from chatwright.evaluate.replies import Config, one_answer, sentiment
 from chatwright.language_model import load_parts
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
+from chatwright.reports.extras import sample
+from chatwright.stages import evaluate
+from chatwright.stages.evaluate import Config
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.rollout import answer_log_probs, distinct, prompts_from, sample_answers, texts_of
-from chatwright.train.workspace import Workspace
+from chatwright.train.rl.gold import sentiment
+from chatwright.train.rl.rollout import answer_log_probs, distinct, prompts_from, sample_answers, texts_of
+from chatwright.train.workspace import Report, Workspace
 
 TOKENIZER = Tokenizer.train(["love hate good bad the cat is " * 3], 300)
 Save = Callable[..., Path]
@@ -62,7 +64,7 @@ def save(tmp_path: Path) -> Save:
 def data(tmp_path: Path) -> Path:
     """Held-out dialogues."""
     made = [Dialogue.of([{"role": "user", "content": f"is the cat {n}?"}]) for n in range(12)]
-    checkpoint.write_text(
+    files.write_text(
         tmp_path / "data" / "dialogues-validation.jsonl", "".join(one.to_json() + "\n" for one in made)
     )
     return tmp_path / "data"
@@ -82,7 +84,7 @@ def config_of(policy: Path, reference: Path, data: Path) -> Config:
 
 def test_a_model_compared_with_itself_has_changed_nothing(save: Save, data: Path, tmp_path: Path) -> None:
     one = save("one", 1)
-    report = replies.run(config_of(one, one, data), Workspace(tmp_path / "eval", 5))
+    report = evaluate.run(config_of(one, one, data), Workspace(tmp_path / "eval", 5))
     assert report.facts["gain"] == 0.0 and report.facts["interval"] == [0.0, 0.0]
     assert report.facts["kl"] == pytest.approx(0.0, abs=1e-6)
     for measure in report.measures:
@@ -92,7 +94,7 @@ def test_a_model_compared_with_itself_has_changed_nothing(save: Save, data: Path
 
 def test_the_measures_are_those_of_the_answers(save: Save, data: Path, tmp_path: Path) -> None:
     config = config_of(save("two", 2, word=" love"), save("one", 1), data)
-    report = replies.run(config, Workspace(tmp_path / "eval", 5))
+    report = evaluate.run(config, Workspace(tmp_path / "eval", 5))
     policy, reference = load_parts(config.policy), load_parts(config.reference)
     dialogues = [
         Dialogue.from_json(line) for line in (data / "dialogues-validation.jsonl").read_text().splitlines()
@@ -124,7 +126,7 @@ def test_the_measures_are_those_of_the_answers(save: Save, data: Path, tmp_path:
     assert measures["distinct-2, held-out prompts"] == pytest.approx(expected)
     assert report.answers is not None
     assert [pair["after"] for pair in report.answers.pairs] == texts["after"][:10]
-    assert replies.run(config, Workspace(tmp_path / "again", 5)).measures == report.measures
+    assert evaluate.run(config, Workspace(tmp_path / "again", 5)).measures == report.measures
 
 
 def test_models_that_cannot_be_compared_are_refused(save: Save, data: Path, tmp_path: Path) -> None:
@@ -132,10 +134,10 @@ def test_models_that_cannot_be_compared_are_refused(save: Save, data: Path, tmp_
     other = save("other", 1, tokenizer=Tokenizer.train(["quite another text"], 290))
     for pair in ((one, other), (save("base", 1, template=False), one)):
         with pytest.raises(UserError, match="not chat models with one tokenizer"):
-            replies.run(config_of(*pair, data), Workspace(tmp_path / "eval", 5))
+            evaluate.run(config_of(*pair, data), Workspace(tmp_path / "eval", 5))
     short = replace(config_of(one, one, data), max_prompt_tokens=2)
     with pytest.raises(UserError, match="no held-out prompts"):
-        replies.run(short, Workspace(tmp_path / "eval", 5))
+        evaluate.run(short, Workspace(tmp_path / "eval", 5))
 
 
 def test_the_bootstrap_interval() -> None:
@@ -166,9 +168,10 @@ def test_sentiment_knows_good_from_bad() -> None:
     assert all(math.isfinite(value) for value in sentiment(["", "☃", "x" * 1000]))
 
 
-def test_one_answer(save: Save) -> None:
+def test_a_sample_of_a_stage_s_model(save: Save) -> None:
     chat, base = save("chat", 1), save("base", 1, template=False)
-    messages = [{"role": "user", "content": "is the cat good?"}]
-    assert one_answer(str(chat), messages, seed=1) == one_answer(str(chat), messages, seed=1)  # type: ignore[arg-type]
-    assert one_answer(str(chat), messages, seed=1) != one_answer(str(chat), messages, seed=2)  # type: ignore[arg-type]
-    assert isinstance(one_answer(str(base), messages, seed=1), str)  # type: ignore[arg-type]
+    made = Report(model=".")
+    assert sample(chat, made, "is the cat good?", 1) == sample(chat, made, "is the cat good?", 1) != ""
+    assert sample(chat, made, "is the cat good?", 1) != sample(chat, made, "is the cat good?", 2)
+    assert sample(base, made, "is the cat good?", 1) != ""
+    assert sample(chat, Report(), "is the cat good?", 1) == ""

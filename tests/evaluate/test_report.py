@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from chatwright import checkpoint
-from chatwright.evaluate.report import draw_curves, number, table_rows, write_run_report, write_stage_report
+from chatwright import files
 from chatwright.metrics import MetricsLog
+from chatwright.reports.report import draw_curves, number, table_rows, write_run_report, write_stage_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -122,7 +122,7 @@ ALIGNED = {
 
 def test_the_sections_of_an_alignment_stage(tmp_path: Path) -> None:
     pairs = [{"prompt": f"p{n}", "before": "<b>no</b>", "after": "| yes\n# |"} for n in range(10)]
-    checkpoint.write_json(tmp_path / "pairs.json", pairs)
+    files.write_json(tmp_path / "pairs.json", pairs)
     write_stage_report(tmp_path, "ppo", result_of(**ALIGNED, facts={"tokens": 1234, "steps": 7}))
     text = (tmp_path / "report.md").read_text()
     parts = {part.partition("\n")[0]: part for part in text.split("\n## ")}

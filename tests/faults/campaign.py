@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chatwright import checkpoint
+from chatwright import checkpoint, files
 from chatwright.data.shards import write_shards
 from chatwright.metrics import TIMED, read_metrics
 from chatwright.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ def contents(out: Path) -> dict[str, Any]:
     for one in checkpoint.checkpoints(out / "checkpoints"):
         for file in one.path.iterdir():
             if file.name != "state.json":
-                found[f"{one.path.name}/{file.name}"] = checkpoint.sha256(file)
+                found[f"{one.path.name}/{file.name}"] = files.sha256(file)
         state = one.state()
         state["files"].pop("state.json")  # the checksum of a text with times in it
         state.pop("runtime")
@@ -112,7 +112,7 @@ def contents(out: Path) -> dict[str, Any]:
     rows = [{k: v for k, v in row.items() if k not in TIMED} for row in read_metrics(out / "metrics.jsonl")]
     found["metrics"] = rows
     found["best"] = (out / "checkpoints" / "best").read_text()
-    result = checkpoint.read_json(out / "result.json")
+    result = files.read_json(out / "result.json")
     found["result"] = [result["model"], result["measures"]]
     return found
 

@@ -10,10 +10,10 @@ import torch
 import transformers
 
 from chatwright.chat import NATIVE, Message
+from chatwright.commands.export import write_export
 from chatwright.interop.loaded import Loaded
 from chatwright.model.config import GPTConfig, RotaryScaling
 from chatwright.model.gpt import GPT
-from chatwright.serve.export import write_export
 from chatwright.tokenizer import Tokenizer
 
 TEXTS = (

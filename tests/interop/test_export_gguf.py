@@ -18,13 +18,13 @@ from torch import Tensor
 
 from chatwright import cli
 from chatwright.chat import NATIVE
+from chatwright.commands.export import write_export
 from chatwright.config import UserError
 from chatwright.interop.gguf import PRE_TOKENIZERS, load_gguf
 from chatwright.interop.gguf_export import kind_of, metadata_of, plan_gguf, pre_name
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
 from chatwright.model.config import GPTConfig, RotaryScaling
-from chatwright.serve.export import write_export
 from chatwright.tokenizer import PATTERN, Tokenizer
 
 from .conftest import GATED, LEARNED, SHAPES, VOCAB, parts_of, random_model
@@ -333,12 +333,12 @@ def test_targets_that_cannot_be(chat_dir: Path, tmp_path: Path, capsys: pytest.C
 def test_other_kinds_of_models(chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import shutil
 
-    from chatwright import checkpoint
+    from chatwright import files
 
     copy = Path(shutil.copytree(chat_dir, tmp_path / "copy"))
-    state = checkpoint.read_json(copy / "state.json")
+    state = files.read_json(copy / "state.json")
     state["files"].pop("state.json")
-    checkpoint.write_json(copy / "state.json", {**state, "kind": "reward"})
+    files.write_json(copy / "state.json", {**state, "kind": "reward"})
     assert cli.main(["export", str(copy), str(tmp_path / "out.gguf"), "--format", "gguf"]) == 1
     assert "kind 'reward', not a language model" in capsys.readouterr().err
     assert cli.main(["export", str(tmp_path / "none"), str(tmp_path / "out.gguf"), "--format", "gguf"]) == 1

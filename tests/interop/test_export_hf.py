@@ -19,6 +19,7 @@ from torch import Tensor
 
 from chatwright import cli
 from chatwright.chat import NATIVE, ChatTemplate, Message
+from chatwright.commands.export import write_export
 from chatwright.config import UserError
 from chatwright.interop import gguf as gguf_reading
 from chatwright.interop.families import FAMILIES
@@ -28,7 +29,6 @@ from chatwright.interop.loaded import Rule, foreign
 from chatwright.language_model import load_parts
 from chatwright.model.config import GPTConfig, RotaryScaling
 from chatwright.model.gpt import GPT
-from chatwright.serve.export import write_export
 from chatwright.tokenizer import Tokenizer
 
 from .conftest import (
@@ -351,7 +351,7 @@ def test_what_reads_back_otherwise_is_not_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from chatwright.serve import export as verb
+    from chatwright.commands import export as verb
 
     behaviour, calls = verb.behaviour, []
 

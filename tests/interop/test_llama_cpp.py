@@ -24,13 +24,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 
 from chatwright.chat import NATIVE, Message
+from chatwright.commands.export import write_export
 from chatwright.config import UserError
 from chatwright.interop.gguf import PRE_TOKENIZERS, load_gguf
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
 from chatwright.model.cache import KVCache
 from chatwright.model.gpt import GPT
-from chatwright.serve.export import write_export
 from chatwright.tokenizer import Tokenizer, byte_alphabet
 
 from .conftest import SHAPES, parts_of

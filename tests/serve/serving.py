@@ -147,7 +147,7 @@ def run_server(
     model: TinyModel, *, loader: Callable[[Any], LanguageModel] | None = None, **settings: Any
 ) -> Iterator[Running]:
     """`chatwright serve` in a thread: the real application, uvicorn and a real port. `loader` makes further models."""
-    from chatwright.serve.server import ServeConfig, build_app, listen, make_pool, make_server
+    from chatwright.commands.serve import ServeConfig, build_app, listen, make_pool, make_server
 
     listener = listen("127.0.0.1", 0)
     config = ServeConfig(**{"store": "none", **settings})  # never the conversations of whoever runs the tests

@@ -13,9 +13,9 @@ import pytest
 from person import Person, text_of
 from serving import DIALOGUES, Running, TinyModel, run_server
 
+from chatwright.commands.serve import ServeConfig
 from chatwright.config import UsageError
 from chatwright.serve.operation.owner import COOKIE, YEAR
-from chatwright.serve.server import ServeConfig
 
 STORY = DIALOGUES["story"]
 

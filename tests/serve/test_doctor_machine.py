@@ -13,12 +13,12 @@ import pytest
 import torch
 from tooling import Run, check, findings, save
 
+from chatwright.commands.doctor import export, machine
 from chatwright.generate.kernels import paths
 from chatwright.interop.loaded import Stored
 from chatwright.language_model import LanguageModel, load
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
-from chatwright.serve import doctor_export, doctor_machine
 from chatwright.serve.footprint import serving
 from chatwright.tokenizer import Tokenizer
 
@@ -87,7 +87,7 @@ def test_dtypes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     config = GPTConfig.preset("gpt1")
     for real in (True, False):
         monkeypatch.setattr("chatwright.runtime.has_bf16", lambda real=real: real)
-        found = {one.topic: one for one in doctor_machine._dtypes(config)}
+        found = {one.topic: one for one in machine._dtypes(config)}
         assert [found[f"dtype {name}"].level for name in NAMED] == [
             "ok",
             "ok" if real else "warning",
@@ -96,7 +96,7 @@ def test_dtypes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         assert "CHATWRIGHT_DEVICE=cpu" in found["dtype int4"].remedy
     monkeypatch.setattr("chatwright.runtime.total_memory_bytes", lambda: 10**12)
-    assert "int8" not in doctor_machine._serving(config, 10**8).text
+    assert "int8" not in machine._serving(config, 10**8).text
 
 
 @pytest.mark.parametrize("real", [True, False])
@@ -188,7 +188,7 @@ def test_exports_are_tried_and_thrown_away(run: Run, good: Path, aside: Path) ->
 
 
 def test_without_transformers(run: Run, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_export, "find_spec", lambda name: None)
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
     code, out, _ = run("doctor", good)
     assert code == 0 and findings(out)["export hf"] == "ok" and "transformers is not installed" in out
 
@@ -204,7 +204,7 @@ def test_a_shape_that_no_format_has(run: Run, shaped: Callable[..., Path]) -> No
 def test_weights_that_are_written_otherwise(
     run: Run, good: Path, aside: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
-    plan = getattr(doctor_export, f"plan_{form}")
+    plan = getattr(export, f"plan_{form}")
 
     def spoilt(parts: Any) -> Any:
         made = plan(parts)
@@ -214,20 +214,20 @@ def test_weights_that_are_written_otherwise(
             made, tensors={**made.tensors, name: Stored(tensor.shape, lambda: tensor.read() * 1.01)}
         )
 
-    monkeypatch.setattr(doctor_export, f"plan_{form}", spoilt)
+    monkeypatch.setattr(export, f"plan_{form}", spoilt)
     out = check(run, good, problem=f"export {form}")
     assert "chatwright reads back other logits" in out and list(aside.iterdir()) == []
 
 
 def test_a_template_that_is_written_otherwise(run: Run, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = doctor_export.plan_hf
+    plan = export.plan_hf
 
     def spoilt(parts: Any) -> Any:
         made = plan(parts)
         name = "chat_template.jinja"
         return replace(made, texts={**made.texts, name: "x" + made.texts[name]})
 
-    monkeypatch.setattr(doctor_export, "plan_hf", spoilt)
+    monkeypatch.setattr(export, "plan_hf", spoilt)
     assert "chatwright reads back other ids of a conversation" in check(run, good, problem="export hf")
 
 
@@ -286,7 +286,7 @@ def test_transformers_that_tokenizes_otherwise(
 
 
 def test_models_that_are_too_large_for_a_trial(run: Run, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_export, "LARGEST", 1_000)
+    monkeypatch.setattr(export, "LARGEST", 1_000)
     code, out, _ = run("doctor", good)
     found = findings(out)
     assert code == 0 and found["export hf"] == found["export gguf"] == "warning"
@@ -309,6 +309,6 @@ def test_a_disk_without_room(run: Run, good: Path, aside: Path, monkeypatch: pyt
     def write(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(doctor_export.HFExport, "write", write)
+    monkeypatch.setattr(export.HFExport, "write", write)
     out = check(run, good, problem="export hf")
     assert "No space left on device" in out and "--debug" in out

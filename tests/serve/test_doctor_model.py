@@ -6,19 +6,20 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from tooling import Run, check, findings, save
 
-from chatwright import checkpoint
+from chatwright import files
 from chatwright.chat import NATIVE, ChatTemplate, Message
+from chatwright.commands.doctor import model
 from chatwright.data.picture import mask_picture
 from chatwright.language_model import load
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
-from chatwright.serve import doctor_model
 from chatwright.tokenizer import Tokenizer
 
 
@@ -62,10 +63,10 @@ def test_a_model_that_has_learnt_to_stop(good: Path) -> None:
     assert model.template is not None
     known = [Message(role="user", content="hello"), Message(role="assistant", content="Hello there, friend!")]
     encoded = model.template.encode(known, model.tokenizer)
-    assert doctor_model._stops(model.model, encoded, model.template, model.tokenizer).level == "ok"
+    assert model._stops(model.model, encoded, model.template, model.tokenizer).level == "ok"
     torch.manual_seed(0)
     fresh = GPT(GPTConfig.preset("modern-nano", vocab_size=model.tokenizer.vocab_size, context=256)).eval()
-    assert doctor_model._stops(fresh, encoded, model.template, model.tokenizer).level == "warning"
+    assert model._stops(fresh, encoded, model.template, model.tokenizer).level == "warning"
 
 
 def test_a_base_model(run: Run, base_dir: Path) -> None:
@@ -95,9 +96,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
 
 
 def test_a_reward_model(run: Run, copy: Path) -> None:
-    state = checkpoint.read_json(copy / "state.json")
+    state = files.read_json(copy / "state.json")
     state["files"].pop("state.json")  # its own checksum: this one is edited on purpose
-    checkpoint.write_json(copy / "state.json", {**state, "kind": "reward"})
+    files.write_json(copy / "state.json", {**state, "kind": "reward"})
     assert "kind 'reward'" in check(run, copy, problem="model")
 
 
@@ -153,8 +154,8 @@ def test_templates_that_others_read_otherwise(taught: tuple[GPT, Tokenizer]) -> 
     )  # one token; it is cut behind its first letter
     talk = [Message(role="user", content=word[1:]), Message(role="assistant", content="x")]
     joined = ChatTemplate(NATIVE.source.replace("+ '|>' +", f"+ '|>{word[0]}' +"), "<|end|>")
-    assert doctor_model._twin(talk, joined, tokenizer).level == "warning"
-    assert doctor_model._twin(talk, NATIVE, tokenizer).level == "ok"
+    assert model._twin(talk, joined, tokenizer).level == "warning"
+    assert model._twin(talk, NATIVE, tokenizer).level == "ok"
 
 
 def test_a_position_table_of_another_length(taught: tuple[GPT, Tokenizer]) -> None:
@@ -162,9 +163,9 @@ def test_a_position_table_of_another_length(taught: tuple[GPT, Tokenizer]) -> No
     model = GPT(
         GPTConfig.preset("gpt2", vocab_size=tokenizer.vocab_size, context=64, layers=1, width=16, heads=2)
     )
-    assert doctor_model._context(model.eval()).level == "ok"
+    assert model._context(model.eval()).level == "ok"
     model.positions = torch.nn.Embedding(32, 16)
-    finding = doctor_model._context(model)
+    finding = model._context(model)
     assert finding.level == "problem" and "32 positions" in finding.text
 
 
@@ -180,14 +181,14 @@ def test_a_context_that_is_not_the_length_of_the_table(
 ) -> None:
     """Such a model cannot be loaded; the doctor says why, in our directories and in transformers' ones."""
     directory = save(tmp_path / "ours", gpt2(taught[1]), taught[1])
-    state = checkpoint.read_json(directory / "state.json")
+    state = files.read_json(directory / "state.json")
     state["files"].pop("state.json")
     state["model"]["context"] = 128
-    checkpoint.write_json(directory / "state.json", state)
+    files.write_json(directory / "state.json", state)
     assert "128 tokens, but 64 positions in the table" in check(run, directory, problem="context")
     run("export", save(tmp_path / "good", gpt2(taught[1]), taught[1]), tmp_path / "theirs", "--format", "hf")
-    config = checkpoint.read_json(tmp_path / "theirs" / "config.json")
-    checkpoint.write_json(tmp_path / "theirs" / "config.json", {**config, "n_positions": 32})
+    config = files.read_json(tmp_path / "theirs" / "config.json")
+    files.write_json(tmp_path / "theirs" / "config.json", {**config, "n_positions": 32})
     out = check(run, tmp_path / "theirs", problem="context")
     assert "32 tokens, but 64 positions" in out and "set the context to 64 in config.json" in out
 

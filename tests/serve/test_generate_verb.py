@@ -12,10 +12,10 @@ import pytest
 from serving import DIALOGUES, TinyModel
 
 import chatwright.language_model
+from chatwright.commands.generate import GenerateConfig, main
 from chatwright.config import UsageError, UserError
 from chatwright.generate.beam import beam_search
 from chatwright.generate.sampling import Sampling
-from chatwright.serve.generate import GenerateConfig, main
 
 Generate = Callable[..., tuple[int, str]]
 ASK = "<|user|>escapes<|end|><|assistant|>"

@@ -16,13 +16,13 @@ import pytest
 from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.cli import main as cli
+from chatwright.commands.serve import ServeConfig, check_exposure
 from chatwright.config import UserError
 from chatwright.serve.errors import ApiError
 from chatwright.serve.operation import doors as doors_module
 from chatwright.serve.operation.doors import Attempts, Doors
 from chatwright.serve.operation.keys import Key, KeyRing, digest, line_for, new_key, open_keys, read_keys
 from chatwright.serve.operation.login import safe_way
-from chatwright.serve.server import ServeConfig, check_exposure
 
 KEY, OTHER = "cw-" + "k" * 43, "cw-" + "o" * 43
 BODY = {"model": "tiny/taught", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}

@@ -17,6 +17,7 @@ from person import Person
 from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.chat import Message
+from chatwright.commands.serve import ServeConfig
 from chatwright.config import UsageError, UserError
 from chatwright.generate.sampling import Sampling
 from chatwright.generate.threads import EngineThread
@@ -26,7 +27,6 @@ from chatwright.serve.operation.cors import check_origins
 from chatwright.serve.operation.facts import TimedOut
 from chatwright.serve.operation.keys import line_for
 from chatwright.serve.pool import ModelPool, Spec
-from chatwright.serve.server import ServeConfig
 from chatwright.serve.service import Busy, ChatService, Limits, TooLong, prepare
 from chatwright.tokenizer import Tokenizer
 

@@ -14,9 +14,9 @@ import httpx
 import pytest
 from serving import TinyModel
 
+from chatwright.commands.serve import ServeConfig, listen, main, make_pool
 from chatwright.config import UsageError, UserError
 from chatwright.serve.operation.guard import is_loopback
-from chatwright.serve.server import ServeConfig, listen, main, make_pool
 
 
 def test_a_busy_port_is_one_clear_line() -> None:
@@ -65,7 +65,7 @@ def test_without_the_extra_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 def test_importing_the_verb_is_light() -> None:
     code = (
-        "import sys, chatwright.serve.server, chatwright.serve.terminal; "
+        "import sys, chatwright.commands.serve, chatwright.commands.chat; "
         "print([name for name in ('torch', 'fastapi', 'uvicorn', 'rich', 'jinja2') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -92,7 +92,7 @@ def load(name, dtype="auto"):
     model.load_state_dict(parts["weights"])
     return lm.LanguageModel(model, Tokenizer.load({str(tmp_path)!r}), NATIVE, name)
 lm.load = load
-from chatwright.serve.server import main
+from chatwright.commands.serve import main
 sys.exit(main(["some-model", "--port=0", "--store=none"]))
 """
     child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)

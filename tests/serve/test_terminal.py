@@ -13,9 +13,8 @@ import pytest
 from serving import DIALOGUES, TinyModel
 
 import chatwright.language_model
+from chatwright.commands.chat import main
 from chatwright.config import UsageError, UserError, harmless
-from chatwright.serve import terminal
-from chatwright.serve.terminal import main
 
 Chat = Callable[..., tuple[int, str, str]]
 
@@ -193,4 +192,4 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for option in ("--temperature", "--max_new_tokens", "--system", "--seed", "model"):
         assert option in text
-    assert terminal.ChatConfig.__doc__
+    assert chat.ChatConfig.__doc__

@@ -11,12 +11,12 @@ import pytest
 import torch
 from tooling import Run, save
 
-from chatwright import checkpoint
+from chatwright import checkpoint, tensor_files
 from chatwright.chat import NATIVE, ChatTemplate
+from chatwright.commands import import_
 from chatwright.config import UserError
 from chatwright.language_model import load, load_parts
 from chatwright.model.gpt import GPT
-from chatwright.serve import tools
 from chatwright.tokenizer import Tokenizer
 
 
@@ -25,7 +25,7 @@ def test_import_of_a_hugging_face_directory(run: Run, hf_dir: Path, tmp_path: Pa
     code, out, err = run("import", hf_dir, tmp_path / "made")
     assert (code, err) == (0, "") and "the same tokens and the same logits" in out
     moved = Path(shutil.move(tmp_path / "made", tmp_path / "moved"))
-    assert {path.name for path in moved.iterdir()} <= tools.OURS
+    assert {path.name for path in moved.iterdir()} <= import_.OURS
     ours, theirs = load(moved), load(hf_dir)
     assert (
         ours.template == theirs.template
@@ -51,7 +51,7 @@ def test_an_imported_model_chats(
 
 def test_import_of_our_own_leaves_the_optimiser_behind(run: Run, good: Path, tmp_path: Path) -> None:
     tensors = {
-        "model": checkpoint.load_tensors(good / "model.safetensors"),
+        "model": tensor_files.load_tensors(good / "model.safetensors"),
         "optimizer": {"m": torch.ones(9)},
     }
     texts = {name: (good / name).read_text() for name in ("tokenizer.json", "chat_template.jinja")}
@@ -74,7 +74,7 @@ def test_ends_that_cannot_be_guessed_are_kept(taught: tuple[GPT, Tokenizer], tmp
     unusual = Tokenizer(tokenizer.backend, end_of_text="<|reserved_0|>")
     template = ChatTemplate(NATIVE.source.replace("'<|end|>'", "'<|image|><|end|>'"), "<|end|>")
     parts = load_parts(save(tmp_path / "source", model, tokenizer))
-    tools.write_model(type(parts)(parts.model, unusual, template, "x"), tmp_path / "made", source="x")
+    import_.write_model(type(parts)(parts.model, unusual, template, "x"), tmp_path / "made", source="x")
     again = load(tmp_path / "made")
     assert again.tokenizer.end_of_text == "<|reserved_0|>"
     assert again.template == template != ChatTemplate.from_source(template.source)
@@ -114,7 +114,7 @@ def test_targets_that_cannot_be(run: Run, good: Path, tmp_path: Path) -> None:
 def test_what_reads_back_otherwise_is_not_kept(
     run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    behaviour, calls = tools.behaviour, []
+    behaviour, calls = import_.behaviour, []
 
     def spoilt(parts: Any) -> Any:
         text, talk, logits = behaviour(parts)
@@ -125,7 +125,7 @@ def test_what_reads_back_otherwise_is_not_kept(
             logits = logits.nextafter(logits + 1) if what == "logits" else logits
         return text, talk, logits
 
-    monkeypatch.setattr(tools, "behaviour", spoilt)
+    monkeypatch.setattr(import_, "behaviour", spoilt)
     code, _, err = run("import", good, tmp_path / "deep" / "made")
     assert code == 1 and f"gives other {what} than its source" in err
     assert list((tmp_path / "deep").iterdir()) == []
@@ -140,6 +140,6 @@ def test_a_source_without_a_tokenizer(run: Run, hf_dir: Path, tmp_path: Path) ->
 
 
 def test_check_target_needs_no_torch(tmp_path: Path) -> None:
-    tools.check_target(tmp_path / "new", force=False)
+    import_.check_target(tmp_path / "new", force=False)
     with pytest.raises(UserError, match="is a file"):
-        tools.check_target(Path(__file__), force=True)
+        import_.check_target(Path(__file__), force=True)

@@ -20,14 +20,14 @@ import pytest
 import torch
 from tooling import save
 
-from chatwright import checkpoint
+from chatwright import files
+from chatwright.commands.serve import ServeConfig, main
 from chatwright.config import UsageError, UserError
 from chatwright.interop.hf import load_hf
 from chatwright.language_model import load_parts
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.serve import vllm
-from chatwright.serve.server import ServeConfig, main
 from chatwright.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(
@@ -151,12 +151,12 @@ def test_another_model_under_the_same_name_is_exported_anew(
     other = GPT(model.config)
     assert given(save(tmp_path / "m", other, tokenizer))[1] != first[1]
     by_hand = save(tmp_path / "m", model, tokenizer)
-    state = checkpoint.read_json(by_hand / "state.json")
+    state = files.read_json(by_hand / "state.json")
     keys = []
     for weights in (model, other):
         save(tmp_path / "m", weights, tokenizer)
         state.pop("files", None)
-        checkpoint.write_json(by_hand / "state.json", state)
+        files.write_json(by_hand / "state.json", state)
         keys.append(vllm.fingerprint(str(by_hand)))
     assert keys[0] != keys[1], "without noted checksums the files themselves count"
 
@@ -204,7 +204,7 @@ def test_what_is_in_transformers_format_is_passed_on(
 
 
 def test_a_gguf_file_is_exported(given: Callable[..., list[str]], chat_dir: Path, tmp_path: Path) -> None:
-    from chatwright.serve.export import main_export
+    from chatwright.commands.export import main as main_export
 
     assert main_export([str(chat_dir), str(tmp_path / "m.gguf"), "--format", "gguf"]) == 0
     arguments = given(tmp_path / "m.gguf")

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from chatwright import checkpoint
+from chatwright import files
 from chatwright.data.examples import Dialogue, Document, LabelledText
 from chatwright.language_model import load_parts
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.optim import OptimConfig
+from chatwright.stages import pretrain, reward, sft
+from chatwright.stages import tokenizer as tokenizer_stage
 from chatwright.tokenizer import Tokenizer
-from chatwright.train import pretrain, reward, sft
-from chatwright.train import tokenizer as tokenizer_stage
 from chatwright.train.loop import FitConfig
 from chatwright.train.workspace import Report, Workspace
 
@@ -43,7 +43,7 @@ class Bench:
         directory.mkdir(parents=True, exist_ok=True)
         report: Report = module.run(config, Workspace(directory, SEED, self.inputs))
         content = {"model": report.model, "facts": report.facts | facts, "fingerprint": directory.name}
-        checkpoint.write_json(directory / "result.json", content)
+        files.write_json(directory / "result.json", content)
         return report
 
     def with_(self, **more: Path) -> Bench:
@@ -64,7 +64,7 @@ def write_records(directory: Path) -> None:
     ):
         for side, part in (("train", records[held_out:]), ("validation", records[:held_out])):
             text = "".join(record.to_json() + "\n" for record in part)
-            checkpoint.write_text(directory / f"{prefix}{side}.jsonl", text)
+            files.write_text(directory / f"{prefix}{side}.jsonl", text)
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
-from chatwright import checkpoint
+from chatwright import files, runtime, tensor_files
 from chatwright.config import build
 from chatwright.optim import Muon
-from chatwright.train import loop, parallel, pretrain
+from chatwright.stages import pretrain
+from chatwright.train import loop
+from chatwright.train.parallel.context import process_group
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace
 
@@ -50,7 +52,7 @@ def muon(out: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mesh = init_device_mesh("cpu", (parallel.runtime.world_size(),))
+    mesh = init_device_mesh("cpu", (runtime.world_size(),))
     draw = torch.Generator().manual_seed(SEED)
     whole, parts = [], []
     for shape, dim in (((6, 4), 0), ((4, 6), 1), ((4, 6), 0), ((3, 5), 0)):  # 3 rows: parts of 2 and 1
@@ -65,8 +67,8 @@ def muon(out: Path) -> None:
         for optimiser in optimisers:
             optimiser.step()
     pairs = [(one.detach(), part.full_tensor().detach()) for one, part in zip(whole, parts, strict=True)]
-    if parallel.runtime.is_first():
-        checkpoint.save_tensors(
+    if runtime.is_first():
+        tensor_files.save_tensors(
             out,
             {
                 f"{n}.{kind}": pair[k]
@@ -89,16 +91,16 @@ def main(work: list[dict[str, Any]]) -> None:
         try:
             report = pretrain.run(config, workspace)
         except Interrupted:
-            if "copy_to" in one and parallel.runtime.is_first():
+            if "copy_to" in one and runtime.is_first():
                 shutil.copytree(one["out"], one["copy_to"])
-            parallel.runtime.barrier()
+            runtime.barrier()
             continue
-        if parallel.runtime.is_first():
-            checkpoint.write_json(
+        if runtime.is_first():
+            files.write_json(
                 workspace.directory / "result.json", {"model": report.model, "facts": report.facts}
             )
 
 
 if __name__ == "__main__":
-    with parallel.processes():
+    with process_group():
         main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

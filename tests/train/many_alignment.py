@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -15,20 +14,22 @@ from typing import Any
 import torch
 from many import SEED, stopping_after
 
-from chatwright import checkpoint, runtime
+from chatwright import files, runtime
 from chatwright.config import build
-from chatwright.recipe import STAGES
-from chatwright.train import loop, parallel, rounds
+from chatwright.discovery import stage_verb
+from chatwright.train import loop
+from chatwright.train.parallel.context import process_group
+from chatwright.train.rl import training
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace
 
 
 def carry_out(one: dict[str, Any]) -> None:
     """One stage from where its directory stands, as the pipeline does it; with `stop`, until it has been stopped."""
-    module = importlib.import_module(STAGES[one["stage"]])
+    module = stage_verb(one["stage"]).load()
     config = build(module.Config, one["settings"], where="test")
     stop = one.get("stop", 0)
-    for owner in (loop, rounds):
+    for owner in (loop, training):
         owner.Stopper = stopping_after(stop) if stop else Stopper  # type: ignore[attr-defined]
     workspace = Workspace(Path(one["out"]), SEED, {name: Path(path) for name, path in one["inputs"].items()})
     try:
@@ -37,7 +38,7 @@ def carry_out(one: dict[str, Any]) -> None:
         assert stop
         return
     finally:
-        loop.Stopper = rounds.Stopper = Stopper  # type: ignore[misc, attr-defined]
+        loop.Stopper = training.Stopper = Stopper  # type: ignore[misc, attr-defined]
     assert not stop, "nobody was asked to stop"
     if runtime.is_first():
         content = {
@@ -46,12 +47,12 @@ def carry_out(one: dict[str, Any]) -> None:
             "fingerprint": workspace.directory.name,
             "measures": [[measure.before, measure.after] for measure in report.measures],
         }
-        checkpoint.write_json(workspace.directory / "result.json", content)
+        files.write_json(workspace.directory / "result.json", content)
     runtime.barrier()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with parallel.processes():
+    with process_group():
         for work in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
             carry_out(work)

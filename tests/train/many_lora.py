@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from chatwright import checkpoint
+from chatwright import tensor_files
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import LoRAConfig, add_lora, trained_tensors
 from chatwright.optim import OptimConfig
-from chatwright.train import parallel, pretrain
-from chatwright.train.parallel import ParallelConfig
+from chatwright.stages import pretrain
+from chatwright.train.parallel.context import ParallelConfig, context, process_group, start_parallel
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
 
@@ -40,7 +40,7 @@ def lively_model() -> GPT:
 def train(out: Path, plan: str, *, stop: int = STEPS) -> None:
     """Up to step `stop` from wherever the directory stands; everything that was trained goes to `out`.safetensors."""
     model = lively_model()
-    spread = parallel.start(ParallelConfig(plan), batch_size=BATCH, shape=SHAPE, precision="fp32")  # type: ignore[arg-type]
+    spread = start_parallel(ParallelConfig(plan), batch_size=BATCH, shape=SHAPE, precision="fp32")  # type: ignore[arg-type]
     card = {"kind": "language", "model": SHAPE.to_dict()}
     optim = OptimConfig(learning_rate=1e-2, clip=1.0)
     trainer = Trainer({"model": model}, optim, Workspace(out, 7), card=card, texts={}, spread=spread)
@@ -55,13 +55,13 @@ def train(out: Path, plan: str, *, stop: int = STEPS) -> None:
     trainer.workspace.metrics.close()
     trainer.save(final=stop == STEPS)
     trained = spread.whole_for_first(trained_tensors(model))
-    if parallel.runtime.is_first():
-        checkpoint.save_tensors(out.with_suffix(".safetensors"), trained)
+    if context.runtime.is_first():
+        tensor_files.save_tensors(out.with_suffix(".safetensors"), trained)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with parallel.processes():
+    with process_group():
         for plan in sys.argv[2:]:
             directory = Path(sys.argv[1]) / plan
             if plan == "fsdp":  # in two goes: the adapter lies in parts on the disk in between

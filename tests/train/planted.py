@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from chatwright.evaluate import best_of_n
 from chatwright.interop.loaded import Loaded
 from chatwright.model.heads import ScalarModel
 from chatwright.optim import OptimConfig
-from chatwright.train import rounds
-from chatwright.train.ppo import Config
+from chatwright.stages import best_of_n
+from chatwright.stages.ppo import Config
+from chatwright.train.rl import training
 
 
 class Planted(ScalarModel):
@@ -48,7 +48,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, words: str = "happy lovely great kind
         model.begin = base.tokenizer.control_ids["<|assistant|>"]
         return model
 
-    for module in (rounds, best_of_n):
+    for module in (training, best_of_n):
         monkeypatch.setattr(module, "load_reward", planted)
 
 
@@ -64,7 +64,7 @@ MINI = Config(
     kl_budget=8.0,
     min_tokens=1,
     max_repeats=0.6,
-    save_every=4,
+    save_steps=4,
     # Adam's first steps are of full size whatever the gradient: without warm-up, or at 1e-3, noise alone moves a miniature by 10 nats.
     optim=OptimConfig(learning_rate=4e-4, eps=1e-5, schedule="linear", warmup=0.3),
 )

@@ -17,8 +17,8 @@ from chatwright.model.heads import ScalarModel
 from chatwright.model.lora import LoRAConfig, add_lora
 from chatwright.tokenizer import Tokenizer
 from chatwright.trackers import Reporting
-from chatwright.train import account
-from chatwright.train.account import EnergyMeter, account_row, forward_flop, rounds_spent, training_flop
+from chatwright.train import cost
+from chatwright.train.cost import EnergyMeter, account_row, forward_flop, rounds_spent, training_flop
 
 
 def test_the_formula_by_hand() -> None:
@@ -110,13 +110,13 @@ def test_the_peak_is_measured_once_and_leaves_the_random_stream_alone() -> None:
     first = runtime.matmul_peak(torch.float32)
     assert torch.equal(before, torch.get_rng_state())
     assert 1e8 < first < 1e16 and runtime.matmul_peak(torch.float32) == first
-    assert account.peak_of("fp32") == first * runtime.world_size()
+    assert cost.peak_of("fp32") == first * runtime.world_size()
 
 
 def test_a_stage_tells_its_account(tokenizer_bench: Any, make_fit: Any, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from chatwright.train import pretrain
+    from chatwright.stages import pretrain
     from chatwright.train.workspace import Workspace
 
     config = pretrain.Config(preset="modern-nano", model={"context": 32}, fit=make_fit(steps=10))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from chatwright.train.calibration import BINS, draw, log_loss, pair_reliability, platt, reliability
+from chatwright.train.preference.calibration import BINS, draw, log_loss, pair_reliability, platt, reliability
 
 NAN = float("nan")
 

@@ -15,16 +15,15 @@ from chatwright.chat import NATIVE
 from chatwright.config import UsageError, UserError
 from chatwright.data.examples import LabelledText
 from chatwright.data.loader import SampleOrder
-from chatwright.evaluate import best_of_n
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives.preference import logistic_loss
 from chatwright.optim import OptimConfig
 from chatwright.recipe import read_recipe
+from chatwright.stages import best_of_n, classifier, ppo
+from chatwright.stages.classifier import Config, Texts, load_texts, scores_of, step
 from chatwright.tokenizer import Tokenizer
-from chatwright.train import classifier, ppo
-from chatwright.train.classifier import Config, Texts, load_texts, scores_of, step
 from chatwright.train.loop import FitConfig
-from chatwright.train.players import load_reward
+from chatwright.train.rl.models import load_reward
 from chatwright.train.workspace import Report, Unhealthy
 
 PROMPTS = [({"role": "user", "content": word},) for word in ("Hi", "And?", "Why so?")]
@@ -94,8 +93,8 @@ def test_its_score_is_the_calibrated_log_odds(
     records = load_texts(settings, sft_bench.inputs["data"])
     assert not {one.id for one in records.train} & {one.id for one in records.calibration}
     from chatwright.chat import Message
-    from chatwright.train import calibration
-    from chatwright.train.rankings import first_prompts
+    from chatwright.train.preference import calibration
+    from chatwright.train.preference.rankings import first_prompts
 
     prompts: list[tuple[Message, ...]] = first_prompts(sft_bench.inputs["data"] / "dialogues-train.jsonl")
     own = Texts(records.train, prompts, parts.template, parts.tokenizer, settings, SampleOrder(1, 1))

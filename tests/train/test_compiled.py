@@ -22,7 +22,7 @@ from chatwright.generate.sampling import Sampling
 from chatwright.metrics import read_metrics
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
-from chatwright.train import ppo, sft
+from chatwright.stages import ppo, sft
 from chatwright.train.compiled import compile_blocks
 
 MISSING = runtime.compiler_missing()

@@ -10,10 +10,9 @@ import pytest
 
 from chatwright.config import UserError
 from chatwright.data.examples import Comparison, Dialogue
-from chatwright.train import data
-from chatwright.train.rankings import own_comparisons
-from chatwright.train.sft import read_records
-from chatwright.train.tokenizer import records_of
+from chatwright.data.records import read_records, records_of
+from chatwright.stages import data
+from chatwright.train.preference.rankings import own_comparisons
 from chatwright.train.workspace import Report, Workspace
 
 

@@ -13,12 +13,14 @@ import pytest
 import torch
 from planted import MINI, plant
 
-from chatwright import checkpoint, cli
+from chatwright import checkpoint, cli, files
 from chatwright.data.examples import Comparison
 from chatwright.metrics import read_metrics
-from chatwright.train import parallel, ppo, reward, rounds, sft
-from chatwright.train.players import Players
-from chatwright.train.rollout import Answers, answer_log_probs
+from chatwright.stages import ppo, reward, sft
+from chatwright.train.parallel import context
+from chatwright.train.rl import training
+from chatwright.train.rl.models import Players
+from chatwright.train.rl.rollout import Answers, answer_log_probs
 from chatwright.train.workspace import Unhealthy
 
 SMALL = replace(MINI, iterations=16, batch_size=8, minibatch_size=8)
@@ -42,9 +44,9 @@ def broken_off(bench: Any, config: Any, directory: Path, words: str) -> list[dic
 def test_a_sampler_at_another_temperature(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = rounds.sample_answers
+    real = training.sample_answers
     monkeypatch.setattr(
-        rounds, "sample_answers", lambda *given, **named: real(*given, **{**named, "temperature": 1.3})
+        training, "sample_answers", lambda *given, **named: real(*given, **{**named, "temperature": 1.3})
     )
     rows = broken_off(planted_bench, SMALL, tmp_path / "ppo", "round 0: sampler and trainer disagree")
     assert rows[-1]["sampler_gap"] > 0.01
@@ -54,7 +56,7 @@ def test_a_template_that_differs_between_sampler_and_trainer(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is looked back at has another token in the place of the one that begins the answer."""
-    real = rounds.sample_answers
+    real = training.sample_answers
 
     def reframed(*given: Any, **named: Any) -> Answers:
         answers = real(*given, **named)
@@ -63,7 +65,7 @@ def test_a_template_that_differs_between_sampler_and_trainer(
         ids[torch.arange(len(ids)), starts - 1] = 100
         return replace(answers, ids=ids)
 
-    monkeypatch.setattr(rounds, "sample_answers", reframed)
+    monkeypatch.setattr(training, "sample_answers", reframed)
     broken_off(planted_bench, SMALL, tmp_path / "ppo", "the template or the padding different")
 
 
@@ -72,7 +74,7 @@ def test_answers_of_another_model_give_a_negative_kl(
 ) -> None:
     """The sampler still has old weights, and says the trainer's log-probabilities, so that nothing else would show it."""
     made: list[Players] = []
-    real_players, real_sample = rounds.make_players, rounds.sample_answers
+    real_players, real_sample = training.make_players, training.sample_answers
 
     def moved(*given: Any, **named: Any) -> Players:
         players = real_players(*given, **named)
@@ -88,8 +90,8 @@ def test_answers_of_another_model_give_a_negative_kl(
         with torch.no_grad():
             return replace(answers, sampled=answer_log_probs(policy, answers, temperature=1.0)[0])
 
-    monkeypatch.setattr(rounds, "make_players", moved)
-    monkeypatch.setattr(rounds, "sample_answers", stale)
+    monkeypatch.setattr(training, "make_players", moved)
+    monkeypatch.setattr(training, "sample_answers", stale)
     config = replace(SMALL, batch_size=96, minibatch_size=96)
     rows = broken_off(planted_bench, config, tmp_path / "ppo", "clearly negative")
     assert rows[-1]["kl"] < -0.5 and rows[-1]["sampler_gap"] < 1e-4
@@ -151,7 +153,7 @@ def test_a_first_ratio_that_is_not_one(
     assert len(rows) == 1 and "policy_loss" not in rows[0]
     # nothing was learnt from it: the weights are still those of the SFT model
     kept = checkpoint.newest_valid(tmp_path / "ppo" / "checkpoints")[0].tensors("model")  # type: ignore[union-attr]
-    name = checkpoint.read_json(planted_bench.inputs["sft"] / "result.json")["model"]
+    name = files.read_json(planted_bench.inputs["sft"] / "result.json")["model"]
     before = checkpoint.Checkpoint(planted_bench.inputs["sft"] / name).tensors("model")
     assert all(torch.equal(kept[key], before[key]) for key in before)
 
@@ -176,11 +178,11 @@ def test_a_first_ratio_that_only_another_process_finds_breaks_off_this_one_too(
     """A process that went on alone would wait for the other for ever. Asked are: is there to be a stop, how large is the gap."""
     asked: list[float] = []
 
-    def most(self: parallel.Spread, values: Sequence[float]) -> list[float]:
+    def most(self: context.Spread, values: Sequence[float]) -> list[float]:
         asked.extend(values)
         return [0.5] if len(asked) == 2 else list(values)
 
-    monkeypatch.setattr(parallel.Spread, "most", most)
+    monkeypatch.setattr(context.Spread, "most", most)
     rows = broken_off(planted_bench, SMALL, tmp_path / "ppo", "before any update.* 0.5 away")
     assert len(rows) == 1 and "policy_loss" not in rows[0]
 
@@ -233,7 +235,7 @@ def write_comparisons(directory: Path, babble: Any) -> None:
             )
             for n in range(count)
         ]
-        checkpoint.write_text(
+        files.write_text(
             directory / f"comparisons-{side}.jsonl", "".join(one.to_json() + "\n" for one in made)
         )
 
@@ -265,9 +267,9 @@ def test_a_reward_model_that_learns_by_heart(
 def test_the_command_fails_with_the_diagnosis_and_leaves_a_report(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = rounds.sample_answers
+    real = training.sample_answers
     monkeypatch.setattr(
-        rounds, "sample_answers", lambda *given, **named: real(*given, **{**named, "temperature": 1.3})
+        training, "sample_answers", lambda *given, **named: real(*given, **{**named, "temperature": 1.3})
     )
     out = tmp_path / "road" / "ppo"
     argv = [
@@ -300,7 +302,7 @@ def test_the_command_fails_with_the_diagnosis_and_leaves_a_report(
         and (out / "checkpoints" / "step-000000" / "optimizer.safetensors").is_file()
     )
     # mended, the same command goes on from there
-    monkeypatch.setattr(rounds, "sample_answers", real)
+    monkeypatch.setattr(training, "sample_answers", real)
     assert cli.main(argv) == 0
     assert (out / "result.json").is_file() and "broken off" not in (out / "report.md").read_text()
     assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [0, 1, 2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chatwright.train.health import (
+from chatwright.train.rl.health import (
     BFLOAT16,
     WATCHED,
     Limits,

@@ -22,7 +22,8 @@ from chatwright.config import UsageError, UserError
 from chatwright.data.packing import PackedRow, batch_rows, pack
 from chatwright.metrics import TIMED, read_metrics
 from chatwright.optim import OptimConfig
-from chatwright.train import loop, sft
+from chatwright.stages import sft
+from chatwright.train import loop
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import Step, Trainer

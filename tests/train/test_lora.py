@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import chatwright as cw
-from chatwright import checkpoint
+from chatwright import checkpoint, tensor_files
 from chatwright.config import UsageError, UserError, parse
+from chatwright.discovery import stage_verb
 from chatwright.language_model import load_parts
 from chatwright.metrics import read_metrics
 from chatwright.model.attention import plain_attention
@@ -23,10 +24,14 @@ from chatwright.model.config import GPTConfig
 from chatwright.model.heads import ScalarModel
 from chatwright.model.lora import LoRAConfig, adapter_names, lora_parameters, without_adapter
 from chatwright.optim import OptimConfig
-from chatwright.train import loop, plan, ppo, reinforce, reward, rounds, sft
+from chatwright.stages import ppo, reinforce, reward, sft
+from chatwright.train import loop
 from chatwright.train.loop import FitConfig
-from chatwright.train.players import judged, make_players
-from chatwright.train.rollout import answer_log_probs, sample_answers
+from chatwright.train.planning import plan
+from chatwright.train.planning.program import PlannedStage
+from chatwright.train.rl import training
+from chatwright.train.rl.models import judged, make_players
+from chatwright.train.rl.rollout import answer_log_probs, sample_answers
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
@@ -56,7 +61,7 @@ def stopped(
     """The checkpoint of a stage that was stopped in its third step."""
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Stopper", AskedAtOnce)
-        patch.setattr(rounds, "Stopper", AskedAtOnce)
+        patch.setattr(training, "Stopper", AskedAtOnce)
         with pytest.raises(Interrupted):
             bench.run(module, config, directory)
     return checkpoint.checkpoints(directory / "checkpoints")[-1]
@@ -168,7 +173,7 @@ MINI = ppo.Config(
     max_new_tokens=14,
     min_tokens=1,
     max_repeats=0.9,
-    save_every=2,
+    save_steps=2,
     min_correlation=-1.0,
     lora=LORA,
     optim=OptimConfig(learning_rate=3e-3, eps=1e-5, schedule="linear", warmup=0.0),
@@ -319,7 +324,7 @@ def test_the_plan_knows_that_little_is_trained() -> None:
         ("ppo", ppo.Config()),
     ):
         for lora in (LoRAConfig(), LORA):
-            what = plan.Subject(verb, verb, shape, replace(config, lora=lora))  # type: ignore[type-var]
+            what = PlannedStage(verb, stage_verb(verb).load().STAGE.plan, shape, replace(config, lora=lora))  # type: ignore[type-var]
             memory[verb, lora.rank] = plan.predict(what, micro=1)[0].memory
         for part, share in (("optimiser", 0.05), ("gradients", 0.2)):
             assert memory[verb, 4].get(part, 0.0) < share * memory[verb, 0][part], (verb, part)
@@ -362,7 +367,7 @@ def test_two_processes_are_one(launched: Path, how: str) -> None:
         one, two = ([row[key] for row in rows[name]] for name in ("auto", how))
         assert len(one) == 8 and two == pytest.approx(one, abs=tolerance)
         assert one[0] != pytest.approx(one[-1], abs=1e-2)
-    alone, many = (checkpoint.load_tensors(launched / f"{name}.safetensors") for name in ("auto", how))
+    alone, many = (tensor_files.load_tensors(launched / f"{name}.safetensors") for name in ("auto", how))
     assert alone.keys() == many.keys() and all(".adapters." in name for name in alone)
     for name, tensor in alone.items():
         torch.testing.assert_close(many[name], tensor, atol=1e-4, rtol=0)
@@ -373,8 +378,8 @@ def test_two_processes_are_one(launched: Path, how: str) -> None:
 
 
 def test_a_plan_that_would_cut_adapters_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from chatwright.train.parallel import Sizes
-    from chatwright.train.together import Together
+    from chatwright.train.parallel.context import Sizes
+    from chatwright.train.parallel.multi_process import Together
 
     sys.path.insert(0, str(HERE))
     from many_lora import lively_model

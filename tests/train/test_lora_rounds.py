@@ -18,11 +18,12 @@ from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel, ValueHead
 from chatwright.model.lora import LoRAConfig, adapter_names, lora_parameters, trained_tensors
 from chatwright.optim import OptimConfig
-from chatwright.train import ppo, reinforce, rounds
-from chatwright.train.players import make_players, opinion
-from chatwright.train.ppo import look_back, step
-from chatwright.train.ptx import GeneralText
-from chatwright.train.rollout import sample_answers
+from chatwright.stages import ppo, reinforce
+from chatwright.stages.ppo import look_back, step
+from chatwright.train.rl import training
+from chatwright.train.rl.models import make_players, opinion
+from chatwright.train.rl.ptx import GeneralText
+from chatwright.train.rl.rollout import sample_answers
 
 LORA = LoRAConfig(rank=4, alpha=8.0)
 SMALL = replace(
@@ -56,7 +57,7 @@ def test_everything_at_once(
     whole = replace(
         SMALL,
         critic="shared",
-        average=0.5,
+        ema=0.5,
         text="tokenizer",
         ptx=0.5,
         ptx_windows=1,
@@ -168,7 +169,7 @@ def test_the_average_is_one_of_the_adapter_s_matrices(
 ) -> None:
     """One update a round: the average is 0.5 of what it was and 0.5 of the adapter, three times."""
     met: list[dict[str, torch.Tensor]] = []
-    real_start, real_follow = rounds.average_of, rounds.follow
+    real_start, real_follow = training.average_of, training.follow
 
     def remember(policy: Any) -> None:
         met.append({key: value.detach().clone() for key, value in trained_tensors(policy).items()})
@@ -181,10 +182,10 @@ def test_the_average_is_one_of_the_adapter_s_matrices(
         real_follow(average, policy, decay)
         remember(policy)
 
-    monkeypatch.setattr(rounds, "average_of", start)
-    monkeypatch.setattr(rounds, "follow", watched)
+    monkeypatch.setattr(training, "average_of", start)
+    monkeypatch.setattr(training, "follow", watched)
     directory = tmp_path / "ppo"
-    report = planted_bench.run(ppo, replace(SMALL, average=0.5), directory)
+    report = planted_bench.run(ppo, replace(SMALL, ema=0.5), directory)
     assert len(met) == 4 and report.model == "checkpoints/step-000004"
     saved = result(directory, report).tensors("adapter")
     assert saved.keys() == met[0].keys() and not torch.equal(*(one[list(saved)[-1]] for one in met[:2]))
@@ -199,7 +200,7 @@ def test_an_average_beyond_the_limits_leaves_the_best_round_s_adapter(
 ) -> None:
     directory = tmp_path / "ppo"
     optim = replace(SMALL.optim, learning_rate=5e-2)  # the first update is beyond this budget
-    config = replace(SMALL, average=0.5, kl_budget=1e-3, kl_target=0.0, optim=optim)
+    config = replace(SMALL, ema=0.5, kl_budget=1e-3, kl_target=0.0, optim=optim)
     report = planted_bench.run(ppo, config, directory)
     assert report.facts["average"]["allowed"] is False and report.model == "checkpoints/step-000000"
     together = cw.load(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from chatwright.optim import OptimConfig
-from chatwright.train import ppo, reinforce, reward, sft
+from chatwright.stages import ppo, reinforce, reward, sft
 from chatwright.train.paper import Paper, beside, shown
 
 FACTS = {"epochs": 2.4}

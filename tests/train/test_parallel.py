@@ -22,15 +22,18 @@ from typing import Any
 import pytest
 import torch
 
-from chatwright import checkpoint, cli, meeting, runtime, sharded
+from chatwright import checkpoint, cli, rendezvous, runtime, sharded, tensor_files
 from chatwright.config import UsageError, UserError, build, to_yaml
+from chatwright.files import write_json
 from chatwright.language_model import load_parts
 from chatwright.metrics import TIMED, read_metrics
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.recipe import read_recipe
-from chatwright.train import loop, parallel, pretrain
-from chatwright.train.parallel import ParallelConfig, Sizes
+from chatwright.stages import pretrain
+from chatwright.train import loop
+from chatwright.train.parallel import context
+from chatwright.train.parallel.context import ParallelConfig, Sizes, start_parallel
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace
 
@@ -124,7 +127,7 @@ class Launches:
         workspace = Workspace(self[name], SEED, self.inputs)
         try:
             report = pretrain.run(build(pretrain.Config, settings(muon=muon), where="test"), workspace)
-            checkpoint.write_json(self[name] / "result.json", {"model": report.model})
+            write_json(self[name] / "result.json", {"model": report.model})
         except Interrupted:
             assert stop
 
@@ -239,7 +242,7 @@ def test_a_checkpoint_written_beside_training_is_that_of_its_moment(launches: La
     )
     for found in (beside, waited):
         found.verify()
-        assert found.in_parts and len(list((found.path / checkpoint.PARTS).iterdir())) == 2
+        assert found.in_parts and len(list((found.path / tensor_files.PARTS).iterdir())) == 2
     for part in ("model", "optimizer"):
         left, right = beside.tensors(part), waited.tensors(part)
         assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
@@ -269,7 +272,7 @@ def test_no_checkpoint_in_parts_holds_a_pickle(launches: Launches) -> None:
 def test_a_damaged_part_is_named(launches: Launches, tmp_path: Path) -> None:
     copy = tmp_path / "step-000020"
     shutil.copytree(launches["handed on"] / "checkpoints" / copy.name, copy)
-    part = copy / checkpoint.PARTS / "shard-00002-model-00001-of-00001.safetensors"
+    part = copy / tensor_files.PARTS / "shard-00002-model-00001-of-00001.safetensors"
     content = bytearray(part.read_bytes())
     content[-5] ^= 1
     part.write_bytes(content)
@@ -300,7 +303,7 @@ def test_a_run_in_parts_is_a_model_to_chat_with(launches: Launches) -> None:
 
 def test_muon_sees_whole_matrices(launches: Launches) -> None:
     """Each process holds a part of each matrix; to orthogonalise the parts would be something else altogether."""
-    found = checkpoint.load_tensors(launches["muon.safetensors"])
+    found = tensor_files.load_tensors(launches["muon.safetensors"])
     assert len(found) == 8
     for number in range(4):
         assert torch.equal(found[f"{number}.whole"], found[f"{number}.parts"])
@@ -377,15 +380,15 @@ def test_processes_that_are_started_again_do_not_hear_the_dead() -> None:
     names = []
     for _ in range(2):
         with ThreadPoolExecutor(3) as pool:
-            names.append({pool.submit(meeting.agree, store, rank, 3) for rank in (1, 2, 0)})
+            names.append({pool.submit(rendezvous.agree, store, rank, 3) for rank in (1, 2, 0)})
     first, second = ({one.result() for one in attempt} for attempt in names)
     assert len(first) == len(second) == 1 and first != second
 
 
 def test_a_process_that_stays_away_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "PATIENCE", 0.1)
+    monkeypatch.setattr(rendezvous, "PATIENCE", 0.1)
     with pytest.raises(UserError, match="process 0 waited 0 seconds for all 2 processes"):
-        meeting.agree(torch.distributed.HashStore(), 0, 2)
+        rendezvous.agree(torch.distributed.HashStore(), 0, 2)
 
 
 def test_wrong_sizes_are_refused_once_by_a_real_launch(launches: Launches, tmp_path: Path) -> None:
@@ -399,13 +402,13 @@ def test_wrong_sizes_are_refused_once_by_a_real_launch(launches: Launches, tmp_p
         "modern-nano",
         "--out",
         str(tmp_path / "x" / "pretrain"),
-        "--parallel.plan",
+        "--context.plan",
         "tp",
     ]
     done = subprocess.run(
         torchrun(2, *arguments), env=environment(), capture_output=True, text=True, timeout=120
     )
-    line = "chatwright: the model's kv_heads, 1, cannot be divided among 2 processes: choose another parallel.tensor"
+    line = "chatwright: the model's kv_heads, 1, cannot be divided among 2 processes: choose another context.tensor"
     assert done.returncode != 0 and done.stderr.count("cannot be divided") == 1
     assert line in done.stderr
     assert "exitcode  : 2" in done.stderr
@@ -421,7 +424,7 @@ def test_a_plan_without_torchrun_is_one_clear_line(launches: Launches, tmp_path:
         "modern-nano",
         "--out",
         str(tmp_path / "pretrain"),
-        "--parallel.plan",
+        "--context.plan",
         "fsdp",
     ]
     assert cli.main(arguments) == 2
@@ -443,7 +446,7 @@ def test_a_plan_without_torchrun_is_one_clear_line(launches: Launches, tmp_path:
     ],
 )
 def test_the_box_of_processes(plan: ParallelConfig, world: int, local: int, box: Sizes) -> None:
-    assert parallel.sizes(plan, world, local) == box
+    assert context.sizes(plan, world, local) == box
     assert box.copies * box.shard * box.tensor == world
 
 
@@ -461,7 +464,7 @@ def test_the_box_of_processes(plan: ParallelConfig, world: int, local: int, box:
 )
 def test_a_plan_that_does_not_fit_the_processes(plan: ParallelConfig, world: int, line: str) -> None:
     with pytest.raises(UsageError, match=line):
-        parallel.sizes(plan, world, world)
+        context.sizes(plan, world, world)
 
 
 def test_a_batch_or_a_model_that_cannot_be_divided() -> None:
@@ -469,7 +472,7 @@ def test_a_batch_or_a_model_that_cannot_be_divided() -> None:
         Sizes(2, 2, 3),
         GPTConfig.preset("modern-nano", heads=6, kv_heads=3, mlp_width=192, head_dim=32),
     )
-    parallel.check(ParallelConfig(), box, batch_size=8, micro_batch=2, shape=shape)
+    context.check(ParallelConfig(), box, batch_size=8, micro_batch=2, shape=shape)
     for values, line in (
         ({"batch_size": 6}, "batch_size 6 cannot be divided among 4 processes: make it a multiple of 4"),
         (
@@ -480,16 +483,16 @@ def test_a_batch_or_a_model_that_cannot_be_divided() -> None:
         ({"batch_size": 8, "shape": GPTConfig.preset("gpt2")}, None),
     ):
         if line is None:
-            parallel.check(ParallelConfig(), box, **values)  # type: ignore[arg-type]
+            context.check(ParallelConfig(), box, **values)  # type: ignore[arg-type]
             continue
         with pytest.raises(UsageError, match=line):
-            parallel.check(ParallelConfig(), box, **values)  # type: ignore[arg-type]
+            context.check(ParallelConfig(), box, **values)  # type: ignore[arg-type]
 
 
 def test_one_process_under_torchrun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a run may go on with fewer processes, down to one, without changing its settings."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert parallel.start(ParallelConfig("fsdp"), batch_size=8) is parallel.ALONE
+    assert start_parallel(ParallelConfig("fsdp"), batch_size=8) is context.ALONE
 
 
 def test_random_streams_of_another_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -498,10 +501,10 @@ def test_random_streams_of_another_number_of_processes(monkeypatch: pytest.Monke
     drawn = []
     for rank in ("0", "1", "0"):
         monkeypatch.setenv("RANK", rank)
-        parallel.ALONE.set_rng_tensors(saved)
+        context.ALONE.set_rng_tensors(saved)
         drawn.append(torch.rand(3).tolist())
     assert drawn[0] == drawn[2] != drawn[1]
-    parallel.ALONE.set_rng_tensors({"rng": saved["rng.0"]})
+    context.ALONE.set_rng_tensors({"rng": saved["rng.0"]})
     assert torch.equal(torch.get_rng_state(), saved["rng.0"])
 
 
@@ -512,9 +515,9 @@ def test_recipes_for_clusters_can_be_divided_as_they_say() -> None:
     assert {file.stem for file in folder.glob("*.yaml")} == set(processes)
     for name, (world, local) in processes.items():
         config = read_recipe(folder / f"{name}.yaml", {}).stages["pretrain"].config
-        box = parallel.sizes(config.parallel, world, local)
+        box = context.sizes(config.parallel, world, local)
         shape = GPTConfig.preset(config.preset)
-        parallel.check(
+        context.check(
             config.parallel,
             box,
             batch_size=config.fit.batch_size,

@@ -18,14 +18,17 @@ from many_alignment import carry_out
 from test_parallel import environment, torchrun
 
 import chatwright as cw
-from chatwright import checkpoint, runtime
+from chatwright import checkpoint, files, runtime, tensor_files
 from chatwright.config import UsageError
 from chatwright.metrics import TIMED, read_metrics
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.recipe import read_recipe
-from chatwright.train import parallel, plan, ppo
-from chatwright.train.rehearsal import Rehearsed
+from chatwright.stages import ppo
+from chatwright.train.parallel import context
+from chatwright.train.planning import plan
+from chatwright.train.planning.dry_run import DryRun
+from chatwright.train.planning.program import PlannedStage
 
 HERE = Path(__file__).parent
 PLANS = ("ddp", "fsdp")
@@ -106,7 +109,7 @@ STAGES |= {
     "ppo whole": {
         **ROUND,
         "critic": "shared",
-        "average": 0.5,
+        "ema": 0.5,
         "text": "tokenizer",
         "ptx": 0.5,
         "ptx_windows": 1,
@@ -115,7 +118,7 @@ STAGES |= {
     },
     "ppo whole lora": {
         **ROUND,
-        "average": 0.5,
+        "ema": 0.5,
         "text": "tokenizer",
         "ptx": 0.5,
         "ptx_windows": 1,
@@ -215,7 +218,7 @@ def rows(directory: Path) -> list[dict[str, Any]]:
 
 
 def result(directory: Path) -> dict[str, Any]:
-    return checkpoint.read_json(directory / "result.json")  # type: ignore[no-any-return]
+    return files.read_json(directory / "result.json")  # type: ignore[no-any-return]
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -324,8 +327,8 @@ def test_the_recipe_for_eight_gpus_can_be_divided_among_them_at_every_stage() ->
         config = stages[name].config
         fit = getattr(config, "fit", None)
         size, micro = (fit.batch_size, fit.micro_batch) if fit else (config.minibatch_size, 0)
-        parallel.check(
-            config.parallel, parallel.sizes(config.parallel, 8, 8), batch_size=size, micro_batch=micro
+        context.check(
+            config.parallel, context.sizes(config.parallel, 8, 8), batch_size=size, micro_batch=micro
         )
 
 
@@ -348,9 +351,12 @@ def test_the_plan_counts_the_copy_that_samples() -> None:
     shape = GPTConfig.preset("modern-nano")
     with torch.device("meta"):
         size = 4 * GPT(shape).parameter_count()
-    seen = Rehearsed(1.0, {"step": {"weights": 8e6, "activations": 1e6}}, 0.0)
+    seen = DryRun(1.0, {"step": {"weights": 8e6, "activations": 1e6}}, 0.0)
     one, two = (
-        plan.memory_of(seen, plan.Subject("ppo", "ppo", shape, ppo.Config(), shards=shards, processes=shards))
+        plan.memory_of(
+            seen,
+            PlannedStage("ppo", ppo.STAGE.plan, shape, ppo.Config(), shards=shards, processes=shards),
+        )
         for shards in (1, 2)
     )
     assert "sampler" not in one and two["sampler"] == size
@@ -378,7 +384,7 @@ def test_two_processes_are_one_with_all_that_has_a_state(more: Launches, stage: 
     same(one, two)
     if "lora" in stage and not stage.startswith("reward"):
         ours, theirs = (
-            checkpoint.load_tensors(found / "adapter" / "adapter_model.safetensors") for found in (one, two)
+            tensor_files.load_tensors(found / "adapter" / "adapter_model.safetensors") for found in (one, two)
         )
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
@@ -429,7 +435,7 @@ def test_products_cut_in_two_are_whole_ones(
 ) -> None:
     """SFT and reward model under `tp`, from a model with two key-value heads; slowly, as rounding is soon a thousand times as
     large where the gradient's norm is 16."""
-    from chatwright.train import pretrain
+    from chatwright.stages import pretrain
     from chatwright.train.loop import FitConfig
 
     config = pretrain.Config(

@@ -1,4 +1,4 @@
-"""Plans: a rehearsal sees what a real step does, the micro-batch fits, and what cannot fit is refused with the sum."""
+"""Plans: a dry run sees what a real step does, the micro-batch fits, and what cannot fit is refused with the sum."""
 
 from __future__ import annotations
 
@@ -17,29 +17,36 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from chatwright import cli, optim, runtime
 from chatwright.config import UserError
+from chatwright.discovery import stage_verb
 from chatwright.model.config import GPTConfig
 from chatwright.optim import OptimConfig
-from chatwright.train import plan, pretrain, timing
+from chatwright.stages import pretrain
 from chatwright.train.loop import FitConfig
-from chatwright.train.parallel import ALONE
-from chatwright.train.rehearsal import rehearse
+from chatwright.train.parallel.context import ALONE
+from chatwright.train.planning import plan, timing
+from chatwright.train.planning.dry_run import dry_run
+from chatwright.train.planning.program import PlannedStage, program_of
 
 ROOT = Path(__file__).parents[2]
 
 
 def subject(
     preset: str = "modern-nano", optimiser: str = "muon", model: dict[str, Any] | None = None, **fit: Any
-) -> plan.Subject:
+) -> PlannedStage:
     settings = FitConfig(**{"steps": 100, "batch_size": 8, "compile": False, "precision": "fp32", **fit})
     config = pretrain.Config(
         preset=preset, model=model or {}, fit=settings, optim=OptimConfig(name=optimiser)
     )  # type: ignore[arg-type]
-    return plan.Subject("pretrain", "pretrain", GPTConfig.preset(preset, **config.model), config)
+    return PlannedStage("pretrain", pretrain.PLAN, GPTConfig.preset(preset, **config.model), config)
 
 
-def seen_of(what: plan.Subject, *, micro: int = 8, portions: int = 1, layers: int = 0) -> Any:
-    return rehearse(
-        plan.scene_of(what), layers or what.shape.layers, what.config.optim, micro=micro, portions=portions
+def seen_of(what: PlannedStage, *, micro: int = 8, micro_batches: int = 1, layers: int = 0) -> Any:
+    return dry_run(
+        program_of(what),
+        layers or what.shape.layers,
+        what.config.optim,
+        micro=micro,
+        micro_batches=micro_batches,
     )
 
 
@@ -53,14 +60,14 @@ def test_operations_are_those_of_a_real_step() -> None:
     step, _, _ = pretrain.fast_step(model, what.fit, alone=True)
     with FlopCounterMode(display=False) as counter:
         step(pretrain.TokenBatch(torch.zeros(8, what.shape.context + 1, dtype=torch.long))).loss.backward()
-    scene = plan.scene_of(what)
+    program = program_of(what)
 
     def plain(layers: int) -> Any:
-        made = scene(layers)
+        made = program(layers)
         made.trained[0].use_attention(plain_attention)  # type: ignore[operator]
         return made
 
-    found = rehearse(plain, what.shape.layers, what.config.optim, micro=8, portions=1)
+    found = dry_run(plain, what.shape.layers, what.config.optim, micro=8, micro_batches=1)
     assert found.flop == counter.get_total_flops() > 1e8
 
 
@@ -86,9 +93,9 @@ def test_fused_attention_is_counted_as_its_products_are() -> None:
     assert with_heads.flop == pytest.approx(linear + shape.layers * 7 * product, rel=1e-9)
 
 
-def test_portions_change_memory_but_not_the_operations() -> None:
+def test_micro_batches_change_memory_but_not_the_operations() -> None:
     what = subject()
-    whole, parts = seen_of(what), seen_of(what, micro=2, portions=4)
+    whole, parts = seen_of(what), seen_of(what, micro=2, micro_batches=4)
     assert parts.flop == whole.flop
     assert sum(parts.phases["step"].values()) < 0.6 * sum(whole.phases["step"].values())
 
@@ -113,7 +120,7 @@ def test_the_state_is_what_real_optimisers_hold(optimiser: str) -> None:
 def test_many_layers_are_a_line_through_few() -> None:
     what = subject(model={"layers": 9})
     line = seen_of(what)
-    direct = plan.rehearse.__globals__["_rehearse"](lambda: plan.scene_of(what)(9), what.config.optim, 8, 1)
+    direct = plan.dry_run.__globals__["_dry_run"](lambda: program_of(what)(9), what.config.optim, 8, 1)
     assert line.parameters == direct.parameters
     assert line.flop == pytest.approx(direct.flop, rel=1e-9)
     for phase, parts in direct.phases.items():
@@ -123,13 +130,16 @@ def test_many_layers_are_a_line_through_few() -> None:
 def test_critics_and_averages_are_planned_for() -> None:
     """Copies of the model: policy, reference and judge always; a critic of its own and an average where there are any."""
     from chatwright.model.lora import LoRAConfig
-    from chatwright.train import ppo, reinforce  # the planner's subjects here are pre-training's otherwise
+    from chatwright.stages import (
+        ppo,
+        reinforce,  # the planner's subjects here are pre-training's otherwise
+    )
 
     shape = subject().shape
     size = sum(p.nbytes for p in pretrain.GPT(shape).parameters())
 
-    def planned(verb: str, config: object) -> plan.Subject:
-        return plan.Subject(verb, verb, shape, config)
+    def planned(verb: str, config: object) -> PlannedStage:
+        return PlannedStage(verb, stage_verb(verb).load().STAGE.plan, shape, config)
 
     def weights(verb: str, config: object) -> float:
         return seen_of(planned(verb, config), micro=4).memory["weights"] / size
@@ -138,10 +148,10 @@ def test_critics_and_averages_are_planned_for() -> None:
     assert weights("ppo", ppo.Config(critic="shared")) == pytest.approx(3, abs=0.3)
     separate = weights("ppo", ppo.Config())
     assert separate == pytest.approx(4, abs=0.5)
-    assert weights("ppo", ppo.Config(average=0.9)) - separate == pytest.approx(1, abs=0.05)
+    assert weights("ppo", ppo.Config(ema=0.9)) - separate == pytest.approx(1, abs=0.05)
     lora = LoRAConfig(rank=2)  # policy and judge contain the reference and the critic
     for verb, config in (("ppo", ppo.Config), ("reinforce", reinforce.Config)):
-        assert weights(verb, config(lora=lora, average=0.9)) == pytest.approx(2, abs=0.3)
+        assert weights(verb, config(lora=lora, ema=0.9)) == pytest.approx(2, abs=0.3)
     assert weights("ppo", ppo.Config(lora=lora, critic="shared")) == pytest.approx(2, abs=0.3)
     assert planned("ppo", ppo.Config()).rows == (1, 128)
     assert planned("ppo", ppo.Config(text="tokenizer", ptx=1.0)).rows == (1, shape.context)
@@ -187,22 +197,24 @@ def test_memory_within_a_fifth_of_what_happens(name: str) -> None:
 
 
 def test_the_largest_micro_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    what, real, known = subject(batch_size=96), plan.rehearse, {}
+    what, real, known = subject(batch_size=96), plan.dry_run, {}
 
-    def remembered(scene: Any, layers: int, config: OptimConfig, *, micro: int, portions: int) -> Any:
-        """A rehearsal takes a second or more, and each is asked for several times here."""
-        if (micro, portions) not in known:
-            known[micro, portions] = real(scene, layers, config, micro=micro, portions=portions)
-        return known[micro, portions]
+    def remembered(program: Any, layers: int, config: OptimConfig, *, micro: int, micro_batches: int) -> Any:
+        """A dry run takes a second or more, and each is asked for several times here."""
+        if (micro, micro_batches) not in known:
+            known[micro, micro_batches] = real(
+                program, layers, config, micro=micro, micro_batches=micro_batches
+            )
+        return known[micro, micro_batches]
 
-    monkeypatch.setattr(plan, "rehearse", remembered)
+    monkeypatch.setattr(plan, "dry_run", remembered)
     need = {n: plan.predict(what, micro=n)[0].total for n in (32, 48, 96)}
     assert need[32] < need[48] < need[96]
     for size, expected in ((need[96], 96), (need[96] - 1, 48), (need[48] - 1, 32)):
         assert plan.choose(what, timed=False, available=size).micro == expected
     for size, expected in ((need[48], 48), (need[96], 0)):  # 0: as the settings have it
         monkeypatch.setenv("CHATWRIGHT_MEMORY", str(size))
-        assert plan.ahead("pretrain", what.config, what.shape, ALONE).fit.micro_batch == expected
+        assert plan.ahead("pretrain", what.plan, what.config, what.shape, ALONE).fit.micro_batch == expected
 
 
 def test_what_does_not_fit_is_refused_with_the_sum() -> None:

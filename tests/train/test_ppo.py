@@ -14,24 +14,25 @@ import pytest
 import torch
 from planted import MINI, gain
 
-from chatwright import checkpoint
+from chatwright import checkpoint, files
 from chatwright.config import UsageError, UserError
 from chatwright.data.examples import Dialogue
 from chatwright.data.loader import SampleOrder
+from chatwright.data.records import read_records
 from chatwright.language_model import load_parts
 from chatwright.metrics import read_metrics
 from chatwright.model.config import GPTConfig
+from chatwright.stages import ppo
+from chatwright.stages.ppo import Config, look_back
 from chatwright.tokenizer import Tokenizer
-from chatwright.train import ppo, rounds
-from chatwright.train.players import Players, load_reward
-from chatwright.train.ppo import Config, look_back
-from chatwright.train.rollout import (
+from chatwright.train.rl import training
+from chatwright.train.rl.models import Players, load_reward
+from chatwright.train.rl.rollout import (
     Answers,
     prompts_from,
     sample_answers,
     texts_of,
 )
-from chatwright.train.sft import read_records
 from chatwright.train.stopping import Interrupted
 
 
@@ -109,7 +110,7 @@ def measured_again(bench: Any, saved: Path, round_: int) -> tuple[float, float]:
         temperature=1.0,
         seed_parts=(11, "ppo", round_),
     )
-    judge = rounds.load_reward(Path(), base, 0.0)
+    judge = training.load_reward(Path(), base, 0.0)
     players = Players(kept.model, base.model, judge, judge)
     _, logged = look_back(players, answers, 0.0, MINI)
     return logged["score"], logged["kl"]
@@ -157,7 +158,7 @@ def test_what_is_kept(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.Mo
         return rollout, {**logged, "score": score, "kl": kl}
 
     monkeypatch.setattr(ppo, "look_back", planted)
-    monkeypatch.setattr(rounds, "distinct", lambda texts: variety[-1])
+    monkeypatch.setattr(training, "distinct", lambda texts: variety[-1])
     config = replace(MINI, iterations=3, batch_size=8, minibatch_size=8)
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     assert len(rows_of(tmp_path / "ppo")) == 4
@@ -187,12 +188,12 @@ def test_beta_follows_the_kl(planted_bench: Any, tmp_path: Path) -> None:
 def test_a_sampler_that_disagrees_stops_the_run(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = rounds.sample_answers
+    real = training.sample_answers
 
     def hotter(*arguments: Any, **settings: Any) -> Answers:
         return real(*arguments, **{**settings, "temperature": 1.3})
 
-    monkeypatch.setattr(rounds, "sample_answers", hotter)
+    monkeypatch.setattr(training, "sample_answers", hotter)
     with pytest.raises(UserError, match="stopped in round 0: sampler and trainer disagree"):
         planted_bench.run(ppo, MINI, tmp_path / "ppo")
 
@@ -200,9 +201,9 @@ def test_a_sampler_that_disagrees_stops_the_run(
 def stage_with_reward(reward_bench: Any, directory: Path, **facts: Any) -> Path:
     """A copy of the reward stage whose result says something else."""
     shutil.copytree(reward_bench.inputs["reward"], directory)
-    result = checkpoint.read_json(directory / "result.json")
+    result = files.read_json(directory / "result.json")
     result["facts"] = facts
-    checkpoint.write_json(directory / "result.json", result)
+    files.write_json(directory / "result.json", result)
     return directory
 
 
@@ -222,7 +223,7 @@ def test_a_weak_reward_model_is_refused_with_the_reason(reward_bench: Any, tmp_p
 def test_a_good_reward_model_is_taken(reward_bench: Any, sft_parts: Callable[[], Any]) -> None:
     base = sft_parts()
     reward = load_reward(reward_bench.inputs["reward"], base, 0.6)
-    result = checkpoint.read_json(reward_bench.inputs["reward"] / "result.json")
+    result = files.read_json(reward_bench.inputs["reward"] / "result.json")
     saved = checkpoint.Checkpoint(reward_bench.inputs["reward"] / result["model"])
     assert torch.equal(reward.scale, saved.tensors("model")["scale"]) and float(reward.scale) != 1.0
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from chatwright.optim import OptimConfig
-from chatwright.train.players import Players
-from chatwright.train.ppo import Config, look_back, step
-from chatwright.train.rollout import Answers
+from chatwright.stages.ppo import Config, look_back, step
+from chatwright.train.rl.models import Players
+from chatwright.train.rl.rollout import Answers
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
 

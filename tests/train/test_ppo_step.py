@@ -12,9 +12,9 @@ import torch
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives import policy as objective
-from chatwright.train.players import Players, make_players
-from chatwright.train.ppo import Config, Rollout, look_back, step
-from chatwright.train.rollout import (
+from chatwright.stages.ppo import Config, Rollout, look_back, step
+from chatwright.train.rl.models import Players, make_players
+from chatwright.train.rl.rollout import (
     answer_log_probs,
     degenerate,
     sample_answers,

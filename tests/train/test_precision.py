@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from chatwright import checkpoint, optim, runtime
 from chatwright.model.gpt import GPT
 from chatwright.optim import OptimConfig
-from chatwright.train import pretrain
+from chatwright.stages import pretrain
+from chatwright.stages.pretrain import TokenBatch
 from chatwright.train.loop import FitConfig
 from chatwright.train.precision import WorkingCopy
-from chatwright.train.pretrain import TokenBatch
 
 
 def batch(seed: int = 0, rows: int = 4) -> TokenBatch:

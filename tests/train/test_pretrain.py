@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from chatwright import checkpoint
+from chatwright import checkpoint, files
 from chatwright.config import UserError
 from chatwright.data.loader import SampleOrder
 from chatwright.data.shards import TokenShards
 from chatwright.language_model import load_parts
 from chatwright.metrics import read_metrics
 from chatwright.objectives.language import bits_per_byte, next_token_loss
-from chatwright.train import pretrain
-from chatwright.train.pretrain import TokenBatch, Windows, held_out_bits_per_byte
+from chatwright.stages import pretrain
+from chatwright.stages.pretrain import TokenBatch, Windows, held_out_bits_per_byte
 
 
 def shards_of(*lengths: int, text_bytes: int = 100) -> TokenShards:
@@ -31,7 +31,7 @@ def shards_of(*lengths: int, text_bytes: int = 100) -> TokenShards:
 
 def test_it_learns_far_more_than_the_frequencies_of_bytes(pretrain_bench: Any) -> None:
     """The bound is what a byte costs under the order-0 frequencies of the held-out text itself."""
-    result = checkpoint.read_json(pretrain_bench.inputs["pretrain"] / "result.json")
+    result = files.read_json(pretrain_bench.inputs["pretrain"] / "result.json")
     lines = (pretrain_bench.inputs["data"] / "validation.jsonl").read_text().splitlines()
     counts = Counter(b"".join(checkpoint.json.loads(line)["text"].encode() for line in lines))
     total = sum(counts.values())

@@ -15,10 +15,12 @@ from chatwright.config import UserError
 from chatwright.data.examples import LabelledText
 from chatwright.data.shards import TokenShards
 from chatwright.model.config import GPTConfig
+from chatwright.stages import ppo, reward, sft
+from chatwright.stages import tokenizer as tokenizer_stage
 from chatwright.tokenizer import Tokenizer
-from chatwright.train import plan, ppo, rankings, reward, sft
-from chatwright.train import tokenizer as tokenizer_stage
 from chatwright.train.loop import FitConfig
+from chatwright.train.planning.program import PlannedStage
+from chatwright.train.preference import rankings
 from chatwright.train.workspace import Workspace
 
 
@@ -55,8 +57,8 @@ def test_short_rows_are_of_that_length(
 
 def test_short_rows_are_planned_for() -> None:
     shape = GPTConfig.preset("modern-nano", context=64)
-    assert plan.Subject("sft", "sft", shape, sft.Config(context=32)).rows == (1, 32)
-    assert plan.Subject("sft", "sft", shape, sft.Config()).rows == (1, 64)
+    assert PlannedStage("sft", sft.PLAN, shape, sft.Config(context=32)).rows == (1, 32)
+    assert PlannedStage("sft", sft.PLAN, shape, sft.Config()).rows == (1, 64)
 
 
 def test_few_labels_are_drawn_by_the_seed(data_bench: Any, tmp_path: Path) -> None:
@@ -76,7 +78,7 @@ def test_few_labels_are_drawn_by_the_seed(data_bench: Any, tmp_path: Path) -> No
 
 
 def test_a_run_of_rounds_keeps_as_many_checkpoints_as_asked(planted_bench: Any, tmp_path: Path) -> None:
-    config = replace(MINI, iterations=4, save_every=1, kl_budget=1e9)
+    config = replace(MINI, iterations=4, save_steps=1, kl_budget=1e9)
     kept = {}
     for keep in (2, 9):
         best = planted_bench.run(ppo, replace(config, keep=keep), tmp_path / str(keep)).facts["best"]["step"]

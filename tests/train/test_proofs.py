@@ -14,7 +14,8 @@ from planted import MINI, plant
 from chatwright.data.examples import LabelledText
 from chatwright.metrics import read_metrics
 from chatwright.recipe import read_recipe
-from chatwright.train import health, ppo
+from chatwright.stages import ppo
+from chatwright.train.rl import health
 from chatwright.train.workspace import Workspace
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))

@@ -15,10 +15,10 @@ from chatwright.config import UsageError
 from chatwright.metrics import read_metrics
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
-from chatwright.train import reinforce
-from chatwright.train.players import Players
-from chatwright.train.reinforce import Config, look_back, step
-from chatwright.train.rollout import answer_log_probs, sample_answers
+from chatwright.stages import reinforce
+from chatwright.stages.reinforce import Config, look_back, step
+from chatwright.train.rl.models import Players
+from chatwright.train.rl.rollout import answer_log_probs, sample_answers
 
 PROMPTS = [[7, 8, 9], [11], [20, 21, 22, 23, 24, 25, 26, 27, 28], [40, 41]]
 SHARED = (
@@ -31,7 +31,7 @@ SHARED = (
     "kl_budget",
     "min_tokens",
     "max_repeats",
-    "save_every",
+    "save_steps",
 )
 SMALL = Config(
     **{name: getattr(MINI, name) for name in SHARED},

@@ -18,12 +18,15 @@ from typing import Any
 import pytest
 
 from chatwright import checkpoint, cli
+from chatwright.files import read_json
 from chatwright.metrics import TIMED, read_metrics
 from chatwright.model.lora import LoRAConfig
 from chatwright.optim import OptimConfig
-from chatwright.train import classifier, loop, ppo, pretrain, reinforce, reward, rounds, sft
+from chatwright.stages import classifier, ppo, pretrain, reinforce, reward, sft
+from chatwright.stages.ppo import Config as PPOConfig
+from chatwright.train import loop
 from chatwright.train.loop import FitConfig
-from chatwright.train.ppo import Config as PPOConfig
+from chatwright.train.rl import training
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import Trainer
 
@@ -84,7 +87,7 @@ CASES = {
             max_new_tokens=14,
             min_tokens=1,
             max_repeats=0.9,
-            save_every=2,
+            save_steps=2,
             min_correlation=-1.0,
         ),
     ),
@@ -99,10 +102,10 @@ CASES = {
             max_new_tokens=14,
             min_tokens=1,
             max_repeats=0.9,
-            save_every=2,
+            save_steps=2,
             min_correlation=-1.0,
             critic="shared",
-            average=0.9,
+            ema=0.9,
             text="tokenizer",
             ptx=0.5,
             ptx_windows=1,
@@ -122,7 +125,7 @@ CASES = {
             max_new_tokens=14,
             min_tokens=1,
             max_repeats=0.9,
-            save_every=2,
+            save_steps=2,
             min_correlation=-1.0,
             samples_per_prompt=2,
             baseline="leave-one-out",
@@ -170,10 +173,10 @@ def run(reward_bench: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any
             def asked(self, value: bool) -> None:
                 assert value is False
 
-        for module in (loop, rounds):
+        for module in (loop, training):
             monkeypatch.setattr(module, "Stopper", Impatient)
         report = reward_bench.run(case.module, replace(case.config, **changes), directory)
-        for module in (loop, rounds):
+        for module in (loop, training):
             monkeypatch.setattr(module, "Stopper", Stopper)
         return report
 
@@ -188,7 +191,7 @@ def rows(directory: Path) -> list[dict[str, Any]]:
 def content(directory: Path) -> dict[str, Any]:
     """Everything in a checkpoint that must be the same, bytes as bytes."""
     files = {file.name: file.read_bytes() for file in directory.iterdir() if file.name != "state.json"}
-    state = checkpoint.read_json(directory / "state.json")
+    state = read_json(directory / "state.json")
     for timed in ("elapsed", "joules"):
         state["progress"].pop(timed)
     state["files"].pop("state.json")  # the checksum of what holds the two above
@@ -231,11 +234,11 @@ def test_resumed_equals_uninterrupted(stage: str, tmp_path: Path, run: Callable[
 def test_a_round_that_is_stopped_between_any_two_minibatches_goes_on_as_if_nothing_had_been(
     stage: str, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second of two rounds, before each of its minibatches: its answers are those that were sampled before the stop."""
+    """The second of two iterations, before each of its minibatches: its answers are those that were sampled before the stop."""
     sampled: list[int] = []
-    real = rounds.sample_answers
+    real = training.sample_answers
     monkeypatch.setattr(
-        rounds, "sample_answers", lambda *given, **named: sampled.append(1) or real(*given, **named)
+        training, "sample_answers", lambda *given, **named: sampled.append(1) or real(*given, **named)
     )
     whole, looks = tmp_path / "whole", CASES[stage].looks
     report = run(stage, whole, iterations=2)
@@ -318,7 +321,7 @@ def test_a_crash_between_checkpoints_leaves_no_trace(
         ppo,
         reinforce,
     ):  # after a round's row was written, before its step is counted; the first is always kept
-        crash(monkeypatch, rounds.objective, "next_beta", round_)
+        crash(monkeypatch, training.objective, "next_beta", round_)
     else:
         with pytest.raises(Interrupted):
             run(stage, crashed, stop=1)
@@ -447,5 +450,5 @@ def test_sigkill(tokenizer_bench: Any, tmp_path: Path) -> None:
     assert cli.main([*argv, str(killed)]) == 0
     same(whole, killed, "step-000060")
     assert rows(killed) == rows(whole)
-    results = [checkpoint.read_json(path / "result.json") for path in (whole, killed)]
+    results = [read_json(path / "result.json") for path in (whole, killed)]
     assert results[0]["measures"] == results[1]["measures"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from chatwright import checkpoint
+from chatwright import checkpoint, files
 from chatwright.chat import NATIVE
 from chatwright.config import UserError
 from chatwright.data.examples import Comparison, LabelledText
@@ -19,13 +19,13 @@ from chatwright.model.config import GPTConfig
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives.preference import bradley_terry_loss
 from chatwright.optim import OptimConfig
+from chatwright.stages import reward
+from chatwright.stages.reward import Config, step
 from chatwright.tokenizer import Tokenizer
-from chatwright.train import reward
 from chatwright.train.loop import FitConfig
-from chatwright.train.parallel import ALONE
-from chatwright.train.rankings import Rankings, encode_answer, from_ratings
-from chatwright.train.reward import Config, step
-from chatwright.train.reward_measures import correlation, judge, length_baseline, normalise
+from chatwright.train.parallel.context import ALONE
+from chatwright.train.preference.measures import correlation, judge, length_baseline, normalise
+from chatwright.train.preference.rankings import Rankings, encode_answer, from_ratings
 
 ASK = ({"role": "user", "content": "How is the cat?"},)
 
@@ -35,12 +35,12 @@ def comparison(*pairs: tuple[str, float]) -> Comparison:
 
 
 def rankings_of(comparisons: list[Comparison], tokenizer: Tokenizer, **settings: Any) -> Rankings:
-    config = Config(**{"max_tokens": 40, "margin": 0.5, **settings})
+    config = Config(**{"max_tokens": 40, "tie_tolerance": 0.5, **settings})
     return Rankings(comparisons, NATIVE, tokenizer, config, SampleOrder(len(comparisons), 1))
 
 
 def test_a_planted_preference_is_learnt(reward_bench: Any) -> None:
-    result = checkpoint.read_json(reward_bench.inputs["reward"] / "result.json")
+    result = files.read_json(reward_bench.inputs["reward"] / "result.json")
     state = checkpoint.Checkpoint(reward_bench.inputs["reward"] / result["model"]).state()
     before, after = (state["progress"]["extra"][when] for when in ("before", "after"))
     assert before["held_out_accuracy"] < 0.75
@@ -51,7 +51,7 @@ def test_a_planted_preference_is_learnt(reward_bench: Any) -> None:
 
 def reward_of(bench: Any) -> ScalarModel:
     found = checkpoint.Checkpoint(
-        bench.inputs["reward"] / checkpoint.read_json(bench.inputs["reward"] / "result.json")["model"]
+        bench.inputs["reward"] / files.read_json(bench.inputs["reward"] / "result.json")["model"]
     )
     model = ScalarModel(GPTConfig.from_dict(found.state()["model"]))
     checkpoint.load_model_tensors(model, found.tensors("model"), where="here")
@@ -177,7 +177,7 @@ def test_a_batch_forwards_every_answer_once_and_marks_padding(chat_tokenizer: To
     ]
     assert [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)] == rows
     assert batch.weight == 2.0
-    tied = rankings_of(chosen, chat_tokenizer, margin=5.0).batch(chosen)
+    tied = rankings_of(chosen, chat_tokenizer, tie_tolerance=5.0).batch(chosen)
     assert tied.weight == 0.0
 
 
@@ -211,7 +211,8 @@ def test_a_lead_is_asked_for_in_proportion_to_the_ratings(
     made = [comparison(("good", 2.0), ("plain", 0.5), ("bad", -1.0))]
     with torch.no_grad():
         plain, led = (
-            step(model, rankings_of(made, chat_tokenizer, lead=lead).batch(made)).loss for lead in (0.0, 0.3)
+            step(model, rankings_of(made, chat_tokenizer, rating_margin=margin).batch(made)).loss
+            for margin in (0.0, 0.3)
         )
         batch = rankings_of(made, chat_tokenizer).batch(made)
         scores = model.score(batch.ids, batch.mask).tolist()

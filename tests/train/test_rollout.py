@@ -16,7 +16,7 @@ from chatwright.generate.sampling import Sampling
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.rollout import (
+from chatwright.train.rl.rollout import (
     Answers,
     answer_log_probs,
     degenerate,

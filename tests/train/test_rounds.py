@@ -18,12 +18,13 @@ from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel, ValueHead
 from chatwright.objectives.language import next_token_loss
 from chatwright.optim import OptimConfig
-from chatwright.train import ppo, rounds
-from chatwright.train.gold import gold_of, sentiment
-from chatwright.train.players import Players, make_players, opinion
-from chatwright.train.ppo import Config, look_back, step
-from chatwright.train.ptx import GeneralText, TextBatch, text_step
-from chatwright.train.rollout import answer_log_probs, sample_answers
+from chatwright.stages import ppo
+from chatwright.stages.ppo import Config, look_back, step
+from chatwright.train.rl import training
+from chatwright.train.rl.gold import gold_of, sentiment
+from chatwright.train.rl.models import Players, make_players, opinion
+from chatwright.train.rl.ptx import GeneralText, TextBatch, text_step
+from chatwright.train.rl.rollout import answer_log_probs, sample_answers
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
 
@@ -124,7 +125,7 @@ def test_the_average_follows_the_weights() -> None:
     torch.nn.init.constant_(average.weight, 1.0)
     for value, expected in ((2.0, 0.9 * 1.0 + 0.1 * 2.0), (5.0, 0.9 * 1.1 + 0.1 * 5.0)):
         torch.nn.init.constant_(policy.weight, value)
-        rounds.follow(average, policy, 0.9)
+        training.follow(average, policy, 0.9)
         assert average.weight.item() == pytest.approx(expected)
 
 
@@ -133,7 +134,7 @@ def test_the_average_is_the_result(
 ) -> None:
     """One update a round: the average is 0.5 of what it was and 0.5 of the policy, three times."""
     met: list[dict[str, torch.Tensor]] = []
-    real = rounds.follow
+    real = training.follow
 
     def watched(average: Any, policy: Any, decay: float) -> None:
         if not met:
@@ -141,8 +142,8 @@ def test_the_average_is_the_result(
         real(average, policy, decay)
         met.append({key: value.clone() for key, value in policy.state_dict().items()})
 
-    monkeypatch.setattr(rounds, "follow", watched)
-    config = replace(SMALL, epochs=1, average=0.5, kl_budget=100.0, min_distinct=0.0)
+    monkeypatch.setattr(training, "follow", watched)
+    config = replace(SMALL, epochs=1, ema=0.5, kl_budget=100.0, min_distinct=0.0)
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     assert len(met) == 4
     saved = Checkpoint(tmp_path / "ppo" / str(report.model)).tensors("model")
@@ -157,7 +158,7 @@ def test_the_average_is_the_result(
 def test_an_average_beyond_the_limits_is_not_taken(planted_bench: Any, tmp_path: Path) -> None:
     optim = replace(MINI.optim, learning_rate=4e-3)
     config = replace(
-        SMALL, average=0.5, kl_budget=1e-3, kl_target=0.0, optim=optim
+        SMALL, ema=0.5, kl_budget=1e-3, kl_target=0.0, optim=optim
     )  # the first update is beyond this budget
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     assert report.facts["average"]["allowed"] is False
@@ -347,7 +348,7 @@ def test_gold_by_a_reward_model_and_by_nothing(reward_bench: Any, sft_parts: Cal
 
 
 @pytest.mark.parametrize(
-    "settings", [{"ptx": 1.0}, {"average": 1.0}, {"average": -0.1}, {"critic": "none"}, {"epochs": 0}]
+    "settings", [{"ptx": 1.0}, {"ema": 1.0}, {"ema": -0.1}, {"critic": "none"}, {"epochs": 0}]
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from chatwright import checkpoint
+from chatwright import checkpoint, files
 from chatwright.chat import NATIVE
 from chatwright.cli import main
 from chatwright.config import UserError
@@ -20,12 +20,13 @@ from chatwright.data.examples import Dialogue
 from chatwright.data.loader import SampleOrder
 from chatwright.data.packing import ChatBatch, PackedRow, batch_rows
 from chatwright.data.picture import row_picture
+from chatwright.data.records import read_records
 from chatwright.language_model import load, load_parts
 from chatwright.objectives.language import next_token_loss
+from chatwright.stages import sft
+from chatwright.stages.sft import EXCERPT, check_end_is_learnt, excerpt, learnt_tokens, rows_of
 from chatwright.tokenizer import Tokenizer
-from chatwright.train import sft
 from chatwright.train.loop import FitConfig
-from chatwright.train.sft import EXCERPT, check_end_is_learnt, excerpt, learnt_tokens, read_records, rows_of
 
 
 def dialogues_file(directory: Path, *conversations: list[tuple[str, str]]) -> Path:
@@ -137,7 +138,7 @@ def test_a_base_without_a_model_is_refused(data_bench: Any, tmp_path: Path) -> N
 
 def test_the_miniature_learns_to_answer(sft_bench: Any) -> None:
     directory = sft_bench.inputs["sft"]
-    result = checkpoint.read_json(directory / "result.json")
+    result = files.read_json(directory / "result.json")
     extra = checkpoint.Checkpoint(directory / result["model"]).state()["progress"]["extra"]
     assert extra["after"]["held_out_loss"] < 0.5 * extra["before"]["held_out_loss"]
     model = load(directory)
@@ -156,7 +157,7 @@ def test_the_miniature_learns_to_answer(sft_bench: Any) -> None:
 
 
 def test_the_saved_directory_chats_by_itself(sft_bench: Any, tmp_path: Path) -> None:
-    result = checkpoint.read_json(sft_bench.inputs["sft"] / "result.json")
+    result = files.read_json(sft_bench.inputs["sft"] / "result.json")
     copied = tmp_path / "elsewhere"
     import shutil
 

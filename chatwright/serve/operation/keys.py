@@ -1,4 +1,4 @@
-"""API keys: who may use a server, and the verb `key`, which makes them.
+"""API keys: who may use a server.
 
 A key is "cw-" and 256 random bits. The server's file holds only hashes, one key a line: `NAME sha256:HEX`; `#` begins a
 comment. Nobody can go from the hash of 256 random bits back to the key, so it needs no salt and no slow hash. For containers,
@@ -13,12 +13,11 @@ import logging
 import os
 import re
 import secrets
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from chatwright.config import UsageError, UserError, parse
+from chatwright.config import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -163,51 +162,3 @@ def open_keys(file: str | None, environment: Mapping[str, str] = os.environ) -> 
 
 
 # ---- the verb `key` ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class KeyConfig:
-    """Where a new key goes."""
-
-    file: str | None = None
-    """File of hashed keys to add the new one to (`chatwright serve --api_keys FILE`); without it the line is printed."""
-
-
-def main_key(argv: Sequence[str]) -> int:
-    """Make a key: it goes to standard output, once, its line to the file or to standard error. Raises UserError."""
-    config, positionals = parse(
-        KeyConfig,
-        argv,
-        prog="chatwright key",
-        description="Make an API key for `chatwright serve`. The key is shown once; only its hash is kept.",
-        positionals={"name": "Whose key it is: letters, digits and . _ @ -. It appears in the access log."},
-    )
-    name = str(positionals["name"])
-    if not NAME.fullmatch(name):
-        raise UsageError(f"the name {name!r} must be 1 to 64 letters, digits or . _ @ -")
-    key = new_key()
-    line = line_for(name, key)
-    if config.file is None:
-        print(f"for the server's file of keys:\n{line}\nthe key, which is shown only now:", file=sys.stderr)
-    else:
-        add_line(Path(config.file).expanduser(), line)
-        print(f"added to {config.file}; the key, which is shown only now:", file=sys.stderr)
-    sys.stderr.flush()
-    print(key)
-    return 0
-
-
-def add_line(path: Path, line: str) -> None:
-    """Add a line to a file of keys, which is made if need be, for its owner alone. Raises UserError."""
-    try:
-        if path.exists():
-            text = path.read_text(encoding="utf-8")
-            read_keys(text, str(path))  # a file that is something else is not to be added to
-            line = line if not text or text.endswith("\n") else f"\n{line}"
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(file, "a", encoding="utf-8") as out:
-            out.write(f"{line}\n")
-    except OSError as error:
-        raise UserError(f"--file {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--file {path}: not a text file") from None

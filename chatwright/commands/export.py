@@ -1,0 +1,104 @@
+"""Write a model for transformers and vLLM, or for llama.cpp and Ollama; it is read back and compared.
+
+What is written is read again by our own readers before it gets its name. In float32 it must be the same model bit for
+bit; in fewer bits it must be exactly the model with rounded weights, and how far that is from the source is told.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from chatwright.config import UsageError, UserError, parse
+from chatwright.interop.export import Format, check_target, write_export
+
+_NAMES = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json"
+    r"|chat_template\.jinja|model(-\d{5}-of-\d{5})?\.safetensors"
+)
+"""The files of a directory in transformers' format: nothing else is ever replaced."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """How a model is written for others."""
+
+    format: Format
+    """hf: a directory for transformers, vLLM, SGLang and others. gguf: one file for llama.cpp, Ollama, LM Studio."""
+    dtype: Literal["fp32", "f32", "bf16", "q8_0"] = "fp32"
+    """Precision of the weights: fp32 (f32 means the same) or bf16; in GGUF also q8_0, eight bits a number and a scale
+    for every 32 of them."""
+    verify: bool = True
+    """Read what was written, compare tokens and logits with the source, and keep nothing that differs."""
+    force: bool = False
+    """Replace the model that DIR holds. Anything but a model is never replaced."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write MODEL to DIR in another format; returns the exit code. Raises UserError, and then DIR is as it was."""
+    config, positionals = parse(
+        ExportConfig,
+        _negated(argv),
+        prog="chatwright export",
+        description="Write MODEL in a format that other programs run: weights, shape, tokenizer, chat template and "
+        "end tokens. What the format cannot say exactly is refused. docs/export.md has the launch lines of vLLM and "
+        "Ollama.",
+        positionals={
+            "model": "A run, a model directory, a Hugging Face directory, smollm2, hf:owner/name or a .gguf file.",
+            "directory": "Where to write: a directory, or with --format gguf a file whose name ends with .gguf.",
+        },
+    )
+    source, target = str(positionals["model"]), Path(str(positionals["directory"]))
+    dtype = _dtype(config)
+    _check(source, target, config)
+    from chatwright.language_model import load_parts
+    from chatwright.metrics import say
+
+    parts = load_parts(source)
+    if parts.tokenizer is None:
+        raise UserError(f"{source} has no tokenizer beside its weights: nobody could talk to it")
+    say(f"{parts.source}: {sum(parameter.numel() for parameter in parts.model.parameters()):,} parameters")
+    family, notes = write_export(
+        parts, target, form=config.format, dtype=dtype, verify=config.verify, source=source
+    )
+    for note in notes:
+        say(note)
+    say(f"Written to {target} as {family}, {dtype}. docs/export.md tells how others run it.")
+    return 0
+
+
+def _negated(argv: Sequence[str]) -> list[str]:
+    """`--no-verify` means `--verify=false`."""
+    return ["--verify=false" if one == "--no-verify" else one for one in argv]
+
+
+def _dtype(config: ExportConfig) -> str:
+    """The precision by the name that the format has for it."""
+    if config.format == "hf":
+        if config.dtype == "q8_0":
+            raise UsageError("--dtype q8_0 is for --format gguf; transformers' format takes fp32 or bf16")
+        return "bf16" if config.dtype == "bf16" else "fp32"
+    return config.dtype if config.dtype in ("bf16", "q8_0") else "f32"
+
+
+def _check(source: str, target: Path, config: ExportConfig) -> None:
+    """Raise UserError unless the target can be written without a loss that nobody asked for."""
+    if Path(source).exists() and Path(source).resolve() == target.resolve():
+        raise UserError(f"{source} and {target} are the same place")
+    if config.format == "hf":
+        check_target(target, force=config.force, known=lambda name: bool(_NAMES.fullmatch(name)))
+        return
+    if target.suffix != ".gguf":
+        raise UserError(f"{target}: a GGUF model is one file; give it a name that ends with .gguf")
+    if target.is_dir():
+        raise UserError(f"{target} is a directory; name a file")
+    if target.exists():
+        with target.open("rb") as file:
+            model = file.read(4) == b"GGUF"
+        if not model:
+            raise UserError(f"{target} is not a GGUF model; choose another name")
+        if not config.force:
+            raise UserError(f"{target} exists already; choose another name, or replace it with --force")

@@ -1,0 +1,194 @@
+"""Continue a text.
+
+The continuation alone goes to standard output, as it comes. On a terminal its control characters are shown as
+pictures, as in `chat`; into a pipe or a file they go as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatwright.commands.chat import stopping
+from chatwright.config import UsageError, UserError, harmless, parse
+
+if TYPE_CHECKING:
+    from chatwright.generate.sampling import Sampling
+    from chatwright.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What to continue, and how tokens are chosen."""
+
+    prompt: str | None = None
+    """Text to continue; without it standard input is read. It may be empty: the model then begins a text."""
+    prompt_file: str | None = None
+    """UTF-8 file with the text to continue. One line end at its very end is left out, as with standard input."""
+    max_new_tokens: int = 128
+    """Most tokens to produce; fewer where the context ends earlier."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the likeliest token (greedy)."""
+    top_k: int = 0
+    """Keep this many likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest tokens whose probabilities sum to this; 1 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Makes tokens of the prompt and the answer less likely where above 1."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end the continuation and are not part of it: --stop '["\\n\\n", "THE END"]'."""
+    seed: int | None = None
+    """Makes the result repeatable: sample k (from 0) uses seed + k."""
+    count: int = 1
+    """How many continuations; each has a heading when there are several."""
+    dtype: str = "auto"
+    """Weights while generating: fp32, bf16, int8 or int4 (compiled CPU kernels); auto takes bf16 for models above 20 M."""
+    beams: int = 0
+    """Above 0: the `count` best continuations found by beam search with so many beams, without chance."""
+    length_penalty: float = 1.0
+    """Of beam search; above 1 favours long continuations, below 1 short ones."""
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None and self.prompt_file is not None:
+            raise UsageError("give --prompt or --prompt_file, not both")
+        if self.count < 1 or self.beams < 0:
+            raise UsageError(f"--count is {self.count} and --beams {self.beams}; at least 1 and at least 0")
+        if not self.beams and self.length_penalty != 1.0:
+            raise UsageError("--length_penalty belongs to beam search: give --beams as well")
+        if self.beams and self.count > self.beams:
+            raise UsageError(
+                f"--count {self.count}: {self.beams} beams give at most {self.beams} continuations"
+            )
+        if self.beams:
+            for one in fields(self):
+                if one.name in CHANCE and getattr(self, one.name) not in (one.default, []):
+                    raise UsageError(f"--beams leaves nothing to chance: --{one.name} has no place beside it")
+
+
+CHANCE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
+"""Settings that beam search does not know."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print continuations; returns the exit code. Raises UserError: no such model, prompt too long or not UTF-8."""
+    config, positionals = parse(
+        GenerateConfig,
+        argv,
+        prog="chatwright generate",
+        description="Continue a text with MODEL, a base model or a chat model (whose chat template is not used here).",
+        positionals={"model": "A run, a model directory, smollm2, hf:owner/name or a .gguf file."},
+    )
+    prompt = read_prompt(config)
+    sampling = sampling_of(config)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal's encoding may lack a character
+    from chatwright.language_model import load
+
+    model = load(str(positionals["model"]), dtype=config.dtype)
+    show = harmless if sys.stdout.isatty() else str
+    if config.beams:
+        return _search(model, prompt, config, show)
+    return _sample(model, prompt, sampling, config.count, show)
+
+
+def sampling_of(config: GenerateConfig) -> Sampling:
+    """The engine's settings. Raises UsageError for values that make no sense."""
+    from chatwright.generate.sampling import Sampling
+
+    names = {one.name for one in fields(Sampling)}
+    values = {one.name: getattr(config, one.name) for one in fields(config) if one.name in names}
+    try:
+        return Sampling(**{**values, "stop": tuple(config.stop)})
+    except UserError as error:
+        raise UsageError(str(error)) from None
+
+
+def read_prompt(config: GenerateConfig) -> str:
+    """The text to continue: the option, the file or standard input. Raises UserError when it cannot be read."""
+    if config.prompt is not None:
+        return config.prompt
+    if config.prompt_file is not None:
+        where = config.prompt_file
+        try:
+            data = Path(where).expanduser().read_bytes()
+        except OSError as error:
+            raise UserError(f"--prompt_file {where}: {error.strerror}") from None
+    elif sys.stdin.isatty():
+        raise UsageError(
+            "nothing to continue: give --prompt TEXT, --prompt_file FILE, or text on standard input"
+        )
+    else:
+        where = "standard input"
+        buffer = getattr(sys.stdin, "buffer", None)
+        data = buffer.read() if buffer is not None else sys.stdin.read().encode()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where} is not UTF-8 text (byte {data[error.start]:#04x} at {error.start})"
+        ) from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _heading(number: int, count: int, note: str) -> None:
+    """The line above a continuation, when there are several."""
+    if count > 1:
+        print(f"{'' if number == 1 else chr(10)}=== {number} of {count}{note} ===", flush=True)
+
+
+def _sample(
+    model: LanguageModel, prompt: str, sampling: Sampling, count: int, show: Callable[[str], str]
+) -> int:
+    """All continuations in one batch; the first is printed while it grows, the others after it."""
+    requests = [model.prompt_request(prompt, **asdict(sampling))] * count
+    if sampling.seed is not None:
+        requests = [
+            replace(one, sampling=replace(sampling, seed=sampling.seed + number))
+            for number, one in enumerate(requests)
+        ]
+    handles = [model.engine.submit(one) for one in requests]
+    with stopping() as stopped:
+        try:
+            for number, handle in enumerate(handles, 1):
+                seed = handle.request.sampling.seed
+                _heading(number, count, "" if seed is None else f", seed {seed}")
+                for piece in handle.pieces():
+                    sys.stdout.write(show(piece.text))
+                    sys.stdout.flush()
+                    if stopped():
+                        for other in handles:
+                            other.cancel()
+                print(flush=True)
+                if stopped():
+                    return 130
+        finally:  # also when the pipe is closed, or a second Ctrl-C breaks out
+            for handle in handles:
+                handle.cancel()
+    return 0
+
+
+def _search(model: LanguageModel, prompt: str, config: GenerateConfig, show: Callable[[str], str]) -> int:
+    """The best continuations of beam search, best first."""
+    from chatwright.generate.beam import beam_search
+
+    request = model.prompt_request(prompt)
+    found = beam_search(
+        model.model,
+        request.prompt,
+        beams=config.beams,
+        max_new_tokens=config.max_new_tokens,
+        end_ids=request.end_ids,
+        length_penalty=config.length_penalty,
+    )[: config.count]
+    for number, (ids, score) in enumerate(found, 1):
+        _heading(number, len(found), f", score {score:.3f}")
+        known = [
+            one for one in ids if one < model.tokenizer.vocab_size
+        ]  # a padded table has ids that spell nothing
+        print(show(model.tokenizer.decode(known)), flush=True)
+    return 0

@@ -1,0 +1,93 @@
+"""Predict the memory and time of a recipe's stages, or of a model's shape, before a run starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chatwright import runtime
+from chatwright.config import UsageError, UserError
+from chatwright.metrics import console, duration, say
+from chatwright.model.config import PRESETS
+from chatwright.recipe import parse_with_recipe, planned_stages
+
+if TYPE_CHECKING:
+    from chatwright.train.planning.plan import Plan
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What is planned beside the stages' own settings."""
+
+    memory_gb: float = 0.0
+    """Memory that may be used, in GB (10^9 bytes); 0: CHATWRIGHT_MEMORY where it is set, else 92 % of the machine's."""
+    time: bool = True
+    """Time each kind of operation on this machine: seconds for a small model, a minute for a large one."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """`chatwright plan RECIPE_OR_PRESET`; 1 when a stage does not fit. Raises UserError."""
+    config, _, recipe = parse_with_recipe(
+        PlanConfig,
+        argv,
+        prog="chatwright plan",
+        description="Predict what each training stage of a recipe, or pre-training a shape, takes on this machine: memory, "
+        "micro-batch, time. Settings of stages follow as --STAGE.KEY VALUE, of a shape as --pretrain.KEY VALUE.",
+        presets=list(PRESETS),
+    )
+    if config.memory_gb < 0:
+        raise UsageError(f"memory_gb is {config.memory_gb:g}; it must be above 0, or 0 for the machine's")
+    from chatwright.train.planning.plan import choose
+
+    runtime.set_threads()
+    runtime.tune_allocator()
+    plans, refusals = [], []
+    for planned in planned_stages(recipe):
+        try:
+            plans.append(choose(planned, timed=config.time, available=config.memory_gb * 1e9 or None))
+        except UserError as refusal:
+            refusals.append(str(refusal))
+    if not plans and not refusals:
+        raise UserError("nothing to plan: the recipe trains no model whose shape it names")
+    _show(plans)
+    for text in refusals:
+        say(f"does not fit: {text}")
+    return 1 if refusals else 0
+
+
+def _show(plans: Sequence[Plan]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    if not plans:
+        return
+    parts = list(dict.fromkeys(part for plan in plans for part in plan.memory))
+    table = Table(title="Predicted, per process", title_justify="left")
+    table.add_column("")
+    for plan in plans:
+        table.add_column(Text(plan.stage), justify="right")
+    table.add_row("parameters", *(f"{plan.parameters / 1e6:,.1f} M" for plan in plans))
+    table.add_section()
+    for part in parts:
+        table.add_row(part, *(f"{plan.memory.get(part, 0.0) / 1e6:,.0f} MB" for plan in plans))
+    table.add_row("memory", *(f"{plan.total / 1e6:,.0f} MB" for plan in plans))
+    table.add_section()
+    table.add_row("batch", *(f"{plan.batch:,} x {plan.length:,} tokens" for plan in plans))
+    table.add_row("micro-batch", *(f"{plan.micro:,}" for plan in plans))
+    table.add_row("GFLOP a step", *(f"{plan.flop / 1e9:,.1f}" for plan in plans))
+    table.add_row(
+        "seconds a step", *("-" if plan.seconds is None else f"{plan.seconds:.3g}" for plan in plans)
+    )
+    table.add_row("steps", *(f"{plan.expected_steps:,}" if plan.expected_steps else "-" for plan in plans))
+    table.add_row(
+        "tokens", *(f"{plan.expected_steps * plan.batch * plan.length / 1e6:,.1f} M" for plan in plans)
+    )
+    table.add_row(
+        "time of the steps",
+        *(duration(plan.expected_steps * plan.seconds) if plan.seconds else "-" for plan in plans),
+    )
+    console.print(table)
+    available = plans[0].available
+    if available is not None:
+        say(f"memory there is to plan with: {available / 1e9:,.1f} GB")

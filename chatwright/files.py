@@ -1,0 +1,120 @@
+"""Files and directories that appear whole or not at all: written under a temporary name, flushed, renamed.
+
+A reader, or a process that is killed, sees the old content or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from chatwright.config import UserError
+
+LARGEST_JSON = 64 << 20
+"""Most bytes of a JSON file: as Python's objects they become twenty times as large, and more."""
+
+
+@contextlib.contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory beside `target` that becomes `target` when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.parent / f".{target.name}.{os.getpid()}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        take_place(aside, target)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}; what was there before is intact"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """The name of a file beside `target` that becomes `target` when the block ends without an error."""
+    aside = target.parent / f".{target.name}.{os.getpid()}.partial"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        _flush(aside)
+        os.replace(aside, target)
+        _flush(target.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}; what was there before is intact"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def take_place(aside: Path, target: Path) -> None:
+    """Flush a finished directory to the disk and give it its name; what had that name before goes."""
+    for file in aside.rglob("*"):
+        _flush(file)
+    if target.exists():
+        old = target.parent / f".{target.name}.{os.getpid()}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        aside.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        aside.rename(target)
+    _flush(target.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it: a reader sees the old or the new text, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f".{path.name}.{os.getpid()}.partial"
+    try:
+        aside.write_text(text, encoding="utf-8")
+        _flush(aside)
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of a value as JSON."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises UserError when missing or broken."""
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise UserError(f"{path} is larger than {LARGEST_JSON >> 20} MB: no settings are")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _flush(path: Path) -> None:
+    """Push a file's (on Linux and macOS also a directory's) content to the disk before it is relied on."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""What a stage, and a run, has done: pages for people, comparisons."""

@@ -1,0 +1,166 @@
+"""What is added to a stage's report when it is done: the paper's settings, answers before and after, KL budget, cost.
+
+A stage that trains a model does not ask it anything; that is done here, once, with the engine that answers everywhere else, on
+held-out prompts and with the same seeds for the model before and the model after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from chatwright import checkpoint, runtime
+from chatwright.config import UserError
+from chatwright.data.examples import Dialogue
+from chatwright.data.records import read_records, records_of
+from chatwright.evaluate.answers import mean_kl, side_by_side
+from chatwright.files import read_json, sha256, write_json
+from chatwright.interop.loaded import Loaded
+from chatwright.language_model import WORTH_COMPILING, load
+from chatwright.metrics import say
+from chatwright.train import paper
+from chatwright.train.base import open_base
+from chatwright.train.cost import account_row
+from chatwright.train.rl.rollout import prompts_from, sample_answers
+from chatwright.train.stage import Stage
+from chatwright.train.workspace import Answered, Report, Workspace
+
+PROMPTS = 64
+"""Held-out prompts that both models are asked: enough for length and diversity, and a matter of seconds."""
+FEW = 16
+"""The same for models of WORTH_COMPILING parameters and more on a CPU, for which 64 would take minutes."""
+LONGEST_ANSWER = 48
+"""Tokens at which an answer is cut off in stages that have no such setting."""
+
+
+def close(
+    stage: Stage, config: Any, workspace: Workspace, report: Report, spent: Mapping[str, float]
+) -> dict[str, Any]:
+    """Entries for result.json; writes pairs.json and per_prompt.json. `spent`: seconds, joules and memory_bytes."""
+    result: dict[str, Any] = {"cost": cost(report, workspace, spent), "data": content(config, workspace)}
+    answers = report.answers or _answers(stage, config, workspace, report)
+    if not (stage.paper or stage.kl_budget or answers):
+        return result
+    result["paper"] = paper.beside(stage.paper, config, report.facts)
+    result["kl_budget"] = stage.kl_budget(config, workspace, report) if stage.kl_budget else None
+    result["answers"] = None
+    if answers is not None:
+        result["answers"] = {
+            "before": answers.before,
+            "after": answers.after,
+            "prompts": len(answers.prompts),
+            "measures": dict(answers.measures),
+            "kl": answers.kl,
+        }
+        write_answers(workspace.directory, answers)
+    return result
+
+
+def write_answers(directory: Path, answers: Answered) -> None:
+    """pairs.json, the first answers before and after, and per_prompt.json, the numbers of single prompts."""
+    write_json(directory / "pairs.json", list(answers.pairs))
+    values = {name: {"before": before, "after": after} for name, (before, after) in answers.values.items()}
+    marks = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in answers.prompts]
+    write_json(directory / "per_prompt.json", {"prompts": marks, "values": values})
+
+
+def _answers(stage: Stage, config: Any, workspace: Workspace, report: Report) -> Answered | None:
+    """Answers before and after of a stage that turns one language model into another; None for other stages."""
+    if report.model is None:
+        return None
+    try:
+        if stage.answers is not None:
+            return stage.answers(config, workspace, report)
+        made = checkpoint.Checkpoint(workspace.directory / report.model)
+        if hasattr(config, "base") and made.state().get("kind") == "language":
+            return _asked(config, workspace, report)
+    except UserError as error:  # the stage is done all the same; the report says what it lacks, and why
+        report.notes.append(f"no answers before and after: {error}")
+    return None
+
+
+def content(config: Any, workspace: Workspace) -> str | None:
+    """Sixteen hexadecimal digits of the records that a stage wrote, or learnt from; None where that is not known.
+
+    The same data give the same digits, whatever the settings and the seed.
+    """
+    if (workspace.directory / "records").is_dir():
+        files = sorted(records_of(workspace.directory).glob("*.jsonl"))
+        text = "".join(f"{file.name} {sha256(file)}\n" for file in files)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    place = workspace.inputs.get(getattr(config, "data", ""))
+    known = read_json(place / "result.json").get("data") if place else None
+    return str(known) if known else None
+
+
+def cost(report: Report, workspace: Workspace, spent: Mapping[str, float]) -> dict[str, float]:
+    """Seconds, tokens, operations, energy, money and memory of a stage, as far as they are known."""
+    found = {name: float(report.facts[name]) for name in ("tokens", "flop") if name in report.facts}
+    meant = account_row(workspace.reporting, flop=None, elapsed=spent["seconds"], joules=spent["joules"])
+    return {"seconds": spent["seconds"], **found, **meant, "memory_bytes": spent["memory_bytes"]}
+
+
+def _ready(base: Loaded) -> Loaded:
+    """The same, on this process's device, for evaluation."""
+    base.model.to(runtime.device()).eval()
+    return base
+
+
+def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
+    """The model a stage started from and the one it made, asked the same held-out prompts. Raises UserError."""
+    after = _ready(open_base(str(workspace.directory / str(report.model)), workspace))
+    before = _ready(open_base(config.base, workspace))
+    tokenizer, template = after.tokenizer, after.template
+    if (
+        tokenizer is None
+        or template is None
+        or before.tokenizer is None
+        or before.tokenizer.fingerprint != tokenizer.fingerprint
+    ):
+        raise UserError(f"{config.base} and the result have not one tokenizer")
+    context = after.model.config.context
+    room = min(getattr(config, "max_new_tokens", LONGEST_ANSWER), context // 2)
+    longest = min(getattr(config, "max_prompt_tokens", context), context - room)
+    file = records_of(workspace.resolve(config.data)) / "dialogues-validation.jsonl"
+    slow = runtime.device().type == "cpu" and after.model.parameter_count() >= WORTH_COMPILING
+    dialogues = list(islice(read_records(file, Dialogue), 1_000))
+    prompts = prompts_from(dialogues, template, tokenizer, max_tokens=longest, most=FEW if slow else PROMPTS)
+    if not prompts:
+        raise UserError(f"no prompt in {file} has at most {longest} tokens")
+    say(f"  asking {config.base} and the result {len(prompts)} held-out prompts")
+    temperature = getattr(config, "temperature", 1.0)
+    sides = [
+        sample_answers(
+            model,
+            prompts,
+            end=tokenizer.control_ids[template.end],
+            max_new_tokens=room,
+            temperature=temperature,
+            seed_parts=(workspace.seed, "before and after"),
+        )
+        for model in (before.model, after.model)
+    ]
+    kl = mean_kl(after.model, before.model, sides[1], temperature)
+    return side_by_side(
+        (config.base, workspace.directory.name), prompts, (sides[0], sides[1]), tokenizer, kl=kl
+    )
+
+
+def sample(directory: Path, report: Report, prompt: str, seed: int) -> str:
+    """What the stage's model says to the recipe's prompt; empty when the stage made no language model.
+
+    A base model continues the prompt's text.
+    """
+    if (
+        report.model is None
+        or checkpoint.Checkpoint(directory / report.model).state().get("kind") != "language"
+    ):
+        return ""
+    model = load(str(directory / report.model))
+    options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.7, "top_p": 0.9, "seed": seed}
+    if model.template is None:
+        return model.generate(prompt, **options)
+    return model.chat([{"role": "user", "content": prompt}], **options)

@@ -1,0 +1,1 @@
+"""Stages of the road: one file each; the file's name is the verb."""

@@ -1,0 +1,331 @@
+"""Classifier as reward: how likely would people call this text good?  Ziegler et al. 2019, section 3.1 (sentiment).
+
+A judge in the reward model's place: PPO, REINFORCE and best-of-n follow it with `reward: classifier`. It learns from single
+texts instead of comparisons: each stands as the answer to a prompt drawn at random, so that a row looks as it will in PPO.
+
+Departures from the paper: there the classifier is a separate model of reviews, and its log odds are the reward as they come.
+Here it starts from the chat model, and the log odds are calibrated (Platt 1999) on texts that training does not see:
+sigmoid(score) is a probability that comes true that often, and 0 means as likely good as bad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from chatwright import runtime
+from chatwright.chat import ChatTemplate, Message
+from chatwright.config import UsageError, UserError
+from chatwright.data.examples import LabelledText
+from chatwright.data.loader import SampleOrder
+from chatwright.data.records import read_records, records_of
+from chatwright.data.sources import split_of
+from chatwright.metrics import say
+from chatwright.model.heads import ScalarModel
+from chatwright.model.lora import LoRAConfig
+from chatwright.objectives.preference import logistic_loss
+from chatwright.optim import OptimConfig
+from chatwright.tokenizer import Tokenizer
+from chatwright.train.loop import Fit, FitConfig
+from chatwright.train.parallel.context import ALONE
+from chatwright.train.planning import plan
+from chatwright.train.planning.program import StagePlan
+from chatwright.train.preference import calibration
+from chatwright.train.preference.measures import correlation, example_scores
+from chatwright.train.preference.rankings import encode_answer, first_prompts, padded
+from chatwright.train.preference.scalar import chat_base, make_judge, scalar_program
+from chatwright.train.stage import Stage
+from chatwright.train.trainer import Step
+from chatwright.train.workspace import Curve, Measure, Report, Unhealthy, Workspace
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the classifier."""
+
+    base: str = field(default="sft", metadata={"input": True})
+    """The model whose body to start from; its template frames prompt and text."""
+    data: str = field(default="data", metadata={"input": True})
+    """The stage, or directory, with ratings-*.jsonl, and dialogues-*.jsonl, whose first turns are the prompts."""
+    threshold: float = 0.0
+    """Texts rated higher are good, lower ones bad; 0.5 for data whose labels are 0 and 1."""
+    neutral: float = 0.5
+    """Texts rated within this of the threshold are neither, and left out."""
+    calibration: float = 0.1
+    """Share of the training texts that is not trained on: the scale of the scores is fitted to them."""
+    max_tokens: int = 80
+    """Longer prompts lose their beginning, longer texts their end."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Train a low-rank adapter and the scalar head instead of all weights: `lora.rank` above 0."""
+    fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=90.0, batch_size=32, compile=False))
+    """Length and portions of training; a sample is a text."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            name="adamw", learning_rate=1e-3, schedule="trapezoid", decay=0.7, weight_decay=0.01
+        )
+    )
+    """Optimiser and schedule."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.calibration < 1:
+            raise UsageError(f"calibration {self.calibration:g} must lie between 0 and 1")
+        if self.neutral < 0:
+            raise UsageError(f"neutral {self.neutral:g} must be at least 0")
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """One row per text, padded on the right."""
+
+    ids: Int[Tensor, "rows time"]
+    mask: Bool[Tensor, "rows time"]
+    positive: Bool[Tensor, " rows"]
+
+    @property
+    def weight(self) -> float:
+        """Number of texts."""
+        return float(len(self.positive))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Rated texts behind prompts, in an order that depends on the seed and the index alone."""
+
+    texts: Sequence[LabelledText]
+    prompts: Sequence[tuple[Message, ...]]
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    config: Config
+    order: SampleOrder
+
+    def take(self, start: int, count: int) -> TextBatch:
+        """Samples start ... start + count - 1."""
+        numbers = self.order.take(start, count)
+        asked = [
+            self.prompts[(number + start + place) % len(self.prompts)] for place, number in enumerate(numbers)
+        ]
+        return self.batch([self.texts[number] for number in numbers], asked)
+
+    def batch(self, texts: Sequence[LabelledText], prompts: Sequence[Sequence[Message]]) -> TextBatch:
+        """These texts behind these prompts as tensors."""
+        rows = [
+            encode_answer(prompt, one.text, self.template, self.tokenizer, self.config.max_tokens)
+            for one, prompt in zip(texts, prompts, strict=True)
+        ]
+        ids, mask = padded(rows, self.tokenizer)
+        return TextBatch(ids, mask, torch.tensor([one.label > self.config.threshold for one in texts]))
+
+
+def step(model: ScalarModel, batch: TextBatch) -> Step:
+    """Cross entropy of good and bad; accuracy beside it."""
+    scores = model.score(batch.ids, batch.mask)
+    right = ((scores.detach() > 0) == batch.positive).float().sum()
+    return Step(logistic_loss(scores, batch.positive), {"accuracy": right})
+
+
+@torch.no_grad()
+def scores_of(model: ScalarModel, texts: Texts, chosen: Sequence[LabelledText]) -> Float[Tensor, " n"]:
+    """The score of each text, behind a prompt that depends on its place."""
+    found = []
+    for start in range(0, len(chosen), 64):
+        part = chosen[start : start + 64]
+        asked = [texts.prompts[(start + n) % len(texts.prompts)] for n in range(len(part))]
+        batch = runtime.on_device(texts.batch(part, asked))
+        found.append(model.score(batch.ids, batch.mask).float().cpu())
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rated texts that are good or bad: what is learnt from, what the scale is fitted to, what is measured."""
+
+    train: list[LabelledText]
+    calibration: list[LabelledText]
+    held_out: list[LabelledText]
+    all_held_out: list[LabelledText]
+    """The neutral ones among them."""
+
+
+def load_texts(config: Config, records: Path) -> Parts:
+    """The texts of a data stage. Raises UserError when one side lacks good or bad ones."""
+
+    def clear(texts: list[LabelledText]) -> list[LabelledText]:
+        return [
+            one for one in texts if abs(one.label - config.threshold) > config.neutral or config.neutral == 0
+        ]
+
+    learnt = clear(list(read_records(records / "ratings-train.jsonl", LabelledText)))
+    everything = list(read_records(records / "ratings-validation.jsonl", LabelledText))
+    sides = [split_of(f"calibration:{one.id}", config.calibration) for one in learnt]
+    train, apart = (
+        [one for one, side in zip(learnt, sides, strict=True) if side == wanted]
+        for wanted in ("train", "validation")
+    )
+    parts = Parts(train, apart, clear(everything), everything)
+    for name in ("train", "calibration", "held_out"):
+        good = sum(one.label > config.threshold for one in getattr(parts, name))
+        if not 0 < good < len(getattr(parts, name)):
+            raise UserError(
+                f"classifier: of {len(getattr(parts, name))} texts for {name} {good} are good: both kinds are needed; set "
+                f"`threshold` (now {config.threshold:g}) to a rating between good and bad, `neutral` lower, or add ratings"
+            )
+    return parts
+
+
+PLAN = StagePlan(build=scalar_program, rows=lambda config, shape: (1, config.max_tokens))
+
+
+def run(config: Config, workspace: Workspace) -> Report:
+    """Train the classifier, calibrate it, and measure it on held-out texts before and after."""
+    base = chat_base(config.base, workspace)
+    assert base.tokenizer is not None and base.template is not None
+    records = records_of(workspace.resolve(config.data))
+    parts, prompts = load_texts(config, records), first_prompts(records / "dialogues-train.jsonl")
+    if not prompts:
+        raise UserError("there are no conversations to take prompts from; set `dialogues` in the data stage")
+    config = plan.ahead("classifier", PLAN, config, base.model.config, ALONE)
+    model, trainer, dtype = make_judge("classifier", config, workspace, base)
+    texts = Texts(
+        parts.train,
+        prompts,
+        base.template,
+        base.tokenizer,
+        config,
+        SampleOrder(len(parts.train), workspace.seed),
+    )
+    say(
+        f"  {len(parts.train):,} texts, {len(parts.calibration):,} to calibrate with, {len(parts.held_out):,} held out"
+    )
+
+    def train_step(batch: TextBatch) -> Step:
+        with runtime.autocast(dtype):
+            return step(model, batch)
+
+    def judged(chosen: Sequence[LabelledText]) -> Tensor:
+        with runtime.evaluating(model), runtime.autocast(dtype):
+            return scores_of(model, texts, chosen)
+
+    good = torch.tensor([one.label > config.threshold for one in parts.held_out])
+
+    def evaluate() -> dict[str, float]:
+        scores = judged(parts.held_out)
+        return {
+            "held_out_accuracy": float(((scores > 0) == good).float().mean()),
+            "held_out_loss": calibration.log_loss(scores, good),
+            "held_out_correlation": correlation(
+                judged(parts.all_held_out), torch.tensor([one.label for one in parts.all_held_out])
+            ),
+        }
+
+    fitted = Fit(
+        trainer,
+        config.fit,
+        texts,
+        train_step,
+        evaluate,
+        title="classifier",
+        throughput=("answers", 1.0),
+        best=("held_out_loss", "lower"),
+    ).run()
+    known = torch.tensor([one.label > config.threshold for one in parts.calibration])
+    report = Report(
+        curves=[Curve("Loss of the classifier", ["loss"], "nats per text"), Curve("Accuracy", ["accuracy"])],
+        facts={
+            "texts": len(parts.train),
+            "steps": fitted.progress.step,
+            "held_out_accuracy": fitted.after["held_out_accuracy"],
+            "held_out_correlation": fitted.after["held_out_correlation"],
+            **fitted.facts,
+        },
+        notes=fitted.notes,
+    )
+    extra = trainer.progress.extra
+    if "calibration" not in extra:  # once: a stage that is run again after this keeps the constants it has
+        as_learnt = calibration.reliability(judged(parts.held_out).sigmoid(), good.float()).error
+        scale, offset = calibrate(report, model, judged(parts.calibration), known)
+        extra["calibration"] = {"scale": scale, "offset": offset, "error_before": as_learnt}
+    report.model = f"checkpoints/{trainer.save(final=True).path.name}"
+    report.facts["calibration"] = extra["calibration"]
+    measure(report, fitted.before, evaluate(), good)
+    reliable = calibration.reliability(judged(parts.held_out).sigmoid(), good.float())
+    report.measures.append(
+        Measure(
+            "calibration error on held-out texts",
+            extra["calibration"]["error_before"],
+            reliable.error,
+            "lower",
+            note="before: the same model without calibration",
+        )
+    )
+    report.pictures.append(
+        calibration.draw(workspace.directory, reliable, low=0.0, what="share that people call good")
+    )
+    report.facts["sample"] = example(model, texts)
+    return report
+
+
+def example(model: ScalarModel, texts: Texts) -> str:
+    """What the model thinks of two answers."""
+
+    def score(prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:
+        batch = runtime.on_device(
+            texts.batch([LabelledText.of(one, 0.0) for one in answers], [prompt] * len(answers))
+        )
+        with runtime.evaluating(model):
+            return [float(value) for value in model.score(batch.ids, batch.mask)]
+
+    return example_scores(score)
+
+
+def calibrate(
+    report: Report, model: ScalarModel, scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]
+) -> tuple[float, float]:
+    """Set scale and offset so that sigmoid(score) is a probability, and return them. Raises Unhealthy, with the report, when
+    the scores tell nothing."""
+    try:
+        scale, offset = calibration.platt(scores, positive)
+    except ValueError as error:
+        report.notes.insert(0, str(error))
+        raise Unhealthy(
+            f"classifier: {error}. Train it longer, on more ratings, or start it from a better model", report
+        ) from None
+    with torch.no_grad():  # scale' (x - offset') of what was s (x - o)
+        model.offset.add_(offset / model.scale)
+        model.scale.mul_(scale)
+    return scale, offset
+
+
+def measure(
+    report: Report, before: dict[str, float], after: dict[str, float], good: Bool[Tensor, " n"]
+) -> None:
+    """Add what the calibrated classifier reaches on held-out texts to the report."""
+    share = float(good.float().mean())
+    report.facts |= {key: after[key] for key in ("held_out_accuracy", "held_out_correlation")}
+    report.measures += [
+        Measure(
+            "accuracy on held-out texts", before["held_out_accuracy"], after["held_out_accuracy"], "higher"
+        ),
+        Measure("accuracy of the commoner class", None, max(share, 1 - share), "context"),
+        Measure(
+            "loss on held-out texts",
+            before["held_out_loss"],
+            after["held_out_loss"],
+            note="nats per text; guessing: 0.693",
+        ),
+        Measure(
+            "correlation with held-out ratings",
+            before["held_out_correlation"],
+            after["held_out_correlation"],
+            "higher",
+        ),
+    ]
+
+
+STAGE = Stage(
+    config=Config, run=run, plan=PLAN, reads=lambda config: {"ratings": config.data, "dialogues": config.data}
+)

@@ -1,0 +1,173 @@
+"""PPO: make the model's answers score higher, without leaving the model it came from.  Ouyang et al. 2022, eq. 2.
+
+The details that decide whether it works are those of Ziegler et al. 2019 and Stiennon et al. 2020 as listed in "The N+
+implementation details of RLHF with PPO" (arXiv:2403.17031); docs/papers.md names the line for each. Rounds, guards and what
+is kept: rounds.py, where the departures from the papers stand too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from chatwright.config import UsageError
+from chatwright.objectives import policy as objective
+from chatwright.train.paper import DETAILS, INSTRUCT, Paper
+from chatwright.train.rl.config import RENAMED, SHARED_PAPER, RoundsConfig
+from chatwright.train.rl.models import Players, judged, opinion, round_facts, step_facts
+from chatwright.train.rl.outcome import kl_budget
+from chatwright.train.rl.rollout import Answers, chosen_rows
+from chatwright.train.rl.step_program import PLAN
+from chatwright.train.rl.training import Rounds, carry_out
+from chatwright.train.stage import Stage
+from chatwright.train.trainer import Step
+from chatwright.train.workspace import Curve, Report, Workspace
+
+
+@dataclass(frozen=True)
+class Config(RoundsConfig):
+    """Settings of PPO."""
+
+    epochs: int = 1
+    """Passes over a round's answers (InstructGPT: 1, the earlier papers: 4)."""
+    clip: float = 0.2
+    """Ratio clip of the policy."""
+    value_clip: float = 0.2
+    """How far a value may move per round at full gradient."""
+    value_coefficient: float = 0.1
+    """Weight of the value loss."""
+    discount: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """GAE's lambda."""
+    whiten_rewards: bool = False
+    """Scale per-token rewards to variance 1 (mean kept) before advantages are computed."""
+    critic: Literal["separate", "shared"] = "separate"
+    """`separate`: a copy of the reward model with a body of its own. `shared`: a head on the policy's body that starts at zero
+    (Ziegler et al. 2019), which takes half the memory and time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs < 1:
+            raise UsageError(f"epochs {self.epochs} must be at least 1")
+        if self.critic not in ("separate", "shared"):
+            raise UsageError(f"critic {self.critic!r} is neither separate nor shared")
+
+
+PAPER = (
+    *SHARED_PAPER,
+    Paper("minibatch_size", 64, INSTRUCT),
+    Paper("epochs", 1, INSTRUCT),
+    Paper("clip", 0.2, INSTRUCT),
+    Paper("value_clip", 0.2, DETAILS),
+    Paper("value_coefficient", 0.1, DETAILS),
+    Paper("discount", 1.0, INSTRUCT),
+    Paper("lam", 0.95, DETAILS),
+    Paper("critic", "separate", f"{INSTRUCT}: from the reward model; shared in Ziegler et al. 2019"),
+)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A round's answers with what was known when they were sampled; constants for the updates that follow."""
+
+    answers: Answers
+    log_probs: Float[Tensor, "batch time"]
+    reference: Float[Tensor, "batch time"]
+    values: Float[Tensor, "batch time"]
+    scores: Float[Tensor, " batch"]
+    advantages: Float[Tensor, "batch time"]
+    returns: Float[Tensor, "batch time"]
+
+    @property
+    def weight(self) -> float:
+        """Number of answer tokens."""
+        return float(self.answers.response.sum())
+
+    def rows(self, chosen: Tensor) -> Rollout:
+        """Some of the rows."""
+        return chosen_rows(self, chosen)
+
+
+@torch.no_grad()
+def look_back(
+    players: Players, answers: Answers, beta: float, config: Config
+) -> tuple[Rollout, dict[str, float]]:
+    """Score sampled answers and work out advantages; also what to log about them. Of many processes each gives its own answers
+    and gets the round's: what is averaged over a round is then the same everywhere, and as one process has it."""
+    seen = judged(players, answers, config)
+    answers, mask = seen.answers, seen.answers.response
+    log_probs, values = seen.opinion.log_probs, seen.opinion.values
+    rewards = objective.token_rewards(seen.scores, log_probs, seen.reference, mask, beta=beta)
+    if config.whiten_rewards:
+        rewards = objective.whiten(rewards, mask, shift_mean=False)
+    advantages = objective.generalized_advantages(
+        rewards, values, mask, discount=config.discount, lam=config.lam
+    )
+    returns = advantages + values
+    logged = round_facts(seen, beta)
+    logged["explained_variance"] = objective.explained_variance(values, returns, mask)
+    whitened = objective.whiten(advantages, mask)
+    return Rollout(answers, log_probs, seen.reference, values, seen.scores, whitened, returns), logged
+
+
+def step(players: Players, batch: Rollout, config: Config) -> Step:
+    """The clipped losses of policy and critic on some rows of a round, as a sum over answer tokens."""
+    mask = batch.answers.response
+    now = opinion(
+        players, batch.answers, config.temperature, entropy="learnt" if config.entropy_coefficient else ""
+    )
+    actor = objective.policy_loss(now.log_probs, batch.log_probs, batch.advantages, mask, clip=config.clip)
+    critic = objective.value_loss(now.values, batch.values, batch.returns, mask, clip=config.value_clip)
+    bonus = objective.masked_mean(now.entropy, mask)
+    loss = actor.loss + config.value_coefficient * critic.loss - config.entropy_coefficient * bonus
+    logged = {
+        "policy_loss": actor.loss.detach(),
+        "value_loss": critic.loss.detach(),
+        "clip_fraction": actor.fraction,
+        "value_clip_fraction": critic.fraction,
+    }
+    facts = step_facts(now, batch.log_probs, mask, weight=batch.weight, spread=players.spread)
+    return Step(
+        loss * batch.weight, {**{key: value * batch.weight for key, value in logged.items()}, **facts}
+    )
+
+
+class _Run(Rounds[Config, Rollout]):
+    title = "ppo"
+    rolled = Rollout
+    curves: ClassVar = (
+        Curve("Share of tokens clipped", ["clip_fraction", "value_clip_fraction"]),
+        Curve("Explained variance of the critic", ["explained_variance"]),
+    )
+
+    @property
+    def epochs(self) -> int:
+        return self.config.epochs
+
+    def look_back(self, answers: Answers, beta: float) -> tuple[Rollout, dict[str, float]]:
+        rollout, logged = look_back(self.players, answers, beta, self.config)
+        return rollout, logged
+
+    def step(self, batch: Rollout) -> Step:
+        return step(self.players, batch, self.config)
+
+
+def run(config: Config, workspace: Workspace) -> Report:
+    """Run PPO and report score, KL and variety before and after on training prompts (held-out ones: stage eval)."""
+    return carry_out(_Run, config, workspace, critic=config.critic)
+
+
+STAGE = Stage(
+    config=Config,
+    run=run,
+    plan=PLAN,
+    paper=PAPER,
+    reads=lambda config: {"dialogues": config.data},
+    kl_budget=kl_budget,
+    renamed=RENAMED,
+)

@@ -1,0 +1,276 @@
+"""Pre-training: predict the next token of raw text.  Radford et al. 2018, section 3.1.
+
+Departures from the papers, each for small budgets and each measured (docs/performance.md):
+* Muon for the blocks' matrices (Jordan et al. 2024) instead of AdamW for all.
+* A constant learning rate that falls linearly at the end, instead of a cosine: the length need not be known at first.
+* Windows follow one another in the token stream, as GPT-2's and GPT-3's do: documents are not kept apart, only marked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from chatwright import runtime
+from chatwright.config import UsageError
+from chatwright.data.loader import SampleOrder
+from chatwright.data.shards import TokenShards
+from chatwright.metrics import say
+from chatwright.model.config import GPTConfig
+from chatwright.model.gpt import GPT
+from chatwright.objectives.language import bits_per_byte, chunked_next_token_loss, next_token_loss
+from chatwright.optim import OptimConfig
+from chatwright.tokenizer import Tokenizer
+from chatwright.train.cost import training_flop
+from chatwright.train.loop import Fit, FitConfig
+from chatwright.train.parallel.context import ParallelConfig, start_parallel
+from chatwright.train.planning import plan
+from chatwright.train.planning.program import PlannedStage, StagePlan, StepProgram, fake_tokens
+from chatwright.train.precision import WorkingCopy
+from chatwright.train.stage import Stage
+from chatwright.train.trainer import Step, Trainer
+from chatwright.train.workspace import Curve, Measure, Report, Workspace
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of pre-training."""
+
+    tokenizer: str = field(default="tokenizer", metadata={"input": True})
+    """The stage, or directory, with tokenizer.json and the token shards."""
+    preset: str = "modern-tiny"
+    """Shape of the model: gpt1, gpt2, gpt3-125m, modern-tiny, ... (docs/cli.md lists them)."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of the shape to change, for example {layers: 6}. The vocabulary is always the tokenizer's."""
+    fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=300.0))
+    """Length and portions of training."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(name="muon", learning_rate=6e-3, schedule="trapezoid", decay=0.6)
+    )
+    """Optimiser and schedule."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How processes share the work."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Windows of tokens: inputs are all but the last column, targets all but the first."""
+
+    tokens: Int[Tensor, "batch time+1"]
+
+    @property
+    def weight(self) -> float:
+        """Number of targets."""
+        return float(self.tokens.shape[0] * (self.tokens.shape[1] - 1))
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Training windows in an order that depends on the seed and the index alone."""
+
+    shards: TokenShards
+    context: int
+    order: SampleOrder
+
+    def take(self, start: int, count: int) -> TokenBatch:
+        """Samples start ... start + count - 1."""
+        return TokenBatch(
+            torch.stack([self.shards.window(n, self.context) for n in self.order.take(start, count)])
+        )
+
+
+def step(model: GPT, batch: TokenBatch, angles: tuple[Tensor, Tensor] | None = None) -> Step:
+    """Next-token loss of a batch; `angles` are those of its positions, when they are at hand."""
+    hidden = model.hidden(batch.tokens[:, :-1], angles=angles)
+    loss = chunked_next_token_loss(
+        hidden, model.head.weight, batch.tokens[:, 1:], softcap=model.config.logit_softcap
+    )
+    return Step(loss)
+
+
+def held_out_rows(shape: GPTConfig) -> int:
+    """Windows measured at once: few enough that their logits stay under 34 MB, at most 32."""
+    return max(1, min(32, 2**23 // (shape.context * shape.vocab_size)))
+
+
+def held_out_bits_per_byte(model: GPT, shards: TokenShards, *, context: int, dtype: torch.dtype) -> float:
+    """Bits per byte of held-out text: windows of `context` tokens side by side, each token a target exactly once.
+
+    The first token of a window is predicted from one token only, so that this is a little above what the model can
+    do with full context everywhere. End-of-text tokens count as targets, though they are no bytes of the text.
+    """
+    nats = 0.0
+    rows: list[Tensor] = []
+    with runtime.autocast(dtype):
+        for stretch in shards.stretches(context):
+            rows.append(stretch)
+            if len(rows) == held_out_rows(model.config):
+                nats += _sum_of(model, rows)
+                rows = []
+        for row in rows:  # the last ones may be of any length
+            nats += _sum_of(model, [row])
+    return bits_per_byte(nats, shards.text_bytes)
+
+
+def _sum_of(model: GPT, rows: list[Tensor]) -> float:
+    if len({len(row) for row in rows}) > 1:
+        return sum(_sum_of(model, [row]) for row in rows)
+    tokens = runtime.on_device(torch.stack(rows))
+    return float(next_token_loss(model(tokens[:, :-1]), tokens[:, 1:]))
+
+
+def fast_step(
+    model: GPT, config: FitConfig, *, alone: bool, in_parts: bool = False
+) -> tuple[Callable[[TokenBatch], Step], torch.dtype, str]:
+    """`step` in the precision and, where that works, the compiled form that the machine offers; and a line about it.
+
+    What makes it fast on a CPU, each measured in docs/performance.md: bf16 copies of the matrices (one process `alone`;
+    with several, the plan decides what is cast, and compiles the blocks when they are `in_parts`), attention in blocks,
+    rotary angles computed once, one compiled graph.
+    """
+    dtype = runtime.compute_dtype(config.precision)
+    copies = WorkingCopy(model) if alone and dtype == torch.bfloat16 else None
+    used = copies.twin if copies else model
+    if config.compile and runtime.device().type == "cpu" and not runtime.compiler_missing():
+        used.write_out()
+    # Inside the graph they would be computed again for every layer and every head.
+    angles = model.angles(torch.arange(model.config.context, device=runtime.device())[None])
+
+    def loss_of(tokens: Tensor) -> Tensor:
+        with runtime.autocast(dtype):
+            here = tuple(part[:, :, : tokens.shape[1] - 1] for part in angles) if angles else None
+            return step(used, TokenBatch(tokens), here).loss  # type: ignore[arg-type]
+
+    compiled, line = runtime.compile_function(loss_of, enabled=config.compile and not in_parts)
+    if in_parts and config.compile:
+        line = runtime.compiler_missing() or "compile: on, block by block"
+
+    def train_step(batch: TokenBatch) -> Step:
+        if copies:
+            copies.refresh()
+        return Step(compiled(batch.tokens))
+
+    name = "bf16 products, float32 weights" if dtype == torch.bfloat16 else "float32"
+    return train_step, dtype, f"{name}; {line}"
+
+
+def step_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
+    """The training step on fake tensors, for the planner."""
+    with torch.device(runtime.device()):
+        model = GPT(shape)
+    model.recompute = planned.fit.recompute
+    train, dtype, _ = fast_step(model, planned.fit, alone=planned.processes * planned.shards == 1)
+
+    def measure() -> None:
+        model.eval()
+        with runtime.autocast(dtype):
+            _sum_of(model, list(fake_tokens(held_out_rows(shape), shape.context + 1)))
+
+    return StepProgram(
+        [model],
+        lambda samples: train(TokenBatch(fake_tokens(samples, shape.context + 1))).loss,
+        vocabulary=shape.vocab_size,
+        measure=measure,
+    )
+
+
+PLAN = StagePlan(build=step_program, one_graph=True, holds_records=False)
+
+
+def run(config: Config, workspace: Workspace) -> Report:
+    """Train a new model on token shards and measure bits per byte on held-out text before and after."""
+    directory = workspace.resolve(config.tokenizer)
+    tokenizer = Tokenizer.load(directory)
+    shards = TokenShards.open(directory / "train", tokenizer)
+    held_out = TokenShards.open(directory / "validation", tokenizer)
+    shape = GPTConfig.preset(config.preset, **{**config.model, "vocab_size": tokenizer.vocab_size})
+    spread = start_parallel(
+        config.parallel,
+        batch_size=config.fit.batch_size,
+        micro_batch=config.fit.micro_batch,
+        shape=shape,
+        precision=config.fit.precision,
+        compile_blocks=config.fit.compile,
+    )
+    windows = Windows(shards, shape.context, SampleOrder(shards.windows(shape.context), workspace.seed))
+    config = plan.ahead("pretrain", PLAN, config, shape, spread)
+    runtime.tune_allocator()
+    torch.manual_seed(runtime.seed_for(workspace.seed, "pretrain"))
+    model = GPT(shape).to(runtime.device())
+    model.recompute = config.fit.recompute
+    trainer = Trainer(
+        {"model": model},
+        config.optim,
+        workspace,
+        card={"kind": "language", "model": shape.to_dict(), "tokenizer": tokenizer.fingerprint},
+        texts={"tokenizer.json": tokenizer.to_json()},
+        keep=config.fit.keep,
+        spread=spread,
+    )
+    train_step, dtype, line = fast_step(
+        model, config.fit, alone=not spread.together, in_parts=spread.in_parts
+    )
+    count = model.parameter_count()
+    say(
+        f"  {config.preset}: {count / 1e6:.1f} M parameters; {shards.tokens / 1e6:.1f} M training tokens; {line}"
+    )
+
+    def evaluate() -> dict[str, float]:
+        return {"bits_per_byte": held_out_bits_per_byte(model, held_out, context=shape.context, dtype=dtype)}
+
+    fitted = Fit(
+        trainer,
+        config.fit,
+        windows,
+        train_step,
+        evaluate,
+        title="pretrain",
+        throughput=("tokens", float(shape.context)),
+        best=("bits_per_byte", "lower"),
+        flop_per_sample=training_flop(model, shape.context),
+    ).run()
+    tokens = fitted.samples * shape.context
+    baseline = (
+        workspace.result(config.tokenizer).get("facts", {}) if config.tokenizer in workspace.inputs else {}
+    )
+    measures = [
+        Measure("bits per byte, held out", fitted.before["bits_per_byte"], fitted.after["bits_per_byte"])
+    ]
+    for name in ("gzip", "xz"):
+        if f"{name}_bits_per_byte" in baseline:
+            value = baseline[f"{name}_bits_per_byte"]
+            measures.append(Measure(f"{name} -9, the same text", None, value, "context"))
+    return Report(
+        measures=measures,
+        curves=[
+            Curve("Pre-training loss", ["loss"], "nats per token"),
+            Curve("Held out", ["bits_per_byte"], "bits"),
+        ],
+        model=f"checkpoints/{fitted.checkpoint.path.name}",
+        facts={
+            "parameters": count,
+            "steps": fitted.progress.step,
+            "tokens": tokens,
+            "how": line,
+            "training_seconds": fitted.progress.elapsed,
+            **fitted.facts,
+        },
+        notes=fitted.notes,
+    )
+
+
+def shape_of(config: Config, vocab_size: int | None) -> GPTConfig:
+    """The shape of the new model. Raises UsageError for settings that no model can have."""
+    size = {} if vocab_size is None else {"vocab_size": vocab_size}
+    try:
+        return GPTConfig.preset(config.preset, **{**config.model, **size})
+    except TypeError as error:
+        raise UsageError(f"model: {error}") from None
+
+
+STAGE = Stage(config=Config, run=run, plan=PLAN, shape=shape_of)

@@ -1,0 +1,116 @@
+"""What the planner knows of a stage: how its training step is built on fake tensors, and how large its samples are.
+
+A stage file makes one `StagePlan` and hands it over in its STAGE. The planner (plan.py) then needs no table of stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chatwright import runtime
+from chatwright.model.config import GPTConfig
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """A training step on fake tensors: `step(samples)` is a forward pass that returns the loss."""
+
+    trained: Sequence[nn.Module]
+    step: Callable[[int], Tensor]
+    frozen: Sequence[nn.Module] = ()
+    vocabulary: int = 0
+    measure: Callable[[], object] | None = None
+    """One batch of the held-out measure, without gradients."""
+
+
+def tokens_of_context(config: Any, shape: GPTConfig) -> tuple[int, int]:
+    """(1, tokens of a row): the setting `context`, or the model's whole context."""
+    return 1, min(getattr(config, "context", 0) or shape.context, shape.context)
+
+
+def steps_of_fit(config: Any) -> int:
+    """The setting `fit.steps`; 0 where seconds decide."""
+    return int(config.fit.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """How a stage is planned."""
+
+    build: Callable[[PlannedStage, GPTConfig], StepProgram]
+    """Builds models and step, inside a dry run. The shape may have fewer layers than the stage's."""
+    rows: Callable[[Any, GPTConfig], tuple[int, int]] = tokens_of_context
+    """Settings and shape -> rows per sample, tokens per row."""
+    steps: Callable[[Any], int] = steps_of_fit
+    """Settings -> optimiser steps; 0 where a budget in seconds decides."""
+    one_graph: bool = False
+    """Whether a compiled step is one graph, not compiled blocks with plain functions between them."""
+    holds_records: bool = True
+    """Whether the stage holds its records and rows of tokens as Python objects. Token shards are memory-mapped."""
+    samples: bool = False
+    """Whether every process holds the whole policy to sample from."""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage as the planner sees it."""
+
+    stage: str
+    """Its name, for messages."""
+    plan: StagePlan
+    shape: GPTConfig
+    config: Any
+    """The stage's own settings."""
+    learnt: float = 1.0
+    """Share of the tokens that SFT learns from; known once the data is read."""
+    shards: int = 1
+    """Processes that share one copy of weights, gradients and optimiser."""
+    processes: int = 1
+    """Processes that see different samples."""
+
+    @property
+    def fit(self) -> Any:
+        """The settings of the training loop; None for stages that sample what they learn from."""
+        return getattr(self.config, "fit", None)
+
+    @property
+    def batch(self) -> int:
+        """Samples per optimiser step in one process."""
+        size = self.fit.batch_size if self.fit is not None else self.config.minibatch_size
+        return max(1, int(size) // self.processes)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows per sample, tokens per row."""
+        return self.plan.rows(self.config, self.shape)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps; 0 where seconds decide."""
+        return self.plan.steps(self.config)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its step will be compiled here."""
+        wanted = self.config.compile if self.fit is None else self.fit.compile
+        return bool(wanted) and runtime.compiler_missing() is None
+
+    @property
+    def one_graph(self) -> bool:
+        """Whether its step will be compiled here as one graph."""
+        return self.plan.one_graph and self.compiled
+
+
+def program_of(planned: PlannedStage) -> Callable[[int], StepProgram]:
+    """What builds the stage's program with a given number of layers, inside a dry run."""
+    return lambda layers: planned.plan.build(planned, replace(planned.shape, layers=layers))
+
+
+def fake_tokens(rows: int, length: int) -> Tensor:
+    """Token ids (rows, length) for a dry run."""
+    return torch.zeros(rows, length, dtype=torch.long, device=runtime.device())

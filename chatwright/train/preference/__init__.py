@@ -1,0 +1,1 @@
+"""Learning from comparisons: rankings, scalar models, measures of a reward model."""

@@ -1,0 +1,248 @@
+"""Comparisons -> batches for a reward model: where they come from, who made them, and how a row is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from chatwright import runtime
+from chatwright.chat import ChatTemplate, Message
+from chatwright.config import UserError
+from chatwright.data.examples import Comparison, Dialogue, LabelledText
+from chatwright.data.loader import WIDTH_STEP, SampleOrder, pad
+from chatwright.data.records import read_records
+from chatwright.messages import described, written
+from chatwright.objectives.preference import Ties, pair_wins
+from chatwright.tokenizer import Tokenizer
+
+SIDES = ("train", "validation")
+PASSES = 8
+"""Comparisons that each rated text takes part in, with other texts and another prompt each time."""
+
+
+class RankingConfig(Protocol):
+    """The settings that decide what a batch of comparisons is."""
+
+    @property
+    def tie_tolerance(self) -> float: ...
+    @property
+    def ties(self) -> Ties: ...
+    @property
+    def rating_margin(self) -> float: ...
+    @property
+    def max_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class RankedBatch:
+    """N prompts with K answers each, one row per answer, padded on the right."""
+
+    ids: Int[Tensor, "rows time"]
+    mask: Bool[Tensor, "rows time"]
+    labels: Float[Tensor, "prompts k"]
+    tie_tolerance: float
+    rating_margin: float = 0.0
+    ties: Ties = "leave_out"
+
+    @property
+    def weight(self) -> float:
+        """Number of prompts with at least one pair that counts."""
+        return float((pair_wins(self.labels, self.tie_tolerance, self.ties) > 0).flatten(1).any(1).sum())
+
+
+def encode_answer(
+    prompt: Sequence[Message], answer: str, template: ChatTemplate, tokenizer: Tokenizer, max_tokens: int
+) -> list[int]:
+    """Prompt, answer and end token as at most `max_tokens` ids: the scored row always ends with the end token."""
+    before = template.encode(list(prompt), tokenizer, add_generation_prompt=True).ids
+    content = tokenizer.encode(answer)[: max_tokens - 2]
+    room = max_tokens - 1 - len(content)
+    return [*before[len(before) - min(room, len(before)) :], *content, tokenizer.control_ids[template.end]]
+
+
+def padded(
+    rows: list[list[int]], tokenizer: Tokenizer
+) -> tuple[Int[Tensor, "rows time"], Bool[Tensor, "rows time"]]:
+    """Rows as one tensor, padded on the right, and where they are real."""
+    ids = pad(rows, tokenizer.end_of_text_id, multiple=WIDTH_STEP)
+    return ids, pad([[1] * len(row) for row in rows], 0, multiple=WIDTH_STEP).bool()
+
+
+def first_prompts(file: Path, most: int = 2_000) -> list[tuple[Message, ...]]:
+    """The first user turn of up to `most` conversations of a file: the short ones (under 24 characters) where there are any,
+    for a prompt costs time in every row; else all. Raises UserError."""
+    records = islice(read_records(file, Dialogue), most)
+    first = [dialogue.messages[:1] for dialogue in records if dialogue.messages[0]["role"] == "user"]
+    return [turn for turn in first if len(described(turn[0]["content"])) < 24] or first
+
+
+def demonstrations(file: Path, most: int) -> list[Comparison]:
+    """Up to `most` answers of people's own, each the first of a conversation. They are compared with nothing: the second,
+    empty answer is there because a comparison has two."""
+    found = []
+    for dialogue in read_records(file, Dialogue):
+        roles = [message["role"] for message in dialogue.messages]
+        place = roles.index("assistant") if "assistant" in roles else 0
+        if "user" in roles[:place]:
+            found.append(
+                Comparison.of(
+                    dialogue.messages[:place], (written(dialogue.messages[place]["content"]), ""), (0.0, 0.0)
+                )
+            )
+        if len(found) == most:
+            break
+    return found
+
+
+def from_ratings(
+    texts: Sequence[LabelledText], prompts: Sequence[tuple[Message, ...]], k: int, seed: int, passes: int = 1
+) -> list[Comparison]:
+    """Each text once per pass, K at a time, as the answers to a prompt drawn at random; ratings are the scores.
+
+    Prompt and text have nothing to do with each other: the model is to judge the text whatever came before. The K texts
+    of a comparison are of about the same length (within the jitter of 20 % that makes each pass different): length
+    cannot decide a comparison, and little is wasted on padding.
+    """
+    if not prompts:
+        raise UserError("there are no conversations to take prompts from; set `dialogues` in the data stage")
+    result = []
+    lengths = torch.tensor([float(len(text.text)) for text in texts])
+    for turn in range(passes):
+        draw = runtime.generator("ratings", seed, turn)
+        order = (lengths * (1 + 0.2 * torch.rand(len(texts), generator=draw))).argsort().tolist()
+        for start in range(0, len(order) - k + 1, k):
+            group = [texts[n] for n in order[start : start + k]]
+            prompt = prompts[int(torch.randint(len(prompts), (1,), generator=draw))]
+            result.append(
+                Comparison.of(prompt, [text.text for text in group], [text.label for text in group])
+            )
+    if not result:
+        raise UserError(
+            f"{len(texts)} rated texts are too few for comparisons of {k}; lower k or add ratings"
+        )
+    return result
+
+
+@dataclass(frozen=True)
+class Rankings:
+    """Comparisons in an order that depends on the seed and the index alone."""
+
+    comparisons: list[Comparison]
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    config: RankingConfig
+    order: SampleOrder
+
+    def take(self, start: int, count: int) -> RankedBatch:
+        """Samples start ... start + count - 1."""
+        return self.batch([self.comparisons[n] for n in self.order.take(start, count)])
+
+    def batch(self, chosen: Sequence[Comparison], k: int = 0) -> RankedBatch:
+        """These comparisons as tensors; prompts with fewer answers than others (or than `k`) are filled with unrated
+        empty ones."""
+        k = max(k, *(len(one.responses) for one in chosen))
+        config, rows, labels = self.config, [], []
+        for one in chosen:
+            for n in range(k):
+                answer = one.responses[n] if n < len(one.responses) else ""
+                rows.append(
+                    encode_answer(one.prompt, answer, self.template, self.tokenizer, config.max_tokens)
+                )
+                labels.append(one.scores[n] if n < len(one.scores) else float("nan"))
+        ids, mask = padded(rows, self.tokenizer)
+        return RankedBatch(
+            ids,
+            mask,
+            torch.tensor(labels).view(-1, k),
+            config.tie_tolerance,
+            config.rating_margin,
+            config.ties,
+        )
+
+
+# ---- sources and annotators ----------------------------------------------------------------------------------------
+
+
+def own_comparisons(directory: Path) -> tuple[list[Comparison], list[Comparison]]:
+    """Training and held-out comparisons of a data stage, or of a directory of the user's. Raises UserError."""
+    both = [list(read_records(directory / f"comparisons-{side}.jsonl", Comparison)) for side in SIDES]
+    for side, found in zip(SIDES, both, strict=True):
+        if not found:
+            raise UserError(
+                f"{directory / f'comparisons-{side}.jsonl'} is empty; nothing to learn or to measure"
+            )
+    return both[0], both[1]
+
+
+def rated_comparisons(
+    records: Path, k: int, seed: int, *, labels: int = 0
+) -> tuple[list[Comparison], list[Comparison]]:
+    """Training and held-out comparisons made of the texts that people rated; of `labels` training texts, 0 for all.
+    Raises UserError."""
+    made = []
+    for side, passes in zip(SIDES, (PASSES, 1), strict=True):
+        texts = list(read_records(records / f"ratings-{side}.jsonl", LabelledText))
+        if side == "train":
+            texts = drawn(texts, labels, seed)
+        made.append(from_ratings(texts, first_prompts(records / f"dialogues-{side}.jsonl"), k, seed, passes))
+    return made[0], made[1]
+
+
+def drawn(texts: list[LabelledText], labels: int, seed: int) -> list[LabelledText]:
+    """As many of the texts, chosen by the seed, in their order; all of them for 0. Raises UserError when they are fewer."""
+    if not labels:
+        return texts
+    if labels > len(texts):
+        raise UserError(f"labels is {labels}, but there are {len(texts)} rated texts to learn from")
+    return [
+        texts[n] for n in sorted(SampleOrder(len(texts), runtime.seed_for(seed, "labels")).take(0, labels))
+    ]
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is trained on, and what is measured: prompts that training does not see, by annotators that it knows or not."""
+
+    train: list[Comparison]
+    held_out: list[Comparison]
+    """Held-out prompts, by annotators whose other judgements are trained on."""
+    strangers: list[Comparison]
+    """Held-out prompts, by annotators whose judgements are not trained on at all."""
+
+
+def without_annotators(train: list[Comparison], held_out: list[Comparison], names: str) -> Split:
+    """Keep the judgements of some annotators (names, comma-separated) out of training.
+
+    Both kinds of annotators are measured on held-out prompts, so that only the annotator differs; what the strangers said
+    about training prompts is not used. Raises UserError: an unknown name, or nothing left on one of the sides.
+    """
+    chosen = {name.strip() for name in names.split(",") if name.strip()}
+    if not chosen:
+        return Split(train, held_out, [])
+    known = {one.annotator for one in [*train, *held_out]} - {""}
+    if not known:
+        raise UserError("held_out_annotators: no comparison says who made it (column `annotator`)")
+    if unknown := sorted(chosen - known):
+        told = ", ".join(sorted(known)[:10])
+        raise UserError(
+            f"held_out_annotators: nobody is called {', '.join(unknown)}; annotators: {told}{' ...' if len(known) > 10 else ''}"
+        )
+    strangers = [one for one in held_out if one.annotator in chosen]
+    kept, measured = ([one for one in side if one.annotator not in chosen] for side in (train, held_out))
+    for what, found in (
+        ("training comparisons by others", kept),
+        ("held-out comparisons by others", measured),
+        ("comparisons of theirs on held-out prompts", strangers),
+    ):
+        if not found:
+            raise UserError(
+                f"held_out_annotators {names}: there are no {what}; hold out others, or raise the validation share"
+            )
+    return Split(kept, measured, strangers)

@@ -1,0 +1,1 @@
+"""What learns from sampled completions: rollouts, models, guards, the loop of iterations."""

@@ -1,0 +1,309 @@
+"""The models that take part when a policy learns from a reward model, and what they say about sampled answers.
+
+Shared by PPO and REINFORCE (and meant for what follows them): who plays, how answers are judged, what is logged of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from chatwright import checkpoint, files, runtime
+from chatwright.config import UserError
+from chatwright.interop.loaded import Loaded
+from chatwright.language_model import find_checkpoint
+from chatwright.model.attention import plain_attention
+from chatwright.model.config import GPTConfig
+from chatwright.model.gpt import GPT
+from chatwright.model.heads import ScalarModel, ValueHead
+from chatwright.model.lora import LoRAConfig, sharing_copy, without_adapter
+from chatwright.objectives import policy as objective
+from chatwright.train import adapters
+from chatwright.train.parallel.context import ALONE, Spread
+from chatwright.train.rl.rollout import (
+    Answers,
+    Entropy,
+    above_each_other,
+    answer_log_probs,
+    degenerate,
+    gathered,
+    values_before,
+)
+
+PORTION = 64
+"""Answers that players are asked about at a time, which bounds what logits take."""
+
+
+@dataclass
+class Players:
+    """What is trained, what it is compared with, what judges, what predicts the judgement (REINFORCE needs none of that).
+
+    A reference of None is the policy with its adapter off. Reward model and a critic with a body of its own compute in `dtype`,
+    policy and reference in `policy_dtype`: both in the same, for their difference is the KL.
+    """
+
+    policy: GPT
+    reference: GPT | None
+    reward: ScalarModel
+    critic: ScalarModel | ValueHead | None = None
+    dtype: torch.dtype = torch.float32
+    policy_dtype: torch.dtype = torch.float32
+    spread: Spread = ALONE
+    """The processes that hold these models together, each of which samples and judges its share of a round's answers."""
+
+    twin: GPT | None = None
+    """Where the policy is in parts: the copy of it that samples (`Spread.twin`)."""
+
+    def share(self, spread: Spread) -> None:
+        """Be held by many processes together; before the plan is put on the models."""
+        self.spread, self.twin = spread, spread.twin(self.policy)
+
+    def sampler(self) -> GPT:
+        """The policy as one process can sample from it, with the weights of now. All must ask."""
+        if self.twin is None:
+            return self.policy
+        self.spread.refresh(self.twin, self.policy)
+        return self.twin
+
+    @property
+    def frozen(self) -> dict[str, nn.Module]:
+        """Those that are not trained, by name."""
+        return {"reward": self.reward, **({} if self.reference is None else {"reference": self.reference})}
+
+    @property
+    def computing(self) -> list[nn.Module]:
+        """Those that have forward passes of their own."""
+        return [one for one in (self.policy, self.reference, self.reward, self.critic) if one is not None]
+
+    @contextmanager
+    def as_reference(self) -> Iterator[GPT]:
+        """The model that is the reference for as long as this lasts; no longer, for it may be the policy."""
+        if self.reference is not None:
+            yield self.reference
+        else:
+            with without_adapter(self.policy):
+                yield self.policy
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What policy and critic say about every answer token; 0 elsewhere, and 0 everywhere for what was not asked, or without a critic."""
+
+    log_probs: Float[Tensor, "batch time"]
+    entropy: Float[Tensor, "batch time"]
+    values: Float[Tensor, "batch time"]
+
+
+def opinion(players: Players, answers: Answers, temperature: float, *, entropy: Entropy = "known") -> Opinion:
+    """One forward pass of the policy, and one of the critic unless it reads the policy's hidden states."""
+    policy, critic = players.policy, players.critic
+    with runtime.autocast(players.policy_dtype):
+        hidden = policy.hidden_at(answers.ids, answers.before, lengths=answers.lengths)
+        log_probs, spread = answer_log_probs(
+            policy, answers, temperature=temperature, entropy=entropy, hidden=hidden
+        )
+    if isinstance(critic, ValueHead):
+        values = answers.placed(critic(hidden.float()))
+    elif critic is not None:
+        with runtime.autocast(players.dtype):
+            values = values_before(critic, answers)
+    else:
+        values = torch.zeros_like(log_probs)
+    return Opinion(log_probs, spread, values)
+
+
+class JudgeConfig(Protocol):
+    """The settings that decide which score an answer gets."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def unfinished_score(self) -> float: ...
+    @property
+    def min_tokens(self) -> int: ...
+    @property
+    def max_repeats(self) -> float: ...
+
+
+def judge(
+    reward: ScalarModel, answers: Answers, config: JudgeConfig, dtype: torch.dtype = torch.float32
+) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    """Scores, and which answers are poor (unfinished or degenerate): those get the fixed score instead of the model's."""
+    with runtime.autocast(dtype):
+        scores = reward.score(answers.ids, answers.real)
+    poor = (
+        degenerate(answers, min_tokens=config.min_tokens, max_repeats=config.max_repeats) | ~answers.finished
+    )
+    return torch.where(poor, config.unfinished_score, scores), poor
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Sampled answers, and what all players said about them at that time."""
+
+    answers: Answers
+    opinion: Opinion
+    reference: Float[Tensor, "batch time"]
+    scores: Float[Tensor, " batch"]
+    poor: Bool[Tensor, " batch"]
+
+
+@torch.no_grad()
+def judged(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
+    """Ask all players about sampled answers. Each of many processes asks about its own and gets what all were told."""
+    return gathered(players.spread.forward(_judged, players, answers, config), players.spread)
+
+
+def _judged(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
+    """In portions. Not with many processes, whose portions might differ in number: each forward pass of a model in parts is one for all."""
+    if players.spread.together:
+        return _asked(players, answers, config)
+    portions = torch.split(torch.arange(len(answers.ids)), PORTION)
+    return above_each_other([_asked(players, answers.rows(chosen), config) for chosen in portions])
+
+
+def _asked(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
+    own = opinion(players, answers, config.temperature)
+    with players.as_reference() as model, runtime.autocast(players.policy_dtype):
+        reference, _ = answer_log_probs(model, answers, temperature=config.temperature)
+    scores, poor = judge(players.reward, answers, config, players.dtype)
+    return Judged(answers, own, reference, scores, poor)
+
+
+def round_facts(seen: Judged, beta: float) -> dict[str, float]:
+    """What to log about a round's answers, before they are learnt from."""
+    answers, own, mask = seen.answers, seen.opinion, seen.answers.response
+    kl = torch.where(mask, objective.kl_k1(own.log_probs, seen.reference), 0.0).sum(1)
+    gaps = (answers.sampled - own.log_probs)[mask]
+    k3 = torch.where(mask, objective.kl_k3(own.log_probs, seen.reference), 0.0).sum(1)
+    return {
+        "score": float(seen.scores.mean()),
+        "score_error": float(seen.scores.std() / math.sqrt(len(seen.scores))),
+        "kl": float(kl.mean()),
+        "kl_k3": float(k3.mean()),
+        "kl_error": float(kl.std() / math.sqrt(len(kl))),
+        "entropy": float(objective.masked_mean(own.entropy, mask)),
+        "length": float(mask.sum(1).float().mean()),
+        "finished": float(answers.finished.float().mean()),
+        "degenerate": float(seen.poor.float().mean()),
+        "sampler_gap": float(gaps.abs().max()),
+        "sampler_error": float(gaps.square().mean().sqrt()),
+        "tokens": float(mask.sum()),
+        "beta": beta,
+    }
+
+
+def step_facts(
+    now: Opinion,
+    before: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    weight: float,
+    per_token: float = 1.0,
+    spread: Spread = ALONE,
+) -> dict[str, Tensor]:
+    """What to log about how far the policy is from the one that sampled, whose log-probabilities were `before`.
+
+    Sums over a `weight` of which a token of the whole minibatch is worth `per_token`: what a `Step` is to log.
+    """
+    change = torch.where(mask, (now.log_probs - before).detach(), 0.0)
+    ratio = change.exp()
+    gap = (ratio - 1).abs().max()
+    if (
+        spread.together
+    ):  # the largest of the minibatch, of which this process has a part; NaN is no number to compare with
+        gap = torch.tensor(spread.most([float(gap.nan_to_num(nan=math.inf, posinf=math.inf))])[0])
+    tokens = mask.sum() * per_token
+    return {
+        "moved": 0.5
+        * objective.masked_mean(change.square(), mask)
+        * tokens,  # k2 estimate of KL(old || new) per token
+        "ratio": objective.masked_mean(ratio, mask) * tokens,
+        "ratio_gap": gap * weight,
+    }
+
+
+def make_players(
+    base: Loaded,
+    reward: ScalarModel,
+    critic: str = "none",
+    lora: LoRAConfig | None = None,
+    *,
+    precision: str = "auto",
+    policy_precision: str = "fp32",
+) -> Players:
+    """Policy and reference from the SFT model. The critic is a copy of the reward model with a body of its own (`separate`),
+    a head on the policy that starts at zero (`shared`), or there is `none`.
+
+    With adapters there are two whole models: the policy, which is the reference without its adapter, and the reward model, over
+    whose frozen body a separate critic has an adapter and a head of its own.
+    """
+    device, lora = runtime.device(), lora or LoRAConfig()
+    policy, reward = base.model.to(device), reward.to(device)
+    reference = None
+    if not lora.rank:
+        reference = GPT(policy.config).to(device)
+        reference.load_state_dict(policy.state_dict())
+    predicts: ScalarModel | ValueHead | None = None
+    if critic == "separate" and lora.rank:
+        predicts = sharing_copy(reward)
+        predicts.scalar = copy.deepcopy(reward.scalar)  # it is trained, and not the judge's
+    elif critic == "separate":
+        predicts = ScalarModel(reward.config).to(device)
+        predicts.load_state_dict(reward.state_dict())
+    elif critic == "shared":
+        predicts = ValueHead(policy.config.width).to(device)
+    adapters.adapt(policy, lora, "policy")
+    if isinstance(predicts, ScalarModel):
+        adapters.adapt(predicts, lora, "critic")
+    for model in (policy, reference, reward, predicts):
+        if model is None:
+            continue
+        if model in (reference, reward):
+            model.requires_grad_(False)
+        model.eval()  # no dropout, neither in rollouts nor in updates
+        body = model.body if isinstance(model, ScalarModel) else model
+        if device.type == "cpu" and isinstance(body, GPT):
+            body.use_attention(plain_attention)
+    return Players(
+        policy,
+        reference,
+        reward,
+        predicts,
+        runtime.compute_dtype(precision),
+        runtime.compute_dtype(policy_precision),
+    )
+
+
+def load_reward(directory: Path, base: Loaded, min_correlation: float) -> ScalarModel:
+    """The reward model of a stage. Raises UserError when it is none, of another tokenizer, or too weak."""
+    found = find_checkpoint(directory)
+    if found is None or found.state().get("kind") != "reward":
+        raise UserError(f"{directory} holds no reward model")
+    state = found.state()
+    assert base.tokenizer is not None
+    if state["tokenizer"] != base.tokenizer.fingerprint:
+        raise UserError(f"the reward model in {directory} has another tokenizer than the policy")
+    result = directory / "result.json"
+    facts = files.read_json(result).get("facts", {}) if result.is_file() else {}
+    quality = facts.get("held_out_correlation")
+    if quality is None or quality < min_correlation:
+        told = "is not known" if quality is None else f"is {quality:.3f}"
+        raise UserError(
+            f"the reward model's correlation with held-out ratings {told}, PPO wants {min_correlation:g}: a weaker one "
+            "is exploited, not followed (answers collapse while its score rises). Train it longer or on more ratings, "
+            "start it from a better model, or lower min_correlation at your own risk"
+        )
+    found.verify()
+    reward = ScalarModel(GPTConfig.from_dict(state["model"]))
+    checkpoint.load_model_tensors(reward, found.tensors("model"), where=str(found.path))
+    return reward

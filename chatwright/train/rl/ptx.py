@@ -1,0 +1,85 @@
+"""ptx: pre-training goes on beside PPO, so that the policy does not forget what it knew.  Ouyang et al. 2022, eq. 2.
+
+The objective gains gamma E[log pi(x)] over texts x of pre-training. What alignment costs without it, and what is left of that
+cost with it, is the perplexity of held-out general text before and after: the tax report.
+
+Departures from the paper: the mean is over tokens (the paper does not say over what), so that `gamma` has another scale than
+its 27.8 for sums over texts; texts are windows of the token stream, as in our pre-training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from chatwright import runtime
+from chatwright.data.loader import SampleOrder
+from chatwright.data.shards import TokenShards
+from chatwright.model.gpt import GPT
+from chatwright.objectives.language import chunked_next_token_loss
+from chatwright.stages.pretrain import held_out_bits_per_byte
+from chatwright.tokenizer import Tokenizer
+from chatwright.train.trainer import Step
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Windows of general text that belong to a minibatch of answers."""
+
+    ids: Int[Tensor, "windows context+1"]
+    share: float
+    """What the mean loss of these windows counts as in the sum over the minibatch's answer tokens."""
+
+    @property
+    def weight(self) -> float:
+        """None of its own: the minibatch's sum is divided by its answer tokens."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class GeneralText:
+    """Training windows in an order of their own, and what is held out."""
+
+    train: TokenShards
+    held_out: TokenShards
+    context: int
+    order: SampleOrder
+
+    @classmethod
+    def open(cls, directory: Path, tokenizer: Tokenizer, context: int, seed: int) -> GeneralText:
+        """The shards of a tokenizer stage. Raises UserError when they are missing, or of another tokenizer."""
+        train = TokenShards.open(directory / "train", tokenizer)
+        held_out = TokenShards.open(directory / "validation", tokenizer)
+        return cls(
+            train, held_out, context, SampleOrder(train.windows(context), runtime.seed_for(seed, "ptx"))
+        )
+
+    def take(self, start: int, count: int) -> Int[Tensor, "count context+1"]:
+        """Windows start ... start + count - 1 of the order."""
+        return torch.stack(
+            [self.train.window(number, self.context) for number in self.order.take(start, count)]
+        )
+
+    def perplexity(self, model: GPT) -> float:
+        """exp of the mean negative log-likelihood of a held-out token."""
+        with runtime.evaluating(model):
+            bits = held_out_bits_per_byte(model, self.held_out, context=self.context, dtype=torch.float32)
+        return float(2 ** (bits * self.held_out.text_bytes / self.held_out.tokens))
+
+
+def text_step(policy: GPT, batch: TextBatch) -> Step:
+    """gamma times the mean loss of the windows' tokens, on the scale of the minibatch's sum."""
+    hidden = policy.hidden(batch.ids[:, :-1])
+    targets = batch.ids[:, 1:]
+    total = chunked_next_token_loss(
+        hidden,
+        policy.head.weight,
+        targets,
+        torch.ones_like(targets, dtype=torch.bool),
+        softcap=policy.config.logit_softcap,
+    )
+    return Step(total * (batch.share / targets.numel()))

@@ -1,0 +1,286 @@
+"""Rollouts: prompts -> sampled answers with everything PPO needs to know about each token.
+
+Columns of all (B, T) tensors are positions of prompt + answer, padded on the right. `log_probs[b, t]` belongs to token
+t; `values[b, t]` is the critic's opinion BEFORE token t, its output at position t - 1 (docs/papers.md, point 7:
+values are shifted by one against the log-probabilities).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from chatwright import runtime
+from chatwright.chat import ChatTemplate
+from chatwright.config import UserError
+from chatwright.data.examples import Dialogue
+from chatwright.data.loader import WIDTH_STEP, pad
+from chatwright.data.records import read_records
+from chatwright.generate.engine import Engine
+from chatwright.generate.request import Request
+from chatwright.generate.sampling import Sampling
+from chatwright.language_model import exact_runner
+from chatwright.model.gpt import GPT
+from chatwright.model.heads import ScalarModel
+from chatwright.model.ragged import one_of_few
+from chatwright.objectives import policy as objective
+from chatwright.objectives.language import projected_log_probs
+from chatwright.tokenizer import Tokenizer
+from chatwright.train.parallel.context import Spread
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+Entropy = Literal["", "known", "learnt"]
+"""Whether the entropy of the policy is asked for, and whether with its gradient: that of a large vocabulary takes time."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Sampled answers. `real` is True on tokens that are not padding, `response` on answer tokens, end included."""
+
+    ids: Int[Tensor, "batch time"]
+    real: Bool[Tensor, "batch time"]
+    response: Bool[Tensor, "batch time"]
+    finished: Bool[Tensor, " batch"]
+    """Whether the answer came to its end token."""
+    sampled: Float[Tensor, "batch time"]
+    """The sampler's own log-probabilities of the answer tokens, 0 elsewhere."""
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Real tokens of each row, prompt and answer."""
+        return self.real.sum(1)
+
+    @property
+    def before(self) -> Int[Tensor, " tokens"]:
+        """The place (row x time + column) before each answer token: what a model says there is about this token."""
+        return self.response.flatten().nonzero()[:, 0] - 1
+
+    def placed(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, "batch time"]:
+        """A number for each answer token, one row after the other, in their places; 0 elsewhere."""
+        return torch.zeros(self.ids.shape, device=values.device).masked_scatter(self.response, values)
+
+    def rows(self, chosen: Tensor) -> Answers:
+        """Some of the rows."""
+        return chosen_rows(self, chosen)
+
+
+class Rollout(Protocol):
+    """A round's answers with what was known when they were sampled; constants for the updates that follow."""
+
+    @property
+    def answers(self) -> Answers:
+        """The answers."""
+
+    @property
+    def weight(self) -> float:
+        """What the loss is summed over."""
+
+    def rows(self, chosen: Tensor) -> Any:
+        """Some of the rows."""
+
+
+Batch = TypeVar("Batch", bound="DataclassInstance")
+
+
+def mapped(function: Callable[..., Tensor], *batches: Batch) -> Batch:
+    """A dataclass of tensors (nested ones too) whose every tensor is made of the same ones of these batches."""
+    values = []
+    for field in fields(batches[0]):
+        parts: list[Any] = [getattr(batch, field.name) for batch in batches]
+        values.append(function(*parts) if isinstance(parts[0], Tensor) else mapped(function, *parts))
+    return type(batches[0])(*values)
+
+
+def chosen_rows(batch: Batch, chosen: Tensor) -> Batch:
+    """Some of the rows of a dataclass of tensors."""
+    return mapped(lambda one: one[chosen], batch)
+
+
+def above_each_other(batches: Sequence[Batch]) -> Batch:
+    """The rows of dataclasses of tensors, one below the other; narrow ones get padding, which is 0, or False, in all tensors."""
+
+    def stacked(*tensors: Tensor) -> Tensor:
+        width = max(one.shape[-1] for one in tensors)
+        return torch.cat([F.pad(one, (0, width - one.shape[1])) if one.ndim > 1 else one for one in tensors])
+
+    return mapped(stacked, *batches)
+
+
+def gathered(batch: Batch, spread: Spread) -> Batch:
+    """The rows that all processes have, in the order of their samples, in each of them; alone, the batch itself."""
+    if not spread.together:
+        return batch
+    return runtime.on_device(above_each_other(spread.gathered(mapped(lambda one: one.cpu(), batch))))
+
+
+def as_tensors(batch: Any, prefix: str = "") -> dict[str, Tensor]:
+    """A dataclass of tensors as a checkpoint can hold it, by name; flags as bytes, which every format knows."""
+    tensors: dict[str, Tensor] = {}
+    for field in fields(batch):
+        one = getattr(batch, field.name)
+        if isinstance(one, Tensor):
+            tensors[prefix + field.name] = one.byte() if one.dtype == torch.bool else one
+        else:
+            tensors |= as_tensors(one, f"{prefix}{field.name}.")
+    return tensors
+
+
+def from_tensors(kind: type[Batch], tensors: Mapping[str, Tensor], prefix: str = "") -> Batch:
+    """Inverse of `as_tensors`; what is in a rollout and no tensor are its `Answers`."""
+    values: list[Any] = []
+    for field in fields(kind):
+        one = tensors.get(prefix + field.name)
+        if one is None:
+            values.append(from_tensors(Answers, tensors, f"{prefix}{field.name}."))
+        else:
+            values.append(one.bool() if one.dtype == torch.uint8 else one)
+    return kind(*values)
+
+
+def prompts_from(
+    dialogues: Sequence[Dialogue], template: ChatTemplate, tokenizer: Tokenizer, *, max_tokens: int, most: int
+) -> list[list[int]]:
+    """Up to `most` conversations that end with a user's turn, as ids ready for the answer.
+
+    The first three user turns of a conversation each give one; those longer than `max_tokens` are left out.
+    """
+    prompts: list[list[int]] = []
+    for dialogue in dialogues:
+        turns = [n for n, message in enumerate(dialogue.messages) if message["role"] == "user"]
+        for n in turns[:3]:
+            ids = template.encode(dialogue.messages[: n + 1], tokenizer, add_generation_prompt=True).ids
+            if len(ids) <= max_tokens:
+                prompts.append(ids)
+        if len(prompts) >= most:
+            break
+    return prompts[:most]
+
+
+def training_prompts(
+    records: Path, template: ChatTemplate, tokenizer: Tokenizer, max_tokens: int
+) -> list[list[int]]:
+    """What the users of a data stage's dialogues said, at most 4,000 prompts. Raises UserError when none is short enough."""
+    dialogues = list(read_records(records / "dialogues-train.jsonl", Dialogue))
+    prompts = prompts_from(dialogues, template, tokenizer, max_tokens=max_tokens, most=4_000)
+    if not prompts:
+        raise UserError(f"no prompt in {records} has at most {max_tokens} tokens; raise max_prompt_tokens")
+    return prompts
+
+
+def sample_answers(
+    policy: GPT,
+    prompts: Sequence[Sequence[int]],
+    *,
+    end: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed_parts: Sequence[object],
+    first: int = 0,
+    max_batch: int = 64,
+    dtype: torch.dtype = torch.float32,
+) -> Answers:
+    """Sample one answer to each prompt; each has a random stream of its own, named by `seed_parts` and its number, which counts
+    from `first`: who samples a part of the prompts says where the part begins. On a CPU the compiled kernels sample, from copies in
+    `dtype` of the weights of now."""
+    requests = [
+        Request(
+            prompt=tuple(prompt),
+            sampling=Sampling(
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=runtime.seed_for(*seed_parts, number),
+            ),
+            end_ids=frozenset({end}),
+        )
+        for number, prompt in enumerate(prompts, first)
+    ]
+    done = Engine(policy, None, max_batch=max_batch, runner=exact_runner(policy, dtype)).generate(requests)
+    rows = [[*prompt, *one.ids] for prompt, one in zip(prompts, done, strict=True)]
+    starts = torch.tensor([len(prompt) for prompt in prompts])
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = pad(rows, 0, multiple=WIDTH_STEP)
+    place = torch.arange(ids.shape[1])
+    real = place < lengths[:, None]
+    response = real & (place >= starts[:, None])
+    sampled = torch.zeros(ids.shape)
+    sampled[response] = torch.tensor([value for one in done for value in one.logprobs])
+    finished = torch.tensor([bool(one.ids) and one.ids[-1] == end for one in done])
+    return runtime.on_device(Answers(ids, real, response, finished, sampled))
+
+
+def answer_log_probs(
+    model: GPT,
+    answers: Answers,
+    *,
+    temperature: float,
+    entropy: Entropy = "",
+    hidden: Float[Tensor, "tokens width"] | None = None,
+) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
+    """Log-probability, and if asked the entropy (`learnt`: with its gradient), of every answer token under `model`; 0 elsewhere.
+
+    Logits are divided by the sampling temperature, as they were when the tokens were drawn. They are float32 products even under
+    autocast (`projected_log_probs` says why). `hidden` are the model's hidden states before these tokens (`Answers.before`) where they
+    are known already.
+    """
+    if hidden is None:
+        hidden = model.hidden_at(answers.ids, answers.before, lengths=answers.lengths)
+    tokens = answers.ids[answers.response]
+    if torch.is_grad_enabled() and not entropy:
+        learnt = projected_log_probs(
+            hidden, model.head.weight, tokens, temperature=temperature, softcap=model.config.logit_softcap
+        )
+        return answers.placed(learnt), torch.zeros(answers.ids.shape, device=learnt.device)
+    more = one_of_few(len(tokens)) - len(tokens)  # as in projected_log_probs
+    with runtime.full_precision():
+        logits = model.head(F.pad(hidden.float(), (0, 0, 0, more)))[: len(tokens)]  # (answer tokens, V)
+    log_p = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
+    log_probs = answers.placed(log_p.gather(1, tokens[:, None])[:, 0])
+    if not entropy:
+        return log_probs, torch.zeros_like(log_probs)
+    return log_probs, answers.placed(objective.entropy_of(log_p if entropy == "learnt" else log_p.detach()))
+
+
+def values_before(critic: ScalarModel, answers: Answers) -> Float[Tensor, "batch time"]:
+    """The critic's value before each answer token, 0 elsewhere."""
+    return answers.placed(critic.at(answers.ids, answers.before, lengths=answers.lengths))
+
+
+def degenerate(answers: Answers, *, min_tokens: int, max_repeats: float) -> Bool[Tensor, " batch"]:
+    """Answers of fewer than `min_tokens` tokens (the end not counted), or whose bigrams repeat too often.
+
+    `max_repeats` is the largest allowed share of an answer's bigrams that occurred in it before.
+    """
+    flags = []
+    for ids, mask in zip(answers.ids, answers.response, strict=True):
+        tokens = ids[mask].tolist()
+        bigrams = list(pairwise(tokens))
+        repeats = 1 - len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+        flags.append(len(tokens) - 1 < min_tokens or repeats > max_repeats)
+    return torch.tensor(flags, device=answers.ids.device)
+
+
+def texts_of(answers: Answers, tokenizer: Tokenizer) -> list[str]:
+    """The answers as text. Ids beyond the tokenizer's spell nothing: a model's table may be larger, and all of it is drawn from."""
+    spelt = answers.response & (answers.ids < tokenizer.vocab_size)
+    return [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(answers.ids, spelt, strict=True)]
+
+
+def distinct(texts: Sequence[str], n: int = 2) -> float:
+    """Different word n-grams over all word n-grams of the texts together (Li et al. 2016, arXiv:1510.03055)."""
+    grams = [
+        tuple(words[i : i + n])
+        for words in (text.split() for text in texts)
+        for i in range(len(words) - n + 1)
+    ]
+    return len(set(grams)) / len(grams) if grams else 0.0

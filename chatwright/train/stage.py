@@ -1,0 +1,60 @@
+"""What a stage is to the rest of the program: one object that its file ends with, `STAGE`.
+
+The command line, recipes, the planner, the doctor, reports and the documentation read everything they need to know about a
+stage from here. A new stage is therefore one file in stages/, a recipe, and a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from chatwright.config import UsageError
+from chatwright.metrics import Metric
+from chatwright.model.config import GPTConfig
+from chatwright.train.paper import Paper
+from chatwright.train.planning.program import StagePlan
+from chatwright.train.workspace import Answered, Report, Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """All that the program needs to know about a stage."""
+
+    config: type[Any]
+    """The dataclass of its settings; a field's docstring is its help."""
+    run: Callable[[Any, Workspace], Report]
+    """Runs the stage in its workspace."""
+    plan: StagePlan | None
+    """How the planner builds its training step on fake tensors. None says that the stage trains nothing."""
+    metrics: Sequence[Metric] = ()
+    """What it logs. Logging any other key fails in the tests."""
+    paper: Sequence[Paper] = ()
+    """Settings of the paper, which the report shows beside those of the run."""
+    preview: Callable[[Any, Workspace, int], None] | None = None
+    """Prints the first N samples as they are learnt, and trains nothing."""
+    reads: Callable[[Any], Mapping[str, str]] = field(default=lambda config: {})
+    """Settings -> {kind of records that it needs: the input that has them}; kinds: text, dialogues, ratings, comparisons."""
+    shape: Callable[[Any, int | None], GPTConfig] | None = None
+    """The shape of the model that it makes from nothing, given the tokenizer's size where that is known."""
+    answers: Callable[[Any, Workspace, Report], Answered] | None = None
+    """Answers before and after, where the report should not ask base and result the same held-out prompts."""
+    kl_budget: Callable[[Any, Workspace, Report], dict[str, Any] | None] | None = None
+    """{spent, allowed, ...}: nats per answer between the reference and what came of it."""
+    actions: Mapping[str, Callable[[Sequence[str]], int]] = field(default_factory=dict)
+    """Further words behind the verb: `chatwright data list`."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Former name of a setting -> its name now. Both are read; the former prints a line that names the new one."""
+
+    def __post_init__(self) -> None:
+        if self.plan is None and hasattr(self.config, "optim"):
+            raise UsageError(f"{self.config.__module__}: a stage with an optimiser needs a plan (StagePlan)")
+
+
+def stage_of(module: Any) -> Stage:
+    """The STAGE of a module. Raises UsageError when it has none."""
+    found = getattr(module, "STAGE", None)
+    if not isinstance(found, Stage):
+        raise UsageError(f"{module.__name__} has no STAGE = Stage(...): it is not a stage")
+    return found
