@@ -175,6 +175,11 @@ class Engine:
             raise UserError(
                 f"the prompt has token ids outside of the model's vocabulary (0 to {vocab_size - 1})"
             )
+        if any(not 0 <= position < len(prompt) or not content for position, content in request.placeholders):
+            raise UserError(
+                f"placeholders must be positions in the prompt (0 to {len(prompt) - 1}), each with a hash "
+                "of what it stands for"
+            )
         if any(token >= vocab_size for token, _ in sampling.logit_bias):
             raise UserError(
                 f"logit_bias has token ids outside of the model's vocabulary (0 to {vocab_size - 1})"
@@ -287,7 +292,7 @@ class Engine:
             # A page that is not full is remembered once the prompt is whole, not after every chunk.
             whole = row.stored if feed.wanted else row.stored - row.stored % self._places.pool.size
             if not row.private:
-                row.pages = self._places.pool.learn(row.tokens[:whole], row.pages)
+                row.pages = self._places.pool.learn(row.keys[:whole], row.pages)
             if feed.wanted:
                 row.reading = False
                 row.add(next(choices))

@@ -78,7 +78,7 @@ class Places:
                 row = self.waiting[at]
                 if len(self.running) + at >= self.most or budget <= 0:
                     break
-                match = self.pool.match(row.tokens[:-1])
+                match = self.pool.match(row.keys[:-1])
                 if self._is_being_read(row, match):
                     at += 1
                     continue
@@ -92,13 +92,13 @@ class Places:
 
         That is worth it for a whole page, and for another sample of the same prompt.
         """
-        last = len(row.tokens) - 1
+        last = len(row.keys) - 1
         end = min(last, match.tokens - match.tokens % self.pool.size + self.pool.size)
         if end <= match.tokens:
             return False
-        begin = row.tokens[:end]
+        begin = row.keys[:end]
         return any(
-            other.tokens[:end] == begin and (end % self.pool.size == 0 or other.tokens == row.tokens)
+            other.keys[:end] == begin and (end % self.pool.size == 0 or other.keys == row.keys)
             for other in self.running
             if other.reading and other.alive and not other.private
         )
@@ -167,7 +167,7 @@ class Places:
         if row.handle.failed:
             self.pool.doubt(row.pages)
         elif not row.private:
-            row.pages = self.pool.learn(row.tokens[: row.stored], row.pages)
+            row.pages = self.pool.learn(row.keys[: row.stored], row.pages)
         self.pool.release(row.pages)
         row.pages, row.stored = [], 0
 

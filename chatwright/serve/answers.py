@@ -86,11 +86,11 @@ class Answering:
         self._ask, self._pool, self._jobs, self._seat = ask, pool, jobs, seat
         self._render, self._save_seconds = render, save_seconds
         turn = ask.turn
-        self._draft = Draft(turn.content, tokens=turn.tokens or 0, dropped=turn.dropped)
+        self._draft = Draft(turn.text, tokens=turn.tokens or 0, dropped=turn.dropped)
         if ask.probabilities or ask.earlier is not None:
             self._draft.token_texts = list(ask.earlier or [])
-            if turn.content and ask.earlier is None:
-                self._draft.token_texts.append(_unknown(turn.content))
+            if turn.text and ask.earlier is None:
+                self._draft.token_texts.append(_unknown(turn.text))
         self._spent = turn.seconds or 0.0
 
     async def __call__(self, job: Job) -> Event:
@@ -145,7 +145,7 @@ class Answering:
                 if service is None:
                     draft.reason = self._why_cancelled(job)
                     return
-                begun = ask.turn.content
+                begun = ask.turn.text
                 self._seat.close()  # what follows takes the place before anybody else can
                 prepared = await service.prepare(ask.messages, sampling, begun=begun)
                 draft.dropped, draft.started = prepared.dropped, time.monotonic()
@@ -249,9 +249,7 @@ class Answering:
                 )
                 return {}
             # Where the answer was to go on and did not, it is what it was.
-            draft.reason = (
-                "error" if draft.text != ask.turn.content else ask.turn.finish_reason or "interrupted"
-            )
+            draft.reason = "error" if draft.text != ask.turn.text else ask.turn.finish_reason or "interrupted"
             await self._save()
         except UserError as error:
             logger.warning("a failed answer could not be kept: %s", error)
@@ -272,7 +270,7 @@ def shown(turn: Turn) -> dict[str, Any]:
         "id": turn.id,
         "parent": turn.parent,
         "role": turn.role,
-        "content": turn.content,
+        "content": turn.text,
         "model": turn.model,
         "finish_reason": turn.finish_reason,
         "tokens": turn.tokens,

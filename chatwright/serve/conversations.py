@@ -179,7 +179,7 @@ def routes(pool: ModelPool, jobs: JobStore, render: Callable[[str], str], save_s
                 if_refused.callback(seat.close)
                 seat.enter_context(pool.promised(body.model))
                 ask = await asyncio.to_thread(_place, mine, found, body, sampling)
-                about = {"turn": ask.turn.id, "content": ask.turn.content}
+                about = {"turn": ask.turn.id, "content": ask.turn.text}
                 work = Answering(ask, pool, jobs, seat=seat, render=render, save_seconds=save_seconds)
                 job = jobs.start(work, owner=mine.owner, subject=conversation, about=about)
                 if_refused.pop_all()  # from here on the seat is the job's

@@ -23,6 +23,7 @@ from chatwright.config import UsageError, UserError
 from chatwright.data.examples import Comparison
 from chatwright.data.loader import SampleOrder
 from chatwright.data.records import records_of
+from chatwright.messages import described
 from chatwright.metrics import say
 from chatwright.model.config import GPTConfig
 from chatwright.model.heads import ScalarModel
@@ -342,7 +343,8 @@ def compare_scores(config: Any, workspace: Workspace, report: Report) -> Answere
             scores, _ = judge(model, rankings, chosen)
         leads.append((scores[:, 0] - scores[:, 1]).tolist())
     prompts = [
-        f"{' / '.join(one['content'] for one in pair.prompt)} - higher: {pair.responses[0]} - lower: {pair.responses[1]}"
+        f"{' / '.join(described(one['content']) for one in pair.prompt)} - higher: {pair.responses[0]} "
+        f"- lower: {pair.responses[1]}"
         for pair in chosen
     ]
     pairs = [

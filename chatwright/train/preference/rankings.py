@@ -18,6 +18,7 @@ from chatwright.config import UserError
 from chatwright.data.examples import Comparison, Dialogue, LabelledText
 from chatwright.data.loader import WIDTH_STEP, SampleOrder, pad
 from chatwright.data.records import read_records
+from chatwright.messages import described, written
 from chatwright.objectives.preference import Ties, pair_wins
 from chatwright.tokenizer import Tokenizer
 
@@ -79,7 +80,7 @@ def first_prompts(file: Path, most: int = 2_000) -> list[tuple[Message, ...]]:
     for a prompt costs time in every row; else all. Raises UserError."""
     records = islice(read_records(file, Dialogue), most)
     first = [dialogue.messages[:1] for dialogue in records if dialogue.messages[0]["role"] == "user"]
-    return [turn for turn in first if len(turn[0]["content"]) < 24] or first
+    return [turn for turn in first if len(described(turn[0]["content"])) < 24] or first
 
 
 def demonstrations(file: Path, most: int) -> list[Comparison]:
@@ -92,7 +93,7 @@ def demonstrations(file: Path, most: int) -> list[Comparison]:
         if "user" in roles[:place]:
             found.append(
                 Comparison.of(
-                    dialogue.messages[:place], (dialogue.messages[place]["content"], ""), (0.0, 0.0)
+                    dialogue.messages[:place], (written(dialogue.messages[place]["content"]), ""), (0.0, 0.0)
                 )
             )
         if len(found) == most:
