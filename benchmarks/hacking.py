@@ -66,7 +66,7 @@ def run(recipe: recipes.Recipe, root: Path, *, stopped: bool) -> dict[str, Any]:
 
 
 def held_out(recipe: recipes.Recipe, root: Path, inputs: Mapping[str, Path], kept: int) -> dict[str, Any]:
-    """Round -> what the policy of that round is like on held-out prompts: every `save_every` rounds, and the kept one. Those known
+    """Round -> what the policy of that round is like on held-out prompts: every `save_steps` iterations, and the kept one. Those known
     are not measured again."""
     file = root / "ppo" / "measured.json"
     mark = files.read_json(root / "ppo" / "result.json")["fingerprint"]
@@ -77,7 +77,7 @@ def held_out(recipe: recipes.Recipe, root: Path, inputs: Mapping[str, Path], kep
         rows["0"] = table.measure(table.base).row()
     for one in checkpoint.checkpoints(root / "ppo" / "checkpoints"):
         if str(one.step) not in rows and (
-            one.step % recipe.stages["ppo"].config.save_every == 0 or one.step == kept
+            one.step % recipe.stages["ppo"].config.save_steps == 0 or one.step == kept
         ):
             say(f"  measuring round {one.step}")
             rows[str(one.step)] = table.measure(ready(str(one.path))).row()

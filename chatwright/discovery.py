@@ -49,7 +49,10 @@ class Verb:
 
     def summary(self) -> str:
         """The first line of the file's docstring, without the paper that it cites behind two spaces."""
-        found = importlib.util.find_spec(self.module)
+        try:
+            found = importlib.util.find_spec(self.module)
+        except (ImportError, ValueError):
+            return ""
         if found is None or not found.origin:
             return ""
         return first_line(Path(found.origin)).split("  ")[0].rstrip(".")

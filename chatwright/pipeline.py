@@ -23,6 +23,7 @@ from chatwright.config import (
     to_plain,
     to_yaml,
 )
+from chatwright.files import read_json, write_json, write_text
 from chatwright.metrics import duration, say
 from chatwright.recipe import Recipe, RecipeStage
 from chatwright.reports import extras

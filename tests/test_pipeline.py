@@ -187,13 +187,14 @@ def test_the_time_of_interrupted_attempts_is_counted(
     recipe, root = read_recipe(write(TWO), {"other": {"fail": "interrupt"}}), tmp_path / "run"
     now = [1000.0]
     monkeypatch.setattr(pipeline.time, "monotonic", lambda: now[0])
-    real = pipeline.module_of
+    second = sys.modules["stage_second"]
+    run = second.STAGE.run
 
-    def slow(verb: str, **settings: Any) -> Any:
-        now[0] += 5.0 if verb == "second" else 0.0
-        return real(verb, **settings)
+    def slow(config: Second, workspace: Workspace) -> Report:
+        now[0] += 5.0
+        return run(config, workspace)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(pipeline, "module_of", slow)
+    monkeypatch.setattr(second, "STAGE", replace(second.STAGE, run=slow))
     for _ in range(2):
         with pytest.raises(Interrupted):
             run_recipe(recipe, root)

@@ -33,7 +33,8 @@ from chatwright.metrics import progress_bar
 from chatwright.model.attention import plain_attention
 from chatwright.model.heads import ScalarModel
 from chatwright.train.base import open_base
-from chatwright.train.parallel.context import ALONE, ParallelConfig, Spread, start_parallel
+from chatwright.train.parallel.context import ALONE, ParallelConfig, Spread
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.rl.gold import SENTIMENT, Gold, gold_of
 from chatwright.train.rl.models import judge, load_reward
 from chatwright.train.rl.rollout import Answers, gathered, prompts_from, sample_answers
@@ -414,4 +415,6 @@ def kl_budget(config: Config, workspace: Workspace, report: Report) -> dict[str,
     return {"spent": report.value("KL of best of n"), "allowed": None, "stopped": bound}
 
 
-STAGE = Stage(config=Config, run=run, plan=None, reads=lambda config: ("dialogues",), kl_budget=kl_budget)
+STAGE = Stage(
+    config=Config, run=run, plan=None, reads=lambda config: {"dialogues": config.data}, kl_budget=kl_budget
+)

@@ -326,4 +326,6 @@ def measure(
     ]
 
 
-STAGE = Stage(config=Config, run=run, plan=PLAN, reads=lambda config: ("ratings", "dialogues"))
+STAGE = Stage(
+    config=Config, run=run, plan=PLAN, reads=lambda config: {"ratings": config.data, "dialogues": config.data}
+)

@@ -142,4 +142,6 @@ def kl_budget(config: Config, workspace: Workspace, report: Report) -> dict[str,
     }
 
 
-STAGE = Stage(config=Config, run=run, plan=None, reads=lambda config: ("dialogues",), kl_budget=kl_budget)
+STAGE = Stage(
+    config=Config, run=run, plan=None, reads=lambda config: {"dialogues": config.data}, kl_budget=kl_budget
+)

@@ -24,12 +24,14 @@ from chatwright.metrics import say
 from chatwright.model.compile_friendly import make_compile_friendly
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
-from chatwright.objectives.language import bits_per_byte, chunked_next_token_loss, next_token_loss
+from chatwright.objectives.language import chunked_next_token_loss
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.cost import training_flop
+from chatwright.train.held_out import held_out_bits_per_byte, held_out_nats, held_out_rows
 from chatwright.train.loop import Fit, FitConfig
-from chatwright.train.parallel.context import ParallelConfig, start_parallel
+from chatwright.train.parallel.context import ParallelConfig
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import PlannedStage, StagePlan, StepProgram, fake_tokens
 from chatwright.train.precision import WorkingCopy
@@ -94,37 +96,6 @@ def step(model: GPT, batch: TokenBatch, angles: tuple[Tensor, Tensor] | None = N
     return Step(loss)
 
 
-def held_out_rows(shape: GPTConfig) -> int:
-    """Windows measured at once: few enough that their logits stay under 34 MB, at most 32."""
-    return max(1, min(32, 2**23 // (shape.context * shape.vocab_size)))
-
-
-def held_out_bits_per_byte(model: GPT, shards: TokenShards, *, context: int, dtype: torch.dtype) -> float:
-    """Bits per byte of held-out text: windows of `context` tokens side by side, each token a target exactly once.
-
-    The first token of a window is predicted from one token only, so that this is a little above what the model can
-    do with full context everywhere. End-of-text tokens count as targets, though they are no bytes of the text.
-    """
-    nats = 0.0
-    rows: list[Tensor] = []
-    with runtime.autocast(dtype):
-        for stretch in shards.stretches(context):
-            rows.append(stretch)
-            if len(rows) == held_out_rows(model.config):
-                nats += _sum_of(model, rows)
-                rows = []
-        for row in rows:  # the last ones may be of any length
-            nats += _sum_of(model, [row])
-    return bits_per_byte(nats, shards.text_bytes)
-
-
-def _sum_of(model: GPT, rows: list[Tensor]) -> float:
-    if len({len(row) for row in rows}) > 1:
-        return sum(_sum_of(model, [row]) for row in rows)
-    tokens = runtime.on_device(torch.stack(rows))
-    return float(next_token_loss(model(tokens[:, :-1]), tokens[:, 1:]))
-
-
 def fast_step(
     model: GPT, config: FitConfig, *, alone: bool, in_parts: bool = False
 ) -> tuple[Callable[[TokenBatch], Step], torch.dtype, str]:
@@ -170,7 +141,7 @@ def step_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
     def measure() -> None:
         model.eval()
         with runtime.autocast(dtype):
-            _sum_of(model, list(fake_tokens(held_out_rows(shape), shape.context + 1)))
+            held_out_nats(model, list(fake_tokens(held_out_rows(shape), shape.context + 1)))
 
     return StepProgram(
         [model],

@@ -20,7 +20,7 @@ from chatwright.config import UsageError
 from chatwright.objectives import policy as objective
 from chatwright.objectives.policy import Baseline
 from chatwright.train.paper import Paper
-from chatwright.train.rl.config import SHARED_PAPER, RoundsConfig
+from chatwright.train.rl.config import RENAMED, SHARED_PAPER, RoundsConfig
 from chatwright.train.rl.models import Players, judged, opinion, round_facts, step_facts
 from chatwright.train.rl.outcome import kl_budget
 from chatwright.train.rl.rollout import Answers, chosen_rows
@@ -153,6 +153,7 @@ STAGE = Stage(
     run=run,
     plan=PLAN,
     paper=PAPER,
-    reads=lambda config: ("dialogues",),
+    reads=lambda config: {"dialogues": config.data},
     kl_budget=kl_budget,
+    renamed=RENAMED,
 )

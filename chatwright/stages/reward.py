@@ -2,7 +2,7 @@
 
 Departures from the paper: by default the comparisons are made from texts that people rated one by one (a prompt with
 K rated texts as its answers, ranked by their mean ratings), because that is the human preference data that installs as
-a package; answers closer than `margin` tie, and pairs that tie are left out (`ties`). After training the scores are shifted
+a package; answers closer than `tie_tolerance` tie, and pairs that tie are left out (`ties`). After training the scores are shifted
 so that demonstrations score 0, as in the paper, and scaled so that training answers have standard deviation 1.
 
 Another judge that PPO can follow, trained on single texts: classifier.py.
@@ -33,7 +33,8 @@ from chatwright.train.base import open_base
 from chatwright.train.cost import training_flop
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.paper import INSTRUCT, Paper
-from chatwright.train.parallel.context import ALONE, ParallelConfig, Spread, start_parallel
+from chatwright.train.parallel.context import ALONE, ParallelConfig, Spread
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import StagePlan
 from chatwright.train.preference import calibration, measures
@@ -67,11 +68,11 @@ class Config:
     """Your own comparisons instead of ratings: the stage, or directory, with comparisons-*.jsonl."""
     k: int = 16
     """Answers per prompt when comparisons are made from ratings (the paper: 4 to 9; here they cost no labeller's time)."""
-    margin: float = 0.5
+    tie_tolerance: float = 0.5
     """Ratings (or scores) closer than this are ties."""
     ties: Ties = "leave_out"
     """A pair that ties is left out of loss and accuracy, or is won by `half` each way in both."""
-    lead: float = 0.0
+    rating_margin: float = 0.0
     """By how much a score is to exceed another's per unit by which the rating does: Llama 2's margin; 0 for none."""
     held_out_annotators: str = ""
     """Annotators, comma-separated, none of whose comparisons is trained on: the report has the accuracy on theirs."""
@@ -109,7 +110,7 @@ PAPER = (
     Paper("optim.final", 0.1, INSTRUCT),
     Paper("optim.beta1", 0.9, INSTRUCT),
     Paper("optim.beta2", 0.95, INSTRUCT),
-    Paper("lead", 0.0, f"{INSTRUCT}: no margin; Llama 2 has one"),
+    Paper("rating_margin", 0.0, f"{INSTRUCT}: no margin; Llama 2 has one"),
     Paper("lora.rank", 0, f"{INSTRUCT}: all weights are trained"),
 )
 
@@ -122,11 +123,12 @@ DEMONSTRATIONS = 256
 def step(model: ScalarModel, batch: RankedBatch) -> Step:
     """Bradley-Terry loss over all pairs of each prompt, every answer forwarded once; accuracy beside it."""
     scores = model.score(batch.ids, batch.mask).view(batch.labels.shape)
-    right, pairs = pair_accuracy(scores.detach(), batch.labels, batch.margin, batch.ties)
+    right, pairs = pair_accuracy(scores.detach(), batch.labels, batch.tie_tolerance, batch.ties)
     accuracy = torch.tensor(batch.weight * right / max(pairs, 1))
-    lead = batch.lead * (batch.labels[:, :, None] - batch.labels[:, None, :]) if batch.lead else None
+    apart = batch.labels[:, :, None] - batch.labels[:, None, :]
+    margin = batch.rating_margin * apart if batch.rating_margin else None
     return Step(
-        bradley_terry_loss(scores, batch.labels, batch.margin, lead=lead, ties=batch.ties),
+        bradley_terry_loss(scores, batch.labels, batch.tie_tolerance, margin=margin, ties=batch.ties),
         {"accuracy": accuracy},
     )
 
@@ -220,7 +222,7 @@ def run(config: Config, workspace: Workspace) -> Report:
             Measure(
                 "accuracy of length alone",
                 None,
-                measures.length_baseline(train, held_out, config.margin, config.ties),
+                measures.length_baseline(train, held_out, config.tie_tolerance, config.ties),
                 "context",
             ),
             Measure(
@@ -269,7 +271,7 @@ def look_closer(
     """Add calibration, accuracy by number of answers and by annotator to the report of a trained model."""
     found = judged(split.held_out)
     raw = found.scores / model.scale.cpu()  # as in training: a probability is of the scale that was learnt
-    reliable = calibration.pair_reliability(raw, found.labels, config.margin, config.ties)
+    reliable = calibration.pair_reliability(raw, found.labels, config.tie_tolerance, config.ties)
     report.measures.append(
         Measure(
             "calibration error on held-out pairs",
@@ -318,9 +320,9 @@ def compare_scores(config: Any, workspace: Workspace, report: Report) -> Answere
     """What a reward model thinks of ten held-out pairs of answers, before training and after: by how much the score of the one
     that was rated higher leads."""
     held_out = load_split(config, workspace).held_out
-    chosen = [pair for pair in map(_extremes, held_out) if pair.scores[0] - pair.scores[1] > config.margin][
-        :PAIRS_SHOWN
-    ]
+    chosen = [
+        pair for pair in map(_extremes, held_out) if pair.scores[0] - pair.scores[1] > config.tie_tolerance
+    ][:PAIRS_SHOWN]
     base = open_base(config.base, workspace)
     if base.tokenizer is None or base.template is None or not chosen:
         raise UserError("there is no held-out pair that is no tie")
@@ -347,7 +349,7 @@ def compare_scores(config: Any, workspace: Workspace, report: Report) -> Answere
         {"prompt": prompt, "before": f"{first:+.2f}", "after": f"{second:+.2f}"}
         for prompt, first, second in zip(prompts, *leads, strict=True)
     ]
-    return Answered("lead of the higher rated answer, untrained", "trained", prompts, pairs)
+    return Answered("margin of the higher rated answer, untrained", "trained", prompts, pairs)
 
 
 def _extremes(one: Comparison) -> Comparison:
@@ -357,12 +359,17 @@ def _extremes(one: Comparison) -> Comparison:
     return Comparison(one.id, one.prompt, (high[1], low[1]), (high[0], low[0]))
 
 
+def records_read(config: Config) -> dict[str, str]:
+    """Comparisons of the user's own, or ratings to make comparisons from."""
+    return {"comparisons": config.comparisons} if config.comparisons else {"ratings": config.data}
+
+
 STAGE = Stage(
     config=Config,
     run=run,
     plan=PLAN,
     paper=PAPER,
-    reads=lambda config: ("comparisons",) if config.comparisons else ("ratings",),
+    reads=records_read,
     answers=compare_scores,
-    renamed={"margin": "tie_tolerance", "lead": "margin"},
+    renamed={"margin": "tie_tolerance", "lead": "rating_margin"},
 )

@@ -37,7 +37,8 @@ from chatwright.train.compiled import compile_blocks
 from chatwright.train.cost import training_flop
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.paper import INSTRUCT, Paper
-from chatwright.train.parallel.context import ParallelConfig, start_parallel
+from chatwright.train.parallel.context import ParallelConfig
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import PlannedStage, StagePlan, StepProgram, fake_tokens
 from chatwright.train.stage import Stage
@@ -353,5 +354,10 @@ def run(config: Config, workspace: Workspace) -> Report:
 
 
 STAGE = Stage(
-    config=Config, run=run, plan=PLAN, preview=preview, paper=PAPER, reads=lambda config: ("dialogues",)
+    config=Config,
+    run=run,
+    plan=PLAN,
+    preview=preview,
+    paper=PAPER,
+    reads=lambda config: {"dialogues": config.data},
 )

@@ -82,4 +82,4 @@ def run(config: Config, workspace: Workspace) -> Report:
     )
 
 
-STAGE = Stage(config=Config, run=run, plan=None, reads=lambda config: ("text",))
+STAGE = Stage(config=Config, run=run, plan=None, reads=lambda config: {"text": config.data})

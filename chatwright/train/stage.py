@@ -6,7 +6,7 @@ stage from here. A new stage is therefore one file in stages/, a recipe, and a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,6 @@ from chatwright.model.config import GPTConfig
 from chatwright.train.paper import Paper
 from chatwright.train.planning.program import StagePlan
 from chatwright.train.workspace import Answered, Report, Workspace
-
-Records = Collection[str]
-"""Kinds of records: text, dialogues, ratings, comparisons."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +34,8 @@ class Stage:
     """Settings of the paper, which the report shows beside those of the run."""
     preview: Callable[[Any, Workspace, int], None] | None = None
     """Prints the first N samples as they are learnt, and trains nothing."""
-    reads: Callable[[Any], Records] = field(default=lambda config: ())
-    """The kinds of records that it needs from its `data` input."""
+    reads: Callable[[Any], Mapping[str, str]] = field(default=lambda config: {})
+    """Settings -> {kind of records that it needs: the input that has them}; kinds: text, dialogues, ratings, comparisons."""
     shape: Callable[[Any, int | None], GPTConfig] | None = None
     """The shape of the model that it makes from nothing, given the tokenizer's size where that is known."""
     answers: Callable[[Any, Workspace, Report], Answered] | None = None

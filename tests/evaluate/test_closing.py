@@ -17,9 +17,10 @@ from chatwright.metrics import MetricsLog
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.reports import extras
-from chatwright.stages import ppo, sft
+from chatwright.stages import ppo, pretrain, sft
 from chatwright.tokenizer import Tokenizer
 from chatwright.trackers import Reporting
+from chatwright.train.rl.outcome import kl_budget
 from chatwright.train.rl.rollout import prompts_from, sample_answers, texts_of
 from chatwright.train.workspace import Measure, Report, Workspace
 
@@ -71,7 +72,7 @@ CONFIG = ppo.Config(max_new_tokens=8, max_prompt_tokens=40)
 
 
 def test_base_and_result_answer_the_same_prompts_with_the_same_seeds(stage: Workspace) -> None:
-    found = extras.close("ppo", ppo, CONFIG, stage, ended(), SPENT)
+    found = extras.close(ppo.STAGE, CONFIG, stage, ended(), SPENT)
     pairs = files.read_json(stage.directory / "pairs.json")
     file = stage.inputs["data"] / "records" / "dialogues-validation.jsonl"
     dialogues = [Dialogue.from_json(line) for line in file.read_text().splitlines()]
@@ -108,7 +109,7 @@ def test_the_kl_budget(stage: Workspace) -> None:
     log = MetricsLog(stage.directory / "metrics.jsonl")
     for step, kl in enumerate((0.0, 4.0, 2.5, 11.0)):
         log.write(step, {"kl": kl})
-    assert extras.kl_budget("ppo", CONFIG, stage, ended()) == {
+    assert kl_budget(CONFIG, stage, ended()) == {
         "spent": 2.5,
         "allowed": 10.0,
         "largest": 11.0,
@@ -116,8 +117,8 @@ def test_the_kl_budget(stage: Workspace) -> None:
         "kept": 3,
         "stopped": "all rounds done",
     }
-    assert extras.kl_budget("sft", sft.Config(), stage, ended()) is None
-    nothing = extras.kl_budget("ppo", CONFIG, stage, Report(facts={"best": None, "stopped": "broken"}))
+    assert sft.STAGE.kl_budget is None
+    nothing = kl_budget(CONFIG, stage, Report(facts={"best": None, "stopped": "broken"}))
     assert nothing is not None and nothing["spent"] is None and nothing["kept"] is None
 
 
@@ -140,7 +141,7 @@ def test_cost_is_what_is_known(stage: Workspace) -> None:
 def test_what_cannot_be_asked_is_said_and_loses_nothing(stage: Workspace) -> None:
     (stage.inputs["data"] / "records" / "dialogues-validation.jsonl").unlink()
     report = ended()
-    found = extras.close("ppo", ppo, CONFIG, stage, report, SPENT)
+    found = extras.close(ppo.STAGE, CONFIG, stage, report, SPENT)
     assert found["answers"] is None and not (stage.directory / "pairs.json").exists()
     assert (
         report.notes[0].startswith("no answers before and after: ")
@@ -152,19 +153,19 @@ def test_what_cannot_be_asked_is_said_and_loses_nothing(stage: Workspace) -> Non
 def test_a_large_model_on_a_cpu_is_asked_less(stage: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras, "WORTH_COMPILING", 1)
     monkeypatch.setattr(extras, "FEW", 11)
-    assert extras.close("ppo", ppo, CONFIG, stage, ended(), SPENT)["answers"]["prompts"] == 11
+    assert extras.close(ppo.STAGE, CONFIG, stage, ended(), SPENT)["answers"]["prompts"] == 11
 
 
 def test_a_stage_without_a_result_and_one_that_aligns_nothing(stage: Workspace) -> None:
-    assert extras.close("ppo", ppo, CONFIG, stage, Report(facts={"stopped": "x"}), SPENT)["answers"] is None
-    assert set(extras.close("pretrain", object(), object(), stage, Report(), SPENT)) == {"cost", "data"}
+    assert extras.close(ppo.STAGE, CONFIG, stage, Report(facts={"stopped": "x"}), SPENT)["answers"] is None
+    assert set(extras.close(pretrain.STAGE, object(), stage, Report(), SPENT)) == {"cost", "data"}
 
 
 def test_the_same_records_have_one_mark(tmp_path: Path) -> None:
     def mark(name: str, *texts: str) -> str | None:
         for number, text in enumerate(texts):
             files.write_text(tmp_path / name / "records" / f"{number}.jsonl", text)
-        return extras.content("data", object(), Workspace(tmp_path / name))
+        return extras.content(object(), Workspace(tmp_path / name))
 
     assert mark("a", "x", "y") == mark("b", "x", "y") != mark("c", "x", "z") and mark("d", "y", "x") != mark(
         "a", "x", "y"

@@ -71,13 +71,13 @@ def test_the_hand_value_tells_a_wrong_loss_from_the_right_one(wrong: str) -> Non
 
 def test_pairs_closer_than_the_margin_are_ties() -> None:
     # differences of the labels 0.4, 2.0, 1.6: the first is within 0.5
-    assert loss([[1.0, 0.0, -1.0]], [[2.0, 1.6, 0.0]], margin=0.5) == pytest.approx(
+    assert loss([[1.0, 0.0, -1.0]], [[2.0, 1.6, 0.0]], tie_tolerance=0.5) == pytest.approx(
         (loss_of(2) + loss_of(1)) / 2
     )
     assert loss([[1.0, 0.0, -1.0]], [[2.0, 1.6, 0.0]]) == pytest.approx(
         (loss_of(1) + loss_of(2) + loss_of(1)) / 3
     )
-    assert loss([[5.0, 0.0]], [[1.0, 0.5]], margin=0.5) == 0.0  # exactly the margin is a tie
+    assert loss([[5.0, 0.0]], [[1.0, 0.5]], tie_tolerance=0.5) == 0.0  # exactly the margin is a tie
 
 
 # Llama 2's margin: each pair must lead by half the difference of its labels. Differences of scores 1 and 2, of labels 1 and 1:
@@ -87,8 +87,8 @@ LED = (0.474077 + 0.201413) / 2
 
 
 def test_a_pair_must_lead_by_its_margin() -> None:
-    assert float(bradley_terry_loss(SCORES, LABELS, lead=LEAD)) == pytest.approx(LED, abs=1e-6)
-    assert float(bradley_terry_loss(SCORES, LABELS, lead=torch.zeros_like(LEAD))) == pytest.approx(
+    assert float(bradley_terry_loss(SCORES, LABELS, margin=LEAD)) == pytest.approx(LED, abs=1e-6)
+    assert float(bradley_terry_loss(SCORES, LABELS, margin=torch.zeros_like(LEAD))) == pytest.approx(
         HAND, abs=1e-6
     )
 
@@ -97,7 +97,7 @@ WRONG_LEAD: dict[str, Callable[[], float]] = {
     "added instead of subtracted": lambda: (loss_of(1.5) + loss_of(2.5)) / 2,
     "forgotten": lambda: HAND,
     "taken from the loss, not from the difference": lambda: HAND - 0.5,
-    "of the other pair": lambda: float(bradley_terry_loss(SCORES, LABELS, lead=LEAD.mT)),
+    "of the other pair": lambda: float(bradley_terry_loss(SCORES, LABELS, margin=LEAD.mT)),
 }
 
 
@@ -154,7 +154,7 @@ def test_pair_accuracy_counts_equal_scores_half() -> None:
     # pairs (0, 1) right, (0, 2) right, (1, 2) equal: 2.5 of 3
     assert pair_accuracy(ACCURACY_SCORES, ACCURACY_LABELS) == (2.5, 3)
     assert pair_accuracy(-ACCURACY_SCORES, ACCURACY_LABELS) == (0.5, 3)
-    assert pair_accuracy(ACCURACY_SCORES, ACCURACY_LABELS, margin=1.5) == (1.0, 1)
+    assert pair_accuracy(ACCURACY_SCORES, ACCURACY_LABELS, tie_tolerance=1.5) == (1.0, 1)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_padding_ties_with_nothing_and_a_lead_does_not_reach_it() -> None:
     lead = labels[:, :, None] - labels[:, None, :]
     for ties in ("leave_out", "half"):
         scores = torch.tensor([[1.0, 0.0, -1.0, 5.0]], requires_grad=True)
-        loss = bradley_terry_loss(scores, labels, lead=lead, ties=ties)  # type: ignore[arg-type]
+        loss = bradley_terry_loss(scores, labels, margin=lead, ties=ties)  # type: ignore[arg-type]
         loss.backward()
         assert scores.grad is not None and torch.isfinite(scores.grad).all() and scores.grad[0, 3] == 0
         # leads 1 and 1 for the pairs that are won, none for the tie

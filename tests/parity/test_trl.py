@@ -73,7 +73,7 @@ def ours(
         "entropy": policy.entropy(GIVEN["logits"]),
         "betas": torch.tensor(betas),
         "reward_loss": bradley_terry_loss(pairs, order) / 6,  # ours is a sum over prompts
-        "reward_loss_margin": bradley_terry_loss(pairs, order, lead=lead) / 6,
+        "reward_loss_margin": bradley_terry_loss(pairs, order, margin=lead) / 6,
     }
 
 

@@ -63,7 +63,7 @@ def test_the_built_in_recipe(run: Run, recipe: Callable[[str], Path], tmp_path: 
         ("{pretrain: {tokenizer: ., fit: {seconds: 0}}}", "pretrain", "give steps or seconds"),
         ("{pretrain: {tokenizer: ., preset: modern-tyny}}", "pretrain", "did you mean modern-tiny?"),
         ("{pretrain: {tokenizer: ., model: {layerz: 3}}}", "pretrain", "layerz"),
-        ("{data: {}, tokenizer: {vocab_size: 100}}", "tokenizer", "vocab_size 100 is too small"),
+        ("{data: {}, tokenizer: {vocab_size: 100}}", "recipe", "vocab_size 100 is too small"),
         (
             "{pretrain: {tokenizer: ., model: {context: 64}}, ppo: {base: pretrain, reward: ., data: .}}",
             "ppo",
@@ -99,9 +99,9 @@ def test_recipes_that_are_too_large(
     run: Run, recipe: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = recipe("{pretrain: {tokenizer: ., preset: gpt2}}")
-    monkeypatch.setattr("chatwright.runtime.total_memory_bytes", lambda: 3e9)
-    assert "set pretrain.fit.micro_batch" in check(run, path, problem="memory")
-    monkeypatch.setattr("chatwright.runtime.total_memory_bytes", lambda: None)
+    monkeypatch.setattr("chatwright.runtime.memory_budget_bytes", lambda: 1e9)
+    assert "needs " in check(run, path, problem="memory")  # GB, of one sample: gpt2 with AdamW
+    monkeypatch.setattr("chatwright.runtime.memory_budget_bytes", lambda: None)
     full = shutil.disk_usage(path.parent)._replace(free=9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     check(run, path, problem="disk")

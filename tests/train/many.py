@@ -19,7 +19,7 @@ from chatwright.config import build
 from chatwright.optim import Muon
 from chatwright.stages import pretrain
 from chatwright.train import loop
-from chatwright.train.parallel.context import process_group
+from chatwright.train.parallel.start import process_group
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace
 

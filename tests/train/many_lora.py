@@ -16,7 +16,8 @@ from chatwright.model.gpt import GPT
 from chatwright.model.lora import LoRAConfig, add_lora, trained_tensors
 from chatwright.optim import OptimConfig
 from chatwright.stages import pretrain
-from chatwright.train.parallel.context import ParallelConfig, context, process_group, start_parallel
+from chatwright.train.parallel.context import ParallelConfig, context
+from chatwright.train.parallel.start import process_group, start_parallel
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
 

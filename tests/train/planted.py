@@ -14,6 +14,7 @@ from chatwright.model.heads import ScalarModel
 from chatwright.optim import OptimConfig
 from chatwright.stages import best_of_n
 from chatwright.stages.ppo import Config
+from chatwright.train.rl import training
 
 
 class Planted(ScalarModel):
@@ -63,7 +64,7 @@ MINI = Config(
     kl_budget=8.0,
     min_tokens=1,
     max_repeats=0.6,
-    save_every=4,
+    save_steps=4,
     # Adam's first steps are of full size whatever the gradient: without warm-up, or at 1e-3, noise alone moves a miniature by 10 nats.
     optim=OptimConfig(learning_rate=4e-4, eps=1e-5, schedule="linear", warmup=0.3),
 )

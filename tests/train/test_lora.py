@@ -29,6 +29,7 @@ from chatwright.train import loop
 from chatwright.train.loop import FitConfig
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import PlannedStage
+from chatwright.train.rl import training
 from chatwright.train.rl.models import judged, make_players
 from chatwright.train.rl.rollout import answer_log_probs, sample_answers
 from chatwright.train.stopping import Interrupted, Stopper
@@ -172,7 +173,7 @@ MINI = ppo.Config(
     max_new_tokens=14,
     min_tokens=1,
     max_repeats=0.9,
-    save_every=2,
+    save_steps=2,
     min_correlation=-1.0,
     lora=LORA,
     optim=OptimConfig(learning_rate=3e-3, eps=1e-5, schedule="linear", warmup=0.0),

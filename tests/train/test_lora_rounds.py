@@ -57,7 +57,7 @@ def test_everything_at_once(
     whole = replace(
         SMALL,
         critic="shared",
-        average=0.5,
+        ema=0.5,
         text="tokenizer",
         ptx=0.5,
         ptx_windows=1,
@@ -185,7 +185,7 @@ def test_the_average_is_one_of_the_adapter_s_matrices(
     monkeypatch.setattr(training, "average_of", start)
     monkeypatch.setattr(training, "follow", watched)
     directory = tmp_path / "ppo"
-    report = planted_bench.run(ppo, replace(SMALL, average=0.5), directory)
+    report = planted_bench.run(ppo, replace(SMALL, ema=0.5), directory)
     assert len(met) == 4 and report.model == "checkpoints/step-000004"
     saved = result(directory, report).tensors("adapter")
     assert saved.keys() == met[0].keys() and not torch.equal(*(one[list(saved)[-1]] for one in met[:2]))
@@ -200,7 +200,7 @@ def test_an_average_beyond_the_limits_leaves_the_best_round_s_adapter(
 ) -> None:
     directory = tmp_path / "ppo"
     optim = replace(SMALL.optim, learning_rate=5e-2)  # the first update is beyond this budget
-    config = replace(SMALL, average=0.5, kl_budget=1e-3, kl_target=0.0, optim=optim)
+    config = replace(SMALL, ema=0.5, kl_budget=1e-3, kl_target=0.0, optim=optim)
     report = planted_bench.run(ppo, config, directory)
     assert report.facts["average"]["allowed"] is False and report.model == "checkpoints/step-000000"
     together = cw.load(

@@ -33,7 +33,8 @@ from chatwright.recipe import read_recipe
 from chatwright.stages import pretrain
 from chatwright.train import loop
 from chatwright.train.parallel import context
-from chatwright.train.parallel.context import ParallelConfig, Sizes, start_parallel
+from chatwright.train.parallel.context import ParallelConfig, Sizes
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace
 

@@ -109,7 +109,7 @@ STAGES |= {
     "ppo whole": {
         **ROUND,
         "critic": "shared",
-        "average": 0.5,
+        "ema": 0.5,
         "text": "tokenizer",
         "ptx": 0.5,
         "ptx_windows": 1,
@@ -118,7 +118,7 @@ STAGES |= {
     },
     "ppo whole lora": {
         **ROUND,
-        "average": 0.5,
+        "ema": 0.5,
         "text": "tokenizer",
         "ptx": 0.5,
         "ptx_windows": 1,

@@ -148,10 +148,10 @@ def test_critics_and_averages_are_planned_for() -> None:
     assert weights("ppo", ppo.Config(critic="shared")) == pytest.approx(3, abs=0.3)
     separate = weights("ppo", ppo.Config())
     assert separate == pytest.approx(4, abs=0.5)
-    assert weights("ppo", ppo.Config(average=0.9)) - separate == pytest.approx(1, abs=0.05)
+    assert weights("ppo", ppo.Config(ema=0.9)) - separate == pytest.approx(1, abs=0.05)
     lora = LoRAConfig(rank=2)  # policy and judge contain the reference and the critic
     for verb, config in (("ppo", ppo.Config), ("reinforce", reinforce.Config)):
-        assert weights(verb, config(lora=lora, average=0.9)) == pytest.approx(2, abs=0.3)
+        assert weights(verb, config(lora=lora, ema=0.9)) == pytest.approx(2, abs=0.3)
     assert weights("ppo", ppo.Config(lora=lora, critic="shared")) == pytest.approx(2, abs=0.3)
     assert planned("ppo", ppo.Config()).rows == (1, 128)
     assert planned("ppo", ppo.Config(text="tokenizer", ptx=1.0)).rows == (1, shape.context)
@@ -214,7 +214,7 @@ def test_the_largest_micro_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> N
         assert plan.choose(what, timed=False, available=size).micro == expected
     for size, expected in ((need[48], 48), (need[96], 0)):  # 0: as the settings have it
         monkeypatch.setenv("CHATWRIGHT_MEMORY", str(size))
-        assert plan.ahead("pretrain", what.config, what.shape, ALONE).fit.micro_batch == expected
+        assert plan.ahead("pretrain", what.plan, what.config, what.shape, ALONE).fit.micro_batch == expected
 
 
 def test_what_does_not_fit_is_refused_with_the_sum() -> None:

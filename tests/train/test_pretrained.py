@@ -78,7 +78,7 @@ def test_few_labels_are_drawn_by_the_seed(data_bench: Any, tmp_path: Path) -> No
 
 
 def test_a_run_of_rounds_keeps_as_many_checkpoints_as_asked(planted_bench: Any, tmp_path: Path) -> None:
-    config = replace(MINI, iterations=4, save_every=1, kl_budget=1e9)
+    config = replace(MINI, iterations=4, save_steps=1, kl_budget=1e9)
     kept = {}
     for keep in (2, 9):
         best = planted_bench.run(ppo, replace(config, keep=keep), tmp_path / str(keep)).facts["best"]["step"]

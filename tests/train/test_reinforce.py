@@ -31,7 +31,7 @@ SHARED = (
     "kl_budget",
     "min_tokens",
     "max_repeats",
-    "save_every",
+    "save_steps",
 )
 SMALL = Config(
     **{name: getattr(MINI, name) for name in SHARED},

@@ -35,7 +35,7 @@ def comparison(*pairs: tuple[str, float]) -> Comparison:
 
 
 def rankings_of(comparisons: list[Comparison], tokenizer: Tokenizer, **settings: Any) -> Rankings:
-    config = Config(**{"max_tokens": 40, "margin": 0.5, **settings})
+    config = Config(**{"max_tokens": 40, "tie_tolerance": 0.5, **settings})
     return Rankings(comparisons, NATIVE, tokenizer, config, SampleOrder(len(comparisons), 1))
 
 
@@ -177,7 +177,7 @@ def test_a_batch_forwards_every_answer_once_and_marks_padding(chat_tokenizer: To
     ]
     assert [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)] == rows
     assert batch.weight == 2.0
-    tied = rankings_of(chosen, chat_tokenizer, margin=5.0).batch(chosen)
+    tied = rankings_of(chosen, chat_tokenizer, tie_tolerance=5.0).batch(chosen)
     assert tied.weight == 0.0
 
 
@@ -211,7 +211,8 @@ def test_a_lead_is_asked_for_in_proportion_to_the_ratings(
     made = [comparison(("good", 2.0), ("plain", 0.5), ("bad", -1.0))]
     with torch.no_grad():
         plain, led = (
-            step(model, rankings_of(made, chat_tokenizer, lead=lead).batch(made)).loss for lead in (0.0, 0.3)
+            step(model, rankings_of(made, chat_tokenizer, rating_margin=margin).batch(made)).loss
+            for margin in (0.0, 0.3)
         )
         batch = rankings_of(made, chat_tokenizer).batch(made)
         scores = model.score(batch.ids, batch.mask).tolist()

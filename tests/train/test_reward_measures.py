@@ -108,7 +108,7 @@ def test_the_stage_measures_annotators_that_it_did_not_learn_from(
     fit = make_fit(steps=2, batch_size=4)
     config = Config(
         comparisons=str(tmp_path / "set"),
-        margin=0.0,
+        tie_tolerance=0.0,
         max_tokens=40,
         fit=fit,
         held_out_annotators="bob",
@@ -155,14 +155,17 @@ JUDGED = Judged(
 
 def test_accuracy_by_number_of_answers_by_hand() -> None:
     # three answers: 3 of 3 pairs; two answers: one prompt right, one wrong, deviation sqrt(1/2), over sqrt(2) prompts = 0.5
-    table = by_candidates(JUDGED, Config(margin=0.0))
+    table = by_candidates(JUDGED, Config(tie_tolerance=0.0))
     assert table.rows == [["2", "2", "2", "0.500 ± 0.500"], ["3", "1", "3", "1.000"]]
-    assert by_candidates(JUDGED, Config(margin=1.0)).rows == [["2", "2", "0", "-"], ["3", "1", "1", "1.000"]]
+    assert by_candidates(JUDGED, Config(tie_tolerance=1.0)).rows == [
+        ["2", "2", "0", "-"],
+        ["3", "1", "1", "1.000"],
+    ]
 
 
 def test_accuracy_by_annotator_by_hand() -> None:
     asked = [by("ann"), by("bob"), by("ann")]
-    table = by_annotator(JUDGED, asked, None, [], Config(margin=0.0))
+    table = by_annotator(JUDGED, asked, None, [], Config(tie_tolerance=0.0))
     assert table is not None
     assert table.rows == [
         ["in training", "ann", "2", "4", "1.000 ± 0.000"],

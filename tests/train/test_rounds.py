@@ -143,7 +143,7 @@ def test_the_average_is_the_result(
         met.append({key: value.clone() for key, value in policy.state_dict().items()})
 
     monkeypatch.setattr(training, "follow", watched)
-    config = replace(SMALL, epochs=1, average=0.5, kl_budget=100.0, min_distinct=0.0)
+    config = replace(SMALL, epochs=1, ema=0.5, kl_budget=100.0, min_distinct=0.0)
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     assert len(met) == 4
     saved = Checkpoint(tmp_path / "ppo" / str(report.model)).tensors("model")
@@ -158,7 +158,7 @@ def test_the_average_is_the_result(
 def test_an_average_beyond_the_limits_is_not_taken(planted_bench: Any, tmp_path: Path) -> None:
     optim = replace(MINI.optim, learning_rate=4e-3)
     config = replace(
-        SMALL, average=0.5, kl_budget=1e-3, kl_target=0.0, optim=optim
+        SMALL, ema=0.5, kl_budget=1e-3, kl_target=0.0, optim=optim
     )  # the first update is beyond this budget
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     assert report.facts["average"]["allowed"] is False
@@ -348,7 +348,7 @@ def test_gold_by_a_reward_model_and_by_nothing(reward_bench: Any, sft_parts: Cal
 
 
 @pytest.mark.parametrize(
-    "settings", [{"ptx": 1.0}, {"average": 1.0}, {"average": -0.1}, {"critic": "none"}, {"epochs": 0}]
+    "settings", [{"ptx": 1.0}, {"ema": 1.0}, {"ema": -0.1}, {"critic": "none"}, {"epochs": 0}]
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

@@ -108,8 +108,8 @@ def _data(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
                 yield _source(stage, setting, spec, kind, read)
     needed: dict[str, list[str]] = {}
     for other in recipe.stages.values():
-        if stage.name in other.inputs:
-            for records in other.stage.reads(other.config):
+        for records, source in other.stage.reads(other.config).items():
+            if source == stage.name:
                 needed.setdefault(records, []).append(other.name)
     for records, users in needed.items():
         given = config.path or config.text if records == "text" else getattr(config, records)

@@ -52,7 +52,7 @@ def reliability(
 def pair_reliability(
     scores: Float[Tensor, "prompts k"],
     labels: Float[Tensor, "prompts k"],
-    margin: float = 0.0,
+    tie_tolerance: float = 0.0,
     ties: Ties = "leave_out",
     *,
     bins: int = BINS,
@@ -61,7 +61,7 @@ def pair_reliability(
     it. Equal scores predict 1/2 and are half right; with ties `half` so is a pair that people call a tie. `scores` must be
     those that training saw: another scale is another probability.
     """
-    wins = pair_wins(labels, margin, ties)
+    wins = pair_wins(labels, tie_tolerance, ties)
     rows, first, second = ((wins + wins.mT) > 0).triu(1).nonzero(as_tuple=True)  # each pair once
     difference = scores[rows, first] - scores[rows, second]
     came_true = wins[rows, first, second]

@@ -50,12 +50,15 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 def accuracy_of(judged: Judged, config: RankingConfig) -> float:
     """Share of the pairs that the scores order as people do."""
-    right, pairs = pair_accuracy(*judged, config.margin, config.ties)
+    right, pairs = pair_accuracy(*judged, config.tie_tolerance, config.ties)
     return right / max(pairs, 1)
 
 
 def length_baseline(
-    train: Sequence[Comparison], held_out: Sequence[Comparison], margin: float, ties: Ties = "leave_out"
+    train: Sequence[Comparison],
+    held_out: Sequence[Comparison],
+    tie_tolerance: float,
+    ties: Ties = "leave_out",
 ) -> float:
     """Accuracy of "the longer (or the shorter) answer wins", whichever is better on the training pairs."""
 
@@ -63,7 +66,7 @@ def length_baseline(
         right = pairs = 0.0
         for one in comparisons:
             lengths = torch.tensor([[float(len(answer)) for answer in one.responses]])
-            won, count = pair_accuracy(lengths, torch.tensor([one.scores]), margin, ties)
+            won, count = pair_accuracy(lengths, torch.tensor([one.scores]), tie_tolerance, ties)
             right, pairs = right + won, pairs + count
         return right / max(pairs, 1.0)
 
@@ -83,7 +86,7 @@ def accuracy_rows(
     for name, numbers in groups:
         part = Judged(*(values[list(numbers)] for values in judged))
         each = [
-            pair_accuracy(one[None], label[None], config.margin, config.ties)
+            pair_accuracy(one[None], label[None], config.tie_tolerance, config.ties)
             for one, label in zip(*part, strict=True)
         ]
         shares = torch.tensor([right / pairs for right, pairs in each if pairs])
@@ -171,7 +174,7 @@ def refuse_if_learnt_by_heart(
 ) -> None:
     """Raise Unhealthy with the report when the model is good on training pairs and guesses on held-out ones."""
     pairs = sum(
-        round(float(pair_wins(torch.tensor([one.scores]), config.margin, config.ties).sum()))
+        round(float(pair_wins(torch.tensor([one.scores]), config.tie_tolerance, config.ties).sum()))
         for one in held_out
     )
     diagnosis = diagnose_reward(

@@ -30,11 +30,11 @@ class RankingConfig(Protocol):
     """The settings that decide what a batch of comparisons is."""
 
     @property
-    def margin(self) -> float: ...
+    def tie_tolerance(self) -> float: ...
     @property
     def ties(self) -> Ties: ...
     @property
-    def lead(self) -> float: ...
+    def rating_margin(self) -> float: ...
     @property
     def max_tokens(self) -> int: ...
 
@@ -46,14 +46,14 @@ class RankedBatch:
     ids: Int[Tensor, "rows time"]
     mask: Bool[Tensor, "rows time"]
     labels: Float[Tensor, "prompts k"]
-    margin: float
-    lead: float = 0.0
+    tie_tolerance: float
+    rating_margin: float = 0.0
     ties: Ties = "leave_out"
 
     @property
     def weight(self) -> float:
         """Number of prompts with at least one pair that counts."""
-        return float((pair_wins(self.labels, self.margin, self.ties) > 0).flatten(1).any(1).sum())
+        return float((pair_wins(self.labels, self.tie_tolerance, self.ties) > 0).flatten(1).any(1).sum())
 
 
 def encode_answer(
@@ -157,7 +157,12 @@ class Rankings:
                 labels.append(one.scores[n] if n < len(one.scores) else float("nan"))
         ids, mask = padded(rows, self.tokenizer)
         return RankedBatch(
-            ids, mask, torch.tensor(labels).view(-1, k), config.margin, config.lead, config.ties
+            ids,
+            mask,
+            torch.tensor(labels).view(-1, k),
+            config.tie_tolerance,
+            config.rating_margin,
+            config.ties,
         )
 
 

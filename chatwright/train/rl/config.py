@@ -61,7 +61,7 @@ class RoundsConfig:
     """Windows of general text per answer (InstructGPT: 8 examples per episode)."""
     ptx_context: int = 0
     """Tokens of such a window; 0 takes the model's whole context."""
-    average: float = 0.0
+    ema: float = 0.0
     """Decay per optimiser step of an average of the policy's weights, which is then the result where it may be (InstructGPT:
     0.992); 0 for none. With `lora` it is an average of the adapter's matrices."""
     unfinished_score: float = -2.0
@@ -75,8 +75,8 @@ class RoundsConfig:
     at 0.617 and 0.668 PPO worked (docs/results.md)."""
     min_distinct: float = 0.8
     """A checkpoint is kept as the best only if distinct-2 is at least this share of the first round's."""
-    save_every: int = 10
-    """Rounds between checkpoints."""
+    save_steps: int = 10
+    """Iterations between checkpoints."""
     keep: int = 2
     """Checkpoints to keep, the newest ones; the best is kept besides."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -113,8 +113,8 @@ class RoundsConfig:
             raise UsageError(
                 "there is no dropout here, neither in rollouts nor in updates: lora.dropout must be 0"
             )
-        if not 0 <= self.average < 1:
-            raise UsageError(f"average {self.average:g} must be at least 0 and below 1")
+        if not 0 <= self.ema < 1:
+            raise UsageError(f"ema {self.ema:g} must be at least 0 and below 1")
 
 
 SHARED_PAPER = (
@@ -131,7 +131,7 @@ SHARED_PAPER = (
     Paper("kl_target", 0.0, f"{INSTRUCT}: beta is fixed; it adapts in Ziegler et al. 2019"),
     Paper("ptx", 27.8, f"{INSTRUCT}: of a sum over texts, here of a mean over tokens"),
     Paper("ptx_windows", 8, INSTRUCT),
-    Paper("average", 0.992, INSTRUCT),
+    Paper("ema", 0.992, INSTRUCT),
     Paper("entropy_coefficient", 0.0, DETAILS),
     Paper("temperature", 1.0, INSTRUCT),
     Paper("optim.beta1", 0.9, INSTRUCT),
@@ -143,3 +143,6 @@ SHARED_PAPER = (
 )
 """What InstructGPT set that any method of rounds has. The guards (kl_budget, min_correlation, min_distinct, unfinished and
 degenerate answers) are our own: rounds.py says why."""
+
+RENAMED = {"save_every": "save_steps", "average": "ema"}
+"""Former names of settings (`save_every` means seconds everywhere else)."""

@@ -21,8 +21,8 @@ from chatwright.data.loader import SampleOrder
 from chatwright.data.shards import TokenShards
 from chatwright.model.gpt import GPT
 from chatwright.objectives.language import chunked_next_token_loss
-from chatwright.stages.pretrain import held_out_bits_per_byte
 from chatwright.tokenizer import Tokenizer
+from chatwright.train.held_out import held_out_bits_per_byte
 from chatwright.train.trainer import Step
 
 

@@ -24,7 +24,7 @@ def step_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
         critic = ScalarModel(shape) if getattr(needed, "critic", "none") == "separate" else None
         frozen: list[GPT | ScalarModel] = []
         if not adapted:  # else the reference is in the policy, and an average is one of small matrices
-            frozen = [GPT(shape) for _ in range(2 if needed.average else 1)]
+            frozen = [GPT(shape) for _ in range(2 if needed.ema else 1)]
         if not adapted or critic is None:  # else the judge is in the critic
             frozen.append(ScalarModel(shape))
     for model in frozen:

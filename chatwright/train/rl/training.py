@@ -37,7 +37,8 @@ from chatwright.objectives import policy as objective
 from chatwright.train import adapters, cost
 from chatwright.train.base import open_base
 from chatwright.train.compiled import compile_blocks
-from chatwright.train.parallel.context import ALONE, Spread, start_parallel
+from chatwright.train.parallel.context import ALONE, Spread
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.planning import plan
 from chatwright.train.rl import health
 from chatwright.train.rl.config import RoundsConfig
@@ -197,7 +198,7 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         progress.step += 1
         progress.consumed += config.batch_size // self.per_prompt
         self.extra.pop("unfinished", None)
-        if begun or progress.step % config.save_every == 0:
+        if begun or progress.step % config.save_steps == 0:
             self.trainer.save(spare=self.spare)
             self.trainer.finish()
         return f"score {logged['score']:+.2f}  KL {logged['kl']:.1f}  length {logged['length']:.0f}"
@@ -273,7 +274,7 @@ class Rounds(ABC, Generic[Settings, Rolled]):
             if first:
                 self._is_right()  # where the gradient was not finite nobody has asked
             if "average" in self.trainer.modules:
-                follow(self.trainer.modules["average"], self.players.policy, config.average)
+                follow(self.trainer.modules["average"], self.players.policy, config.ema)
 
     def _minibatches(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
         """Pass, number in it, and rows: a function of the seed and the round."""
@@ -474,7 +475,7 @@ def trainer_of(
     modules: dict[str, nn.Module] = {"model": players.policy}
     if players.critic is not None:
         modules["critic"] = players.critic
-    if config.average:
+    if config.ema:
         modules["average"] = average_of(players.policy)
     return Trainer(
         modules,
