@@ -24,7 +24,7 @@ from torch import Tensor
 
 from chatwright.config import UserError
 from chatwright.generate.pages import PAGE_TOKENS
-from chatwright.generate.places import Places, Stats
+from chatwright.generate.places import Scheduler, Stats
 from chatwright.generate.request import Completion, FinishReason, Handle, OnChange, Piece, Request
 from chatwright.generate.rows import Choice, Row, allowed_tokens
 from chatwright.generate.runner import Feed, Runner
@@ -96,7 +96,7 @@ class Engine:
         self.max_batch, self.max_context = max_batch, max_context or context
         self.prefill_tokens, self.lookup = prefill_tokens, lookup
         self.stats = Stats()
-        self._places = Places(self.runner, self.stats, pages=self._pages(cache_tokens), most=max_batch)
+        self._places = Scheduler(self.runner, self.stats, pages=self._pages(cache_tokens), most=max_batch)
         self._stepping = threading.Lock()  # one step at a time; guards the places and everything below
         self._allocated = False
         self._weights: object = None
@@ -225,10 +225,10 @@ class Engine:
         with self._stepping, torch.inference_mode():
             worked, rows = self.busy, self.stats.rows
             try:
-                self._places.part_with_finished()
+                self._places.release_finished()
                 self._notice_new_weights()
                 self._decode()
-                self._places.part_with_finished()
+                self._places.release_finished()
                 self._read()
                 if not self._places.running:
                     self._sampler, self._sampled = None, []  # it holds on to the rows
@@ -281,7 +281,7 @@ class Engine:
             self.stats.rows += len(rows)
             with _blame(rows):
                 self._read_chunks(rows, feeds)
-            self._places.part_with_finished()
+            self._places.release_finished()
 
     def _read_chunks(self, rows: list[Row], feeds: list[Feed]) -> None:
         logits = self._forward(feeds)

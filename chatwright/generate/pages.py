@@ -156,7 +156,7 @@ class PagePool:
             above = twin
         return own
 
-    def doubt(self, pages: Sequence[int]) -> None:
+    def invalidate(self, pages: Sequence[int]) -> None:
         """Forget those of the pages that are not full: who wrote behind their known tokens has failed."""
         for page in pages:
             known = self._known.get(page)

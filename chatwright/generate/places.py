@@ -36,7 +36,7 @@ class Stats:
     """Requests that something was computed for, added up over the steps: rows / steps is how full batches were."""
 
 
-class Places:
+class Scheduler:
     """The rows of an engine, and the pages that they hold.
 
     Any thread may call `queue`; all else belongs to whoever makes the step.
@@ -153,7 +153,7 @@ class Places:
         with self.arrived:
             self.waiting.appendleft(row)
 
-    def part_with_finished(self) -> None:
+    def release_finished(self) -> None:
         """Take places and pages from those who are done or have gone."""
         for row in self.running:
             if row.alive and row.handle.cancelled:
@@ -165,7 +165,7 @@ class Places:
     def _let_go(self, row: Row) -> None:
         """Release a row's pages; others may find there what it has computed, unless that went wrong."""
         if row.handle.failed:
-            self.pool.doubt(row.pages)
+            self.pool.invalidate(row.pages)
         elif not row.private:
             row.pages = self.pool.learn(row.keys[: row.stored], row.pages)
         self.pool.release(row.pages)

@@ -40,7 +40,7 @@ ALTERNATIVES = 5
 class Ask:
     """What is to be answered, and where the answer goes."""
 
-    shelf: Owned
+    owner_view: Owned
     conversation: str
     turn: Turn
     """The answer's place in the store; what it already says is what it goes on from."""
@@ -78,12 +78,12 @@ class Answering:
         pool: ModelPool,
         jobs: JobStore,
         *,
-        seat: ExitStack,
+        reservation: ExitStack,
         render: Callable[[str], str],
         save_seconds: float,
     ) -> None:
-        """`seat` holds the answer's place in the model's queue (`ModelPool.promised`) until the model is asked."""
-        self._ask, self._pool, self._jobs, self._seat = ask, pool, jobs, seat
+        """`reservation` holds the answer's place in the model's queue (`ModelPool.promised`) until the model is asked."""
+        self._ask, self._pool, self._jobs, self._reservation = ask, pool, jobs, reservation
         self._render, self._save_seconds = render, save_seconds
         turn = ask.turn
         self._draft = Draft(turn.text, tokens=turn.tokens or 0, dropped=turn.dropped)
@@ -96,7 +96,7 @@ class Answering:
     async def __call__(self, job: Job) -> Event:
         """Answer. Raises Failed when nothing came of it."""
         try:
-            with self._seat:
+            with self._reservation:
                 await self._answer(job)
         except NotThere:
             raise  # the conversation was deleted meanwhile
@@ -146,7 +146,7 @@ class Answering:
                     draft.reason = self._why_cancelled(job)
                     return
                 begun = ask.turn.text
-                self._seat.close()  # what follows takes the place before anybody else can
+                self._reservation.close()  # what follows takes the place before anybody else can
                 prepared = await service.prepare(ask.messages, sampling, begun=begun)
                 draft.dropped, draft.started = prepared.dropped, time.monotonic()
                 job.publish(
@@ -237,7 +237,7 @@ class Answering:
             "probabilities": None if draft.token_texts is None else list(draft.token_texts),
         }
         ask = self._ask
-        await asyncio.to_thread(ask.shelf.write, ask.conversation, ask.turn.id, draft.text, **values)
+        await asyncio.to_thread(ask.owner_view.write, ask.conversation, ask.turn.id, draft.text, **values)
 
     async def _give_up(self) -> Event:
         """Keep what there is of a failed answer; take an answer without a word away. What the page has to know of it."""
@@ -245,7 +245,7 @@ class Answering:
         try:
             if not draft.text:
                 await asyncio.to_thread(
-                    ask.shelf.discard, ask.conversation, ask.turn.id, leaf=ask.previous_leaf
+                    ask.owner_view.discard, ask.conversation, ask.turn.id, leaf=ask.previous_leaf
                 )
                 return {}
             # Where the answer was to go on and did not, it is what it was.

@@ -56,7 +56,7 @@ def test_an_equal_page_is_taken_over_and_a_tail_grows() -> None:
     assert pool.users[first[0]] == 2
     assert pool.users[second[0]] == 0
     assert pool.available == 4
-    pool.doubt(second)  # what follows the 5 is not to be trusted
+    pool.invalidate(second)  # what follows the 5 is not to be trusted
     assert pool.match([1, 2, 3, 4, 5]).tokens == 4
 
 
@@ -151,7 +151,7 @@ class Sequences(RuleBasedStateMachine):
         text = data.draw(st.sampled_from(self.texts))
         self.texts.remove(text)
         if fails:
-            self.pool.doubt(text["pages"])
+            self.pool.invalidate(text["pages"])
         elif text["keep"]:
             text["pages"] = self.pool.learn(text["tokens"][: text["stored"]], text["pages"])
         self.pool.release(text["pages"])

@@ -213,14 +213,14 @@ class Split:
     train: list[Comparison]
     held_out: list[Comparison]
     """Held-out prompts, by annotators whose other judgements are trained on."""
-    strangers: list[Comparison]
+    held_out_annotators: list[Comparison]
     """Held-out prompts, by annotators whose judgements are not trained on at all."""
 
 
 def without_annotators(train: list[Comparison], held_out: list[Comparison], names: str) -> Split:
     """Keep the judgements of some annotators (names, comma-separated) out of training.
 
-    Both kinds of annotators are measured on held-out prompts, so that only the annotator differs; what the strangers said
+    Both kinds of annotators are measured on held-out prompts, so that only the annotator differs; what the held_out_annotators said
     about training prompts is not used. Raises UserError: an unknown name, or nothing left on one of the sides.
     """
     chosen = {name.strip() for name in names.split(",") if name.strip()}
@@ -234,15 +234,15 @@ def without_annotators(train: list[Comparison], held_out: list[Comparison], name
         raise UserError(
             f"held_out_annotators: nobody is called {', '.join(unknown)}; annotators: {told}{' ...' if len(known) > 10 else ''}"
         )
-    strangers = [one for one in held_out if one.annotator in chosen]
+    held_out_annotators = [one for one in held_out if one.annotator in chosen]
     kept, measured = ([one for one in side if one.annotator not in chosen] for side in (train, held_out))
     for what, found in (
         ("training comparisons by others", kept),
         ("held-out comparisons by others", measured),
-        ("comparisons of theirs on held-out prompts", strangers),
+        ("comparisons of theirs on held-out prompts", held_out_annotators),
     ):
         if not found:
             raise UserError(
                 f"held_out_annotators {names}: there are no {what}; hold out others, or raise the validation share"
             )
-    return Split(kept, measured, strangers)
+    return Split(kept, measured, held_out_annotators)
