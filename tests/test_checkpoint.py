@@ -286,11 +286,8 @@ def test_a_process_killed_while_it_writes(tmp_path: Path) -> None:
     program = f"""
 import os, signal, sys
 from pathlib import Path
-from chatwright import checkpoint
-from chatwright import tensor_files
-from chatwright import files
-from chatwright import tensor_files
-checkpoint._flush = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+from chatwright import checkpoint, files
+files._flush = lambda path: os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save_checkpoint(Path({str(tmp_path)!r}) / "step-000002", tensors={{}}, state={{}})
 """
     done = subprocess.run([sys.executable, "-c", program], timeout=60)

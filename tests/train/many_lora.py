@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from chatwright import tensor_files
+from chatwright import runtime, tensor_files
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import LoRAConfig, add_lora, trained_tensors
 from chatwright.optim import OptimConfig
 from chatwright.stages import pretrain
-from chatwright.train.parallel.context import ParallelConfig, context
+from chatwright.train.parallel.context import ParallelConfig
 from chatwright.train.parallel.start import process_group, start_parallel
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
@@ -56,7 +56,7 @@ def train(out: Path, plan: str, *, stop: int = STEPS) -> None:
     trainer.workspace.metrics.close()
     trainer.save(final=stop == STEPS)
     trained = spread.full_tensors_on_rank_zero(trained_tensors(model))
-    if context.runtime.is_rank_zero():
+    if runtime.is_rank_zero():
         tensor_files.save_tensors(out.with_suffix(".safetensors"), trained)
 
 

@@ -212,9 +212,9 @@ def test_two_models_are_in_memory_instead_of_four(
     judge = lively_scalar(5, vocab_size=base.model.config.vocab_size, layers=1)
     models = make_models(base, judge, "separate", LORA)
     assert models.reference is None and models.policy is base.model
-    models = (models.policy, models.reward, models.critic)
+    bodies = (models.policy, models.reward, models.critic)
     storages = {
-        parameter.data_ptr(): parameter.numel() for model in models for parameter in model.parameters()
+        parameter.data_ptr(): parameter.numel() for model in bodies for parameter in model.parameters()
     }
     fresh = sft_parts().model.eval()
     fresh.use_attention(plain_attention)  # as the models do on a CPU
@@ -224,7 +224,7 @@ def test_two_models_are_in_memory_instead_of_four(
         sum(storages.values())
         == fresh.parameter_count() + sum(p.numel() for p in judge.parameters()) + own + head
     )
-    trained = [p for model in models for p in model.parameters() if p.requires_grad]
+    trained = [p for model in bodies for p in model.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == own + head
     assert adapter_names(models.reward) == [] and not any(p.requires_grad for p in models.reward.parameters())
     ids = torch.arange(6)[None]

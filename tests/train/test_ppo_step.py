@@ -183,8 +183,8 @@ def test_only_policy_and_critic_are_trained(
     models = make_models(base, reward, "separate")
     assert models.policy is base.model
     trained = {True: (models.policy, models.critic), False: (models.reference, models.reward)}
-    for flag, models in trained.items():
-        for model in models:
+    for flag, group in trained.items():
+        for model in group:
             assert all(parameter.requires_grad is flag for parameter in model.parameters())
             assert not model.training  # no dropout, anywhere
     for a, b in zip(models.policy.parameters(), models.reference.parameters(), strict=True):
