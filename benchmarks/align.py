@@ -1,12 +1,14 @@
-"""SFT, reward modelling and PPO next to TRL and a textbook loop on transformers: the same shape, data and batch, in turns.
+"""SFT, reward modelling and PPO next to TRL and a textbook loop on transformers: the same shape, data and
+batch, in turns.
 
     python benchmarks/align.py                      modern-tiny: 4.2 M parameters, vocabulary 4,096, context 256
     python benchmarks/align.py --shape 135m         SmolLM2's shape: 30 x 576, vocabulary 49,152
     python benchmarks/align.py --tasks sft reward2  some of the tasks
     python benchmarks/align.py --only trl_padded    next to some of the others only: all stay in memory together, which --shape 135m has not
 
-Every contender starts from random weights (but for ppo_sft) and reads the tiny recipe's conversations and ratings, already as
-token ids: only training is timed. All take AdamW (fused), clipping at 1.0, and bf16 products where the processor has them. A round is:
+Every contender starts from random weights (but for ppo_sft) and reads the tiny recipe's conversations and
+ratings, already as token ids: only training is timed. All take AdamW (fused), clipping at 1.0, and bf16
+products where the processor has them. A round is:
 
 sft       an epoch over the same conversations in the same number of optimiser steps; the loss is that of the answers' tokens.
           TRL: padded, padded with conversations of like length together, and packed (its `bfd`), all without gradient
@@ -108,7 +110,7 @@ SHAPES = {
 PPO = {"batch": 64, "minibatch": 16, "prompt": 64, "answer": 32}
 
 
-# ---- what everybody reads --------------------------------------------------------------------------------------------------------
+# ---- what everybody reads ----------------------------------------------------------------------------------
 
 
 @cache
@@ -123,7 +125,8 @@ def dialogues() -> list[Dialogue]:
 
 
 def pieces(shape: Shape) -> list[EncodedChat]:
-    """Conversations as token ids with the mask of what is learnt; drawn at random, so that their lengths are the data's."""
+    """Conversations as token ids with the mask of what is learnt; drawn at random, so that their lengths are
+    the data's."""
     chosen = torch.randperm(len(found := dialogues()), generator=torch.Generator().manual_seed(3)).tolist()
     made = (
         piece
@@ -159,8 +162,9 @@ def encoded(one: Comparison, config: reward.Config) -> list[list[int]]:
 
 
 def untrained(shape: Shape) -> float:
-    """The loss of a model whose blocks are still the identity: with tied tables it expects each token to be repeated, whose logit is
-    the length of a row of the table, sqrt(width) x 0.02, times that of the normed state, sqrt(width)."""
+    """The loss of a model whose blocks are still the identity: with tied tables it expects each token to be
+    repeated, whose logit is the length of a row of the table, sqrt(width) x 0.02, times that of the normed
+    state, sqrt(width)."""
     return math.log(shape.config.vocab_size - 1 + math.exp(0.02 * shape.config.width))
 
 
@@ -172,7 +176,7 @@ def near(found: float, expected: float, what: str) -> None:
         )
 
 
-# ---- ours ------------------------------------------------------------------------------------------------------------------------
+# ---- ours --------------------------------------------------------------------------------------------------
 
 
 def trainer(modules: dict[str, nn.Module]) -> Trainer:
@@ -295,7 +299,7 @@ def ours_ppo(shape: Shape, *, trained: bool = False, compiled: bool = False) -> 
     return warmed(one_round)
 
 
-# ---- TRL -------------------------------------------------------------------------------------------------------------------------
+# ---- TRL ---------------------------------------------------------------------------------------------------
 
 
 def trl_settings(**more: Any) -> dict[str, Any]:
@@ -428,7 +432,7 @@ def trl_reward(shape: Shape, k: int, *, compiled: bool = False) -> Callable[[], 
     return trl_rounds(made, math.log(2), f"TRL, comparisons of {k}")
 
 
-# ---- the textbook's PPO ----------------------------------------------------------------------------------------------------------
+# ---- the textbook's PPO ------------------------------------------------------------------------------------
 
 
 def exported(base: Loaded) -> Any:
@@ -441,8 +445,8 @@ def exported(base: Loaded) -> Any:
 
 
 def textbook_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:
-    """PPO as it is written down in most places: generate, five forward passes over padded rows, minibatches; answers are masked
-    behind their end."""
+    """PPO as it is written down in most places: generate, five forward passes over padded rows, minibatches;
+    answers are masked behind their end."""
     policy, reference = (
         exported(start(shape, True)) if trained else hf_model(shape, "CausalLM") for _ in range(2)
     )
@@ -534,7 +538,7 @@ def textbook_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:
     return warmed(one_round)
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------------
 
 
 def contenders(shape: Shape) -> dict[str, dict[str, side_by_side.Contender]]:

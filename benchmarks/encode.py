@@ -1,10 +1,12 @@
-"""Text to tokens: our batch encoding and our token shards beside the `tokenizers` library's own batch encoding.
+"""Text to tokens: our batch encoding and our token shards beside the `tokenizers` library's own batch
+encoding.
 
     chatwright run tiny --until tokenizer       # the text and the tokenizer: runs/tiny
     python benchmarks/encode.py                 # under a minute
 
-In turns, the same documents and the same tokenizer.json, all cores. `shards` is the whole way to disk: encoding, counting
-bytes, checksums, files that appear whole. The peer's figure ends with its `Encoding` objects: nothing is taken out of them.
+In turns, the same documents and the same tokenizer.json, all cores. `shards` is the whole way to disk:
+encoding, counting bytes, checksums, files that appear whole. The peer's figure ends with its `Encoding`
+objects: nothing is taken out of them.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ gpt2        one stream of a GPT-2 of 124 M parameters (random weights) against t
 prefix      time to the first token of a prompt whose first 90 % were seen before, against a cold start
 perplexity  held-out text, int8 and int4 against bf16 weights
 
-All but the last in turns, each contender in a process of its own, all of the machine's cores. Ours is the whole engine with its
-sampler; llama.cpp is its C interface with the likeliest token found by numpy, which costs it less. llama.cpp reads the files that
-`chatwright export` and llama.cpp's own quantiser write.
+All but the last in turns, each contender in a process of its own, all of the machine's cores. Ours is the
+whole engine with its sampler; llama.cpp is its C interface with the likeliest token found by numpy, which
+costs it less. llama.cpp reads the files that `chatwright export` and llama.cpp's own quantiser write.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def prompt(tokens: int) -> list[int]:
     return tokenizer.encode(TEXT * 60)[:tokens]
 
 
-# --- ours ---------------------------------------------------------------------------------------------------------------------
+# --- ours ---------------------------------------------------------------------------------------------------
 
 
 def _engine(dtype: str, **options: Any) -> Any:
@@ -74,7 +74,8 @@ def _requests(prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
 
 
 def _timed_after_prefill(engine: Any, requests: Sequence[Any]) -> float:
-    """Seconds from the first tokens to the last. An idle engine reads all these prompts in one step, so they begin together."""
+    """Seconds from the first tokens to the last. An idle engine reads all these prompts in one step, so they
+    begin together."""
     before = engine.stats.new_tokens
     for request in requests:
         engine.submit(request)
@@ -125,7 +126,7 @@ def ours_streams(dtype: str) -> Callable[[], float]:
     return one_round
 
 
-# --- llama.cpp ----------------------------------------------------------------------------------------------------------------
+# --- llama.cpp ----------------------------------------------------------------------------------------------
 
 
 class Llama:
@@ -254,7 +255,7 @@ def write_files() -> None:
         aside.rename(target)
 
 
-# --- GPT-2 of 124 M parameters --------------------------------------------------------------------------------------------------
+# --- GPT-2 of 124 M parameters ------------------------------------------------------------------------------
 
 
 def _gpt2() -> Any:
@@ -304,7 +305,7 @@ def transformers_gpt2(precision: str) -> Callable[[], float]:
     return one_round
 
 
-# --- without a peer ---------------------------------------------------------------------------------------------------------------
+# --- without a peer -----------------------------------------------------------------------------------------
 
 
 def shared_prefix(rounds: int) -> tuple[float, dict[str, list[float]]]:

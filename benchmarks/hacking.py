@@ -1,13 +1,14 @@
-"""Reward hacking: a proxy that learnt from few labels, optimised far beyond what it is good for.  Gao et al. 2022.
+"""Reward hacking: a proxy that learnt from few labels, optimised far beyond what it is good for.  Gao et al.
+2022.
 
     chatwright run sentiment --out runs/sentiment --name base --until reward     # the model that all starts from, and the gold
     python benchmarks/hacking.py                 # recipes/hacking.yaml with seeds 2, 3 and 4; stopped, it goes on where it was
     python benchmarks/hacking.py --show          # the table and the picture of what is measured already
 
-The gold is a reward model that learnt from all labels, the proxy one that learnt from 300 of them. PPO runs on without a limit, and each of
-its checkpoints is measured on held-out prompts: proxy and gold over KL. What early stopping (`gold`, `patience: 5`) would have kept follows
-from the run's own log, for until it stops such a run is the same; for the first seed the stage `stopped` does it in earnest, and must
-keep the same round.
+The gold is a reward model that learnt from all labels, the proxy one that learnt from 300 of them. PPO runs
+on without a limit, and each of its checkpoints is measured on held-out prompts: proxy and gold over KL. What
+early stopping (`gold`, `patience: 5`) would have kept follows from the run's own log, for until it stops such
+a run is the same; for the first seed the stage `stopped` does it in earnest, and must keep the same round.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def run(recipe: recipes.Recipe, root: Path, *, stopped: bool) -> dict[str, Any]:
 
 
 def held_out(recipe: recipes.Recipe, root: Path, inputs: Mapping[str, Path], kept: int) -> dict[str, Any]:
-    """Round -> what the policy of that round is like on held-out prompts: every `save_steps` iterations, and the kept one. Those known
-    are not measured again."""
+    """Round -> what the policy of that round is like on held-out prompts: every `save_steps` iterations, and
+    the kept one. Those known are not measured again."""
     file = root / "ppo" / "measured.json"
     mark = files.read_json(root / "ppo" / "result.json")["fingerprint"]
     known = files.read_json(file) if file.is_file() else {}
@@ -86,7 +87,8 @@ def held_out(recipe: recipes.Recipe, root: Path, inputs: Mapping[str, Path], kep
 
 
 def verdict(found: Mapping[str, Any]) -> dict[str, float]:
-    """The gold, on held-out prompts, of what early stopping kept, of the best checkpoint of the whole run, and at its end."""
+    """The gold, on held-out prompts, of what early stopping kept, of the best checkpoint of the whole run,
+    and at its end."""
     points: Mapping[str, Mapping[str, float]] = found["checkpoints"]
     peak = max(points, key=lambda step: points[step]["gold"])
     kept, start, end = points[str(found["kept"])], points["0"], points[max(points, key=int)]
@@ -129,7 +131,8 @@ def table(samples: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def draw(samples: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """Proxy and gold on held-out prompts, over rounds and over KL, a column a seed; a dotted line where early stopping stays."""
+    """Proxy and gold on held-out prompts, over rounds and over KL, a column a seed; a dotted line where early
+    stopping stays."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,5 @@
-"""How soon is it learnt?  The recipe's model and optimiser against GPT-2's shape with AdamW, on the same real text.
+"""How soon is it learnt?  The recipe's model and optimiser against GPT-2's shape with AdamW, on the same real
+text.
 
     chatwright run tiny --until tokenizer       # the text: runs/tiny
     python benchmarks/learn.py                  # about 50 minutes; stopped, it goes on where it was
@@ -10,8 +11,9 @@
 * `recipe`    the recipe's settings for 300 s.
 * `ablation`  the recipe at 400 steps, and the same without each ingredient.
 
-Both sides run the same code: compiled, bf16 products, chunked loss. Seconds are of training, compilation and measures not
-counted; the baseline's rate falls to zero over its own budget, so that nobody is compared in the middle of a run.
+Both sides run the same code: compiled, bf16 products, chunked loss. Seconds are of training, compilation and
+measures not counted; the baseline's rate falls to zero over its own budget, so that nobody is compared in the
+middle of a run.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""The judge of what the clients of load_clients.py got: nothing lost, nothing mixed up, nobody starved, memory flat.
+"""The judge of what the clients of load_clients.py got: nothing lost, nothing mixed up, nobody starved,
+memory flat.
 
-The rounding of float32 sums moves with the company that an answer is computed in. So a greedy answer may take another turn
-where two tokens are about equally likely, and only there: `Oracle` walks each text that differs through the model itself,
-from the first token to the last, and measures every place where it left the likeliest one.
+The rounding of float32 sums moves with the company that an answer is computed in. So a greedy answer may take
+another turn where two tokens are about equally likely, and only there: `Oracle` walks each text that differs
+through the model itself, from the first token to the last, and measures every place where it left the
+likeliest one.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from chatwright.language_model import LanguageModel
 
 TIE = 0.05
-"""Nats between two tokens that rounding may exchange. Keys and values are kept in bfloat16, where a last bit of float32 can
-turn into one of 256; what was seen is 0.003."""
+"""Nats between two tokens that rounding may exchange. Keys and values are kept in bfloat16, where a last bit
+of float32 can turn into one of 256; what was seen is 0.003."""
 ALTERNATIVES = 8
 """Tokens that are looked at in each place."""
 WALKS = 64
@@ -38,8 +40,8 @@ class Oracle:
         self._known: dict[tuple[int, str, str | None], float | None] = {}
 
     def gap(self, question: int, text: str, finish: str | None) -> float | None:
-        """The widest gap, in nats, between the likeliest token and the one that the text took; None when it is wider than a
-        tie. finish: why the answer ended; None for the beginning of one."""
+        """The widest gap, in nats, between the likeliest token and the one that the text took; None when it
+        is wider than a tie. finish: why the answer ended; None for the beginning of one."""
         key = (question, text, finish)
         if key not in self._known:
             self._known[key] = self._walk(self._request(self.questions[question]), text, finish)
@@ -69,7 +71,8 @@ class Oracle:
     def _follow(
         self, request: Request, ids: list[int], text: str, finish: str | None
     ) -> tuple[bool, list[tuple[list[int], float]]]:
-        """Go on greedily behind `ids`. Whether this gives the text; and the near ties on the way, the best ones last."""
+        """Go on greedily behind `ids`. Whether this gives the text; and the near ties on the way, the best
+        ones last."""
         limit = request.sampling.max_new_tokens
         if len(ids) == limit:
             return finish == "length" and self._text(ids) == text, []

@@ -2,11 +2,12 @@
 
     python benchmarks/plan.py [--rounds 5] [--only NAME ...]
 
-Each case is predicted in one process and run in another, the way `chatwright pretrain` runs it. Memory is the largest
-resident size above that before the model is made. A shared machine can change its speed between the two by more than what
-is asked here, so the running process also predicts its own step, in turns with five steps of it: `seconds` compares the
-medians of these, `seconds_before` the first prediction, as a user gets it. Results go to benchmarks/results/plan.json;
-docs/plan.md quotes them. Exit code 1 when memory or `seconds` is off by more than 20 %.
+Each case is predicted in one process and run in another, the way `chatwright pretrain` runs it. Memory is the
+largest resident size above that before the model is made. A shared machine can change its speed between the
+two by more than what is asked here, so the running process also predicts its own step, in turns with five
+steps of it: `seconds` compares the medians of these, `seconds_before` the first prediction, as a user gets
+it. Results go to benchmarks/results/plan.json; docs/plan.md quotes them. Exit code 1 when memory or `seconds`
+is off by more than 20 %.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def predicted(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """The same of real steps on made-up tokens, by the stage's own step and trainer; and predictions of them in between."""
+    """The same of real steps on made-up tokens, by the stage's own step and trainer; and predictions of them
+    in between."""
     import torch
 
     from chatwright import runtime

@@ -1,13 +1,15 @@
-"""A real `chatwright serve` under the load of many clients: nothing lost, nothing mixed up, nobody starved, memory flat.
+"""A real `chatwright serve` under the load of many clients: nothing lost, nothing mixed up, nobody starved,
+memory flat.
 
     make bench-serve                                   # 64 clients, five minutes, SmolLM2 in int8; then the checking
     python benchmarks/serve.py --seconds 20            # to see that it works; too short for memory, and nothing is written
     python benchmarks/serve.py --dtype bf16 --clients 32
 
-First each of 48 questions is asked alone; then `--clients` ask them at random, all greedy. A fifth of the requests is left in
-the middle, three clients read slowly, four sockets send half a request and fall silent, all the time. Completions must be those
-given alone. Where one is not, it must be a greedy answer up to near ties (load_judge.py), which are counted apart; with any
-other difference, a lost answer, a starved client or growing memory the exit code is 1. Clients and server share the machine.
+First each of 48 questions is asked alone; then `--clients` ask them at random, all greedy. A fifth of the
+requests is left in the middle, three clients read slowly, four sockets send half a request and fall silent,
+all the time. Completions must be those given alone. Where one is not, it must be a greedy answer up to near
+ties (load_judge.py), which are counted apart; with any other difference, a lost answer, a starved client or
+growing memory the exit code is 1. Clients and server share the machine.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ def questions() -> list[Question]:
 
 @contextlib.contextmanager
 def running_server(model: str, dtype: str) -> Iterator[tuple[Target, subprocess.Popen[str]]]:
-    """`chatwright serve` in a process of its own. Raises SystemExit with its messages when it does not come up."""
+    """`chatwright serve` in a process of its own. Raises SystemExit with its messages when it does not come
+    up."""
     command = [
         sys.executable,
         "-m",

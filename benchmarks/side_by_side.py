@@ -1,8 +1,10 @@
-"""Contenders side by side: each in a process of its own, one at a time, in turns, until every one has had its rounds.
+"""Contenders side by side: each in a process of its own, one at a time, in turns, until every one has had its
+rounds.
 
-A contender is a function `make() -> round()` in the benchmark's own file; `round()` does one portion of the work and
-returns the seconds it took. Its process is started with all others and waits for its turn, so that allocator settings,
-compilation and memory are its own, while the machine's mood, which changes over minutes, is shared by all.
+A contender is a function `make() -> round()` in the benchmark's own file; `round()` does one portion of the
+work and returns the seconds it took. Its process is started with all others and waits for its turn, so that
+allocator settings, compilation and memory are its own, while the machine's mood, which changes over minutes,
+is shared by all.
 """
 
 from __future__ import annotations
@@ -84,7 +86,8 @@ def _answer(child: subprocess.Popen[str], name: str) -> dict[str, Any]:
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median over the rounds of theirs / ours: how many times faster ours was, each pair measured side by side."""
+    """Median over the rounds of theirs / ours: how many times faster ours was, each pair measured side by
+    side."""
     return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
 
 

@@ -6,11 +6,12 @@
     python benchmarks/train.py --head           memory of the loss head at vocabulary 32,768
     python benchmarks/train.py --profile        where the milliseconds of our steps go
 
-A round is some optimiser steps: forward, backward, clipping at 1.0, AdamW (fused, for all contenders), zero_grad. Every
-contender gets the same tokens in the same order. `gemm` multiplies bf16 matrices of 2,048 in the same turns: the peak.
+A round is some optimiser steps: forward, backward, clipping at 1.0, AdamW (fused, for all contenders),
+zero_grad. Every contender gets the same tokens in the same order. `gemm` multiplies bf16 matrices of 2,048 in
+the same turns: the peak.
 
-Model FLOP: 6 per parameter that is a factor of a product, and token; attention 6 L D T per token, the causal half (half
-of what PaLM's appendix B and the `mfu` of metrics.jsonl count: what a causal model must compute).
+Model FLOP: 6 per parameter that is a factor of a product, and token; attention 6 L D T per token, the causal
+half (half of what PaLM's appendix B and the `mfu` of metrics.jsonl count: what a causal model must compute).
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ def rounds_of(
     model: nn.Module,
     warm: int = 3,
 ) -> Callable[[], float]:
-    """A round of `step` (tokens -> mean loss, whose backward pass fills the gradients) with everything around it."""
+    """A round of `step` (tokens -> mean loss, whose backward pass fills the gradients) with everything around
+    it."""
     draw, parameters = batches(shape), list(model.parameters())
 
     def one_step() -> float:
@@ -205,7 +207,8 @@ def transformers_gpt2(shape: Shape, *, fast: bool) -> Callable[[], float]:
 
 
 def litgpt_gpt2(shape: Shape, *, fast: bool) -> Callable[[], float]:
-    """litgpt's model in the nearest shape it has: rotary positions instead of learned ones, head not tied (no more work)."""
+    """litgpt's model in the nearest shape it has: rotary positions instead of learned ones, head not tied (no
+    more work)."""
     from litgpt import GPT as LitGPT
     from litgpt import Config
 
@@ -307,7 +310,8 @@ HEAD = {"rows": 4_096, "width": 512, "vocabulary": 32_768}
 
 
 def head_memory(which: str) -> float:
-    """MB above the inputs at the largest moment of a forward and backward pass of the loss head, in a fresh process."""
+    """MB above the inputs at the largest moment of a forward and backward pass of the loss head, in a fresh
+    process."""
     import resource
 
     from chatwright.objectives.language import chunked_next_token_loss, next_token_loss
@@ -365,7 +369,8 @@ def part_of(event: torch.autograd.profiler_util.FunctionEvent) -> str:
 
 
 def profile(shape: Shape) -> int:
-    """Milliseconds of a step by part, torch.profiler over a round; self times, so that they add up to the step."""
+    """Milliseconds of a step by part, torch.profiler over a round; self times, so that they add up to the
+    step."""
     makers = {
         "GPT-2 shape, AdamW": lambda: ours(shape, shape.gpt2(), "adamw"),
         "modern, AdamW": lambda: ours(shape, shape.modern(), "adamw"),

@@ -1,8 +1,8 @@
 """A recipe's stages, one after the other; what is finished is skipped, what was interrupted goes on.
 
-Which stages there are, and in which order they come: recipe.py. A stage is finished when its directory has a `result.json`
-whose fingerprint - settings, seed, and the fingerprints of its inputs - is the one that would be made now. A stage whose
-settings have changed is run again; what it made before is moved aside.
+Which stages there are, and in which order they come: recipe.py. A stage is finished when its directory has a
+`result.json` whose fingerprint - settings, seed, and the fingerprints of its inputs - is the one that would
+be made now. A stage whose settings have changed is run again; what it made before is moved aside.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from chatwright.train.workspace import Report, Unhealthy, Workspace
 def fingerprint(stage: RecipeStage, seed: int, inputs: Mapping[str, Path]) -> str:
     """Sixteen hexadecimal digits of what a stage's result depends on: not on how processes shared the work.
 
-    Stages and settings count by their former names where they have been renamed: a rename alone runs nothing again.
+    Stages and settings count by their former names where they have been renamed: a rename alone runs nothing
+    again.
     """
     settings = to_plain(stage.config)
     settings.pop("parallel", None)

@@ -1,11 +1,12 @@
 """Checkpoints that many processes write together, each its own part, while training goes on.
 
-The engine is torch.distributed.checkpoint (DCP). Its usual format describes the parts in a pickle (`.metadata`), and
-nothing here is ever unpickled: parts are written by its safetensors writer instead, which puts the place of every
-part into the safetensors header. Any number of processes can read them, each the pieces that it needs.
+The engine is torch.distributed.checkpoint (DCP). Its usual format describes the parts in a pickle
+(`.metadata`), and nothing here is ever unpickled: parts are written by its safetensors writer instead, which
+puts the place of every part into the safetensors header. Any number of processes can read them, each the
+pieces that it needs.
 
-The directory keeps the discipline of `checkpoint`: `sharded/` with one file a process, the texts, and `state.json` with
-every file's SHA-256 last; all of it under another name until it is whole.
+The directory keeps the discipline of `checkpoint`: `sharded/` with one file a process, the texts, and
+`state.json` with every file's SHA-256 last; all of it under another name until it is whole.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class _Writer(HuggingFaceStorageWriter):
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """In the first process, when all have written: texts, checksums, state.json, and the name that counts."""
+        """In the first process, when all have written: texts, checksums, state.json, and the name that
+        counts."""
         aside = aside_of(self.target)
         files = {}
         for digest in sorted((aside / PARTS).glob("*.sha256")):
@@ -104,7 +106,8 @@ class Saving:
             )
 
     def flush(self) -> None:
-        """Wait until the checkpoint is on the disk. Raises UserError, in every process, when it could not be written."""
+        """Wait until the checkpoint is on the disk. Raises UserError, in every process, when it could not be
+        written."""
         future, self._future = self._future, None
         if future is None:
             return
@@ -152,7 +155,8 @@ def read(directory: Path, tensors: Mapping[str, Tensor], *, alone: bool = False)
 
 
 def whole_tensors(directory: Path, part: str) -> dict[str, Tensor]:
-    """The tensors `part/...` of a checkpoint put together, on the CPU of this process, under their names without it."""
+    """The tensors `part/...` of a checkpoint put together, on the CPU of this process, under their names
+    without it."""
     wanted = {name: item for name, item in describe(directory).items() if name.startswith(f"{part}/")}
     claimed = sum(item.size.numel() * item.properties.dtype.itemsize for item in wanted.values())
     there = sum(file.stat().st_size for file in (directory / PARTS).iterdir())
@@ -166,7 +170,8 @@ def whole_tensors(directory: Path, part: str) -> dict[str, Tensor]:
 
 
 def consolidate(directory: Path) -> None:
-    """Make an ordinary checkpoint of one in parts, in its place and of the same content: for one process, file by file."""
+    """Make an ordinary checkpoint of one in parts, in its place and of the same content: for one process,
+    file by file."""
     state = read_json(directory / "state.json")
     state.pop("files", None)
     with whole_directory(directory) as aside:

@@ -2,13 +2,16 @@
 
     python examples/chain.py
 
-One walks from the middle, a step to the left or to the right at a time, and is paid at the ends alone: 0 beyond the left one, 1
-beyond the right one (Sutton and Barto, example 6.2). As with a chat model, every step costs beta times log(pi / pi_ref), where
-the reference walks at random, and the score comes with the last step: an answer is a walk, a token is a step.
+One walks from the middle, a step to the left or to the right at a time, and is paid at the ends alone: 0
+beyond the left one, 1 beyond the right one (Sutton and Barto, example 6.2). As with a chat model, every step
+costs beta times log(pi / pi_ref), where the reference walks at random, and the score comes with the last
+step: an answer is a walk, a token is a step.
 
 Two things are known exactly.
-* Of the walk at random, the values of the five states: V(s) = 1/2 V(s - 1) + 1/2 V(s + 1), which is 1/6, 2/6 ... 5/6.
-* Of the best policy, from the soft Bellman equation: V(s) = beta log(sum over a of pi_ref(a) exp(V(next) / beta)), and
+* Of the walk at random, the values of the five states: V(s) = 1/2 V(s - 1) + 1/2 V(s + 1), which is 1/6, 2/6
+  ... 5/6.
+* Of the best policy, from the soft Bellman equation: V(s) = beta log(sum over a of pi_ref(a) exp(V(next) /
+  beta)), and
   pi*(a | s) = pi_ref(a) exp((V(next) - V(s)) / beta). With u = exp(V / beta) it is linear: u(s) = 1/2 u(s - 1) + 1/2 u(s + 1).
 """
 
@@ -54,7 +57,8 @@ def best() -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Walks:
-    """A batch of walks, (batch, time): `states` before each step, `steps` 1 to the right, `mask` True until the end."""
+    """A batch of walks, (batch, time): `states` before each step, `steps` 1 to the right, `mask` True until
+    the end."""
 
     states: Tensor
     steps: Tensor
@@ -92,8 +96,9 @@ class Learnt:
 def learn(
     method: str, *, train_policy: bool = True, rounds: int = ROUNDS, batch: int = BATCH, seed: int = 0
 ) -> Learnt:
-    """Learn from walks alone, by `reinforce` (leave-one-out baseline) or `ppo`. Without `train_policy` one goes on walking at
-    random and PPO's critic alone learns; there is no penalty then, and the values are those of the walk."""
+    """Learn from walks alone, by `reinforce` (leave-one-out baseline) or `ppo`. Without `train_policy` one
+    goes on walking at random and PPO's critic alone learns; there is no penalty then, and the values are
+    those of the walk."""
     draw = torch.Generator().manual_seed(seed)
     logits = torch.zeros(STATES, 2, requires_grad=train_policy)
     critic = torch.zeros(STATES, requires_grad=True)
@@ -125,7 +130,8 @@ def learn(
 
 
 def critic_at_random() -> Tensor:
-    """What the critic learns of the walk at random; chance decides each walk's pay, so there are many of them."""
+    """What the critic learns of the walk at random; chance decides each walk's pay, so there are many of
+    them."""
     return learn("ppo", train_policy=False, rounds=20, batch=4096).values
 
 

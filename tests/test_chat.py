@@ -1,4 +1,5 @@
-"""The chat template: what people write stays text, the mask covers what must be learnt, hostile templates fail."""
+"""The chat template: what people write stays text, the mask covers what must be learnt, hostile templates
+fail."""
 
 from __future__ import annotations
 
@@ -104,7 +105,8 @@ def test_contents_come_back_from_between_the_control_tokens(messages: list[Messa
 
 
 def test_a_content_that_guesses_the_marks() -> None:
-    """Contents never enter the rendered text, so even someone who knows the mark of this process gains nothing."""
+    """Contents never enter the rendered text, so even someone who knows the mark of this process gains
+    nothing."""
     mark = chat._MARK
     messages = say(f"{mark}x1x{mark}", f"{mark}x0x{mark}<|end|>", "x")
     ids = NATIVE.encode(messages, TOKENIZER).ids

@@ -1,4 +1,5 @@
-"""The command line as people meet it: help, mistakes, damaged files. One clear line each, and the right exit code."""
+"""The command line as people meet it: help, mistakes, damaged files. One clear line each, and the right exit
+code."""
 
 from __future__ import annotations
 

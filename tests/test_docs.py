@@ -1,6 +1,7 @@
 """What the documents say exists: names, links, make targets, verbs, presets, settings, and every logged key.
 
-Nothing is imported from the package: the source is read as a syntax tree, so that a broken module cannot hide here.
+Nothing is imported from the package: the source is read as a syntax tree, so that a broken module cannot hide
+here.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def code_of(text: str) -> str:
     return "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", FENCE.sub("", text))])
 
 
-# ---- names ---------------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------------------
 
 
 def names_in(body: Iterable[ast.stmt], prefix: str = "") -> Iterator[str]:
@@ -98,7 +99,7 @@ def test_where_answers_about_fifty_questions() -> None:
     assert all(PLACE.search(row) for row in rows)
 
 
-# ---- links ---------------------------------------------------------------------------------------------------------
+# ---- links -------------------------------------------------------------------------------------------------
 
 
 def anchors(text: str) -> set[str]:
@@ -131,7 +132,7 @@ def test_a_broken_link_is_found() -> None:
     assert broken_links(text, readme) == ["docs/nothing.md", "#gone"]
 
 
-# ---- make, verbs, recipes, presets, settings -----------------------------------------------------------------------
+# ---- make, verbs, recipes, presets, settings ---------------------------------------------------------------
 
 
 def make_targets() -> set[str]:
@@ -250,7 +251,8 @@ def class_fields(path: Path, name: str) -> dict[str, ast.AnnAssign]:
 def unknown_settings(text: str) -> list[str]:
     """`--STAGE.KEY` and `--STAGE.fit.KEY` whose stage, or whose field in the stage's Config, does not exist.
 
-    Behind `chatwright STAGE`, on the same line or its continuation, `--fit.KEY` (`--optim.`, `--lora.`, `--parallel.`) is that stage's.
+    Behind `chatwright STAGE`, on the same line or its continuation, `--fit.KEY` (`--optim.`, `--lora.`,
+    `--parallel.`) is that stage's.
     """
     stages = dict(zip(mapping_keys("chatwright/recipe.py", "STAGES"), stage_files(), strict=True))
     nested = {
@@ -296,7 +298,7 @@ def test_an_unknown_setting_is_found() -> None:
     assert unknown_settings(verb) == ["sft.fit.second", "sft.lora.size", "fit.seconds"]
 
 
-# ---- the example in Python -----------------------------------------------------------------------------------------
+# ---- the example in Python ---------------------------------------------------------------------------------
 
 
 def unknown_attributes(code: str) -> list[str]:
@@ -327,7 +329,7 @@ def test_the_example_in_python_uses_what_is_public() -> None:
     ]
 
 
-# ---- logged keys ---------------------------------------------------------------------------------------------------
+# ---- logged keys -------------------------------------------------------------------------------------------
 
 
 Sources = Mapping[str, str]
@@ -336,11 +338,11 @@ Scope = ast.FunctionDef | ast.AsyncFunctionDef | None
 
 
 class LoggedKeys:
-    """Every key that can reach metrics.jsonl: what is passed to `....metrics.write(step, HERE)`, followed through
-    names, calls, attributes and comprehensions to the dictionaries it is made of.
+    """Every key that can reach metrics.jsonl: what is passed to `....metrics.write(step, HERE)`, followed
+    through names, calls, attributes and comprehensions to the dictionaries it is made of.
 
-    It knows the forms that the package uses. Any other form is an AssertionError, so that a new way of logging
-    cannot pass unseen: write it in one of the known forms, or teach this class.
+    It knows the forms that the package uses. Any other form is an AssertionError, so that a new way of
+    logging cannot pass unseen: write it in one of the known forms, or teach this class.
     """
 
     def __init__(self, sources: Sources) -> None:
@@ -443,7 +445,8 @@ class LoggedKeys:
         )
 
     def key(self, key: ast.expr) -> set[str]:
-        """A key of a dictionary literal: a constant, or an f-string that begins with the unit of `throughput`."""
+        """A key of a dictionary literal: a constant, or an f-string that begins with the unit of
+        `throughput`."""
         match key:
             case ast.Constant(value=str(text)):
                 return {text}

@@ -15,7 +15,8 @@ from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.optim import POLYNOMIALS, Muon, OptimConfig, Shape, build, learning_rate, orthogonalise
 
-# 10 steps, 2 of warm-up: progress is (step - 2) / 8, so 0 in step 2, 1/2 in step 6, 3/4 in step 8, 7/8 in step 9.
+# 10 steps, 2 of warm-up: progress is (step - 2) / 8, so 0 in step 2, 1/2 in step 6, 3/4 in step 8, 7/8 in
+# step 9.
 CORNERS: list[tuple[Shape, float, list[float]]] = [
     # schedule, final, shares in steps 0, 1, 2, 6, 8, 9, 10
     ("constant", 0.0, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
@@ -138,7 +139,8 @@ def test_muon_does_what_torchs_does(shape: tuple[int, int], monkeypatch: pytest.
         other.grad = own.grad.clone()
         ours.step()
         theirs.step()
-    # Both work in bf16 (8 bits), in another order of products: an update of an element, about 0.004, may differ by 1 %.
+    # Both work in bf16 (8 bits), in another order of products: an update of an element, about 0.004, may
+    # differ by 1 %.
     assert float((own - other).detach().abs().max()) < 1e-3
     moved = float((own - start).detach().abs().mean())
     assert moved > 5e-3

@@ -60,7 +60,8 @@ def test_a_batch_is_its_texts(texts: list[str]) -> None:
 
 @given(st.lists(st.one_of(SPELLING.map(lambda text: TOKENIZER.encode(text)), st.lists(st.integers(0, 319)))))
 def test_a_stream_gives_the_whole(parts: list[list[int]]) -> None:
-    """Piece by piece, whole characters only, and together what `decode` gives; control tokens and broken bytes too."""
+    """Piece by piece, whole characters only, and together what `decode` gives; control tokens and broken
+    bytes too."""
     ids = [number for part in parts for number in part]
     stream = TextStream(TOKENIZER)
     pieces = [stream.push(number) for number in ids]

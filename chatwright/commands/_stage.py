@@ -23,7 +23,8 @@ class Options:
     """Where and how a stage runs."""
 
     out: str = ""
-    """The stage's directory, default runs/my/VERB. Inputs that are names of stages are looked for beside it."""
+    """The stage's directory, default runs/my/VERB. Inputs that are names of stages are looked for beside it.
+    """
     seed: int = 1337
     """Seed of everything random."""
     report: Reporting = field(default_factory=Reporting)

@@ -18,7 +18,8 @@ class Config:
     """Settings of `chatwright compare`."""
 
     out: str = ""
-    """Also write the comparison as Markdown into this file, with a PNG of overlaid curves per shared metric beside it."""
+    """Also write the comparison as Markdown into this file, with a PNG of overlaid curves per shared metric
+    beside it."""
     json: bool = False
     """Print one JSON object instead of tables."""
 

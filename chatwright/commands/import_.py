@@ -57,10 +57,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write_model(parts: Loaded, target: Path, *, source: str) -> None:
-    """Write a self-contained model directory, read it back and compare; it appears whole and right, or not at all.
+    """Write a self-contained model directory, read it back and compare; it appears whole and right, or not at
+    all.
 
-    `parts` is emptied on the way, so that one copy of the weights is enough memory. Raises UserError: no tokenizer,
-    disk full, or what was read back differs.
+    `parts` is emptied on the way, so that one copy of the weights is enough memory. Raises UserError: no
+    tokenizer, disk full, or what was read back differs.
     """
     from chatwright import __version__, checkpoint, files
 

@@ -103,7 +103,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def build_app(pool: ModelPool, config: ServeConfig) -> FastAPI:
-    """The application that serves the models of `pool`. Raises UserError: keys, log or store that cannot be opened."""
+    """The application that serves the models of `pool`. Raises UserError: keys, log or store that cannot be
+    opened."""
     from chatwright.feedback.quota import Quota
     from chatwright.serve.app import Operation, create_app
     from chatwright.serve.operation.access_log import AccessLog

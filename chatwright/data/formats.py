@@ -1,7 +1,7 @@
 """Records as others write them -> a conversation, or a comparison of answers.
 
-What a record is, is decided by the columns that it has (null ones count as absent) and by nothing else; a record that fits
-none, or more than one, is refused, and a `format` in the settings decides instead.
+What a record is, is decided by the columns that it has (null ones count as absent) and by nothing else; a
+record that fits none, or more than one, is refused, and a `format` in the settings decides instead.
 
 Conversations:
 
@@ -85,7 +85,8 @@ ALPACA_INPUT = (
 def dialogue(row: Mapping[str, Any], format: Format = "auto", column: str = "") -> Dialogue:
     """The conversation of a record. `column` names the list of messages where it is called otherwise.
 
-    Raises ValueError: no format fits, or more than one; a message that cannot be one; nothing to learn from it.
+    Raises ValueError: no format fits, or more than one; a message that cannot be one; nothing to learn from
+    it.
     """
     if format not in get_args(Format):
         raise ValueError(f"format {format!r} is none of {', '.join(get_args(Format))}")
@@ -212,7 +213,8 @@ def _called(value: Any) -> list[Part]:
 
 
 def _refuse_unlearnt(turn: Mapping[str, Any]) -> None:
-    """OpenAI's `weight` 0 keeps an answer out of the loss; to learn it all the same would be against its writer's will."""
+    """OpenAI's `weight` 0 keeps an answer out of the loss; to learn it all the same would be against its
+    writer's will."""
     if turn.get("weight") not in (None, 1):
         raise ValueError(
             f"a message has weight {turn['weight']!r}: leaving single answers out of the loss is not supported"
@@ -256,7 +258,7 @@ def _alpaca(row: Mapping[str, Any], *, plain: bool) -> list[Message]:
     return _under_system(row, turns)
 
 
-# ---- comparisons ---------------------------------------------------------------------------------------------------
+# ---- comparisons -------------------------------------------------------------------------------------------
 
 
 HH = re.compile(r"\n\n(Human|Assistant):")

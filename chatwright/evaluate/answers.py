@@ -55,8 +55,9 @@ def side_by_side(
     values: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     kl: float | None = None,
 ) -> Answered:
-    """Completions before and after to `prompts`; with several answers a prompt, rows go through all prompts again and again, and
-    what is known of single prompts is the mean over them. `values` adds further numbers of single prompts.
+    """Completions before and after to `prompts`; with several answers a prompt, rows go through all prompts
+    again and again, and what is known of single prompts is the mean over them. `values` adds further numbers
+    of single prompts.
     """
     each, texts = [of_each(side) for side in sides], [texts_of(side, tokenizer) for side in sides]
     known = {

@@ -1,7 +1,8 @@
 """How much is kept: the bytes of conversations, and the most that one owner, and all together, may have.
 
-What a conversation takes is counted when it changes (`size` in tables.py), and added up when something new comes. Only what
-is new is refused: an answer that has begun is written to its end, which its model's window limits.
+What a conversation takes is counted when it changes (`size` in tables.py), and added up when something new
+comes. Only what is new is refused: an answer that has begun is written to its end, which its model's window
+limits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The tables of the store. Whoever changes one raises VERSION and says in database.py how an older file gets there."""
+"""The tables of the store. Whoever changes one raises VERSION and says in database.py how an older file gets
+there."""
 
 from __future__ import annotations
 

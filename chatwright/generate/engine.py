@@ -1,16 +1,18 @@
 """Requests in, tokens out: one scheduler for the command line, the server, rollouts and evaluation.
 
-Every `step` makes one token for each running row (continuous batching: Yu et al. 2022, "Orca", OSDI). A row that ends gives
-its place away at once; a request that joins has its prompt read in chunks, so that a long one never keeps the running
-answers waiting for more than `prefill_tokens` (Agrawal et al. 2023, "Sarathi", arXiv:2308.16369).
+Every `step` makes one token for each running row (continuous batching: Yu et al. 2022, "Orca", OSDI). A row
+that ends gives its place away at once; a request that joins has its prompt read in chunks, so that a long one
+never keeps the running answers waiting for more than `prefill_tokens` (Agrawal et al. 2023, "Sarathi",
+arXiv:2308.16369).
 
-Keys and values lie in pages under one memory budget (Kwon et al. 2023, arXiv:2309.06180; pages.py). A prompt pays only for
-what no earlier text began with: a system prompt, the turns before, the K - 1 other samples of the same prompt. When pages run
-out, the request that came last loses its own and goes on later; it keeps its text and its random stream (places.py).
+Keys and values lie in pages under one memory budget (Kwon et al. 2023, arXiv:2309.06180; pages.py). A prompt
+pays only for what no earlier text began with: a system prompt, the turns before, the K - 1 other samples of
+the same prompt. When pages run out, the request that came last loses its own and goes on later; it keeps its
+text and its random stream (places.py).
 
-A request's tokens do not depend on its company, on what was cached, or on what it lost, beyond rounding: matrix products of
-other sizes add in another order, which moves float32 logits by less than 1e-4 (tested), and every request draws from its
-own random stream.
+A request's tokens do not depend on its company, on what was cached, or on what it lost, beyond rounding:
+matrix products of other sizes add in another order, which moves float32 logits by less than 1e-4 (tested),
+and every request draws from its own random stream.
 """
 
 from __future__ import annotations
@@ -41,26 +43,28 @@ PREFILL_TOKENS = 512
 IDLE_PREFILL_TOKENS = 4096
 """The same while nobody waits but those whose prompts are read."""
 CACHE_BYTES = 2**30
-"""Most memory for keys and values when no budget is given (one request that fills the context always has room)."""
+"""Most memory for keys and values when no budget is given (one request that fills the context always has
+room)."""
 LOOKUP_ROWS = 4
-"""Guesses are made while so few rows are running. Up to here a pass over nine tokens a row takes twice the time of a pass over
-one (modern-small, one CPU thread: 21 and 44 ms for 1 row, 41 and 88 ms for 4), so one right guess pays for it; for 16 rows it
-takes four times as long (57 and 227 ms)."""
+"""Guesses are made while so few rows are running. Up to here a pass over nine tokens a row takes twice the
+time of a pass over one (modern-small, one CPU thread: 21 and 44 ms for 1 row, 41 and 88 ms for 4), so one
+right guess pays for it; for 16 rows it takes four times as long (57 and 227 ms)."""
 
 
 class Engine:
     """Runs requests through a model, up to `max_batch` at a time.
 
-    The model may be used elsewhere between steps, and trained: `forget` when it was (what torch counts as a change, loading
-    weights for example, is noticed). No global random state is touched. Without a tokenizer there are no texts and no stop
-    texts. `max_context` limits prompt plus answer, in tokens, below the model's own limit.
+    The model may be used elsewhere between steps, and trained: `forget` when it was (what torch counts as a
+    change, loading weights for example, is noticed). No global random state is touched. Without a tokenizer
+    there are no texts and no stop texts. `max_context` limits prompt plus answer, in tokens, below the
+    model's own limit.
 
-    runner: computes instead of the model itself (runner.py).
-    cache_tokens: the budget for keys and values, in tokens; None takes what `max_batch` requests of `max_context` tokens
+    runner: computes instead of the model itself (runner.py). cache_tokens: the budget for keys and values, in
+    tokens; None takes what `max_batch` requests of `max_context` tokens
         need, but at most CACHE_BYTES.
         Copies of the rows that are being answered may take as much again (workbench.py).
-    prefill_tokens: most tokens of prompts that a step reads while answers are running.
-    lookup: most tokens to guess per step for a greedy answer (speculation.py). 0, the default, guesses nothing: guesses cost
+    prefill_tokens: most tokens of prompts that a step reads while answers are running. lookup: most tokens to
+    guess per step for a greedy answer (speculation.py). 0, the default, guesses nothing: guesses cost
         time where a text does not repeat itself, and whoever asks for them knows whether it does.
     """
 
@@ -118,7 +122,8 @@ class Engine:
 
     @property
     def cache_usage(self) -> float:
-        """Share of that budget which running requests hold, from 0 to 1. Stored prompts that nobody uses do not count."""
+        """Share of that budget which running requests hold, from 0 to 1. Stored prompts that nobody uses do
+        not count."""
         return 1.0 - self._places.pool.available / self._places.pool.pages
 
     @property
@@ -141,7 +146,7 @@ class Engine:
         """Whether `step` has anything to do."""
         return bool(self._places.waiting) or self.active > 0
 
-    # ---- requests ------------------------------------------------------------------------------------------------
+    # ---- requests ------------------------------------------------------------------------------------------
 
     def submit(
         self, request: Request, *, background: bool = False, on_change: OnChange | None = None
@@ -149,9 +154,8 @@ class Engine:
         """Queue a request. Any thread may call it.
 
         background: somebody else calls `step` (EngineThread); otherwise reading from the handle does.
-        on_change: see `Handle`.
-        Raises UserError when the prompt is empty, too long or not of this vocabulary, the answer could outgrow the cache, or
-        stop texts lack a tokenizer.
+        on_change: see `Handle`. Raises UserError when the prompt is empty, too long or not of this
+        vocabulary, the answer could outgrow the cache, or stop texts lack a tokenizer.
         """
         room = self._check(request)
         handle = Handle(request, None if background else self.step, on_change)
@@ -196,7 +200,8 @@ class Engine:
         return room
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer all requests; completions in the order of the requests. Raises as `submit` and `Handle.result`."""
+        """Answer all requests; completions in the order of the requests. Raises as `submit` and
+        `Handle.result`."""
         handles: list[Handle] = []
         try:
             handles.extend(map(self.submit, requests))
@@ -215,12 +220,14 @@ class Engine:
         with self._stepping:
             self._places.forget()
 
-    # ---- one step ------------------------------------------------------------------------------------------------
+    # ---- one step ------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Make a token for every row, the first one for requests that join; False when there was nothing to do.
+        """Make a token for every row, the first one for requests that join; False when there was nothing to
+        do.
 
-        What goes wrong in a step is told to the requests that it hits (their handles raise) and not raised here.
+        What goes wrong in a step is told to the requests that it hits (their handles raise) and not raised
+        here.
         """
         with self._stepping, torch.inference_mode():
             worked, rows = self.busy, self.stats.rows
@@ -261,7 +268,8 @@ class Engine:
                 self._take_in(row, guess, [next(choices) for _ in range(1 + len(guess))])
 
     def _read(self) -> None:
-        """Read prompts, the oldest first, as many tokens as this step may; who comes to the end gets a first token."""
+        """Read prompts, the oldest first, as many tokens as this step may; who comes to the end gets a first
+        token."""
         running = any(not row.reading for row in self._places.running)
         budget = self.prefill_tokens if running else max(self.prefill_tokens, IDLE_PREFILL_TOKENS)
         while True:
@@ -322,7 +330,7 @@ class Engine:
             tops = self._sampler.alternatives(logits)
         return list(map(Choice, tokens.tolist(), logprobs.tolist(), tops))
 
-    # ---- guesses -------------------------------------------------------------------------------------------------
+    # ---- guesses -------------------------------------------------------------------------------------------
 
     def _guess(self, row: Row) -> list[int]:
         """What may follow the row's newest token, and the pages for it; nothing where pages are scarce."""
@@ -349,7 +357,8 @@ class Engine:
             self.stats.accepted += accepted
 
     def _notice_new_weights(self) -> None:
-        """Forget when torch says that a parameter was written to. Fused optimisers do not say so: hence `forget`."""
+        """Forget when torch says that a parameter was written to. Fused optimisers do not say so: hence
+        `forget`."""
         if self._places.running or not self._places.waiting or not isinstance(self.runner, TorchRunner):
             return
         weights = self.runner.weights()

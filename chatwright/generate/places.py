@@ -1,6 +1,7 @@
 """Who is running, who waits, and whose keys and values lie where: places in the batch and pages of the cache.
 
-The engine (engine.py) computes; here is decided for whom. When pages run out, the request that came last loses its own.
+The engine (engine.py) computes; here is decided for whom. When pages run out, the request that came last
+loses its own.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Stats:
     steps: int = 0
     """Steps in which something was computed."""
     rows: int = 0
-    """Requests that something was computed for, added up over the steps: rows / steps is how full batches were."""
+    """Requests that something was computed for, added up over the steps: rows / steps is how full batches
+    were."""
 
 
 class Scheduler:
@@ -66,7 +68,8 @@ class Scheduler:
             row.private = True
 
     def admit(self, budget: int) -> None:
-        """Give places to waiting requests, in their order, until as many tokens are to be read as this step may."""
+        """Give places to waiting requests, in their order, until as many tokens are to be read as this step
+        may."""
         at = 0
         with self.arrived:
             for row in [
@@ -134,7 +137,8 @@ class Scheduler:
         return True
 
     def make_room(self) -> None:
-        """See that every running row has a page for its newest token. Who came last may lose its place for it."""
+        """See that every running row has a page for its newest token. Who came last may lose its place for
+        it."""
         for row in sorted(self.running, key=lambda row: row.number):
             while (
                 row in self.running and not row.reading and self.pool.needed(row.stored + 1) > len(row.pages)
@@ -145,7 +149,8 @@ class Scheduler:
                     self._preempt(max(self.running, key=lambda row: row.number))
 
     def _preempt(self, row: Row) -> None:
-        """Back to the head of the queue; what it had computed stays known for as long as nobody needs its pages."""
+        """Back to the head of the queue; what it had computed stays known for as long as nobody needs its
+        pages."""
         self.running.remove(row)
         self._let_go(row)
         row.reading, row.private = True, False
@@ -180,7 +185,8 @@ class Scheduler:
         return True
 
     def start_over(self, error: BaseException) -> None:
-        """After an error outside of a pass, or Ctrl-C anywhere, nobody knows who holds which page: all rows end."""
+        """After an error outside of a pass, or Ctrl-C anywhere, nobody knows who holds which page: all rows
+        end."""
         for row in self.running:
             if row.alive:
                 row.handle._fail(error)

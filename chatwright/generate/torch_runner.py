@@ -1,8 +1,9 @@
-"""The runner for every device and every shape: torch tensors, one forward pass of the model for many sequences.
+"""The runner for every device and every shape: torch tensors, one forward pass of the model for many
+sequences.
 
-A layer writes the new keys and values into their pages and then lays each sequence's pages side by side for torch's
-attention, or adds to a copy that has them so already (workbench.py). Where everything lies is worked out once per pass,
-not once per layer.
+A layer writes the new keys and values into their pages and then lays each sequence's pages side by side for
+torch's attention, or adds to a copy that has them so already (workbench.py). Where everything lies is worked
+out once per pass, not once per layer.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ PADDED = 16
 class PagedCache:
     """What `GPT.hidden` takes as its cache for one pass: rows whose keys and values lie in pages.
 
-    keys, values: (layers, pages + 2, size, G, K). The page behind the last takes in what padding writes; the one behind
-    that is all zeros and stands where a row has fewer pages than the longest. bench: holds these rows, in this order.
+    keys, values: (layers, pages + 2, size, G, K). The page behind the last takes in what padding writes; the
+    one behind that is all zeros and stands where a row has fewer pages than the longest. bench: holds these
+    rows, in this order.
     """
 
     def __init__(
@@ -98,8 +100,8 @@ class PagedCache:
 class TorchRunner:
     """A GPT that computes with paged keys and values (runner.py).
 
-    The model may be used elsewhere between passes: its parameters are read only, and modules in training mode are put
-    back into it (there is no dropout inside).
+    The model may be used elsewhere between passes: its parameters are read only, and modules in training mode
+    are put back into it (there is no dropout inside).
     """
 
     own_threads = False
@@ -147,7 +149,8 @@ class TorchRunner:
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> Float[Tensor, "wanted vocab"]:
-        """Store the keys and values of all new tokens; float32 logits of the wanted ones, in the feeds' order."""
+        """Store the keys and values of all new tokens; float32 logits of the wanted ones, in the feeds'
+        order."""
         self._clean(feeds)
         parts, order = [], []
         try:
@@ -206,8 +209,9 @@ class TorchRunner:
         return flat[torch.tensor(wanted, dtype=torch.int64, device=device)]
 
     def _clean(self, feeds: Sequence[Feed]) -> None:
-        """Empty the pages that are begun and not filled. What an earlier user left would be read with weight zero, and
-        zero times a number that is none (after an overflow) is none: one request could spoil another."""
+        """Empty the pages that are begun and not filled. What an earlier user left would be read with weight
+        zero, and zero times a number that is none (after an overflow) is none: one request could spoil
+        another."""
         size = self._keys.shape[2]
         begun = []
         for feed in feeds:
@@ -222,7 +226,8 @@ class TorchRunner:
 
 
 def _alike(feeds: Sequence[Feed]) -> list[list[int]]:
-    """Groups of feeds for one pass each: in a group no feed is shorter than half of the longest, or all are short."""
+    """Groups of feeds for one pass each: in a group no feed is shorter than half of the longest, or all are
+    short."""
     lengths = [len(feed.ids) for feed in feeds]
     if max(lengths) <= max(PADDED, 2 * min(lengths)):
         return [list(range(len(feeds)))]

@@ -15,8 +15,8 @@ from chatwright import runtime
 from chatwright.model.ragged import bucket_size
 
 CHUNK_LOGITS = 2**23
-"""Logits that exist at once in `chunked_next_token_loss`: 34 MB in float32. Rows of a chunk are this over the vocabulary:
-2,048 at 4,096, 256 at 32,768, still enough to keep the matrix library busy."""
+"""Logits that exist at once in `chunked_next_token_loss`: 34 MB in float32. Rows of a chunk are this over the
+vocabulary: 2,048 at 4,096, 256 at 32,768, still enough to keep the matrix library busy."""
 
 
 def next_token_loss(
@@ -44,14 +44,15 @@ def chunked_next_token_loss(
     softcap: float = 0.0,
     chunk: int = 0,
 ) -> Float[Tensor, ""]:
-    """`next_token_loss(hidden @ head.T, targets, mask)` without ever holding all logits. Above 0, `softcap` bends them first:
-    c tanh(logit / c) (Gemma 2, arXiv:2408.00118, section 2).
+    """`next_token_loss(hidden @ head.T, targets, mask)` without ever holding all logits. Above 0, `softcap`
+    bends them first: c tanh(logit / c) (Gemma 2, arXiv:2408.00118, section 2).
 
-    The head dominates a small model's memory: at a vocabulary of 32,768 the float32 logits of 4,096 positions, their
-    softmax and its gradient take 1.6 GB. Here `chunk` positions at a time (0: by `CHUNK_LOGITS`) go to the loss *and* to
-    its gradient (softmax - one-hot), which the forward pass therefore keeps instead of the logits: (N, D) and (V, D). A head that is frozen, as under an
-    adapter, has no gradient, which spares a third of the products.
-    Products are computed in the head's precision, or autocast's; sums and softmax in float32.
+    The head dominates a small model's memory: at a vocabulary of 32,768 the float32 logits of 4,096
+    positions, their softmax and its gradient take 1.6 GB. Here `chunk` positions at a time (0: by
+    `CHUNK_LOGITS`) go to the loss *and* to its gradient (softmax - one-hot), which the forward pass therefore
+    keeps instead of the logits: (N, D) and (V, D). A head that is frozen, as under an adapter, has no
+    gradient, which spares a third of the products. Products are computed in the head's precision, or
+    autocast's; sums and softmax in float32.
     """
     if torch.is_autocast_enabled(head.device.type):
         head = head.to(torch.get_autocast_dtype(head.device.type))
@@ -130,12 +131,14 @@ def projected_log_probs(
     temperature: float = 1.0,
     softcap: float = 0.0,
 ) -> Float[Tensor, " tokens"]:
-    """log p(target) of softmax(hidden @ head.T / temperature), for a loss that weighs each token in its own way (policy gradients).
+    """log p(target) of softmax(hidden @ head.T / temperature), for a loss that weighs each token in its own
+    way (policy gradients).
 
-    The same as `log_softmax` and `gather`, of float32 products even under autocast: a bf16 logit of 20 is 0.06 off, and so would be its
-    token's log-probability. What is kept for the backward pass is the slope of each logit (one-hot - softmax), and
-    that in autocast's precision, in which its two products with the head and the hidden states are computed, as autocast does with
-    those of every other matrix. `softcap` as in `chunked_next_token_loss`.
+    The same as `log_softmax` and `gather`, of float32 products even under autocast: a bf16 logit of 20 is
+    0.06 off, and so would be its token's log-probability. What is kept for the backward pass is the slope of
+    each logit (one-hot - softmax), and that in autocast's precision, in which its two products with the head
+    and the hidden states are computed, as autocast does with those of every other matrix. `softcap` as in
+    `chunked_next_token_loss`.
     """
     kind = head.device.type
     slopes = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
@@ -150,7 +153,8 @@ def projected_log_probs(
 
 
 class _Projected(torch.autograd.Function):
-    """Rows (N, D), head (V, D), targets (N) -> log-probabilities (N), as many rows at a time as in the chunked loss."""
+    """Rows (N, D), head (V, D), targets (N) -> log-probabilities (N), as many rows at a time as in the
+    chunked loss."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,8 @@
-"""What is added to a stage's report when it is done: the paper's settings, answers before and after, KL budget, cost.
+"""What is added to a stage's report when it is done: the paper's settings, answers before and after, KL
+budget, cost.
 
-A stage that trains a model does not ask it anything; that is done here, once, with the engine that answers everywhere else, on
-held-out prompts and with the same seeds for the model before and the model after.
+A stage that trains a model does not ask it anything; that is done here, once, with the engine that answers
+everywhere else, on held-out prompts and with the same seeds for the model before and the model after.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ LONGEST_ANSWER = 48
 def close(
     stage: Stage, config: Any, workspace: Workspace, report: Report, spent: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Entries for result.json; writes pairs.json and per_prompt.json. `spent`: seconds, joules and memory_bytes."""
+    """Entries for result.json; writes pairs.json and per_prompt.json. `spent`: seconds, joules and
+    memory_bytes."""
     result: dict[str, Any] = {"cost": cost(report, workspace, spent), "data": content(config, workspace)}
     answers = report.answers or _answers(stage, config, workspace, report)
     if not (stage.paper or stage.kl_budget or answers):
@@ -68,7 +70,8 @@ def write_answers(directory: Path, answers: Answered) -> None:
 
 
 def _answers(stage: Stage, config: Any, workspace: Workspace, report: Report) -> Answered | None:
-    """Completions before and after of a stage that turns one language model into another; None for other stages."""
+    """Completions before and after of a stage that turns one language model into another; None for other
+    stages."""
     if report.model is None:
         return None
     try:
@@ -83,7 +86,8 @@ def _answers(stage: Stage, config: Any, workspace: Workspace, report: Report) ->
 
 
 def content(config: Any, workspace: Workspace) -> str | None:
-    """Sixteen hexadecimal digits of the records that a stage wrote, or learnt from; None where that is not known.
+    """Sixteen hexadecimal digits of the records that a stage wrote, or learnt from; None where that is not
+    known.
 
     The same data give the same digits, whatever the settings and the seed.
     """

@@ -76,7 +76,8 @@ def table_rows(name: str, result: Result) -> list[tuple[str, str, str, str, str]
 
 
 def write_stage_report(directory: Path, name: str, result: Result) -> None:
-    """report.md of one stage. Sections that a stage has nothing for say so, or are left out where the stage trains no policy."""
+    """report.md of one stage. Sections that a stage has nothing for say so, or are left out where the stage
+    trains no policy."""
     lines = [f"# {item(name)}", "", f"Took {duration(result['seconds'])} (minutes:seconds).", ""]
     lines += table(("measure", "before", "after"), [row[1:4] for row in table_rows(name, result)])
     for one in result.get("tables", ()):

@@ -1,4 +1,5 @@
-"""Finished stages read back from disk: settings, results, curves, answers. What others wrote is checked before it is believed."""
+"""Finished stages read back from disk: settings, results, curves, answers. What others wrote is checked
+before it is believed."""
 
 from __future__ import annotations
 
@@ -188,7 +189,8 @@ def _flat(values: Mapping[Any, Any], before: str, left: Iterator[int]) -> list[t
 
 
 def read_rows(file: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line that a crash cut off is left out. Raises UserError for any other damage."""
+    """The rows of a metrics.jsonl; a last line that a crash cut off is left out. Raises UserError for any
+    other damage."""
     try:
         lines = file.read_bytes().split(b"\n")
     except FileNotFoundError:

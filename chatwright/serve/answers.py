@@ -1,12 +1,14 @@
 """One answer in a conversation: the model is loaded if need be, it writes, and what it writes is kept.
 
-The store has the answer from its beginning: what there is of it is written every second or so, and at the end with the
-reason why it ended. `interrupted` means that neither the model nor the person ended it: nobody followed any more, the
-server was stopped, or it died (then nobody was left to write the reason down, and whoever reads the store supplies it).
+The store has the answer from its beginning: what there is of it is written every second or so, and at the end
+with the reason why it ended. `interrupted` means that neither the model nor the person ended it: nobody
+followed any more, the server was stopped, or it died (then nobody was left to write the reason down, and
+whoever reads the store supplies it).
 
-Events: {"type": "loading", "model"} while a model comes into memory; {"type": "begin", "model", "dropped", "window"};
-{"type": "text", "text"} with "tokens" (tokens.py) where they were asked for; and {"type": "done", "turn", "html"} with
-what the store now has, or {"type": "error", "message"} with "turn" where a part of the answer was kept.
+Events: {"type": "loading", "model"} while a model comes into memory; {"type": "begin", "model", "dropped",
+"window"}; {"type": "text", "text"} with "tokens" (tokens.py) where they were asked for; and {"type": "done",
+"turn", "html"} with what the store now has, or {"type": "error", "message"} with "turn" where a part of the
+answer was kept.
 """
 
 from __future__ import annotations
@@ -82,7 +84,8 @@ class Answering:
         render: Callable[[str], str],
         save_seconds: float,
     ) -> None:
-        """`reservation` holds the answer's place in the model's queue (`ModelPool.promised`) until the model is asked."""
+        """`reservation` holds the answer's place in the model's queue (`ModelPool.promised`) until the model
+        is asked."""
         self._ask, self._pool, self._jobs, self._reservation = ask, pool, jobs, reservation
         self._render, self._save_seconds = render, save_seconds
         turn = ask.turn
@@ -160,7 +163,8 @@ class Answering:
 
     @asynccontextmanager
     async def _model(self, job: Job, unwanted: asyncio.Task[None]) -> AsyncIterator[ChatService | None]:
-        """The model, in memory for as long as this is open; None when the answer is no longer wanted before it is there.
+        """The model, in memory for as long as this is open; None when the answer is no longer wanted before
+        it is there.
 
         A load that has begun goes on without us, and the next who asks finds the model ready.
         """
@@ -213,7 +217,8 @@ class Answering:
         return "cancelled" if job.stopped else "interrupted"
 
     async def _keep(self, ended: asyncio.Event) -> None:
-        """Keep what there is, every `save_seconds` while something is new. A store that fails now may do better later."""
+        """Keep what there is, every `save_seconds` while something is new. A store that fails now may do
+        better later."""
         while not ended.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), self._save_seconds)
@@ -240,7 +245,8 @@ class Answering:
         await asyncio.to_thread(ask.owner_view.write, ask.conversation, ask.turn.id, draft.text, **values)
 
     async def _give_up(self) -> Event:
-        """Keep what there is of a failed answer; take an answer without a word away. What the page has to know of it."""
+        """Keep what there is of a failed answer; take an answer without a word away. What the page has to
+        know of it."""
         ask, draft = self._ask, self._draft
         try:
             if not draft.text:

@@ -1,7 +1,7 @@
 """The whole server as one ASGI application: guard, errors, interface, page.
 
-A request passes, in this order: AccessLogMiddleware (id, log, figures), Guard (host, origin), Cors, DrainMiddleware (is the server stopping?),
-AuthMiddleware (keys), BodyLimit, Crash, and then its route.
+A request passes, in this order: AccessLogMiddleware (id, log, figures), Guard (host, origin), Cors,
+DrainMiddleware (is the server stopping?), AuthMiddleware (keys), BodyLimit, Crash, and then its route.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Conversations over HTTP: what the page's scripts read and change. All of it is about the asking browser's own.
+"""Conversations over HTTP: what the page's scripts read and change. All of it is about the asking browser's
+own.
 
 GET    /chat/conversations              ?search&before&before_id: titles, the newest first, a page of them
 POST   /chat/conversations              a new one with its first message
@@ -250,7 +251,8 @@ def _whole(found: Conversation, job: dict[str, Any] | None = None) -> dict[str, 
 
 
 def _as_it_is(turn: Turn, job: dict[str, Any] | None) -> Turn:
-    """An answer under way is told by its events, from where they begin; one that nobody is at work on was left alone."""
+    """An answer under way is told by its events, from where they begin; one that nobody is at work on was
+    left alone."""
     if job and job["turn"] == turn.id:
         return replace(turn, content=job["content"], finish_reason=None)
     if turn.role == "assistant" and turn.finish_reason is None:

@@ -18,9 +18,9 @@ Token = dict[str, Any]
 class TokenTexts:
     """Pieces in, tokens out; the tokens' texts, joined, are the pieces' text.
 
-    A token that ends within a character waits for the rest of it, and both are given out as one, with the product of
-    their probabilities and the alternatives to the first. Tokens also wait for the text of their piece: it comes later
-    where it might begin a stop text, and never where it does.
+    A token that ends within a character waits for the rest of it, and both are given out as one, with the
+    product of their probabilities and the alternatives to the first. Tokens also wait for the text of their
+    piece: it comes later where it might begin a stop text, and never where it does.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -1,8 +1,10 @@
-"""`chatwright serve MODEL --engine vllm`: a model in transformers' format, handed to vLLM, which takes this process over.
+"""`chatwright serve MODEL --engine vllm`: a model in transformers' format, handed to vLLM, which takes this
+process over.
 
-vLLM is a program of its own and is not imported. A model of ours (or a .gguf file) is exported first, into the cache
-folder under its fingerprint, so that the second start finds it there; a directory in transformers' format and
-`hf:owner/name` are passed on as they are. Options checked against a copy of its sources from about release 0.30 (docs/serving_many.md).
+vLLM is a program of its own and is not imported. A model of ours (or a .gguf file) is exported first, into
+the cache folder under its fingerprint, so that the second start finds it there; a directory in transformers'
+format and `hf:owner/name` are passed on as they are. Options checked against a copy of its sources from about
+release 0.30 (docs/serving_many.md).
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from chatwright.serve.config import ServeConfig
 
 CARRIED = frozenset({"host", "port", "name", "dtype", "insecure", "engine", "engine_args"})
-"""Settings of `serve` that are carried out here or by vLLM. Any other one that was changed is refused: it would have no effect."""
+"""Settings of `serve` that are carried out here or by vLLM. Any other one that was changed is refused: it
+would have no effect."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 KEY = "VLLM_API_KEY"
 """The variable in which vLLM looks for its key."""
@@ -48,8 +51,8 @@ class Handed:
 def launch(source: str, config: ServeConfig) -> int:
     """Serve `source` by vLLM; on POSIX systems it does not come back. Returns vLLM's exit code elsewhere.
 
-    Raises UsageError for settings that vLLM has no counterpart of, UserError when vLLM is not installed or cannot
-    compute the model.
+    Raises UsageError for settings that vLLM has no counterpart of, UserError when vLLM is not installed or
+    cannot compute the model.
     """
     check(config)
     key, program = passed_key(), find_program()
@@ -64,7 +67,8 @@ def launch(source: str, config: ServeConfig) -> int:
 
 
 def passed_key() -> str:
-    """The key that clients of vLLM have to show; empty when none is set. Raises UserError for what vLLM cannot take.
+    """The key that clients of vLLM have to show; empty when none is set. Raises UserError for what vLLM
+    cannot take.
 
     A file of hashed keys (--api_keys) has no counterpart: vLLM wants to know the keys themselves.
     """
@@ -135,7 +139,8 @@ def hand_over(source: str, dtype: str) -> Handed:
 def exported(source: str, dtype: str) -> Path:
     """The export of a model in the cache folder, made when it is not there. Raises UserError.
 
-    `auto` means what it means without vLLM: bfloat16 for models that are large enough to be worth it, else float32.
+    `auto` means what it means without vLLM: bfloat16 for models that are large enough to be worth it, else
+    float32.
     """
     from chatwright import __version__
     from chatwright.data.archives import cache_dir
@@ -166,7 +171,8 @@ def exported(source: str, dtype: str) -> Path:
 
 
 def fingerprint(source: str) -> str:
-    """What changes when the model does: that of state.json, which has every file's checksum, or of a .gguf file.
+    """What changes when the model does: that of state.json, which has every file's checksum, or of a .gguf
+    file.
 
     Raises UserError when there is no such model.
     """
@@ -193,7 +199,8 @@ def fingerprint(source: str) -> str:
 
 
 def command(handed: Handed, name: str, config: ServeConfig) -> list[str]:
-    """The arguments of `vllm`. Those of --engine_args come last: where an option comes twice, vLLM takes the last."""
+    """The arguments of `vllm`. Those of --engine_args come last: where an option comes twice, vLLM takes the
+    last."""
     options: dict[str, Any] = {
         "--host": config.host,
         "--port": config.port,
@@ -206,7 +213,8 @@ def command(handed: Handed, name: str, config: ServeConfig) -> list[str]:
 
 
 def become(program: str, arguments: list[str]) -> int:
-    """Run a program in this one's place, with its signals and its exit code; beside it where systems cannot (Windows)."""
+    """Run a program in this one's place, with its signals and its exit code; beside it where systems cannot
+    (Windows)."""
     if os.name == "posix":
         _replace(program, [program, *arguments])
     return subprocess.call([program, *arguments])

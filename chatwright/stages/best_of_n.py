@@ -1,14 +1,17 @@
-"""Best of n: of n answers the one that the reward model likes best; a policy without any training.  Stiennon et al. 2020.
+"""Best of n: of n answers the one that the reward model likes best; a policy without any training.  Stiennon
+et al. 2020.
 
-It moves away from the model it samples from by at most log n - (n - 1) / n nats, which makes it the yardstick for PPO and
-REINFORCE at equal KL. From ONE set of N answers to each prompt the whole curve n = 1, 2, 4 ... N is estimated without bias, by
-the mean over all subsets of n (Nakano et al. 2021, arXiv:2112.09332; Gao et al. 2022, arXiv:2210.10760).
+It moves away from the model it samples from by at most log n - (n - 1) / n nats, which makes it the yardstick
+for PPO and REINFORCE at equal KL. From ONE set of N answers to each prompt the whole curve n = 1, 2, 4 ... N
+is estimated without bias, by the mean over all subsets of n (Nakano et al. 2021, arXiv:2112.09332; Gao et al.
+2022, arXiv:2210.10760).
 
-The same answers, weighted by exp(score / beta), show the optimum: of all policies with the KL that it has, the one of the highest
-expected score (Korbak et al. 2022, arXiv:2205.11275), which PPO with this beta and REINFORCE aim at.
+The same answers, weighted by exp(score / beta), show the optimum: of all policies with the KL that it has,
+the one of the highest expected score (Korbak et al. 2022, arXiv:2205.11275), which PPO with this beta and
+REINFORCE aim at.
 
-Completions are judged as PPO judges them: unfinished and degenerate ones get the fixed score. Prompts are held out. Ties of the score
-are broken at random, in expectation.
+Completions are judged as PPO judges them: unfinished and degenerate ones get the fixed score. Prompts are
+held out. Ties of the score are broken at random, in expectation.
 """
 
 from __future__ import annotations
@@ -59,11 +62,11 @@ class Config:
     reward: str = field(default="reward", metadata={"input": True})
     """The reward model that chooses."""
     rival: str = field(default="", metadata={"input": True, "words": ("",)})
-    """A policy that was trained from the same model (the stage ppo, or reinforce): its score and gold beside those of best-of-n
-    at the same KL. Empty for none."""
+    """A policy that was trained from the same model (the stage ppo, or reinforce): its score and gold beside
+    those of best-of-n at the same KL. Empty for none."""
     gold: str = field(default=SENTIMENT, metadata={"input": True, "words": ("", SENTIMENT)})
-    """What the chosen answers are measured by beside the score: `sentiment` (a lexicon) or the stage of another reward model;
-    empty for nothing."""
+    """What the chosen answers are measured by beside the score: `sentiment` (a lexicon) or the stage of
+    another reward model; empty for nothing."""
     data: str = field(default="data", metadata={"input": True})
     """The stage, or directory, with dialogues-validation.jsonl."""
     prompts: int = 128
@@ -95,7 +98,8 @@ class Config:
 
 
 def best_of_n_kl(n: float) -> float:
-    """KL of the best of n from the model that is sampled, log n - (n - 1) / n nats (Stiennon et al. 2020, appendix G.3).
+    """KL of the best of n from the model that is sampled, log n - (n - 1) / n nats (Stiennon et al. 2020,
+    appendix G.3).
 
     An upper bound, near the truth where no single answer is likely (Beirami et al. 2024, arXiv:2401.01879).
     """
@@ -105,9 +109,9 @@ def best_of_n_kl(n: float) -> float:
 def best_of_n(scores: Samples, values: Samples, n: int) -> Float[Tensor, " prompts"]:
     """Expected `values` of the answer with the highest of n `scores`, from N >= n answers to each prompt.
 
-    The mean over all subsets of n of the N answers: with answers in rising order, the i-th is the best of C(i - 1, n - 1) of
-    the C(N, n) subsets. Completions of equal score stand for each other: each gets the mean of their values.
-    Raises ValueError when n is not in 1 ... N.
+    The mean over all subsets of n of the N answers: with answers in rising order, the i-th is the best of C(i
+    - 1, n - 1) of the C(N, n) subsets. Completions of equal score stand for each other: each gets the mean of
+    their values. Raises ValueError when n is not in 1 ... N.
     """
     size = scores.shape[1]
     if not 1 <= n <= size:
@@ -133,12 +137,12 @@ def at_kl(curve: Sequence[tuple[float, float]], kl: float) -> float | None:
 def tilted(
     scores: Samples, values: Samples, beta: float
 ) -> tuple[Float[Tensor, " prompts"], Float[Tensor, " prompts"]]:
-    """KL from the model that was sampled, and expected `values`, of the policy that is its optimum for a KL coefficient: that model
-    tilted by exp(score / beta).
+    """KL from the model that was sampled, and expected `values`, of the policy that is its optimum for a KL
+    coefficient: that model tilted by exp(score / beta).
 
-    From N answers to each prompt, by self-normalised importance weights: exp(KL) answers count as one. Few answers hold no rare good
-    one, so that both are too low, but together: with normal scores and 8 of 64 answers that count, the KL is a third too low, and the score
-    5 % below what a policy of that KL can have.
+    From N answers to each prompt, by self-normalised importance weights: exp(KL) answers count as one. Few
+    answers hold no rare good one, so that both are too low, but together: with normal scores and 8 of 64
+    answers that count, the KL is a third too low, and the score 5 % below what a policy of that KL can have.
     """
     log_weights = (scores.double() / beta).log_softmax(1)
     weights = log_weights.exp()
@@ -232,7 +236,8 @@ def chosen_answers(
 
 
 def sharing(config: Config, prompts: Sequence[Sequence[int]]) -> ParallelContext:
-    """The processes that share the prompts. Raises UsageError for plans that cut models, UserError for too few prompts."""
+    """The processes that share the prompts. Raises UsageError for plans that cut models, UserError for too
+    few prompts."""
     reason = "bestofn trains nothing, every process has the whole models: use ddp"
     spread = start_parallel(
         config.parallel,
@@ -302,7 +307,8 @@ def point(scores: Samples, values: Samples | None, n: int, seed: int) -> dict[st
 
 
 def optima(scores: Samples, values: Samples | None, seed: int) -> dict[float, dict[str, float]]:
-    """For each KL coefficient at which enough answers count: KL, score and gold of its optimum, with 95 % intervals over prompts."""
+    """For each KL coefficient at which enough answers count: KL, score and gold of its optimum, with 95 %
+    intervals over prompts."""
     found: dict[float, dict[str, float]] = {}
     for beta in BETAS:
         kl, score = tilted(scores, scores, beta)
@@ -352,7 +358,8 @@ def report_of(
     rival: dict[str, float] | None,
     best: dict[float, dict[str, float]] | None = None,
 ) -> Report:
-    """Measures of the largest n, the table of all, what is best at a KL coefficient (`optima`), and the rival beside it."""
+    """Measures of the largest n, the table of all, what is best at a KL coefficient (`optima`), and the rival
+    beside it."""
     best = best or {}
     first, last = rows[1], rows[config.n]
     names = [name for name in ("score", "gold") if name in first]

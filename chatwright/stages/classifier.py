@@ -1,11 +1,14 @@
-"""Classifier as reward: how likely would people call this text good?  Ziegler et al. 2019, section 3.1 (sentiment).
+"""Classifier as reward: how likely would people call this text good?  Ziegler et al. 2019, section 3.1
+(sentiment).
 
-A judge in the reward model's place: PPO, REINFORCE and best-of-n follow it with `reward: classifier`. It learns from single
-texts instead of comparisons: each stands as the answer to a prompt drawn at random, so that a row looks as it will in PPO.
+A judge in the reward model's place: PPO, REINFORCE and best-of-n follow it with `reward: classifier`. It
+learns from single texts instead of comparisons: each stands as the answer to a prompt drawn at random, so
+that a row looks as it will in PPO.
 
-Departures from the paper: there the classifier is a separate model of reviews, and its log odds are the reward as they come.
-Here it starts from the chat model, and the log odds are calibrated (Platt 1999) on texts that training does not see:
-sigmoid(score) is a probability that comes true that often, and 0 means as likely good as bad.
+Departures from the paper: there the classifier is a separate model of reviews, and its log odds are the
+reward as they come. Here it starts from the chat model, and the log odds are calibrated (Platt 1999) on texts
+that training does not see: sigmoid(score) is a probability that comes true that often, and 0 means as likely
+good as bad.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ class Config:
     base: str = field(default="sft", metadata={"input": True})
     """The model whose body to start from; its template frames prompt and text."""
     data: str = field(default="data", metadata={"input": True})
-    """The stage, or directory, with ratings-*.jsonl, and dialogues-*.jsonl, whose first turns are the prompts."""
+    """The stage, or directory, with ratings-*.jsonl, and dialogues-*.jsonl, whose first turns are the
+    prompts."""
     threshold: float = 0.0
     """Texts rated higher are good, lower ones bad; 0.5 for data whose labels are 0 and 1."""
     neutral: float = 0.5
@@ -63,7 +67,7 @@ class Config:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Train a low-rank adapter and the scalar head instead of all weights: `lora.rank` above 0."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=90.0, batch_size=32, compile=False))
-    """Length and micro_batches of training; a sample is a text."""
+    """Length of training, batches and micro-batches; a sample is a text."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             name="adamw", learning_rate=1e-3, schedule="trapezoid", decay=0.7, weight_decay=0.01
@@ -285,8 +289,8 @@ def example(model: ScalarModel, texts: Texts) -> str:
 def calibrate(
     report: Report, model: ScalarModel, scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]
 ) -> tuple[float, float]:
-    """Set scale and offset so that sigmoid(score) is a probability, and return them. Raises Unhealthy, with the report, when
-    the scores tell nothing."""
+    """Set scale and offset so that sigmoid(score) is a probability, and return them. Raises Unhealthy, with
+    the report, when the scores tell nothing."""
     try:
         scale, offset = calibration.platt(scores, positive)
     except ValueError as error:

@@ -1,9 +1,10 @@
 """Data: sources -> files of records on disk, each cut into training and held-out by a hash of its content.
 
-`train.jsonl` and `validation.jsonl` are documents to learn the language from; `dialogues-*.jsonl` conversations;
-`ratings-*.jsonl` texts with the number that people gave them; `comparisons-*.jsonl` prompts with answers that people ranked,
-cut by prompt. Others' formats of conversations and comparisons: data/formats.py. What is held out here is never trained on by any stage:
-a conversation has one id as a document and as a dialogue.
+`train.jsonl` and `validation.jsonl` are documents to learn the language from; `dialogues-*.jsonl`
+conversations; `ratings-*.jsonl` texts with the number that people gave them; `comparisons-*.jsonl` prompts
+with answers that people ranked, cut by prompt. Others' formats of conversations and comparisons:
+data/formats.py. What is held out here is never trained on by any stage: a conversation has one id as a
+document and as a dialogue.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ class Config:
     ratings: str = "vader-movies,vader-tweets"
     """Texts with human ratings for the reward model; empty for none."""
     comparisons: str = ""
-    """Completions that people ranked, for the reward model (its `comparisons` then names this stage); empty for none."""
+    """Completions that people ranked, for the reward model (its `comparisons` then names this stage); empty
+    for none."""
     comparison_format: PreferenceFormat = "auto"
     """How your own comparisons are written; auto: by the columns of each record (docs/alignment.md)."""
     broken: Literal["refuse", "skip"] = "refuse"
-    """What happens at a record that cannot be used: the stage ends and names it, or it is left out and counted."""
+    """What happens at a record that cannot be used: the stage ends and names it, or it is left out and
+    counted."""
     validation: float = 0.02
     """Share of documents, of dialogues and of the prompts of comparisons that is held out."""
     ratings_validation: float = 0.1

@@ -1,8 +1,9 @@
-"""What PPO did to the answers, by a measure that no training saw: the lexicon score of VADER on held-out prompts.
+"""What PPO did to the answers, by a measure that no training saw: the lexicon score of VADER on held-out
+prompts.
 
-VADER (Hutto and Gilbert 2014) adds up word ratings by rules; it knows nothing of our reward model. It is a measure of
-sentiment in words, not of quality: a model that only says "love love love" pleases it, which is why distinct-2, length
-and KL stand beside it.
+VADER (Hutto and Gilbert 2014) adds up word ratings by rules; it knows nothing of our reward model. It is a
+measure of sentiment in words, not of quality: a model that only says "love love love" pleases it, which is
+why distinct-2, length and KL stand beside it.
 """
 
 from __future__ import annotations

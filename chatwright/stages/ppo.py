@@ -1,8 +1,9 @@
-"""PPO: make the model's answers score higher, without leaving the model it came from.  Ouyang et al. 2022, eq. 2.
+"""PPO: make the model's answers score higher, without leaving the model it came from.  Ouyang et al. 2022,
+eq. 2.
 
-The details that decide whether it works are those of Ziegler et al. 2019 and Stiennon et al. 2020 as listed in "The N+
-implementation details of RLHF with PPO" (arXiv:2403.17031); docs/papers.md names the line for each. PolicyTraining, guards and what
-is kept: rounds.py, where the departures from the papers stand too.
+The details that decide whether it works are those of Ziegler et al. 2019 and Stiennon et al. 2020 as listed
+in "The N+ implementation details of RLHF with PPO" (arXiv:2403.17031); docs/papers.md names the line for
+each. PolicyTraining, guards and what is kept: rounds.py, where the departures from the papers stand too.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Config(RLConfig):
     whiten_rewards: bool = False
     """Scale per-token rewards to variance 1 (mean kept) before advantages are computed."""
     critic: Literal["separate", "shared"] = "separate"
-    """`separate`: a copy of the reward model with a body of its own. `shared`: a head on the policy's body that starts at zero
-    (Ziegler et al. 2019), which takes half the memory and time."""
+    """`separate`: a copy of the reward model with a body of its own. `shared`: a head on the policy's body
+    that starts at zero (Ziegler et al. 2019), which takes half the memory and time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,8 +98,9 @@ class Rollout:
 def score_rollouts(
     models: RLModels, answers: Completions, beta: float, config: Config
 ) -> tuple[Rollout, dict[str, float]]:
-    """Score sampled answers and work out advantages; also what to log about them. Of many processes each gives its own answers
-    and gets the round's: what is averaged over a round is then the same everywhere, and as one process has it."""
+    """Score sampled answers and work out advantages; also what to log about them. Of many processes each
+    gives its own answers and gets the round's: what is averaged over a round is then the same everywhere, and
+    as one process has it."""
     seen = score_rollout(models, answers, config)
     answers, mask = seen.answers, seen.answers.response
     log_probs, values = seen.policy_outputs.log_probs, seen.policy_outputs.values
@@ -158,7 +160,8 @@ class _Run(PolicyTraining[Config, Rollout]):
 
 
 def run(config: Config, workspace: Workspace) -> Report:
-    """Run PPO and report score, KL and variety before and after on training prompts (held-out ones: stage eval)."""
+    """Run PPO and report score, KL and variety before and after on training prompts (held-out ones: stage
+    eval)."""
     return train_policy(_Run, config, workspace, critic=config.critic)
 
 

@@ -2,8 +2,10 @@
 
 Departures from the papers, each for small budgets and each measured (docs/performance.md):
 * Muon for the blocks' matrices (Jordan et al. 2024) instead of AdamW for all.
-* A constant learning rate that falls linearly at the end, instead of a cosine: the length need not be known at first.
-* Windows follow one another in the token stream, as GPT-2's and GPT-3's do: documents are not kept apart, only marked.
+* A constant learning rate that falls linearly at the end, instead of a cosine: the length need not be known
+  at first.
+* Windows follow one another in the token stream, as GPT-2's and GPT-3's do: documents are not kept apart,
+  only marked.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class Config:
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of the shape to change, for example {layers: 6}. The vocabulary is always the tokenizer's."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=300.0))
-    """Length and micro_batches of training."""
+    """Length of training, batches and micro-batches."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(name="muon", learning_rate=6e-3, schedule="trapezoid", decay=0.6)
     )
@@ -99,11 +101,12 @@ def step(model: GPT, batch: TokenBatch, angles: tuple[Tensor, Tensor] | None = N
 def fast_step(
     model: GPT, config: FitConfig, *, alone: bool, is_sharded: bool = False
 ) -> tuple[Callable[[TokenBatch], Step], torch.dtype, str]:
-    """`step` in the precision and, where that works, the compiled form that the machine offers; and a line about it.
+    """`step` in the precision and, where that works, the compiled form that the machine offers; and a line
+    about it.
 
-    What makes it fast on a CPU, each measured in docs/performance.md: bf16 copies of the matrices (one process `alone`;
-    with several, the plan decides what is cast, and compiles the blocks when they are `is_sharded`), attention in blocks,
-    rotary angles computed once, one compiled graph.
+    What makes it fast on a CPU, each measured in docs/performance.md: bf16 copies of the matrices (one
+    process `alone`; with several, the plan decides what is cast, and compiles the blocks when they are
+    `is_sharded`), attention in blocks, rotary angles computed once, one compiled graph.
     """
     dtype = runtime.compute_dtype(config.precision)
     copies = WorkingCopy(model) if alone and dtype == torch.bfloat16 else None

@@ -1,10 +1,13 @@
-"""REINFORCE: the plain policy gradient, with a baseline instead of a critic.  Williams 1992; RLOO: Ahmadian et al. 2024.
+"""REINFORCE: the plain policy gradient, with a baseline instead of a critic.  Williams 1992; RLOO: Ahmadian
+et al. 2024.
 
-An answer is one act with one return, the reward model's score less beta times the KL of the whole answer; no critic, no clip, no
-credit to single tokens. It is what PPO has to beat at equal KL. Everything else is as in PPO: rounds.py.
+An answer is one act with one return, the reward model's score less beta times the KL of the whole answer; no
+critic, no clip, no credit to single tokens. It is what PPO has to beat at equal KL. Everything else is as in
+PPO: rounds.py.
 
-Departures from the papers: where a round has several minibatches, the later ones are learnt from answers of a policy that is
-a step or more older, without a correction; `minibatch_size` equal to `batch_size` is the method as published.
+Departures from the papers: where a round has several minibatches, the later ones are learnt from answers of a
+policy that is a step or more older, without a correction; `minibatch_size` equal to `batch_size` is the
+method as published.
 """
 
 from __future__ import annotations
@@ -36,10 +39,11 @@ class Config(RLConfig):
     """Settings of REINFORCE."""
 
     minibatch_size: int = 64
-    """Completions per optimiser step; below batch_size the later steps of a round learn from answers of an older policy."""
+    """Completions per optimiser step; below batch_size the later steps of a round learn from answers of an
+    older policy."""
     baseline: Baseline = "mean"
-    """What is subtracted from an answer's return: the batch's `mean`, the mean of the other answers to the same prompt
-    (`leave-one-out`, RLOO), or `none`."""
+    """What is subtracted from an answer's return: the batch's `mean`, the mean of the other answers to the
+    same prompt (`leave-one-out`, RLOO), or `none`."""
     samples_per_prompt: int = 1
     """Completions to each prompt of a round; leave-one-out needs 2 or more."""
     whiten: bool = True
@@ -95,8 +99,8 @@ class Rollout:
 def score_rollouts(
     models: RLModels, answers: Completions, beta: float, config: Config
 ) -> tuple[Rollout, dict[str, float]]:
-    """Score sampled answers and compare their returns; also what to log about them. Of many processes each gives its own
-    answers and gets the round's."""
+    """Score sampled answers and compare their returns; also what to log about them. Of many processes each
+    gives its own answers and gets the round's."""
     seen = score_rollout(models, answers, config)
     answers, mask = seen.answers, seen.answers.response
     log_probs = seen.policy_outputs.log_probs
@@ -144,7 +148,8 @@ class _Run(PolicyTraining[Config, Rollout]):
 
 
 def run(config: Config, workspace: Workspace) -> Report:
-    """Run REINFORCE and report score, KL and variety before and after on training prompts (held-out ones: stage eval)."""
+    """Run REINFORCE and report score, KL and variety before and after on training prompts (held-out ones:
+    stage eval)."""
     return train_policy(_Run, config, workspace)
 
 

@@ -1,9 +1,10 @@
 """Reward model: which of K answers would people prefer?  Ouyang et al. 2022, section 3.5.
 
-Departures from the paper: by default the comparisons are made from texts that people rated one by one (a prompt with
-K rated texts as its answers, ranked by their mean ratings), because that is the human preference data that installs as
-a package; answers closer than `tie_tolerance` tie, and pairs that tie are left out (`ties`). After training the scores are shifted
-so that demonstrations score 0, as in the paper, and scaled so that training answers have standard deviation 1.
+Departures from the paper: by default the comparisons are made from texts that people rated one by one (a
+prompt with K rated texts as its answers, ranked by their mean ratings), because that is the human preference
+data that installs as a package; answers closer than `tie_tolerance` tie, and pairs that tie are left out
+(`ties`). After training the scores are shifted so that demonstrations score 0, as in the paper, and scaled so
+that training answers have standard deviation 1.
 
 Another judge that PPO can follow, trained on single texts: classifier.py.
 """
@@ -64,22 +65,26 @@ class Config:
     data: str = field(default="data", metadata={"input": True})
     """The stage, or directory, with ratings-*.jsonl and dialogues-*.jsonl (prompts, and demonstrations)."""
     labels: int = 0
-    """Rated texts to learn from, drawn by the seed; 0 takes all. Few make a judge that can be exploited (recipes/hacking.yaml)."""
+    """Rated texts to learn from, drawn by the seed; 0 takes all. Few make a judge that can be exploited
+    (recipes/hacking.yaml)."""
     comparisons: str = field(default="", metadata={"input": True, "words": ("",)})
     """Your own comparisons instead of ratings: the stage, or directory, with comparisons-*.jsonl."""
     k: int = 16
-    """Completions per prompt when comparisons are made from ratings (the paper: 4 to 9; here they cost no labeller's time)."""
+    """Completions per prompt when comparisons are made from ratings (the paper: 4 to 9; here they cost no
+    labeller's time)."""
     tie_tolerance: float = 0.5
     """Ratings (or scores) closer than this are ties."""
     ties: Ties = "leave_out"
     """A pair that ties is left out of loss and accuracy, or is won by `half` each way in both."""
     rating_margin: float = 0.0
-    """By how much a score is to exceed another's per unit by which the rating does: Llama 2's margin; 0 for none."""
+    """By how much a score is to exceed another's per unit by which the rating does: Llama 2's margin; 0 for
+    none."""
     held_out_annotators: str = ""
-    """Annotators, comma-separated, none of whose comparisons is trained on: the report has the accuracy on theirs."""
+    """Annotators, comma-separated, none of whose comparisons is trained on: the report has the accuracy on
+    theirs."""
     center_on: Literal["auto", "demonstrations", "answers"] = "auto"
-    """What scores 0 on average: people's own answers in the dialogues of `data`, or the training answers; auto: the former
-    where there are any. The report says which."""
+    """What scores 0 on average: people's own answers in the dialogues of `data`, or the training answers;
+    auto: the former where there are any. The report says which."""
     max_tokens: int = 80
     """Longer prompts lose their beginning, longer answers their end."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -87,7 +92,7 @@ class Config:
     fit: FitConfig = field(
         default_factory=lambda: FitConfig(seconds=90.0, batch_size=2, micro_batch=1, compile=False)
     )
-    """Length and micro_batches of training; a sample is a prompt with its K answers."""
+    """Length of training, batches and micro-batches; a sample is a prompt with its K answers."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             name="adamw", learning_rate=1e-3, schedule="trapezoid", decay=0.7, weight_decay=0.01
@@ -135,7 +140,8 @@ def step(model: ScalarModel, batch: RankedBatch) -> Step:
 
 
 def load_split(config: Config, workspace: Workspace) -> Split:
-    """What to train on and what to measure: the user's own comparisons, or those made from ratings. Raises UserError."""
+    """What to train on and what to measure: the user's own comparisons, or those made from ratings. Raises
+    UserError."""
     if not config.comparisons:
         train, held_out = rated_comparisons(
             records_of(workspace.resolve(config.data)), config.k, workspace.seed, labels=config.labels
@@ -320,8 +326,8 @@ def example(model: ScalarModel, rankings: Rankings, spread: ParallelContext = SI
 
 
 def compare_scores(config: Any, workspace: Workspace, report: Report) -> Answered:
-    """What a reward model thinks of ten held-out pairs of answers, before training and after: by how much the score of the one
-    that was rated higher leads."""
+    """What a reward model thinks of ten held-out pairs of answers, before training and after: by how much the
+    score of the one that was rated higher leads."""
     held_out = load_split(config, workspace).held_out
     chosen = [
         pair for pair in map(_extremes, held_out) if pair.scores[0] - pair.scores[1] > config.tie_tolerance

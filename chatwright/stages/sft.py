@@ -1,7 +1,8 @@
 """Supervised fine-tuning: answer as people did.  Ouyang et al. 2022, section 3.5.
 
-Departures from the paper: short conversations share a row (packing; they cannot see each other, so that no result
-changes), and a conversation longer than the context is cut between exchanges instead of being left out.
+Departures from the paper: short conversations share a row (packing; they cannot see each other, so that no
+result changes), and a conversation longer than the context is cut between exchanges instead of being left
+out.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Config:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Train a low-rank adapter instead of all weights: `lora.rank` above 0."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=75.0, compile=False))
-    """Length and micro_batches of training; a sample is a packed row."""
+    """Length of training, batches and micro-batches; a sample is a packed row."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(name="adamw", learning_rate=1e-3, schedule="trapezoid", decay=0.6)
     )
@@ -105,7 +106,8 @@ class Rows:
 def rows_of(
     file: Path, template: ChatTemplate, tokenizer: Tokenizer, length: int, *, packing: bool, limit: int = 0
 ) -> list[PackedRow]:
-    """The conversations of a file as rows; those of the first `limit` rows' worth of tokens when it is above 0."""
+    """The conversations of a file as rows; those of the first `limit` rows' worth of tokens when it is above
+    0."""
     pieces, tokens = [], 0
     for dialogue in read_records(file, Dialogue):
         for piece in cut_dialogue(dialogue.messages, template, tokenizer, length):
@@ -120,7 +122,8 @@ def rows_of(
 
 
 def check_end_is_learnt(rows: list[PackedRow], template: ChatTemplate, tokenizer: Tokenizer) -> None:
-    """Raise UserError unless the token that ends an answer is inside the loss: without it, no answer would end."""
+    """Raise UserError unless the token that ends an answer is inside the loss: without it, no answer would
+    end."""
     end = tokenizer.control_ids[template.end]
     if not any(flag and token == end for row in rows for token, flag in zip(row.ids, row.mask, strict=True)):
         raise UserError(
@@ -130,13 +133,13 @@ def check_end_is_learnt(rows: list[PackedRow], template: ChatTemplate, tokenizer
 
 
 PORTION = 256
-"""Positions that are learnt from come in multiples of this: a buffer of a new size in every step would fit into no hole that
-the one before has left, and the process would grow to several times what it uses."""
+"""Positions that are learnt from come in multiples of this: a buffer of a new size in every step would fit
+into no hole that the one before has left, and the process would grow to several times what it uses."""
 
 
 SHORT = 1024
-"""Tokens of a row up to which compiled products with a mask are faster, on a CPU, than the fused kernel: their memory grows with the
-square."""
+"""Tokens of a row up to which compiled products with a mask are faster, on a CPU, than the fused kernel:
+their memory grows with the square."""
 
 
 def is_compile_friendly(length: int) -> bool:
@@ -145,7 +148,8 @@ def is_compile_friendly(length: int) -> bool:
 
 
 def compiled_for(model: GPT, length: int, *, cut: bool = False) -> str:
-    """Compile the model for rows of this length; a line that says whether that works, and why not. `cut`: as in `compile_blocks`."""
+    """Compile the model for rows of this length; a line that says whether that works, and why not. `cut`: as
+    in `compile_blocks`."""
     if is_compile_friendly(length) and not cut:
         make_compile_friendly(model)
     return compile_blocks(model, cut=cut)
@@ -195,9 +199,11 @@ def learnt_tokens(row: PackedRow) -> int:
 
 
 def preview(config: Config, workspace: Workspace, count: int) -> None:
-    """Print the first `count` rows that training would see, with their loss mask, and what all of them amount to.
+    """Print the first `count` rows that training would see, with their loss mask, and what all of them amount
+    to.
 
-    Nothing is trained or written. Raises UserError as `run` does, after the rows where the end token is not learnt.
+    Nothing is trained or written. Raises UserError as `run` does, after the rows where the end token is not
+    learnt.
     """
     model, tokenizer, template, records = start(config, workspace)
     length, colours = row_length(config, model), console.is_terminal

@@ -1,8 +1,10 @@
-"""What stages that can train an adapter instead of all weights have in common (`lora` settings; model/lora.py).
+"""What stages that can train an adapter instead of all weights have in common (`lora` settings;
+model/lora.py).
 
-A checkpoint of such a stage holds `adapter.safetensors`, from which training goes on over the base model that the stage loads
-anyway (its fingerprint is in state.json), and beside it `model.safetensors` with the adapter merged, so that the directory is as
-complete as any other. A finished stage also has `adapter/`, the adapter of its result in PEFT's format.
+A checkpoint of such a stage holds `adapter.safetensors`, from which training goes on over the base model that
+the stage loads anyway (its fingerprint is in state.json), and beside it `model.safetensors` with the adapter
+merged, so that the directory is as complete as any other. A finished stage also has `adapter/`, the adapter
+of its result in PEFT's format.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ FOLDER = "adapter"
 
 
 def metadata(config: LoRAConfig, **bases: nn.Module) -> dict[str, Any]:
-    """What a checkpoint says of the adapter beside it: the settings, and a fingerprint of each frozen model that training
-    builds on, to know it again at a resume. Nothing when no adapter is asked for. To be made before there is one."""
+    """What a checkpoint says of the adapter beside it: the settings, and a fingerprint of each frozen model
+    that training builds on, to know it again at a resume. Nothing when no adapter is asked for. To be made
+    before there is one."""
     if not config.rank:
         return {}
     prints = {name: checkpoint.fingerprint(checkpoint.model_tensors(one)) for name, one in bases.items()}
@@ -61,7 +64,8 @@ def _whole(model: GPT, tensors: Mapping[str, Tensor]) -> GPT:
 def write_adapter(
     model: GPT, directory: Path, *, base: str, spread: ParallelContext = SINGLE_PROCESS
 ) -> dict[str, Any]:
-    """Write the adapter that a stage's model has, if it has one, to `directory`/adapter; facts for the stage's report."""
+    """Write the adapter that a stage's model has, if it has one, to `directory`/adapter; facts for the
+    stage's report."""
     if not adapter_names(model):
         return {}
     target = directory / FOLDER

@@ -1,6 +1,7 @@
 """The plain loop of every stage whose batches are known in advance: pre-training, SFT, reward model.
 
-How many steps, which learning rate, when to log, to measure and to save; `trainer.Trainer` does the steps themselves.
+How many steps, which learning rate, when to log, to measure and to save; `trainer.Trainer` does the steps
+themselves.
 """
 
 from __future__ import annotations
@@ -23,25 +24,28 @@ from chatwright.train.trainer import AnyBatch, Batch, Progress, Step, Trainer
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How long, in which micro_batches, and how often to look and to save."""
+    """how long, in which micro-batches, and how often to look and to save."""
 
     steps: int = 0
     """Optimiser steps; above 0 it goes before `seconds`. 0: as many as fit into `seconds`."""
     seconds: float = 0.0
-    """Training time in seconds, the first two steps, which compile, not counted. The number of steps is settled when the learning rate begins to
-    fall and then kept in the checkpoint. Needs the trapezoid schedule. Give `steps` for runs that repeat exactly."""
+    """Training time in seconds, the first two steps, which compile, not counted. The number of steps is
+    settled when the learning rate begins to fall and then kept in the checkpoint. Needs the trapezoid
+    schedule. Give `steps` for runs that repeat exactly."""
     batch_size: int = 8
     """Samples per optimiser step."""
     micro_batch: int = 0
-    """Samples per forward pass of a process; 0 means its whole share of the batch. Smaller saves memory and changes no
-    result."""
+    """Samples per forward pass of a process; 0 means its whole share of the batch. Smaller saves memory and
+    changes no result."""
     precision: str = "auto"
-    """Products in `bf16`, `fp32`, or `auto`: bf16 where the processor computes it. Weights are float32 always."""
+    """Products in `bf16`, `fp32`, or `auto`: bf16 where the processor computes it. Weights are float32
+    always."""
     recompute: bool = False
-    """Keep only what enters each block and compute the rest again in the backward pass: memory of one block's activations
-    instead of all, for about a third more time. Changes no result."""
+    """Keep only what enters each block and compute the rest again in the backward pass: memory of one block's
+    activations instead of all, for about a third more time. Changes no result."""
     compile: bool = True
-    """Use torch.compile when a C++ compiler is there. Off for short stages, which it would delay more than it shortens them."""
+    """Use torch.compile when a C++ compiler is there. Off for short stages, which it would delay more than it
+    shortens them."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
     evaluate_every: int = 0
@@ -49,13 +53,13 @@ class FitConfig:
     save_every: float = 120.0
     """Seconds between checkpoints."""
     save_steps: int = 0
-    """Also a checkpoint whenever the step is a multiple of this; 0: by the clock alone. Above 0 the rule for loss spikes
-    returns to these checkpoints only, and so repeats exactly."""
+    """Also a checkpoint whenever the step is a multiple of this; 0: by the clock alone. Above 0 the rule for
+    loss spikes returns to these checkpoints only, and so repeats exactly."""
     keep: int = 2
     """Checkpoints to keep."""
     keep_best: bool = False
-    """Also keep the checkpoint whose held-out measure was best (needs `evaluate_every`); the stage's result is then that
-    one, and the file checkpoints/best names it. Off: the result is the last step's."""
+    """Also keep the checkpoint whose held-out measure was best (needs `evaluate_every`); the stage's result
+    is then that one, and the file checkpoints/best names it. Off: the result is the last step's."""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
     """What is done when the loss jumps."""
 
@@ -94,8 +98,9 @@ class Batches(Protocol[Made]):
 
 @dataclass(frozen=True)
 class Fitted:
-    """The end of `fit`. `checkpoint` is the stage's result and `after` its measures: the last step's, or the best one's
-    with `keep_best`; the modules have its weights. `facts` and `notes` are for the stage's report."""
+    """The end of `fit`. `checkpoint` is the stage's result and `after` its measures: the last step's, or the
+    best one's with `keep_best`; the modules have its weights. `facts` and `notes` are for the stage's report.
+    """
 
     checkpoint: Checkpoint
     before: dict[str, float]
@@ -106,7 +111,8 @@ class Fitted:
 
     @property
     def samples(self) -> int:
-        """Samples that the model was trained on, each pass counted; those that a rollback passed over are not."""
+        """Samples that the model was trained on, each pass counted; those that a rollback passed over are
+        not."""
         return self.progress.consumed - int(self.progress.extra.get("passed_over", 0))
 
 
@@ -132,8 +138,9 @@ class Fit(Generic[AnyBatch]):
     ) -> None:
         """`step` is given a micro-batch; `evaluate` measures on held-out data.
 
-        `throughput` names what is counted per sample, for the speed shown: ("tokens", 256.0). `best` is what `keep_best`
-        chooses by, `flop_per_sample` the operations of training on a sample, where they are known.
+        `throughput` names what is counted per sample, for the speed shown: ("tokens", 256.0). `best` is what
+        `keep_best` chooses by, `flop_per_sample` the operations of training on a sample, where they are
+        known.
         """
         config.check(trainer.optim_config.schedule)
         if config.keep_best and best is None:
@@ -155,7 +162,8 @@ class Fit(Generic[AnyBatch]):
         self.modules = list(trainer.modules.values())
 
     def run(self) -> Fitted:
-        """Train to the end, or to where someone stops it. Raises Interrupted, after saving where there is anything new."""
+        """Train to the end, or to where someone stops it. Raises Interrupted, after saving where there is
+        anything new."""
         trainer = self.trainer
         with Stopper().listening() as stopper:
             resumed = trainer.resume()
@@ -219,14 +227,15 @@ class Fit(Generic[AnyBatch]):
         return Interrupted(f"{where}; the same command goes on from there")
 
     def _may_stop_at_once(self, stopper: Stopper, *, when: bool) -> AbstractContextManager[None]:
-        """Where a signal need not wait for the end of the step. Several processes stop together, or wait forever."""
+        """Where a signal need not wait for the end of the step. Several processes stop together, or wait
+        forever."""
         return (
             stopper.at_once(self._interrupted) if when and not self.trainer.spread.together else nullcontext()
         )
 
     def _look(self, stopper: Stopper) -> None:
-        """The held-out measure of `evaluate_every`, at the beginning of the step after: where a run that was stopped in
-        the middle of it goes on."""
+        """The held-out measure of `evaluate_every`, at the beginning of the step after: where a run that was
+        stopped in the middle of it goes on."""
         progress, every = self.trainer.progress, self.config.evaluate_every
         if (
             not every
@@ -274,7 +283,8 @@ class Fit(Generic[AnyBatch]):
         return loss
 
     def _answer_spikes(self) -> None:
-        """After `patience` spikes in a row: back to the last checkpoint, or the new level is taken for the normal one."""
+        """After `patience` spikes in a row: back to the last checkpoint, or the new level is taken for the
+        normal one."""
         trainer, config = self.trainer, self.config.spikes
         if config.action == "skip":
             trainer.progress.extra |= {"losses": [], "spikes_in_a_row": 0}
@@ -304,8 +314,8 @@ class Fit(Generic[AnyBatch]):
         return True
 
     def _protected(self) -> list[int]:
-        """Steps whose checkpoints stay: the best one's, the one that the file `best` still names, and the one that a
-        rollback would go to."""
+        """Steps whose checkpoints stay: the best one's, the one that the file `best` still names, and the one
+        that a rollback would go to."""
         progress, every = self.trainer.progress, self.config.save_steps
         steps = [progress.extra["best"]["step"]] if "best" in progress.extra else []
         with suppress(UserError):
@@ -320,7 +330,8 @@ class Fit(Generic[AnyBatch]):
             checkpoint.write_best(self.trainer.workspace.checkpoints, known["step"])
 
     def _result(self) -> Fitted:
-        """What the finished run gives: its last checkpoint, or the best one, whose weights the modules then get back."""
+        """What the finished run gives: its last checkpoint, or the best one, whose weights the modules then
+        get back."""
         trainer, progress = self.trainer, self.trainer.progress
         chosen, after, notes = (
             checkpoint.checkpoints(trainer.workspace.checkpoints)[-1],
@@ -354,8 +365,8 @@ class Fit(Generic[AnyBatch]):
         )  # what is decided by it all decide alike
 
     def _learning_rate(self) -> float:
-        """Share of the peak for the coming step. With a budget in seconds the number of steps is not known at first:
-        there warm-up is a share of the time, and only the fall at the end goes by steps."""
+        """Share of the peak for the coming step. With a budget in seconds the number of steps is not known at
+        first: there warm-up is a share of the time, and only the fall at the end goes by steps."""
         progress, config = self.trainer.progress, self.trainer.optim_config
         if self.config.steps:
             return optim.learning_rate(progress.step, progress.planned, config)
@@ -400,7 +411,8 @@ class Fit(Generic[AnyBatch]):
         )
 
     def _account(self, rate: float = 0.0) -> dict[str, float]:
-        """Operations, energy and money so far; with `rate`, samples per second, also the share of the machine's peak."""
+        """Operations, energy and money so far; with `rate`, samples per second, also the share of the
+        machine's peak."""
         progress, each = self.trainer.progress, self.flop_per_sample
         samples = progress.consumed - progress.extra.get("passed_over", 0)
         return cost.cost_row(

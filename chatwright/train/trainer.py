@@ -1,8 +1,8 @@
 """One optimiser step after another, with everything that must survive a crash.
 
-`loop.Fit` drives a `Trainer` over batches that are known in advance; PPO, which makes its own, uses it directly. Both
-continue after a crash bit for bit: weights, optimiser, position in the data, random streams and the plan (how many
-steps) are all in the checkpoint.
+`loop.Fit` drives a `Trainer` over batches that are known in advance; PPO, which makes its own, uses it
+directly. Both continue after a crash bit for bit: weights, optimiser, position in the data, random streams
+and the plan (how many steps) are all in the checkpoint.
 """
 
 from __future__ import annotations
@@ -71,10 +71,11 @@ class Trainer:
         spread: ParallelContext = SINGLE_PROCESS,
         frozen: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        """`modules["model"]` is what others load; further ones (a critic) are saved beside it. Of a module with adapters what
-        is trained is saved, of the model beside it the whole with the adapter merged. `metadata` goes into
-        state.json (the model's shape), `texts` are files that make the directory self-contained. `spread` puts the
-        modules on many processes, and beside them `frozen` ones, which are not saved."""
+        """`modules["model"]` is what others load; further ones (a critic) are saved beside it. Of a module
+        with adapters what is trained is saved, of the model beside it the whole with the adapter merged.
+        `metadata` goes into state.json (the model's shape), `texts` are files that make the directory
+        self-contained. `spread` puts the modules on many processes, and beside them `frozen` ones, which are
+        not saved."""
         self.modules, self.optim_config, self.workspace = dict(modules), optim_config, workspace
         self.metadata, self.texts, self.keep = dict(metadata), dict(texts), keep
         self.spread = spread
@@ -99,11 +100,12 @@ class Trainer:
         share: float,
         accept: Callable[[float], bool] | None = None,
     ) -> float:
-        """One optimiser step on the sum of the micro-batches' losses over their total weight; returns the loss.
+        """One optimiser step on the sum of the micro-batches' losses over their total weight; returns the
+        loss.
 
-        `share` is the learning rate's share of its peak. A gradient that is not finite changes nothing and is counted
-        in `skipped`; nor does a loss that `accept` refuses. Raises UserError after 20 bad gradients in a row, and whatever
-        `accept` raises: nothing has then changed.
+        `share` is the learning rate's share of its peak. A gradient that is not finite changes nothing and is
+        counted in `skipped`; nor does a loss that `accept` refuses. Raises UserError after 20 bad gradients
+        in a row, and whatever `accept` raises: nothing has then changed.
         """
         spread = self.spread
         total = spread.sum([sum(batch.weight for batch in batches)])[0] or 1.0
@@ -111,7 +113,8 @@ class Trainer:
         for number, batch in enumerate(batches, 1):
             with spread.accumulating(more=number < len(batches)):
                 outcome = spread.forward(step, runtime.on_device(batch))
-                # Gradients are averaged over the processes: dividing by the mean weight of one of them makes it a sum.
+                # Gradients are averaged over the processes: dividing by the mean weight of one of them makes
+                # it a sum.
                 (outcome.loss / (total / spread.data_size)).backward()  # type: ignore[no-untyped-call]
             sums[""] += float(outcome.loss.detach()) / total
             for key, value in outcome.logged.items():
@@ -168,11 +171,13 @@ class Trainer:
     ) -> Checkpoint:
         """Write a checkpoint of this step; a `final` one has no optimiser state. Older ones are pruned.
 
-        With `mid_step`, which is what the step needs to be gone on with and equal in all processes, it is that of an
-        `unfinished` step and stands beside the others: one of the step's beginning stays what it is.
+        With `mid_step`, which is what the step needs to be gone on with and equal in all processes, it is
+        that of an `unfinished` step and stands beside the others: one of the step's beginning stays what it
+        is.
 
-        Where processes hold a part of the model each, every one must call this. They write their parts in the background
-        (with `wait` False it may still be going on at the return) and a `final` checkpoint is put together by the first.
+        Where processes hold a part of the model each, every one must call this. They write their parts in the
+        background (with `wait` False it may still be going on at the return) and a `final` checkpoint is put
+        together by the first.
         """
         self.spread.flush()
         tensors = self._parts()
@@ -213,7 +218,8 @@ class Trainer:
         return Checkpoint(target)
 
     def _parts(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint must hold of the modules, by file: all of a module, or what an adapted one has beyond its base."""
+        """What a checkpoint must hold of the modules, by file: all of a module, or what an adapted one has
+        beyond its base."""
         parts = {}
         for name, module in self.modules.items():
             if lora.adapter_names(module):
@@ -223,7 +229,8 @@ class Trainer:
         return parts
 
     def resume(self) -> bool:
-        """Go on from the newest valid checkpoint, if there is one; says so, and names the damaged ones it passed."""
+        """Go on from the newest valid checkpoint, if there is one; says so, and names the damaged ones it
+        passed."""
         self.spread.broadcast_from_rank0(lambda: checkpoint.recover(self.workspace.checkpoints))
         found, complaints = self.spread.broadcast_from_rank0(self._newest)
         for complaint in complaints:
@@ -273,11 +280,12 @@ class Trainer:
         self.workspace.metrics.forget_after(self.progress.step)
 
     def roll_back(self, *, every: int, protected: Callable[[], Sequence[int]]) -> None:
-        """Return to the newest checkpoint from before the loss jumped, and pass over the samples since (spikes.py).
+        """Return to the newest checkpoint from before the loss jumped, and pass over the samples since
+        (spikes.py).
 
-        Above 0 `every` admits only steps that are its multiples. `protected` is asked afterwards, as in `save`. Raises
-        UserError when there is no such checkpoint. What is done here is in the checkpoint's place when this returns;
-        whoever is killed before does the same again.
+        Above 0 `every` admits only steps that are its multiples. `protected` is asked afterwards, as in
+        `save`. Raises UserError when there is no such checkpoint. What is done here is in the checkpoint's
+        place when this returns; whoever is killed before does the same again.
         """
         self.spread.flush()
         before, directory = self.progress, self.workspace.checkpoints
@@ -345,7 +353,8 @@ def sharded_to_plain(found: Checkpoint) -> None:
 
 
 def _is_before_spikes(found: Checkpoint) -> bool:
-    """Whether a checkpoint is whole, can be trained on from, and was not made in the middle of a jump of the loss."""
+    """Whether a checkpoint is whole, can be trained on from, and was not made in the middle of a jump of the
+    loss."""
     try:
         found.verify()
     except UserError:

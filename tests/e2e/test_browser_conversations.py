@@ -29,7 +29,7 @@ from chatwright.language_model import LanguageModel
 
 pytestmark = needs_browser
 
-# ---- conversations -----------------------------------------------------------------------------------------------
+# ---- conversations -----------------------------------------------------------------------------------------
 
 
 def test_conversations_are_kept_and_have_addresses(page: Any) -> None:
@@ -165,7 +165,7 @@ def test_a_restart_loses_nothing(browser: Any, tiny: TinyModel, tmp_path: Path) 
             expect(answers(page)).to_have_text(DIALOGUES["hello"])
 
 
-# ---- answers -----------------------------------------------------------------------------------------------------
+# ---- answers -----------------------------------------------------------------------------------------------
 
 
 def test_regenerate_and_switch(page: Any) -> None:
@@ -283,7 +283,7 @@ def test_export(page: Any) -> None:
     assert line["messages"][1] == {"role": "assistant", "content": DIALOGUES["hello"]}
 
 
-# ---- models ------------------------------------------------------------------------------------------------------
+# ---- models ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

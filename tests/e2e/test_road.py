@@ -1,4 +1,5 @@
-"""The whole road in miniature, by its command line: own text, dialogues and ratings in; a model that chats out."""
+"""The whole road in miniature, by its command line: own text, dialogues and ratings in; a model that chats
+out."""
 
 from __future__ import annotations
 
@@ -227,7 +228,8 @@ def test_a_changed_setting_of_ppo_runs_ppo_and_eval_again(
 
 
 def test_ctrl_c_and_the_same_command_again(road: tuple[Path, str], recipe: Path, tmp_path: Path) -> None:
-    """SIGINT in the middle of pre-training; the second run ends with the model that an uninterrupted one makes."""
+    """SIGINT in the middle of pre-training; the second run ends with the model that an uninterrupted one
+    makes."""
     argv = [
         sys.executable,
         "-m",

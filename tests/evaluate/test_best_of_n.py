@@ -79,7 +79,8 @@ def test_n_must_be_among_the_answers() -> None:
 
 
 def test_the_kl_of_many_equally_likely_answers() -> None:
-    """Exact KL of the best of n of M ranked answers: p(i) = ((i + 1)^n - i^n) / M^n. Near log n - (n - 1) / n, and below."""
+    """Exact KL of the best of n of M ranked answers: p(i) = ((i + 1)^n - i^n) / M^n. Near log n - (n - 1) /
+    n, and below."""
     for n in (1, 2, 4, 16):
         exact = sum(
             p * math.log(5000 * p) for i in range(5000) if (p := ((i + 1) / 5000) ** n - (i / 5000) ** n) > 0

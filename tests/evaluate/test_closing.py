@@ -1,4 +1,5 @@
-"""What a finished stage's report gets beside its measures: answers before and after, KL budget, cost, the paper's settings."""
+"""What a finished stage's report gets beside its measures: answers before and after, KL budget, cost, the
+paper's settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`chatwright compare`: a golden page of two miniature runs, what it calls clear and unfair, and what it refuses."""
+"""`chatwright compare`: a golden page of two miniature runs, what it calls clear and unfair, and what it
+refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Real processes that are killed, stopped, and given a full disk or damaged files. The long campaign is campaign.py."""
+"""Real processes that are killed, stopped, and given a full disk or damaged files. The long campaign is
+campaign.py."""
 
 from __future__ import annotations
 

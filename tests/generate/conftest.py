@@ -18,7 +18,8 @@ MakeModel = Callable[..., GPT]
 
 @pytest.fixture(scope="session")
 def make_model() -> MakeModel:
-    """A preset with random weights everywhere (fresh models have zero output matrices: attention would not show)."""
+    """A preset with random weights everywhere (fresh models have zero output matrices: attention would not
+    show)."""
 
     def make(preset: str = "modern-nano", seed: int = 0, **changes: Any) -> GPT:
         state = torch.get_rng_state()

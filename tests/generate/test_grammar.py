@@ -103,12 +103,13 @@ def request(
     return Request(tuple(tokenizer.encode(prompt)), sampling, ends(tokenizer), grammar=grammar)
 
 
-# ---- answers -----------------------------------------------------------------------------------------------------------
+# ---- answers -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list(SCHEMAS))
 def test_every_answer_satisfies_its_schema(model: GPT, words: Tokenizer, name: str) -> None:
-    """Hot, cold and filtered; each control token and each id beyond the vocabulary would be likely without the grammar."""
+    """Hot, cold and filtered; each control token and each id beyond the vocabulary would be likely without
+    the grammar."""
     grammar = json_schema(words, ends(words), SCHEMAS[name])
     validator = jsonschema_rs.validator_for(SCHEMAS[name])
     outside = [*words.control_ids.values(), *range(words.vocab_size, words.vocab_size + 44)]
@@ -213,7 +214,7 @@ def test_length_cuts(model: GPT, words: Tokenizer) -> None:
     assert whole.finish_reason == "stop"
 
 
-# ---- company -----------------------------------------------------------------------------------------------------------
+# ---- company -----------------------------------------------------------------------------------------------
 
 
 def test_rows_without_a_grammar_are_left_alone(model: GPT, words: Tokenizer) -> None:
@@ -330,7 +331,7 @@ def test_filters_act_on_what_is_allowed() -> None:
         assert torch.isfinite(kept[0]).tolist() == [False, False, True, True, False], sampling
 
 
-# ---- dead ends ---------------------------------------------------------------------------------------------------------
+# ---- dead ends ---------------------------------------------------------------------------------------------
 
 
 class DeadEnd:
@@ -406,7 +407,7 @@ def test_a_tokenizer_that_changes_texts_keeps_to_the_grammar(words: Tokenizer, m
     assert (answer.text, answer.finish_reason) == ('"Oslo IS Big"', "stop")
 
 
-# ---- bad and hostile schemas -------------------------------------------------------------------------------------------
+# ---- bad and hostile schemas -------------------------------------------------------------------------------
 
 
 def chain(count: int, link: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:

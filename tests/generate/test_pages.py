@@ -122,7 +122,8 @@ class Sequences(RuleBasedStateMachine):
             while len(pages) < pool.needed(len(tokens)):
                 pages.append(pool.take())
         except OutOfPages:
-            # Where the copy had no page, the one that was held to be copied from may be free by now; nothing else.
+            # Where the copy had no page, the one that was held to be copied from may be free by now; nothing
+            # else.
             copying = match.source is not None and len(pages) == len(match.pages)
             assert set(pool._idle) <= ({match.source} if copying else set()) and not pool._free
             pool.release(pages)

@@ -113,7 +113,8 @@ def test_penalty_sees_the_tokens_drawn_so_far() -> None:
 
 
 def test_presence_frequency_and_bias_worked_by_hand() -> None:
-    # OpenAI: logit - count * frequency_penalty - (count > 0) * presence_penalty, counted in the answer; then the bias.
+    # OpenAI: logit - count * frequency_penalty - (count > 0) * presence_penalty, counted in the answer; then
+    # the bias.
     sampling = Sampling(
         presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 2.0, 1: -1.0}, temperature=0.5
     )
@@ -284,8 +285,9 @@ DRAWN = (
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("sampling", DRAWN)
 def test_no_other_thread_is_waked(sampling: str, alone: bool) -> None:
-    """The kernels' own threads need the processors (runtime.one_thread); MKL's would not keep to that. A process that never had
-    torch or MKL begin a second thread has none that waits. Without one_thread the same settings do begin some."""
+    """The kernels' own threads need the processors (runtime.one_thread); MKL's would not keep to that. A
+    process that never had torch or MKL begin a second thread has none that waits. Without one_thread the same
+    settings do begin some."""
     program = f"""
 import contextlib, os
 import torch

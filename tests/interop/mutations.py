@@ -1,7 +1,7 @@
 """Damage, drawn from a generator of random numbers: the same seed, the same damage.
 
-Three levels: bytes that know nothing of their meaning, numbers written where a format keeps its lengths and offsets,
-and values changed in what JSON and GGUF spell out.
+Three levels: bytes that know nothing of their meaning, numbers written where a format keeps its lengths and
+offsets, and values changed in what JSON and GGUF spell out.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ ODD: tuple[Any, ...] = (
 
 
 def damage_bytes(random: Random, data: bytes, others: tuple[bytes, ...] = (), *, head: int = 0) -> bytes:
-    """One to four of: flipped bits, overwritten stretches, numbers, cuts, doubled, exchanged and foreign stretches.
+    """One to four of: flipped bits, overwritten stretches, numbers, cuts, doubled, exchanged and foreign
+    stretches.
 
     With `head`, half of the places lie among that many first bytes, where formats keep their structure.
     """

@@ -1,4 +1,5 @@
-"""Conversations in exported directories: transformers' apply_chat_template gives our ids, and exactly when it does not."""
+"""Conversations in exported directories: transformers' apply_chat_template gives our ids, and exactly when it
+does not."""
 
 from __future__ import annotations
 
@@ -112,8 +113,8 @@ def joins(template: ChatTemplate, messages: list[Message], tokenizer: Tokenizer,
 def test_conversations_have_the_same_ids(
     twins: dict[str, Any], tokenizer: Tokenizer, messages: list[Message], prompt: bool
 ) -> None:
-    """With the template of models trained here, all but contents that spell a control token: it stands on both sides
-    of every content, so that nothing can join."""
+    """With the template of models trained here, all but contents that spell a control token: it stands on
+    both sides of every content, so that nothing can join."""
     assume(not spells_a_control(messages, tokenizer))
     ours = NATIVE.encode(messages, tokenizer, add_generation_prompt=prompt).ids
     assert their_ids(twins["native"], messages, prompt=prompt) == ours
@@ -124,8 +125,8 @@ def test_conversations_have_the_same_ids(
 def test_ids_differ_exactly_where_tokens_join(
     twins: dict[str, Any], tokenizer: Tokenizer, messages: list[Message], prompt: bool
 ) -> None:
-    """With text beside the contents: equal if and only if each stretch between control tokens has the same tokens whole
-    and in pieces."""
+    """With text beside the contents: equal if and only if each stretch between control tokens has the same
+    tokens whole and in pieces."""
     assume(not spells_a_control(messages, tokenizer))
     ours = WORDY.encode(messages, tokenizer, add_generation_prompt=prompt).ids
     theirs = their_ids(twins["wordy"], messages, prompt=prompt)

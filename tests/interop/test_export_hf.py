@@ -51,7 +51,7 @@ def some_ids(tokens: int = 40) -> Tensor:
     return torch.randint(0, VOCAB, (2, tokens), generator=torch.Generator().manual_seed(1))
 
 
-# ---- the rules, backwards ------------------------------------------------------------------------------------------
+# ---- the rules, backwards ----------------------------------------------------------------------------------
 
 
 RULES = {
@@ -113,7 +113,7 @@ def test_a_tensor_without_a_place() -> None:
         foreign(model, FAMILIES["llama"].rules)
 
 
-# ---- models --------------------------------------------------------------------------------------------------------
+# ---- models ------------------------------------------------------------------------------------------------
 
 
 SHAPES = {
@@ -217,7 +217,7 @@ def test_transformers_stops_where_we_do(end: str, tokenizer: Tokenizer, tmp_path
     assert found[0].tolist() == [*prompt, number]
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- what is refused ---------------------------------------------------------------------------------------
 
 
 REFUSED = [
@@ -293,7 +293,7 @@ def test_config_is_json(values: dict[str, Any]) -> None:
     assert json.loads(json.dumps(values)) == values
 
 
-# ---- the verb ------------------------------------------------------------------------------------------------------
+# ---- the verb ----------------------------------------------------------------------------------------------
 
 
 def test_the_verb(chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -398,7 +398,7 @@ def test_a_disk_that_is_full(
     assert before == (target.read_bytes() if form == "gguf" else (target / "model.safetensors").read_bytes())
 
 
-# ---- a model that people use ---------------------------------------------------------------------------------------
+# ---- a model that people use -------------------------------------------------------------------------------
 
 
 @pytest.mark.smollm2

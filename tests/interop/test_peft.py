@@ -1,4 +1,5 @@
-"""Adapters in PEFT's format: the same logits there and here, both ways, and files that are not what they say are refused."""
+"""Adapters in PEFT's format: the same logits there and here, both ways, and files that are not what they say
+are refused."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def peft() -> Any:
 
 @contextmanager
 def old_names() -> Iterator[None]:
-    """PEFT asks transformers for what has new names there. All other warnings, of missing and unexpected keys, stay errors."""
+    """PEFT asks transformers for what has new names there. All other warnings, of missing and unexpected
+    keys, stay errors."""
     with warnings.catch_warnings():
         for kind in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=kind)
@@ -85,7 +87,7 @@ def reloaded(directory: Path, kind: str) -> GPT:
     return model
 
 
-# ---- parity --------------------------------------------------------------------------------------------------------
+# ---- parity ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,7 +167,7 @@ def test_what_peft_writes_we_compute(peft: Any, name: str, tokenizer: Tokenizer,
         assert adapters_of(model)["blocks.0.mlp.up"].config.scale == 3 / 4
 
 
-# ---- there and back ------------------------------------------------------------------------------------------------
+# ---- there and back ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -246,7 +248,7 @@ def test_several_are_read_into_one_model_and_switched(tmp_path: Path) -> None:
         assert torch.equal(logits(model), wanted[name])
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- what is refused ---------------------------------------------------------------------------------------
 
 
 def with_settings(directory: Path, **changes: Any) -> None:
@@ -432,7 +434,7 @@ def test_an_adapter_of_the_bare_model_is_read(tmp_path: Path) -> None:
     assert torch.equal(logits(reloaded(tmp_path / "a", "llama")), logits(adapted("llama")))
 
 
-# ---- by name -------------------------------------------------------------------------------------------------------
+# ---- by name -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

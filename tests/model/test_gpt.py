@@ -48,7 +48,8 @@ CONFIGS: dict[str, GPTConfig] = {
 
 
 def make(config: GPTConfig, seed: int = 0) -> GPT:
-    """A model whose every parameter is random: norms and biases that are not 1 and 0, no block that is the identity."""
+    """A model whose every parameter is random: norms and biases that are not 1 and 0, no block that is the
+    identity."""
     model = GPT(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -35,7 +35,8 @@ DIALOGUES = {
 
 
 class GatedEngine(Engine):
-    """An engine that a test can hold still between two steps: no test needs to guess how long something takes."""
+    """An engine that a test can hold still between two steps: no test needs to guess how long something
+    takes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -146,7 +147,8 @@ class Running:
 def run_server(
     model: TinyModel, *, loader: Callable[[Any], LanguageModel] | None = None, **settings: Any
 ) -> Iterator[Running]:
-    """`chatwright serve` in a thread: the real application, uvicorn and a real port. `loader` makes further models."""
+    """`chatwright serve` in a thread: the real application, uvicorn and a real port. `loader` makes further
+    models."""
     from chatwright.commands.serve import ServeConfig, build_app, listen, make_pool, make_server
 
     listener = listen("127.0.0.1", 0)
@@ -167,7 +169,8 @@ def run_server(
         model.engine.allow(float("inf"))
         thread.join(20)
         listener.close()
-        # Clients of libraries leave their sockets to the garbage collector, which would complain in whichever test it runs.
+        # Clients of libraries leave their sockets to the garbage collector, which would complain in whichever
+        # test it runs.
         with warnings.catch_warnings(action="ignore", category=ResourceWarning):
             gc.collect()
         assert not thread.is_alive(), "the server did not stop"

@@ -52,7 +52,8 @@ def read_stream(connection: socket.socket, pause: float = 0.0) -> str:
 
 @contextmanager
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Sockets and transports of the server that take little, so that a small model's answer is more than they take."""
+    """Sockets and transports of the server that take little, so that a small model's answer is more than they
+    take."""
     real = running.Connection.connection_made
 
     def made(self: Any, transport: Any) -> None:

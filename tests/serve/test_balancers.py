@@ -95,7 +95,7 @@ def test_the_proxy_for_tls_is_one(tmp_path: Path) -> None:
     assert checked.returncode == 0 and "warn" not in checked.stderr, checked.stderr
 
 
-# ---- two servers and a balancer ------------------------------------------------------------------------------------
+# ---- two servers and a balancer ----------------------------------------------------------------------------
 
 
 class Farm:

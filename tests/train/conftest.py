@@ -1,4 +1,5 @@
-"""A miniature of the road, each stage run once per session where a test needs it; and models whose weights matter."""
+"""A miniature of the road, each stage run once per session where a test needs it; and models whose weights
+matter."""
 
 from __future__ import annotations
 
@@ -179,7 +180,8 @@ def _liven(model: torch.nn.Module, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def lively_gpt() -> Callable[..., GPT]:
-    """A small GPT with random numbers everywhere (fresh ones have zero output matrices: attention would not show)."""
+    """A small GPT with random numbers everywhere (fresh ones have zero output matrices: attention would not
+    show)."""
 
     def make(seed: int = 0, **changes: Any) -> GPT:
         model = GPT(

@@ -1,7 +1,8 @@
-"""What the tests of alignment on many processes start under torchrun: stages by several plans, one after the other, in one launch.
+"""What the tests of alignment on many processes start under torchrun: stages by several plans, one after the
+other, in one launch.
 
-`python -m torch.distributed.run ... tests/train/many_alignment.py WORK.json`: a list of {"stage", "out", "inputs", "settings",
-"stop"}; `stop` asks the stage to stop at the look of that number.
+`python -m torch.distributed.run ... tests/train/many_alignment.py WORK.json`: a list of {"stage", "out",
+"inputs", "settings", "stop"}; `stop` asks the stage to stop at the look of that number.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from chatwright.train.workspace import Workspace
 
 
 def carry_out(one: dict[str, Any]) -> None:
-    """One stage from where its directory stands, as the pipeline does it; with `stop`, until it has been stopped."""
+    """One stage from where its directory stands, as the pipeline does it; with `stop`, until it has been
+    stopped."""
     module = stage_verb(one["stage"]).load()
     config = build(module.Config, one["settings"], where="test")
     stop = one.get("stop", 0)

@@ -1,4 +1,5 @@
-"""What the test of adapters on many processes starts: a few steps of an adapted model by each plan, and what was trained.
+"""What the test of adapters on many processes starts: a few steps of an adapted model by each plan, and what
+was trained.
 
 `many_lora.py OUT PLAN ...`, alone or under torchrun.
 """
@@ -39,7 +40,8 @@ def lively_model() -> GPT:
 
 
 def train(out: Path, plan: str, *, stop: int = STEPS) -> None:
-    """Up to step `stop` from wherever the directory stands; everything that was trained goes to `out`.safetensors."""
+    """Up to step `stop` from wherever the directory stands; everything that was trained goes to
+    `out`.safetensors."""
     model = lively_model()
     spread = start_parallel(ParallelConfig(plan), batch_size=BATCH, shape=SHAPE, precision="fp32")  # type: ignore[arg-type]
     card = {"kind": "language", "model": SHAPE.to_dict()}

@@ -1,4 +1,5 @@
-"""Operations, energy and money: formulae worked by hand, meters from a made-up directory, nothing where nothing is known."""
+"""Operations, energy and money: formulae worked by hand, meters from a made-up directory, nothing where
+nothing is known."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from chatwright.train.cost import EnergyMeter, cost_row, forward_flop, rounds_sp
 
 
 def test_the_formula_by_hand() -> None:
-    """One block of width 8, 2 heads of 4, MLP 32, vocabulary 16, no biases: 4 x 64 + 2 x 256 in the block, 128 in the head."""
+    """One block of width 8, 2 heads of 4, MLP 32, vocabulary 16, no biases: 4 x 64 + 2 x 256 in the block,
+    128 in the head."""
     shape = {
         "vocab_size": 16,
         "context": 10,
@@ -46,8 +48,8 @@ def test_the_formula_by_hand() -> None:
 
 
 def test_the_formula_against_a_count_of_what_torch_does() -> None:
-    """torch counts the products alone: norms and biases are the difference. Attention in its plain form, as torch does not
-    count the fused one on CPUs; the causal half is counted whole by both."""
+    """torch counts the products alone: norms and biases are the difference. Attention in its plain form, as
+    torch does not count the fused one on CPUs; the causal half is counted whole by both."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = GPT(GPTConfig.preset("gpt2", layers=2, width=128, heads=4, context=64, vocab_size=512))
@@ -59,7 +61,8 @@ def test_the_formula_against_a_count_of_what_torch_does() -> None:
 
 
 def test_frozen_parameters_cost_two_thirds() -> None:
-    """The same count under an adapter. What is frozen below the lowest adapter needs no gradient at all, which is little."""
+    """The same count under an adapter. What is frozen below the lowest adapter needs no gradient at all,
+    which is little."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = GPT(GPTConfig.preset("gpt2", layers=4, width=128, heads=4, context=64, vocab_size=512))

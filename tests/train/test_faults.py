@@ -1,4 +1,5 @@
-"""Each row of "how a run goes wrong": the fault is planted, and the run stops with the diagnosis, a report, and its state kept."""
+"""Each row of "how a run goes wrong": the fault is planted, and the run stops with the diagnosis, a report,
+and its state kept."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def broken_off(bench: Any, config: Any, directory: Path, words: str) -> list[dic
     return rows
 
 
-# ---- KL negative or jumping: sampler and trainer differ ------------------------------------------------------------
+# ---- KL negative or jumping: sampler and trainer differ ----------------------------------------------------
 
 
 def test_a_sampler_at_another_temperature(
@@ -72,7 +73,8 @@ def test_a_template_that_differs_between_sampler_and_trainer(
 def test_answers_of_another_model_give_a_negative_kl(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sampler still has old weights, and says the trainer's log-probabilities, so that nothing else would show it."""
+    """The sampler still has old weights, and says the trainer's log-probabilities, so that nothing else would
+    show it."""
     made: list[RLModels] = []
     real_players, real_sample = training.make_models, training.sample_completions
 
@@ -103,8 +105,8 @@ def test_kl_that_jumps_ends_the_run(planted_bench: Any, tmp_path: Path) -> None:
     assert "KL jumped from 0.0 to" in report.facts["stopped"] and report.facts["best"]["step"] == 0
 
 
-# ---- reward up, gold down: tests/train/test_rounds.py::test_gold_chooses_what_is_kept_and_stops_the_run_when_it_turns --
-# ---- entropy to 0 ----------------------------------------------------------------------------------------------------
+# ---- reward up, gold down: tests/train/test_rounds.py::test_gold_chooses_what_is_kept_and_stops_the_run_when
+# ---- entropy to 0 ------------------------------------------------------------------------------------------
 
 
 def test_entropy_that_is_gone_ends_the_run(planted_bench: Any, tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_entropy_that_is_gone_ends_the_run(planted_bench: Any, tmp_path: Path) -
     assert all(row["entropy"] < 0.1 for row in rows[-3:])
 
 
-# ---- explained variance below 0 -------------------------------------------------------------------------------------
+# ---- explained variance below 0 ----------------------------------------------------------------------------
 
 
 def test_a_broken_critic(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +140,7 @@ def test_a_broken_critic(planted_bench: Any, tmp_path: Path, monkeypatch: pytest
     assert len(rows) == 15 and all(row["explained_variance"] < -1 for row in rows[-5:])
 
 
-# ---- ratio far from 1 in the first minibatch ------------------------------------------------------------------------
+# ---- ratio far from 1 in the first minibatch ---------------------------------------------------------------
 
 
 def test_a_first_ratio_that_is_not_one(
@@ -175,7 +177,8 @@ def test_dropout_in_the_update_is_found_by_the_same_rule(
 def test_a_first_ratio_that_only_another_process_finds_breaks_off_this_one_too(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that went on alone would wait for the other for ever. Asked are: is there to be a stop, how large is the gap."""
+    """A process that went on alone would wait for the other for ever. Asked are: is there to be a stop, how
+    large is the gap."""
     asked: list[float] = []
 
     def most(self: context.ParallelContext, values: Sequence[float]) -> list[float]:
@@ -187,7 +190,7 @@ def test_a_first_ratio_that_only_another_process_finds_breaks_off_this_one_too(
     assert len(rows) == 1 and "policy_loss" not in rows[0]
 
 
-# ---- no end tokens after SFT -----------------------------------------------------------------------------------------
+# ---- no end tokens after SFT -------------------------------------------------------------------------------
 
 
 def test_an_end_token_outside_of_sfts_loss(
@@ -220,7 +223,7 @@ def test_an_end_token_outside_of_sfts_loss(
     assert len(rows) == 3 and all(row["finished"] < 0.02 for row in rows)
 
 
-# ---- reward accuracy good on training pairs, chance on held-out ones -------------------------------------------------
+# ---- reward accuracy good on training pairs, chance on held-out ones ---------------------------------------
 
 
 def write_comparisons(directory: Path, babble: Any) -> None:
@@ -261,7 +264,7 @@ def test_a_reward_model_that_learns_by_heart(
     assert checkpoint.checkpoints(tmp_path / "reward" / "checkpoints")
 
 
-# ---- what a user sees ------------------------------------------------------------------------------------------------
+# ---- what a user sees --------------------------------------------------------------------------------------
 
 
 def test_the_command_fails_with_the_diagnosis_and_leaves_a_report(

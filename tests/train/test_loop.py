@@ -1,4 +1,5 @@
-"""The machinery of all stages: accumulation, bad gradients, schedules by steps and by seconds, stopping, saving."""
+"""The machinery of all stages: accumulation, bad gradients, schedules by steps and by seconds, stopping,
+saving."""
 
 from __future__ import annotations
 
@@ -287,8 +288,8 @@ def test_a_budget_in_seconds_settles_the_number_of_steps_when_the_rate_begins_to
     fitted = make_fit(bed, FitConfig(seconds=10.0, batch_size=4, log_every=1, save_every=1e9)).run()
     # 0.4 x 10 s at full rate are reached in step 6 (4 counted); 6 / 0.4 = 15 steps in all
     assert fitted.progress.planned == fitted.progress.step == 15
-    # warm-up is over the first 2 s (a thousandth of the 10 s at least): 1/200 until the third step is done, which is
-    # the first that counts, then 1/2; full rate to step 6; then (15 - step) / (0.6 x 15)
+    # warm-up is over the first 2 s (a thousandth of the 10 s at least): 1/200 until the third step is done,
+    # which is the first that counts, then 1/2; full rate to step 6; then (15 - step) / (0.6 x 15)
     expected = [0.1 * 0.005] * 3 + [0.05, 0.1, 0.1, 0.1] + [0.1 * (15 - step) / 9 for step in range(7, 15)]
     assert rates(tmp_path) == pytest.approx(expected, abs=1e-6)
 

@@ -1,4 +1,5 @@
-"""Stages that train an adapter: little is trained, the directory is as whole as any, the reference is the policy without it."""
+"""Stages that train an adapter: little is trained, the directory is as whole as any, the reference is the
+policy without it."""
 
 from __future__ import annotations
 
@@ -330,7 +331,7 @@ def test_the_plan_knows_that_little_is_trained() -> None:
     assert memory["sft", 4]["weights"] < 1.05 * memory["sft", 0]["weights"]
 
 
-# ---- many processes ------------------------------------------------------------------------------------------------
+# ---- many processes ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""PPO and REINFORCE over adapters: what both share beyond the plain round works with two models in memory as with four."""
+"""PPO and REINFORCE over adapters: what both share beyond the plain round works with two models in memory as
+with four."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Many processes are one: equal loss curves under every plan, checkpoints that change hands, a killed process that is no
-matter. Two and four processes with gloo on the CPU; what only GPUs can show skips, and says what it was.
+"""Many processes are one: equal loss curves under every plan, checkpoints that change hands, a killed process
+that is no matter. Two and four processes with gloo on the CPU; what only GPUs can show skips, and says what
+it was.
 """
 
 from __future__ import annotations
@@ -205,8 +206,8 @@ def test_the_loss_curve_is_that_of_one_process(launches: Launches, plan: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["hsdp", "ddp muon", "fsdp muon", "tp muon"])
 def test_the_loss_curve_of_every_plan_is_that_of_one_process(more_launches: Launches, plan: str) -> None:
-    """Muon's products are in float32 here: it brings tiny singular values to 1, and with them the last bits in which two
-    orders of a sum differ; bf16 has too few of them."""
+    """Muon's products are in float32 here: it brings tiny singular values to 1, and with them the last bits
+    in which two orders of a sum differ; bf16 has too few of them."""
     equal_curves(more_launches, plan)
 
 
@@ -303,7 +304,8 @@ def test_a_run_in_parts_is_a_model_to_chat_with(launches: Launches) -> None:
 
 
 def test_muon_sees_whole_matrices(launches: Launches) -> None:
-    """Each process holds a part of each matrix; to orthogonalise the parts would be something else altogether."""
+    """Each process holds a part of each matrix; to orthogonalise the parts would be something else
+    altogether."""
     found = tensor_files.load_tensors(launches["muon.safetensors"])
     assert len(found) == 8
     for number in range(4):
@@ -328,8 +330,8 @@ def worker(launcher: int, rank: int) -> int:
     not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc: Linux only"
 )
 def test_a_killed_process_is_no_matter(launches: Launches, tmp_path: Path) -> None:
-    """SIGKILL in the middle: torchrun starts both processes again, they go on from the newest checkpoint by themselves,
-    and the end is that of the run that nobody disturbed."""
+    """SIGKILL in the middle: torchrun starts both processes again, they go on from the newest checkpoint by
+    themselves, and the end is that of the run that nobody disturbed."""
     plan = settings("fsdp")
     plan["fit"] |= {"save_steps": 4}
     file = tmp_path / "pretrain.yaml"
@@ -376,7 +378,8 @@ def test_a_killed_process_is_no_matter(launches: Launches, tmp_path: Path) -> No
 
 
 def test_processes_that_are_started_again_do_not_hear_the_dead() -> None:
-    """Two attempts in one store: everyone has the name of its attempt, though the first one's words are still there."""
+    """Two attempts in one store: everyone has the name of its attempt, though the first one's words are still
+    there."""
     store = torch.distributed.HashStore()
     names = []
     for _ in range(2):

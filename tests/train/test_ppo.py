@@ -284,7 +284,8 @@ def test_ppo_with_the_trained_reward_model_improves_the_mood(
 def test_a_signal_stops_before_the_next_minibatch(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle, and in the last round, which counts no step and has no minibatches: nothing is done twice."""
+    """In the middle, and in the last round, which counts no step and has no minibatches: nothing is done
+    twice."""
     config = replace(MINI, iterations=2, batch_size=8, minibatch_size=8)
     calls = []
     real = ppo.score_rollouts

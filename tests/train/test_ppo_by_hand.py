@@ -1,8 +1,10 @@
-"""A whole PPO round of two minibatches worked by hand: rewards, advantages, both losses, both gradients, both updates of Adam.
+"""A whole PPO round of two minibatches worked by hand: rewards, advantages, both losses, both gradients, both
+updates of Adam.
 
-The policy is a table of logits by the token before (softmax(W[token before])), the critic a number for it (v[token before]). What
-is expected was computed with Python's floats alone, by `by_hand` below, which shares no line with the package; its stages are
-written out as numbers as well, so that both would have to be wrong in the same way.
+The policy is a table of logits by the token before (softmax(W[token before])), the critic a number for it
+(v[token before]). What is expected was computed with Python's floats alone, by `by_hand` below, which shares
+no line with the package; its stages are written out as numbers as well, so that both would have to be wrong
+in the same way.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from chatwright.train.rl.rollout import Completions
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
 
-# Tokens 0, 1 and the end token 2. Four answers to the prompt [0]; the logits, the reference's logits and the critic's values by
-# the token before (the end token is before nothing that counts).
+# Tokens 0, 1 and the end token 2. Four answers to the prompt [0]; the logits, the reference's logits and the
+# critic's values by the token before (the end token is before nothing that counts).
 ANSWERS = [[1, 2], [0, 2], [1, 1, 2], [2]]
 LOGITS = [[0.5, 0.0, -0.5], [0.0, 0.3, 0.2], [0.0, 0.0, 0.0]]
 REFERENCE = [[0.0, 0.0, 0.0], [0.1, 0.0, -0.1], [0.0, 0.0, 0.0]]
@@ -202,8 +204,8 @@ def test_a_round_of_two_minibatches(tmp_path: Path) -> None:
     rollout, logged = score_rollouts(models, answers, BETA, CONFIG)
     mask = answers.response
 
-    # -- looking back, in numbers: the first answer is [1, end]
-    # log pi = ln(e^0 / (e^0.5 + e^0 + e^-0.5)), ln(e^0.2 / (e^0 + e^0.3 + e^0.2)); reference ln(1 / 3), ln(e^-0.1 / (...))
+    # -- looking back, in numbers: the first answer is [1, end] log pi = ln(e^0 / (e^0.5 + e^0 + e^-0.5)),
+    # ln(e^0.2 / (e^0 + e^0.3 + e^0.2)); reference ln(1 / 3), ln(e^-0.1 / (...))
     close(rollout.log_probs[0, 1:3], [-1.180270, -1.072919])
     close(rollout.reference[0, 1:3], [-1.098612, -1.201943])
     # rewards -0.1 x (-1.180270 + 1.098612) = 0.008166 and 1 - 0.1 x (-1.072919 + 1.201943) = 0.987098

@@ -1,4 +1,5 @@
-"""Pre-training on a made-up English: it learns, its measure is what it says, its windows do not depend on portions."""
+"""Pre-training on a made-up English: it learns, its measure is what it says, its windows do not depend on
+portions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The reward model: a planted preference is learnt, a planted length bias is shown, batches are what they say."""
+"""The reward model: a planted preference is learnt, a planted length bias is shown, batches are what they
+say."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def write(directory: Path, train: list[Comparison], held_out: list[Comparison]) 
     return directory
 
 
-# ---- annotators ----------------------------------------------------------------------------------------------------
+# ---- annotators --------------------------------------------------------------------------------------------
 
 
 def test_held_out_annotators_are_on_no_side_of_training() -> None:
@@ -145,7 +145,7 @@ def test_the_stage_measures_annotators_that_it_did_not_learn_from(
     assert abs(mean_of_demonstrations(sft_bench, tmp_path / "reward", report)) < 1e-4
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------
 
 JUDGED = Scored(
     torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]),
@@ -154,7 +154,8 @@ JUDGED = Scored(
 
 
 def test_accuracy_by_number_of_answers_by_hand() -> None:
-    # three answers: 3 of 3 pairs; two answers: one prompt right, one wrong, deviation sqrt(1/2), over sqrt(2) prompts = 0.5
+    # three answers: 3 of 3 pairs; two answers: one prompt right, one wrong, deviation sqrt(1/2), over sqrt(2)
+    # prompts = 0.5
     table = by_candidates(JUDGED, Config(tie_tolerance=0.0))
     assert table.rows == [["2", "2", "2", "0.500 ± 0.500"], ["3", "1", "3", "1.000"]]
     assert by_candidates(JUDGED, Config(tie_tolerance=1.0)).rows == [
@@ -174,7 +175,7 @@ def test_accuracy_by_annotator_by_hand() -> None:
     assert by_annotator(JUDGED, [by(""), by(""), by("")], None, [], Config()) is None
 
 
-# ---- where scores begin --------------------------------------------------------------------------------------------
+# ---- where scores begin ------------------------------------------------------------------------------------
 
 
 def saved_model(directory: Path, name: str) -> ScalarModel:

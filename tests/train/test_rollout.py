@@ -1,4 +1,5 @@
-"""Rollouts: sampler and trainer agree on every token, values stand before their tokens, answers are judged as said."""
+"""Rollouts: sampler and trainer agree on every token, values stand before their tokens, answers are judged as
+said."""
 
 from __future__ import annotations
 
@@ -208,7 +209,8 @@ def test_prompts_are_users_turns_with_what_stands_before_them(chat_tokenizer: To
 
 
 def test_answers_after_an_update_are_those_of_the_new_policy(lively_gpt: Callable[..., GPT]) -> None:
-    """Fused AdamW changes weights without telling torch's counters: nothing computed before it may be used again."""
+    """Fused AdamW changes weights without telling torch's counters: nothing computed before it may be used
+    again."""
     model = lively_gpt(6)
     sampled(model, 1.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)

@@ -1,4 +1,5 @@
-"""What PPO and REINFORCE share beyond the plain round: shared trunk, average of weights, ptx and its tax, gold, peaks."""
+"""What PPO and REINFORCE share beyond the plain round: shared trunk, average of weights, ptx and its tax,
+gold, peaks."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     return read_metrics(directory / "metrics.jsonl")
 
 
-# ---- shared trunk ---------------------------------------------------------------------------------------------------
+# ---- shared trunk ------------------------------------------------------------------------------------------
 
 
 def test_a_shared_trunk_is_read_once_and_starts_at_zero(
@@ -120,7 +121,7 @@ def test_make_players_knows_three_kinds_of_critic(
         assert type(make_models(base, reward, kind).critic) is expected
 
 
-# ---- average of the weights -----------------------------------------------------------------------------------------
+# ---- average of the weights --------------------------------------------------------------------------------
 
 
 def test_the_average_follows_the_weights() -> None:
@@ -169,7 +170,7 @@ def test_an_average_beyond_the_limits_is_not_taken(planted_bench: Any, tmp_path:
     assert any("beyond the limits" in note for note in report.notes)
 
 
-# ---- ptx ------------------------------------------------------------------------------------------------------------
+# ---- ptx ---------------------------------------------------------------------------------------------------
 
 
 def test_text_step_is_gamma_times_the_mean_loss(lively_gpt: Callable[..., GPT]) -> None:
@@ -187,7 +188,8 @@ def test_text_step_is_gamma_times_the_mean_loss(lively_gpt: Callable[..., GPT]) 
 def test_an_update_with_text_has_the_gradient_of_eq_2(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel], tmp_path: Path
 ) -> None:
-    """Through PolicyTraining and Trainer: the sum of PPO's loss per answer token and gamma x loss per token of text."""
+    """Through PolicyTraining and Trainer: the sum of PPO's loss per answer token and gamma x loss per token
+    of text."""
     policy = lively_gpt(1)
     models = RLModels(policy, lively_gpt(2), lively_scalar(3), lively_scalar(4))
     config = Config(
@@ -286,7 +288,7 @@ def test_perplexity_is_that_of_the_tokens(
     assert tokens == pytest.approx(text.held_out.tokens, abs=2)
 
 
-# ---- gold and peaks -------------------------------------------------------------------------------------------------
+# ---- gold and peaks ----------------------------------------------------------------------------------------
 
 
 def test_gold_chooses_what_is_kept_and_stops_the_run_when_it_turns(

@@ -1,4 +1,5 @@
-"""The rule for loss spikes: what is a spike, what is done about it, and that a killed run decides as an uninterrupted one."""
+"""The rule for loss spikes: what is a spike, what is done about it, and that a killed run decides as an
+uninterrupted one."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def test_patience_is_about_spikes_in_a_row() -> None:
 
 
 def test_the_defaults_do_not_fire_in_normal_runs() -> None:
-    """Losses that fall as a run's do, with four times the noise of batches of 8, and of a learnt-by-heart reward model."""
+    """Losses that fall as a run's do, with four times the noise of batches of 8, and of a learnt-by-heart
+    reward model."""
     draw = torch.Generator().manual_seed(3)
     config = SpikeConfig()
     for curve in (lambda n: 2 + 7 * math.exp(-n / 200), lambda n: 2.0, lambda n: 0.01):
@@ -92,7 +94,7 @@ def test_senseless_numbers_are_refused(wrong: dict[str, Any]) -> None:
         FitConfig(steps=5, spikes=SpikeConfig(**wrong)).check("linear")
 
 
-# ---- in a run ------------------------------------------------------------------------------------------------------
+# ---- in a run ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,8 @@ def test_a_rollback_returns_to_the_last_checkpoint_and_passes_over_the_samples(t
     fitted = run.fit()
     assert [row["step"] for row in run.rows("rolled_back_from")] == [20]
     assert run.rows("rolled_back_from")[0]["rolled_back_from"] == 23
-    # 23 steps of 2 samples were seen when it returned to step 20: six samples are passed over, the spike of step 24 too late
+    # 23 steps of 2 samples were seen when it returned to step 20: six samples are passed over, the spike of
+    # step 24 too late
     assert fitted.progress.consumed == 80 + 6 and fitted.samples == 80
     assert [row["step"] for row in run.rows("loss")] == [*range(3, 40, 3), 40]
     assert [row["step"] for row in run.rows("spike_loss")] == [
@@ -308,7 +311,8 @@ def test_a_run_killed_around_a_return_ends_as_an_uninterrupted_one(
 
 
 def test_checkpoints_of_the_abandoned_steps_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saved after every step, returned to every tenth: killed just behind the return, it does not go on from beyond it."""
+    """Saved after every step, returned to every tenth: killed just behind the return, it does not go on from
+    beyond it."""
     whole, killed = (Run(tmp_path / place, DAMAGE, {"action": "rollback"}) for place in ("whole", "killed"))
     whole.fit(save_every=0.0, save_steps=10)
     with monkeypatch.context() as patch:

@@ -1,7 +1,7 @@
 """No option is dead: every setting that stages share changes something in each stage that accepts it.
 
-Each stage runs twice, with the settings PLAIN and CHANGED, while a few functions are watched. A stage with a `fit` or a
-`parallel` setting, and a field of `FitConfig`, that is not listed here fails the tests.
+Each stage runs twice, with the settings PLAIN and CHANGED, while a few functions are watched. A stage with a
+`fit` or a `parallel` setting, and a field of `FitConfig`, that is not listed here fails the tests.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ class Seen:
             "keep": lambda: len(list(checkpoints.glob("step-*"))),
             "keep_best": lambda: (checkpoints / "best").is_file(),
         }
-        # Nothing but the loop reads the others, and test_loop.py and test_spikes.py show what it does with them.
+        # Nothing but the loop reads the others, and test_loop.py and test_spikes.py show what it does with
+        # them.
         return effects[option]() if option in effects else getattr(self.loop, option)
 
 

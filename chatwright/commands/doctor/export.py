@@ -1,6 +1,8 @@
-"""Export parity, as `chatwright doctor` checks it: written aside in each format, read back, compared, thrown away.
+"""Export parity, as `chatwright doctor` checks it: written aside in each format, read back, compared, thrown
+away.
 
-hf is read by our own reader and, where it is installed, by transformers' Auto classes; gguf by our own reader.
+hf is read by our own reader and, where it is installed, by transformers' Auto classes; gguf by our own
+reader.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ if TYPE_CHECKING:
     from chatwright.interop.loaded import Loaded
 
 LARGEST = 300_000_000
-"""Parameters above which writing and reading would keep people waiting for minutes: they are told the command instead."""
+"""Parameters above which writing and reading would keep people waiting for minutes: they are told the command
+instead."""
 TOLERANCE = 1e-4
-"""How far logits may be apart in transformers, as a share of the largest one where that is above 1: sums in another order."""
+"""How far logits may be apart in transformers, as a share of the largest one where that is above 1: sums in
+another order."""
 SPARE = 50_000_000
 """Bytes beside the weights: tokenizer, settings, the file system's own."""
 TALK = (
@@ -112,7 +116,8 @@ def _too_much(count: int) -> str:
 
 
 def _tried(parts: Loaded, plan: HFExport | GGUFExport, before: Behaviour) -> str:
-    """Write, read, compare. Returns what to say; raises _Differs, OSError, and UserError when it cannot be read."""
+    """Write, read, compare. Returns what to say; raises _Differs, OSError, and UserError when it cannot be
+    read."""
     with tempfile.TemporaryDirectory(prefix="chatwright-doctor-") as folder:
         if isinstance(plan, GGUFExport):
             written = Path(folder) / "model.gguf"
@@ -177,7 +182,8 @@ def _read_by_transformers(parts: Loaded, written: Path) -> str:
 
 
 def _talk_ids(parts: Loaded, tokenizer: Any, version: str) -> list[int]:
-    """A conversation's ids, by transformers' template. Raises _Differs when they are not those of our rendered text.
+    """A conversation's ids, by transformers' template. Raises _Differs when they are not those of our
+    rendered text.
 
     (Whether these are the ids that our own encoding gives is the check `elsewhere`.)
     """

@@ -1,4 +1,5 @@
-"""What `chatwright doctor` looks at in a model: files, numbers, tokenizer, chat template, and what training would see."""
+"""What `chatwright doctor` looks at in a model: files, numbers, tokenizer, chat template, and what training
+would see."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ OWN_TABLE = frozenset({"positions.weight"})
 THEIR_TABLES = frozenset(
     {"wpe.weight", "transformer.wpe.weight", "positions_embed.weight", "transformer.positions_embed.weight"}
 )
-"""The table of learned positions by its names in files: ours, and those of GPT-2 and GPT-1 in transformers' format."""
+"""The table of learned positions by its names in files: ours, and those of GPT-2 and GPT-1 in transformers'
+format."""
 DIALOGUES = 1_000
 """Conversations of the user's that are counted."""
 
@@ -209,7 +211,8 @@ def _round_trip(tokenizer: Tokenizer) -> Finding:
 
 
 def _positions(name: str) -> Finding | None:
-    """The problem of a model that cannot be loaded because its context is not the length of its table of positions."""
+    """The problem of a model that cannot be loaded because its context is not the length of its table of
+    positions."""
     path = Path(name)
     with suppress(UserError, OSError, safetensors.SafetensorError, TypeError, ValueError):
         found = find_checkpoint(path) if path.is_dir() else None

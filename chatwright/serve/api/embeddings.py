@@ -46,7 +46,8 @@ class EmbeddingRequest(Body):
 
 
 def encoded(model: LanguageModel, body: EmbeddingRequest) -> list[list[int]]:
-    """Token ids of the inputs. Raises UserError for empty or too long ones, foreign ids, and other dimensions."""
+    """Token ids of the inputs. Raises UserError for empty or too long ones, foreign ids, and other
+    dimensions."""
     width, most = model.model.config.width, model.tokenizer.vocab_size
     if body.dimensions not in (None, width):
         raise UserError(f"dimensions: the vectors of this model have {width}")

@@ -1,8 +1,9 @@
-"""One line of JSON per request, for those who run the server; and the middleware that knows when a request begins and ends.
+"""One line of JSON per request, for those who run the server; and the middleware that knows when a request
+begins and ends.
 
-No text of a prompt or an answer is in it, unless the server is told to keep them (`--log_prompts`), no key, and no query
-string. A log that cannot be written (a full disk) costs lines and not answers: a thread of its own writes, and what it has no
-place for is counted and said later.
+No text of a prompt or an answer is in it, unless the server is told to keep them (`--log_prompts`), no key,
+and no query string. A log that cannot be written (a full disk) costs lines and not answers: a thread of its
+own writes, and what it has no place for is counted and said later.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ STREAMS = ("text/event-stream", "application/x-ndjson")
 
 
 class AccessLog:
-    """A file of JSON lines, or standard error for "-". Any thread may write. Raises UserError when it cannot be opened.
+    """A file of JSON lines, or standard error for "-". Any thread may write. Raises UserError when it cannot
+    be opened.
 
     The file is opened anew when it has been moved away, as logrotate does.
     """

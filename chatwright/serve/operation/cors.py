@@ -52,7 +52,8 @@ def is_api(path: str) -> bool:
 
 
 class Cors:
-    """ASGI middleware: answers the preflight requests of the origins listed, and lets their pages read the answers."""
+    """ASGI middleware: answers the preflight requests of the origins listed, and lets their pages read the
+    answers."""
 
     def __init__(self, app: ASGIApp, *, origins: Iterable[str]) -> None:
         self._app, self._origins = app, frozenset(origins)

@@ -1,8 +1,9 @@
 """API keys: who may use a server.
 
-A key is "cw-" and 256 random bits. The server's file holds only hashes, one key a line: `NAME sha256:HEX`; `#` begins a
-comment. Nobody can go from the hash of 256 random bits back to the key, so it needs no salt and no slow hash. For containers,
-keys in clear may stand in the environment, comma separated: CHATWRIGHT_API_KEYS.
+A key is "cw-" and 256 random bits. The server's file holds only hashes, one key a line: `NAME sha256:HEX`;
+`#` begins a comment. Nobody can go from the hash of 256 random bits back to the key, so it needs no salt and
+no slow hash. For containers, keys in clear may stand in the environment, comma separated:
+CHATWRIGHT_API_KEYS.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def line_for(name: str, key: str) -> str:
 
 
 def read_keys(text: str, where: str) -> list[Key]:
-    """The keys of a file's text. Raises UserError naming the line that is none, with the right one for a key in clear."""
+    """The keys of a file's text. Raises UserError naming the line that is none, with the right one for a key
+    in clear."""
     keys = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
@@ -79,10 +81,11 @@ def read_keys(text: str, where: str) -> list[Key]:
 
 
 class KeyRing:
-    """The keys that open a server: those of a file, read again whenever it changes, and those of the environment.
+    """The keys that open a server: those of a file, read again whenever it changes, and those of the
+    environment.
 
-    Raises UserError when the file cannot be read or has no keys. Later a file that cannot be used leaves the keys as they
-    were and says so in the log; an empty one is taken at its word: nobody gets in.
+    Raises UserError when the file cannot be read or has no keys. Later a file that cannot be used leaves the
+    keys as they were and says so in the log; an empty one is taken at its word: nobody gets in.
     """
 
     def __init__(self, path: Path | None, clear: Iterable[str] = ()) -> None:
@@ -161,4 +164,4 @@ def open_keys(file: str | None, environment: Mapping[str, str] = os.environ) -> 
     return KeyRing(None if file is None else Path(file).expanduser(), clear)
 
 
-# ---- the verb `key` ------------------------------------------------------------------------------------------------
+# ---- the verb `key` ----------------------------------------------------------------------------------------

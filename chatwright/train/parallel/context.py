@@ -7,15 +7,16 @@
 * `tp`    every matrix product is cut over groups of `tensor` processes, by heads in attention and by columns, then rows,
           in the MLP (Shoeybi et al. 2019, arXiv:1909.08053, section 3); `fsdp` over what is left.
 
-The door is `ParallelContext`: a `Trainer` asks it for everything in which many processes differ from one. `ParallelContext` itself is one
-process alone, `MultiProcess` several. docs/scaling.md says which plan when, and how to launch.
+The door is `ParallelContext`: a `Trainer` asks it for everything in which many processes differ from one.
+`ParallelContext` itself is one process alone, `MultiProcess` several. docs/scaling.md says which plan when,
+and how to launch.
 
-Models that only judge or are compared with (`frozen`) are cut as the trained ones are, apart from them: a training step does
-not put them together.
+Models that only judge or are compared with (`frozen`) are cut as the trained ones are, apart from them: a
+training step does not put them together.
 
-A stage's forward passes and held-out measures must go through `ParallelContext.forward`: it puts parameters together
-that lie elsewhere. Limits: embeddings, norms and the output matrix are not cut by `tp`, and every process first makes the
-whole model in its own memory.
+A stage's forward passes and held-out measures must go through `ParallelContext.forward`: it puts parameters
+together that lie elsewhere. Limits: embeddings, norms and the output matrix are not cut by `tp`, and every
+process first makes the whole model in its own memory.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ PlanName = Literal["auto", "ddp", "fsdp", "hsdp", "tp"]
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the processes that torchrun starts share the work. It changes no result, so that a run may go on with another."""
+    """How the processes that torchrun starts share the work. It changes no result, so that a run may go on
+    with another."""
 
     plan: PlanName = "auto"
-    """`ddp` copies of the model, `fsdp` a part of it in each process, `hsdp` copies of groups that share one, `tp` products
-    cut into parts. `auto`: ddp under torchrun, one process alone otherwise."""
+    """`ddp` copies of the model, `fsdp` a part of it in each process, `hsdp` copies of groups that share one,
+    `tp` products cut into parts. `auto`: ddp under torchrun, one process alone otherwise."""
     shard: int = 0
     """Processes that share one copy of the model (hsdp); 0: those of one machine."""
     tensor: int = 0
@@ -53,7 +55,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class MeshShape:
-    """The processes as a mesh_shape: `copies` x `shard` x `tensor`. The first two see different samples."""
+    """The processes as a mesh: `replicas` x `shard` x `tensor`. The first two see different samples."""
 
     replicas: int
     shard: int
@@ -61,7 +63,8 @@ class MeshShape:
 
 
 def arrange(config: ParallelConfig, world: int, local: int) -> MeshShape:
-    """How `world` processes, `local` of them on each machine, are arranged. Raises UsageError when they cannot be."""
+    """How `world` processes, `local` of them on each machine, are arranged. Raises UsageError when they
+    cannot be."""
     plan = config.plan
     if plan not in ("auto", "ddp", "fsdp", "hsdp", "tp"):
         raise UsageError(f"parallel.plan {plan!r} is none of auto, ddp, fsdp, hsdp, tp")
@@ -98,7 +101,8 @@ def check(
     shape: GPTConfig | None = None,
     named: str = "batch_size",
 ) -> None:
-    """Raise UsageError when the batch, which the settings call `named`, or the model's shape cannot be divided in this way."""
+    """Raise UsageError when the batch, which the settings call `named`, or the model's shape cannot be
+    divided in this way."""
     data = mesh_shape.replicas * mesh_shape.shard
     if batch_size % data:
         raise UsageError(
@@ -136,8 +140,8 @@ class ParallelContext:
     def distribute(
         self, modules: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module] | None = None
     ) -> None:
-        """Put the plan on the modules, before their optimisers are made. `frozen` ones take part in forward passes without
-        gradients only."""
+        """Put the plan on the modules, before their optimisers are made. `frozen` ones take part in forward
+        passes without gradients only."""
 
     def optimisers(
         self, modules: Mapping[str, nn.Module], config: OptimConfig
@@ -150,15 +154,16 @@ class ParallelContext:
         return function(*arguments)
 
     def twin(self, model: Model) -> Model:
-        """A model to sample from without the others, asked for before `spread`: the model itself where it will be whole here,
-        else a copy, which `refresh` gives the weights of now."""
+        """A model to sample from without the others, asked for before `spread`: the model itself where it
+        will be whole here, else a copy, which `refresh` gives the weights of now."""
         return model
 
     def refresh(self, twin: nn.Module, model: nn.Module) -> None:
         """Let a `twin` have the model's weights. Only what is trained is sent."""
 
     def accumulating(self, more: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around a micro-batch's forward and backward pass; `more` says that its gradients are not the step's last."""
+        """Around a micro-batch's forward and backward pass; `more` says that its gradients are not the step's
+        last."""
         return contextlib.nullcontext()
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -166,7 +171,8 @@ class ParallelContext:
         return list(values)
 
     def all_gather(self, value: Result) -> list[Result]:
-        """What each process that sees different samples has, in the order of their samples, in all. On the CPU."""
+        """What each process that sees different samples has, in the order of their samples, in all. On the
+        CPU."""
         return [value]
 
     @property
@@ -179,18 +185,21 @@ class ParallelContext:
         return slice(count * self.data_rank // self.data_size, count * (self.data_rank + 1) // self.data_size)
 
     def all_reduce_max(self, values: Sequence[float]) -> list[float]:
-        """Each value's largest over all processes: what one asks for all do, and the slowest one's time counts."""
+        """Each value's largest over all processes: what one asks for all do, and the slowest one's time
+        counts."""
         return list(values)
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
-        """Scale the gradients so that their norm over the whole model is at most `limit`; returns the norm before."""
+        """Scale the gradients so that their norm over the whole model is at most `limit`; returns the norm
+        before."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not float(norm) + 1e-6 <= limit:  # else torch would multiply all of them by 1
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return float(norm)
 
     def full_tensors_on_rank_zero(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors with all their parts, on the CPU of the first process; nothing in the others, which must ask too."""
+        """Tensors with all their parts, on the CPU of the first process; nothing in the others, which must
+        ask too."""
         return dict(tensors)
 
     def save_parts(
@@ -201,14 +210,15 @@ class ParallelContext:
         texts: Mapping[str, str],
         then: Callable[[], None],
     ) -> None:
-        """Begin to write a checkpoint, each process its parts; `then` is called in the first when it is whole."""
+        """Begin to write a checkpoint, each process its parts; `then` is called in the first when it is
+        whole."""
         raise NotImplementedError("one process alone has no parts")
 
     def load_parts(
         self, found: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]], *, final: bool
     ) -> dict[str, Tensor]:
-        """Fill the modules' tensors, by part and name, from such a checkpoint, whatever the plan it was written under; returns the optimisers'
-        tensors and the random streams."""
+        """Fill the modules' tensors, by part and name, from such a checkpoint, whatever the plan it was
+        written under; returns the optimisers' tensors and the random streams."""
         raise NotImplementedError("one process alone has no parts")
 
     def broadcast_from_rank0(self, make: Callable[[], Result]) -> Result:
@@ -237,7 +247,8 @@ class ParallelContext:
         return {"rng": runtime.rng_state()}
 
     def set_rng_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on with the saved streams; when other processes saved them, with streams that follow from theirs."""
+        """Go on with the saved streams; when other processes saved them, with streams that follow from
+        theirs."""
         mine = "rng" if not self.together else f"rng.{runtime.rank()}"
         count = sum(name.startswith("rng") for name in tensors)
         if mine in tensors and count == (runtime.world_size() if self.together else 1):

@@ -1,7 +1,8 @@
 """Several processes with one model: `parallel.ParallelContext` carried out with PyTorch's own engine.
 
-DDP, FSDP2 (`fully_shard`) and DTensor (`parallelize_module`) each change modules in place or wrap them; what they need
-beyond that is here: one door for every forward pass, sums over the right processes, the norm of a gradient in parts.
+DDP, FSDP2 (`fully_shard`) and DTensor (`parallelize_module`) each change modules in place or wrap them; what
+they need beyond that is here: one door for every forward pass, sums over the right processes, the norm of a
+gradient in parts.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Door(nn.Module):
-    """All modules of a trainer under one roof. Its forward pass is whatever a stage computes with them: DDP and FSDP
-    act where a forward pass begins and ends, and stages call more than one method of their models."""
+    """All modules of a trainer under one roof. Its forward pass is whatever a stage computes with them: DDP
+    and FSDP act where a forward pass begins and ends, and stages call more than one method of their models.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -84,12 +86,14 @@ class MultiProcess(ParallelContext):
     def distribute(
         self, modules: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module] | None = None
     ) -> None:
-        # An average of the weights is saved beside the model and never computed with: a roof of its own keeps it in parts.
+        # An average of the weights is saved beside the model and never computed with: a roof of its own keeps
+        # it in parts.
         still = {
             name: one for name, one in modules.items() if not any(p.requires_grad for p in one.parameters())
         }
         door = _Door({name: one for name, one in modules.items() if name not in still})
-        # Gradients that wait to be added up between groups must be of the same parameters each time: text has none for a critic.
+        # Gradients that wait to be added up between groups must be of the same parameters each time: text has
+        # none for a critic.
         self._alike = len(door.parts) == 1
         blocks = [module for module in door.modules() if isinstance(module, Block)]
         if self.mesh_shape.tensor > 1:
@@ -119,7 +123,8 @@ class MultiProcess(ParallelContext):
             torch.manual_seed(runtime.seed_for(torch.initial_seed(), "rank", self.data_rank))
 
     def _cut_products(self, block: Block) -> None:
-        """Query, key, value, gate and up by columns: each process its own heads; output and down by rows, then a sum."""
+        """Query, key, value, gate and up by columns: each process its own heads; output and down by rows,
+        then a sum."""
         columns = [
             "attention.query",
             "attention.key",
@@ -129,7 +134,8 @@ class MultiProcess(ParallelContext):
         ]
         plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns}
         plan |= {name: RowwiseParallel() for name in ("attention.output", "mlp.down")}
-        # What enters is the same everywhere. Saying so once, not once a matrix, makes its gradient one sum instead of three.
+        # What enters is the same everywhere. Saying so once, not once a matrix, makes its gradient one sum
+        # instead of three.
         same = Replicate()
         plan |= {
             "attention": PrepareModuleInput(input_layouts=(same, None), desired_input_layouts=(same, None)),
@@ -140,8 +146,8 @@ class MultiProcess(ParallelContext):
         block.attention.kv_heads //= self.mesh_shape.tensor
 
     def _cut_parameters(self, door: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """A unit of FSDP for each block; embeddings, norms and the head are the root's. The residual stream and the root
-        stay in float32, as in one process; only the blocks' products are in bf16."""
+        """A unit of FSDP for each block; embeddings, norms and the head are the root's. The residual stream
+        and the root stay in float32, as in one process; only the blocks' products are in bf16."""
         mesh = self.mesh["replicas", "shard"] if self.mesh_shape.replicas > 1 else self.mesh["shard"]
         half = None if self.dtype == torch.float32 else self.dtype
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -256,9 +262,9 @@ class MultiProcess(ParallelContext):
         return float(norm)
 
     def _agree_on_gradients(self) -> None:
-        """Parameters that `tp` does not cut have a gradient in each process of a group. Those of the norms of queries and
-        keys have seen that process's heads alone: their sum counts. The others are equal up to what unordered sums on
-        GPUs make of them: their mean keeps the copies from drifting apart."""
+        """Parameters that `tp` does not cut have a gradient in each process of a group. Those of the norms of
+        queries and keys have seen that process's heads alone: their sum counts. The others are equal up to
+        what unordered sums on GPUs make of them: their mean keeps the copies from drifting apart."""
         group = self.mesh["tensor"].get_group()
         for parameters, share in ((self._partial, 1), (self._replicated, self.mesh_shape.tensor)):
             gradients = [_local(p.grad) for p in parameters if p.grad is not None]
@@ -356,7 +362,8 @@ class MultiProcess(ParallelContext):
 
 
 def _compile_for_training(block: nn.Module) -> None:
-    """Compile a block's forward pass where gradients are wanted; held-out texts, of many lengths, take the plain one."""
+    """Compile a block's forward pass where gradients are wanted; held-out texts, of many lengths, take the
+    plain one."""
     plain = block.forward
     compiled = torch.compile(plain)  # not dynamic=False: each block's number would ask for a graph of its own
 

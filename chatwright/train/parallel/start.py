@@ -29,8 +29,8 @@ def start_parallel(
     named: str = "batch_size",
     refused: Mapping[str, str] | None = None,
 ) -> ParallelContext:
-    """The processes of this run, arranged by the plan. `refused` are plans that the stage cannot use, and why. Raises
-    UsageError, in every process, when it cannot be."""
+    """The processes of this run, arranged by the plan. `refused` are plans that the stage cannot use, and
+    why. Raises UsageError, in every process, when it cannot be."""
     if config.plan in (refused or {}):
         raise UsageError(f"parallel.plan {config.plan}: {(refused or {})[config.plan]}")
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or runtime.world_size() > 1
@@ -52,9 +52,11 @@ def start_parallel(
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Meet the processes that torchrun started, if it did, and part at the end. Only the first one speaks inside.
+    """Meet the processes that torchrun started, if it did, and part at the end. Only the first one speaks
+    inside.
 
-    An error in another one is told late: most are found by all, and torchrun ends the others when the first one ends.
+    An error in another one is told late: most are found by all, and torchrun ends the others when the first
+    one ends.
     """
     before = console.quiet
     console.quiet = before or not runtime.is_rank_zero()

@@ -1,6 +1,7 @@
 """Do scores mean what they say? The probability that a score stands for against how often it comes true.
 
-Guo et al. 2017 (arXiv:1706.04599): reliability diagram and expected calibration error; the slope and shift of Platt 1999.
+Guo et al. 2017 (arXiv:1706.04599): reliability diagram and expected calibration error; the slope and shift of
+Platt 1999.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Reliability:
 
     @property
     def error(self) -> float:
-        """Expected calibration error: the mean distance of the two, each bin weighted by its count (Guo et al., eq. 3)."""
+        """Expected calibration error: the mean distance of the two, each bin weighted by its count (Guo et
+        al., eq. 3)."""
         gaps = (self.predicted - self.observed).abs().nan_to_num(0.0)
         return float((self.count * gaps).sum() / self.count.sum().clamp(min=1))
 
@@ -57,9 +59,9 @@ def pair_reliability(
     *,
     bins: int = BINS,
 ) -> Reliability:
-    """Of each pair the answer with the higher score: sigmoid(score difference), from 1/2 to 1, against whether people prefer
-    it. Equal scores predict 1/2 and are half right; with ties `half` so is a pair that people call a tie. `scores` must be
-    those that training saw: another scale is another probability.
+    """Of each pair the answer with the higher score: sigmoid(score difference), from 1/2 to 1, against
+    whether people prefer it. Equal scores predict 1/2 and are half right; with ties `half` so is a pair that
+    people call a tie. `scores` must be those that training saw: another scale is another probability.
     """
     wins = pair_wins(labels, tie_tolerance, ties)
     rows, first, second = ((wins + wins.mT) > 0).triu(1).nonzero(as_tuple=True)  # each pair once
@@ -71,10 +73,12 @@ def pair_reliability(
 
 
 def platt(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> tuple[float, float]:
-    """Scale a and offset b for which sigmoid(a (score - b)) is the likeliest probability of being positive (Platt 1999).
+    """Scale a and offset b for which sigmoid(a (score - b)) is the likeliest probability of being positive
+    (Platt 1999).
 
-    The targets are Platt's, a little within 0 and 1, so that there is an optimum where a threshold separates the classes;
-    found by Newton's method in float64. Raises ValueError when there is one class only, or scores that do not rise with it.
+    The targets are Platt's, a little within 0 and 1, so that there is an optimum where a threshold separates
+    the classes; found by Newton's method in float64. Raises ValueError when there is one class only, or
+    scores that do not rise with it.
     """
     scores, count = scores.double(), positive.sum().double()
     others = len(positive) - count

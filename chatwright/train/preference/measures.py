@@ -1,4 +1,5 @@
-"""How good is a reward model? Accuracy by number of answers and by annotator, length alone, and where its scores begin."""
+"""How good is a reward model? Accuracy by number of answers and by annotator, length alone, and where its
+scores begin."""
 
 from __future__ import annotations
 
@@ -74,14 +75,14 @@ def length_baseline(
     return longer if accuracy(train) >= 0.5 else 1 - longer
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------
 
 
 def accuracy_rows(
     judged: Scored, groups: Iterable[tuple[str, Sequence[int]]], config: RankingConfig
 ) -> list[list[str]]:
-    """Name, prompts, pairs, accuracy of groups of comparisons, by their numbers. The error is the standard error over prompts,
-    for the pairs of a prompt are not independent."""
+    """Name, prompts, pairs, accuracy of groups of comparisons, by their numbers. The error is the standard
+    error over prompts, for the pairs of a prompt are not independent."""
     rows = []
     for name, numbers in groups:
         part = Scored(*(values[list(numbers)] for values in judged))
@@ -142,7 +143,7 @@ def by_annotator(
     )
 
 
-# ---- where scores begin, and what is not to be used ----------------------------------------------------------------
+# ---- where scores begin, and what is not to be used --------------------------------------------------------
 
 
 def normalise(
@@ -155,8 +156,8 @@ def normalise(
 ) -> str:
     """Shift and scale the scores, save, and return the checkpoint's name.
 
-    The standard deviation of `chosen` training answers becomes 1; 0 is the mean score of the demonstrations' first answers
-    (Ouyang et al. 2022, section 3.5), and where there are none that of the training answers.
+    The standard deviation of `chosen` training answers becomes 1; 0 is the mean score of the demonstrations'
+    first answers (Ouyang et al. 2022, section 3.5), and where there are none that of the training answers.
     Done once: a stage that is run again after this keeps the constants it has.
     """
     with runtime.evaluating(model), runtime.autocast(dtype):

@@ -1,4 +1,5 @@
-"""What the stages that train a judge have in common: the reward model (reward.py) and the classifier (classifier.py)."""
+"""What the stages that train a judge have in common: the reward model (reward.py) and the classifier
+(classifier.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""An average of a policy's weights over the steps of training, which may be better than any of them.  Ouyang et al. 2022."""
+"""An average of a policy's weights over the steps of training, which may be better than any of them.  Ouyang
+et al. 2022."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ def averaged(policy: nn.Module) -> list[nn.Parameter]:
 
 
 def ema_of(policy: GPT) -> nn.Module:
-    """Where an average of a policy begins, frozen. A and B of an adapter are averaged each on its own: the average of their
-    products would have a higher rank than the adapter."""
+    """Where an average of a policy begins, frozen. A and B of an adapter are averaged each on its own: the
+    average of their products would have a higher rank than the adapter."""
     own = lora_parameters(policy)
     if own:
         return nn.ParameterList([one.detach().clone() for one in own]).requires_grad_(False)
@@ -28,8 +29,8 @@ def ema_of(policy: GPT) -> nn.Module:
 
 @torch.no_grad()
 def update_ema(average: nn.Module, policy: nn.Module, decay: float) -> None:
-    """average <- decay x average + (1 - decay) x policy (Ouyang et al. 2022, appendix C.4). Of models in parts each process
-    averages its own."""
+    """average <- decay x average + (1 - decay) x policy (Ouyang et al. 2022, appendix C.4). Of models in
+    parts each process averages its own."""
     for mine, theirs in zip(average.parameters(), averaged(policy), strict=True):
         mine.lerp_(theirs, 1 - decay)
 

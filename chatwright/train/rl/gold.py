@@ -1,7 +1,9 @@
-"""What is really wanted, where there is a measure of it that the policy is not trained on: the gold beside the proxy.
+"""What is really wanted, where there is a measure of it that the policy is not trained on: the gold beside
+the proxy.
 
-A reward model stands in for it and can be exploited; where a gold measure can be had on every answer (a lexicon, or a better
-reward model that stands for people, as in Gao et al. 2022, arXiv:2210.10760), a run can stop when it turns down.
+A reward model stands in for it and can be exploited; where a gold measure can be had on every answer (a
+lexicon, or a better reward model that stands for people, as in Gao et al. 2022, arXiv:2210.10760), a run can
+stop when it turns down.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ WATCHED = (
     "gold",
     "gold_error",
 )
-"""Logged values that `diagnose` looks at; kept in the checkpoint so that a resumed run judges as the whole one. A run without
-a critic has no `explained_variance`, one without a gold measure no `gold`."""
+"""Logged values that `diagnose` looks at; kept in the checkpoint so that a resumed run judges as the whole
+one. A run without a critic has no `explained_variance`, one without a gold measure no `gold`."""
 
 Row = Mapping[str, float]
 History = Sequence[Row]
@@ -36,7 +36,7 @@ WINDOW = 5
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding may do at most, with room to protected, in the precision of the policy's products."""
+    """What rounding may do at most, with room to spare, in the precision of the policy's products."""
 
     token: float = 1e-2
     """Nats by which sampler and trainer may disagree about a token (float32: below 1e-4)."""
@@ -48,10 +48,11 @@ class Rounding:
 
 FLOAT32 = Rounding()
 BFLOAT16 = Rounding(token=2.0, sampler=0.1, ratio=0.3)
-"""SmolLM2-135M with adapters, 80 rounds, its sampler in float32: 0.02 nats at first, 0.08 at 5 nats from the reference, single tokens
-up to 0.53. The tiny recipe's model, 12 rounds, its sampler in bf16: 0.008 throughout, single tokens up to 0.09, with compiled blocks as without.
-Ratios were 1 to four digits, for a row's products do not depend on the other rows. A temperature of 0.95 instead of 1 is
-0.13 nats, one of 0.9 is 0.28: nearer to rounding than one would like, which is why float32 is what a policy has unless asked."""
+"""SmolLM2-135M with adapters, 80 rounds, its sampler in float32: 0.02 nats at first, 0.08 at 5 nats from the
+reference, single tokens up to 0.53. The tiny recipe's model, 12 rounds, its sampler in bf16: 0.008
+throughout, single tokens up to 0.09, with compiled blocks as without. Ratios were 1 to four digits, for a
+row's products do not depend on the other rows. A temperature of 0.95 instead of 1 is 0.13 nats, one of 0.9 is
+0.28: nearer to rounding than one would like, which is why float32 is what a policy has unless asked."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Limits:
 
 
 def diagnose(history: History, limits: Limits) -> Diagnosis | None:
-    """The first rule that the latest round breaks, or None. What cannot be trusted comes before what is enough."""
+    """The first rule that the latest round breaks, or None. What cannot be trusted comes before what is
+    enough."""
     return next((found for rule in RULES if (found := rule(history, limits)) is not None), None)
 
 
@@ -91,9 +93,11 @@ def diagnose_ratio(gap: float, rounding: Rounding = FLOAT32) -> Diagnosis | None
 
 
 def diagnose_reward(*, train: float, held_out: float, length: float, pairs: int) -> Diagnosis | None:
-    """Accuracies of a reward model on training pairs and on `pairs` held-out ones, and of length alone on the latter.
+    """Accuracies of a reward model on training pairs and on `pairs` held-out ones, and of length alone on the
+    latter.
 
-    Good on the one and no better than chance, within two standard errors, on the other: it has learnt the training prompts.
+    Good on the one and no better than chance, within two standard errors, on the other: it has learnt the
+    training prompts.
     """
     error = 0.5 / math.sqrt(max(pairs, 1))
     if train < 0.7 or held_out > 0.5 + 2 * error:
@@ -223,8 +227,9 @@ def _score_is_past_its_peak(history: History, limits: Limits) -> Diagnosis | Non
 
 
 def past_peak(history: History, key: str, size: int) -> int | None:
-    """The first round of the `size` rounds in which the mean of `key` was highest, when it has fallen since by more than two
-    standard errors of the difference (sampling error of the answers alone); None while it has not."""
+    """The first round of the `size` rounds in which the mean of `key` was highest, when it has fallen since
+    by more than two standard errors of the difference (sampling error of the answers alone); None while it
+    has not."""
     if len(history) < 2 * size:
         return None
     ends = range(len(history) - 2 * size + 1)  # windows that do not overlap the last one

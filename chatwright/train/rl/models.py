@@ -1,6 +1,8 @@
-"""The models that take part when a policy learns from a reward model, and what they say about sampled answers.
+"""The models that take part when a policy learns from a reward model, and what they say about sampled
+answers.
 
-Shared by PPO and REINFORCE (and meant for what follows them): who plays, how answers are judged, what is logged of it.
+Shared by PPO and REINFORCE (and meant for what follows them): who plays, how answers are judged, what is
+logged of it.
 """
 
 from __future__ import annotations
@@ -45,10 +47,12 @@ PORTION = 64
 
 @dataclass
 class RLModels:
-    """What is trained, what it is compared with, what judges, what predicts the judgement (REINFORCE needs none of that).
+    """What is trained, what it is compared with, what judges, what predicts the judgement (REINFORCE needs
+    none of that).
 
-    A reference of None is the policy with its adapter off. Reward model and a critic with a body of its own compute in `dtype`,
-    policy and reference in `policy_dtype`: both in the same, for their difference is the KL.
+    A reference of None is the policy with its adapter off. Reward model and a critic with a body of its own
+    compute in `dtype`, policy and reference in `policy_dtype`: both in the same, for their difference is the
+    KL.
     """
 
     policy: GPT
@@ -58,7 +62,8 @@ class RLModels:
     dtype: torch.dtype = torch.float32
     policy_dtype: torch.dtype = torch.float32
     spread: ParallelContext = SINGLE_PROCESS
-    """The processes that hold these models together, each of which samples and judges its share of a round's answers."""
+    """The processes that hold these models together, each of which samples and judges its share of a round's
+    answers."""
 
     twin: GPT | None = None
     """Where the policy is in parts: the copy of it that samples (`ParallelContext.twin`)."""
@@ -96,7 +101,8 @@ class RLModels:
 
 @dataclass(frozen=True)
 class PolicyOutputs:
-    """What policy and critic say about every answer token; 0 elsewhere, and 0 everywhere for what was not asked, or without a critic."""
+    """What policy and critic say about every answer token; 0 elsewhere, and 0 everywhere for what was not
+    asked, or without a critic."""
 
     log_probs: Float[Tensor, "batch time"]
     entropy: Float[Tensor, "batch time"]
@@ -139,7 +145,8 @@ class ScoringConfig(Protocol):
 def score_completions(
     reward: ScalarModel, answers: Completions, config: ScoringConfig, dtype: torch.dtype = torch.float32
 ) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
-    """Scores, and which answers are penalised (unfinished or degenerate): those get the fixed score instead of the model's."""
+    """Scores, and which answers are penalised (unfinished or degenerate): those get the fixed score instead
+    of the model's."""
     with runtime.autocast(dtype):
         scores = reward.score(answers.ids, answers.real)
     penalised = (
@@ -161,14 +168,16 @@ class Scored:
 
 @torch.no_grad()
 def score_rollout(models: RLModels, answers: Completions, config: ScoringConfig) -> Scored:
-    """Ask all models about sampled answers. Each of many processes asks about its own and gets what all were told."""
+    """Ask all models about sampled answers. Each of many processes asks about its own and gets what all were
+    told."""
     return all_gather_completions(
         models.spread.forward(_score_rollout, models, answers, config), models.spread
     )
 
 
 def _score_rollout(models: RLModels, answers: Completions, config: ScoringConfig) -> Scored:
-    """In micro_batches. Not with many processes, whose micro_batches might differ in number: each forward pass of a model in parts is one for all."""
+    """In micro-batches. Not with many processes, whose micro-batches might differ in number: each forward
+    pass of a model in parts is one for all."""
     if models.spread.together:
         return _asked(models, answers, config)
     micro_batches = torch.split(torch.arange(len(answers.ids)), PORTION)
@@ -215,9 +224,11 @@ def step_facts(
     per_token: float = 1.0,
     spread: ParallelContext = SINGLE_PROCESS,
 ) -> dict[str, Tensor]:
-    """What to log about how far the policy is from the one that sampled, whose log-probabilities were `before`.
+    """What to log about how far the policy is from the one that sampled, whose log-probabilities were
+    `before`.
 
-    Sums over a `weight` of which a token of the whole minibatch is worth `per_token`: what a `Step` is to log.
+    Sums over a `weight` of which a token of the whole minibatch is worth `per_token`: what a `Step` is to
+    log.
     """
     change = torch.where(mask, (now.log_probs - before).detach(), 0.0)
     ratio = change.exp()
@@ -245,11 +256,11 @@ def make_models(
     precision: str = "auto",
     policy_precision: str = "fp32",
 ) -> RLModels:
-    """Policy and reference from the SFT model. The critic is a copy of the reward model with a body of its own (`separate`),
-    a head on the policy that starts at zero (`shared`), or there is `none`.
+    """Policy and reference from the SFT model. The critic is a copy of the reward model with a body of its
+    own (`separate`), a head on the policy that starts at zero (`shared`), or there is `none`.
 
-    With adapters there are two whole models: the policy, which is the reference without its adapter, and the reward model, over
-    whose frozen body a separate critic has an adapter and a head of its own.
+    With adapters there are two whole models: the policy, which is the reference without its adapter, and the
+    reward model, over whose frozen body a separate critic has an adapter and a head of its own.
     """
     device, lora = runtime.device(), lora or LoRAConfig()
     policy, reward = base.model.to(device), reward.to(device)

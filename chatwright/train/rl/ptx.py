@@ -1,10 +1,12 @@
-"""ptx: pre-training goes on beside PPO, so that the policy does not forget what it knew.  Ouyang et al. 2022, eq. 2.
+"""ptx: pre-training goes on beside PPO, so that the policy does not forget what it knew.  Ouyang et al. 2022,
+eq. 2.
 
-The objective gains gamma E[log pi(x)] over texts x of pre-training. What alignment costs without it, and what is left of that
-cost with it, is the perplexity of held-out general text before and after: the tax report.
+The objective gains gamma E[log pi(x)] over texts x of pre-training. What alignment costs without it, and what
+is left of that cost with it, is the perplexity of held-out general text before and after: the tax report.
 
-Departures from the paper: the mean is over tokens (the paper does not say over what), so that `gamma` has another scale than
-its 27.8 for sums over texts; texts are windows of the token stream, as in our pre-training.
+Departures from the paper: the mean is over tokens (the paper does not say over what), so that `gamma` has
+another scale than its 27.8 for sums over texts; texts are windows of the token stream, as in our
+pre-training.
 """
 
 from __future__ import annotations

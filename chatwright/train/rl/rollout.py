@@ -1,8 +1,8 @@
 """Rollouts: prompts -> sampled answers with everything PPO needs to know about each token.
 
-Columns of all (B, T) tensors are positions of prompt + answer, padded on the right. `log_probs[b, t]` belongs to token
-t; `values[b, t]` is the critic's policy_outputs BEFORE token t, its output at position t - 1 (docs/papers.md, point 7:
-values are shifted by one against the log-probabilities).
+Columns of all (B, T) tensors are positions of prompt + answer, padded on the right. `log_probs[b, t]` belongs
+to token t; `values[b, t]` is the critic's policy_outputs BEFORE token t, its output at position t - 1
+(docs/papers.md, point 7: values are shifted by one against the log-probabilities).
 """
 
 from __future__ import annotations
@@ -41,12 +41,14 @@ if TYPE_CHECKING:
 
 
 Entropy = Literal["", "known", "learnt"]
-"""Whether the entropy of the policy is asked for, and whether with its gradient: that of a large vocabulary takes time."""
+"""Whether the entropy of the policy is asked for, and whether with its gradient: that of a large vocabulary
+takes time."""
 
 
 @dataclass(frozen=True)
 class Completions:
-    """Sampled answers. `real` is True on tokens that are not padding, `response` on answer tokens, end included."""
+    """Sampled answers. `real` is True on tokens that are not padding, `response` on answer tokens, end
+    included."""
 
     ids: Int[Tensor, "batch time"]
     real: Bool[Tensor, "batch time"]
@@ -63,7 +65,8 @@ class Completions:
 
     @property
     def before(self) -> Int[Tensor, " tokens"]:
-        """The place (row x time + column) before each answer token: what a model says there is about this token."""
+        """The place (row x time + column) before each answer token: what a model says there is about this
+        token."""
         return self.response.flatten().nonzero()[:, 0] - 1
 
     def placed(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, "batch time"]:
@@ -118,7 +121,8 @@ def concat(batches: Sequence[Batch]) -> Batch:
 
 
 def all_gather_completions(batch: Batch, spread: ParallelContext) -> Batch:
-    """The rows that all processes have, in the order of their samples, in each of them; alone, the batch itself."""
+    """The rows that all processes have, in the order of their samples, in each of them; alone, the batch
+    itself."""
     if not spread.together:
         return batch
     return runtime.on_device(concat(spread.all_gather(mapped(lambda one: one.cpu(), batch))))
@@ -170,7 +174,8 @@ def prompts_from(
 def training_prompts(
     records: Path, template: ChatTemplate, tokenizer: Tokenizer, max_tokens: int
 ) -> list[list[int]]:
-    """What the users of a data stage's dialogues said, at most 4,000 prompts. Raises UserError when none is short enough."""
+    """What the users of a data stage's dialogues said, at most 4,000 prompts. Raises UserError when none is
+    short enough."""
     dialogues = list(read_records(records / "dialogues-train.jsonl", Dialogue))
     prompts = prompts_from(dialogues, template, tokenizer, max_tokens=max_tokens, most=4_000)
     if not prompts:
@@ -190,9 +195,9 @@ def sample_completions(
     max_batch: int = 64,
     dtype: torch.dtype = torch.float32,
 ) -> Completions:
-    """Sample one answer to each prompt; each has a random stream of its own, named by `seed_parts` and its number, which counts
-    from `first`: who samples a part of the prompts says where the part begins. On a CPU the compiled kernels sample, from copies in
-    `dtype` of the weights of now."""
+    """Sample one answer to each prompt; each has a random stream of its own, named by `seed_parts` and its
+    number, which counts from `first`: who samples a part of the prompts says where the part begins. On a CPU
+    the compiled kernels sample, from copies in `dtype` of the weights of now."""
     requests = [
         Request(
             prompt=tuple(prompt),
@@ -227,11 +232,12 @@ def completion_log_probs(
     entropy: Entropy = "",
     hidden: Float[Tensor, "tokens width"] | None = None,
 ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
-    """Log-probability, and if asked the entropy (`learnt`: with its gradient), of every answer token under `model`; 0 elsewhere.
+    """Log-probability, and if asked the entropy (`learnt`: with its gradient), of every answer token under
+    `model`; 0 elsewhere.
 
-    Logits are divided by the sampling temperature, as they were when the tokens were drawn. They are float32 products even under
-    autocast (`projected_log_probs` says why). `hidden` are the model's hidden states before these tokens (`Completions.before`) where they
-    are known already.
+    Logits are divided by the sampling temperature, as they were when the tokens were drawn. They are float32
+    products even under autocast (`projected_log_probs` says why). `hidden` are the model's hidden states
+    before these tokens (`Completions.before`) where they are known already.
     """
     if hidden is None:
         hidden = model.hidden_at(answers.ids, answers.before, lengths=answers.lengths)
@@ -271,7 +277,8 @@ def degenerate(answers: Completions, *, min_tokens: int, max_repeats: float) -> 
 
 
 def texts_of(answers: Completions, tokenizer: Tokenizer) -> list[str]:
-    """The answers as text. Ids beyond the tokenizer's spell nothing: a model's table may be larger, and all of it is drawn from."""
+    """The answers as text. Ids beyond the tokenizer's spell nothing: a model's table may be larger, and all
+    of it is drawn from."""
     spelt = answers.response & (answers.ids < tokenizer.vocab_size)
     return [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(answers.ids, spelt, strict=True)]
 

@@ -1,17 +1,21 @@
-"""PolicyTraining: sample answers, look back at them, keep the best policy so far, learn. What PPO and REINFORCE share.
+"""PolicyTraining: sample answers, look back at them, keep the best policy so far, learn. What PPO and
+REINFORCE share.
 
-A method brings `score_rollouts` (answers -> what is learnt from) and `step` (minibatch -> loss); everything else is here: prompts,
-the KL coefficient, the watch over the run (health.py), the checkpoint that is kept, an average of the weights, general text
-beside the answers (ptx.py), a gold measure (gold.py), resuming, and the report (outcome.py).
+A method brings `score_rollouts` (answers -> what is learnt from) and `step` (minibatch -> loss); everything
+else is here: prompts, the KL coefficient, the watch over the run (health.py), the checkpoint that is kept, an
+average of the weights, general text beside the answers (ptx.py), a gold measure (gold.py), resuming, and the
+report (outcome.py).
 
-Many processes share a round: each samples and judges its part of the answers, then all have all of them (rollout.py::all_gather_completions),
-so that advantages, the KL coefficient and every decision are those of one process; of a minibatch each learns from its part.
-A run may be stopped between two minibatches: the round is then saved as it stands, its answers with it.
+Many processes share a round: each samples and judges its part of the answers, then all have all of them
+(rollout.py::all_gather_completions), so that advantages, the KL coefficient and every decision are those of
+one process; of a minibatch each learns from its part. A run may be stopped between two minibatches: the round
+is then saved as it stands, its answers with it.
 
 Departures from the papers, each for small reward models that are easily exploited:
 * Refuse to start on a reward model that is too weak on held-out data.
 * Unfinished and degenerate (very short, repetitive) answers get a fixed score, however well they are liked.
-* The KL coefficient has a floor, training stops beyond a KL budget, and what is kept is the best-scoring checkpoint
+* The KL coefficient has a floor, training stops beyond a KL budget, and what is kept is the best-scoring
+  checkpoint
   inside that budget whose answers have not lost their variety.
 """
 
@@ -108,7 +112,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
 
     @abstractmethod
     def step(self, batch: Rolled) -> Step:
-        """The loss of some rows of a round. `ratio_gap` is among what it logs: the largest |ratio - 1| of a token."""
+        """The loss of some rows of a round. `ratio_gap` is among what it logs: the largest |ratio - 1| of a
+        token."""
 
     @property
     def epochs(self) -> int:
@@ -142,8 +147,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         return "gold" if self.gold is not None else "score"
 
     def sample(self) -> Completions:
-        """This process's answers of this round: prompts and random streams are functions of the seed, the round and an
-        answer's number in it."""
+        """This process's answers of this round: prompts and random streams are functions of the seed, the
+        round and an answer's number in it."""
         progress, mine = self.trainer.progress, self.spread.local_slice(self.config.batch_size)
         chosen = self.order.take(progress.consumed, self.config.batch_size // self.per_prompt)
         return sample_completions(
@@ -158,7 +163,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         )
 
     def sampled(self) -> tuple[Rolled, dict[str, float]]:
-        """Sample, look back, and measure what only texts show. What is decided by these numbers is decided by all alike."""
+        """Sample, look back, and measure what only texts show. What is decided by these numbers is decided by
+        all alike."""
         answers = self.sample()
         rollout, logged = self.score_rollouts(answers, self.extra["beta"])
         logged["distinct_2"] = distinct(texts_of(rollout.answers, self.tokenizer))
@@ -169,7 +175,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         return rollout, self.spread.broadcast_from_rank0(lambda: logged)
 
     def round(self) -> str:
-        """Sample, look back, keep the best, and unless this was the last round, update. Returns a line to show."""
+        """Sample, look back, keep the best, and unless this was the last round, update. Returns a line to
+        show."""
         config, progress = self.config, self.trainer.progress
         begun = self.extra.get("unfinished")
         rollout, diagnosis = self._gone_on(begun) if begun else self._begun()
@@ -253,7 +260,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
             self._save_before_round()
 
     def _update(self, rollout: Rolled, *, done: int = 0) -> None:
-        """Passes over the round's answers in minibatches, in an order of their own; `done` of them were learnt from before.
+        """Passes over the round's answers in minibatches, in an order of their own; `done` of them were
+        learnt from before.
 
         Of a minibatch each process learns from its share. Raises Interrupted between two.
         """
@@ -269,7 +277,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
                 self.first_gap = None
             texts = self._texts(rollout.rows(chosen).weight, epoch, number)
             batch = rollout.rows(chosen[self.spread.local_slice(len(chosen))])
-            # Text first: it has no gradient for a critic, and DDP sends gradients after the last backward pass.
+            # Text first: it has no gradient for a critic, and DDP sends gradients after the last backward
+            # pass.
             self.trainer.update([*texts, batch], self._loss, share, accept=self._is_right if first else None)
             if first:
                 self._is_right()  # where the gradient was not finite nobody has asked
@@ -287,7 +296,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
                 yield epoch, number, chosen
 
     def _interrupt(self, rollout: Rolled, done: int) -> None:
-        """Save the round as it is before the minibatch of number `done`, its answers with it, and raise Interrupted."""
+        """Save the round as it is before the minibatch of number `done`, its answers with it, and raise
+        Interrupted."""
         self.extra["unfinished"] = {"done": done, "row": self.latest, "first_gap": self.first_gap}
         self.trainer.save(protected=self.protected, mid_step=as_tensors(rollout))
         where = f"saved in round {self.trainer.progress.step}, after {done} of its minibatches"
@@ -303,9 +313,11 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         return outcome
 
     def _is_right(self, loss: float = 0.0) -> bool:
-        """Whether a round's first minibatch, before its update, was what was looked back at. Breaks the run off if not.
+        """Whether a round's first minibatch, before its update, was what was looked back at. Breaks the run
+        off if not.
 
-        Each process has seen its share of it; they break off together, or those that go on would wait for the others for ever.
+        Each process has seen its share of it; they break off together, or those that go on would wait for the
+        others for ever.
         """
         gap = self.first_gap or 0.0
         self.first_gap = self.spread.all_reduce_max([math.inf if math.isnan(gap) else gap])[0]
@@ -315,7 +327,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         return True
 
     def _texts(self, weight: float, epoch: int, number: int) -> list[TextBatch]:
-        """This process's part of the general text for a minibatch of `weight`, in micro_batches of as many windows as answers."""
+        """This process's part of the general text for a minibatch of `weight`, in micro_batches of as many
+        windows as answers."""
         if self.text is None or not self.config.ptx:
             return []
         size, windows, mine = (
@@ -393,7 +406,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
 def train_policy(
     method: type[PolicyTraining[Any, Any]], config: RLConfig, workspace: Workspace, *, critic: str = "none"
 ) -> Report:
-    """A whole run: load, make the models, rounds until the last, report. Raises UserError, Unhealthy, Interrupted."""
+    """A whole run: load, make the models, rounds until the last, report. Raises UserError, Unhealthy,
+    Interrupted."""
     title = method.title
     base = open_base(config.base, workspace)
     if base.tokenizer is None or base.template is None:
@@ -469,8 +483,8 @@ def train_policy(
 def trainer_of(
     models: RLModels, config: RLConfig, workspace: Workspace, base: Loaded, adapted: Mapping[str, Any]
 ) -> Trainer:
-    """What is trained and saved: the policy, a critic if there is one, and an average of the policy's weights if asked for.
-    `adapted` is what a checkpoint says of the adapters (`adapters.metadata`)."""
+    """What is trained and saved: the policy, a critic if there is one, and an average of the policy's weights
+    if asked for. `adapted` is what a checkpoint says of the adapters (`adapters.metadata`)."""
     assert base.tokenizer is not None and base.template is not None
     modules: dict[str, nn.Module] = {"model": models.policy}
     if models.critic is not None:
