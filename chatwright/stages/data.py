@@ -32,7 +32,7 @@ class Config:
     """What to learn from. Sources: a name of `chatwright data list`, a file, a directory, or hf:owner/name."""
 
     text: str = "boolq,quac,narrativeqa,chitchat"
-    """Documents for the tokenizer and for pre-training, comma-separated."""
+    """Documents for the tokenizer and for pre-training, comma-separated; empty for none."""
     path: str = ""
     """Your own text instead: a file or a directory of .txt, .jsonl, .parquet (column `text`)."""
     dialogues: str = "chitchat"
@@ -109,7 +109,7 @@ def parts_of(config: Config) -> list[tuple[str, str, Any, str, float]]:
         ("ratings-", "rated texts", sources.labelled_texts, config.ratings, config.ratings_validation),
         ("comparisons-", "comparisons", comparisons, config.comparisons, config.validation),
     ]
-    return parts[:1] + [part for part in parts[1:] if part[3]]
+    return [part for part in parts if part[3]]
 
 
 def run(config: Config, workspace: Workspace) -> Report:
@@ -119,6 +119,10 @@ def run(config: Config, workspace: Workspace) -> Report:
     facts: dict[str, float | str] = {}
     notes: list[str] = []
     parts = parts_of(config)
+    if not parts:
+        raise UserError(
+            "data: text, dialogues, ratings and comparisons are all empty: name a source for one of them"
+        )
     target = workspace.directory / "records"
     with whole_directory(target) as aside, progress_bar("data") as bar:
         for number, (prefix, name, read, spec, share) in enumerate(parts):
@@ -147,8 +151,9 @@ def run(config: Config, workspace: Workspace) -> Report:
     licences = {source.name: source.licence for source in sources.catalogue()}
     named = [name for _, _, _, spec, _ in parts for name in spec.split(",") if name in licences]
     notes += [f"licence of {name}: {licences[name]}" for name in dict.fromkeys(named)]
+    held_out = facts.get("documents validation")
     return Report(
-        measures=[Measure("documents held out", None, float(facts["documents validation"]), "context")],
+        measures=[Measure("documents held out", None, float(held_out), "context")] if held_out else [],
         facts=dict(facts),
         notes=notes,
     )
