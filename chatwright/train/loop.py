@@ -145,7 +145,7 @@ class Fit(Generic[AnyBatch]):
         config.check(trainer.optim_config.schedule)
         if config.keep_best and best is None:
             raise UsageError("keep_best: this stage has no single measure to choose by")
-        if config.keep_best and trainer.spread.is_sharded:
+        if config.keep_best and trainer.parallel.is_sharded:
             raise UsageError(
                 "keep_best is for models that each process holds whole: parallel.plan ddp, or one process"
             )
@@ -230,7 +230,9 @@ class Fit(Generic[AnyBatch]):
         """Where a signal need not wait for the end of the step. Several processes stop together, or wait
         forever."""
         return (
-            stopper.at_once(self._interrupted) if when and not self.trainer.spread.together else nullcontext()
+            stopper.at_once(self._interrupted)
+            if when and not self.trainer.parallel.together
+            else nullcontext()
         )
 
     def _look(self, stopper: Stopper) -> None:
@@ -256,13 +258,13 @@ class Fit(Generic[AnyBatch]):
         every = self.config.save_steps
         due = time.monotonic() - self.trainer.saved_at > self.config.save_every
         due = due or (every > 0 and self.trainer.progress.step % every == 0)
-        spent, *flags = self.trainer.spread.all_reduce_max([spent, float(asked), float(due)])
+        spent, *flags = self.trainer.parallel.all_reduce_max([spent, float(asked), float(due)])
         return spent, bool(flags[0]), bool(flags[1])
 
     def _one_step(self) -> float:
-        progress, config, spread = self.trainer.progress, self.config, self.trainer.spread
-        mine = config.batch_size // spread.data_size  # this process's samples lie side by side
-        first = progress.consumed + spread.data_rank * mine
+        progress, config, parallel = self.trainer.progress, self.config, self.trainer.parallel
+        mine = config.batch_size // parallel.data_size  # this process's samples lie side by side
+        first = progress.consumed + parallel.data_rank * mine
         size = min(config.micro_batch or mine, mine)
         micro_batches = [self.batches.take(first + n, size) for n in range(0, mine, size)]
         share = self._learning_rate()
@@ -359,8 +361,8 @@ class Fit(Generic[AnyBatch]):
 
     def _measure(self, stopper: Stopper) -> dict[str, float]:
         with self._may_stop_at_once(stopper, when=True), runtime.evaluating(*self.modules):
-            measured = self.trainer.spread.forward(self.evaluate)
-        return self.trainer.spread.broadcast_from_rank0(
+            measured = self.trainer.parallel.forward(self.evaluate)
+        return self.trainer.parallel.broadcast_from_rank0(
             lambda: measured
         )  # what is decided by it all decide alike
 
