@@ -3,7 +3,7 @@
     python tests/faults/campaign.py --kills 30
 
 A process of `chatwright pretrain` that saves after nearly every step is killed with SIGKILL: at moments
-parallel over its life (starting, resuming, training, measuring), and aimed into the writing of a checkpoint.
+spread over its life (starting, resuming, training, measuring), and aimed into the writing of a checkpoint.
 The same command follows each time. After each kill every checkpoint on disk must pass its checksums; at the
 end weights, optimiser state, position in the data and rows of metrics must be those of the uninterrupted run,
 bit for bit (what a clock measures is left out). When a run ends before the kills are used up, another one

@@ -130,7 +130,7 @@ def test_the_chunked_loss_equals_the_plain_one(chunk: int, masked: bool) -> None
 
 @pytest.mark.parametrize("chunk", [7, 1000])
 def test_the_chunked_loss_of_capped_logits(chunk: int) -> None:
-    """The cap of 3 bends logits that are parallel by 4."""
+    """The cap of 3 bends logits that are spread by 4."""
     hidden, head, targets, mask = chunked_case()
 
     def capped(x: Tensor, w: Tensor) -> Tensor:
