@@ -311,6 +311,8 @@ class Trainer:
             "spikes": before.extra["spikes"],
             "spikes_in_a_row": 0,
         }
+        if "busy" in before.extra:
+            now.extra["busy"] = before.extra["busy"]
         now.consumed, now.planned, now.elapsed, now.joules = (
             before.consumed,
             before.planned,
