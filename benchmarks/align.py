@@ -18,7 +18,7 @@ compiled  The names that end so: ours with `compile` on (off by default, for the
 ppo       64 prompts, one sampled answer of up to 32 tokens each, scores, and an update in minibatches of 16 (one pass), with
           policy, reference, reward model and critic of the same size. Textbook: transformers' generate (key-value cache, padding
           on the left), then forward passes over whole padded rows, as published implementations do it. TRL has no PPO any more.
-          Answers of random weights never end: each has 32 tokens. That is the worst case for whoever computes no padding.
+          Completions of random weights never end: each has 32 tokens. That is the worst case for whoever computes no padding.
 ppo_sft   the same from the tiny recipe's SFT model, whose answers end by themselves, as in a real run; at a rate of 1e-6, so
           that they stay as long as they are.
 """
@@ -61,7 +61,7 @@ from chatwright.tokenizer import Tokenizer
 from chatwright.train.compiled import compile_blocks
 from chatwright.train.preference import rankings
 from chatwright.train.rl import training
-from chatwright.train.rl.models import make_players
+from chatwright.train.rl.models import make_models
 from chatwright.train.rl.rollout import prompts_from
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
@@ -268,7 +268,7 @@ def ours_ppo(shape: Shape, *, trained: bool = False, compiled: bool = False) -> 
         policy_precision="auto",
         optim=OptimConfig(name="adamw", learning_rate=SMALL_RATE if trained else RATE),
     )
-    players = make_players(
+    models = make_models(
         base,
         ScalarModel(base.model.config),
         config.critic,
@@ -276,12 +276,12 @@ def ours_ppo(shape: Shape, *, trained: bool = False, compiled: bool = False) -> 
         policy_precision=config.policy_precision,
     )
     if compiled:
-        print(compile_blocks(*players.computing))
+        print(compile_blocks(*models.computing))
     workspace = Workspace(Path(tempfile.mkdtemp(prefix="bench-align-")), 3)
     runtime.tune_allocator()
-    trainer = training.trainer_of(players, config, workspace, base, {})
+    trainer = training.trainer_of(models, config, workspace, base, {})
     trainer.progress.extra = {"beta": config.beta, "best": None, "history": []}
-    run = ppo._Run(config, workspace, trainer, players, base, questions(shape))
+    run = ppo._Run(config, workspace, trainer, models, base, questions(shape))
 
     def one_round() -> float:
         started = time.perf_counter()
@@ -345,7 +345,7 @@ def hf_model(shape: Shape, kind: str) -> Any:
 
 
 def trl_rounds(made: Any, expected: float, what: str) -> Callable[[], float]:
-    """Rounds of `trainer.train()`: from the beginning of the first step to the end of the last."""
+    """PolicyTraining of `trainer.train()`: from the beginning of the first step to the end of the last."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -512,16 +512,18 @@ def textbook_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:
             gained = (gained - gained[real].mean()) / (gained[real].std() + 1e-8)
         for part in torch.randperm(len(ids)).split(PPO["minibatch"]):
             with runtime.autocast(dtype):
-                now, opinion = (
+                now, policy_outputs = (
                     log_probs(policy, ids[part], mask[part], start),
                     values(ids[part], mask[part], start),
                 )
             ratio = (now - before[part]).exp()
             actor = torch.max(-gained[part] * ratio, -gained[part] * ratio.clamp(0.8, 1.2))[real[part]].mean()
-            near_ = seen[part] + (opinion - seen[part]).clamp(-0.2, 0.2)
+            near_ = seen[part] + (policy_outputs - seen[part]).clamp(-0.2, 0.2)
             value = (
                 0.5
-                * torch.max((opinion - returns[part]) ** 2, (near_ - returns[part]) ** 2)[real[part]].mean()
+                * torch.max((policy_outputs - returns[part]) ** 2, (near_ - returns[part]) ** 2)[
+                    real[part]
+                ].mean()
             )
             (actor + 0.1 * value).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -26,7 +26,7 @@ from chatwright.tokenizer import Tokenizer
 
 
 def main() -> int:
-    """Rounds in turns, the table, results/encode.json."""
+    """PolicyTraining in turns, the table, results/encode.json."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

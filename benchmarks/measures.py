@@ -22,10 +22,10 @@ from chatwright.stages import best_of_n
 from chatwright.stages.evaluate import bootstrap_interval
 from chatwright.train.preference.measures import correlation
 from chatwright.train.rl import health
-from chatwright.train.rl.rollout import Answers, answer_log_probs, distinct, texts_of
+from chatwright.train.rl.rollout import Completions, completion_log_probs, distinct, texts_of
 
 SAMPLES = 4
-"""Answers to each prompt."""
+"""Completions to each prompt."""
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """Number of runs -> the 97.5 % quantile of Student's t with one degree of freedom less."""
 
@@ -127,13 +127,13 @@ class Table:
         return Measured(by_prompt, facts, wins, texts[: 8 * SAMPLES : SAMPLES], self.seed)
 
     @torch.no_grad()
-    def kl(self, policy: Loaded, answers: Answers) -> Tensor:
+    def kl(self, policy: Loaded, answers: Completions) -> Tensor:
         """KL of the policy from the base on each of its own answers, k1, nats."""
         found = []
         for chosen in torch.split(torch.arange(len(answers.ids)), 64):
             part = answers.rows(chosen)
             own, base = (
-                answer_log_probs(one.model, part, temperature=self.settings.temperature)[0]
+                completion_log_probs(one.model, part, temperature=self.settings.temperature)[0]
                 for one in (policy, self.base)
             )
             found.append(torch.where(part.response, kl_k1(own, base), 0.0).sum(1))
@@ -141,12 +141,12 @@ class Table:
 
 
 @torch.no_grad()
-def per_token(model: Loaded, answers: Answers) -> Tensor:
+def per_token(model: Loaded, answers: Completions) -> Tensor:
     """Mean log-probability of each answer's tokens under a model, nats."""
     found = []
     for chosen in torch.split(torch.arange(len(answers.ids)), 32):
         part = answers.rows(chosen)
-        sums = answer_log_probs(model.model, part, temperature=1.0)[0].sum(1)
+        sums = completion_log_probs(model.model, part, temperature=1.0)[0].sum(1)
         found.append(sums / part.response.sum(1).clamp(min=1))
     return torch.cat(found).cpu()
 

@@ -145,7 +145,7 @@ def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
 
         first = seconds()
         if config.fit.compile:
-            runtime.give_back_memory()  # as the stage does
+            runtime.trim_heap()  # as the stage does
         spent = [[first, *(seconds() for _ in range(7))][3:]]
         largest = resident("VmHWM") - before
         operations = predict(subject)[1]

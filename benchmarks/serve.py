@@ -5,7 +5,7 @@
     python benchmarks/serve.py --dtype bf16 --clients 32
 
 First each of 48 questions is asked alone; then `--clients` ask them at random, all greedy. A fifth of the requests is left in
-the middle, three clients read slowly, four sockets send half a request and fall silent, all the time. Answers must be those
+the middle, three clients read slowly, four sockets send half a request and fall silent, all the time. Completions must be those
 given alone. Where one is not, it must be a greedy answer up to near ties (load_judge.py), which are counted apart; with any
 other difference, a lost answer, a starved client or growing memory the exit code is 1. Clients and server share the machine.
 """

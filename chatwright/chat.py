@@ -4,6 +4,14 @@ A template is a Jinja text, the same that transformers and vLLM read, so that wh
 it is served with. It is rendered once with a unique mark in place of every content; the text between the marks is the
 template's own and its control tokens count, while contents are encoded as plain text. Hence a user who types
 `<|assistant|>` has typed thirteen characters, nothing more.
+
+How a template gets a content that is a list of parts (messages.py):
+* A list of texts is passed as a list to a template that iterates over lists, as transformers does, and as
+  one joined text to any other template.
+* Tool calls, tool results and thinking are always passed as one text (`messages.written`), even where the
+  template has a form of its own for them.
+* A plain text is passed as a list of one text part to a template that only iterates over lists.
+* An image is refused: no model here can read one.
 """
 
 from __future__ import annotations
@@ -12,23 +20,27 @@ import hashlib
 import re
 import secrets
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from chatwright.config import UserError
+from chatwright.messages import ROLES, Content, Message, check_message, is_text, text_part, written
 from chatwright.tokenizer import Tokenizer
 
-ROLES = ("system", "user", "assistant", "tool")
-
-
-class Message(TypedDict):
-    """One turn. `role` is one of ROLES; `content` is plain text."""
-
-    role: str
-    content: str
+__all__ = [
+    "NATIVE",
+    "ROLES",
+    "ChatTemplate",
+    "EncodedChat",
+    "FittedChat",
+    "Message",
+    "check_messages",
+    "fit_context",
+    "read_template",
+]
 
 
 @dataclass(frozen=True)
@@ -52,16 +64,13 @@ def check_messages(messages: Sequence[Any]) -> list[Message]:
     """The messages, if they are well-formed. Raises UserError naming the first that is not."""
     if not messages:
         raise UserError("a conversation needs at least one message")
+    checked = []
     for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise UserError(f"message {number}: expected an object with role and content")
-        if message["role"] not in ROLES:
-            raise UserError(f"message {number}: role {message['role']!r} is none of {', '.join(ROLES)}")
-        if not isinstance(message["content"], str):
-            raise UserError(
-                f"message {number}: content must be text, not {type(message['content']).__name__}"
-            )
-    return [Message(role=message["role"], content=message["content"]) for message in messages]
+        try:
+            checked.append(check_message(message))
+        except ValueError as error:
+            raise UserError(f"message {number}: {error}") from None
+    return checked
 
 
 LARGEST_TEMPLATE = 1 << 18
@@ -177,8 +186,38 @@ class ChatTemplate:
         """Write `chat_template.jinja`."""
         (Path(directory) / "chat_template.jinja").write_text(self.source, encoding="utf-8")
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The conversation as one text, as transformers' apply_chat_template(tokenize=False) gives it."""
+    @cached_property
+    def _takes(self) -> tuple[bool, bool]:
+        """Whether the template writes a content that is a text, and one that is a list of text parts.
+
+        Found by rendering both. Templates that never name a part's `text` are not tried.
+        """
+        if "text" not in self.source:
+            return True, False
+        probe = secrets.token_hex(8)
+        as_it_stands = re.compile(
+            f"""['"]text['"]: ['"]{probe}"""
+        )  # a list that was printed, not gone through
+
+        def writes(content: Content) -> bool:
+            try:
+                text = self._render([Message(role="user", content=content)], False)
+            except UserError:
+                return False
+            return probe in text and not as_it_stands.search(text)
+
+        return writes(probe), writes([text_part(probe)])
+
+    def _given(self, content: Content, write: Callable[[str], str]) -> Content:
+        """A content as the template gets it, each of its texts through `write`. Raises UnreadablePart."""
+        texts, parts = self._takes
+        if not parts or not is_text(content):
+            content = written(content)
+        if isinstance(content, str):
+            return write(content) if texts or not parts else [text_part(write(content))]
+        return [text_part(write(part["text"])) for part in content if part["type"] == "text"]
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         import jinja2
 
         from chatwright import sandbox
@@ -205,23 +244,41 @@ class ChatTemplate:
             reason = str(error) or type(error).__name__
             raise UserError(f"the chat template fails on this conversation: {reason}") from None
 
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The conversation as one text, as transformers' apply_chat_template(tokenize=False) gives it.
+
+        Raises UserError where the template refuses or fails, UnreadablePart for what no text stands for.
+        """
+        given = [
+            Message(role=one["role"], content=self._given(one["content"], lambda text: text))
+            for one in messages
+        ]
+        return self._render(given, add_generation_prompt)
+
     def encode(
         self, messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = False
     ) -> EncodedChat:
-        """Ids and loss mask of a conversation; with `add_generation_prompt`, up to where the answer begins."""
-        marked = [
-            Message(role=message["role"], content=f"{_MARK}x{number}x{_MARK}")
-            for number, message in enumerate(messages)
-        ]
-        text = self.render(marked, add_generation_prompt=add_generation_prompt)
+        """Ids and loss mask of a conversation; with `add_generation_prompt`, up to where the answer begins.
+
+        Raises as `render`.
+        """
+        texts: list[tuple[int, str]] = []  # the message's number, and a text of its content
+
+        def mark(text: str) -> str:
+            texts.append((len(marked), text))
+            return f"{_MARK}x{len(texts) - 1}x{_MARK}"
+
+        marked: list[Message] = []
+        for message in messages:
+            marked.append(Message(role=message["role"], content=self._given(message["content"], mark)))
+        text = self._render(marked, add_generation_prompt)
         ids: list[int] = []
         mask: list[bool] = []
         ending = False  # the last content was the assistant's: its end token belongs to the loss
-        for number, piece in enumerate(_MARKED.split(text)):
-            if number % 2:
-                message = messages[int(piece)]
-                new = tokenizer.encode(message["content"])
-                ending = message["role"] == "assistant"
+        for owner, piece in _stretches(_MARKED.split(text), texts):
+            if owner is not None:
+                new = tokenizer.encode(piece)
+                ending = messages[owner]["role"] == "assistant"
                 ids += new
                 mask += [ending] * len(new)
                 continue
@@ -244,6 +301,30 @@ class ChatTemplate:
                 f"the chat template ends turns with {self.end}, which the tokenizer does not know"
             )
         return frozenset({tokenizer.control_ids[self.end], tokenizer.end_of_text_id})
+
+
+def _stretches(pieces: Sequence[str], texts: Sequence[tuple[int, str]]) -> Iterator[tuple[int | None, str]]:
+    """Yield a rendered text that was split at its marks, as (message, its text) and (None, the template's
+    text).
+
+    Parts of one message with nothing between them are one stretch, because a tokenizer would join them too.
+    """
+    owner, held, last = None, "", -1
+    for number, piece in enumerate(pieces):
+        if number % 2:
+            mark = int(piece)
+            of, text = texts[mark]
+            if owner is not None and (owner, last + 1) != (of, mark):
+                yield owner, held
+                held = ""
+            owner, held, last = of, held + text, mark
+        elif piece:
+            if owner is not None:
+                yield owner, held
+            yield None, piece
+            owner, held = None, ""
+    if owner is not None:
+        yield owner, held
 
 
 def _literal_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -144,14 +144,14 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one of its files, `model` or `optimizer`, or of the parts that many processes wrote."""
-        if self.in_parts:
+        if self.is_sharded:
             from chatwright import sharded  # torch's distributed part takes a second to import
 
             return sharded.whole_tensors(self.path, name)
         return load_tensors(self.path / f"{name}.safetensors")
 
     @property
-    def in_parts(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether many processes wrote it together (`sharded`)."""
         return (self.path / PARTS).is_dir()
 
@@ -208,10 +208,10 @@ def newest_valid(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, complaints
 
 
-def prune(directory: Path, keep: int, *, spare: Sequence[int] = ()) -> None:
-    """Delete all but the newest `keep` checkpoints and those whose step is in `spare`; also unfinished leftovers."""
+def prune(directory: Path, keep: int, *, protected: Sequence[int] = ()) -> None:
+    """Delete all but the newest `keep` checkpoints and those whose step is in `protected`; also unfinished leftovers."""
     for checkpoint in checkpoints(directory)[: -max(keep, 1)]:
-        if checkpoint.step not in spare:
+        if checkpoint.step not in protected:
             delete(checkpoint)
     for name in ("step-*", f"{UNFINISHED}.*"):
         for kind in ("partial", "old", "gone"):

@@ -53,7 +53,7 @@ class MetricsLog:
         """Drop the rows of steps that will be done again after a resume."""
         self.close()
         self._next = step + 1
-        if self.path.exists() and runtime.is_first():
+        if self.path.exists() and runtime.is_rank_zero():
             rows = [row for row in read_metrics(self.path) if row["step"] <= step]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             aside = self.path.with_suffix(".partial")
@@ -62,7 +62,7 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Append one row, in the first process. NaN and infinity become null: they are not JSON."""
-        if not runtime.is_first():
+        if not runtime.is_rank_zero():
             return
         row = _row(step, values)
         try:

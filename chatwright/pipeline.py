@@ -66,7 +66,7 @@ def run_stage(
 
     Under torchrun every process calls this. Stages that cannot share their work are left to the first one.
     """
-    if hasattr(stage.config, "parallel") or runtime.is_first():
+    if hasattr(stage.config, "parallel") or runtime.is_rank_zero():
         workspace = Workspace(directory, seed, inputs, reporting or Reporting())
         with terminable(stage.name):
             _run_stage(stage, workspace, prompt=prompt)
@@ -91,20 +91,20 @@ def _run_stage(stage: RecipeStage, workspace: Workspace, *, prompt: str) -> None
         write_text(directory / "config.yaml", to_yaml({"use": stage.verb, **to_plain(stage.config)}))
         return True
 
-    if not (runtime.told_by_first(begin) if hasattr(stage.config, "parallel") else begin()):
+    if not (runtime.broadcast_from_rank0(begin) if hasattr(stage.config, "parallel") else begin()):
         return
     clock = _Clock(directory / "clock.json", mark)
     try:
         report: Report = stage.stage.run(stage.config, workspace)
     except Unhealthy as found:
-        if runtime.is_first():
+        if runtime.is_rank_zero():
             reports.write_stage_report(directory, stage.name, _result(stage, workspace, found.report, clock))
             say(f"  {directory / 'report.md'}")
         raise
     finally:
         workspace.metrics.close()
         clock.stop()
-    if not runtime.is_first():
+    if not runtime.is_rank_zero():
         return
     result = _result(stage, workspace, report, clock)
     sample = report.facts.pop("sample", "") or extras.sample(directory, report, prompt, seed)
@@ -173,7 +173,7 @@ class _Clock:
             self._write(self.seconds)
 
     def _write(self, seconds: float) -> None:
-        if runtime.is_first():
+        if runtime.is_rank_zero():
             write_json(self.file, {"fingerprint": self.mark, "seconds": seconds, "joules": self.joules})
 
 
@@ -208,7 +208,7 @@ def run_recipe(
             stage, directory, seed=recipe.seed, inputs=inputs, prompt=recipe.prompt, reporting=reporting
         )
         inputs[stage.name] = directory
-        if runtime.is_first():
+        if runtime.is_rank_zero():
             reports.write_run_report(root, recipe.name, results, recipe.prompt)
         if stage.name == until:
             break

@@ -77,7 +77,7 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process is the one that writes files and speaks."""
     return rank() == 0
 
@@ -134,7 +134,7 @@ def barrier() -> None:
 Said = TypeVar("Said")
 
 
-def told_by_first(make: Callable[[], Said]) -> Said:
+def broadcast_from_rank0(make: Callable[[], Said]) -> Said:
     """What `make` gives in the first process, the only one that calls it, in every process.
 
     Raises UserError everywhere when it does there.
@@ -145,7 +145,7 @@ def told_by_first(make: Callable[[], Said]) -> Said:
 
     said: list[Any] = [None, None]
     failure: BaseException | None = None
-    if is_first():
+    if is_rank_zero():
         try:
             said[0] = make()
         except UserError as error:
@@ -340,7 +340,7 @@ def tune_allocator() -> bool:
     return bool(done and libc.mallopt(mmap_threshold, 2**30))
 
 
-def give_back_memory() -> None:
+def trim_heap() -> None:
     """Let the system have what is freed and kept (`tune_allocator`), once, after something large that does not come again.
 
     What the compiler leaves when its cache is cold: 400 MB beside the 1,200 MB of the steps that follow (recipe's model, batches of 32).

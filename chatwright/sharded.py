@@ -91,8 +91,8 @@ class Saving:
 
         Every process must call this. `then` is called in the first one when the checkpoint is whole.
         """
-        self.settle()
-        if runtime.is_first():
+        self.flush()
+        if runtime.is_rank_zero():
             shutil.rmtree(aside_of(target), ignore_errors=True)
         runtime.barrier()
         self._target = target
@@ -103,7 +103,7 @@ class Saving:
                 process_group=runtime.group("saving"),
             )
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until the checkpoint is on the disk. Raises UserError, in every process, when it could not be written."""
         future, self._future = self._future, None
         if future is None:
@@ -117,7 +117,7 @@ class Saving:
                 f"cannot write {self._target}: {cause}; what was there before is intact"
             ) from error
         finally:
-            if runtime.is_first():
+            if runtime.is_rank_zero():
                 shutil.rmtree(aside_of(self._target), ignore_errors=True)
 
 

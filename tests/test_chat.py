@@ -20,6 +20,7 @@ from chatwright.chat import (
     fit_context,
 )
 from chatwright.config import UserError
+from chatwright.messages import UnreadablePart, parts_of, written
 from chatwright.tokenizer import CONTROLS, Tokenizer
 
 TOKENIZER = Tokenizer.train(
@@ -217,14 +218,17 @@ def test_rendering_is_transformers(template: ChatTemplate, tmp_path: Path) -> No
     ("messages", "said"),
     [
         ([], "at least one message"),
-        (["hi"], "message 0: expected an object"),
-        ([{"role": "user"}], "message 0: expected an object with role and content"),
+        (["hi"], "message 0: a message must be an object with role and content"),
+        ([{"role": "user"}], "message 0: the content of a user message must be text or parts, found nothing"),
         (
             [{"role": "user", "content": "x"}, {"role": "root", "content": "x"}],
-            "message 1: role 'root' is none of",
+            "message 1: a message has role 'root'; known roles: system, user",
         ),
-        ([{"role": "user", "content": None}], "message 0: content must be text, not NoneType"),
-        ([{"role": "user", "content": ["x"]}], "content must be text, not list"),
+        ([{"role": "user", "content": None}], "must be text or parts, found nothing (null)"),
+        (
+            [{"role": "user", "content": ["x"]}],
+            "message 0: a part of a message's content must be an object with a type, found str",
+        ),
         ([{"role": ["user"], "content": "x"}], "role"),
     ],
 )
@@ -237,6 +241,162 @@ def test_messages_that_are_none(messages: list[object], said: str) -> None:
 def test_messages_lose_what_else_they_carry() -> None:
     assert check_messages([{"role": "user", "content": "x", "name": "n"}]) == [
         {"role": "user", "content": "x"}
+    ]
+
+
+# Contents in parts
+
+LISTING = ChatTemplate.from_source(
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+    "{% for part in m.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""Goes through lists and knows nothing else, as templates of models that see do."""
+EITHER = ChatTemplate.from_source(
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content if part.type == 'text' %}"
+    "{{ part.text }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% endif %}{{ '<|end|>' }}{% endfor %}"
+)
+"""Takes both, and writes a line break between the parts of a list."""
+PRINTING = ChatTemplate.from_source(
+    "{# text #}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+)
+"""Would write a list as Python does."""
+
+TEXT_PARTS = CONTENT.map(lambda text: {"type": "text", "text": text})
+PARTS_OF: dict[str, st.SearchStrategy[Any]] = {
+    "system": TEXT_PARTS,
+    "user": TEXT_PARTS,
+    "assistant": st.one_of(
+        TEXT_PARTS,
+        CONTENT.map(lambda text: {"type": "thinking", "thinking": text}),
+        st.builds(
+            lambda name, text: {"type": "tool_call", "id": name, "name": f"n{name}", "arguments": text},
+            CONTENT,
+            CONTENT,
+        ),
+    ),
+    "tool": st.builds(
+        lambda call, text: {"type": "tool_result", "tool_call_id": call, "content": text}, CONTENT, CONTENT
+    ),
+}
+IN_PARTS = st.lists(
+    st.one_of(
+        *(
+            st.builds(
+                lambda role, content: {"role": role, "content": content},
+                st.just(role),
+                st.one_of(CONTENT, st.lists(parts, min_size=1, max_size=3)),
+            )
+            for role, parts in PARTS_OF.items()
+        )
+    ),
+    min_size=1,
+    max_size=4,
+).map(check_messages)
+
+
+@given(IN_PARTS)
+def test_no_part_of_any_kind_brings_a_control_token(messages: list[Message]) -> None:
+    """Ids and mask of a conversation in parts are those of its text, as for plain messages."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    for message in messages:
+        content = TOKENIZER.encode(written(message["content"]))
+        learnt = message["role"] == "assistant"
+        ids += [CONTROL_IDS[f"<|{message['role']}|>"], *content, END]
+        mask += [False, *[learnt] * len(content), learnt]
+    assert not controls_of(
+        [number for message in messages for number in TOKENIZER.encode(written(message["content"]))]
+    )
+    for template in (NATIVE, LISTING):
+        encoded = template.encode(messages, TOKENIZER)
+        assert (encoded.ids, encoded.mask) == (ids, mask)
+
+
+@pytest.mark.parametrize(
+    "template", [NATIVE, CHATML, TRIMMING, LISTING, EITHER, PRINTING], ids=lambda one: one.fingerprint
+)
+@given(messages=IN_PARTS)
+def test_parts_never_change_the_control_tokens(template: ChatTemplate, messages: list[Message]) -> None:
+    plain = [Message(role=message["role"], content="x") for message in messages]
+    ids = template.encode(messages, TOKENIZER).ids
+    assert controls_of(ids) == controls_of(template.encode(plain, TOKENIZER).ids)
+
+
+def texts(*parts: str) -> list[Message]:
+    return check_messages([{"role": "user", "content": [{"type": "text", "text": text} for text in parts]}])
+
+
+def test_a_template_gets_a_list_where_it_goes_through_lists() -> None:
+    assert EITHER.render(texts("a", "b")) == "<|user|>a\nb<|end|>"
+    assert EITHER.render(say("a")) == "<|user|>a<|end|>"
+    assert LISTING.render(texts("a", "b")) == LISTING.render(say("ab")) == "<|user|>ab<|end|>"
+    for template in (NATIVE, PRINTING):
+        assert template.render(texts("a", "b")) == "<|user|>ab<|end|>"
+        assert template.encode(texts("a", "b"), TOKENIZER) == template.encode(say("ab"), TOKENIZER)
+    assert EITHER.encode(texts("a", "b"), TOKENIZER).ids == EITHER.encode(say("a\nb"), TOKENIZER).ids
+
+
+def test_parts_with_nothing_between_them_are_one_text_for_the_tokenizer() -> None:
+    word = TOKENIZER.encode("Hello")
+    assert len(word) < len(TOKENIZER.encode("Hel") + TOKENIZER.encode("lo"))
+    assert LISTING.encode(texts("Hel", "lo"), TOKENIZER).ids[1:-1] == word
+    # Two messages stay two texts where a template writes nothing between them; so does a content written
+    # twice.
+    bare = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}<|end|>", "<|end|>")
+    apart = TOKENIZER.encode("Hel") + TOKENIZER.encode("lo")
+    assert bare.encode(say("Hel", "lo"), TOKENIZER).ids == [*apart, END]
+    twice = ChatTemplate("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "<|end|>")
+    assert twice.encode(say("Hel"), TOKENIZER).ids == TOKENIZER.encode("Hel") * 2
+
+
+@pytest.mark.parametrize("template", [LISTING, EITHER], ids=["listing", "either"])
+def test_lists_are_rendered_as_in_transformers(template: ChatTemplate, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    TOKENIZER.save(tmp_path)
+    theirs: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=template.source
+    )
+    messages = [*texts("Hello ", "there", ""), *texts("how are you?")]
+    assert template.render(messages) == theirs.apply_chat_template(messages, tokenize=False)
+    assert template.encode(messages, TOKENIZER).ids == theirs.apply_chat_template(messages, return_dict=False)
+
+
+@pytest.mark.parametrize("template", [NATIVE, LISTING], ids=["native", "listing"])
+def test_an_image_is_refused_by_a_model_that_reads_text(template: ChatTemplate) -> None:
+    image = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+    messages = check_messages([{"role": "user", "content": [{"type": "text", "text": "What is it?"}, image]}])
+    for refused in (
+        lambda: template.encode(messages, TOKENIZER),
+        lambda: template.render(messages),
+        lambda: fit_context(messages, template, TOKENIZER, 1000),
+    ):
+        with pytest.raises(
+            UnreadablePart, match=r"^a message holds an image \(https://example\.org/a\.png\)"
+        ):
+            refused()
+
+
+def test_conversations_in_parts_are_fitted() -> None:
+    call = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
+    talk = [
+        {"role": "user", "content": "first " * 30},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "a result"},
+        {"role": "user", "content": [{"type": "text", "text": "second"}]},
+    ]
+    fitted = fit_context(talk, NATIVE, TOKENIZER, 30)  # type: ignore[arg-type]
+    assert (fitted.messages, fitted.dropped) == (talk[3:], 3)
+    whole = fit_context(talk, NATIVE, TOKENIZER, 1000)  # type: ignore[arg-type]
+    assert [parts_of(one["content"])[0]["type"] for one in whole.messages] == [
+        "text",
+        "tool_call",
+        "tool_result",
+        "text",
     ]
 
 

@@ -274,9 +274,7 @@ def unknown_settings(text: str) -> list[str]:
     return unknown
 
 
-SHARED = dict.fromkeys(
-    ("ppo", "reinforce"), class_fields(ROOT / "chatwright/train/rl/config.py", "RoundsConfig")
-)
+SHARED = dict.fromkeys(("ppo", "reinforce"), class_fields(ROOT / "chatwright/train/rl/config.py", "RLConfig"))
 """Settings that a stage's Config has from its base class."""
 
 
@@ -417,8 +415,10 @@ class LoggedKeys:
                 func=ast.Attribute(value=ast.Attribute(attr="spread"), attr="forward"),
                 args=[ast.Attribute(attr=name)],
             ):
-                return self.returned(name)  # `Spread.forward` gives what the function that it is given gives
-            case ast.Call(func=ast.Attribute(attr="told_by_first"), args=[ast.Lambda(body=body)]):
+                return self.returned(
+                    name
+                )  # `ParallelContext.forward` gives what the function that it is given gives
+            case ast.Call(func=ast.Attribute(attr="broadcast_from_rank0"), args=[ast.Lambda(body=body)]):
                 return self.of(body)
             case ast.Call(func=ast.Name(name) | ast.Attribute(attr=name)):
                 return self.returned(name)

@@ -12,12 +12,10 @@ import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:  # only a type: at run time a message is a plain dict
-    from chatwright.chat import Message
-
-ROLES = ("system", "user", "assistant", "tool")
+from chatwright.messages import Message, check_message, described
+from chatwright.messages import kind_of as _kind
 
 Record = TypeVar("Record")
 
@@ -42,20 +40,10 @@ def content_id(text: str) -> str:
 def transcript(messages: Iterable[Message]) -> str:
     """The contents of a conversation as plain text, one turn a line (line breaks inside a turn become
     spaces).
+
+    Every part counts, an image by its name (messages.py), so that different conversations have different ids.
     """
-    return "\n".join(" ".join(message["content"].split()) for message in messages)
-
-
-def check_message(message: object) -> Message:
-    """The message as {"role", "content"} and nothing else. Raises ValueError naming what is wrong with it."""
-    if not isinstance(message, Mapping):
-        raise ValueError(f"a message must be an object with role and content, found {_kind(message)}")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise ValueError(f"a message has role {role!r}; known roles: {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise ValueError(f"the content of a {role} message must be text, found {_kind(content)}")
-    return {"role": role, "content": content}
+    return "\n".join(" ".join(described(message["content"]).split()) for message in messages)
 
 
 @dataclass(frozen=True)
@@ -90,7 +78,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One conversation. Roles and texts are checked; that the roles alternate is up to the source."""
+    """One conversation. Roles and contents are checked; that the roles alternate is up to the source."""
 
     id: str
     """Content id of the transcript: the same conversation as a `Document` has the same id."""
@@ -232,10 +220,6 @@ def _number(value: object, name: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, found {value}")
     return float(value)
-
-
-def _kind(value: object) -> str:
-    return "nothing (null)" if value is None else f"{type(value).__name__} {value!r:.40}"
 
 
 def _dump(fields: Mapping[str, object]) -> str:

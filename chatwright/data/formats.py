@@ -12,7 +12,9 @@ Conversations:
 | `instruction` and `output` (and `input`) | `alpaca` | one exchange; the user's turn is Alpaca's standard prompt |
 | the same | `alpaca-plain`, never by itself | the user's turn is the instruction, a blank line and the input |
 
-A text in a column `system` stands before the conversation as its system message.
+A text in a column `system` stands before the conversation as its system message. OpenAI's `tool_calls`,
+`tool_call_id` and `reasoning_content`, and ShareGPT's `function_call` (JSON with name and arguments),
+become parts of contents (messages.py).
 
 Comparisons, with a column `annotator` where it is known who judged:
 
@@ -27,14 +29,22 @@ A prompt is a text (the user's turn; or such turns) or a list of messages, as ab
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from chatwright.data.examples import Comparison, Dialogue, check_message
-
-if TYPE_CHECKING:
-    from chatwright.chat import Message
+from chatwright.data.examples import Comparison, Dialogue
+from chatwright.messages import (
+    Message,
+    Part,
+    ToolCallPart,
+    check_message,
+    is_text,
+    parts_of,
+    text_of,
+    written,
+)
 
 Format = Literal["auto", "openai", "sharegpt", "alpaca", "alpaca-plain"]
 """How conversations are written; `auto` looks at the columns of each record."""
@@ -52,10 +62,12 @@ SPEAKERS = {
     "model": "assistant",
     "system": "system",
     "tool": "tool",
+    "function_call": "assistant",
+    "observation": "tool",
 }
 """ShareGPT's `from` -> role."""
-STRUCTURED = ("tool_calls", "function_call", "audio")
-"""Parts of an OpenAI message that no plain text stands for."""
+STRUCTURED = ("function_call", "audio")
+"""What OpenAI's messages may have and ours do not."""
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -141,31 +153,25 @@ def _way(turn: Any) -> Format:
 
 
 def _message(turn: Any) -> Message:
-    """A message as OpenAI's interface takes it: content is a text or a list of text parts, `developer` is a system message.
+    """A message in OpenAI's form or in ours; `developer` is a system message, and text parts are one text.
 
-    A tool's answer is a message with role `tool`; the call of a tool is refused, as no text stands for it.
+    Tool calls, tool results and thinking become parts. Images and what is in `STRUCTURED` are refused.
     """
     if not isinstance(turn, Mapping):
         return check_message(turn)
     _refuse_unlearnt(turn)
     if found := [name for name in STRUCTURED if turn.get(name)]:
         raise ValueError(
-            f"a message has {found[0]}, which is not read: write the call as text into its content, or leave it out"
+            f"a message has {found[0]}, which is not read: write calls as tool_calls, or leave it out"
         )
     role = "system" if turn.get("role") == "developer" else turn.get("role")
-    content = turn.get("content")
-    return check_message(
-        {"role": role, "content": _joined(content) if isinstance(content, list | tuple) else content}
-    )
-
-
-def _joined(parts: Sequence[Any]) -> str:
-    """The text of a content in parts."""
-    for part in parts:
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f"a part of a message's content is of type {kind!r}; only text is read")
-    return "".join(part["text"] for part in parts)
+    checked = check_message({**turn, "role": role})
+    content = checked["content"]
+    if any(part["type"] == "image" for part in parts_of(content)):
+        raise ValueError(
+            "a message's content holds an image, and models here learn from text only: leave the record out"
+        )
+    return Message(role=checked["role"], content=text_of(content) if is_text(content) else content)
 
 
 def _said(turn: Any) -> Message:
@@ -178,7 +184,31 @@ def _said(turn: Any) -> Message:
     speaker = turn.get("from")
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise ValueError(f"a message is from {speaker!r}; known: {', '.join(SPEAKERS)}")
-    return check_message({"role": SPEAKERS[speaker], "content": turn.get("value")})
+    value = turn.get("value")
+    return check_message(
+        {"role": SPEAKERS[speaker], "content": _called(value) if speaker == "function_call" else value}
+    )
+
+
+def _called(value: Any) -> list[Part]:
+    """The calls in a `function_call` of ShareGPT: a JSON object with name and arguments, or a list of
+    them."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    parts: list[Part] = []
+    for call in found if isinstance(found, list) and found else [found]:
+        name, arguments = (
+            (call.get("name"), call.get("arguments")) if isinstance(call, Mapping) else (None, None)
+        )
+        if not isinstance(name, str) or not isinstance(arguments, Mapping | str):
+            raise ValueError(
+                f'a function_call must be JSON like {{"name": ..., "arguments": ...}}, found {value!r:.80}'
+            )
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        parts.append(ToolCallPart(type="tool_call", id="", name=name, arguments=text))
+    return parts
 
 
 def _refuse_unlearnt(turn: Mapping[str, Any]) -> None:
@@ -315,7 +345,7 @@ def _behind(turns: list[Message], prompt: list[Message] | None) -> str:
     if len(left) != 1 or left[0]["role"] != "assistant":
         told = ", ".join(turn["role"] for turn in left) or "nothing"
         raise ValueError(f"behind the prompt there must be one message of the assistant, found: {told}")
-    return left[0]["content"]
+    return written(left[0]["content"])
 
 
 def _spoken(text: str) -> list[Message]:

@@ -194,6 +194,9 @@ def _prepare(engine: Engine, shown: str) -> None:
             )
         if version < 2:
             _count_sizes(connection)
+        if version < 3:  # older messages are plain texts
+            kind = MessageRow.__table__.c.parts.type.compile(connection.dialect)
+            connection.execute(text(f"ALTER TABLE {MessageRow.__tablename__} ADD COLUMN parts {kind}"))
         # Also where nothing changes: whoever may only read would else find out when the first answer is to be kept.
         connection.execute(update(SchemaRow).values(version=VERSION))
 

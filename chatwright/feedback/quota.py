@@ -74,7 +74,7 @@ def _bytes(value: Any) -> int:
 
 def of_message(row: MessageRow) -> int:
     """What a message takes."""
-    return bytes_of(row.content, row.probabilities)
+    return bytes_of(row.content, row.parts, row.probabilities)
 
 
 def of_frame(row: ConversationRow) -> int:

@@ -22,11 +22,20 @@ from typing import Any
 from sqlalchemy import delete, select, tuple_
 from sqlalchemy.orm import Session
 
-from chatwright.chat import ROLES, Message
 from chatwright.config import UserError
 from chatwright.feedback.database import WRITES, StoreError, explained, locate, open_database
 from chatwright.feedback.quota import Full, Quota, bytes_of, grow, of_frame, of_message, weigh_again
 from chatwright.feedback.tables import ConversationRow, MessageRow
+from chatwright.messages import (
+    ROLES,
+    Content,
+    Message,
+    check_message,
+    described,
+    parts_of,
+    text_of,
+    to_openai,
+)
 
 __all__ = [
     "Conversation",
@@ -69,7 +78,7 @@ class Turn:
     id: int
     parent: int | None
     role: str
-    content: str
+    content: Content
     created: float
     model: str | None
     """Who wrote an answer."""
@@ -80,6 +89,11 @@ class Turn:
     dropped: int
     """How many of the oldest messages the model did not see."""
     has_probabilities: bool
+
+    @property
+    def text(self) -> str:
+        """The content as people read it."""
+        return described(self.content)
 
 
 @dataclass(frozen=True)
@@ -190,15 +204,16 @@ class Owned:
             return _read(session, self._row(session, conversation))
 
     def create(
-        self, content: str, *, model: str, system: str = "", settings: Mapping[str, Any] | None = None
+        self, content: Content, *, model: str, system: str = "", settings: Mapping[str, Any] | None = None
     ) -> Conversation:
         """A new conversation that begins with a person's message `content`. Raises Full."""
         now = time.time()
+        plain, parts = _columns("user", content)
         with self._store.session(writes=True) as session:
             row = ConversationRow(
                 id=secrets.token_urlsafe(12),
                 owner=self.owner,
-                title=title_of(_storable(content)),
+                title=title_of(plain or _storable(described(content))),
                 model=model,
                 system=_storable(system),
                 settings=dict(settings or {}),
@@ -207,14 +222,15 @@ class Owned:
                 leaf=None,
             )
             row.size = of_frame(row)
-            self._store.quota.check(session, self.owner, more=row.size + bytes_of(content), conversations=1)
+            size = row.size + bytes_of(plain, parts)
+            self._store.quota.check(session, self.owner, more=size, conversations=1)
             session.add(row)
             session.flush()
             _add(session, row, None, "user", content)
             return _read(session, row)
 
     def add(
-        self, conversation: str, parent: int | None, role: str, content: str, *, model: str | None = None
+        self, conversation: str, parent: int | None, role: str, content: Content, *, model: str | None = None
     ) -> Turn:
         """A new turn below `parent` (None: at the beginning), which becomes the leaf. Raises Full."""
         if role not in ROLES:
@@ -223,14 +239,14 @@ class Owned:
             row = self._row(session, conversation)
             if parent is not None:
                 self._message(session, conversation, parent)
-            self._store.quota.check(session, self.owner, more=bytes_of(content))
+            self._store.quota.check(session, self.owner, more=bytes_of(*_columns(role, content)))
             return _turn(_add(session, row, parent, role, content, model))
 
     def write(
         self,
         conversation: str,
         number: int,
-        content: str,
+        content: Content,
         *,
         finish_reason: str | None,
         tokens: int,
@@ -241,7 +257,7 @@ class Owned:
         """What there is of an answer by now; `finish_reason` when it has come to its end."""
         with self._store.session(writes=True) as session:
             message = self._message(session, conversation, number)
-            message.content = _storable(content)
+            message.content, message.parts = _columns(message.role, content)
             message.finish_reason, message.tokens, message.seconds = finish_reason, tokens, seconds
             message.dropped = dropped
             message.probabilities = None if probabilities is None else [dict(one) for one in probabilities]
@@ -307,7 +323,7 @@ class Owned:
             with self._store.session(writes=False) as session:
                 batch = [_read(session, found) for found in session.scalars(query).all()]
             for one in batch:
-                yield json.dumps({"messages": one.messages(one.leaf)}, ensure_ascii=False) + "\n"
+                yield json.dumps({"messages": to_openai(one.messages(one.leaf))}, ensure_ascii=False) + "\n"
             if len(batch) < EXPORT_BATCH:
                 return
             last = (batch[-1].created, batch[-1].id)
@@ -331,14 +347,16 @@ def _add(
     row: ConversationRow,
     parent: int | None,
     role: str,
-    content: str,
+    content: Content,
     model: str | None = None,
 ) -> MessageRow:
+    plain, parts = _columns(role, content)
     message = MessageRow(
         conversation=row.id,
         parent=parent,
         role=role,
-        content=_storable(content),
+        content=plain,
+        parts=parts,
         created=time.time(),
         model=model,
         dropped=0,
@@ -355,8 +373,12 @@ def _read(session: Session, row: ConversationRow) -> Conversation:
     one = MessageRow
     known = one.probabilities.is_not(None)
     columns = (one.id, one.parent, one.role, one.content, one.created, one.model, one.finish_reason)
-    query = select(*columns, one.tokens, one.seconds, one.dropped, known)
-    turns = session.execute(query.where(one.conversation == row.id).order_by(one.id))
+    query = select(*columns, one.tokens, one.seconds, one.dropped, known, one.parts)
+    found = session.execute(query.where(one.conversation == row.id).order_by(one.id))
+    turns = [
+        Turn(number, parent, role, plain if parts is None else parts, *rest)
+        for number, parent, role, plain, *rest, parts in found
+    ]
     values = (
         row.id,
         row.title,
@@ -367,12 +389,25 @@ def _read(session: Session, row: ConversationRow) -> Conversation:
         row.updated,
         row.leaf,
     )
-    return Conversation(*values, tuple(Turn(*turn) for turn in turns))
+    return Conversation(*values, tuple(turns))
 
 
 def _turn(row: MessageRow) -> Turn:
-    values = (row.id, row.parent, row.role, row.content, row.created, row.model, row.finish_reason)
+    content: Content = row.content if row.parts is None else row.parts
+    values = (row.id, row.parent, row.role, content, row.created, row.model, row.finish_reason)
     return Turn(*values, row.tokens, row.seconds, row.dropped, row.probabilities is not None)
+
+
+def _columns(role: str, content: Content) -> tuple[str, list[Any] | None]:
+    """The columns `content` and `parts` of a message. Raises StoreError for parts that are none."""
+    if isinstance(content, str):
+        return _storable(content), None
+    try:
+        checked = check_message({"role": role, "content": content})["content"]
+    except ValueError as error:
+        raise StoreError(str(error)) from None
+    parts = [{name: _storable(str(value)) for name, value in part.items()} for part in parts_of(checked)]
+    return _storable(text_of(checked)), parts
 
 
 def _storable(text: str) -> str:

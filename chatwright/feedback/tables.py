@@ -7,8 +7,8 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-VERSION = 2
-"""1: the beginning. 2: what conversations and messages take (`size`)."""
+VERSION = 3
+"""1: the beginning. 2: what conversations and messages take (`size`). 3: contents in parts (`parts`)."""
 ROW_BYTES = 200
 """What a conversation or a message counts beside its texts: an empty one is not free."""
 
@@ -55,6 +55,9 @@ class MessageRow(Base):
     parent: Mapped[int | None] = mapped_column(ForeignKey("messages.id", ondelete="CASCADE"), index=True)
     role: Mapped[str] = mapped_column(String(16))
     content: Mapped[str] = mapped_column(Text)
+    """Its text; of a content in parts, what `text_of` finds in it."""
+    parts: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
+    """A content in parts (messages.py). Not told apart from a text by how it looks: people may write JSON."""
     created: Mapped[float] = mapped_column(Float(53))
     model: Mapped[str | None] = mapped_column(Text)
     finish_reason: Mapped[str | None] = mapped_column(String(16))

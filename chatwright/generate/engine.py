@@ -24,7 +24,7 @@ from torch import Tensor
 
 from chatwright.config import UserError
 from chatwright.generate.pages import PAGE_TOKENS
-from chatwright.generate.places import Places, Stats
+from chatwright.generate.places import Scheduler, Stats
 from chatwright.generate.request import Completion, FinishReason, Handle, OnChange, Piece, Request
 from chatwright.generate.rows import Choice, Row, allowed_tokens
 from chatwright.generate.runner import Feed, Runner
@@ -96,7 +96,7 @@ class Engine:
         self.max_batch, self.max_context = max_batch, max_context or context
         self.prefill_tokens, self.lookup = prefill_tokens, lookup
         self.stats = Stats()
-        self._places = Places(self.runner, self.stats, pages=self._pages(cache_tokens), most=max_batch)
+        self._places = Scheduler(self.runner, self.stats, pages=self._pages(cache_tokens), most=max_batch)
         self._stepping = threading.Lock()  # one step at a time; guards the places and everything below
         self._allocated = False
         self._weights: object = None
@@ -175,6 +175,11 @@ class Engine:
             raise UserError(
                 f"the prompt has token ids outside of the model's vocabulary (0 to {vocab_size - 1})"
             )
+        if any(not 0 <= position < len(prompt) or not content for position, content in request.placeholders):
+            raise UserError(
+                f"placeholders must be positions in the prompt (0 to {len(prompt) - 1}), each with a hash "
+                "of what it stands for"
+            )
         if any(token >= vocab_size for token, _ in sampling.logit_bias):
             raise UserError(
                 f"logit_bias has token ids outside of the model's vocabulary (0 to {vocab_size - 1})"
@@ -220,10 +225,10 @@ class Engine:
         with self._stepping, torch.inference_mode():
             worked, rows = self.busy, self.stats.rows
             try:
-                self._places.part_with_finished()
+                self._places.release_finished()
                 self._notice_new_weights()
                 self._decode()
-                self._places.part_with_finished()
+                self._places.release_finished()
                 self._read()
                 if not self._places.running:
                     self._sampler, self._sampled = None, []  # it holds on to the rows
@@ -276,7 +281,7 @@ class Engine:
             self.stats.rows += len(rows)
             with _blame(rows):
                 self._read_chunks(rows, feeds)
-            self._places.part_with_finished()
+            self._places.release_finished()
 
     def _read_chunks(self, rows: list[Row], feeds: list[Feed]) -> None:
         logits = self._forward(feeds)
@@ -287,7 +292,7 @@ class Engine:
             # A page that is not full is remembered once the prompt is whole, not after every chunk.
             whole = row.stored if feed.wanted else row.stored - row.stored % self._places.pool.size
             if not row.private:
-                row.pages = self._places.pool.learn(row.tokens[:whole], row.pages)
+                row.pages = self._places.pool.learn(row.keys[:whole], row.pages)
             if feed.wanted:
                 row.reading = False
                 row.add(next(choices))

@@ -1,9 +1,11 @@
 """Who uses which page of the key-value cache, and which pages hold the beginning of a text that may come again.
 
-A page has room for the keys and values of `size` tokens (Kwon et al. 2023, "PagedAttention", arXiv:2309.06180). What is
-known is a tree (Zheng et al. 2023, SGLang's RadixAttention, arXiv:2312.07104): below the root the pages that hold the first
-tokens of some text, below each page those that go on. Keys are the tokens themselves, compared one by one, and a page
-stands for nothing but its whole path: two prompts can never be mixed up.
+A page has room for the keys and values of `size` tokens (Kwon et al. 2023, "PagedAttention",
+arXiv:2309.06180). What is known is a tree (Zheng et al. 2023, SGLang's RadixAttention, arXiv:2312.07104):
+below the root the pages that hold the first tokens of some text, below each page those that go on. Keys are
+the tokens themselves, compared one by one, and a page stands for nothing but its whole path: two prompts
+can never be mixed up. A placeholder token (for an image) is compared together with a hash of what it stands
+for: two images behind the same tokens never share a page.
 
 Three rules make it safe:
 * Sequences share whole pages only, and nobody writes to a page that is whole. Who goes on in the middle of a page
@@ -24,6 +26,10 @@ PAGE_TOKENS = 16
 """Tokens a page holds: small enough that little is copied or left empty, large enough to be moved in one piece."""
 
 
+Key = int | tuple[int, str]
+"""What is compared at one position: the token, or (token, hash) where the token is a placeholder."""
+
+
 class OutOfPages(Exception):
     """Every page has a user."""
 
@@ -33,12 +39,12 @@ class _Known:
     """A page whose tokens are known, and what was seen to follow them."""
 
     page: int
-    tokens: tuple[int, ...]
+    tokens: tuple[Key, ...]
     """Fewer than a page holds at the end of a text; such a page has nothing below it."""
     above: _Known | None
-    whole: dict[tuple[int, ...], _Known] = field(default_factory=dict)
+    whole: dict[tuple[Key, ...], _Known] = field(default_factory=dict)
     """The full pages below, by their tokens."""
-    below: dict[int, list[_Known]] = field(default_factory=dict)
+    below: dict[Key, list[_Known]] = field(default_factory=dict)
     """All pages below, by their first token."""
 
 
@@ -106,7 +112,7 @@ class PagePool:
             else:
                 self._free.append(page)
 
-    def match(self, tokens: Sequence[int]) -> Match:
+    def match(self, tokens: Sequence[Key]) -> Match:
         """The longest beginning of `tokens` that is known. Nothing is held: share before the next `take`."""
         above, pages, at = self._root, [], 0
         while at + self.size <= len(tokens):
@@ -123,7 +129,7 @@ class PagePool:
                 source, most = candidate.page, alike
         return Match(tuple(pages), source, at + most)
 
-    def learn(self, tokens: Sequence[int], pages: Sequence[int]) -> list[int]:
+    def learn(self, tokens: Sequence[Key], pages: Sequence[int]) -> list[int]:
         """Remember that `pages`, of a sequence that uses them, begin with `tokens`; the pages it uses from now on.
 
         Where an equal full page is known already, the sequence goes over to that one and its own becomes free.
@@ -150,7 +156,7 @@ class PagePool:
             above = twin
         return own
 
-    def doubt(self, pages: Sequence[int]) -> None:
+    def invalidate(self, pages: Sequence[int]) -> None:
         """Forget those of the pages that are not full: who wrote behind their known tokens has failed."""
         for page in pages:
             known = self._known.get(page)
@@ -164,7 +170,7 @@ class PagePool:
         self._free.extend(self._idle)
         self._idle.clear()
 
-    def _remember(self, page: int, tokens: tuple[int, ...], above: _Known) -> _Known:
+    def _remember(self, page: int, tokens: tuple[Key, ...], above: _Known) -> _Known:
         if page in self._known:  # it was remembered when it held fewer tokens
             self._unlearn(page)
         known = self._known[page] = _Known(page, tokens, above)
@@ -185,7 +191,7 @@ class PagePool:
             del above.whole[known.tokens]
 
 
-def _alike(a: Sequence[int], b: Sequence[int]) -> int:
+def _alike(a: Sequence[Key], b: Sequence[Key]) -> int:
     """How many tokens two texts have in common at their beginnings."""
     for number, (one, other) in enumerate(zip(a, b, strict=False)):
         if one != other:

@@ -36,7 +36,7 @@ class Stats:
     """Requests that something was computed for, added up over the steps: rows / steps is how full batches were."""
 
 
-class Places:
+class Scheduler:
     """The rows of an engine, and the pages that they hold.
 
     Any thread may call `queue`; all else belongs to whoever makes the step.
@@ -78,7 +78,7 @@ class Places:
                 row = self.waiting[at]
                 if len(self.running) + at >= self.most or budget <= 0:
                     break
-                match = self.pool.match(row.tokens[:-1])
+                match = self.pool.match(row.keys[:-1])
                 if self._is_being_read(row, match):
                     at += 1
                     continue
@@ -92,13 +92,13 @@ class Places:
 
         That is worth it for a whole page, and for another sample of the same prompt.
         """
-        last = len(row.tokens) - 1
+        last = len(row.keys) - 1
         end = min(last, match.tokens - match.tokens % self.pool.size + self.pool.size)
         if end <= match.tokens:
             return False
-        begin = row.tokens[:end]
+        begin = row.keys[:end]
         return any(
-            other.tokens[:end] == begin and (end % self.pool.size == 0 or other.tokens == row.tokens)
+            other.keys[:end] == begin and (end % self.pool.size == 0 or other.keys == row.keys)
             for other in self.running
             if other.reading and other.alive and not other.private
         )
@@ -153,7 +153,7 @@ class Places:
         with self.arrived:
             self.waiting.appendleft(row)
 
-    def part_with_finished(self) -> None:
+    def release_finished(self) -> None:
         """Take places and pages from those who are done or have gone."""
         for row in self.running:
             if row.alive and row.handle.cancelled:
@@ -165,9 +165,9 @@ class Places:
     def _let_go(self, row: Row) -> None:
         """Release a row's pages; others may find there what it has computed, unless that went wrong."""
         if row.handle.failed:
-            self.pool.doubt(row.pages)
+            self.pool.invalidate(row.pages)
         elif not row.private:
-            row.pages = self.pool.learn(row.tokens[: row.stored], row.pages)
+            row.pages = self.pool.learn(row.keys[: row.stored], row.pages)
         self.pool.release(row.pages)
         row.pages, row.stored = [], 0
 

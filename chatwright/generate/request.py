@@ -32,6 +32,10 @@ class Request:
     """A name for the caller's use."""
     grammar: Grammar | None = None
     """What the answer must look like (grammar.py). Once it is complete and nothing may follow, the answer ends, without an end id."""
+    placeholders: tuple[tuple[int, str], ...] = ()
+    """(position in the prompt, hash) of each placeholder token, such as those of an image. Requests whose
+    hashes differ at a position share no cached keys and values from there on. The hash must cover all that
+    the embeddings at these positions are computed from."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from chatwright.config import UserError
 from chatwright.generate.grammar import Matcher
+from chatwright.generate.pages import Key
 from chatwright.generate.request import Alternatives, Completion, FinishReason, Handle
 from chatwright.generate.sampling import Sampling, make_generator
 from chatwright.generate.speculation import Lookup
@@ -90,6 +92,16 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     top: list[Alternatives] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    keys: list[Key] = field(init=False)
+    """What the prefix cache compares (pages.py): the list `tokens` itself unless the prompt has
+    placeholders."""
+
+    def __post_init__(self) -> None:
+        self.keys = cast(list[Key], self.tokens)
+        if self.handle.request.placeholders:
+            self.keys = list(self.tokens)
+            for position, content in self.handle.request.placeholders:
+                self.keys[position] = (self.tokens[position], content)
 
     @classmethod
     def begin(
@@ -132,6 +144,8 @@ class Row:
             self.handle._fail(UserError("the model's logits are not finite (did its training diverge?)"))
             return
         self.tokens.append(choice.token)
+        if self.keys is not self.tokens:
+            self.keys.append(choice.token)
         self.ids.append(choice.token)
         self.logprobs.append(choice.logprob)
         self.top += choice.top

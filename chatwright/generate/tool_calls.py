@@ -12,9 +12,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-BEFORE_NAME, BEFORE_ARGUMENTS, BEHIND_ARGUMENTS, BETWEEN = '\n{"name": "', '", "arguments": ', "}\n", "\n"
-"""What stands around name and arguments between the tags, as models write it that learnt the form, and between two calls."""
+from chatwright.messages import CLOSE, OPEN
+
 NAME = r"[A-Za-z0-9_-]{1,64}"
 WHITE = " \t\r\n"
 
@@ -65,16 +64,6 @@ class ToolCall:
 
 def new_call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
-
-
-def write_tool_call(name: str, arguments: str) -> str:
-    """A call as the model says it, for the assistant's turns before. `arguments`: a JSON object, as text."""
-    return f"{OPEN}{BEFORE_NAME}{name}{BEFORE_ARGUMENTS}{arguments or '{}'}{BEHIND_ARGUMENTS}{CLOSE}"
-
-
-def write_tool_result(content: str) -> str:
-    """What a tool has answered, for models whose template has no turn of tools: a user's turn holds it."""
-    return f"<tool_response>\n{content}\n</tool_response>"
 
 
 def read_answer(text: str, names: Collection[str]) -> tuple[str, list[ToolCall]]:

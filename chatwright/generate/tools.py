@@ -20,13 +20,13 @@ from typing import Any, Literal
 from chatwright.config import UserError
 from chatwright.generate.grammar import Grammar, json_rule, lark
 from chatwright.generate.schemas import LARGEST_SCHEMA, check_schema
-from chatwright.generate.tool_calls import (
+from chatwright.generate.tool_calls import NAME
+from chatwright.messages import (
     BEFORE_ARGUMENTS,
     BEFORE_NAME,
     BEHIND_ARGUMENTS,
     BETWEEN,
     CLOSE,
-    NAME,
     OPEN,
     write_tool_call,
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chatwright.config import UserError
 from chatwright.generate.runner import Feed
-from chatwright.generate.workbench import Workbench
+from chatwright.generate.workbench import ContiguousCache
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import active_adapter
 
@@ -33,7 +33,7 @@ class PagedCache:
     """
 
     def __init__(
-        self, keys: Tensor, values: Tensor, feeds: Sequence[Feed], bench: Workbench | None = None
+        self, keys: Tensor, values: Tensor, feeds: Sequence[Feed], bench: ContiguousCache | None = None
     ) -> None:
         self.keys, self.values, self.bench = keys, values, bench
         pages, size = keys.shape[1] - 2, keys.shape[2]
@@ -141,7 +141,7 @@ class TorchRunner:
             raise UserError(
                 f"there is no memory for a key-value cache of {pages * size} tokens ({need:.0f} MiB); lower cache_tokens"
             ) from error
-        self._bench = Workbench(
+        self._bench = ContiguousCache(
             (self._keys, self._values), lambda shape: _zeros(shape, self._dtype, self.device)
         )
 
@@ -169,7 +169,7 @@ class TorchRunner:
             self._values[:, target] = self._values[:, source]
         self._bench.written([target])
 
-    def _arrange(self, feeds: Sequence[Feed], group: list[int]) -> tuple[list[int], Workbench | None]:
+    def _arrange(self, feeds: Sequence[Feed], group: list[int]) -> tuple[list[int], ContiguousCache | None]:
         """The order of a group on the bench; the bench is for answers that grow, not for prompts."""
         chosen = [feeds[at] for at in group]
         tokens = max(len(feed.ids) for feed in chosen)
@@ -187,7 +187,7 @@ class TorchRunner:
         )
         return group, None
 
-    def _pass(self, feeds: list[Feed], bench: Workbench | None) -> Float[Tensor, "wanted D"]:
+    def _pass(self, feeds: list[Feed], bench: ContiguousCache | None) -> Float[Tensor, "wanted D"]:
         lengths = [len(feed.ids) for feed in feeds]
         longest, device = max(lengths), self.device
         ids = torch.tensor([[*feed.ids, *[0] * (longest - len(feed.ids))] for feed in feeds], device=device)

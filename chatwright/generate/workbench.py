@@ -18,7 +18,7 @@ ROOM = 64
 """Tokens of room behind the longest sequence of a new bench; it grows by half when that is used up."""
 
 
-class Workbench:
+class ContiguousCache:
     """Copies of up to `most` tokens in all; `keys` and `values` are (layers, rows, G, room, K)."""
 
     def __init__(self, pages: tuple[Tensor, Tensor], zeros: Callable[[tuple[int, ...]], Tensor]) -> None:

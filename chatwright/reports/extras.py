@@ -23,8 +23,8 @@ from chatwright.language_model import WORTH_COMPILING, load
 from chatwright.metrics import say
 from chatwright.train import paper
 from chatwright.train.base import open_base
-from chatwright.train.cost import account_row
-from chatwright.train.rl.rollout import prompts_from, sample_answers
+from chatwright.train.cost import cost_row
+from chatwright.train.rl.rollout import prompts_from, sample_completions
 from chatwright.train.stage import Stage
 from chatwright.train.workspace import Answered, Report, Workspace
 
@@ -68,7 +68,7 @@ def write_answers(directory: Path, answers: Answered) -> None:
 
 
 def _answers(stage: Stage, config: Any, workspace: Workspace, report: Report) -> Answered | None:
-    """Answers before and after of a stage that turns one language model into another; None for other stages."""
+    """Completions before and after of a stage that turns one language model into another; None for other stages."""
     if report.model is None:
         return None
     try:
@@ -99,7 +99,7 @@ def content(config: Any, workspace: Workspace) -> str | None:
 def cost(report: Report, workspace: Workspace, spent: Mapping[str, float]) -> dict[str, float]:
     """Seconds, tokens, operations, energy, money and memory of a stage, as far as they are known."""
     found = {name: float(report.facts[name]) for name in ("tokens", "flop") if name in report.facts}
-    meant = account_row(workspace.reporting, flop=None, elapsed=spent["seconds"], joules=spent["joules"])
+    meant = cost_row(workspace.reporting, flop=None, elapsed=spent["seconds"], joules=spent["joules"])
     return {"seconds": spent["seconds"], **found, **meant, "memory_bytes": spent["memory_bytes"]}
 
 
@@ -133,7 +133,7 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
     say(f"  asking {config.base} and the result {len(prompts)} held-out prompts")
     temperature = getattr(config, "temperature", 1.0)
     sides = [
-        sample_answers(
+        sample_completions(
             model,
             prompts,
             end=tokenizer.control_ids[template.end],

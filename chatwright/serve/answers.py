@@ -40,7 +40,7 @@ ALTERNATIVES = 5
 class Ask:
     """What is to be answered, and where the answer goes."""
 
-    shelf: Owned
+    owner_view: Owned
     conversation: str
     turn: Turn
     """The answer's place in the store; what it already says is what it goes on from."""
@@ -78,25 +78,25 @@ class Answering:
         pool: ModelPool,
         jobs: JobStore,
         *,
-        seat: ExitStack,
+        reservation: ExitStack,
         render: Callable[[str], str],
         save_seconds: float,
     ) -> None:
-        """`seat` holds the answer's place in the model's queue (`ModelPool.promised`) until the model is asked."""
-        self._ask, self._pool, self._jobs, self._seat = ask, pool, jobs, seat
+        """`reservation` holds the answer's place in the model's queue (`ModelPool.promised`) until the model is asked."""
+        self._ask, self._pool, self._jobs, self._reservation = ask, pool, jobs, reservation
         self._render, self._save_seconds = render, save_seconds
         turn = ask.turn
-        self._draft = Draft(turn.content, tokens=turn.tokens or 0, dropped=turn.dropped)
+        self._draft = Draft(turn.text, tokens=turn.tokens or 0, dropped=turn.dropped)
         if ask.probabilities or ask.earlier is not None:
             self._draft.token_texts = list(ask.earlier or [])
-            if turn.content and ask.earlier is None:
-                self._draft.token_texts.append(_unknown(turn.content))
+            if turn.text and ask.earlier is None:
+                self._draft.token_texts.append(_unknown(turn.text))
         self._spent = turn.seconds or 0.0
 
     async def __call__(self, job: Job) -> Event:
         """Answer. Raises Failed when nothing came of it."""
         try:
-            with self._seat:
+            with self._reservation:
                 await self._answer(job)
         except NotThere:
             raise  # the conversation was deleted meanwhile
@@ -145,8 +145,8 @@ class Answering:
                 if service is None:
                     draft.reason = self._why_cancelled(job)
                     return
-                begun = ask.turn.content
-                self._seat.close()  # what follows takes the place before anybody else can
+                begun = ask.turn.text
+                self._reservation.close()  # what follows takes the place before anybody else can
                 prepared = await service.prepare(ask.messages, sampling, begun=begun)
                 draft.dropped, draft.started = prepared.dropped, time.monotonic()
                 job.publish(
@@ -237,7 +237,7 @@ class Answering:
             "probabilities": None if draft.token_texts is None else list(draft.token_texts),
         }
         ask = self._ask
-        await asyncio.to_thread(ask.shelf.write, ask.conversation, ask.turn.id, draft.text, **values)
+        await asyncio.to_thread(ask.owner_view.write, ask.conversation, ask.turn.id, draft.text, **values)
 
     async def _give_up(self) -> Event:
         """Keep what there is of a failed answer; take an answer without a word away. What the page has to know of it."""
@@ -245,13 +245,11 @@ class Answering:
         try:
             if not draft.text:
                 await asyncio.to_thread(
-                    ask.shelf.discard, ask.conversation, ask.turn.id, leaf=ask.previous_leaf
+                    ask.owner_view.discard, ask.conversation, ask.turn.id, leaf=ask.previous_leaf
                 )
                 return {}
             # Where the answer was to go on and did not, it is what it was.
-            draft.reason = (
-                "error" if draft.text != ask.turn.content else ask.turn.finish_reason or "interrupted"
-            )
+            draft.reason = "error" if draft.text != ask.turn.text else ask.turn.finish_reason or "interrupted"
             await self._save()
         except UserError as error:
             logger.warning("a failed answer could not be kept: %s", error)
@@ -272,7 +270,7 @@ def shown(turn: Turn) -> dict[str, Any]:
         "id": turn.id,
         "parent": turn.parent,
         "role": turn.role,
-        "content": turn.content,
+        "content": turn.text,
         "model": turn.model,
         "finish_reason": turn.finish_reason,
         "tokens": turn.tokens,

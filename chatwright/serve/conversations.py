@@ -175,14 +175,16 @@ def routes(pool: ModelPool, jobs: JobStore, render: Callable[[str], str], save_s
                 )
             jobs.make_room()
             with ExitStack() as if_refused:
-                seat = ExitStack()
-                if_refused.callback(seat.close)
-                seat.enter_context(pool.promised(body.model))
+                reservation = ExitStack()
+                if_refused.callback(reservation.close)
+                reservation.enter_context(pool.promised(body.model))
                 ask = await asyncio.to_thread(_place, mine, found, body, sampling)
-                about = {"turn": ask.turn.id, "content": ask.turn.content}
-                work = Answering(ask, pool, jobs, seat=seat, render=render, save_seconds=save_seconds)
+                about = {"turn": ask.turn.id, "content": ask.turn.text}
+                work = Answering(
+                    ask, pool, jobs, reservation=reservation, render=render, save_seconds=save_seconds
+                )
                 job = jobs.start(work, owner=mine.owner, subject=conversation, about=about)
-                if_refused.pop_all()  # from here on the seat is the job's
+                if_refused.pop_all()  # from here on the reservation is the job's
         return {"id": job.id, "turn": shown(ask.turn)}
 
     return router
@@ -213,7 +215,7 @@ def _place(mine: Owned, found: Conversation, body: NewAnswer, sampling: Sampling
     messages = replace(found, system=body.system).messages(parent)
     previous = found.leaf if found.leaf is not None else parent
     return Ask(
-        shelf=mine,
+        owner_view=mine,
         conversation=found.id,
         turn=turn,
         previous_leaf=previous or turn.id,

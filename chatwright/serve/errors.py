@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chatwright.config import UserError
 from chatwright.feedback.store import Full, NotThere, StoreError
 from chatwright.generate.threads import BusyError, ClosedError
+from chatwright.messages import UnreadablePart
 from chatwright.serve.operation.facts import TimedOut
 from chatwright.serve.pool import NoMemory, UnknownModel
 from chatwright.serve.service import Busy, TooLong
@@ -108,6 +109,8 @@ def from_user_error(error: UserError) -> ApiError:
         return ApiError(504, str(error), code="timeout")
     if isinstance(error, TooLong):
         return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+    if isinstance(error, UnreadablePart):
+        return ApiError(400, str(error), param="messages", code="unsupported_value")
     if isinstance(error, NotThere):
         return ApiError(404, str(error), code="not_found")
     if isinstance(error, Full):

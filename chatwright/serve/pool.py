@@ -285,9 +285,9 @@ class ModelPool:
                 raise NoMemory(
                     f"{place.spec.name} does not fit beside {busy}, which are in use; try again in a moment"
                 )
-            await self._put_away(idle.pop(0))
+            await self._evict(idle.pop(0))
 
-    async def _put_away(self, place: _Place) -> None:
+    async def _evict(self, place: _Place) -> None:
         service, place.service = place.service, None
         assert service is not None
         await asyncio.to_thread(service.close)

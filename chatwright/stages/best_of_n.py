@@ -7,7 +7,7 @@ the mean over all subsets of n (Nakano et al. 2021, arXiv:2112.09332; Gao et al.
 The same answers, weighted by exp(score / beta), show the optimum: of all policies with the KL that it has, the one of the highest
 expected score (Korbak et al. 2022, arXiv:2205.11275), which PPO with this beta and REINFORCE aim at.
 
-Answers are judged as PPO judges them: unfinished and degenerate ones get the fixed score. Prompts are held out. Ties of the score
+Completions are judged as PPO judges them: unfinished and degenerate ones get the fixed score. Prompts are held out. Ties of the score
 are broken at random, in expectation.
 """
 
@@ -33,11 +33,11 @@ from chatwright.metrics import progress_bar
 from chatwright.model.attention import plain_attention
 from chatwright.model.heads import ScalarModel
 from chatwright.train.base import open_base
-from chatwright.train.parallel.context import ALONE, ParallelConfig, Spread
+from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelConfig, ParallelContext
 from chatwright.train.parallel.start import start_parallel
 from chatwright.train.rl.gold import SENTIMENT, Gold, gold_of
-from chatwright.train.rl.models import judge, load_reward
-from chatwright.train.rl.rollout import Answers, gathered, prompts_from, sample_answers
+from chatwright.train.rl.models import load_reward, score_completions
+from chatwright.train.rl.rollout import Completions, all_gather_completions, prompts_from, sample_completions
 from chatwright.train.stage import Stage
 from chatwright.train.workspace import Answered, Curve, Measure, Report, Table, Workspace
 
@@ -69,7 +69,7 @@ class Config:
     prompts: int = 128
     """Number of held-out prompts (fewer when there are fewer)."""
     n: int = 16
-    """Answers to each prompt, the largest n of the curve."""
+    """Completions to each prompt, the largest n of the curve."""
     max_prompt_tokens: int = 96
     """Longer prompts are left out."""
     max_new_tokens: int = 32
@@ -79,7 +79,7 @@ class Config:
     unfinished_score: float = -2.0
     """Score of an answer that has no end token, is too short or repeats itself, as in PPO."""
     min_tokens: int = 4
-    """Answers shorter than this count as degenerate."""
+    """Completions shorter than this count as degenerate."""
     max_repeats: float = 0.3
     """Largest share of an answer's bigrams that may have occurred in it before."""
     min_correlation: float = 0.6
@@ -106,7 +106,7 @@ def best_of_n(scores: Samples, values: Samples, n: int) -> Float[Tensor, " promp
     """Expected `values` of the answer with the highest of n `scores`, from N >= n answers to each prompt.
 
     The mean over all subsets of n of the N answers: with answers in rising order, the i-th is the best of C(i - 1, n - 1) of
-    the C(N, n) subsets. Answers of equal score stand for each other: each gets the mean of their values.
+    the C(N, n) subsets. Completions of equal score stand for each other: each gets the mean of their values.
     Raises ValueError when n is not in 1 ... N.
     """
     size = scores.shape[1]
@@ -156,12 +156,12 @@ class Judge:
     config: Config
 
     @torch.no_grad()
-    def __call__(self, answers: Answers) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, answers: Completions) -> tuple[Tensor, Tensor | None]:
         """Score and gold (if there is one) of each answer."""
         scores, gold = [], []
         for chosen in torch.split(torch.arange(len(answers.ids)), 64):
             part = answers.rows(chosen)
-            scores.append(judge(self.reward, part, self.config)[0].float().cpu())
+            scores.append(score_completions(self.reward, part, self.config)[0].float().cpu())
             if self.gold is not None:
                 gold.append(self.gold(part))
         return torch.cat(scores), torch.cat(gold) if gold else None
@@ -185,7 +185,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     gold = gold_of(config.gold, workspace.resolve, base)
     prompts = held_out_prompts(config, workspace, base)
     ask, spread = Judge(reward, gold, config), sharing(config, prompts)
-    mine = spread.mine(len(prompts))
+    mine = spread.local_slice(len(prompts))
     with progress_bar("bestofn") as bar:
         bar.update(0.0, f"{config.n} answers to each of {len(prompts)} prompts")
         repeated = [prompt for prompt in prompts[mine] for _ in range(config.n)]
@@ -193,7 +193,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         scores, values = ask(given)
         scores = together(scores, spread).view(-1, config.n)
         values = together(values, spread).view(-1, config.n) if values is not None else None
-        given = gathered(given, spread)
+        given = all_gather_completions(given, spread)
         rows: dict[int, dict[str, float]] = {}
         for n in sizes(config.n):
             row = point(scores, values, n, workspace.seed)
@@ -212,7 +212,7 @@ def chosen_answers(
     config: Config,
     base: Loaded,
     prompts: Sequence[Sequence[int]],
-    given: Answers,
+    given: Completions,
     scores: Samples,
     values: Samples | None,
 ) -> Answered:
@@ -231,7 +231,7 @@ def chosen_answers(
     return side_by_side(names, prompts, sides, base.tokenizer, values=known)
 
 
-def sharing(config: Config, prompts: Sequence[Sequence[int]]) -> Spread:
+def sharing(config: Config, prompts: Sequence[Sequence[int]]) -> ParallelContext:
     """The processes that share the prompts. Raises UsageError for plans that cut models, UserError for too few prompts."""
     reason = "bestofn trains nothing, every process has the whole models: use ddp"
     spread = start_parallel(
@@ -246,9 +246,9 @@ def sharing(config: Config, prompts: Sequence[Sequence[int]]) -> Spread:
     return spread
 
 
-def together(values: Tensor, spread: Spread) -> Tensor:
+def together(values: Tensor, spread: ParallelContext) -> Tensor:
     """What all processes found about their answers, in the order of the prompts."""
-    return torch.cat(spread.gathered(values.cpu()))
+    return torch.cat(spread.all_gather(values.cpu()))
 
 
 def _load(name: str, workspace: Workspace) -> Loaded:
@@ -275,10 +275,10 @@ def held_out_prompts(config: Config, workspace: Workspace, base: Loaded) -> list
 
 def answered(
     base: Loaded, prompts: Sequence[Sequence[int]], config: Config, seed: int, first: int = 0
-) -> Answers:
+) -> Completions:
     """One answer to each prompt; `first` is the number of the first one among those of all processes."""
     assert base.tokenizer is not None and base.template is not None
-    return sample_answers(
+    return sample_completions(
         base.model,
         prompts,
         end=base.tokenizer.control_ids[base.template.end],
@@ -325,14 +325,14 @@ def rival_of(
     base: Loaded,
     prompts: Sequence[Sequence[int]],
     ask: Judge,
-    spread: Spread = ALONE,
+    spread: ParallelContext = SINGLE_PROCESS,
 ) -> dict[str, float]:
     """A trained policy on the same prompts: KL, score and gold with 95 % intervals over prompts."""
     rival = _load(config.rival, workspace)
     assert rival.tokenizer is not None and base.tokenizer is not None
     if rival.tokenizer.fingerprint != base.tokenizer.fingerprint:
         raise UserError(f"{config.rival} has another tokenizer than {config.policy}")
-    mine = spread.mine(len(prompts))
+    mine = spread.local_slice(len(prompts))
     repeated = [prompt for prompt in prompts[mine] for _ in range(4)]
     answers = answered(rival, repeated, config, workspace.seed, first=mine.start * 4)
     scores, values = ask(answers)

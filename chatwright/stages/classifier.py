@@ -32,13 +32,13 @@ from chatwright.objectives.preference import logistic_loss
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.loop import Fit, FitConfig
-from chatwright.train.parallel.context import ALONE
+from chatwright.train.parallel.context import SINGLE_PROCESS
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import StagePlan
 from chatwright.train.preference import calibration
 from chatwright.train.preference.measures import correlation, example_scores
 from chatwright.train.preference.rankings import encode_answer, first_prompts, padded
-from chatwright.train.preference.scalar import chat_base, make_judge, scalar_program
+from chatwright.train.preference.scalar import chat_base, make_scalar_model, scalar_program
 from chatwright.train.stage import Stage
 from chatwright.train.trainer import Step
 from chatwright.train.workspace import Curve, Measure, Report, Unhealthy, Workspace
@@ -63,7 +63,7 @@ class Config:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Train a low-rank adapter and the scalar head instead of all weights: `lora.rank` above 0."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=90.0, batch_size=32, compile=False))
-    """Length and portions of training; a sample is a text."""
+    """Length and micro_batches of training; a sample is a text."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             name="adamw", learning_rate=1e-3, schedule="trapezoid", decay=0.7, weight_decay=0.01
@@ -188,8 +188,8 @@ def run(config: Config, workspace: Workspace) -> Report:
     parts, prompts = load_texts(config, records), first_prompts(records / "dialogues-train.jsonl")
     if not prompts:
         raise UserError("there are no conversations to take prompts from; set `dialogues` in the data stage")
-    config = plan.ahead("classifier", PLAN, config, base.model.config, ALONE)
-    model, trainer, dtype = make_judge("classifier", config, workspace, base)
+    config = plan.ahead("classifier", PLAN, config, base.model.config, SINGLE_PROCESS)
+    model, trainer, dtype = make_scalar_model("classifier", config, workspace, base)
     texts = Texts(
         parts.train,
         prompts,

@@ -41,7 +41,7 @@ class Config:
     ratings: str = "vader-movies,vader-tweets"
     """Texts with human ratings for the reward model; empty for none."""
     comparisons: str = ""
-    """Answers that people ranked, for the reward model (its `comparisons` then names this stage); empty for none."""
+    """Completions that people ranked, for the reward model (its `comparisons` then names this stage); empty for none."""
     comparison_format: PreferenceFormat = "auto"
     """How your own comparisons are written; auto: by the columns of each record (docs/alignment.md)."""
     broken: Literal["refuse", "skip"] = "refuse"

@@ -51,7 +51,7 @@ class Config:
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of the shape to change, for example {layers: 6}. The vocabulary is always the tokenizer's."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=300.0))
-    """Length and portions of training."""
+    """Length and micro_batches of training."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(name="muon", learning_rate=6e-3, schedule="trapezoid", decay=0.6)
     )
@@ -97,12 +97,12 @@ def step(model: GPT, batch: TokenBatch, angles: tuple[Tensor, Tensor] | None = N
 
 
 def fast_step(
-    model: GPT, config: FitConfig, *, alone: bool, in_parts: bool = False
+    model: GPT, config: FitConfig, *, alone: bool, is_sharded: bool = False
 ) -> tuple[Callable[[TokenBatch], Step], torch.dtype, str]:
     """`step` in the precision and, where that works, the compiled form that the machine offers; and a line about it.
 
     What makes it fast on a CPU, each measured in docs/performance.md: bf16 copies of the matrices (one process `alone`;
-    with several, the plan decides what is cast, and compiles the blocks when they are `in_parts`), attention in blocks,
+    with several, the plan decides what is cast, and compiles the blocks when they are `is_sharded`), attention in blocks,
     rotary angles computed once, one compiled graph.
     """
     dtype = runtime.compute_dtype(config.precision)
@@ -118,8 +118,8 @@ def fast_step(
             here = tuple(part[:, :, : tokens.shape[1] - 1] for part in angles) if angles else None
             return step(used, TokenBatch(tokens), here).loss  # type: ignore[arg-type]
 
-    compiled, line = runtime.compile_function(loss_of, enabled=config.compile and not in_parts)
-    if in_parts and config.compile:
+    compiled, line = runtime.compile_function(loss_of, enabled=config.compile and not is_sharded)
+    if is_sharded and config.compile:
         line = runtime.compiler_missing() or "compile: on, block by block"
 
     def train_step(batch: TokenBatch) -> Step:
@@ -179,13 +179,13 @@ def run(config: Config, workspace: Workspace) -> Report:
         {"model": model},
         config.optim,
         workspace,
-        card={"kind": "language", "model": shape.to_dict(), "tokenizer": tokenizer.fingerprint},
+        metadata={"kind": "language", "model": shape.to_dict(), "tokenizer": tokenizer.fingerprint},
         texts={"tokenizer.json": tokenizer.to_json()},
         keep=config.fit.keep,
         spread=spread,
     )
     train_step, dtype, line = fast_step(
-        model, config.fit, alone=not spread.together, in_parts=spread.in_parts
+        model, config.fit, alone=not spread.together, is_sharded=spread.is_sharded
     )
     count = model.parameter_count()
     say(

@@ -23,6 +23,7 @@ from chatwright.config import UsageError, UserError
 from chatwright.data.examples import Comparison
 from chatwright.data.loader import SampleOrder
 from chatwright.data.records import records_of
+from chatwright.messages import described
 from chatwright.metrics import say
 from chatwright.model.config import GPTConfig
 from chatwright.model.heads import ScalarModel
@@ -33,12 +34,12 @@ from chatwright.train.base import open_base
 from chatwright.train.cost import training_flop
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.paper import INSTRUCT, Paper
-from chatwright.train.parallel.context import ALONE, ParallelConfig, Spread
+from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelConfig, ParallelContext
 from chatwright.train.parallel.start import start_parallel
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import StagePlan
 from chatwright.train.preference import calibration, measures
-from chatwright.train.preference.measures import Judged, judge
+from chatwright.train.preference.measures import Scored, score_comparisons
 from chatwright.train.preference.rankings import (
     RankedBatch,
     Rankings,
@@ -48,7 +49,7 @@ from chatwright.train.preference.rankings import (
     rated_comparisons,
     without_annotators,
 )
-from chatwright.train.preference.scalar import chat_base, make_judge, scalar_program
+from chatwright.train.preference.scalar import chat_base, make_scalar_model, scalar_program
 from chatwright.train.stage import Stage
 from chatwright.train.trainer import Step
 from chatwright.train.workspace import Answered, Curve, Measure, Report, Workspace
@@ -67,7 +68,7 @@ class Config:
     comparisons: str = field(default="", metadata={"input": True, "words": ("",)})
     """Your own comparisons instead of ratings: the stage, or directory, with comparisons-*.jsonl."""
     k: int = 16
-    """Answers per prompt when comparisons are made from ratings (the paper: 4 to 9; here they cost no labeller's time)."""
+    """Completions per prompt when comparisons are made from ratings (the paper: 4 to 9; here they cost no labeller's time)."""
     tie_tolerance: float = 0.5
     """Ratings (or scores) closer than this are ties."""
     ties: Ties = "leave_out"
@@ -86,7 +87,7 @@ class Config:
     fit: FitConfig = field(
         default_factory=lambda: FitConfig(seconds=90.0, batch_size=2, micro_batch=1, compile=False)
     )
-    """Length and portions of training; a sample is a prompt with its K answers."""
+    """Length and micro_batches of training; a sample is a prompt with its K answers."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             name="adamw", learning_rate=1e-3, schedule="trapezoid", decay=0.7, weight_decay=0.01
@@ -117,7 +118,7 @@ PAPER = (
 PAIRS_SHOWN = 10
 """Held-out pairs whose scores before and after the report shows: the first ones, not chosen."""
 DEMONSTRATIONS = 256
-"""Answers of people's own whose mean score becomes 0."""
+"""Completions of people's own whose mean score becomes 0."""
 
 
 def step(model: ScalarModel, batch: RankedBatch) -> Step:
@@ -176,7 +177,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         precision=config.fit.precision,
     )
     config = plan.ahead("reward", PLAN, config, base.model.config, spread)
-    model, trainer, dtype = make_judge("reward", config, workspace, base, spread)
+    model, trainer, dtype = make_scalar_model("reward", config, workspace, base, spread)
     rankings = Rankings(train, base.template, base.tokenizer, config, SampleOrder(len(train), workspace.seed))
     say(f"  {len(train):,} comparisons of {_sizes(train)} answers, {len(held_out):,} held out")
 
@@ -184,9 +185,9 @@ def run(config: Config, workspace: Workspace) -> Report:
         with runtime.autocast(dtype):
             return step(model, batch)
 
-    def judged(comparisons: Sequence[Comparison]) -> Judged:
+    def judged(comparisons: Sequence[Comparison]) -> Scored:
         with runtime.autocast(dtype):
-            return judge(model, rankings, comparisons)
+            return score_comparisons(model, rankings, comparisons)
 
     def evaluate() -> dict[str, float]:
         found = judged(held_out)
@@ -263,7 +264,7 @@ def _sizes(comparisons: Sequence[Comparison]) -> str:
 def look_closer(
     report: Report,
     model: ScalarModel,
-    judged: Callable[[Sequence[Comparison]], Judged],
+    judged: Callable[[Sequence[Comparison]], Scored],
     split: Split,
     config: Config,
     workspace: Workspace,
@@ -286,9 +287,9 @@ def look_closer(
         calibration.draw(workspace.directory, reliable, low=0.5, what="share preferred by people")
     )
     report.tables.append(measures.by_candidates(found, config))
-    strangers = judged(split.strangers) if split.strangers else None
-    if strangers is not None:
-        accuracy = measures.accuracy_of(strangers, config)
+    held_out_annotators = judged(split.held_out_annotators) if split.held_out_annotators else None
+    if held_out_annotators is not None:
+        accuracy = measures.accuracy_of(held_out_annotators, config)
         report.measures.insert(
             2,
             Measure(
@@ -300,12 +301,14 @@ def look_closer(
             ),
         )
         report.facts["held_out_annotators_accuracy"] = accuracy
-    table = measures.by_annotator(found, split.held_out, strangers, split.strangers, config)
+    table = measures.by_annotator(
+        found, split.held_out, held_out_annotators, split.held_out_annotators, config
+    )
     if table is not None:
         report.tables.append(table)
 
 
-def example(model: ScalarModel, rankings: Rankings, spread: Spread = ALONE) -> str:
+def example(model: ScalarModel, rankings: Rankings, spread: ParallelContext = SINGLE_PROCESS) -> str:
     """What the model thinks of two answers."""
 
     def score(prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:
@@ -339,10 +342,11 @@ def compare_scores(config: Any, workspace: Workspace, report: Report) -> Answere
     leads = []
     for model in (before, after):
         with runtime.evaluating(model.to(runtime.device())):
-            scores, _ = judge(model, rankings, chosen)
+            scores, _ = score_comparisons(model, rankings, chosen)
         leads.append((scores[:, 0] - scores[:, 1]).tolist())
     prompts = [
-        f"{' / '.join(one['content'] for one in pair.prompt)} - higher: {pair.responses[0]} - lower: {pair.responses[1]}"
+        f"{' / '.join(described(one['content']) for one in pair.prompt)} - higher: {pair.responses[0]} "
+        f"- lower: {pair.responses[1]}"
         for pair in chosen
     ]
     pairs = [

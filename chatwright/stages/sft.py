@@ -63,7 +63,7 @@ class Config:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Train a low-rank adapter instead of all weights: `lora.rank` above 0."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=75.0, compile=False))
-    """Length and portions of training; a sample is a packed row."""
+    """Length and micro_batches of training; a sample is a packed row."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(name="adamw", learning_rate=1e-3, schedule="trapezoid", decay=0.6)
     )
@@ -283,15 +283,15 @@ def run(config: Config, workspace: Workspace) -> Report:
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, "sft"))  # dropout, where the model has any
     dtype = runtime.compute_dtype(config.fit.precision)
-    adapted = adapters.card(config.lora, base=model)
+    adapted = adapters.metadata(config.lora, base=model)
     adapters.adapt(model, config.lora, "model")
     if config.fit.compile:
-        say(f"  {compiled_for(model, length, cut=spread.cuts_products)}")
+        say(f"  {compiled_for(model, length, cut=spread.is_tensor_parallel)}")
     trainer = Trainer(
         {"model": model},
         config.optim,
         workspace,
-        card={
+        metadata={
             "kind": "language",
             "model": model.config.to_dict(),
             "tokenizer": tokenizer.fingerprint,

@@ -103,7 +103,7 @@ class EnergyMeter:
         return joules
 
 
-def account_row(
+def cost_row(
     reporting: Reporting,
     *,
     flop: float | None,

@@ -23,7 +23,7 @@ from chatwright.train.trainer import AnyBatch, Batch, Progress, Step, Trainer
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How long, in which portions, and how often to look and to save."""
+    """How long, in which micro_batches, and how often to look and to save."""
 
     steps: int = 0
     """Optimiser steps; above 0 it goes before `seconds`. 0: as many as fit into `seconds`."""
@@ -138,7 +138,7 @@ class Fit(Generic[AnyBatch]):
         config.check(trainer.optim_config.schedule)
         if config.keep_best and best is None:
             raise UsageError("keep_best: this stage has no single measure to choose by")
-        if config.keep_best and trainer.spread.in_parts:
+        if config.keep_best and trainer.spread.is_sharded:
             raise UsageError(
                 "keep_best is for models that each process holds whole: parallel.plan ddp, or one process"
             )
@@ -169,12 +169,12 @@ class Fit(Generic[AnyBatch]):
                 progress.extra["after"] = self._measure(stopper)
                 trainer.workspace.metrics.write_once(progress.step, progress.extra["after"])
                 self._keep_if_best(progress.extra["after"])
-                trainer.save(final=True, spare=self._spare())
+                trainer.save(final=True, protected=self._protected())
             self._name_best()
             if (
-                runtime.is_first()
+                runtime.is_rank_zero()
             ):  # of the ones that were the best before; here, as a run may be killed behind its last save
-                checkpoint.prune(trainer.workspace.checkpoints, trainer.keep, spare=self._spare())
+                checkpoint.prune(trainer.workspace.checkpoints, trainer.keep, protected=self._protected())
         return self._result()
 
     def _train(self, stopper: Stopper) -> None:
@@ -194,7 +194,7 @@ class Fit(Generic[AnyBatch]):
                 spent, asked, due = self._agreed(time.monotonic() - started, stopper.asked)
                 self.fresh += 1
                 if self.fresh == 1 and config.compile:
-                    runtime.give_back_memory()  # the compiler's
+                    runtime.trim_heap()  # the compiler's
                 progress.elapsed += spent if self.fresh > 2 else 0.0
                 progress.joules += self.meter.spent()
                 self._plan()
@@ -208,13 +208,13 @@ class Fit(Generic[AnyBatch]):
                 elif due and not progress.extra.get(
                     "spikes_in_a_row"
                 ):  # nothing to return to is saved inside a jump
-                    trainer.save(wait=False, spare=self._spare())
+                    trainer.save(wait=False, protected=self._protected())
 
     def _interrupted(self) -> Interrupted:
         """Save what this process has done, and the exception that says so."""
         where = f"{self.title}: stopped before the first step of this attempt, nothing had to be saved"
         if self.fresh:
-            self.trainer.save(spare=self._spare())
+            self.trainer.save(protected=self._protected())
             where = f"{self.title}: saved at step {self.trainer.progress.step}"
         return Interrupted(f"{where}; the same command goes on from there")
 
@@ -239,7 +239,7 @@ class Fit(Generic[AnyBatch]):
         self.trainer.workspace.metrics.write_once(progress.step, values)
         progress.extra["measured"] = progress.step
         if self._keep_if_best(values):
-            self.trainer.save(spare=self._spare())
+            self.trainer.save(protected=self._protected())
             self._name_best()
 
     def _agreed(self, spent: float, asked: bool) -> tuple[float, bool, bool]:
@@ -247,7 +247,7 @@ class Fit(Generic[AnyBatch]):
         every = self.config.save_steps
         due = time.monotonic() - self.trainer.saved_at > self.config.save_every
         due = due or (every > 0 and self.trainer.progress.step % every == 0)
-        spent, *flags = self.trainer.spread.most([spent, float(asked), float(due)])
+        spent, *flags = self.trainer.spread.all_reduce_max([spent, float(asked), float(due)])
         return spent, bool(flags[0]), bool(flags[1])
 
     def _one_step(self) -> float:
@@ -255,11 +255,14 @@ class Fit(Generic[AnyBatch]):
         mine = config.batch_size // spread.data_size  # this process's samples lie side by side
         first = progress.consumed + spread.data_rank * mine
         size = min(config.micro_batch or mine, mine)
-        portions = [self.batches.take(first + n, size) for n in range(0, mine, size)]
+        micro_batches = [self.batches.take(first + n, size) for n in range(0, mine, size)]
         share = self._learning_rate()
         limit, before = spikes.limit(config.spikes, progress.extra), progress.extra.get("spikes", 0)
         loss = self.trainer.update(
-            portions, self.step, share, accept=lambda loss: spikes.accept(config.spikes, progress.extra, loss)
+            micro_batches,
+            self.step,
+            share,
+            accept=lambda loss: spikes.accept(config.spikes, progress.extra, loss),
         )
         progress.step += 1
         progress.consumed += config.batch_size
@@ -284,7 +287,7 @@ class Fit(Generic[AnyBatch]):
                 f"{self.title}: the loss jumped for good at step {trainer.progress.step}, after {config.most} returns to a "
                 "checkpoint; lower the learning rate, or look for broken samples"
             )
-        trainer.roll_back(every=self.config.save_steps, spare=self._spare)
+        trainer.roll_back(every=self.config.save_steps, protected=self._protected)
         self._name_best()
 
     def _keep_if_best(self, values: dict[str, float]) -> bool:
@@ -300,7 +303,7 @@ class Fit(Generic[AnyBatch]):
         progress.extra["best"] = {"step": progress.step, "measures": values}
         return True
 
-    def _spare(self) -> list[int]:
+    def _protected(self) -> list[int]:
         """Steps whose checkpoints stay: the best one's, the one that the file `best` still names, and the one that a
         rollback would go to."""
         progress, every = self.trainer.progress, self.config.save_steps
@@ -313,7 +316,7 @@ class Fit(Generic[AnyBatch]):
     def _name_best(self) -> None:
         """Let the file `best` name the best checkpoint."""
         known = self.trainer.progress.extra.get("best")
-        if known is not None and runtime.is_first():
+        if known is not None and runtime.is_rank_zero():
             checkpoint.write_best(self.trainer.workspace.checkpoints, known["step"])
 
     def _result(self) -> Fitted:
@@ -346,7 +349,9 @@ class Fit(Generic[AnyBatch]):
     def _measure(self, stopper: Stopper) -> dict[str, float]:
         with self._may_stop_at_once(stopper, when=True), runtime.evaluating(*self.modules):
             measured = self.trainer.spread.forward(self.evaluate)
-        return self.trainer.spread.told_by_first(lambda: measured)  # what is decided by it all decide alike
+        return self.trainer.spread.broadcast_from_rank0(
+            lambda: measured
+        )  # what is decided by it all decide alike
 
     def _learning_rate(self) -> float:
         """Share of the peak for the coming step. With a budget in seconds the number of steps is not known at first:
@@ -398,7 +403,7 @@ class Fit(Generic[AnyBatch]):
         """Operations, energy and money so far; with `rate`, samples per second, also the share of the machine's peak."""
         progress, each = self.trainer.progress, self.flop_per_sample
         samples = progress.consumed - progress.extra.get("passed_over", 0)
-        return cost.account_row(
+        return cost.cost_row(
             self.trainer.workspace.reporting,
             flop=None if each is None else each * samples,
             elapsed=progress.elapsed,

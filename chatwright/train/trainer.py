@@ -21,7 +21,7 @@ from chatwright.config import UserError
 from chatwright.metrics import say
 from chatwright.model import lora
 from chatwright.optim import OptimConfig
-from chatwright.train.parallel.context import ALONE, Spread
+from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelContext
 from chatwright.train.workspace import Workspace
 
 
@@ -65,20 +65,20 @@ class Trainer:
         optim_config: OptimConfig,
         workspace: Workspace,
         *,
-        card: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         texts: Mapping[str, str],
         keep: int = 2,
-        spread: Spread = ALONE,
+        spread: ParallelContext = SINGLE_PROCESS,
         frozen: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """`modules["model"]` is what others load; further ones (a critic) are saved beside it. Of a module with adapters what
-        is trained is saved, of the model beside it the whole with the adapter merged. `card` goes into
+        is trained is saved, of the model beside it the whole with the adapter merged. `metadata` goes into
         state.json (the model's shape), `texts` are files that make the directory self-contained. `spread` puts the
         modules on many processes, and beside them `frozen` ones, which are not saved."""
         self.modules, self.optim_config, self.workspace = dict(modules), optim_config, workspace
-        self.card, self.texts, self.keep = dict(card), dict(texts), keep
+        self.metadata, self.texts, self.keep = dict(metadata), dict(texts), keep
         self.spread = spread
-        spread.spread(self.modules, frozen)
+        spread.distribute(self.modules, frozen)
         self.optimisers = spread.optimisers(self.modules, optim_config)
         self.progress = Progress()
         self.saved_at = time.monotonic()
@@ -162,26 +162,26 @@ class Trainer:
         self,
         *,
         final: bool = False,
-        spare: Sequence[int] = (),
+        protected: Sequence[int] = (),
         wait: bool = True,
-        midway: Mapping[str, Tensor] | None = None,
+        mid_step: Mapping[str, Tensor] | None = None,
     ) -> Checkpoint:
         """Write a checkpoint of this step; a `final` one has no optimiser state. Older ones are pruned.
 
-        With `midway`, which is what the step needs to be gone on with and equal in all processes, it is that of an
+        With `mid_step`, which is what the step needs to be gone on with and equal in all processes, it is that of an
         `unfinished` step and stands beside the others: one of the step's beginning stays what it is.
 
         Where processes hold a part of the model each, every one must call this. They write their parts in the background
         (with `wait` False it may still be going on at the return) and a `final` checkpoint is put together by the first.
         """
-        self.spread.settle()
+        self.spread.flush()
         tensors = self._parts()
         if lora.adapter_names(self.modules["model"]):  # whoever loads it needs neither base nor adapter
             tensors["model"] = lora.merged_tensors(self.modules["model"])
         if not final:
             tensors["optimizer"] = self.spread.optimiser_tensors(self.optimisers) | self.spread.rng_tensors()
         state = {
-            **self.card,
+            **self.metadata,
             "chatwright": __version__,
             "progress": asdict(self.progress),
             "logged": {"sums": self._logged, "weight": self._weight},  # since the last row of metrics.jsonl
@@ -189,24 +189,26 @@ class Trainer:
             "runtime": runtime.describe(),
         }
         target = self.workspace.checkpoints / f"step-{self.progress.step:06}"
-        if midway is not None:
-            target, tensors["midway"] = self.unfinished.path, dict(midway)
+        if mid_step is not None:
+            target, tensors["mid_step"] = self.unfinished.path, dict(mid_step)
 
         def prune() -> None:
-            checkpoint.prune(self.workspace.checkpoints, self.keep, spare=spare)
+            checkpoint.prune(self.workspace.checkpoints, self.keep, protected=protected)
 
-        if self.spread.in_parts and not final:
+        if self.spread.is_sharded and not final:
             self.spread.save_parts(target, tensors, state, self.texts, prune)
         else:
-            whole = {part: self.spread.whole_for_first(content) for part, content in tensors.items()}
+            whole = {
+                part: self.spread.full_tensors_on_rank_zero(content) for part, content in tensors.items()
+            }
 
             def write() -> None:
                 checkpoint.save_checkpoint(target, tensors=whole, state=state, texts=self.texts)
                 prune()
 
-            self.spread.told_by_first(write)
+            self.spread.broadcast_from_rank0(write)
         if wait:
-            self.spread.settle()
+            self.spread.flush()
         self.saved_at = time.monotonic()
         return Checkpoint(target)
 
@@ -222,14 +224,14 @@ class Trainer:
 
     def resume(self) -> bool:
         """Go on from the newest valid checkpoint, if there is one; says so, and names the damaged ones it passed."""
-        self.spread.told_by_first(lambda: checkpoint.recover(self.workspace.checkpoints))
-        found, complaints = self.spread.told_by_first(self._newest)
+        self.spread.broadcast_from_rank0(lambda: checkpoint.recover(self.workspace.checkpoints))
+        found, complaints = self.spread.broadcast_from_rank0(self._newest)
         for complaint in complaints:
             say(f"  {complaint}; trying the one before it")
         if found is None:
             self.workspace.metrics.forget_after(-1)  # of a run that died before its first checkpoint
             return False
-        self._take_up(found)
+        self._restore(found)
         say(f"  going on from step {self.progress.step} ({found.path})")
         return True
 
@@ -248,17 +250,17 @@ class Trainer:
 
     def finish(self) -> None:
         """Forget the unfinished step, which has come to its end and is saved."""
-        if runtime.is_first() and self.unfinished.path.is_dir():
+        if runtime.is_rank_zero() and self.unfinished.path.is_dir():
             checkpoint.delete(self.unfinished)
 
     def put_together(self, found: Checkpoint) -> None:
         """Make an ordinary directory of a checkpoint in parts: a stage's result is one whatever the plan."""
-        self.spread.settle()
-        self.spread.told_by_first(lambda: sharded_to_plain(found))
+        self.spread.flush()
+        self.spread.broadcast_from_rank0(lambda: sharded_to_plain(found))
 
-    def _take_up(self, found: Checkpoint) -> None:
+    def _restore(self, found: Checkpoint) -> None:
         state = found.state()
-        if state.get("lora") != self.card.get(
+        if state.get("lora") != self.metadata.get(
             "lora"
         ):  # never more than a part of the model would come from it
             raise UserError(
@@ -270,14 +272,14 @@ class Trainer:
             self._logged, self._weight = state["logged"]["sums"], state["logged"]["weight"]
         self.workspace.metrics.forget_after(self.progress.step)
 
-    def roll_back(self, *, every: int, spare: Callable[[], Sequence[int]]) -> None:
+    def roll_back(self, *, every: int, protected: Callable[[], Sequence[int]]) -> None:
         """Return to the newest checkpoint from before the loss jumped, and pass over the samples since (spikes.py).
 
-        Above 0 `every` admits only steps that are its multiples. `spare` is asked afterwards, as in `save`. Raises
+        Above 0 `every` admits only steps that are its multiples. `protected` is asked afterwards, as in `save`. Raises
         UserError when there is no such checkpoint. What is done here is in the checkpoint's place when this returns;
         whoever is killed before does the same again.
         """
-        self.spread.settle()
+        self.spread.flush()
         before, directory = self.progress, self.workspace.checkpoints
 
         def choose() -> Checkpoint:
@@ -289,8 +291,8 @@ class Trainer:
                 "set fit.save_steps or a smaller fit.save_every"
             )
 
-        found = self.spread.told_by_first(choose)
-        self._take_up(found)
+        found = self.spread.broadcast_from_rank0(choose)
+        self._restore(found)
         now = self.progress
         passed_over = now.extra.get("passed_over", 0) + before.consumed - now.consumed
         now.extra |= {
@@ -312,8 +314,8 @@ class Trainer:
                 if later.step > now.step:
                     checkpoint.delete(later)
 
-        self.spread.told_by_first(forget)
-        self.save(spare=spare())
+        self.spread.broadcast_from_rank0(forget)
+        self.save(protected=protected())
         say(f"  back from step {before.step} to step {now.step}; the samples in between are passed over")
 
     def load_weights(self, found: Checkpoint) -> None:
@@ -321,7 +323,7 @@ class Trainer:
         self._load(found, final=True)
 
     def _load(self, found: Checkpoint, *, final: bool) -> None:
-        if self.spread.in_parts and found.in_parts:
+        if self.spread.is_sharded and found.is_sharded:
             tensors = self.spread.load_parts(found, self._parts(), final=final)
         else:
             for name, wanted in self._parts().items():
@@ -336,7 +338,7 @@ class Trainer:
 
 def sharded_to_plain(found: Checkpoint) -> None:
     """Give a checkpoint in parts the files of an ordinary one, all that is in it."""
-    if found.in_parts:
+    if found.is_sharded:
         from chatwright import sharded  # torch's distributed part takes a while to import
 
         sharded.consolidate(found.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from chatwright.chat import check_messages
 from chatwright.config import UserError
 from chatwright.data import formats
 from chatwright.data.examples import Comparison, Dialogue
 from chatwright.data.files import Faults
 from chatwright.data.sources import comparisons, dialogues
+from chatwright.messages import parts_of, to_openai, write_tool_call
 
 Row = dict[str, Any]
+ABC = hashlib.sha256(b"ABC").hexdigest()
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 PLAIN = st.text("ab é{}\n#.", min_size=1).filter(lambda text: text == text.strip() != "")
 TALK = st.tuples(
@@ -188,13 +192,17 @@ def test_a_setting_decides_where_a_record_fits_two_formats() -> None:
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "auto",
-            "of type 'image_url'; only text",
+            "url of a part of type 'image' must be text",
         ),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, "auto", "of type 'str'; only text"),
+        (
+            {"messages": [{"role": "user", "content": ["x"]}]},
+            "auto",
+            "must be an object with a type, found str",
+        ),
         (
             {"messages": [*ASKED, {"role": "assistant", "content": None, "tool_calls": [1]}]},
             "auto",
-            "has tool_calls, which is not",
+            "a tool call must be an object",
         ),
         (
             {"messages": [*ASKED[:1], {**ASKED[1], "weight": 0}]},
@@ -218,9 +226,106 @@ def test_what_is_not_understood_is_refused(row: Row, format: Any, message: str) 
         formats.dialogue(row, format)
 
 
-def test_a_tools_answer_is_kept_as_text() -> None:
-    turns = [*ASKED[:1], {"role": "tool", "content": "12 degrees", "tool_call_id": "a"}, ASKED[1]]
-    assert formats.dialogue({"messages": turns}).messages[1] == {"role": "tool", "content": "12 degrees"}
+CALL = {
+    "id": "a",
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"city": "Oslo", "é": [1]}},
+}
+CALLED = {"type": "tool_call", "id": "a", "name": "weather", "arguments": '{"city": "Oslo", "é": [1]}'}
+
+
+def test_calls_results_and_thinking_become_parts() -> None:
+    turns = [
+        *ASKED[:1],
+        {"role": "assistant", "content": "Hm.", "reasoning_content": "Ask.", "tool_calls": [CALL]},
+        {"role": "tool", "content": "12 degrees", "tool_call_id": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "as text"},
+        ASKED[1],
+    ]
+    read = formats.dialogue({"messages": turns})
+    assert read.messages == (
+        ASKED[0],
+        {
+            "role": "assistant",
+            "content": [{"type": "thinking", "thinking": "Ask."}, {"type": "text", "text": "Hm."}, CALLED],
+        },
+        {"role": "tool", "content": [{"type": "tool_result", "tool_call_id": "a", "content": "12 degrees"}]},
+        {"role": "assistant", "content": [CALLED]},
+        {"role": "tool", "content": "as text"},
+        ASKED[1],
+    )
+    assert formats.dialogue(ours(read)) == read
+    assert formats.dialogue({"messages": to_openai(list(read.messages))}) == read
+    assert Dialogue.from_json(read.to_json()) == read
+
+
+def test_calls_in_sharegpt() -> None:
+    spoken = [
+        {"from": "human", "value": "Oslo?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo", "é": [1]}}'},
+        {"from": "observation", "value": "12 degrees"},
+        {
+            "from": "function_call",
+            "value": '[{"name": "a", "arguments": "{}"}, {"name": "b", "arguments": {}}]',
+        },
+        {"from": "gpt", "value": "Mild."},
+    ]
+    _, called, told, both, _ = formats.dialogue({"conversations": spoken}).messages
+    assert called == {"role": "assistant", "content": [{**CALLED, "id": ""}]}
+    assert told == {"role": "tool", "content": "12 degrees"}
+    assert [part["name"] for part in both["content"]] == ["a", "b"]  # type: ignore[typeddict-item, index]
+    for value in ("weather(Oslo)", "[]", "[1]", '{"name": "a"}', '{"name": 3, "arguments": {}}', None):
+        with pytest.raises(ValueError, match="a function_call must be JSON like"):
+            formats.dialogue({"conversations": [spoken[0], {"from": "function_call", "value": value}]})
+
+
+def test_images_are_refused_where_records_are_read_for_training() -> None:
+    image = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+    turns = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, image]}, ASKED[1]]
+    with pytest.raises(ValueError, match=r"holds an image, and models here learn from text only"):
+        formats.dialogue({"messages": turns})
+    kept = Dialogue.of(check_messages(turns))
+    assert parts_of(kept.messages[0]["content"])[1]["type"] == "image"
+
+
+def test_an_answer_of_a_pair_is_the_text_that_the_model_says() -> None:
+    called = [{"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    read = formats.comparison({"prompt": ASKED[:1], "chosen": called, "rejected": ASKED[1:]})
+    assert read.responses == (write_tool_call("weather", '{"city": "Oslo", "é": [1]}'), "ho")
+
+
+def test_ids_tell_parts_apart() -> None:
+    """What differs in a call, a result or an image only is another conversation; texts in parts are not."""
+
+    def identity(*parts: Row, role: str = "user") -> str:
+        return Dialogue.of(check_messages([{"role": role, "content": list(parts)}])).id
+
+    image = {"type": "image", "url": "a.png"}
+    text = {"type": "text", "text": "a b"}
+    assert identity({"type": "text", "text": "a "}, {"type": "text", "text": "b"}) == identity(text)
+    found = [
+        identity(text),
+        identity(text, image),
+        identity(text, {**image, "url": "b.png"}),
+        identity(text, {**image, "sha256": "0" * 64}),
+        identity(text, CALLED, role="assistant"),
+        identity(text, {**CALLED, "arguments": "{}"}, role="assistant"),
+        identity(text, {"type": "thinking", "thinking": "a"}, role="assistant"),
+    ]
+    assert len(set(found)) == len(found)
+    one, other = ({**image, "url": f"data:{kind};base64,QUJD"} for kind in ("image/png", "image/x"))
+    assert identity(one) == identity(other) == identity({**one, "url": "x", "sha256": ABC})
+
+
+def test_text_is_written_to_files_as_before() -> None:
+    """The bytes of a record of texts, however its parts were cut: files made earlier stay what they are."""
+    for content in ("Grüße ☃", [{"type": "text", "text": "Grüße"}, {"type": "text", "text": " ☃"}]):
+        turns = [{"role": "user", "content": content}, {**ASKED[1], "tool_calls": None}]
+        assert formats.dialogue({"messages": turns}).to_json() == (
+            '{"id": "678462deb1fc610bd2b2f42d865d5fc3", "messages": [{"role": "user", "content": "Grüße ☃"}, '
+            '{"role": "assistant", "content": "ho"}]}'
+        )
 
 
 # ---- broken records ------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_wrong_estimators_show(wrong: str) -> None:
 
 
 def test_it_is_unbiased_whatever_the_number_of_answers() -> None:
-    """Answers with uniform scores: the best of n is n / (n + 1) on average, from 4 answers as from 16."""
+    """Completions with uniform scores: the best of n is n / (n + 1) on average, from 4 answers as from 16."""
     draw = torch.Generator().manual_seed(0)
     for size in (4, 16):
         scores = torch.rand(20_000, size, generator=draw)

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 import pytest
 from sqlalchemy import select, text
 
-from chatwright.feedback.quota import bytes_of
+from chatwright.feedback.quota import bytes_of, weigh_again
 from chatwright.feedback.store import Full, Owned, Quota, Store
-from chatwright.feedback.tables import ConversationRow, MessageRow
+from chatwright.feedback.tables import VERSION, ConversationRow, MessageRow
 
 TOKENS = [{"text": "ä", "p": 0.5, "alternatives": [{"text": "b", "p": 0.25}]}]
+KEPT = [{"type": "text", "text": "kept"}, {"type": "image", "url": "ä.png"}]
 MB = 1e-6
 """Limits are MB; tests use bytes."""
 
@@ -37,7 +38,7 @@ def counted(store: Store) -> tuple[dict[str, int], dict[int, int]]:
     """The same, counted anew from what is there."""
     with store.session(writes=False) as session:
         messages = list(session.scalars(select(MessageRow)))
-        single = {one.id: bytes_of(one.content, one.probabilities) for one in messages}
+        single = {one.id: bytes_of(one.content, one.parts, one.probabilities) for one in messages}
         whole = {
             one.id: bytes_of(one.title, one.system, one.settings)
             + sum(single[message.id] for message in messages if message.conversation == one.id)
@@ -58,7 +59,7 @@ def busy_life(store: Store) -> str:
     mine.change(made.id, title="Another", system="", settings={"stop": ["x" * 50]})
     below = mine.add(made.id, turn.id, "user", "below")
     mine.add(made.id, below.id, "assistant", "further below")
-    kept = mine.add(made.id, None, "user", "kept")
+    kept = mine.add(made.id, None, "user", KEPT)
     mine.discard(made.id, below.id, leaf=kept.id)
     return made.id
 
@@ -74,9 +75,16 @@ def test_sizes_are_kept_up_to_date(store: Store) -> None:
 def test_a_store_of_version_1_is_counted_when_it_is_opened(lasting: str) -> None:
     with opened(lasting) as store:
         conversation = busy_life(store)
+        with store.session(writes=True) as session:
+            session.execute(text("UPDATE messages SET parts = NULL"))
+            for one in session.scalars(select(MessageRow)):
+                one.size = bytes_of(one.content, one.probabilities)
+            session.flush()
+            weigh_again(session, session.get_one(ConversationRow, conversation))
         before = sizes(store)
         with store.session(writes=True) as session:
             session.execute(text("DROP INDEX weights"))
+            session.execute(text("ALTER TABLE messages DROP COLUMN parts"))
             for table in ("messages", "conversations"):
                 session.execute(text(f"ALTER TABLE {table} DROP COLUMN size"))
             session.execute(text("UPDATE schema_version SET version = 1"))
@@ -84,7 +92,7 @@ def test_a_store_of_version_1_is_counted_when_it_is_opened(lasting: str) -> None
         assert sizes(store) == before == counted(store)
         assert store.of("me").get(conversation).title == "Another"
         with store.session(writes=False) as session:
-            assert session.execute(text("SELECT version FROM schema_version")).scalar() == 2
+            assert session.execute(text("SELECT version FROM schema_version")).scalar() == VERSION
 
 
 def test_a_number_of_conversations(place: str) -> None:

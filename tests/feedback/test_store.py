@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import sqlite3
@@ -20,6 +21,7 @@ from sqlalchemy.pool import NullPool
 from chatwright.config import UserError
 from chatwright.feedback import database
 from chatwright.feedback.store import Conversation, NotThere, Owned, Store, StoreError, Turn, title_of
+from chatwright.messages import check_message
 
 
 def answer(mine: Owned, conversation: str, parent: int, text: str, **settings: Any) -> int:
@@ -67,6 +69,90 @@ def test_a_conversation_is_kept_as_it_was_said(mine: Owned) -> None:
         {"role": "user", "content": "Hello ☃\n\nthere"},
         {"role": "assistant", "content": "Hi!"},
     ]
+
+
+CALL = {"type": "tool_call", "id": "1", "name": "look", "arguments": '{"at": "☃"}'}
+IN_PARTS: dict[str, list[Any]] = {
+    "user": [
+        {"type": "text", "text": "What is this?"},
+        {"type": "image", "url": "data:image/png;base64,QUJD"},
+    ],
+    "assistant": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "I look."}, CALL],
+    "tool": [{"type": "tool_result", "tool_call_id": "1", "content": "a snowman"}],
+}
+
+
+def test_contents_in_parts_come_back(mine: Owned) -> None:
+    made = mine.create(IN_PARTS["user"], model="m")
+    reply = mine.add(made.id, made.leaf, "assistant", "")
+    mine.write(made.id, reply.id, IN_PARTS["assistant"], finish_reason="stop", tokens=3, seconds=0.5)
+    told = mine.add(made.id, reply.id, "tool", IN_PARTS["tool"])
+    assert told.content == IN_PARTS["tool"] and told.text == "a snowman"
+    found = mine.get(made.id)
+    assert found.title == "What is this?"
+    assert [turn.content for turn in found.turns] == list(IN_PARTS.values())
+    assert found.messages(told.id) == [{"role": role, "content": parts} for role, parts in IN_PARTS.items()]
+    name = hashlib.sha256(b"ABC").hexdigest()
+    assert found.turns[0].text == f"What is this?[image {name}]"
+    mine.write(made.id, reply.id, "A text after all", finish_reason="stop", tokens=3, seconds=0.5)
+    assert mine.get(made.id).turns[1].content == "A text after all"
+    assert mine.create(IN_PARTS["user"][1:], model="m").title.startswith("[image ")
+
+
+def test_a_text_that_looks_like_parts_is_a_text(mine: Owned) -> None:
+    text = json.dumps(IN_PARTS["user"])
+    assert mine.create(text, model="m").turns[0].content == text
+
+
+def test_parts_that_are_none_are_not_kept(mine: Owned) -> None:
+    made = mine.create("a", model="m")
+    attempts: list[tuple[str, list[Any]]] = [
+        ("user", [{"type": "txt", "text": "x"}]),
+        ("user", [{"type": "text"}]),
+        ("user", [CALL]),
+    ]
+    for role, parts in attempts:
+        with pytest.raises(StoreError, match="part"):
+            mine.add(made.id, made.leaf, role, parts)
+    with pytest.raises(StoreError, match="did you mean 'text'"):
+        mine.create(attempts[0][1], model="m")
+    assert len(mine.get(made.id).turns) == 1 and len(mine.page()[0]) == 1
+
+
+def test_parts_are_exported_as_openai_has_them(mine: Owned) -> None:
+    made = mine.create(IN_PARTS["user"], model="m")
+    reply = mine.add(made.id, made.leaf, "assistant", IN_PARTS["assistant"])
+    mine.add(made.id, reply.id, "tool", IN_PARTS["tool"])
+    (line,) = mine.export()
+    turns = json.loads(line)["messages"]
+    function = {"name": "look", "arguments": '{"at": "☃"}'}
+    assert turns[1:] == [
+        {
+            "role": "assistant",
+            "reasoning_content": "Hm.",
+            "content": "I look.",
+            "tool_calls": [{"id": "1", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "a snowman"},
+    ]
+    assert [check_message(turn)["content"] for turn in turns] == list(IN_PARTS.values())
+
+
+def test_a_store_from_before_there_were_parts_is_read(lasting: str) -> None:
+    store = Store(lasting)
+    made = store.of("me").create("hello", model="m")
+    with store.session(writes=True) as session:
+        session.execute(text("ALTER TABLE messages DROP COLUMN parts"))
+        session.execute(text("UPDATE schema_version SET version = 2"))
+    store.close()
+    for number in range(2):
+        store = Store(lasting)
+        mine = store.of("me")
+        assert mine.get(made.id).turns[0] == made.turns[0]
+        added = mine.add(made.id, made.leaf, "user", IN_PARTS["user"])
+        assert mine.get(made.id).turn(added.id).content == IN_PARTS["user"]
+        assert len(mine.get(made.id).turns) == 2 + number
+        store.close()
 
 
 def test_edits_and_new_answers_are_siblings(mine: Owned) -> None:
@@ -222,6 +308,11 @@ def test_export_has_the_shown_branches(mine: Owned, monkeypatch: pytest.MonkeyPa
 def test_what_databases_refuse_is_made_storable(mine: Owned) -> None:
     made = mine.create("a\0b", model="m")
     assert mine.get(made.id).turns[0].content == "a\ufffdb"
+    made = mine.create([{"type": "text", "text": "a\0b"}, {"type": "image", "url": "\0"}], model="m")
+    assert mine.get(made.id).turns[0].content == [
+        {"type": "text", "text": "a\ufffdb"},
+        {"type": "image", "url": "\ufffd"},
+    ]
     with pytest.raises(StoreError, match="role"):
         mine.add(made.id, None, "king", "x")
     with pytest.raises(NotThere):

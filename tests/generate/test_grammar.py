@@ -1,4 +1,4 @@
-"""Answers that keep to a grammar, whatever the model would like to say."""
+"""Completions that keep to a grammar, whatever the model would like to say."""
 
 from __future__ import annotations
 

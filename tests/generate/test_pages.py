@@ -10,9 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from chatwright.generate.pages import Match, OutOfPages, PagePool
+from chatwright.generate.pages import Key, Match, OutOfPages, PagePool
 
 SIZE = 4
+KEYS: st.SearchStrategy[Key] = st.sampled_from([0, 0, 1, 1, (1, "a")])
 
 
 def test_what_was_learnt_is_found_whole_pages_first() -> None:
@@ -55,18 +56,39 @@ def test_an_equal_page_is_taken_over_and_a_tail_grows() -> None:
     assert pool.users[first[0]] == 2
     assert pool.users[second[0]] == 0
     assert pool.available == 4
-    pool.doubt(second)  # what follows the 5 is not to be trusted
+    pool.invalidate(second)  # what follows the 5 is not to be trusted
     assert pool.match([1, 2, 3, 4, 5]).tokens == 4
 
 
+def test_placeholders_are_known_by_what_they_stand_for() -> None:
+    pool = PagePool(12, SIZE)
+    one: list[Key] = [1, (2, "a"), (2, "a"), (2, "a"), (2, "a"), 5, 6, 7]
+    other: list[Key] = [key if isinstance(key, int) else (2, "b") for key in one]
+    bare: list[Key] = [1, 2, 2, 2, 2, 5, 6, 7]
+    pages = [pool.take(), pool.take()]
+    pool.learn(one, pages)
+    assert pool.match(one) == Match(tuple(pages), None, 8)
+    # The token before the first placeholder is all that the others have in common with it.
+    assert pool.match(other) == pool.match(bare) == Match((), pages[0], 1)
+    second, third = [pool.take(), pool.take()], [pool.take(), pool.take()]
+    assert pool.learn(other, second) == second and pool.learn(bare, third) == third
+    assert [pool.match(keys).pages for keys in (one, other, bare)] == [
+        tuple(pages),
+        tuple(second),
+        tuple(third),
+    ]
+    again = [pool.take(), pool.take()]
+    assert pool.learn(one, again) == pages  # the same image behind the same text: taken over
+
+
 class Sequences(RuleBasedStateMachine):
-    """Texts of two letters come, grow, end and fail. `memory` is what a runner would have written: at each place of a
-    page the whole text up to there."""
+    """Texts of two letters and an image come, grow, end and fail. `memory` is what a runner would have
+    written: at each place of a page the whole text up to there."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = PagePool(9, SIZE)
-        self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.memory: dict[tuple[int, int], tuple[Key, ...]] = {}
         self.texts: list[dict[str, Any]] = []
 
     def write(self, text: dict[str, Any], count: int) -> None:
@@ -78,8 +100,8 @@ class Sequences(RuleBasedStateMachine):
             self.memory[page, at % SIZE] = tuple(text["tokens"][: at + 1])
         text["stored"] += count
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=3 * SIZE), keep=st.booleans())
-    def begin(self, tokens: list[int], keep: bool) -> None:
+    @rule(tokens=st.lists(KEYS, min_size=1, max_size=3 * SIZE), keep=st.booleans())
+    def begin(self, tokens: list[Key], keep: bool) -> None:
         pool, match = self.pool, self.pool.match(tokens[:-1])
         for at in range(match.tokens):
             page = [*match.pages, match.source][at // SIZE]
@@ -112,8 +134,8 @@ class Sequences(RuleBasedStateMachine):
             text["pages"] = pool.learn(tokens, pages)
 
     @precondition(lambda self: self.texts)
-    @rule(data=st.data(), more=st.lists(st.integers(0, 1), min_size=1, max_size=2 * SIZE))
-    def grow(self, data: st.DataObject, more: list[int]) -> None:
+    @rule(data=st.data(), more=st.lists(KEYS, min_size=1, max_size=2 * SIZE))
+    def grow(self, data: st.DataObject, more: list[Key]) -> None:
         text = data.draw(st.sampled_from(self.texts))
         for token in more:
             if len(text["pages"]) * SIZE == text["stored"]:
@@ -129,7 +151,7 @@ class Sequences(RuleBasedStateMachine):
         text = data.draw(st.sampled_from(self.texts))
         self.texts.remove(text)
         if fails:
-            self.pool.doubt(text["pages"])
+            self.pool.invalidate(text["pages"])
         elif text["keep"]:
             text["pages"] = self.pool.learn(text["tokens"][: text["stored"]], text["pages"])
         self.pool.release(text["pages"])

@@ -381,3 +381,99 @@ def test_an_error_outside_of_a_pass_reaches_the_requests(
 def test_a_cache_that_is_too_large_for_the_machine_says_so(make_model: MakeModel) -> None:
     with pytest.raises(UserError, match="lower cache_tokens"):
         TorchRunner(make_model()).allocate(1 << 40, 16)
+
+
+# Placeholders
+
+
+def pictured(content: str, *, seed: int = 0, behind: int = 6) -> Request:
+    """20 tokens of text, 20 placeholders of one image, and text behind them; always the same ids."""
+    ids = (*tokens(20), *[3] * 20, *tokens(behind, seed=1))
+    places = tuple((at, content) for at in range(20, 40)) if content else ()
+    return Request(ids, Sampling(10, seed=seed), placeholders=places)
+
+
+def test_two_images_behind_the_same_ids_share_nothing(make_model: MakeModel) -> None:
+    model = make_model()
+    engine, runner = counting(model)
+    known = []
+    for content in ("a", "b", "", "a", "b", ""):
+        before = runner.computed
+        completion = engine.generate([pictured(content)])[0]
+        known.append(completion.cached_tokens)
+        assert runner.computed - before == 46 - completion.cached_tokens + 9
+        assert_equal(completion, fresh(model, pictured(content)))
+    assert known == [0, 20, 20, 45, 45, 45]  # the text before the image, or all but the newest token
+
+
+def test_an_answer_behind_an_image_is_known_with_it(make_model: MakeModel) -> None:
+    """The next turn begins with the image, the text and the answer before."""
+    engine, _ = counting(make_model())
+    first = pictured("a")
+    answer = engine.generate([first])[0]
+    longer = (*first.prompt, *answer.ids, *tokens(5, seed=7))
+    for content, known in (("b", 20), ("a", 46 + 9)):
+        request = Request(longer, Sampling(2, seed=0), placeholders=pictured(content).placeholders)
+        assert engine.generate([request])[0].cached_tokens == known
+
+
+def test_who_comes_at_the_same_time_waits_only_for_the_same_image(make_model: MakeModel) -> None:
+    engine, runner = counting(make_model())
+    engine.generate([Request(tokens(20), Sampling(2))])  # the text before the image is known to all
+    runner.passes.clear()
+    for content in ("a", "b", "a"):
+        engine.submit(pictured(content, seed=len(content)))
+    engine.step()
+    assert runner.passes == [[(20, 26)] * 2, [(45, 1)]]
+
+
+def test_images_survive_the_loss_of_pages(make_model: MakeModel) -> None:
+    model = make_model()
+    requests = [
+        Request(one.prompt, Sampling(50, temperature=0.9, seed=at), placeholders=one.placeholders)
+        for at, one in enumerate(map(pictured, "aba"))
+    ]
+    engine, _ = counting(model, cache_tokens=176)  # one needs 95
+    handles = [engine.submit(request) for request in requests]
+    while engine.step():
+        pass
+    assert engine.stats.preempted > 0
+    for request, handle in zip(requests, handles, strict=True):
+        assert_equal(handle.result(), fresh(model, request))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 1), min_size=20, max_size=40), st.sampled_from(["", "a", "b"])),
+        min_size=2,
+        max_size=5,
+    )
+)
+def test_what_is_known_is_never_more_than_what_is_the_same(
+    make_model: MakeModel, asked: list[tuple[list[int], str]]
+) -> None:
+    engine = Engine(make_model(layers=1))
+    keys: list[list[Any]] = []
+    for ids, content in asked:
+        places = tuple((at, content) for at in range(5, 20)) if content else ()
+        own: list[Any] = [(token, content) if 5 <= at < 20 else token for at, token in enumerate(ids)]
+        found = engine.generate([Request(tuple(ids), Sampling(1, seed=0), placeholders=places)])[
+            0
+        ].cached_tokens
+        assert found <= max((_common(own, other) for other in keys), default=0)
+        keys.append(own)
+
+
+def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    return next(
+        (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+
+
+@pytest.mark.parametrize("places", [((46, "a"),), ((-1, "a"),), ((0, "a"), (1, ""))])
+def test_placeholders_that_are_none(make_model: MakeModel, places: tuple[tuple[int, str], ...]) -> None:
+    with pytest.raises(
+        UserError, match=r"placeholders must be positions in the prompt \(0 to 45\), each with a hash"
+    ):
+        Engine(make_model()).submit(Request(pictured("").prompt, placeholders=places))

@@ -17,8 +17,6 @@ from chatwright.config import UserError
 from chatwright.generate.engine import Completion, Engine, Request
 from chatwright.generate.sampling import Sampling
 from chatwright.generate.tool_calls import (
-    CLOSE,
-    OPEN,
     ArgumentsDelta,
     CallEnded,
     CallStarted,
@@ -27,7 +25,6 @@ from chatwright.generate.tool_calls import (
     ToolCallParser,
     ToolEvent,
     read_answer,
-    write_tool_call,
 )
 from chatwright.generate.tools import (
     Tool,
@@ -37,6 +34,7 @@ from chatwright.generate.tools import (
     tool_grammar,
     tools_prompt,
 )
+from chatwright.messages import CLOSE, OPEN, write_tool_call
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
 

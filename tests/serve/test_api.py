@@ -20,6 +20,14 @@ def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo=", "detail": "low"}}
+
+
+def said(part: Any) -> list[dict[str, Any]]:
+    """A user's message of a text and one more part."""
+    return [{"role": "user", "content": [{"type": "text", "text": "hello"}, part]}]
+
+
 @pytest.fixture
 def client(server: Running) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=30) as made:
@@ -111,6 +119,44 @@ def test_length_stop_and_text_parts(client: openai.OpenAI) -> None:
     assert joined.choices[0].message.content == DIALOGUES["hello"]
 
 
+def test_calls_and_results_reach_the_model_as_text(client: openai.OpenAI) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    said = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    result = {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "12 <|end|>"}]}
+    for content, text in ((None, said), ("", said), ("Hm.", f"Hm.\n{said}\n{said}")):
+        calls = [call] * text.count("<tool_call>")
+        parts: Any = [{"role": "assistant", "content": content, "tool_calls": calls}, result, *user("hello")]
+        plain: Any = [
+            {"role": "assistant", "content": text},
+            {"role": "tool", "content": "12 <|end|>"},
+            *user("hello"),
+        ]
+        answers = [
+            client.chat.completions.create(messages=messages, max_tokens=20, **ASK)
+            for messages in (parts, plain)
+        ]
+        assert answers[0].usage.prompt_tokens == answers[1].usage.prompt_tokens
+        # The second prompt was known up to its last token: the two are the same ids.
+        assert answers[1].usage.prompt_tokens_details.cached_tokens == answers[1].usage.prompt_tokens - 1
+        assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
+
+
+def test_instructions_are_added_to_a_system_message_in_parts(client: openai.OpenAI) -> None:
+    form = {"type": "json_object"}
+    system: list[Any] = ["Be brief.", [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]]
+    usages = [
+        client.chat.completions.create(
+            messages=[{"role": "system", "content": content}, *user("hello")],  # type: ignore[list-item]
+            response_format=form,  # type: ignore[arg-type]
+            max_tokens=2,
+            **ASK,
+        ).usage
+        for content in system
+    ]
+    assert usages[0].prompt_tokens == usages[1].prompt_tokens
+    assert usages[1].prompt_tokens_details.cached_tokens == usages[1].prompt_tokens - 1
+
+
 def test_a_client_may_send_an_answer_back(client: openai.OpenAI) -> None:
     first = client.chat.completions.create(messages=user("hello"), **ASK).choices[0].message
     second = client.chat.completions.create(messages=[*user("hello"), first, *user("name?")], **ASK)
@@ -177,6 +223,34 @@ def test_models_and_health(client: openai.OpenAI, server: Running) -> None:
             "invalid_value",
             "tool_calls",
         ),
+        ({"messages": said(IMAGE)}, 400, "unsupported_value", "reads text only: leave the image out"),
+        (
+            {"messages": said(IMAGE), "stream": True},
+            400,
+            "unsupported_value",
+            "holds an image (data:image/png",
+        ),
+        (
+            {"messages": said({"type": "image_url", "image_url": {"url": "data:image/png;base64,?"}})},
+            400,
+            "invalid_value",
+            "no sound base64",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [IMAGE]}, *user("x")]},
+            400,
+            "invalid_value",
+            "belongs into a message of user or tool",
+        ),
+        ({"messages": said({"type": "txt", "text": "x"})}, 400, "unsupported_value", "did you mean 'text'?"),
+        (
+            {"messages": said({"type": "input_audio", "input_audio": {}})},
+            400,
+            "unsupported_value",
+            "'input_audio' is not supported; known: text, image_url",
+        ),
+        ({"messages": said({"text": "x"})}, 400, "invalid_value", "messages"),
+        ({"messages": said("x")}, 400, "invalid_value", "messages"),
         ({"temperature": 3}, 400, "invalid_value", "temperature"),
         ({"temperature": True}, 400, "invalid_value", "temperature"),
         ({"temperature": "1"}, 400, "invalid_value", "temperature"),

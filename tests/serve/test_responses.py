@@ -53,6 +53,32 @@ def test_the_same_as_chat(client: openai.OpenAI) -> None:
     assert response.instructions == "Be brief."
 
 
+def test_calls_results_and_turns_of_one_assistant_are_joined(client: openai.OpenAI, server: Running) -> None:
+    call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": '{"a": 1}'}
+    said = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    items: Any = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "Hm."},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "Let me see."}]},
+        call,
+        call,
+        {"role": "assistant", "content": "Yes."},
+        {"type": "function_call_output", "call_id": "a", "output": "12"},
+        {"role": "user", "content": "name?"},
+    ]
+    messages: Any = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": f"Hm.\nLet me see.\n{said}\n{said}\nYes."},
+        {"role": "tool", "content": "12"},
+        {"role": "user", "content": "name?"},
+    ]
+    response = client.responses.create(input=items, max_output_tokens=20, **ASK)
+    chat = client.chat.completions.create(messages=messages, max_tokens=20, **ASK)
+    assert chat.usage.prompt_tokens == response.usage.input_tokens
+    assert chat.usage.prompt_tokens_details.cached_tokens == chat.usage.prompt_tokens - 1  # the same ids
+    assert chat.choices[0].message.content == response.output_text
+
+
 def test_what_a_client_got_it_may_send_back(client: openai.OpenAI) -> None:
     first = client.responses.create(input="hello", **ASK)
     turns: Any = [{"role": "user", "content": "hello"}, *first.output, {"role": "user", "content": "name?"}]
@@ -117,6 +143,15 @@ def test_an_error_in_the_middle_is_an_event(server: Running, monkeypatch: pytest
     [
         ({"input": []}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
+        (
+            {
+                "input": [
+                    {"role": "user", "content": [{"type": "input_image", "image_url": "https://x.org/a"}]}
+                ]
+            },
+            "holds an image (https://x.org/a), and this model reads text only",
+        ),
+        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input_image"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
         ({"max_output_tokens": 0}, "max_output_tokens"),

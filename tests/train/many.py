@@ -67,7 +67,7 @@ def muon(out: Path) -> None:
         for optimiser in optimisers:
             optimiser.step()
     pairs = [(one.detach(), part.full_tensor().detach()) for one, part in zip(whole, parts, strict=True)]
-    if runtime.is_first():
+    if runtime.is_rank_zero():
         tensor_files.save_tensors(
             out,
             {
@@ -91,11 +91,11 @@ def main(work: list[dict[str, Any]]) -> None:
         try:
             report = pretrain.run(config, workspace)
         except Interrupted:
-            if "copy_to" in one and runtime.is_first():
+            if "copy_to" in one and runtime.is_rank_zero():
                 shutil.copytree(one["out"], one["copy_to"])
             runtime.barrier()
             continue
-        if runtime.is_first():
+        if runtime.is_rank_zero():
             files.write_json(
                 workspace.directory / "result.json", {"model": report.model, "facts": report.facts}
             )

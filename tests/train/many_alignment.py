@@ -40,7 +40,7 @@ def carry_out(one: dict[str, Any]) -> None:
     finally:
         loop.Stopper = training.Stopper = Stopper  # type: ignore[misc, attr-defined]
     assert not stop, "nobody was asked to stop"
-    if runtime.is_first():
+    if runtime.is_rank_zero():
         content = {
             "model": report.model,
             "facts": report.facts,

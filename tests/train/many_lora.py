@@ -44,7 +44,7 @@ def train(out: Path, plan: str, *, stop: int = STEPS) -> None:
     spread = start_parallel(ParallelConfig(plan), batch_size=BATCH, shape=SHAPE, precision="fp32")  # type: ignore[arg-type]
     card = {"kind": "language", "model": SHAPE.to_dict()}
     optim = OptimConfig(learning_rate=1e-2, clip=1.0)
-    trainer = Trainer({"model": model}, optim, Workspace(out, 7), card=card, texts={}, spread=spread)
+    trainer = Trainer({"model": model}, optim, Workspace(out, 7), metadata=card, texts={}, spread=spread)
     trainer.resume()
     mine = BATCH // spread.data_size
     while trainer.progress.step < stop:
@@ -55,8 +55,8 @@ def train(out: Path, plan: str, *, stop: int = STEPS) -> None:
         trainer.workspace.metrics.write(trainer.progress.step, {"loss": loss, **trainer.take_logged()})
     trainer.workspace.metrics.close()
     trainer.save(final=stop == STEPS)
-    trained = spread.whole_for_first(trained_tensors(model))
-    if context.runtime.is_first():
+    trained = spread.full_tensors_on_rank_zero(trained_tensors(model))
+    if context.runtime.is_rank_zero():
         tensor_files.save_tensors(out.with_suffix(".safetensors"), trained)
 
 

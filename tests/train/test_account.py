@@ -18,7 +18,7 @@ from chatwright.model.lora import LoRAConfig, add_lora
 from chatwright.tokenizer import Tokenizer
 from chatwright.trackers import Reporting
 from chatwright.train import cost
-from chatwright.train.cost import EnergyMeter, account_row, forward_flop, rounds_spent, training_flop
+from chatwright.train.cost import EnergyMeter, cost_row, forward_flop, rounds_spent, training_flop
 
 
 def test_the_formula_by_hand() -> None:
@@ -92,15 +92,15 @@ def test_meters_are_summed_over_packages_and_begin_anew_at_their_maximum(tmp_pat
 
 
 def test_what_is_not_known_is_absent() -> None:
-    assert account_row(Reporting(), flop=None, elapsed=10.0, joules=0.0, rate=5.0, peak=9.0) == {}
-    assert account_row(Reporting(), flop=7.0, elapsed=10.0, joules=0.0) == {"flop": 7.0}
-    assert account_row(Reporting(), flop=7.0, elapsed=10.0, joules=0.0, rate=5.0, peak=0.0) == {"flop": 7.0}
+    assert cost_row(Reporting(), flop=None, elapsed=10.0, joules=0.0, rate=5.0, peak=9.0) == {}
+    assert cost_row(Reporting(), flop=7.0, elapsed=10.0, joules=0.0) == {"flop": 7.0}
+    assert cost_row(Reporting(), flop=7.0, elapsed=10.0, joules=0.0, rate=5.0, peak=0.0) == {"flop": 7.0}
 
 
 def test_energy_and_cost() -> None:
-    row = account_row(Reporting(watts=100.0, price=3.0), flop=None, elapsed=7200.0, joules=1.0)
+    row = cost_row(Reporting(watts=100.0, price=3.0), flop=None, elapsed=7200.0, joules=1.0)
     assert row == {"energy_kwh": pytest.approx(0.2), "cost": pytest.approx(6.0)}
-    row = account_row(Reporting(), flop=7.0, elapsed=7200.0, joules=1.8e6, rate=5.0, peak=20.0)
+    row = cost_row(Reporting(), flop=7.0, elapsed=7200.0, joules=1.8e6, rate=5.0, peak=20.0)
     assert row == {"flop": 7.0, "mfu": 0.25, "energy_kwh": pytest.approx(0.5)}
 
 

@@ -63,7 +63,9 @@ def sgd(trainer: Trainer, model: nn.Module) -> Trainer:
 
 def make_trainer(model: nn.Module, directory: Path, **settings: Any) -> Trainer:
     card, texts = {"kind": "language"}, {"note.txt": "hello"}
-    return Trainer({"model": model}, OptimConfig(**settings), Workspace(directory), card=card, texts=texts)
+    return Trainer(
+        {"model": model}, OptimConfig(**settings), Workspace(directory), metadata=card, texts=texts
+    )
 
 
 def trained(make: Callable[..., Any], directory: Path, micro_batch: int, steps: int = 3) -> dict[str, Tensor]:
@@ -380,7 +382,7 @@ def test_checkpoints_are_pruned_to_the_newest_and_the_spared(tmp_path: Path) -> 
     bed = Bed(tmp_path)
     for step in range(5):
         bed.trainer.progress.step = step
-        bed.trainer.save(spare=[1])
+        bed.trainer.save(protected=[1])
     assert [found.step for found in checkpoint.checkpoints(tmp_path / "checkpoints")] == [1, 3, 4]
     final = bed.trainer.save(final=True)
     assert sorted(file.name for file in final.path.iterdir()) == [

@@ -225,7 +225,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     """Those of the result, which is an ordinary directory under each plan."""
     found = checkpoint.Checkpoint(directory / result(directory)["model"])
     found.verify()
-    assert not found.in_parts
+    assert not found.is_sharded
     tensors = found.tensors("model")
     if (
         "scalar.bias" in tensors
@@ -328,7 +328,7 @@ def test_the_recipe_for_eight_gpus_can_be_divided_among_them_at_every_stage() ->
         fit = getattr(config, "fit", None)
         size, micro = (fit.batch_size, fit.micro_batch) if fit else (config.minibatch_size, 0)
         context.check(
-            config.parallel, context.sizes(config.parallel, 8, 8), batch_size=size, micro_batch=micro
+            config.parallel, context.arrange(config.parallel, 8, 8), batch_size=size, micro_batch=micro
         )
 
 

@@ -22,7 +22,7 @@ from chatwright.model.config import GPTConfig
 from chatwright.optim import OptimConfig
 from chatwright.stages import pretrain
 from chatwright.train.loop import FitConfig
-from chatwright.train.parallel.context import ALONE
+from chatwright.train.parallel.context import SINGLE_PROCESS
 from chatwright.train.planning import plan, timing
 from chatwright.train.planning.dry_run import dry_run
 from chatwright.train.planning.program import PlannedStage, program_of
@@ -214,7 +214,10 @@ def test_the_largest_micro_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> N
         assert plan.choose(what, timed=False, available=size).micro == expected
     for size, expected in ((need[48], 48), (need[96], 0)):  # 0: as the settings have it
         monkeypatch.setenv("CHATWRIGHT_MEMORY", str(size))
-        assert plan.ahead("pretrain", what.plan, what.config, what.shape, ALONE).fit.micro_batch == expected
+        assert (
+            plan.ahead("pretrain", what.plan, what.config, what.shape, SINGLE_PROCESS).fit.micro_batch
+            == expected
+        )
 
 
 def test_what_does_not_fit_is_refused_with_the_sum() -> None:

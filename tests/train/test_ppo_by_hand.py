@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from chatwright.optim import OptimConfig
-from chatwright.stages.ppo import Config, look_back, step
-from chatwright.train.rl.models import Players
-from chatwright.train.rl.rollout import Answers
+from chatwright.stages.ppo import Config, score_rollouts, step
+from chatwright.train.rl.models import RLModels
+from chatwright.train.rl.rollout import Completions
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
 
@@ -159,7 +159,7 @@ class Scores(nn.Module):
         return torch.tensor([SCORES[[tuple(one) for one in ANSWERS].index(answer)] for answer in given])
 
 
-def answers_of() -> Answers:
+def answers_of() -> Completions:
     ids = torch.zeros(4, 4, dtype=torch.long)
     response = torch.zeros(4, 4, dtype=torch.bool)
     for row, answer in enumerate(ANSWERS):
@@ -167,7 +167,7 @@ def answers_of() -> Answers:
         response[row, 1 : 1 + len(answer)] = True
     real = response.clone()
     real[:, 0] = True
-    return Answers(ids, real, response, torch.ones(4, dtype=torch.bool), torch.zeros(4, 4))
+    return Completions(ids, real, response, torch.ones(4, dtype=torch.bool), torch.zeros(4, 4))
 
 
 CONFIG = Config(
@@ -194,12 +194,12 @@ def close(found: Any, expected: Any) -> None:
 
 def test_a_round_of_two_minibatches(tmp_path: Path) -> None:
     hand, policy, critic = ByHand(), Table(LOGITS), Values()
-    players = cast("Any", Players)(policy, Table(REFERENCE), Scores(), critic)
+    models = cast("Any", RLModels)(policy, Table(REFERENCE), Scores(), critic)
     trainer = Trainer(
-        {"model": policy, "critic": critic}, CONFIG.optim, Workspace(tmp_path), card={}, texts={}
+        {"model": policy, "critic": critic}, CONFIG.optim, Workspace(tmp_path), metadata={}, texts={}
     )
     answers = answers_of()
-    rollout, logged = look_back(players, answers, BETA, CONFIG)
+    rollout, logged = score_rollouts(models, answers, BETA, CONFIG)
     mask = answers.response
 
     # -- looking back, in numbers: the first answer is [1, end]
@@ -217,7 +217,7 @@ def test_a_round_of_two_minibatches(tmp_path: Path) -> None:
     seen: list[dict[str, float]] = []
     for rows in MINIBATCHES:
         batch = rollout.rows(torch.tensor(rows))
-        trainer.update([batch], lambda batch: step(players, batch, CONFIG), 1.0)
+        trainer.update([batch], lambda batch: step(models, batch, CONFIG), 1.0)
         seen.append(trainer.take_logged())
         expected = hand.minibatch(rows)
         for key in ("policy_loss", "value_loss", "clip_fraction"):

@@ -236,9 +236,9 @@ def test_a_round_that_is_stopped_between_any_two_minibatches_goes_on_as_if_nothi
 ) -> None:
     """The second of two iterations, before each of its minibatches: its answers are those that were sampled before the stop."""
     sampled: list[int] = []
-    real = training.sample_answers
+    real = training.sample_completions
     monkeypatch.setattr(
-        training, "sample_answers", lambda *given, **named: sampled.append(1) or real(*given, **named)
+        training, "sample_completions", lambda *given, **named: sampled.append(1) or real(*given, **named)
     )
     whole, looks = tmp_path / "whole", CASES[stage].looks
     report = run(stage, whole, iterations=2)
@@ -268,11 +268,11 @@ def test_a_stopped_round_that_is_damaged_is_done_again(
         run("ppo", damaged, stop=2)
     with pytest.raises(Interrupted):
         run("ppo", damaged, looks=2)
-    flip(damaged / "checkpoints" / checkpoint.UNFINISHED / "midway.safetensors")
+    flip(damaged / "checkpoints" / checkpoint.UNFINISHED / "mid_step.safetensors")
     capsys.readouterr()
     run("ppo", damaged)
     told = " ".join(capsys.readouterr().out.split())
-    assert "midway.safetensors is damaged" in told and "going on from step 2" in told
+    assert "mid_step.safetensors is damaged" in told and "going on from step 2" in told
     same(whole, damaged, Path(report.model).name)
     assert rows(damaged) == rows(whole)
 

@@ -144,7 +144,7 @@ class Run:
             {"model": self.model},
             OptimConfig(learning_rate=0.05, schedule="constant"),
             Workspace(self.directory),
-            card={"kind": "language"},
+            metadata={"kind": "language"},
             texts={},
         )
         config = FitConfig(
@@ -281,7 +281,7 @@ def crash(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, *, 
     [
         (Trainer, "update", 23),  # among the spikes
         (Trainer, "update", 26),  # after the return
-        (Trainer, "_take_up", 1),  # in the return itself, before and after each of its parts
+        (Trainer, "_restore", 1),  # in the return itself, before and after each of its parts
         (checkpoint, "delete", 4),
         (checkpoint, "save_checkpoint", 5),
         (checkpoint, "save_checkpoint", 6),

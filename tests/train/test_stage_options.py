@@ -25,7 +25,7 @@ from chatwright.optim import OptimConfig
 from chatwright.stages import best_of_n, classifier, ppo, pretrain, reinforce, reward, sft
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.parallel.context import ParallelConfig
-from chatwright.train.rl.config import RoundsConfig
+from chatwright.train.rl.config import RLConfig
 from chatwright.train.spikes import SpikeConfig
 from chatwright.train.stage import stage_of
 from chatwright.train.trainer import Trainer
@@ -138,10 +138,12 @@ def watch(patch: pytest.MonkeyPatch) -> Seen:
     def watched_forward(self: MLP, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             first.append(self)
-        is_first = bool(first) and self is first[0]
-        seen.passes += is_first and torch.is_grad_enabled()  # a second pass ends where nothing more is needed
+        is_rank_zero = bool(first) and self is first[0]
+        seen.passes += (
+            is_rank_zero and torch.is_grad_enabled()
+        )  # a second pass ends where nothing more is needed
         y = forward(self, x)
-        if is_first and torch.is_grad_enabled():
+        if is_rank_zero and torch.is_grad_enabled():
             seen.dtypes.add(y.dtype)
         return y
 
@@ -229,7 +231,7 @@ def test_options_of_rounds_change_something_in_both_methods(
     stage: str, planted_bench: Any, tmp_path: Path
 ) -> None:
     module, score = ROUNDS[stage], Planted.score
-    shared = {one.name: getattr(MINI, one.name) for one in fields(RoundsConfig)}
+    shared = {one.name: getattr(MINI, one.name) for one in fields(RLConfig)}
     plain = module.Config(**{**shared, "iterations": 3, "minibatch_size": 32, "precision": "fp32", "keep": 1})
     changed = {"precision": "bf16", "policy_precision": "bf16", "compile": True, "save_steps": 1, "keep": 3}
     found = []

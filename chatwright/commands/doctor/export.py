@@ -28,6 +28,7 @@ from chatwright.interop.gguf import load_gguf
 from chatwright.interop.gguf_export import GGUFExport, plan_gguf
 from chatwright.interop.hf import load_hf
 from chatwright.interop.hf_export import HFExport, plan_hf
+from chatwright.messages import text_of
 
 if TYPE_CHECKING:
     from chatwright.interop.loaded import Loaded
@@ -154,8 +155,9 @@ def _read_by_transformers(parts: Loaded, written: Path) -> str:
         tokenizer = auto.AutoTokenizer.from_pretrained(written, local_files_only=True)
     except Exception as error:  # kinds without a common ancestor
         raise _Differs(f"transformers {version} refuses it: {' '.join(str(error).split())[:200]}") from None
-    text = parts.tokenizer.encode(TALK[-1]["content"])
-    if tokenizer.encode(TALK[-1]["content"], add_special_tokens=False) != text:
+    sample = text_of(TALK[-1]["content"])
+    text = parts.tokenizer.encode(sample)
+    if tokenizer.encode(sample, add_special_tokens=False) != text:
         raise _Differs(f"transformers {version} gets other ids of a text")
     talk: Sequence[int] = []
     if parts.template is not None:

@@ -25,6 +25,7 @@ from chatwright.generate.engine import Engine
 from chatwright.generate.request import Request
 from chatwright.generate.sampling import Sampling
 from chatwright.language_model import find_checkpoint, load_parts
+from chatwright.messages import written
 from chatwright.metrics import console
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
@@ -367,7 +368,8 @@ def _twin(messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokeni
     """Our ids against those of programs that render first and tokenize the whole (transformers, vLLM)."""
     others = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     harmless_ones = [
-        Message(role=one["role"], content=one["content"].replace("<|end|>", "the end")) for one in messages
+        Message(role=one["role"], content=written(one["content"]).replace("<|end|>", "the end"))
+        for one in messages
     ]
     theirs = others.encode(template.render(harmless_ones), add_special_tokens=False).ids
     if list(theirs) != template.encode(harmless_ones, tokenizer).ids:

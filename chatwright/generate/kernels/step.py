@@ -77,7 +77,7 @@ from chatwright.generate.kernels.simd import (
     POSITIONS,
     DIMS,
 ) = range(18)
-"""Places in `dims`. Strides are widths rounded up to 32, heads apart. POSITIONS is the place of the position table in `vectors`,
+"""Scheduler in `dims`. Strides are widths rounded up to 32, heads apart. POSITIONS is the place of the position table in `vectors`,
 -1 without one."""
 RMS, LAYER = range(2)
 SWIGLU, GELU_TANH, RELU2 = range(3)
@@ -85,7 +85,7 @@ QKV, OUTPUT, UP, DOWN, MATRICES = range(5)
 """Matrices of a layer in the plan; then follow the output matrix and the token table (once more, where they are one)."""
 ATTENTION_NORM, MLP_NORM, QUERY_NORM, KEY_NORM, NORMS = range(5)
 """Norm vectors of a layer: places in `vectors`. The last row of the table has the final norm."""
-ALONE = 4
+SINGLE_PROCESS = 4
 """Up to so many rows every thread normalises and rounds all of them for itself."""
 
 
@@ -122,7 +122,7 @@ def _row_norm(kind, x, at, width, eps, vectors, norm, out, out_at):
 @inner
 def _normalise(thread, threads, sync, dims, eps, x, which, count, vectors, norm, out):
     """Rows which[0] to which[count - 1] of x, normalised, to the rows of out[slot]; the slot."""
-    shared = count > ALONE and threads > 1
+    shared = count > SINGLE_PROCESS and threads > 1
     slot = 0 if shared else thread
     first, last = _part(count, thread, threads) if shared else (0, count)
     stride = dims[STRIDE]
@@ -266,10 +266,10 @@ def _attend(thread, threads, dims, layer, rows, qkv, positions, pages, keys, val
     narrow, together = dims[BF16_CACHE] != 0, heads // groups
     page_bytes = room * LANES * (2 if narrow else 4)
     scale = splat(np.float32(1.0) / np.sqrt(np.float32(size)))
-    start, step = (thread, threads) if rows > ALONE else (0, 1)
+    start, step = (thread, threads) if rows > SINGLE_PROCESS else (0, 1)
     first, last = (
         (0, (rows - thread + threads - 1) // threads * heads)
-        if rows > ALONE
+        if rows > SINGLE_PROCESS
         else _part(rows * heads, thread, threads)
     )
     for unit in range(first, last):
@@ -361,7 +361,7 @@ def _multiply(
     path, thread, threads, sync, arena, matrix, x, x_stride, words, factors, sums, rows, out, stride, vectors
 ):
     """This thread's part of a product, once x is whole. Most weights first have their input rounded."""
-    shared = rows > ALONE and threads > 1
+    shared = rows > SINGLE_PROCESS and threads > 1
     slot = 0 if shared else thread
     if takes_words(path, matrix[FORMAT]):
         first, last = _part(rows, thread, threads) if shared else (0, rows)

@@ -1,7 +1,7 @@
-"""The messages of a request, as the templates know them: text of a role.
+"""The messages of a request: OpenAI's form is checked here and becomes ours (chatwright/messages.py).
 
-Calls of tools and their results are text too, in the form that generate/tool_calls.py reads back: few
-templates know more, and text of a message can never become a control token (chat.py).
+Tool calls and their results are parts, which chat.py writes to the model as text. An image is a part as
+well; a model that reads only text refuses it when the prompt is encoded.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from chatwright.chat import Message
-from chatwright.generate.tool_calls import write_tool_call
+from chatwright.config import near_match
+from chatwright.messages import Message, check_message, joined, parts_of
 from chatwright.serve.api.parameters import parameter_error
 
 
@@ -23,6 +23,34 @@ class TextPart(BaseModel):
     model_config = ConfigDict(strict=True)
     type: Literal["text"]
     text: str
+
+
+class ImageLink(BaseModel):
+    """Where an image is."""
+
+    model_config = ConfigDict(strict=True)
+    url: Annotated[str, Field(min_length=1)]
+
+
+class ImagePart(BaseModel):
+    """An image among the pieces of a content."""
+
+    model_config = ConfigDict(strict=True)
+    type: Literal["image_url"]
+    image_url: ImageLink
+
+
+PARTS = ("text", "image_url")
+ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+def refuse_parts(content: Any, known: Sequence[str], param: str) -> None:
+    """Raise for the first part of a content that is of another type than the known ones."""
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind not in known:
+            message = f"{param}: a part of type {kind!r:.40} is not supported{near_match(kind, known)}"
+            raise parameter_error("unsupported_value", message, param)
 
 
 class CalledFunction(BaseModel):
@@ -42,18 +70,16 @@ class ToolCall(BaseModel):
     type: Literal["function"] = "function"
     function: CalledFunction
 
-    def written(self) -> str:
-        """The call as the model wrote it."""
-        return write_tool_call(self.function.name, self.function.arguments)
-
 
 class ChatMessage(BaseModel):
-    """One turn. `developer` counts as `system`; fields such as `name` and `tool_call_id` are ignored."""
+    """One turn. `developer` counts as `system`; fields such as `name` are ignored."""
 
     model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[ContentPart] | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_call_id: str | None = None
+    _plain: Message = PrivateAttr()
 
     @model_validator(mode="before")
     @classmethod
@@ -66,30 +92,47 @@ class ChatMessage(BaseModel):
                     "unsupported_parameter", f"messages: {name} is not supported", "messages"
                 )
         if data.get("content") is None and data.get("role") != "assistant":
-            raise parameter_error(
-                "unsupported_value", "messages: content must be text or text parts", "messages"
-            )
+            raise parameter_error("unsupported_value", "messages: content must be text or parts", "messages")
+        refuse_parts(data.get("content"), PARTS, "messages")
         if data.get("tool_calls") and data.get("role") != "assistant":
             raise parameter_error(
                 "invalid_value", "messages: only an assistant's message has tool_calls", "messages"
             )
         return data
 
+    @model_validator(mode="after")
+    def _read(self) -> ChatMessage:
+        given = self.model_dump(exclude_none=True)
+        role = "system" if self.role == "developer" else self.role
+        try:
+            self._plain = check_message({**given, "role": role, "content": given.get("content", "")})
+        except ValueError as error:
+            raise parameter_error("invalid_value", f"messages: {error}", "messages") from None
+        return self
+
     def plain(self) -> Message:
-        """With the parts of the content joined, and calls written out."""
-        content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        calls = [call.written() for call in self.tool_calls or ()]
-        whole = "\n".join([*([text] if text or not calls else []), *calls])
-        return Message(role="system" if self.role == "developer" else self.role, content=whole)
+        """The same in our form."""
+        return self._plain
 
 
 def with_system(messages: Sequence[Message], text: str) -> list[Message]:
     """The messages with `text` at the end of the system message, which is made when there is none."""
     if messages and messages[0]["role"] == "system":
-        first = Message(role="system", content=f"{messages[0]['content']}\n\n{text}")
+        first = Message(role="system", content=joined(messages[0]["content"], f"\n\n{text}"))
         return [first, *messages[1:]]
     return [Message(role="system", content=text), *messages]
+
+
+def with_turn(messages: list[Message], turn: Message) -> list[Message]:
+    """The messages and one more turn. Two turns of the assistant in a row become one message, a line break
+    between."""
+    if not messages or not turn["role"] == messages[-1]["role"] == "assistant":
+        return [*messages, turn]
+    *others, last = messages
+    seam = (parts_of(last["content"])[-1]["type"], parts_of(turn["content"])[0]["type"])
+    between = "" if "tool_call" in seam else "\n"  # calls stand on lines of their own anyway
+    content = joined(joined(last["content"], between) if between else last["content"], turn["content"])
+    return [*others, Message(role="assistant", content=content)]
 
 
 def compact(value: Any) -> str:

@@ -11,27 +11,42 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from chatwright.chat import Message
 from chatwright.config import UserError
 from chatwright.generate.sampling import Sampling
-from chatwright.generate.tool_calls import write_tool_call
 from chatwright.generate.tools import MOST_TOOLS
+from chatwright.messages import Message, ToolCallPart, ToolResultPart, check_message
 from chatwright.serve.api.form import Choice, Form, FunctionTool
-from chatwright.serve.api.messages import with_system
-from chatwright.serve.api.parameters import DEFAULT_NEW_TOKENS, Body, Count
+from chatwright.serve.api.messages import refuse_parts, with_system, with_turn
+from chatwright.serve.api.parameters import DEFAULT_NEW_TOKENS, Body, Count, parameter_error
 from chatwright.serve.api.reading import STREAM_TOO, HeldStream, Reading, guarded, unless_gone
 from chatwright.serve.api.response_events import Writer
 from chatwright.serve.pool import ModelPool
 
 
-class InputPart(BaseModel):
+class InputText(BaseModel):
     """One piece of a content."""
 
     model_config = ConfigDict(strict=True)
     type: Literal["input_text", "output_text"]
     text: str
+
+    def plain(self) -> dict[str, Any]:
+        """The same in our form."""
+        return {"type": "text", "text": self.text}
+
+
+class InputImage(BaseModel):
+    """An image among the pieces of a content."""
+
+    model_config = ConfigDict(strict=True)
+    type: Literal["input_image"]
+    image_url: Annotated[str, Field(min_length=1)]
+
+    def plain(self) -> dict[str, Any]:
+        """The same in our form."""
+        return {"type": "image", "url": self.image_url}
 
 
 class InputMessage(BaseModel):
@@ -40,12 +55,22 @@ class InputMessage(BaseModel):
     model_config = ConfigDict(strict=True)
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[InputPart]
+    content: str | list[Annotated[InputText | InputImage, Field(discriminator="type")]]
+    _plain: Message = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _read(self) -> InputMessage:
+        role = "system" if self.role == "developer" else self.role
+        content = self.content if isinstance(self.content, str) else [part.plain() for part in self.content]
+        try:
+            self._plain = check_message({"role": role, "content": content})
+        except ValueError as error:
+            raise parameter_error("invalid_value", f"input: {error}", "input") from None
+        return self
 
     def plain(self) -> Message:
-        """As the template knows it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message(role="system" if self.role == "developer" else self.role, content=text)
+        """The same in our form."""
+        return self._plain
 
 
 class InputCall(BaseModel):
@@ -58,8 +83,9 @@ class InputCall(BaseModel):
     arguments: str
 
     def plain(self) -> Message:
-        """As the model wrote it."""
-        return Message(role="assistant", content=write_tool_call(self.name, self.arguments))
+        """The same in our form."""
+        call = ToolCallPart(type="tool_call", id=self.call_id, name=self.name, arguments=self.arguments)
+        return Message(role="assistant", content=[call])
 
 
 class InputResult(BaseModel):
@@ -71,8 +97,9 @@ class InputResult(BaseModel):
     output: str
 
     def plain(self) -> Message:
-        """As the template knows it."""
-        return Message(role="tool", content=self.output)
+        """The same in our form."""
+        result = ToolResultPart(type="tool_result", tool_call_id=self.call_id, content=self.output)
+        return Message(role="tool", content=[result])
 
 
 class ResponseTool(FunctionTool):
@@ -146,6 +173,17 @@ class ResponsesRequest(Body):
     tool_choice: Choice | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_parts(cls, data: Any) -> Any:
+        for item in data["input"] if isinstance(data, dict) and isinstance(data.get("input"), list) else ():
+            refuse_parts(
+                item.get("content") if isinstance(item, dict) else None,
+                ("input_text", "output_text", "input_image"),
+                "input",
+            )
+        return data
+
     def messages(self) -> list[Message]:
         """The conversation. Calls and texts of one assistant's turn are joined."""
         if isinstance(self.input, str):
@@ -153,10 +191,7 @@ class ResponsesRequest(Body):
         else:
             messages = []
             for item in self.input:
-                one = item.plain()
-                if messages and one["role"] == messages[-1]["role"] == "assistant":
-                    one = Message(role="assistant", content=f"{messages.pop()['content']}\n{one['content']}")
-                messages.append(one)
+                messages = with_turn(messages, item.plain())
         return with_system(messages, self.instructions) if self.instructions else messages
 
     def echoed(self) -> dict[str, Any]:

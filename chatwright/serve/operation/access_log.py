@@ -142,7 +142,7 @@ def record(scope: Scope, known: RequestFacts, status: int, seconds: float) -> di
     return line
 
 
-class Ledger:
+class AccessLogMiddleware:
     """ASGI middleware, the outermost: gives each request its id and its facts, and reports how it ended."""
 
     def __init__(

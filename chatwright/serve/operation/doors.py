@@ -173,7 +173,7 @@ def client_of(scope: Scope) -> str:
     return str((scope.get("client") or ("",))[0])
 
 
-class Doorkeeper:
+class AuthMiddleware:
     """ASGI middleware: lets in who may come in."""
 
     def __init__(self, app: ASGIApp, *, doors: Doors, login: Callable[[Scope, str], ASGIApp]) -> None:

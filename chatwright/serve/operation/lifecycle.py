@@ -23,7 +23,7 @@ class Lifecycle:
         """HTTP requests that have come and whose answers are not sent yet."""
 
 
-class Gate:
+class DrainMiddleware:
     """ASGI middleware: while the server drains, new work is refused."""
 
     def __init__(self, app: ASGIApp, *, lifecycle: Lifecycle, retry_after: int) -> None:

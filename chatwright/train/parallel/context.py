@@ -7,13 +7,13 @@
 * `tp`    every matrix product is cut over groups of `tensor` processes, by heads in attention and by columns, then rows,
           in the MLP (Shoeybi et al. 2019, arXiv:1909.08053, section 3); `fsdp` over what is left.
 
-The door is `Spread`: a `Trainer` asks it for everything in which many processes differ from one. `Spread` itself is one
-process alone, `Together` several. docs/scaling.md says which plan when, and how to launch.
+The door is `ParallelContext`: a `Trainer` asks it for everything in which many processes differ from one. `ParallelContext` itself is one
+process alone, `MultiProcess` several. docs/scaling.md says which plan when, and how to launch.
 
 Models that only judge or are compared with (`frozen`) are cut as the trained ones are, apart from them: a training step does
 not put them together.
 
-A stage's forward passes and held-out measures must go through `Spread.forward`: it puts parameters together
+A stage's forward passes and held-out measures must go through `ParallelContext.forward`: it puts parameters together
 that lie elsewhere. Limits: embeddings, norms and the output matrix are not cut by `tp`, and every process first makes the
 whole model in its own memory.
 """
@@ -52,15 +52,15 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The processes as a box: `copies` x `shard` x `tensor`. The first two see different samples."""
+class MeshShape:
+    """The processes as a mesh_shape: `copies` x `shard` x `tensor`. The first two see different samples."""
 
-    copies: int
+    replicas: int
     shard: int
     tensor: int
 
 
-def sizes(config: ParallelConfig, world: int, local: int) -> Sizes:
+def arrange(config: ParallelConfig, world: int, local: int) -> MeshShape:
     """How `world` processes, `local` of them on each machine, are arranged. Raises UsageError when they cannot be."""
     plan = config.plan
     if plan not in ("auto", "ddp", "fsdp", "hsdp", "tp"):
@@ -70,7 +70,7 @@ def sizes(config: ParallelConfig, world: int, local: int) -> Sizes:
     if config.tensor and plan != "tp":
         raise UsageError(f"parallel.tensor is for the plan tp, not {plan}")
     if plan == "fsdp":
-        return Sizes(1, world, 1)
+        return MeshShape(1, world, 1)
     if plan == "hsdp":
         shard = config.shard or local
         if shard < 1 or world % shard or world == shard:
@@ -78,20 +78,20 @@ def sizes(config: ParallelConfig, world: int, local: int) -> Sizes:
                 f"parallel.plan hsdp: {world} processes are not several groups of {shard}; "
                 "set parallel.shard to a proper divisor, or use fsdp"
             )
-        return Sizes(world // shard, shard, 1)
+        return MeshShape(world // shard, shard, 1)
     if plan == "tp":
         tensor = config.tensor or world
         if tensor < 2 or world % tensor:
             raise UsageError(
                 f"parallel.plan tp: {world} processes are not groups of {tensor}; set parallel.tensor to a divisor above 1"
             )
-        return Sizes(1, world // tensor, tensor)
-    return Sizes(world, 1, 1)
+        return MeshShape(1, world // tensor, tensor)
+    return MeshShape(world, 1, 1)
 
 
 def check(
     config: ParallelConfig,
-    box: Sizes,
+    mesh_shape: MeshShape,
     *,
     batch_size: int,
     micro_batch: int = 0,
@@ -99,7 +99,7 @@ def check(
     named: str = "batch_size",
 ) -> None:
     """Raise UsageError when the batch, which the settings call `named`, or the model's shape cannot be divided in this way."""
-    data = box.copies * box.shard
+    data = mesh_shape.replicas * mesh_shape.shard
     if batch_size % data:
         raise UsageError(
             f"{named} {batch_size} cannot be divided among {data} processes: make it a multiple of {data}"
@@ -107,12 +107,12 @@ def check(
     if micro_batch and (batch_size // data) % micro_batch:
         share = f"{batch_size // data}, each process's share of batch_size {batch_size}"
         raise UsageError(f"micro_batch {micro_batch} must divide {share}")
-    if shape is None or box.tensor == 1:
+    if shape is None or mesh_shape.tensor == 1:
         return
     for name in ("heads", "kv_heads", "mlp_width"):
-        if getattr(shape, name) % box.tensor:
+        if getattr(shape, name) % mesh_shape.tensor:
             raise UsageError(
-                f"the model's {name}, {getattr(shape, name)}, cannot be divided among {box.tensor} processes: "
+                f"the model's {name}, {getattr(shape, name)}, cannot be divided among {mesh_shape.tensor} processes: "
                 "choose another parallel.tensor"
             )
 
@@ -121,7 +121,7 @@ Result = TypeVar("Result")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class Spread:
+class ParallelContext:
     """One process alone. The methods are what a `Trainer` needs to know about the others."""
 
     data_rank = 0
@@ -130,10 +130,12 @@ class Spread:
     """How many shares there are."""
     together = False
     """Whether there are other processes."""
-    in_parts = False
+    is_sharded = False
     """Whether parameters are cut, so that checkpoints are written by all processes."""
 
-    def spread(self, modules: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module] | None = None) -> None:
+    def distribute(
+        self, modules: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module] | None = None
+    ) -> None:
         """Put the plan on the modules, before their optimisers are made. `frozen` ones take part in forward passes without
         gradients only."""
 
@@ -163,20 +165,20 @@ class Spread:
         """Each value summed over the processes that see different samples."""
         return list(values)
 
-    def gathered(self, value: Result) -> list[Result]:
+    def all_gather(self, value: Result) -> list[Result]:
         """What each process that sees different samples has, in the order of their samples, in all. On the CPU."""
         return [value]
 
     @property
-    def cuts_products(self) -> bool:
+    def is_tensor_parallel(self) -> bool:
         """Whether a block's matrix products are shared (plan `tp`)."""
         return False
 
-    def mine(self, count: int) -> slice:
+    def local_slice(self, count: int) -> slice:
         """This process's share of `count` things that lie side by side; shares differ by one at most."""
         return slice(count * self.data_rank // self.data_size, count * (self.data_rank + 1) // self.data_size)
 
-    def most(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         """Each value's largest over all processes: what one asks for all do, and the slowest one's time counts."""
         return list(values)
 
@@ -187,7 +189,7 @@ class Spread:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return float(norm)
 
-    def whole_for_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def full_tensors_on_rank_zero(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors with all their parts, on the CPU of the first process; nothing in the others, which must ask too."""
         return dict(tensors)
 
@@ -209,11 +211,11 @@ class Spread:
         tensors and the random streams."""
         raise NotImplementedError("one process alone has no parts")
 
-    def told_by_first(self, make: Callable[[], Result]) -> Result:
+    def broadcast_from_rank0(self, make: Callable[[], Result]) -> Result:
         """What `make` gives in the first process, in all."""
         return make()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait for a checkpoint that is still being written. Raises UserError when it could not be."""
 
     def optimiser_tensors(self, optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -246,4 +248,4 @@ class Spread:
         torch.manual_seed(runtime.seed_for("rng", bytes(seen.cpu().numpy()).hex(), runtime.rank()))
 
 
-ALONE = Spread()
+SINGLE_PROCESS = ParallelContext()

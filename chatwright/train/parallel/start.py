@@ -11,8 +11,8 @@ from chatwright import runtime
 from chatwright.config import UsageError, UserError
 from chatwright.metrics import console
 from chatwright.model.config import GPTConfig
-from chatwright.train.parallel.context import ALONE, ParallelConfig, Spread, check, sizes
-from chatwright.train.parallel.multi_process import Together
+from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelConfig, ParallelContext, arrange, check
+from chatwright.train.parallel.multi_process import MultiProcess
 
 PATIENCE = 5.0
 """Seconds for which the first process may speak before the others."""
@@ -28,7 +28,7 @@ def start_parallel(
     compile_blocks: bool = False,
     named: str = "batch_size",
     refused: Mapping[str, str] | None = None,
-) -> Spread:
+) -> ParallelContext:
     """The processes of this run, arranged by the plan. `refused` are plans that the stage cannot use, and why. Raises
     UsageError, in every process, when it cannot be."""
     if config.plan in (refused or {}):
@@ -40,14 +40,14 @@ def start_parallel(
                 f"parallel.plan {config.plan} needs processes that torchrun starts: "
                 "torchrun --nproc-per-node 2 -m chatwright ... (docs/scaling.md)"
             )
-        sizes(config, 1, 1)  # refuses settings of plans that are not chosen
-        return ALONE
-    box = sizes(config, runtime.world_size(), runtime.local_world_size())
-    check(config, box, batch_size=batch_size, micro_batch=micro_batch, shape=shape, named=named)
+        arrange(config, 1, 1)  # refuses settings of plans that are not chosen
+        return SINGLE_PROCESS
+    mesh_shape = arrange(config, runtime.world_size(), runtime.local_world_size())
+    check(config, mesh_shape, batch_size=batch_size, micro_batch=micro_batch, shape=shape, named=named)
     if runtime.world_size() == 1:
-        return ALONE
+        return SINGLE_PROCESS
     can_compile = compile_blocks and runtime.compiler_missing() is None
-    return Together(box, dtype=runtime.compute_dtype(precision), compile_blocks=can_compile)
+    return MultiProcess(mesh_shape, dtype=runtime.compute_dtype(precision), compile_blocks=can_compile)
 
 
 @contextlib.contextmanager
@@ -57,13 +57,13 @@ def process_group() -> Iterator[None]:
     An error in another one is told late: most are found by all, and torchrun ends the others when the first one ends.
     """
     before = console.quiet
-    console.quiet = before or not runtime.is_first()
+    console.quiet = before or not runtime.is_rank_zero()
     try:
         runtime.join()
         yield
         runtime.leave()
     except UserError as error:
-        if runtime.is_first():
+        if runtime.is_rank_zero():
             raise
         time.sleep(PATIENCE)
         raise type(error)(f"process {runtime.rank()}: {error}") from None

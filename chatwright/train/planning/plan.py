@@ -18,7 +18,7 @@ from chatwright.config import UserError
 from chatwright.metrics import duration, say
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
-from chatwright.train.parallel.context import Spread
+from chatwright.train.parallel.context import ParallelContext
 from chatwright.train.planning.dry_run import DryRun, Operation, dry_run
 from chatwright.train.planning.program import PlannedStage, StagePlan, program_of
 from chatwright.train.planning.timing import SECONDS, seconds_of
@@ -243,25 +243,31 @@ def worth_planning(planned: PlannedStage) -> bool:
 
 
 def ahead(
-    stage: str, plan: StagePlan, config: Any, shape: GPTConfig, spread: Spread, *, learnt: float = 1.0
+    stage: str,
+    plan: StagePlan,
+    config: Any,
+    shape: GPTConfig,
+    spread: ParallelContext,
+    *,
+    learnt: float = 1.0,
 ) -> Any:
     """Say the plan of a stage that is about to start; returns its settings with the micro-batch that fits.
 
     Raises UserError, in every process, when none does.
     """
-    box = getattr(spread, "box", None)
+    mesh_shape = getattr(spread, "mesh_shape", None)
     planned = PlannedStage(
         stage,
         plan,
         shape,
         config,
         learnt,
-        shards=box.shard * box.tensor if box else 1,
+        shards=mesh_shape.shard * mesh_shape.tensor if mesh_shape else 1,
         processes=spread.data_size,
     )
     if not worth_planning(planned):
         return config
-    micro = runtime.told_by_first(lambda: _ahead(planned))
+    micro = runtime.broadcast_from_rank0(lambda: _ahead(planned))
     return replace(config, fit=replace(config.fit, micro_batch=micro)) if micro else config
 
 

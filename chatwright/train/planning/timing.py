@@ -33,7 +33,7 @@ SECONDS = 8.0
 """How long to go on timing, unless asked for less."""
 
 ROUNDS = 3
-"""Rounds in any case, however large the operations are."""
+"""PolicyTraining in any case, however large the operations are."""
 
 SPAN = 0.02
 """Seconds for which an operation is called again and again in a round; a tenth of it in the first, which finds out what is worth timing."""

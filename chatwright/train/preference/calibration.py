@@ -116,7 +116,7 @@ def log_loss(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float
 
 def draw(directory: Path, found: Reliability, *, low: float, what: str) -> str:
     """Have the first process write the reliability diagram to `directory`; returns the file's name."""
-    if not runtime.is_first():
+    if not runtime.is_rank_zero():
         return PICTURE
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -18,6 +18,7 @@ from chatwright.config import UserError
 from chatwright.data.examples import Comparison, Dialogue, LabelledText
 from chatwright.data.loader import WIDTH_STEP, SampleOrder, pad
 from chatwright.data.records import read_records
+from chatwright.messages import described, written
 from chatwright.objectives.preference import Ties, pair_wins
 from chatwright.tokenizer import Tokenizer
 
@@ -79,7 +80,7 @@ def first_prompts(file: Path, most: int = 2_000) -> list[tuple[Message, ...]]:
     for a prompt costs time in every row; else all. Raises UserError."""
     records = islice(read_records(file, Dialogue), most)
     first = [dialogue.messages[:1] for dialogue in records if dialogue.messages[0]["role"] == "user"]
-    return [turn for turn in first if len(turn[0]["content"]) < 24] or first
+    return [turn for turn in first if len(described(turn[0]["content"])) < 24] or first
 
 
 def demonstrations(file: Path, most: int) -> list[Comparison]:
@@ -92,7 +93,7 @@ def demonstrations(file: Path, most: int) -> list[Comparison]:
         if "user" in roles[:place]:
             found.append(
                 Comparison.of(
-                    dialogue.messages[:place], (dialogue.messages[place]["content"], ""), (0.0, 0.0)
+                    dialogue.messages[:place], (written(dialogue.messages[place]["content"]), ""), (0.0, 0.0)
                 )
             )
         if len(found) == most:
@@ -212,14 +213,14 @@ class Split:
     train: list[Comparison]
     held_out: list[Comparison]
     """Held-out prompts, by annotators whose other judgements are trained on."""
-    strangers: list[Comparison]
+    held_out_annotators: list[Comparison]
     """Held-out prompts, by annotators whose judgements are not trained on at all."""
 
 
 def without_annotators(train: list[Comparison], held_out: list[Comparison], names: str) -> Split:
     """Keep the judgements of some annotators (names, comma-separated) out of training.
 
-    Both kinds of annotators are measured on held-out prompts, so that only the annotator differs; what the strangers said
+    Both kinds of annotators are measured on held-out prompts, so that only the annotator differs; what the held_out_annotators said
     about training prompts is not used. Raises UserError: an unknown name, or nothing left on one of the sides.
     """
     chosen = {name.strip() for name in names.split(",") if name.strip()}
@@ -233,15 +234,15 @@ def without_annotators(train: list[Comparison], held_out: list[Comparison], name
         raise UserError(
             f"held_out_annotators: nobody is called {', '.join(unknown)}; annotators: {told}{' ...' if len(known) > 10 else ''}"
         )
-    strangers = [one for one in held_out if one.annotator in chosen]
+    held_out_annotators = [one for one in held_out if one.annotator in chosen]
     kept, measured = ([one for one in side if one.annotator not in chosen] for side in (train, held_out))
     for what, found in (
         ("training comparisons by others", kept),
         ("held-out comparisons by others", measured),
-        ("comparisons of theirs on held-out prompts", strangers),
+        ("comparisons of theirs on held-out prompts", held_out_annotators),
     ):
         if not found:
             raise UserError(
                 f"held_out_annotators {names}: there are no {what}; hold out others, or raise the validation share"
             )
-    return Split(kept, measured, strangers)
+    return Split(kept, measured, held_out_annotators)

@@ -20,7 +20,7 @@ from chatwright.train import adapters
 from chatwright.train.base import open_base
 from chatwright.train.compiled import compile_blocks
 from chatwright.train.loop import FitConfig
-from chatwright.train.parallel.context import ALONE, Spread
+from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelContext
 from chatwright.train.planning.program import PlannedStage, StepProgram, fake_tokens
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
@@ -47,8 +47,12 @@ def chat_base(name: str, workspace: Workspace) -> Loaded:
     return base
 
 
-def make_judge(
-    verb: str, config: JudgeStage, workspace: Workspace, base: Loaded, spread: Spread = ALONE
+def make_scalar_model(
+    verb: str,
+    config: JudgeStage,
+    workspace: Workspace,
+    base: Loaded,
+    spread: ParallelContext = SINGLE_PROCESS,
 ) -> tuple[ScalarModel, Trainer, torch.dtype]:
     """A scalar model with the base's body, what trains it, and the type that it computes in."""
     assert base.tokenizer is not None and base.template is not None
@@ -61,18 +65,24 @@ def make_judge(
     if runtime.device().type == "cpu":
         model.body.use_attention(plain_attention)
     if config.fit.compile:
-        say(f"  {compile_blocks(model, cut=spread.cuts_products)}")
+        say(f"  {compile_blocks(model, cut=spread.is_tensor_parallel)}")
     runtime.tune_allocator()
-    card: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "kind": "reward",
         "model": model.config.to_dict(),
         "tokenizer": base.tokenizer.fingerprint,
         "template": base.template.fingerprint,
-        **adapters.card(config.lora, base=base.model),
+        **adapters.metadata(config.lora, base=base.model),
     }
     texts = {"tokenizer.json": base.tokenizer.to_json(), "chat_template.jinja": base.template.source}
     trainer = Trainer(
-        {"model": model}, config.optim, workspace, card=card, texts=texts, keep=config.fit.keep, spread=spread
+        {"model": model},
+        config.optim,
+        workspace,
+        metadata=metadata,
+        texts=texts,
+        keep=config.fit.keep,
+        spread=spread,
     )
     return model, trainer, runtime.compute_dtype(config.fit.precision)
 

@@ -14,7 +14,7 @@ from chatwright.train.rl.gold import SENTIMENT
 
 
 @dataclass(frozen=True)
-class RoundsConfig:
+class RLConfig:
     """Settings that all methods share."""
 
     base: str = field(default="sft", metadata={"input": True})
@@ -24,11 +24,11 @@ class RoundsConfig:
     data: str = field(default="data", metadata={"input": True})
     """The stage, or directory, with dialogues-train.jsonl: their user turns are the prompts."""
     iterations: int = 40
-    """Rounds of sampling and updating."""
+    """PolicyTraining of sampling and updating."""
     batch_size: int = 64
-    """Answers sampled per round."""
+    """Completions sampled per round."""
     minibatch_size: int = 32
-    """Answers per optimiser step."""
+    """Completions per optimiser step."""
     max_prompt_tokens: int = 96
     """Prompts longer than this are left out."""
     max_new_tokens: int = 32
@@ -44,7 +44,7 @@ class RoundsConfig:
     kl_target: float = 6.0
     """Nats per answer at which the coefficient stays as it is; 0 keeps it fixed for ever."""
     kl_horizon: float = 300.0
-    """Answers over which the coefficient adapts; smaller is faster."""
+    """Completions over which the coefficient adapts; smaller is faster."""
     kl_budget: float = 10.0
     """Nats per answer beyond which training stops."""
     patience: int = 0
@@ -67,7 +67,7 @@ class RoundsConfig:
     unfinished_score: float = -2.0
     """Score of an answer that has no end token, is too short or repeats itself; scores have mean 0 and deviation 1."""
     min_tokens: int = 4
-    """Answers shorter than this count as degenerate."""
+    """Completions shorter than this count as degenerate."""
     max_repeats: float = 0.3
     """Largest share of an answer's bigrams that may have occurred in it before."""
     min_correlation: float = 0.6

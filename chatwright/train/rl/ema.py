@@ -15,7 +15,7 @@ def averaged(policy: nn.Module) -> list[nn.Parameter]:
     return lora_parameters(policy) or list(policy.parameters())
 
 
-def average_of(policy: GPT) -> nn.Module:
+def ema_of(policy: GPT) -> nn.Module:
     """Where an average of a policy begins, frozen. A and B of an adapter are averaged each on its own: the average of their
     products would have a higher rank than the adapter."""
     own = lora_parameters(policy)
@@ -27,7 +27,7 @@ def average_of(policy: GPT) -> nn.Module:
 
 
 @torch.no_grad()
-def follow(average: nn.Module, policy: nn.Module, decay: float) -> None:
+def update_ema(average: nn.Module, policy: nn.Module, decay: float) -> None:
     """average <- decay x average + (1 - decay) x policy (Ouyang et al. 2022, appendix C.4). Of models in parts each process
     averages its own."""
     for mine, theirs in zip(average.parameters(), averaged(policy), strict=True):
@@ -35,7 +35,7 @@ def follow(average: nn.Module, policy: nn.Module, decay: float) -> None:
 
 
 @torch.no_grad()
-def become(policy: nn.Module, average: nn.Module) -> None:
+def copy_weights(policy: nn.Module, average: nn.Module) -> None:
     """Give the policy the weights of its average."""
     for mine, theirs in zip(averaged(policy), average.parameters(), strict=True):
         mine.copy_(theirs)

@@ -17,9 +17,9 @@ from chatwright import runtime
 from chatwright.interop.loaded import Loaded
 from chatwright.model.attention import plain_attention
 from chatwright.train.rl.models import load_reward
-from chatwright.train.rl.rollout import Answers, texts_of
+from chatwright.train.rl.rollout import Completions, texts_of
 
-Gold = Callable[[Answers], Float[Tensor, " batch"]]
+Gold = Callable[[Completions], Float[Tensor, " batch"]]
 
 SENTIMENT = "sentiment"
 """The name of the lexicon's measure in the settings; anything else names a reward model."""
@@ -51,7 +51,7 @@ def gold_of(name: str, resolve: Callable[[str], Path], base: Loaded) -> Gold | N
         judge.body.use_attention(plain_attention)
 
     @torch.no_grad()
-    def scores(answers: Answers) -> Float[Tensor, " batch"]:
+    def scores(answers: Completions) -> Float[Tensor, " batch"]:
         return judge.score(answers.ids, answers.real).float().cpu()
 
     return scores

@@ -29,14 +29,14 @@ Row = Mapping[str, float]
 History = Sequence[Row]
 
 YOUNG = 15
-"""Rounds after which a critic should have learnt something."""
+"""PolicyTraining after which a critic should have learnt something."""
 WINDOW = 5
-"""Rounds over which a gold measure is averaged when the settings name no patience."""
+"""PolicyTraining over which a gold measure is averaged when the settings name no patience."""
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding may do at most, with room to spare, in the precision of the policy's products."""
+    """What rounding may do at most, with room to protected, in the precision of the policy's products."""
 
     token: float = 1e-2
     """Nats by which sampler and trainer may disagree about a token (float32: below 1e-4)."""
@@ -69,7 +69,7 @@ class Limits:
     kl_budget: float
     """Nats per answer."""
     patience: int = 0
-    """Rounds that are averaged when a peak is looked for; 0 looks for none in the score."""
+    """PolicyTraining that are averaged when a peak is looked for; 0 looks for none in the score."""
     rounding: Rounding = FLOAT32
     """Of the policy's products."""
 

@@ -28,23 +28,23 @@ from chatwright.model.heads import ScalarModel, ValueHead
 from chatwright.model.lora import LoRAConfig, sharing_copy, without_adapter
 from chatwright.objectives import policy as objective
 from chatwright.train import adapters
-from chatwright.train.parallel.context import ALONE, Spread
+from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelContext
 from chatwright.train.rl.rollout import (
-    Answers,
+    Completions,
     Entropy,
-    answer_log_probs,
+    all_gather_completions,
+    completion_log_probs,
     concat,
     degenerate,
-    gathered,
     values_before,
 )
 
 PORTION = 64
-"""Answers that players are asked about at a time, which bounds what logits take."""
+"""Completions that models are asked about at a time, which bounds what logits take."""
 
 
 @dataclass
-class Players:
+class RLModels:
     """What is trained, what it is compared with, what judges, what predicts the judgement (REINFORCE needs none of that).
 
     A reference of None is the policy with its adapter off. Reward model and a critic with a body of its own compute in `dtype`,
@@ -57,13 +57,13 @@ class Players:
     critic: ScalarModel | ValueHead | None = None
     dtype: torch.dtype = torch.float32
     policy_dtype: torch.dtype = torch.float32
-    spread: Spread = ALONE
+    spread: ParallelContext = SINGLE_PROCESS
     """The processes that hold these models together, each of which samples and judges its share of a round's answers."""
 
     twin: GPT | None = None
-    """Where the policy is in parts: the copy of it that samples (`Spread.twin`)."""
+    """Where the policy is in parts: the copy of it that samples (`ParallelContext.twin`)."""
 
-    def share(self, spread: Spread) -> None:
+    def share(self, spread: ParallelContext) -> None:
         """Be held by many processes together; before the plan is put on the models."""
         self.spread, self.twin = spread, spread.twin(self.policy)
 
@@ -95,7 +95,7 @@ class Players:
 
 
 @dataclass(frozen=True)
-class Opinion:
+class PolicyOutputs:
     """What policy and critic say about every answer token; 0 elsewhere, and 0 everywhere for what was not asked, or without a critic."""
 
     log_probs: Float[Tensor, "batch time"]
@@ -103,25 +103,27 @@ class Opinion:
     values: Float[Tensor, "batch time"]
 
 
-def opinion(players: Players, answers: Answers, temperature: float, *, entropy: Entropy = "known") -> Opinion:
+def policy_outputs(
+    models: RLModels, answers: Completions, temperature: float, *, entropy: Entropy = "known"
+) -> PolicyOutputs:
     """One forward pass of the policy, and one of the critic unless it reads the policy's hidden states."""
-    policy, critic = players.policy, players.critic
-    with runtime.autocast(players.policy_dtype):
+    policy, critic = models.policy, models.critic
+    with runtime.autocast(models.policy_dtype):
         hidden = policy.hidden_at(answers.ids, answers.before, lengths=answers.lengths)
-        log_probs, spread = answer_log_probs(
+        log_probs, spread = completion_log_probs(
             policy, answers, temperature=temperature, entropy=entropy, hidden=hidden
         )
     if isinstance(critic, ValueHead):
         values = answers.placed(critic(hidden.float()))
     elif critic is not None:
-        with runtime.autocast(players.dtype):
+        with runtime.autocast(models.dtype):
             values = values_before(critic, answers)
     else:
         values = torch.zeros_like(log_probs)
-    return Opinion(log_probs, spread, values)
+    return PolicyOutputs(log_probs, spread, values)
 
 
-class JudgeConfig(Protocol):
+class ScoringConfig(Protocol):
     """The settings that decide which score an answer gets."""
 
     @property
@@ -134,54 +136,56 @@ class JudgeConfig(Protocol):
     def max_repeats(self) -> float: ...
 
 
-def judge(
-    reward: ScalarModel, answers: Answers, config: JudgeConfig, dtype: torch.dtype = torch.float32
+def score_completions(
+    reward: ScalarModel, answers: Completions, config: ScoringConfig, dtype: torch.dtype = torch.float32
 ) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
-    """Scores, and which answers are poor (unfinished or degenerate): those get the fixed score instead of the model's."""
+    """Scores, and which answers are penalised (unfinished or degenerate): those get the fixed score instead of the model's."""
     with runtime.autocast(dtype):
         scores = reward.score(answers.ids, answers.real)
-    poor = (
+    penalised = (
         degenerate(answers, min_tokens=config.min_tokens, max_repeats=config.max_repeats) | ~answers.finished
     )
-    return torch.where(poor, config.unfinished_score, scores), poor
+    return torch.where(penalised, config.unfinished_score, scores), penalised
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Sampled answers, and what all players said about them at that time."""
+class Scored:
+    """Sampled answers, and what all models said about them at that time."""
 
-    answers: Answers
-    opinion: Opinion
+    answers: Completions
+    policy_outputs: PolicyOutputs
     reference: Float[Tensor, "batch time"]
     scores: Float[Tensor, " batch"]
-    poor: Bool[Tensor, " batch"]
+    penalised: Bool[Tensor, " batch"]
 
 
 @torch.no_grad()
-def judged(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
-    """Ask all players about sampled answers. Each of many processes asks about its own and gets what all were told."""
-    return gathered(players.spread.forward(_judged, players, answers, config), players.spread)
+def score_rollout(models: RLModels, answers: Completions, config: ScoringConfig) -> Scored:
+    """Ask all models about sampled answers. Each of many processes asks about its own and gets what all were told."""
+    return all_gather_completions(
+        models.spread.forward(_score_rollout, models, answers, config), models.spread
+    )
 
 
-def _judged(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
-    """In portions. Not with many processes, whose portions might differ in number: each forward pass of a model in parts is one for all."""
-    if players.spread.together:
-        return _asked(players, answers, config)
-    portions = torch.split(torch.arange(len(answers.ids)), PORTION)
-    return concat([_asked(players, answers.rows(chosen), config) for chosen in portions])
+def _score_rollout(models: RLModels, answers: Completions, config: ScoringConfig) -> Scored:
+    """In micro_batches. Not with many processes, whose micro_batches might differ in number: each forward pass of a model in parts is one for all."""
+    if models.spread.together:
+        return _asked(models, answers, config)
+    micro_batches = torch.split(torch.arange(len(answers.ids)), PORTION)
+    return concat([_asked(models, answers.rows(chosen), config) for chosen in micro_batches])
 
 
-def _asked(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
-    own = opinion(players, answers, config.temperature)
-    with players.as_reference() as model, runtime.autocast(players.policy_dtype):
-        reference, _ = answer_log_probs(model, answers, temperature=config.temperature)
-    scores, poor = judge(players.reward, answers, config, players.dtype)
-    return Judged(answers, own, reference, scores, poor)
+def _asked(models: RLModels, answers: Completions, config: ScoringConfig) -> Scored:
+    own = policy_outputs(models, answers, config.temperature)
+    with models.as_reference() as model, runtime.autocast(models.policy_dtype):
+        reference, _ = completion_log_probs(model, answers, temperature=config.temperature)
+    scores, penalised = score_completions(models.reward, answers, config, models.dtype)
+    return Scored(answers, own, reference, scores, penalised)
 
 
-def round_facts(seen: Judged, beta: float) -> dict[str, float]:
+def round_facts(seen: Scored, beta: float) -> dict[str, float]:
     """What to log about a round's answers, before they are learnt from."""
-    answers, own, mask = seen.answers, seen.opinion, seen.answers.response
+    answers, own, mask = seen.answers, seen.policy_outputs, seen.answers.response
     kl = torch.where(mask, objective.kl_k1(own.log_probs, seen.reference), 0.0).sum(1)
     gaps = (answers.sampled - own.log_probs)[mask]
     k3 = torch.where(mask, objective.kl_k3(own.log_probs, seen.reference), 0.0).sum(1)
@@ -194,7 +198,7 @@ def round_facts(seen: Judged, beta: float) -> dict[str, float]:
         "entropy": float(objective.masked_mean(own.entropy, mask)),
         "length": float(mask.sum(1).float().mean()),
         "finished": float(answers.finished.float().mean()),
-        "degenerate": float(seen.poor.float().mean()),
+        "degenerate": float(seen.penalised.float().mean()),
         "sampler_gap": float(gaps.abs().max()),
         "sampler_error": float(gaps.square().mean().sqrt()),
         "tokens": float(mask.sum()),
@@ -203,13 +207,13 @@ def round_facts(seen: Judged, beta: float) -> dict[str, float]:
 
 
 def step_facts(
-    now: Opinion,
+    now: PolicyOutputs,
     before: Float[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
     *,
     weight: float,
     per_token: float = 1.0,
-    spread: Spread = ALONE,
+    spread: ParallelContext = SINGLE_PROCESS,
 ) -> dict[str, Tensor]:
     """What to log about how far the policy is from the one that sampled, whose log-probabilities were `before`.
 
@@ -221,7 +225,7 @@ def step_facts(
     if (
         spread.together
     ):  # the largest of the minibatch, of which this process has a part; NaN is no number to compare with
-        gap = torch.tensor(spread.most([float(gap.nan_to_num(nan=math.inf, posinf=math.inf))])[0])
+        gap = torch.tensor(spread.all_reduce_max([float(gap.nan_to_num(nan=math.inf, posinf=math.inf))])[0])
     tokens = mask.sum() * per_token
     return {
         "moved": 0.5
@@ -232,7 +236,7 @@ def step_facts(
     }
 
 
-def make_players(
+def make_models(
     base: Loaded,
     reward: ScalarModel,
     critic: str = "none",
@@ -240,7 +244,7 @@ def make_players(
     *,
     precision: str = "auto",
     policy_precision: str = "fp32",
-) -> Players:
+) -> RLModels:
     """Policy and reference from the SFT model. The critic is a copy of the reward model with a body of its own (`separate`),
     a head on the policy that starts at zero (`shared`), or there is `none`.
 
@@ -274,7 +278,7 @@ def make_players(
         body = model.body if isinstance(model, ScalarModel) else model
         if device.type == "cpu" and isinstance(body, GPT):
             body.use_attention(plain_attention)
-    return Players(
+    return RLModels(
         policy,
         reference,
         reward,

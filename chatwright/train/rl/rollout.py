@@ -1,7 +1,7 @@
 """Rollouts: prompts -> sampled answers with everything PPO needs to know about each token.
 
 Columns of all (B, T) tensors are positions of prompt + answer, padded on the right. `log_probs[b, t]` belongs to token
-t; `values[b, t]` is the critic's opinion BEFORE token t, its output at position t - 1 (docs/papers.md, point 7:
+t; `values[b, t]` is the critic's policy_outputs BEFORE token t, its output at position t - 1 (docs/papers.md, point 7:
 values are shifted by one against the log-probabilities).
 """
 
@@ -34,7 +34,7 @@ from chatwright.model.ragged import bucket_size
 from chatwright.objectives import policy as objective
 from chatwright.objectives.language import projected_log_probs
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.parallel.context import Spread
+from chatwright.train.parallel.context import ParallelContext
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -45,7 +45,7 @@ Entropy = Literal["", "known", "learnt"]
 
 
 @dataclass(frozen=True)
-class Answers:
+class Completions:
     """Sampled answers. `real` is True on tokens that are not padding, `response` on answer tokens, end included."""
 
     ids: Int[Tensor, "batch time"]
@@ -70,7 +70,7 @@ class Answers:
         """A number for each answer token, one row after the other, in their places; 0 elsewhere."""
         return torch.zeros(self.ids.shape, device=values.device).masked_scatter(self.response, values)
 
-    def rows(self, chosen: Tensor) -> Answers:
+    def rows(self, chosen: Tensor) -> Completions:
         """Some of the rows."""
         return chosen_rows(self, chosen)
 
@@ -79,7 +79,7 @@ class Rollout(Protocol):
     """A round's answers with what was known when they were sampled; constants for the updates that follow."""
 
     @property
-    def answers(self) -> Answers:
+    def answers(self) -> Completions:
         """The answers."""
 
     @property
@@ -117,11 +117,11 @@ def concat(batches: Sequence[Batch]) -> Batch:
     return mapped(stacked, *batches)
 
 
-def gathered(batch: Batch, spread: Spread) -> Batch:
+def all_gather_completions(batch: Batch, spread: ParallelContext) -> Batch:
     """The rows that all processes have, in the order of their samples, in each of them; alone, the batch itself."""
     if not spread.together:
         return batch
-    return runtime.on_device(concat(spread.gathered(mapped(lambda one: one.cpu(), batch))))
+    return runtime.on_device(concat(spread.all_gather(mapped(lambda one: one.cpu(), batch))))
 
 
 def as_tensors(batch: Any, prefix: str = "") -> dict[str, Tensor]:
@@ -137,12 +137,12 @@ def as_tensors(batch: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def from_tensors(kind: type[Batch], tensors: Mapping[str, Tensor], prefix: str = "") -> Batch:
-    """Inverse of `as_tensors`; what is in a rollout and no tensor are its `Answers`."""
+    """Inverse of `as_tensors`; what is in a rollout and no tensor are its `Completions`."""
     values: list[Any] = []
     for field in fields(kind):
         one = tensors.get(prefix + field.name)
         if one is None:
-            values.append(from_tensors(Answers, tensors, f"{prefix}{field.name}."))
+            values.append(from_tensors(Completions, tensors, f"{prefix}{field.name}."))
         else:
             values.append(one.bool() if one.dtype == torch.uint8 else one)
     return kind(*values)
@@ -178,7 +178,7 @@ def training_prompts(
     return prompts
 
 
-def sample_answers(
+def sample_completions(
     policy: GPT,
     prompts: Sequence[Sequence[int]],
     *,
@@ -189,7 +189,7 @@ def sample_answers(
     first: int = 0,
     max_batch: int = 64,
     dtype: torch.dtype = torch.float32,
-) -> Answers:
+) -> Completions:
     """Sample one answer to each prompt; each has a random stream of its own, named by `seed_parts` and its number, which counts
     from `first`: who samples a part of the prompts says where the part begins. On a CPU the compiled kernels sample, from copies in
     `dtype` of the weights of now."""
@@ -216,12 +216,12 @@ def sample_answers(
     sampled = torch.zeros(ids.shape)
     sampled[response] = torch.tensor([value for one in done for value in one.logprobs])
     finished = torch.tensor([bool(one.ids) and one.ids[-1] == end for one in done])
-    return runtime.on_device(Answers(ids, real, response, finished, sampled))
+    return runtime.on_device(Completions(ids, real, response, finished, sampled))
 
 
-def answer_log_probs(
+def completion_log_probs(
     model: GPT,
-    answers: Answers,
+    answers: Completions,
     *,
     temperature: float,
     entropy: Entropy = "",
@@ -230,7 +230,7 @@ def answer_log_probs(
     """Log-probability, and if asked the entropy (`learnt`: with its gradient), of every answer token under `model`; 0 elsewhere.
 
     Logits are divided by the sampling temperature, as they were when the tokens were drawn. They are float32 products even under
-    autocast (`projected_log_probs` says why). `hidden` are the model's hidden states before these tokens (`Answers.before`) where they
+    autocast (`projected_log_probs` says why). `hidden` are the model's hidden states before these tokens (`Completions.before`) where they
     are known already.
     """
     if hidden is None:
@@ -251,13 +251,13 @@ def answer_log_probs(
     return log_probs, answers.placed(objective.entropy_of(log_p if entropy == "learnt" else log_p.detach()))
 
 
-def values_before(critic: ScalarModel, answers: Answers) -> Float[Tensor, "batch time"]:
+def values_before(critic: ScalarModel, answers: Completions) -> Float[Tensor, "batch time"]:
     """The critic's value before each answer token, 0 elsewhere."""
     return answers.placed(critic.at(answers.ids, answers.before, lengths=answers.lengths))
 
 
-def degenerate(answers: Answers, *, min_tokens: int, max_repeats: float) -> Bool[Tensor, " batch"]:
-    """Answers of fewer than `min_tokens` tokens (the end not counted), or whose bigrams repeat too often.
+def degenerate(answers: Completions, *, min_tokens: int, max_repeats: float) -> Bool[Tensor, " batch"]:
+    """Completions of fewer than `min_tokens` tokens (the end not counted), or whose bigrams repeat too often.
 
     `max_repeats` is the largest allowed share of an answer's bigrams that occurred in it before.
     """
@@ -270,7 +270,7 @@ def degenerate(answers: Answers, *, min_tokens: int, max_repeats: float) -> Bool
     return torch.tensor(flags, device=answers.ids.device)
 
 
-def texts_of(answers: Answers, tokenizer: Tokenizer) -> list[str]:
+def texts_of(answers: Completions, tokenizer: Tokenizer) -> list[str]:
     """The answers as text. Ids beyond the tokenizer's spell nothing: a model's table may be larger, and all of it is drawn from."""
     spelt = answers.response & (answers.ids < tokenizer.vocab_size)
     return [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(answers.ids, spelt, strict=True)]
