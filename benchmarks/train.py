@@ -64,7 +64,8 @@ class Shape:
         )
 
     def modern(self) -> GPTConfig:
-        """The same width and depth as Qwen3: SwiGLU of 8/3 the width has as many parameters as GPT-2's MLP."""
+        """The same width and depth as Qwen3: SwiGLU of 8/3 the width has as many parameters as GPT-2's
+        MLP."""
         return GPTConfig.preset(
             "modern-tiny",
             layers=self.layers,
@@ -247,7 +248,8 @@ def litgpt_gpt2(shape: Shape, *, fast: bool) -> Callable[[], float]:
 
 
 def gemm() -> Callable[[], float]:
-    """Seconds for 10^12 operations of bf16 matrix products, the best of the round's: its inverse is the peak."""
+    """Seconds for 10^12 operations of bf16 matrix products, the best of the round's: its inverse is the
+    peak."""
     size = 2_048
     left, right = torch.randn(size, size).bfloat16(), torch.randn(size, size).bfloat16()
 

@@ -49,7 +49,8 @@ def text() -> str:
     ]
     for name, shape in PRESETS.items():
         parts.append(
-            f"| {name} | {shape.layers} | {shape.width} | {shape.heads} | {shape.context} | {shape.vocab_size:,} |"
+            f"| {name} | {shape.layers} | {shape.width} | {shape.heads} | {shape.context} | "
+            f"{shape.vocab_size:,} |"
         )
     return "\n".join(parts) + "\n"
 

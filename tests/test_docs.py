@@ -528,7 +528,8 @@ class LoggedKeys:
         return keys
 
     def returned(self, name: str, place: int | None = None) -> set[str]:
-        """The keys of what the functions of this name return (or of one place in the tuple that they return)."""
+        """The keys of what the functions of this name return (or of one place in the tuple that they
+        return)."""
         functions = [function for function in self.functions if function.name == name]
         assert functions, f"no function is called {name}"
         keys: set[str] = set()

@@ -192,7 +192,8 @@ def run(config: Config, workspace: Workspace) -> Report:
     )
     count = model.parameter_count()
     say(
-        f"  {config.preset}: {count / 1e6:.1f} M parameters; {shards.tokens / 1e6:.1f} M training tokens; {line}"
+        f"  {config.preset}: {count / 1e6:.1f} M parameters; {shards.tokens / 1e6:.1f} M training tokens; "
+        f"{line}"
     )
 
     def evaluate() -> dict[str, float]:

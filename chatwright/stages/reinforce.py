@@ -55,7 +55,8 @@ class Config(RLConfig):
             raise UsageError(f"baseline {self.baseline!r} is none of mean, leave-one-out, none")
         if self.samples_per_prompt < 1 or self.batch_size % self.samples_per_prompt:
             raise UsageError(
-                f"batch_size {self.batch_size} must be a multiple of samples_per_prompt {self.samples_per_prompt}"
+                f"batch_size {self.batch_size} must be a multiple of samples_per_prompt "
+                f"{self.samples_per_prompt}"
             )
         if self.baseline == "leave-one-out" and self.samples_per_prompt < 2:
             raise UsageError(

@@ -212,7 +212,8 @@ def preview(config: Config, workspace: Workspace, count: int) -> None:
     for number in SampleOrder(len(rows), workspace.seed).take(0, min(count, len(rows))):
         row = rows[number]
         say(
-            f"\nrow {number}: {len(row.ids)} of {length} tokens in {row.documents[-1]} conversations, {learnt_tokens(row)} learnt"
+            f"\nrow {number}: {len(row.ids)} of {length} tokens in {row.documents[-1]} conversations, "
+            f"{learnt_tokens(row)} learnt"
         )
         console.print(row_picture(row, tokenizer, end=template.end, colours=colours), soft_wrap=True)
     say(f"\n{tally(rows, length)}")

@@ -41,7 +41,8 @@ class JudgeStage(Protocol):
 
 
 def chat_base(name: str, workspace: Workspace) -> Loaded:
-    """The chat model whose body a judge starts from. Raises UserError when it has no template or tokenizer."""
+    """The chat model whose body a judge starts from. Raises UserError when it has no template or
+    tokenizer."""
     base = open_base(name, workspace)
     if base.tokenizer is None or base.template is None:
         raise UserError(f"{name} has no chat template; a judge of answers needs a model after sft")

@@ -229,7 +229,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         return runtime.on_device(from_tensors(self.rolled, self.trainer.unfinished.tensors("mid_step"))), None
 
     def _break_off(self, diagnosis: health.Diagnosis) -> None:
-        """Write the row of this round, save the state before it, and raise Unhealthy with the report so far."""
+        """Write the row of this round, save the state before it, and raise Unhealthy with the report so
+        far."""
         step = self.trainer.progress.step
         self.workspace.metrics.write(step, self.latest)
         self._save_before_round()
@@ -345,7 +346,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         ]
 
     def _measure_average(self) -> None:
-        """Ask the average of the weights the last round's prompts, and save it; `outcome.result_of` chooses."""
+        """Ask the average of the weights the last round's prompts, and save it; `outcome.result_of`
+        chooses."""
         average = self.trainer.modules.get("average")
         if average is None:
             return
@@ -361,7 +363,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         result = result_of(self.extra, step)
         if result is None:
             raise UserError(
-                f"{self.title}: no round gave answers within the KL budget that were varied enough; lower the learning rate"
+                f"{self.title}: no round gave answers within the KL budget that were varied enough; lower "
+                "the learning rate"
             )
         tax, policy = None, self.models.policy
         self.trainer.put_together(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
