@@ -22,7 +22,7 @@ help:
 	@echo "make test         check and all fast tests, as CI does; make test-all: the slow ones as well"
 	@echo "make bench-train  training speed next to transformers and litgpt (15 minutes); bench-learn: how soon it is learnt (an hour)"
 	@echo "make bench-serve  a real server, 64 clients, 5 minutes: nothing lost, nothing mixed up, memory flat (exit code 1 otherwise)"
-	@echo "make docs         write docs/cli.md anew from the program's own help"
+	@echo "make docs         write docs/reference/cli.md anew from the program's own help"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the program's own help; with --check, fail when it is out of date."""
+"""Write docs/reference/cli.md from the program's own help; with --check, fail when it is out of date."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def main() -> int:
     wanted = text()
     if "--check" in sys.argv:
         if not FILE.exists() or FILE.read_text(encoding="utf-8") != wanted:
-            print("docs/cli.md is out of date: run `make docs` and commit it", file=sys.stderr)
+            print("docs/reference/cli.md is out of date: run `make docs` and commit it", file=sys.stderr)
             return 1
         return 0
     FILE.parent.mkdir(exist_ok=True)

@@ -224,7 +224,7 @@ def test_unknown_targets_verbs_recipes_and_presets_are_found() -> None:
 
 
 def test_every_verb_is_documented() -> None:
-    text = page_text(ROOT / "README.md") + page_text(ROOT / "docs/cli.md")
+    text = page_text(ROOT / "README.md") + page_text(ROOT / "docs/reference/cli.md")
     assert unnamed_verbs(text, cli.verbs()) == []
     assert unnamed_verbs(text, [*cli.verbs(), "evaporate"]) == ["evaporate"]
 

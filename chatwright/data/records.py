@@ -56,10 +56,13 @@ def side_of_file(file: Path, kind: str, side: str) -> Iterator[Any]:
             kept += 1
             yield record
     if not kept:
+        lacking = "held out" if side == "validation" else "left to train on"
+        emptied = " ".join(f"--{name} ''" for name in ("text", "dialogues", "ratings") if name != kind)
+        share = "ratings_validation" if kind == "ratings" else "validation"
         raise UserError(
-            f"{file}: of its {total} {kind} none is {'held out' if side == 'validation' else 'left to train on'} "
-            f"({100 * HELD_OUT[kind]:.0f} % are held out, by a hash of their content); add more, or choose the "
-            f"share: chatwright data --text '' --dialogues '' --ratings '' --{kind} {file} --validation 0.2"
+            f"{file}: of its {total} {kind} none is {lacking} ({100 * HELD_OUT[kind]:.0f} % are held out, by "
+            f"a hash of their content); add more, or choose the share: "
+            f"chatwright data {emptied} --{kind} {file} --{share} 0.2"
         )
 
 
@@ -82,7 +85,8 @@ def read_records(file: Path, kind: type[Record]) -> Iterator[Record]:
                 yield kind.from_json(line)  # type: ignore[attr-defined]
     except FileNotFoundError:
         raise UserError(
-            f"{file} does not exist; the data stage writes it where its setting `{setting_for(file)}` names a source"
+            f"{file} does not exist; the data stage writes it where its setting `{setting_for(file)}` names "
+            "a source"
         ) from None
     except (ValueError, OSError) as error:
         raise UserError(f"{file} is damaged: {error}") from None

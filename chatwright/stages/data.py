@@ -39,14 +39,14 @@ class Config:
     dialogues: str = "chitchat"
     """Conversations for SFT and for the prompts of PPO; empty for none."""
     dialogue_format: Format = "auto"
-    """How your own conversations are written; auto: by the columns of each record (docs/alignment.md)."""
+    """How your own conversations are written; auto: by each record's columns (docs/reference/formats.md)."""
     ratings: str = "vader-movies,vader-tweets"
     """Texts with human ratings for the reward model; empty for none."""
     comparisons: str = ""
     """Completions that people ranked, for the reward model (its `comparisons` then names this stage); empty
     for none."""
     comparison_format: PreferenceFormat = "auto"
-    """How your own comparisons are written; auto: by the columns of each record (docs/alignment.md)."""
+    """How your own comparisons are written; auto: by each record's columns (docs/reference/formats.md)."""
     broken: Literal["refuse", "skip"] = "refuse"
     """What happens at a record that cannot be used: the stage ends and names it, or it is left out and
     counted."""

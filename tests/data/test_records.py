@@ -1,4 +1,4 @@
-"""Records straight from a file of the user's: the same records, on the same sides, as the data stage gives."""
+"""Records straight from a file of the user's: the records, and sides, that the data stage gives."""
 
 from __future__ import annotations
 
