@@ -1,25 +1,39 @@
-"""SFT, reward modelling and PPO next to TRL and a textbook loop on transformers: the same shape, data and batch, in turns.
+"""SFT, reward modelling and PPO next to TRL and a textbook loop on transformers: the same shape, data and
+batch, in turns.
 
-    python benchmarks/align.py                      modern-tiny: 4.2 M parameters, vocabulary 4,096, context 256
+    python benchmarks/align.py                      modern-tiny: 4.2 M parameters, vocabulary 4,096, context
+                                                    256
     python benchmarks/align.py --shape 135m         SmolLM2's shape: 30 x 576, vocabulary 49,152
     python benchmarks/align.py --tasks sft reward2  some of the tasks
-    python benchmarks/align.py --only trl_padded    next to some of the others only: all stay in memory together, which --shape 135m has not
+    python benchmarks/align.py --only trl_padded    next to some of the others only: all stay in memory
+                                                    together, which --shape 135m has not
 
-Every contender starts from random weights (but for ppo_sft) and reads the tiny recipe's conversations and ratings, already as
-token ids: only training is timed. All take AdamW (fused), clipping at 1.0, and bf16 products where the processor has them. A round is:
+Every contender starts from random weights (but for ppo_sft) and reads the tiny recipe's conversations and
+ratings, already as token ids: only training is timed. All take AdamW (fused), clipping at 1.0, and bf16
+products where the processor has them. A round is:
 
-sft       an epoch over the same conversations in the same number of optimiser steps; the loss is that of the answers' tokens.
-          TRL: padded, padded with conversations of like length together, and packed (its `bfd`), all without gradient
+sft       an epoch over the same conversations in the same number of optimiser steps; the loss is that of the
+answers' tokens.
+          TRL: padded, padded with conversations of like length together, and packed (its `bfd`), all without
+          gradient
           checkpointing, which it has on by default and which would cost a third.
-reward2   the same comparisons of 2 answers. reward4: of 4 answers, all pairs of which are learnt; TRL knows pairs only, so that
+reward2   the same comparisons of 2 answers. reward4: of 4 answers, all pairs of which are learnt; TRL knows
+          pairs only, so that
           it forwards an answer once for each of its pairs.
-compiled  The names that end so: ours with `compile` on (off by default, for the first steps wait a minute for it), TRL, padded, with its
-          `torch_compile`. What compiling takes is not counted, on either side. The textbook's loop is not compiled.
-ppo       64 prompts, one sampled answer of up to 32 tokens each, scores, and an update in minibatches of 16 (one pass), with
-          policy, reference, reward model and critic of the same size. Textbook: transformers' generate (key-value cache, padding
-          on the left), then forward passes over whole padded rows, as published implementations do it. TRL has no PPO any more.
-          Answers of random weights never end: each has 32 tokens. That is the worst case for whoever computes no padding.
-ppo_sft   the same from the tiny recipe's SFT model, whose answers end by themselves, as in a real run; at a rate of 1e-6, so
+compiled  The names that end so: ours with `compile` on (off by default, for the first steps wait a minute for
+          it), TRL, padded, with its
+          `torch_compile`. What compiling takes is not counted, on either side. The textbook's loop is not
+          compiled.
+ppo       64 prompts, one sampled answer of up to 32 tokens each, scores, and an update in minibatches of 16
+(one pass), with
+          policy, reference, reward model and critic of the same size. Textbook: transformers' generate
+          (key-value cache, padding
+          on the left), then forward passes over whole padded rows, as published implementations do it. TRL
+          has no PPO any more.
+          Completions of random weights never end: each has 32 tokens. That is the worst case for whoever
+          computes no padding.
+ppo_sft   the same from the tiny recipe's SFT model, whose answers end by themselves, as in a real run; at a
+          rate of 1e-6, so
           that they stay as long as they are.
 """
 
@@ -61,7 +75,7 @@ from chatwright.tokenizer import Tokenizer
 from chatwright.train.compiled import compile_blocks
 from chatwright.train.preference import rankings
 from chatwright.train.rl import training
-from chatwright.train.rl.models import make_players
+from chatwright.train.rl.models import make_models
 from chatwright.train.rl.rollout import prompts_from
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
@@ -108,7 +122,7 @@ SHAPES = {
 PPO = {"batch": 64, "minibatch": 16, "prompt": 64, "answer": 32}
 
 
-# ---- what everybody reads --------------------------------------------------------------------------------------------------------
+# ---- what everybody reads ----------------------------------------------------------------------------------
 
 
 @cache
@@ -123,7 +137,8 @@ def dialogues() -> list[Dialogue]:
 
 
 def pieces(shape: Shape) -> list[EncodedChat]:
-    """Conversations as token ids with the mask of what is learnt; drawn at random, so that their lengths are the data's."""
+    """Conversations as token ids with the mask of what is learnt; drawn at random, so that their lengths are
+    the data's."""
     chosen = torch.randperm(len(found := dialogues()), generator=torch.Generator().manual_seed(3)).tolist()
     made = (
         piece
@@ -159,8 +174,9 @@ def encoded(one: Comparison, config: reward.Config) -> list[list[int]]:
 
 
 def untrained(shape: Shape) -> float:
-    """The loss of a model whose blocks are still the identity: with tied tables it expects each token to be repeated, whose logit is
-    the length of a row of the table, sqrt(width) x 0.02, times that of the normed state, sqrt(width)."""
+    """The loss of a model whose blocks are still the identity: with tied tables it expects each token to be
+    repeated, whose logit is the length of a row of the table, sqrt(width) x 0.02, times that of the normed
+    state, sqrt(width)."""
     return math.log(shape.config.vocab_size - 1 + math.exp(0.02 * shape.config.width))
 
 
@@ -172,7 +188,7 @@ def near(found: float, expected: float, what: str) -> None:
         )
 
 
-# ---- ours ------------------------------------------------------------------------------------------------------------------------
+# ---- ours --------------------------------------------------------------------------------------------------
 
 
 def trainer(modules: dict[str, nn.Module]) -> Trainer:
@@ -268,7 +284,7 @@ def ours_ppo(shape: Shape, *, trained: bool = False, compiled: bool = False) -> 
         policy_precision="auto",
         optim=OptimConfig(name="adamw", learning_rate=SMALL_RATE if trained else RATE),
     )
-    players = make_players(
+    models = make_models(
         base,
         ScalarModel(base.model.config),
         config.critic,
@@ -276,12 +292,12 @@ def ours_ppo(shape: Shape, *, trained: bool = False, compiled: bool = False) -> 
         policy_precision=config.policy_precision,
     )
     if compiled:
-        print(compile_blocks(*players.computing))
+        print(compile_blocks(*models.computing))
     workspace = Workspace(Path(tempfile.mkdtemp(prefix="bench-align-")), 3)
     runtime.tune_allocator()
-    trainer = training.trainer_of(players, config, workspace, base, {})
+    trainer = training.trainer_of(models, config, workspace, base, {})
     trainer.progress.extra = {"beta": config.beta, "best": None, "history": []}
-    run = ppo._Run(config, workspace, trainer, players, base, questions(shape))
+    run = ppo._Run(config, workspace, trainer, models, base, questions(shape))
 
     def one_round() -> float:
         started = time.perf_counter()
@@ -295,7 +311,7 @@ def ours_ppo(shape: Shape, *, trained: bool = False, compiled: bool = False) -> 
     return warmed(one_round)
 
 
-# ---- TRL -------------------------------------------------------------------------------------------------------------------------
+# ---- TRL ---------------------------------------------------------------------------------------------------
 
 
 def trl_settings(**more: Any) -> dict[str, Any]:
@@ -345,7 +361,7 @@ def hf_model(shape: Shape, kind: str) -> Any:
 
 
 def trl_rounds(made: Any, expected: float, what: str) -> Callable[[], float]:
-    """Rounds of `trainer.train()`: from the beginning of the first step to the end of the last."""
+    """PolicyTraining of `trainer.train()`: from the beginning of the first step to the end of the last."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -428,7 +444,7 @@ def trl_reward(shape: Shape, k: int, *, compiled: bool = False) -> Callable[[], 
     return trl_rounds(made, math.log(2), f"TRL, comparisons of {k}")
 
 
-# ---- the textbook's PPO ----------------------------------------------------------------------------------------------------------
+# ---- the textbook's PPO ------------------------------------------------------------------------------------
 
 
 def exported(base: Loaded) -> Any:
@@ -441,8 +457,8 @@ def exported(base: Loaded) -> Any:
 
 
 def textbook_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:
-    """PPO as it is written down in most places: generate, five forward passes over padded rows, minibatches; answers are masked
-    behind their end."""
+    """PPO as it is written down in most places: generate, five forward passes over padded rows, minibatches;
+    answers are masked behind their end."""
     policy, reference = (
         exported(start(shape, True)) if trained else hf_model(shape, "CausalLM") for _ in range(2)
     )
@@ -512,16 +528,18 @@ def textbook_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:
             gained = (gained - gained[real].mean()) / (gained[real].std() + 1e-8)
         for part in torch.randperm(len(ids)).split(PPO["minibatch"]):
             with runtime.autocast(dtype):
-                now, opinion = (
+                now, policy_outputs = (
                     log_probs(policy, ids[part], mask[part], start),
                     values(ids[part], mask[part], start),
                 )
             ratio = (now - before[part]).exp()
             actor = torch.max(-gained[part] * ratio, -gained[part] * ratio.clamp(0.8, 1.2))[real[part]].mean()
-            near_ = seen[part] + (opinion - seen[part]).clamp(-0.2, 0.2)
+            near_ = seen[part] + (policy_outputs - seen[part]).clamp(-0.2, 0.2)
             value = (
                 0.5
-                * torch.max((opinion - returns[part]) ** 2, (near_ - returns[part]) ** 2)[real[part]].mean()
+                * torch.max((policy_outputs - returns[part]) ** 2, (near_ - returns[part]) ** 2)[
+                    real[part]
+                ].mean()
             )
             (actor + 0.1 * value).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -532,7 +550,7 @@ def textbook_ppo(shape: Shape, *, trained: bool = False) -> Callable[[], float]:
     return warmed(one_round)
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------------
 
 
 def contenders(shape: Shape) -> dict[str, dict[str, side_by_side.Contender]]:
@@ -575,7 +593,8 @@ def table(name: str, task: str, samples: dict[str, dict[str, Any]]) -> dict[str,
     ratios: dict[str, float] = {}
     ours = [who for who in samples if who.startswith("ours")]
     print(
-        f"\n{name}, {task}: {count} samples a round\n{'':14} samples/s   peak memory   {'   '.join(f'{who} is faster by' for who in ours)}"
+        f"\n{name}, {task}: {count} samples a round\n{'':14} samples/s   peak memory   "
+        f"{'   '.join(f'{who} is faster by' for who in ours)}"
     )
     for who, row in samples.items():
         faster = {mine: side_by_side.median_ratio(samples[mine]["seconds"], row["seconds"]) for mine in ours}
@@ -614,7 +633,8 @@ def main() -> int:
     for stage in ("tokenizer", *(["sft"] if "ppo_sft" in tasks else [])):
         if not (RUN / stage / "result.json").is_file():
             raise SystemExit(
-                f"{RUN} has no {stage}: run `chatwright run tiny --until {stage}` first (make bench-align does)"
+                f"{RUN} has no {stage}: run `chatwright run tiny --until {stage}` first (make bench-align "
+                "does)"
             )
     ratios, kept = {}, {}
     with tempfile.TemporaryDirectory(prefix="bench-align-") as directory:

@@ -1,10 +1,12 @@
-"""Text to tokens: our batch encoding and our token shards beside the `tokenizers` library's own batch encoding.
+"""Text to tokens: our batch encoding and our token shards beside the `tokenizers` library's own batch
+encoding.
 
     chatwright run tiny --until tokenizer       # the text and the tokenizer: runs/tiny
     python benchmarks/encode.py                 # under a minute
 
-In turns, the same documents and the same tokenizer.json, all cores. `shards` is the whole way to disk: encoding, counting
-bytes, checksums, files that appear whole. The peer's figure ends with its `Encoding` objects: nothing is taken out of them.
+In turns, the same documents and the same tokenizer.json, all cores. `shards` is the whole way to disk:
+encoding, counting bytes, checksums, files that appear whole. The peer's figure ends with its `Encoding`
+objects: nothing is taken out of them.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from chatwright.tokenizer import Tokenizer
 
 
 def main() -> int:
-    """Rounds in turns, the table, results/encode.json."""
+    """PolicyTraining in turns, the table, results/encode.json."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,7 +64,8 @@ def main() -> int:
     for name, spent in seconds.items():
         faster = side_by_side.median_ratio(spent, seconds["tokenizers"])
         print(
-            f"{name:14} {size / side_by_side.statistics.median(spent):6.1f} MB/s   {faster:.2f} of the library's"
+            f"{name:14} {size / side_by_side.statistics.median(spent):6.1f} MB/s   {faster:.2f} of the "
+            "library's"
         )
         if name != "tokenizers":
             ratios[f"{name}/tokenizers"] = faster

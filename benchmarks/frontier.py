@@ -1,13 +1,17 @@
-"""How far must a policy go from where it came from?  Every ppo, reinforce and bestofn stage of a recipe, measured alike.
+"""How far must a policy go from where it came from?  Every ppo, reinforce and bestofn stage of a recipe,
+measured alike.
 
-    python benchmarks/frontier.py                # recipes/sentiment.yaml with seeds 1, 2 and 3; stopped, it goes on where it was
+    python benchmarks/frontier.py                # recipes/sentiment.yaml with seeds 1, 2 and 3; stopped, it
+                                                 # goes on where it was
     python benchmarks/frontier.py --show         # the table and the picture of what is measured already
     python benchmarks/frontier.py --recipe smollm2 --seeds 1 --judge vader-movies --fluency smollm2
 
-Stages run as `chatwright run` runs them: those up to the reward model once, in runs/RECIPE/base with the recipe's own seed, what learns
-from it, or chooses by it, once for each seed, in runs/RECIPE/seed-N. A policy is measured by `measures.Table`: the reward model's
-score, the gold (VADER's lexicon, which no training saw, unless the stage names another), KL, variety, on prompts of held-out conversations. Best-of-n is measured by
-its own stage on the same prompts; its KL is the analytic one, an upper bound. A stage that fails stays in the table, with its error.
+Stages run as `chatwright run` runs them: those up to the reward model once, in runs/RECIPE/base with the
+recipe's own seed, what learns from it, or chooses by it, once for each seed, in runs/RECIPE/seed-N. A policy
+is measured by `measures.Table`: the reward model's score, the gold (VADER's lexicon, which no training saw,
+unless the stage names another), KL, variety, on prompts of held-out conversations. Best-of-n is measured by
+its own stage on the same prompts; its KL is the analytic one, an upper bound. A stage that fails stays in the
+table, with its error.
 """
 
 from __future__ import annotations
@@ -88,7 +92,8 @@ def table_of(config: Any, workspace: Workspace, judges: Mapping[str, Any], third
 
 
 def word_judge(source: str, share: float = 0.1) -> tuple[measures.WordBag, float]:
-    """A judge that learnt from a labelled source, and its correlation with the ratings of texts held out from it."""
+    """A judge that learnt from a labelled source, and its correlation with the ratings of texts held out from
+    it."""
     texts = list(sources.labelled_texts(source))
     sides = {
         side: [one for one in texts if sources.split_of(one.id, share) == side]
@@ -253,7 +258,8 @@ def table(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
 
 
 def extras(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    """What only some recipes measure: win rates against the model before, fluency, the alignment tax. One line a policy and seed."""
+    """What only some recipes measure: win rates against the model before, fluency, the alignment tax. One
+    line a policy and seed."""
     lines = []
     for name, by_seed in stages.items():
         for seed, row in by_seed.items():

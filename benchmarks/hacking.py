@@ -1,13 +1,16 @@
-"""Reward hacking: a proxy that learnt from few labels, optimised far beyond what it is good for.  Gao et al. 2022.
+"""Reward hacking: a proxy that learnt from few labels, optimised far beyond what it is good for.  Gao et al.
+2022.
 
-    chatwright run sentiment --out runs/sentiment --name base --until reward     # the model that all starts from, and the gold
-    python benchmarks/hacking.py                 # recipes/hacking.yaml with seeds 2, 3 and 4; stopped, it goes on where it was
+    chatwright run sentiment --out runs/sentiment --name base --until reward     # the model that all starts
+    from, and the gold
+    python benchmarks/hacking.py                 # recipes/hacking.yaml with seeds 2, 3 and 4; stopped, it
+                                                 # goes on where it was
     python benchmarks/hacking.py --show          # the table and the picture of what is measured already
 
-The gold is a reward model that learnt from all labels, the proxy one that learnt from 300 of them. PPO runs on without a limit, and each of
-its checkpoints is measured on held-out prompts: proxy and gold over KL. What early stopping (`gold`, `patience: 5`) would have kept follows
-from the run's own log, for until it stops such a run is the same; for the first seed the stage `stopped` does it in earnest, and must
-keep the same round.
+The gold is a reward model that learnt from all labels, the proxy one that learnt from 300 of them. PPO runs
+on without a limit, and each of its checkpoints is measured on held-out prompts: proxy and gold over KL. What
+early stopping (`gold`, `patience: 5`) would have kept follows from the run's own log, for until it stops such
+a run is the same; for the first seed the stage `stopped` does it in earnest, and must keep the same round.
 """
 
 from __future__ import annotations
@@ -66,8 +69,8 @@ def run(recipe: recipes.Recipe, root: Path, *, stopped: bool) -> dict[str, Any]:
 
 
 def held_out(recipe: recipes.Recipe, root: Path, inputs: Mapping[str, Path], kept: int) -> dict[str, Any]:
-    """Round -> what the policy of that round is like on held-out prompts: every `save_steps` iterations, and the kept one. Those known
-    are not measured again."""
+    """Round -> what the policy of that round is like on held-out prompts: every `save_steps` iterations, and
+    the kept one. Those known are not measured again."""
     file = root / "ppo" / "measured.json"
     mark = files.read_json(root / "ppo" / "result.json")["fingerprint"]
     known = files.read_json(file) if file.is_file() else {}
@@ -86,7 +89,8 @@ def held_out(recipe: recipes.Recipe, root: Path, inputs: Mapping[str, Path], kep
 
 
 def verdict(found: Mapping[str, Any]) -> dict[str, float]:
-    """The gold, on held-out prompts, of what early stopping kept, of the best checkpoint of the whole run, and at its end."""
+    """The gold, on held-out prompts, of what early stopping kept, of the best checkpoint of the whole run,
+    and at its end."""
     points: Mapping[str, Mapping[str, float]] = found["checkpoints"]
     peak = max(points, key=lambda step: points[step]["gold"])
     kept, start, end = points[str(found["kept"])], points["0"], points[max(points, key=int)]
@@ -110,7 +114,8 @@ def verdict(found: Mapping[str, Any]) -> dict[str, float]:
 def table(samples: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A row a seed, Markdown."""
     lines = [
-        "| seed | proxy: correlation | gold before | peak: round, KL, gold | stopped in round | kept: round, KL, gold | of the peak "
+        "| seed | proxy: correlation | gold before | peak: round, KL, gold | stopped in round | kept: "
+        "round, KL, gold | of the peak "
         "| of its gain | end: KL, gold | proxy, peak -> end |",
         "|" + "---|" * 10,
     ]
@@ -122,14 +127,17 @@ def table(samples: Mapping[str, Mapping[str, Any]]) -> list[str]:
         lines.append(
             f"| {seed} | {found['proxy']['held_out_correlation']:.3f} | {told['start']:.3f} "
             f"| {told['peak_round']:.0f}, {told['peak_kl']:.1f}, {told['peak']:.3f} | {found['stop']} "
-            f"| {told['kept_round']:.0f}, {told['kept_kl']:.1f}, {told['kept']:.3f} | {told['share']:.2f} | {told['share_of_gain']:.2f} "
-            f"| {told['end_kl']:.1f}, {told['end']:.3f} | {told['proxy_at_peak']:.2f} -> {told['proxy_at_end']:.2f} |"
+            f"| {told['kept_round']:.0f}, {told['kept_kl']:.1f}, {told['kept']:.3f} | {told['share']:.2f} | "
+            f"{told['share_of_gain']:.2f} "
+            f"| {told['end_kl']:.1f}, {told['end']:.3f} | {told['proxy_at_peak']:.2f} -> "
+            f"{told['proxy_at_end']:.2f} |"
         )
     return lines
 
 
 def draw(samples: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """Proxy and gold on held-out prompts, over rounds and over KL, a column a seed; a dotted line where early stopping stays."""
+    """Proxy and gold on held-out prompts, over rounds and over KL, a column a seed; a dotted line where early
+    stopping stays."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,6 +1,8 @@
-"""Clients that press a server of the OpenAI-compatible interface from all sides; load_judge.py judges what they got.
+"""Clients that press a server of the OpenAI-compatible interface from all sides; load_judge.py judges what
+they got.
 
-    question   one of a fixed set, asked greedily, so that the right answer is known: the one given when nobody else asked
+    question   one of a fixed set, asked greedily, so that the right answer is known: the one given when
+               nobody else asked
     clients    ask, read as the tokens come, and ask again; some leave in the middle, some read slowly
     sockets    half a request and then nothing, again and again
 
@@ -62,7 +64,7 @@ class Target:
     model: str
 
 
-# ---- one request -----------------------------------------------------------------------------------------------------
+# ---- one request -------------------------------------------------------------------------------------------
 
 
 def http_request(target: Target, question: Question) -> bytes:
@@ -78,7 +80,8 @@ def http_request(target: Target, question: Question) -> bytes:
         }
     ).encode()
     head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {target.host}:{target.port}\r\nContent-Type: application/json\r\n"
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {target.host}:{target.port}\r\nContent-Type: "
+        "application/json\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     )
     return head.encode() + body
@@ -104,7 +107,8 @@ async def _connect(
 
 
 async def _events(reader: asyncio.StreamReader) -> Any:
-    """The objects of a stream of server-sent events in chunks; the last one is None for [DONE]. Raises ValueError."""
+    """The objects of a stream of server-sent events in chunks; the last one is None for [DONE]. Raises
+    ValueError."""
     status, headers = await _head(reader)
     if status == 429:
         if "retry-after" not in headers:
@@ -142,7 +146,8 @@ async def ask(
 ) -> None:
     """Ask once and note everything in `reply`. Raises Refused.
 
-    leave_after: tear the connection after so many pieces (0: before the first). pause: seconds of rest between pieces.
+    leave_after: tear the connection after so many pieces (0: before the first). pause: seconds of rest
+    between pieces.
     """
     reader, writer = await _connect(target, small=pause > 0)
     try:
@@ -184,7 +189,8 @@ async def ask(
 
 
 async def ask_patiently(target: Target, question: Question, reply: Reply, **how: Any) -> None:
-    """`ask`, again and again while the server is full, as late as it says; what goes wrong stands in `reply.error`."""
+    """`ask`, again and again while the server is full, as late as it says; what goes wrong stands in
+    `reply.error`."""
     reply.started = time.perf_counter()
     while True:
         try:
@@ -220,12 +226,13 @@ async def alone(target: Target, questions: Sequence[Question], tell: Callable[[s
     return replies
 
 
-# ---- the load ----------------------------------------------------------------------------------------------------------
+# ---- the load ----------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Load:
-    """Many clients at once, until the time is over; then each ends what it has begun, and has one whole answer at least."""
+    """Many clients at once, until the time is over; then each ends what it has begun, and has one whole
+    answer at least."""
 
     target: Target
     questions: Sequence[Question]

@@ -1,8 +1,10 @@
-"""The judge of what the clients of load_clients.py got: nothing lost, nothing mixed up, nobody starved, memory flat.
+"""The judge of what the clients of load_clients.py got: nothing lost, nothing mixed up, nobody starved,
+memory flat.
 
-The rounding of float32 sums moves with the company that an answer is computed in. So a greedy answer may take another turn
-where two tokens are about equally likely, and only there: `Oracle` walks each text that differs through the model itself,
-from the first token to the last, and measures every place where it left the likeliest one.
+The rounding of float32 sums moves with the company that an answer is computed in. So a greedy answer may take
+another turn where two tokens are about equally likely, and only there: `Oracle` walks each text that differs
+through the model itself, from the first token to the last, and measures every place where it left the
+likeliest one.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from chatwright.language_model import LanguageModel
 
 TIE = 0.05
-"""Nats between two tokens that rounding may exchange. Keys and values are kept in bfloat16, where a last bit of float32 can
-turn into one of 256; what was seen is 0.003."""
+"""Nats between two tokens that rounding may exchange. Keys and values are kept in bfloat16, where a last bit
+of float32 can turn into one of 256; what was seen is 0.003."""
 ALTERNATIVES = 8
 """Tokens that are looked at in each place."""
 WALKS = 64
@@ -38,8 +40,8 @@ class Oracle:
         self._known: dict[tuple[int, str, str | None], float | None] = {}
 
     def gap(self, question: int, text: str, finish: str | None) -> float | None:
-        """The widest gap, in nats, between the likeliest token and the one that the text took; None when it is wider than a
-        tie. finish: why the answer ended; None for the beginning of one."""
+        """The widest gap, in nats, between the likeliest token and the one that the text took; None when it
+        is wider than a tie. finish: why the answer ended; None for the beginning of one."""
         key = (question, text, finish)
         if key not in self._known:
             self._known[key] = self._walk(self._request(self.questions[question]), text, finish)
@@ -69,7 +71,8 @@ class Oracle:
     def _follow(
         self, request: Request, ids: list[int], text: str, finish: str | None
     ) -> tuple[bool, list[tuple[list[int], float]]]:
-        """Go on greedily behind `ids`. Whether this gives the text; and the near ties on the way, the best ones last."""
+        """Go on greedily behind `ids`. Whether this gives the text; and the near ties on the way, the best
+        ones last."""
         limit = request.sampling.max_new_tokens
         if len(ids) == limit:
             return finish == "length" and self._text(ids) == text, []
@@ -125,7 +128,8 @@ class Verdict:
 def judge(
     load: Load, known: Sequence[Reply], oracle: Oracle, memory: Sequence[tuple[float, float]] = ()
 ) -> Verdict:
-    """All checks of a finished load. known: the answers given alone. memory: (seconds, bytes) of the server."""
+    """All checks of a finished load. known: the answers given alone. memory: (seconds, bytes) of the
+    server."""
     verdict = Verdict({}, [], figures_of(load, known))
     outcomes = Counter(_outcome(reply, known, load.questions, oracle, verdict) for reply in load.replies)
     kinds = Counter(reply.kind for reply in load.replies)
@@ -174,7 +178,8 @@ def _unfair(load: Load) -> list[str]:
     failures = []
     if waits and max(waits) > 5 * statistics.median(waits) + 5:
         failures.append(
-            f"unfair: somebody waited {max(waits):.1f} s, half of all less than {statistics.median(waits):.1f} s"
+            f"unfair: somebody waited {max(waits):.1f} s, half of all less than "
+            f"{statistics.median(waits):.1f} s"
         )
     without = [number for number in range(load.clients) if not finished[number]]
     if without:

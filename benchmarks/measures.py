@@ -1,6 +1,8 @@
-"""What the proofs of docs/results.md measure of a policy: score, gold, KL, variety, win rates; with intervals.
+"""What the proofs of docs/results.md measure of a policy: score, gold, KL, variety, win rates; with
+intervals.
 
-Everything is measured on prompts of held-out conversations, several sampled answers to each, at temperature 1, as in training.
+Everything is measured on prompts of held-out conversations, several sampled answers to each, at temperature
+1, as in training.
 """
 
 from __future__ import annotations
@@ -22,16 +24,17 @@ from chatwright.stages import best_of_n
 from chatwright.stages.evaluate import bootstrap_interval
 from chatwright.train.preference.measures import correlation
 from chatwright.train.rl import health
-from chatwright.train.rl.rollout import Answers, answer_log_probs, distinct, texts_of
+from chatwright.train.rl.rollout import Completions, completion_log_probs, distinct, texts_of
 
 SAMPLES = 4
-"""Answers to each prompt."""
+"""Completions to each prompt."""
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """Number of runs -> the 97.5 % quantile of Student's t with one degree of freedom less."""
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean over runs and half the width of its 95 % interval (Student's t); None for the width of one run, or of too many."""
+    """Mean over runs and half the width of its 95 % interval (Student's t); None for the width of one run, or
+    of too many."""
     mean = statistics.fmean(values)
     if len(values) not in STUDENT:
         return mean, None
@@ -39,8 +42,9 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def win_rates(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Of all pairs of my and their answers to a prompt the share that mine win, a tie counted half; (prompts, S), (prompts, S)
-    -> (prompts,). The judge that made these numbers has seen single answers: it cannot know whose they are, or their order."""
+    """Of all pairs of my and their answers to a prompt the share that mine win, a tie counted half; (prompts,
+    S), (prompts, S) -> (prompts,). The judge that made these numbers has seen single answers: it cannot know
+    whose they are, or their order."""
     ahead = mine[:, :, None] - theirs[:, None, :]
     return ((ahead > 0).double() + 0.5 * (ahead == 0).double()).mean((1, 2))
 
@@ -48,7 +52,8 @@ def win_rates(mine: Tensor, theirs: Tensor) -> Tensor:
 class WordBag:
     """A judge of another kind than a reward model: ridge regression of ratings on which words a text has.
 
-    Words are counted that at least `least` texts have; `penalty` is the ridge. It knows no order, no context and no negation.
+    Words are counted that at least `least` texts have; `penalty` is the ridge. It knows no order, no context
+    and no negation.
     """
 
     def __init__(self, texts: Sequence[LabelledText], *, least: int = 5, penalty: float = 5.0) -> None:
@@ -90,7 +95,8 @@ TextJudge = Callable[[Sequence[str]], list[float]]
 
 @dataclass
 class Table:
-    """Those who sit at it: the model that policies came from, the reward model with the gold measure, prompts, judges."""
+    """Those who sit at it: the model that policies came from, the reward model with the gold measure,
+    prompts, judges."""
 
     base: Loaded
     ask: best_of_n.Judge
@@ -127,13 +133,13 @@ class Table:
         return Measured(by_prompt, facts, wins, texts[: 8 * SAMPLES : SAMPLES], self.seed)
 
     @torch.no_grad()
-    def kl(self, policy: Loaded, answers: Answers) -> Tensor:
+    def kl(self, policy: Loaded, answers: Completions) -> Tensor:
         """KL of the policy from the base on each of its own answers, k1, nats."""
         found = []
         for chosen in torch.split(torch.arange(len(answers.ids)), 64):
             part = answers.rows(chosen)
             own, base = (
-                answer_log_probs(one.model, part, temperature=self.settings.temperature)[0]
+                completion_log_probs(one.model, part, temperature=self.settings.temperature)[0]
                 for one in (policy, self.base)
             )
             found.append(torch.where(part.response, kl_k1(own, base), 0.0).sum(1))
@@ -141,12 +147,12 @@ class Table:
 
 
 @torch.no_grad()
-def per_token(model: Loaded, answers: Answers) -> Tensor:
+def per_token(model: Loaded, answers: Completions) -> Tensor:
     """Mean log-probability of each answer's tokens under a model, nats."""
     found = []
     for chosen in torch.split(torch.arange(len(answers.ids)), 32):
         part = answers.rows(chosen)
-        sums = answer_log_probs(model.model, part, temperature=1.0)[0].sum(1)
+        sums = completion_log_probs(model.model, part, temperature=1.0)[0].sum(1)
         found.append(sums / part.response.sum(1).clamp(min=1))
     return torch.cat(found).cpu()
 
@@ -183,8 +189,9 @@ class Measured:
 def replay(
     rows: Sequence[Mapping[str, float]], limits: health.Limits, *, aim: str = "gold"
 ) -> tuple[int, int, str]:
-    """What a run with these limits would have done, from the rows of one that went on: the round in which it stops, the round that
-    it keeps (the best `aim` until then, within the KL budget), and why it stops. Raises ValueError when it keeps none."""
+    """What a run with these limits would have done, from the rows of one that went on: the round in which it
+    stops, the round that it keeps (the best `aim` until then, within the KL budget), and why it stops. Raises
+    ValueError when it keeps none."""
     best: int | None = None
     for last in range(len(rows)):
         diagnosis = health.diagnose(rows[: last + 1], limits)

@@ -2,11 +2,12 @@
 
     python benchmarks/plan.py [--rounds 5] [--only NAME ...]
 
-Each case is predicted in one process and run in another, the way `chatwright pretrain` runs it. Memory is the largest
-resident size above that before the model is made. A shared machine can change its speed between the two by more than what
-is asked here, so the running process also predicts its own step, in turns with five steps of it: `seconds` compares the
-medians of these, `seconds_before` the first prediction, as a user gets it. Results go to benchmarks/results/plan.json;
-docs/plan.md quotes them. Exit code 1 when memory or `seconds` is off by more than 20 %.
+Each case is predicted in one process and run in another, the way `chatwright pretrain` runs it. Memory is the
+largest resident size above that before the model is made. A shared machine can change its speed between the
+two by more than what is asked here, so the running process also predicts its own step, in turns with five
+steps of it: `seconds` compares the medians of these, `seconds_before` the first prediction, as a user gets
+it. Results go to benchmarks/results/plan.json; docs/plan.md quotes them. Exit code 1 when memory or `seconds`
+is off by more than 20 %.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def predicted(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """The same of real steps on made-up tokens, by the stage's own step and trainer; and predictions of them in between."""
+    """The same of real steps on made-up tokens, by the stage's own step and trainer; and predictions of them
+    in between."""
     import torch
 
     from chatwright import runtime
@@ -145,7 +147,7 @@ def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
 
         first = seconds()
         if config.fit.compile:
-            runtime.give_back_memory()  # as the stage does
+            runtime.trim_heap()  # as the stage does
         spent = [[first, *(seconds() for _ in range(7))][3:]]
         largest = resident("VmHWM") - before
         operations = predict(subject)[1]
@@ -204,9 +206,11 @@ def main() -> int:
         ratios = write(rows)  # after each case: a whole run takes half an hour
         a, b = row["predicted"], row["happened"]
         print(
-            f"{name:24} memory {a['bytes'] / 1e6:6,.0f} of {b['bytes'] / 1e6:6,.0f} MB = {ratios[f'{name}/bytes']:.2f}  (live {a['live'] / 1e6:,.0f})"
+            f"{name:24} memory {a['bytes'] / 1e6:6,.0f} of {b['bytes'] / 1e6:6,.0f} MB = "
+            f"{ratios[f'{name}/bytes']:.2f}  (live {a['live'] / 1e6:,.0f})"
             f"   time {b['predicted']:.3f} of {b['seconds']:.3f} s = {ratios[f'{name}/seconds']:.2f}"
-            f"   before {a['seconds']:.3f} = {ratios[f'{name}/seconds_before']:.2f}, planned in {a['planning']:.0f} s",
+            f"   before {a['seconds']:.3f} = {ratios[f'{name}/seconds_before']:.2f}, planned in "
+            f"{a['planning']:.0f} s",
             flush=True,
         )
     bounded = {key: ratio for key, ratio in write(rows).items() if not key.endswith("before")}

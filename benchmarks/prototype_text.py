@@ -4,9 +4,10 @@
     chatwright tokenizer --out runs/prototype/tokenizer --data runs/prototype/data
     chatwright pretrain --out runs/prototype/pretrain
 
-It is the default text with one difference: NarrativeQA's file repeats each of its 101 passages about thirty times, once
-per question, and the prototype kept the repeats and split by row. So copies of held-out passages are trained on, which
-flatters the measure. chatwright's own data stage keeps one copy and splits by content; its figure is the honest one.
+It is the default text with one difference: NarrativeQA's file repeats each of its 101 passages about thirty
+times, once per question, and the prototype kept the repeats and split by row. So copies of held-out passages
+are trained on, which flatters the measure. chatwright's own data stage keeps one copy and splits by content;
+its figure is the honest one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from chatwright.data.examples import Document
 
 
 def main() -> int:
-    """Write records/train.jsonl and records/validation.jsonl (every 50th document) under the given directory."""
+    """Write records/train.jsonl and records/validation.jsonl (every 50th document) under the given
+    directory."""
     if len(sys.argv) != 2:
         print(__doc__, file=sys.stderr)
         return 2

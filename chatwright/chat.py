@@ -1,9 +1,9 @@
 """Messages -> token ids and a loss mask: the only code that knows how a conversation is written.
 
-A template is a Jinja text, the same that transformers and vLLM read, so that what a model was trained with is what
-it is served with. It is rendered once with a unique mark in place of every content; the text between the marks is the
-template's own and its control tokens count, while contents are encoded as plain text. Hence a user who types
-`<|assistant|>` has typed thirteen characters, nothing more.
+A template is a Jinja text, the same that transformers and vLLM read, so that what a model was trained with is
+what it is served with. It is rendered once with a unique mark in place of every content; the text between the
+marks is the template's own and its control tokens count, while contents are encoded as plain text. Hence a
+user who types `<|assistant|>` has typed thirteen characters, nothing more.
 
 How a template gets a content that is a list of parts (messages.py):
 * A list of texts is passed as a list to a template that iterates over lists, as transformers does, and as
@@ -45,7 +45,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """`mask` is True on what the model must learn to write: assistant contents and the token that ends them."""
+    """`mask` is True on what the model must learn to write: assistant contents and the token that ends
+    them."""
 
     ids: list[int]
     mask: list[bool]
@@ -142,7 +143,8 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, directory: str | Path, *, end: str | None = None) -> ChatTemplate:
-        """From `chat_template.jinja` in a model directory; `end` as in `__init__`, found by rendering when None.
+        """From `chat_template.jinja` in a model directory; `end` as in `__init__`, found by rendering when
+        None.
 
         Raises UserError when missing or unusable.
         """
@@ -163,9 +165,11 @@ class ChatTemplate:
 
     @cached_property
     def concatenates(self) -> bool:
-        """Whether a conversation is written as its turns are, one after the other; then each is encoded only once.
+        """Whether a conversation is written as its turns are, one after the other; then each is encoded only
+        once.
 
-        Templates that put something in front of the first turn (a default system message, a begin token) do not.
+        Templates that put something in front of the first turn (a default system message, a begin token) do
+        not.
         """
         turns = [
             Message(role=role, content=f"{role} {n}") for n, role in enumerate(("user", "assistant") * 2)
@@ -295,7 +299,8 @@ class ChatTemplate:
         return list(_literal_ids(text, tokenizer))
 
     def end_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """Ids at which an answer is finished: the turn's end and the end of text. Raises UserError when unknown."""
+        """Ids at which an answer is finished: the turn's end and the end of text. Raises UserError when
+        unknown."""
         if self.end not in tokenizer.control_ids:
             raise UserError(
                 f"the chat template ends turns with {self.end}, which the tokenizer does not know"
@@ -346,7 +351,8 @@ def _literal_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 NATIVE = ChatTemplate(
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
     end="<|end|>",
 )
@@ -358,8 +364,8 @@ def fit_context(
 ) -> FittedChat:
     """The conversation cut to at most `budget` tokens, ready for the model's answer.
 
-    The oldest turns go first, a user's together with the answers to it; a leading system message stays. Raises
-    UserError when even the system message and the last turn are too long.
+    The oldest turns go first, a user's together with the answers to it; a leading system message stays.
+    Raises UserError when even the system message and the last turn are too long.
     """
     checked = check_messages(messages)
     system = checked[:1] if checked[0]["role"] == "system" else []

@@ -1,8 +1,10 @@
-"""Files that survive: tensors as safetensors, state as JSON, checksums, and directories that appear whole or not.
+"""Files that survive: tensors as safetensors, state as JSON, checksums, and directories that appear whole or
+not.
 
 A checkpoint is a directory `step-000100/` with `model.safetensors`, `state.json` and, while training goes on,
-`optimizer.safetensors`. It is written under a temporary name, flushed to the disk and renamed; `state.json` holds the
-SHA-256 of every file, its own included, so that a flipped byte is found and named. Nothing here is ever unpickled.
+`optimizer.safetensors`. It is written under a temporary name, flushed to the disk and renamed; `state.json`
+holds the SHA-256 of every file, its own included, so that a flipped byte is found and named. Nothing here is
+ever unpickled.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ STEP = re.compile(r"step-(\d{6,})$")
 BEST = "best"
 """The file beside the checkpoints that holds the name of the best one (`fit.keep_best`)."""
 UNFINISHED = "unfinished"
-"""Beside the checkpoints: what a step that was stopped in its middle (a round of PPO) needs to be gone on with."""
+"""Beside the checkpoints: what a step that was stopped in its middle (a round of PPO) needs to be gone on
+with."""
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -56,7 +59,8 @@ def fill(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, where: 
 
 
 def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
-    """Whether tensors are a model's, which may still be without memory. Raises UserError as `load_model_tensors`."""
+    """Whether tensors are a model's, which may still be without memory. Raises UserError as
+    `load_model_tensors`."""
     _check_fit(model_tensors(model), tensors, where=where)
 
 
@@ -73,7 +77,8 @@ def _check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, w
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Hexadecimal SHA-256 of tensors with their names, shapes and values as float32, in the order of the names."""
+    """Hexadecimal SHA-256 of tensors with their names, shapes and values as float32, in the order of the
+    names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().float().cpu().contiguous()
@@ -83,7 +88,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def optimiser_tensors(optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The optimisers' state as named tensors: `0.17.exp_avg` is state `exp_avg` of parameter 17 of optimiser 0."""
+    """The optimisers' state as named tensors: `0.17.exp_avg` is state `exp_avg` of parameter 17 of optimiser
+    0."""
     tensors = {}
     for number, optimiser in enumerate(optimisers):
         for index, state in optimiser.state_dict()["state"].items():
@@ -132,7 +138,8 @@ class Checkpoint:
             raise UserError(f"{self.path / 'state.json'}: `files` must be an object of checksums")
         if not _state_is_whole((self.path / "state.json").read_bytes(), files.pop("state.json", None)):
             raise UserError(
-                f"checkpoint {self.path}: state.json is damaged (its checksum differs); if it was edited on purpose, "
+                f"checkpoint {self.path}: state.json is damaged (its checksum differs); if it was edited on "
+                "purpose, "
                 "take the entry state.json out of its `files`"
             )
         for name, digest in files.items():
@@ -143,15 +150,16 @@ class Checkpoint:
                 raise UserError(f"checkpoint {self.path}: {name} is damaged (its checksum differs)")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one of its files, `model` or `optimizer`, or of the parts that many processes wrote."""
-        if self.in_parts:
+        """The tensors of one of its files, `model` or `optimizer`, or of the parts that many processes
+        wrote."""
+        if self.is_sharded:
             from chatwright import sharded  # torch's distributed part takes a second to import
 
             return sharded.whole_tensors(self.path, name)
         return load_tensors(self.path / f"{name}.safetensors")
 
     @property
-    def in_parts(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether many processes wrote it together (`sharded`)."""
         return (self.path / PARTS).is_dir()
 
@@ -163,7 +171,8 @@ def save_checkpoint(
     state: Mapping[str, Any],
     texts: Mapping[str, str] | None = None,
 ) -> Checkpoint:
-    """Write a checkpoint directory: `tensors["model"]` -> model.safetensors, `texts` as they are, `state.json` last.
+    """Write a checkpoint directory: `tensors["model"]` -> model.safetensors, `texts` as they are,
+    `state.json` last.
 
     Raises UserError when the disk is full; the previous content of `target` is then intact.
     """
@@ -208,10 +217,11 @@ def newest_valid(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, complaints
 
 
-def prune(directory: Path, keep: int, *, spare: Sequence[int] = ()) -> None:
-    """Delete all but the newest `keep` checkpoints and those whose step is in `spare`; also unfinished leftovers."""
+def prune(directory: Path, keep: int, *, protected: Sequence[int] = ()) -> None:
+    """Delete all but the newest `keep` checkpoints and those whose step is in `protected`; also unfinished
+    leftovers."""
     for checkpoint in checkpoints(directory)[: -max(keep, 1)]:
-        if checkpoint.step not in spare:
+        if checkpoint.step not in protected:
             delete(checkpoint)
     for name in ("step-*", f"{UNFINISHED}.*"):
         for kind in ("partial", "old", "gone"):
@@ -220,7 +230,8 @@ def prune(directory: Path, keep: int, *, spare: Sequence[int] = ()) -> None:
 
 
 def delete(checkpoint: Checkpoint) -> None:
-    """Delete a checkpoint: out of sight first, so that whoever dies meanwhile leaves no half of it under its name."""
+    """Delete a checkpoint: out of sight first, so that whoever dies meanwhile leaves no half of it under its
+    name."""
     gone = checkpoint.path.with_name(f".{checkpoint.path.name}.{os.getpid()}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
@@ -229,7 +240,8 @@ def delete(checkpoint: Checkpoint) -> None:
 
 
 def recover(directory: Path) -> None:
-    """Bring back a checkpoint whose writer died between moving the old one away and the new one into its place.
+    """Bring back a checkpoint whose writer died between moving the old one away and the new one into its
+    place.
 
     Only for the one process that writes here: another's half-done exchange looks the same.
     """
@@ -245,7 +257,8 @@ def write_best(directory: Path, step: int) -> None:
 
 
 def best(directory: Path) -> Checkpoint | None:
-    """The checkpoint that `write_best` named; None when there is none. Raises UserError when the name is no checkpoint's."""
+    """The checkpoint that `write_best` named; None when there is none. Raises UserError when the name is no
+    checkpoint's."""
     file = directory / BEST
     if not file.is_file():
         return None

@@ -1,7 +1,8 @@
 """Settings: a frozen dataclass <- YAML file <- `--key value`, through jsonargparse.
 
-A stage declares its settings as a dataclass whose fields carry a docstring each; the docstrings are the command
-line's help. Unknown keys fail and name the nearest known one. Also here: the two errors that are meant for people.
+A stage declares its settings as a dataclass whose fields carry a docstring each; the docstrings are the
+command line's help. Unknown keys fail and name the nearest known one. Also here: the two errors that are
+meant for people.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ Config = TypeVar("Config")
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend. The message says what, where, and what to do. Exit code 1.
+    """Something the person at the keyboard can mend. The message says what, where, and what to do. Exit code
+    1.
 
     It may speak of names out of files of others: as text it is one line that cannot move a terminal's cursor.
     """
@@ -50,11 +52,12 @@ def parse(
     defaults: Mapping[str, Any] | None = None,
     positionals: Mapping[str, str] | None = None,
 ) -> tuple[Config, dict[str, Any]]:
-    """Settings of type `cls` from `--config FILE` and `--key value`, over `defaults` over the dataclass's own.
+    """Settings of type `cls` from `--config FILE` and `--key value`, over `defaults` over the dataclass's
+    own.
 
-    `positionals` maps the name of each leading positional argument to its help; a name that ends in `?` is optional,
-    one that ends in `+` takes one or more. Returns the settings and the positionals. `--help` prints and exits with 0.
-    Raises UsageError.
+    `positionals` maps the name of each leading positional argument to its help; a name that ends in `?` is
+    optional, one that ends in `+` takes one or more. Returns the settings and the positionals. `--help`
+    prints and exits with 0. Raises UsageError.
     """
     (config,), found = parse_all((cls,), argv, prog, description, defaults=defaults, positionals=positionals)
     return config, found
@@ -72,8 +75,8 @@ def parse_all(
 ) -> tuple[list[Any], dict[str, Any]]:
     """`parse` for settings that several classes hold side by side; an instance of each, and the positionals.
 
-    `renamed` maps former names of settings of the first class to their names now. The former ones are read as well, and a
-    line on standard error names the new one.
+    `renamed` maps former names of settings of the first class to their names now. The former ones are read as
+    well, and a line on standard error names the new one.
     """
     parser = make_parser(prog, description, positionals)
     for cls in classes:
@@ -127,7 +130,8 @@ def _bare(name: str) -> str:
 
 
 def parse_given(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
-    """The values that `argv` gives, without any defaults, nested by the dots of their names. Raises UsageError."""
+    """The values that `argv` gives, without any defaults, nested by the dots of their names. Raises
+    UsageError."""
     swallowed = io.StringIO()
     try:
         with redirect_stderr(swallowed):

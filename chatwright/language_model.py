@@ -34,14 +34,17 @@ WORTH_COPYING = 2_000_000
 """Parameters from which `exact_runner` takes them, for many answers at once."""
 
 SCORED_AT_ONCE = 256
-"""Tokens whose probabilities `score` holds in memory at a time: a row has as many numbers as the vocabulary has tokens."""
+"""Tokens whose probabilities `score` holds in memory at a time: a row has as many numbers as the vocabulary
+has tokens."""
 
 
 def make_runner(model: GPT, dtype: str) -> Runner | None:
-    """What computes for the engine, given the wish for a dtype; None is the model itself, in its own precision.
+    """What computes for the engine, given the wish for a dtype; None is the model itself, in its own
+    precision.
 
-    On a CPU a named dtype means the compiled kernels with weights of that kind. `auto` means bf16 kernels for models worth
-    it, where the kernels carry the shape. Raises UserError when what was asked for by name cannot be had.
+    On a CPU a named dtype means the compiled kernels with weights of that kind. `auto` means bf16 kernels for
+    models worth it, where the kernels carry the shape. Raises UserError when what was asked for by name
+    cannot be had.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
@@ -63,8 +66,8 @@ def make_runner(model: GPT, dtype: str) -> Runner | None:
 
 
 def exact_runner(model: GPT, dtype: torch.dtype = torch.float32) -> Runner | None:
-    """The fastest runner whose log-probabilities are those of the model up to rounding: float32's, or, with bfloat16 weights, that
-    of a model whose products are in bfloat16. None is the model itself.
+    """The fastest runner whose log-probabilities are those of the model up to rounding: float32's, or, with
+    bfloat16 weights, that of a model whose products are in bfloat16. None is the model itself.
 
     It computes with the weights of now: after a step of training it is made anew, which costs a copy of them.
     """
@@ -91,7 +94,8 @@ class LanguageModel:
     ) -> None:
         if model.config.vocab_size < tokenizer.vocab_size:
             raise UserError(
-                f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
+                f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+                f"{model.config.vocab_size}: "
                 "they do not belong together"
             )
         self.model, self.tokenizer, self.template, self.name = model.eval(), tokenizer, template, name
@@ -99,18 +103,20 @@ class LanguageModel:
 
     @cached_property
     def engine(self) -> Engine:
-        """The scheduler that all generation goes through; made when first used. Raises UserError as `make_runner`.
+        """The scheduler that all generation goes through; made when first used. Raises UserError as
+        `make_runner`.
 
         Weights are packed for it once: one who trains `model` afterwards makes a new LanguageModel.
         """
         return Engine(self.model, self.tokenizer, runner=make_runner(self.model, self.dtype))
 
     def with_adapter(self, directory: str | Path, name: str | None = None) -> LanguageModel:
-        """This model with a LoRA adapter (a directory in PEFT's format), beside this one, which stays as it is.
+        """This model with a LoRA adapter (a directory in PEFT's format), beside this one, which stays as it
+        is.
 
-        Both share the parameters that have no adapter; matrices with one are merged into new ones, so that answers cost what
-        they cost without. To change the adapter of one model in place: `chatwright.model.lora.use_adapter`. Raises UserError
-        as `load_peft`.
+        Both share the parameters that have no adapter; matrices with one are merged into new ones, so that
+        answers cost what they cost without. To change the adapter of one model in place:
+        `chatwright.model.lora.use_adapter`. Raises UserError as `load_peft`.
         """
         twin = sharing_copy(self.model)
         load_peft(adapter_directory(Path(directory)), twin)
@@ -119,7 +125,8 @@ class LanguageModel:
 
     @property
     def memory_bytes(self) -> int:
-        """What the model takes once it answers: parameters, weights packed for the engine, keys and values."""
+        """What the model takes once it answers: parameters, weights packed for the engine, keys and
+        values."""
         parameters = sum(one.nbytes for one in self.model.parameters())  # tied ones come once
         return parameters + self.engine.runner.weight_bytes() + self.engine.cache_bytes
 
@@ -130,9 +137,11 @@ class LanguageModel:
             return self.model(tokens)  # type: ignore[no-any-return]
 
     def score(self, ids: Sequence[int], *, top: int = 0) -> list[tuple[int, float | None, Alternatives]]:
-        """(token, its log-probability in nats given those before, the `top` likeliest ones) for each token of a text.
+        """(token, its log-probability in nats given those before, the `top` likeliest ones) for each token of
+        a text.
 
-        The first token has no log-probability: nothing stands before it. Raises UserError for a text beyond the context.
+        The first token has no log-probability: nothing stands before it. Raises UserError for a text beyond
+        the context.
         """
         if not ids:
             return []
@@ -152,8 +161,8 @@ class LanguageModel:
     def embed(self, ids: Sequence[int]) -> Float[Tensor, " width"]:
         """A text as a vector of length 1: the mean of the final hidden states of its tokens.
 
-        A language model was not trained for this: near vectors mean similar wording more than similar meaning. Raises
-        UserError for a text beyond the context, or without tokens.
+        A language model was not trained for this: near vectors mean similar wording more than similar
+        meaning. Raises UserError for a text beyond the context, or without tokens.
         """
         if not ids:
             raise UserError("a text without tokens has no embedding")
@@ -165,7 +174,8 @@ class LanguageModel:
         return Request(prompt=tuple(ids), sampling=Sampling(**options), end_ids=end_ids)
 
     def prompt_request(self, prompt: str, **options: Any) -> Request:
-        """The engine's request for the continuation of a text, which stands at the beginning of a document."""
+        """The engine's request for the continuation of a text, which stands at the beginning of a
+        document."""
         ids = [self.tokenizer.end_of_text_id, *self.tokenizer.encode(prompt)]
         return self._request(ids, frozenset({self.tokenizer.end_of_text_id}), options)
 
@@ -190,7 +200,8 @@ class LanguageModel:
         return self.template
 
     def encode_chat(self, messages: Sequence[Message], *, max_new_tokens: int = 128) -> FittedChat:
-        """A conversation cut to what fits beside the answer, at least half of the context; ready for the engine."""
+        """A conversation cut to what fits beside the answer, at least half of the context; ready for the
+        engine."""
         context = self.model.config.context
         room = max(context - max_new_tokens, context // 2)
         return fit_context(messages, self.require_template(), self.tokenizer, room)
@@ -212,8 +223,9 @@ class LanguageModel:
 def find_checkpoint(path: Path) -> checkpoint.Checkpoint | None:
     """The checkpoint that a run, stage or checkpoint directory stands for; None when it is none of these.
 
-    A stage names its model in result.json; an unfinished stage stands for its newest whole checkpoint; a run for its
-    last finished stage that made a language model. The file checkpoints/best stands for the checkpoint it names.
+    A stage names its model in result.json; an unfinished stage stands for its newest whole checkpoint; a run
+    for its last finished stage that made a language model. The file checkpoints/best stands for the
+    checkpoint it names.
     """
     if path.name == checkpoint.BEST and path.is_file():
         return checkpoint.best(path.parent)
@@ -291,10 +303,12 @@ def load_checkpoint(found: checkpoint.Checkpoint, *, verify: bool = True) -> Loa
 
 
 def load_parts(name: str | Path) -> Loaded:
-    """Model, tokenizer and template by name. Raises UserError when the name leads nowhere, saying what is possible.
+    """Model, tokenizer and template by name. Raises UserError when the name leads nowhere, saying what is
+    possible.
 
-    Names: a run, stage or checkpoint directory of ours; a Hugging Face directory; `smollm2`; `hf:owner/name`; a .gguf
-    file; `BASE+ADAPTER`, any of these and the directory of a LoRA adapter in PEFT's format, which is merged into it.
+    Names: a run, stage or checkpoint directory of ours; a Hugging Face directory; `smollm2`; `hf:owner/name`;
+    a .gguf file; `BASE+ADAPTER`, any of these and the directory of a LoRA adapter in PEFT's format, which is
+    merged into it.
     """
     text = str(name)
     if "+" in text.strip("+") and not Path(text).exists():
@@ -331,7 +345,8 @@ def load_parts(name: str | Path) -> Loaded:
 
 
 def _load_adapted(name: str) -> Loaded:
-    """BASE+ADAPTER: parted where a directory begins, for both may have a + in their names; else at the last one."""
+    """BASE+ADAPTER: parted where a directory begins, for both may have a + in their names; else at the last
+    one."""
     places = [at for at, character in enumerate(name) if character == "+" and 0 < at < len(name) - 1]
     at = next((at for at in places if Path(name[at + 1 :]).is_dir()), places[-1])
     parts = load_parts(name[:at])
@@ -341,7 +356,8 @@ def _load_adapted(name: str) -> Loaded:
 
 
 def adapter_directory(path: Path) -> Path:
-    """Where the adapter is that a path stands for: that directory, or the folder in which a finished stage has it."""
+    """Where the adapter is that a path stands for: that directory, or the folder in which a finished stage
+    has it."""
     return path / "adapter" if is_adapter(path / "adapter") else path
 
 

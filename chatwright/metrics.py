@@ -1,5 +1,5 @@
-"""What a run tells: `metrics.jsonl` always, a tracker where one is asked for, and a progress bar (plain lines where there
-is no terminal)."""
+"""What a run tells: `metrics.jsonl` always, a tracker where one is asked for, and a progress bar (plain lines
+where there is no terminal)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from chatwright.trackers import Reporting, Tracker, open_tracker
 TIMED = frozenset(
     {"elapsed", "memory_mb", "tokens_per_second", "answers_per_second", "mfu", "energy_kwh", "cost"}
 )
-"""Keys that are measured by a clock or a meter: all others of a run that is repeated are the same, bit for bit."""
+"""Keys that are measured by a clock or a meter: all others of a run that is repeated are the same, bit for
+bit."""
 
 console = Console(highlight=False, stderr=False)
 
@@ -53,7 +54,7 @@ class MetricsLog:
         """Drop the rows of steps that will be done again after a resume."""
         self.close()
         self._next = step + 1
-        if self.path.exists() and runtime.is_first():
+        if self.path.exists() and runtime.is_rank_zero():
             rows = [row for row in read_metrics(self.path) if row["step"] <= step]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             aside = self.path.with_suffix(".partial")
@@ -62,7 +63,7 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Append one row, in the first process. NaN and infinity become null: they are not JSON."""
-        if not runtime.is_first():
+        if not runtime.is_rank_zero():
             return
         row = _row(step, values)
         try:
@@ -83,8 +84,8 @@ class MetricsLog:
             self._tracker.write(step, numbers)
 
     def write_once(self, step: int, values: Mapping[str, float | int | str]) -> None:
-        """`write`, unless this very row is there. For rows between two checkpoints of one step: whoever dies behind such
-        a row goes on before it."""
+        """`write`, unless this very row is there. For rows between two checkpoints of one step: whoever dies
+        behind such a row goes on before it."""
         if _row(step, values) not in read_metrics(self.path):
             self.write(step, values)
 
@@ -135,8 +136,8 @@ class Bar:
         self._said = self._start
 
     def update(self, share: float, note: str = "") -> None:
-        """`share` in [0, 1]. Time left counts from the first call: what a resumed task had done, and a first step that
-        compiles, say nothing about the steps to come."""
+        """`share` in [0, 1]. Time left counts from the first call: what a resumed task had done, and a first
+        step that compiles, say nothing about the steps to come."""
         now = time.monotonic()
         if self._first is None:
             self._start, self._first = now, share
@@ -151,7 +152,8 @@ class Bar:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Bar]:
-    """A progress bar with note, time gone and time left; a line every 15 seconds where there is no terminal."""
+    """A progress bar with note, time gone and time left; a line every 15 seconds where there is no
+    terminal."""
     if not console.is_terminal:
         yield Bar(title, None)
         return

@@ -1,4 +1,5 @@
-"""Optimisers and schedules: Muon for the hidden matrices, AdamW for everything else, lr(step) as a pure function."""
+"""Optimisers and schedules: Muon for the hidden matrices, AdamW for everything else, lr(step) as a pure
+function."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class OptimConfig:
     """How parameters are updated."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """`muon`: Muon for the blocks' matrices and AdamW for embeddings, head and vectors. `adamw`: AdamW for all."""
+    """`muon`: Muon for the blocks' matrices and AdamW for embeddings, head and vectors. `adamw`: AdamW for
+    all."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     matrix_learning_rate: float = 0.03
@@ -39,8 +41,9 @@ class OptimConfig:
     momentum: float = 0.95
     """Muon's momentum."""
     matrix_precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Products inside Muon. `auto` is bf16 where the hardware computes it; its rounding, which Muon makes larger, is that of
-    the order in which processes add their gradients: with fp32 their curves are those of one process."""
+    """Products inside Muon. `auto` is bf16 where the hardware computes it; its rounding, which Muon makes
+    larger, is that of the order in which processes add their gradients: with fp32 their curves are those of
+    one process."""
     schedule: Shape = "linear"
     """After warm-up: constant, linear or cosine to `final`, or constant with a linear end (`trapezoid`)."""
     warmup: float = 0.02
@@ -73,9 +76,10 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 # Four odd polynomials a x + b x^3 + c x^5, applied one after another to all singular values. Each is the best
-# approximation of 1 on the interval that the one before leaves, starting from [0.005, 1] (the construction of Polar
-# Express, Amsel et al. 2025, arXiv:2505.16932, algorithm 1; found by linear programming): what was above 0.005 ends
-# within 9 % of 1. Muon's own five equal steps (Jordan et al. 2024) end within 32 % and cost a quarter more.
+# approximation of 1 on the interval that the one before leaves, starting from [0.005, 1] (the construction of
+# Polar Express, Amsel et al. 2025, arXiv:2505.16932, algorithm 1; found by linear programming): what was
+# above 0.005 ends within 9 % of 1. Muon's own five equal steps (Jordan et al. 2024) end within 32 % and cost
+# a quarter more.
 POLYNOMIALS = (
     (8.2987, -24.4305, 18.0903),
     (3.9152, -2.9211, 0.5592),
@@ -84,14 +88,15 @@ POLYNOMIALS = (
 )
 
 MARGIN = 1.02
-"""No singular value exceeds the Frobenius norm; this much to spare, because the first polynomial rises steeply beyond 1 and
-bf16 rounds by up to 0.4 %."""
+"""No singular value exceeds the Frobenius norm; this much to spare, because the first polynomial rises
+steeply beyond 1 and bf16 rounds by up to 0.4 %."""
 
 
 def orthogonalise(
     matrices: Float[Tensor, "N rows columns"], dtype: torch.dtype = torch.bfloat16
 ) -> Float[Tensor, "N rows columns"]:
-    """The nearest semi-orthogonal matrix of each, roughly: U V^T of its singular value decomposition. Products in `dtype`."""
+    """The nearest semi-orthogonal matrix of each, roughly: U V^T of its singular value decomposition.
+    Products in `dtype`."""
     x = matrices.to(dtype)
     tall = x.shape[1] > x.shape[2]
     if tall:
@@ -106,10 +111,11 @@ def orthogonalise(
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024): every direction of a matrix is updated by the same amount.
+    """Momentum, orthogonalised (Jordan et al. 2024): every direction of a matrix is updated by the same
+    amount.
 
-    torch.optim.Muon does one matrix at a time; here matrices of one shape, transposed ones included, go through the
-    polynomials as one batch, which is what makes it affordable for small models on a CPU.
+    torch.optim.Muon does one matrix at a time; here matrices of one shape, transposed ones included, go
+    through the polynomials as one batch, which is what makes it affordable for small models on a CPU.
     """
 
     def __init__(
@@ -162,7 +168,8 @@ def _is_tall(matrix: Tensor) -> bool:
 
 
 def _whole(matrix: Tensor) -> Tensor:
-    """A matrix with all its parts where processes hold a part each (a DTensor): singular values belong to the whole.
+    """A matrix with all its parts where processes hold a part each (a DTensor): singular values belong to the
+    whole.
 
     Every process then orthogonalises every matrix: simple, and exact; momentum stays in parts.
     """

@@ -1,8 +1,8 @@
 """A recipe's stages, one after the other; what is finished is skipped, what was interrupted goes on.
 
-Which stages there are, and in which order they come: recipe.py. A stage is finished when its directory has a `result.json`
-whose fingerprint - settings, seed, and the fingerprints of its inputs - is the one that would be made now. A stage whose
-settings have changed is run again; what it made before is moved aside.
+Which stages there are, and in which order they come: recipe.py. A stage is finished when its directory has a
+`result.json` whose fingerprint - settings, seed, and the fingerprints of its inputs - is the one that would
+be made now. A stage whose settings have changed is run again; what it made before is moved aside.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from chatwright.train.workspace import Report, Unhealthy, Workspace
 def fingerprint(stage: RecipeStage, seed: int, inputs: Mapping[str, Path]) -> str:
     """Sixteen hexadecimal digits of what a stage's result depends on: not on how processes shared the work.
 
-    Stages and settings count by their former names where they have been renamed: a rename alone runs nothing again.
+    Stages and settings count by their former names where they have been renamed: a rename alone runs nothing
+    again.
     """
     settings = to_plain(stage.config)
     settings.pop("parallel", None)
@@ -66,7 +67,7 @@ def run_stage(
 
     Under torchrun every process calls this. Stages that cannot share their work are left to the first one.
     """
-    if hasattr(stage.config, "parallel") or runtime.is_first():
+    if hasattr(stage.config, "parallel") or runtime.is_rank_zero():
         workspace = Workspace(directory, seed, inputs, reporting or Reporting())
         with terminable(stage.name):
             _run_stage(stage, workspace, prompt=prompt)
@@ -91,20 +92,20 @@ def _run_stage(stage: RecipeStage, workspace: Workspace, *, prompt: str) -> None
         write_text(directory / "config.yaml", to_yaml({"use": stage.verb, **to_plain(stage.config)}))
         return True
 
-    if not (runtime.told_by_first(begin) if hasattr(stage.config, "parallel") else begin()):
+    if not (runtime.broadcast_from_rank0(begin) if hasattr(stage.config, "parallel") else begin()):
         return
     clock = _Clock(directory / "clock.json", mark)
     try:
         report: Report = stage.stage.run(stage.config, workspace)
     except Unhealthy as found:
-        if runtime.is_first():
+        if runtime.is_rank_zero():
             reports.write_stage_report(directory, stage.name, _result(stage, workspace, found.report, clock))
             say(f"  {directory / 'report.md'}")
         raise
     finally:
         workspace.metrics.close()
         clock.stop()
-    if not runtime.is_first():
+    if not runtime.is_rank_zero():
         return
     result = _result(stage, workspace, report, clock)
     sample = report.facts.pop("sample", "") or extras.sample(directory, report, prompt, seed)
@@ -173,7 +174,7 @@ class _Clock:
             self._write(self.seconds)
 
     def _write(self, seconds: float) -> None:
-        if runtime.is_first():
+        if runtime.is_rank_zero():
             write_json(self.file, {"fingerprint": self.mark, "seconds": seconds, "joules": self.joules})
 
 
@@ -189,7 +190,8 @@ def _make_way(directory: Path, mark: str) -> None:
         number += 1
     directory.rename(aside)
     say(
-        f"[{directory.name}] settings or inputs have changed: running again; the earlier result is now {aside}"
+        f"[{directory.name}] settings or inputs have changed: running again; the earlier result is now "
+        f"{aside}"
     )
 
 
@@ -208,7 +210,7 @@ def run_recipe(
             stage, directory, seed=recipe.seed, inputs=inputs, prompt=recipe.prompt, reporting=reporting
         )
         inputs[stage.name] = directory
-        if runtime.is_first():
+        if runtime.is_rank_zero():
             reports.write_run_report(root, recipe.name, results, recipe.prompt)
         if stage.name == until:
             break

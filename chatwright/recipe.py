@@ -63,7 +63,8 @@ class Recipe:
 
 
 def input_names(config: Any) -> list[str]:
-    """The values of a configuration's input fields, without those that name nothing (`words` of the field)."""
+    """The values of a configuration's input fields, without those that name nothing (`words` of the
+    field)."""
     fields = [f for f in dataclasses.fields(config) if f.metadata.get("input")]
     return [value for f in fields if (value := getattr(config, f.name)) not in f.metadata.get("words", ())]
 
@@ -122,7 +123,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 
 def _stage_named(name: str, settings: Mapping[str, Any], path: Path) -> tuple[str, Stage]:
-    """The verb, and its STAGE, of an entry of a recipe: what `use` says, or the entry's name. Raises UsageError."""
+    """The verb, and its STAGE, of an entry of a recipe: what `use` says, or the entry's name. Raises
+    UsageError."""
     verb = current_name(str(settings.get("use", name)))
     return verb, find_stage(verb, where=f"{path}: ")
 
@@ -130,10 +132,12 @@ def _stage_named(name: str, settings: Mapping[str, Any], path: Path) -> tuple[st
 def parse_with_recipe(
     cls: type[Any], argv: Sequence[str], *, prog: str, description: str, presets: Sequence[str] = ()
 ) -> tuple[Any, str, Recipe]:
-    """Settings of type `cls`, the recipe's name, and the recipe with what `argv` changes in it. Raises UsageError.
+    """Settings of type `cls`, the recipe's name, and the recipe with what `argv` changes in it. Raises
+    UsageError.
 
-    The recipe, the first argument, says which stages there are: their settings are options of the same parser. In its
-    place a name of `presets` may stand, the shape of a model: the recipe is then that of pre-training it.
+    The recipe, the first argument, says which stages there are: their settings are options of the same
+    parser. In its place a name of `presets` may stand, the shape of a model: the recipe is then that of
+    pre-training it.
     """
     positionals = {
         "recipe": "A YAML file, or the name of a built-in recipe (tiny)"
@@ -199,7 +203,8 @@ def shape_of(entry: RecipeStage, recipe: Recipe, known: Mapping[str, GPTConfig])
 
 
 def planned_stages(recipe: Recipe) -> Iterator[PlannedStage]:
-    """The training stages of a recipe whose model's shape it tells. Raises UserError where there can be no such shape."""
+    """The training stages of a recipe whose model's shape it tells. Raises UserError where there can be no
+    such shape."""
     shapes: dict[str, GPTConfig] = {}
     for entry in recipe.stages.values():
         try:

@@ -1,8 +1,8 @@
 """How the processes of one launch find each other, after a restart as well.
 
-torchrun keeps one key-value store for all attempts of a launch. Processes that are started again would read there what the
-dead ones have left - their network addresses - and connect to nobody. So they agree on a name first that only the living
-can know, and keep everything else under it.
+torchrun keeps one key-value store for all attempts of a launch. Processes that are started again would read
+there what the dead ones have left - their network addresses - and connect to nobody. So they agree on a name
+first that only the living can know, and keep everything else under it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ PATIENCE = 600.0
 
 
 def fresh_store() -> tuple[Any, int, int]:
-    """The store of this attempt, this process's number, and how many there are. Raises UserError when some stay away."""
+    """The store of this attempt, this process's number, and how many there are. Raises UserError when some
+    stay away."""
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -30,8 +31,8 @@ def fresh_store() -> tuple[Any, int, int]:
 def agree(store: Any, rank: int, world: int) -> str:
     """A name that all living processes have and no dead one had.
 
-    Each tells the first one a word of its own; the first one repeats the words beside the name until all have answered
-    with that name. A word or an answer that was left by the dead matches nothing.
+    Each tells the first one a word of its own; the first one repeats the words beside the name until all have
+    answered with that name. A word or an answer that was left by the dead matches nothing.
     """
     word, deadline = secrets.token_hex(8), time.monotonic() + PATIENCE
     others = [str(number) for number in range(1, world)]

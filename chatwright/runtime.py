@@ -1,4 +1,5 @@
-"""The machine: device, precision, threads, memory allocator, ranks, seeds. The only file that asks "cuda? rank?".
+"""The machine: device, precision, threads, memory allocator, ranks, seeds. The only file that asks "cuda?
+rank?".
 
 Everything here has a plain answer on a laptop's CPU and the right one under torchrun on GPUs.
 """
@@ -45,7 +46,8 @@ Moved = TypeVar("Moved")
 
 
 def on_device(value: Moved) -> Moved:
-    """A tensor, or a dataclass of tensors (nested ones too), on this rank's device; on a CPU the very same object."""
+    """A tensor, or a dataclass of tensors (nested ones too), on this rank's device; on a CPU the very same
+    object."""
     target: Any = device()
     if target.type == "cpu":
         return value
@@ -77,7 +79,7 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process is the one that writes files and speaks."""
     return rank() == 0
 
@@ -88,9 +90,10 @@ _groups: dict[str, Any] = {}
 def join() -> None:
     """Meet the other processes that torchrun started; does nothing alone, or when called again.
 
-    Tensors travel by NCCL between GPUs and by gloo between CPUs. Two further gloo groups are for small agreements and
-    for checkpoints that are written in the background: each needs its own, so that neither takes the other's messages.
-    They wait long, as the first process may be busy with a stage that the others have no part in.
+    Tensors travel by NCCL between GPUs and by gloo between CPUs. Two further gloo groups are for small
+    agreements and for checkpoints that are written in the background: each needs its own, so that neither
+    takes the other's messages. They wait long, as the first process may be busy with a stage that the others
+    have no part in.
     """
     import torch.distributed as dist
 
@@ -134,7 +137,7 @@ def barrier() -> None:
 Said = TypeVar("Said")
 
 
-def told_by_first(make: Callable[[], Said]) -> Said:
+def broadcast_from_rank0(make: Callable[[], Said]) -> Said:
     """What `make` gives in the first process, the only one that calls it, in every process.
 
     Raises UserError everywhere when it does there.
@@ -145,7 +148,7 @@ def told_by_first(make: Callable[[], Said]) -> Said:
 
     said: list[Any] = [None, None]
     failure: BaseException | None = None
-    if is_first():
+    if is_rank_zero():
         try:
             said[0] = make()
         except UserError as error:
@@ -179,11 +182,13 @@ def _openmp() -> ctypes.CDLL | None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, torch's operations on the CPU run in the calling thread alone; where OpenMP cannot be asked, nothing changes.
+    """Inside, torch's operations on the CPU run in the calling thread alone; where OpenMP cannot be asked,
+    nothing changes.
 
-    After a parallel operation torch's other threads wait for the next one in a loop, for milliseconds, and keep processors busy
-    that threads outside of torch would need. OpenMP's number is the calling thread's own. `torch.set_num_threads` also sets what
-    all threads begin with: one that met torch first just then would keep a single thread for ever.
+    After a parallel operation torch's other threads wait for the next one in a loop, for milliseconds, and
+    keep processors busy that threads outside of torch would need. OpenMP's number is the calling thread's
+    own. `torch.set_num_threads` also sets what all threads begin with: one that met torch first just then
+    would keep a single thread for ever.
     """
     threads, openmp = (
         torch.get_num_threads(),
@@ -200,7 +205,8 @@ def one_thread() -> Iterator[None]:
 
 
 def has_bf16() -> bool:
-    """Whether bf16 products are computed by the hardware, not emulated. CHATWRIGHT_BF16=0 says no, as on a machine without them."""
+    """Whether bf16 products are computed by the hardware, not emulated. CHATWRIGHT_BF16=0 says no, as on a
+    machine without them."""
     if os.environ.get("CHATWRIGHT_BF16") == "0":
         return False
     if device().type == "cuda":
@@ -243,7 +249,8 @@ def full_precision() -> contextlib.AbstractContextManager[Any]:
 
 @functools.cache
 def _mkl_holds_back() -> bool:
-    """Whether this is a processor of AMD's with AVX-512 on which torch has MKL, which gives processors of others AVX2 at most."""
+    """Whether this is a processor of AMD's with AVX-512 on which torch has MKL, which gives processors of
+    others AVX2 at most."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not both or not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not torch.cpu._is_avx512_supported():
         return False
@@ -256,8 +263,9 @@ def _mkl_holds_back() -> bool:
 def product(x: Float[Tensor, "*N K"], weight: Float[Tensor, "M K"]) -> Float[Tensor, "*N M"]:
     """x @ weight.T, without a gradient, by the library that this processor is fastest with.
 
-    torch gives float32 products to MKL and those in bfloat16 to oneDNN. Where MKL holds back, oneDNN multiplies float32 at 2.1 times
-    its speed (Zen 5: 429 and 204 GFLOP/s). Which of them it is depends on the machine alone: a resumed run has the same bits.
+    torch gives float32 products to MKL and those in bfloat16 to oneDNN. Where MKL holds back, oneDNN
+    multiplies float32 at 2.1 times its speed (Zen 5: 429 and 204 GFLOP/s). Which of them it is depends on the
+    machine alone: a resumed run has the same bits.
     """
     plain = {type(x), type(weight)} <= {Tensor, nn.Parameter} and not torch.is_autocast_enabled(x.device.type)
     if plain and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and _mkl_holds_back():
@@ -276,8 +284,8 @@ def compiler_missing() -> str | None:
 
 
 def compile_function(function: Any, *, enabled: bool = True, sizes_change: bool = False) -> tuple[Any, str]:
-    """`torch.compile(function)` where that works, else the function itself; and a line that says which and why. Shapes are
-    constants of the compiled code, unless `sizes_change`."""
+    """`torch.compile(function)` where that works, else the function itself; and a line that says which and
+    why. Shapes are constants of the compiled code, unless `sizes_change`."""
     if not enabled:
         return function, "compile: off (asked for)"
     missing = compiler_missing()
@@ -290,7 +298,8 @@ def compile_function(function: Any, *, enabled: bool = True, sizes_change: bool 
 
 
 class _OrPlain:
-    """A compiled function that goes back to the plain one, and says so, when the compiler fails, at its first use or at a later form."""
+    """A compiled function that goes back to the plain one, and says so, when the compiler fails, at its first
+    use or at a later form."""
 
     def __init__(self, plain: Any, compiled: Any) -> None:
         self.plain, self.chosen = plain, compiled
@@ -309,7 +318,8 @@ class _OrPlain:
 
 @functools.lru_cache
 def matmul_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of this process's device at the product of two square matrices, the best of some: what `mfu` is a share of.
+    """FLOP/s of this process's device at the product of two square matrices, the best of some: what `mfu` is
+    a share of.
 
     A measure of 0.2 s, once a process. Other programs that run meanwhile make it smaller, and `mfu` larger.
     """
@@ -329,8 +339,9 @@ def matmul_peak(dtype: torch.dtype) -> float:
 def tune_allocator() -> bool:
     """Keep freed memory in the process instead of giving it back to the system (glibc only); True when set.
 
-    Every training step frees and allocates the same large buffers; each return to the system costs a page fault per
-    4 kB on the next use (13 % of a step on the reference machine). Other C libraries manage without this.
+    Every training step frees and allocates the same large buffers; each return to the system costs a page
+    fault per 4 kB on the next use (13 % of a step on the reference machine). Other C libraries manage without
+    this.
     """
     libc = _glibc()
     if libc is None:
@@ -340,10 +351,12 @@ def tune_allocator() -> bool:
     return bool(done and libc.mallopt(mmap_threshold, 2**30))
 
 
-def give_back_memory() -> None:
-    """Let the system have what is freed and kept (`tune_allocator`), once, after something large that does not come again.
+def trim_heap() -> None:
+    """Let the system have what is freed and kept (`tune_allocator`), once, after something large that does
+    not come again.
 
-    What the compiler leaves when its cache is cold: 400 MB beside the 1,200 MB of the steps that follow (recipe's model, batches of 32).
+    What the compiler leaves when its cache is cold: 400 MB beside the 1,200 MB of the steps that follow
+    (recipe's model, batches of 32).
     """
     gc.collect()
     libc = _glibc()
@@ -361,7 +374,8 @@ def _glibc() -> ctypes.CDLL | None:
 def peak_memory_bytes() -> int:
     """The largest resident size of this process so far.
 
-    On Linux from its own table: what `getrusage` says begins with the size of the process that started it, however large.
+    On Linux from its own table: what `getrusage` says begins with the size of the process that started it,
+    however large.
     """
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as lines:
         for line in lines:
@@ -376,7 +390,8 @@ def peak_memory_bytes() -> int:
 
 
 def total_memory_bytes() -> int | None:
-    """Memory that this process may use: of the GPU, else of the machine or its container; None where nobody says."""
+    """Memory that this process may use: of the GPU, else of the machine or its container; None where nobody
+    says."""
     if device().type == "cuda":
         return int(torch.cuda.get_device_properties(device()).total_memory)
     known: list[int] = []
@@ -396,8 +411,9 @@ def memory_is_limited() -> bool:
 
 
 def memory_budget_bytes() -> float | None:
-    """Memory that a run may plan with: CHATWRIGHT_MEMORY ("8GB", "500MB", "8e9"), else 92 % of all there is, shared by
-    the processes of this machine. Not what happens to be free now: a run that goes on must decide as it did before."""
+    """Memory that a run may plan with: CHATWRIGHT_MEMORY ("8GB", "500MB", "8e9"), else 92 % of all there is,
+    shared by the processes of this machine. Not what happens to be free now: a run that goes on must decide
+    as it did before."""
     asked = os.environ.get("CHATWRIGHT_MEMORY", "")
     if asked:
         number, unit = asked.strip().upper().removesuffix("B"), 1.0
@@ -433,7 +449,8 @@ def generator(*parts: object) -> torch.Generator:
 
 
 def rng_state() -> Tensor:
-    """The state of torch's global random stream (uint8), the GPU's behind it where there is one, for checkpoints."""
+    """The state of torch's global random stream (uint8), the GPU's behind it where there is one, for
+    checkpoints."""
     if device().type == "cuda":
         return torch.cat((torch.get_rng_state(), torch.cuda.get_rng_state(device())))
     return torch.get_rng_state()

@@ -1,9 +1,9 @@
 """The sandbox in which chat templates are rendered: they come with a model, from whoever made it.
 
-Jinja's own immutable sandbox keeps a template away from Python's attributes. Added here: it can neither run for ever
-nor fill the memory. Loops and macros take their turns from a budget, and so does the processor's time; no text or list
-may become huge, nor all that is made together. A list that holds another one many times weighs as much as written out:
-that is what it becomes when it is printed, compared or hashed.
+Jinja's own immutable sandbox keeps a template away from Python's attributes. Added here: it can neither run
+for ever nor fill the memory. Loops and macros take their turns from a budget, and so does the processor's
+time; no text or list may become huge, nor all that is made together. A list that holds another one many times
+weighs as much as written out: that is what it becomes when it is printed, compared or hashed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _TOO_LARGE = f"of more than {LARGEST:,} characters, an item counted as {ITEM}"
 WORK = 1 << 26
 """Most characters and items that all operations of one rendering make, together."""
 PRODUCT = 1 << 26
-"""Most that the two largest things given to one function may be, multiplied: `replace` and `join` repeat one by the other."""
+"""Most that the two largest things given to one function may be, multiplied: `replace` and `join` repeat one
+by the other."""
 SECONDS = 2.0
 """Most of the processor's time for one rendering."""
 
@@ -116,7 +117,8 @@ def _written(_: Any, value: Any) -> Any:
 
 
 def _weight(*values: Any) -> int:
-    """Characters in values and within them, and ITEM for each item, as often as they are met; not on beyond LARGEST."""
+    """Characters in values and within them, and ITEM for each item, as often as they are met; not on beyond
+    LARGEST."""
     total, left = 0, list(values)
     while left and total <= LARGEST:
         value = left.pop()
@@ -152,7 +154,8 @@ def _bounded(value: Any) -> Any:
 
 
 def _check_sizes(values: Any, *, multiply: bool = False) -> None:
-    """What is given to functions and filters: numbers become widths and counts there, and texts are repeated."""
+    """What is given to functions and filters: numbers become widths and counts there, and texts are
+    repeated."""
     sizes = []
     for value in values:
         if isinstance(value, int) and abs(value) > LARGEST:
@@ -308,7 +311,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return _bounded(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, RUF100
-        """A call in the template, with checked arguments and result. (A macro may have an argument `self`.)"""
+        """A call in the template, with checked arguments and result. (A macro may have an argument
+        `self`.)"""
         args, kwargs = _given(args, kwargs)
         owner = getattr(
             getattr(__function, "__wrapped__", __function), "__self__", None

@@ -1,11 +1,12 @@
 """Checkpoints that many processes write together, each its own part, while training goes on.
 
-The engine is torch.distributed.checkpoint (DCP). Its usual format describes the parts in a pickle (`.metadata`), and
-nothing here is ever unpickled: parts are written by its safetensors writer instead, which puts the place of every
-part into the safetensors header. Any number of processes can read them, each the pieces that it needs.
+The engine is torch.distributed.checkpoint (DCP). Its usual format describes the parts in a pickle
+(`.metadata`), and nothing here is ever unpickled: parts are written by its safetensors writer instead, which
+puts the place of every part into the safetensors header. Any number of processes can read them, each the
+pieces that it needs.
 
-The directory keeps the discipline of `checkpoint`: `sharded/` with one file a process, the texts, and `state.json` with
-every file's SHA-256 last; all of it under another name until it is whole.
+The directory keeps the discipline of `checkpoint`: `sharded/` with one file a process, the texts, and
+`state.json` with every file's SHA-256 last; all of it under another name until it is whole.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class _Writer(HuggingFaceStorageWriter):
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """In the first process, when all have written: texts, checksums, state.json, and the name that counts."""
+        """In the first process, when all have written: texts, checksums, state.json, and the name that
+        counts."""
         aside = aside_of(self.target)
         files = {}
         for digest in sorted((aside / PARTS).glob("*.sha256")):
@@ -91,8 +93,8 @@ class Saving:
 
         Every process must call this. `then` is called in the first one when the checkpoint is whole.
         """
-        self.settle()
-        if runtime.is_first():
+        self.flush()
+        if runtime.is_rank_zero():
             shutil.rmtree(aside_of(target), ignore_errors=True)
         runtime.barrier()
         self._target = target
@@ -103,8 +105,9 @@ class Saving:
                 process_group=runtime.group("saving"),
             )
 
-    def settle(self) -> None:
-        """Wait until the checkpoint is on the disk. Raises UserError, in every process, when it could not be written."""
+    def flush(self) -> None:
+        """Wait until the checkpoint is on the disk. Raises UserError, in every process, when it could not be
+        written."""
         future, self._future = self._future, None
         if future is None:
             return
@@ -117,12 +120,13 @@ class Saving:
                 f"cannot write {self._target}: {cause}; what was there before is intact"
             ) from error
         finally:
-            if runtime.is_first():
+            if runtime.is_rank_zero():
                 shutil.rmtree(aside_of(self._target), ignore_errors=True)
 
 
 def describe(directory: Path) -> dict[str, TensorStorageMetadata]:
-    """Name -> size and type of every tensor in a checkpoint's parts. Raises UserError when a part is damaged."""
+    """Name -> size and type of every tensor in a checkpoint's parts. Raises UserError when a part is
+    damaged."""
     try:
         found = HuggingFaceStorageReader(str(directory / PARTS)).read_metadata().state_dict_metadata
     except Exception as error:  # the library's own errors have no common class
@@ -152,7 +156,8 @@ def read(directory: Path, tensors: Mapping[str, Tensor], *, alone: bool = False)
 
 
 def whole_tensors(directory: Path, part: str) -> dict[str, Tensor]:
-    """The tensors `part/...` of a checkpoint put together, on the CPU of this process, under their names without it."""
+    """The tensors `part/...` of a checkpoint put together, on the CPU of this process, under their names
+    without it."""
     wanted = {name: item for name, item in describe(directory).items() if name.startswith(f"{part}/")}
     claimed = sum(item.size.numel() * item.properties.dtype.itemsize for item in wanted.values())
     there = sum(file.stat().st_size for file in (directory / PARTS).iterdir())
@@ -166,7 +171,8 @@ def whole_tensors(directory: Path, part: str) -> dict[str, Tensor]:
 
 
 def consolidate(directory: Path) -> None:
-    """Make an ordinary checkpoint of one in parts, in its place and of the same content: for one process, file by file."""
+    """Make an ordinary checkpoint of one in parts, in its place and of the same content: for one process,
+    file by file."""
     state = read_json(directory / "state.json")
     state.pop("files", None)
     with whole_directory(directory) as aside:

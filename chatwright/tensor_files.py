@@ -1,4 +1,5 @@
-"""Tensors in files: safetensors in and out, never pickle; and `state.json`, which holds every file's checksum."""
+"""Tensors in files: safetensors in and out, never pickle; and `state.json`, which holds every file's
+checksum."""
 
 from __future__ import annotations
 
@@ -43,10 +44,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_state(directory: Path, state: Mapping[str, Any], known: Mapping[str, str] | None = None) -> None:
-    """`state.json` of a directory whose other files are all written: `state`, and `files` with everyone's checksum.
+    """`state.json` of a directory whose other files are all written: `state`, and `files` with everyone's
+    checksum.
 
-    Its own is that of its text with 64 zeros in the place of the checksum: every byte of the file counts. `known` are
-    checksums of files in folders below, made by those who wrote them.
+    Its own is that of its text with 64 zeros in the place of the checksum: every byte of the file counts.
+    `known` are checksums of files in folders below, made by those who wrote them.
     """
     files = {file.name: sha256(file) for file in sorted(directory.iterdir()) if file.is_file()} | dict(
         known or {}

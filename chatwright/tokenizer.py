@@ -1,4 +1,5 @@
-"""Byte-level BPE: text <-> token ids (Sennrich et al. 2016, arXiv:1508.07909; bytes as in Radford et al. 2019, 2.2).
+"""Byte-level BPE: text <-> token ids (Sennrich et al. 2016, arXiv:1508.07909; bytes as in Radford et al.
+2019, 2.2).
 
 Training, encoding and the file format are those of the `tokenizers` library, so `tokenizer.json` loads in
 transformers. Added here: any bytes round-trip, and text never becomes a control token, whatever it spells.
@@ -31,15 +32,16 @@ CONTROLS = (
     "<|image|>",
     "<|reserved_0|>",
 )
-"""Control tokens of a tokenizer trained here: between documents, around turns, and room for what comes later."""
+"""Control tokens of a tokenizer trained here: between documents, around turns, and room for what comes later.
+"""
 
 LARGEST_FILE = 64 << 20
 """Most bytes of a tokenizer.json; published ones have up to 35 MB."""
 LARGEST_VOCABULARY = 1 << 24
 NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Sequence")
 PRE_TOKENIZERS = ("ByteLevel", "Split", "Digits", "Punctuation", "Sequence")
-"""The parts that a tokenizer.json may have. Others of the library can make texts any number of times longer, or end the
-process when they are damaged; no byte-level BPE needs them."""
+"""The parts that a tokenizer.json may have. Others of the library can make texts any number of times longer,
+or end the process when they are damaged; no byte-level BPE needs them."""
 
 PATTERN = (
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -47,9 +49,10 @@ PATTERN = (
 )
 """Where merges stop: words with what stands before them, each digit alone, punctuation, white space.
 
-Exactly what llama.cpp calls "qwen2": it does not read a pattern out of a model's file, it knows some by name, so that a
-tokenizer with a pattern of its own could never be used there. Single digits also line up in sums. Qwen's own spelling
-begins with (?i:'s|'t|...), which differs in one place: the old long s behind an apostrophe counts as an s there.
+Exactly what llama.cpp calls "qwen2": it does not read a pattern out of a model's file, it knows some by name,
+so that a tokenizer with a pattern of its own could never be used there. Single digits also line up in sums.
+Qwen's own spelling begins with (?i:'s|'t|...), which differs in one place: the old long s behind an
+apostrophe counts as an s there.
 """
 
 
@@ -92,8 +95,9 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, show_progress: bool = False) -> Tokenizer:
-        """Learn merges from `texts`. `vocab_size` counts control tokens and the 256 bytes, and is reached exactly or
-        not at all: too little text gives a smaller vocabulary. Raises UserError when vocab_size is too small."""
+        """Learn merges from `texts`. `vocab_size` counts control tokens and the 256 bytes, and is reached
+        exactly or not at all: too little text gives a smaller vocabulary. Raises UserError when vocab_size is
+        too small."""
         least = 256 + len(CONTROLS)
         if vocab_size < least:
             raise UserError(
@@ -130,7 +134,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(
                 json.dumps(content)
             )  # what was checked, whatever the file spells
-            backend.no_padding()  # whoever encodes with it wants the ids of the text, no others and all of them
+            # An encoded text is its own ids: none more, none less.
+            backend.no_padding()
             backend.no_truncation()
         if not isinstance(backend.model, models.BPE):
             raise UserError(f"{file} is a tokenizer of kind {type(backend.model).__name__}, not BPE")
@@ -156,7 +161,8 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Number of ids, control tokens included, and those that no token has: the largest id and one more."""
+        """Number of ids, control tokens included, and those that no token has: the largest id and one
+        more."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
@@ -168,7 +174,8 @@ class Tokenizer:
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of a text. Bytes that are not UTF-8, and lone surrogates, become single-byte tokens.
 
-        Raises UserError when such a byte has no token; every byte has one in tokenizers that are trained here.
+        Raises UserError when such a byte has no token; every byte has one in tokenizers that are trained
+        here.
         """
         if isinstance(text, str):
             try:
@@ -226,8 +233,8 @@ class Tokenizer:
         return result
 
     def _byte_id(self, byte: int) -> int:
-        """The id of a single byte. Raises UserError when there is none: vocabularies that were learnt without all 256
-        bytes lack those that never occur in UTF-8."""
+        """The id of a single byte. Raises UserError when there is none: vocabularies that were learnt without
+        all 256 bytes lack those that never occur in UTF-8."""
         number = self._byte_ids.get(byte)
         if number is None:
             raise UserError(f"the text is not UTF-8, and the tokenizer has no token for its byte {byte:#04x}")
@@ -242,7 +249,8 @@ class Tokenizer:
 
 @contextmanager
 def library(trouble: str, *passing: type[Exception]) -> Iterator[None]:
-    """Errors of the tokenizers library, its panics included, become a UserError that says what the trouble is."""
+    """Errors of the tokenizers library, its panics included, become a UserError that says what the trouble
+    is."""
     try:
         yield
     except BaseException as error:  # the library raises bare Exception; a panic of its Rust is not even that

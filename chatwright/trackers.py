@@ -1,8 +1,8 @@
 """Where rows of metrics go beside `metrics.jsonl`: TensorBoard, trackio or Weights & Biases, by one setting.
 
-These settings say how a run is told about, not what it computes: they are no part of a stage's settings, and a finished
-stage stays finished when they change. Each tracker takes a row's numbers under the step's number; texts and values that
-are not finite are left to metrics.jsonl.
+These settings say how a run is told about, not what it computes: they are no part of a stage's settings, and
+a finished stage stays finished when they change. Each tracker takes a row's numbers under the step's number;
+texts and values that are not finite are left to metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Reporting:
     """Where the numbers of a run go beside its metrics.jsonl, and what its energy and hours cost."""
 
     to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
-    """Also send each row there: `tensorboard` (event files in the stage's directory), `trackio` or `wandb` (their own
-    settings apply: TRACKIO_DIR, WANDB_MODE, ...)."""
+    """Also send each row there: `tensorboard` (event files in the stage's directory), `trackio` or `wandb`
+    (their own settings apply: TRACKIO_DIR, WANDB_MODE, ...)."""
     watts: float = 0.0
-    """Power drawn in training by all machines together, in watts; gives `energy_kwh`. 0: the processor's own meter where
-    the system shows it, else no figure."""
+    """Power drawn in training by all machines together, in watts; gives `energy_kwh`. 0: the processor's own
+    meter where the system shows it, else no figure."""
     price: float = 0.0
     """What all machines together cost an hour, in any currency; gives `cost`. 0: no figure."""
 
@@ -53,7 +53,10 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError:
-        message = f"report.to {name} needs a package: pip install {name} (or all three: pip install 'chatwright[metrics]')"
+        message = (
+            f"report.to {name} needs a package: pip install {name} (or all three: pip install "
+            f"'chatwright[metrics]')"
+        )
         raise UsageError(message) from None
 
 
@@ -73,8 +76,8 @@ class _TensorBoard:
 
 
 class _Service:
-    """trackio and wandb: the same three calls. A resumed stage goes on in its own run there; rows that are done again
-    come with the same step and the same numbers."""
+    """trackio and wandb: the same three calls. A resumed stage goes on in its own run there; rows that are
+    done again come with the same step and the same numbers."""
 
     def __init__(self, name: str, directory: Path) -> None:
         place = directory.resolve()
@@ -93,7 +96,8 @@ class _Service:
 
 
 def open_tracker(reporting: Reporting, directory: Path, first_step: int) -> Tracker | None:
-    """The tracker of a stage in `directory` whose next row is of step `first_step` at least; None for `none`."""
+    """The tracker of a stage in `directory` whose next row is of step `first_step` at least; None for
+    `none`."""
     if reporting.to == "none":
         return None
     if reporting.to == "tensorboard":

@@ -2,8 +2,8 @@
 
     python examples/bandit.py
 
-The reward is what an arm pays less beta times log(pi / pi_ref), as in training a chat model on a reward model; an arm is an
-answer of one token. The best policy is known exactly:
+The reward is what an arm pays less beta times log(pi / pi_ref), as in training a chat model on a reward
+model; an arm is an answer of one token. The best policy is known exactly:
 
     pi*(a) = pi_ref(a) exp(r(a) / beta) / Z,   Z = sum over a of pi_ref(a) exp(r(a) / beta)
 
@@ -28,7 +28,8 @@ ROUNDS, BATCH = 500, 512
 
 @dataclass(frozen=True)
 class Learnt:
-    """What a method came to: the policy, and what it earns (mean pay less beta x KL), both exact for its logits."""
+    """What a method came to: the policy, and what it earns (mean pay less beta x KL), both exact for its
+    logits."""
 
     policy: Tensor
     earns: float
@@ -46,7 +47,8 @@ def value_of(policy: Tensor) -> float:
 
 
 def learn(method: str, seed: int = 0) -> Learnt:
-    """Learn from sampled arms alone, by `reinforce` (leave-one-out baseline) or `ppo` (four passes, clip, critic)."""
+    """Learn from sampled arms alone, by `reinforce` (leave-one-out baseline) or `ppo` (four passes, clip,
+    critic)."""
     draw = torch.Generator().manual_seed(seed)
     logits = REFERENCE.log().clone().requires_grad_(True)  # the policy starts as the reference
     critic = torch.zeros((), requires_grad=True)
@@ -86,7 +88,8 @@ def main() -> None:
         row = [float(one.policy[arm]) for one in (exact, *found.values())]
         bar = "#" * round(60 * row[0])
         print(
-            f"{arm:>5} {pays:>6.1f} {float(REFERENCE[arm]):>7.3f} {row[0]:>7.3f} {row[1]:>10.3f} {row[2]:>7.3f}  {bar}"
+            f"{arm:>5} {pays:>6.1f} {float(REFERENCE[arm]):>7.3f} {row[0]:>7.3f} {row[1]:>10.3f} "
+            f"{row[2]:>7.3f}  {bar}"
         )
     told = {"the reference": value_of(REFERENCE), "exact": exact.earns} | {
         name: one.earns for name, one in found.items()

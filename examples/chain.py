@@ -2,14 +2,18 @@
 
     python examples/chain.py
 
-One walks from the middle, a step to the left or to the right at a time, and is paid at the ends alone: 0 beyond the left one, 1
-beyond the right one (Sutton and Barto, example 6.2). As with a chat model, every step costs beta times log(pi / pi_ref), where
-the reference walks at random, and the score comes with the last step: an answer is a walk, a token is a step.
+One walks from the middle, a step to the left or to the right at a time, and is paid at the ends alone: 0
+beyond the left one, 1 beyond the right one (Sutton and Barto, example 6.2). As with a chat model, every step
+costs beta times log(pi / pi_ref), where the reference walks at random, and the score comes with the last
+step: an answer is a walk, a token is a step.
 
 Two things are known exactly.
-* Of the walk at random, the values of the five states: V(s) = 1/2 V(s - 1) + 1/2 V(s + 1), which is 1/6, 2/6 ... 5/6.
-* Of the best policy, from the soft Bellman equation: V(s) = beta log(sum over a of pi_ref(a) exp(V(next) / beta)), and
-  pi*(a | s) = pi_ref(a) exp((V(next) - V(s)) / beta). With u = exp(V / beta) it is linear: u(s) = 1/2 u(s - 1) + 1/2 u(s + 1).
+* Of the walk at random, the values of the five states: V(s) = 1/2 V(s - 1) + 1/2 V(s + 1), which is 1/6, 2/6
+  ... 5/6.
+* Of the best policy, from the soft Bellman equation: V(s) = beta log(sum over a of pi_ref(a) exp(V(next) /
+  beta)), and
+  pi*(a | s) = pi_ref(a) exp((V(next) - V(s)) / beta). With u = exp(V / beta) it is linear: u(s) = 1/2 u(s -
+  1) + 1/2 u(s + 1).
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ ROUNDS, BATCH = 120, 256
 
 
 def line(left: float, right: float) -> Tensor:
-    """x(s) = 1/2 x(s - 1) + 1/2 x(s + 1) for the five states, with x beyond the ends given: a linear system."""
+    """x(s) = 1/2 x(s - 1) + 1/2 x(s + 1) for the five states, with x beyond the ends given: a linear
+    system."""
     system = torch.eye(STATES, dtype=torch.float64)
     given = torch.zeros(STATES, dtype=torch.float64)
     for s in range(STATES):
@@ -45,7 +50,8 @@ def values_at_random() -> Tensor:
 
 
 def best() -> tuple[Tensor, Tensor]:
-    """V of the best policy under the KL penalty, and its probability of a step to the right, state by state."""
+    """V of the best policy under the KL penalty, and its probability of a step to the right, state by
+    state."""
     end = torch.tensor(1 / BETA, dtype=torch.float64).exp()
     u = line(1.0, float(end))
     after = torch.cat((u[1:], end[None]))
@@ -54,7 +60,8 @@ def best() -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Walks:
-    """A batch of walks, (batch, time): `states` before each step, `steps` 1 to the right, `mask` True until the end."""
+    """A batch of walks, (batch, time): `states` before each step, `steps` 1 to the right, `mask` True until
+    the end."""
 
     states: Tensor
     steps: Tensor
@@ -92,8 +99,9 @@ class Learnt:
 def learn(
     method: str, *, train_policy: bool = True, rounds: int = ROUNDS, batch: int = BATCH, seed: int = 0
 ) -> Learnt:
-    """Learn from walks alone, by `reinforce` (leave-one-out baseline) or `ppo`. Without `train_policy` one goes on walking at
-    random and PPO's critic alone learns; there is no penalty then, and the values are those of the walk."""
+    """Learn from walks alone, by `reinforce` (leave-one-out baseline) or `ppo`. Without `train_policy` one
+    goes on walking at random and PPO's critic alone learns; there is no penalty then, and the values are
+    those of the walk."""
     draw = torch.Generator().manual_seed(seed)
     logits = torch.zeros(STATES, 2, requires_grad=train_policy)
     critic = torch.zeros(STATES, requires_grad=True)
@@ -125,7 +133,8 @@ def learn(
 
 
 def critic_at_random() -> Tensor:
-    """What the critic learns of the walk at random; chance decides each walk's pay, so there are many of them."""
+    """What the critic learns of the walk at random; chance decides each walk's pay, so there are many of
+    them."""
     return learn("ppo", train_policy=False, rounds=20, batch=4096).values
 
 
@@ -135,10 +144,12 @@ def main() -> None:
     critic = critic_at_random()
     found = {name: learn(name) for name in ("reinforce", "ppo")}
     print(
-        "values of the walk at random          values under the penalty     probability of a step to the right"
+        "values of the walk at random          values under the penalty     probability of a step to the "
+        "right"
     )
     print(
-        f"{'state':>5} {'Bellman':>9} {'critic':>8} {'Bellman':>21} {'ppo':>8} {'Bellman':>16} {'reinforce':>10} {'ppo':>7}"
+        f"{'state':>5} {'Bellman':>9} {'critic':>8} {'Bellman':>21} {'ppo':>8} {'Bellman':>16} "
+        f"{'reinforce':>10} {'ppo':>7}"
     )
     for s in range(STATES):
         row = (random_values[s], critic[s], values[s], found["ppo"].values[s], right[s])

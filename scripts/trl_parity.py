@@ -1,14 +1,16 @@
-"""Ask TRL for its losses on given tensors: writes tests/parity/trl_golden.json, or prints the answers with --print.
+"""Ask TRL for its losses on given tensors: writes tests/parity/trl_golden.json, or prints the answers with
+--print.
 
-Runs in an environment of its own, which has TRL and not chatwright (the last TRL whose PPO can be called piece by piece):
+Runs in an environment of its own, which has TRL and not chatwright (the last TRL whose PPO can be called
+piece by piece):
 
     python -m venv /tmp/trl
     /tmp/trl/bin/pip install torch==2.13.0 trl==0.11.4 transformers==4.45.2 rich
     /tmp/trl/bin/python scripts/trl_parity.py
 
-Inputs are made here from a seed and stored beside the answers, so that tests/parity/test_trl.py needs neither TRL nor the seed;
-with CHATWRIGHT_TRL_PYTHON=/tmp/trl/bin/python it asks TRL again. Only TRL's public methods are called, with stand-ins for what
-they read of their trainers.
+Inputs are made here from a seed and stored beside the answers, so that tests/parity/test_trl.py needs neither
+TRL nor the seed; with CHATWRIGHT_TRL_PYTHON=/tmp/trl/bin/python it asks TRL again. Only TRL's public methods
+are called, with stand-ins for what they read of their trainers.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ COMMAND = "/tmp/trl/bin/python scripts/trl_parity.py"
 
 
 def inputs(seed: int) -> dict[str, Any]:
-    """Five answers of 1 to 9 tokens, behind a prompt of two columns, as a round of PPO meets them; and scores of a reward model."""
+    """Five answers of 1 to 9 tokens, behind a prompt of two columns, as a round of PPO meets them; and scores
+    of a reward model."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -94,7 +97,8 @@ def answers(given: dict[str, Any]) -> dict[str, Any]:
         trainer, tensors["scores"], tensors["old_log_probs"], tensors["reference"], mask
     )
     result["rewards"] = rewards
-    # Whitened rewards are compared where no padding follows: TRL leaves a reward on padding then, which reaches the answer's end.
+    # Whitened rewards are compared where no padding follows: TRL leaves a reward on padding then, which
+    # reaches the answer's end.
     for name, whiten, rows in (("", False, list(range(5))), ("_whitened_rewards", True, FULL)):
         config.whiten_rewards = whiten
         _, advantages, returns = PPOTrainer.compute_advantages(

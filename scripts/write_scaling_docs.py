@@ -1,7 +1,7 @@
 """The tables of docs/scaling.md, computed: memory, traffic and time of a training step on many processes.
 
-`python scripts/write_scaling_docs.py` writes them; `--check` only says whether they are up to date. Formulae, with their
-sources and units, are the docstrings below; the page shows them and these are what computes it.
+`python scripts/write_scaling_docs.py` writes them; `--check` only says whether they are up to date. Formulae,
+with their sources and units, are the docstrings below; the page shows them and these are what computes it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Setup:
-    """A model on a box of processes: copies x shard x tensor, as chatwright/train/parallel/context.py arranges them."""
+    """A model on a box of processes: copies x shard x tensor, as chatwright/train/parallel/context.py
+    arranges them."""
 
     name: str
     shape: GPTConfig
@@ -61,7 +62,8 @@ class Setup:
 
 
 def block_parameters(shape: GPTConfig) -> float:
-    """Matrices of all blocks: L (2 D H Q + 2 D G Q + m D M), m = 3 with a gate, else 2. Norms and biases are left out."""
+    """Matrices of all blocks: L (2 D H Q + 2 D G Q + m D M), m = 3 with a gate, else 2. Norms and biases are
+    left out."""
     heads = 2 * shape.width * shape.head_dim * (shape.heads + shape.kv_heads)
     return float(
         shape.layers * (heads + (3 if shape.activation == "swiglu" else 2) * shape.width * shape.mlp_width)
@@ -77,11 +79,12 @@ def root_parameters(shape: GPTConfig) -> float:
 def memory(setup: Setup) -> dict[str, float]:
     """Bytes per process.
 
-    Kept: weights, gradients and AdamW's two moments in float32, 4 + 4 + 8 = 16 bytes a parameter, over `shard` and, for
-    blocks, `tensor`. Put together: what FSDP holds whole at once, the root's weights and gradient in float32 and two
-    blocks' weights in bf16. Activations: s b D (10 + 24 / tensor) bytes a layer (Korthikanti et al. 2022,
-    arXiv:2205.05198, eq. 2 without the 5 a s / h of attention weights, which the fused kernel never stores); with
-    recomputation 4 s b D a layer, the float32 residual stream, and one layer's own. Logits: two chunks of 1,024 in float32.
+    Kept: weights, gradients and AdamW's two moments in float32, 4 + 4 + 8 = 16 bytes a parameter, over
+    `shard` and, for blocks, `tensor`. Put together: what FSDP holds whole at once, the root's weights and
+    gradient in float32 and two blocks' weights in bf16. Activations: s b D (10 + 24 / tensor) bytes a layer
+    (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2 without the 5 a s / h of attention weights, which the
+    fused kernel never stores); with recomputation 4 s b D a layer, the float32 residual stream, and one
+    layer's own. Logits: two chunks of 1,024 in float32.
     """
     shape, blocks, root = setup.shape, block_parameters(setup.shape), root_parameters(setup.shape)
     kept = 16 * (blocks / setup.tensor + root) / setup.shard
@@ -100,13 +103,15 @@ def memory(setup: Setup) -> dict[str, float]:
 
 
 def traffic(setup: Setup) -> dict[str, float]:
-    """Bytes that a process sends per optimiser step (ring collectives: an all-gather or reduce-scatter of X bytes over n
-    processes sends X (n - 1) / n from each, an all-reduce twice that; Rajbhandari et al. 2020, arXiv:1910.02054, section 7).
+    """Bytes that a process sends per optimiser step (ring collectives: an all-gather or reduce-scatter of X
+    bytes over n processes sends X (n - 1) / n from each, an all-reduce twice that; Rajbhandari et al. 2020,
+    arXiv:1910.02054, section 7).
 
-    copies: one all-reduce of the gradients in float32. shard: for each micro-batch the blocks' weights in bf16 are gathered
-    for the forward and for the backward pass, the root's in float32 once, and all gradients are reduced and scattered in
-    float32. tensor: for each layer and micro-batch two all-reduces of s b D bf16 numbers forward and two backward
-    (Shoeybi et al. 2019, arXiv:1909.08053, section 3), and two more when the forward pass is repeated.
+    copies: one all-reduce of the gradients in float32. shard: for each micro-batch the blocks' weights in
+    bf16 are gathered for the forward and for the backward pass, the root's in float32 once, and all gradients
+    are reduced and scattered in float32. tensor: for each layer and micro-batch two all-reduces of s b D bf16
+    numbers forward and two backward (Shoeybi et al. 2019, arXiv:1909.08053, section 3), and two more when the
+    forward pass is repeated.
     """
     shape, blocks, root = (
         setup.shape,
@@ -129,8 +134,8 @@ def traffic(setup: Setup) -> dict[str, float]:
 
 
 def step_flop(setup: Setup) -> float:
-    """Per optimiser step, all processes: 6 N + 12 L H Q s a token (Chowdhery et al. 2022, arXiv:2204.02311, appendix B),
-    8 and 16 with recomputation of the forward pass."""
+    """Per optimiser step, all processes: 6 N + 12 L H Q s a token (Chowdhery et al. 2022, arXiv:2204.02311,
+    appendix B), 8 and 16 with recomputation of the forward pass."""
     shape = setup.shape
     parameters = block_parameters(shape) + shape.vocab_size * shape.width
     attention = 2 * shape.layers * shape.heads * shape.head_dim * shape.context
@@ -138,9 +143,9 @@ def step_flop(setup: Setup) -> float:
 
 
 def seconds(setup: Setup, machine: Machine) -> dict[str, float]:
-    """Seconds per optimiser step: products at the assumed utilisation, and each kind of traffic over the wire it must use:
-    inside a machine while the group fits there, else between machines. Traffic of `shard` and `copies` can hide
-    behind products; that of `tensor` cannot."""
+    """Seconds per optimiser step: products at the assumed utilisation, and each kind of traffic over the wire
+    it must use: inside a machine while the group fits there, else between machines. Traffic of `shard` and
+    `copies` can hide behind products; that of `tensor` cannot."""
     wires = {
         "tensor": machine.inside if setup.tensor <= machine.per_machine else machine.between,
         "shard": machine.inside if setup.shard * setup.tensor <= machine.per_machine else machine.between,
@@ -165,7 +170,8 @@ SETUPS = (
     Setup("175B, tp 8, fsdp x 128", _preset("gpt3-175b"), 3_145_728, 4, shard=128, tensor=8, recompute=True),
     Setup("175B, tp 8, fsdp x 256", _preset("gpt3-175b"), 3_145_728, 6, shard=256, tensor=8, recompute=True),
 )
-"""What the tables show. Batch of 175B: 3.2 million tokens (Brown et al. 2020, table 2.1), here a power-of-two near it."""
+"""What the tables show. Batch of 175B: 3.2 million tokens (Brown et al. 2020, table 2.1), here a power-of-two
+near it."""
 
 
 def memory_table(machine: Machine) -> str:
@@ -179,7 +185,8 @@ def memory_table(machine: Machine) -> str:
         total = sum(parts.values())
         cells = " | ".join(f"{value / 1e9:.1f}" for value in (*parts.values(), total))
         lines.append(
-            f"| {setup.name}, micro-batch {setup.micro_batch} | {cells} | {'yes' if total < 0.9 * machine.memory else 'no'} |"
+            f"| {setup.name}, micro-batch {setup.micro_batch} | {cells} | "
+            f"{'yes' if total < 0.9 * machine.memory else 'no'} |"
         )
     return "\n".join(lines)
 
@@ -187,7 +194,8 @@ def memory_table(machine: Machine) -> str:
 def time_table(machine: Machine) -> str:
     """Gigabytes sent per process, and seconds, per optimiser step."""
     lines = [
-        "| model, plan | micro-batches | sent (GB): copies | shard | tensor | products (s) | copies (s) | shard (s) | tensor (s) |",
+        "| model, plan | micro-batches | sent (GB): copies | shard | tensor | products (s) | copies (s) | "
+        "shard (s) | tensor (s) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for setup in SETUPS:

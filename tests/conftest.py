@@ -1,4 +1,5 @@
-"""A tiny model in a directory of its own, whole and real but untrained, for tests that need any model at all."""
+"""A tiny model in a directory of its own, whole and real but untrained, for tests that need any model at
+all."""
 
 from __future__ import annotations
 
@@ -51,16 +52,17 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: of two workers, neither is then left with one of them when the other has nothing more to do
-    (`--no-loadscope-reorder` in the Makefile; xdist alone would begin with the files that have the most tests)."""
+    """The longest files first: of two workers, neither is then left with one of them when the other has
+    nothing more to do (`--no-loadscope-reorder` in the Makefile; xdist alone would begin with the files that
+    have the most tests)."""
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(LONGEST)))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def same_precision_everywhere() -> Iterator[None]:
-    """`auto` means float32 here, as on a machine without bf16: what a miniature learns must not depend on the processor. Tests of bf16
-    ask for it by name."""
+    """`auto` means float32 here, as on a machine without bf16: what a miniature learns must not depend on the
+    processor. Tests of bf16 ask for it by name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CHATWRIGHT_BF16", "0")  # for the programs that tests start, too
         yield

@@ -1,4 +1,5 @@
-"""The chat template: what people write stays text, the mask covers what must be learnt, hostile templates fail."""
+"""The chat template: what people write stays text, the mask covers what must be learnt, hostile templates
+fail."""
 
 from __future__ import annotations
 
@@ -104,7 +105,8 @@ def test_contents_come_back_from_between_the_control_tokens(messages: list[Messa
 
 
 def test_a_content_that_guesses_the_marks() -> None:
-    """Contents never enter the rendered text, so even someone who knows the mark of this process gains nothing."""
+    """Contents never enter the rendered text, so even someone who knows the mark of this process gains
+    nothing."""
     mark = chat._MARK
     messages = say(f"{mark}x1x{mark}", f"{mark}x0x{mark}<|end|>", "x")
     ids = NATIVE.encode(messages, TOKENIZER).ids
@@ -464,9 +466,12 @@ HOSTILE = [
     "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
     "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
-    "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x.replace('a', 'aa') %}{% endfor %}",
-    "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x | replace('a', 'aa') %}{% endfor %}",
+    "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% "
+    "endfor %}",
+    "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x.replace('a', 'aa') %}{% endfor "
+    "%}",
+    "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x | replace('a', 'aa') %}{% "
+    "endfor %}",
     "{% set n = namespace(x=2) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
     "{{ 'a' * 10**10 }}",
     "{{ 10**10 * 'a' }}",
@@ -579,7 +584,8 @@ def test_a_template_that_refuses_says_why() -> None:
 
 
 def test_what_real_templates_do_is_allowed() -> None:
-    """Macros, namespaces, filters, string methods, JSON, slices: as the templates of known models use them."""
+    """Macros, namespaces, filters, string methods, JSON, slices: as the templates of known models use
+    them."""
     source = (
         "{%- set ns = namespace(system='', n=0) -%}"
         "{%- macro line(role, self='x', context='', function=1) -%}{{ '<|' ~ role ~ '|>' }}{%- endmacro -%}"
@@ -596,7 +602,8 @@ def test_what_real_templates_do_is_allowed() -> None:
     )
     text = ChatTemplate(source, "<|end|>").render(say("Hi ", "Yo"))
     assert text == (
-        '<|user|>Hi<|end|><|assistant|>Yo1 {\n  "a": [\n    1,\n    2\n  ]\n} k:07 a-  b user,assistant f b AB True 1 4'
+        '<|user|>Hi<|end|><|assistant|>Yo1 {\n  "a": [\n    1,\n    2\n  ]\n} k:07 a-  b user,assistant '
+        "f b AB True 1 4"
     )
 
 

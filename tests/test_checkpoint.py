@@ -286,11 +286,8 @@ def test_a_process_killed_while_it_writes(tmp_path: Path) -> None:
     program = f"""
 import os, signal, sys
 from pathlib import Path
-from chatwright import checkpoint
-from chatwright import tensor_files
-from chatwright import files
-from chatwright import tensor_files
-checkpoint._flush = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+from chatwright import checkpoint, files
+files._flush = lambda path: os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save_checkpoint(Path({str(tmp_path)!r}) / "step-000002", tensors={{}}, state={{}})
 """
     done = subprocess.run([sys.executable, "-c", program], timeout=60)
@@ -351,16 +348,16 @@ def test_the_newest_valid_one_and_complaints_about_newer_ones(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("keep", "spare", "left"),
+    ("keep", "protected", "left"),
     [(2, (), [4, 5]), (1, (2,), [2, 5]), (0, (), [5]), (9, (), [1, 2, 3, 4, 5]), (2, (5, 1), [1, 4, 5])],
 )
-def test_prune(tmp_path: Path, keep: int, spare: tuple[int, ...], left: list[int]) -> None:
+def test_prune(tmp_path: Path, keep: int, protected: tuple[int, ...], left: list[int]) -> None:
     for step in (1, 2, 3, 4, 5):
         (tmp_path / f"step-{step:06}").mkdir()
     (tmp_path / ".step-000006.1.partial").mkdir()
     (tmp_path / ".step-000006.1.old").mkdir()
     (tmp_path / "notes").mkdir()
-    checkpoint.prune(tmp_path, keep, spare=spare)
+    checkpoint.prune(tmp_path, keep, protected=protected)
     assert [found.step for found in checkpoint.checkpoints(tmp_path)] == left
     assert names(tmp_path)[0] == "notes"
 

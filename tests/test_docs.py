@@ -1,6 +1,7 @@
 """What the documents say exists: names, links, make targets, verbs, presets, settings, and every logged key.
 
-Nothing is imported from the package: the source is read as a syntax tree, so that a broken module cannot hide here.
+Nothing is imported from the package: the source is read as a syntax tree, so that a broken module cannot hide
+here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+
+from chatwright import cli, discovery
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
@@ -40,7 +43,7 @@ def code_of(text: str) -> str:
     return "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", FENCE.sub("", text))])
 
 
-# ---- names ---------------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------------------
 
 
 def names_in(body: Iterable[ast.stmt], prefix: str = "") -> Iterator[str]:
@@ -98,7 +101,7 @@ def test_where_answers_about_fifty_questions() -> None:
     assert all(PLACE.search(row) for row in rows)
 
 
-# ---- links ---------------------------------------------------------------------------------------------------------
+# ---- links -------------------------------------------------------------------------------------------------
 
 
 def anchors(text: str) -> set[str]:
@@ -131,7 +134,7 @@ def test_a_broken_link_is_found() -> None:
     assert broken_links(text, readme) == ["docs/nothing.md", "#gone"]
 
 
-# ---- make, verbs, recipes, presets, settings -----------------------------------------------------------------------
+# ---- make, verbs, recipes, presets, settings ---------------------------------------------------------------
 
 
 def make_targets() -> set[str]:
@@ -173,8 +176,8 @@ def unnamed_verbs(text: str, verbs: Iterable[str]) -> list[str]:
 
 
 def unknown_verbs(text: str) -> set[str]:
-    used = set(re.findall(COMMAND + r"(?:\S*/)?chatwright ([a-z]+)\b", code_of(text), re.MULTILINE))
-    return used - set(mapping_keys("chatwright/cli.py", "VERBS"))
+    used = set(re.findall(COMMAND + r"(?:\S*/)?chatwright ([a-z_]+)\b", code_of(text), re.MULTILINE))
+    return used - set(cli.verbs())
 
 
 def unknown_recipes(text: str) -> list[str]:
@@ -221,16 +224,14 @@ def test_unknown_targets_verbs_recipes_and_presets_are_found() -> None:
 
 
 def test_every_verb_is_documented() -> None:
-    cli = ROOT / "docs/cli.md"
-    text = page_text(ROOT / "README.md") + (page_text(cli) if cli.exists() else "")
-    verbs = mapping_keys("chatwright/cli.py", "VERBS")
-    assert unnamed_verbs(text, verbs) == []
-    assert unnamed_verbs(text, [*verbs, "evaporate"]) == ["evaporate"]
+    text = page_text(ROOT / "README.md") + page_text(ROOT / "docs/cli.md")
+    assert unnamed_verbs(text, cli.verbs()) == []
+    assert unnamed_verbs(text, [*cli.verbs(), "evaporate"]) == ["evaporate"]
 
 
 def test_every_stage_and_recipe_is_in_the_readme() -> None:
     text = page_text(ROOT / "README.md")
-    for stage in mapping_keys("chatwright/recipe.py", "STAGES"):
+    for stage in discovery.stages():
         assert f"| {stage} |" in text, stage
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         assert f"recipes/{recipe.name}" in text or f"chatwright run {recipe.stem}" in text, recipe.name
@@ -250,9 +251,10 @@ def class_fields(path: Path, name: str) -> dict[str, ast.AnnAssign]:
 def unknown_settings(text: str) -> list[str]:
     """`--STAGE.KEY` and `--STAGE.fit.KEY` whose stage, or whose field in the stage's Config, does not exist.
 
-    Behind `chatwright STAGE`, on the same line or its continuation, `--fit.KEY` (`--optim.`, `--lora.`, `--parallel.`) is that stage's.
+    Behind `chatwright STAGE`, on the same line or its continuation, `--fit.KEY` (`--optim.`, `--lora.`,
+    `--parallel.`) is that stage's.
     """
-    stages = dict(zip(mapping_keys("chatwright/recipe.py", "STAGES"), stage_files(), strict=True))
+    stages = stage_files()
     nested = {
         "fit": ("chatwright/train/loop.py", "FitConfig"),
         "optim": ("chatwright/optim.py", "OptimConfig"),
@@ -274,16 +276,13 @@ def unknown_settings(text: str) -> list[str]:
     return unknown
 
 
-SHARED = dict.fromkeys(
-    ("ppo", "reinforce"), class_fields(ROOT / "chatwright/train/rl/config.py", "RoundsConfig")
-)
+SHARED = dict.fromkeys(("ppo", "reinforce"), class_fields(ROOT / "chatwright/train/rl/config.py", "RLConfig"))
 """Settings that a stage's Config has from its base class."""
 
 
-def stage_files() -> list[Path]:
-    value = constant("chatwright/recipe.py", "STAGES")
-    assert isinstance(value, ast.Dict)
-    return [ROOT / f"{str(ast.literal_eval(module)).replace('.', '/')}.py" for module in value.values]
+def stage_files() -> dict[str, Path]:
+    """Stage -> its file."""
+    return {name: ROOT / f"{verb.module.replace('.', '/')}.py" for name, verb in discovery.stages().items()}
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
@@ -292,13 +291,19 @@ def test_every_setting_named_exists(page: Path) -> None:
 
 
 def test_an_unknown_setting_is_found() -> None:
-    text = "--ppo.iterations 3 --pretrain.fit.seconds=9 --ppo.iteration 3 --pretrain.fit.second 9 --pope.iterations 3"
+    text = (
+        "--ppo.iterations 3 --pretrain.fit.seconds=9 --ppo.iteration 3 --pretrain.fit.second 9 "
+        "--pope.iterations 3"
+    )
     assert unknown_settings(text) == ["ppo.iteration", "pretrain.fit.second", "pope.iterations"]
-    verb = "chatwright sft --out x \\\n  --optim.learning_rate 1 --fit.second 9 --lora.rank 8 --lora.size 8\n--fit.seconds 9"
+    verb = (
+        "chatwright sft --out x \\\n  --optim.learning_rate 1 --fit.second 9 --lora.rank 8 --lora.size "
+        "8\n--fit.seconds 9"
+    )
     assert unknown_settings(verb) == ["sft.fit.second", "sft.lora.size", "fit.seconds"]
 
 
-# ---- the example in Python -----------------------------------------------------------------------------------------
+# ---- the example in Python ---------------------------------------------------------------------------------
 
 
 def unknown_attributes(code: str) -> list[str]:
@@ -329,7 +334,7 @@ def test_the_example_in_python_uses_what_is_public() -> None:
     ]
 
 
-# ---- logged keys ---------------------------------------------------------------------------------------------------
+# ---- logged keys -------------------------------------------------------------------------------------------
 
 
 Sources = Mapping[str, str]
@@ -338,11 +343,11 @@ Scope = ast.FunctionDef | ast.AsyncFunctionDef | None
 
 
 class LoggedKeys:
-    """Every key that can reach metrics.jsonl: what is passed to `....metrics.write(step, HERE)`, followed through
-    names, calls, attributes and comprehensions to the dictionaries it is made of.
+    """Every key that can reach metrics.jsonl: what is passed to `....metrics.write(step, HERE)`, followed
+    through names, calls, attributes and comprehensions to the dictionaries it is made of.
 
-    It knows the forms that the package uses. Any other form is an AssertionError, so that a new way of logging
-    cannot pass unseen: write it in one of the known forms, or teach this class.
+    It knows the forms that the package uses. Any other form is an AssertionError, so that a new way of
+    logging cannot pass unseen: write it in one of the known forms, or teach this class.
     """
 
     def __init__(self, sources: Sources) -> None:
@@ -414,11 +419,13 @@ class LoggedKeys:
             case ast.Name(name):
                 return self.assigned(name, self.scope_of[value])
             case ast.Call(
-                func=ast.Attribute(value=ast.Attribute(attr="spread"), attr="forward"),
+                func=ast.Attribute(value=ast.Attribute(attr="parallel"), attr="forward"),
                 args=[ast.Attribute(attr=name)],
             ):
-                return self.returned(name)  # `Spread.forward` gives what the function that it is given gives
-            case ast.Call(func=ast.Attribute(attr="told_by_first"), args=[ast.Lambda(body=body)]):
+                return self.returned(
+                    name
+                )  # `ParallelContext.forward` gives what the function that it is given gives
+            case ast.Call(func=ast.Attribute(attr="broadcast_from_rank0"), args=[ast.Lambda(body=body)]):
                 return self.of(body)
             case ast.Call(func=ast.Name(name) | ast.Attribute(attr=name)):
                 return self.returned(name)
@@ -443,7 +450,8 @@ class LoggedKeys:
         )
 
     def key(self, key: ast.expr) -> set[str]:
-        """A key of a dictionary literal: a constant, or an f-string that begins with the unit of `throughput`."""
+        """A key of a dictionary literal: a constant, or an f-string that begins with the unit of
+        `throughput`."""
         match key:
             case ast.Constant(value=str(text)):
                 return {text}
@@ -526,7 +534,8 @@ class LoggedKeys:
         return keys
 
     def returned(self, name: str, place: int | None = None) -> set[str]:
-        """The keys of what the functions of this name return (or of one place in the tuple that they return)."""
+        """The keys of what the functions of this name return (or of one place in the tuple that they
+        return)."""
         functions = [function for function in self.functions if function.name == name]
         assert functions, f"no function is called {name}"
         keys: set[str] = set()
@@ -649,7 +658,7 @@ def test_a_way_of_logging_that_cannot_be_followed_is_refused(code: str) -> None:
 def test_every_measure_of_the_reports_is_explained() -> None:
     page = page_text(ROOT / "docs/metrics.md")
     found = []
-    for file in stage_files():
+    for file in stage_files().values():
         for node in ast.walk(tree_of(file)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "Measure":
                 name = node.args[0]

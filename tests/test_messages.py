@@ -62,12 +62,12 @@ WHOSE = {
 }
 
 
-def in_parts(role: str) -> st.SearchStrategy[dict[str, Any]]:
+def is_sharded(role: str) -> st.SearchStrategy[dict[str, Any]]:
     content = st.one_of(TEXT, st.lists(WHOSE[role], min_size=1, max_size=4))
     return st.builds(lambda content: {"role": role, "content": content}, content)
 
 
-MESSAGES = st.one_of(*map(in_parts, WHOSE))
+MESSAGES = st.one_of(*map(is_sharded, WHOSE))
 
 
 def part(kind: str, *values: str) -> Part:

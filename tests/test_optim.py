@@ -15,7 +15,8 @@ from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.optim import POLYNOMIALS, Muon, OptimConfig, Shape, build, learning_rate, orthogonalise
 
-# 10 steps, 2 of warm-up: progress is (step - 2) / 8, so 0 in step 2, 1/2 in step 6, 3/4 in step 8, 7/8 in step 9.
+# 10 steps, 2 of warm-up: progress is (step - 2) / 8, so 0 in step 2, 1/2 in step 6, 3/4 in step 8, 7/8 in
+# step 9.
 CORNERS: list[tuple[Shape, float, list[float]]] = [
     # schedule, final, shares in steps 0, 1, 2, 6, 8, 9, 10
     ("constant", 0.0, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
@@ -102,7 +103,8 @@ def test_a_zero_gradient_stays_zero() -> None:
 
 
 def test_the_scalar_map_of_the_polynomials() -> None:
-    """What orthogonalise does to a singular value: all that were above 0.005 of the norm end within 9 % of 1."""
+    """What orthogonalise does to a singular value: all that were above 0.005 of the norm end within 9 %
+    of 1."""
     s = torch.logspace(math.log10(0.005), 0, 2000, dtype=torch.float64)
     for number, (a, b, c) in enumerate(POLYNOMIALS):
         s = a * s + b * s**3 + c * s**5
@@ -126,7 +128,8 @@ def pair_of(shape: tuple[int, int]) -> tuple[nn.Parameter, nn.Parameter]:
 
 @pytest.mark.parametrize("shape", [(24, 48), (48, 24), (32, 33)])
 def test_muon_does_what_torchs_does(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With torch's polynomial, five times and without a margin: everything but the polynomials is compared."""
+    """With torch's polynomial, five times and without a margin: everything but the polynomials is
+    compared."""
     monkeypatch.setattr(optim, "POLYNOMIALS", ((3.4445, -4.7750, 2.0315),) * 5)
     monkeypatch.setattr(optim, "MARGIN", 1.0)
     own, other = pair_of(shape)
@@ -138,7 +141,8 @@ def test_muon_does_what_torchs_does(shape: tuple[int, int], monkeypatch: pytest.
         other.grad = own.grad.clone()
         ours.step()
         theirs.step()
-    # Both work in bf16 (8 bits), in another order of products: an update of an element, about 0.004, may differ by 1 %.
+    # Both work in bf16 (8 bits), in another order of products: an update of an element, about 0.004, may
+    # differ by 1 %.
     assert float((own - other).detach().abs().max()) < 1e-3
     moved = float((own - start).detach().abs().mean())
     assert moved > 5e-3

@@ -187,7 +187,7 @@ pieces = [bytearray(b"x" * 65536) for _ in range(2000)]
 above = bytearray(b"x" * 65536)
 pieces.clear()
 before = resident()
-runtime.give_back_memory()
+runtime.trim_heap()
 print(before - resident())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -60,7 +60,8 @@ def test_a_batch_is_its_texts(texts: list[str]) -> None:
 
 @given(st.lists(st.one_of(SPELLING.map(lambda text: TOKENIZER.encode(text)), st.lists(st.integers(0, 319)))))
 def test_a_stream_gives_the_whole(parts: list[list[int]]) -> None:
-    """Piece by piece, whole characters only, and together what `decode` gives; control tokens and broken bytes too."""
+    """Piece by piece, whole characters only, and together what `decode` gives; control tokens and broken
+    bytes too."""
     ids = [number for part in parts for number in part]
     stream = TextStream(TOKENIZER)
     pieces = [stream.push(number) for number in ids]
@@ -117,7 +118,8 @@ def test_transformers_gives_the_same_ids(in_transformers, text: str) -> None:  #
 
 
 def test_transformers_knows_the_control_tokens(in_transformers) -> None:  # type: ignore[no-untyped-def]
-    """There, text that spells a control token is one: the template's own text needs that. Here, it never is."""
+    """There, text that spells a control token is one: the template's own text needs that. Here, it never
+    is."""
     for name, number in TOKENIZER.control_ids.items():
         assert in_transformers.convert_tokens_to_ids(name) == number
         assert in_transformers.encode(name, add_special_tokens=False) == [number] != TOKENIZER.encode(name)

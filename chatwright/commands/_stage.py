@@ -12,7 +12,7 @@ from chatwright.metrics import say
 from chatwright.pipeline import run_stage
 from chatwright.recipe import PROMPT, RecipeStage
 from chatwright.trackers import Reporting
-from chatwright.train.parallel.context import process_group
+from chatwright.train.parallel.start import process_group
 from chatwright.train.stage import stage_of
 from chatwright.train.stopping import Interrupted
 from chatwright.train.workspace import Workspace
@@ -23,7 +23,8 @@ class Options:
     """Where and how a stage runs."""
 
     out: str = ""
-    """The stage's directory, default runs/my/VERB. Inputs that are names of stages are looked for beside it."""
+    """The stage's directory, default runs/my/VERB. Inputs that are names of stages are looked for beside it.
+    """
     seed: int = 1337
     """Seed of everything random."""
     report: Reporting = field(default_factory=Reporting)

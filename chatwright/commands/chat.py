@@ -1,7 +1,7 @@
 """Talk to a model in the terminal.
 
-What a model writes is data: it is printed as it is, never read as markup, and its control characters are shown as
-pictures (U+2400 and on), so that no answer can move the cursor, change the title or fake a prompt.
+What a model writes is data: it is printed as it is, never read as markup, and its control characters are
+shown as pictures (U+2400 and on), so that no answer can move the cursor, change the title or fake a prompt.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class ChatConfig:
     seed: int | None = None
     """Makes the answers repeatable: turn k uses seed + k."""
     dtype: str = "auto"
-    """Weights while generating: fp32, bf16, int8 or int4 (compiled CPU kernels); auto takes bf16 for models above 20 M."""
+    """Weights while generating: fp32, bf16, int8 or int4 (compiled CPU kernels); auto takes bf16 for models
+    above 20 M."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -95,7 +96,8 @@ class TerminalChat:
         self._notes = Console(stderr=True, highlight=False)
 
     def talk(self) -> int:
-        """The interactive chat: reads lines with history until /quit or the end of input. Returns the exit code."""
+        """The interactive chat: reads lines with history until /quit or the end of input. Returns the exit
+        code."""
         with suppress(ImportError):  # Windows has its own
             import readline  # noqa: F401  (gives input() editing and history)
         self._say(f"Chat with {harmless(self.model.name)}. /help lists the commands.")
@@ -110,7 +112,8 @@ class TerminalChat:
                 return 0
 
     def answer_lines(self, lines: TextIO) -> int:
-        """One turn per line, answers alone on standard output. Returns 1 when a line could not be answered."""
+        """One turn per line, answers alone on standard output. Returns 1 when a line could not be
+        answered."""
         failed = False
         for line in lines:
             errors = self._errors
@@ -140,7 +143,8 @@ class TerminalChat:
         self._notes.print(Text(text, style=style), soft_wrap=True)
 
     def _turn(self, text: str, *, label: str) -> None:
-        """Ask, and print the answer as it comes. The question is forgotten again if the model cannot take it."""
+        """Ask, and print the answer as it comes. The question is forgotten again if the model cannot take
+        it."""
         from chatwright.chat import Message
         from chatwright.serve.service import prepare
 

@@ -1,7 +1,8 @@
 """Write a model for transformers and vLLM, or for llama.cpp and Ollama; it is read back and compared.
 
-What is written is read again by our own readers before it gets its name. In float32 it must be the same model bit for
-bit; in fewer bits it must be exactly the model with rounded weights, and how far that is from the source is told.
+What is written is read again by our own readers before it gets its name. In float32 it must be the same model
+bit for bit; in fewer bits it must be exactly the model with rounded weights, and how far that is from the
+source is told.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ class ExportConfig:
     """How a model is written for others."""
 
     format: Format
-    """hf: a directory for transformers, vLLM, SGLang and others. gguf: one file for llama.cpp, Ollama, LM Studio."""
+    """hf: a directory for transformers, vLLM, SGLang and others. gguf: one file for llama.cpp, Ollama, LM
+    Studio."""
     dtype: Literal["fp32", "f32", "bf16", "q8_0"] = "fp32"
-    """Precision of the weights: fp32 (f32 means the same) or bf16; in GGUF also q8_0, eight bits a number and a scale
-    for every 32 of them."""
+    """Precision of the weights: fp32 (f32 means the same) or bf16; in GGUF also q8_0, eight bits a number and
+    a scale for every 32 of them."""
     verify: bool = True
     """Read what was written, compare tokens and logits with the source, and keep nothing that differs."""
     force: bool = False
@@ -38,17 +40,25 @@ class ExportConfig:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write MODEL to DIR in another format; returns the exit code. Raises UserError, and then DIR is as it was."""
+    """Write MODEL to DIR in another format; returns the exit code. Raises UserError, and then DIR is as it
+    was."""
     config, positionals = parse(
         ExportConfig,
         _negated(argv),
         prog="chatwright export",
-        description="Write MODEL in a format that other programs run: weights, shape, tokenizer, chat template and "
-        "end tokens. What the format cannot say exactly is refused. docs/export.md has the launch lines of vLLM and "
+        description="Write MODEL in a format that other programs run: weights, shape, tokenizer, "
+        "chat template "
+        "and "
+        "end tokens. What the format cannot say exactly is refused. docs/export.md has the launch lines of "
+        "vLLM and "
         "Ollama.",
         positionals={
-            "model": "A run, a model directory, a Hugging Face directory, smollm2, hf:owner/name or a .gguf file.",
-            "directory": "Where to write: a directory, or with --format gguf a file whose name ends with .gguf.",
+            "model": (
+                "A run, a model directory, a Hugging Face directory, smollm2, hf:owner/name or a .gguf file."
+            ),
+            "directory": (
+                "Where to write: a directory, or with --format gguf a file whose name ends with .gguf."
+            ),
         },
     )
     source, target = str(positionals["model"]), Path(str(positionals["directory"]))

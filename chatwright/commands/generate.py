@@ -27,7 +27,8 @@ class GenerateConfig:
     prompt: str | None = None
     """Text to continue; without it standard input is read. It may be empty: the model then begins a text."""
     prompt_file: str | None = None
-    """UTF-8 file with the text to continue. One line end at its very end is left out, as with standard input."""
+    """UTF-8 file with the text to continue. One line end at its very end is left out, as with standard input.
+    """
     max_new_tokens: int = 128
     """Most tokens to produce; fewer where the context ends earlier."""
     temperature: float = 1.0
@@ -47,7 +48,8 @@ class GenerateConfig:
     count: int = 1
     """How many continuations; each has a heading when there are several."""
     dtype: str = "auto"
-    """Weights while generating: fp32, bf16, int8 or int4 (compiled CPU kernels); auto takes bf16 for models above 20 M."""
+    """Weights while generating: fp32, bf16, int8 or int4 (compiled CPU kernels); auto takes bf16 for models
+    above 20 M."""
     beams: int = 0
     """Above 0: the `count` best continuations found by beam search with so many beams, without chance."""
     length_penalty: float = 1.0
@@ -75,12 +77,15 @@ CHANCE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print continuations; returns the exit code. Raises UserError: no such model, prompt too long or not UTF-8."""
+    """Print continuations; returns the exit code. Raises UserError: no such model, prompt too long or not
+    UTF-8."""
     config, positionals = parse(
         GenerateConfig,
         argv,
         prog="chatwright generate",
-        description="Continue a text with MODEL, a base model or a chat model (whose chat template is not used here).",
+        description=(
+            "Continue a text with MODEL, a base model or a chat model (whose chat template is not used here)."
+        ),
         positionals={"model": "A run, a model directory, smollm2, hf:owner/name or a .gguf file."},
     )
     prompt = read_prompt(config)
@@ -109,7 +114,8 @@ def sampling_of(config: GenerateConfig) -> Sampling:
 
 
 def read_prompt(config: GenerateConfig) -> str:
-    """The text to continue: the option, the file or standard input. Raises UserError when it cannot be read."""
+    """The text to continue: the option, the file or standard input. Raises UserError when it cannot be
+    read."""
     if config.prompt is not None:
         return config.prompt
     if config.prompt_file is not None:

@@ -30,10 +30,14 @@ def main(argv: Sequence[str]) -> int:
         ImportConfig,
         argv,
         prog="chatwright import",
-        description="Turn SRC into a model directory of ours: weights in float32, tokenizer, chat template, checksums. "
+        description="Turn SRC into a model directory of ours: weights in float32, tokenizer, chat template, "
+        "checksums. "
         "DIR can be moved and copied; `chatwright chat DIR` works.",
         positionals={
-            "source": "A Hugging Face directory, hf:owner/name, a .gguf file, smollm2, or a run or checkpoint of ours.",
+            "source": (
+                "A Hugging Face directory, hf:owner/name, a .gguf file, smollm2, or a run or checkpoint of "
+                "ours."
+            ),
             "directory": "Where to write; must not exist, or be empty.",
         },
     )
@@ -51,16 +55,18 @@ def main(argv: Sequence[str]) -> int:
     write_model(parts, target, source=source)
     verb = "chat" if parts.template else "generate"
     say(
-        f"Written to {target} and read back: the same tokens and the same logits. Next: chatwright {verb} {target}"
+        f"Written to {target} and read back: the same tokens and the same logits. Next: chatwright {verb} "
+        f"{target}"
     )
     return 0
 
 
 def write_model(parts: Loaded, target: Path, *, source: str) -> None:
-    """Write a self-contained model directory, read it back and compare; it appears whole and right, or not at all.
+    """Write a self-contained model directory, read it back and compare; it appears whole and right, or not at
+    all.
 
-    `parts` is emptied on the way, so that one copy of the weights is enough memory. Raises UserError: no tokenizer,
-    disk full, or what was read back differs.
+    `parts` is emptied on the way, so that one copy of the weights is enough memory. Raises UserError: no
+    tokenizer, disk full, or what was read back differs.
     """
     from chatwright import __version__, checkpoint, files
 

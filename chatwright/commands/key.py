@@ -17,11 +17,13 @@ class KeyConfig:
     """Where a new key goes."""
 
     file: str | None = None
-    """File of hashed keys to add the new one to (`chatwright serve --api_keys FILE`); without it the line is printed."""
+    """File of hashed keys to add the new one to (`chatwright serve --api_keys FILE`); without it the line is
+    printed."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Make a key: it goes to standard output, once, its line to the file or to standard error. Raises UserError."""
+    """Make a key: it goes to standard output, once, its line to the file or to standard error. Raises
+    UserError."""
     config, positionals = parse(
         KeyConfig,
         argv,

@@ -21,7 +21,8 @@ class PlanConfig:
     """What is planned beside the stages' own settings."""
 
     memory_gb: float = 0.0
-    """Memory that may be used, in GB (10^9 bytes); 0: CHATWRIGHT_MEMORY where it is set, else 92 % of the machine's."""
+    """Memory that may be used, in GB (10^9 bytes); 0: CHATWRIGHT_MEMORY where it is set, else 92 % of the
+    machine's."""
     time: bool = True
     """Time each kind of operation on this machine: seconds for a small model, a minute for a large one."""
 
@@ -32,8 +33,11 @@ def main(argv: Sequence[str]) -> int:
         PlanConfig,
         argv,
         prog="chatwright plan",
-        description="Predict what each training stage of a recipe, or pre-training a shape, takes on this machine: memory, "
-        "micro-batch, time. Settings of stages follow as --STAGE.KEY VALUE, of a shape as --pretrain.KEY VALUE.",
+        description="Predict what each training stage of a recipe, or pre-training a shape, takes on this "
+        "machine: "
+        "memory, "
+        "micro-batch, time. Settings of stages follow as --STAGE.KEY VALUE, of a shape as --pretrain.KEY "
+        "VALUE.",
         presets=list(PRESETS),
     )
     if config.memory_gb < 0:

@@ -243,8 +243,9 @@ def _scratch_folder(folder: Path) -> Iterator[Path]:
 
 def _pip_download(archive: Archive, scratch: Path, progress: Progress | None) -> None:
     """Let pip put the archive into `scratch`. Raises UserError with what pip said."""
-    # PathFinder, not importlib.util.find_spec: the latter asks setuptools' import hook, which takes a look for pip as a
-    # sign that pip is running and from then on refuses to import setuptools in this process; the compiler needs it.
+    # PathFinder, not importlib.util.find_spec: the latter asks setuptools' import hook, which takes a look
+    # for pip as a sign that pip is running and from then on refuses to import setuptools in this process; the
+    # compiler needs it.
     if PathFinder.find_spec("pip") is None:
         raise UserError(
             f"this Python ({sys.executable}) has no pip, which fetches {archive.filename}: "

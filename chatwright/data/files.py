@@ -34,7 +34,8 @@ Row = tuple[str, Mapping[str, Any]]
 
 @dataclass
 class Faults:
-    """What becomes of a record that cannot be used: its error ends the reading, or it is left out and counted."""
+    """What becomes of a record that cannot be used: its error ends the reading, or it is left out and
+    counted."""
 
     skip: bool = False
     count: int = 0
@@ -139,8 +140,8 @@ def _cut(text: str, start: int) -> int:
 
 
 def records(path: Path, columns: Sequence[str], faults: Faults | None = None) -> Iterator[Row]:
-    """The records of a .jsonl, .json or .parquet file, with where each stands; of Parquet only `columns`, or all when none
-    is named.
+    """The records of a .jsonl, .json or .parquet file, with where each stands; of Parquet only `columns`, or
+    all when none is named.
 
     Raises UserError with file and line (or row): broken JSON or Parquet, not UTF-8, a column that is not
     there; of these, `faults` may have what concerns a single record left out instead.

@@ -1,7 +1,8 @@
-"""Which sample comes when: a function of (seed, global index), whatever the batch size or number of processes.
+"""Which sample comes when: a function of (seed, global index), whatever the batch size or number of
+processes.
 
-The state of a loader is one integer, the number of samples consumed. Samples are taken in passes over the data, each
-pass in an order of its own.
+The state of a loader is one integer, the number of samples consumed. Samples are taken in passes over the
+data, each pass in an order of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class SampleOrder:
         return int(_permutation(self.size, self.seed, epoch)[place])
 
     def take(self, start: int, count: int) -> list[int]:
-        """Samples start ... start + count - 1. Several processes take neighbouring stretches (`train/loop.py`)."""
+        """Samples start ... start + count - 1. Several processes take neighbouring stretches
+        (`train/loop.py`)."""
         return [self[index] for index in range(start, start + count)]
 
 
@@ -40,11 +42,12 @@ def _permutation(size: int, seed: int, epoch: int) -> Int[Tensor, " size"]:
 
 
 WIDTH_STEP = 16
-"""Widths of padded batches are multiples of this: the matrix library prepares a kernel for every new shape, which takes
-longer than a small product itself."""
+"""Widths of padded batches are multiples of this: the matrix library prepares a kernel for every new shape,
+which takes longer than a small product itself."""
 
 
 def pad(rows: list[list[int]], value: int, *, multiple: int = 1) -> Int[Tensor, "rows time"]:
-    """Rows of unequal length as one tensor, padded on the right to the longest, or to the next multiple of `multiple`."""
+    """Rows of unequal length as one tensor, padded on the right to the longest, or to the next multiple of
+    `multiple`."""
     width = -(-max(len(row) for row in rows) // multiple) * multiple
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])

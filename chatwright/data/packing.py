@@ -1,4 +1,5 @@
-"""Conversations -> rows of equal length for training: cut at turns, packed first-fit-decreasing, kept apart."""
+"""Conversations -> rows of equal length for training: cut at turns, packed first-fit-decreasing, kept
+apart."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ from chatwright.tokenizer import Tokenizer
 def cut_dialogue(
     messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer, context: int
 ) -> Iterator[EncodedChat]:
-    """A conversation as pieces of at most `context` tokens that begin with a user's turn and hold whole exchanges.
+    """A conversation as pieces of at most `context` tokens that begin with a user's turn and hold whole
+    exchanges.
 
-    A leading system message stands before every piece. A single exchange that is too long loses its end, and with it
-    the end token: what was never finished is not taught as finished. Turns behind the last answer are left out.
+    A leading system message stands before every piece. A single exchange that is too long loses its end, and
+    with it the end token: what was never finished is not taught as finished. Turns behind the last answer are
+    left out.
     """
     system = list(messages[:1]) if messages and messages[0]["role"] == "system" else []
     exchanges = _exchanges(messages[len(system) :])
@@ -57,7 +60,8 @@ def _exchanges(messages: Sequence[Message]) -> list[list[Message]]:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Pieces side by side. `documents` numbers the piece of each token (0 is padding), `mask` marks what to learn."""
+    """Pieces side by side. `documents` numbers the piece of each token (0 is padding), `mask` marks what to
+    learn."""
 
     ids: list[int]
     mask: list[bool]
@@ -68,10 +72,11 @@ class PackedRow:
 def pack(pieces: Iterable[EncodedChat], length: int, *, enabled: bool = True) -> list[PackedRow]:
     """Rows of at most `length` tokens. Longest piece first, each into the first row that has room for it.
 
-    First-fit-decreasing needs at most 11/9 of the fewest rows and one more (Johnson 1973). The fullest row with room instead
-    of the first one gave exactly as many rows: 27,826 of 128 tokens (85.84 % filled), 14,019 of 256 (89.28 %), 6,656 of 512
-    (95.08 %) and 3,213 of 1,024 (98.62 %) from the conversations of recipes/tiny.yaml, where a row for each piece is filled
-    to 76, 79, 75 and 62 %. With `enabled` False every piece has its own row.
+    First-fit-decreasing needs at most 11/9 of the fewest rows and one more (Johnson 1973). The fullest row
+    with room instead of the first one gave exactly as many rows: 27,826 of 128 tokens (85.84 % filled),
+    14,019 of 256 (89.28 %), 6,656 of 512 (95.08 %) and 3,213 of 1,024 (98.62 %) from the conversations of
+    recipes/tiny.yaml, where a row for each piece is filled to 76, 79, 75 and 62 %. With `enabled` False every
+    piece has its own row.
     """
     ordered = sorted(pieces, key=lambda piece: -len(piece.ids))
     if not enabled:

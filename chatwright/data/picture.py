@@ -1,6 +1,8 @@
-"""What a model learns to write of a conversation, for the eye: the loss mask as colours, or as brackets where there are none.
+"""What a model learns to write of a conversation, for the eye: the loss mask as colours, or as brackets where
+there are none.
 
-What is shown is what the loss sees, ids turned back into text, and not the conversation that they were made of.
+What is shown is what the loss sees, ids turned back into text, and not the conversation that they were made
+of.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def legend(*, colours: bool) -> Text:
 
 
 def mask_picture(encoded: EncodedChat, tokenizer: Tokenizer, *, end: str, colours: bool) -> Text:
-    """A conversation as the model sees it: learnt stretches on green, or in [[brackets]] where there are no colours.
+    """A conversation as the model sees it: learnt stretches on green, or in [[brackets]] where there are no
+    colours.
 
     Control tokens are shown by their names. A line break follows each `end` of a turn, for the eye.
     """
@@ -53,8 +56,8 @@ def mask_picture(encoded: EncodedChat, tokenizer: Tokenizer, *, end: str, colour
 
 
 def pieces_of(row: PackedRow) -> Iterator[EncodedChat]:
-    """The conversations that share a packed row, as the loss sees them: the first token of each follows nothing, and is not
-    learnt whatever the template's mask says (`packing.batch_rows`)."""
+    """The conversations that share a packed row, as the loss sees them: the first token of each follows
+    nothing, and is not learnt whatever the template's mask says (`packing.batch_rows`)."""
     from chatwright.chat import EncodedChat
 
     start = 0
@@ -67,7 +70,8 @@ def pieces_of(row: PackedRow) -> Iterator[EncodedChat]:
 
 
 def row_picture(row: PackedRow, tokenizer: Tokenizer, *, end: str, colours: bool) -> Text:
-    """A packed row as the model sees it; a line of dashes stands between conversations, which cannot see each other."""
+    """A packed row as the model sees it; a line of dashes stands between conversations, which cannot see each
+    other."""
     from rich.text import Text
 
     pictures = [mask_picture(piece, tokenizer, end=end, colours=colours) for piece in pieces_of(row)]
@@ -75,7 +79,8 @@ def row_picture(row: PackedRow, tokenizer: Tokenizer, *, end: str, colours: bool
 
 
 def _spelled(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Text of ids with control tokens by name; bytes of neighbouring tokens are joined before they are decoded."""
+    """Text of ids with control tokens by name; bytes of neighbouring tokens are joined before they are
+    decoded."""
     names = {number: name for name, number in tokenizer.control_ids.items()}
     parts = [names[number].encode() if number in names else tokenizer.token_bytes(number) for number in ids]
     return b"".join(parts).decode("utf-8", errors="replace")

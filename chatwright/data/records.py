@@ -32,7 +32,8 @@ def read_records(file: Path, kind: type[Record]) -> Iterator[Record]:
 
 
 def read_texts(file: Path, limit: int = 0) -> Iterator[str]:
-    """The texts of a file of documents; when `limit` is above 0, texts of at least `limit` bytes, then no more."""
+    """The texts of a file of documents; when `limit` is above 0, texts of at least `limit` bytes, then no
+    more."""
     taken = 0
     for document in read_records(file, Document):
         yield document.text

@@ -1,12 +1,13 @@
 """Token shards: documents -> flat files of token ids, memory-mapped for training.
 
-A shard is a plain array of uint16 (uint32 for vocabularies over 65,536), little-endian; `shards.json` names them in
-order with their lengths and checksums, and the tokenizer that made them. Every document is preceded by the
-end-of-text token, so that the first token of a document is predicted from something.
+A shard is a plain array of uint16 (uint32 for vocabularies over 65,536), little-endian; `shards.json` names
+them in order with their lengths and checksums, and the tokenizer that made them. Every document is preceded
+by the end-of-text token, so that the first token of a document is predicted from something.
 
-Damage is found before it is trained on. Up to `WHOLE` bytes a split is compared with its SHA-256 when it is opened, which
-takes a second. Larger ones would cost minutes at each start, on each machine: there every block of 64 kB is compared with
-a CRC-32 of its own when it is first read (0.05 ms), which costs the same at any size.
+Damage is found before it is trained on. Up to `WHOLE` bytes a split is compared with its SHA-256 when it is
+opened, which takes a second. Larger ones would cost minutes at each start, on each machine: there every block
+of 64 kB is compared with a CRC-32 of its own when it is first read (0.05 ms), which costs the same at any
+size.
 """
 
 from __future__ import annotations
@@ -146,8 +147,8 @@ class TokenShards:
 
     @classmethod
     def open(cls, directory: Path, tokenizer: Tokenizer | None = None) -> TokenShards:
-        """Map the shards of a directory. Raises UserError when one is missing, short, damaged, or made by another
-        tokenizer; of more than `WHOLE` bytes a damaged block is found when it is first read."""
+        """Map the shards of a directory. Raises UserError when one is missing, short, damaged, or made by
+        another tokenizer; of more than `WHOLE` bytes a damaged block is found when it is first read."""
         index = files.read_json(directory / "shards.json")
         arrays = []
         for entry in index["shards"]:
@@ -204,7 +205,8 @@ class TokenShards:
         raise IndexError("window number out of range")
 
     def stretches(self, context: int) -> Iterator[Int[Tensor, " length"]]:
-        """Every token as a target exactly once, in order: windows of up to context + 1 tokens that overlap by one."""
+        """Every token as a target exactly once, in order: windows of up to context + 1 tokens that overlap by
+        one."""
         for place, array in enumerate(self.arrays):
             for start in range(0, len(array) - 1, context):
                 if self.guards:

@@ -4,8 +4,8 @@ A source is written as one of
     boolq                                    a name of `catalogue()`
     notes/  book.txt  chats.jsonl#turns      a file or a folder; `#column` in place of the usual column
     hf:owner/name:config:split#column        a hub data set (all but the name optional), or hf:./folder
-and several of them as a comma list or a sequence. Columns looked for in records: `text` for documents, `text` and
-`label` for labelled texts; for dialogues and comparisons those of the formats that `formats.py` knows.
+and several of them as a comma list or a sequence. Columns looked for in records: `text` for documents, `text`
+and `label` for labelled texts; for dialogues and comparisons those of the formats that `formats.py` knows.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ def documents(
     Passages that a named source repeats appear once; the user's own data is taken as it is, without empty
     texts. A .txt file longer than `files.PIECE_CHARS` is several documents. Names are looked up, folders
     listed and archives fetched at the call; reading begins with the first item. Raises UserError: unknown
-    source, unreadable or broken data (with file and line; `faults` may have single records left out), nothing to read.
+    source, unreadable or broken data (with file and line; `faults` may have single records left out), nothing
+    to read.
     """
     return _chain(
         [(spec, _documents_of(spec, faults, cache, progress)) for spec in split_specs(specs)], faults
@@ -192,7 +193,8 @@ def labelled_texts(
 def comparisons(
     specs: Specs, *, format: formats.PreferenceFormat = "auto", faults: Faults | None = None
 ) -> Iterator[Comparison]:
-    """The comparisons of the user's files or of hub data sets, in a fixed order. Raises UserError as `documents` does."""
+    """The comparisons of the user's files or of hub data sets, in a fixed order. Raises UserError as
+    `documents` does."""
     listed = split_specs(specs)
     for spec in listed:
         if (source := _named(spec)) is not None:
@@ -297,7 +299,8 @@ def _document_or_none(row: Mapping[str, Any], column: str) -> Document | None:
 
 
 Make = Callable[[Mapping[str, Any], str], Record | None]
-"""A record of ours from the columns of another; the text names the column that the user chose, or the usual one."""
+"""A record of ours from the columns of another; the text names the column that the user chose, or the usual
+one."""
 
 
 def _own_records(
@@ -349,7 +352,8 @@ def _chain(plans: Iterable[tuple[str, Iterator[Record]]], faults: Faults | None)
             yield record
         if empty and faults is not None and faults.count > before:
             raise UserError(
-                f"{spec}: none of its {faults.count - before:,} records can be used; the first: {faults.first}"
+                f"{spec}: none of its {faults.count - before:,} records can be used; the first: "
+                f"{faults.first}"
             )
         if empty:
             raise UserError(f"{spec}: nothing to read in it (no record with any text)")

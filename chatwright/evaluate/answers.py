@@ -12,7 +12,7 @@ from chatwright import runtime
 from chatwright.model.gpt import GPT
 from chatwright.objectives.policy import kl_k1
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.rl.rollout import Answers, answer_log_probs, distinct, texts_of
+from chatwright.train.rl.rollout import Completions, completion_log_probs, distinct, texts_of
 from chatwright.train.workspace import Answered
 
 SHOWN = 10
@@ -36,7 +36,7 @@ def repeats(tokens: Sequence[int]) -> float:
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
-def of_each(answers: Answers) -> dict[str, list[float]]:
+def of_each(answers: Completions) -> dict[str, list[float]]:
     """Length in tokens (end token included), whether it came to its end, and repetition of each answer."""
     tokens = [ids[mask].tolist() for ids, mask in zip(answers.ids, answers.response, strict=True)]
     return {
@@ -49,14 +49,15 @@ def of_each(answers: Answers) -> dict[str, list[float]]:
 def side_by_side(
     names: tuple[str, str],
     prompts: Sequence[Sequence[int]],
-    sides: tuple[Answers, Answers],
+    sides: tuple[Completions, Completions],
     tokenizer: Tokenizer,
     *,
     values: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     kl: float | None = None,
 ) -> Answered:
-    """Answers before and after to `prompts`; with several answers a prompt, rows go through all prompts again and again, and
-    what is known of single prompts is the mean over them. `values` adds further numbers of single prompts.
+    """Completions before and after to `prompts`; with several answers a prompt, rows go through all prompts
+    again and again, and what is known of single prompts is the mean over them. `values` adds further numbers
+    of single prompts.
     """
     each, texts = [of_each(side) for side in sides], [texts_of(side, tokenizer) for side in sides]
     known = {
@@ -97,12 +98,12 @@ def turns(ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
 
 @torch.no_grad()
-def mean_kl(policy: GPT, reference: GPT, answers: Answers, temperature: float) -> float:
+def mean_kl(policy: GPT, reference: GPT, answers: Completions, temperature: float) -> float:
     """KL of the policy from the reference on its own answers, k1, nats per answer."""
     total = 0.0
     for chosen in torch.split(torch.arange(len(answers.ids)), 64):
         part = answers.rows(chosen)
-        own, _ = answer_log_probs(policy, part, temperature=temperature)
-        base, _ = answer_log_probs(reference, part, temperature=temperature)
+        own, _ = completion_log_probs(policy, part, temperature=temperature)
+        base, _ = completion_log_probs(reference, part, temperature=temperature)
         total += float(torch.where(part.response, kl_k1(own, base), 0.0).sum())
     return total / len(answers.ids)

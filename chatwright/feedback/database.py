@@ -42,7 +42,8 @@ class StoreError(UserError):
 
 
 def data_dir() -> Path:
-    """Where what people make is kept: $CHATWRIGHT_DATA, else the platform's folder for data. Not created here."""
+    """Where what people make is kept: $CHATWRIGHT_DATA, else the platform's folder for data. Not created
+    here."""
     if named := os.environ.get("CHATWRIGHT_DATA"):
         return Path(named).expanduser()
     if sys.platform == "win32":
@@ -55,7 +56,8 @@ def data_dir() -> Path:
 
 
 def locate(place: str) -> URL:
-    """The URL of the store: "" is the default file, `none` is memory, else a path or a URL. Raises StoreError."""
+    """The URL of the store: "" is the default file, `none` is memory, else a path or a URL. Raises
+    StoreError."""
     if place == "none":
         return URL.create("sqlite")
     if "://" in place:
@@ -72,7 +74,8 @@ def locate(place: str) -> URL:
 def open_database(url: URL, *, busy_seconds: float) -> Engine:
     """An engine whose tables exist and have our version. `busy_seconds`: how long to wait for another writer.
 
-    Raises StoreError: the place cannot be used, is damaged, holds something else, or is newer than this program.
+    Raises StoreError: the place cannot be used, is damaged, holds something else, or is newer than this
+    program.
     """
     shown = url.database if url.get_backend_name() == "sqlite" and url.database else url.render_as_string()
     with explained(shown or "the store"):
@@ -152,7 +155,8 @@ def _sqlite(url: URL, busy_seconds: float) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _(connection: Connection) -> None:
-        # Who reads first and then writes would find that another has written between, and waiting does not help then.
+        # Who reads first and then writes would find that another has written between, and waiting does not
+        # help then.
         writes = connection.get_execution_options().get("chatwright_writes")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
@@ -164,7 +168,8 @@ def _lower(text: Any) -> Any:
 
 
 def _make_private(file: Path) -> None:
-    """Create the file, for its owner alone, before SQLite does; what it writes beside it gets the same rights."""
+    """Create the file, for its owner alone, before SQLite does; what it writes beside it gets the same
+    rights."""
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -189,7 +194,8 @@ def _prepare(engine: Engine, shown: str) -> None:
             raise StoreError(f"{shown} does not say which version it has: it is damaged, or not chatwright's")
         if version > VERSION:
             raise StoreError(
-                f"{shown} was written by a newer chatwright (its tables have version {version}, this one knows {VERSION}); "
+                f"{shown} was written by a newer chatwright (its tables have version {version}, this one "
+                f"knows {VERSION}); "
                 "upgrade, or choose another place with --store"
             )
         if version < 2:
@@ -197,7 +203,8 @@ def _prepare(engine: Engine, shown: str) -> None:
         if version < 3:  # older messages are plain texts
             kind = MessageRow.__table__.c.parts.type.compile(connection.dialect)
             connection.execute(text(f"ALTER TABLE {MessageRow.__tablename__} ADD COLUMN parts {kind}"))
-        # Also where nothing changes: whoever may only read would else find out when the first answer is to be kept.
+        # Also where nothing changes: whoever may only read would else find out when the first answer is to be
+        # kept.
         connection.execute(update(SchemaRow).values(version=VERSION))
 
 

@@ -1,10 +1,10 @@
 """What people say to models, kept: conversations as trees of messages, by owner.
 
-A `Store` is a database; `Store.of(owner)` is one owner's part of it, and sees nothing else. Everything here blocks and
-may be called from any thread: inside an event loop, through `asyncio.to_thread`.
+A `Store` is a database; `Store.of(owner)` is one owner's part of it, and sees nothing else. Everything here
+blocks and may be called from any thread: inside an event loop, through `asyncio.to_thread`.
 
-A conversation is a tree because a person may edit a message, or have an answer written again: that makes a sibling, and
-nothing is lost. The conversation's `leaf` is the end of the branch that is shown.
+A conversation is a tree because a person may edit a message, or have an answer written again: that makes a
+sibling, and nothing is lost. The conversation's `leaf` is the end of the branch that is shown.
 """
 
 from __future__ import annotations
@@ -148,9 +148,11 @@ class Store:
     """A database of conversations; close it."""
 
     def __init__(self, place: str, *, busy_seconds: float = 5.0, quota: Quota = Quota()) -> None:  # noqa: B008
-        """`place`: a SQLite file (made when missing), a SQLAlchemy URL, "" for the default file, `none` for memory.
+        """`place`: a SQLite file (made when missing), a SQLAlchemy URL, "" for the default file, `none` for
+        memory.
 
-        `busy_seconds`: how long to wait for others that write. `quota`: the most that is kept. Raises StoreError.
+        `busy_seconds`: how long to wait for others that write. `quota`: the most that is kept. Raises
+        StoreError.
         """
         url = locate(place)
         self.name = url.database or url.render_as_string()
@@ -175,7 +177,8 @@ class Store:
 
 
 class Owned:
-    """One owner's conversations. Every method raises StoreError, and NotThere for ids that are not this owner's."""
+    """One owner's conversations. Every method raises StoreError, and NotThere for ids that are not this
+    owner's."""
 
     def __init__(self, store: Store, owner: str) -> None:
         self._store, self.owner = store, owner
@@ -267,7 +270,8 @@ class Owned:
                 self._row(session, conversation).updated = time.time()
 
     def discard(self, conversation: str, number: int, *, leaf: int | None) -> None:
-        """Take a turn away that came to nothing, with what is below it; where it was shown, show `leaf` again."""
+        """Take a turn away that came to nothing, with what is below it; where it was shown, show `leaf`
+        again."""
         with self._store.session(writes=True) as session:
             session.delete(self._message(session, conversation, number))
             row = self._row(session, conversation)
@@ -291,7 +295,8 @@ class Owned:
         system: str | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """Rename it, show another branch, or speak from now on with another model or other settings. Raises Full."""
+        """Rename it, show another branch, or speak from now on with another model or other settings. Raises
+        Full."""
         changes = {"title": title, "leaf": leaf, "model": model, "system": system}
         with self._store.session(writes=True) as session:
             row = self._row(session, conversation)
@@ -314,8 +319,8 @@ class Owned:
             session.execute(delete(ConversationRow).where(ConversationRow.id == conversation))
 
     def export(self) -> Iterator[str]:
-        """The branches that are shown, oldest conversation first: a line of JSON each, {"messages": [...]} as OpenAI's
-        fine-tuning files have it."""
+        """The branches that are shown, oldest conversation first: a line of JSON each, {"messages": [...]} as
+        OpenAI's fine-tuning files have it."""
         row, last = ConversationRow, (0.0, "")
         while True:
             query = select(row).where(row.owner == self.owner, tuple_(row.created, row.id) > tuple_(*last))

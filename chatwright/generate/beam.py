@@ -1,7 +1,8 @@
 """Beam search: keep the likeliest few continuations instead of one.
 
-Scores and stopping are those of transformers' `generate(num_beams=..., do_sample=False)`, so the two give the same
-sequences: a finished continuation of n tokens (its end token included) scores sum(log p) / n^length_penalty.
+Scores and stopping are those of transformers' `generate(num_beams=..., do_sample=False)`, so the two give the
+same sequences: a finished continuation of n tokens (its end token included) scores sum(log p) /
+n^length_penalty.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ def beam_search(
 ) -> list[tuple[list[int], float]]:
     """The best finished continuations of `prompt`, at most `beams`, best first: (new ids, score in nats).
 
-    length_penalty: above 1 favours long answers, below 1 short ones (scores are negative; 0 compares plain sums).
-    early_stopping: stop at `beams` finished continuations; otherwise go on while the best open one, at its present
+    length_penalty: above 1 favours long answers, below 1 short ones (scores are negative; 0 compares plain
+    sums). early_stopping: stop at `beams` finished continuations; otherwise go on while the best open one, at
+    its present
         length, beats the worst finished one.
     An answer ends with an id of `end_ids`, or where `max_new_tokens` or the model's context ends.
     Raises UserError for an empty or too long prompt and for numbers that make no sense.
@@ -84,10 +86,11 @@ class _Search:
         self.done = False
 
     def extend(self, logprobs: Tensor, length: int, *, last: bool) -> list[int]:
-        """Grow every open beam by a token; `logprobs` is (open beams, V). Returns which old beam each new one grew from.
+        """Grow every open beam by a token; `logprobs` is (open beams, V). Returns which old beam each new one
+        grew from.
 
-        Only the best `beams` candidates may finish; the rest of the candidates are there so that enough open beams
-        remain when many of the best end at once: each end id can take at most one candidate per beam.
+        Only the best `beams` candidates may finish; the rest of the candidates are there so that enough open
+        beams remain when many of the best end at once: each end id can take at most one candidate per beam.
         """
         total = logprobs + torch.tensor(self.sums, device=logprobs.device)[:, None]
         wanted = max(2, 1 + len(self.end_ids)) * self.beams

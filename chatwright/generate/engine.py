@@ -1,16 +1,18 @@
 """Requests in, tokens out: one scheduler for the command line, the server, rollouts and evaluation.
 
-Every `step` makes one token for each running row (continuous batching: Yu et al. 2022, "Orca", OSDI). A row that ends gives
-its place away at once; a request that joins has its prompt read in chunks, so that a long one never keeps the running
-answers waiting for more than `prefill_tokens` (Agrawal et al. 2023, "Sarathi", arXiv:2308.16369).
+Every `step` makes one token for each running row (continuous batching: Yu et al. 2022, "Orca", OSDI). A row
+that ends gives its place away at once; a request that joins has its prompt read in chunks, so that a long one
+never keeps the running answers waiting for more than `prefill_tokens` (Agrawal et al. 2023, "Sarathi",
+arXiv:2308.16369).
 
-Keys and values lie in pages under one memory budget (Kwon et al. 2023, arXiv:2309.06180; pages.py). A prompt pays only for
-what no earlier text began with: a system prompt, the turns before, the K - 1 other samples of the same prompt. When pages run
-out, the request that came last loses its own and goes on later; it keeps its text and its random stream (places.py).
+Keys and values lie in pages under one memory budget (Kwon et al. 2023, arXiv:2309.06180; pages.py). A prompt
+pays only for what no earlier text began with: a system prompt, the turns before, the K - 1 other samples of
+the same prompt. When pages run out, the request that came last loses its own and goes on later; it keeps its
+text and its random stream (places.py).
 
-A request's tokens do not depend on its company, on what was cached, or on what it lost, beyond rounding: matrix products of
-other sizes add in another order, which moves float32 logits by less than 1e-4 (tested), and every request draws from its
-own random stream.
+A request's tokens do not depend on its company, on what was cached, or on what it lost, beyond rounding:
+matrix products of other sizes add in another order, which moves float32 logits by less than 1e-4 (tested),
+and every request draws from its own random stream.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from chatwright.config import UserError
 from chatwright.generate.pages import PAGE_TOKENS
-from chatwright.generate.places import Places, Stats
+from chatwright.generate.places import Scheduler, Stats
 from chatwright.generate.request import Completion, FinishReason, Handle, OnChange, Piece, Request
 from chatwright.generate.rows import Choice, Row, allowed_tokens
 from chatwright.generate.runner import Feed, Runner
@@ -41,26 +43,28 @@ PREFILL_TOKENS = 512
 IDLE_PREFILL_TOKENS = 4096
 """The same while nobody waits but those whose prompts are read."""
 CACHE_BYTES = 2**30
-"""Most memory for keys and values when no budget is given (one request that fills the context always has room)."""
+"""Most memory for keys and values when no budget is given (one request that fills the context always has
+room)."""
 LOOKUP_ROWS = 4
-"""Guesses are made while so few rows are running. Up to here a pass over nine tokens a row takes twice the time of a pass over
-one (modern-small, one CPU thread: 21 and 44 ms for 1 row, 41 and 88 ms for 4), so one right guess pays for it; for 16 rows it
-takes four times as long (57 and 227 ms)."""
+"""Guesses are made while so few rows are running. Up to here a pass over nine tokens a row takes twice the
+time of a pass over one (modern-small, one CPU thread: 21 and 44 ms for 1 row, 41 and 88 ms for 4), so one
+right guess pays for it; for 16 rows it takes four times as long (57 and 227 ms)."""
 
 
 class Engine:
     """Runs requests through a model, up to `max_batch` at a time.
 
-    The model may be used elsewhere between steps, and trained: `forget` when it was (what torch counts as a change, loading
-    weights for example, is noticed). No global random state is touched. Without a tokenizer there are no texts and no stop
-    texts. `max_context` limits prompt plus answer, in tokens, below the model's own limit.
+    The model may be used elsewhere between steps, and trained: `forget` when it was (what torch counts as a
+    change, loading weights for example, is noticed). No global random state is touched. Without a tokenizer
+    there are no texts and no stop texts. `max_context` limits prompt plus answer, in tokens, below the
+    model's own limit.
 
-    runner: computes instead of the model itself (runner.py).
-    cache_tokens: the budget for keys and values, in tokens; None takes what `max_batch` requests of `max_context` tokens
+    runner: computes instead of the model itself (runner.py). cache_tokens: the budget for keys and values, in
+    tokens; None takes what `max_batch` requests of `max_context` tokens
         need, but at most CACHE_BYTES.
         Copies of the rows that are being answered may take as much again (workbench.py).
-    prefill_tokens: most tokens of prompts that a step reads while answers are running.
-    lookup: most tokens to guess per step for a greedy answer (speculation.py). 0, the default, guesses nothing: guesses cost
+    prefill_tokens: most tokens of prompts that a step reads while answers are running. lookup: most tokens to
+    guess per step for a greedy answer (speculation.py). 0, the default, guesses nothing: guesses cost
         time where a text does not repeat itself, and whoever asks for them knows whether it does.
     """
 
@@ -79,7 +83,8 @@ class Engine:
         context = model.config.context
         if max_batch < 1 or prefill_tokens < 1 or lookup < 0:
             raise UserError(
-                f"engine: max_batch ({max_batch}) and prefill_tokens ({prefill_tokens}) must be at least 1, lookup ({lookup}) 0"
+                f"engine: max_batch ({max_batch}) and prefill_tokens ({prefill_tokens}) must be at least 1, "
+                f"lookup ({lookup}) 0"
             )
         if max_context is not None and not 2 <= max_context <= context:
             raise UserError(f"engine: max_context is {max_context}; this model allows 2 to {context}")
@@ -89,14 +94,15 @@ class Engine:
             )
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.config.vocab_size}: "
+                f"the tokenizer has {tokenizer.vocab_size} tokens but the model only "
+                f"{model.config.vocab_size}: "
                 "they do not belong together"
             )
         self.model, self.tokenizer, self.runner = model, tokenizer, runner or TorchRunner(model)
         self.max_batch, self.max_context = max_batch, max_context or context
         self.prefill_tokens, self.lookup = prefill_tokens, lookup
         self.stats = Stats()
-        self._places = Places(self.runner, self.stats, pages=self._pages(cache_tokens), most=max_batch)
+        self._places = Scheduler(self.runner, self.stats, pages=self._pages(cache_tokens), most=max_batch)
         self._stepping = threading.Lock()  # one step at a time; guards the places and everything below
         self._allocated = False
         self._weights: object = None
@@ -118,7 +124,8 @@ class Engine:
 
     @property
     def cache_usage(self) -> float:
-        """Share of that budget which running requests hold, from 0 to 1. Stored prompts that nobody uses do not count."""
+        """Share of that budget which running requests hold, from 0 to 1. Stored prompts that nobody uses do
+        not count."""
         return 1.0 - self._places.pool.available / self._places.pool.pages
 
     @property
@@ -141,7 +148,7 @@ class Engine:
         """Whether `step` has anything to do."""
         return bool(self._places.waiting) or self.active > 0
 
-    # ---- requests ------------------------------------------------------------------------------------------------
+    # ---- requests ------------------------------------------------------------------------------------------
 
     def submit(
         self, request: Request, *, background: bool = False, on_change: OnChange | None = None
@@ -149,9 +156,8 @@ class Engine:
         """Queue a request. Any thread may call it.
 
         background: somebody else calls `step` (EngineThread); otherwise reading from the handle does.
-        on_change: see `Handle`.
-        Raises UserError when the prompt is empty, too long or not of this vocabulary, the answer could outgrow the cache, or
-        stop texts lack a tokenizer.
+        on_change: see `Handle`. Raises UserError when the prompt is empty, too long or not of this
+        vocabulary, the answer could outgrow the cache, or stop texts lack a tokenizer.
         """
         room = self._check(request)
         handle = Handle(request, None if background else self.step, on_change)
@@ -168,7 +174,8 @@ class Engine:
             )
         if len(prompt) > self.max_context - 1:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens, but the context holds {self.max_context} and at least one must "
+                f"the prompt has {len(prompt)} tokens, but the context holds {self.max_context} and at "
+                "least one must "
                 "be left for the answer; shorten the prompt"
             )
         if min(prompt) < 0 or max(prompt) >= vocab_size:
@@ -190,13 +197,16 @@ class Engine:
         stored = len(prompt) + room - 1  # the last token is never fed
         if self._places.pool.needed(stored) > self._places.pool.pages:
             raise UserError(
-                f"a prompt of {len(prompt)} tokens and an answer of up to {room} store up to {stored} tokens, but the "
-                f"key-value cache holds {self._places.pool.pages * self._places.pool.size}; lower max_new_tokens or raise cache_tokens"
+                f"a prompt of {len(prompt)} tokens and an answer of up to {room} store up to {stored} "
+                "tokens, but the "
+                f"key-value cache holds {self._places.pool.pages * self._places.pool.size}; lower "
+                "max_new_tokens or raise cache_tokens"
             )
         return room
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer all requests; completions in the order of the requests. Raises as `submit` and `Handle.result`."""
+        """Answer all requests; completions in the order of the requests. Raises as `submit` and
+        `Handle.result`."""
         handles: list[Handle] = []
         try:
             handles.extend(map(self.submit, requests))
@@ -207,7 +217,8 @@ class Engine:
             raise
 
     def stream(self, request: Request) -> Iterator[Piece]:
-        """Pieces of one answer; leaving the loop early cancels it. Raises as `submit` (at once) and `result`."""
+        """Pieces of one answer; leaving the loop early cancels it. Raises as `submit` (at once) and
+        `result`."""
         return _until_closed(self.submit(request))
 
     def forget(self) -> None:
@@ -215,20 +226,22 @@ class Engine:
         with self._stepping:
             self._places.forget()
 
-    # ---- one step ------------------------------------------------------------------------------------------------
+    # ---- one step ------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Make a token for every row, the first one for requests that join; False when there was nothing to do.
+        """Make a token for every row, the first one for requests that join; False when there was nothing to
+        do.
 
-        What goes wrong in a step is told to the requests that it hits (their handles raise) and not raised here.
+        What goes wrong in a step is told to the requests that it hits (their handles raise) and not raised
+        here.
         """
         with self._stepping, torch.inference_mode():
             worked, rows = self.busy, self.stats.rows
             try:
-                self._places.part_with_finished()
+                self._places.release_finished()
                 self._notice_new_weights()
                 self._decode()
-                self._places.part_with_finished()
+                self._places.release_finished()
                 self._read()
                 if not self._places.running:
                     self._sampler, self._sampled = None, []  # it holds on to the rows
@@ -261,7 +274,8 @@ class Engine:
                 self._take_in(row, guess, [next(choices) for _ in range(1 + len(guess))])
 
     def _read(self) -> None:
-        """Read prompts, the oldest first, as many tokens as this step may; who comes to the end gets a first token."""
+        """Read prompts, the oldest first, as many tokens as this step may; who comes to the end gets a first
+        token."""
         running = any(not row.reading for row in self._places.running)
         budget = self.prefill_tokens if running else max(self.prefill_tokens, IDLE_PREFILL_TOKENS)
         while True:
@@ -281,7 +295,7 @@ class Engine:
             self.stats.rows += len(rows)
             with _blame(rows):
                 self._read_chunks(rows, feeds)
-            self._places.part_with_finished()
+            self._places.release_finished()
 
     def _read_chunks(self, rows: list[Row], feeds: list[Feed]) -> None:
         logits = self._forward(feeds)
@@ -322,7 +336,7 @@ class Engine:
             tops = self._sampler.alternatives(logits)
         return list(map(Choice, tokens.tolist(), logprobs.tolist(), tops))
 
-    # ---- guesses -------------------------------------------------------------------------------------------------
+    # ---- guesses -------------------------------------------------------------------------------------------
 
     def _guess(self, row: Row) -> list[int]:
         """What may follow the row's newest token, and the pages for it; nothing where pages are scarce."""
@@ -349,7 +363,8 @@ class Engine:
             self.stats.accepted += accepted
 
     def _notice_new_weights(self) -> None:
-        """Forget when torch says that a parameter was written to. Fused optimisers do not say so: hence `forget`."""
+        """Forget when torch says that a parameter was written to. Fused optimisers do not say so: hence
+        `forget`."""
         if self._places.running or not self._places.waiting or not isinstance(self.runner, TorchRunner):
             return
         weights = self.runner.weights()

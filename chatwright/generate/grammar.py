@@ -1,17 +1,18 @@
 """Answers that keep to a grammar: JSON, JSON that satisfies a schema, regular expressions, calls of tools.
 
-Before a token is chosen, those that the grammar cannot go on with are taken out (Willard & Louf 2023, arXiv:2307.09702). The
-engine knows two protocols, Grammar and Matcher. What implements them here is llguidance (Microsoft, MIT): derivatives of regular
-expressions below an Earley parser, walked along a trie of the vocabulary's bytes.
+Before a token is chosen, those that the grammar cannot go on with are taken out (Willard & Louf 2023,
+arXiv:2307.09702). The engine knows two protocols, Grammar and Matcher. What implements them here is
+llguidance (Microsoft, MIT): derivatives of regular expressions below an Earley parser, walked along a trie of
+the vocabulary's bytes.
 
-A model's tokens go through by their bytes. Control tokens have none here, so that no grammar can allow one; ends are ours, and
-llguidance knows a single token beyond the vocabulary in their place. White space between the parts of JSON is bounded: small models
-like to go on with it for ever.
+A model's tokens go through by their bytes. Control tokens have none here, so that no grammar can allow one;
+ends are ours, and llguidance knows a single token beyond the vocabulary in their place. White space between
+the parts of JSON is bounded: small models like to go on with it for ever.
 
 A schema's worst case is bounded in time and memory (schemas.py, LIMITS); nothing is fetched.
 
-Figures (`python benchmarks/constrain.py`: SmolLM2's 49,152 tokens, one of two cores that others use as well): a mask takes 0.03 ms (median;
-0.1 to 0.2 on average), a schema 2 to 20 ms to compile, a vocabulary 0.7 s once.
+Figures (`python benchmarks/constrain.py`: SmolLM2's 49,152 tokens, one of two cores that others use as well):
+a mask takes 0.03 ms (median; 0.1 to 0.2 on average), a schema 2 to 20 ms to compile, a vocabulary 0.7 s once.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ LIMITS = {
     "max_lexer_states": 20_000,  # 2 kB each
     "max_grammar_size": 500_000,
 }
-"""Of llguidance, for each row; the times are its own words. What goes beyond is an error, for that row alone."""
+"""Of llguidance, for each row; the times are its own words. What goes beyond is an error, for that row alone.
+"""
 REMEMBERED = 32
 """Grammars that stay compiled per tokenizer."""
 
@@ -59,8 +61,8 @@ class Matcher(Protocol):
         ...
 
     def allow(self, mask: NDArray[np.bool_]) -> None:
-        """Set every element of `mask`, (vocab,): True for tokens that may come next. The model's table may be longer than the
-        tokenizer's. Raises UserError when there is none."""
+        """Set every element of `mask`, (vocab,): True for tokens that may come next. The model's table may be
+        longer than the tokenizer's. Raises UserError when there is none."""
         ...
 
     def accept(self, token: int) -> None:
@@ -107,7 +109,8 @@ def regex(tokenizer: Tokenizer, end_ids: Iterable[int], pattern: str) -> Grammar
 
 
 def lark(tokenizer: Tokenizer, end_ids: Iterable[int], rules: str, *, what: str = "the grammar") -> Grammar:
-    """A grammar in llguidance's dialect of Lark. Not for rules of strangers: only schemas are bounded (`check_schema`).
+    """A grammar in llguidance's dialect of Lark. Not for rules of strangers: only schemas are bounded
+    (`check_schema`).
 
     Raises UserError, which begins with `what`, when the grammar is wrong or nothing satisfies it.
     """
@@ -127,7 +130,7 @@ def llguidance() -> Any:
     return llguidance
 
 
-# ---- llguidance --------------------------------------------------------------------------------------------------------
+# ---- llguidance --------------------------------------------------------------------------------------------
 
 
 class _Vocabulary:
@@ -138,7 +141,8 @@ class _Vocabulary:
         self.size = tokenizer.vocab_size
         controls = set(tokenizer.control_ids.values())
         pieces = [b"" if number in controls else tokenizer.token_bytes(number) for number in range(self.size)]
-        # 0xff begins llguidance's own names of special tokens. It is never part of a text in UTF-8, nor is a token that has it.
+        # 0xff begins llguidance's own names of special tokens. It is never part of a text in UTF-8, nor is a
+        # token that has it.
         self.tokens = [b"" if b"\xff" in piece else piece for piece in pieces] + [b"\xffend"]
         self.bos_token_id, self.eos_token_id, self.special_token_ids = None, self.size, [self.size]
         self._tokenizer = weakref.ref(
@@ -150,7 +154,8 @@ class _Vocabulary:
         self._wrapped = library.LLTokenizer(library.TokenizerWrapper(self))
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """How the tokenizer would write a text that the grammar leaves no choice about. Asked by llguidance: must not raise."""
+        """How the tokenizer would write a text that the grammar leaves no choice about. Asked by llguidance:
+        must not raise."""
         tokenizer = self._tokenizer()
         data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         try:
@@ -160,8 +165,8 @@ class _Vocabulary:
         return ids if b"".join(self.tokens[number] for number in ids) == data else self._spell(data)
 
     def _spell(self, data: bytes) -> list[int]:
-        """The longest tokens that spell the bytes, up to one that none has: for what the tokenizer itself writes in another way (a
-        normaliser) or not at all."""
+        """The longest tokens that spell the bytes, up to one that none has: for what the tokenizer itself
+        writes in another way (a normaliser) or not at all."""
         ids: list[int] = []
         at = 0
         while at < len(data):
@@ -225,7 +230,8 @@ def _vocabulary(tokenizer: Tokenizer) -> _Vocabulary:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """llguidance's error in a line: the first, without the place, or of a regular expression's drawing the one that says it."""
+    """llguidance's error in a line: the first, without the place, or of a regular expression's drawing the
+    one that says it."""
     lines = [
         line.strip()
         for line in matcher.get_error().replace("<non-verbose/>", "").splitlines()
@@ -249,7 +255,8 @@ class _LLGrammar:
 
 
 class _LLMatcher:
-    """Where an answer stands, as llguidance knows it. `size` is the tokenizer's; the bit behind it stands for the end."""
+    """Where an answer stands, as llguidance knows it. `size` is the tokenizer's; the bit behind it stands for
+    the end."""
 
     def __init__(self, matcher: LLMatcher, size: int, ends: NDArray[np.int64]) -> None:
         self._matcher, self._size, self._ends = matcher, size, ends

@@ -1,4 +1,5 @@
-"""Who uses which page of the key-value cache, and which pages hold the beginning of a text that may come again.
+"""Who uses which page of the key-value cache, and which pages hold the beginning of a text that may come
+again.
 
 A page has room for the keys and values of `size` tokens (Kwon et al. 2023, "PagedAttention",
 arXiv:2309.06180). What is known is a tree (Zheng et al. 2023, SGLang's RadixAttention, arXiv:2312.07104):
@@ -8,9 +9,11 @@ can never be mixed up. A placeholder token (for an image) is compared together w
 for: two images behind the same tokens never share a page.
 
 Three rules make it safe:
-* Sequences share whole pages only, and nobody writes to a page that is whole. Who goes on in the middle of a page
+* Sequences share whole pages only, and nobody writes to a page that is whole. Who goes on in the middle of a
+  page
   takes a copy of it.
-* A page without users that holds something known stays until its room is needed: the one unused for longest goes first.
+* A page without users that holds something known stays until its room is needed: the one unused for longest
+  goes first.
 * Who uses a page uses its whole path, so a page is never let go before those below it.
 
 This file counts; it has no tensors.
@@ -23,7 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 PAGE_TOKENS = 16
-"""Tokens a page holds: small enough that little is copied or left empty, large enough to be moved in one piece."""
+"""Tokens a page holds: small enough that little is copied or left empty, large enough to be moved in one
+piece."""
 
 
 Key = int | tuple[int, str]
@@ -102,7 +106,8 @@ class PagePool:
         self.users[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Count one user less of each page of a sequence. What is known stays, the end of the text to go first."""
+        """Count one user less of each page of a sequence. What is known stays, the end of the text to go
+        first."""
         for page in reversed(pages):
             self.users[page] -= 1
             if self.users[page]:
@@ -130,9 +135,11 @@ class PagePool:
         return Match(tuple(pages), source, at + most)
 
     def learn(self, tokens: Sequence[Key], pages: Sequence[int]) -> list[int]:
-        """Remember that `pages`, of a sequence that uses them, begin with `tokens`; the pages it uses from now on.
+        """Remember that `pages`, of a sequence that uses them, begin with `tokens`; the pages it uses from
+        now on.
 
-        Where an equal full page is known already, the sequence goes over to that one and its own becomes free.
+        Where an equal full page is known already, the sequence goes over to that one and its own becomes
+        free.
         """
         above, own = self._root, list(pages)
         for number, at in enumerate(range(0, len(tokens), self.size)):
@@ -156,7 +163,7 @@ class PagePool:
             above = twin
         return own
 
-    def doubt(self, pages: Sequence[int]) -> None:
+    def invalidate(self, pages: Sequence[int]) -> None:
         """Forget those of the pages that are not full: who wrote behind their known tokens has failed."""
         for page in pages:
             known = self._known.get(page)

@@ -1,6 +1,7 @@
 """Who is running, who waits, and whose keys and values lie where: places in the batch and pages of the cache.
 
-The engine (engine.py) computes; here is decided for whom. When pages run out, the request that came last loses its own.
+The engine (engine.py) computes; here is decided for whom. When pages run out, the request that came last
+loses its own.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ class Stats:
     steps: int = 0
     """Steps in which something was computed."""
     rows: int = 0
-    """Requests that something was computed for, added up over the steps: rows / steps is how full batches were."""
+    """Requests that something was computed for, added up over the steps: rows / steps is how full batches
+    were."""
 
 
-class Places:
+class Scheduler:
     """The rows of an engine, and the pages that they hold.
 
     Any thread may call `queue`; all else belongs to whoever makes the step.
@@ -66,7 +68,8 @@ class Places:
             row.private = True
 
     def admit(self, budget: int) -> None:
-        """Give places to waiting requests, in their order, until as many tokens are to be read as this step may."""
+        """Give places to waiting requests, in their order, until as many tokens are to be read as this step
+        may."""
         at = 0
         with self.arrived:
             for row in [
@@ -134,7 +137,8 @@ class Places:
         return True
 
     def make_room(self) -> None:
-        """See that every running row has a page for its newest token. Who came last may lose its place for it."""
+        """See that every running row has a page for its newest token. Who came last may lose its place for
+        it."""
         for row in sorted(self.running, key=lambda row: row.number):
             while (
                 row in self.running and not row.reading and self.pool.needed(row.stored + 1) > len(row.pages)
@@ -145,7 +149,8 @@ class Places:
                     self._preempt(max(self.running, key=lambda row: row.number))
 
     def _preempt(self, row: Row) -> None:
-        """Back to the head of the queue; what it had computed stays known for as long as nobody needs its pages."""
+        """Back to the head of the queue; what it had computed stays known for as long as nobody needs its
+        pages."""
         self.running.remove(row)
         self._let_go(row)
         row.reading, row.private = True, False
@@ -153,7 +158,7 @@ class Places:
         with self.arrived:
             self.waiting.appendleft(row)
 
-    def part_with_finished(self) -> None:
+    def release_finished(self) -> None:
         """Take places and pages from those who are done or have gone."""
         for row in self.running:
             if row.alive and row.handle.cancelled:
@@ -165,14 +170,15 @@ class Places:
     def _let_go(self, row: Row) -> None:
         """Release a row's pages; others may find there what it has computed, unless that went wrong."""
         if row.handle.failed:
-            self.pool.doubt(row.pages)
+            self.pool.invalidate(row.pages)
         elif not row.private:
             row.pages = self.pool.learn(row.keys[: row.stored], row.pages)
         self.pool.release(row.pages)
         row.pages, row.stored = [], 0
 
     def room_for_guesses(self, row: Row, count: int) -> bool:
-        """Give a row pages for its newest token and `count` guesses behind it; False where pages are scarce."""
+        """Give a row pages for its newest token and `count` guesses behind it; False where pages are
+        scarce."""
         pages = self.pool.needed(row.stored + 1 + count) - len(row.pages)
         if pages > self.pool.available - len(self.running):
             return False
@@ -180,7 +186,8 @@ class Places:
         return True
 
     def start_over(self, error: BaseException) -> None:
-        """After an error outside of a pass, or Ctrl-C anywhere, nobody knows who holds which page: all rows end."""
+        """After an error outside of a pass, or Ctrl-C anywhere, nobody knows who holds which page: all rows
+        end."""
         for row in self.running:
             if row.alive:
                 row.handle._fail(error)

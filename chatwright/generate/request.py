@@ -31,7 +31,8 @@ class Request:
     id: str = ""
     """A name for the caller's use."""
     grammar: Grammar | None = None
-    """What the answer must look like (grammar.py). Once it is complete and nothing may follow, the answer ends, without an end id."""
+    """What the answer must look like (grammar.py). Once it is complete and nothing may follow, the answer
+    ends, without an end id."""
     placeholders: tuple[tuple[int, str], ...] = ()
     """(position in the prompt, hash) of each placeholder token, such as those of an image. Requests whose
     hashes differ at a position share no cached keys and values from there on. The hash must cover all that
@@ -62,12 +63,15 @@ class Completion:
     text: str
     """Without end token and stop text; empty when the engine has no tokenizer."""
     finish_reason: FinishReason
-    """`stop`: end id, stop text or the grammar's end; `length`: max_new_tokens or the context's end; `cancelled`."""
+    """`stop`: end id, stop text or the grammar's end; `length`: max_new_tokens or the context's end;
+    `cancelled`."""
     logprobs: list[float]
-    """Per new token, in nats: log_softmax(logits / temperature), before penalty and filters (see sampling.py)."""
+    """Per new token, in nats: log_softmax(logits / temperature), before penalty and filters (see
+    sampling.py)."""
     prompt_tokens: int
     top_logprobs: list[Alternatives] = field(default_factory=list)
-    """Per new token, when asked for (`Sampling.top_logprobs`), the likeliest tokens, on the scale of `logprobs`."""
+    """Per new token, when asked for (`Sampling.top_logprobs`), the likeliest tokens, on the scale of
+    `logprobs`."""
     cached_tokens: int = field(default=0, compare=False)
     """Tokens of the prompt that were not computed, because an earlier request had begun in the same way."""
 
@@ -75,8 +79,10 @@ class Completion:
 class Handle:
     """A submitted request. Safe to use from any thread.
 
-    on_change: called whenever there is something new, before anybody can have read it, with the number of new tokens and
-        whether this is the end (a failure is one). It runs in the engine's thread and in the midst of its work: it must be
+    on_change: called whenever there is something new, before anybody can have read it, with the number of new
+    tokens and
+        whether this is the end (a failure is one). It runs in the engine's thread and in the midst of its
+        work: it must be
         quick, must not raise and must not wait for anything.
     """
 
@@ -114,8 +120,8 @@ class Handle:
         self.cancelled = True
 
     def pieces(self) -> Iterator[Piece]:
-        """The answer as it grows, each part once; the last piece has a finish_reason. What a slow reader has not
-        fetched is handed over as one piece, so that nothing piles up. Raises what `result` raises.
+        """The answer as it grows, each part once; the last piece has a finish_reason. What a slow reader has
+        not fetched is handed over as one piece, so that nothing piles up. Raises what `result` raises.
 
         A reader who stops early should `cancel()`, or the answer is computed to its end.
         """
@@ -125,7 +131,8 @@ class Handle:
                 yield piece
 
     def take(self) -> Piece | None:
-        """What is new, without waiting; None when there is nothing, or nothing more. Raises what `result` raises."""
+        """What is new, without waiting; None when there is nothing, or nothing more. Raises what `result`
+        raises."""
         with self._changed:
             self._raise_failure()
             if self._last_taken or not (self._ids or self._completion):

@@ -73,7 +73,8 @@ class Row:
     lookup: Lookup | None = None
     """Guesses what comes next, if it may."""
     matcher: Matcher | None = None
-    """Where its answer stands in its grammar, if it has one. Pages may come and go: it moves with the tokens that are chosen."""
+    """Where its answer stands in its grammar, if it has one. Pages may come and go: it moves with the tokens
+    that are chosen."""
     tokens: list[int] = field(default_factory=list)
     """Prompt and answer."""
     number: int = 0
@@ -83,7 +84,8 @@ class Row:
     stored: int = 0
     """How many of the tokens have been computed. A running row has one that has not: the newest."""
     reading: bool = True
-    """Whether its tokens, but for the newest, still have to be computed: at first, and after it lost its pages."""
+    """Whether its tokens, but for the newest, still have to be computed: at first, and after it lost its
+    pages."""
     private: bool = False
     """Its pages are not for others: it was begun before the model changed."""
     cached: int | None = None
@@ -107,8 +109,8 @@ class Row:
     def begin(
         cls, handle: Handle, room: int, tokenizer: Tokenizer | None, device: torch.device, guesses: int
     ) -> Row:
-        """The row of a request that was checked. `guesses`: most tokens to guess per step, where guessing is exact: the row is
-        greedy and a token's choice depends on nothing but the model."""
+        """The row of a request that was checked. `guesses`: most tokens to guess per step, where guessing is
+        exact: the row is greedy and a token's choice depends on nothing but the model."""
         request, sampling = handle.request, handle.request.sampling
         exact = sampling.temperature == 0.0 and not sampling.looks_back and request.grammar is None
         return cls(
@@ -137,7 +139,8 @@ class Row:
         return len(self.tokens) - self.stored
 
     def add(self, choice: Choice) -> None:
-        """Take a token in, hand its text out, and see whether the answer ends. Nothing for a row that has failed."""
+        """Take a token in, hand its text out, and see whether the answer ends. Nothing for a row that has
+        failed."""
         if self.handle.failed:
             return
         if not math.isfinite(choice.logprob):
@@ -166,7 +169,8 @@ class Row:
     def finish(
         self, reason: FinishReason, choice: Choice | None = None, text: str = "", stopped: bool = False
     ) -> None:
-        """Hand out the completion. `choice` and `text` are new; `stopped` says that a stop text ended `text`."""
+        """Hand out the completion. `choice` and `text` are new; `stopped` says that a stop text ended
+        `text`."""
         if self.text is not None and not stopped:
             rest, stopped = self.text.flush()
             text += rest

@@ -1,8 +1,9 @@
 """What the scheduler asks of whatever computes: tokens and pages in, logits out.
 
-Keys and values lie in pages of a few tokens each, one pool per engine. The scheduler (engine.py) decides which page
-holds what, pages.py counts who uses it; a runner has the memory and does the arithmetic. There is one for torch, which
-runs on any device and every shape (torch_runner.py), and one of compiled CPU kernels (kernels/).
+Keys and values lie in pages of a few tokens each, one pool per engine. The scheduler (engine.py) decides
+which page holds what, pages.py counts who uses it; a runner has the memory and does the arithmetic. There is
+one for torch, which runs on any device and every shape (torch_runner.py), and one of compiled CPU kernels
+(kernels/).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Feed:
     start: int
     """Tokens of the sequence whose keys and values are stored."""
     pages: Sequence[int]
-    """The sequence's pages in order: position p lies in pages[p // size]. Room for start + len(ids) tokens."""
+    """The sequence's pages in order: position p lies in pages[p // size]. Room for start + len(ids) tokens.
+    """
     wanted: int = 1
     """Logits are wanted behind so many of the last new tokens; 0 in the middle of a prompt."""
 
@@ -37,7 +39,8 @@ class Runner(Protocol):
 
     config: GPTConfig
     own_threads: bool
-    """Whether it computes in threads of its own: then torch's must not wait beside them (runtime.one_thread)."""
+    """Whether it computes in threads of its own: then torch's must not wait beside them (runtime.one_thread).
+    """
 
     @property
     def device(self) -> torch.device:
@@ -57,7 +60,8 @@ class Runner(Protocol):
         ...
 
     def forward(self, feeds: Sequence[Feed]) -> Float[Tensor, "wanted vocab"]:
-        """Store the keys and values of all new tokens; float32 logits, one row per wanted token, in the feeds' order."""
+        """Store the keys and values of all new tokens; float32 logits, one row per wanted token, in the
+        feeds' order."""
         ...
 
     def copy_page(self, source: int, target: int) -> None:

@@ -1,21 +1,22 @@
 """From logits to a token: greedy, temperature, top-k, top-p, min-p, penalties and biases.
 
-The order is that of transformers: repetition penalty, (OpenAI's bias and presence and frequency penalties, which are
-added to the logits,) the grammar's mask, temperature, top-k, top-p, min-p: the filters act on what the grammar allows.
-Everything is float32.
+The order is that of transformers: repetition penalty, (OpenAI's bias and presence and frequency penalties,
+which are added to the logits,) the grammar's mask, temperature, top-k, top-p, min-p: the filters act on what
+the grammar allows. Everything is float32.
 
-A token is drawn by an exponential race: with u ~ Uniform(0, 1) per token, argmax p_i / -log(u_i) has distribution p
-(the Gumbel-max trick, written without the outer logarithm). It costs more random numbers than inverting the
-cumulative distribution, but a rounding error in a logit then changes the choice only when two tokens nearly tie,
-while it moves every boundary of a cumulative sum. Each row draws from a generator of its own, so a request's tokens
-do not depend on what else is in the batch.
+A token is drawn by an exponential race: with u ~ Uniform(0, 1) per token, argmax p_i / -log(u_i) has
+distribution p (the Gumbel-max trick, written without the outer logarithm). It costs more random numbers than
+inverting the cumulative distribution, but a rounding error in a logit then changes the choice only when two
+tokens nearly tie, while it moves every boundary of a cumulative sum. Each row draws from a generator of its
+own, so a request's tokens do not depend on what else is in the batch.
 
-Log-probabilities are those of log_softmax(logits / temperature), *before* the penalties, the bias and the filters: what a trainer
-recomputes for the same tokens, with the same temperature (policy-gradient methods need exactly that). Where filters
-are on, they are not the probabilities of the filtered distribution. At temperature 0 the temperature counts as 1.
+Log-probabilities are those of log_softmax(logits / temperature), *before* the penalties, the bias and the
+filters: what a trainer recomputes for the same tokens, with the same temperature (policy-gradient methods
+need exactly that). Where filters are on, they are not the probabilities of the filtered distribution. At
+temperature 0 the temperature counts as 1.
 
-There is no log, exp or logsumexp of whole rows here, but log1p, softmax and log_softmax: torch gives the former to MKL on CPUs, whose
-threads do not keep to `runtime.one_thread`.
+There is no log, exp or logsumexp of whole rows here, but log1p, softmax and log_softmax: torch gives the
+former to MKL on CPUs, whose threads do not keep to `runtime.one_thread`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from torch import Tensor
 from chatwright.config import UserError
 
 NUCLEUS_WIDTH = 512
-"""Top-p looks at so many tokens first, and sorts the whole vocabulary only when they do not hold enough mass."""
+"""Top-p looks at so many tokens first, and sorts the whole vocabulary only when they do not hold enough mass.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,14 @@ class Sampling:
     top_k: int = 0
     """Keep this many likeliest tokens; 0 keeps all (Fan et al. 2018, arXiv:1805.04833)."""
     top_p: float = 1.0
-    """Keep the fewest tokens whose probabilities sum to this; 1 keeps all (Holtzman et al. 2020, arXiv:1904.09751)."""
+    """Keep the fewest tokens whose probabilities sum to this; 1 keeps all (Holtzman et al. 2020,
+    arXiv:1904.09751)."""
     min_p: float = 0.0
-    """Drop tokens less likely than this share of the likeliest; 0 keeps all (Nguyen et al. 2024, arXiv:2407.01082)."""
+    """Drop tokens less likely than this share of the likeliest; 0 keeps all (Nguyen et al. 2024,
+    arXiv:2407.01082)."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or the answer (arXiv:1909.05858, 4.1)."""
+    """Divides positive and multiplies negative logits of tokens in the prompt or the answer
+    (arXiv:1909.05858, 4.1)."""
     presence_penalty: float = 0.0
     """Subtracted from the logit of every token that the answer has so far (OpenAI's definition); -2 to 2."""
     frequency_penalty: float = 0.0
@@ -161,9 +166,9 @@ def make_generator(sampling: Sampling, device: torch.device | str = "cpu") -> to
 class BatchSampler:
     """The settings of a batch of rows as tensors, so that one pass over (B, V) logits serves them all.
 
-    settings, generators and histories have an entry per row; a row's history is the ids that its repetition penalty
-    looks at (prompt and answer so far), of which the last `answered` are the answer, what the presence and frequency
-    penalties look at. Tokens drawn by `__call__` are added to both.
+    settings, generators and histories have an entry per row; a row's history is the ids that its repetition
+    penalty looks at (prompt and answer so far), of which the last `answered` are the answer, what the
+    presence and frequency penalties look at. Tokens drawn by `__call__` are added to both.
     """
 
     def __init__(
@@ -222,7 +227,8 @@ class BatchSampler:
     def process(
         self, logits: Float[Tensor, "B V"], allowed: Bool[Tensor, "B V"] | None = None
     ) -> Float[Tensor, "B V"]:
-        """Logits of the distribution to draw from; what must not be drawn is -inf. Greedy rows: only penalties, bias, grammar.
+        """Logits of the distribution to draw from; what must not be drawn is -inf. Greedy rows: only
+        penalties, bias, grammar.
 
         allowed: True on tokens that the row's grammar allows, at least one of each row; None allows all.
         """
@@ -272,7 +278,8 @@ class BatchSampler:
         return ids, logprobs
 
     def alternatives(self, logits: Float[Tensor, "B V"]) -> list[list[list[tuple[int, float]]]]:
-        """Per row a list with one entry, its `top_logprobs` likeliest tokens, or an empty list when it wants none."""
+        """Per row a list with one entry, its `top_logprobs` likeliest tokens, or an empty list when it wants
+        none."""
         if not any(self.tops):
             return [[] for _ in self.tops]
         scaled = logits.float() if self.temperature is None else logits.float() / self.temperature
@@ -285,7 +292,8 @@ class BatchSampler:
     def _race(self, like: Tensor) -> Tensor:
         """(B, V) standard exponential numbers, each row from its own generator.
 
-        `uniform_` is used because `exponential_` is five times as slow on CPUs. u = 0 gives infinity, which never wins.
+        `uniform_` is used because `exponential_` is five times as slow on CPUs. u = 0 gives infinity, which
+        never wins.
         """
         uniform = torch.full_like(like, 0.5)
         for row, generator in zip(uniform, self.generators, strict=True):
@@ -323,7 +331,8 @@ def keep_top_p(logits: Float[Tensor, "B V"], top_p: Float[Tensor, "B 1"]) -> Flo
 def process_logits(
     logits: Float[Tensor, " V"], previous: Sequence[int], sampling: Sampling
 ) -> Float[Tensor, " V"]:
-    """Logits of the distribution that `sampling` draws from after the ids `previous`; -inf for what it drops."""
+    """Logits of the distribution that `sampling` draws from after the ids `previous`; -inf for what it
+    drops."""
     sampler = BatchSampler([sampling], [None], [previous], vocab_size=logits.shape[-1], device=logits.device)
     return sampler.process(logits[None])[0]
 
@@ -334,7 +343,8 @@ def sample(
     generator: torch.Generator | None = None,
     previous: Sequence[int] = (),
 ) -> int:
-    """One token. `generator` is the request's stream (`make_generator`); None makes one from the sampling's seed."""
+    """One token. `generator` is the request's stream (`make_generator`); None makes one from the sampling's
+    seed."""
     generator = generator or make_generator(sampling, logits.device)
     sampler = BatchSampler(
         [sampling], [generator], [previous], vocab_size=logits.shape[-1], device=logits.device

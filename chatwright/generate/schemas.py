@@ -1,9 +1,11 @@
-"""Is a JSON schema fit to be compiled?  Schemas come from strangers, and the compiler does not survive all of them.
+"""Is a JSON schema fit to be compiled?  Schemas come from strangers, and the compiler does not survive all of
+them.
 
-What a schema of a few kilobytes did to llguidance 1.9 before these limits: a chain of a thousand `$ref` ended the process (its
-compiler calls itself for each link), eighty thousand characters of `a?a?a?` took 32 s and 3 GB for one mask, and twenty patterns
-that must hold at once (`allOf`) had not ended after 25 s. Within the limits the worst that was found are half a second to compile
-and 50 ms for a mask (the shapes are in tests/generate/test_grammar.py). Nothing is ever fetched: references lead into the schema itself.
+What a schema of a few kilobytes did to llguidance 1.9 before these limits: a chain of a thousand `$ref` ended
+the process (its compiler calls itself for each link), eighty thousand characters of `a?a?a?` took 32 s and 3
+GB for one mask, and twenty patterns that must hold at once (`allOf`) had not ended after 25 s. Within the
+limits the worst that was found are half a second to compile and 50 ms for a mask (the shapes are in
+tests/generate/test_grammar.py). Nothing is ever fetched: references lead into the schema itself.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ LARGEST_SCHEMA = 1 << 17
 DEEPEST_SCHEMA = 64
 """Most objects and lists within each other; an object of a schema takes two."""
 DEEPEST_REFERENCES = 800
-"""The same along references: what all their targets have together, for each can be reached through the others."""
+"""The same along references: what all their targets have together, for each can be reached through the
+others."""
 MOST_PROPERTIES = 2000
 """Of one object: the time to compile them grows with their square (3,000 take a second)."""
 LONGEST_PATTERN = 512
@@ -51,7 +54,8 @@ def check_schema(schema: Any, what: str = "the JSON schema") -> dict[str, Any]:
 
 
 def _check_values(schema: Mapping[str, Any], what: str) -> None:
-    """Whether everything is JSON, and how deep it lies. Depth is asked first: an object that holds itself is endless."""
+    """Whether everything is JSON, and how deep it lies. Depth is asked first: an object that holds itself is
+    endless."""
     for value, depth in _walk(schema):
         if depth > DEEPEST_SCHEMA:
             raise UserError(f"{what} has more than {DEEPEST_SCHEMA} objects and lists within each other")
@@ -61,14 +65,16 @@ def _check_values(schema: Mapping[str, Any], what: str) -> None:
             properties = value.get("properties")
             if isinstance(properties, Mapping) and len(properties) > MOST_PROPERTIES:
                 raise UserError(
-                    f"{what} has an object of {len(properties):,} properties; at most {MOST_PROPERTIES:,} are read"
+                    f"{what} has an object of {len(properties):,} properties; at most {MOST_PROPERTIES:,} "
+                    "are read"
                 )
         elif not isinstance(value, list | str | int | float | bool | None):
             raise UserError(f"{what} holds a value of type {type(value).__name__}, which is not JSON")
 
 
 def _walk(value: Any) -> Iterator[tuple[Any, int]]:
-    """All values within one, and in how many objects and lists each lies. Without recursion: the depth is a stranger's."""
+    """All values within one, and in how many objects and lists each lies. Without recursion: the depth is a
+    stranger's."""
     left = [(value, 0)]
     seen = 0
     while left:
@@ -94,14 +100,16 @@ def _check_references(schema: Mapping[str, Any], what: str) -> None:
                 if isinstance(reference, str):
                     if name != "$ref" or not (reference == "#" or reference.startswith("#/")):
                         raise UserError(
-                            f"{what}: {name} {reference!r:.80} is not supported; only references into the schema itself are, "
+                            f"{what}: {name} {reference!r:.80} is not supported; only references into the "
+                            "schema itself are, "
                             "as in #/$defs/name"
                         )
                     targets.add(reference)
     depth = sum(max(1, *(depth for _, depth in _walk(_target(schema, one, what)))) for one in targets)
     if depth > DEEPEST_REFERENCES:
         raise UserError(
-            f"{what}: what its {len(targets)} references lead to is {depth} objects and lists deep altogether; "
+            f"{what}: what its {len(targets)} references lead to is {depth} objects and lists deep "
+            "altogether; "
             f"at most {DEEPEST_REFERENCES} are read"
         )
 
@@ -123,8 +131,8 @@ def _target(schema: Mapping[str, Any], reference: str, what: str) -> Any:
 def _check_patterns(schema: Mapping[str, Any], what: str) -> None:
     """How long patterns are, and how many where several may have to hold for one text.
 
-    A single one grows in proportion to its length, and llguidance's own limits hold. Their conjunction, which `allOf` and keywords
-    beside `$ref` or `anyOf` ask for, multiplies their states.
+    A single one grows in proportion to its length, and llguidance's own limits hold. Their conjunction, which
+    `allOf` and keywords beside `$ref` or `anyOf` ask for, multiplies their states.
     """
     count = 0
     joined = False
@@ -144,6 +152,7 @@ def _check_patterns(schema: Mapping[str, Any], what: str) -> None:
         joined |= "allOf" in value or bool(own and {"$ref", "anyOf", "oneOf"} & value.keys())
     if joined and count > JOINED_PATTERNS:
         raise UserError(
-            f"{what} has {count} patterns and formats, and some of them may have to hold at once (allOf, or beside $ref or anyOf): "
+            f"{what} has {count} patterns and formats, and some of them may have to hold at once (allOf, or "
+            "beside $ref or anyOf): "
             f"then at most {JOINED_PATTERNS} are read"
         )

@@ -1,4 +1,5 @@
-"""Which shapes the CPU kernels carry; apart from them, because to ask should not cost the import of a compiler."""
+"""Which shapes the CPU kernels carry; apart from them, because to ask should not cost the import of a
+compiler."""
 
 from __future__ import annotations
 

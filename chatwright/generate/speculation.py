@@ -1,9 +1,10 @@
-"""Prompt lookup: guess that a text goes on as it went on before (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding).
+"""Prompt lookup: guess that a text goes on as it went on before (Saxena 2023,
+github.com/apoorvumang/prompt-lookup-decoding).
 
-Answers repeat what stands in their prompts: names, quotations, code that is edited. When the newest tokens have occurred
-before, what followed them then is fed together with the newest token, and one pass of the model checks all of it
-(Leviathan et al. 2023, arXiv:2211.17192, with a draft that costs nothing). A greedy row keeps guesses as long as each is
-the likeliest token, so its answer is the one it would have given anyway.
+Answers repeat what stands in their prompts: names, quotations, code that is edited. When the newest tokens
+have occurred before, what followed them then is fed together with the newest token, and one pass of the model
+checks all of it (Leviathan et al. 2023, arXiv:2211.17192, with a draft that costs nothing). A greedy row
+keeps guesses as long as each is the likeliest token, so its answer is the one it would have given anyway.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ PATIENCE = 32
 class Lookup:
     """The guesses of one row.
 
-    A row begins with guesses of `most` tokens. A guess of which nothing is kept halves the next one; once guesses of a
-    single token fail, the row rests for 1, 2, 4, ... steps. What is kept doubles the next guess.
+    A row begins with guesses of `most` tokens. A guess of which nothing is kept halves the next one; once
+    guesses of a single token fail, the row rests for 1, 2, 4, ... steps. What is kept doubles the next guess.
     """
 
     def __init__(self, most: int) -> None:
@@ -32,7 +33,8 @@ class Lookup:
         self._read = 0
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
-        """Up to `most` tokens that may come next; `tokens` are those of earlier calls and new ones behind them."""
+        """Up to `most` tokens that may come next; `tokens` are those of earlier calls and new ones behind
+        them."""
         for end in range(
             max(self._read, SHORTEST), len(tokens)
         ):  # what ends with the newest token is not yet followed

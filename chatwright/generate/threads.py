@@ -21,9 +21,9 @@ class ClosedError(UserError):
 class EngineThread:
     """Steps an engine in a thread of its own as long as it has work. Any thread may submit, read and cancel.
 
-    An error inside a step reaches the requests that it hits, and the thread lives on. At most `max_waiting` requests
-    queue up behind the engine's `max_batch`; a handle holds no more than one answer. Use as a context manager, or
-    `close` it.
+    An error inside a step reaches the requests that it hits, and the thread lives on. At most `max_waiting`
+    requests queue up behind the engine's `max_batch`; a handle holds no more than one answer. Use as a
+    context manager, or `close` it.
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int = 256) -> None:

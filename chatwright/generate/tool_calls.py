@@ -1,6 +1,7 @@
 """Calls of tools, read from an answer's text while it comes.
 
-The form is `<tool_call>` JSON `</tool_call>` (tools.py). Only what a model says is read here: what users write cannot call a tool.
+The form is `<tool_call>` JSON `</tool_call>` (tools.py). Only what a model says is read here: what users
+write cannot call a tool.
 """
 
 from __future__ import annotations
@@ -80,12 +81,15 @@ def read_answer(text: str, names: Collection[str]) -> tuple[str, list[ToolCall]]
 
 
 class ToolCallParser:
-    """Text in pieces -> text and calls, the same however the text was cut into pieces (but for where their deltas are cut).
+    """Text in pieces -> text and calls, the same however the text was cut into pieces (but for where their
+    deltas are cut).
 
-    What might begin a tag, with the white space before it, is held back; white space around calls is not part of the text. What
-    is no sound call of one of the tools in `names` is given back as the text that it is, tags included.
+    What might begin a tag, with the white space before it, is held back; white space around calls is not part
+    of the text. What is no sound call of one of the tools in `names` is given back as the text that it is,
+    tags included.
 
-    constrained: the answer keeps to a grammar of calls (tools.py), so that whatever begins as a call is one. Then arguments are
+    constrained: the answer keeps to a grammar of calls (tools.py), so that whatever begins as a call is one.
+    Then arguments are
         handed out as they come; otherwise once the whole call has been found sound.
     """
 
@@ -178,12 +182,14 @@ class ToolCallParser:
 _OUTSIDE = re.compile(r'["{}\[\]<]')
 _INSIDE = re.compile(r'["\\\x00-\x1f]')
 _HEAD = re.compile(
-    rf'[ \t\r\n]*\{{[ \t\r\n]*"name"[ \t\r\n]*:[ \t\r\n]*"({NAME})"[ \t\r\n]*,[ \t\r\n]*"arguments"[ \t\r\n]*:[ \t\r\n]*'
+    rf'[ \t\r\n]*\{{[ \t\r\n]*"name"[ \t\r\n]*:[ \t\r\n]*"({NAME})"[ \t\r\n]*,[ \t\r\n]*'
+    r'"arguments"[ \t\r\n]*:[ \t\r\n]*'
 )
 
 
 class _Call:
-    """How far the text behind an opening tag has been read. A tag within a JSON string is part of the string."""
+    """How far the text behind an opening tag has been read. A tag within a JSON string is part of the
+    string."""
 
     def __init__(self) -> None:
         self.at = 0  # read up to here; when it is whole, where the closing tag begins
@@ -195,7 +201,8 @@ class _Call:
         self.whole = False  # the arguments have ended
 
     def scan(self, text: str, names: Collection[str]) -> bool | None:
-        """Go on reading: True at the closing tag, False where this cannot be a call, None when more is needed.
+        """Go on reading: True at the closing tag, False where this cannot be a call, None when more is
+        needed.
 
         names: tools whose arguments are told while they come.
         """

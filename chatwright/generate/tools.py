@@ -1,6 +1,8 @@
-"""Tools that a model may call, said in text: what it is told about them, and the grammar that its calls keep to.
+"""Tools that a model may call, said in text: what it is told about them, and the grammar that its calls keep
+to.
 
-The form is that of Hermes (NousResearch, function calling, 2024), which Qwen's models learn as well: plain text,
+The form is that of Hermes (NousResearch, function calling, 2024), which Qwen's models learn as well: plain
+text,
 
     <tool_call>
     {"name": "weather", "arguments": {"city": "Oslo"}}
@@ -53,7 +55,8 @@ ToolChoice = Literal["none", "auto", "required"] | Tool
 
 
 def check_tools(tools: Any) -> tuple[Tool, ...]:
-    """Tools as OpenAI's interface gives them: objects {"type": "function", "function": {name, description, parameters}}.
+    """Tools as OpenAI's interface gives them: objects {"type": "function", "function": {name, description,
+    parameters}}.
 
     Raises UserError naming the tool and what is wrong with it, its parameters' schema included.
     """
@@ -119,7 +122,8 @@ def check_tool_choice(choice: Any, tools: Sequence[Tool]) -> ToolChoice:
     )
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UserError(
-            'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}, '
+            'tool_choice must be "none", "auto", "required" or {"type": "function", "function": '
+            '{"name": ...}}, '
             f"not {choice!r:.80}"
         )
     found = next((tool for tool in tools if tool.name == function["name"]), None)
@@ -129,7 +133,8 @@ def check_tool_choice(choice: Any, tools: Sequence[Tool]) -> ToolChoice:
 
 
 def tools_prompt(tools: Sequence[Tool]) -> str:
-    """What a system message says about the tools, for models whose template does not. Empty when there are none."""
+    """What a system message says about the tools, for models whose template does not. Empty when there are
+    none."""
     if not tools:
         return ""
     listed = "\n".join(
@@ -148,7 +153,8 @@ def tools_prompt(tools: Sequence[Tool]) -> str:
     )
     return (
         "# Tools\n\n"
-        "You can call functions to help with the user's request. Their signatures stand between <tools> and </tools>, one a line:\n"
+        "You can call functions to help with the user's request. Their signatures stand between <tools> and "
+        "</tools>, one a line:\n"
         f"<tools>\n{listed}\n</tools>\n\n"
         f"To call a function, write its name and arguments as a JSON object between {OPEN} and {CLOSE}:\n"
         + write_tool_call("<function-name>", "<arguments-as-json-object>")
@@ -164,9 +170,9 @@ def tool_grammar(
 ) -> Grammar | None:
     """The grammar of an answer that may, or must, call tools; None where none may be called.
 
-    A call's arguments satisfy its tool's schema. With `auto` a free text comes first, if anything, and then calls; the tag
-    itself is what begins one, so that a free text cannot quote it. parallel: whether several calls may follow each other.
-    Raises UserError when a schema cannot be compiled (grammar.py).
+    A call's arguments satisfy its tool's schema. With `auto` a free text comes first, if anything, and then
+    calls; the tag itself is what begins one, so that a free text cannot quote it. parallel: whether several
+    calls may follow each other. Raises UserError when a schema cannot be compiled (grammar.py).
     """
     if choice == "none" or not tools:
         return None

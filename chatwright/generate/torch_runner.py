@@ -1,8 +1,9 @@
-"""The runner for every device and every shape: torch tensors, one forward pass of the model for many sequences.
+"""The runner for every device and every shape: torch tensors, one forward pass of the model for many
+sequences.
 
-A layer writes the new keys and values into their pages and then lays each sequence's pages side by side for torch's
-attention, or adds to a copy that has them so already (workbench.py). Where everything lies is worked out once per pass,
-not once per layer.
+A layer writes the new keys and values into their pages and then lays each sequence's pages side by side for
+torch's attention, or adds to a copy that has them so already (workbench.py). Where everything lies is worked
+out once per pass, not once per layer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from chatwright.config import UserError
 from chatwright.generate.runner import Feed
-from chatwright.generate.workbench import Workbench
+from chatwright.generate.workbench import ContiguousCache
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import active_adapter
 
@@ -28,12 +29,13 @@ PADDED = 16
 class PagedCache:
     """What `GPT.hidden` takes as its cache for one pass: rows whose keys and values lie in pages.
 
-    keys, values: (layers, pages + 2, size, G, K). The page behind the last takes in what padding writes; the one behind
-    that is all zeros and stands where a row has fewer pages than the longest. bench: holds these rows, in this order.
+    keys, values: (layers, pages + 2, size, G, K). The page behind the last takes in what padding writes; the
+    one behind that is all zeros and stands where a row has fewer pages than the longest. bench: holds these
+    rows, in this order.
     """
 
     def __init__(
-        self, keys: Tensor, values: Tensor, feeds: Sequence[Feed], bench: Workbench | None = None
+        self, keys: Tensor, values: Tensor, feeds: Sequence[Feed], bench: ContiguousCache | None = None
     ) -> None:
         self.keys, self.values, self.bench = keys, values, bench
         pages, size = keys.shape[1] - 2, keys.shape[2]
@@ -98,8 +100,8 @@ class PagedCache:
 class TorchRunner:
     """A GPT that computes with paged keys and values (runner.py).
 
-    The model may be used elsewhere between passes: its parameters are read only, and modules in training mode are put
-    back into it (there is no dropout inside).
+    The model may be used elsewhere between passes: its parameters are read only, and modules in training mode
+    are put back into it (there is no dropout inside).
     """
 
     own_threads = False
@@ -139,15 +141,17 @@ class TorchRunner:
         except (MemoryError, RuntimeError) as error:
             need = self.token_bytes() * (pages + 2) * size / 2**20
             raise UserError(
-                f"there is no memory for a key-value cache of {pages * size} tokens ({need:.0f} MiB); lower cache_tokens"
+                f"there is no memory for a key-value cache of {pages * size} tokens ({need:.0f} MiB); lower "
+                "cache_tokens"
             ) from error
-        self._bench = Workbench(
+        self._bench = ContiguousCache(
             (self._keys, self._values), lambda shape: _zeros(shape, self._dtype, self.device)
         )
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> Float[Tensor, "wanted vocab"]:
-        """Store the keys and values of all new tokens; float32 logits of the wanted ones, in the feeds' order."""
+        """Store the keys and values of all new tokens; float32 logits of the wanted ones, in the feeds'
+        order."""
         self._clean(feeds)
         parts, order = [], []
         try:
@@ -169,7 +173,7 @@ class TorchRunner:
             self._values[:, target] = self._values[:, source]
         self._bench.written([target])
 
-    def _arrange(self, feeds: Sequence[Feed], group: list[int]) -> tuple[list[int], Workbench | None]:
+    def _arrange(self, feeds: Sequence[Feed], group: list[int]) -> tuple[list[int], ContiguousCache | None]:
         """The order of a group on the bench; the bench is for answers that grow, not for prompts."""
         chosen = [feeds[at] for at in group]
         tokens = max(len(feed.ids) for feed in chosen)
@@ -187,7 +191,7 @@ class TorchRunner:
         )
         return group, None
 
-    def _pass(self, feeds: list[Feed], bench: Workbench | None) -> Float[Tensor, "wanted D"]:
+    def _pass(self, feeds: list[Feed], bench: ContiguousCache | None) -> Float[Tensor, "wanted D"]:
         lengths = [len(feed.ids) for feed in feeds]
         longest, device = max(lengths), self.device
         ids = torch.tensor([[*feed.ids, *[0] * (longest - len(feed.ids))] for feed in feeds], device=device)
@@ -206,8 +210,9 @@ class TorchRunner:
         return flat[torch.tensor(wanted, dtype=torch.int64, device=device)]
 
     def _clean(self, feeds: Sequence[Feed]) -> None:
-        """Empty the pages that are begun and not filled. What an earlier user left would be read with weight zero, and
-        zero times a number that is none (after an overflow) is none: one request could spoil another."""
+        """Empty the pages that are begun and not filled. What an earlier user left would be read with weight
+        zero, and zero times a number that is none (after an overflow) is none: one request could spoil
+        another."""
         size = self._keys.shape[2]
         begun = []
         for feed in feeds:
@@ -222,7 +227,8 @@ class TorchRunner:
 
 
 def _alike(feeds: Sequence[Feed]) -> list[list[int]]:
-    """Groups of feeds for one pass each: in a group no feed is shorter than half of the longest, or all are short."""
+    """Groups of feeds for one pass each: in a group no feed is shorter than half of the longest, or all are
+    short."""
     lengths = [len(feed.ids) for feed in feeds]
     if max(lengths) <= max(PADDED, 2 * min(lengths)):
         return [list(range(len(feeds)))]

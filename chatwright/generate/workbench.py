@@ -1,8 +1,9 @@
 """Answers that grow token by token, each in one piece.
 
-Attention wants a sequence's keys and values side by side. Laying its pages together anew for every token would read and
-write all of them once more than attention itself does; so a sequence that is being answered keeps a copy in one piece, and a
-step only adds to it. The pages stay complete: the copy may be thrown away at any time, and is, where memory is scarce.
+Attention wants a sequence's keys and values side by side. Laying its pages together anew for every token
+would read and write all of them once more than attention itself does; so a sequence that is being answered
+keeps a copy in one piece, and a step only adds to it. The pages stay complete: the copy may be thrown away at
+any time, and is, where memory is scarce.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ ROOM = 64
 """Tokens of room behind the longest sequence of a new bench; it grows by half when that is used up."""
 
 
-class Workbench:
+class ContiguousCache:
     """Copies of up to `most` tokens in all; `keys` and `values` are (layers, rows, G, room, K)."""
 
     def __init__(self, pages: tuple[Tensor, Tensor], zeros: Callable[[tuple[int, ...]], Tensor]) -> None:
@@ -31,10 +32,11 @@ class Workbench:
         self.keys = self.values = zeros((layers, 0, shape[0], 0, shape[1]))
 
     def arrange(self, feeds: Sequence[Feed], tokens: int) -> list[int] | None:
-        """Bring these sequences to the front of the bench, with room for `tokens` new ones each; all have a beginning.
+        """Bring these sequences to the front of the bench, with room for `tokens` new ones each; all have a
+        beginning.
 
-        Returns the number of the feed in each row. None when the bench is better left alone: there is too little memory, or
-        these are a few newcomers beside sequences that will go on.
+        Returns the number of the feed in each row. None when the bench is better left alone: there is too
+        little memory, or these are a few newcomers beside sequences that will go on.
         """
         claims = self._claims(feeds)
         if 2 * len(claims) < len(self._places) and len(feeds) < len(self._places):
@@ -90,7 +92,8 @@ class Workbench:
             )
 
     def _grow(self, rows: int, room: int) -> bool:
-        """Make room for so many sequences of so many tokens; False, and nothing is left, when there is too little."""
+        """Make room for so many sequences of so many tokens; False, and nothing is left, when there is too
+        little."""
         layers, old_rows, heads, old_room, width = self.keys.shape
         if rows <= old_rows and room <= old_room:
             return True

@@ -1,4 +1,5 @@
-"""A model written for other programs: nothing that exists is lost, and what is written is read back and compared."""
+"""A model written for other programs: nothing that exists is lost, and what is written is read back and
+compared."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def behaviour(parts: Loaded) -> tuple[list[int], list[int], Tensor]:
 def write_export(
     parts: Loaded, target: Path, *, form: Format, dtype: str, verify: bool, source: str
 ) -> tuple[str, list[str]]:
-    """Write a model as `form` in precision `dtype`; it appears whole and (with `verify`) right, or not at all.
+    """Write a model as `form` in precision `dtype`; it appears whole and (with `verify`) right, or not at
+    all.
 
     Returns the family that it was written as and what there is to say. `parts` is used up on the way. Raises
     UserError: the format cannot carry it, disk full, or what was read back differs.
@@ -89,9 +91,11 @@ def write_export(
 
 
 def _compare(before: Behaviour, parts: Loaded, written: Path, *, form: Format, dtype: str, where: str) -> str:
-    """Read what was written and compare it with the source's tokens and the rounded source's logits, bit for bit.
+    """Read what was written and compare it with the source's tokens and the rounded source's logits, bit for
+    bit.
 
-    `parts` is rounded and then emptied, so that one copy of the weights is enough memory. Returns what to say.
+    `parts` is rounded and then emptied, so that one copy of the weights is enough memory. Returns what to
+    say.
     """
 
     (round_hf if form == "hf" else round_gguf)(parts, dtype)
@@ -113,6 +117,7 @@ def _compare(before: Behaviour, parts: Loaded, written: Path, *, form: Format, d
         return "Read back: the same tokens and the same logits."
     agree = float((before[2].argmax(-1) == after[2].argmax(-1)).float().mean())
     return (
-        f"Read back: the same tokens; logits differ from the source's by up to {distance:.2g} (the rounding of the weights, "
+        f"Read back: the same tokens; logits differ from the source's by up to {distance:.2g} (the rounding "
+        "of the weights, "
         f"and nothing else); the likeliest token is the same at {agree:.0%} of the positions."
     )

@@ -1,8 +1,9 @@
-"""The families of transformers that our decoder carries exactly: what `config.json` means, what tensors are called.
+"""The families of transformers that our decoder carries exactly: what `config.json` means, what tensors are
+called.
 
-Whatever a configuration asks for beyond that is refused by name, never ignored: a model that computes something
-slightly different is worse than none. Dropout acts in training only, and we carry one rate: of several different
-ones the largest is taken.
+Whatever a configuration asks for beyond that is refused by name, never ignored: a model that computes
+something slightly different is worse than none. Dropout acts in training only, and we carry one rate: of
+several different ones the largest is taken.
 """
 
 from __future__ import annotations

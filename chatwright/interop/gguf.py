@@ -1,8 +1,9 @@
-"""Models in GGUF, the format of llama.cpp: weights (often quantised), shape, tokenizer and template in one file.
+"""Models in GGUF, the format of llama.cpp: weights (often quantised), shape, tokenizer and template in one
+file.
 
-gguf_file.py reads the file, the `gguf` library dequantises its blocks; here they are named and laid out as our decoder
-has them. Carried: the architectures llama, qwen3, arcee and gpt2, with byte-level BPE. Metadata that we do not know is refused,
-because it may change what the model computes.
+gguf_file.py reads the file, the `gguf` library dequantises its blocks; here they are named and laid out as
+our decoder has them. Carried: the architectures llama, qwen3, arcee and gpt2, with byte-level BPE. Metadata
+that we do not know is refused, because it may change what the model computes.
 """
 
 from __future__ import annotations
@@ -174,7 +175,8 @@ class _Metadata:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A number of the architecture. It is stored as float32: the shortest decimal is what its maker wrote."""
+        """A number of the architecture. It is stored as float32: the shortest decimal is what its maker
+        wrote."""
         value = self.values.get(f"{self.architecture}.{name}", default)
         if not isinstance(value, float):
             raise UserError(f"{self.where}: {self.architecture}.{name} must be a number, not {value!r:.80}")
@@ -231,7 +233,8 @@ def _config(metadata: _Metadata, tensors: dict[str, Stored]) -> GPTConfig:
 
 
 def _scaling(metadata: _Metadata, divisors: Stored | None) -> RotaryScaling | None:
-    """How the rotary angles are stretched, as llama.cpp understands the metadata and the tensor of divisors."""
+    """How the rotary angles are stretched, as llama.cpp understands the metadata and the tensor of
+    divisors."""
     kind = metadata.values.get(f"{metadata.architecture}.rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise UserError(f"{metadata.where}: rotary scaling of type {kind!r} is not supported")
@@ -261,7 +264,8 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer | None:
         return None
     if values["tokenizer.ggml.model"] != "gpt2":
         raise UserError(
-            f"{where}: its tokenizer is of kind {values['tokenizer.ggml.model']!r:.80}; only byte-level BPE ('gpt2') is "
+            f"{where}: its tokenizer is of kind {values['tokenizer.ggml.model']!r:.80}; only byte-level BPE "
+            "('gpt2') is "
             "supported, load_gguf(..., tokenizer=False) reads the weights alone"
         )
     kind = values.get("tokenizer.ggml.pre")
@@ -323,8 +327,8 @@ def _template(metadata: _Metadata) -> ChatTemplate | None:
 def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: bool = True) -> Loaded:
     """A model out of one GGUF file, dequantised to `dtype` (bfloat16 halves the memory).
 
-    `tokenizer=False` reads the weights alone. Raises UserError, in one line, for a file that is damaged or that asks
-    for something we do not carry.
+    `tokenizer=False` reads the weights alone. Raises UserError, in one line, for a file that is damaged or
+    that asks for something we do not carry.
     """
     path = Path(path)
     file = read_gguf(path)

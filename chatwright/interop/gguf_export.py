@@ -1,7 +1,8 @@
 """Models out, in GGUF: one file that llama.cpp, and what is built on it (Ollama, LM Studio), runs.
 
-Names and layouts are the reader's tables (gguf.py), applied backwards; a shape or a tokenizer is written only if
-reading it gives the same again. llama.cpp knows the ways of cutting text by name, so that only those can be written.
+Names and layouts are the reader's tables (gguf.py), applied backwards; a shape or a tokenizer is written only
+if reading it gives the same again. llama.cpp knows the ways of cutting text by name, so that only those can
+be written.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def _architecture(config: GPTConfig) -> str:
     family = family_name(config)
     if family not in reading.RULES:
         raise UserError(
-            "the model is post-norm (GPT-1), which no architecture of llama.cpp computes; --format hf carries it"
+            "the model is post-norm (GPT-1), which no architecture of llama.cpp computes; --format hf "
+            "carries it"
         )
     return family
 
@@ -78,7 +80,8 @@ def metadata_of(config: GPTConfig) -> dict[str, Any]:
 
 
 def _rotary(scaling: RotaryScaling | None) -> dict[str, Any]:
-    """Rotary scaling, as far as metadata can say it: llama3's is a tensor of divisors in these files, and is refused."""
+    """Rotary scaling, as far as metadata can say it: llama3's is a tensor of divisors in these files, and is
+    refused."""
     if scaling is None or scaling.kind == "llama3":
         return {}
     values: dict[str, Any] = {
@@ -100,21 +103,22 @@ class _Planned(reading._Metadata):
 
 
 def kind_of(name: str, shape: tuple[int, ...], wanted: Kind) -> Kind:
-    """How a tensor is stored, by its name in the file: vectors and learned positions always in float32, as llama.cpp
-    has them, and rows that cannot be cut into blocks as well."""
+    """How a tensor is stored, by its name in the file: vectors and learned positions always in float32, as
+    llama.cpp has them, and rows that cannot be cut into blocks as well."""
     if len(shape) < 2 or name == _POSITIONS:
         return Kind.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     return Kind.F32 if shape[-1] % block else wanted
 
 
-# ---- tokenizer -----------------------------------------------------------------------------------------------------
+# ---- tokenizer ---------------------------------------------------------------------------------------------
 
 
 def _pre_tokenizer(backend: tokenizers.Tokenizer) -> Any:
     """How a tokenizer cuts text, as JSON, without what changes no ids.
 
-    Contractions are spelled out: llama.cpp reads the published (?i:'s|'t|...) so too (see PATTERN for the difference).
+    Contractions are spelled out: llama.cpp reads the published (?i:'s|'t|...) so too (see PATTERN for the
+    difference).
     """
 
     def plain(value: Any) -> Any:
@@ -136,7 +140,8 @@ def pre_name(tokenizer: Tokenizer) -> str:
         if _pre_tokenizer(known) == wanted:
             return name
     raise UserError(
-        "the tokenizer cuts text in a way that llama.cpp has no name for, and it would see other tokens there (known: "
+        "the tokenizer cuts text in a way that llama.cpp has no name for, and it would see other tokens "
+        "there (known: "
         f"{', '.join(reading.PRE_TOKENIZERS)}; tokenizers that chatwright trains now are qwen2)"
     )
 
@@ -170,8 +175,8 @@ def _check_tokenizer(content: Mapping[str, Any], pre: str) -> None:
 
 
 def vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
-    """The tokenizer's keys, with names for all `size` rows of the model's table. Raises UserError for what llama.cpp
-    would do otherwise."""
+    """The tokenizer's keys, with names for all `size` rows of the model's table. Raises UserError for what
+    llama.cpp would do otherwise."""
     content, pre = json.loads(tokenizer.to_json()), pre_name(tokenizer)
     _check_tokenizer(content, pre)
     kinds = {
@@ -202,7 +207,7 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
     }
 
 
-# ---- the file ------------------------------------------------------------------------------------------------------
+# ---- the file ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,8 @@ class GGUFExport:
 
     @property
     def notes(self) -> list[str]:
-        """What there is to say: which matrices stay in float32 because their rows cannot be cut into blocks."""
+        """What there is to say: which matrices stay in float32 because their rows cannot be cut into
+        blocks."""
         block, _ = gguf.GGML_QUANT_SIZES[self.kind]
         left = [name for name, one in self.tensors.items() if len(one.shape) > 1 and one.shape[-1] % block]
         left = [name for name in left if name != _POSITIONS]
@@ -289,7 +295,8 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 def round_gguf(parts: Loaded, dtype: str) -> None:
     """Give a model, in place, the values that its weights have after being stored as `dtype`.
 
-    Rows are cut into blocks one by one, and our tensors have the rows of the file's, in another order at most.
+    Rows are cut into blocks one by one, and our tensors have the rows of the file's, in another order at
+    most.
     """
     config = parts.model.config
     places = {

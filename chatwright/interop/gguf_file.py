@@ -1,9 +1,10 @@
 """The container format GGUF: a header of names and values, then tensors. Nothing in it is believed unchecked.
 
-The header is walked by our own code: the `gguf` library's reader believes every length in it, so that a small file
-could make it loop for ever or fill the memory. Here each length is compared with what is left of the file before it is
-used; tensors must lie within the file, and apart from each other, or a small file could stand for an enormous model.
-The library's tables of quantised blocks and its dequantisation are used as they are.
+The header is walked by our own code: the `gguf` library's reader believes every length in it, so that a small
+file could make it loop for ever or fill the memory. Here each length is compared with what is left of the
+file before it is used; tensors must lie within the file, and apart from each other, or a small file could
+stand for an enormous model. The library's tables of quantised blocks and its dequantisation are used as they
+are.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class StoredTensor:
     """In bytes."""
 
     def read(self) -> torch.Tensor:
-        """Its numbers, dequantised to float32. Raises UserError for kinds that stand for no numbers, or not for floats."""
+        """Its numbers, dequantised to float32. Raises UserError for kinds that stand for no numbers, or not
+        for floats."""
         with self.path.open("rb") as file:
             data = np.fromfile(file, np.uint8, self.size, offset=self.offset)
         if data.nbytes != self.size:
@@ -118,7 +120,8 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """The header of a GGUF file. Raises UserError when it is damaged, cut short, or of a kind that we do not read."""
+    """The header of a GGUF file. Raises UserError when it is damaged, cut short, or of a kind that we do not
+    read."""
     if not path.is_file():
         raise UserError(f"{path} is not a file")
     try:

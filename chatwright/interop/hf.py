@@ -1,7 +1,8 @@
-"""Models in the format of transformers: `config.json`, safetensors, `tokenizer.json`. Transformers is not needed.
+"""Models in the format of transformers: `config.json`, safetensors, `tokenizer.json`. Transformers is not
+needed.
 
-Names and settings of the families are in families.py; here is the reading of directories and of the hub. Pickles are
-never opened.
+Names and settings of the families are in families.py; here is the reading of directories and of the hub.
+Pickles are never opened.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def state_dict_from_hf(
 ) -> dict[str, Tensor]:
     """The tensors of a transformers model as a state dict for `build(config_from_hf(values), ...)`.
 
-    Raises UserError naming tensors that are missing, unexpected, of the wrong shape, or untied against the config.
+    Raises UserError naming tensors that are missing, unexpected, of the wrong shape, or untied against the
+    config.
     """
     family, config = family_of(values, where), config_from_hf(values, where=where)
     stored = {
@@ -81,7 +83,8 @@ def _weights(directory: Path) -> Iterator[dict[str, Stored]]:
 
 
 def open_weights(file: Path, stack: ExitStack) -> dict[str, Stored]:
-    """The tensors of a safetensors file, which stays open as long as `stack` does. Raises UserError: damaged, no weights."""
+    """The tensors of a safetensors file, which stays open as long as `stack` does. Raises UserError: damaged,
+    no weights."""
     tensors: dict[str, Stored] = {}
     try:
         opened = stack.enter_context(safetensors.safe_open(str(file), framework="pt"))
@@ -131,7 +134,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: bool = True) -> Loaded:
-    """A model directory as `save_pretrained` writes it. Raises UserError when anything in it is not what we carry.
+    """A model directory as `save_pretrained` writes it. Raises UserError when anything in it is not what we
+    carry.
 
     `tokenizer=False` reads the weights alone, for models whose tokenizer is not byte-level BPE.
     """
@@ -189,7 +193,8 @@ def _token(value: Any) -> str | None:
 
 
 def load_hub(name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Loaded:
-    """`owner/name` from the Hugging Face hub, through its cache. Raises UserError in one line when out of reach."""
+    """`owner/name` from the Hugging Face hub, through its cache. Raises UserError in one line when out of
+    reach."""
     import huggingface_hub
 
     try:

@@ -1,7 +1,7 @@
 """Models out, in the format of transformers: config.json, safetensors, tokenizer.json, chat template.
 
-Names and layouts are the readers' tables (families.py), applied backwards. A shape is written only if reading its
-config.json gives the same shape again, so that whatever a family cannot say is refused and not lost.
+Names and layouts are the readers' tables (families.py), applied backwards. A shape is written only if reading
+its config.json gives the same shape again, so that whatever a family cannot say is refused and not lost.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def _rotary(scaling: RotaryScaling | None) -> dict[str, Any]:
 
 
 def _gated(config: GPTConfig) -> dict[str, Any]:
-    """What Llama, Qwen3 and Arcee have in common. The rotary base stands where transformers 5 and 4 look for it."""
+    """What Llama, Qwen3 and Arcee have in common. The rotary base stands where transformers 5 and 4 look for
+    it."""
     return {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context,
@@ -123,13 +124,15 @@ _SETTINGS: dict[str, Callable[[GPTConfig], dict[str, Any]]] = {
 
 
 def config_to_hf(config: GPTConfig) -> dict[str, Any]:
-    """The `config.json` of a shape, without its tokens. Raises UserError naming what the nearest family cannot say."""
+    """The `config.json` of a shape, without its tokens. Raises UserError naming what the nearest family
+    cannot say."""
     family = family_name(config)
     values = {"model_type": family, "architectures": [_CLASSES[family]], **_SETTINGS[family](config)}
     check_shape(config, config_from_hf(values), f"transformers' {family}")
     if family in ("llama", "arcee") and config.width % config.heads:
         raise UserError(
-            f"the model's width {config.width} is not a multiple of its {config.heads} heads, and transformers refuses "
+            f"the model's width {config.width} is not a multiple of its {config.heads} heads, and "
+            "transformers refuses "
             f"such a {family}"
         )
     return values
@@ -150,7 +153,8 @@ class HFExport:
         return []
 
     def write(self, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-        """Write into an existing directory, one file's tensors in memory at a time. Raises OSError: disk full."""
+        """Write into an existing directory, one file's tensors in memory at a time. Raises OSError: disk
+        full."""
         for name, text in self.texts.items():
             (directory / name).write_text(text, encoding="utf-8")
         shards = self._shards(shard_bytes)

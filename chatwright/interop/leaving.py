@@ -1,4 +1,5 @@
-"""What every export needs: which format's family a shape is, its end tokens, and a template that speaks for itself."""
+"""What every export needs: which format's family a shape is, its end tokens, and a template that speaks for
+itself."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Ends:
 
 
 def family_name(config: GPTConfig) -> str:
-    """The nearest family of the formats, by transformers' names; whether it carries all of the shape is `check_shape`'s."""
+    """The nearest family of the formats, by transformers' names; whether it carries all of the shape is
+    `check_shape`'s."""
     if config.position == "rotary":
         if config.activation == "relu2":
             return "arcee"
@@ -36,12 +38,14 @@ def family_name(config: GPTConfig) -> str:
 
 
 def check_shape(config: GPTConfig, carried: GPTConfig, family: str) -> None:
-    """Raise UserError unless the shape that the format would be read back as is the one that is to be written."""
+    """Raise UserError unless the shape that the format would be read back as is the one that is to be
+    written."""
     for field in fields(GPTConfig):
         mine, theirs = getattr(config, field.name), getattr(carried, field.name)
         if mine != theirs:
             raise UserError(
-                f"the model has {field.name} {mine!r}, and {family}, the nearest family, can only say {theirs!r}: "
+                f"the model has {field.name} {mine!r}, and {family}, the nearest family, can only say "
+                f"{theirs!r}: "
                 "it would compute something else there"
             )
 
@@ -64,7 +68,8 @@ def ends_of(parts: Loaded, tokenizer: Tokenizer) -> Ends:
 
 
 def portable(template: ChatTemplate) -> str:
-    """The template's text such that it means the same to programs that hand it their own bos_token and eos_token.
+    """The template's text such that it means the same to programs that hand it their own bos_token and
+    eos_token.
 
     Ours renders with both empty: where the text uses one that it does not set itself, it is set to be empty.
     """

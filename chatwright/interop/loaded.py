@@ -1,8 +1,8 @@
 """What an import gives, and the one way in which foreign tensors become ours.
 
-A family of files (GPT-2's safetensors, llama.cpp's GGUF) is a table of `Rule`s: their name, our names, and how the
-numbers lie. Every rule can be inverted, so the same table serves for writing. Names and shapes of the whole file are
-checked before a single number is read, and nothing is skipped in silence.
+A family of files (GPT-2's safetensors, llama.cpp's GGUF) is a table of `Rule`s: their name, our names, and
+how the numbers lie. Every rule can be inverted, so the same table serves for writing. Names and shapes of the
+whole file are checked before a single number is read, and nothing is skipped in silence.
 """
 
 from __future__ import annotations
@@ -62,11 +62,13 @@ def in_memory(tensor: Tensor) -> Stored:
 
 @dataclass(frozen=True)
 class Rule:
-    """How one of their tensors becomes one or several of ours. `{}` in a name stands for the number of the block."""
+    """How one of their tensors becomes one or several of ours. `{}` in a name stands for the number of the
+    block."""
 
     theirs: str
     own: str | tuple[str, ...]
-    """Several when theirs is fused: ours follow one another along dimension 0 (the outputs of a linear layer)."""
+    """Several when theirs is fused: ours follow one another along dimension 0 (the outputs of a linear
+    layer)."""
     transposed: bool = False
     """Theirs is (inputs, outputs), as in GPT-2's Conv1D; ours, like torch's, is (outputs, inputs)."""
     paired: Literal["heads", "kv_heads"] | None = None
@@ -113,7 +115,8 @@ def translate(
 ) -> dict[str, Tensor]:
     """Their tensors as a state dict for `GPT(config)`; a tied output matrix is not in it.
 
-    Raises UserError naming the tensors that are missing, unexpected, or of another shape than `config` implies.
+    Raises UserError naming the tensors that are missing, unexpected, or of another shape than `config`
+    implies.
     """
     if config.layers > len(tensors):  # before anything is built to that number
         raise UserError(
@@ -161,9 +164,11 @@ def translate(
 
 
 def foreign(model: GPT, rules: Iterable[Rule]) -> dict[str, Stored]:
-    """A model's tensors as their format names and lays them out, each made when it is read: undoes `translate`.
+    """A model's tensors as their format names and lays them out, each made when it is read: undoes
+    `translate`.
 
-    A tied output matrix is not among them. Raises UserError naming a tensor of ours that no rule has a place for.
+    A tied output matrix is not among them. Raises UserError naming a tensor of ours that no rule has a place
+    for.
     """
     config = model.config
     own_tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
@@ -199,7 +204,8 @@ def build(config: GPTConfig, state: Mapping[str, Tensor]) -> GPT:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Draw no random numbers: on the meta device there are none, yet torch takes two seconds to find that out."""
+    """Draw no random numbers: on the meta device there are none, yet torch takes two seconds to find that
+    out."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -232,11 +238,13 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
 
 
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-"""What families call the token between documents. A chat model's end of sequence may be the end of a turn instead."""
+"""What families call the token between documents. A chat model's end of sequence may be the end of a turn
+instead."""
 
 
 def end_of_text(controls: Iterable[str], end_of_sequence: str | None, *, where: str) -> str:
-    """The token that ends a document: the first usual name among the control tokens, else the end of sequence."""
+    """The token that ends a document: the first usual name among the control tokens, else the end of
+    sequence."""
     names = set(controls)
     for name in (*ENDS_OF_TEXT, end_of_sequence):
         if name is not None and name in names:
@@ -245,10 +253,11 @@ def end_of_text(controls: Iterable[str], end_of_sequence: str | None, *, where: 
 
 
 def chat_template(source: str, *, begin: str | None, end: str | None) -> ChatTemplate:
-    """A template from elsewhere. `begin` and `end` are its begin- and end-of-sequence tokens, None where unknown.
+    """A template from elsewhere. `begin` and `end` are its begin- and end-of-sequence tokens, None where
+    unknown.
 
-    Templates may speak of them as `bos_token` and `eos_token`; these are written into the text, so that the template
-    means the same wherever it is rendered.
+    Templates may speak of them as `bos_token` and `eos_token`; these are written into the text, so that the
+    template means the same wherever it is rendered.
     """
     values = {"bos_token": begin, "eos_token": end}
     used = [name for name in values if re.search(rf"\b{name}\b", source)]

@@ -1,10 +1,11 @@
-"""Adapters in the format of PEFT (`adapter_config.json`, `adapter_model.safetensors`), in and out. PEFT is not needed.
+"""Adapters in the format of PEFT (`adapter_config.json`, `adapter_model.safetensors`), in and out. PEFT is
+not needed.
 
-PEFT names matrices by the layers of transformers, so that the families' tables (families.py) say what belongs where. GPT-1 and
-GPT-2 there have query, key and value in one layer, c_attn. An adapter of it has one A for the three: read, each of ours gets
-a copy of that A and its rows of B, which computes the same. Written, ours with an A each become one of the summed rank,
-with the As one above the other and the Bs as blocks on a diagonal, again the same; a note in the file's header says so, and
-they are taken apart when they are read.
+PEFT names matrices by the layers of transformers, so that the families' tables (families.py) say what belongs
+where. GPT-1 and GPT-2 there have query, key and value in one layer, c_attn. An adapter of it has one A for
+the three: read, each of ours gets a copy of that A and its rows of B, which computes the same. Written, ours
+with an A each become one of the summed rank, with the As one above the other and the Bs as blocks on a
+diagonal, again the same; a note in the file's header says so, and they are taken apart when they are read.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _BASE, _PARTS = "chatwright.base", "chatwright.parts"  # keys of the header's notes
 
 MOST_NAMES = 4096
-"""Most names of layers in a setting: PEFT writes as many as a model has linear layers, if it writes them all."""
+"""Most names of layers in a setting: PEFT writes as many as a model has linear layers, if it writes them all.
+"""
 
 _HARMLESS = {
     "alpha_pattern",
@@ -64,7 +66,8 @@ _HARMLESS = {
     "task_type",
     "use_rslora",
 }
-"""Settings that are read here, or that change nothing once there are tensors: these say which layers have an adapter."""
+"""Settings that are read here, or that change nothing once there are tensors: these say which layers have an
+adapter."""
 _ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -95,12 +98,13 @@ def is_adapter(directory: Path) -> bool:
     return (directory / SETTINGS).is_file()
 
 
-# ---- in ------------------------------------------------------------------------------------------------------------
+# ---- in ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """One layer's A (rank, inputs) and B (outputs, rank), still in the file, and the settings of just this layer."""
+    """One layer's A (rank, inputs) and B (outputs, rank), still in the file, and the settings of just this
+    layer."""
 
     a: Stored
     b: Stored
@@ -110,8 +114,9 @@ class _Pair:
 def load_peft(directory: str | Path, model: GPT, name: str = DEFAULT) -> None:
     """Put the adapter of a directory on a model, under this name, and use it; the model is frozen under it.
 
-    Raises UserError, and the model is as it was: a file is missing or damaged, the adapter does not fit the model, was trained
-    on another one (where it says on which), or asks for something that is not LoRA as we have it.
+    Raises UserError, and the model is as it was: a file is missing or damaged, the adapter does not fit the
+    model, was trained on another one (where it says on which), or asks for something that is not LoRA as we
+    have it.
     """
     directory = Path(directory)
     if not is_adapter(directory):
@@ -152,7 +157,8 @@ class _Settings:
             value = values.get(key, allowed[0])
             if not any(type(value) is type(one) and value == one for one in allowed):
                 raise UserError(
-                    f"{where}: {key} = {shown(value)} is not supported, only {' or '.join(map(shown, allowed))}"
+                    f"{where}: {key} = {shown(value)} is not supported, only "
+                    f"{' or '.join(map(shown, allowed))}"
                 )
         for key, value in values.items():
             if key not in _HARMLESS and key not in _ONLY and value:
@@ -182,7 +188,8 @@ class _Settings:
         return float(value)
 
     def _patterns(self, key: str) -> Mapping[str, Any]:
-        """Names of layers, or their ends. Whole expressions are for PEFT to run, not for files of strangers."""
+        """Names of layers, or their ends. Whole expressions are for PEFT to run, not for files of
+        strangers."""
         found = self.values.get(key) or {}
         if not isinstance(found, dict):
             raise UserError(f"{self.where}: {key} must be an object, not {shown(found)}")
@@ -200,8 +207,8 @@ class _Settings:
             raise UserError(f"{self.where}: {key} has more than {MOST_NAMES} names")
 
     def check_targets(self, found: set[str], known: set[str]) -> None:
-        """Whether every layer that is said to have an adapter has one, and no other. What patterns say is not looked into:
-        there the tensors decide."""
+        """Whether every layer that is said to have an adapter has one, and no other. What patterns say is not
+        looked into: there the tensors decide."""
         targets = self.values.get("target_modules")
         if not isinstance(targets, list) or any(
             self.values.get(key) for key in ("exclude_modules", "layers_to_transform")
@@ -236,7 +243,8 @@ def _listed(names: set[str], most: int = 4) -> str:
 def _pairs(
     tensors: Mapping[str, Stored], settings: _Settings, shape: GPTConfig, where: str
 ) -> dict[str, _Pair]:
-    """The pair of each layer by its full path. Raises UserError for whatever is no pair of a layer of this model."""
+    """The pair of each layer by its full path. Raises UserError for whatever is no pair of a layer of this
+    model."""
     found: dict[str, dict[str, Stored]] = {}
     strange = set()
     for name, tensor in tensors.items():
@@ -269,7 +277,8 @@ def _check_shapes(path: str, pair: _Pair, layers: Sequence[Sequence[int]], where
         if stored.shape != want:
             times = " x ".join(map(str, stored.shape)) or "a single number"
             raise UserError(
-                f"{where}: lora_{letter} of {path} is {times}, not {want[0]} x {want[1]}: it is for another model"
+                f"{where}: lora_{letter} of {path} is {times}, not {want[0]} x {want[1]}: it is for another "
+                "model"
             )
 
 
@@ -284,7 +293,8 @@ def _check_base(model: GPT, notes: Mapping[str, str], directory: Path) -> None:
             own = checkpoint.fingerprint(lora.merged_tensors(model))
         if notes[_BASE] != own:
             raise UserError(
-                f"{directory}: the adapter was trained on another model of this shape (fingerprint {notes[_BASE][:12]!r}, "
+                f"{directory}: the adapter was trained on another model of this shape (fingerprint "
+                f"{notes[_BASE][:12]!r}, "
                 f"this model's is {own[:12]!r}); use it with the weights it was trained on"
             )
 
@@ -292,7 +302,8 @@ def _check_base(model: GPT, notes: Mapping[str, str], directory: Path) -> None:
 def _note_of_parts(
     notes: Mapping[str, str], pairs: Mapping[str, _Pair], table: Mapping[str, tuple[str, ...]], where: str
 ) -> dict[str, dict[str, int]]:
-    """Fused layer -> the rank of each of our layers' blocks, for those that were written as blocks on a diagonal."""
+    """Fused layer -> the rank of each of our layers' blocks, for those that were written as blocks on a
+    diagonal."""
     if _PARTS not in notes:
         return {}
     try:
@@ -355,11 +366,12 @@ def _adapter(layer: torch.nn.Linear, config: LoRAConfig, a: Tensor, b: Tensor) -
     return adapter
 
 
-# ---- out -----------------------------------------------------------------------------------------------------------
+# ---- out ---------------------------------------------------------------------------------------------------
 
 
 def write_peft(model: GPT, directory: str | Path, *, base: str = "", name: str = DEFAULT) -> None:
-    """Write one adapter of a model as a directory that PEFT, vLLM and `load_peft` read; `base` names the model it is for.
+    """Write one adapter of a model as a directory that PEFT, vLLM and `load_peft` read; `base` names the
+    model it is for.
 
     Raises UserError when there is no such adapter, or the disk is full; what was there before is then intact.
     """
@@ -425,7 +437,8 @@ def _short(alpha: float) -> float:
 def _fused(
     chosen: Mapping[str, Adapter], outputs: Mapping[str, int]
 ) -> tuple[Tensor, Tensor, LoRAConfig, dict[str, int]]:
-    """The adapters of our layers as one of theirs: A, B, its settings and, where they are blocks, the rank of each."""
+    """The adapters of our layers as one of theirs: A, B, its settings and, where they are blocks, the rank of
+    each."""
     adapters = list(chosen.values())
     first = adapters[0]
     if len(outputs) == 1:
@@ -448,7 +461,8 @@ def _fused(
 
 
 def _targets(chosen: set[str], known: set[str]) -> list[str]:
-    """The shortest names that mean exactly these layers: q_proj, else self_attn.q_proj, else the whole paths."""
+    """The shortest names that mean exactly these layers: q_proj, else self_attn.q_proj, else the whole
+    paths."""
     for depth in (1, 2):
         ends = {".".join(path.split(".")[-depth:]) for path in chosen}
         if {path for path in known if any(_is_end(end, path) for end in ends)} == chosen:

@@ -1,7 +1,8 @@
-"""Causal attention, softmax(q k^T / sqrt(K)) v (Vaswani et al. 2017, eq. 1), by two equal methods.
+"""Causal attention, softmax(q k^T / sqrt(K)) v (Vaswani et al. 2017, eq. 1): equal results in three ways.
 
-Shapes: q is (B, H, T, K); k and v are (B, G, T, K) with H a multiple of G; the result is (B, H, T, K). `seen` says who may look at
-whom where that is less than all earlier tokens and oneself: (B, 1, T, T), nothing of it above the diagonal.
+Shapes: q is (B, H, T, K); k and v are (B, G, T, K), where H is a multiple of G; the result is (B, H, T, K).
+Without a mask each token attends to itself and to all earlier tokens. A mask is (B, 1, T, T), True where a
+query may attend to a key, and never True above the diagonal.
 """
 
 from __future__ import annotations
@@ -15,28 +16,27 @@ from torch.nn import functional as F
 
 
 class CausalAttention(Protocol):
-    """One of the methods."""
+    """What the functions of this file have in common."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, /) -> Tensor: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, /) -> Tensor: ...
 
 
 def fused_attention(
     q: Float[Tensor, "B H T K"],
-    k: Float[Tensor, "B G T K"],
-    v: Float[Tensor, "B G T K"],
-    seen: Bool[Tensor, "B 1 T T"] | None = None,
+    k: Float[Tensor, "B G S K"],
+    v: Float[Tensor, "B G S K"],
+    mask: Bool[Tensor, "B 1 T S"] | None = None,
     *,
     dropout: float = 0.0,
 ) -> Float[Tensor, "B H T K"]:
-    """torch's fused kernel: little memory, the right choice on GPUs and for long rows. `dropout` is that of the weights."""
+    """torch's fused kernel. It needs little memory: the right choice on GPUs and for long rows.
+
+    With a key-value cache S, the number of keys, may exceed T; a mask is then needed. `dropout` is the share
+    of attention weights that are dropped.
+    """
+    grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=seen,
-        dropout_p=dropout,
-        is_causal=seen is None,
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=grouped
     )
 
 
@@ -44,36 +44,35 @@ def blocked_attention(
     q: Float[Tensor, "B H T K"],
     k: Float[Tensor, "B G T K"],
     v: Float[Tensor, "B G T K"],
-    seen: Bool[Tensor, "B 1 T T"] | None = None,
+    mask: Bool[Tensor, "B 1 T T"] | None = None,
     *,
     blocks: int = 4,
 ) -> Float[Tensor, "B H T K"]:
-    """Plain matrix products over blocks of queries; a block leaves out the keys that all of it may not see.
+    """Plain matrix products over blocks of queries; each block skips the keys behind it.
 
-    For torch.compile on CPUs, whose fused attention kernel reaches a third of the speed of matrix products: here
-    the products go to the matrix library and the softmax between them is fused by the compiler. Memory grows with the
-    square of the length, so this is for contexts up to about a thousand tokens.
+    For torch.compile on CPUs, where the fused kernel reaches a third of the speed of matrix products. Here
+    the products go to the matrix library and the compiler fuses the softmax between them. Memory grows with
+    the square of the length: for contexts of up to about a thousand tokens.
     """
     batch, heads, tokens, size = q.shape
     groups = k.shape[1]
-    together = (
-        heads // groups
-    )  # heads that share keys and values: side by side, they are one product, and neither is copied
-    q = (q * size**-0.5).view(batch, groups, together, tokens, size)
-    places = torch.arange(
-        tokens, dtype=torch.int32, device=q.device
-    )  # compared number by number: half as wide is twice as fast
+    shared = heads // groups  # heads that share keys and values become one product, and nothing is copied
+    q = (q * size**-0.5).view(batch, groups, shared, tokens, size)
+    # 32-bit numbers: the mask is compared element by element, and half the width is twice the speed.
+    columns = torch.arange(tokens, dtype=torch.int32, device=q.device)
     step = -(-tokens // blocks)
     parts = []
     for start in range(0, tokens, step):
         end = min(start + step, tokens)
-        scores = (
-            q[:, :, :, start:end].flatten(2, 3) @ k[:, :, :end].mT
-        ).float()  # (B, G, H / G x (end - start), end)
-        here = places[:end] <= places[start:end, None] if seen is None else seen[:, :, None, start:end, :end]
-        scores = scores.view(batch, groups, together, end - start, end).masked_fill(~here, float("-inf"))
+        rows = q[:, :, :, start:end].flatten(2, 3)  # (B, G, H / G x (end - start), K)
+        scores = (rows @ k[:, :, :end].mT).float()  # (B, G, H / G x (end - start), end)
+        if mask is None:
+            visible = columns[:end] <= columns[start:end, None]
+        else:
+            visible = mask[:, :, None, start:end, :end]
+        scores = scores.view(batch, groups, shared, end - start, end).masked_fill(~visible, float("-inf"))
         weights = scores.softmax(-1).to(v.dtype)
-        parts.append((weights.flatten(2, 3) @ v[:, :, :end]).view(batch, groups, together, end - start, size))
+        parts.append((weights.flatten(2, 3) @ v[:, :, :end]).view(batch, groups, shared, end - start, size))
     return torch.cat(parts, dim=3).view(batch, heads, tokens, size)
 
 
@@ -81,8 +80,10 @@ def plain_attention(
     q: Float[Tensor, "B H T K"],
     k: Float[Tensor, "B G T K"],
     v: Float[Tensor, "B G T K"],
-    seen: Bool[Tensor, "B 1 T T"] | None = None,
+    mask: Bool[Tensor, "B 1 T T"] | None = None,
 ) -> Float[Tensor, "B H T K"]:
-    """`blocked_attention` as one block. Without a compiler and at lengths around 100, its backward pass takes a third of
-    the time of the fused CPU kernel's."""
-    return blocked_attention(q, k, v, seen, blocks=1)
+    """`blocked_attention` with a single block, for training on a CPU without a compiler.
+
+    At lengths around 100 its backward pass takes a third of the time of the fused CPU kernel's.
+    """
+    return blocked_attention(q, k, v, mask, blocks=1)

@@ -1,8 +1,9 @@
 """Keys and values of the tokens seen so far.
 
-Every row has its own length and is stored from position 0 without gaps, so rows of different length share a batch
-without padding on the left: tokens are written at `lengths[row]`, and `lengths` then grows by the number of real
-tokens. What lies beyond a row's length is left over and never attended to.
+Each row has its own length and is stored from position 0 without gaps, so that rows of different lengths
+share a batch without padding on the left. New tokens are written at `lengths[row]`; `lengths` then grows by
+the number of real ones. Numbers beyond a row's length are left over from before, and no token attends to
+them.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ class Cache(Protocol):
     lengths: Int[Tensor, " B"]
     """Tokens stored of each row."""
     longest: int
-    """With the new tokens of a call, the most that any row holds; they must fit into the context."""
+    """Tokens of the longest row. With the new tokens of a call they must fit into the context."""
 
     def extend(
         self, layer: int, keys: Float[Tensor, "B G T K"], values: Float[Tensor, "B G T K"]
     ) -> tuple[Float[Tensor, "B G S K"], Float[Tensor, "B G S K"]]:
-        """Store one layer's new keys and values; all keys and values of the rows."""
+        """Store one layer's new keys and values; returns all of the rows, old and new."""
         ...
 
     def attention_mask(self, tokens: int) -> Bool[Tensor, "B 1 T S"] | None:
-        """Where new tokens may look; None for plain causal attention among the new tokens."""
+        """What new tokens may attend to; None for plain causal attention among them."""
         ...
 
     def advance(self, tokens: Tensor | int) -> None:
-        """Count the new tokens as stored, once all layers have written."""
+        """Count the new tokens as stored, after all layers have written."""
         ...
 
 
@@ -71,32 +72,32 @@ class KVCache:
         """Tokens a row can hold."""
         return self.keys.shape[3]
 
-    def _where(self, tokens: int) -> Int[Tensor, "B T"]:
+    def _columns(self, tokens: int) -> Int[Tensor, "B T"]:
         return self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
 
     def extend(
         self, layer: int, keys: Float[Tensor, "B G T K"], values: Float[Tensor, "B G T K"]
     ) -> tuple[Float[Tensor, "B G S K"], Float[Tensor, "B G S K"]]:
-        """Write one layer's new keys and values behind each row's length; return all, S = longest + T.
+        """Write one layer's new keys and values behind each row; returns all of them, S = longest + T.
 
-        Padding on the right of a row is written too, and overwritten by the next call. Raises UserError when full.
+        Padding on the right of a row is written too; the next call overwrites it. Raises UserError when full.
         """
         tokens = keys.shape[2]
         span = self.longest + tokens
         if span > self.capacity:
             raise UserError(f"the key-value cache is full: {span} tokens, room for {self.capacity}")
-        index = self._where(tokens)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        index = self._columns(tokens)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         self.keys[layer].scatter_(2, index, keys.to(self.keys.dtype))
         self.values[layer].scatter_(2, index, values.to(self.values.dtype))
         return self.keys[layer, :, :, :span].to(keys.dtype), self.values[layer, :, :, :span].to(values.dtype)
 
     def attention_mask(self, tokens: int) -> Bool[Tensor, "B 1 T S"]:
-        """True where a new token may look: everything of its own row up to itself."""
+        """True where a new token may attend: to its own row, up to itself."""
         stored = torch.arange(self.longest + tokens, device=self.lengths.device)
-        return (stored[None, None, :] <= self._where(tokens)[:, :, None])[:, None]
+        return (stored[None, None, :] <= self._columns(tokens)[:, :, None])[:, None]
 
     def advance(self, tokens: Tensor | int) -> None:
-        """Count `tokens` (a number, or one per row) as stored, once all layers have written."""
+        """Count `tokens` (a number, or one per row) as stored, after all layers have written."""
         self.lengths = self.lengths + tokens
         self.longest = int(self.lengths.max()) if isinstance(tokens, Tensor) else self.longest + tokens
 

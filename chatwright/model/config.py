@@ -24,34 +24,34 @@ Position = Literal["learned", "sinusoidal", "rotary"]
 Norm = Literal["layer", "rms"]
 Activation = Literal["gelu", "gelu_tanh", "swiglu", "relu2"]
 LARGEST = 1 << 30
-"""Most of any size: beyond it the number of a matrix's bytes would not fit into 64 bits."""
+"""Upper bound of every size. Beyond it the bytes of a matrix could not be counted in 64 bits."""
 
 
 @dataclass(frozen=True)
 class RotaryScaling:
-    """How rotary positions are stretched, in models that read longer texts than they were first trained on.
+    """How rotary positions are stretched in models that read longer texts than they were first trained on.
 
-    A pair of features that makes many turns within the original context knows where a word stands in its sentence;
-    one that makes less than a turn knows where the sentence stands. `linear` slows all pairs by `factor`; `llama3` and
-    `yarn` slow only the slow ones. See model/rotary.py for the equations.
+    Pairs of features that make many turns within the original context tell where a word stands in its
+    sentence; pairs that make less than one turn tell where the sentence stands. `linear` slows all pairs by
+    `factor`, `llama3` and `yarn` only the slow ones. The equations are in model/rotary.py.
     """
 
     kind: Literal["linear", "llama3", "yarn"]
     factor: float = 1.0
-    """How many times longer the context has become."""
+    """How many times longer the new context is."""
     original_context: int = 0
     """Context of the first training, in tokens (llama3 and yarn)."""
     low_turns: float = 1.0
-    """Pairs with fewer turns in the original context are slowed: llama3's low_freq_factor, yarn's beta_slow."""
+    """Pairs with fewer turns in the original context are slowed; llama3: low_freq_factor, yarn: beta_slow."""
     high_turns: float = 4.0
-    """Pairs with more turns stay as they are: llama3's high_freq_factor, yarn's beta_fast (usually 32)."""
+    """Pairs with more turns stay as they are; llama3: high_freq_factor, yarn: beta_fast, usually 32."""
     whole_pairs: bool = True
-    """yarn: the two limits are rounded to whole pairs, outwards."""
+    """yarn: round the two limits outwards to whole pairs."""
     attention_factor: float = 1.0
-    """On cosine and sine: with its square queries meet keys. yarn's usual one is 1 + ln(factor) / 10."""
+    """Factor on cosine and sine, so that scores grow by its square. Usual for yarn: 1 + ln(factor) / 10."""
     divisors: tuple[float, ...] = ()
-    """Before all that, the rate of each pair is divided by these: the `rope_freqs` of GGUF files, where Llama 3.1's
-    scaling is stored so. Empty means none."""
+    """Divide the rate of each pair by these first: the `rope_freqs` of GGUF files, which store Llama 3.1's
+    scaling in this way. Empty means none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "divisors", tuple(self.divisors))
@@ -72,12 +72,12 @@ class RotaryScaling:
 
     @staticmethod
     def usual_attention_factor(factor: float, share: float = 1.0) -> float:
-        """YaRN's factor on cosine and sine, 1 + ln(factor) / 10 (arXiv:2309.00071, section 3.4, eq. 22); `share` of its rise."""
+        """YaRN's factor on cosine and sine, 1 + share x ln(factor) / 10 (arXiv:2309.00071, eq. 22)."""
         return 1.0 + 0.1 * share * math.log(factor) if factor > 1.0 else 1.0
 
 
 def _check_kinds(config: Any, prefix: str = "") -> None:
-    """Every field is of the type that it is declared with. Raises UserError: the values may come out of any file."""
+    """Raise UserError unless every field has its declared type: the values may come from any file."""
     numbers: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
     for field in fields(config):
         allowed = numbers.get(str(field.type))
@@ -86,9 +86,8 @@ def _check_kinds(config: Any, prefix: str = "") -> None:
             continue
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             raise UserError(f"model: {prefix}{field.name} is {value!r:.80}, not of type {field.type}")
-        if (
-            float in allowed and not abs(getattr(config, field.name)) < 1e300
-        ):  # neither NaN nor infinite, nor a whole number beyond floats
+        # Neither NaN nor infinite, nor a whole number beyond floats.
+        if float in allowed and not abs(getattr(config, field.name)) < 1e300:
             raise UserError(f"model: {prefix}{field.name} is {value!r:.80}, which no computer can use")
 
 
@@ -107,25 +106,25 @@ class GPTConfig:
     heads: int
     """Query heads."""
     kv_heads: int = 0
-    """Key/value heads; 0 means as many as query heads. Fewer is grouped-query attention (arXiv:2305.13245)."""
+    """Key/value heads; 0 means as many as query heads. Fewer: grouped-query attention (arXiv:2305.13245)."""
     head_dim: int = 0
     """Size of a head; 0 means width / heads."""
     mlp_width: int = 0
     """Hidden size of the MLP; 0 means 4 x width."""
     position: Position = "learned"
-    """How a token knows where it stands. Sinusoids have base 10000 (Vaswani et al. 2017, section 3.5)."""
+    """Kind of position. Sinusoids have base 10000 (Vaswani et al. 2017, section 3.5)."""
     rope_base: float = 10_000.0
     """Base of the rotary angles (arXiv:2104.09864)."""
     rope_scaling: RotaryScaling | None = None
-    """How the rotary angles are stretched beyond an earlier context; None: not at all."""
+    """How rotary positions are stretched beyond an earlier context; None: not at all."""
     norm: Norm = "layer"
     """Layer norm (arXiv:1607.06450) or RMS norm (arXiv:1910.07467)."""
     norm_eps: float = 1e-5
     """Added to the variance."""
     pre_norm: bool = True
-    """Normalise what enters a sub-layer (GPT-2) or what leaves it (GPT-1). Post-norm has no final norm."""
+    """Normalise the input of each sub-layer (GPT-2), or the sum behind it (GPT-1: without a final norm)."""
     activation: Activation = "gelu_tanh"
-    """Non-linearity of the MLP. `swiglu` has a gate matrix (arXiv:2002.05202), `relu2` is max(x, 0) squared."""
+    """Non-linearity of the MLP; `swiglu` adds a gate matrix (arXiv:2002.05202), `relu2` is max(x, 0)^2."""
     bias: bool = True
     """Biases in the linear layers."""
     qk_norm: bool = False
@@ -133,8 +132,8 @@ class GPTConfig:
     tied: bool = True
     """The output matrix is the token embedding."""
     logit_softcap: float = 0.0
-    """Bends logits to stay within this: c tanh(logit / c) (Gemma 2, arXiv:2408.00118, section 2); 0 leaves them alone. Of the
-    families that others run, only Gemma's have it: no preset does."""
+    """Soft cap c on logits, c tanh(logit / c) (Gemma 2, arXiv:2408.00118, section 2); 0 for none. No preset
+    has one: of the families that other programs run, only Gemma's do."""
     dropout: float = 0.0
     """Share of activations dropped in training: embeddings, attention weights, sub-layer outputs."""
 
@@ -177,7 +176,7 @@ class GPTConfig:
             raise UserError(f"model: dropout {self.dropout} is not in [0, 1)")
 
     def _check_sizes(self) -> None:
-        """No size is absurd, before anything is made that large."""
+        """Raise UserError for absurd sizes, before anything that large is made."""
         sizes = ("vocab_size", "context", "layers", "width", "heads", "kv_heads", "head_dim", "mlp_width")
         for name in sizes:
             if not 1 <= getattr(self, name) <= LARGEST:
@@ -188,7 +187,7 @@ class GPTConfig:
             )
 
     def _check_rotary(self) -> None:
-        """The settings of rotary positions."""
+        """Raise UserError for settings of rotary positions that contradict each other."""
         if self.head_dim % 2:
             raise UserError(f"model: rotary positions need an even head_dim, not {self.head_dim}")
         scaling = self.rope_scaling
@@ -201,13 +200,13 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GPTConfig:
-        """The named shape, with fields changed. Raises UserError with a near match for an unknown name."""
+        """The named shape, with some fields changed. Raises UserError for an unknown name."""
         if name not in PRESETS:
             near = difflib.get_close_matches(name.lower(), PRESETS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(PRESETS)}"
             raise UserError(f"no model shape is called {name!r}{hint}")
         base = PRESETS[name]
-        # Sizes that the preset derived from others are derived anew: a narrower gpt2 has a narrower MLP.
+        # Sizes that follow from others do so again: a narrower gpt2 has a narrower MLP.
         usual = {"kv_heads": base.heads, "head_dim": base.width // base.heads, "mlp_width": 4 * base.width}
         derived = {field: 0 for field, value in usual.items() if getattr(base, field) == value}
         return replace(base, **{**derived, **changes})
@@ -241,8 +240,8 @@ def _gpt2(layers: int, width: int, heads: int) -> GPTConfig:
 
 
 def _gpt3(layers: int, width: int, heads: int) -> GPTConfig:
-    # Table 2.1 gives 128-dimensional heads for 13B with 40 heads (5120 wide, printed as 5140), 96 for 2.7B and so on:
-    # always width / heads. GPT-3's alternating sparse layers are an option of their own, not part of the shape.
+    # The head size is width / heads. Two rows of table 2.1 contradict themselves: 1.3B (24 heads of 128 for
+    # 2048 features; here 16 heads) and 13B (5140 features; here 5120). GPT-3's sparse layers are left out.
     return GPTConfig(vocab_size=50_257, context=2_048, layers=layers, width=width, heads=heads)
 
 

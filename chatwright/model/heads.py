@@ -1,4 +1,4 @@
-"""Numbers instead of tokens: the reward model, and the two kinds of critic of PPO."""
+"""Models that give a number per position instead of logits: the reward model, and PPO's two critics."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from chatwright.model.gpt import GPT
 
 
 class ScalarModel(nn.Module):
-    """A decoder with one output per position (Ouyang et al. 2022, section 3.5: the unembedding replaced by a scalar).
+    """A decoder with one number per position instead of logits (Ouyang et al. 2022, section 3.5).
 
-    Outputs are `scale * (head(hidden) - offset)`; the two constants are set once after training and not trained.
+    The number is `scale * (scalar(hidden) - offset)`. The two constants are not trained; they are set once
+    after training.
     """
 
     offset: Tensor
@@ -25,16 +26,15 @@ class ScalarModel(nn.Module):
         self.body = GPT(config)
         self.body.head = nn.Identity()  # type: ignore[assignment]
         self.scalar = nn.Linear(config.width, 1)
-        nn.init.normal_(
-            self.scalar.weight, std=1 / (config.width + 1) ** 0.5
-        )  # Stiennon et al. 2020, appendix B
+        std = 1 / (config.width + 1) ** 0.5  # Stiennon et al. 2020, appendix B
+        nn.init.normal_(self.scalar.weight, std=std)
         nn.init.zeros_(self.scalar.bias)
         self.register_buffer("offset", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
     @torch.no_grad()
     def start_from(self, model: GPT) -> None:
-        """Copy a language model's body; its output matrix is left behind."""
+        """Copy a language model's body, which is everything but its output matrix."""
         own = dict(self.body.named_parameters())
         for name, parameter in model.named_parameters():
             if not name.startswith("head."):
@@ -47,39 +47,42 @@ class ScalarModel(nn.Module):
         mask: Bool[Tensor, "B T"] | None = None,
         lengths: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B T"]:
-        """One number per position, float32; `mask` and `lengths` as in GPT.hidden."""
+        """One number per position, float32; `mask` and `lengths` as in `GPT.hidden`."""
         return self._read(self.body.hidden(ids, mask=mask, lengths=lengths))
 
     def at(
         self,
         ids: Int[Tensor, "B T"],
-        places: Int[Tensor, " M"],
+        indices: Int[Tensor, " M"],
         *,
         mask: Bool[Tensor, "B T"] | None = None,
         lengths: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, " M"]:
-        """The numbers at some places, sooner than all of them; arguments as in GPT.hidden_at."""
-        return self._read(self.body.hidden_at(ids, places, mask=mask, lengths=lengths))
+        """The numbers of some tokens, which costs less than all of them; arguments as in `GPT.hidden_at`."""
+        return self._read(self.body.hidden_at(ids, indices, mask=mask, lengths=lengths))
 
     def score(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
-        """The number at each row's last real token: what the model thinks of the whole row. Padding on the right costs nothing.
-        Raises ValueError for a row without a token."""
-        on_the_left, empty = torch.stack(((mask[:, 1:] & ~mask[:, :-1]).any(), ~mask.any(1).all())).tolist()
+        """The score of each row: the number at its last real token.
+
+        Padding on the right costs nothing. Raises ValueError for a row without a real token.
+        """
+        padded_left, empty = torch.stack(((mask[:, 1:] & ~mask[:, :-1]).any(), ~mask.any(1).all())).tolist()
         if empty:
             raise ValueError("a row without a token has no score")
-        padded = {"mask": mask} if on_the_left else {"lengths": mask.sum(1)}
-        every = torch.arange(mask.numel(), device=ids.device).view(mask.shape)
-        return self.at(ids, torch.where(mask, every, -1).max(dim=1).values, **padded)
+        padding = {"mask": mask} if padded_left else {"lengths": mask.sum(1)}
+        indices = torch.arange(mask.numel(), device=ids.device).view(mask.shape)
+        return self.at(ids, torch.where(mask, indices, -1).max(dim=1).values, **padding)
 
-    def _read(self, hidden: Float[Tensor, "*places D"]) -> Float[Tensor, "*places"]:
-        return self.scale * (self.scalar(hidden).squeeze(-1).float() - self.offset)  # type: ignore[no-any-return]
+    def _read(self, hidden: Float[Tensor, "*positions D"]) -> Float[Tensor, "*positions"]:
+        numbers: Tensor = self.scalar(hidden).squeeze(-1).float()
+        return self.scale * (numbers - self.offset)
 
 
 class ValueHead(nn.Module):
-    """One number per position from hidden states that a policy has anyway (Ziegler et al. 2019, section 2.1).
+    """One number per position from the policy's own hidden states (Ziegler et al. 2019, section 2.1).
 
-    It starts at zero: the first advantages are then the returns themselves, and the first gradients of the value loss
-    leave the trunk as it is (they pass through this weight).
+    It starts at zero. The first advantages are then the returns themselves, and the first gradient of the
+    value loss leaves the policy's body as it is, because it passes through this weight.
     """
 
     def __init__(self, width: int) -> None:
@@ -88,6 +91,6 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.scalar.weight)
         nn.init.zeros_(self.scalar.bias)
 
-    def forward(self, hidden: Float[Tensor, "*places D"]) -> Float[Tensor, "*places"]:
+    def forward(self, hidden: Float[Tensor, "*positions D"]) -> Float[Tensor, "*positions"]:
         """One number per position, float32."""
         return self.scalar(hidden).squeeze(-1).float()  # type: ignore[no-any-return]

@@ -1,11 +1,12 @@
-"""Low-rank adapters (LoRA): y = W x + s B A x, W frozen, s = alpha / rank.  Hu et al. 2021, arXiv:2106.09685, eq. 3.
+"""Low-rank adapters (LoRA): y = W x + s B A x, W frozen.  Hu et al. 2021, arXiv:2106.09685, eq. 3.
 
-An adapter is a pair of small matrices A (rank, inputs) and B (outputs, rank) beside some of the blocks' linear layers. Several,
-each with a name, may lie on one model; one of them is in use, or none: the model is then its base again, bit for bit.
+Beside a linear layer an adapter has two small matrices, A (rank, inputs) and B (outputs, rank); s = alpha /
+rank. A model may carry several adapters, each with a name. One of them is active, or none: then the model
+computes what its base computes, bit for bit.
 
-Departures from the paper: A starts uniform instead of normal (Kaiming's, as in the authors' code), and every linear layer of a
-block gets an adapter unless `targets` names some (the paper: query and value). Tables, norms, biases and the output matrix,
-which may be the token table, get none.
+Departures from the paper: A starts uniform (Kaiming's rule, as in the authors' code) and not normal, and
+every linear layer of a block has an adapter unless `targets` names some (the paper: query and value). Tables,
+norms, biases and the output matrix, which may be the token table, have none.
 """
 
 from __future__ import annotations
@@ -39,25 +40,25 @@ LAYERS = {
 """What a setting calls a linear layer, and where a block has it."""
 
 DEFAULT = "default"
-"""The adapter's name where only one is spoken of."""
+"""The adapter's name where none is given."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """An adapter's size and place."""
+    """Size of an adapter, and the layers that it stands beside."""
 
     rank: int = 0
-    """Rank of the adapters; 0 means none: all weights are trained."""
+    """Rank of the adapters; 0 means no adapters: all weights are trained."""
     alpha: float = 16.0
-    """What an adapter gives is multiplied by alpha / rank."""
+    """An adapter's output is multiplied by alpha / rank."""
     dropout: float = 0.0
-    """Share of an adapter's inputs that are left out in training (ppo, reinforce: none may be)."""
+    """Share of an adapter's inputs that is dropped in training; ppo and reinforce allow 0 only."""
     targets: tuple[str, ...] = ()
-    """Layers that get one: of query, key, value, output, gate, up, down. None named: all that the model has."""
+    """Layers with an adapter, of query, key, value, output, gate, up, down. Empty: all that the model has."""
     rank_stabilised: bool = False
-    """Multiply by alpha / sqrt(rank) instead, which is as strong at every rank (Kalajdzievski 2023, arXiv:2312.03732)."""
+    """Multiply by alpha / sqrt(rank), as strong at every rank (Kalajdzievski 2023, arXiv:2312.03732)."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -72,12 +73,12 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """s of the formula. Needs a rank above 0."""
+        """s of the equation, for ranks above 0."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
 class Adapter(nn.Module):
-    """s B A x for one linear layer. B is zero at first, and with it all that comes out."""
+    """s B A x for one linear layer. B starts at zero, so that an adapter at first changes nothing."""
 
     def __init__(self, layer: nn.Linear, config: LoRAConfig) -> None:
         super().__init__()
@@ -91,12 +92,12 @@ class Adapter(nn.Module):
         return self.config.scale * F.linear(F.linear(x, self.a), self.b)
 
     def product(self) -> Float[Tensor, "outputs inputs"]:
-        """s B A in float32: what is added to W when they are merged."""
+        """s B A in float32, which merging adds to W."""
         return self.config.scale * (self.b.float() @ self.a.float())
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with adapters beside it. Weight and bias are those of the layer it stands for, under the same names."""
+    """A linear layer with adapters; weight and bias, names included, are those of the layer it replaces."""
 
     def __init__(self, layer: nn.Linear) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would make matrices of its own
@@ -113,7 +114,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> Float[Tensor, "outputs inputs"]:
-        """W + s B A of the adapter in use, rounded once; W itself without one."""
+        """W + s B A of the active adapter, rounded once; W itself without one."""
         if self.active is None:
             return self.weight
         adapter = self.adapters[self.active]
@@ -121,7 +122,7 @@ class LoRALinear(nn.Linear):
         return (self.weight.float() + adapter.product()).to(self.weight.dtype)
 
     def plain(self, weight: nn.Parameter) -> nn.Linear:
-        """A layer without adapters, with this matrix and the same bias."""
+        """A plain layer with this matrix and the same bias."""
         layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         layer.weight = weight
         layer.bias = self.bias
@@ -142,17 +143,20 @@ def _replace(model: nn.Module, path: str, layer: nn.Linear) -> None:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The adapters that lie on a model, in the order in which they came."""
+    """Names of a model's adapters, in the order in which they were added."""
     return list(dict.fromkeys(name for _, layer in _adapted(model) for name in layer.adapters))
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """The adapter in use."""
+    """Name of the active adapter, if there is one."""
     return next((layer.active for _, layer in _adapted(model) if layer.active is not None), None)
 
 
 def linear_layers(model: nn.Module, targets: tuple[str, ...] = ()) -> dict[str, nn.Linear]:
-    """Path -> layer of the blocks' linear layers that `targets` names (none: all). Raises UsageError for one it lacks."""
+    """Path -> linear layer of the blocks, all or those that `targets` names.
+
+    Raises UsageError for a target that the model does not have.
+    """
     blocks = [(path, module) for path, module in model.named_modules() if isinstance(module, Block)]
     found: dict[str, nn.Linear] = {}
     for path, block in blocks:
@@ -167,11 +171,12 @@ def linear_layers(model: nn.Module, targets: tuple[str, ...] = ()) -> dict[str, 
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, name: str = DEFAULT) -> None:
-    """Put a new adapter on a decoder (or on the one inside a scalar model), in place, and use it.
+    """Add a new adapter to a decoder (or to the one inside a scalar model), in place, and activate it.
 
-    At first the model computes what it did before, bit for bit. What is trained afterwards is this adapter, and what stands
-    outside of the decoder (a scalar head); the decoder and its other adapters are frozen. A is drawn from torch's global
-    stream. Raises UserError for a rank of 0, a layer that the model lacks, and a name that is taken.
+    At first the model computes what it did before, bit for bit. Trained afterwards are this adapter and what
+    is outside of the decoder (a scalar head); the decoder and its other adapters are frozen. A is drawn from
+    torch's global random stream. Raises UserError for a rank of 0, a target that the model does not have, and
+    a name that is taken.
     """
     if config.rank < 1:
         raise UsageError("an adapter needs a rank of at least 1")
@@ -180,7 +185,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = DEFAULT) -> None:
 
 
 def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str = DEFAULT) -> None:
-    """Put one adapter, made of a pair of matrices for each path, on a model: the second half of `add_lora`."""
+    """Add one adapter, a pair of matrices for each path, and activate it. Raises UserError for a bad name."""
     if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII) or hasattr(nn.ModuleDict(), name):
         raise UserError(
             f"an adapter cannot be called {name!r}: letters, digits, - and _, and no word of torch's"
@@ -200,7 +205,7 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str = DEFAUL
 
 
 def use_adapter(model: nn.Module, name: str | None) -> None:
-    """Let a model compute with the adapter of this name, or with none. Raises UserError when there is none of this name."""
+    """Activate the adapter of this name, or none. Raises UserError for an unknown name."""
     known = adapter_names(model)
     if name is not None and name not in known:
         raise UserError(
@@ -212,7 +217,7 @@ def use_adapter(model: nn.Module, name: str | None) -> None:
 
 @contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is its base: the frozen reference that PPO compares its policy with, without a second copy."""
+    """Inside, no adapter is active: the policy is then PPO's frozen reference, without a second copy."""
     before = active_adapter(model)
     use_adapter(model, None)
     try:
@@ -222,7 +227,7 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def lora_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
-    """The matrices of one adapter, of all when no name is given."""
+    """The matrices of one adapter, or of all when no name is given."""
     adapters = [
         layer.adapters[key] for _, layer in _adapted(model) for key in layer.adapters if name in (None, key)
     ]
@@ -230,7 +235,7 @@ def lora_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parame
 
 
 def adapters_of(model: nn.Module, name: str = DEFAULT) -> dict[str, Adapter]:
-    """Path of the layer -> its pair of matrices, for one adapter. Raises UserError when there is none of this name."""
+    """Path of a layer -> its pair of matrices, of one adapter. Raises UserError for an unknown name."""
     found = {path: layer.adapters[name] for path, layer in _adapted(model) if name in layer.adapters}
     if not found:
         raise UserError(f"no adapter is called {name!r} on this model")
@@ -239,10 +244,10 @@ def adapters_of(model: nn.Module, name: str = DEFAULT) -> dict[str, Adapter]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """W <- W + s B A with the adapter in use, in place; all adapters go, and the decoder can be trained as a whole again.
+    """W <- W + s B A with the active adapter, in place; then no adapter is left, and all weights are trained.
 
-    Equal to the model with its adapter up to the rounding of one sum. Matrices that other models share change for them too:
-    `plain` makes new ones.
+    Equal to the model with its adapter up to the rounding of one sum. Models that share these matrices change
+    too; `plain` makes new ones instead.
     """
     for path, layer in _adapted(model):
         layer.weight.copy_(layer.merged())
@@ -252,9 +257,9 @@ def merge(model: nn.Module) -> None:
 
 
 def sharing_copy(model: Model, instead: Mapping[int, nn.Module] | None = None) -> Model:
-    """A copy whose parameters lie in the same memory as the model's, and can be frozen without freezing the model's.
+    """A copy whose parameters share the model's memory, but can be frozen without freezing the model's.
 
-    `instead` maps the id of a module to what stands in its place.
+    `instead` maps the id of a module to the module that takes its place.
     """
     memo: dict[int, object] = {
         id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()
@@ -263,8 +268,10 @@ def sharing_copy(model: Model, instead: Mapping[int, nn.Module] | None = None) -
 
 
 def plain(model: Model) -> Model:
-    """A model without adapters that computes the same: itself if it has none, else a copy with merged matrices that shares
-    everything else with it. For programs that read weights, such as the CPU kernels; frozen."""
+    """A frozen model without adapters that computes the same, for programs that read its weights.
+
+    The model itself if it has no adapters, else a copy with merged matrices that shares all else with it.
+    """
     layers = _adapted(model)
     if not layers:
         return model
@@ -275,7 +282,7 @@ def plain(model: Model) -> Model:
 
 
 def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's tensors as those of one without adapters: the matrices merged, the names those of the plain model."""
+    """A model's tensors with its adapters merged, under the names of a model without adapters."""
     layers = {f"{path}.weight": layer for path, layer in _adapted(model)}
     return {
         name: layers[name].merged() if name in layers else tensor
@@ -285,7 +292,7 @@ def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What an adapted model has beyond its frozen base: the adapter in training, a scalar head, buffers."""
+    """What a model with adapters has beyond its frozen base: the trained adapter, a scalar head, buffers."""
     return {
         name: tensor
         for name, tensor in checkpoint.model_tensors(model).items()

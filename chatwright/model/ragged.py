@@ -1,7 +1,8 @@
-"""Rows of different lengths without their padding: everything but attention works on the real tokens alone, side by side.
+"""Rows of different lengths, computed without their padding.
 
-A linear layer, a norm or a table does not care which row a token stands in, so that padding costs nothing there; only for attention
-the tokens go back to their rows for a moment. Answers to questions fill half to two thirds of their padded rows.
+Linear layers, norms and tables treat every token alone, so all real tokens of a batch can share one long row.
+Only attention needs rows: there the tokens are padded for a moment. In a batch of answers a third to a half
+of all tokens are padding; this saves their cost.
 """
 
 from __future__ import annotations
@@ -15,65 +16,71 @@ from torch.nn import functional as F
 
 from chatwright.model.attention import CausalAttention
 
-SIZES = 8
-"""Different numbers of tokens that are computed between a number and twice that number: tensors of a new size in every step would fit
-into no hole that the ones before have left, and the process would grow to twice what it uses. Fillers are an eighth of the tokens at
-most, on average a 24th. 16 sizes spare half of those, and take a tenth more memory."""
-LEAST = 16
-"""Numbers of tokens are multiples of this: a matrix product of 17 rows takes what one of 32 takes."""
+BUCKETS_PER_DOUBLING = 8
+"""Bucket sizes between a number and twice that number. A tensor of a new size in every step would fit into no
+gap of the heap that earlier ones have left: the process would grow to twice what it uses. With 8 sizes at
+most an eighth of the tokens is padding, a 24th on average. 16 sizes halve the padding but take a tenth more
+memory."""
+SMALLEST_BUCKET = 16
+"""All bucket sizes are multiples of this: a matrix product of 17 rows takes as long as one of 32."""
 
 
-def one_of_few(count: int) -> int:
-    """The next of those numbers."""
-    step = max(LEAST, (1 << count.bit_length()) // (2 * SIZES))
+def bucket_size(count: int) -> int:
+    """The smallest bucket size that holds `count` tokens."""
+    step = max(SMALLEST_BUCKET, (1 << count.bit_length()) // (2 * BUCKETS_PER_DOUBLING))
     return step * -(-count // step)
 
 
-def filled_up(places: Int[Tensor, " N"], filler: int, *, most: int | None = None) -> Int[Tensor, " M"]:
-    """Places followed by fillers, up to one of few sizes, to `most` at most."""
-    size = one_of_few(len(places))
-    return F.pad(places, (0, min(size, size if most is None else most) - len(places)), value=filler)
+def pad_to_bucket(indices: Int[Tensor, " N"], value: int, *, limit: int | None = None) -> Int[Tensor, " M"]:
+    """Indices, padded with `value` to their bucket size, but never beyond `limit`."""
+    size = bucket_size(len(indices))
+    return F.pad(indices, (0, min(size, size if limit is None else limit) - len(indices)), value=value)
+
+
+def gather(x: Float[Tensor, "B T D"], indices: Int[Tensor, " M"]) -> Float[Tensor, "1 M D"]:
+    """The tokens at these indices (row x T + column), as one row."""
+    return x.flatten(0, 1).index_select(0, indices)[None]
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Where the N tokens that are computed stand in B rows of T places. Padding is on the right, where no real token can see it."""
+    """Which N tokens of a padded batch of B rows and T columns are computed.
 
-    places: Int[Tensor, " N"]
-    """Row x T + column of each real token; those that fill N up are at B x T, a place that is thrown away."""
+    Padding stands on the right of each row, where causal attention never looks.
+    """
+
+    indices: Int[Tensor, " N"]
+    """Row x T + column of each real token. What pads N to a bucket size has index B x T, and is dropped."""
     rows: int
+    """B."""
     width: int
+    """T."""
 
     @classmethod
-    def of(cls, lengths: Int[Tensor, " B"], width: int) -> Ragged:
-        """Rows of `width` places whose first `lengths` are real."""
+    def from_lengths(cls, lengths: Int[Tensor, " B"], width: int) -> Ragged:
+        """Rows of `width` columns, of which the first `lengths` are real tokens."""
         real = torch.arange(width, device=lengths.device) < lengths[:, None]
-        places = real.flatten().nonzero()[:, 0]
-        return cls(filled_up(places, real.numel(), most=real.numel()), len(lengths), width)
+        indices = real.flatten().nonzero()[:, 0]
+        return cls(pad_to_bucket(indices, real.numel(), limit=real.numel()), len(lengths), width)
 
     @property
-    def columns(self) -> Int[Tensor, "1 N"]:
-        """The column of each token."""
-        return (self.places % self.width)[None]
+    def positions(self) -> Int[Tensor, "1 N"]:
+        """Position of each token: its column."""
+        return (self.indices % self.width)[None]
 
-    @staticmethod
-    def chosen(places: Int[Tensor, " M"]) -> Int[Tensor, " S"]:
-        """Places that are computed alone, with fillers."""
-        return filled_up(places, 0)
+    def locate(self, indices: Int[Tensor, " M"]) -> Int[Tensor, " M"]:
+        """Where real tokens, given as row x T + column, stand among the N tokens."""
+        return torch.searchsorted(self.indices, indices)
 
-    def found(self, places: Int[Tensor, " M"]) -> Int[Tensor, " M"]:
-        """Which of the N tokens stand at these places, each row x T + column."""
-        return torch.searchsorted(self.places, places)
-
-    def taken(self, x: Tensor) -> Tensor:
-        """(B, T, ...) -> (1, N, ...): the tokens side by side."""
+    def unpad(self, x: Tensor) -> Tensor:
+        """(B, T, ...) -> (1, N, ...): the real tokens as one row."""
         last = self.rows * self.width - 1
-        return x.flatten(0, 1).index_select(0, self.places.clamp(max=last))[None]
+        return x.flatten(0, 1).index_select(0, self.indices.clamp(max=last))[None]
 
-    def put_back(self, x: Float[Tensor, "1 N D"]) -> Float[Tensor, "B T D"]:
-        """The real tokens in their rows; 0 at padding."""
+    def pad(self, x: Float[Tensor, "1 N D"]) -> Float[Tensor, "B T D"]:
+        """The real tokens back in their rows; 0 at padding."""
         count = self.rows * self.width
-        flat = x.new_zeros(count + 1, x.shape[2]).index_copy(0, self.places, x[0])
+        flat = x.new_zeros(count + 1, x.shape[2]).index_copy(0, self.indices, x[0])
         return flat[:count].view(self.rows, self.width, x.shape[2])
 
     def attention(
@@ -81,16 +88,13 @@ class Ragged:
         q: Float[Tensor, "1 H N K"],
         k: Float[Tensor, "1 G N K"],
         v: Float[Tensor, "1 G N K"],
-        causal: CausalAttention,
+        kernel: CausalAttention,
     ) -> Float[Tensor, "1 H N K"]:
-        """Causal attention of each row for itself."""
-        y = causal(*(self._in_rows(x) for x in (q, k, v)))  # (B, H, T, K)
-        return self.taken(y.transpose(1, 2)).transpose(1, 2)
+        """Causal attention within each row, computed by `kernel`."""
+        y = kernel(*(self._pad_heads(x) for x in (q, k, v)))  # (B, H, T, K)
+        return self.unpad(y.transpose(1, 2)).transpose(1, 2)
 
-    def _in_rows(self, x: Float[Tensor, "1 H N K"]) -> Float[Tensor, "B H T K"]:
+    def _pad_heads(self, x: Float[Tensor, "1 H N K"]) -> Float[Tensor, "B H T K"]:
         _, heads, _, size = x.shape
-        return (
-            self.put_back(x.transpose(1, 2).flatten(2))
-            .view(self.rows, self.width, heads, size)
-            .transpose(1, 2)
-        )
+        padded = self.pad(x.transpose(1, 2).flatten(2))
+        return padded.view(self.rows, self.width, heads, size).transpose(1, 2)

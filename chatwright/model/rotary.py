@@ -1,7 +1,7 @@
-"""Where a token stands, as angles: sinusoids that are added, rotary positions that turn queries and keys.
+"""Positions as angles: sinusoids that are added to embeddings, rotary positions that turn queries and keys.
 
-Rotary rates may be stretched so that a model trained on short texts reads longer ones (`RotaryScaling`). All of it ends
-in `rotary_rates`: one rate per pair of features, and one factor on cosine and sine.
+Rotary rates may be stretched so that a model trained on short texts reads longer ones (`RotaryScaling`). The
+result is always one rate per pair of features and one factor on cosine and sine (`rotary_rates`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from chatwright.model.config import GPTConfig, RotaryScaling
 
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:
-    """(B, T) -> (B, T, width): sines in the first half, cosines in the second (Vaswani et al. 2017, section 3.5).
+    """(B, T) -> (B, T, width): first sines, then cosines (Vaswani et al. 2017, section 3.5).
 
     The paper interleaves the two; the order of features is a permutation that the first layer absorbs.
     """
@@ -48,16 +48,16 @@ def rotary_rates(config: GPTConfig, device: torch.device | None = None) -> tuple
 
 
 def _by_wavelength(rates: Tensor, scaling: RotaryScaling) -> Tensor:
-    """Llama 3.1: pairs that turn slowly are slowed by the factor, fast ones stay, between them it is blended."""
+    """Llama 3.1: slow pairs are slowed by the factor, fast ones stay, those between are blended."""
     turns = scaling.original_context * rates / (2 * math.pi)  # of each pair within the original context
     kept = ((turns - scaling.low_turns) / (scaling.high_turns - scaling.low_turns)).clamp(0, 1)
     return rates * kept + rates / scaling.factor * (1 - kept)
 
 
 def _stretched(base: float, head_dim: int, scaling: RotaryScaling, device: torch.device | None) -> Tensor:
-    """YaRN's ramp: how much of each pair is interpolated, 0 to 1 (Peng et al. 2023, arXiv:2309.00071, section 3.2).
+    """YaRN's ramp, 0 to 1: how far each pair is interpolated (Peng et al. 2023, arXiv:2309.00071, sec. 3.2).
 
-    As in the authors' program, the ramp runs over the number of the pair and not, as in the paper, over its turns.
+    It runs over the number of the pair, as in the authors' program; in the paper it runs over its turns.
     """
 
     def pair(turns: float) -> float:  # the pair that turns this often within the original context
@@ -81,6 +81,6 @@ def rotary_angles(positions: Tensor, rates: Tensor, factor: float = 1.0) -> tupl
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + K/2}) of (B, H, T, K) by its angle: the half-split order of Llama and Qwen."""
+    """Turn each pair (x_i, x_{i + K/2}) of (B, H, T, K) by its angle: the order of Llama and Qwen."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

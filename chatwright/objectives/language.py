@@ -12,11 +12,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from chatwright import runtime
-from chatwright.model.ragged import one_of_few
+from chatwright.model.ragged import bucket_size
 
 CHUNK_LOGITS = 2**23
-"""Logits that exist at once in `chunked_next_token_loss`: 34 MB in float32. Rows of a chunk are this over the vocabulary:
-2,048 at 4,096, 256 at 32,768, still enough to keep the matrix library busy."""
+"""Logits that exist at once in `chunked_next_token_loss`: 34 MB in float32. Rows of a chunk are this over the
+vocabulary: 2,048 at 4,096, 256 at 32,768, still enough to keep the matrix library busy."""
 
 
 def next_token_loss(
@@ -44,14 +44,15 @@ def chunked_next_token_loss(
     softcap: float = 0.0,
     chunk: int = 0,
 ) -> Float[Tensor, ""]:
-    """`next_token_loss(hidden @ head.T, targets, mask)` without ever holding all logits. Above 0, `softcap` bends them first:
-    c tanh(logit / c) (Gemma 2, arXiv:2408.00118, section 2).
+    """`next_token_loss(hidden @ head.T, targets, mask)` without ever holding all logits. Above 0, `softcap`
+    bends them first: c tanh(logit / c) (Gemma 2, arXiv:2408.00118, section 2).
 
-    The head dominates a small model's memory: at a vocabulary of 32,768 the float32 logits of 4,096 positions, their
-    softmax and its gradient take 1.6 GB. Here `chunk` positions at a time (0: by `CHUNK_LOGITS`) go to the loss *and* to
-    its gradient (softmax - one-hot), which the forward pass therefore keeps instead of the logits: (N, D) and (V, D). A head that is frozen, as under an
-    adapter, has no gradient, which spares a third of the products.
-    Products are computed in the head's precision, or autocast's; sums and softmax in float32.
+    The head dominates a small model's memory: at a vocabulary of 32,768 the float32 logits of 4,096
+    positions, their softmax and its gradient take 1.6 GB. Here `chunk` positions at a time (0: by
+    `CHUNK_LOGITS`) go to the loss *and* to its gradient (softmax - one-hot), which the forward pass therefore
+    keeps instead of the logits: (N, D) and (V, D). A head that is frozen, as under an adapter, has no
+    gradient, which spares a third of the products. Products are computed in the head's precision, or
+    autocast's; sums and softmax in float32.
     """
     if torch.is_autocast_enabled(head.device.type):
         head = head.to(torch.get_autocast_dtype(head.device.type))
@@ -83,19 +84,19 @@ class _ChunkedLoss(torch.autograd.Function):
         head_gradient = torch.zeros(head.shape if learns else (0,), dtype=torch.float32, device=head.device)
         for start in range(0, rows.shape[0], chunk):
             part = rows[start : start + chunk].to(head.dtype)
-            wanted, counts = targets[start : start + chunk, None], counted[start : start + chunk, None]
+            target, counts = targets[start : start + chunk, None], counted[start : start + chunk, None]
             logits = (part @ head.mT).float()  # (C, V)
             if softcap:
-                bent = logits.div_(softcap).tanh_()
-                logits = softcap * bent
+                capped = logits.div_(softcap).tanh_()
+                logits = softcap * capped
             normaliser = logits.logsumexp(-1, keepdim=True)
-            loss = loss + torch.where(counts, normaliser - logits.gather(1, wanted), 0.0).sum()
+            loss = loss + torch.where(counts, normaliser - logits.gather(1, target), 0.0).sum()
             slope = logits.sub_(normaliser).exp_()  # in place: one buffer of (C, V), the softmax ...
             slope.add_(
-                torch.arange(head.shape[0], device=head.device) == wanted, alpha=-1
+                torch.arange(head.shape[0], device=head.device) == target, alpha=-1
             )  # ... minus one-hot
             if softcap:
-                slope.mul_(1 - bent.square_())  # d c tanh(x / c) / dx
+                slope.mul_(1 - capped.square_())  # d c tanh(x / c) / dx
             slope = slope.mul_(counts).to(head.dtype)
             row_gradients.append((slope @ head).to(rows.dtype))
             if not learns:
@@ -130,18 +131,20 @@ def projected_log_probs(
     temperature: float = 1.0,
     softcap: float = 0.0,
 ) -> Float[Tensor, " tokens"]:
-    """log p(target) of softmax(hidden @ head.T / temperature), for a loss that weighs each token in its own way (policy gradients).
+    """log p(target) of softmax(hidden @ head.T / temperature), for a loss that weighs each token in its own
+    way (policy gradients).
 
-    The same as `log_softmax` and `gather`, of float32 products even under autocast: a bf16 logit of 20 is 0.06 off, and so would be its
-    token's log-probability. What is kept for the backward pass is the slope of each logit (one-hot - softmax), and
-    that in autocast's precision, in which its two products with the head and the hidden states are computed, as autocast does with
-    those of every other matrix. `softcap` as in `chunked_next_token_loss`.
+    The same as `log_softmax` and `gather`, of float32 products even under autocast: a bf16 logit of 20 is
+    0.06 off, and so would be its token's log-probability. What is kept for the backward pass is the slope of
+    each logit (one-hot - softmax), and that in autocast's precision, in which its two products with the head
+    and the hidden states are computed, as autocast does with those of every other matrix. `softcap` as in
+    `chunked_next_token_loss`.
     """
     kind = head.device.type
     slopes = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
     count, more = (
         len(targets),
-        one_of_few(len(targets)) - len(targets),
+        bucket_size(len(targets)) - len(targets),
     )  # oneDNN keeps a program for each size that it ever saw
     hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
     with torch.autocast(kind, enabled=False):
@@ -150,7 +153,8 @@ def projected_log_probs(
 
 
 class _Projected(torch.autograd.Function):
-    """Rows (N, D), head (V, D), targets (N) -> log-probabilities (N), as many rows at a time as in the chunked loss."""
+    """Rows (N, D), head (V, D), targets (N) -> log-probabilities (N), as many rows at a time as in the
+    chunked loss."""
 
     @staticmethod
     def forward(
@@ -164,17 +168,17 @@ class _Projected(torch.autograd.Function):
     ) -> Tensor:
         found, slopes = [], []
         chunk = max(128, CHUNK_LOGITS // head.shape[0])
-        for part, wanted in zip(torch.split(rows, chunk), torch.split(targets[:, None], chunk), strict=True):
+        for part, target in zip(torch.split(rows, chunk), torch.split(targets[:, None], chunk), strict=True):
             logits = runtime.product(part, head)  # (C, V)
             if softcap:
-                bent = logits.div_(softcap).tanh_()
-                logits = softcap * bent
+                capped = logits.div_(softcap).tanh_()
+                logits = softcap * capped
             log_p = (logits if temperature == 1.0 else logits.div_(temperature)).log_softmax(-1)
-            found.append(log_p.gather(1, wanted)[:, 0])
+            found.append(log_p.gather(1, target)[:, 0])
             slope = log_p.exp_().neg_()
-            slope.scatter_add_(1, wanted, torch.ones_like(slope[:, :1]))
+            slope.scatter_add_(1, target, torch.ones_like(slope[:, :1]))
             if softcap:
-                slope.mul_(1 - bent.square_())  # d c tanh(x / c) / dx
+                slope.mul_(1 - capped.square_())  # d c tanh(x / c) / dx
             slopes.append(slope.to(dtype))
         ctx.save_for_backward(torch.cat(slopes), rows, head)
         ctx.temperature = temperature

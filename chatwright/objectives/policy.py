@@ -1,7 +1,7 @@
 """Policy-gradient objectives for language models: pure functions of tensors.
 
-Everywhere (B, T) runs over positions of a sequence; `mask` is True on response tokens, their end token included, and
-only those count. `log_probs[b, t]` is log pi(token t | tokens before t).
+Everywhere (B, T) runs over positions of a sequence; `mask` is True on response tokens, their end token
+included, and only those count. `log_probs[b, t]` is log pi(token t | tokens before t).
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def masked_mean(values: Values, mask: Mask) -> Float[Tensor, ""]:
 def whiten(values: Values, mask: Mask, *, shift_mean: bool = True, correction: int = 0) -> Values:
     """Scale to variance 1 over the mask and, with `shift_mean`, to mean 0; 0 outside the mask.
 
-    `shift_mean=False` keeps the mean, as reward whitening must (Ziegler et al. 2019 code; arXiv:2403.17031, 4.7).
-    The variance of n values is divided by n - `correction`: 0 as in OpenAI's code, 1 (Bessel) as in TRL's.
+    `shift_mean=False` keeps the mean, as reward whitening must (Ziegler et al. 2019 code; arXiv:2403.17031,
+    4.7). The variance of n values is divided by n - `correction`: 0 as in OpenAI's code, 1 (Bessel) as in
+    TRL's.
     """
     mean = masked_mean(values, mask)
     variance = masked_mean((values - mean).square(), mask)
@@ -41,7 +42,8 @@ def whiten(values: Values, mask: Mask, *, shift_mean: bool = True, correction: i
 
 
 def kl_k1(log_probs: Values, reference: Values) -> Values:
-    """log(pi / pi_ref) per token: unbiased for KL(pi || pi_ref) when tokens come from pi (Schulman 2020, k1)."""
+    """log(pi / pi_ref) per token: unbiased for KL(pi || pi_ref) when tokens come from pi (Schulman 2020,
+    k1)."""
     return log_probs - reference
 
 
@@ -70,7 +72,8 @@ def end_positions(mask: Mask) -> Bool[Tensor, "batch time"]:
 def token_rewards(
     scores: Float[Tensor, " batch"], log_probs: Values, reference: Values, mask: Mask, *, beta: float
 ) -> Values:
-    """-beta x k1 on every response token, plus the model's score on the last one (arXiv:2203.02155, eq. 2)."""
+    """-beta x k1 on every response token, plus the model's score on the last one (arXiv:2203.02155, eq.
+    2)."""
     penalty = torch.where(mask, -beta * kl_k1(log_probs, reference), 0.0)
     return penalty + torch.where(end_positions(mask), scores[:, None], 0.0)
 
@@ -80,8 +83,9 @@ def generalized_advantages(
 ) -> Values:
     """Advantage of every response token (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
 
-    `values[b, t]` estimates the return from token t on, before it is chosen. The response of a row is one stretch of
-    True; the episode ends at its last token: the value beyond it is 0, and positions outside get advantage 0.
+    `values[b, t]` estimates the return from token t on, before it is chosen. The response of a row is one
+    stretch of True; the episode ends at its last token: the value beyond it is 0, and positions outside get
+    advantage 0.
     """
     advantages = torch.zeros_like(rewards)
     following = torch.zeros_like(rewards[:, 0])
@@ -98,13 +102,15 @@ def generalized_advantages(
 def reinforce_advantages(
     returns: Float[Tensor, "prompts k"], *, baseline: Baseline = "mean", scaled: bool = False
 ) -> Float[Tensor, "prompts k"]:
-    """An answer's return less what was to be expected; `returns[n, i]` is that of the i-th of K answers to prompt n.
+    """An answer's return less what was to be expected; `returns[n, i]` is that of the i-th of K answers to
+    prompt n.
 
-    `mean` subtracts the mean over the batch, the answer's own return included: with M answers this shortens the expected
-    gradient by 1 - 1/M and turns it nowhere. `leave-one-out` subtracts the mean of the K - 1 other answers to the same
-    prompt, which is unbiased (RLOO: Ahmadian et al. 2024, arXiv:2402.14740; Kool et al. 2019). `none` subtracts nothing
-    (Williams 1992 with b = 0). `scaled` then divides by the standard deviation over the batch, which sets the length of a
-    step whatever the unit of the score. Raises ValueError for leave-one-out with K = 1.
+    `mean` subtracts the mean over the batch, the answer's own return included: with M answers this shortens
+    the expected gradient by 1 - 1/M and turns it nowhere. `leave-one-out` subtracts the mean of the K - 1
+    other answers to the same prompt, which is unbiased (RLOO: Ahmadian et al. 2024, arXiv:2402.14740; Kool et
+    al. 2019). `none` subtracts nothing (Williams 1992 with b = 0). `scaled` then divides by the standard
+    deviation over the batch, which sets the length of a step whatever the unit of the score. Raises
+    ValueError for leave-one-out with K = 1.
     """
     k = returns.shape[1]
     if baseline == "leave-one-out":
@@ -117,10 +123,11 @@ def reinforce_advantages(
 
 
 def reinforce_loss(log_probs: Values, advantages: Float[Tensor, " batch"], mask: Mask) -> Float[Tensor, ""]:
-    """-A log pi(answer), the mean over answers (Williams 1992, Machine Learning 8, section 6: episodic REINFORCE).
+    """-A log pi(answer), the mean over answers (Williams 1992, Machine Learning 8, section 6: episodic
+    REINFORCE).
 
-    An answer is one act: log pi(answer) is the sum over its tokens. The gradient is an estimate of that of the expected
-    return where the answers were sampled from pi itself.
+    An answer is one act: log pi(answer) is the sum over its tokens. The gradient is an estimate of that of
+    the expected return where the answers were sampled from pi itself.
     """
     return -(advantages * torch.where(mask, log_probs, 0.0).sum(1)).mean()
 
@@ -136,7 +143,8 @@ class Clipped:
 def policy_loss(
     log_probs: Values, old: Values, advantages: Values, mask: Mask, *, clip: float = 0.2
 ) -> Clipped:
-    """-min(r A, clip(r, 1 - c, 1 + c) A) with r = pi / pi_old (Schulman et al. 2017, arXiv:1707.06347, eq. 7)."""
+    """-min(r A, clip(r, 1 - c, 1 + c) A) with r = pi / pi_old (Schulman et al. 2017, arXiv:1707.06347, eq.
+    7)."""
     ratio = torch.where(mask, log_probs - old, 0.0).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     return Clipped(
@@ -145,7 +153,8 @@ def policy_loss(
 
 
 def value_loss(values: Values, old: Values, returns: Values, mask: Mask, *, clip: float = 0.2) -> Clipped:
-    """1/2 max((V - R)^2, (clip(V, old -+ c) - R)^2): a value may move by at most `clip` per batch for free."""
+    """1/2 max((V - R)^2, (clip(V, old -+ c) - R)^2): a value may move by at most `clip` per batch for
+    free."""
     plain = (values - returns).square()
     near = torch.minimum(torch.maximum(values, old - clip), old + clip)
     clipped = (near - returns).square()
@@ -155,7 +164,8 @@ def value_loss(values: Values, old: Values, returns: Values, mask: Mask, *, clip
 
 
 def explained_variance(values: Values, returns: Values, mask: Mask) -> float:
-    """1 - Var(R - V) / Var(R) over the mask: 1 is a perfect critic, 0 a constant one, below 0 a harmful one."""
+    """1 - Var(R - V) / Var(R) over the mask: 1 is a perfect critic, 0 a constant one, below 0 a harmful
+    one."""
     target, error = returns[mask], (returns - values)[mask]
     if len(target) < 2 or float(target.var()) == 0.0:
         return 0.0
@@ -167,7 +177,8 @@ def next_beta(
 ) -> float:
     """The KL coefficient after a batch (Ziegler et al. 2019, arXiv:1909.08593, section 2.2).
 
-    beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon), never below `floor`. `kl` is in nats per response.
+    beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon), never below `floor`. `kl` is in nats per
+    response.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return max(floor, beta * (1.0 + error * episodes / horizon))

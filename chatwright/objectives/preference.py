@@ -16,7 +16,8 @@ Ties = Literal["leave_out", "half"]
 def preferred_pairs(
     labels: Float[Tensor, "prompts k"], tie_tolerance: float = 0.0
 ) -> Bool[Tensor, "prompts k k"]:
-    """True at [n, i, j] where candidate i is preferred to j: its label is higher by more than `tie_tolerance`.
+    """True at [n, i, j] where candidate i is preferred to j: its label is higher by more than
+    `tie_tolerance`.
 
     Ties, and pairs closer than the tolerance, are left out; NaN labels (padding) take part in no pair.
     """
@@ -28,8 +29,8 @@ def pair_wins(
 ) -> Float[Tensor, "prompts k k"]:
     """How far candidate i won against j, at [n, i, j]: 1 where it is preferred (`preferred_pairs`), else 0.
 
-    With ties `half` two candidates that tie win 1/2 each, so that every pair of a prompt adds up to 1: a prompt of K answers
-    then has exactly C(K, 2) pairs. Without, those that are no ties.
+    With ties `half` two candidates that tie win 1/2 each, so that every pair of a prompt adds up to 1: a
+    prompt of K answers then has exactly C(K, 2) pairs. Without, those that are no ties.
     """
     wins = preferred_pairs(labels, tie_tolerance).float()
     if ties == "half":
@@ -50,11 +51,12 @@ def bradley_terry_loss(
 ) -> Float[Tensor, ""]:
     """-log sigmoid(r_preferred - r_other), averaged over the pairs of a prompt, summed over prompts.
 
-    Ouyang et al. 2022 (arXiv:2203.02155), eq. 1: all pairs of a prompt are one element with weight 1 / C(K, 2), here
-    1 / (number of its pairs that count, see `pair_wins`). A prompt without any such pair adds 0. A tie that is won by half
-    costs (-log sigmoid(d) - log sigmoid(-d)) / 2, which is least where the scores are equal.
-    `margin[n, i, j]` is by how much the score of i is to exceed that of j before the loss of the pair is log 2: the margin
-    m(r) of Llama 2 (Touvron et al. 2023, arXiv:2307.09288, eq. 2), larger where people were surer. Ties have none.
+    Ouyang et al. 2022 (arXiv:2203.02155), eq. 1: all pairs of a prompt are one element with weight 1 / C(K,
+    2), here 1 / (number of its pairs that count, see `pair_wins`). A prompt without any such pair adds 0. A
+    tie that is won by half costs (-log sigmoid(d) - log sigmoid(-d)) / 2, which is least where the scores are
+    equal. `margin[n, i, j]` is by how much the score of i is to exceed that of j before the loss of the pair
+    is log 2: the margin m(r) of Llama 2 (Touvron et al. 2023, arXiv:2307.09288, eq. 2), larger where people
+    were surer. Ties have none.
     """
     wins = pair_wins(labels, tie_tolerance, ties)
     difference = scores[:, :, None] - scores[:, None, :]
@@ -73,7 +75,8 @@ def pair_accuracy(
 ) -> tuple[float, int]:
     """Pairs that the scores order as the labels do (equal scores count half), and the number of pairs.
 
-    With ties `half`, a pair that ties in the labels counts, and is half right whatever its scores: no model reaches 1 then.
+    With ties `half`, a pair that ties in the labels counts, and is half right whatever its scores: no model
+    reaches 1 then.
     """
     wins = pair_wins(labels, tie_tolerance, ties)
     difference = scores[:, :, None] - scores[:, None, :]
@@ -82,7 +85,8 @@ def pair_accuracy(
 
 
 def logistic_loss(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> Float[Tensor, ""]:
-    """-log of the probability of each text's class, summed: sigmoid(score) is the probability of being positive.
+    """-log of the probability of each text's class, summed: sigmoid(score) is the probability of being
+    positive.
 
     Cross entropy of two classes (Bishop 2006, eq. 4.90), in a form that does not overflow.
     """

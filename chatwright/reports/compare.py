@@ -1,7 +1,8 @@
 """What two runs, or two stages, were set to, came to and cost, side by side, and whether that is fair.
 
-A difference is called clear only where something says so: two 95 % intervals that do not overlap (a strict test: they can
-overlap where a difference is real), or the bootstrap of paired differences where both were measured on the same prompts.
+A difference is called clear only where something says so: two 95 % intervals that do not overlap (a strict
+test: they can overlap where a difference is real), or the bootstrap of paired differences where both were
+measured on the same prompts.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ Group = Sequence[Stage | None]
 
 
 def align(runs: Sequence[Run]) -> dict[str, Group]:
-    """Stages that belong together by name; stages given by themselves belong together as they are. Raises UsageError."""
+    """Stages that belong together by name; stages given by themselves belong together as they are. Raises
+    UsageError."""
     if len({run.whole for run in runs}) > 1:
         kinds = ", ".join(f"{run.path} is a {'run' if run.whole else 'stage'}" for run in runs)
         raise UsageError(f"runs go with runs and stages with stages: {kinds}")
@@ -80,12 +82,14 @@ def _unfair(groups: Mapping[str, Group]) -> list[str]:
     everyone = [stage for group in groups.values() for stage in group if stage is not None]
     if any("seed" not in stage.result for stage in everyone):
         lines.append(
-            "some results are of an older version and do not tell their seed and data: whether this is fair is not known"
+            "some results are of an older version and do not tell their seed and data: whether this is fair "
+            "is not known"
         )
     seeds = _by_run(groups, "seed")
     if seeds:
         lines.append(
-            f"the seeds differ ({seeds}): part of each difference is chance of the seed, which no interval here contains"
+            f"the seeds differ ({seeds}): part of each difference is chance of the seed, which no interval "
+            "here contains"
         )
     versions = _by_run(groups, "version")
     if versions:
@@ -211,7 +215,8 @@ def _overlap(row: Sequence[Mapping[str, Any] | None]) -> list[str | None]:
 
 
 def _paired(first: Stage | None, other: Stage | None, number: int) -> list[dict[str, Any]]:
-    """Mean differences (other less first) on the prompts that both answered, with 95 % bootstrap intervals over prompts."""
+    """Mean differences (other less first) on the prompts that both answered, with 95 % bootstrap intervals
+    over prompts."""
     if first is None or other is None or not first.per_prompt or not other.per_prompt:
         return []
     places = [_places(stage.per_prompt["prompts"]) for stage in (first, other)]

@@ -1,7 +1,8 @@
-"""What is added to a stage's report when it is done: the paper's settings, answers before and after, KL budget, cost.
+"""What is added to a stage's report when it is done: the paper's settings, answers before and after, KL
+budget, cost.
 
-A stage that trains a model does not ask it anything; that is done here, once, with the engine that answers everywhere else, on
-held-out prompts and with the same seeds for the model before and the model after.
+A stage that trains a model does not ask it anything; that is done here, once, with the engine that answers
+everywhere else, on held-out prompts and with the same seeds for the model before and the model after.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from chatwright.language_model import WORTH_COMPILING, load
 from chatwright.metrics import say
 from chatwright.train import paper
 from chatwright.train.base import open_base
-from chatwright.train.cost import account_row
-from chatwright.train.rl.rollout import prompts_from, sample_answers
+from chatwright.train.cost import cost_row
+from chatwright.train.rl.rollout import prompts_from, sample_completions
 from chatwright.train.stage import Stage
 from chatwright.train.workspace import Answered, Report, Workspace
 
@@ -39,7 +40,8 @@ LONGEST_ANSWER = 48
 def close(
     stage: Stage, config: Any, workspace: Workspace, report: Report, spent: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Entries for result.json; writes pairs.json and per_prompt.json. `spent`: seconds, joules and memory_bytes."""
+    """Entries for result.json; writes pairs.json and per_prompt.json. `spent`: seconds, joules and
+    memory_bytes."""
     result: dict[str, Any] = {"cost": cost(report, workspace, spent), "data": content(config, workspace)}
     answers = report.answers or _answers(stage, config, workspace, report)
     if not (stage.paper or stage.kl_budget or answers):
@@ -68,7 +70,8 @@ def write_answers(directory: Path, answers: Answered) -> None:
 
 
 def _answers(stage: Stage, config: Any, workspace: Workspace, report: Report) -> Answered | None:
-    """Answers before and after of a stage that turns one language model into another; None for other stages."""
+    """Completions before and after of a stage that turns one language model into another; None for other
+    stages."""
     if report.model is None:
         return None
     try:
@@ -83,7 +86,8 @@ def _answers(stage: Stage, config: Any, workspace: Workspace, report: Report) ->
 
 
 def content(config: Any, workspace: Workspace) -> str | None:
-    """Sixteen hexadecimal digits of the records that a stage wrote, or learnt from; None where that is not known.
+    """Sixteen hexadecimal digits of the records that a stage wrote, or learnt from; None where that is not
+    known.
 
     The same data give the same digits, whatever the settings and the seed.
     """
@@ -99,7 +103,7 @@ def content(config: Any, workspace: Workspace) -> str | None:
 def cost(report: Report, workspace: Workspace, spent: Mapping[str, float]) -> dict[str, float]:
     """Seconds, tokens, operations, energy, money and memory of a stage, as far as they are known."""
     found = {name: float(report.facts[name]) for name in ("tokens", "flop") if name in report.facts}
-    meant = account_row(workspace.reporting, flop=None, elapsed=spent["seconds"], joules=spent["joules"])
+    meant = cost_row(workspace.reporting, flop=None, elapsed=spent["seconds"], joules=spent["joules"])
     return {"seconds": spent["seconds"], **found, **meant, "memory_bytes": spent["memory_bytes"]}
 
 
@@ -110,7 +114,8 @@ def _ready(base: Loaded) -> Loaded:
 
 
 def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
-    """The model a stage started from and the one it made, asked the same held-out prompts. Raises UserError."""
+    """The model a stage started from and the one it made, asked the same held-out prompts. Raises
+    UserError."""
     after = _ready(open_base(str(workspace.directory / str(report.model)), workspace))
     before = _ready(open_base(config.base, workspace))
     tokenizer, template = after.tokenizer, after.template
@@ -133,7 +138,7 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
     say(f"  asking {config.base} and the result {len(prompts)} held-out prompts")
     temperature = getattr(config, "temperature", 1.0)
     sides = [
-        sample_answers(
+        sample_completions(
             model,
             prompts,
             end=tokenizer.control_ids[template.end],

@@ -1,8 +1,9 @@
 """One answer on its way from the engine's thread to the event loop: an asynchronous iterator of pieces.
 
-No thread waits for it. The engine's handle says that something is new (`Handle.on_change`), the loop is woken, and the reader
-takes what there is. A reader who is slow finds one larger piece: what is unread never amounts to more than the answer itself.
-Measured here, for every interface alike: when tokens came, how an answer ended, and whether it took too long.
+No thread waits for it. The engine's handle says that something is new (`Handle.on_change`), the loop is
+woken, and the reader takes what there is. A reader who is slow finds one larger piece: what is unread never
+amounts to more than the answer itself. Measured here, for every interface alike: when tokens came, how an
+answer ended, and whether it took too long.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Listener(Protocol):
         """Another token, so long after the one before."""
 
     def answered(self, model: str, reason: str, seconds: float) -> None:
-        """The end of an answer, so long after the engine was asked. `reason`: a FinishReason, "timeout" or "error"."""
+        """The end of an answer, so long after the engine was asked. `reason`: a FinishReason, "timeout" or
+        "error"."""
 
 
 class Answer:
@@ -51,9 +53,9 @@ class Answer:
     ) -> None:
         """Ask the engine. Raises as `EngineThread.submit`. Needs a running event loop.
 
-        timeout: seconds for the whole HTTP request that this is for (for this answer, outside of one); 0: no limit.
-        decode: makes a text of a prompt, for who logs prompts.
-        on_end: called in the loop once the engine has nothing more to do for this answer.
+        timeout: seconds for the whole HTTP request that this is for (for this answer, outside of one); 0: no
+        limit. decode: makes a text of a prompt, for who logs prompts. on_end: called in the loop once the
+        engine has nothing more to do for this answer.
         """
         self.requests = tuple(requests)
         self.started = time.monotonic()
@@ -87,7 +89,7 @@ class Answer:
             if self._facts.keep_texts and decode is not None:
                 self._facts.prompts += map(decode, prompts)
 
-    # ---- in the engine's thread ----------------------------------------------------------------------------------
+    # ---- in the engine's thread ----------------------------------------------------------------------------
 
     def _changed(self, index: int, tokens: int, ended: bool) -> None:
         self._arrivals.append((index, tokens, ended, time.monotonic()))
@@ -98,7 +100,7 @@ class Answer:
             ):  # the loop is closed: the server has stopped and nobody waits any more
                 self._loop.call_soon_threadsafe(self._look)
 
-    # ---- in the loop ---------------------------------------------------------------------------------------------
+    # ---- in the loop ---------------------------------------------------------------------------------------
 
     def _look(self) -> None:
         self._called = False  # first: what comes from here on calls again

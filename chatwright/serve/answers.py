@@ -1,12 +1,14 @@
 """One answer in a conversation: the model is loaded if need be, it writes, and what it writes is kept.
 
-The store has the answer from its beginning: what there is of it is written every second or so, and at the end with the
-reason why it ended. `interrupted` means that neither the model nor the person ended it: nobody followed any more, the
-server was stopped, or it died (then nobody was left to write the reason down, and whoever reads the store supplies it).
+The store has the answer from its beginning: what there is of it is written every second or so, and at the end
+with the reason why it ended. `interrupted` means that neither the model nor the person ended it: nobody
+followed any more, the server was stopped, or it died (then nobody was left to write the reason down, and
+whoever reads the store supplies it).
 
-Events: {"type": "loading", "model"} while a model comes into memory; {"type": "begin", "model", "dropped", "window"};
-{"type": "text", "text"} with "tokens" (tokens.py) where they were asked for; and {"type": "done", "turn", "html"} with
-what the store now has, or {"type": "error", "message"} with "turn" where a part of the answer was kept.
+Events: {"type": "loading", "model"} while a model comes into memory; {"type": "begin", "model", "dropped",
+"window"}; {"type": "text", "text"} with "tokens" (tokens.py) where they were asked for; and {"type": "done",
+"turn", "html"} with what the store now has, or {"type": "error", "message"} with "turn" where a part of the
+answer was kept.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ ALTERNATIVES = 5
 class Ask:
     """What is to be answered, and where the answer goes."""
 
-    shelf: Owned
+    owner_view: Owned
     conversation: str
     turn: Turn
     """The answer's place in the store; what it already says is what it goes on from."""
@@ -78,12 +80,13 @@ class Answering:
         pool: ModelPool,
         jobs: JobStore,
         *,
-        seat: ExitStack,
+        reservation: ExitStack,
         render: Callable[[str], str],
         save_seconds: float,
     ) -> None:
-        """`seat` holds the answer's place in the model's queue (`ModelPool.promised`) until the model is asked."""
-        self._ask, self._pool, self._jobs, self._seat = ask, pool, jobs, seat
+        """`reservation` holds the answer's place in the model's queue (`ModelPool.promised`) until the model
+        is asked."""
+        self._ask, self._pool, self._jobs, self._reservation = ask, pool, jobs, reservation
         self._render, self._save_seconds = render, save_seconds
         turn = ask.turn
         self._draft = Draft(turn.text, tokens=turn.tokens or 0, dropped=turn.dropped)
@@ -96,7 +99,7 @@ class Answering:
     async def __call__(self, job: Job) -> Event:
         """Answer. Raises Failed when nothing came of it."""
         try:
-            with self._seat:
+            with self._reservation:
                 await self._answer(job)
         except NotThere:
             raise  # the conversation was deleted meanwhile
@@ -146,7 +149,7 @@ class Answering:
                     draft.reason = self._why_cancelled(job)
                     return
                 begun = ask.turn.text
-                self._seat.close()  # what follows takes the place before anybody else can
+                self._reservation.close()  # what follows takes the place before anybody else can
                 prepared = await service.prepare(ask.messages, sampling, begun=begun)
                 draft.dropped, draft.started = prepared.dropped, time.monotonic()
                 job.publish(
@@ -160,7 +163,8 @@ class Answering:
 
     @asynccontextmanager
     async def _model(self, job: Job, unwanted: asyncio.Task[None]) -> AsyncIterator[ChatService | None]:
-        """The model, in memory for as long as this is open; None when the answer is no longer wanted before it is there.
+        """The model, in memory for as long as this is open; None when the answer is no longer wanted before
+        it is there.
 
         A load that has begun goes on without us, and the next who asks finds the model ready.
         """
@@ -213,7 +217,8 @@ class Answering:
         return "cancelled" if job.stopped else "interrupted"
 
     async def _keep(self, ended: asyncio.Event) -> None:
-        """Keep what there is, every `save_seconds` while something is new. A store that fails now may do better later."""
+        """Keep what there is, every `save_seconds` while something is new. A store that fails now may do
+        better later."""
         while not ended.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), self._save_seconds)
@@ -237,15 +242,16 @@ class Answering:
             "probabilities": None if draft.token_texts is None else list(draft.token_texts),
         }
         ask = self._ask
-        await asyncio.to_thread(ask.shelf.write, ask.conversation, ask.turn.id, draft.text, **values)
+        await asyncio.to_thread(ask.owner_view.write, ask.conversation, ask.turn.id, draft.text, **values)
 
     async def _give_up(self) -> Event:
-        """Keep what there is of a failed answer; take an answer without a word away. What the page has to know of it."""
+        """Keep what there is of a failed answer; take an answer without a word away. What the page has to
+        know of it."""
         ask, draft = self._ask, self._draft
         try:
             if not draft.text:
                 await asyncio.to_thread(
-                    ask.shelf.discard, ask.conversation, ask.turn.id, leaf=ask.previous_leaf
+                    ask.owner_view.discard, ask.conversation, ask.turn.id, leaf=ask.previous_leaf
                 )
                 return {}
             # Where the answer was to go on and did not, it is what it was.

@@ -1,7 +1,7 @@
 """The whole server as one ASGI application: guard, errors, interface, page.
 
-A request passes, in this order: Ledger (id, log, figures), Guard (host, origin), Cors, Gate (is the server stopping?),
-Doorkeeper (keys), BodyLimit, Crash, and then its route.
+A request passes, in this order: AccessLogMiddleware (id, log, figures), Guard (host, origin), Cors,
+DrainMiddleware (is the server stopping?), AuthMiddleware (keys), BodyLimit, Crash, and then its route.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from chatwright.serve import api, chat_page, errors
 from chatwright.serve.document import document
 from chatwright.serve.jobs import JobStore
 from chatwright.serve.operation import login, status
-from chatwright.serve.operation.access_log import AccessLog, Ledger
+from chatwright.serve.operation.access_log import AccessLog, AccessLogMiddleware
 from chatwright.serve.operation.cors import Cors
-from chatwright.serve.operation.doors import Doorkeeper, Doors
+from chatwright.serve.operation.doors import AuthMiddleware, Doors
 from chatwright.serve.operation.guard import BodyLimit, Guard
 from chatwright.serve.operation.keys import KeyRing
-from chatwright.serve.operation.lifecycle import Gate, Lifecycle
+from chatwright.serve.operation.lifecycle import DrainMiddleware, Lifecycle
 from chatwright.serve.operation.telemetry import Telemetry
 from chatwright.serve.pool import ModelPool
 
@@ -105,11 +105,17 @@ def create_app(
     if operation.keys is not None:
         app.state.doors = doors = Doors(operation.keys)
         app.include_router(login.routes(doors))
-        app.add_middleware(Doorkeeper, doors=doors, login=login.page_maker())
-    app.add_middleware(Gate, lifecycle=lifecycle, retry_after=max(1, math.ceil(operation.drain_seconds)))
+        app.add_middleware(AuthMiddleware, doors=doors, login=login.page_maker())
+    app.add_middleware(
+        DrainMiddleware, lifecycle=lifecycle, retry_after=max(1, math.ceil(operation.drain_seconds))
+    )
     app.add_middleware(Cors, origins=operation.origins)
     app.add_middleware(Guard, hosts=operation.hosts, origins=operation.origins)
     app.add_middleware(
-        Ledger, lifecycle=lifecycle, telemetry=telemetry, log=operation.log, keep_texts=operation.keep_texts
+        AccessLogMiddleware,
+        lifecycle=lifecycle,
+        telemetry=telemetry,
+        log=operation.log,
+        keep_texts=operation.keep_texts,
     )
     return app

@@ -1,4 +1,5 @@
-"""Conversations over HTTP: what the page's scripts read and change. All of it is about the asking browser's own.
+"""Conversations over HTTP: what the page's scripts read and change. All of it is about the asking browser's
+own.
 
 GET    /chat/conversations              ?search&before&before_id: titles, the newest first, a page of them
 POST   /chat/conversations              a new one with its first message
@@ -175,14 +176,16 @@ def routes(pool: ModelPool, jobs: JobStore, render: Callable[[str], str], save_s
                 )
             jobs.make_room()
             with ExitStack() as if_refused:
-                seat = ExitStack()
-                if_refused.callback(seat.close)
-                seat.enter_context(pool.promised(body.model))
+                reservation = ExitStack()
+                if_refused.callback(reservation.close)
+                reservation.enter_context(pool.promised(body.model))
                 ask = await asyncio.to_thread(_place, mine, found, body, sampling)
                 about = {"turn": ask.turn.id, "content": ask.turn.text}
-                work = Answering(ask, pool, jobs, seat=seat, render=render, save_seconds=save_seconds)
+                work = Answering(
+                    ask, pool, jobs, reservation=reservation, render=render, save_seconds=save_seconds
+                )
                 job = jobs.start(work, owner=mine.owner, subject=conversation, about=about)
-                if_refused.pop_all()  # from here on the seat is the job's
+                if_refused.pop_all()  # from here on the reservation is the job's
         return {"id": job.id, "turn": shown(ask.turn)}
 
     return router
@@ -213,7 +216,7 @@ def _place(mine: Owned, found: Conversation, body: NewAnswer, sampling: Sampling
     messages = replace(found, system=body.system).messages(parent)
     previous = found.leaf if found.leaf is not None else parent
     return Ask(
-        shelf=mine,
+        owner_view=mine,
         conversation=found.id,
         turn=turn,
         previous_leaf=previous or turn.id,
@@ -248,7 +251,8 @@ def _whole(found: Conversation, job: dict[str, Any] | None = None) -> dict[str, 
 
 
 def _as_it_is(turn: Turn, job: dict[str, Any] | None) -> Turn:
-    """An answer under way is told by its events, from where they begin; one that nobody is at work on was left alone."""
+    """An answer under way is told by its events, from where they begin; one that nobody is at work on was
+    left alone."""
     if job and job["turn"] == turn.id:
         return replace(turn, content=job["content"], finish_reason=None)
     if turn.role == "assistant" and turn.finish_reason is None:

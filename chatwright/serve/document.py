@@ -12,7 +12,8 @@ from chatwright.serve.pool import ModelPool
 
 
 def document(app: FastAPI, pool: ModelPool) -> dict[str, Any]:
-    """The OpenAPI document, in which `model` is one of the models served and errors have the shape they really have."""
+    """The OpenAPI document, in which `model` is one of the models served and errors have the shape they
+    really have."""
     if app.openapi_schema is None:
         made = get_openapi(title=app.title, version=__version__, routes=app.routes)
         schemas = made["components"]["schemas"]

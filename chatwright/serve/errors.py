@@ -148,17 +148,19 @@ def install(app: FastAPI) -> None:
 
 
 class Crash:
-    """ASGI middleware, the innermost: what nobody has foreseen goes to the log, and the client gets the one shape.
+    """ASGI middleware, the innermost: what nobody has foreseen goes to the log, and the client gets the one
+    shape.
 
-    It is not left to the framework because that answers outside of all other middleware: without the security headers,
-    the request's id, and a line in the access log.
+    It is not left to the framework because that answers outside of all other middleware: without the security
+    headers, the request's id, and a line in the access log.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on. What goes wrong after the answer began is raised: the connection breaks, and the client knows."""
+        """Pass on. What goes wrong after the answer began is raised: the connection breaks, and the client
+        knows."""
         begun = False
 
         async def watched(message: Message) -> None:

@@ -1,4 +1,5 @@
-"""How much memory a model will take, from the headers of its files or from its shape: nothing is loaded for it."""
+"""How much memory a model will take, from the headers of its files or from its shape: nothing is loaded for
+it."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def serving(config: GPTConfig, count: int, dtype: str, *, kernels: bool = True) 
 
 
 def packed_bytes(config: GPTConfig, dtype: str) -> int:
-    """The kernels' copy of the matrices, scales and padding included (biases and norms, a few thousand numbers, are not)."""
+    """The kernels' copy of the matrices, scales and padding included (biases and norms, a few thousand
+    numbers, are not)."""
     width, heads = config.width, config.heads
     attended = heads * _up_to(config.head_dim, GROUP)
     up = (2 if config.activation == "swiglu" else 1) * _up_to(config.mlp_width, TILE)
@@ -75,7 +77,8 @@ def packed_bytes(config: GPTConfig, dtype: str) -> int:
 
 
 def _matrix(outputs: int, inputs: int, dtype: str) -> int:
-    """A packed matrix: integer weights have a 16-bit scale for each group, int4 also the group's least value."""
+    """A packed matrix: integer weights have a 16-bit scale for each group, int4 also the group's least
+    value."""
     bits = {"fp32": 128, "bf16": 64, "int8": 34, "int4": 20}[dtype]  # a weight's, times four
     return _up_to(outputs, TILE) * _up_to(inputs, GROUP) * bits // 32
 
@@ -85,9 +88,11 @@ def _up_to(size: int, multiple: int) -> int:
 
 
 def weight_bytes(source: str, dtype: str = "auto") -> int:
-    """Bytes for the weights of a model that `load` would read: float32, and the packed copy where kernels are used.
+    """Bytes for the weights of a model that `load` would read: float32, and the packed copy where kernels are
+    used.
 
-    Keys and values are not in it. 0 where the files are not on this machine yet, or say nothing: the loader will.
+    Keys and values are not in it. 0 where the files are not on this machine yet, or say nothing: the loader
+    will.
     """
     try:
         count = _parameters(source)

@@ -1,8 +1,9 @@
-"""Answers as jobs with numbered events, so that a page can lose its connection, reload, and go on where it was.
+"""Answers as jobs with numbered events, so that a page can lose its connection, reload, and go on where it
+was.
 
-Events of a job, in order: `loading` and `begin` (answers.py), any number of `text`, then one `done` or one `error`.
-Numbers start at 1. A follower says the last number it has seen; text that it missed arrives as one event with the last
-of the numbers.
+Events of a job, in order: `loading` and `begin` (answers.py), any number of `text`, then one `done` or one
+`error`. Numbers start at 1. A follower says the last number it has seen; text that it missed arrives as one
+event with the last of the numbers.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Job:
 
 
 Work = Callable[[Job], Awaitable[Event]]
-"""Publishes its events on the job and returns the last one; raises UserError, or Failed, for an `error` instead."""
+"""Publishes its events on the job and returns the last one; raises UserError, or Failed, for an `error`
+instead."""
 
 
 class JobStore:
@@ -112,7 +114,8 @@ class JobStore:
             del self._jobs[oldest.id]
 
     def start(self, work: Work, *, owner: str, subject: str, about: Event | None = None) -> Job:
-        """Start `work`, on which the request that asks for it goes on being accounted. Raises Busy as `make_room` does."""
+        """Start `work`, on which the request that asks for it goes on being accounted. Raises Busy as
+        `make_room` does."""
         self.make_room()
         job = Job(owner, subject, about or {}, self._clock)
         self._jobs[job.id] = job
@@ -169,7 +172,8 @@ class JobStore:
         asyncio.get_running_loop().call_later(self._keep_seconds, self._jobs.pop, job.id, None)
 
     async def follow(self, job: Job, after: int) -> AsyncIterator[bytes]:
-        """The job's events after number `after`, one JSON object per line; empty lines keep the connection alive."""
+        """The job's events after number `after`, one JSON object per line; empty lines keep the connection
+        alive."""
         job.followers += 1
         try:
             while True:

@@ -1,8 +1,8 @@
 """The models of a server: which there are, which are in memory, and who has to make room for whom.
 
-A model is loaded when it is first asked for. When the memory budget does not hold it beside the others, those that
-nobody uses are put away, the longest unused one first. A model that is answering is never put away: who needs its
-place is told to come again.
+A model is loaded when it is first asked for. When the memory budget does not hold it beside the others, those
+that nobody uses are put away, the longest unused one first. A model that is answering is never put away: who
+needs its place is told to come again.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class _Place:
 class ModelPool:
     """Models by name. The first is the default one, where something has to be chosen.
 
-    budget: most bytes for weights, packed weights and keys and values of all models in memory; None: no limit.
-    limits: what each model gives to its clients.
-    loader: makes a model of a spec; blocking, called in a thread.
+    budget: most bytes for weights, packed weights and keys and values of all models in memory; None: no
+    limit. limits: what each model gives to its clients. loader: makes a model of a spec; blocking, called in
+    a thread.
 
     Whoever is appended to `listeners` is told how fast answers come.
     """
@@ -128,7 +128,8 @@ class ModelPool:
 
     @property
     def unready(self) -> str:
-        """Why the default model cannot answer, or "" when it can: when it is in memory, or was and had to make room."""
+        """Why the default model cannot answer, or "" when it can: when it is in memory, or was and had to
+        make room."""
         place = self._place(self.default)
         if place.problem:
             return f"{self.default} could not be loaded: {place.problem}"
@@ -164,7 +165,8 @@ class ModelPool:
     async def use(self, name: str) -> AsyncIterator[ChatService]:
         """The model's service, loaded if need be; it stays in memory as long as somebody is inside.
 
-        Raises UnknownModel, NoMemory, TimedOut, ClosedError when the server stops, and UserError when loading fails.
+        Raises UnknownModel, NoMemory, TimedOut, ClosedError when the server stops, and UserError when loading
+        fails.
         """
         place = self._place(name)
         if (known := current.get()) is not None:
@@ -181,10 +183,11 @@ class ModelPool:
 
     @contextmanager
     def promised(self, name: str) -> Iterator[None]:
-        """Hold a place for an answer that will be asked for in a moment, so that whoever is let in now is answered then.
+        """Hold a place for an answer that will be asked for in a moment, so that whoever is let in now is
+        answered then.
 
-        Leave it as the preparations begin, which take a place themselves. Where the model is not in memory yet, those who
-        wait for it are counted. Raises UnknownModel, and Busy when there is no place.
+        Leave it as the preparations begin, which take a place themselves. Where the model is not in memory
+        yet, those who wait for it are counted. Raises UnknownModel, and Busy when there is no place.
         """
         place = self._place(name)
         if place.service is not None:
@@ -196,8 +199,9 @@ class ModelPool:
         yield
 
     async def _wait_for(self, place: _Place) -> None:
-        """Load the model, or wait for those who do so. Who gives up, because time is up or the client has gone, does not
-        stop the loading: a thread cannot be stopped, and a second one beside it would spend the memory twice."""
+        """Load the model, or wait for those who do so. Who gives up, because time is up or the client has
+        gone, does not stop the loading: a thread cannot be stopped, and a second one beside it would spend
+        the memory twice."""
         while place.service is None:
             if place.loading is None:
                 place.loading = asyncio.create_task(self._load_in_turn(place))
@@ -225,7 +229,8 @@ class ModelPool:
     def adopt(self, name: str, model: LanguageModel) -> None:
         """Take in a model that is in memory already."""
         place = self._place(name)
-        # The service limits itself, and counts what it has let in; the engine's own limit is for what does not ask it.
+        # The service limits itself, and counts what it has let in; the engine's own limit is for what does
+        # not ask it.
         engine = EngineThread(model.engine, max_waiting=2 * self._limits.max_requests)
         place.service = ChatService(model, engine, name=name, limits=self._limits, listeners=self.listeners)
         place.size = model.memory_bytes
@@ -275,7 +280,8 @@ class ModelPool:
             return
         if size > self._budget:
             raise NoMemory(
-                f"{place.spec.name} takes {size / 1e9:.2f} GB, and the budget for models is {self._budget / 1e9:.2f} GB: "
+                f"{place.spec.name} takes {size / 1e9:.2f} GB, and the budget for models is "
+                f"{self._budget / 1e9:.2f} GB: "
                 "raise --memory_gb, or choose a smaller --dtype"
             )
         idle = sorted((one for one in self._places.values() if one.service and not one.users), key=_age)
@@ -285,9 +291,9 @@ class ModelPool:
                 raise NoMemory(
                     f"{place.spec.name} does not fit beside {busy}, which are in use; try again in a moment"
                 )
-            await self._put_away(idle.pop(0))
+            await self._evict(idle.pop(0))
 
-    async def _put_away(self, place: _Place) -> None:
+    async def _evict(self, place: _Place) -> None:
         service, place.service = place.service, None
         assert service is not None
         await asyncio.to_thread(service.close)

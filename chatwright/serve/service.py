@@ -1,7 +1,9 @@
-"""Between people and the engine: a conversation becomes token requests, and the answers come back piece by piece.
+"""Between people and the engine: a conversation becomes token requests, and the answers come back piece by
+piece.
 
-`prepare` is shared by the terminal, the HTTP interface and the page. `ChatService` is for the two that live in an
-event loop: one engine thread computes, and each answer is an asynchronous iterator that can be cancelled (answer.py).
+`prepare` is shared by the terminal, the HTTP interface and the page. `ChatService` is for the two that live
+in an event loop: one engine thread computes, and each answer is an asynchronous iterator that can be
+cancelled (answer.py).
 """
 
 from __future__ import annotations
@@ -99,10 +101,11 @@ def prepare(
 ) -> Prepared:
     """Encode `messages` and make room for the answer, which goes on from `begun` when that is given.
 
-    A quarter of the context (or `max_new_tokens`, if that is less) is kept free for the answer; the oldest turns
-    go when the rest is too small. The answer may then use whatever room is left, up to `max_new_tokens`.
-    With a seed, answer k uses seed + k. `grammar` makes what the answers are held to. Raises TooLong when even the last
-    message is too long or `begun` fills the context, UserError when the model's template refuses the conversation.
+    A quarter of the context (or `max_new_tokens`, if that is less) is kept free for the answer; the oldest
+    turns go when the rest is too small. The answer may then use whatever room is left, up to
+    `max_new_tokens`. With a seed, answer k uses seed + k. `grammar` makes what the answers are held to.
+    Raises TooLong when even the last message is too long or `begun` fills the context, UserError when the
+    model's template refuses the conversation.
     """
     from chatwright.generate.request import Request
 
@@ -131,7 +134,8 @@ def prepare(
 def prepare_prompts(
     model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling, *, answers: int = 1
 ) -> Prepared:
-    """`answers` continuations of each prompt, in the prompts' order. Raises TooLong for a prompt that fills the context."""
+    """`answers` continuations of each prompt, in the prompts' order. Raises TooLong for a prompt that fills
+    the context."""
     from chatwright.generate.request import Request
 
     end_ids = frozenset({model.tokenizer.end_of_text_id})
@@ -208,7 +212,8 @@ class ChatService:
         grammar: Callable[[LanguageModel], Grammar | None] | None = None,
         begun: str = "",
     ) -> Prepared:
-        """`prepare` off the event loop, within the limits. Raises UserError, and Busy when there is enough to do."""
+        """`prepare` off the event loop, within the limits. Raises UserError, and Busy when there is enough to
+        do."""
         sampling = self.limits.cut(sampling)
         work = partial(prepare, self.model, messages, sampling, answers=answers, grammar=grammar, begun=begun)
         return await self._prepared(work, answers)
@@ -286,7 +291,8 @@ class ChatService:
         self._seconds = seconds if not self._seconds else 0.8 * self._seconds + 0.2 * seconds
 
     def cancel_all(self) -> None:
-        """End every answer that is under way; those who wait for one get what there is, marked as cancelled."""
+        """End every answer that is under way; those who wait for one get what there is, marked as
+        cancelled."""
         for answer in tuple(self._running):
             answer.cancel()
 

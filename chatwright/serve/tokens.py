@@ -18,9 +18,9 @@ Token = dict[str, Any]
 class TokenTexts:
     """Pieces in, tokens out; the tokens' texts, joined, are the pieces' text.
 
-    A token that ends within a character waits for the rest of it, and both are given out as one, with the product of
-    their probabilities and the alternatives to the first. Tokens also wait for the text of their piece: it comes later
-    where it might begin a stop text, and never where it does.
+    A token that ends within a character waits for the rest of it, and both are given out as one, with the
+    product of their probabilities and the alternatives to the first. Tokens also wait for the text of their
+    piece: it comes later where it might begin a stop text, and never where it does.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -32,7 +32,8 @@ class TokenTexts:
         """Characters of the pieces that no token given out accounts for."""
 
     def push(self, piece: Piece) -> list[Token]:
-        """The tokens that `piece` sets free. Its request must have asked for alternatives (`top_logprobs`)."""
+        """The tokens that `piece` sets free. Its request must have asked for alternatives
+        (`top_logprobs`)."""
         for token, logprob, top in zip(piece.ids, piece.logprobs, piece.top_logprobs, strict=True):
             text = self._stream.push(token) if token < self._tokenizer.vocab_size else ""
             self._take(token, text, math.exp(logprob), top)

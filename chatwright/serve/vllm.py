@@ -1,8 +1,10 @@
-"""`chatwright serve MODEL --engine vllm`: a model in transformers' format, handed to vLLM, which takes this process over.
+"""`chatwright serve MODEL --engine vllm`: a model in transformers' format, handed to vLLM, which takes this
+process over.
 
-vLLM is a program of its own and is not imported. A model of ours (or a .gguf file) is exported first, into the cache
-folder under its fingerprint, so that the second start finds it there; a directory in transformers' format and
-`hf:owner/name` are passed on as they are. Options checked against a copy of its sources from about release 0.30 (docs/serving_many.md).
+vLLM is a program of its own and is not imported. A model of ours (or a .gguf file) is exported first, into
+the cache folder under its fingerprint, so that the second start finds it there; a directory in transformers'
+format and `hf:owner/name` are passed on as they are. Options checked against a copy of its sources from about
+release 0.30 (docs/serving_many.md).
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from chatwright.serve.config import ServeConfig
 
 CARRIED = frozenset({"host", "port", "name", "dtype", "insecure", "engine", "engine_args"})
-"""Settings of `serve` that are carried out here or by vLLM. Any other one that was changed is refused: it would have no effect."""
+"""Settings of `serve` that are carried out here or by vLLM. Any other one that was changed is refused: it
+would have no effect."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 KEY = "VLLM_API_KEY"
 """The variable in which vLLM looks for its key."""
@@ -48,8 +51,8 @@ class Handed:
 def launch(source: str, config: ServeConfig) -> int:
     """Serve `source` by vLLM; on POSIX systems it does not come back. Returns vLLM's exit code elsewhere.
 
-    Raises UsageError for settings that vLLM has no counterpart of, UserError when vLLM is not installed or cannot
-    compute the model.
+    Raises UsageError for settings that vLLM has no counterpart of, UserError when vLLM is not installed or
+    cannot compute the model.
     """
     check(config)
     key, program = passed_key(), find_program()
@@ -64,7 +67,8 @@ def launch(source: str, config: ServeConfig) -> int:
 
 
 def passed_key() -> str:
-    """The key that clients of vLLM have to show; empty when none is set. Raises UserError for what vLLM cannot take.
+    """The key that clients of vLLM have to show; empty when none is set. Raises UserError for what vLLM
+    cannot take.
 
     A file of hashed keys (--api_keys) has no counterpart: vLLM wants to know the keys themselves.
     """
@@ -74,7 +78,8 @@ def passed_key() -> str:
     theirs = os.environ.get(KEY, "")
     if len(ours) > 1:
         raise UserError(
-            f"{VARIABLE} holds {len(ours)} keys; vLLM takes one that way (more: its --api-key in --engine_args)"
+            f"{VARIABLE} holds {len(ours)} keys; vLLM takes one that way (more: its --api-key in "
+            "--engine_args)"
         )
     if ours and theirs and ours != [theirs]:
         raise UserError(f"{VARIABLE} and {KEY} hold different keys; unset one of them")
@@ -82,25 +87,29 @@ def passed_key() -> str:
 
 
 def check(config: ServeConfig) -> None:
-    """Raise UsageError for what was set and could not be passed on, UserError for a server open to everybody."""
+    """Raise UsageError for what was set and could not be passed on, UserError for a server open to
+    everybody."""
     for field in dataclasses.fields(config):
         factory = field.default_factory
         usual = field.default if factory is dataclasses.MISSING else factory()
         if field.name not in CARRIED and getattr(config, field.name) != usual:
             raise UsageError(
-                f"--{field.name} has no counterpart in vLLM: leave it out; vLLM's own options go into --engine_args"
+                f"--{field.name} has no counterpart in vLLM: leave it out; vLLM's own options go into "
+                "--engine_args"
             )
     keys = any(part.startswith("--api-key") for part in config.engine_args)
     if not (is_loopback(config.host) or config.insecure or keys or passed_key()):
         raise UserError(
             f"--host {config.host}: everybody who reaches this machine could use the model. Give it a key "
-            f"(the environment variable {KEY} or CHATWRIGHT_API_KEYS); or, where nobody else is in reach, --insecure"
+            f"(the environment variable {KEY} or CHATWRIGHT_API_KEYS); or, where nobody else is in reach, "
+            "--insecure"
         )
     if config.port == 0:
         raise UsageError("--port 0: vLLM does not pick a free port; name one")
     if config.dtype not in ("auto", *DTYPES):
         raise UsageError(
-            f"--dtype {config.dtype} means chatwright's CPU kernels; with --engine vllm take auto, fp32 or bf16, and "
+            f"--dtype {config.dtype} means chatwright's CPU kernels; with --engine vllm take auto, fp32 or "
+            "bf16, and "
             "vLLM's own quantisation through --engine_args"
         )
 
@@ -110,7 +119,8 @@ def find_program() -> str:
     found = shutil.which("vllm", path=str(Path(sys.executable).parent)) or shutil.which("vllm")
     if found is None:
         raise UserError(
-            "--engine vllm: there is no program `vllm` here; install it: pip install vllm (or 'chatwright[vllm]')"
+            "--engine vllm: there is no program `vllm` here; install it: pip install vllm (or "
+            "'chatwright[vllm]')"
         )
     return found
 
@@ -135,7 +145,8 @@ def hand_over(source: str, dtype: str) -> Handed:
 def exported(source: str, dtype: str) -> Path:
     """The export of a model in the cache folder, made when it is not there. Raises UserError.
 
-    `auto` means what it means without vLLM: bfloat16 for models that are large enough to be worth it, else float32.
+    `auto` means what it means without vLLM: bfloat16 for models that are large enough to be worth it, else
+    float32.
     """
     from chatwright import __version__
     from chatwright.data.archives import cache_dir
@@ -166,7 +177,8 @@ def exported(source: str, dtype: str) -> Path:
 
 
 def fingerprint(source: str) -> str:
-    """What changes when the model does: that of state.json, which has every file's checksum, or of a .gguf file.
+    """What changes when the model does: that of state.json, which has every file's checksum, or of a .gguf
+    file.
 
     Raises UserError when there is no such model.
     """
@@ -183,7 +195,8 @@ def fingerprint(source: str) -> str:
     found = find_checkpoint(path) if path.exists() else None
     if found is None:
         raise UserError(
-            f"no model {source!r}: it is no directory with a model, and no .gguf file; also known: smollm2, hf:owner/name"
+            f"no model {source!r}: it is no directory with a model, and no .gguf file; also known: smollm2, "
+            "hf:owner/name"
         )
     said = (found.path / "state.json").read_bytes()
     if not found.state().get("files"):  # written by hand: nobody has noted the checksums of the other files
@@ -193,7 +206,8 @@ def fingerprint(source: str) -> str:
 
 
 def command(handed: Handed, name: str, config: ServeConfig) -> list[str]:
-    """The arguments of `vllm`. Those of --engine_args come last: where an option comes twice, vLLM takes the last."""
+    """The arguments of `vllm`. Those of --engine_args come last: where an option comes twice, vLLM takes the
+    last."""
     options: dict[str, Any] = {
         "--host": config.host,
         "--port": config.port,
@@ -206,7 +220,8 @@ def command(handed: Handed, name: str, config: ServeConfig) -> list[str]:
 
 
 def become(program: str, arguments: list[str]) -> int:
-    """Run a program in this one's place, with its signals and its exit code; beside it where systems cannot (Windows)."""
+    """Run a program in this one's place, with its signals and its exit code; beside it where systems cannot
+    (Windows)."""
     if os.name == "posix":
         _replace(program, [program, *arguments])
     return subprocess.call([program, *arguments])

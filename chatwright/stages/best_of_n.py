@@ -1,14 +1,17 @@
-"""Best of n: of n answers the one that the reward model likes best; a policy without any training.  Stiennon et al. 2020.
+"""Best of n: of n answers the one that the reward model likes best; a policy without any training.  Stiennon
+et al. 2020.
 
-It moves away from the model it samples from by at most log n - (n - 1) / n nats, which makes it the yardstick for PPO and
-REINFORCE at equal KL. From ONE set of N answers to each prompt the whole curve n = 1, 2, 4 ... N is estimated without bias, by
-the mean over all subsets of n (Nakano et al. 2021, arXiv:2112.09332; Gao et al. 2022, arXiv:2210.10760).
+It moves away from the model it samples from by at most log n - (n - 1) / n nats, which makes it the yardstick
+for PPO and REINFORCE at equal KL. From ONE set of N answers to each prompt the whole curve n = 1, 2, 4 ... N
+is estimated without bias, by the mean over all subsets of n (Nakano et al. 2021, arXiv:2112.09332; Gao et al.
+2022, arXiv:2210.10760).
 
-The same answers, weighted by exp(score / beta), show the optimum: of all policies with the KL that it has, the one of the highest
-expected score (Korbak et al. 2022, arXiv:2205.11275), which PPO with this beta and REINFORCE aim at.
+The same answers, weighted by exp(score / beta), show the optimum: of all policies with the KL that it has,
+the one of the highest expected score (Korbak et al. 2022, arXiv:2205.11275), which PPO with this beta and
+REINFORCE aim at.
 
-Answers are judged as PPO judges them: unfinished and degenerate ones get the fixed score. Prompts are held out. Ties of the score
-are broken at random, in expectation.
+Completions are judged as PPO judges them: unfinished and degenerate ones get the fixed score. Prompts are
+held out. Ties of the score are broken at random, in expectation.
 """
 
 from __future__ import annotations
@@ -33,10 +36,11 @@ from chatwright.metrics import progress_bar
 from chatwright.model.attention import plain_attention
 from chatwright.model.heads import ScalarModel
 from chatwright.train.base import open_base
-from chatwright.train.parallel.context import ALONE, ParallelConfig, Spread, start_parallel
+from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelConfig, ParallelContext
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.rl.gold import SENTIMENT, Gold, gold_of
-from chatwright.train.rl.models import judge, load_reward
-from chatwright.train.rl.rollout import Answers, gathered, prompts_from, sample_answers
+from chatwright.train.rl.models import load_reward, score_completions
+from chatwright.train.rl.rollout import Completions, all_gather_completions, prompts_from, sample_completions
 from chatwright.train.stage import Stage
 from chatwright.train.workspace import Answered, Curve, Measure, Report, Table, Workspace
 
@@ -58,17 +62,17 @@ class Config:
     reward: str = field(default="reward", metadata={"input": True})
     """The reward model that chooses."""
     rival: str = field(default="", metadata={"input": True, "words": ("",)})
-    """A policy that was trained from the same model (the stage ppo, or reinforce): its score and gold beside those of best-of-n
-    at the same KL. Empty for none."""
+    """A policy that was trained from the same model (the stage ppo, or reinforce): its score and gold beside
+    those of best-of-n at the same KL. Empty for none."""
     gold: str = field(default=SENTIMENT, metadata={"input": True, "words": ("", SENTIMENT)})
-    """What the chosen answers are measured by beside the score: `sentiment` (a lexicon) or the stage of another reward model;
-    empty for nothing."""
+    """What the chosen answers are measured by beside the score: `sentiment` (a lexicon) or the stage of
+    another reward model; empty for nothing."""
     data: str = field(default="data", metadata={"input": True})
     """The stage, or directory, with dialogues-validation.jsonl."""
     prompts: int = 128
     """Number of held-out prompts (fewer when there are fewer)."""
     n: int = 16
-    """Answers to each prompt, the largest n of the curve."""
+    """Completions to each prompt, the largest n of the curve."""
     max_prompt_tokens: int = 96
     """Longer prompts are left out."""
     max_new_tokens: int = 32
@@ -78,7 +82,7 @@ class Config:
     unfinished_score: float = -2.0
     """Score of an answer that has no end token, is too short or repeats itself, as in PPO."""
     min_tokens: int = 4
-    """Answers shorter than this count as degenerate."""
+    """Completions shorter than this count as degenerate."""
     max_repeats: float = 0.3
     """Largest share of an answer's bigrams that may have occurred in it before."""
     min_correlation: float = 0.6
@@ -94,7 +98,8 @@ class Config:
 
 
 def best_of_n_kl(n: float) -> float:
-    """KL of the best of n from the model that is sampled, log n - (n - 1) / n nats (Stiennon et al. 2020, appendix G.3).
+    """KL of the best of n from the model that is sampled, log n - (n - 1) / n nats (Stiennon et al. 2020,
+    appendix G.3).
 
     An upper bound, near the truth where no single answer is likely (Beirami et al. 2024, arXiv:2401.01879).
     """
@@ -104,9 +109,9 @@ def best_of_n_kl(n: float) -> float:
 def best_of_n(scores: Samples, values: Samples, n: int) -> Float[Tensor, " prompts"]:
     """Expected `values` of the answer with the highest of n `scores`, from N >= n answers to each prompt.
 
-    The mean over all subsets of n of the N answers: with answers in rising order, the i-th is the best of C(i - 1, n - 1) of
-    the C(N, n) subsets. Answers of equal score stand for each other: each gets the mean of their values.
-    Raises ValueError when n is not in 1 ... N.
+    The mean over all subsets of n of the N answers: with answers in rising order, the i-th is the best of C(i
+    - 1, n - 1) of the C(N, n) subsets. Completions of equal score stand for each other: each gets the mean of
+    their values. Raises ValueError when n is not in 1 ... N.
     """
     size = scores.shape[1]
     if not 1 <= n <= size:
@@ -132,12 +137,12 @@ def at_kl(curve: Sequence[tuple[float, float]], kl: float) -> float | None:
 def tilted(
     scores: Samples, values: Samples, beta: float
 ) -> tuple[Float[Tensor, " prompts"], Float[Tensor, " prompts"]]:
-    """KL from the model that was sampled, and expected `values`, of the policy that is its optimum for a KL coefficient: that model
-    tilted by exp(score / beta).
+    """KL from the model that was sampled, and expected `values`, of the policy that is its optimum for a KL
+    coefficient: that model tilted by exp(score / beta).
 
-    From N answers to each prompt, by self-normalised importance weights: exp(KL) answers count as one. Few answers hold no rare good
-    one, so that both are too low, but together: with normal scores and 8 of 64 answers that count, the KL is a third too low, and the score
-    5 % below what a policy of that KL can have.
+    From N answers to each prompt, by self-normalised importance weights: exp(KL) answers count as one. Few
+    answers hold no rare good one, so that both are too low, but together: with normal scores and 8 of 64
+    answers that count, the KL is a third too low, and the score 5 % below what a policy of that KL can have.
     """
     log_weights = (scores.double() / beta).log_softmax(1)
     weights = log_weights.exp()
@@ -155,12 +160,12 @@ class Judge:
     config: Config
 
     @torch.no_grad()
-    def __call__(self, answers: Answers) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, answers: Completions) -> tuple[Tensor, Tensor | None]:
         """Score and gold (if there is one) of each answer."""
         scores, gold = [], []
         for chosen in torch.split(torch.arange(len(answers.ids)), 64):
             part = answers.rows(chosen)
-            scores.append(judge(self.reward, part, self.config)[0].float().cpu())
+            scores.append(score_completions(self.reward, part, self.config)[0].float().cpu())
             if self.gold is not None:
                 gold.append(self.gold(part))
         return torch.cat(scores), torch.cat(gold) if gold else None
@@ -183,23 +188,23 @@ def run(config: Config, workspace: Workspace) -> Report:
         reward.body.use_attention(plain_attention)
     gold = gold_of(config.gold, workspace.resolve, base)
     prompts = held_out_prompts(config, workspace, base)
-    ask, spread = Judge(reward, gold, config), sharing(config, prompts)
-    mine = spread.mine(len(prompts))
+    ask, parallel = Judge(reward, gold, config), sharing(config, prompts)
+    mine = parallel.local_slice(len(prompts))
     with progress_bar("bestofn") as bar:
         bar.update(0.0, f"{config.n} answers to each of {len(prompts)} prompts")
         repeated = [prompt for prompt in prompts[mine] for _ in range(config.n)]
         given = answered(base, repeated, config, workspace.seed, first=mine.start * config.n)
         scores, values = ask(given)
-        scores = together(scores, spread).view(-1, config.n)
-        values = together(values, spread).view(-1, config.n) if values is not None else None
-        given = gathered(given, spread)
+        scores = together(scores, parallel).view(-1, config.n)
+        values = together(values, parallel).view(-1, config.n) if values is not None else None
+        given = all_gather_completions(given, parallel)
         rows: dict[int, dict[str, float]] = {}
         for n in sizes(config.n):
             row = point(scores, values, n, workspace.seed)
             workspace.metrics.write_once(n, row)
             rows[n] = row
         bar.update(0.9, "the rival" if config.rival else "")
-        rival = rival_of(config, workspace, base, prompts, ask, spread) if config.rival else None
+        rival = rival_of(config, workspace, base, prompts, ask, parallel) if config.rival else None
         bar.update(1.0)
     report = report_of(config, rows, rival, optima(scores, values, workspace.seed))
     report.answers = chosen_answers(config, base, prompts, given, scores, values)
@@ -211,7 +216,7 @@ def chosen_answers(
     config: Config,
     base: Loaded,
     prompts: Sequence[Sequence[int]],
-    given: Answers,
+    given: Completions,
     scores: Samples,
     values: Samples | None,
 ) -> Answered:
@@ -230,24 +235,25 @@ def chosen_answers(
     return side_by_side(names, prompts, sides, base.tokenizer, values=known)
 
 
-def sharing(config: Config, prompts: Sequence[Sequence[int]]) -> Spread:
-    """The processes that share the prompts. Raises UsageError for plans that cut models, UserError for too few prompts."""
+def sharing(config: Config, prompts: Sequence[Sequence[int]]) -> ParallelContext:
+    """The processes that share the prompts. Raises UsageError for plans that cut models, UserError for too
+    few prompts."""
     reason = "bestofn trains nothing, every process has the whole models: use ddp"
-    spread = start_parallel(
+    parallel = start_parallel(
         config.parallel,
         batch_size=runtime.world_size(),
         refused=dict.fromkeys(("fsdp", "hsdp", "tp"), reason),
     )
-    if len(prompts) < spread.data_size:
+    if len(prompts) < parallel.data_size:
         raise UserError(
-            f"{len(prompts)} held-out prompts are too few for {spread.data_size} processes; start fewer"
+            f"{len(prompts)} held-out prompts are too few for {parallel.data_size} processes; start fewer"
         )
-    return spread
+    return parallel
 
 
-def together(values: Tensor, spread: Spread) -> Tensor:
+def together(values: Tensor, parallel: ParallelContext) -> Tensor:
     """What all processes found about their answers, in the order of the prompts."""
-    return torch.cat(spread.gathered(values.cpu()))
+    return torch.cat(parallel.all_gather(values.cpu()))
 
 
 def _load(name: str, workspace: Workspace) -> Loaded:
@@ -274,10 +280,10 @@ def held_out_prompts(config: Config, workspace: Workspace, base: Loaded) -> list
 
 def answered(
     base: Loaded, prompts: Sequence[Sequence[int]], config: Config, seed: int, first: int = 0
-) -> Answers:
+) -> Completions:
     """One answer to each prompt; `first` is the number of the first one among those of all processes."""
     assert base.tokenizer is not None and base.template is not None
-    return sample_answers(
+    return sample_completions(
         base.model,
         prompts,
         end=base.tokenizer.control_ids[base.template.end],
@@ -301,7 +307,8 @@ def point(scores: Samples, values: Samples | None, n: int, seed: int) -> dict[st
 
 
 def optima(scores: Samples, values: Samples | None, seed: int) -> dict[float, dict[str, float]]:
-    """For each KL coefficient at which enough answers count: KL, score and gold of its optimum, with 95 % intervals over prompts."""
+    """For each KL coefficient at which enough answers count: KL, score and gold of its optimum, with 95 %
+    intervals over prompts."""
     found: dict[float, dict[str, float]] = {}
     for beta in BETAS:
         kl, score = tilted(scores, scores, beta)
@@ -324,22 +331,22 @@ def rival_of(
     base: Loaded,
     prompts: Sequence[Sequence[int]],
     ask: Judge,
-    spread: Spread = ALONE,
+    parallel: ParallelContext = SINGLE_PROCESS,
 ) -> dict[str, float]:
     """A trained policy on the same prompts: KL, score and gold with 95 % intervals over prompts."""
     rival = _load(config.rival, workspace)
     assert rival.tokenizer is not None and base.tokenizer is not None
     if rival.tokenizer.fingerprint != base.tokenizer.fingerprint:
         raise UserError(f"{config.rival} has another tokenizer than {config.policy}")
-    mine = spread.mine(len(prompts))
+    mine = parallel.local_slice(len(prompts))
     repeated = [prompt for prompt in prompts[mine] for _ in range(4)]
     answers = answered(rival, repeated, config, workspace.seed, first=mine.start * 4)
     scores, values = ask(answers)
     kl = mean_kl(rival.model, base.model, answers, config.temperature)
-    result = {"kl": spread.sum([kl * len(repeated)])[0] / (4 * len(prompts))}
+    result = {"kl": parallel.sum([kl * len(repeated)])[0] / (4 * len(prompts))}
     for name, found in (("score", scores), ("gold", values)):
         if found is not None:
-            means = together(found, spread).view(-1, 4).mean(1)
+            means = together(found, parallel).view(-1, 4).mean(1)
             low, high = bootstrap_interval(means, seed=workspace.seed)
             result |= {name: float(means.mean()), f"{name}_low": low, f"{name}_high": high}
     return result
@@ -351,7 +358,8 @@ def report_of(
     rival: dict[str, float] | None,
     best: dict[float, dict[str, float]] | None = None,
 ) -> Report:
-    """Measures of the largest n, the table of all, what is best at a KL coefficient (`optima`), and the rival beside it."""
+    """Measures of the largest n, the table of all, what is best at a KL coefficient (`optima`), and the rival
+    beside it."""
     best = best or {}
     first, last = rows[1], rows[config.n]
     names = [name for name in ("score", "gold") if name in first]

@@ -1,11 +1,14 @@
-"""Classifier as reward: how likely would people call this text good?  Ziegler et al. 2019, section 3.1 (sentiment).
+"""Classifier as reward: how likely would people call this text good?  Ziegler et al. 2019, section 3.1
+(sentiment).
 
-A judge in the reward model's place: PPO, REINFORCE and best-of-n follow it with `reward: classifier`. It learns from single
-texts instead of comparisons: each stands as the answer to a prompt drawn at random, so that a row looks as it will in PPO.
+A judge in the reward model's place: PPO, REINFORCE and best-of-n follow it with `reward: classifier`. It
+learns from single texts instead of comparisons: each stands as the answer to a prompt drawn at random, so
+that a row looks as it will in PPO.
 
-Departures from the paper: there the classifier is a separate model of reviews, and its log odds are the reward as they come.
-Here it starts from the chat model, and the log odds are calibrated (Platt 1999) on texts that training does not see:
-sigmoid(score) is a probability that comes true that often, and 0 means as likely good as bad.
+Departures from the paper: there the classifier is a separate model of reviews, and its log odds are the
+reward as they come. Here it starts from the chat model, and the log odds are calibrated (Platt 1999) on texts
+that training does not see: sigmoid(score) is a probability that comes true that often, and 0 means as likely
+good as bad.
 """
 
 from __future__ import annotations
@@ -32,13 +35,13 @@ from chatwright.objectives.preference import logistic_loss
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.loop import Fit, FitConfig
-from chatwright.train.parallel.context import ALONE
+from chatwright.train.parallel.context import SINGLE_PROCESS
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import StagePlan
 from chatwright.train.preference import calibration
 from chatwright.train.preference.measures import correlation, example_scores
 from chatwright.train.preference.rankings import encode_answer, first_prompts, padded
-from chatwright.train.preference.scalar import chat_base, make_judge, scalar_program
+from chatwright.train.preference.scalar import chat_base, make_scalar_model, scalar_program
 from chatwright.train.stage import Stage
 from chatwright.train.trainer import Step
 from chatwright.train.workspace import Curve, Measure, Report, Unhealthy, Workspace
@@ -51,7 +54,8 @@ class Config:
     base: str = field(default="sft", metadata={"input": True})
     """The model whose body to start from; its template frames prompt and text."""
     data: str = field(default="data", metadata={"input": True})
-    """The stage, or directory, with ratings-*.jsonl, and dialogues-*.jsonl, whose first turns are the prompts."""
+    """The stage, or directory, with ratings-*.jsonl, and dialogues-*.jsonl, whose first turns are the
+    prompts."""
     threshold: float = 0.0
     """Texts rated higher are good, lower ones bad; 0.5 for data whose labels are 0 and 1."""
     neutral: float = 0.5
@@ -63,7 +67,7 @@ class Config:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Train a low-rank adapter and the scalar head instead of all weights: `lora.rank` above 0."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=90.0, batch_size=32, compile=False))
-    """Length and portions of training; a sample is a text."""
+    """Length of training, batches and micro-batches; a sample is a text."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             name="adamw", learning_rate=1e-3, schedule="trapezoid", decay=0.7, weight_decay=0.01
@@ -142,7 +146,8 @@ def scores_of(model: ScalarModel, texts: Texts, chosen: Sequence[LabelledText]) 
 
 @dataclass(frozen=True)
 class Parts:
-    """Rated texts that are good or bad: what is learnt from, what the scale is fitted to, what is measured."""
+    """Rated texts that are good or bad: what is learnt from, what the scale is fitted to, what is
+    measured."""
 
     train: list[LabelledText]
     calibration: list[LabelledText]
@@ -171,8 +176,10 @@ def load_texts(config: Config, records: Path) -> Parts:
         good = sum(one.label > config.threshold for one in getattr(parts, name))
         if not 0 < good < len(getattr(parts, name)):
             raise UserError(
-                f"classifier: of {len(getattr(parts, name))} texts for {name} {good} are good: both kinds are needed; set "
-                f"`threshold` (now {config.threshold:g}) to a rating between good and bad, `neutral` lower, or add ratings"
+                f"classifier: of {len(getattr(parts, name))} texts for {name} {good} are good: both kinds "
+                "are needed; set "
+                f"`threshold` (now {config.threshold:g}) to a rating between good and bad, `neutral` lower, "
+                "or add ratings"
             )
     return parts
 
@@ -188,8 +195,8 @@ def run(config: Config, workspace: Workspace) -> Report:
     parts, prompts = load_texts(config, records), first_prompts(records / "dialogues-train.jsonl")
     if not prompts:
         raise UserError("there are no conversations to take prompts from; set `dialogues` in the data stage")
-    config = plan.ahead("classifier", PLAN, config, base.model.config, ALONE)
-    model, trainer, dtype = make_judge("classifier", config, workspace, base)
+    config = plan.ahead("classifier", PLAN, config, base.model.config, SINGLE_PROCESS)
+    model, trainer, dtype = make_scalar_model("classifier", config, workspace, base)
     texts = Texts(
         parts.train,
         prompts,
@@ -199,7 +206,8 @@ def run(config: Config, workspace: Workspace) -> Report:
         SampleOrder(len(parts.train), workspace.seed),
     )
     say(
-        f"  {len(parts.train):,} texts, {len(parts.calibration):,} to calibrate with, {len(parts.held_out):,} held out"
+        f"  {len(parts.train):,} texts, {len(parts.calibration):,} to calibrate with, "
+        f"{len(parts.held_out):,} held out"
     )
 
     def train_step(batch: TextBatch) -> Step:
@@ -285,8 +293,8 @@ def example(model: ScalarModel, texts: Texts) -> str:
 def calibrate(
     report: Report, model: ScalarModel, scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]
 ) -> tuple[float, float]:
-    """Set scale and offset so that sigmoid(score) is a probability, and return them. Raises Unhealthy, with the report, when
-    the scores tell nothing."""
+    """Set scale and offset so that sigmoid(score) is a probability, and return them. Raises Unhealthy, with
+    the report, when the scores tell nothing."""
     try:
         scale, offset = calibration.platt(scores, positive)
     except ValueError as error:

@@ -1,9 +1,10 @@
 """Data: sources -> files of records on disk, each cut into training and held-out by a hash of its content.
 
-`train.jsonl` and `validation.jsonl` are documents to learn the language from; `dialogues-*.jsonl` conversations;
-`ratings-*.jsonl` texts with the number that people gave them; `comparisons-*.jsonl` prompts with answers that people ranked,
-cut by prompt. Others' formats of conversations and comparisons: data/formats.py. What is held out here is never trained on by any stage:
-a conversation has one id as a document and as a dialogue.
+`train.jsonl` and `validation.jsonl` are documents to learn the language from; `dialogues-*.jsonl`
+conversations; `ratings-*.jsonl` texts with the number that people gave them; `comparisons-*.jsonl` prompts
+with answers that people ranked, cut by prompt. Others' formats of conversations and comparisons:
+data/formats.py. What is held out here is never trained on by any stage: a conversation has one id as a
+document and as a dialogue.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from chatwright.train.workspace import Measure, Report, Workspace
 
 @dataclass(frozen=True)
 class Config:
-    """What to learn from. Sources: a name of `chatwright data list`, a file, a directory, or hf:owner/name."""
+    """What to learn from. Sources: a name of `chatwright data list`, a file, a directory, or
+    hf:owner/name."""
 
     text: str = "boolq,quac,narrativeqa,chitchat"
     """Documents for the tokenizer and for pre-training, comma-separated."""
@@ -41,11 +43,13 @@ class Config:
     ratings: str = "vader-movies,vader-tweets"
     """Texts with human ratings for the reward model; empty for none."""
     comparisons: str = ""
-    """Answers that people ranked, for the reward model (its `comparisons` then names this stage); empty for none."""
+    """Completions that people ranked, for the reward model (its `comparisons` then names this stage); empty
+    for none."""
     comparison_format: PreferenceFormat = "auto"
     """How your own comparisons are written; auto: by the columns of each record (docs/alignment.md)."""
     broken: Literal["refuse", "skip"] = "refuse"
-    """What happens at a record that cannot be used: the stage ends and names it, or it is left out and counted."""
+    """What happens at a record that cannot be used: the stage ends and names it, or it is left out and
+    counted."""
     validation: float = 0.02
     """Share of documents, of dialogues and of the prompts of comparisons that is held out."""
     ratings_validation: float = 0.1
@@ -127,7 +131,8 @@ def run(config: Config, workspace: Workspace) -> Report:
             if not counts["train"].records or not counts["validation"].records:
                 raise UserError(
                     f"data: {spec} gives {counts['train'].records} {name} for training and "
-                    f"{counts['validation'].records} held out; both must be above 0: add data or change `validation`"
+                    f"{counts['validation'].records} held out; both must be above 0: add data or change "
+                    "`validation`"
                 )
             line = (
                 f"{name}: {counts['train'].records:,} for training, {counts['validation'].records:,} held out"
@@ -166,7 +171,8 @@ def show_sources(argv: Sequence[str]) -> int:
         )
     console.print(table)
     say(
-        "Also: a .txt, .jsonl or .parquet file, a directory of them, or hf:owner/name[:config[:split]][#column]"
+        "Also: a .txt, .jsonl or .parquet file, a directory of them, or "
+        "hf:owner/name[:config[:split]][#column]"
     )
     return 0
 

@@ -1,8 +1,9 @@
-"""What PPO did to the answers, by a measure that no training saw: the lexicon score of VADER on held-out prompts.
+"""What PPO did to the answers, by a measure that no training saw: the lexicon score of VADER on held-out
+prompts.
 
-VADER (Hutto and Gilbert 2014) adds up word ratings by rules; it knows nothing of our reward model. It is a measure of
-sentiment in words, not of quality: a model that only says "love love love" pleases it, which is why distinct-2, length
-and KL stand beside it.
+VADER (Hutto and Gilbert 2014) adds up word ratings by rules; it knows nothing of our reward model. It is a
+measure of sentiment in words, not of quality: a model that only says "love love love" pleases it, which is
+why distinct-2, length and KL stand beside it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from chatwright.metrics import progress_bar
 from chatwright.train.base import open_base
 from chatwright.train.rl.gold import sentiment
 from chatwright.train.rl.rollout import (
-    Answers,
+    Completions,
     distinct,
     prompts_from,
-    sample_answers,
+    sample_completions,
     texts_of,
 )
 from chatwright.train.stage import Stage
@@ -47,7 +48,7 @@ class Config:
     prompts: int = 256
     """Number of held-out prompts (fewer when there are fewer)."""
     samples: int = 2
-    """Answers per prompt and model."""
+    """Completions per prompt and model."""
     max_prompt_tokens: int = 96
     """Longer prompts are left out."""
     max_new_tokens: int = 32
@@ -75,11 +76,11 @@ def run(config: Config, workspace: Workspace) -> Report:
         )
     texts: dict[str, list[str]] = {}
     gold: dict[str, Tensor] = {}
-    sampled: dict[str, Answers] = {}
+    sampled: dict[str, Completions] = {}
     with progress_bar("eval") as bar:
         for number, side in enumerate(models):
             bar.update(number / 3, f"sampling from {names[side]}")
-            sampled[side] = sample_answers(
+            sampled[side] = sample_completions(
                 models[side].model,
                 prompts * config.samples,
                 end=tokenizer.control_ids[template.end],

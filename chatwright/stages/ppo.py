@@ -1,8 +1,9 @@
-"""PPO: make the model's answers score higher, without leaving the model it came from.  Ouyang et al. 2022, eq. 2.
+"""PPO: make the model's answers score higher, without leaving the model it came from.  Ouyang et al. 2022,
+eq. 2.
 
-The details that decide whether it works are those of Ziegler et al. 2019 and Stiennon et al. 2020 as listed in "The N+
-implementation details of RLHF with PPO" (arXiv:2403.17031); docs/papers.md names the line for each. Rounds, guards and what
-is kept: rounds.py, where the departures from the papers stand too.
+The details that decide whether it works are those of Ziegler et al. 2019 and Stiennon et al. 2020 as listed
+in "The N+ implementation details of RLHF with PPO" (arXiv:2403.17031); docs/papers.md names the line for
+each. PolicyTraining, guards and what is kept: rounds.py, where the departures from the papers stand too.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from torch import Tensor
 from chatwright.config import UsageError
 from chatwright.objectives import policy as objective
 from chatwright.train.paper import DETAILS, INSTRUCT, Paper
-from chatwright.train.rl.config import RENAMED, SHARED_PAPER, RoundsConfig
-from chatwright.train.rl.models import Players, judged, opinion, round_facts, step_facts
+from chatwright.train.rl.config import RENAMED, SHARED_PAPER, RLConfig
+from chatwright.train.rl.models import RLModels, policy_outputs, round_facts, score_rollout, step_facts
 from chatwright.train.rl.outcome import kl_budget
-from chatwright.train.rl.rollout import Answers, chosen_rows
+from chatwright.train.rl.rollout import Completions, chosen_rows
 from chatwright.train.rl.step_program import PLAN
-from chatwright.train.rl.training import Rounds, carry_out
+from chatwright.train.rl.training import PolicyTraining, train_policy
 from chatwright.train.stage import Stage
 from chatwright.train.trainer import Step
 from chatwright.train.workspace import Curve, Report, Workspace
 
 
 @dataclass(frozen=True)
-class Config(RoundsConfig):
+class Config(RLConfig):
     """Settings of PPO."""
 
     epochs: int = 1
@@ -47,8 +48,8 @@ class Config(RoundsConfig):
     whiten_rewards: bool = False
     """Scale per-token rewards to variance 1 (mean kept) before advantages are computed."""
     critic: Literal["separate", "shared"] = "separate"
-    """`separate`: a copy of the reward model with a body of its own. `shared`: a head on the policy's body that starts at zero
-    (Ziegler et al. 2019), which takes half the memory and time."""
+    """`separate`: a copy of the reward model with a body of its own. `shared`: a head on the policy's body
+    that starts at zero (Ziegler et al. 2019), which takes half the memory and time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +76,7 @@ PAPER = (
 class Rollout:
     """A round's answers with what was known when they were sampled; constants for the updates that follow."""
 
-    answers: Answers
+    answers: Completions
     log_probs: Float[Tensor, "batch time"]
     reference: Float[Tensor, "batch time"]
     values: Float[Tensor, "batch time"]
@@ -94,14 +95,15 @@ class Rollout:
 
 
 @torch.no_grad()
-def look_back(
-    players: Players, answers: Answers, beta: float, config: Config
+def score_rollouts(
+    models: RLModels, answers: Completions, beta: float, config: Config
 ) -> tuple[Rollout, dict[str, float]]:
-    """Score sampled answers and work out advantages; also what to log about them. Of many processes each gives its own answers
-    and gets the round's: what is averaged over a round is then the same everywhere, and as one process has it."""
-    seen = judged(players, answers, config)
+    """Score sampled answers and work out advantages; also what to log about them. Of many processes each
+    gives its own answers and gets the round's: what is averaged over a round is then the same everywhere, and
+    as one process has it."""
+    seen = score_rollout(models, answers, config)
     answers, mask = seen.answers, seen.answers.response
-    log_probs, values = seen.opinion.log_probs, seen.opinion.values
+    log_probs, values = seen.policy_outputs.log_probs, seen.policy_outputs.values
     rewards = objective.token_rewards(seen.scores, log_probs, seen.reference, mask, beta=beta)
     if config.whiten_rewards:
         rewards = objective.whiten(rewards, mask, shift_mean=False)
@@ -115,11 +117,11 @@ def look_back(
     return Rollout(answers, log_probs, seen.reference, values, seen.scores, whitened, returns), logged
 
 
-def step(players: Players, batch: Rollout, config: Config) -> Step:
+def step(models: RLModels, batch: Rollout, config: Config) -> Step:
     """The clipped losses of policy and critic on some rows of a round, as a sum over answer tokens."""
     mask = batch.answers.response
-    now = opinion(
-        players, batch.answers, config.temperature, entropy="learnt" if config.entropy_coefficient else ""
+    now = policy_outputs(
+        models, batch.answers, config.temperature, entropy="learnt" if config.entropy_coefficient else ""
     )
     actor = objective.policy_loss(now.log_probs, batch.log_probs, batch.advantages, mask, clip=config.clip)
     critic = objective.value_loss(now.values, batch.values, batch.returns, mask, clip=config.value_clip)
@@ -131,13 +133,13 @@ def step(players: Players, batch: Rollout, config: Config) -> Step:
         "clip_fraction": actor.fraction,
         "value_clip_fraction": critic.fraction,
     }
-    facts = step_facts(now, batch.log_probs, mask, weight=batch.weight, spread=players.spread)
+    facts = step_facts(now, batch.log_probs, mask, weight=batch.weight, parallel=models.parallel)
     return Step(
         loss * batch.weight, {**{key: value * batch.weight for key, value in logged.items()}, **facts}
     )
 
 
-class _Run(Rounds[Config, Rollout]):
+class _Run(PolicyTraining[Config, Rollout]):
     title = "ppo"
     rolled = Rollout
     curves: ClassVar = (
@@ -149,17 +151,18 @@ class _Run(Rounds[Config, Rollout]):
     def epochs(self) -> int:
         return self.config.epochs
 
-    def look_back(self, answers: Answers, beta: float) -> tuple[Rollout, dict[str, float]]:
-        rollout, logged = look_back(self.players, answers, beta, self.config)
+    def score_rollouts(self, answers: Completions, beta: float) -> tuple[Rollout, dict[str, float]]:
+        rollout, logged = score_rollouts(self.models, answers, beta, self.config)
         return rollout, logged
 
     def step(self, batch: Rollout) -> Step:
-        return step(self.players, batch, self.config)
+        return step(self.models, batch, self.config)
 
 
 def run(config: Config, workspace: Workspace) -> Report:
-    """Run PPO and report score, KL and variety before and after on training prompts (held-out ones: stage eval)."""
-    return carry_out(_Run, config, workspace, critic=config.critic)
+    """Run PPO and report score, KL and variety before and after on training prompts (held-out ones: stage
+    eval)."""
+    return train_policy(_Run, config, workspace, critic=config.critic)
 
 
 STAGE = Stage(

@@ -2,8 +2,10 @@
 
 Departures from the papers, each for small budgets and each measured (docs/performance.md):
 * Muon for the blocks' matrices (Jordan et al. 2024) instead of AdamW for all.
-* A constant learning rate that falls linearly at the end, instead of a cosine: the length need not be known at first.
-* Windows follow one another in the token stream, as GPT-2's and GPT-3's do: documents are not kept apart, only marked.
+* A constant learning rate that falls linearly at the end, instead of a cosine: the length need not be known
+  at first.
+* Windows follow one another in the token stream, as GPT-2's and GPT-3's do: documents are not kept apart,
+  only marked.
 """
 
 from __future__ import annotations
@@ -21,14 +23,17 @@ from chatwright.config import UsageError
 from chatwright.data.loader import SampleOrder
 from chatwright.data.shards import TokenShards
 from chatwright.metrics import say
+from chatwright.model.compile_friendly import make_compile_friendly
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
-from chatwright.objectives.language import bits_per_byte, chunked_next_token_loss, next_token_loss
+from chatwright.objectives.language import chunked_next_token_loss
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.cost import training_flop
+from chatwright.train.held_out import held_out_bits_per_byte, held_out_nats, held_out_rows
 from chatwright.train.loop import Fit, FitConfig
-from chatwright.train.parallel.context import ParallelConfig, start_parallel
+from chatwright.train.parallel.context import ParallelConfig
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import PlannedStage, StagePlan, StepProgram, fake_tokens
 from chatwright.train.precision import WorkingCopy
@@ -48,7 +53,7 @@ class Config:
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of the shape to change, for example {layers: 6}. The vocabulary is always the tokenizer's."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=300.0))
-    """Length and portions of training."""
+    """Length of training, batches and micro-batches."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(name="muon", learning_rate=6e-3, schedule="trapezoid", decay=0.6)
     )
@@ -93,51 +98,21 @@ def step(model: GPT, batch: TokenBatch, angles: tuple[Tensor, Tensor] | None = N
     return Step(loss)
 
 
-def held_out_rows(shape: GPTConfig) -> int:
-    """Windows measured at once: few enough that their logits stay under 34 MB, at most 32."""
-    return max(1, min(32, 2**23 // (shape.context * shape.vocab_size)))
-
-
-def held_out_bits_per_byte(model: GPT, shards: TokenShards, *, context: int, dtype: torch.dtype) -> float:
-    """Bits per byte of held-out text: windows of `context` tokens side by side, each token a target exactly once.
-
-    The first token of a window is predicted from one token only, so that this is a little above what the model can
-    do with full context everywhere. End-of-text tokens count as targets, though they are no bytes of the text.
-    """
-    nats = 0.0
-    rows: list[Tensor] = []
-    with runtime.autocast(dtype):
-        for stretch in shards.stretches(context):
-            rows.append(stretch)
-            if len(rows) == held_out_rows(model.config):
-                nats += _sum_of(model, rows)
-                rows = []
-        for row in rows:  # the last ones may be of any length
-            nats += _sum_of(model, [row])
-    return bits_per_byte(nats, shards.text_bytes)
-
-
-def _sum_of(model: GPT, rows: list[Tensor]) -> float:
-    if len({len(row) for row in rows}) > 1:
-        return sum(_sum_of(model, [row]) for row in rows)
-    tokens = runtime.on_device(torch.stack(rows))
-    return float(next_token_loss(model(tokens[:, :-1]), tokens[:, 1:]))
-
-
 def fast_step(
-    model: GPT, config: FitConfig, *, alone: bool, in_parts: bool = False
+    model: GPT, config: FitConfig, *, alone: bool, is_sharded: bool = False
 ) -> tuple[Callable[[TokenBatch], Step], torch.dtype, str]:
-    """`step` in the precision and, where that works, the compiled form that the machine offers; and a line about it.
+    """`step` in the precision and, where that works, the compiled form that the machine offers; and a line
+    about it.
 
-    What makes it fast on a CPU, each measured in docs/performance.md: bf16 copies of the matrices (one process `alone`;
-    with several, the plan decides what is cast, and compiles the blocks when they are `in_parts`), attention in blocks,
-    rotary angles computed once, one compiled graph.
+    What makes it fast on a CPU, each measured in docs/performance.md: bf16 copies of the matrices (one
+    process `alone`; with several, the plan decides what is cast, and compiles the blocks when they are
+    `is_sharded`), attention in blocks, rotary angles computed once, one compiled graph.
     """
     dtype = runtime.compute_dtype(config.precision)
     copies = WorkingCopy(model) if alone and dtype == torch.bfloat16 else None
     used = copies.twin if copies else model
     if config.compile and runtime.device().type == "cpu" and not runtime.compiler_missing():
-        used.write_out()
+        make_compile_friendly(used)
     # Inside the graph they would be computed again for every layer and every head.
     angles = model.angles(torch.arange(model.config.context, device=runtime.device())[None])
 
@@ -146,8 +121,8 @@ def fast_step(
             here = tuple(part[:, :, : tokens.shape[1] - 1] for part in angles) if angles else None
             return step(used, TokenBatch(tokens), here).loss  # type: ignore[arg-type]
 
-    compiled, line = runtime.compile_function(loss_of, enabled=config.compile and not in_parts)
-    if in_parts and config.compile:
+    compiled, line = runtime.compile_function(loss_of, enabled=config.compile and not is_sharded)
+    if is_sharded and config.compile:
         line = runtime.compiler_missing() or "compile: on, block by block"
 
     def train_step(batch: TokenBatch) -> Step:
@@ -163,13 +138,13 @@ def step_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
     """The training step on fake tensors, for the planner."""
     with torch.device(runtime.device()):
         model = GPT(shape)
-    model.recompute = planned.fit.recompute
+    model.activation_checkpointing = planned.fit.recompute
     train, dtype, _ = fast_step(model, planned.fit, alone=planned.processes * planned.shards == 1)
 
     def measure() -> None:
         model.eval()
         with runtime.autocast(dtype):
-            _sum_of(model, list(fake_tokens(held_out_rows(shape), shape.context + 1)))
+            held_out_nats(model, list(fake_tokens(held_out_rows(shape), shape.context + 1)))
 
     return StepProgram(
         [model],
@@ -189,7 +164,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     shards = TokenShards.open(directory / "train", tokenizer)
     held_out = TokenShards.open(directory / "validation", tokenizer)
     shape = GPTConfig.preset(config.preset, **{**config.model, "vocab_size": tokenizer.vocab_size})
-    spread = start_parallel(
+    parallel = start_parallel(
         config.parallel,
         batch_size=config.fit.batch_size,
         micro_batch=config.fit.micro_batch,
@@ -198,26 +173,27 @@ def run(config: Config, workspace: Workspace) -> Report:
         compile_blocks=config.fit.compile,
     )
     windows = Windows(shards, shape.context, SampleOrder(shards.windows(shape.context), workspace.seed))
-    config = plan.ahead("pretrain", PLAN, config, shape, spread)
+    config = plan.ahead("pretrain", PLAN, config, shape, parallel)
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, "pretrain"))
     model = GPT(shape).to(runtime.device())
-    model.recompute = config.fit.recompute
+    model.activation_checkpointing = config.fit.recompute
     trainer = Trainer(
         {"model": model},
         config.optim,
         workspace,
-        card={"kind": "language", "model": shape.to_dict(), "tokenizer": tokenizer.fingerprint},
+        metadata={"kind": "language", "model": shape.to_dict(), "tokenizer": tokenizer.fingerprint},
         texts={"tokenizer.json": tokenizer.to_json()},
         keep=config.fit.keep,
-        spread=spread,
+        parallel=parallel,
     )
     train_step, dtype, line = fast_step(
-        model, config.fit, alone=not spread.together, in_parts=spread.in_parts
+        model, config.fit, alone=not parallel.together, is_sharded=parallel.is_sharded
     )
     count = model.parameter_count()
     say(
-        f"  {config.preset}: {count / 1e6:.1f} M parameters; {shards.tokens / 1e6:.1f} M training tokens; {line}"
+        f"  {config.preset}: {count / 1e6:.1f} M parameters; {shards.tokens / 1e6:.1f} M training tokens; "
+        f"{line}"
     )
 
     def evaluate() -> dict[str, float]:

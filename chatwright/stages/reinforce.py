@@ -1,10 +1,13 @@
-"""REINFORCE: the plain policy gradient, with a baseline instead of a critic.  Williams 1992; RLOO: Ahmadian et al. 2024.
+"""REINFORCE: the plain policy gradient, with a baseline instead of a critic.  Williams 1992; RLOO: Ahmadian
+et al. 2024.
 
-An answer is one act with one return, the reward model's score less beta times the KL of the whole answer; no critic, no clip, no
-credit to single tokens. It is what PPO has to beat at equal KL. Everything else is as in PPO: rounds.py.
+An answer is one act with one return, the reward model's score less beta times the KL of the whole answer; no
+critic, no clip, no credit to single tokens. It is what PPO has to beat at equal KL. Everything else is as in
+PPO: rounds.py.
 
-Departures from the papers: where a round has several minibatches, the later ones are learnt from answers of a policy that is
-a step or more older, without a correction; `minibatch_size` equal to `batch_size` is the method as published.
+Departures from the papers: where a round has several minibatches, the later ones are learnt from answers of a
+policy that is a step or more older, without a correction; `minibatch_size` equal to `batch_size` is the
+method as published.
 """
 
 from __future__ import annotations
@@ -20,28 +23,29 @@ from chatwright.config import UsageError
 from chatwright.objectives import policy as objective
 from chatwright.objectives.policy import Baseline
 from chatwright.train.paper import Paper
-from chatwright.train.rl.config import RENAMED, SHARED_PAPER, RoundsConfig
-from chatwright.train.rl.models import Players, judged, opinion, round_facts, step_facts
+from chatwright.train.rl.config import RENAMED, SHARED_PAPER, RLConfig
+from chatwright.train.rl.models import RLModels, policy_outputs, round_facts, score_rollout, step_facts
 from chatwright.train.rl.outcome import kl_budget
-from chatwright.train.rl.rollout import Answers, chosen_rows
+from chatwright.train.rl.rollout import Completions, chosen_rows
 from chatwright.train.rl.step_program import PLAN
-from chatwright.train.rl.training import Rounds, carry_out
+from chatwright.train.rl.training import PolicyTraining, train_policy
 from chatwright.train.stage import Stage
 from chatwright.train.trainer import Step
 from chatwright.train.workspace import Curve, Report, Workspace
 
 
 @dataclass(frozen=True)
-class Config(RoundsConfig):
+class Config(RLConfig):
     """Settings of REINFORCE."""
 
     minibatch_size: int = 64
-    """Answers per optimiser step; below batch_size the later steps of a round learn from answers of an older policy."""
+    """Completions per optimiser step; below batch_size the later steps of a round learn from answers of an
+    older policy."""
     baseline: Baseline = "mean"
-    """What is subtracted from an answer's return: the batch's `mean`, the mean of the other answers to the same prompt
-    (`leave-one-out`, RLOO), or `none`."""
+    """What is subtracted from an answer's return: the batch's `mean`, the mean of the other answers to the
+    same prompt (`leave-one-out`, RLOO), or `none`."""
     samples_per_prompt: int = 1
-    """Answers to each prompt of a round; leave-one-out needs 2 or more."""
+    """Completions to each prompt of a round; leave-one-out needs 2 or more."""
     whiten: bool = True
     """Divide advantages by their standard deviation over the round."""
 
@@ -51,7 +55,8 @@ class Config(RoundsConfig):
             raise UsageError(f"baseline {self.baseline!r} is none of mean, leave-one-out, none")
         if self.samples_per_prompt < 1 or self.batch_size % self.samples_per_prompt:
             raise UsageError(
-                f"batch_size {self.batch_size} must be a multiple of samples_per_prompt {self.samples_per_prompt}"
+                f"batch_size {self.batch_size} must be a multiple of samples_per_prompt "
+                f"{self.samples_per_prompt}"
             )
         if self.baseline == "leave-one-out" and self.samples_per_prompt < 2:
             raise UsageError(
@@ -75,7 +80,7 @@ PAPER = (
 class Rollout:
     """A round's answers with their returns; constants for the update that follows."""
 
-    answers: Answers
+    answers: Completions
     log_probs: Float[Tensor, "batch time"]
     returns: Float[Tensor, " batch"]
     """Score less beta x KL (k1) of the whole answer."""
@@ -92,14 +97,14 @@ class Rollout:
 
 
 @torch.no_grad()
-def look_back(
-    players: Players, answers: Answers, beta: float, config: Config
+def score_rollouts(
+    models: RLModels, answers: Completions, beta: float, config: Config
 ) -> tuple[Rollout, dict[str, float]]:
-    """Score sampled answers and compare their returns; also what to log about them. Of many processes each gives its own
-    answers and gets the round's."""
-    seen = judged(players, answers, config)
+    """Score sampled answers and compare their returns; also what to log about them. Of many processes each
+    gives its own answers and gets the round's."""
+    seen = score_rollout(models, answers, config)
     answers, mask = seen.answers, seen.answers.response
-    log_probs = seen.opinion.log_probs
+    log_probs = seen.policy_outputs.log_probs
     returns = objective.token_rewards(seen.scores, log_probs, seen.reference, mask, beta=beta).sum(1)
     grouped = returns.view(-1, config.samples_per_prompt)
     advantages = objective.reinforce_advantages(
@@ -108,25 +113,25 @@ def look_back(
     return Rollout(answers, log_probs, returns, advantages), round_facts(seen, beta)
 
 
-def step(players: Players, batch: Rollout, config: Config) -> Step:
+def step(models: RLModels, batch: Rollout, config: Config) -> Step:
     """The loss of some answers of a round, as a sum over answers.
 
     Entropy is a mean over the minibatch's tokens: of many processes, over all of theirs.
     """
     mask = batch.answers.response
-    now = opinion(
-        players, batch.answers, config.temperature, entropy="learnt" if config.entropy_coefficient else ""
+    now = policy_outputs(
+        models, batch.answers, config.temperature, entropy="learnt" if config.entropy_coefficient else ""
     )
-    answers, tokens = players.spread.sum([batch.weight, float(mask.sum())])
+    answers, tokens = models.parallel.sum([batch.weight, float(mask.sum())])
     actor = objective.reinforce_loss(now.log_probs, batch.advantages, mask) * batch.weight
     bonus = objective.masked_mean(now.entropy, mask) * mask.sum() * (answers / tokens)
     facts = step_facts(
-        now, batch.log_probs, mask, weight=batch.weight, per_token=answers / tokens, spread=players.spread
+        now, batch.log_probs, mask, weight=batch.weight, per_token=answers / tokens, parallel=models.parallel
     )
     return Step(actor - config.entropy_coefficient * bonus, {"policy_loss": actor.detach(), **facts})
 
 
-class _Run(Rounds[Config, Rollout]):
+class _Run(PolicyTraining[Config, Rollout]):
     title = "reinforce"
     rolled = Rollout
     curves: ClassVar = (Curve("Change of log-probabilities in a round", ["moved"], "nats per token"),)
@@ -135,17 +140,18 @@ class _Run(Rounds[Config, Rollout]):
     def per_prompt(self) -> int:
         return self.config.samples_per_prompt
 
-    def look_back(self, answers: Answers, beta: float) -> tuple[Rollout, dict[str, float]]:
-        rollout, logged = look_back(self.players, answers, beta, self.config)
+    def score_rollouts(self, answers: Completions, beta: float) -> tuple[Rollout, dict[str, float]]:
+        rollout, logged = score_rollouts(self.models, answers, beta, self.config)
         return rollout, logged
 
     def step(self, batch: Rollout) -> Step:
-        return step(self.players, batch, self.config)
+        return step(self.models, batch, self.config)
 
 
 def run(config: Config, workspace: Workspace) -> Report:
-    """Run REINFORCE and report score, KL and variety before and after on training prompts (held-out ones: stage eval)."""
-    return carry_out(_Run, config, workspace)
+    """Run REINFORCE and report score, KL and variety before and after on training prompts (held-out ones:
+    stage eval)."""
+    return train_policy(_Run, config, workspace)
 
 
 STAGE = Stage(

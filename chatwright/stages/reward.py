@@ -1,9 +1,10 @@
 """Reward model: which of K answers would people prefer?  Ouyang et al. 2022, section 3.5.
 
-Departures from the paper: by default the comparisons are made from texts that people rated one by one (a prompt with
-K rated texts as its answers, ranked by their mean ratings), because that is the human preference data that installs as
-a package; answers closer than `tie_tolerance` tie, and pairs that tie are left out (`ties`). After training the scores are shifted
-so that demonstrations score 0, as in the paper, and scaled so that training answers have standard deviation 1.
+Departures from the paper: by default the comparisons are made from texts that people rated one by one (a
+prompt with K rated texts as its answers, ranked by their mean ratings), because that is the human preference
+data that installs as a package; answers closer than `tie_tolerance` tie, and pairs that tie are left out
+(`ties`). After training the scores are shifted so that demonstrations score 0, as in the paper, and scaled so
+that training answers have standard deviation 1.
 
 Another judge that PPO can follow, trained on single texts: classifier.py.
 """
@@ -34,11 +35,12 @@ from chatwright.train.base import open_base
 from chatwright.train.cost import training_flop
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.paper import INSTRUCT, Paper
-from chatwright.train.parallel.context import ALONE, ParallelConfig, Spread, start_parallel
+from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelConfig, ParallelContext
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import StagePlan
 from chatwright.train.preference import calibration, measures
-from chatwright.train.preference.measures import Judged, judge
+from chatwright.train.preference.measures import Scored, score_comparisons
 from chatwright.train.preference.rankings import (
     RankedBatch,
     Rankings,
@@ -48,7 +50,7 @@ from chatwright.train.preference.rankings import (
     rated_comparisons,
     without_annotators,
 )
-from chatwright.train.preference.scalar import chat_base, make_judge, scalar_program
+from chatwright.train.preference.scalar import chat_base, make_scalar_model, scalar_program
 from chatwright.train.stage import Stage
 from chatwright.train.trainer import Step
 from chatwright.train.workspace import Answered, Curve, Measure, Report, Workspace
@@ -63,22 +65,26 @@ class Config:
     data: str = field(default="data", metadata={"input": True})
     """The stage, or directory, with ratings-*.jsonl and dialogues-*.jsonl (prompts, and demonstrations)."""
     labels: int = 0
-    """Rated texts to learn from, drawn by the seed; 0 takes all. Few make a judge that can be exploited (recipes/hacking.yaml)."""
+    """Rated texts to learn from, drawn by the seed; 0 takes all. Few make a judge that can be exploited
+    (recipes/hacking.yaml)."""
     comparisons: str = field(default="", metadata={"input": True, "words": ("",)})
     """Your own comparisons instead of ratings: the stage, or directory, with comparisons-*.jsonl."""
     k: int = 16
-    """Answers per prompt when comparisons are made from ratings (the paper: 4 to 9; here they cost no labeller's time)."""
+    """Completions per prompt when comparisons are made from ratings (the paper: 4 to 9; here they cost no
+    labeller's time)."""
     tie_tolerance: float = 0.5
     """Ratings (or scores) closer than this are ties."""
     ties: Ties = "leave_out"
     """A pair that ties is left out of loss and accuracy, or is won by `half` each way in both."""
     rating_margin: float = 0.0
-    """By how much a score is to exceed another's per unit by which the rating does: Llama 2's margin; 0 for none."""
+    """By how much a score is to exceed another's per unit by which the rating does: Llama 2's margin; 0 for
+    none."""
     held_out_annotators: str = ""
-    """Annotators, comma-separated, none of whose comparisons is trained on: the report has the accuracy on theirs."""
+    """Annotators, comma-separated, none of whose comparisons is trained on: the report has the accuracy on
+    theirs."""
     center_on: Literal["auto", "demonstrations", "answers"] = "auto"
-    """What scores 0 on average: people's own answers in the dialogues of `data`, or the training answers; auto: the former
-    where there are any. The report says which."""
+    """What scores 0 on average: people's own answers in the dialogues of `data`, or the training answers;
+    auto: the former where there are any. The report says which."""
     max_tokens: int = 80
     """Longer prompts lose their beginning, longer answers their end."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -86,7 +92,7 @@ class Config:
     fit: FitConfig = field(
         default_factory=lambda: FitConfig(seconds=90.0, batch_size=2, micro_batch=1, compile=False)
     )
-    """Length and portions of training; a sample is a prompt with its K answers."""
+    """Length of training, batches and micro-batches; a sample is a prompt with its K answers."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             name="adamw", learning_rate=1e-3, schedule="trapezoid", decay=0.7, weight_decay=0.01
@@ -117,7 +123,7 @@ PAPER = (
 PAIRS_SHOWN = 10
 """Held-out pairs whose scores before and after the report shows: the first ones, not chosen."""
 DEMONSTRATIONS = 256
-"""Answers of people's own whose mean score becomes 0."""
+"""Completions of people's own whose mean score becomes 0."""
 
 
 def step(model: ScalarModel, batch: RankedBatch) -> Step:
@@ -134,7 +140,8 @@ def step(model: ScalarModel, batch: RankedBatch) -> Step:
 
 
 def load_split(config: Config, workspace: Workspace) -> Split:
-    """What to train on and what to measure: the user's own comparisons, or those made from ratings. Raises UserError."""
+    """What to train on and what to measure: the user's own comparisons, or those made from ratings. Raises
+    UserError."""
     if not config.comparisons:
         train, held_out = rated_comparisons(
             records_of(workspace.resolve(config.data)), config.k, workspace.seed, labels=config.labels
@@ -145,7 +152,8 @@ def load_split(config: Config, workspace: Workspace) -> Split:
 
 
 def find_demonstrations(config: Config, workspace: Workspace) -> list[Comparison]:
-    """The answers that are to score 0 on average; none where the training answers are to. Raises UserError."""
+    """The answers that are to score 0 on average; none where the training answers are to. Raises
+    UserError."""
     if config.center_on == "answers":
         return []
     there = config.data in workspace.inputs or Path(config.data).exists()
@@ -168,15 +176,15 @@ def run(config: Config, workspace: Workspace) -> Report:
     assert base.tokenizer is not None and base.template is not None
     split, shown = load_split(config, workspace), find_demonstrations(config, workspace)
     train, held_out = split.train, split.held_out
-    spread = start_parallel(
+    parallel = start_parallel(
         config.parallel,
         batch_size=config.fit.batch_size,
         micro_batch=config.fit.micro_batch,
         shape=base.model.config,
         precision=config.fit.precision,
     )
-    config = plan.ahead("reward", PLAN, config, base.model.config, spread)
-    model, trainer, dtype = make_judge("reward", config, workspace, base, spread)
+    config = plan.ahead("reward", PLAN, config, base.model.config, parallel)
+    model, trainer, dtype = make_scalar_model("reward", config, workspace, base, parallel)
     rankings = Rankings(train, base.template, base.tokenizer, config, SampleOrder(len(train), workspace.seed))
     say(f"  {len(train):,} comparisons of {_sizes(train)} answers, {len(held_out):,} held out")
 
@@ -184,9 +192,9 @@ def run(config: Config, workspace: Workspace) -> Report:
         with runtime.autocast(dtype):
             return step(model, batch)
 
-    def judged(comparisons: Sequence[Comparison]) -> Judged:
+    def judged(comparisons: Sequence[Comparison]) -> Scored:
         with runtime.autocast(dtype):
-            return judge(model, rankings, comparisons)
+            return score_comparisons(model, rankings, comparisons)
 
     def evaluate() -> dict[str, float]:
         found = judged(held_out)
@@ -242,14 +250,14 @@ def run(config: Config, workspace: Workspace) -> Report:
             "held_out_correlation": after["held_out_correlation"],
             "held_out_accuracy": after["held_out_accuracy"],
             "scores 0 on average": f"{len(shown)} demonstrations" if shown else "training answers",
-            "sample": example(model, rankings, spread),
+            "sample": example(model, rankings, parallel),
             **fitted.facts,
         },
         notes=fitted.notes,
     )
     with runtime.evaluating(model):
-        look_closer(report, model, lambda asked: spread.forward(judged, asked), split, config, workspace)
-        accuracy = measures.accuracy_of(spread.forward(judged, train[:64]), config)
+        look_closer(report, model, lambda asked: parallel.forward(judged, asked), split, config, workspace)
+        accuracy = measures.accuracy_of(parallel.forward(judged, train[:64]), config)
     measures.refuse_if_learnt_by_heart(report, accuracy, held_out, config)
     return report
 
@@ -263,7 +271,7 @@ def _sizes(comparisons: Sequence[Comparison]) -> str:
 def look_closer(
     report: Report,
     model: ScalarModel,
-    judged: Callable[[Sequence[Comparison]], Judged],
+    judged: Callable[[Sequence[Comparison]], Scored],
     split: Split,
     config: Config,
     workspace: Workspace,
@@ -286,9 +294,9 @@ def look_closer(
         calibration.draw(workspace.directory, reliable, low=0.5, what="share preferred by people")
     )
     report.tables.append(measures.by_candidates(found, config))
-    strangers = judged(split.strangers) if split.strangers else None
-    if strangers is not None:
-        accuracy = measures.accuracy_of(strangers, config)
+    held_out_annotators = judged(split.held_out_annotators) if split.held_out_annotators else None
+    if held_out_annotators is not None:
+        accuracy = measures.accuracy_of(held_out_annotators, config)
         report.measures.insert(
             2,
             Measure(
@@ -300,25 +308,27 @@ def look_closer(
             ),
         )
         report.facts["held_out_annotators_accuracy"] = accuracy
-    table = measures.by_annotator(found, split.held_out, strangers, split.strangers, config)
+    table = measures.by_annotator(
+        found, split.held_out, held_out_annotators, split.held_out_annotators, config
+    )
     if table is not None:
         report.tables.append(table)
 
 
-def example(model: ScalarModel, rankings: Rankings, spread: Spread = ALONE) -> str:
+def example(model: ScalarModel, rankings: Rankings, parallel: ParallelContext = SINGLE_PROCESS) -> str:
     """What the model thinks of two answers."""
 
     def score(prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:
         batch = runtime.on_device(rankings.batch([Comparison.of(prompt, answers, [0.0] * len(answers))]))
         with runtime.evaluating(model):
-            return [float(value) for value in spread.forward(model.score, batch.ids, batch.mask)]
+            return [float(value) for value in parallel.forward(model.score, batch.ids, batch.mask)]
 
     return measures.example_scores(score)
 
 
 def compare_scores(config: Any, workspace: Workspace, report: Report) -> Answered:
-    """What a reward model thinks of ten held-out pairs of answers, before training and after: by how much the score of the one
-    that was rated higher leads."""
+    """What a reward model thinks of ten held-out pairs of answers, before training and after: by how much the
+    score of the one that was rated higher leads."""
     held_out = load_split(config, workspace).held_out
     chosen = [
         pair for pair in map(_extremes, held_out) if pair.scores[0] - pair.scores[1] > config.tie_tolerance
@@ -339,7 +349,7 @@ def compare_scores(config: Any, workspace: Workspace, report: Report) -> Answere
     leads = []
     for model in (before, after):
         with runtime.evaluating(model.to(runtime.device())):
-            scores, _ = judge(model, rankings, chosen)
+            scores, _ = score_comparisons(model, rankings, chosen)
         leads.append((scores[:, 0] - scores[:, 1]).tolist())
     prompts = [
         f"{' / '.join(described(one['content']) for one in pair.prompt)} - higher: {pair.responses[0]} "

@@ -1,7 +1,8 @@
 """Supervised fine-tuning: answer as people did.  Ouyang et al. 2022, section 3.5.
 
-Departures from the paper: short conversations share a row (packing; they cannot see each other, so that no result
-changes), and a conversation longer than the context is cut between exchanges instead of being left out.
+Departures from the paper: short conversations share a row (packing; they cannot see each other, so that no
+result changes), and a conversation longer than the context is cut between exchanges instead of being left
+out.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from chatwright.data.packing import ChatBatch, PackedRow, batch_rows, cut_dialog
 from chatwright.data.picture import legend, row_picture
 from chatwright.data.records import read_records, records_of
 from chatwright.metrics import console, say
+from chatwright.model.compile_friendly import make_compile_friendly
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import LoRAConfig
@@ -36,7 +38,8 @@ from chatwright.train.compiled import compile_blocks
 from chatwright.train.cost import training_flop
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.paper import INSTRUCT, Paper
-from chatwright.train.parallel.context import ParallelConfig, start_parallel
+from chatwright.train.parallel.context import ParallelConfig
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import PlannedStage, StagePlan, StepProgram, fake_tokens
 from chatwright.train.stage import Stage
@@ -61,7 +64,7 @@ class Config:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Train a low-rank adapter instead of all weights: `lora.rank` above 0."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=75.0, compile=False))
-    """Length and portions of training; a sample is a packed row."""
+    """Length of training, batches and micro-batches; a sample is a packed row."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(name="adamw", learning_rate=1e-3, schedule="trapezoid", decay=0.6)
     )
@@ -103,7 +106,8 @@ class Rows:
 def rows_of(
     file: Path, template: ChatTemplate, tokenizer: Tokenizer, length: int, *, packing: bool, limit: int = 0
 ) -> list[PackedRow]:
-    """The conversations of a file as rows; those of the first `limit` rows' worth of tokens when it is above 0."""
+    """The conversations of a file as rows; those of the first `limit` rows' worth of tokens when it is above
+    0."""
     pieces, tokens = [], 0
     for dialogue in read_records(file, Dialogue):
         for piece in cut_dialogue(dialogue.messages, template, tokenizer, length):
@@ -118,7 +122,8 @@ def rows_of(
 
 
 def check_end_is_learnt(rows: list[PackedRow], template: ChatTemplate, tokenizer: Tokenizer) -> None:
-    """Raise UserError unless the token that ends an answer is inside the loss: without it, no answer would end."""
+    """Raise UserError unless the token that ends an answer is inside the loss: without it, no answer would
+    end."""
     end = tokenizer.control_ids[template.end]
     if not any(flag and token == end for row in rows for token, flag in zip(row.ids, row.mask, strict=True)):
         raise UserError(
@@ -128,24 +133,25 @@ def check_end_is_learnt(rows: list[PackedRow], template: ChatTemplate, tokenizer
 
 
 PORTION = 256
-"""Positions that are learnt from come in multiples of this: a buffer of a new size in every step would fit into no hole that
-the one before has left, and the process would grow to several times what it uses."""
+"""Positions that are learnt from come in multiples of this: a buffer of a new size in every step would fit
+into no hole that the one before has left, and the process would grow to several times what it uses."""
 
 
 SHORT = 1024
-"""Tokens of a row up to which compiled products with a mask are faster, on a CPU, than the fused kernel: their memory grows with the
-square."""
+"""Tokens of a row up to which compiled products with a mask are faster, on a CPU, than the fused kernel:
+their memory grows with the square."""
 
 
-def written_out(length: int) -> bool:
-    """Whether compiled rows of this length are computed by products with a mask."""
+def is_compile_friendly(length: int) -> bool:
+    """Whether compiled rows of this length take the compile-friendly forms (model/compile_friendly.py)."""
     return runtime.device().type == "cpu" and runtime.compiler_missing() is None and length <= SHORT
 
 
 def compiled_for(model: GPT, length: int, *, cut: bool = False) -> str:
-    """Compile the model for rows of this length; a line that says whether that works, and why not. `cut`: as in `compile_blocks`."""
-    if written_out(length) and not cut:
-        model.write_out()
+    """Compile the model for rows of this length; a line that says whether that works, and why not. `cut`: as
+    in `compile_blocks`."""
+    if is_compile_friendly(length) and not cut:
+        make_compile_friendly(model)
     return compile_blocks(model, cut=cut)
 
 
@@ -193,9 +199,11 @@ def learnt_tokens(row: PackedRow) -> int:
 
 
 def preview(config: Config, workspace: Workspace, count: int) -> None:
-    """Print the first `count` rows that training would see, with their loss mask, and what all of them amount to.
+    """Print the first `count` rows that training would see, with their loss mask, and what all of them amount
+    to.
 
-    Nothing is trained or written. Raises UserError as `run` does, after the rows where the end token is not learnt.
+    Nothing is trained or written. Raises UserError as `run` does, after the rows where the end token is not
+    learnt.
     """
     model, tokenizer, template, records = start(config, workspace)
     length, colours = row_length(config, model), console.is_terminal
@@ -204,7 +212,8 @@ def preview(config: Config, workspace: Workspace, count: int) -> None:
     for number in SampleOrder(len(rows), workspace.seed).take(0, min(count, len(rows))):
         row = rows[number]
         say(
-            f"\nrow {number}: {len(row.ids)} of {length} tokens in {row.documents[-1]} conversations, {learnt_tokens(row)} learnt"
+            f"\nrow {number}: {len(row.ids)} of {length} tokens in {row.documents[-1]} conversations, "
+            f"{learnt_tokens(row)} learnt"
         )
         console.print(row_picture(row, tokenizer, end=template.end, colours=colours), soft_wrap=True)
     say(f"\n{tally(rows, length)}")
@@ -230,11 +239,12 @@ def step_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
     """The training step on fake tensors, for the planner."""
     with torch.device(runtime.device()):
         model = GPT(shape)
+    model.activation_checkpointing = planned.fit.recompute
     adapters.add_if_asked(model, planned.config.lora)
     dtype = runtime.compute_dtype(planned.fit.precision)
     _, length = planned.rows
-    if planned.compiled and written_out(length):
-        model.write_out()
+    if planned.compiled and is_compile_friendly(length):
+        make_compile_friendly(model)
 
     def step(samples: int) -> Tensor:
         ids = fake_tokens(samples, length)
@@ -255,6 +265,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     """Fine-tune on conversations and measure the loss of held-out answers before and after."""
     model, tokenizer, template, records = start(config, workspace)
     model.to(runtime.device())
+    model.activation_checkpointing = config.fit.recompute
     length = row_length(config, model)
     rows = rows_of(records / "dialogues-train.jsonl", template, tokenizer, length, packing=config.packing)
     check_end_is_learnt(rows, template, tokenizer)
@@ -268,26 +279,26 @@ def run(config: Config, workspace: Workspace) -> Report:
     )[: config.held_out]
     filled = sum(len(row.ids) for row in rows) / (len(rows) * length)
     learnt = sum(map(learnt_tokens, rows))
-    spread = start_parallel(
+    parallel = start_parallel(
         config.parallel,
         batch_size=config.fit.batch_size,
         micro_batch=config.fit.micro_batch,
         shape=model.config,
         precision=config.fit.precision,
     )
-    config = plan.ahead("sft", PLAN, config, model.config, spread, learnt=learnt / (len(rows) * length))
+    config = plan.ahead("sft", PLAN, config, model.config, parallel, learnt=learnt / (len(rows) * length))
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, "sft"))  # dropout, where the model has any
     dtype = runtime.compute_dtype(config.fit.precision)
-    adapted = adapters.card(config.lora, base=model)
+    adapted = adapters.metadata(config.lora, base=model)
     adapters.adapt(model, config.lora, "model")
     if config.fit.compile:
-        say(f"  {compiled_for(model, length, cut=spread.cuts_products)}")
+        say(f"  {compiled_for(model, length, cut=parallel.is_tensor_parallel)}")
     trainer = Trainer(
         {"model": model},
         config.optim,
         workspace,
-        card={
+        metadata={
             "kind": "language",
             "model": model.config.to_dict(),
             "tokenizer": tokenizer.fingerprint,
@@ -296,7 +307,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         },
         texts={"tokenizer.json": tokenizer.to_json(), "chat_template.jinja": template.source},
         keep=config.fit.keep,
-        spread=spread,
+        parallel=parallel,
     )
     say(f"  {tally(rows, length)}")
 
@@ -342,7 +353,7 @@ def run(config: Config, workspace: Workspace) -> Report:
             "epochs": fitted.samples / len(rows),
             "tokens": round(fitted.samples * filled * length),
             **fitted.facts,
-            **adapters.write_adapter(model, workspace.directory, base=config.base, spread=spread),
+            **adapters.write_adapter(model, workspace.directory, base=config.base, parallel=parallel),
         },
         notes=fitted.notes,
         tables=[excerpt(rows[SampleOrder(len(rows), workspace.seed)[0]], tokenizer, template)],

@@ -1,6 +1,8 @@
-"""Tokenizer: learn byte-level BPE merges on the training documents, then turn all documents into token shards.
+"""Tokenizer: learn byte-level BPE merges on the training documents, then turn all documents into token
+shards.
 
-With `base` nothing is learnt: the documents become shards of a model's own tokens, for `text` in PPO (the alignment tax).
+With `base` nothing is learnt: the documents become shards of a model's own tokens, for `text` in PPO (the
+alignment tax).
 """
 
 from __future__ import annotations
@@ -30,14 +32,17 @@ class Config:
     base: str = field(default="", metadata={"input": True, "words": ("",)})
     """The model whose tokenizer is taken as it is (a stage, a directory, smollm2 ...); empty learns one."""
     vocab_size: int = 4096
-    """Number of tokens, the 256 bytes and the control tokens included. Small models want few: the head costs."""
+    """Number of tokens, the 256 bytes and the control tokens included. Small models want few: the head costs.
+    """
     train_bytes: int = 50_000_000
-    """Learn the merges on at most this much text (UTF-8 bytes) from the beginning of the training documents."""
+    """Learn the merges on at most this much text (UTF-8 bytes) from the beginning of the training documents.
+    """
 
     def __post_init__(self) -> None:
         if self.vocab_size < SMALLEST_VOCABULARY:
             raise UsageError(
-                f"vocab_size {self.vocab_size} is too small: 256 bytes and 8 control tokens need {SMALLEST_VOCABULARY}"
+                f"vocab_size {self.vocab_size} is too small: 256 bytes and 8 control tokens need "
+                f"{SMALLEST_VOCABULARY}"
             )
 
 

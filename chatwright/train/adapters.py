@@ -1,8 +1,10 @@
-"""What stages that can train an adapter instead of all weights have in common (`lora` settings; model/lora.py).
+"""What stages that can train an adapter instead of all weights have in common (`lora` settings;
+model/lora.py).
 
-A checkpoint of such a stage holds `adapter.safetensors`, from which training goes on over the base model that the stage loads
-anyway (its fingerprint is in state.json), and beside it `model.safetensors` with the adapter merged, so that the directory is as
-complete as any other. A finished stage also has `adapter/`, the adapter of its result in PEFT's format.
+A checkpoint of such a stage holds `adapter.safetensors`, from which training goes on over the base model that
+the stage loads anyway (its fingerprint is in state.json), and beside it `model.safetensors` with the adapter
+merged, so that the directory is as complete as any other. A finished stage also has `adapter/`, the adapter
+of its result in PEFT's format.
 """
 
 from __future__ import annotations
@@ -21,15 +23,16 @@ from chatwright.interop.peft import write_peft
 from chatwright.metrics import say
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import LoRAConfig, adapter_names, adapters_of, add_lora, lora_parameters
-from chatwright.train.parallel.context import ALONE, Spread
+from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelContext
 
 FOLDER = "adapter"
 """Where a finished stage has its adapter in PEFT's format."""
 
 
-def card(config: LoRAConfig, **bases: nn.Module) -> dict[str, Any]:
-    """What a checkpoint says of the adapter beside it: the settings, and a fingerprint of each frozen model that training
-    builds on, to know it again at a resume. Nothing when no adapter is asked for. To be made before there is one."""
+def metadata(config: LoRAConfig, **bases: nn.Module) -> dict[str, Any]:
+    """What a checkpoint says of the adapter beside it: the settings, and a fingerprint of each frozen model
+    that training builds on, to know it again at a resume. Nothing when no adapter is asked for. To be made
+    before there is one."""
     if not config.rank:
         return {}
     prints = {name: checkpoint.fingerprint(checkpoint.model_tensors(one)) for name, one in bases.items()}
@@ -45,7 +48,8 @@ def adapt(model: nn.Module, config: LoRAConfig, what: str) -> None:
         sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)
     )
     say(
-        f"  {what}: LoRA of rank {config.rank}, {trained:,} of {total:,} numbers are trained ({100 * trained / total:.2g} %)"
+        f"  {what}: LoRA of rank {config.rank}, {trained:,} of {total:,} numbers are trained "
+        f"({100 * trained / total:.2g} %)"
     )
 
 
@@ -58,18 +62,23 @@ def _whole(model: GPT, tensors: Mapping[str, Tensor]) -> GPT:
     return whole
 
 
-def write_adapter(model: GPT, directory: Path, *, base: str, spread: Spread = ALONE) -> dict[str, Any]:
-    """Write the adapter that a stage's model has, if it has one, to `directory`/adapter; facts for the stage's report."""
+def write_adapter(
+    model: GPT, directory: Path, *, base: str, parallel: ParallelContext = SINGLE_PROCESS
+) -> dict[str, Any]:
+    """Write the adapter that a stage's model has, if it has one, to `directory`/adapter; facts for the
+    stage's report."""
     if not adapter_names(model):
         return {}
     target = directory / FOLDER
-    tensors = spread.whole_for_first(checkpoint.model_tensors(model)) if spread.in_parts else {}
+    tensors = (
+        parallel.full_tensors_on_rank_zero(checkpoint.model_tensors(model)) if parallel.is_sharded else {}
+    )
 
     def write() -> None:
         shutil.rmtree(target, ignore_errors=True)  # of an earlier end of the same stage
         write_peft(_whole(model, tensors) if tensors else model, target, base=base)
 
-    runtime.told_by_first(write)
+    runtime.broadcast_from_rank0(write)
     return {"adapter": FOLDER, "trained_parameters": sum(p.numel() for p in lora_parameters(model))}
 
 

@@ -1,8 +1,8 @@
 """Blocks as compiled functions, for stages in which every batch has another number of tokens.
 
-Pre-training compiles its whole step for one shape (pretrain.py::fast_step). Conversations and answers have ever new lengths; here only
-the blocks are compiled, with sizes left open, and the same few graphs serve all blocks of all models of a stage. What it gains and
-costs: docs/performance.md.
+Pre-training compiles its whole step for one shape (pretrain.py::fast_step). Conversations and answers have
+ever new lengths; here only the blocks are compiled, with sizes left open, and the same few graphs serve all
+blocks of all models of a stage. What it gains and costs: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from chatwright import runtime
+from chatwright.model.compile_friendly import use_sigmoid_gelu
 from chatwright.model.gpt import Block
+from chatwright.model.inputs import AttentionInput
 
 GRAPHS = 64
-"""Forms of a block that one process may compile: with gradients or without, frozen or trained, packed, padded or neither, some
-places or all. torch's own limit is 8, beyond which it silently compiles no more."""
+"""Forms of a block that one process may compile: with gradients or without, frozen or trained, packed, padded
+or neither, some places or all. torch's own limit is 8, beyond which it silently compiles no more."""
 
 
 def compile_blocks(*models: nn.Module | None, cut: bool = False) -> str:
-    """Compile the blocks of these models where that works; a line that says whether it does, and why not. Results are the same up to
-    rounding. Copies made afterwards are compiled as well. With a cache, as when answers are sampled, blocks run as they are. Not where
-    products are `cut` (plan `tp`): torch 2.13 fails on them when sizes are left open."""
+    """Compile the blocks of these models where that works; a line that says whether it does, and why not.
+    Results are the same up to rounding. Copies made afterwards are compiled as well. With a cache, as when
+    answers are sampled, blocks run as they are. Not where products are `cut` (plan `tp`): torch 2.13 fails on
+    them when sizes are left open."""
     if cut:
         return "compile: off (torch's compiler fails on the cut products of tp); training runs, slower"
     compiled, line = runtime.compile_function(Block.forward, sizes_change=True)
@@ -33,19 +36,12 @@ def compile_blocks(*models: nn.Module | None, cut: bool = False) -> str:
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
 
-    def forward(
-        block: Block,
-        x: Tensor,
-        angles: Any,
-        attend: Any,
-        cache: Any,
-        layer: int,
-        wanted: Tensor | None = None,
-    ) -> Any:
-        return (compiled if cache is None else Block.forward)(block, x, angles, attend, cache, layer, wanted)
+    def forward(block: Block, x: Tensor, inputs: AttentionInput) -> Any:
+        return (compiled if inputs.cache is None else Block.forward)(block, x, inputs)
 
     for module in (module for model in models if model is not None for module in model.modules()):
         if isinstance(module, Block):
             module.forward = MethodType(forward, module)  # type: ignore[method-assign]  # bound: a deep copy has its own block's
-            module.mlp.written_out = runtime.device().type == "cpu"
+            if runtime.device().type == "cpu":
+                use_sigmoid_gelu(module)
     return f"{line}, block by block: the first steps wait for the compiler"

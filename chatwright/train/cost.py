@@ -1,7 +1,7 @@
 """What a run costs: floating-point operations, their share of what the machine can do, energy and money.
 
-Nothing is invented: a figure whose basis is not known - the operations of a stage that does not count them, the watts of
-a machine that does not measure them - is absent.
+Nothing is invented: a figure whose basis is not known - the operations of a stage that does not count them,
+the watts of a machine that does not measure them - is absent.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ POWERCAP = Path("/sys/class/powercap")
 def training_flop(model: GPT, length: float) -> float:
     """Floating-point operations to train on one sequence of `length` tokens, forward and backward.
 
-    Per token 6 N + 12 L H Q T (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): N parameters that are factors of a
-    product, L layers, H heads of size Q, T = `length`. A multiplication and an addition count as two; the causal half
-    of attention is counted whole, as in the paper; what is computed twice (activation checkpointing) counts once.
+    Per token 6 N + 12 L H Q T (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): N parameters that are
+    factors of a product, L layers, H heads of size Q, T = `length`. A multiplication and an addition count as
+    two; the causal half of attention is counted whole, as in the paper; what is computed twice (activation
+    checkpointing) counts once.
 
-    A frozen parameter has no gradient, which is two of the six; under an adapter the looked-up tables are frozen as well.
+    A frozen parameter has no gradient, which is two of the six; under an adapter the looked-up tables are
+    frozen as well.
 
-    Departure: N leaves out tables that are only looked up in - positions, and token embeddings that are not the output
-    matrix as well (a reward model's body has no output matrix).
+    Departure: N leaves out tables that are only looked up in - positions, and token embeddings that are not
+    the output matrix as well (a reward model's body has no output matrix).
     """
     looked_up = _looked_up(model)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
@@ -39,7 +41,8 @@ def training_flop(model: GPT, length: float) -> float:
 
 
 def forward_flop(model: GPT, length: float) -> float:
-    """Floating-point operations to read one sequence of `length` tokens: a third of training on it with nothing frozen.
+    """Floating-point operations to read one sequence of `length` tokens: a third of training on it with
+    nothing frozen.
 
     Sampling it token by token with a cache takes as many.
     """
@@ -65,9 +68,10 @@ def rounds_spent(
 ) -> dict[str, float]:
     """Tokens and operations of rounds of sampling and learning, from the `rows` that they logged.
 
-    `tokens` are those of answers. Operations: `prompt` tokens on average stand before an answer; each row is sampled by the first
-    of `read`, read by each of them, and learnt from `epochs` times by `trained` in the rounds that had an update. `text` is what
-    each update spends on general text. Products of an answer's length are taken at its mean.
+    `tokens` are those of answers. Operations: `prompt` tokens on average stand before an answer; each row is
+    sampled by the first of `read`, read by each of them, and learnt from `epochs` times by `trained` in the
+    rounds that had an update. `text` is what each update spends on general text. Products of an answer's
+    length are taken at its mean.
     """
     tokens = flop = 0.0
     for row in rows:
@@ -82,7 +86,8 @@ def rounds_spent(
 
 
 class EnergyMeter:
-    """Joules that the machine's processors have used, by their own meters; they stop at a maximum and begin at 0."""
+    """Joules that the machine's processors have used, by their own meters; they stop at a maximum and begin
+    at 0."""
 
     def __init__(self, place: Path = POWERCAP) -> None:
         self.meters = {}
@@ -103,7 +108,7 @@ class EnergyMeter:
         return joules
 
 
-def account_row(
+def cost_row(
     reporting: Reporting,
     *,
     flop: float | None,
@@ -112,10 +117,12 @@ def account_row(
     rate: float | None = None,
     peak: float = 0.0,
 ) -> dict[str, float]:
-    """The figures that can be known of `flop` operations so far in `elapsed` seconds of training, for metrics.jsonl.
+    """The figures that can be known of `flop` operations so far in `elapsed` seconds of training, for
+    metrics.jsonl.
 
     `rate` is the operations per second of the last step; `peak` what the machine's matrix products reach
-    (`runtime.matmul_peak`). Energy: the `watts` setting times seconds where it is set, else the meters' `joules`.
+    (`runtime.matmul_peak`). Energy: the `watts` setting times seconds where it is set, else the meters'
+    `joules`.
     """
     row: dict[str, float] = {}
     if flop is not None:
@@ -131,5 +138,6 @@ def account_row(
 
 
 def peak_of(dtype: str) -> float:
-    """FLOP/s of the matrix products of all processes together in the precision of training (a `fit.precision`)."""
+    """FLOP/s of the matrix products of all processes together in the precision of training (a
+    `fit.precision`)."""
     return runtime.matmul_peak(runtime.compute_dtype(dtype)) * runtime.world_size()

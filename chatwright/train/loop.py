@@ -1,6 +1,7 @@
 """The plain loop of every stage whose batches are known in advance: pre-training, SFT, reward model.
 
-How many steps, which learning rate, when to log, to measure and to save; `trainer.Trainer` does the steps themselves.
+How many steps, which learning rate, when to log, to measure and to save; `trainer.Trainer` does the steps
+themselves.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from chatwright import checkpoint, optim, runtime
 from chatwright.checkpoint import Checkpoint
 from chatwright.config import UsageError, UserError
 from chatwright.metrics import progress_bar, say
-from chatwright.train import cost, spikes
+from chatwright.train import busy, cost, spikes
 from chatwright.train.spikes import SpikeConfig
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import AnyBatch, Batch, Progress, Step, Trainer
@@ -23,25 +24,29 @@ from chatwright.train.trainer import AnyBatch, Batch, Progress, Step, Trainer
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How long, in which portions, and how often to look and to save."""
+    """how long, in which micro-batches, and how often to look and to save."""
 
     steps: int = 0
     """Optimiser steps; above 0 it goes before `seconds`. 0: as many as fit into `seconds`."""
     seconds: float = 0.0
-    """Training time in seconds, the first two steps, which compile, not counted. The number of steps is settled when the learning rate begins to
-    fall and then kept in the checkpoint. Needs the trapezoid schedule. Give `steps` for runs that repeat exactly."""
+    """Training time in seconds, the first two steps, which compile, not counted, nor what other programs take
+    of the processors (chatwright/train/busy.py). The number of steps is settled when the learning rate begins
+    to fall and then kept in the checkpoint. Needs the trapezoid schedule. Give `steps` for runs that repeat
+    exactly."""
     batch_size: int = 8
     """Samples per optimiser step."""
     micro_batch: int = 0
-    """Samples per forward pass of a process; 0 means its whole share of the batch. Smaller saves memory and changes no
-    result."""
+    """Samples per forward pass of a process; 0 means its whole share of the batch. Smaller saves memory and
+    changes no result."""
     precision: str = "auto"
-    """Products in `bf16`, `fp32`, or `auto`: bf16 where the processor computes it. Weights are float32 always."""
+    """Products in `bf16`, `fp32`, or `auto`: bf16 where the processor computes it. Weights are float32
+    always."""
     recompute: bool = False
-    """Keep only what enters each block and compute the rest again in the backward pass: memory of one block's activations
-    instead of all, for about a third more time. Changes no result."""
+    """Keep only what enters each block and compute the rest again in the backward pass: memory of one block's
+    activations instead of all, for about a third more time. Changes no result."""
     compile: bool = True
-    """Use torch.compile when a C++ compiler is there. Off for short stages, which it would delay more than it shortens them."""
+    """Use torch.compile when a C++ compiler is there. Off for short stages, which it would delay more than it
+    shortens them."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
     evaluate_every: int = 0
@@ -49,13 +54,13 @@ class FitConfig:
     save_every: float = 120.0
     """Seconds between checkpoints."""
     save_steps: int = 0
-    """Also a checkpoint whenever the step is a multiple of this; 0: by the clock alone. Above 0 the rule for loss spikes
-    returns to these checkpoints only, and so repeats exactly."""
+    """Also a checkpoint whenever the step is a multiple of this; 0: by the clock alone. Above 0 the rule for
+    loss spikes returns to these checkpoints only, and so repeats exactly."""
     keep: int = 2
     """Checkpoints to keep."""
     keep_best: bool = False
-    """Also keep the checkpoint whose held-out measure was best (needs `evaluate_every`); the stage's result is then that
-    one, and the file checkpoints/best names it. Off: the result is the last step's."""
+    """Also keep the checkpoint whose held-out measure was best (needs `evaluate_every`); the stage's result
+    is then that one, and the file checkpoints/best names it. Off: the result is the last step's."""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
     """What is done when the loss jumps."""
 
@@ -94,8 +99,9 @@ class Batches(Protocol[Made]):
 
 @dataclass(frozen=True)
 class Fitted:
-    """The end of `fit`. `checkpoint` is the stage's result and `after` its measures: the last step's, or the best one's
-    with `keep_best`; the modules have its weights. `facts` and `notes` are for the stage's report."""
+    """The end of `fit`. `checkpoint` is the stage's result and `after` its measures: the last step's, or the
+    best one's with `keep_best`; the modules have its weights. `facts` and `notes` are for the stage's report.
+    """
 
     checkpoint: Checkpoint
     before: dict[str, float]
@@ -106,7 +112,8 @@ class Fitted:
 
     @property
     def samples(self) -> int:
-        """Samples that the model was trained on, each pass counted; those that a rollback passed over are not."""
+        """Samples that the model was trained on, each pass counted; those that a rollback passed over are
+        not."""
         return self.progress.consumed - int(self.progress.extra.get("passed_over", 0))
 
 
@@ -132,17 +139,19 @@ class Fit(Generic[AnyBatch]):
     ) -> None:
         """`step` is given a micro-batch; `evaluate` measures on held-out data.
 
-        `throughput` names what is counted per sample, for the speed shown: ("tokens", 256.0). `best` is what `keep_best`
-        chooses by, `flop_per_sample` the operations of training on a sample, where they are known.
+        `throughput` names what is counted per sample, for the speed shown: ("tokens", 256.0). `best` is what
+        `keep_best` chooses by, `flop_per_sample` the operations of training on a sample, where they are
+        known.
         """
         config.check(trainer.optim_config.schedule)
         if config.keep_best and best is None:
             raise UsageError("keep_best: this stage has no single measure to choose by")
-        if config.keep_best and trainer.spread.in_parts:
+        if config.keep_best and trainer.parallel.is_sharded:
             raise UsageError(
                 "keep_best is for models that each process holds whole: parallel.plan ddp, or one process"
             )
         self.best, self.flop_per_sample, self.meter = best, flop_per_sample, cost.EnergyMeter()
+        self.busy = busy.BusyMeter()
         self.fresh = 0  # steps of this process: the first two compile and warm up, their time is not counted
         self.trainer, self.config, self.batches, self.step, self.evaluate = (
             trainer,
@@ -155,7 +164,8 @@ class Fit(Generic[AnyBatch]):
         self.modules = list(trainer.modules.values())
 
     def run(self) -> Fitted:
-        """Train to the end, or to where someone stops it. Raises Interrupted, after saving where there is anything new."""
+        """Train to the end, or to where someone stops it. Raises Interrupted, after saving where there is
+        anything new."""
         trainer = self.trainer
         with Stopper().listening() as stopper:
             resumed = trainer.resume()
@@ -169,12 +179,12 @@ class Fit(Generic[AnyBatch]):
                 progress.extra["after"] = self._measure(stopper)
                 trainer.workspace.metrics.write_once(progress.step, progress.extra["after"])
                 self._keep_if_best(progress.extra["after"])
-                trainer.save(final=True, spare=self._spare())
+                trainer.save(final=True, protected=self._protected())
             self._name_best()
             if (
-                runtime.is_first()
+                runtime.is_rank_zero()
             ):  # of the ones that were the best before; here, as a run may be killed behind its last save
-                checkpoint.prune(trainer.workspace.checkpoints, trainer.keep, spare=self._spare())
+                checkpoint.prune(trainer.workspace.checkpoints, trainer.keep, protected=self._protected())
         return self._result()
 
     def _train(self, stopper: Stopper) -> None:
@@ -191,11 +201,16 @@ class Fit(Generic[AnyBatch]):
                 ):  # compilation: nothing is lost yet
                     loss = self._one_step()
                 progress = trainer.progress
-                spent, asked, due = self._agreed(time.monotonic() - started, stopper.asked)
+                spent, lost, asked, due = self._agreed(time.monotonic() - started, stopper.asked)
                 self.fresh += 1
+                if self.fresh <= 2:  # the compiler's processes are no other programs
+                    self.busy = busy.BusyMeter()
                 if self.fresh == 1 and config.compile:
-                    runtime.give_back_memory()  # the compiler's
-                progress.elapsed += spent if self.fresh > 2 else 0.0
+                    runtime.trim_heap()  # the compiler's
+                if self.fresh > 2:
+                    progress.elapsed += spent
+                    if not config.steps:
+                        busy.remember(progress.extra, spent, lost)
                 progress.joules += self.meter.spent()
                 self._plan()
                 if progress.step % config.log_every == 0 or progress.step == progress.planned:
@@ -208,25 +223,28 @@ class Fit(Generic[AnyBatch]):
                 elif due and not progress.extra.get(
                     "spikes_in_a_row"
                 ):  # nothing to return to is saved inside a jump
-                    trainer.save(wait=False, spare=self._spare())
+                    trainer.save(wait=False, protected=self._protected())
 
     def _interrupted(self) -> Interrupted:
         """Save what this process has done, and the exception that says so."""
         where = f"{self.title}: stopped before the first step of this attempt, nothing had to be saved"
         if self.fresh:
-            self.trainer.save(spare=self._spare())
+            self.trainer.save(protected=self._protected())
             where = f"{self.title}: saved at step {self.trainer.progress.step}"
         return Interrupted(f"{where}; the same command goes on from there")
 
     def _may_stop_at_once(self, stopper: Stopper, *, when: bool) -> AbstractContextManager[None]:
-        """Where a signal need not wait for the end of the step. Several processes stop together, or wait forever."""
+        """Where a signal need not wait for the end of the step. Several processes stop together, or wait
+        forever."""
         return (
-            stopper.at_once(self._interrupted) if when and not self.trainer.spread.together else nullcontext()
+            stopper.at_once(self._interrupted)
+            if when and not self.trainer.parallel.together
+            else nullcontext()
         )
 
     def _look(self, stopper: Stopper) -> None:
-        """The held-out measure of `evaluate_every`, at the beginning of the step after: where a run that was stopped in
-        the middle of it goes on."""
+        """The held-out measure of `evaluate_every`, at the beginning of the step after: where a run that was
+        stopped in the middle of it goes on."""
         progress, every = self.trainer.progress, self.config.evaluate_every
         if (
             not every
@@ -239,52 +257,61 @@ class Fit(Generic[AnyBatch]):
         self.trainer.workspace.metrics.write_once(progress.step, values)
         progress.extra["measured"] = progress.step
         if self._keep_if_best(values):
-            self.trainer.save(spare=self._spare())
+            self.trainer.save(protected=self._protected())
             self._name_best()
 
-    def _agreed(self, spent: float, asked: bool) -> tuple[float, bool, bool]:
-        """Seconds of the step, whether to stop, whether to save: the same answers in every process."""
+    def _agreed(self, spent: float, asked: bool) -> tuple[float, float, bool, bool]:
+        """Seconds of the step, those that other programs took, whether to stop, whether to save: the same in
+        every process."""
         every = self.config.save_steps
         due = time.monotonic() - self.trainer.saved_at > self.config.save_every
         due = due or (every > 0 and self.trainer.progress.step % every == 0)
-        spent, *flags = self.trainer.spread.most([spent, float(asked), float(due)])
-        return spent, bool(flags[0]), bool(flags[1])
+        lost = self.busy.lost(spent)
+        spent, lost, *flags = self.trainer.parallel.all_reduce_max([spent, lost, float(asked), float(due)])
+        return spent, lost, bool(flags[0]), bool(flags[1])
 
     def _one_step(self) -> float:
-        progress, config, spread = self.trainer.progress, self.config, self.trainer.spread
-        mine = config.batch_size // spread.data_size  # this process's samples lie side by side
-        first = progress.consumed + spread.data_rank * mine
+        progress, config, parallel = self.trainer.progress, self.config, self.trainer.parallel
+        mine = config.batch_size // parallel.data_size  # this process's samples lie side by side
+        first = progress.consumed + parallel.data_rank * mine
         size = min(config.micro_batch or mine, mine)
-        portions = [self.batches.take(first + n, size) for n in range(0, mine, size)]
+        micro_batches = [self.batches.take(first + n, size) for n in range(0, mine, size)]
         share = self._learning_rate()
         limit, before = spikes.limit(config.spikes, progress.extra), progress.extra.get("spikes", 0)
         loss = self.trainer.update(
-            portions, self.step, share, accept=lambda loss: spikes.accept(config.spikes, progress.extra, loss)
+            micro_batches,
+            self.step,
+            share,
+            accept=lambda loss: spikes.accept(config.spikes, progress.extra, loss),
         )
         progress.step += 1
         progress.consumed += config.batch_size
         if progress.extra.get("spikes", 0) > before:
             self.trainer.workspace.metrics.write(progress.step, {"spike_loss": loss, "spike_limit": limit})
             say(
-                f"  step {progress.step}: the loss jumped to {loss:.3f} (limit {limit:.3f}); its update is left out"
+                f"  step {progress.step}: the loss jumped to {loss:.3f} (limit {limit:.3f}); its update is "
+                "left out"
             )
         return loss
 
     def _answer_spikes(self) -> None:
-        """After `patience` spikes in a row: back to the last checkpoint, or the new level is taken for the normal one."""
+        """After `patience` spikes in a row: back to the last checkpoint, or the new level is taken for the
+        normal one."""
         trainer, config = self.trainer, self.config.spikes
         if config.action == "skip":
             trainer.progress.extra |= {"losses": [], "spikes_in_a_row": 0}
             say(
-                f"  step {trainer.progress.step}: {config.patience} jumps in a row; this is taken for the new level"
+                f"  step {trainer.progress.step}: {config.patience} jumps in a row; this is taken for the "
+                "new level"
             )
             return
         if trainer.progress.extra.get("rollbacks", 0) >= config.most:
             raise UserError(
-                f"{self.title}: the loss jumped for good at step {trainer.progress.step}, after {config.most} returns to a "
+                f"{self.title}: the loss jumped for good at step {trainer.progress.step}, after "
+                f"{config.most} returns to a "
                 "checkpoint; lower the learning rate, or look for broken samples"
             )
-        trainer.roll_back(every=self.config.save_steps, spare=self._spare)
+        trainer.roll_back(every=self.config.save_steps, protected=self._protected)
         self._name_best()
 
     def _keep_if_best(self, values: dict[str, float]) -> bool:
@@ -300,9 +327,9 @@ class Fit(Generic[AnyBatch]):
         progress.extra["best"] = {"step": progress.step, "measures": values}
         return True
 
-    def _spare(self) -> list[int]:
-        """Steps whose checkpoints stay: the best one's, the one that the file `best` still names, and the one that a
-        rollback would go to."""
+    def _protected(self) -> list[int]:
+        """Steps whose checkpoints stay: the best one's, the one that the file `best` still names, and the one
+        that a rollback would go to."""
         progress, every = self.trainer.progress, self.config.save_steps
         steps = [progress.extra["best"]["step"]] if "best" in progress.extra else []
         with suppress(UserError):
@@ -313,11 +340,12 @@ class Fit(Generic[AnyBatch]):
     def _name_best(self) -> None:
         """Let the file `best` name the best checkpoint."""
         known = self.trainer.progress.extra.get("best")
-        if known is not None and runtime.is_first():
+        if known is not None and runtime.is_rank_zero():
             checkpoint.write_best(self.trainer.workspace.checkpoints, known["step"])
 
     def _result(self) -> Fitted:
-        """What the finished run gives: its last checkpoint, or the best one, whose weights the modules then get back."""
+        """What the finished run gives: its last checkpoint, or the best one, whose weights the modules then
+        get back."""
         trainer, progress = self.trainer, self.trainer.progress
         chosen, after, notes = (
             checkpoint.checkpoints(trainer.workspace.checkpoints)[-1],
@@ -341,39 +369,51 @@ class Fit(Generic[AnyBatch]):
         ):
             if progress.extra.get(key):
                 notes.append(line.format(progress.extra[key]) + " (chatwright/train/spikes.py)")
+        others = busy.note(progress.extra, progress.elapsed, progress.step)
+        if others is not None:
+            say(f"  {self.title}: {others}")
+            notes.append(f"{others} (chatwright/train/busy.py)")
         return Fitted(chosen, progress.extra["before"], after, progress, self._account(), notes)
 
     def _measure(self, stopper: Stopper) -> dict[str, float]:
         with self._may_stop_at_once(stopper, when=True), runtime.evaluating(*self.modules):
-            measured = self.trainer.spread.forward(self.evaluate)
-        return self.trainer.spread.told_by_first(lambda: measured)  # what is decided by it all decide alike
+            measured = self.trainer.parallel.forward(self.evaluate)
+        return self.trainer.parallel.broadcast_from_rank0(
+            lambda: measured
+        )  # what is decided by it all decide alike
 
     def _learning_rate(self) -> float:
-        """Share of the peak for the coming step. With a budget in seconds the number of steps is not known at first:
-        there warm-up is a share of the time, and only the fall at the end goes by steps."""
+        """Share of the peak for the coming step. With a budget in seconds the number of steps is not known at
+        first: there warm-up is a share of the time, and only the fall at the end goes by steps."""
         progress, config = self.trainer.progress, self.trainer.optim_config
         if self.config.steps:
             return optim.learning_rate(progress.step, progress.planned, config)
         if not progress.planned:
-            return min(1.0, max(progress.elapsed / self.config.seconds, 0.001) / max(config.warmup, 0.001))
+            return min(1.0, max(self._counted() / self.config.seconds, 0.001) / max(config.warmup, 0.001))
         left = (progress.planned - progress.step) / max(1.0, config.decay * progress.planned)
         return config.final + (1 - config.final) * min(1.0, left)
 
     def _plan(self) -> None:
         """Settle the number of steps once the constant part of a time budget is used up."""
         progress, config = self.trainer.progress, self.trainer.optim_config
-        if not progress.planned and progress.elapsed >= self.config.seconds * (1 - config.decay):
+        if not progress.planned and self._counted() >= self.config.seconds * (1 - config.decay):
             progress.planned = max(progress.step + 1, round(progress.step / max(1 - config.decay, 0.05)))
 
     def _share(self) -> float:
         progress = self.trainer.progress
         if progress.planned:
             return progress.step / progress.planned
-        return min(1.0, progress.elapsed / self.config.seconds)
+        return min(1.0, self._counted() / self.config.seconds)
+
+    def _counted(self) -> float:
+        """Seconds of the budget that are used up: those on the clock without what other programs took."""
+        return busy.counted(self.trainer.progress.extra, self.trainer.progress.elapsed)
 
     def _note(self, loss: float, spent: float) -> str:
         unit, amount = self.throughput
-        return f"{self.config.batch_size * amount / spent:,.0f} {unit}/s  loss {loss:.3f}"
+        taken = 1 - self.busy.left
+        others = f"  (others take {100 * taken:.0f} %)" if taken >= busy.WORTH_SAYING else ""
+        return f"{self.config.batch_size * amount / spent:,.0f} {unit}/s  loss {loss:.3f}{others}"
 
     def _log(self, loss: float, spent: float) -> None:
         unit, amount = self.throughput
@@ -395,10 +435,11 @@ class Fit(Generic[AnyBatch]):
         )
 
     def _account(self, rate: float = 0.0) -> dict[str, float]:
-        """Operations, energy and money so far; with `rate`, samples per second, also the share of the machine's peak."""
+        """Operations, energy and money so far; with `rate`, samples per second, also the share of the
+        machine's peak."""
         progress, each = self.trainer.progress, self.flop_per_sample
         samples = progress.consumed - progress.extra.get("passed_over", 0)
-        return cost.account_row(
+        return cost.cost_row(
             self.trainer.workspace.reporting,
             flop=None if each is None else each * samples,
             elapsed=progress.elapsed,

@@ -1,11 +1,12 @@
 """What the papers set, beside what a run was set to: each alignment stage has a table PAPER of such values.
 
-A value stands in a table only where a paper gives it for that method; most settings of ours have no counterpart there. The
-papers trained models of 1.3 to 175 billion parameters: a difference is no mistake, but a reader should see it.
-InstructGPT's values were compared with a public transcript of its appendix C on 27 November 2026 (C.2 to C.4 verbatim, C.1 in other
-words; not with the paper itself). What no setting of ours corresponds to: SFT's
-residual dropout of 0.2 and its choice by the reward model's score; the policies that PPO starts from, which had two passes over the
-demonstrations with a tenth of pre-training text; a rate of the critic's own, 9e-6.
+A value stands in a table only where a paper gives it for that method; most settings of ours have no
+counterpart there. The papers trained models of 1.3 to 175 billion parameters: a difference is no mistake, but
+a reader should see it. InstructGPT's values were compared with a public transcript of its appendix C on 27
+November 2026 (C.2 to C.4 verbatim, C.1 in other words; not with the paper itself). What no setting of ours
+corresponds to: SFT's residual dropout of 0.2 and its choice by the reward model's score; the policies that
+PPO starts from, which had two passes over the demonstrations with a tenth of pre-training text; a rate of the
+critic's own, 9e-6.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Paper:
     """The paper's value; a pair is the least and the largest."""
     source: str
     ours: Callable[[Any, Facts], Any] | None = None
-    """Config and the report's facts -> our value, where it is not a field by itself; None where it is not known."""
+    """Config and the report's facts -> our value, where it is not a field by itself; None where it is not
+    known."""
 
     def of(self, config: Any, facts: Facts) -> Any:
         """Our value."""

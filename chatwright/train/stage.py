@@ -1,7 +1,7 @@
 """What a stage is to the rest of the program: one object that its file ends with, `STAGE`.
 
-The command line, recipes, the planner, the doctor, reports and the documentation read everything they need to know about a
-stage from here. A new stage is therefore one file in stages/, a recipe, and a test.
+The command line, recipes, the planner, the doctor, reports and the documentation read everything they need to
+know about a stage from here. A new stage is therefore one file in stages/, a recipe, and a test.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Stage:
     preview: Callable[[Any, Workspace, int], None] | None = None
     """Prints the first N samples as they are learnt, and trains nothing."""
     reads: Callable[[Any], Mapping[str, str]] = field(default=lambda config: {})
-    """Settings -> {kind of records that it needs: the input that has them}; kinds: text, dialogues, ratings, comparisons."""
+    """Settings -> {kind of records that it needs: the input that has them}; kinds: text, dialogues, ratings,
+    comparisons."""
     shape: Callable[[Any, int | None], GPTConfig] | None = None
     """The shape of the model that it makes from nothing, given the tokenizer's size where that is known."""
     answers: Callable[[Any, Workspace, Report], Answered] | None = None
@@ -45,7 +46,8 @@ class Stage:
     actions: Mapping[str, Callable[[Sequence[str]], int]] = field(default_factory=dict)
     """Further words behind the verb: `chatwright data list`."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Former name of a setting -> its name now. Both are read; the former prints a line that names the new one."""
+    """Former name of a setting -> its name now. Both are read; the former prints a line that names the new
+    one."""
 
     def __post_init__(self) -> None:
         if self.plan is None and hasattr(self.config, "optim"):

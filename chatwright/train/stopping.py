@@ -60,8 +60,8 @@ class Stopper:
 
     @contextmanager
     def at_once(self, reason: Callable[[], Exception]) -> Iterator[None]:
-        """Inside nothing is half done, or nothing that counts: the first signal, or one from before, ends the block there
-        and `reason()` is raised, which may save first."""
+        """Inside nothing is half done, or nothing that counts: the first signal, or one from before, ends the
+        block there and `reason()` is raised, which may save first."""
         try:
             if self._signals:
                 raise StopNow
@@ -75,7 +75,8 @@ class Stopper:
 
 @contextmanager
 def terminable(title: str) -> Iterator[None]:
-    """Outside of training loops, which have their own Stopper: SIGTERM raises Interrupted. Ctrl-C is Python's own."""
+    """Outside of training loops, which have their own Stopper: SIGTERM raises Interrupted. Ctrl-C is Python's
+    own."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise StopNow

@@ -1,8 +1,8 @@
 """One optimiser step after another, with everything that must survive a crash.
 
-`loop.Fit` drives a `Trainer` over batches that are known in advance; PPO, which makes its own, uses it directly. Both
-continue after a crash bit for bit: weights, optimiser, position in the data, random streams and the plan (how many
-steps) are all in the checkpoint.
+`loop.Fit` drives a `Trainer` over batches that are known in advance; PPO, which makes its own, uses it
+directly. Both continue after a crash bit for bit: weights, optimiser, position in the data, random streams
+and the plan (how many steps) are all in the checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from chatwright.config import UserError
 from chatwright.metrics import say
 from chatwright.model import lora
 from chatwright.optim import OptimConfig
-from chatwright.train.parallel.context import ALONE, Spread
+from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelContext
 from chatwright.train.workspace import Workspace
 
 
@@ -65,21 +65,22 @@ class Trainer:
         optim_config: OptimConfig,
         workspace: Workspace,
         *,
-        card: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         texts: Mapping[str, str],
         keep: int = 2,
-        spread: Spread = ALONE,
+        parallel: ParallelContext = SINGLE_PROCESS,
         frozen: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        """`modules["model"]` is what others load; further ones (a critic) are saved beside it. Of a module with adapters what
-        is trained is saved, of the model beside it the whole with the adapter merged. `card` goes into
-        state.json (the model's shape), `texts` are files that make the directory self-contained. `spread` puts the
-        modules on many processes, and beside them `frozen` ones, which are not saved."""
+        """`modules["model"]` is what others load; further ones (a critic) are saved beside it. Of a module
+        with adapters what is trained is saved, of the model beside it the whole with the adapter merged.
+        `metadata` goes into state.json (the model's shape), `texts` are files that make the directory
+        self-contained. `parallel` puts the modules on many processes, and beside them `frozen` ones, which
+        are not saved."""
         self.modules, self.optim_config, self.workspace = dict(modules), optim_config, workspace
-        self.card, self.texts, self.keep = dict(card), dict(texts), keep
-        self.spread = spread
-        spread.spread(self.modules, frozen)
-        self.optimisers = spread.optimisers(self.modules, optim_config)
+        self.metadata, self.texts, self.keep = dict(metadata), dict(texts), keep
+        self.parallel = parallel
+        parallel.distribute(self.modules, frozen)
+        self.optimisers = parallel.optimisers(self.modules, optim_config)
         self.progress = Progress()
         self.saved_at = time.monotonic()
         self._logged: dict[str, float] = {}
@@ -99,25 +100,27 @@ class Trainer:
         share: float,
         accept: Callable[[float], bool] | None = None,
     ) -> float:
-        """One optimiser step on the sum of the micro-batches' losses over their total weight; returns the loss.
+        """One optimiser step on the sum of the micro-batches' losses over their total weight; returns the
+        loss.
 
-        `share` is the learning rate's share of its peak. A gradient that is not finite changes nothing and is counted
-        in `skipped`; nor does a loss that `accept` refuses. Raises UserError after 20 bad gradients in a row, and whatever
-        `accept` raises: nothing has then changed.
+        `share` is the learning rate's share of its peak. A gradient that is not finite changes nothing and is
+        counted in `skipped`; nor does a loss that `accept` refuses. Raises UserError after 20 bad gradients
+        in a row, and whatever `accept` raises: nothing has then changed.
         """
-        spread = self.spread
-        total = spread.sum([sum(batch.weight for batch in batches)])[0] or 1.0
+        parallel = self.parallel
+        total = parallel.sum([sum(batch.weight for batch in batches)])[0] or 1.0
         sums = {"": 0.0}  # the loss first, then what is logged beside it
         for number, batch in enumerate(batches, 1):
-            with spread.accumulating(more=number < len(batches)):
-                outcome = spread.forward(step, runtime.on_device(batch))
-                # Gradients are averaged over the processes: dividing by the mean weight of one of them makes it a sum.
-                (outcome.loss / (total / spread.data_size)).backward()  # type: ignore[no-untyped-call]
+            with parallel.accumulating(more=number < len(batches)):
+                outcome = parallel.forward(step, runtime.on_device(batch))
+                # Gradients are averaged over the processes: dividing by the mean weight of one of them makes
+                # it a sum.
+                (outcome.loss / (total / parallel.data_size)).backward()  # type: ignore[no-untyped-call]
             sums[""] += float(outcome.loss.detach()) / total
             for key, value in outcome.logged.items():
                 sums[key] = sums.get(key, 0.0) + float(value)
-        loss, *others = spread.sum(list(sums.values()))
-        norm = spread.clip(self.parameters, self.optim_config.clip or float("inf"))
+        loss, *others = parallel.sum(list(sums.values()))
+        norm = parallel.clip(self.parameters, self.optim_config.clip or float("inf"))
         optim.set_learning_rate(self.optimisers, share)
         if not math.isfinite(norm):
             self._skip()
@@ -162,26 +165,30 @@ class Trainer:
         self,
         *,
         final: bool = False,
-        spare: Sequence[int] = (),
+        protected: Sequence[int] = (),
         wait: bool = True,
-        midway: Mapping[str, Tensor] | None = None,
+        mid_step: Mapping[str, Tensor] | None = None,
     ) -> Checkpoint:
         """Write a checkpoint of this step; a `final` one has no optimiser state. Older ones are pruned.
 
-        With `midway`, which is what the step needs to be gone on with and equal in all processes, it is that of an
-        `unfinished` step and stands beside the others: one of the step's beginning stays what it is.
+        With `mid_step`, which is what the step needs to be gone on with and equal in all processes, it is
+        that of an `unfinished` step and stands beside the others: one of the step's beginning stays what it
+        is.
 
-        Where processes hold a part of the model each, every one must call this. They write their parts in the background
-        (with `wait` False it may still be going on at the return) and a `final` checkpoint is put together by the first.
+        Where processes hold a part of the model each, every one must call this. They write their parts in the
+        background (with `wait` False it may still be going on at the return) and a `final` checkpoint is put
+        together by the first.
         """
-        self.spread.settle()
+        self.parallel.flush()
         tensors = self._parts()
         if lora.adapter_names(self.modules["model"]):  # whoever loads it needs neither base nor adapter
             tensors["model"] = lora.merged_tensors(self.modules["model"])
         if not final:
-            tensors["optimizer"] = self.spread.optimiser_tensors(self.optimisers) | self.spread.rng_tensors()
+            tensors["optimizer"] = (
+                self.parallel.optimiser_tensors(self.optimisers) | self.parallel.rng_tensors()
+            )
         state = {
-            **self.card,
+            **self.metadata,
             "chatwright": __version__,
             "progress": asdict(self.progress),
             "logged": {"sums": self._logged, "weight": self._weight},  # since the last row of metrics.jsonl
@@ -189,29 +196,32 @@ class Trainer:
             "runtime": runtime.describe(),
         }
         target = self.workspace.checkpoints / f"step-{self.progress.step:06}"
-        if midway is not None:
-            target, tensors["midway"] = self.unfinished.path, dict(midway)
+        if mid_step is not None:
+            target, tensors["mid_step"] = self.unfinished.path, dict(mid_step)
 
         def prune() -> None:
-            checkpoint.prune(self.workspace.checkpoints, self.keep, spare=spare)
+            checkpoint.prune(self.workspace.checkpoints, self.keep, protected=protected)
 
-        if self.spread.in_parts and not final:
-            self.spread.save_parts(target, tensors, state, self.texts, prune)
+        if self.parallel.is_sharded and not final:
+            self.parallel.save_parts(target, tensors, state, self.texts, prune)
         else:
-            whole = {part: self.spread.whole_for_first(content) for part, content in tensors.items()}
+            whole = {
+                part: self.parallel.full_tensors_on_rank_zero(content) for part, content in tensors.items()
+            }
 
             def write() -> None:
                 checkpoint.save_checkpoint(target, tensors=whole, state=state, texts=self.texts)
                 prune()
 
-            self.spread.told_by_first(write)
+            self.parallel.broadcast_from_rank0(write)
         if wait:
-            self.spread.settle()
+            self.parallel.flush()
         self.saved_at = time.monotonic()
         return Checkpoint(target)
 
     def _parts(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint must hold of the modules, by file: all of a module, or what an adapted one has beyond its base."""
+        """What a checkpoint must hold of the modules, by file: all of a module, or what an adapted one has
+        beyond its base."""
         parts = {}
         for name, module in self.modules.items():
             if lora.adapter_names(module):
@@ -221,20 +231,22 @@ class Trainer:
         return parts
 
     def resume(self) -> bool:
-        """Go on from the newest valid checkpoint, if there is one; says so, and names the damaged ones it passed."""
-        self.spread.told_by_first(lambda: checkpoint.recover(self.workspace.checkpoints))
-        found, complaints = self.spread.told_by_first(self._newest)
+        """Go on from the newest valid checkpoint, if there is one; says so, and names the damaged ones it
+        passed."""
+        self.parallel.broadcast_from_rank0(lambda: checkpoint.recover(self.workspace.checkpoints))
+        found, complaints = self.parallel.broadcast_from_rank0(self._newest)
         for complaint in complaints:
             say(f"  {complaint}; trying the one before it")
         if found is None:
             self.workspace.metrics.forget_after(-1)  # of a run that died before its first checkpoint
             return False
-        self._take_up(found)
+        self._restore(found)
         say(f"  going on from step {self.progress.step} ({found.path})")
         return True
 
     def _newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """What to go on from: the newest valid checkpoint, or the unfinished step that began there or later."""
+        """What to go on from: the newest valid checkpoint, or the unfinished step that began there or
+        later."""
         found, complaints = checkpoint.newest_valid(self.workspace.checkpoints)
         if self.unfinished.path.is_dir():
             try:
@@ -248,17 +260,17 @@ class Trainer:
 
     def finish(self) -> None:
         """Forget the unfinished step, which has come to its end and is saved."""
-        if runtime.is_first() and self.unfinished.path.is_dir():
+        if runtime.is_rank_zero() and self.unfinished.path.is_dir():
             checkpoint.delete(self.unfinished)
 
     def put_together(self, found: Checkpoint) -> None:
         """Make an ordinary directory of a checkpoint in parts: a stage's result is one whatever the plan."""
-        self.spread.settle()
-        self.spread.told_by_first(lambda: sharded_to_plain(found))
+        self.parallel.flush()
+        self.parallel.broadcast_from_rank0(lambda: sharded_to_plain(found))
 
-    def _take_up(self, found: Checkpoint) -> None:
+    def _restore(self, found: Checkpoint) -> None:
         state = found.state()
-        if state.get("lora") != self.card.get(
+        if state.get("lora") != self.metadata.get(
             "lora"
         ):  # never more than a part of the model would come from it
             raise UserError(
@@ -270,14 +282,15 @@ class Trainer:
             self._logged, self._weight = state["logged"]["sums"], state["logged"]["weight"]
         self.workspace.metrics.forget_after(self.progress.step)
 
-    def roll_back(self, *, every: int, spare: Callable[[], Sequence[int]]) -> None:
-        """Return to the newest checkpoint from before the loss jumped, and pass over the samples since (spikes.py).
+    def roll_back(self, *, every: int, protected: Callable[[], Sequence[int]]) -> None:
+        """Return to the newest checkpoint from before the loss jumped, and pass over the samples since
+        (spikes.py).
 
-        Above 0 `every` admits only steps that are its multiples. `spare` is asked afterwards, as in `save`. Raises
-        UserError when there is no such checkpoint. What is done here is in the checkpoint's place when this returns;
-        whoever is killed before does the same again.
+        Above 0 `every` admits only steps that are its multiples. `protected` is asked afterwards, as in
+        `save`. Raises UserError when there is no such checkpoint. What is done here is in the checkpoint's
+        place when this returns; whoever is killed before does the same again.
         """
-        self.spread.settle()
+        self.parallel.flush()
         before, directory = self.progress, self.workspace.checkpoints
 
         def choose() -> Checkpoint:
@@ -289,8 +302,8 @@ class Trainer:
                 "set fit.save_steps or a smaller fit.save_every"
             )
 
-        found = self.spread.told_by_first(choose)
-        self._take_up(found)
+        found = self.parallel.broadcast_from_rank0(choose)
+        self._restore(found)
         now = self.progress
         passed_over = now.extra.get("passed_over", 0) + before.consumed - now.consumed
         now.extra |= {
@@ -299,6 +312,8 @@ class Trainer:
             "spikes": before.extra["spikes"],
             "spikes_in_a_row": 0,
         }
+        if "busy" in before.extra:
+            now.extra["busy"] = before.extra["busy"]
         now.consumed, now.planned, now.elapsed, now.joules = (
             before.consumed,
             before.planned,
@@ -312,8 +327,8 @@ class Trainer:
                 if later.step > now.step:
                     checkpoint.delete(later)
 
-        self.spread.told_by_first(forget)
-        self.save(spare=spare())
+        self.parallel.broadcast_from_rank0(forget)
+        self.save(protected=protected())
         say(f"  back from step {before.step} to step {now.step}; the samples in between are passed over")
 
     def load_weights(self, found: Checkpoint) -> None:
@@ -321,29 +336,30 @@ class Trainer:
         self._load(found, final=True)
 
     def _load(self, found: Checkpoint, *, final: bool) -> None:
-        if self.spread.in_parts and found.in_parts:
-            tensors = self.spread.load_parts(found, self._parts(), final=final)
+        if self.parallel.is_sharded and found.is_sharded:
+            tensors = self.parallel.load_parts(found, self._parts(), final=final)
         else:
             for name, wanted in self._parts().items():
-                self.spread.fill(wanted, found.tensors(name), where=str(found.path))
+                self.parallel.fill(wanted, found.tensors(name), where=str(found.path))
             tensors = {} if final else found.tensors("optimizer")
         if final:
             return
         streams = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rng")}
-        self.spread.set_rng_tensors(streams)
-        self.spread.load_optimiser_tensors(self.optimisers, tensors)
+        self.parallel.set_rng_tensors(streams)
+        self.parallel.load_optimiser_tensors(self.optimisers, tensors)
 
 
 def sharded_to_plain(found: Checkpoint) -> None:
     """Give a checkpoint in parts the files of an ordinary one, all that is in it."""
-    if found.in_parts:
+    if found.is_sharded:
         from chatwright import sharded  # torch's distributed part takes a while to import
 
         sharded.consolidate(found.path)
 
 
 def _is_before_spikes(found: Checkpoint) -> bool:
-    """Whether a checkpoint is whole, can be trained on from, and was not made in the middle of a jump of the loss."""
+    """Whether a checkpoint is whole, can be trained on from, and was not made in the middle of a jump of the
+    loss."""
     try:
         found.verify()
     except UserError:

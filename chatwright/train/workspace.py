@@ -58,7 +58,8 @@ class Answered:
     pairs: Sequence[Mapping[str, str]]
     """{prompt, before, after} of the first ten."""
     values: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
-    """Numbers of single prompts, (before, after) by the name of the measure: what a paired comparison needs."""
+    """Numbers of single prompts, (before, after) by the name of the measure: what a paired comparison needs.
+    """
     measures: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Numbers of all answers together, (before, after): length and diversity."""
     kl: float | None = None
@@ -79,7 +80,8 @@ class Report:
     """Lines for the report: departures, warnings."""
     tables: list[Table] = field(default_factory=list)
     answers: Answered | None = None
-    """Of a stage that asks models itself; for other stages the pipeline asks base and result (reports/extras.py)."""
+    """Of a stage that asks models itself; for other stages the pipeline asks base and result
+    (reports/extras.py)."""
     pictures: list[str] = field(default_factory=list)
     """Files in the stage's directory to show beside the curves."""
 
@@ -89,7 +91,8 @@ class Report:
 
 
 class Unhealthy(UserError):
-    """A stage found that it must not go on. What it measured is in `report`; its checkpoints stay where they are."""
+    """A stage found that it must not go on. What it measured is in `report`; its checkpoints stay where they
+    are."""
 
     def __init__(self, message: str, report: Report) -> None:
         super().__init__(message)
@@ -98,7 +101,8 @@ class Unhealthy(UserError):
 
 @dataclass
 class Workspace:
-    """A stage's place on disk. `inputs` maps the names of finished stages of this run to their directories."""
+    """A stage's place on disk. `inputs` maps the names of finished stages of this run to their
+    directories."""
 
     directory: Path
     seed: int = 1337
@@ -116,7 +120,8 @@ class Workspace:
         return MetricsLog(self.directory / "metrics.jsonl", self.reporting)
 
     def resolve(self, name: str) -> Path:
-        """The directory that an input names: a stage of this run, or a path. Raises UserError when there is none."""
+        """The directory that an input names: a stage of this run, or a path. Raises UserError when there is
+        none."""
         if name in self.inputs:
             return self.inputs[name]
         path = Path(name)

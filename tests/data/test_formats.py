@@ -1,4 +1,5 @@
-"""Others' formats: each gives back the conversation it was written from; nothing is guessed; what is broken is named."""
+"""Others' formats: each gives back the conversation it was written from; nothing is guessed; what is broken
+is named."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def dialogue_of(turns: list[tuple[str, str]]) -> Dialogue:
     return Dialogue.of([{"role": role, "content": text} for role, text in turns])  # type: ignore[typeddict-item]
 
 
-# ---- every format gives the same dialogue --------------------------------------------------------------------------
+# ---- every format gives the same dialogue ------------------------------------------------------------------
 
 
 def ours(talk: Dialogue) -> Row:
@@ -151,7 +152,7 @@ def test_through_files_and_the_hub(kind: str, tmp_path: Path, monkeypatch: pytes
     assert next(dialogues(spec)) == talks[0]
 
 
-# ---- nothing is guessed --------------------------------------------------------------------------------------------
+# ---- nothing is guessed ------------------------------------------------------------------------------------
 
 ASKED = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 BOTH = {"messages": ASKED, "instruction": "add", "output": "2"}
@@ -328,7 +329,7 @@ def test_text_is_written_to_files_as_before() -> None:
         )
 
 
-# ---- broken records ------------------------------------------------------------------------------------------------
+# ---- broken records ----------------------------------------------------------------------------------------
 
 
 def test_broken_records_are_named_or_counted(tmp_path: Path) -> None:
@@ -349,7 +350,7 @@ def test_broken_records_are_named_or_counted(tmp_path: Path) -> None:
     assert len(list(dialogues(str(tmp_path / "b.json"), faults=faults))) == 1 == faults.count
 
 
-# ---- comparisons ---------------------------------------------------------------------------------------------------
+# ---- comparisons -------------------------------------------------------------------------------------------
 
 WORDS = st.lists(PLAIN, min_size=2, max_size=2)
 PROMPT = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), PLAIN), min_size=1, max_size=3)

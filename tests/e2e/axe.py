@@ -1,7 +1,8 @@
-"""axe-core, the checker of accessibility: fetched from npm once, never from anywhere else, and kept in the cache.
+"""axe-core, the checker of accessibility: fetched from npm once, never from anywhere else, and kept in the
+cache.
 
-Its script is not ours to keep in the repository. A machine without npm or without a network skips the tests that need
-it, and says so; another file under the same version is an error.
+Its script is not ours to keep in the repository. A machine without npm or without a network skips the tests
+that need it, and says so; another file under the same version is an error.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def _fetch(package: Path) -> None:
 
 
 def findings(page: Any, script: str) -> list[str]:
-    """What is seriously wrong with the page as it stands. Scripts of a debugger are outside of the page's policy."""
+    """What is seriously wrong with the page as it stands. Scripts of a debugger are outside of the page's
+    policy."""
     if not page.evaluate("'axe' in window"):
         page.evaluate(script)
     return list(page.evaluate(RUN))

@@ -47,8 +47,9 @@ def browser() -> Iterator[Any]:
 
 @contextmanager
 def visiting(browser: Any, *urls: str, **settings: Any) -> Iterator[Any]:
-    """The chat page at the first of `urls`, at temperature 0. Whatever the browser complains about fails the test, and
-    so does a request to anybody else; `page.expected` lists parts of complaints that are meant to come."""
+    """The chat page at the first of `urls`, at temperature 0. Whatever the browser complains about fails the
+    test, and so does a request to anybody else; `page.expected` lists parts of complaints that are meant to
+    come."""
     context = browser.new_context(**settings)
     context.set_default_timeout(15_000)
     values = json.dumps({"temperature": 0, "max_tokens": 128})

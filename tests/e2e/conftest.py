@@ -1,4 +1,5 @@
-"""Fixtures of the browser tests: those of the serving side (tests/serve/serving.py), Chromium, and a page in it."""
+"""Fixtures of the browser tests: those of the serving side (tests/serve/serving.py), Chromium, and a page in
+it."""
 
 from __future__ import annotations
 

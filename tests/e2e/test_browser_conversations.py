@@ -29,7 +29,7 @@ from chatwright.language_model import LanguageModel
 
 pytestmark = needs_browser
 
-# ---- conversations -----------------------------------------------------------------------------------------------
+# ---- conversations -----------------------------------------------------------------------------------------
 
 
 def test_conversations_are_kept_and_have_addresses(page: Any) -> None:
@@ -138,7 +138,8 @@ def test_coming_by_a_link_from_elsewhere_keeps_the_conversations(page: Any, serv
 
 
 def test_a_restart_loses_nothing(browser: Any, tiny: TinyModel, tmp_path: Path) -> None:
-    """The same file under another server: what was said is there, and what was cut off says so and can go on."""
+    """The same file under another server: what was said is there, and what was cut off says so and can go
+    on."""
     store = str(tmp_path / "store.db")
     again = TinyModel(tiny.model, tiny.tokenizer)
     with run_server(again, store=store) as second:
@@ -165,7 +166,7 @@ def test_a_restart_loses_nothing(browser: Any, tiny: TinyModel, tmp_path: Path) 
             expect(answers(page)).to_have_text(DIALOGUES["hello"])
 
 
-# ---- answers -----------------------------------------------------------------------------------------------------
+# ---- answers -----------------------------------------------------------------------------------------------
 
 
 def test_regenerate_and_switch(page: Any) -> None:
@@ -283,7 +284,7 @@ def test_export(page: Any) -> None:
     assert line["messages"][1] == {"role": "assistant", "content": DIALOGUES["hello"]}
 
 
-# ---- models ------------------------------------------------------------------------------------------------------
+# ---- models ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

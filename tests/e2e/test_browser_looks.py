@@ -27,7 +27,7 @@ pytestmark = needs_browser
 PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
 
 
-# ---- tokens ------------------------------------------------------------------------------------------------------
+# ---- tokens ------------------------------------------------------------------------------------------------
 
 
 def test_token_probabilities_by_mouse(page: Any) -> None:
@@ -129,7 +129,7 @@ def test_what_is_unlikely_is_marked_without_colour(page: Any) -> None:
     )
 
 
-# ---- keyboard ----------------------------------------------------------------------------------------------------
+# ---- keyboard ----------------------------------------------------------------------------------------------
 
 
 def test_shortcuts(page: Any) -> None:
@@ -177,7 +177,7 @@ def test_dialogs_give_the_focus_back(page: Any) -> None:
     expect(settings).to_be_focused()
 
 
-# ---- colours and sizes -------------------------------------------------------------------------------------------
+# ---- colours and sizes -------------------------------------------------------------------------------------
 
 
 def background(page: Any) -> int:
@@ -269,7 +269,7 @@ def test_nothing_moves_for_those_who_want_that(browser: Any, server: Running) ->
         answered(page)
 
 
-# ---- axe ---------------------------------------------------------------------------------------------------------
+# ---- axe ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""The whole road in miniature, by its command line: own text, dialogues and ratings in; a model that chats out."""
+"""The whole road in miniature, by its command line: own text, dialogues and ratings in; a model that chats
+out."""
 
 from __future__ import annotations
 
@@ -40,9 +41,10 @@ stages:
     model: {{context: 64}}
     fit: {{steps: 160, batch_size: 8, compile: false, precision: fp32}}
   sft: {{fit: {{steps: 160, batch_size: 8, precision: fp32}}, optim: {{learning_rate: 0.004}}}}
-  reward: {{k: 4, max_tokens: 48, fit: {{steps: 80, batch_size: 4, precision: fp32}}, optim: {{learning_rate: 0.002}}}}
-  ppo: {{iterations: 4, batch_size: 16, minibatch_size: 8, max_prompt_tokens: 40, max_new_tokens: 18, min_tokens: 1,
-         min_correlation: 0.3, optim: {{learning_rate: 0.0005}}}}
+  reward: {{k: 4, max_tokens: 48, fit: {{steps: 80, batch_size: 4, precision: fp32}},
+           optim: {{learning_rate: 0.002}}}}
+  ppo: {{iterations: 4, batch_size: 16, minibatch_size: 8, max_prompt_tokens: 40, max_new_tokens: 18,
+         min_tokens: 1, min_correlation: 0.3, optim: {{learning_rate: 0.0005}}}}
   eval: {{prompts: 24, samples: 1, max_prompt_tokens: 40, max_new_tokens: 18}}
 """
 
@@ -227,7 +229,8 @@ def test_a_changed_setting_of_ppo_runs_ppo_and_eval_again(
 
 
 def test_ctrl_c_and_the_same_command_again(road: tuple[Path, str], recipe: Path, tmp_path: Path) -> None:
-    """SIGINT in the middle of pre-training; the second run ends with the model that an uninterrupted one makes."""
+    """SIGINT in the middle of pre-training; the second run ends with the model that an uninterrupted one
+    makes."""
     argv = [
         sys.executable,
         "-m",

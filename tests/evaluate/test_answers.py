@@ -7,20 +7,22 @@ import torch
 
 from chatwright.evaluate.answers import ENDED, LENGTH, REPEATS, per_prompt, repeats, side_by_side, turns
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.rl.rollout import Answers
+from chatwright.train.rl.rollout import Completions
 
 TOKENIZER = Tokenizer.train(["a b c d " * 20], 300)
 END = TOKENIZER.control_ids["<|end|>"]
 
 
-def answers(*texts: str, ended: tuple[bool, ...] = ()) -> Answers:
-    """Answers to prompts of one token."""
+def answers(*texts: str, ended: tuple[bool, ...] = ()) -> Completions:
+    """Completions to prompts of one token."""
     rows = [[5, *TOKENIZER.encode(text), END] for text in texts]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     real = torch.tensor([[n < len(row) for n in range(width)] for row in rows])
     response = real & (torch.arange(width) > 0)
-    return Answers(ids, real, response, torch.tensor(ended or [True] * len(texts)), torch.zeros(ids.shape))
+    return Completions(
+        ids, real, response, torch.tensor(ended or [True] * len(texts)), torch.zeros(ids.shape)
+    )
 
 
 def test_repeats() -> None:

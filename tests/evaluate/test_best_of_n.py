@@ -62,7 +62,7 @@ def test_wrong_estimators_show(wrong: str) -> None:
 
 
 def test_it_is_unbiased_whatever_the_number_of_answers() -> None:
-    """Answers with uniform scores: the best of n is n / (n + 1) on average, from 4 answers as from 16."""
+    """Completions with uniform scores: the best of n is n / (n + 1) on average, from 4 answers as from 16."""
     draw = torch.Generator().manual_seed(0)
     for size in (4, 16):
         scores = torch.rand(20_000, size, generator=draw)
@@ -79,7 +79,8 @@ def test_n_must_be_among_the_answers() -> None:
 
 
 def test_the_kl_of_many_equally_likely_answers() -> None:
-    """Exact KL of the best of n of M ranked answers: p(i) = ((i + 1)^n - i^n) / M^n. Near log n - (n - 1) / n, and below."""
+    """Exact KL of the best of n of M ranked answers: p(i) = ((i + 1)^n - i^n) / M^n. Near log n - (n - 1) /
+    n, and below."""
     for n in (1, 2, 4, 16):
         exact = sum(
             p * math.log(5000 * p) for i in range(5000) if (p := ((i + 1) / 5000) ** n - (i / 5000) ** n) > 0

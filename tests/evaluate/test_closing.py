@@ -1,4 +1,5 @@
-"""What a finished stage's report gets beside its measures: answers before and after, KL budget, cost, the paper's settings."""
+"""What a finished stage's report gets beside its measures: answers before and after, KL budget, cost, the
+paper's settings."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from chatwright.stages import ppo, pretrain, sft
 from chatwright.tokenizer import Tokenizer
 from chatwright.trackers import Reporting
 from chatwright.train.rl.outcome import kl_budget
-from chatwright.train.rl.rollout import prompts_from, sample_answers, texts_of
+from chatwright.train.rl.rollout import prompts_from, sample_completions, texts_of
 from chatwright.train.workspace import Measure, Report, Workspace
 
 TOKENIZER = Tokenizer.train(["love hate good bad the cat is " * 3], 300)
@@ -80,7 +81,7 @@ def test_base_and_result_answer_the_same_prompts_with_the_same_seeds(stage: Work
     assert [pair["prompt"] for pair in pairs] == [f"is the cat {n}?" for n in range(10)]
     places = {"before": stage.inputs["sft"], "after": stage.directory / "checkpoints" / "step-000003"}
     for number, (side, place) in enumerate(places.items()):
-        answers = sample_answers(
+        answers = sample_completions(
             load_parts(place).model,
             prompts,
             end=TOKENIZER.control_ids["<|end|>"],

@@ -23,7 +23,13 @@ from chatwright.stages import evaluate
 from chatwright.stages.evaluate import Config
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.rl.gold import sentiment
-from chatwright.train.rl.rollout import answer_log_probs, distinct, prompts_from, sample_answers, texts_of
+from chatwright.train.rl.rollout import (
+    completion_log_probs,
+    distinct,
+    prompts_from,
+    sample_completions,
+    texts_of,
+)
 from chatwright.train.workspace import Report, Workspace
 
 TOKENIZER = Tokenizer.train(["love hate good bad the cat is " * 3], 300)
@@ -104,14 +110,14 @@ def test_the_measures_are_those_of_the_answers(save: Save, data: Path, tmp_path:
     end = TOKENIZER.control_ids["<|end|>"]
     texts, golds = {}, {}
     for side, parts in (("before", reference), ("after", policy)):
-        answers = sample_answers(
+        answers = sample_completions(
             parts.model, prompts * 3, end=end, max_new_tokens=8, temperature=1.0, seed_parts=(5, "eval")
         )
         texts[side] = texts_of(answers, TOKENIZER)
         golds[side] = sentiment(texts[side])
     with torch.no_grad():
         own, base = (
-            answer_log_probs(parts.model, answers, temperature=1.0)[0] for parts in (policy, reference)
+            completion_log_probs(parts.model, answers, temperature=1.0)[0] for parts in (policy, reference)
         )
     measures = {measure.name: (measure.before, measure.after) for measure in report.measures}
     means = tuple(sum(golds[side]) / 30 for side in ("before", "after"))

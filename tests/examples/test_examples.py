@@ -39,7 +39,8 @@ def test_the_bandits_closed_form_is_the_best_there_is() -> None:
 
 @pytest.mark.parametrize("method", ["reinforce", "ppo"])
 def test_bandit(method: str) -> None:
-    """Within 0.01, which is sampling noise: some 100,000 pulls at the small rates of the end, with noise in what they pay."""
+    """Within 0.01, which is sampling noise: some 100,000 pulls at the small rates of the end, with noise in
+    what they pay."""
     exact, found = bandit.best(), bandit.learn(method)
     assert float((found.policy - exact.policy).abs().max()) < 0.01
     assert exact.earns - 1e-3 < found.earns <= exact.earns + 1e-6
@@ -58,7 +59,8 @@ def test_the_chains_equations() -> None:
 
 @pytest.mark.parametrize("method", ["reinforce", "ppo"])
 def test_chain(method: str) -> None:
-    """Within 0.01, which is sampling noise; PPO's critic within 0.002: near the best policy every walk's return is the same."""
+    """Within 0.01, which is sampling noise; PPO's critic within 0.002: near the best policy every walk's
+    return is the same."""
     values, right = chain.best()
     found = chain.learn(method)
     assert float((found.right - right).abs().max()) < 0.01

@@ -2,12 +2,13 @@
 
     python tests/faults/campaign.py --kills 30
 
-A process of `chatwright pretrain` that saves after nearly every step is killed with SIGKILL: at moments spread over its
-life (starting, resuming, training, measuring), and aimed into the writing of a checkpoint. The same command follows each
-time. After each kill every checkpoint on disk must pass its checksums; at the end weights, optimiser state, position in
-the data and rows of metrics must be those of the uninterrupted run, bit for bit (what a clock measures is left out).
-When a run ends before the kills are used up, another one begins. Moments come from a seed; where exactly a kill falls is
-the machine's affair, hence the table of what was found on disk.
+A process of `chatwright pretrain` that saves after nearly every step is killed with SIGKILL: at moments
+spread over its life (starting, resuming, training, measuring), and aimed into the writing of a checkpoint.
+The same command follows each time. After each kill every checkpoint on disk must pass its checksums; at the
+end weights, optimiser state, position in the data and rows of metrics must be those of the uninterrupted run,
+bit for bit (what a clock measures is left out). When a run ends before the kills are used up, another one
+begins. Moments come from a seed; where exactly a kill falls is the machine's affair, hence the table of what
+was found on disk.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def start(source: Path, out: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def contents(out: Path) -> dict[str, Any]:
-    """All that must be equal: every kept checkpoint's tensors and state, and the rows of metrics, without the clock's."""
+    """All that must be equal: every kept checkpoint's tensors and state, and the rows of metrics, without the
+    clock's."""
     found: dict[str, Any] = {}
     for one in checkpoint.checkpoints(out / "checkpoints"):
         for file in one.path.iterdir():

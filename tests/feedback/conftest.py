@@ -1,4 +1,5 @@
-"""Stores of every kind: in memory, in a file, and on a database server when CHATWRIGHT_TEST_DATABASE names one."""
+"""Stores of every kind: in memory, in a file, and on a database server when CHATWRIGHT_TEST_DATABASE names
+one."""
 
 from __future__ import annotations
 

@@ -7,11 +7,15 @@ import os
 import pytest
 
 DATABASE = os.environ.get("CHATWRIGHT_TEST_DATABASE", "")
-"""SQLAlchemy's URL of an empty database whose name has "test" in it: the tests drop the store's tables there."""
+"""SQLAlchemy's URL of an empty database whose name has "test" in it: the tests drop the store's tables there.
+"""
 SERVER = pytest.param(
     "server",
     marks=pytest.mark.skipif(
         not DATABASE,
-        reason="NO DATABASE SERVER: only SQLite is tested; CHATWRIGHT_TEST_DATABASE=postgresql+psycopg://... (docs/serving.md)",
+        reason=(
+            "NO DATABASE SERVER: only SQLite is tested; CHATWRIGHT_TEST_DATABASE=postgresql+psycopg://... "
+            "(docs/serving.md)"
+        ),
     ),
 )

@@ -18,7 +18,8 @@ MakeModel = Callable[..., GPT]
 
 @pytest.fixture(scope="session")
 def make_model() -> MakeModel:
-    """A preset with random weights everywhere (fresh models have zero output matrices: attention would not show)."""
+    """A preset with random weights everywhere (fresh models have zero output matrices: attention would not
+    show)."""
 
     def make(preset: str = "modern-nano", seed: int = 0, **changes: Any) -> GPT:
         state = torch.get_rng_state()
@@ -43,7 +44,8 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def make_chain(tokenizer: Tokenizer) -> Callable[[str], GPT]:
-    """A model that says a given text: after each byte (all must differ) the next one, after the last the end."""
+    """A model that says a given text: after each byte (all must differ) the next one, after the last the
+    end."""
 
     def make(text: str) -> GPT:
         ids = [*tokenizer.encode(text), tokenizer.end_of_text_id]

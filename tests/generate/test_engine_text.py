@@ -104,8 +104,8 @@ def test_any_bytes_and_stop_texts(data: bytes, stops: list[str], tokenizer: Toke
     whole = data.decode("utf-8", errors="replace")
     first = min((at for at in map(whole.find, stops) if at >= 0), default=len(whole))
     said = "".join(parts)
-    # A stop text ends the answer as soon as it is complete, so another one that began earlier but is longer may
-    # be cut short; apart from that everything before the first stop text is said.
+    # A stop text ends the answer as soon as it is complete, so another one that began earlier but is longer
+    # may be cut short; apart from that everything before the first stop text is said.
     assert whole.startswith(said)
     assert not any(stop in said for stop in stops)
     assert len(said) == first or (stopped and any(whole.startswith(stop, len(said)) for stop in stops))

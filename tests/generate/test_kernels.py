@@ -1,4 +1,5 @@
-"""The CPU kernels against plain torch: every path that this processor can run, every weight format, every kind of row."""
+"""The CPU kernels against plain torch: every path that this processor can run, every weight format, every
+kind of row."""
 
 from __future__ import annotations
 
@@ -52,11 +53,13 @@ SHAPES = {
     "relu2": {"activation": "relu2", "heads": 1, "kv_heads": 1, "head_dim": 40, "mlp_width": 100},
 }
 BOUND = {"fp32": 3e-5, "bf16": 2e-2, "int8": 0.4, "int4": 0.4}
-"""Largest distance of a logit, where logits spread by about 3. When sums are added in another order, a key or a value may fall to
-the other of two neighbouring bfloat16 numbers, and an activation, from the second block on, to the other of two whole ones; random
-weights make much of that. In a single block few sums come before a rounding: there most positions are held to the strict bound."""
+"""Largest distance of a logit, where logits spread by about 3. When sums are added in another order, a key or
+a value may fall to the other of two neighbouring bfloat16 numbers, and an activation, from the second block
+on, to the other of two whole ones; random weights make much of that. In a single block few sums come before a
+rounding: there most positions are held to the strict bound."""
 STRICT = {"fp32": 5e-5, "bf16": 5e-5, "int8": 4e-3, "int4": 5e-5}
-"""int8 has activations of 16 bits: so fine that sums in another order do not all fall to the same whole numbers."""
+"""int8 has activations of 16 bits: so fine that sums in another order do not all fall to the same whole
+numbers."""
 ROUNDED = 0.1
 """BOUND for bf16 where activations become bfloat16 as well."""
 
@@ -229,7 +232,8 @@ def test_logits_equal_plain_torch(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_company_and_threads_change_nothing(dtype: str, make_model: MakeModel) -> None:
-    """Sequences of many lengths in one call, each wanting other logits, against each alone; 1, 2 and 3 threads."""
+    """Sequences of many lengths in one call, each wanting other logits, against each alone; 1, 2 and 3
+    threads."""
     model = shape(make_model, "qwen")
     generator = torch.Generator().manual_seed(2)
     lengths, wanted = (1, 5, 17, 33, 2, 16), (1, 0, 3, 1, 2, 16)
@@ -250,7 +254,8 @@ def test_company_and_threads_change_nothing(dtype: str, make_model: MakeModel) -
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_nobody_asks_about_are_still_looked_at(dtype: str, make_model: MakeModel) -> None:
-    """The last block computes only what is asked for; keys and values are everybody's, in this call and in the next ones."""
+    """The last block computes only what is asked for; keys and values are everybody's, in this call and in
+    the next ones."""
     model = shape(make_model, "qwen", layers=2)
     ids = torch.randint(0, 512, (40,), generator=torch.Generator().manual_seed(4)).tolist()
     every = runner(model, dtype).forward([Feed(ids, 0, [0, 1, 2], 40)])
@@ -376,7 +381,8 @@ def _product(path, arena, matrix, x, x_stride, words, factors, sums, rows, out, 
 @pytest.mark.parametrize("path", paths.NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_equal_plain_torch(dtype: str, path: str, make_model: MakeModel) -> None:
-    """Every matrix of a layer and the output matrix, with biases, added to what is there or not, for few and many rows."""
+    """Every matrix of a layer and the output matrix, with biases, added to what is there or not, for few and
+    many rows."""
     if reason := missing(path):
         pytest.skip(reason)
     packed = packing.pack(shape(make_model, "gpt2"), dtype)
@@ -414,7 +420,8 @@ def test_products_equal_plain_torch(dtype: str, path: str, make_model: MakeModel
 
 
 def test_one_compilation_serves_every_model(make_model: MakeModel) -> None:
-    """What is compiled ahead is what then runs: other argument types would be compiled anew, ten seconds each."""
+    """What is compiled ahead is what then runs: other argument types would be compiled anew, ten seconds
+    each."""
     path = paths.typed(paths.choose())
     for dtype in DTYPES:
         runner(make_model(), dtype).forward([Feed([1, 2], 0, [0], 1)])
@@ -423,7 +430,8 @@ def test_one_compilation_serves_every_model(make_model: MakeModel) -> None:
 
 
 def test_compiled_code_counts_no_references() -> None:
-    """Two threads that count the same arrays in their loops wait for each other: a third of the time of a long prompt, once."""
+    """Two threads that count the same arrays in their loops wait for each other: a third of the time of a
+    long prompt, once."""
     attend = njit(**compiling._OPTIONS)(step._attend.py_func)
     whole, real = np.zeros(step.DIMS, np.int64), np.zeros(64, np.float32)
     attend(

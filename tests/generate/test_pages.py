@@ -56,7 +56,7 @@ def test_an_equal_page_is_taken_over_and_a_tail_grows() -> None:
     assert pool.users[first[0]] == 2
     assert pool.users[second[0]] == 0
     assert pool.available == 4
-    pool.doubt(second)  # what follows the 5 is not to be trusted
+    pool.invalidate(second)  # what follows the 5 is not to be trusted
     assert pool.match([1, 2, 3, 4, 5]).tokens == 4
 
 
@@ -122,7 +122,8 @@ class Sequences(RuleBasedStateMachine):
             while len(pages) < pool.needed(len(tokens)):
                 pages.append(pool.take())
         except OutOfPages:
-            # Where the copy had no page, the one that was held to be copied from may be free by now; nothing else.
+            # Where the copy had no page, the one that was held to be copied from may be free by now; nothing
+            # else.
             copying = match.source is not None and len(pages) == len(match.pages)
             assert set(pool._idle) <= ({match.source} if copying else set()) and not pool._free
             pool.release(pages)
@@ -151,7 +152,7 @@ class Sequences(RuleBasedStateMachine):
         text = data.draw(st.sampled_from(self.texts))
         self.texts.remove(text)
         if fails:
-            self.pool.doubt(text["pages"])
+            self.pool.invalidate(text["pages"])
         elif text["keep"]:
             text["pages"] = self.pool.learn(text["tokens"][: text["stored"]], text["pages"])
         self.pool.release(text["pages"])

@@ -1,4 +1,5 @@
-"""The scheduler's memory: prompts that begin alike are paid for once, budgets hold, and no answer shows any of it."""
+"""The scheduler's memory: prompts that begin alike are paid for once, budgets hold, and no answer shows any
+of it."""
 
 from __future__ import annotations
 

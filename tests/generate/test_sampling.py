@@ -113,7 +113,8 @@ def test_penalty_sees_the_tokens_drawn_so_far() -> None:
 
 
 def test_presence_frequency_and_bias_worked_by_hand() -> None:
-    # OpenAI: logit - count * frequency_penalty - (count > 0) * presence_penalty, counted in the answer; then the bias.
+    # OpenAI: logit - count * frequency_penalty - (count > 0) * presence_penalty, counted in the answer; then
+    # the bias.
     sampling = Sampling(
         presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 2.0, 1: -1.0}, temperature=0.5
     )
@@ -274,7 +275,8 @@ DRAWN = (
     "Sampling(temperature=0.0)",
     "Sampling(temperature=0.7, top_p=0.9, seed=1)",
     "Sampling(top_k=50, min_p=0.01, top_logprobs=5, seed=1)",
-    "Sampling(repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.5, logit_bias={3: 1.0}, seed=1)",
+    "Sampling(repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.5, logit_bias={3: 1.0}, "
+    "seed=1)",
 )
 
 
@@ -284,8 +286,9 @@ DRAWN = (
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("sampling", DRAWN)
 def test_no_other_thread_is_waked(sampling: str, alone: bool) -> None:
-    """The kernels' own threads need the processors (runtime.one_thread); MKL's would not keep to that. A process that never had
-    torch or MKL begin a second thread has none that waits. Without one_thread the same settings do begin some."""
+    """The kernels' own threads need the processors (runtime.one_thread); MKL's would not keep to that. A
+    process that never had torch or MKL begin a second thread has none that waits. Without one_thread the same
+    settings do begin some."""
     program = f"""
 import contextlib, os
 import torch

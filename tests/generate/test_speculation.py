@@ -23,7 +23,8 @@ MakeModel = Callable[..., GPT]
 
 
 def repeating(model: GPT, strength: float) -> GPT:
-    """Makes each of eight tokens in turn likelier after the one before: answers fall into loops, and out of them."""
+    """Makes each of eight tokens in turn likelier after the one before: answers fall into loops, and out of
+    them."""
     with torch.no_grad():
         ids = torch.arange(model.config.vocab_size)
         model.head.weight += strength * model.embed.weight[ids - ids % 8 + (ids - 1) % 8]

@@ -105,7 +105,8 @@ def test_without_memory_for_copies_answers_are_laid_out_anew(model: GPT, runner:
 
 
 def test_a_copy_is_of_all_pages_of_a_sequence(model: GPT, runner: TorchRunner) -> None:
-    """Two sequences with the same last page and different first ones, as no scheduler of ours would have them."""
+    """Two sequences with the same last page and different first ones, as no scheduler of ours would have
+    them."""
     runner.forward([Feed(A[:20], 0, [3, 1], 0), Feed(B[:16], 0, [4], 0)])
     runner.forward([Feed(A[20:21], 20, [3, 1])])
     mixed = Feed(A[21:22], 21, [4, 1])

@@ -23,7 +23,8 @@ TEXTS = (
     "don't 1234 stop!",
 )
 VOCAB = 331
-"""An odd number, larger than the tokenizer's: the table has rows without a token, as published models have."""
+"""An odd number, larger than the tokenizer's: the table has rows without a token, as published models have.
+"""
 
 LEARNED: dict[str, Any] = {"vocab_size": VOCAB, "context": 160, "layers": 2, "width": 64, "heads": 4}
 GATED: dict[str, Any] = {

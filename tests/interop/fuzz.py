@@ -2,10 +2,11 @@
 
     python tests/interop/fuzz.py --count 10000 --seed 0 [--kind gguf] [--only 1234]
 
-A case is a number: seed, kind and number make the same file each time. Cases run in a process of their own, with 3 GB
-of memory beyond what it has and five seconds of its processor's time. A case has failed when it raises anything but
-UserError, writes a UserError of several lines, dies, or takes more memory or time. Failures are printed with what is
-needed to see them again: `--only NUMBER --keep DIR` runs one alone, here, and leaves its files.
+A case is a number: seed, kind and number make the same file each time. Cases run in a process of their own,
+with 3 GB of memory beyond what it has and five seconds of its processor's time. A case has failed when it
+raises anything but UserError, writes a UserError of several lines, dies, or takes more memory or time.
+Failures are printed with what is needed to see them again: `--only NUMBER --keep DIR` runs one alone, here,
+and leaves its files.
 """
 
 from __future__ import annotations
@@ -200,7 +201,8 @@ def main() -> int:
             )
             seconds = time.monotonic() - start
             print(
-                f"{kind:12} {len(numbers):6} cases: {figures}; {seconds:.0f} s, slowest {result.slowest:.2f} s",
+                f"{kind:12} {len(numbers):6} cases: {figures}; {seconds:.0f} s, slowest "
+                f"{result.slowest:.2f} s",
                 flush=True,
             )
             for number, why in result.failures:

@@ -1,7 +1,7 @@
 """Damage, drawn from a generator of random numbers: the same seed, the same damage.
 
-Three levels: bytes that know nothing of their meaning, numbers written where a format keeps its lengths and offsets,
-and values changed in what JSON and GGUF spell out.
+Three levels: bytes that know nothing of their meaning, numbers written where a format keeps its lengths and
+offsets, and values changed in what JSON and GGUF spell out.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ ODD: tuple[Any, ...] = (
 
 
 def damage_bytes(random: Random, data: bytes, others: tuple[bytes, ...] = (), *, head: int = 0) -> bytes:
-    """One to four of: flipped bits, overwritten stretches, numbers, cuts, doubled, exchanged and foreign stretches.
+    """One to four of: flipped bits, overwritten stretches, numbers, cuts, doubled, exchanged and foreign
+    stretches.
 
     With `head`, half of the places lie among that many first bytes, where formats keep their structure.
     """
@@ -422,9 +423,12 @@ def _statement(random: Random, depth: int) -> str:
         case 3:
             return f"{{% set {random.choice('xy')} = {_expression(random)} %}}"
         case 4:
-            return f"{{% set ns.a = {random.choice(('ns.a + ns.a', '[ns.a, ns.a]', 'ns.a ~ ns.a', _expression(random)))} %}}"
+            doubled = random.choice(("ns.a + ns.a", "[ns.a, ns.a]", "ns.a ~ ns.a", _expression(random)))
+            return f"{{% set ns.a = {doubled} %}}"
         case 5:
-            return f"{{% macro m(x) %}}{inside}{random.choice(('{{ m(x) }}', ''))}{{% endmacro %}}{{{{ m({_expression(random)}) }}}}"
+            again = random.choice(("{{ m(x) }}", ""))
+            call = f"{{{{ m({_expression(random)}) }}}}"
+            return f"{{% macro m(x) %}}{inside}{again}{{% endmacro %}}{call}"
         case 6:
             return f"{{% set y %}}{inside}{{% endset %}}"
         case 7:

@@ -70,7 +70,8 @@ def _hf_tensors(values: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _gguf_parts(tokenizer: Tokenizer) -> tuple[dict[str, Any], list[tuple[str, list[int], int, int]], bytes]:
-    """Metadata, tensors (name, sizes with the innermost first, type, offset) and their bytes: a Llama, partly Q8_0."""
+    """Metadata, tensors (name, sizes with the innermost first, type, offset) and their bytes: a Llama, partly
+    Q8_0."""
     from gguf.quants import quantize
 
     tokens = [tokenizer.name(number) for number in range(tokenizer.vocab_size)]
@@ -254,7 +255,8 @@ class Specimens:
         return "chat_template.jinja", source.encode("utf-8", "surrogatepass"), random.choice(("own", "llama"))
 
     def _with(self, work: Path, model: str, name: str, content: bytes) -> Path:
-        """A copy of a model in which one file is another. Checkpoints lose their checksums, or all would end there."""
+        """A copy of a model in which one file is another. Checkpoints lose their checksums, or all would end
+        there."""
         for file in (self.place / model).iterdir():
             if file.name == "state.json":
                 (work / file.name).write_text(json.dumps(self.state))
@@ -267,7 +269,8 @@ class Specimens:
 
 
 def _strange_part(random: Random) -> tuple[str, Any]:
-    """A part of a tokenizer.json in its place, with settings that cost time or memory, or that do not fit each other."""
+    """A part of a tokenizer.json in its place, with settings that cost time or memory, or that do not fit
+    each other."""
     patterns = (
         "(a+)+$",
         "(x{1000}){1000}",

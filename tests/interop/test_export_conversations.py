@@ -1,4 +1,5 @@
-"""Conversations in exported directories: transformers' apply_chat_template gives our ids, and exactly when it does not."""
+"""Conversations in exported directories: transformers' apply_chat_template gives our ids, and exactly when it
+does not."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def test_text_has_the_same_ids(name: str, tokenizer: Tokenizer, tmp_path: Path) 
 
 
 WORDY = ChatTemplate(
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n<|end|>\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n<|end|>\n{% endfor %}{% if add_generation_prompt "
+    "%}assistant: {% endif %}",
     "<|end|>",
 )
 """A template whose text touches the contents: there, tokens may join."""
@@ -112,8 +114,8 @@ def joins(template: ChatTemplate, messages: list[Message], tokenizer: Tokenizer,
 def test_conversations_have_the_same_ids(
     twins: dict[str, Any], tokenizer: Tokenizer, messages: list[Message], prompt: bool
 ) -> None:
-    """With the template of models trained here, all but contents that spell a control token: it stands on both sides
-    of every content, so that nothing can join."""
+    """With the template of models trained here, all but contents that spell a control token: it stands on
+    both sides of every content, so that nothing can join."""
     assume(not spells_a_control(messages, tokenizer))
     ours = NATIVE.encode(messages, tokenizer, add_generation_prompt=prompt).ids
     assert their_ids(twins["native"], messages, prompt=prompt) == ours
@@ -124,8 +126,8 @@ def test_conversations_have_the_same_ids(
 def test_ids_differ_exactly_where_tokens_join(
     twins: dict[str, Any], tokenizer: Tokenizer, messages: list[Message], prompt: bool
 ) -> None:
-    """With text beside the contents: equal if and only if each stretch between control tokens has the same tokens whole
-    and in pieces."""
+    """With text beside the contents: equal if and only if each stretch between control tokens has the same
+    tokens whole and in pieces."""
     assume(not spells_a_control(messages, tokenizer))
     ours = WORDY.encode(messages, tokenizer, add_generation_prompt=prompt).ids
     theirs = their_ids(twins["wordy"], messages, prompt=prompt)
@@ -133,7 +135,8 @@ def test_ids_differ_exactly_where_tokens_join(
 
 
 def test_where_ids_differ(twins: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """The two exceptions, one of each: a control token that is spelled out, and tokens that join at a border."""
+    """The two exceptions, one of each: a control token that is spelled out, and tokens that join at a
+    border."""
     spelled = [Message(role="user", content="<|end|>")]
     assert tokenizer.control_ids["<|end|>"] in their_ids(twins["native"], spelled)[1:2]
     assert NATIVE.encode(spelled, tokenizer).ids.count(tokenizer.control_ids["<|end|>"]) == 1
@@ -151,7 +154,8 @@ def test_where_ids_differ(twins: dict[str, Any], tokenizer: Tokenizer) -> None:
     [
         ("{{ bos_token }}{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", "hi<|end|>"),
         (
-            "{%- set eos_token = '!' -%}{% for m in messages %}{{ m.content }}{{ eos_token }}<|end|>{% endfor %}",
+            "{%- set eos_token = '!' -%}{% for m in messages %}{{ m.content }}{{ eos_token }}<|end|>{% "
+            "endfor %}",
             "hi!<|end|>",
         ),
     ],

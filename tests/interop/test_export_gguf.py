@@ -51,7 +51,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "model.gguf"
 
 
-# ---- what is written -----------------------------------------------------------------------------------------------
+# ---- what is written ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CARRIED)
@@ -74,7 +74,8 @@ def test_read_back(name: str, tokenizer: Tokenizer, file: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "q8_0"])
 @torch.no_grad()
 def test_rounded(name: str, dtype: str, tokenizer: Tokenizer, file: Path) -> None:
-    """Each number is the nearest that the precision has, worked out here in another way than where it is written."""
+    """Each number is the nearest that the precision has, worked out here in another way than where it is
+    written."""
     notes = write_export(
         parts_of(CARRIED[name], tokenizer), file, form="gguf", dtype=dtype, verify=True, source="x"
     )[1]
@@ -146,7 +147,7 @@ def test_rotary_pairs_lie_side_by_side_for_llama_alone(tokenizer: Tokenizer, fil
         assert np.array_equal(stored[:6], own[order])
 
 
-# ---- how text is cut -----------------------------------------------------------------------------------------------
+# ---- how text is cut ---------------------------------------------------------------------------------------
 
 
 def test_the_pattern_is_qwen2s() -> None:
@@ -160,7 +161,10 @@ def test_the_pattern_is_qwen2s() -> None:
 @pytest.mark.parametrize(("digits", "name"), [(r"\p{N}", "qwen2"), (r"\p{N}{1,3}", "llama-bpe")])
 def test_the_published_spelling_is_known(digits: str, name: str, tokenizer: Tokenizer) -> None:
     """As it stands in the tokenizer.json of Qwen and Llama 3."""
-    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     split = pre_tokenizers.Split(tokenizers.Regex(pattern.replace("DIGITS", digits)), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -250,7 +254,7 @@ def test_a_word_of_the_models_own(tokenizer: Tokenizer, file: Path) -> None:
         export(replace(parts_of(SHAPES["qwen3"], tokenizer), tokenizer=Tokenizer(backend)), file)
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- what is refused ---------------------------------------------------------------------------------------
 
 
 REFUSED = [
@@ -296,7 +300,7 @@ def test_an_export_without_a_tokenizer_is_weights_alone(tokenizer: Tokenizer) ->
     assert not any(key.startswith("tokenizer") for key in plan_gguf(parts).values)
 
 
-# ---- the verb ------------------------------------------------------------------------------------------------------
+# ---- the verb ----------------------------------------------------------------------------------------------
 
 
 def test_the_verb(chat_dir: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:

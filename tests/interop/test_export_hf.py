@@ -51,7 +51,7 @@ def some_ids(tokens: int = 40) -> Tensor:
     return torch.randint(0, VOCAB, (2, tokens), generator=torch.Generator().manual_seed(1))
 
 
-# ---- the rules, backwards ------------------------------------------------------------------------------------------
+# ---- the rules, backwards ----------------------------------------------------------------------------------
 
 
 RULES = {
@@ -75,7 +75,8 @@ RULES = {
 def test_every_rule_can_be_undone(
     case: tuple[str, str], heads: int, share: int, half: int, columns: int, seed: int
 ) -> None:
-    """Theirs -> ours -> theirs and ours -> theirs -> ours are the identity, for every rule of every format."""
+    """Theirs -> ours -> theirs and ours -> theirs -> ours are the identity, for every rule of every
+    format."""
     config = GPTConfig(
         vocab_size=8,
         context=8,
@@ -113,7 +114,7 @@ def test_a_tensor_without_a_place() -> None:
         foreign(model, FAMILIES["llama"].rules)
 
 
-# ---- models --------------------------------------------------------------------------------------------------------
+# ---- models ------------------------------------------------------------------------------------------------
 
 
 SHAPES = {
@@ -173,7 +174,8 @@ def test_several_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_settings_for_old_and_new(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Transformers 5 reads rope_parameters and dtype, 4 and most other programs rope_theta and torch_dtype."""
+    """Transformers 5 reads rope_parameters and dtype, 4 and most other programs rope_theta and
+    torch_dtype."""
     values = json.loads(
         (export_hf(parts_of(SHAPES["llama-grouped"], tokenizer), tmp_path / "a") / "config.json").read_text()
     )
@@ -217,7 +219,7 @@ def test_transformers_stops_where_we_do(end: str, tokenizer: Tokenizer, tmp_path
     assert found[0].tolist() == [*prompt, number]
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- what is refused ---------------------------------------------------------------------------------------
 
 
 REFUSED = [
@@ -293,7 +295,7 @@ def test_config_is_json(values: dict[str, Any]) -> None:
     assert json.loads(json.dumps(values)) == values
 
 
-# ---- the verb ------------------------------------------------------------------------------------------------------
+# ---- the verb ----------------------------------------------------------------------------------------------
 
 
 def test_the_verb(chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -398,7 +400,7 @@ def test_a_disk_that_is_full(
     assert before == (target.read_bytes() if form == "gguf" else (target / "model.safetensors").read_bytes())
 
 
-# ---- a model that people use ---------------------------------------------------------------------------------------
+# ---- a model that people use -------------------------------------------------------------------------------
 
 
 @pytest.mark.smollm2

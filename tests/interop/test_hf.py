@@ -107,7 +107,8 @@ def test_loading_copies(llama: Path) -> None:
 
 
 def test_no_transformers_and_no_algebra(llama: Path) -> None:
-    """Reading a model imports neither transformers nor (through torch's meta device) sympy: seconds of waiting."""
+    """Reading a model imports neither transformers nor (through torch's meta device) sympy: seconds of
+    waiting."""
     code = "import sys; from chatwright.interop.hf import load_hf; load_hf(sys.argv[1]); "
     code += "print([name for name in ('transformers', 'sympy', 'huggingface_hub') if name in sys.modules])"
     done = run([sys.executable, "-c", code, str(llama)], capture_output=True, text=True, check=True)

@@ -1,7 +1,7 @@
 """K-quants: blocks of 256 numbers, read out of a file and compared with their layout written out by hand.
 
-The library reads these kinds but does not write them, so that the blocks here are random bits under sane scales. The
-layouts are those of llama.cpp's ggml-common.h.
+The library reads these kinds but does not write them, so that the blocks here are random bits under sane
+scales. The layouts are those of llama.cpp's ggml-common.h.
 """
 
 from __future__ import annotations

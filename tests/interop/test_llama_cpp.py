@@ -1,9 +1,10 @@
-"""Exports in GGUF, run by llama.cpp itself: the same tokens of a text, the same logits, the same greedy continuations.
+"""Exports in GGUF, run by llama.cpp itself: the same tokens of a text, the same logits, the same greedy
+continuations.
 
-In f32 llama.cpp must choose our tokens, all of them. With weights in bf16 or q8_0 it rounds activations as well, to the
-same precision, before it multiplies; so the rule there is: fed with our own continuation, it may prefer another token
-at a position only where our logits of the two lie closer together than NOISE, which also bounds how far any of its
-logits is from ours.
+In f32 llama.cpp must choose our tokens, all of them. With weights in bf16 or q8_0 it rounds activations as
+well, to the same precision, before it multiplies; so the rule there is: fed with our own continuation, it may
+prefer another token at a position only where our logits of the two lie closer together than NOISE, which also
+bounds how far any of its logits is from ours.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ try:
     import llama_cpp
 except ImportError as error:
     pytest.skip(
-        f"llama-cpp-python is not installed ({error}): what llama.cpp makes of our GGUF files is NOT covered here; "
+        f"llama-cpp-python is not installed ({error}): what llama.cpp makes of our GGUF files is NOT "
+        "covered here; "
         "`make peers` installs it",
         allow_module_level=True,
     )
@@ -59,11 +61,11 @@ PROMPTS = [
 ]
 CARRIED = [name for name, shape in SHAPES.items() if shape.pre_norm and shape.activation != "gelu"]
 EXACT = {"gpt2": 5e-3}
-"""Largest difference between logits in f32 (their deviation is about one). llama.cpp looks GELU up in a table of
-16-bit numbers; the other families add the same numbers in another order."""
+"""Largest difference between logits in f32 (their deviation is about one). llama.cpp looks GELU up in a table
+of 16-bit numbers; the other families add the same numbers in another order."""
 NOISE = {"bf16": 0.15, "q8_0": 0.5}
-"""Seen, with logits of deviation 1.3: differences up to 0.09 and 0.32; another token first at 1 and 4 % of the positions,
-where ours were at most 0.03 and 0.19 apart."""
+"""Seen, with logits of deviation 1.3: differences up to 0.09 and 0.32; another token first at 1 and 4 % of
+the positions, where ours were at most 0.03 and 0.19 apart."""
 
 
 @contextmanager
@@ -169,12 +171,12 @@ def test_in_fewer_bits(name: str, dtype: str, tokenizer: Tokenizer, tmp_path: Pa
     assert other <= 0.1 * positions
 
 
-# ---- tokens --------------------------------------------------------------------------------------------------------
+# ---- tokens ------------------------------------------------------------------------------------------------
 
 
 def revealing(pre: str) -> Tokenizer:
-    """A tokenizer that shows by its tokens where text was cut: it joins every pair of neighbouring bytes of the kinds
-    below, if they were not cut apart."""
+    """A tokenizer that shows by its tokens where text was cut: it joins every pair of neighbouring bytes of
+    the kinds below, if they were not cut apart."""
     spelling = {byte: character for character, byte in byte_alphabet().items()}
     plain = [spelling[byte] for byte in b"a1. \n'<s\r\t"]
     first = [spelling[byte] for byte in range(0xC2, 0xF5)]  # of a character of several bytes
@@ -211,8 +213,8 @@ def cutting(
 
 
 def old(character: str) -> bool:
-    """Whether Unicode 3.2 knows it. Of later letters one library may not have heard: all those of Unicode 14 agree in
-    the versions that we have, those of Unicode 15 and 16 do not."""
+    """Whether Unicode 3.2 knows it. Of later letters one library may not have heard: all those of Unicode 14
+    agree in the versions that we have, those of Unicode 15 and 16 do not."""
     return unicodedata.ucd_3_2_0.category(character) not in ("Cn", "Cs", "Co")
 
 

@@ -1,4 +1,5 @@
-"""Adapters in PEFT's format: the same logits there and here, both ways, and files that are not what they say are refused."""
+"""Adapters in PEFT's format: the same logits there and here, both ways, and files that are not what they say
+are refused."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def peft() -> Any:
 
 @contextmanager
 def old_names() -> Iterator[None]:
-    """PEFT asks transformers for what has new names there. All other warnings, of missing and unexpected keys, stay errors."""
+    """PEFT asks transformers for what has new names there. All other warnings, of missing and unexpected
+    keys, stay errors."""
     with warnings.catch_warnings():
         for kind in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=kind)
@@ -85,7 +87,7 @@ def reloaded(directory: Path, kind: str) -> GPT:
     return model
 
 
-# ---- parity --------------------------------------------------------------------------------------------------------
+# ---- parity ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,7 +167,7 @@ def test_what_peft_writes_we_compute(peft: Any, name: str, tokenizer: Tokenizer,
         assert adapters_of(model)["blocks.0.mlp.up"].config.scale == 3 / 4
 
 
-# ---- there and back ------------------------------------------------------------------------------------------------
+# ---- there and back ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,7 +187,8 @@ def test_there_and_back_is_the_same_adapter(kind: str, targets: tuple[str, ...],
 
 
 def test_one_a_for_the_three_stays_one(tmp_path: Path) -> None:
-    """An adapter of a fused layer, read and written: the rank does not grow while the copies of A are equal."""
+    """An adapter of a fused layer, read and written: the rank does not grow while the copies of A are
+    equal."""
     model = adapted("gpt2", LoRAConfig(rank=2))
     with torch.no_grad():
         for block in model.blocks:
@@ -246,7 +249,7 @@ def test_several_are_read_into_one_model_and_switched(tmp_path: Path) -> None:
         assert torch.equal(logits(model), wanted[name])
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- what is refused ---------------------------------------------------------------------------------------
 
 
 def with_settings(directory: Path, **changes: Any) -> None:
@@ -403,7 +406,10 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
         '{"transformer.h.0.attn.c_attn": {"query": 9}}',
         '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 8}}',
         '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 9}}',
-        '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 3, "blocks.0.attention.key": 2, "blocks.0.attention.value": 4}}',
+        (
+            '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 3, "blocks.0.attention.key": 2, '
+            '"blocks.0.attention.value": 4}}'
+        ),
         '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": -1, "blocks.0.attention.key": 10}}',
     ],
 )
@@ -432,7 +438,7 @@ def test_an_adapter_of_the_bare_model_is_read(tmp_path: Path) -> None:
     assert torch.equal(logits(reloaded(tmp_path / "a", "llama")), logits(adapted("llama")))
 
 
-# ---- by name -------------------------------------------------------------------------------------------------------
+# ---- by name -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

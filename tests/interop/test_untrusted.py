@@ -1,4 +1,5 @@
-"""Model files that lie: each lie is found before memory is taken or time is spent for it, and named in one line."""
+"""Model files that lie: each lie is found before memory is taken or time is spent for it, and named in one
+line."""
 
 from __future__ import annotations
 
@@ -200,7 +201,8 @@ PARTS: list[tuple[str, Any, str]] = [
 def test_parts_of_tokenizers(
     place: str, part: Any, message: str, small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """Damaged, the first of these would end the process; the others make texts longer without end, or huge tables."""
+    """Damaged, the first of these would end the process; the others make texts longer without end, or huge
+    tables."""
     content = json.loads(small_tokenizer.to_json())
     (tmp_path / "tokenizer.json").write_text(json.dumps({**content, place: part}))
     with pytest.raises(UserError) as caught:

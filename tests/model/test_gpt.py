@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -13,16 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from chatwright.config import UserError
+from chatwright.model.attention import blocked_attention
 from chatwright.model.cache import KVCache
+from chatwright.model.compile_friendly import gelu_sigmoid, make_compile_friendly
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import (
     GPT,
     MLP,
     LayerNorm,
     RMSNorm,
-    gelu_written_out,
-    token_positions,
 )
+from chatwright.model.inputs import token_positions
 from chatwright.model.rotary import rotary_angles, rotate, sinusoids
 
 TOLERANCE = 1e-5  # float32, logits of order one, the same model on the same numbers in another arrangement
@@ -46,7 +48,8 @@ CONFIGS: dict[str, GPTConfig] = {
 
 
 def make(config: GPTConfig, seed: int = 0) -> GPT:
-    """A model whose every parameter is random: norms and biases that are not 1 and 0, no block that is the identity."""
+    """A model whose every parameter is random: norms and biases that are not 1 and 0, no block that is the
+    identity."""
     model = GPT(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -392,9 +395,9 @@ def test_too_long() -> None:
         model(some_ids(1, 5), cache=cache)
 
 
-def test_gelu_written_out_is_gelu() -> None:
+def test_gelu_by_sigmoid_is_gelu() -> None:
     x = torch.linspace(-12, 12, 4_001, requires_grad=True)
-    found, wanted = gelu_written_out(x), torch.nn.functional.gelu(x, approximate="tanh")
+    found, wanted = gelu_sigmoid(x), torch.nn.functional.gelu(x, approximate="tanh")
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
     slopes = [torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in (found, wanted)]
     torch.testing.assert_close(slopes[0], slopes[1], atol=2e-6, rtol=1e-6)
@@ -404,15 +407,17 @@ def test_gelu_written_out_is_gelu() -> None:
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "modern-nano"])
-def test_a_model_written_out_gives_the_same_logits(preset: str) -> None:
+def test_compile_friendly_forms_give_the_same_logits(preset: str) -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig.preset(preset, layers=2, width=64, heads=2, vocab_size=96, context=48)).eval()
     ids = torch.randint(96, (2, 48))
     slopes, logits = [], []
-    for written_out in (False, True):
-        if written_out:
-            model.write_out()
-            assert all(block.mlp.written_out for block in model.blocks) and model.embed.written_out
+    for friendly in (False, True):
+        if friendly:
+            make_compile_friendly(model)
+            looked_up = model.embed(ids).grad_fn
+            assert looked_up is not None and looked_up.name() == "_LookUpBackward"
+            assert all(block.attention.kernel is blocked_attention for block in model.blocks)
         model.zero_grad()
         logits.append(model(ids))
         (logits[-1] * torch.linspace(-1, 1, 96)).sum().backward()
@@ -420,3 +425,13 @@ def test_a_model_written_out_gives_the_same_logits(preset: str) -> None:
     torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
     for name, slope in slopes[0].items():  # those of the tables too, whose rows occur more than once
         torch.testing.assert_close(slopes[1][name], slope, atol=1e-4, rtol=1e-4)
+
+
+def test_a_copy_of_a_compile_friendly_model_looks_up_its_own_tables() -> None:
+    model = make(CONFIGS["post-norm, learned"])
+    make_compile_friendly(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.embed.weight.zero_()
+    ids = some_ids(1, 5)
+    assert not other.embed(ids).any() and bool(model.embed(ids).any())

@@ -27,7 +27,7 @@ WEIGHTS = torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(2))
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """22 real tokens are then filled up to 24, of 36 places."""
-    monkeypatch.setattr(ragged, "LEAST", FEW)
+    monkeypatch.setattr(ragged, "SMALLEST_BUCKET", FEW)
 
 
 def shaped(preset: str, **values: Any) -> GPT:
@@ -79,7 +79,7 @@ def test_hidden_states_and_gradients_are_those_of_each_row_alone(
 ) -> None:
     model = shaped(preset)
     model.use_attention(kernel)
-    model.recompute = recompute
+    model.activation_checkpointing = recompute
     alone = one_by_one(model)
     expected = gradients(model, sum((h * WEIGHTS[row, : len(h)]).sum() for row, h in enumerate(alone)))  # type: ignore[arg-type]
     with counted(model) as calls:
@@ -124,9 +124,9 @@ def test_hidden_states_and_gradients_at_some_places_are_those_of_all(
     recompute: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ragged, "LEAST", least)  # 6 places and fillers beside them
+    monkeypatch.setattr(ragged, "SMALLEST_BUCKET", least)  # 6 places and fillers beside them
     model = shaped(preset)
-    model.recompute = recompute
+    model.activation_checkpointing = recompute
     places = torch.tensor(
         [2, 4, 9 + 8, 18 + 8, 27 + 6] if kind == "padded on the left" else [0, 4, 9 + 3, 9 + 8, 18, 27 + 6]
     )
@@ -159,10 +159,10 @@ def test_places_of_ever_new_numbers_are_computed_in_few_sizes() -> None:
 
 def test_fillers_are_an_eighth_at_most_and_sizes_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    numbers = {count: len(ragged.filled_up(torch.arange(count), 0)) for count in range(512, 1025)}
+    numbers = {count: len(ragged.pad_to_bucket(torch.arange(count), 0)) for count in range(512, 1025)}
     assert set(numbers.values()) == set(range(512, 1025, 64))
     assert all(count <= size < 1.125 * count for count, size in numbers.items())
-    assert [len(ragged.filled_up(torch.arange(count), 0)) for count in (1, 16, 17, 300, 5_000)] == [
+    assert [len(ragged.pad_to_bucket(torch.arange(count), 0)) for count in (1, 16, 17, 300, 5_000)] == [
         16,
         16,
         32,
@@ -215,16 +215,16 @@ def test_lengths_and_what_says_otherwise_are_refused(other: str) -> None:
 
 
 def test_places() -> None:
-    found = Ragged.of(torch.tensor([2, 0, 3]), 4)
-    assert found.places.tolist() == [0, 1, 8, 9, 10, 12, 12, 12]
-    assert found.columns[0, :5].tolist() == [0, 1, 0, 1, 2]
+    found = Ragged.from_lengths(torch.tensor([2, 0, 3]), 4)
+    assert found.indices.tolist() == [0, 1, 8, 9, 10, 12, 12, 12]
+    assert found.positions[0, :5].tolist() == [0, 1, 0, 1, 2]
     ids = torch.arange(12).view(3, 4)
-    assert found.taken(ids)[0, :5].tolist() == [0, 1, 8, 9, 10]
-    back = found.put_back(found.taken(ids)[..., None].float() + 1)[..., 0]
+    assert found.unpad(ids)[0, :5].tolist() == [0, 1, 8, 9, 10]
+    back = found.pad(found.unpad(ids)[..., None].float() + 1)[..., 0]
     assert back.tolist() == [[1, 2, 0, 0], [0, 0, 0, 0], [9, 10, 11, 0]]
 
 
 def test_it_never_computes_more_than_padded_rows_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ragged, "LEAST", 128)
-    assert len(Ragged.of(torch.tensor([2, 0, 3]), 4).places) == 12
-    assert len(Ragged.of(torch.tensor([40, 70]), 72).places) == 128
+    monkeypatch.setattr(ragged, "SMALLEST_BUCKET", 128)
+    assert len(Ragged.from_lengths(torch.tensor([2, 0, 3]), 4).indices) == 12
+    assert len(Ragged.from_lengths(torch.tensor([40, 70]), 72).indices) == 128

@@ -1,4 +1,5 @@
-"""Policy-gradient objectives against values worked by hand; after each, wrong variants that must not give the value."""
+"""Policy-gradient objectives against values worked by hand; after each, wrong variants that must not give the
+value."""
 
 from __future__ import annotations
 
@@ -74,8 +75,8 @@ def test_whitened_values_have_mean_zero_and_variance_one(row: list[float]) -> No
     assert float(white.var(correction=0)) == pytest.approx(1, abs=1e-6)
 
 
-# Advantages, discount 0.5, lambda 0.5. First row: prompt, prompt, three answer tokens, padding. Second row: prompt, two
-# answer tokens, padding. Numbers outside the answers (4, 7, 9) must not matter.
+# Advantages, discount 0.5, lambda 0.5. First row: prompt, prompt, three answer tokens, padding. Second row:
+# prompt, two answer tokens, padding. Numbers outside the answers (4, 7, 9) must not matter.
 REWARDS = torch.tensor([[9.0, 9.0, 1.0, 0.0, 2.0, 9.0], [7.0, 0.0, 1.0, 7.0, 7.0, 7.0]])
 CRITIC = torch.tensor([[9.0, 9.0, 0.5, 1.0, 0.25, 4.0], [7.0, 2.0, 3.0, 4.0, 4.0, 4.0]])
 ANSWER = torch.tensor([[False, False, True, True, True, False], [False, True, True, False, False, False]])
@@ -92,7 +93,8 @@ def test_generalized_advantages() -> None:
 
 
 def _gae(*, bootstrap: bool = False, leak: bool = False, discount: float = 0.5, lam: float = 0.5) -> Tensor:
-    """Advantages with a choice of mistakes: the value after the end used, or the sum carried across the mask's end."""
+    """Advantages with a choice of mistakes: the value after the end used, or the sum carried across the
+    mask's end."""
     result = torch.zeros_like(REWARDS)
     following = torch.zeros(2)
     for t in reversed(range(6)):
@@ -365,10 +367,10 @@ def test_explained_variance_of_too_little_is_zero() -> None:
     assert policy.explained_variance(torch.zeros(1, 2), torch.ones(1, 2), both) == 0.0
 
 
-# ---- REINFORCE ------------------------------------------------------------------------------------------------------
+# ---- REINFORCE ---------------------------------------------------------------------------------------------
 
-# Two prompts with three answers each. Mean of all six: 2. Means of the others: first row (2 + 6) / 2 = 4, (1 + 6) / 2 = 3.5,
-# (1 + 2) / 2 = 1.5; second row (0 + 0) / 2 = 0, (3 + 0) / 2 = 1.5 twice.
+# Two prompts with three answers each. Mean of all six: 2. Means of the others: first row (2 + 6) / 2 = 4, (1
+# + 6) / 2 = 3.5, (1 + 2) / 2 = 1.5; second row (0 + 0) / 2 = 0, (3 + 0) / 2 = 1.5 twice.
 GAINS = torch.tensor([[1.0, 2.0, 6.0], [3.0, 0.0, 0.0]])
 ADVANTAGE = {
     "mean": torch.tensor([[-1.0, 0.0, 4.0], [1.0, -2.0, -2.0]]),
@@ -380,7 +382,8 @@ ADVANTAGE = {
 @pytest.mark.parametrize("baseline", list(ADVANTAGE))
 def test_baselines_of_reinforce(baseline: policy.Baseline) -> None:
     close(policy.reinforce_advantages(GAINS, baseline=baseline), ADVANTAGE[baseline])
-    # mean of squares less square of the mean: 26 / 6; for leave-one-out 45 / 6 with mean 0; for none 50 / 6 - 4
+    # mean of squares less square of the mean: 26 / 6; for leave-one-out 45 / 6 with mean 0; for none 50 / 6 -
+    # 4
     deviation = {"mean": math.sqrt(26 / 6), "leave-one-out": math.sqrt(45 / 6), "none": math.sqrt(26 / 6)}[
         baseline
     ]
@@ -407,7 +410,8 @@ def test_leave_one_out_needs_others() -> None:
     )  # no deviation, no division by 0
 
 
-# Two answers, of two and of one token (log-probabilities -1, -2 and -0.5; the rest is padding): -(2 x -3 + -4 x -0.5) / 2 = 2
+# Two answers, of two and of one token (log-probabilities -1, -2 and -0.5; the rest is padding): -(2 x -3 + -4
+# x -0.5) / 2 = 2
 SPOKEN = torch.tensor([[-1.0, -2.0, -7.0], [-0.5, -7.0, -7.0]])
 SAID = torch.tensor([[True, True, False], [True, False, False]])
 WORTH = torch.tensor([2.0, -4.0])
@@ -441,7 +445,8 @@ def test_wrong_reinforce_losses_show(wrong: str) -> None:
 
 @pytest.mark.parametrize("baseline", ["mean", "leave-one-out", "none"])
 def test_the_expected_gradient_is_that_of_the_expected_return(baseline: policy.Baseline) -> None:
-    """All 3^4 batches of two prompts with two answers each, weighted by their probability: no sampling error is left."""
+    """All 3^4 batches of two prompts with two answers each, weighted by their probability: no sampling error
+    is left."""
     logits = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64, requires_grad=True)
     worth = torch.tensor([1.0, 3.0, -2.0], dtype=torch.float64)
     (exact,) = torch.autograd.grad((logits.softmax(0) * worth).sum(), logits)

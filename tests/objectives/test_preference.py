@@ -80,8 +80,8 @@ def test_pairs_closer_than_the_margin_are_ties() -> None:
     assert loss([[5.0, 0.0]], [[1.0, 0.5]], tie_tolerance=0.5) == 0.0  # exactly the margin is a tie
 
 
-# Llama 2's margin: each pair must lead by half the difference of its labels. Differences of scores 1 and 2, of labels 1 and 1:
-# (ln(1 + e^-(1 - 0.5)) + ln(1 + e^-(2 - 0.5))) / 2 = (0.474077 + 0.201413) / 2
+# Llama 2's margin: each pair must lead by half the difference of its labels. Differences of scores 1 and 2,
+# of labels 1 and 1: (ln(1 + e^-(1 - 0.5)) + ln(1 + e^-(2 - 0.5))) / 2 = (0.474077 + 0.201413) / 2
 LEAD = 0.5 * (LABELS[:, :, None] - LABELS[:, None, :])
 LED = (0.474077 + 0.201413) / 2
 
@@ -171,7 +171,7 @@ def test_the_hand_value_tells_wrong_accuracies(compare: Callable[[Tensor], Tenso
     assert float(compare(difference)[preferred_pairs(ACCURACY_LABELS)].sum()) != 2.5
 
 
-# ---- ties that are won by half ---------------------------------------------------------------------------------------
+# ---- ties that are won by half -----------------------------------------------------------------------------
 
 # The scores and labels of the beginning, differences 1, 2 and, of the tie, 1. C(3, 2) = 3 pairs:
 # (ln(1 + e^-1) + ln(1 + e^-2) + (ln(1 + e^-1) + ln(1 + e^1)) / 2) / 3 = (0.313262 + 0.126928 + 0.813262) / 3
@@ -229,7 +229,7 @@ def test_padding_ties_with_nothing_and_a_lead_does_not_reach_it() -> None:
         assert float(loss.detach()) == pytest.approx(expected, abs=1e-6)
 
 
-# ---- classes ---------------------------------------------------------------------------------------------------------
+# ---- classes -----------------------------------------------------------------------------------------------
 
 # ln(1 + e^-2) + ln(1 + e^-1) + ln(1 + e^0.5) = 0.126928 + 0.313262 + 0.974077
 TEXT_SCORES, GOOD = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([True, False, False])

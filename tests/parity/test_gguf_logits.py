@@ -1,7 +1,7 @@
 """GGUF files written here, read by us and by transformers: same numbers out of the same file.
 
-The files are laid out as llama.cpp's converter does it: Llama's queries and keys with rotary pairs side by side, GPT-2's
-three in one, linear layers (outputs, inputs).
+The files are laid out as llama.cpp's converter does it: Llama's queries and keys with rotary pairs side by
+side, GPT-2's three in one, linear layers (outputs, inputs).
 """
 
 from __future__ import annotations

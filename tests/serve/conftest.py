@@ -1,4 +1,5 @@
-"""Fixtures of the serving side; they live in serving.py, which the browser test uses as well, and in tooling.py."""
+"""Fixtures of the serving side; they live in serving.py, which the browser test uses as well, and in
+tooling.py."""
 
 from __future__ import annotations
 

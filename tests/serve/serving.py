@@ -20,7 +20,10 @@ from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
 
-MARKDOWN = "Look: **bold** <script>window.hacked=1</script> <img src=x onerror=alert(1)> [a](javascript:alert(1))\n\n```python\nx = 1\n```"
+MARKDOWN = (
+    "Look: **bold** <script>window.hacked=1</script> <img src=x onerror=alert(1)> "
+    "[a](javascript:alert(1))\n\n```python\nx = 1\n```"
+)
 ESCAPES = "red \x1b[31m[bold]not markup[/bold]\x07 end"
 STORY = "Once upon a time there was a small model. " * 6
 DIALOGUES = {
@@ -35,7 +38,8 @@ DIALOGUES = {
 
 
 class GatedEngine(Engine):
-    """An engine that a test can hold still between two steps: no test needs to guess how long something takes."""
+    """An engine that a test can hold still between two steps: no test needs to guess how long something
+    takes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -146,7 +150,8 @@ class Running:
 def run_server(
     model: TinyModel, *, loader: Callable[[Any], LanguageModel] | None = None, **settings: Any
 ) -> Iterator[Running]:
-    """`chatwright serve` in a thread: the real application, uvicorn and a real port. `loader` makes further models."""
+    """`chatwright serve` in a thread: the real application, uvicorn and a real port. `loader` makes further
+    models."""
     from chatwright.commands.serve import ServeConfig, build_app, listen, make_pool, make_server
 
     listener = listen("127.0.0.1", 0)
@@ -161,13 +166,13 @@ def run_server(
         yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", model, app)
     finally:
         server.should_exit = True
-        thread.join(
-            3
-        )  # what is held and outlasts the draining is interrupted; released before, it might come to its end instead
+        # An answer that is held through the draining is interrupted; released before, it might end by itself.
+        thread.join(3)
         model.engine.allow(float("inf"))
         thread.join(20)
         listener.close()
-        # Clients of libraries leave their sockets to the garbage collector, which would complain in whichever test it runs.
+        # Clients of libraries leave their sockets to the garbage collector, which would complain in whichever
+        # test it runs.
         with warnings.catch_warnings(action="ignore", category=ResourceWarning):
             gc.collect()
         assert not thread.is_alive(), "the server did not stop"

@@ -169,7 +169,8 @@ def test_no_text_is_logged(logged: Running, log: Path) -> None:
 
 
 def test_answers_on_the_page_are_counted(tiny: TinyModel, log: Path) -> None:
-    """The line of the request that asked for the answer has what a line of the interface has, once the answer is there."""
+    """The line of the request that asked for the answer has what a line of the interface has, once the answer
+    is there."""
     with run_server(tiny, access_log=str(log), log_prompts=True) as server, Person(server.url) as person:
         usage = post(server).json()["usage"]
         first = person.begin("hello")
@@ -240,7 +241,7 @@ def test_a_client_that_leaves(
     assert 0 < line["completion_tokens"] <= 6
 
 
-# ---- the file ------------------------------------------------------------------------------------------------------
+# ---- the file ----------------------------------------------------------------------------------------------
 
 
 def test_a_log_that_cannot_be_opened_is_said_at_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Answers over HTTP: going on, coming to nothing, other models, probabilities."""
+"""Completions over HTTP: going on, coming to nothing, other models, probabilities."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Programs that people point at such a server: LangChain, the command line program `llm`, and schemathesis, which sends
-whatever the server's own OpenAPI document allows, and more."""
+"""Programs that people point at such a server: LangChain, the command line program `llm`, and schemathesis,
+which sends whatever the server's own OpenAPI document allows, and more."""
 
 from __future__ import annotations
 

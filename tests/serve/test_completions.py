@@ -239,7 +239,7 @@ def test_embeddings(client: openai.OpenAI, server: Running) -> None:
         client.embeddings.create(model="other", input="x")
 
 
-class Gate:
+class DrainMiddleware:
     """Stands in for a method of a model: it waits to be opened, and counts how often it was called."""
 
     def __init__(self, real: Callable[..., Any]) -> None:
@@ -266,7 +266,7 @@ def test_what_nobody_waits_for_is_not_computed(
     method: str,
     body: dict[str, Any],
 ) -> None:
-    gate = Gate(getattr(server.model, method))
+    gate = DrainMiddleware(getattr(server.model, method))
     monkeypatch.setattr(server.model, method, gate)
     (service,) = server.app.state.pool.services
     with httpx.Client(base_url=server.url) as client, pytest.raises(httpx.ReadTimeout):

@@ -1,4 +1,5 @@
-"""The verb `doctor` on models: what it says about this machine and about exports, each by a fault that was planted."""
+"""The verb `doctor` on models: what it says about this machine and about exports, each by a fault that was
+planted."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-# ---- dtypes --------------------------------------------------------------------------------------------------------
+# ---- dtypes ------------------------------------------------------------------------------------------------
 
 
 def test_which_instructions_compute(run: Run, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +111,7 @@ def test_the_precision_of_training(run: Run, good: Path, monkeypatch: pytest.Mon
     assert said in run("doctor", good)[1]
 
 
-# ---- memory --------------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["auto", *NAMED])
@@ -170,7 +171,7 @@ def test_too_little_memory_for_training(
         assert (code, found["training"], found["serving"]) == (0, level, "ok"), out
 
 
-# ---- exports -------------------------------------------------------------------------------------------------------
+# ---- exports -----------------------------------------------------------------------------------------------
 
 
 def test_exports_are_tried_and_thrown_away(run: Run, good: Path, aside: Path) -> None:

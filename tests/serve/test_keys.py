@@ -53,7 +53,7 @@ def touch(path: Path, text: str) -> None:
     os.utime(path, ns=(before + 1_000_000, before + 1_000_000))
 
 
-# ---- the file and the verb -----------------------------------------------------------------------------------------
+# ---- the file and the verb ---------------------------------------------------------------------------------
 
 
 def test_the_file_holds_hashes_only() -> None:
@@ -171,7 +171,7 @@ def test_the_file_is_read_again_and_a_damaged_one_is_not(
     assert ring.find(KEY) is None  # an empty file means nobody
 
 
-# ---- what keys open ------------------------------------------------------------------------------------------------
+# ---- what keys open ----------------------------------------------------------------------------------------
 
 
 def test_without_a_key_only_the_state_is_told(locked: Running) -> None:
@@ -244,7 +244,7 @@ def test_keys_of_a_running_server_change(locked: Running, key_file: Path) -> Non
         assert browser.get("/", headers=HTML).status_code == 401, "a session outlives the key that began it"
 
 
-# ---- the page ------------------------------------------------------------------------------------------------------
+# ---- the page ----------------------------------------------------------------------------------------------
 
 
 def test_a_person_gives_a_key_once(locked: Running) -> None:
@@ -367,7 +367,7 @@ def test_sessions_end_when_nobody_uses_them(key_file: Path, monkeypatch: pytest.
     assert [doors.session(cookie) is not None for cookie in cookies] == [False, False, True, True, True]
 
 
-# ---- guessing ------------------------------------------------------------------------------------------------------
+# ---- guessing ----------------------------------------------------------------------------------------------
 
 
 def attempt(doors: Doors, client: str, key: str) -> Any:
@@ -423,7 +423,8 @@ def test_addresses_do_not_pile_up(key_file: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_guessing_over_http(locked: Running) -> None:
-    """The form and the header count together; the proxy headers of somebody who is no proxy change nothing."""
+    """The form and the header count together; the proxy headers of somebody who is no proxy change
+    nothing."""
     statuses = []
     doors_of(locked).attempts = Attempts(Clock())  # time stands still
     for at in range(4):
@@ -437,7 +438,7 @@ def test_guessing_over_http(locked: Running) -> None:
     assert "again in 1 s" in page.text and page.headers["retry-after"] == "1"
 
 
-# ---- who may listen where ------------------------------------------------------------------------------------------
+# ---- who may listen where ----------------------------------------------------------------------------------
 
 
 def test_others_are_not_let_in_by_accident(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,13 +72,15 @@ def test_a_full_server_is_asked_again(tiny: TinyModel, oracle: Oracle) -> None:
     with run_server(tiny, max_requests=4) as server:
         load, known = pressed(server, 1.0, clients=8, slow=0, half_open=0, leaving=0.0)
     verdict = judge(load, known, oracle)
-    # Who came in vain may have to wait long: fairness is not what a server promises that refuses half of those who come.
+    # Who came in vain may have to wait long: fairness is not what a server promises that refuses half of
+    # those who come.
     assert verdict.counts["status 429"] > 0
     assert [failure for failure in verdict.failures if not failure.startswith("unfair")] == []
 
 
 def test_who_is_let_in_is_answered(tiny: TinyModel) -> None:
-    """Twelve at the same moment, four places: four whole streams, and eight are told so before anything has begun."""
+    """Twelve at the same moment, four places: four whole streams, and eight are told so before anything has
+    begun."""
     tiny.engine.allow(0)  # nobody's place is free again before everybody has been told
     with run_server(tiny, max_requests=4) as server:
         url = httpx.URL(server.url)
@@ -116,7 +118,7 @@ def test_a_server_that_computes_wrongly_is_found(
     assert verdict.counts["answers wrong"] > 0 and not verdict.passed
 
 
-# ---- the judge -----------------------------------------------------------------------------------------------------
+# ---- the judge ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -203,11 +205,12 @@ def test_the_beginning_of_an_answer_is_right(finished: tuple[Load, list[Reply]],
     assert judge(load, known, oracle).passed
 
 
-# ---- the oracle ----------------------------------------------------------------------------------------------------
+# ---- the oracle --------------------------------------------------------------------------------------------
 
 
 def test_the_oracle_measures_the_turn_that_a_text_took(oracle: Oracle) -> None:
-    """The answer behind another first token: right for those who allow as wide a gap, wrong for all others."""
+    """The answer behind another first token: right for those who allow as wide a gap, wrong for all
+    others."""
     model = oracle.model
     request = model.chat_request(
         [Message(role="user", content="hello")], temperature=0.0, max_new_tokens=200

@@ -30,7 +30,7 @@ from chatwright.serve.pool import ModelPool, Spec
 from chatwright.serve.service import Busy, ChatService, Limits, TooLong, prepare
 from chatwright.tokenizer import Tokenizer
 
-# ---- limits --------------------------------------------------------------------------------------------------------
+# ---- limits ------------------------------------------------------------------------------------------------
 
 
 def test_sizes(tiny: TinyModel) -> None:
@@ -88,7 +88,8 @@ def test_settings_that_make_no_sense() -> None:
 
 
 def test_retry_after_is_when_places_will_be_free(tiny: TinyModel) -> None:
-    """Mean time of an answer x places that are lacking / answers under way, in whole seconds, between 1 and 60."""
+    """Mean time of an answer x places that are lacking / answers under way, in whole seconds, between 1 and
+    60."""
 
     async def check() -> None:
         with EngineThread(tiny.engine) as engine:
@@ -182,7 +183,7 @@ def test_embeddings_and_scoring_take_up_places_and_time(
         asyncio.run(check(server))
 
 
-# ---- time limits ---------------------------------------------------------------------------------------------------
+# ---- time limits -------------------------------------------------------------------------------------------
 
 
 def test_a_request_that_takes_too_long(tiny: TinyModel, wait_until: Callable[..., None]) -> None:
@@ -262,7 +263,7 @@ def test_a_request_waits_in_the_queue_no_longer_either(
         assert tiny.engine.stats.new_tokens == made, "it had a place"
 
 
-# ---- pages of other sites ------------------------------------------------------------------------------------------
+# ---- pages of other sites ----------------------------------------------------------------------------------
 
 
 def test_cors_is_for_those_listed_and_the_interface(tiny: TinyModel, tmp_path: Path) -> None:
@@ -338,7 +339,7 @@ def test_origins() -> None:
             check_origins([bad])
 
 
-# ---- readiness -----------------------------------------------------------------------------------------------------
+# ---- readiness ---------------------------------------------------------------------------------------------
 
 
 def test_ready(taught: tuple[GPT, Tokenizer]) -> None:

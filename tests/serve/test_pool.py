@@ -1,4 +1,5 @@
-"""The models' pool: loading on demand, the memory budget, who has to make room, and what failures leave behind."""
+"""The models' pool: loading on demand, the memory budget, who has to make room, and what failures leave
+behind."""
 
 from __future__ import annotations
 

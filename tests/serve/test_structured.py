@@ -1,4 +1,4 @@
-"""Answers that keep to a form: JSON, JSON of a schema, calls of tools."""
+"""Completions that keep to a form: JSON, JSON of a schema, calls of tools."""
 
 from __future__ import annotations
 

@@ -101,8 +101,8 @@ def test_what_is_running_and_waiting(server: Running, wait_until: Callable[..., 
             assert now("chatwright_http_requests_in_flight") == 3  # with the scrape
             assert 0 < now("chatwright_kv_cache_usage_ratio", **MODEL) < 1
             assert now("chatwright_engine_step_rows_total") > 16
-    # The engine stays held (it steps only to let go of who left): released now, it could come to the end of an answer
-    # before the server has seen that the client is gone, and that answer would count as stopped.
+    # The engine stays held (it steps only to let go of who left): released now, it could come to the end of
+    # an answer before the server has seen that the client is gone, and that answer would count as stopped.
     wait_until(
         lambda: scrape(server.url)("chatwright_answers_total", finished_reason="cancelled") == 19,
         "both to end",

@@ -1,4 +1,5 @@
-"""The systemd unit and the Kubernetes objects of the documents: whether they are valid, and whether what they start serves."""
+"""The systemd unit and the Kubernetes objects of the documents: whether they are valid, and whether what they
+start serves."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def served(command: str, cwd: Path, env: Mapping[str, str]) -> Iterator[Replica]
         made.end(kill=True)
 
 
-# ---- systemd -------------------------------------------------------------------------------------------------------
+# ---- systemd -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_what_the_unit_starts_serves(unit: str, tmp_path: Path, chat_dir: Path) 
     ).stat().st_size > 0
 
 
-# ---- Kubernetes ----------------------------------------------------------------------------------------------------
+# ---- Kubernetes --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

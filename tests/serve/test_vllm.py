@@ -1,4 +1,5 @@
-"""`chatwright serve --engine vllm`, against a stand-in for vLLM's program: what it is given, and that it takes over."""
+"""`chatwright serve --engine vllm`, against a stand-in for vLLM's program: what it is given, and that it
+takes over."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ assert given.max_model_len == shape["max_position_embeddings"]
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         found = self.path == "/v1/models"
-        body = {{"object": "list", "data": [{{"id": given.served_model_name, "object": "model", "root": given.model_tag}}]}}
+        one = {{"id": given.served_model_name, "object": "model", "root": given.model_tag}}
+        body = {{"object": "list", "data": [one]}}
         self.send_response(200 if found else 404)
         self.end_headers()
         self.wfile.write(json.dumps(body).encode())
@@ -107,7 +109,7 @@ def option(arguments: list[str], name: str) -> str:
     return arguments[arguments.index(name) + 1]
 
 
-# ---- what is handed over -------------------------------------------------------------------------------------------
+# ---- what is handed over -----------------------------------------------------------------------------------
 
 
 def test_a_model_of_ours_is_exported_once(
@@ -221,7 +223,7 @@ def test_arguments_of_vllm_come_last(given: Callable[..., list[str]], hf_dir: Pa
     ]
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- what is refused ---------------------------------------------------------------------------------------
 
 
 def test_settings_without_a_counterpart(given: Callable[..., list[str]], hf_dir: Path) -> None:
@@ -310,7 +312,8 @@ def test_a_server_open_to_everybody_is_refused(
 
 
 def test_keys(given: Callable[..., list[str]], hf_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One key goes by the environment, where other people of the machine do not see it; what would be lost is refused."""
+    """One key goes by the environment, where other people of the machine do not see it; what would be lost is
+    refused."""
     monkeypatch.setenv("VLLM_API_KEY", "")
     monkeypatch.setenv("CHATWRIGHT_API_KEYS", " first-key-0123456789, ")
     assert "first-key-0123456789" not in given(hf_dir)
@@ -325,7 +328,7 @@ def test_keys(given: Callable[..., list[str]], hf_dir: Path, monkeypatch: pytest
         given(hf_dir, "--api_keys=keys.txt")
 
 
-# ---- the program itself --------------------------------------------------------------------------------------------
+# ---- the program itself ------------------------------------------------------------------------------------
 
 
 def run_verb(folder: Path, *arguments: object) -> subprocess.Popen[str]:
@@ -341,7 +344,8 @@ def run_verb(folder: Path, *arguments: object) -> subprocess.Popen[str]:
 
 
 def test_vllm_takes_the_process_over(folder: Path, hf_dir: Path) -> None:
-    """The same process (its signals and exit code are vLLM's), the arguments as they are, the environment whole."""
+    """The same process (its signals and exit code are vLLM's), the arguments as they are, the environment
+    whole."""
     record = stand_in(folder, RECORDS)
     child = run_verb(folder, hf_dir, "--port=8001", '--engine_args=["--api-key", "it\'s 1"]')
     out, err = child.communicate(timeout=60)

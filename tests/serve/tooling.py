@@ -1,4 +1,5 @@
-"""What the tests of `import` and `doctor` share: the program run in this process, and models in directories."""
+"""What the tests of `import` and `doctor` share: the program run in this process, and models in
+directories."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def call(*arguments: object) -> tuple[int, str, str]:
         out = io.StringIO()
-        # The one console, changed, and not another in its place: a module that is first imported now would keep that one.
+        # The one console, changed, and not another in its place: a module that is first imported now would
+        # keep that one.
         monkeypatch.setattr(metrics.console, "_file", out)
         monkeypatch.setattr(metrics.console, "_width", 200)
         monkeypatch.setattr(metrics.console, "_force_terminal", False)
@@ -62,7 +64,8 @@ def copy(good: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny GPT-2 as transformers saves it, with a tokenizer and a chat template that ends turns with its eos."""
+    """A tiny GPT-2 as transformers saves it, with a tokenizer and a chat template that ends turns with its
+    eos."""
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     directory = tmp_path_factory.mktemp("hf")

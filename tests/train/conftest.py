@@ -1,4 +1,5 @@
-"""A miniature of the road, each stage run once per session where a test needs it; and models whose weights matter."""
+"""A miniature of the road, each stage run once per session where a test needs it; and models whose weights
+matter."""
 
 from __future__ import annotations
 
@@ -112,7 +113,7 @@ def sft_bench(pretrain_bench: Bench) -> Bench:
     return pretrain_bench.with_(sft=directory)
 
 
-REWARD = reward.Config(  # at 0.002, three of eight seeds of the base model told good from plain by less than the test asks
+REWARD = reward.Config(  # at a rate of 0.002, three of eight seeds learnt less than the test asks
     k=4,
     max_tokens=48,
     fit=fit(steps=240, batch_size=4),
@@ -179,7 +180,8 @@ def _liven(model: torch.nn.Module, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def lively_gpt() -> Callable[..., GPT]:
-    """A small GPT with random numbers everywhere (fresh ones have zero output matrices: attention would not show)."""
+    """A small GPT with random numbers everywhere (fresh ones have zero output matrices: attention would not
+    show)."""
 
     def make(seed: int = 0, **changes: Any) -> GPT:
         model = GPT(

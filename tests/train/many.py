@@ -1,7 +1,8 @@
-"""What the tests of many processes start under torchrun: pre-training by several plans, one after the other, in one launch.
+"""What the tests of many processes start under torchrun: pre-training by several plans, one after the other,
+in one launch.
 
-`python -m torch.distributed.run ... tests/train/many.py WORK.json`: a list of {"out", "inputs", "settings", "stop", "copy_to"},
-or {"muon": FILE}.
+`python -m torch.distributed.run ... tests/train/many.py WORK.json`: a list of {"out", "inputs", "settings",
+"stop", "copy_to"}, or {"muon": FILE}.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from chatwright.config import build
 from chatwright.optim import Muon
 from chatwright.stages import pretrain
 from chatwright.train import loop
-from chatwright.train.parallel.context import process_group
+from chatwright.train.parallel.start import process_group
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace
 
@@ -67,7 +68,7 @@ def muon(out: Path) -> None:
         for optimiser in optimisers:
             optimiser.step()
     pairs = [(one.detach(), part.full_tensor().detach()) for one, part in zip(whole, parts, strict=True)]
-    if runtime.is_first():
+    if runtime.is_rank_zero():
         tensor_files.save_tensors(
             out,
             {
@@ -91,11 +92,11 @@ def main(work: list[dict[str, Any]]) -> None:
         try:
             report = pretrain.run(config, workspace)
         except Interrupted:
-            if "copy_to" in one and runtime.is_first():
+            if "copy_to" in one and runtime.is_rank_zero():
                 shutil.copytree(one["out"], one["copy_to"])
             runtime.barrier()
             continue
-        if runtime.is_first():
+        if runtime.is_rank_zero():
             files.write_json(
                 workspace.directory / "result.json", {"model": report.model, "facts": report.facts}
             )

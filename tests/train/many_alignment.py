@@ -1,7 +1,8 @@
-"""What the tests of alignment on many processes start under torchrun: stages by several plans, one after the other, in one launch.
+"""What the tests of alignment on many processes start under torchrun: stages by several plans, one after the
+other, in one launch.
 
-`python -m torch.distributed.run ... tests/train/many_alignment.py WORK.json`: a list of {"stage", "out", "inputs", "settings",
-"stop"}; `stop` asks the stage to stop at the look of that number.
+`python -m torch.distributed.run ... tests/train/many_alignment.py WORK.json`: a list of {"stage", "out",
+"inputs", "settings", "stop"}; `stop` asks the stage to stop at the look of that number.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from chatwright import files, runtime
 from chatwright.config import build
 from chatwright.discovery import stage_verb
 from chatwright.train import loop
-from chatwright.train.parallel.context import process_group
+from chatwright.train.parallel.start import process_group
 from chatwright.train.rl import training
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace
 
 
 def carry_out(one: dict[str, Any]) -> None:
-    """One stage from where its directory stands, as the pipeline does it; with `stop`, until it has been stopped."""
+    """One stage from where its directory stands, as the pipeline does it; with `stop`, until it has been
+    stopped."""
     module = stage_verb(one["stage"]).load()
     config = build(module.Config, one["settings"], where="test")
     stop = one.get("stop", 0)
@@ -40,7 +42,7 @@ def carry_out(one: dict[str, Any]) -> None:
     finally:
         loop.Stopper = training.Stopper = Stopper  # type: ignore[misc, attr-defined]
     assert not stop, "nobody was asked to stop"
-    if runtime.is_first():
+    if runtime.is_rank_zero():
         content = {
             "model": report.model,
             "facts": report.facts,

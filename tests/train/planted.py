@@ -1,4 +1,5 @@
-"""A reward that is known to be right, so that a miniature run of PPO or REINFORCE has something to find in seconds."""
+"""A reward that is known to be right, so that a miniature run of PPO or REINFORCE has something to find in
+seconds."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from chatwright.train.rl import training
 class Planted(ScalarModel):
     """A judge that likes some words: -1 for an answer without them, 0.5 with one, 2 with two or more.
 
-    A third of the miniature's answers have one from the start. A share of tokens would be a whisper instead: one word is a tenth of an
-    answer, and whether it is found in time would hang on the processor's rounding.
+    A third of the miniature's answers have one from the start. A share of tokens would be a whisper instead:
+    one word is a tenth of an answer, and whether it is found in time would hang on the processor's rounding.
     """
 
     liked: Tensor
@@ -65,13 +66,14 @@ MINI = Config(
     min_tokens=1,
     max_repeats=0.6,
     save_steps=4,
-    # Adam's first steps are of full size whatever the gradient: without warm-up, or at 1e-3, noise alone moves a miniature by 10 nats.
+    # Adam's first steps are of full size whatever the gradient: without warm-up, or at 1e-3, noise alone
+    # moves a miniature by 10 nats.
     optim=OptimConfig(learning_rate=4e-4, eps=1e-5, schedule="linear", warmup=0.3),
 )
 
 
 def gain(rows: Sequence[Mapping[str, float]]) -> float:
-    """The mean score of the last five rounds over that of the first five. Not the best round over the first: of so many rounds one is
-    better by that much by luck alone."""
+    """The mean score of the last five rounds over that of the first five. Not the best round over the first:
+    of so many rounds one is better by that much by luck alone."""
     scores = [row["score"] for row in rows]
     return sum(scores[-5:]) / 5 - sum(scores[:5]) / 5

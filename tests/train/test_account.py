@@ -1,4 +1,5 @@
-"""Operations, energy and money: formulae worked by hand, meters from a made-up directory, nothing where nothing is known."""
+"""Operations, energy and money: formulae worked by hand, meters from a made-up directory, nothing where
+nothing is known."""
 
 from __future__ import annotations
 
@@ -18,11 +19,12 @@ from chatwright.model.lora import LoRAConfig, add_lora
 from chatwright.tokenizer import Tokenizer
 from chatwright.trackers import Reporting
 from chatwright.train import cost
-from chatwright.train.cost import EnergyMeter, account_row, forward_flop, rounds_spent, training_flop
+from chatwright.train.cost import EnergyMeter, cost_row, forward_flop, rounds_spent, training_flop
 
 
 def test_the_formula_by_hand() -> None:
-    """One block of width 8, 2 heads of 4, MLP 32, vocabulary 16, no biases: 4 x 64 + 2 x 256 in the block, 128 in the head."""
+    """One block of width 8, 2 heads of 4, MLP 32, vocabulary 16, no biases: 4 x 64 + 2 x 256 in the block,
+    128 in the head."""
     shape = {
         "vocab_size": 16,
         "context": 10,
@@ -46,8 +48,8 @@ def test_the_formula_by_hand() -> None:
 
 
 def test_the_formula_against_a_count_of_what_torch_does() -> None:
-    """torch counts the products alone: norms and biases are the difference. Attention in its plain form, as torch does not
-    count the fused one on CPUs; the causal half is counted whole by both."""
+    """torch counts the products alone: norms and biases are the difference. Attention in its plain form, as
+    torch does not count the fused one on CPUs; the causal half is counted whole by both."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = GPT(GPTConfig.preset("gpt2", layers=2, width=128, heads=4, context=64, vocab_size=512))
@@ -59,7 +61,8 @@ def test_the_formula_against_a_count_of_what_torch_does() -> None:
 
 
 def test_frozen_parameters_cost_two_thirds() -> None:
-    """The same count under an adapter. What is frozen below the lowest adapter needs no gradient at all, which is little."""
+    """The same count under an adapter. What is frozen below the lowest adapter needs no gradient at all,
+    which is little."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = GPT(GPTConfig.preset("gpt2", layers=4, width=128, heads=4, context=64, vocab_size=512))
@@ -92,15 +95,15 @@ def test_meters_are_summed_over_packages_and_begin_anew_at_their_maximum(tmp_pat
 
 
 def test_what_is_not_known_is_absent() -> None:
-    assert account_row(Reporting(), flop=None, elapsed=10.0, joules=0.0, rate=5.0, peak=9.0) == {}
-    assert account_row(Reporting(), flop=7.0, elapsed=10.0, joules=0.0) == {"flop": 7.0}
-    assert account_row(Reporting(), flop=7.0, elapsed=10.0, joules=0.0, rate=5.0, peak=0.0) == {"flop": 7.0}
+    assert cost_row(Reporting(), flop=None, elapsed=10.0, joules=0.0, rate=5.0, peak=9.0) == {}
+    assert cost_row(Reporting(), flop=7.0, elapsed=10.0, joules=0.0) == {"flop": 7.0}
+    assert cost_row(Reporting(), flop=7.0, elapsed=10.0, joules=0.0, rate=5.0, peak=0.0) == {"flop": 7.0}
 
 
 def test_energy_and_cost() -> None:
-    row = account_row(Reporting(watts=100.0, price=3.0), flop=None, elapsed=7200.0, joules=1.0)
+    row = cost_row(Reporting(watts=100.0, price=3.0), flop=None, elapsed=7200.0, joules=1.0)
     assert row == {"energy_kwh": pytest.approx(0.2), "cost": pytest.approx(6.0)}
-    row = account_row(Reporting(), flop=7.0, elapsed=7200.0, joules=1.8e6, rate=5.0, peak=20.0)
+    row = cost_row(Reporting(), flop=7.0, elapsed=7200.0, joules=1.8e6, rate=5.0, peak=20.0)
     assert row == {"flop": 7.0, "mfu": 0.25, "energy_kwh": pytest.approx(0.5)}
 
 

@@ -1,4 +1,5 @@
-"""The classifier: it learns a planted mood, its score is a calibrated log odds, and PPO follows it as it follows a reward model."""
+"""The classifier: it learns a planted mood, its score is a calibrated log odds, and PPO follows it as it
+follows a reward model."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def trained(
 
 @pytest.fixture(scope="module")
 def graded(sft_bench: Any, tmp_path_factory: pytest.TempPathFactory, settings: Config) -> tuple[Path, Config]:
-    """One that has seen plain texts as well: where another puts what it never saw (`neutral`) depends on the seed."""
+    """One that has seen plain texts as well: where another puts what it never saw (`neutral`) depends on the
+    seed."""
     directory, settings = tmp_path_factory.mktemp("graded") / "classifier", replace(settings, neutral=0.0)
     sft_bench.run(classifier, settings, directory)
     return directory, settings
@@ -89,7 +91,8 @@ def test_its_score_is_the_calibrated_log_odds(
     good, plain, bad = ([LabelledText.of(draw.sentence(mood), 0.0) for _ in range(30)] for mood in (1, 0, -1))
     means = [float(scores_of(judge, texts, part).mean()) for part in (good, plain, bad)]
     assert means[0] > 1.0 and means[2] < -1.0 and means[0] > means[1] > means[2]
-    # the fit is Platt's on texts that were not trained on: fitted once more to the same ones it changes nothing
+    # the fit is Platt's on texts that were not trained on: fitted once more to the same ones it changes
+    # nothing
     records = load_texts(settings, sft_bench.inputs["data"])
     assert not {one.id for one in records.train} & {one.id for one in records.calibration}
     from chatwright.chat import Message
@@ -136,7 +139,8 @@ def test_ppo_and_best_of_n_follow_it_unchanged(
 
 def test_a_recipe_may_name_it_as_the_reward(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
-        "name: r\nstages:\n  ppo: {reward: classifier}\n  data: {}\n  classifier: {threshold: 0.5, neutral: 0}\n"
+        "name: r\nstages:\n  ppo: {reward: classifier}\n  data: {}\n  classifier: {threshold: 0.5, neutral: "
+        "0}\n"
         "  tokenizer: {}\n  pretrain: {}\n  sft: {}\n"
     )
     recipe = read_recipe(tmp_path / "r.yaml", {})
@@ -198,7 +202,8 @@ def test_threshold_and_neutral_decide_what_is_good_and_what_is_left_out(tmp_path
     assert len(binary.held_out) == 120
     with pytest.raises(
         UserError,
-        match=r"of 60 texts for .* 60 are good: both kinds are needed; set `threshold`|of \d+ texts for train \d+ are good",
+        match=r"of 60 texts for .* 60 are good: both kinds are needed; set `threshold`|"
+        r"of \d+ texts for train \d+ are good",
     ):
         load_texts(Config(threshold=0.0, neutral=0.5), tmp_path)
 

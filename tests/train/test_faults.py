@@ -1,4 +1,5 @@
-"""Each row of "how a run goes wrong": the fault is planted, and the run stops with the diagnosis, a report, and its state kept."""
+"""Each row of "how a run goes wrong": the fault is planted, and the run stops with the diagnosis, a report,
+and its state kept."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from chatwright.metrics import read_metrics
 from chatwright.stages import ppo, reward, sft
 from chatwright.train.parallel import context
 from chatwright.train.rl import training
-from chatwright.train.rl.models import Players
-from chatwright.train.rl.rollout import Answers, answer_log_probs
+from chatwright.train.rl.models import RLModels
+from chatwright.train.rl.rollout import Completions, completion_log_probs
 from chatwright.train.workspace import Unhealthy
 
 SMALL = replace(MINI, iterations=16, batch_size=8, minibatch_size=8)
@@ -38,15 +39,15 @@ def broken_off(bench: Any, config: Any, directory: Path, words: str) -> list[dic
     return rows
 
 
-# ---- KL negative or jumping: sampler and trainer differ ------------------------------------------------------------
+# ---- KL negative or jumping: sampler and trainer differ ----------------------------------------------------
 
 
 def test_a_sampler_at_another_temperature(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = training.sample_answers
+    real = training.sample_completions
     monkeypatch.setattr(
-        training, "sample_answers", lambda *given, **named: real(*given, **{**named, "temperature": 1.3})
+        training, "sample_completions", lambda *given, **named: real(*given, **{**named, "temperature": 1.3})
     )
     rows = broken_off(planted_bench, SMALL, tmp_path / "ppo", "round 0: sampler and trainer disagree")
     assert rows[-1]["sampler_gap"] > 0.01
@@ -56,42 +57,43 @@ def test_a_template_that_differs_between_sampler_and_trainer(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is looked back at has another token in the place of the one that begins the answer."""
-    real = training.sample_answers
+    real = training.sample_completions
 
-    def reframed(*given: Any, **named: Any) -> Answers:
+    def reframed(*given: Any, **named: Any) -> Completions:
         answers = real(*given, **named)
         starts = answers.response.long().argmax(1)
         ids = answers.ids.clone()
         ids[torch.arange(len(ids)), starts - 1] = 100
         return replace(answers, ids=ids)
 
-    monkeypatch.setattr(training, "sample_answers", reframed)
+    monkeypatch.setattr(training, "sample_completions", reframed)
     broken_off(planted_bench, SMALL, tmp_path / "ppo", "the template or the padding different")
 
 
 def test_answers_of_another_model_give_a_negative_kl(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sampler still has old weights, and says the trainer's log-probabilities, so that nothing else would show it."""
-    made: list[Players] = []
-    real_players, real_sample = training.make_players, training.sample_answers
+    """The sampler still has old weights, and says the trainer's log-probabilities, so that nothing else would
+    show it."""
+    made: list[RLModels] = []
+    real_players, real_sample = training.make_models, training.sample_completions
 
-    def moved(*given: Any, **named: Any) -> Players:
-        players = real_players(*given, **named)
+    def moved(*given: Any, **named: Any) -> RLModels:
+        models = real_players(*given, **named)
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for parameter in players.policy.blocks.parameters():
+            for parameter in models.policy.blocks.parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
-        made.append(players)
-        return players
+        made.append(models)
+        return models
 
-    def stale(policy: Any, *given: Any, **named: Any) -> Answers:
+    def stale(policy: Any, *given: Any, **named: Any) -> Completions:
         answers = real_sample(made[0].reference, *given, **named)
         with torch.no_grad():
-            return replace(answers, sampled=answer_log_probs(policy, answers, temperature=1.0)[0])
+            return replace(answers, sampled=completion_log_probs(policy, answers, temperature=1.0)[0])
 
-    monkeypatch.setattr(training, "make_players", moved)
-    monkeypatch.setattr(training, "sample_answers", stale)
+    monkeypatch.setattr(training, "make_models", moved)
+    monkeypatch.setattr(training, "sample_completions", stale)
     config = replace(SMALL, batch_size=96, minibatch_size=96)
     rows = broken_off(planted_bench, config, tmp_path / "ppo", "clearly negative")
     assert rows[-1]["kl"] < -0.5 and rows[-1]["sampler_gap"] < 1e-4
@@ -103,8 +105,8 @@ def test_kl_that_jumps_ends_the_run(planted_bench: Any, tmp_path: Path) -> None:
     assert "KL jumped from 0.0 to" in report.facts["stopped"] and report.facts["best"]["step"] == 0
 
 
-# ---- reward up, gold down: tests/train/test_rounds.py::test_gold_chooses_what_is_kept_and_stops_the_run_when_it_turns --
-# ---- entropy to 0 ----------------------------------------------------------------------------------------------------
+# ---- reward up, gold down: tests/train/test_rounds.py::test_gold_chooses_what_is_kept_and_stops_the_run_when
+# ---- entropy to 0 ------------------------------------------------------------------------------------------
 
 
 def test_entropy_that_is_gone_ends_the_run(planted_bench: Any, tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_entropy_that_is_gone_ends_the_run(planted_bench: Any, tmp_path: Path) -
     assert all(row["entropy"] < 0.1 for row in rows[-3:])
 
 
-# ---- explained variance below 0 -------------------------------------------------------------------------------------
+# ---- explained variance below 0 ----------------------------------------------------------------------------
 
 
 def test_a_broken_critic(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,9 +130,9 @@ def test_a_broken_critic(planted_bench: Any, tmp_path: Path, monkeypatch: pytest
         seen = real(*given)
         draw = torch.Generator().manual_seed(3)
         values = torch.where(
-            seen.answers.response, 5 * torch.randn(seen.opinion.values.shape, generator=draw), 0.0
+            seen.answers.response, 5 * torch.randn(seen.policy_outputs.values.shape, generator=draw), 0.0
         )
-        return replace(seen, opinion=replace(seen.opinion, values=values))
+        return replace(seen, policy_outputs=replace(seen.policy_outputs, values=values))
 
     monkeypatch.setattr(ppo, "judged", senseless)
     config = replace(SMALL, kl_budget=1e9, optim=replace(MINI.optim, learning_rate=1e-5))
@@ -138,16 +140,16 @@ def test_a_broken_critic(planted_bench: Any, tmp_path: Path, monkeypatch: pytest
     assert len(rows) == 15 and all(row["explained_variance"] < -1 for row in rows[-5:])
 
 
-# ---- ratio far from 1 in the first minibatch ------------------------------------------------------------------------
+# ---- ratio far from 1 in the first minibatch ---------------------------------------------------------------
 
 
 def test_a_first_ratio_that_is_not_one(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The update forgets the temperature; looking back does not."""
-    real = ppo.opinion
+    real = ppo.policy_outputs
     monkeypatch.setattr(
-        ppo, "opinion", lambda players, answers, temperature, **more: real(players, answers, 1.0, **more)
+        ppo, "policy_outputs", lambda models, answers, temperature, **more: real(models, answers, 1.0, **more)
     )
     rows = broken_off(planted_bench, replace(SMALL, temperature=0.8), tmp_path / "ppo", "before any update")
     assert len(rows) == 1 and "policy_loss" not in rows[0]
@@ -163,10 +165,10 @@ def test_dropout_in_the_update_is_found_by_the_same_rule(
 ) -> None:
     real = ppo.step
 
-    def dropping(players: Any, batch: Any, config: Any) -> Any:
-        players.policy.drop.p = 0.2
-        players.policy.drop.train()
-        return real(players, batch, config)
+    def dropping(models: Any, batch: Any, config: Any) -> Any:
+        models.policy.drop.p = 0.2
+        models.policy.drop.train()
+        return real(models, batch, config)
 
     monkeypatch.setattr(ppo, "step", dropping)
     broken_off(planted_bench, SMALL, tmp_path / "ppo", "before any update.*dropout")
@@ -175,19 +177,20 @@ def test_dropout_in_the_update_is_found_by_the_same_rule(
 def test_a_first_ratio_that_only_another_process_finds_breaks_off_this_one_too(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that went on alone would wait for the other for ever. Asked are: is there to be a stop, how large is the gap."""
+    """A process that went on alone would wait for the other for ever. Asked are: is there to be a stop, how
+    large is the gap."""
     asked: list[float] = []
 
-    def most(self: context.Spread, values: Sequence[float]) -> list[float]:
+    def most(self: context.ParallelContext, values: Sequence[float]) -> list[float]:
         asked.extend(values)
         return [0.5] if len(asked) == 2 else list(values)
 
-    monkeypatch.setattr(context.Spread, "most", most)
+    monkeypatch.setattr(context.ParallelContext, "most", most)
     rows = broken_off(planted_bench, SMALL, tmp_path / "ppo", "before any update.* 0.5 away")
     assert len(rows) == 1 and "policy_loss" not in rows[0]
 
 
-# ---- no end tokens after SFT -----------------------------------------------------------------------------------------
+# ---- no end tokens after SFT -------------------------------------------------------------------------------
 
 
 def test_an_end_token_outside_of_sfts_loss(
@@ -220,7 +223,7 @@ def test_an_end_token_outside_of_sfts_loss(
     assert len(rows) == 3 and all(row["finished"] < 0.02 for row in rows)
 
 
-# ---- reward accuracy good on training pairs, chance on held-out ones -------------------------------------------------
+# ---- reward accuracy good on training pairs, chance on held-out ones ---------------------------------------
 
 
 def write_comparisons(directory: Path, babble: Any) -> None:
@@ -261,15 +264,15 @@ def test_a_reward_model_that_learns_by_heart(
     assert checkpoint.checkpoints(tmp_path / "reward" / "checkpoints")
 
 
-# ---- what a user sees ------------------------------------------------------------------------------------------------
+# ---- what a user sees --------------------------------------------------------------------------------------
 
 
 def test_the_command_fails_with_the_diagnosis_and_leaves_a_report(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = training.sample_answers
+    real = training.sample_completions
     monkeypatch.setattr(
-        training, "sample_answers", lambda *given, **named: real(*given, **{**named, "temperature": 1.3})
+        training, "sample_completions", lambda *given, **named: real(*given, **{**named, "temperature": 1.3})
     )
     out = tmp_path / "road" / "ppo"
     argv = [
@@ -302,7 +305,7 @@ def test_the_command_fails_with_the_diagnosis_and_leaves_a_report(
         and (out / "checkpoints" / "step-000000" / "optimizer.safetensors").is_file()
     )
     # mended, the same command goes on from there
-    monkeypatch.setattr(training, "sample_answers", real)
+    monkeypatch.setattr(training, "sample_completions", real)
     assert cli.main(argv) == 0
     assert (out / "result.json").is_file() and "broken off" not in (out / "report.md").read_text()
     assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [0, 1, 2]

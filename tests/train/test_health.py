@@ -130,7 +130,7 @@ def test_bf16_rounds_more_and_a_wrong_temperature_is_still_seen() -> None:
         assert found is not None and found.fatal
 
 
-# ---- peaks ----------------------------------------------------------------------------------------------------------
+# ---- peaks -------------------------------------------------------------------------------------------------
 
 
 def curve(
@@ -175,7 +175,7 @@ def test_reward_hacking_is_score_up_gold_down() -> None:
     assert diagnose(curve(RISING), LIMITS) is None  # without a gold measure nobody can tell
 
 
-# ---- reward model ---------------------------------------------------------------------------------------------------
+# ---- reward model ------------------------------------------------------------------------------------------
 
 
 def test_a_reward_model_that_knows_its_prompts_by_heart() -> None:

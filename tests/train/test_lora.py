@@ -1,4 +1,5 @@
-"""Stages that train an adapter: little is trained, the directory is as whole as any, the reference is the policy without it."""
+"""Stages that train an adapter: little is trained, the directory is as whole as any, the reference is the
+policy without it."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ from chatwright.train.loop import FitConfig
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import PlannedStage
 from chatwright.train.rl import training
-from chatwright.train.rl.models import judged, make_players
-from chatwright.train.rl.rollout import answer_log_probs, sample_answers
+from chatwright.train.rl.models import make_models, score_rollout
+from chatwright.train.rl.rollout import completion_log_probs, sample_completions
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
@@ -210,44 +211,42 @@ def test_two_models_are_in_memory_instead_of_four(
 ) -> None:
     base = sft_parts()
     judge = lively_scalar(5, vocab_size=base.model.config.vocab_size, layers=1)
-    players = make_players(base, judge, "separate", LORA)
-    assert players.reference is None and players.policy is base.model
-    models = (players.policy, players.reward, players.critic)
+    models = make_models(base, judge, "separate", LORA)
+    assert models.reference is None and models.policy is base.model
+    bodies = (models.policy, models.reward, models.critic)
     storages = {
-        parameter.data_ptr(): parameter.numel() for model in models for parameter in model.parameters()
+        parameter.data_ptr(): parameter.numel() for model in bodies for parameter in model.parameters()
     }
     fresh = sft_parts().model.eval()
-    fresh.use_attention(plain_attention)  # as the players do on a CPU
-    own = sum(p.numel() for model in (players.policy, players.critic) for p in lora_parameters(model))
-    head = sum(p.numel() for p in players.critic.scalar.parameters())
+    fresh.use_attention(plain_attention)  # as the models do on a CPU
+    own = sum(p.numel() for model in (models.policy, models.critic) for p in lora_parameters(model))
+    head = sum(p.numel() for p in models.critic.scalar.parameters())
     assert (
         sum(storages.values())
         == fresh.parameter_count() + sum(p.numel() for p in judge.parameters()) + own + head
     )
-    trained = [p for model in models for p in model.parameters() if p.requires_grad]
+    trained = [p for model in bodies for p in model.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == own + head
-    assert adapter_names(players.reward) == [] and not any(
-        p.requires_grad for p in players.reward.parameters()
-    )
+    assert adapter_names(models.reward) == [] and not any(p.requires_grad for p in models.reward.parameters())
     ids = torch.arange(6)[None]
     with torch.no_grad():
-        before = players.reward(ids)
-        assert torch.equal(players.critic(ids), before)
+        before = models.reward(ids)
+        assert torch.equal(models.critic(ids), before)
         for parameter in trained:
             parameter.add_(0.1)
-        assert torch.equal(players.reward(ids), before) and not torch.equal(players.critic(ids), before)
+        assert torch.equal(models.reward(ids), before) and not torch.equal(models.critic(ids), before)
 
         # the reference stays the base model, whatever the policy learns
         end = base.tokenizer.control_ids[base.template.end]
-        answers = sample_answers(
+        answers = sample_completions(
             fresh, [[5, 6, 7]] * 3, end=end, max_new_tokens=5, temperature=1.0, seed_parts=("x",)
         )
-        wanted, _ = answer_log_probs(fresh, answers, temperature=1.0)
-        assert torch.equal(judged(players, answers, ppo.Config()).reference, wanted)
-        policy, _ = answer_log_probs(players.policy, answers, temperature=1.0)
+        wanted, _ = completion_log_probs(fresh, answers, temperature=1.0)
+        assert torch.equal(score_rollout(models, answers, ppo.Config()).reference, wanted)
+        policy, _ = completion_log_probs(models.policy, answers, temperature=1.0)
         assert not torch.allclose(policy, wanted)
-        with without_adapter(players.policy):
-            assert torch.equal(answer_log_probs(players.policy, answers, temperature=1.0)[0], wanted)
+        with without_adapter(models.policy):
+            assert torch.equal(completion_log_probs(models.policy, answers, temperature=1.0)[0], wanted)
 
 
 def test_the_settings_on_the_command_line() -> None:
@@ -332,7 +331,7 @@ def test_the_plan_knows_that_little_is_trained() -> None:
     assert memory["sft", 4]["weights"] < 1.05 * memory["sft", 0]["weights"]
 
 
-# ---- many processes ------------------------------------------------------------------------------------------------
+# ---- many processes ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -372,21 +371,26 @@ def test_two_processes_are_one(launched: Path, how: str) -> None:
     for name, tensor in alone.items():
         torch.testing.assert_close(many[name], tensor, atol=1e-4, rtol=0)
     one, two = (checkpoint.checkpoints(launched / name / "checkpoints")[-1] for name in ("auto", how))
-    assert two.state()["final"] and not two.in_parts
+    assert two.state()["final"] and not two.is_sharded
     for name, tensor in one.tensors("model").items():  # merged, put together by the first process
         torch.testing.assert_close(two.tensors("model")[name], tensor, atol=1e-4, rtol=0)
 
 
 def test_a_plan_that_would_cut_adapters_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from chatwright.train.parallel.context import Sizes
-    from chatwright.train.parallel.multi_process import Together
+    from chatwright.train.parallel.context import MeshShape
+    from chatwright.train.parallel.multi_process import MultiProcess
 
     sys.path.insert(0, str(HERE))
     from many_lora import lively_model
 
-    together = Together.__new__(Together)
-    together.box = Sizes(1, 1, 2)
+    together = MultiProcess.__new__(MultiProcess)
+    together.mesh_shape = MeshShape(1, 1, 2)
     with pytest.raises(UsageError, match="tp does not cut adapters"):
         Trainer(
-            {"model": lively_model()}, OptimConfig(), Workspace(tmp_path), card={}, texts={}, spread=together
+            {"model": lively_model()},
+            OptimConfig(),
+            Workspace(tmp_path),
+            metadata={},
+            texts={},
+            parallel=together,
         )

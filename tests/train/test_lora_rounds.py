@@ -1,4 +1,5 @@
-"""PPO and REINFORCE over adapters: what both share beyond the plain round works with two models in memory as with four."""
+"""PPO and REINFORCE over adapters: what both share beyond the plain round works with two models in memory as
+with four."""
 
 from __future__ import annotations
 
@@ -19,11 +20,11 @@ from chatwright.model.heads import ScalarModel, ValueHead
 from chatwright.model.lora import LoRAConfig, adapter_names, lora_parameters, trained_tensors
 from chatwright.optim import OptimConfig
 from chatwright.stages import ppo, reinforce
-from chatwright.stages.ppo import look_back, step
+from chatwright.stages.ppo import score_rollouts, step
 from chatwright.train.rl import training
-from chatwright.train.rl.models import make_players, opinion
+from chatwright.train.rl.models import make_models, policy_outputs
 from chatwright.train.rl.ptx import GeneralText
-from chatwright.train.rl.rollout import sample_answers
+from chatwright.train.rl.rollout import sample_completions
 
 LORA = LoRAConfig(rank=4, alpha=8.0)
 SMALL = replace(
@@ -122,46 +123,46 @@ def test_a_head_on_an_adapted_policy_trains_adapter_and_head(
 ) -> None:
     base = sft_parts()
     judge = lively_scalar(5, vocab_size=base.model.config.vocab_size, layers=1)
-    players = make_players(base, judge, "shared", LORA)
-    assert players.reference is None and isinstance(players.critic, ValueHead)
-    answers = sample_answers(
-        players.policy, [[5, 6, 7], [8, 9]] * 4, end=5, max_new_tokens=6, temperature=1.0, seed_parts=("x",)
+    models = make_models(base, judge, "shared", LORA)
+    assert models.reference is None and isinstance(models.critic, ValueHead)
+    answers = sample_completions(
+        models.policy, [[5, 6, 7], [8, 9]] * 4, end=5, max_new_tokens=6, temperature=1.0, seed_parts=("x",)
     )
     with torch.no_grad():
-        for parameter in lora_parameters(players.policy):
+        for parameter in lora_parameters(models.policy):
             parameter.add_(0.05)
-        players.critic.scalar.weight.add_(0.1)
-        values = opinion(players, answers, 1.0).values
-        with players.as_reference() as reference:  # the head goes on reading the adapted policy
-            assert reference is players.policy
-        assert torch.equal(opinion(players, answers, 1.0).values, values)
+        models.critic.scalar.weight.add_(0.1)
+        values = policy_outputs(models, answers, 1.0).values
+        with models.as_reference() as reference:  # the head goes on reading the adapted policy
+            assert reference is models.policy
+        assert torch.equal(policy_outputs(models, answers, 1.0).values, values)
     config = ppo.Config(
         batch_size=8, minibatch_size=8, min_tokens=0, max_repeats=1.0, critic="shared", lora=LORA
     )
-    rollout, logged = look_back(players, answers, 0.1, config)
+    rollout, logged = score_rollouts(models, answers, 0.1, config)
     assert abs(logged["kl"]) > 1e-4
-    step(players, rollout, config).loss.backward()  # type: ignore[no-untyped-call]
+    step(models, rollout, config).loss.backward()  # type: ignore[no-untyped-call]
     moved = [
-        one for one in (*players.policy.parameters(), *players.critic.parameters()) if one.grad is not None
+        one for one in (*models.policy.parameters(), *models.critic.parameters()) if one.grad is not None
     ]
     assert {id(one) for one in moved} == {
-        id(one) for one in (*lora_parameters(players.policy), *players.critic.parameters())
+        id(one) for one in (*lora_parameters(models.policy), *models.critic.parameters())
     }
     assert all(bool(one.grad.any()) for one in moved)  # type: ignore[union-attr]
-    assert not any(one.grad is not None for one in players.reward.parameters())
+    assert not any(one.grad is not None for one in models.reward.parameters())
 
 
 def test_without_a_critic_nothing_of_the_judge_is_trained(
     sft_parts: Callable[[], Any], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
     base = sft_parts()
-    players = make_players(
+    models = make_models(
         base, lively_scalar(5, vocab_size=base.model.config.vocab_size, layers=1), "none", LORA
     )
-    assert players.critic is None and players.reference is None and adapter_names(players.reward) == []
-    assert not any(parameter.requires_grad for parameter in players.reward.parameters())
-    trained = {id(one) for one in players.policy.parameters() if one.requires_grad}
-    assert trained == {id(one) for one in lora_parameters(players.policy)}
+    assert models.critic is None and models.reference is None and adapter_names(models.reward) == []
+    assert not any(parameter.requires_grad for parameter in models.reward.parameters())
+    trained = {id(one) for one in models.policy.parameters() if one.requires_grad}
+    assert trained == {id(one) for one in lora_parameters(models.policy)}
 
 
 def test_the_average_is_one_of_the_adapter_s_matrices(
@@ -169,7 +170,7 @@ def test_the_average_is_one_of_the_adapter_s_matrices(
 ) -> None:
     """One update a round: the average is 0.5 of what it was and 0.5 of the adapter, three times."""
     met: list[dict[str, torch.Tensor]] = []
-    real_start, real_follow = training.average_of, training.follow
+    real_start, real_follow = training.ema_of, training.update_ema
 
     def remember(policy: Any) -> None:
         met.append({key: value.detach().clone() for key, value in trained_tensors(policy).items()})
@@ -182,8 +183,8 @@ def test_the_average_is_one_of_the_adapter_s_matrices(
         real_follow(average, policy, decay)
         remember(policy)
 
-    monkeypatch.setattr(training, "average_of", start)
-    monkeypatch.setattr(training, "follow", watched)
+    monkeypatch.setattr(training, "ema_of", start)
+    monkeypatch.setattr(training, "update_ema", watched)
     directory = tmp_path / "ppo"
     report = planted_bench.run(ppo, replace(SMALL, ema=0.5), directory)
     assert len(met) == 4 and report.model == "checkpoints/step-000004"

@@ -1,5 +1,6 @@
-"""Many processes are one: equal loss curves under every plan, checkpoints that change hands, a killed process that is no
-matter. Two and four processes with gloo on the CPU; what only GPUs can show skips, and says what it was.
+"""Many processes are one: equal loss curves under every plan, checkpoints that change hands, a killed process
+that is no matter. Two and four processes with gloo on the CPU; what only GPUs can show skips, and says what
+it was.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from chatwright.recipe import read_recipe
 from chatwright.stages import pretrain
 from chatwright.train import loop
 from chatwright.train.parallel import context
-from chatwright.train.parallel.context import ParallelConfig, Sizes, start_parallel
+from chatwright.train.parallel.context import MeshShape, ParallelConfig
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace
 
@@ -134,7 +136,8 @@ class Launches:
 
 @pytest.fixture(scope="module")
 def launches(tokenizer_bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
-    """Two processes by each plan, one after the other; the checkpoint of step 20 goes through several hands."""
+    """Two processes by each plan, one after the other; the checkpoint of step 20 goes through several
+    hands."""
     made = Launches(tmp_path_factory.mktemp("many"), {"tokenizer": tokenizer_bench.inputs["tokenizer"]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CHATWRIGHT_DEVICE", "cpu")
@@ -204,8 +207,8 @@ def test_the_loss_curve_is_that_of_one_process(launches: Launches, plan: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["hsdp", "ddp muon", "fsdp muon", "tp muon"])
 def test_the_loss_curve_of_every_plan_is_that_of_one_process(more_launches: Launches, plan: str) -> None:
-    """Muon's products are in float32 here: it brings tiny singular values to 1, and with them the last bits in which two
-    orders of a sum differ; bf16 has too few of them."""
+    """Muon's products are in float32 here: it brings tiny singular values to 1, and with them the last bits
+    in which two orders of a sum differ; bf16 has too few of them."""
     equal_curves(more_launches, plan)
 
 
@@ -242,7 +245,7 @@ def test_a_checkpoint_written_beside_training_is_that_of_its_moment(launches: La
     )
     for found in (beside, waited):
         found.verify()
-        assert found.in_parts and len(list((found.path / tensor_files.PARTS).iterdir())) == 2
+        assert found.is_sharded and len(list((found.path / tensor_files.PARTS).iterdir())) == 2
     for part in ("model", "optimizer"):
         left, right = beside.tensors(part), waited.tensors(part)
         assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
@@ -302,7 +305,8 @@ def test_a_run_in_parts_is_a_model_to_chat_with(launches: Launches) -> None:
 
 
 def test_muon_sees_whole_matrices(launches: Launches) -> None:
-    """Each process holds a part of each matrix; to orthogonalise the parts would be something else altogether."""
+    """Each process holds a part of each matrix; to orthogonalise the parts would be something else
+    altogether."""
     found = tensor_files.load_tensors(launches["muon.safetensors"])
     assert len(found) == 8
     for number in range(4):
@@ -327,8 +331,8 @@ def worker(launcher: int, rank: int) -> int:
     not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc: Linux only"
 )
 def test_a_killed_process_is_no_matter(launches: Launches, tmp_path: Path) -> None:
-    """SIGKILL in the middle: torchrun starts both processes again, they go on from the newest checkpoint by themselves,
-    and the end is that of the run that nobody disturbed."""
+    """SIGKILL in the middle: torchrun starts both processes again, they go on from the newest checkpoint by
+    themselves, and the end is that of the run that nobody disturbed."""
     plan = settings("fsdp")
     plan["fit"] |= {"save_steps": 4}
     file = tmp_path / "pretrain.yaml"
@@ -375,7 +379,8 @@ def test_a_killed_process_is_no_matter(launches: Launches, tmp_path: Path) -> No
 
 
 def test_processes_that_are_started_again_do_not_hear_the_dead() -> None:
-    """Two attempts in one store: everyone has the name of its attempt, though the first one's words are still there."""
+    """Two attempts in one store: everyone has the name of its attempt, though the first one's words are still
+    there."""
     store = torch.distributed.HashStore()
     names = []
     for _ in range(2):
@@ -408,7 +413,10 @@ def test_wrong_sizes_are_refused_once_by_a_real_launch(launches: Launches, tmp_p
     done = subprocess.run(
         torchrun(2, *arguments), env=environment(), capture_output=True, text=True, timeout=120
     )
-    line = "chatwright: the model's kv_heads, 1, cannot be divided among 2 processes: choose another context.tensor"
+    line = (
+        "chatwright: the model's kv_heads, 1, cannot be divided among 2 processes: choose another "
+        "context.tensor"
+    )
     assert done.returncode != 0 and done.stderr.count("cannot be divided") == 1
     assert line in done.stderr
     assert "exitcode  : 2" in done.stderr
@@ -434,20 +442,20 @@ def test_a_plan_without_torchrun_is_one_clear_line(launches: Launches, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("plan", "world", "local", "box"),
+    ("plan", "world", "local", "mesh_shape"),
     [
-        (ParallelConfig(), 8, 8, Sizes(8, 1, 1)),
-        (ParallelConfig("ddp"), 8, 8, Sizes(8, 1, 1)),
-        (ParallelConfig("fsdp"), 8, 4, Sizes(1, 8, 1)),
-        (ParallelConfig("hsdp"), 16, 8, Sizes(2, 8, 1)),
-        (ParallelConfig("hsdp", shard=4), 16, 8, Sizes(4, 4, 1)),
-        (ParallelConfig("tp"), 8, 8, Sizes(1, 1, 8)),
-        (ParallelConfig("tp", tensor=2), 8, 8, Sizes(1, 4, 2)),
+        (ParallelConfig(), 8, 8, MeshShape(8, 1, 1)),
+        (ParallelConfig("ddp"), 8, 8, MeshShape(8, 1, 1)),
+        (ParallelConfig("fsdp"), 8, 4, MeshShape(1, 8, 1)),
+        (ParallelConfig("hsdp"), 16, 8, MeshShape(2, 8, 1)),
+        (ParallelConfig("hsdp", shard=4), 16, 8, MeshShape(4, 4, 1)),
+        (ParallelConfig("tp"), 8, 8, MeshShape(1, 1, 8)),
+        (ParallelConfig("tp", tensor=2), 8, 8, MeshShape(1, 4, 2)),
     ],
 )
-def test_the_box_of_processes(plan: ParallelConfig, world: int, local: int, box: Sizes) -> None:
-    assert context.sizes(plan, world, local) == box
-    assert box.copies * box.shard * box.tensor == world
+def test_the_box_of_processes(plan: ParallelConfig, world: int, local: int, mesh_shape: MeshShape) -> None:
+    assert context.arrange(plan, world, local) == mesh_shape
+    assert mesh_shape.replicas * mesh_shape.shard * mesh_shape.tensor == world
 
 
 @pytest.mark.parametrize(
@@ -464,15 +472,15 @@ def test_the_box_of_processes(plan: ParallelConfig, world: int, local: int, box:
 )
 def test_a_plan_that_does_not_fit_the_processes(plan: ParallelConfig, world: int, line: str) -> None:
     with pytest.raises(UsageError, match=line):
-        context.sizes(plan, world, world)
+        context.arrange(plan, world, world)
 
 
 def test_a_batch_or_a_model_that_cannot_be_divided() -> None:
-    box, shape = (
-        Sizes(2, 2, 3),
+    mesh_shape, shape = (
+        MeshShape(2, 2, 3),
         GPTConfig.preset("modern-nano", heads=6, kv_heads=3, mlp_width=192, head_dim=32),
     )
-    context.check(ParallelConfig(), box, batch_size=8, micro_batch=2, shape=shape)
+    context.check(ParallelConfig(), mesh_shape, batch_size=8, micro_batch=2, shape=shape)
     for values, line in (
         ({"batch_size": 6}, "batch_size 6 cannot be divided among 4 processes: make it a multiple of 4"),
         (
@@ -483,16 +491,16 @@ def test_a_batch_or_a_model_that_cannot_be_divided() -> None:
         ({"batch_size": 8, "shape": GPTConfig.preset("gpt2")}, None),
     ):
         if line is None:
-            context.check(ParallelConfig(), box, **values)  # type: ignore[arg-type]
+            context.check(ParallelConfig(), mesh_shape, **values)  # type: ignore[arg-type]
             continue
         with pytest.raises(UsageError, match=line):
-            context.check(ParallelConfig(), box, **values)  # type: ignore[arg-type]
+            context.check(ParallelConfig(), mesh_shape, **values)  # type: ignore[arg-type]
 
 
 def test_one_process_under_torchrun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a run may go on with fewer processes, down to one, without changing its settings."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert start_parallel(ParallelConfig("fsdp"), batch_size=8) is context.ALONE
+    assert start_parallel(ParallelConfig("fsdp"), batch_size=8) is context.SINGLE_PROCESS
 
 
 def test_random_streams_of_another_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,10 +509,10 @@ def test_random_streams_of_another_number_of_processes(monkeypatch: pytest.Monke
     drawn = []
     for rank in ("0", "1", "0"):
         monkeypatch.setenv("RANK", rank)
-        context.ALONE.set_rng_tensors(saved)
+        context.SINGLE_PROCESS.set_rng_tensors(saved)
         drawn.append(torch.rand(3).tolist())
     assert drawn[0] == drawn[2] != drawn[1]
-    context.ALONE.set_rng_tensors({"rng": saved["rng.0"]})
+    context.SINGLE_PROCESS.set_rng_tensors({"rng": saved["rng.0"]})
     assert torch.equal(torch.get_rng_state(), saved["rng.0"])
 
 
@@ -515,11 +523,11 @@ def test_recipes_for_clusters_can_be_divided_as_they_say() -> None:
     assert {file.stem for file in folder.glob("*.yaml")} == set(processes)
     for name, (world, local) in processes.items():
         config = read_recipe(folder / f"{name}.yaml", {}).stages["pretrain"].config
-        box = context.sizes(config.parallel, world, local)
+        mesh_shape = context.arrange(config.parallel, world, local)
         shape = GPTConfig.preset(config.preset)
         context.check(
             config.parallel,
-            box,
+            mesh_shape,
             batch_size=config.fit.batch_size,
             micro_batch=config.fit.micro_batch,
             shape=shape,
@@ -559,12 +567,12 @@ def test_the_arithmetic_by_hand(arithmetic: Any) -> None:
     big = GPTConfig.preset("gpt3-175b")
     assert arithmetic.block_parameters(big) == 12 * 96 * 12_288**2  # 12 L D^2
     one = arithmetic.Setup("", GPTConfig.preset("gpt2"), 1024 * 8, 8)
-    assert arithmetic.traffic(one) == {"copies": 0, "shard": 0, "tensor": 0} and one.micro_batches == 1
+    assert arithmetic.traffic(one) == {"replicas": 0, "shard": 0, "tensor": 0} and one.micro_batches == 1
     weights = arithmetic.block_parameters(one.shape) + arithmetic.root_parameters(one.shape)
     assert arithmetic.memory(one)["kept"] == 16 * weights
     assert arithmetic.memory(one)["activations"] == 12 * 34 * 1024 * 8 * 768
     two = arithmetic.Setup("", one.shape, 1024 * 8, 1, copies=2)
-    assert two.micro_batches == 4 and arithmetic.traffic(two)["copies"] == 4 * weights  # 2 x 1/2 x 4 bytes
+    assert two.micro_batches == 4 and arithmetic.traffic(two)["replicas"] == 4 * weights  # 2 x 1/2 x 4 bytes
     cut = arithmetic.Setup("", one.shape, 1024 * 8, 8, shard=4)
     assert arithmetic.memory(cut)["kept"] == 4 * weights and cut.micro_batches == 1
     blocks, root = arithmetic.block_parameters(one.shape), arithmetic.root_parameters(one.shape)
@@ -575,7 +583,10 @@ def test_the_arithmetic_by_hand(arithmetic: Any) -> None:
 
 CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(),
-    reason="no GPU: NCCL, bf16 with FSDP2 on CUDA, pinned copies and the GPU's random stream are NOT covered here",
+    reason=(
+        "no GPU: NCCL, bf16 with FSDP2 on CUDA, pinned copies and the GPU's random stream are NOT covered "
+        "here"
+    ),
 )
 
 

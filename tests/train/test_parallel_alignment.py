@@ -1,5 +1,6 @@
-"""Many processes are one in alignment too: SFT, reward model, PPO, REINFORCE and best-of-n by each plan that they can use, and
-rounds that change hands between two minibatches. Two processes with gloo on the CPU, started once for all of it.
+"""Many processes are one in alignment too: SFT, reward model, PPO, REINFORCE and best-of-n by each plan that
+they can use, and rounds that change hands between two minibatches. Two processes with gloo on the CPU,
+started once for all of it.
 """
 
 from __future__ import annotations
@@ -97,15 +98,16 @@ ROUNDED = {
     "reward half": {"within": 4e-3, "near": 2e-2, "norms": 4e-2, "zero": 2e-2},
     "ppo half": {"within": 1e-3, "near": 2e-2, "norms": 2e-2},
 }
-"""What rounding does to them. Weights whose gradient is nothing else may go as far as AdamW goes in ten steps; the reward model's zero and scale
-(`zero`) are means of outputs of 8 bits."""
+"""What rounding does to them. Weights whose gradient is nothing else may go as far as AdamW goes in ten
+steps; the reward model's zero and scale (`zero`) are means of outputs of 8 bits."""
 LORA = {"rank": 3}
 STAGES |= {
     "sft lora": {**STAGES["sft"], "lora": LORA},
     "reward lora": {**STAGES["reward"], "lora": LORA},
     "ppo lora": {**ROUND, "lora": LORA},
     "reinforce lora": {**STAGES["reinforce"], "lora": LORA},
-    # all that has a state of its own: a shared trunk, an average, general text beside the answers and its tax, a gold measure
+    # all that has a state of its own: a shared trunk, an average, general text beside the answers and its
+    # tax, a gold measure
     "ppo whole": {
         **ROUND,
         "critic": "shared",
@@ -188,13 +190,14 @@ def inputs(sft_bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 LOOK = 7
-"""Two passes over two minibatches: a round asks four times before a minibatch, and once at its end. The seventh time is in the
-second round, before its second minibatch."""
+"""Two passes over two minibatches: a round asks four times before a minibatch, and once at its end. The
+seventh time is in the second round, before its second minibatch."""
 
 
 @pytest.fixture(scope="module")
 def launches(inputs: Launches) -> Launches:
-    """Each stage alone, then by two processes under each plan; and rounds that change hands in their middle."""
+    """Each stage alone, then by two processes under each plan; and rounds that change hands in their
+    middle."""
     for stage in FEW:
         if stage != "reward":
             inputs.alone(stage)
@@ -225,7 +228,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     """Those of the result, which is an ordinary directory under each plan."""
     found = checkpoint.Checkpoint(directory / result(directory)["model"])
     found.verify()
-    assert not found.in_parts
+    assert not found.is_sharded
     tensors = found.tensors("model")
     if (
         "scalar.bias" in tensors
@@ -274,7 +277,8 @@ def test_two_processes_are_one(launches: Launches, stage: str, plan: str) -> Non
 
 
 def test_enough_happens_to_tell_them_apart(launches: Launches) -> None:
-    """Far beyond the tolerance: losses move, the policy leaves the reference, beta moves, answers differ from round to round."""
+    """Far beyond the tolerance: losses move, the policy leaves the reference, beta moves, answers differ from
+    round to round."""
     for stage in ("sft", "reward"):
         losses = [row["loss"] for row in rows(launches[f"one {stage}"]) if "loss" in row]
         assert abs(losses[-1] - losses[0]) > 0.01
@@ -328,7 +332,7 @@ def test_the_recipe_for_eight_gpus_can_be_divided_among_them_at_every_stage() ->
         fit = getattr(config, "fit", None)
         size, micro = (fit.batch_size, fit.micro_batch) if fit else (config.minibatch_size, 0)
         context.check(
-            config.parallel, context.sizes(config.parallel, 8, 8), batch_size=size, micro_batch=micro
+            config.parallel, context.arrange(config.parallel, 8, 8), batch_size=size, micro_batch=micro
         )
 
 
@@ -363,7 +367,7 @@ def test_the_plan_counts_the_copy_that_samples() -> None:
     assert (one["weights"], two["weights"], two["activations"]) == (8e6, 4e6, 1e6)
 
 
-# ---- slow: adapters and all that has a state, hsdp, tp -------------------------------------------------------------------
+# ---- slow: adapters and all that has a state, hsdp, tp -----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -404,8 +408,9 @@ def test_four_processes_in_two_groups_are_one(more: Launches, stage: str) -> Non
 )
 @pytest.mark.parametrize("plan", PLANS)
 def test_compiled_blocks_in_two_processes_are_plain_ones_in_one(inputs: Launches, plan: str) -> None:
-    """The compiler's kernels round in another way. Where a gradient is nothing but rounding AdamW takes whole steps by it: one weight of
-    12,288 was 9e-5 away after ten of up to 2e-3, while losses and measures agree to 1e-5 as they do without a compiler."""
+    """The compiler's kernels round in another way. Where a gradient is nothing but rounding AdamW takes whole
+    steps by it: one weight of 12,288 was 9e-5 away after ten of up to 2e-3, while losses and measures agree
+    to 1e-5 as they do without a compiler."""
     for stage in COMPILED:
         name = stage.split()[0]
         inputs.alone(name, f"{plan}, compared with {name}")
@@ -419,9 +424,10 @@ def test_compiled_blocks_in_two_processes_are_plain_ones_in_one(inputs: Launches
 def test_products_in_bfloat16_are_as_near_in_two_processes_as_rounding_allows(
     inputs: Launches, plan: str
 ) -> None:
-    """At ddp each process rounds what one would round. FSDP casts a block's parameters itself, and is then as far from float32 as one
-    process is, elsewhere: at first by 3e-5 and 4e-4 in SFT's loss, by 1e-3 and 9e-4 in the reward model's, whose norms are 2.5 % apart after
-    five steps, each 2 % or less from the float32 ones. PPO counts: one clipped token more, of some sixty, is 0.017."""
+    """At ddp each process rounds what one would round. FSDP casts a block's parameters itself, and is then as
+    far from float32 as one process is, elsewhere: at first by 3e-5 and 4e-4 in SFT's loss, by 1e-3 and 9e-4
+    in the reward model's, whose norms are 2.5 % apart after five steps, each 2 % or less from the float32
+    ones. PPO counts: one clipped token more, of some sixty, is 0.017."""
     for stage in HALF:
         inputs.alone(stage, f"{plan}, compared with {stage}")
         inputs.begin(2, inputs.work(stage, plan))
@@ -433,8 +439,8 @@ def test_products_in_bfloat16_are_as_near_in_two_processes_as_rounding_allows(
 def test_products_cut_in_two_are_whole_ones(
     inputs: Launches, sft_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SFT and reward model under `tp`, from a model with two key-value heads; slowly, as rounding is soon a thousand times as
-    large where the gradient's norm is 16."""
+    """SFT and reward model under `tp`, from a model with two key-value heads; slowly, as rounding is soon a
+    thousand times as large where the gradient's norm is 16."""
     from chatwright.stages import pretrain
     from chatwright.train.loop import FitConfig
 

@@ -1,4 +1,5 @@
-"""Plans: a dry run sees what a real step does, the micro-batch fits, and what cannot fit is refused with the sum."""
+"""Plans: a dry run sees what a real step does, the micro-batch fits, and what cannot fit is refused with the
+sum."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from chatwright.model.config import GPTConfig
 from chatwright.optim import OptimConfig
 from chatwright.stages import pretrain
 from chatwright.train.loop import FitConfig
-from chatwright.train.parallel.context import ALONE
+from chatwright.train.parallel.context import SINGLE_PROCESS
 from chatwright.train.planning import plan, timing
 from chatwright.train.planning.dry_run import dry_run
 from chatwright.train.planning.program import PlannedStage, program_of
@@ -51,7 +52,8 @@ def seen_of(what: PlannedStage, *, micro: int = 8, micro_batches: int = 1, layer
 
 
 def test_operations_are_those_of_a_real_step() -> None:
-    """torch's own counter over a real forward and backward pass, on a model without fused attention's own count."""
+    """torch's own counter over a real forward and backward pass, on a model without fused attention's own
+    count."""
     what = subject(optimiser="adamw")
     model = pretrain.GPT(what.shape)
     from chatwright.model.attention import plain_attention
@@ -128,7 +130,8 @@ def test_many_layers_are_a_line_through_few() -> None:
 
 
 def test_critics_and_averages_are_planned_for() -> None:
-    """Copies of the model: policy, reference and judge always; a critic of its own and an average where there are any."""
+    """Copies of the model: policy, reference and judge always; a critic of its own and an average where there
+    are any."""
     from chatwright.model.lora import LoRAConfig
     from chatwright.stages import (
         ppo,
@@ -214,7 +217,10 @@ def test_the_largest_micro_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> N
         assert plan.choose(what, timed=False, available=size).micro == expected
     for size, expected in ((need[48], 48), (need[96], 0)):  # 0: as the settings have it
         monkeypatch.setenv("CHATWRIGHT_MEMORY", str(size))
-        assert plan.ahead("pretrain", what.plan, what.config, what.shape, ALONE).fit.micro_batch == expected
+        assert (
+            plan.ahead("pretrain", what.plan, what.config, what.shape, SINGLE_PROCESS).fit.micro_batch
+            == expected
+        )
 
 
 def test_what_does_not_fit_is_refused_with_the_sum() -> None:

@@ -23,14 +23,14 @@ from chatwright.language_model import load_parts
 from chatwright.metrics import read_metrics
 from chatwright.model.config import GPTConfig
 from chatwright.stages import ppo
-from chatwright.stages.ppo import Config, look_back
+from chatwright.stages.ppo import Config, score_rollouts
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.rl import training
-from chatwright.train.rl.models import Players, load_reward
+from chatwright.train.rl.models import RLModels, load_reward
 from chatwright.train.rl.rollout import (
-    Answers,
+    Completions,
     prompts_from,
-    sample_answers,
+    sample_completions,
     texts_of,
 )
 from chatwright.train.stopping import Interrupted
@@ -102,7 +102,7 @@ def measured_again(bench: Any, saved: Path, round_: int) -> tuple[float, float]:
     dialogues = list(read_records(bench.inputs["data"] / "dialogues-train.jsonl", Dialogue))
     prompts = prompts_from(dialogues, template, tokenizer, max_tokens=40, most=4_000)
     chosen = SampleOrder(len(prompts), 11).take(round_ * 32, 32)
-    answers = sample_answers(
+    answers = sample_completions(
         kept.model,
         [prompts[n] for n in chosen],
         end=tokenizer.control_ids["<|end|>"],
@@ -111,8 +111,8 @@ def measured_again(bench: Any, saved: Path, round_: int) -> tuple[float, float]:
         seed_parts=(11, "ppo", round_),
     )
     judge = training.load_reward(Path(), base, 0.0)
-    players = Players(kept.model, base.model, judge, judge)
-    _, logged = look_back(players, answers, 0.0, MINI)
+    models = RLModels(kept.model, base.model, judge, judge)
+    _, logged = score_rollouts(models, answers, 0.0, MINI)
     return logged["score"], logged["kl"]
 
 
@@ -149,7 +149,7 @@ def test_what_is_kept(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.Mo
     told, kept = ROUNDS[name]
     table = iter(told)
     variety: list[float] = []
-    real = ppo.look_back
+    real = ppo.score_rollouts
 
     def planted(*arguments: Any) -> Any:
         rollout, logged = real(*arguments)
@@ -157,7 +157,7 @@ def test_what_is_kept(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.Mo
         variety.append(distinct)
         return rollout, {**logged, "score": score, "kl": kl}
 
-    monkeypatch.setattr(ppo, "look_back", planted)
+    monkeypatch.setattr(ppo, "score_rollouts", planted)
     monkeypatch.setattr(training, "distinct", lambda texts: variety[-1])
     config = replace(MINI, iterations=3, batch_size=8, minibatch_size=8)
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
@@ -188,12 +188,12 @@ def test_beta_follows_the_kl(planted_bench: Any, tmp_path: Path) -> None:
 def test_a_sampler_that_disagrees_stops_the_run(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = training.sample_answers
+    real = training.sample_completions
 
-    def hotter(*arguments: Any, **settings: Any) -> Answers:
+    def hotter(*arguments: Any, **settings: Any) -> Completions:
         return real(*arguments, **{**settings, "temperature": 1.3})
 
-    monkeypatch.setattr(training, "sample_answers", hotter)
+    monkeypatch.setattr(training, "sample_completions", hotter)
     with pytest.raises(UserError, match="stopped in round 0: sampler and trainer disagree"):
         planted_bench.run(ppo, MINI, tmp_path / "ppo")
 
@@ -268,7 +268,7 @@ def test_ppo_with_the_trained_reward_model_improves_the_mood(
             for n in range(8)
         ]
         end = parts.tokenizer.control_ids["<|end|>"]
-        answers = sample_answers(
+        answers = sample_completions(
             parts.model, prompts, end=end, max_new_tokens=18, temperature=1.0, seed_parts=("mood",)
         )
         words = [
@@ -284,10 +284,11 @@ def test_ppo_with_the_trained_reward_model_improves_the_mood(
 def test_a_signal_stops_before_the_next_minibatch(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle, and in the last round, which counts no step and has no minibatches: nothing is done twice."""
+    """In the middle, and in the last round, which counts no step and has no minibatches: nothing is done
+    twice."""
     config = replace(MINI, iterations=2, batch_size=8, minibatch_size=8)
     calls = []
-    real = ppo.look_back
+    real = ppo.score_rollouts
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(1)
@@ -295,7 +296,7 @@ def test_a_signal_stops_before_the_next_minibatch(
             signal.raise_signal(signal.SIGINT)
         return real(*arguments)
 
-    monkeypatch.setattr(ppo, "look_back", interrupted)
+    monkeypatch.setattr(ppo, "score_rollouts", interrupted)
     for message in ("saved in round 0, after 0 of its minibatches", "saved at round 2"):
         with pytest.raises(Interrupted, match=message):
             planted_bench.run(ppo, config, tmp_path / "ppo")

@@ -1,8 +1,10 @@
-"""A whole PPO round of two minibatches worked by hand: rewards, advantages, both losses, both gradients, both updates of Adam.
+"""A whole PPO round of two minibatches worked by hand: rewards, advantages, both losses, both gradients, both
+updates of Adam.
 
-The policy is a table of logits by the token before (softmax(W[token before])), the critic a number for it (v[token before]). What
-is expected was computed with Python's floats alone, by `by_hand` below, which shares no line with the package; its stages are
-written out as numbers as well, so that both would have to be wrong in the same way.
+The policy is a table of logits by the token before (softmax(W[token before])), the critic a number for it
+(v[token before]). What is expected was computed with Python's floats alone, by `by_hand` below, which shares
+no line with the package; its stages are written out as numbers as well, so that both would have to be wrong
+in the same way.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from chatwright.optim import OptimConfig
-from chatwright.stages.ppo import Config, look_back, step
-from chatwright.train.rl.models import Players
-from chatwright.train.rl.rollout import Answers
+from chatwright.stages.ppo import Config, score_rollouts, step
+from chatwright.train.rl.models import RLModels
+from chatwright.train.rl.rollout import Completions
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
 
-# Tokens 0, 1 and the end token 2. Four answers to the prompt [0]; the logits, the reference's logits and the critic's values by
-# the token before (the end token is before nothing that counts).
+# Tokens 0, 1 and the end token 2. Four answers to the prompt [0]; the logits, the reference's logits and the
+# critic's values by the token before (the end token is before nothing that counts).
 ANSWERS = [[1, 2], [0, 2], [1, 1, 2], [2]]
 LOGITS = [[0.5, 0.0, -0.5], [0.0, 0.3, 0.2], [0.0, 0.0, 0.0]]
 REFERENCE = [[0.0, 0.0, 0.0], [0.1, 0.0, -0.1], [0.0, 0.0, 0.0]]
@@ -159,7 +161,7 @@ class Scores(nn.Module):
         return torch.tensor([SCORES[[tuple(one) for one in ANSWERS].index(answer)] for answer in given])
 
 
-def answers_of() -> Answers:
+def answers_of() -> Completions:
     ids = torch.zeros(4, 4, dtype=torch.long)
     response = torch.zeros(4, 4, dtype=torch.bool)
     for row, answer in enumerate(ANSWERS):
@@ -167,7 +169,7 @@ def answers_of() -> Answers:
         response[row, 1 : 1 + len(answer)] = True
     real = response.clone()
     real[:, 0] = True
-    return Answers(ids, real, response, torch.ones(4, dtype=torch.bool), torch.zeros(4, 4))
+    return Completions(ids, real, response, torch.ones(4, dtype=torch.bool), torch.zeros(4, 4))
 
 
 CONFIG = Config(
@@ -194,16 +196,16 @@ def close(found: Any, expected: Any) -> None:
 
 def test_a_round_of_two_minibatches(tmp_path: Path) -> None:
     hand, policy, critic = ByHand(), Table(LOGITS), Values()
-    players = cast("Any", Players)(policy, Table(REFERENCE), Scores(), critic)
+    models = cast("Any", RLModels)(policy, Table(REFERENCE), Scores(), critic)
     trainer = Trainer(
-        {"model": policy, "critic": critic}, CONFIG.optim, Workspace(tmp_path), card={}, texts={}
+        {"model": policy, "critic": critic}, CONFIG.optim, Workspace(tmp_path), metadata={}, texts={}
     )
     answers = answers_of()
-    rollout, logged = look_back(players, answers, BETA, CONFIG)
+    rollout, logged = score_rollouts(models, answers, BETA, CONFIG)
     mask = answers.response
 
-    # -- looking back, in numbers: the first answer is [1, end]
-    # log pi = ln(e^0 / (e^0.5 + e^0 + e^-0.5)), ln(e^0.2 / (e^0 + e^0.3 + e^0.2)); reference ln(1 / 3), ln(e^-0.1 / (...))
+    # -- looking back, in numbers: the first answer is [1, end] log pi = ln(e^0 / (e^0.5 + e^0 + e^-0.5)),
+    # ln(e^0.2 / (e^0 + e^0.3 + e^0.2)); reference ln(1 / 3), ln(e^-0.1 / (...))
     close(rollout.log_probs[0, 1:3], [-1.180270, -1.072919])
     close(rollout.reference[0, 1:3], [-1.098612, -1.201943])
     # rewards -0.1 x (-1.180270 + 1.098612) = 0.008166 and 1 - 0.1 x (-1.072919 + 1.201943) = 0.987098
@@ -217,7 +219,7 @@ def test_a_round_of_two_minibatches(tmp_path: Path) -> None:
     seen: list[dict[str, float]] = []
     for rows in MINIBATCHES:
         batch = rollout.rows(torch.tensor(rows))
-        trainer.update([batch], lambda batch: step(players, batch, CONFIG), 1.0)
+        trainer.update([batch], lambda batch: step(models, batch, CONFIG), 1.0)
         seen.append(trainer.take_logged())
         expected = hand.minibatch(rows)
         for key in ("policy_loss", "value_loss", "clip_fraction"):

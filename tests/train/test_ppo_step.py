@@ -12,12 +12,12 @@ import torch
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives import policy as objective
-from chatwright.stages.ppo import Config, Rollout, look_back, step
-from chatwright.train.rl.models import Players, make_players
+from chatwright.stages.ppo import Config, Rollout, score_rollouts, step
+from chatwright.train.rl.models import RLModels, make_models
 from chatwright.train.rl.rollout import (
-    answer_log_probs,
+    completion_log_probs,
     degenerate,
-    sample_answers,
+    sample_completions,
     values_before,
 )
 
@@ -25,9 +25,9 @@ END = 5
 PROMPTS = [[7, 8, 9], [11], [20, 21, 22, 23, 24, 25, 26, 27, 28], [40, 41]] * 4
 
 
-def players_of(lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]) -> Players:
+def players_of(lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]) -> RLModels:
     """Policy and reference differ, so that there is a KL; the critic is none of the others."""
-    return Players(lively_gpt(1), lively_gpt(2), lively_scalar(3), lively_scalar(4))
+    return RLModels(lively_gpt(1), lively_gpt(2), lively_scalar(3), lively_scalar(4))
 
 
 def config_of(**changes: Any) -> Config:
@@ -41,30 +41,32 @@ def config_of(**changes: Any) -> Config:
     return Config(**{**settings, **changes})
 
 
-def round_of(players: Players, config: Config) -> tuple[Rollout, dict[str, float]]:
-    answers = sample_answers(
-        players.policy,
+def round_of(models: RLModels, config: Config) -> tuple[Rollout, dict[str, float]]:
+    answers = sample_completions(
+        models.policy,
         PROMPTS,
         end=END,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         seed_parts=(3, "ppo"),
     )
-    return look_back(players, answers, 0.1, config)
+    return score_rollouts(models, answers, 0.1, config)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_first_minibatch_has_ratio_one_and_the_loss_of_its_advantages(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel], temperature: float
 ) -> None:
-    players, config = players_of(lively_gpt, lively_scalar), config_of(temperature=temperature)
-    rollout, logged = round_of(players, config)
+    models, config = players_of(lively_gpt, lively_scalar), config_of(temperature=temperature)
+    rollout, logged = round_of(models, config)
     assert logged["sampler_gap"] < 1e-4
     for chosen in torch.arange(16).split(4):
         batch = rollout.rows(chosen)
-        outcome = step(players, batch, config)
+        outcome = step(models, batch, config)
         mask = batch.answers.response
-        ratio = answer_log_probs(players.policy, batch.answers, temperature=temperature)[0] - batch.log_probs
+        ratio = (
+            completion_log_probs(models.policy, batch.answers, temperature=temperature)[0] - batch.log_probs
+        )
         assert float((ratio.detach().exp() - 1).abs().max()) < 1e-5
         seen = {key: float(value) / batch.weight for key, value in outcome.logged.items()}
         assert seen["ratio"] == pytest.approx(1.0, abs=1e-5)
@@ -84,9 +86,9 @@ def test_the_first_minibatch_has_ratio_one_and_the_loss_of_its_advantages(
 def test_a_trainer_at_another_temperature_would_show_in_the_first_ratio(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
-    players = players_of(lively_gpt, lively_scalar)
-    rollout, _ = round_of(players, config_of(temperature=0.7))
-    outcome = step(players, rollout, config_of(temperature=1.0))
+    models = players_of(lively_gpt, lively_scalar)
+    rollout, _ = round_of(models, config_of(temperature=0.7))
+    outcome = step(models, rollout, config_of(temperature=1.0))
     assert abs(float(outcome.logged["ratio"]) / rollout.weight - 1.0) > 0.01
 
 
@@ -94,18 +96,18 @@ def test_a_trainer_at_another_temperature_would_show_in_the_first_ratio(
 def test_looking_back_is_what_the_formulas_say(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
-    players, config = (
+    models, config = (
         players_of(lively_gpt, lively_scalar),
         config_of(unfinished_score=-7.0, lam=0.9, discount=0.97),
     )
-    rollout, logged = round_of(players, config)
+    rollout, logged = round_of(models, config)
     answers, mask = rollout.answers, rollout.answers.response
     assert torch.equal(rollout.scores == -7.0, ~answers.finished)
-    judged = players.reward.score(answers.ids, answers.real)
+    judged = models.reward.score(answers.ids, answers.real)
     assert torch.equal(rollout.scores[answers.finished], judged[answers.finished])
-    reference, _ = answer_log_probs(players.reference, answers, temperature=1.0)
+    reference, _ = completion_log_probs(models.reference, answers, temperature=1.0)
     torch.testing.assert_close(rollout.reference, reference)
-    torch.testing.assert_close(rollout.values, values_before(players.critic, answers))
+    torch.testing.assert_close(rollout.values, values_before(models.critic, answers))
     # the first row by hand, from the end
     (places,) = mask[0].nonzero(as_tuple=True)
     following = next_value = 0.0
@@ -130,11 +132,11 @@ def test_looking_back_is_what_the_formulas_say(
 def test_degenerate_answers_get_the_fixed_score(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
-    players = players_of(lively_gpt, lively_scalar)
+    models = players_of(lively_gpt, lively_scalar)
     end_rich = replace(config_of(), min_tokens=3, unfinished_score=-7.0)
     with torch.no_grad():
-        players.policy.head.weight[END] *= 8  # it ends early now and then
-    rollout, logged = round_of(players, end_rich)
+        models.policy.head.weight[END] *= 8  # it ends early now and then
+    rollout, logged = round_of(models, end_rich)
     poor = degenerate(rollout.answers, min_tokens=3, max_repeats=1.0) | ~rollout.answers.finished
     short = degenerate(rollout.answers, min_tokens=3, max_repeats=1.0) & rollout.answers.finished
     assert bool(short.any()) and not bool(poor.all())
@@ -146,9 +148,9 @@ def test_degenerate_answers_get_the_fixed_score(
 def test_whitened_rewards_keep_their_mean(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
-    players = players_of(lively_gpt, lively_scalar)
-    plain, _ = round_of(players, config_of(lam=1.0))
-    white, _ = round_of(players, config_of(lam=1.0, whiten_rewards=True))
+    models = players_of(lively_gpt, lively_scalar)
+    plain, _ = round_of(models, config_of(lam=1.0))
+    white, _ = round_of(models, config_of(lam=1.0, whiten_rewards=True))
     mask = plain.answers.response
     rewards = objective.token_rewards(plain.scores, plain.log_probs, plain.reference, mask, beta=0.1)
     expected = torch.where(
@@ -163,11 +165,11 @@ def test_whitened_rewards_keep_their_mean(
 def test_the_entropy_bonus_is_subtracted(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
-    players = players_of(lively_gpt, lively_scalar)
-    rollout, logged = round_of(players, config_of())
+    models = players_of(lively_gpt, lively_scalar)
+    rollout, logged = round_of(models, config_of())
     with torch.no_grad():
-        without = step(players, rollout, config_of()).loss / rollout.weight
-        with_bonus = step(players, rollout, config_of(entropy_coefficient=0.5)).loss / rollout.weight
+        without = step(models, rollout, config_of()).loss / rollout.weight
+        with_bonus = step(models, rollout, config_of(entropy_coefficient=0.5)).loss / rollout.weight
     assert float(without - with_bonus) == pytest.approx(0.5 * logged["entropy"], abs=1e-4)
 
 
@@ -178,16 +180,16 @@ def test_only_policy_and_critic_are_trained(
     reward = lively_scalar(
         5, vocab_size=base.model.config.vocab_size, layers=1
     )  # of another shape than the policy
-    players = make_players(base, reward, "separate")
-    assert players.policy is base.model
-    trained = {True: (players.policy, players.critic), False: (players.reference, players.reward)}
-    for flag, models in trained.items():
-        for model in models:
+    models = make_models(base, reward, "separate")
+    assert models.policy is base.model
+    trained = {True: (models.policy, models.critic), False: (models.reference, models.reward)}
+    for flag, group in trained.items():
+        for model in group:
             assert all(parameter.requires_grad is flag for parameter in model.parameters())
             assert not model.training  # no dropout, anywhere
-    for a, b in zip(players.policy.parameters(), players.reference.parameters(), strict=True):
+    for a, b in zip(models.policy.parameters(), models.reference.parameters(), strict=True):
         assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
     ids = torch.arange(6)[None]
     with torch.no_grad():
-        torch.testing.assert_close(players.critic(ids), reward(ids))
-    assert players.critic.scalar.weight.data_ptr() != reward.scalar.weight.data_ptr()
+        torch.testing.assert_close(models.critic(ids), reward(ids))
+    assert models.critic.scalar.weight.data_ptr() != reward.scalar.weight.data_ptr()

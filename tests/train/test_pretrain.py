@@ -1,4 +1,5 @@
-"""Pre-training on a made-up English: it learns, its measure is what it says, its windows do not depend on portions."""
+"""Pre-training on a made-up English: it learns, its measure is what it says, its windows do not depend on
+portions."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from chatwright.language_model import load_parts
 from chatwright.metrics import read_metrics
 from chatwright.objectives.language import bits_per_byte, next_token_loss
 from chatwright.stages import pretrain
-from chatwright.stages.pretrain import TokenBatch, Windows, held_out_bits_per_byte
+from chatwright.stages.pretrain import TokenBatch, Windows
+from chatwright.train.held_out import held_out_bits_per_byte
 
 
 def shards_of(*lengths: int, text_bytes: int = 100) -> TokenShards:

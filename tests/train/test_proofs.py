@@ -1,4 +1,5 @@
-"""The programs of the proofs (benchmarks/frontier.py, hacking.py): their arithmetic, their judges, and recipes that they can run."""
+"""The programs of the proofs (benchmarks/frontier.py, hacking.py): their arithmetic, their judges, and
+recipes that they can run."""
 
 from __future__ import annotations
 
@@ -159,7 +160,7 @@ def test_the_table_shows_means_and_failures(tmp_path: Path) -> None:
         },
         "mine/seed-2": {"bestofn": {"curve": curve}, "ppo": {**policy, **band, "gold": 0.4}},
     }
-    stages = frontier.gathered(samples, "mine")
+    stages = frontier.all_gather(samples, "mine")
     text = "\n".join(frontier.table(stages))
     assert "| ppo | 2 | 0.50 ± 0.00 | 0.10 ± 0.00 | 0.350 ± 0.6" in text and "| 0.050 ± 0.6" in text
     assert (
@@ -212,7 +213,8 @@ BASE_STAGES = ("data", "tokenizer", "pretrain", "sft", "reward")
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_can_be_read_and_its_inputs_exist(file: Path) -> None:
-    """Settings are known to their stages, and what a stage needs is a stage before it, a named model, or made by another recipe."""
+    """Settings are known to their stages, and what a stage needs is a stage before it, a named model, or made
+    by another recipe."""
     recipe = read_recipe(file, {})
     assert recipe.name == file.stem and recipe.stages
     before: set[str] = set()

@@ -1,4 +1,5 @@
-"""REINFORCE as a stage, and its step: what is learnt from is the return of whole answers against a baseline."""
+"""REINFORCE as a stage, and its step: what is learnt from is the return of whole answers against a
+baseline."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ from chatwright.metrics import read_metrics
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.stages import reinforce
-from chatwright.stages.reinforce import Config, look_back, step
-from chatwright.train.rl.models import Players
-from chatwright.train.rl.rollout import answer_log_probs, sample_answers
+from chatwright.stages.reinforce import Config, score_rollouts, step
+from chatwright.train.rl.models import RLModels
+from chatwright.train.rl.rollout import completion_log_probs, sample_completions
 
 PROMPTS = [[7, 8, 9], [11], [20, 21, 22, 23, 24, 25, 26, 27, 28], [40, 41]]
 SHARED = (
@@ -58,23 +59,23 @@ def config_of(**changes: Any) -> Config:
 def test_the_loss_is_return_less_baseline_times_log_probability(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel], baseline: Any
 ) -> None:
-    players = Players(lively_gpt(1), lively_gpt(2), lively_scalar(3))
+    models = RLModels(lively_gpt(1), lively_gpt(2), lively_scalar(3))
     config = config_of(baseline=baseline, samples_per_prompt=4, whiten=False, entropy_coefficient=0.02)
-    answers = sample_answers(
-        players.policy,
+    answers = sample_completions(
+        models.policy,
         [prompt for prompt in PROMPTS for _ in range(4)],
         end=5,
         max_new_tokens=10,
         temperature=1.0,
         seed_parts=(1, "reinforce"),
     )
-    rollout, logged = look_back(players, answers, 0.3, config)
+    rollout, logged = score_rollouts(models, answers, 0.3, config)
     mask = answers.response
     with torch.no_grad():
-        now, spread = answer_log_probs(players.policy, answers, temperature=1.0, entropy="known")
-        reference, _ = answer_log_probs(players.reference, answers, temperature=1.0)
+        now, parallel = completion_log_probs(models.policy, answers, temperature=1.0, entropy="known")
+        reference, _ = completion_log_probs(models.reference, answers, temperature=1.0)
         scores = torch.where(
-            answers.finished, players.reward.score(answers.ids, answers.real), config.unfinished_score
+            answers.finished, models.reward.score(answers.ids, answers.real), config.unfinished_score
         )
     expected, returns = [], []
     for row in range(16):
@@ -88,9 +89,11 @@ def test_the_loss_is_return_less_baseline_times_log_probability(
     torch.testing.assert_close(rollout.advantages, torch.tensor(expected), atol=1e-4, rtol=1e-5)
 
     batch = rollout.rows(torch.arange(16))
-    outcome = step(players, batch, config)
+    outcome = step(models, batch, config)
     spoken = [float(now[row][mask[row]].sum()) for row in range(16)]
-    loss = -sum(a * s for a, s in zip(expected, spoken, strict=True)) / 16 - 0.02 * float(spread[mask].mean())
+    loss = -sum(a * s for a, s in zip(expected, spoken, strict=True)) / 16 - 0.02 * float(
+        parallel[mask].mean()
+    )
     assert batch.weight == 16
     assert float(outcome.loss.detach()) / 16 == pytest.approx(loss, rel=1e-4)
     assert float(outcome.logged["ratio_gap"]) / 16 < 1e-5
@@ -100,14 +103,14 @@ def test_the_loss_is_return_less_baseline_times_log_probability(
 def test_whitening_makes_the_score_s_unit_irrelevant(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
-    players, config = Players(lively_gpt(1), lively_gpt(1), lively_scalar(3)), config_of(unfinished_score=0.0)
-    answers = sample_answers(
-        players.policy, PROMPTS * 4, end=5, max_new_tokens=10, temperature=1.0, seed_parts=(2,)
+    models, config = RLModels(lively_gpt(1), lively_gpt(1), lively_scalar(3)), config_of(unfinished_score=0.0)
+    answers = sample_completions(
+        models.policy, PROMPTS * 4, end=5, max_new_tokens=10, temperature=1.0, seed_parts=(2,)
     )
     answers = replace(answers, finished=torch.ones(16, dtype=torch.bool))
-    one, _ = look_back(players, answers, 0.0, config)
-    players.reward.scale.mul_(7.0)
-    seven, _ = look_back(players, answers, 0.0, config)
+    one, _ = score_rollouts(models, answers, 0.0, config)
+    models.reward.scale.mul_(7.0)
+    seven, _ = score_rollouts(models, answers, 0.0, config)
     torch.testing.assert_close(seven.advantages, one.advantages, atol=1e-4, rtol=1e-4)
     assert float(one.advantages.std(correction=0)) == pytest.approx(1.0, abs=1e-4)
 
@@ -132,14 +135,14 @@ def test_answers_to_one_prompt_stand_side_by_side(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[list[int]]] = []
-    real = reinforce.look_back
+    real = reinforce.score_rollouts
 
-    def watched(players: Any, answers: Any, beta: float, config: Any) -> Any:
+    def watched(models: Any, answers: Any, beta: float, config: Any) -> Any:
         starts = answers.response.long().argmax(1)
         seen.append([row[:start].tolist() for row, start in zip(answers.ids, starts, strict=True)])
-        return real(players, answers, beta, config)
+        return real(models, answers, beta, config)
 
-    monkeypatch.setattr(reinforce, "look_back", watched)
+    monkeypatch.setattr(reinforce, "score_rollouts", watched)
     config = replace(
         SMALL, iterations=1, batch_size=8, minibatch_size=8, samples_per_prompt=4, baseline="leave-one-out"
     )

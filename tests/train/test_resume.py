@@ -1,6 +1,8 @@
-"""Resumed = uninterrupted, bit for bit: weights, optimiser, position, random stream and rows of metrics, for each stage.
+"""Resumed = uninterrupted, bit for bit: weights, optimiser, position, random stream and rows of metrics, for
+each stage.
 
-Runs are stopped politely, by a crash, and by SIGKILL; checkpoints are found damaged, half-written and doubled.
+Runs are stopped politely, by a crash, and by SIGKILL; checkpoints are found damaged, half-written and
+doubled.
 """
 
 from __future__ import annotations
@@ -144,13 +146,15 @@ CASES |= {
     },
 }
 SLOW = ("reward lora", "ppo whole lora", "reinforce lora")
-"""What `make test` leaves to `make test-all`: the two other adapters and the same stages without one say nearly as much."""
+"""What `make test` leaves to `make test-all`: the two other adapters and the same stages without one say
+nearly as much."""
 STAGES: list[Any] = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 
 
 @pytest.fixture
 def run(reward_bench: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Runs a stage in a directory; `stop` asks it to stop after so many steps, `looks` at the look of that number."""
+    """Runs a stage in a directory; `stop` asks it to stop after so many steps, `looks` at the look of that
+    number."""
 
     def run_stage(name: str, directory: Path, stop: int = 0, looks: int = 0, **changes: Any) -> Any:
         case = CASES[name]
@@ -234,11 +238,12 @@ def test_resumed_equals_uninterrupted(stage: str, tmp_path: Path, run: Callable[
 def test_a_round_that_is_stopped_between_any_two_minibatches_goes_on_as_if_nothing_had_been(
     stage: str, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second of two iterations, before each of its minibatches: its answers are those that were sampled before the stop."""
+    """The second of two iterations, before each of its minibatches: its answers are those that were sampled
+    before the stop."""
     sampled: list[int] = []
-    real = training.sample_answers
+    real = training.sample_completions
     monkeypatch.setattr(
-        training, "sample_answers", lambda *given, **named: sampled.append(1) or real(*given, **named)
+        training, "sample_completions", lambda *given, **named: sampled.append(1) or real(*given, **named)
     )
     whole, looks = tmp_path / "whole", CASES[stage].looks
     report = run(stage, whole, iterations=2)
@@ -268,11 +273,11 @@ def test_a_stopped_round_that_is_damaged_is_done_again(
         run("ppo", damaged, stop=2)
     with pytest.raises(Interrupted):
         run("ppo", damaged, looks=2)
-    flip(damaged / "checkpoints" / checkpoint.UNFINISHED / "midway.safetensors")
+    flip(damaged / "checkpoints" / checkpoint.UNFINISHED / "mid_step.safetensors")
     capsys.readouterr()
     run("ppo", damaged)
     told = " ".join(capsys.readouterr().out.split())
-    assert "midway.safetensors is damaged" in told and "going on from step 2" in told
+    assert "mid_step.safetensors is damaged" in told and "going on from step 2" in told
     same(whole, damaged, Path(report.model).name)
     assert rows(damaged) == rows(whole)
 

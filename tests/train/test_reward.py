@@ -1,4 +1,5 @@
-"""The reward model: a planted preference is learnt, a planted length bias is shown, batches are what they say."""
+"""The reward model: a planted preference is learnt, a planted length bias is shown, batches are what they
+say."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ from chatwright.stages import reward
 from chatwright.stages.reward import Config, step
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.loop import FitConfig
-from chatwright.train.parallel.context import ALONE
-from chatwright.train.preference.measures import correlation, judge, length_baseline, normalise
+from chatwright.train.parallel.context import SINGLE_PROCESS
+from chatwright.train.preference.measures import correlation, length_baseline, normalise, score_comparisons
 from chatwright.train.preference.rankings import Rankings, encode_answer, from_ratings
 
 ASK = ({"role": "user", "content": "How is the cat?"},)
@@ -66,7 +67,7 @@ def test_scores_are_normalised_and_follow_the_mood(
     texts = [
         comparison((draw.sentence(1), 2), (draw.sentence(0), 0), (draw.sentence(-1), -2)) for _ in range(40)
     ]
-    scores, _ = judge(model, rankings_of(texts, parts.tokenizer, max_tokens=48), texts)
+    scores, _ = score_comparisons(model, rankings_of(texts, parts.tokenizer, max_tokens=48), texts)
     good, plain, bad = scores.mean(0).tolist()
     assert good > plain + 0.5 > bad + 1.0
     assert abs(float(scores.mean())) < 0.5 and 0.6 < float(scores.std()) < 1.5
@@ -85,17 +86,17 @@ def test_normalisation_is_as_its_formula_says(
     with torch.no_grad():
         model.offset.fill_(0.3)
         model.scale.fill_(2.0)
-        before, labels = judge(model, rankings, chosen)
+        before, labels = score_comparisons(model, rankings, chosen)
 
     class Saver:
-        spread = ALONE
+        parallel = SINGLE_PROCESS
 
         def save(self, *, final: bool) -> checkpoint.Checkpoint:
             return checkpoint.Checkpoint(tmp_path / f"step-{final:06}")
 
     assert normalise(Saver(), model, rankings, chosen, torch.float32) == "checkpoints/step-000001"  # type: ignore[arg-type]
     with torch.no_grad():
-        after, _ = judge(model, rankings, chosen)
+        after, _ = score_comparisons(model, rankings, chosen)
     known = ~labels.isnan()
     assert known.tolist() == [[True, True, False, False], [True] * 4]
     expected = (before - before[known].mean()) / before[known].std()

@@ -22,7 +22,7 @@ from chatwright.stages.reward import Config
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.loop import FitConfig
 from chatwright.train.preference.calibration import pair_reliability
-from chatwright.train.preference.measures import Judged, by_annotator, by_candidates, judge
+from chatwright.train.preference.measures import Scored, by_annotator, by_candidates, score_comparisons
 from chatwright.train.preference.rankings import Rankings, demonstrations, own_comparisons, without_annotators
 
 NAN = float("nan")
@@ -46,7 +46,7 @@ def write(directory: Path, train: list[Comparison], held_out: list[Comparison]) 
     return directory
 
 
-# ---- annotators ----------------------------------------------------------------------------------------------------
+# ---- annotators --------------------------------------------------------------------------------------------
 
 
 def test_held_out_annotators_are_on_no_side_of_training() -> None:
@@ -55,9 +55,9 @@ def test_held_out_annotators_are_on_no_side_of_training() -> None:
     split = without_annotators(train, held_out, "bob, cy")
     assert split.train == [train[0], train[3]]
     assert split.held_out == [held_out[0], held_out[3]]
-    assert split.strangers == held_out[1:3]
+    assert split.held_out_annotators == held_out[1:3]
     whole = without_annotators(train, held_out, "")
-    assert (whole.train, whole.held_out, whole.strangers) == (train, held_out, [])
+    assert (whole.train, whole.held_out, whole.held_out_annotators) == (train, held_out, [])
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_the_stage_measures_annotators_that_it_did_not_learn_from(
     assert measures["calibration error on held-out pairs"].after == report.facts["calibration_error"]
     model, rankings = saved_model(tmp_path / "reward", report.model), rankings_of(sft_bench, seen, config)
     with torch.no_grad():
-        scores, labels = judge(model, rankings, seen)
+        scores, labels = score_comparisons(model, rankings, seen)
     assert (
         abs(float(model.scale) - 1) > 0.05
     )  # normalised by now; the probabilities are those of the scale that was learnt
@@ -145,16 +145,17 @@ def test_the_stage_measures_annotators_that_it_did_not_learn_from(
     assert abs(mean_of_demonstrations(sft_bench, tmp_path / "reward", report)) < 1e-4
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------
 
-JUDGED = Judged(
+JUDGED = Scored(
     torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]),
     torch.tensor([[3.0, 2.0, 1.0], [1.0, 0.0, NAN], [1.0, 0.0, NAN]]),
 )
 
 
 def test_accuracy_by_number_of_answers_by_hand() -> None:
-    # three answers: 3 of 3 pairs; two answers: one prompt right, one wrong, deviation sqrt(1/2), over sqrt(2) prompts = 0.5
+    # three answers: 3 of 3 pairs; two answers: one prompt right, one wrong, deviation sqrt(1/2), over sqrt(2)
+    # prompts = 0.5
     table = by_candidates(JUDGED, Config(tie_tolerance=0.0))
     assert table.rows == [["2", "2", "2", "0.500 ± 0.500"], ["3", "1", "3", "1.000"]]
     assert by_candidates(JUDGED, Config(tie_tolerance=1.0)).rows == [
@@ -174,7 +175,7 @@ def test_accuracy_by_annotator_by_hand() -> None:
     assert by_annotator(JUDGED, [by(""), by(""), by("")], None, [], Config()) is None
 
 
-# ---- where scores begin --------------------------------------------------------------------------------------------
+# ---- where scores begin ------------------------------------------------------------------------------------
 
 
 def saved_model(directory: Path, name: str) -> ScalarModel:
@@ -198,7 +199,9 @@ def rankings_of(bench: Any, comparisons: list[Comparison], config: Config) -> Ra
 def mean_of_demonstrations(bench: Any, directory: Path, report: Any) -> float:
     model = saved_model(directory, report.model)
     shown = demonstrations(bench.inputs["data"] / "dialogues-train.jsonl", reward.DEMONSTRATIONS)
-    return float(judge(model, rankings_of(bench, shown, Config(max_tokens=40)), shown).scores[:, 0].mean())
+    return float(
+        score_comparisons(model, rankings_of(bench, shown, Config(max_tokens=40)), shown).scores[:, 0].mean()
+    )
 
 
 def test_demonstrations_are_the_first_answers_of_people(tmp_path: Path) -> None:

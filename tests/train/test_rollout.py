@@ -1,4 +1,5 @@
-"""Rollouts: sampler and trainer agree on every token, values stand before their tokens, answers are judged as said."""
+"""Rollouts: sampler and trainer agree on every token, values stand before their tokens, answers are judged as
+said."""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.rl.rollout import (
-    Answers,
-    answer_log_probs,
+    Completions,
+    completion_log_probs,
     degenerate,
     distinct,
     prompts_from,
-    sample_answers,
+    sample_completions,
     texts_of,
     values_before,
 )
@@ -31,9 +32,9 @@ END = 5
 PROMPTS = [[7, 8, 9], [11], [20, 21, 22, 23, 24, 25, 26, 27, 28], [40, 41]] * 3
 
 
-def sampled(model: GPT, temperature: float, **changes: Any) -> Answers:
+def sampled(model: GPT, temperature: float, **changes: Any) -> Completions:
     settings: dict[str, Any] = {"end": END, "max_new_tokens": 12, "seed_parts": (1, "test"), **changes}
-    return sample_answers(model, PROMPTS, temperature=temperature, **settings)
+    return sample_completions(model, PROMPTS, temperature=temperature, **settings)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -49,8 +50,8 @@ def test_sampler_and_trainer_agree_on_log_probabilities(
     model = lively_gpt(3, **shape)
     answers = sampled(model, temperature)
     with torch.no_grad():
-        found, _ = answer_log_probs(model, answers, temperature=temperature)
-        other, _ = answer_log_probs(model, answers, temperature=1.0 if temperature < 1 else 0.7)
+        found, _ = completion_log_probs(model, answers, temperature=temperature)
+        other, _ = completion_log_probs(model, answers, temperature=1.0 if temperature < 1 else 0.7)
     assert float((found - answers.sampled).abs().max()) < 1e-4
     assert float((found * ~answers.response).abs().max()) == 0.0
     # the mutation: logits divided by another temperature than they were drawn with
@@ -61,14 +62,14 @@ def test_sampler_and_trainer_agree_on_log_probabilities(
 def test_log_probabilities_are_those_of_each_row_alone(lively_gpt: Callable[..., GPT]) -> None:
     model = lively_gpt(4)
     answers = sampled(model, 0.7)
-    found, spread = answer_log_probs(model, answers, temperature=0.7, entropy="known")
+    found, parallel = completion_log_probs(model, answers, temperature=0.7, entropy="known")
     for row, prompt in enumerate(PROMPTS[:4]):
         ids = answers.ids[row][answers.real[row]]
         log_p = (model(ids[None])[0] / 0.7).log_softmax(-1)
         for t in range(len(prompt), len(ids)):
             assert float(found[row, t]) == pytest.approx(float(log_p[t - 1, ids[t]]), abs=1e-4)
             expected = -float((log_p[t - 1].exp() * log_p[t - 1]).sum())
-            assert float(spread[row, t]) == pytest.approx(expected, abs=1e-4)
+            assert float(parallel[row, t]) == pytest.approx(expected, abs=1e-4)
 
 
 @torch.no_grad()
@@ -81,9 +82,9 @@ def test_logits_are_float32_products_even_where_the_model_computes_in_bf16(
     model.head.register_forward_hook(lambda _, given, found: seen.append((given[0].dtype, found.dtype)))
     model.blocks[0].mlp.register_forward_hook(lambda _, __, found: seen.append((found.dtype, found.dtype)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, _ = answer_log_probs(model, answers, temperature=1.0)
+        found, _ = completion_log_probs(model, answers, temperature=1.0)
     assert seen == [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)]
-    exact, _ = answer_log_probs(model, answers, temperature=1.0)
+    exact, _ = completion_log_probs(model, answers, temperature=1.0)
     assert 1e-5 < float((found - exact).abs().max()) < 0.2
 
 
@@ -97,7 +98,7 @@ def test_who_computes_in_bf16_samples_in_bf16(
     model = lively_gpt(4)
     exact, rounded = sampled(model, 1.0), sampled(model, 1.0, dtype=torch.bfloat16)
     gaps = [
-        float((answer_log_probs(model, one, temperature=1.0)[0] - one.sampled).abs().max())
+        float((completion_log_probs(model, one, temperature=1.0)[0] - one.sampled).abs().max())
         for one in (exact, rounded)
     ]
     assert gaps[0] < 1e-4 and 1e-3 < gaps[1] < 0.2
@@ -106,7 +107,7 @@ def test_who_computes_in_bf16_samples_in_bf16(
 def test_answers_know_where_they_begin_and_whether_they_end(lively_gpt: Callable[..., GPT]) -> None:
     model = lively_gpt(5, vocab_size=12)
     prompts = [[number % 12 for number in prompt] for prompt in PROMPTS]
-    answers = sample_answers(model, prompts, end=END, max_new_tokens=12, temperature=1.0, seed_parts=(2,))
+    answers = sample_completions(model, prompts, end=END, max_new_tokens=12, temperature=1.0, seed_parts=(2,))
     assert 0 < int(answers.finished.sum()) < len(prompts)  # some of each kind
     for row, prompt in enumerate(prompts):
         ids = answers.ids[row][answers.real[row]].tolist()
@@ -142,7 +143,7 @@ def test_values_stand_before_their_tokens(
     assert float((torch.where(answers.response, outputs, 0.0) - values).abs().max()) > 0.1
 
 
-def answers_of(*rows: list[int], prompt: int = 2) -> Answers:
+def answers_of(*rows: list[int], prompt: int = 2) -> Completions:
     width = prompt + max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     response = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -151,7 +152,7 @@ def answers_of(*rows: list[int], prompt: int = 2) -> Answers:
         response[row, prompt : prompt + len(answer)] = True
     real = response.clone()
     real[:, :prompt] = True
-    return Answers(
+    return Completions(
         ids, real, response, torch.ones(len(rows), dtype=torch.bool), torch.zeros(len(rows), width)
     )
 
@@ -208,7 +209,8 @@ def test_prompts_are_users_turns_with_what_stands_before_them(chat_tokenizer: To
 
 
 def test_answers_after_an_update_are_those_of_the_new_policy(lively_gpt: Callable[..., GPT]) -> None:
-    """Fused AdamW changes weights without telling torch's counters: nothing computed before it may be used again."""
+    """Fused AdamW changes weights without telling torch's counters: nothing computed before it may be used
+    again."""
     model = lively_gpt(6)
     sampled(model, 1.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
@@ -216,7 +218,7 @@ def test_answers_after_an_update_are_those_of_the_new_policy(lively_gpt: Callabl
     optimizer.step()
     after = sampled(model, 1.0)
     with torch.no_grad():
-        found, _ = answer_log_probs(model, after, temperature=1.0)
+        found, _ = completion_log_probs(model, after, temperature=1.0)
     assert float((found - after.sampled).abs().max()) < 1e-4
 
     requests = [

@@ -1,4 +1,5 @@
-"""What PPO and REINFORCE share beyond the plain round: shared trunk, average of weights, ptx and its tax, gold, peaks."""
+"""What PPO and REINFORCE share beyond the plain round: shared trunk, average of weights, ptx and its tax,
+gold, peaks."""
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ from chatwright.model.heads import ScalarModel, ValueHead
 from chatwright.objectives.language import next_token_loss
 from chatwright.optim import OptimConfig
 from chatwright.stages import ppo
-from chatwright.stages.ppo import Config, look_back, step
+from chatwright.stages.ppo import Config, score_rollouts, step
 from chatwright.train.rl import training
 from chatwright.train.rl.gold import gold_of, sentiment
-from chatwright.train.rl.models import Players, make_players, opinion
+from chatwright.train.rl.models import RLModels, make_models, policy_outputs
 from chatwright.train.rl.ptx import GeneralText, TextBatch, text_step
-from chatwright.train.rl.rollout import answer_log_probs, sample_answers
+from chatwright.train.rl.rollout import completion_log_probs, sample_completions
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
 
@@ -36,31 +37,34 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     return read_metrics(directory / "metrics.jsonl")
 
 
-# ---- shared trunk ---------------------------------------------------------------------------------------------------
+# ---- shared trunk ------------------------------------------------------------------------------------------
 
 
 def test_a_shared_trunk_is_read_once_and_starts_at_zero(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = lively_gpt(1)
-    players = Players(policy, lively_gpt(2), lively_scalar(3), ValueHead(policy.config.width))
-    answers = sample_answers(policy, PROMPTS, end=5, max_new_tokens=10, temperature=0.7, seed_parts=(1,))
+    models = RLModels(policy, lively_gpt(2), lively_scalar(3), ValueHead(policy.config.width))
+    answers = sample_completions(policy, PROMPTS, end=5, max_new_tokens=10, temperature=0.7, seed_parts=(1,))
     reads: list[int] = []
     real = policy.hidden_at
     monkeypatch.setattr(
         policy, "hidden_at", lambda ids, places, **more: reads.append(1) or real(ids, places, **more)
     )
-    seen = opinion(players, answers, 0.7)
+    seen = policy_outputs(models, answers, 0.7)
     assert len(reads) == 1 and not bool(seen.values.any())
-    expected, spread = answer_log_probs(policy, answers, temperature=0.7, entropy="known")
+    expected, parallel = completion_log_probs(policy, answers, temperature=0.7, entropy="known")
     torch.testing.assert_close(seen.log_probs, expected)
-    torch.testing.assert_close(seen.entropy, spread)
+    torch.testing.assert_close(seen.entropy, parallel)
     # with a head that is not zero: its output at the position before the token
-    assert isinstance(players.critic, ValueHead)
-    torch.nn.init.normal_(players.critic.scalar.weight)
-    torch.nn.init.constant_(players.critic.scalar.bias, 0.3)
+    assert isinstance(models.critic, ValueHead)
+    torch.nn.init.normal_(models.critic.scalar.weight)
+    torch.nn.init.constant_(models.critic.scalar.bias, 0.3)
     with torch.no_grad():
-        values, outputs = opinion(players, answers, 0.7).values, players.critic(policy.hidden(answers.ids))
+        values, outputs = (
+            policy_outputs(models, answers, 0.7).values,
+            models.critic(policy.hidden(answers.ids)),
+        )
     for row, t in answers.response.nonzero().tolist():
         assert float(values[row, t]) == pytest.approx(float(outputs[row, t - 1]), abs=1e-5)
 
@@ -69,18 +73,18 @@ def test_the_value_loss_reaches_the_shared_trunk_once_the_head_has_moved(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
     policy = lively_gpt(1)
-    players = Players(policy, lively_gpt(2), lively_scalar(3), ValueHead(policy.config.width))
+    models = RLModels(policy, lively_gpt(2), lively_scalar(3), ValueHead(policy.config.width))
     config = Config(
         batch_size=8, minibatch_size=8, max_new_tokens=10, min_tokens=0, max_repeats=1.0, critic="shared"
     )
-    answers = sample_answers(policy, PROMPTS, end=5, max_new_tokens=10, temperature=1.0, seed_parts=(1,))
-    rollout, _ = look_back(players, answers, 0.1, config)
+    answers = sample_completions(policy, PROMPTS, end=5, max_new_tokens=10, temperature=1.0, seed_parts=(1,))
+    rollout, _ = score_rollouts(models, answers, 0.1, config)
 
     def gradients(coefficient: float) -> tuple[torch.Tensor, torch.Tensor]:
         policy.zero_grad()
-        players.critic.zero_grad()  # type: ignore[union-attr]
-        step(players, rollout, replace(config, value_coefficient=coefficient)).loss.backward()
-        head = players.critic.scalar.weight.grad  # type: ignore[union-attr]
+        models.critic.zero_grad()  # type: ignore[union-attr]
+        step(models, rollout, replace(config, value_coefficient=coefficient)).loss.backward()
+        head = models.critic.scalar.weight.grad  # type: ignore[union-attr]
         return _first(policy), head
 
     trunk, head = gradients(1.0)
@@ -88,7 +92,7 @@ def test_the_value_loss_reaches_the_shared_trunk_once_the_head_has_moved(
     torch.testing.assert_close(trunk, without)
     assert float(head.abs().max()) > 0
     with torch.no_grad():
-        players.critic.scalar.weight.add_(0.1)  # type: ignore[union-attr]
+        models.critic.scalar.weight.add_(0.1)  # type: ignore[union-attr]
     assert float((gradients(1.0)[0] - without).abs().max()) > 1e-4
 
 
@@ -114,10 +118,10 @@ def test_make_players_knows_three_kinds_of_critic(
     for kind, expected in (("separate", ScalarModel), ("shared", ValueHead), ("none", type(None))):
         base = sft_parts()
         reward = lively_scalar(5, vocab_size=base.model.config.vocab_size, layers=1)
-        assert type(make_players(base, reward, kind).critic) is expected
+        assert type(make_models(base, reward, kind).critic) is expected
 
 
-# ---- average of the weights -----------------------------------------------------------------------------------------
+# ---- average of the weights --------------------------------------------------------------------------------
 
 
 def test_the_average_follows_the_weights() -> None:
@@ -125,7 +129,7 @@ def test_the_average_follows_the_weights() -> None:
     torch.nn.init.constant_(average.weight, 1.0)
     for value, expected in ((2.0, 0.9 * 1.0 + 0.1 * 2.0), (5.0, 0.9 * 1.1 + 0.1 * 5.0)):
         torch.nn.init.constant_(policy.weight, value)
-        training.follow(average, policy, 0.9)
+        training.update_ema(average, policy, 0.9)
         assert average.weight.item() == pytest.approx(expected)
 
 
@@ -134,7 +138,7 @@ def test_the_average_is_the_result(
 ) -> None:
     """One update a round: the average is 0.5 of what it was and 0.5 of the policy, three times."""
     met: list[dict[str, torch.Tensor]] = []
-    real = training.follow
+    real = training.update_ema
 
     def watched(average: Any, policy: Any, decay: float) -> None:
         if not met:
@@ -142,7 +146,7 @@ def test_the_average_is_the_result(
         real(average, policy, decay)
         met.append({key: value.clone() for key, value in policy.state_dict().items()})
 
-    monkeypatch.setattr(training, "follow", watched)
+    monkeypatch.setattr(training, "update_ema", watched)
     config = replace(SMALL, epochs=1, ema=0.5, kl_budget=100.0, min_distinct=0.0)
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     assert len(met) == 4
@@ -166,7 +170,7 @@ def test_an_average_beyond_the_limits_is_not_taken(planted_bench: Any, tmp_path:
     assert any("beyond the limits" in note for note in report.notes)
 
 
-# ---- ptx ------------------------------------------------------------------------------------------------------------
+# ---- ptx ---------------------------------------------------------------------------------------------------
 
 
 def test_text_step_is_gamma_times_the_mean_loss(lively_gpt: Callable[..., GPT]) -> None:
@@ -184,9 +188,10 @@ def test_text_step_is_gamma_times_the_mean_loss(lively_gpt: Callable[..., GPT]) 
 def test_an_update_with_text_has_the_gradient_of_eq_2(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel], tmp_path: Path
 ) -> None:
-    """Through Rounds and Trainer: the sum of PPO's loss per answer token and gamma x loss per token of text."""
+    """Through PolicyTraining and Trainer: the sum of PPO's loss per answer token and gamma x loss per token
+    of text."""
     policy = lively_gpt(1)
-    players = Players(policy, lively_gpt(2), lively_scalar(3), lively_scalar(4))
+    models = RLModels(policy, lively_gpt(2), lively_scalar(3), lively_scalar(4))
     config = Config(
         batch_size=8,
         minibatch_size=8,
@@ -198,17 +203,17 @@ def test_an_update_with_text_has_the_gradient_of_eq_2(
         ptx_windows=2,
         optim=OptimConfig(clip=0.0),
     )
-    answers = sample_answers(policy, PROMPTS, end=5, max_new_tokens=10, temperature=1.0, seed_parts=(1,))
-    rollout, _ = look_back(players, answers, 0.1, config)
+    answers = sample_completions(policy, PROMPTS, end=5, max_new_tokens=10, temperature=1.0, seed_parts=(1,))
+    rollout, _ = score_rollouts(models, answers, 0.1, config)
     windows = torch.randint(0, 96, (16, 17), generator=torch.Generator().manual_seed(2))
-    loss = step(players, rollout, config).loss / rollout.weight
+    loss = step(models, rollout, config).loss / rollout.weight
     loss = loss + 0.7 * text_step(policy, TextBatch(windows, 1.0)).loss
     expected = torch.autograd.grad(loss, list(policy.parameters()))
 
     run = object.__new__(ppo._Run)
-    run.config, run.players = config, players
+    run.config, run.models = config, models
     run.trainer = Trainer(
-        {"model": policy, "critic": players.critic}, config.optim, Workspace(tmp_path), card={}, texts={}
+        {"model": policy, "critic": models.critic}, config.optim, Workspace(tmp_path), metadata={}, texts={}
     )
 
     class Text:
@@ -283,7 +288,7 @@ def test_perplexity_is_that_of_the_tokens(
     assert tokens == pytest.approx(text.held_out.tokens, abs=2)
 
 
-# ---- gold and peaks -------------------------------------------------------------------------------------------------
+# ---- gold and peaks ----------------------------------------------------------------------------------------
 
 
 def test_gold_chooses_what_is_kept_and_stops_the_run_when_it_turns(
@@ -309,13 +314,13 @@ def test_a_run_stops_when_its_score_is_past_its_peak(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.0, 0.5, 1.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0])
-    real = ppo.look_back
+    real = ppo.score_rollouts
 
     def planted(*arguments: Any) -> Any:
         rollout, logged = real(*arguments)
         return rollout, {**logged, "score": next(scores), "score_error": 0.05}
 
-    monkeypatch.setattr(ppo, "look_back", planted)
+    monkeypatch.setattr(ppo, "score_rollouts", planted)
     report = planted_bench.run(
         ppo, replace(SMALL, iterations=8, patience=2, min_distinct=0.0), tmp_path / "ppo"
     )
@@ -333,7 +338,7 @@ def test_gold_by_a_reward_model_and_by_nothing(reward_bench: Any, sft_parts: Cal
     prompt = base.template.encode(
         [{"role": "user", "content": "How is the cat?"}], base.tokenizer, add_generation_prompt=True
     ).ids
-    answers = sample_answers(
+    answers = sample_completions(
         base.model,
         [prompt] * 4,
         end=base.tokenizer.control_ids["<|end|>"],

@@ -54,7 +54,8 @@ def test_answers_and_their_end_tokens_are_learnt_and_nothing_else(
 
 
 def test_the_step_is_the_loss_of_the_learnt_tokens(lively_gpt: Callable[..., Any]) -> None:
-    """Against logits of every position; filled up to a portion, exactly one portion, more than one, and nothing at all."""
+    """Against logits of every position; filled up to a portion, exactly one portion, more than one, and
+    nothing at all."""
     model = lively_gpt()
     draw = torch.Generator().manual_seed(4)
     shape = (30, 20)
@@ -209,13 +210,14 @@ def test_a_model_that_is_not_a_language_model_is_no_base(reward_bench: Any, tmp_
     assert load_parts(reward_bench.inputs["sft"]).template == NATIVE
 
 
-# ---- packed = unpacked ---------------------------------------------------------------------------------------------
+# ---- packed = unpacked -------------------------------------------------------------------------------------
 
 
 def loss_and_gradients(
     model: Any, rows: list[PackedRow], length: int, *, walls: bool = True
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Sum of the losses of some rows, and every parameter's gradient; without walls, conversations in a row see each other."""
+    """Sum of the losses of some rows, and every parameter's gradient; without walls, conversations in a row
+    see each other."""
     batch = batch_rows(rows, length)
     if not walls:
         batch = replace(batch, documents=(batch.documents > 0).long())
@@ -248,7 +250,7 @@ def test_packed_conversations_give_the_loss_and_the_gradients_of_unpacked_ones(
     )
 
 
-# ---- preview -------------------------------------------------------------------------------------------------------
+# ---- preview -----------------------------------------------------------------------------------------------
 
 
 def test_the_preview_shows_what_is_learnt_and_trains_nothing(

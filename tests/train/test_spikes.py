@@ -1,4 +1,5 @@
-"""The rule for loss spikes: what is a spike, what is done about it, and that a killed run decides as an uninterrupted one."""
+"""The rule for loss spikes: what is a spike, what is done about it, and that a killed run decides as an
+uninterrupted one."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def test_patience_is_about_spikes_in_a_row() -> None:
 
 
 def test_the_defaults_do_not_fire_in_normal_runs() -> None:
-    """Losses that fall as a run's do, with four times the noise of batches of 8, and of a learnt-by-heart reward model."""
+    """Losses that fall as a run's do, with four times the noise of batches of 8, and of a learnt-by-heart
+    reward model."""
     draw = torch.Generator().manual_seed(3)
     config = SpikeConfig()
     for curve in (lambda n: 2 + 7 * math.exp(-n / 200), lambda n: 2.0, lambda n: 0.01):
@@ -92,7 +94,7 @@ def test_senseless_numbers_are_refused(wrong: dict[str, Any]) -> None:
         FitConfig(steps=5, spikes=SpikeConfig(**wrong)).check("linear")
 
 
-# ---- in a run ------------------------------------------------------------------------------------------------------
+# ---- in a run ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Run:
             {"model": self.model},
             OptimConfig(learning_rate=0.05, schedule="constant"),
             Workspace(self.directory),
-            card={"kind": "language"},
+            metadata={"kind": "language"},
             texts={},
         )
         config = FitConfig(
@@ -220,7 +222,8 @@ def test_a_rollback_returns_to_the_last_checkpoint_and_passes_over_the_samples(t
     fitted = run.fit()
     assert [row["step"] for row in run.rows("rolled_back_from")] == [20]
     assert run.rows("rolled_back_from")[0]["rolled_back_from"] == 23
-    # 23 steps of 2 samples were seen when it returned to step 20: six samples are passed over, the spike of step 24 too late
+    # 23 steps of 2 samples were seen when it returned to step 20: six samples are passed over, the spike of
+    # step 24 too late
     assert fitted.progress.consumed == 80 + 6 and fitted.samples == 80
     assert [row["step"] for row in run.rows("loss")] == [*range(3, 40, 3), 40]
     assert [row["step"] for row in run.rows("spike_loss")] == [
@@ -228,6 +231,18 @@ def test_a_rollback_returns_to_the_last_checkpoint_and_passes_over_the_samples(t
     ]  # the third planted sample comes first now: alone
     assert fitted.progress.extra["rollbacks"] == 1 and fitted.progress.extra["spikes"] == 3
     assert any("1 returns" in note for note in fitted.notes)
+
+
+def test_a_rollback_forgets_no_time_of_the_budget(tmp_path: Path) -> None:
+    """Neither the seconds since the checkpoint nor what other programs took of them."""
+    run = Run(tmp_path)
+    run.fit(steps=10)
+    progress, taken = run.trainer.progress, {"lost": 7.0, "excused": 6.0}
+    progress.elapsed = 20.0
+    progress.extra |= {"spikes": 2, "busy": taken}
+    run.trainer.roll_back(every=5, spare=list)
+    progress = run.trainer.progress
+    assert progress.step == 5 and progress.elapsed == 20.0 and progress.extra["busy"] == taken
 
 
 def test_a_rollback_is_as_if_the_samples_had_never_been_there(tmp_path: Path) -> None:
@@ -281,7 +296,7 @@ def crash(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, *, 
     [
         (Trainer, "update", 23),  # among the spikes
         (Trainer, "update", 26),  # after the return
-        (Trainer, "_take_up", 1),  # in the return itself, before and after each of its parts
+        (Trainer, "_restore", 1),  # in the return itself, before and after each of its parts
         (checkpoint, "delete", 4),
         (checkpoint, "save_checkpoint", 5),
         (checkpoint, "save_checkpoint", 6),
@@ -308,7 +323,8 @@ def test_a_run_killed_around_a_return_ends_as_an_uninterrupted_one(
 
 
 def test_checkpoints_of_the_abandoned_steps_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saved after every step, returned to every tenth: killed just behind the return, it does not go on from beyond it."""
+    """Saved after every step, returned to every tenth: killed just behind the return, it does not go on from
+    beyond it."""
     whole, killed = (Run(tmp_path / place, DAMAGE, {"action": "rollback"}) for place in ("whole", "killed"))
     whole.fit(save_every=0.0, save_steps=10)
     with monkeypatch.context() as patch:

@@ -1,8 +1,8 @@
 """Check a recipe or a model before the hours are spent; each finding comes with its remedy.
 
-Nothing is trained, no data downloaded, and nothing left on the disk. What is found is `ok`, a `warning` (it works, but
-perhaps not as meant, or is not possible) or a `problem` (it will fail, or do something else than it seems); with a problem
-the exit code is 1.
+Nothing is trained, no data downloaded, and nothing left on the disk. What is found is `ok`, a `warning` (it
+works, but perhaps not as meant, or is not possible) or a `problem` (it will fail, or do something else than
+it seems); with a problem the exit code is 1.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class DoctorConfig:
     """What is looked at beside the model or recipe itself."""
 
     dialogue: str = ""
-    """Conversations of yours (.jsonl with a column `messages`, .json, .parquet): shows the loss mask of the first and
-    counts what would be cut or left out among the first 1,000. For models only."""
+    """Conversations of yours (.jsonl with a column `messages`, .json, .parquet): shows the loss mask of the
+    first and counts what would be cut or left out among the first 1,000. For models only."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,9 +35,13 @@ def main(argv: Sequence[str]) -> int:
         DoctorConfig,
         argv,
         prog="chatwright doctor",
-        description="Check RECIPE_OR_MODEL before the hours are spent. Nothing is trained, no data downloaded, and nothing left on the disk.",
+        description=(
+            "Check RECIPE_OR_MODEL before the hours are spent. Nothing is trained, no data downloaded, and "
+            "nothing left on the disk."
+        ),
         positionals={
-            "recipe_or_model": "A recipe (a .yaml file, or the name of a built-in one), or a model: a run, a model "
+            "recipe_or_model": "A recipe (a .yaml file, or the name of a built-in one), or a model: a run, "
+            "a model "
             "directory, smollm2, hf:owner/name or a .gguf file."
         },
     )

@@ -1,6 +1,8 @@
-"""Export parity, as `chatwright doctor` checks it: written aside in each format, read back, compared, thrown away.
+"""Export parity, as `chatwright doctor` checks it: written aside in each format, read back, compared, thrown
+away.
 
-hf is read by our own reader and, where it is installed, by transformers' Auto classes; gguf by our own reader.
+hf is read by our own reader and, where it is installed, by transformers' Auto classes; gguf by our own
+reader.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ if TYPE_CHECKING:
     from chatwright.interop.loaded import Loaded
 
 LARGEST = 300_000_000
-"""Parameters above which writing and reading would keep people waiting for minutes: they are told the command instead."""
+"""Parameters above which writing and reading would keep people waiting for minutes: they are told the command
+instead."""
 TOLERANCE = 1e-4
-"""How far logits may be apart in transformers, as a share of the largest one where that is above 1: sums in another order."""
+"""How far logits may be apart in transformers, as a share of the largest one where that is above 1: sums in
+another order."""
 SPARE = 50_000_000
 """Bytes beside the weights: tokenizer, settings, the file system's own."""
 TALK = (
@@ -104,7 +108,10 @@ def _too_much(count: int) -> str:
         return f"{count / 1e6:,.0f} M parameters are above the {LARGEST / 1e6:.0f} M of a quick check"
     free = shutil.disk_usage(place).free
     if size > free:
-        return f"it takes {gigabytes(size)}, and {gigabytes(free)} are free in {place} (TMPDIR names another place)"
+        return (
+            f"it takes {gigabytes(size)}, and {gigabytes(free)} are free in {place} (TMPDIR names another "
+            f"place)"
+        )
     have = runtime.total_memory_bytes()
     if have is not None and 8 * count > have:
         return f"two copies take {gigabytes(8 * count)} of memory, and there is {gigabytes(have)}"
@@ -112,7 +119,8 @@ def _too_much(count: int) -> str:
 
 
 def _tried(parts: Loaded, plan: HFExport | GGUFExport, before: Behaviour) -> str:
-    """Write, read, compare. Returns what to say; raises _Differs, OSError, and UserError when it cannot be read."""
+    """Write, read, compare. Returns what to say; raises _Differs, OSError, and UserError when it cannot be
+    read."""
     with tempfile.TemporaryDirectory(prefix="chatwright-doctor-") as folder:
         if isinstance(plan, GGUFExport):
             written = Path(folder) / "model.gguf"
@@ -170,14 +178,19 @@ def _read_by_transformers(parts: Loaded, written: Path) -> str:
     apart, largest = float((own - found).abs().max()), max(1.0, float(own.abs().max()))
     if not apart <= TOLERANCE * largest:  # not a number counts as apart, too
         raise _Differs(
-            f"transformers {version} computes logits that are {apart:.2g} apart, the largest being {largest:.2g}"
+            f"transformers {version} computes logits that are {apart:.2g} apart, the largest being "
+            f"{largest:.2g}"
         )
     same = "the same ids of a text and of a conversation" if talk else "the same ids of a text"
-    return f"read back by chatwright (equal) and transformers {version}: {same}, logits at most {apart:.1g} apart"
+    return (
+        f"read back by chatwright (equal) and transformers {version}: {same}, logits at most {apart:.1g} "
+        f"apart"
+    )
 
 
 def _talk_ids(parts: Loaded, tokenizer: Any, version: str) -> list[int]:
-    """A conversation's ids, by transformers' template. Raises _Differs when they are not those of our rendered text.
+    """A conversation's ids, by transformers' template. Raises _Differs when they are not those of our
+    rendered text.
 
     (Whether these are the ids that our own encoding gives is the check `elsewhere`.)
     """

@@ -1,4 +1,5 @@
-"""What `chatwright doctor` looks at in a model: files, numbers, tokenizer, chat template, and what training would see."""
+"""What `chatwright doctor` looks at in a model: files, numbers, tokenizer, chat template, and what training
+would see."""
 
 from __future__ import annotations
 
@@ -53,13 +54,15 @@ OWN_TABLE = frozenset({"positions.weight"})
 THEIR_TABLES = frozenset(
     {"wpe.weight", "transformer.wpe.weight", "positions_embed.weight", "transformer.positions_embed.weight"}
 )
-"""The table of learned positions by its names in files: ours, and those of GPT-2 and GPT-1 in transformers' format."""
+"""The table of learned positions by its names in files: ours, and those of GPT-2 and GPT-1 in transformers'
+format."""
 DIALOGUES = 1_000
 """Conversations of the user's that are counted."""
 
 
 def check_model(name: str, dialogue: str = "") -> tuple[list[Finding], Text | None]:
-    """Findings about a model, and the loss mask of a conversation (the first of `dialogue`, else a sample)."""
+    """Findings about a model, and the loss mask of a conversation (the first of `dialogue`, else a
+    sample)."""
     findings = list(_files(name))
     try:
         parts = load_parts(name)
@@ -119,7 +122,8 @@ def _numbers(model: GPT) -> Iterator[Finding]:
     yield Finding(
         "ok",
         "model",
-        f"{count:,} parameters ({count - body:,} in tables of tokens and positions), {shape.layers} layers, width "
+        f"{count:,} parameters ({count - body:,} in tables of tokens and positions), {shape.layers} layers, "
+        "width "
         f"{shape.width}, {shape.heads} heads, {shape.position} positions",
     )
     broken = [name for name, tensor in model.named_parameters() if not bool(torch.isfinite(tensor).all())]
@@ -209,7 +213,8 @@ def _round_trip(tokenizer: Tokenizer) -> Finding:
 
 
 def _positions(name: str) -> Finding | None:
-    """The problem of a model that cannot be loaded because its context is not the length of its table of positions."""
+    """The problem of a model that cannot be loaded because its context is not the length of its table of
+    positions."""
     path = Path(name)
     with suppress(UserError, OSError, safetensors.SafetensorError, TypeError, ValueError):
         found = find_checkpoint(path) if path.is_dir() else None

@@ -1,4 +1,5 @@
-"""What `chatwright doctor` looks at in a recipe: stages and their inputs, data, shapes that must fit, memory, disk."""
+"""What `chatwright doctor` looks at in a recipe: stages and their inputs, data, shapes that must fit, memory,
+disk."""
 
 from __future__ import annotations
 
@@ -118,7 +119,8 @@ def _data(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
                 "problem",
                 stage.name,
                 f"`{records}` is empty, but {', '.join(users)} learns from them",
-                f"name a source of {records}: `chatwright data list`, a file or folder of your own, hf:owner/name",
+                f"name a source of {records}: `chatwright data list`, a file or folder of your own, "
+                "hf:owner/name",
             )
 
 
@@ -177,7 +179,8 @@ def _lengths(stage: RecipeStage, recipe: Recipe, shapes: dict[str, GPTConfig]) -
                 "warning",
                 stage.name,
                 f"{100 * share:.0f} % of the parameters are the token table",
-                f"a smaller vocabulary than {shape.vocab_size:,} (tokenizer.vocab_size) leaves more to think with",
+                f"a smaller vocabulary than {shape.vocab_size:,} (tokenizer.vocab_size) leaves more to "
+                "think with",
             )
         if shape.context < 64:
             yield Finding(
@@ -212,7 +215,8 @@ def parameters(shape: GPTConfig) -> int:
 
 
 def _memory(recipe: Recipe, shapes: dict[str, GPTConfig]) -> Iterator[Finding]:
-    """The largest stage, as the planner predicts it, against the machine's memory; checkpoints against the disk."""
+    """The largest stage, as the planner predicts it, against the machine's memory; checkpoints against the
+    disk."""
     plans: list[Plan] = []
     for name, shape in shapes.items():
         stage = recipe.stages[name]
@@ -248,6 +252,7 @@ def _memory(recipe: Recipe, shapes: dict[str, GPTConfig]) -> Iterator[Finding]:
 
 
 def _checkpoint_bytes(stage: RecipeStage, parameters: float) -> float:
-    """Bytes of a stage's checkpoints: weights and two moments in float32, as many times as are kept, and one being written."""
+    """Bytes of a stage's checkpoints: weights and two moments in float32, as many times as are kept, and one
+    being written."""
     keep = getattr(getattr(stage.config, "fit", stage.config), "keep", 2)
     return 12 * parameters * (keep + 1)

@@ -1,4 +1,5 @@
-"""Fast generation on CPUs: compiled by Numba when first used, so that no compiler is needed to install or to run.
+"""Fast generation on CPUs: compiled by Numba when first used, so that no compiler is needed to install or to
+run.
 
     simd.py      vectors of sixteen numbers for Numba
     dots.py      products of small integers and of bfloat16, per kind of processor
@@ -35,8 +36,8 @@ def _is_ours(folder: Path) -> bool:
 
 @contextmanager
 def _compiled_code_kept() -> Iterator[None]:
-    """Inside, Numba's functions get our place for their compiled code. (Its own rule looks at one file's age only, but what
-    is compiled here is made of several files; and the package's folder may be read-only.)"""
+    """Inside, Numba's functions get our place for their compiled code. (Its own rule looks at one file's age
+    only, but what is compiled here is made of several files; and the package's folder may be read-only.)"""
     from numba.core import config
 
     from chatwright.data.archives import cache_dir

@@ -1,5 +1,6 @@
-"""The three ways in which kernel functions are compiled. None holds Python's lock while it runs, checks for division by zero, or counts
-who holds an array (`_nrt`): counters that all threads write to cost more than the work between them. So none may make an array."""
+"""The three ways in which kernel functions are compiled. None holds Python's lock while it runs, checks for
+division by zero, or counts who holds an array (`_nrt`): counters that all threads write to cost more than the
+work between them. So none may make an array."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def _kept(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def inner(function: Callable[..., Any]) -> Any:
-    """For what only compiled code calls: what Python would need to call it takes a tenth of the time to compile."""
+    """For what only compiled code calls: what Python would need to call it takes a tenth of the time to
+    compile."""
     return _kept(function, no_cpython_wrapper=True)
 
 

@@ -1,13 +1,13 @@
-"""Products of small integers and of bfloat16, the one thing for which processors differ too much for LLVM to find the instruction
-by itself.
+"""Products of small integers and of bfloat16, the one thing for which processors differ too much for LLVM to
+find the instruction by itself.
 
-There is a form per kind of processor (paths.py) and a plain one that runs everywhere. Integer sums are exact, so all forms give
-equal results. bfloat16 weights meet float32 activations, except where the processor multiplies pairs of bfloat16: there activations
-are rounded as well.
+There is a form per kind of processor (paths.py) and a plain one that runs everywhere. Integer sums are exact,
+so all forms give equal results. bfloat16 weights meet float32 activations, except where the processor
+multiplies pairs of bfloat16: there activations are rounded as well.
 
-A group is 32 inputs of 16 outputs. Its integer weights are vectors of 64 bytes, four inputs of each output; the activations of a row
-(a token) for the group are 8 words of four whole numbers. Every word is multiplied with the weights of all outputs at once.
-bfloat16 weights are 16 vectors of pairs, and words are pairs.
+A group is 32 inputs of 16 outputs. Its integer weights are vectors of 64 bytes, four inputs of each output;
+the activations of a row (a token) for the group are 8 words of four whole numbers. Every word is multiplied
+with the weights of all outputs at once. bfloat16 weights are 16 vectors of pairs, and words are pairs.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def _joined(builder: Any, parts: list[Any]) -> Any:
 
 
 def _nibble_vectors(builder: Any, weights: Any, offset: int, count: int) -> list[Any]:
-    """For each of the 8 words of a group of 4-bit weights the `count` bytes at `offset` within its 64, unpacked."""
+    """For each of the 8 words of a group of 4-bit weights the `count` bytes at `offset` within its 64,
+    unpacked."""
     pairs = [
         _nibbles(builder, _bytes(builder, weights, 64 * half + offset, count)) for half in range(_WORDS // 2)
     ]
@@ -93,14 +94,15 @@ def _neighbours_added(builder: Any, sums: Any) -> Any:
     return builder.add(builder.shuffle_vector(sums, sums, even), builder.shuffle_vector(sums, sums, odd))
 
 
-# --- 8-bit weights, 16-bit activations --------------------------------------------------------------------------------
+# --- 8-bit weights, 16-bit activations ----------------------------------------------------------------------
 #
-# Rounding activations to 8 bits costs SmolLM2 0.34 % of its perplexity, to 12 bits 0.007 % (docs/performance.md); 16 take the
+# Rounding activations to 8 bits costs SmolLM2 0.34 % of its perplexity, to 12 bits 0.007 % (docs/performance.
 # same instructions. A sum of 32 products, at most 127 * 32512 each, fits into 32 bits.
 
 
 def _dots8_plain(builder: Any, weights: Any, rows: list[Any], offsets: list[Any]) -> list[Any]:
-    """Everywhere: both widened to 32 bits, multiplied, added. On NEON LLVM makes it smlal, which is as good as any."""
+    """Everywhere: both widened to 32 bits, multiplied, added. On NEON LLVM makes it smlal, which is as good
+    as any."""
     wide = ir.VectorType(INT32, 16)
     parts: list[list[Any]] = [[] for _ in rows]
     for offset in range(0, 64, 16):  # four outputs
@@ -117,9 +119,11 @@ def _dots8_plain(builder: Any, weights: Any, rows: list[Any], offsets: list[Any]
 
 
 def _dots8_avx2(builder: Any, weights: Any, rows: list[Any], offsets: list[Any]) -> list[Any]:
-    """vpmaddwd multiplies 16-bit numbers and adds neighbours: two sums per output, of four outputs in a register.
+    """vpmaddwd multiplies 16-bit numbers and adds neighbours: two sums per output, of four outputs in a
+    register.
 
-    Two registers of weights at a time share each word of the activations; more would not leave enough for the sums.
+    Two registers of weights at a time share each word of the activations; more would not leave enough for the
+    sums.
     """
     kind, room = ir.VectorType(INT32, 8), ir.VectorType(I16, 16)
     parts: list[list[Any]] = [[] for _ in rows]
@@ -142,10 +146,11 @@ def _dots8_avx2(builder: Any, weights: Any, rows: list[Any], offsets: list[Any])
 
 
 def _dots8_vnni(builder: Any, weights: Any, rows: list[Any], offsets: list[Any]) -> list[Any]:
-    """vpdpbusd adds four products of unsigned and signed bytes to each 32-bit lane; once for each byte of the activations.
+    """vpdpbusd adds four products of unsigned and signed bytes to each 32-bit lane; once for each byte of the
+    activations.
 
-    A number is 256 h + l, both signed bytes (`store_words`). Weights become unsigned when 128 is added to them; the sums of lower
-    bytes begin with what takes that off again.
+    A number is 256 h + l, both signed bytes (`store_words`). Weights become unsigned when 128 is added to
+    them; the sums of lower bytes begin with what takes that off again.
     """
     flip = ir.Constant(ir.VectorType(I8, 64), [-128] * 64)
     highs = [ir.Constant(WIDE_I32, [0] * LANES) for _ in rows]
@@ -163,7 +168,7 @@ def _dots8_vnni(builder: Any, weights: Any, rows: list[Any], offsets: list[Any])
     return [builder.add(builder.shl(high, eight), low) for high, low in zip(highs, lows, strict=True)]
 
 
-# --- 4-bit weights, 8-bit activations ---------------------------------------------------------------------------------
+# --- 4-bit weights, 8-bit activations -----------------------------------------------------------------------
 
 
 def _dots4_plain(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
@@ -182,7 +187,8 @@ def _dots4_plain(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
 
 
 def _dots4_avx2(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
-    """vpmaddubsw multiplies unsigned by signed bytes and adds neighbours in 16 bits; a whole group fits into these."""
+    """vpmaddubsw multiplies unsigned by signed bytes and adds neighbours in 16 bits; a whole group fits into
+    these."""
     wide, ones = ir.VectorType(I16, 16), _halves(16, 1)
     parts: list[list[Any]] = [[] for _ in rows]
     for offset in (0, 32):  # outputs 0 to 7, outputs 8 to 15
@@ -232,10 +238,10 @@ def _dots4_neon(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
     return [_joined(builder, part) for part in parts]
 
 
-# --- bfloat16 weights --------------------------------------------------------------------------------------------------------
+# --- bfloat16 weights ---------------------------------------------------------------------------------------
 #
-# Two sums per row, of even and of odd pairs: with four rows that is as many as hide how long an instruction takes. Rounding
-# activations to bfloat16 is what all others do with such weights; what it costs stands in docs/performance.md.
+# Two sums per row, of even and of odd pairs: with four rows that is as many as hide how long an instruction t
+# activations to bfloat16 is what all others do with such weights; what it costs stands in docs/performance.md
 
 
 def _add_bf16_pairs(builder: Any, weights: Any, words: list[Any], sums: list[Any]) -> list[Any]:
@@ -263,7 +269,8 @@ ROUNDS_BF16 = (False, False, False, False, True)
 
 @intrinsic
 def rounds_bf16(typing: Any, path: Any) -> Any:
-    """Whether activations are rounded to bfloat16 for bfloat16 weights on this path; known when it is compiled."""
+    """Whether activations are rounded to bfloat16 for bfloat16 weights on this path; known when it is
+    compiled."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return ir.Constant(ir.IntType(1), int(ROUNDS_BF16[path.count]))
@@ -273,7 +280,8 @@ def rounds_bf16(typing: Any, path: Any) -> Any:
 
 @intrinsic
 def store_words(typing: Any, path: Any, words: Any, at: Any, half: Any, value: Any) -> Any:
-    """Half a group of activations for int8 weights, sixteen results of `simd.rounded`, into the group's 64 bytes at words[at]."""
+    """Half a group of activations for int8 weights, sixteen results of `simd.rounded`, into the group's 64
+    bytes at words[at]."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, words, at, half, value = args
@@ -372,20 +380,21 @@ def _dots4(rows: int) -> Any:
 
 
 dots8, four_dots8 = _dots8(1), _dots8(4)
-"""dots8(path, weights, at, words, offsets, group, groups): for each of 16 outputs the sum of 32 products of int8 weights (8 vectors of
-64 bytes at weights[at]) and int16 activations (the words of a row's group, as `store_words` leaves them), as a tuple of one vector;
-four_dots8 of four, for rows that are `groups` groups apart: weights are unpacked once for all of them. offsets: `offset_of` each
-group, in float32's place."""
+"""dots8(path, weights, at, words, offsets, group, groups): for each of 16 outputs the sum of 32 products of
+int8 weights (8 vectors of 64 bytes at weights[at]) and int16 activations (the words of a row's group, as
+`store_words` leaves them), as a tuple of one vector; four_dots8 of four, for rows that are `groups` groups
+apart: weights are unpacked once for all of them. offsets: `offset_of` each group, in float32's place."""
 dots4, four_dots4 = _dots4(1), _dots4(4)
-"""The same for weights from 0 to 15 and int8 activations: 4 vectors of 64 bytes; vector j holds word j in its low and word
-j + 4 in its high bits."""
+"""The same for weights from 0 to 15 and int8 activations: 4 vectors of 64 bytes; vector j holds word j in its
+low and word j + 4 in its high bits."""
 
 
 @intrinsic
 def add_bf16(
     typing: Any, path: Any, weights: Any, at: Any, words: Any, group: Any, groups: Any, sums: Any
 ) -> Any:
-    """Add 32 products of bfloat16 weights and activations to the sums, two of each row. Only where `rounds_bf16`."""
+    """Add 32 products of bfloat16 weights and activations to the sums, two of each row. Only where
+    `rounds_bf16`."""
     rows = sums.count // 2
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -3,12 +3,13 @@
     fp32   [tile][input][16 outputs]
     bf16   [tile][pair of inputs][16 outputs][2]
     int8   [tile][group of 32 inputs][8 words][16 outputs][4], and one bfloat16 scale per group and output
-    int4   [tile][group][4][16 outputs][4 inputs]: word j in the low bits, word j + 4 in the high; a scale and a least value
+    int4   [tile][group][4][16 outputs][4 inputs]: word j in the low bits, word j + 4 in the high; a scale and
+           a least value
 
-An int8 weight is scale * q, q from -127 to 127; an int4 one is least + scale * q, q from 0 to 15. Scales and least values are
-rounded to bfloat16 before the weights are divided by them, so that little is lost by it. With int4 the output matrix is int8:
-in SmolLM2 it is the one matrix that 4 bits harm (docs/performance.md). `Packed.matrix` reads the packed bytes back: the plain
-reference of the kernels.
+An int8 weight is scale * q, q from -127 to 127; an int4 one is least + scale * q, q from 0 to 15. Scales and
+least values are rounded to bfloat16 before the weights are divided by them, so that little is lost by it.
+With int4 the output matrix is int8: in SmolLM2 it is the one matrix that 4 bits harm (docs/performance.md).
+`Packed.matrix` reads the packed bytes back: the plain reference of the kernels.
 """
 
 from __future__ import annotations
@@ -61,14 +62,16 @@ def up_to(size: int, multiple: int) -> int:
 
 
 def on_boundary(size: int, boundary: int = 64) -> np.ndarray:
-    """`size` bytes, not yet written, that begin at a multiple of `boundary`: a vector that lies across two cache lines costs two reads."""
+    """`size` bytes, not yet written, that begin at a multiple of `boundary`: a vector that lies across two
+    cache lines costs two reads."""
     room = np.empty(size + boundary, dtype=np.uint8)
     start = -room.ctypes.data % boundary
     return room[start : start + size]
 
 
 def quantised8(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, inputs), inputs a multiple of 32 -> whole numbers and scales, (rows, groups, 32) and (rows, groups, 1)."""
+    """(rows, inputs), inputs a multiple of 32 -> whole numbers and scales, (rows, groups, 32) and (rows,
+    groups, 1)."""
     groups = weights.view(weights.shape[0], -1, GROUP)
     scale = _bf16(groups.abs().amax(-1, keepdim=True) / 127)
     # Rounded down, a scale would push the largest weight beyond 127: it is held there.
@@ -109,7 +112,8 @@ class Packed:
     config: GPTConfig
     arena: np.ndarray[tuple[int], np.dtype[np.uint8]]
     plan: np.ndarray[tuple[int, int], np.dtype[np.int64]]
-    """A row per matrix (see products.py): QKV, OUTPUT, UP, DOWN of each layer, then the output matrix and the token table."""
+    """A row per matrix (see products.py): QKV, OUTPUT, UP, DOWN of each layer, then the output matrix and the
+    token table."""
     vectors: np.ndarray[tuple[int], np.dtype[np.float32]]
     """Norm weights and biases."""
     norms: np.ndarray[tuple[int, int], np.dtype[np.int64]]
@@ -187,7 +191,8 @@ class _Packer:
     def matrix(
         self, weights: Tensor, bias: Tensor | None, dtype: str, *, together: int = 1, adds: bool = False
     ) -> None:
-        """(outputs, inputs) into tiles, padded with zeros to whole tiles and groups. `together`, `adds`: see the plan."""
+        """(outputs, inputs) into tiles, padded with zeros to whole tiles and groups. `together`, `adds`: see
+        the plan."""
         outputs, inputs = weights.shape
         whole = torch.zeros(up_to(outputs, LANES), up_to(inputs, GROUP))
         whole[:outputs, :inputs] = weights.detach().float()
@@ -280,7 +285,8 @@ def _pack_block(packer: _Packer, block: Block, dtype: str) -> list[int]:
 
 @torch.no_grad()
 def pack(model: GPT, dtype: str) -> Packed:
-    """A model's weights for the kernels. Raises UserError for a shape that they cannot run, or an unknown dtype."""
+    """A model's weights for the kernels. Raises UserError for a shape that they cannot run, or an unknown
+    dtype."""
     if dtype not in FORMATS:
         raise UserError(f"dtype {dtype!r} is none of {', '.join(FORMATS)}")
     reason = unsupported(model.config)

@@ -36,7 +36,8 @@ def possible() -> list[str]:
 
 
 def choose() -> str:
-    """The best path. CHATWRIGHT_KERNELS names another one; raises UserError when this processor cannot run it."""
+    """The best path. CHATWRIGHT_KERNELS names another one; raises UserError when this processor cannot run
+    it."""
     asked = os.environ.get("CHATWRIGHT_KERNELS")
     can = possible()
     if not asked:
@@ -47,7 +48,8 @@ def choose() -> str:
 
 
 def typed(path: str) -> tuple[int, ...]:
-    """A path as an argument of compiled code: a tuple whose length, which is part of its type, is the path's number.
+    """A path as an argument of compiled code: a tuple whose length, which is part of its type, is the path's
+    number.
 
     So code is compiled, and kept on the disk, for each path apart, with nothing to decide while it runs.
     """
@@ -67,4 +69,7 @@ def named(path: str) -> str:
 
 def described(path: str, threads: int) -> str:
     """One line for people."""
-    return f"CPU kernels: {named(path)} ({platform.machine()}), {threads} {'thread' if threads == 1 else 'threads'}"
+    return (
+        f"CPU kernels: {named(path)} ({platform.machine()}), {threads} "
+        f"{'thread' if threads == 1 else 'threads'}"
+    )

@@ -1,11 +1,12 @@
 """Matrix products: packed weights (packing.py) times a few rows of activations.
 
-A tile is sixteen outputs, one per lane, so nothing is ever added across lanes. Weights are read once, in the order in which
-they lie in memory, and each tile serves four rows of activations before the next is touched. The plain reference of every
-form is `Packed.matrix(...) @ activations`, with activations rounded as `quantise` does where weights are integers (tests).
+A tile is sixteen outputs, one per lane, so nothing is ever added across lanes. Weights are read once, in the
+order in which they lie in memory, and each tile serves four rows of activations before the next is touched.
+The plain reference of every form is `Packed.matrix(...) @ activations`, with activations rounded as
+`quantise` does where weights are integers (tests).
 
-Each format's loops are written out, for one row and for four: Numba keeps no compiled function that was made by another function,
-and vectors cannot be put into arrays to be looped over.
+Each format's loops are written out, for one row and for four: Numba keeps no compiled function that was made
+by another function, and vectors cannot be put into arrays to be looped over.
 """
 
 from __future__ import annotations
@@ -52,21 +53,24 @@ from chatwright.generate.kernels.simd import (
 
 F32_WEIGHTS, BF16_WEIGHTS, INT8_WEIGHTS, INT4_WEIGHTS = range(4)
 FORMAT, WEIGHTS, SCALES, BIAS, TILES, GROUPS, TOGETHER, ADDS, PLAN_COLUMNS = range(9)
-"""Columns of a plan, one row per matrix: format, byte offsets in the arena, place of the bias (-1: none), sizes; how many
-neighbouring tiles one thread must compute (2 where a gate and what it gates take turns), whether the product is added to what
-is there already (1) or replaces it (0). These two are no arguments because Numba compiles a function anew for each constant."""
+"""Columns of a plan, one row per matrix: format, byte offsets in the arena, place of the bias (-1: none),
+sizes; how many neighbouring tiles one thread must compute (2 where a gate and what it gates take turns),
+whether the product is added to what is there already (1) or replaces it (0). These two are no arguments
+because Numba compiles a function anew for each constant."""
 
 WORD_LIMITS = (127.0, 32_512.0)
-"""Largest whole number that an activation becomes: before it meets int4 weights, int8 weights. The upper one is 256 * 127: cut into
-two signed bytes (dots.py), it needs no third."""
+"""Largest whole number that an activation becomes: before it meets int4 weights, int8 weights. The upper one
+is 256 * 127: cut into two signed bytes (dots.py), it needs no third."""
 AHEAD = 2048
-"""How many bytes before they are used weights are asked for: the processor itself looks ahead no further than a page. With many rows
-the next tile is asked for while this one is used (`_share`), or memory would rest meanwhile."""
+"""How many bytes before they are used weights are asked for: the processor itself looks ahead no further than
+a page. With many rows the next tile is asked for while this one is used (`_share`), or memory would rest
+meanwhile."""
 
 
 @inlined
 def _start(vectors, bias, tile, out, at, adding):
-    """What the sums of a tile begin with: the bias, and what is there already when the product is added to it."""
+    """What the sums of a tile begin with: the bias, and what is there already when the product is added to
+    it."""
     value = splat(np.float32(0.0))
     if bias >= 0:
         value = load(vectors, bias + tile * LANES)
@@ -85,10 +89,11 @@ def takes_words(path, kind):
 def quantise(path, kind, x, x_stride, first, last, groups, words, factors, sums):
     """Round rows `first` to `last` of x, as weights of a format want them.
 
-    Before integer weights, to whole numbers and a factor per group of 32: x ~ factor * word; before bfloat16 ones, where the processor
-    multiplies these, to bfloat16. Words take two bytes, before int4 weights one. Those of row r begin at words[r * groups * 32 * bytes
-    of a word], its factors at factors[r * groups]. At sums[r * groups] lies the sum of each group's words; before int8 weights -128
-    times that, an int32 in float32's place (dots.py tells what for).
+    Before integer weights, to whole numbers and a factor per group of 32: x ~ factor * word; before bfloat16
+    ones, where the processor multiplies these, to bfloat16. Words take two bytes, before int4 weights one.
+    Those of row r begin at words[r * groups * 32 * bytes of a word], its factors at factors[r * groups]. At
+    sums[r * groups] lies the sum of each group's words; before int8 weights -128 times that, an int32 in
+    float32's place (dots.py tells what for).
     """
     limit = np.float32(WORD_LIMITS[1] if kind == INT8_WEIGHTS else WORD_LIMITS[0])
     for row in range(first, last):
@@ -118,9 +123,11 @@ def quantise(path, kind, x, x_stride, first, last, groups, words, factors, sums)
 
 @inlined
 def _share(lines, rows):
-    """How many of the `lines` cache lines of a group each four of `rows` rows ask for in the next tile, while they use this one.
+    """How many of the `lines` cache lines of a group each four of `rows` rows ask for in the next tile, while
+    they use this one.
 
-    With less than eight rows none, because the processor itself sees what comes next; with many none, because memory waits anyway.
+    With less than eight rows none, because the processor itself sees what comes next; with many none, because
+    memory waits anyway.
     """
     blocks = rows // 4
     return (lines + blocks - 1) // blocks if 2 <= blocks <= 16 else 0
@@ -383,10 +390,11 @@ def _product_int4(
 
 @inlined
 def product(path, arena, matrix, first, last, x, x_stride, words, factors, sums, rows, out, stride, vectors):
-    """Tiles `first` to `last` of out = W x + bias, or of out += W x + bias where the plan says so, for `rows` rows.
+    """Tiles `first` to `last` of out = W x + bias, or of out += W x + bias where the plan says so, for `rows`
+    rows.
 
-    matrix: a row of the plan. Row r of x begins at x[r * x_stride]; where the format `takes_words` these are read instead, as `quantise`
-    leaves them. Row r of out begins at out[r * stride].
+    matrix: a row of the plan. Row r of x begins at x[r * x_stride]; where the format `takes_words` these are
+    read instead, as `quantise` leaves them. Row r of out begins at out[r * stride].
     """
     kind, weights, scales, bias, groups = (
         matrix[FORMAT],

@@ -19,7 +19,8 @@ from chatwright.model.gpt import GPT, Block
 
 
 def rounded_activations(x: Tensor, kind: int, path: str) -> Tensor:
-    """x as weights of a format take it on a path: for integers, whole numbers times a factor per group of 32 of its last dimension."""
+    """x as weights of a format take it on a path: for integers, whole numbers times a factor per group of 32
+    of its last dimension."""
     if kind < INT8_WEIGHTS:
         return x.bfloat16().float() if kind == BF16_WEIGHTS and ROUNDS_BF16[paths.NAMES.index(path)] else x
     limit = WORD_LIMITS[1] if kind == INT8_WEIGHTS else WORD_LIMITS[0]
@@ -34,7 +35,8 @@ def rounded_activations(x: Tensor, kind: int, path: str) -> Tensor:
 
 
 def _round_inputs(kind: int, path: str, heads: int = 1) -> Any:
-    """For the output matrix of attention each head is padded to whole groups, so no group has parts of two heads."""
+    """For the output matrix of attention each head is padded to whole groups, so no group has parts of two
+    heads."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         parts = inputs[0].view(*inputs[0].shape[:-1], heads, -1)
@@ -63,7 +65,8 @@ def _restore(block: Block, matrices: list[Tensor]) -> None:
 
 @torch.no_grad()
 def reference(model: GPT, packed: Packed, path: str) -> GPT:
-    """A copy of the model with the packed weights read back, and the matrices' inputs rounded as the kernels' path does."""
+    """A copy of the model with the packed weights read back, and the matrices' inputs rounded as the kernels'
+    path does."""
     plain = copy.deepcopy(model).float().eval()
     kinds = packed.plan[:, FORMAT]
     for number, block in enumerate(plain.blocks):

@@ -45,7 +45,8 @@ class Team:
             threading.Thread(target=self._help, args=(number,), name=name, daemon=True).start()
 
     def run(self, job: Callable[[int], Any]) -> None:
-        """job(0) here and job(1), job(2), ... in the others; back when all are done. Raises what a job raised."""
+        """job(0) here and job(1), job(2), ... in the others; back when all are done. Raises what a job
+        raised."""
         with self._one_at_a_time:
             self._job, self._failure = job, None
             for start in self._start:
@@ -79,7 +80,8 @@ class Team:
 
 
 def _flattened(feeds: Sequence[Feed]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of all new tokens: ids, positions, pages of their sequence (padded with 0), and the numbers of those wanted."""
+    """Of all new tokens: ids, positions, pages of their sequence (padded with 0), and the numbers of those
+    wanted."""
     count = sum(len(feed.ids) for feed in feeds)
     ids, positions = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
     pages = np.zeros((count, max(len(feed.pages) for feed in feeds)), dtype=np.int64)
@@ -97,7 +99,8 @@ def _flattened(feeds: Sequence[Feed]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 _compiled: set[str] = set()
 SOON = 2.0
-"""Seconds after which people are told what they wait for: what lies compiled on the disk is read in half a second."""
+"""Seconds after which people are told what they wait for: what lies compiled on the disk is read in half a
+second."""
 
 
 def _tell(text: str) -> None:
@@ -124,9 +127,9 @@ def _compile_once(path: str) -> None:
 class KernelRunner:
     """Runs a model on this machine's CPU with packed weights.
 
-    dtype: fp32, bf16, int8 or int4, of the weights; activations are float32, and rounded to whole numbers in groups of 32 before
-    they meet integer weights (int16 for int8, int8 for int4). Keys and values are bfloat16, float32 with fp32 weights. Raises
-    UserError for shapes the kernels lack.
+    dtype: fp32, bf16, int8 or int4, of the weights; activations are float32, and rounded to whole numbers in
+    groups of 32 before they meet integer weights (int16 for int8, int8 for int4). Keys and values are
+    bfloat16, float32 with fp32 weights. Raises UserError for shapes the kernels lack.
     """
 
     own_threads = True
@@ -219,7 +222,8 @@ class KernelRunner:
         return int(packed.arena.nbytes + packed.vectors.nbytes + packed.norms.nbytes)
 
     def allocate(self, pages: int, size: int) -> None:
-        """Room for `pages` pages. Raises UserError for a page size other than the kernels', or without the memory."""
+        """Room for `pages` pages. Raises UserError for a page size other than the kernels', or without the
+        memory."""
         if size != LANES:
             raise UserError(f"the CPU kernels have pages of {LANES} tokens, not {size}")
         self._pages = pages
@@ -233,7 +237,8 @@ class KernelRunner:
             )  # no sequence is longer
         except (MemoryError, ValueError):
             raise UserError(
-                f"there is no memory for a key-value cache of {pages * size} tokens ({2 * half / 2**20:.0f} MiB); "
+                f"there is no memory for a key-value cache of {pages * size} tokens ({2 * half / 2**20:.0f} "
+                "MiB); "
                 "lower cache_tokens"
             ) from None
 

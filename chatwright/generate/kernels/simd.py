@@ -1,8 +1,8 @@
 """Sixteen numbers at once: the vector instructions that the kernels are written with.
 
-Numba has no vectors of its own. Here a type for sixteen lanes is added and a handful of operations on it, each a line of
-LLVM, which turns them into whatever the processor has: one AVX-512 register, two of AVX2, four of NEON. Only the products of
-small integers have instructions that LLVM does not find by itself: dots.py.
+Numba has no vectors of its own. Here a type for sixteen lanes is added and a handful of operations on it,
+each a line of LLVM, which turns them into whatever the processor has: one AVX-512 register, two of AVX2, four
+of NEON. Only the products of small integers have instructions that LLVM does not find by itself: dots.py.
 
 Arrays are addressed by element; an array of bytes therefore by byte. No bounds are checked.
 """
@@ -66,7 +66,7 @@ def call_llvm(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------
 
 
 @intrinsic
@@ -107,7 +107,8 @@ def load_bf16(typing: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def spread(typing: Any, array: Any, index: Any) -> Any:
-    """Sixteen copies of array[index], a float32. `splat(array[index])` would first ask whether the index is negative."""
+    """Sixteen copies of array[index], a float32. `splat(array[index])` would first ask whether the index is
+    negative."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = address_of(context, builder, signature.args[0], args[0], args[1])
@@ -132,7 +133,8 @@ def _fetching(locality: int) -> Any:
 
 
 fetch_ahead, fetch_nearer = _fetching(3), _fetching(2)
-"""Have the cache line of array[index] brought near, `fetch_nearer` not into the first cache; harmless beyond the array's end."""
+"""Have the cache line of array[index] brought near, `fetch_nearer` not into the first cache; harmless beyond
+the array's end."""
 
 
 @intrinsic
@@ -225,7 +227,7 @@ def store_int(typing: Any, array: Any, index: Any, value: Any) -> Any:
     return types.none(array, types.int64, types.int64), code
 
 
-# --- arithmetic ------------------------------------------------------------------------------------------------------
+# --- arithmetic ---------------------------------------------------------------------------------------------
 
 
 @intrinsic

@@ -1,13 +1,16 @@
 """The whole model for a few tokens at once, as one compiled function that every thread runs.
 
-Threads share the work of each product and meet before its result is read. What is cheap (norms, rounding) each
-thread does for itself while there are few rows, which saves a meeting; with many rows they share that as well.
+Threads share the work of each product and meet before its result is read. What is cheap (norms, rounding)
+each thread does for itself while there are few rows, which saves a meeting; with many rows they share that as
+well.
 
-A row is a token of any sequence: decoding of many sequences, a piece of a prompt, and guesses to be checked all look alike. The
-keys and values of all rows are stored before any row looks at them, and a row looks at what stands before it.
+A row is a token of any sequence: decoding of many sequences, a piece of a prompt, and guesses to be checked
+all look alike. The keys and values of all rows are stored before any row looks at them, and a row looks at
+what stands before it.
 
-Keys lie so that one vector has sixteen tokens of one page, values so that it has sixteen features of one token; a page is
-sixteen tokens. As bfloat16 two neighbours share a lane: keys feature 2 i with 2 i + 1, values i with 16 + i of thirty-two.
+Keys lie so that one vector has sixteen tokens of one page, values so that it has sixteen features of one
+token; a page is sixteen tokens. As bfloat16 two neighbours share a lane: keys feature 2 i with 2 i + 1,
+values i with 16 + i of thirty-two.
 """
 
 from __future__ import annotations
@@ -77,12 +80,13 @@ from chatwright.generate.kernels.simd import (
     POSITIONS,
     DIMS,
 ) = range(18)
-"""Places in `dims`. Strides are widths rounded up to 32, heads apart. POSITIONS is the place of the position table in `vectors`,
--1 without one."""
+"""Indices into `dims`. Strides are widths rounded up to 32, heads apart. POSITIONS is the place of the
+position table in `vectors`, -1 without one."""
 RMS, LAYER = range(2)
 SWIGLU, GELU_TANH, RELU2 = range(3)
 QKV, OUTPUT, UP, DOWN, MATRICES = range(5)
-"""Matrices of a layer in the plan; then follow the output matrix and the token table (once more, where they are one)."""
+"""Matrices of a layer in the plan; then follow the output matrix and the token table (once more, where they
+are one)."""
 ATTENTION_NORM, MLP_NORM, QUERY_NORM, KEY_NORM, NORMS = range(5)
 """Norm vectors of a layer: places in `vectors`. The last row of the table has the final norm."""
 ALONE = 4
@@ -97,7 +101,8 @@ def _part(count, thread, threads):
 
 @inlined
 def _row_norm(kind, x, at, width, eps, vectors, norm, out, out_at):
-    """RMS norm (arXiv:1910.07467) or layer norm (arXiv:1607.06450) of one row; layer norm's bias follows its weight."""
+    """RMS norm (arXiv:1910.07467) or layer norm (arXiv:1607.06450) of one row; layer norm's bias follows its
+    weight."""
     zero = splat(np.float32(0.0))
     mean = np.float32(0.0)
     if kind == LAYER:
@@ -180,7 +185,8 @@ def _embed(matrix, dims, arena, vectors, ids, positions, first, last, x):
 
 @inner
 def _place(dims, eps, vectors, norms, layer, first, last, qkv, cos, sin, positions, pages, keys, values):
-    """Normalise and rotate queries and keys; write keys and values into their pages. A unit is a head of a row."""
+    """Normalise and rotate queries and keys; write keys and values into their pages. A unit is a head of a
+    row."""
     heads, groups, size, room = dims[HEADS], dims[KV_HEADS], dims[HEAD_DIM], dims[HEAD_STRIDE]
     narrow = dims[BF16_CACHE] != 0
     item = 2 if narrow else 4
@@ -218,7 +224,8 @@ def _place(dims, eps, vectors, norms, layer, first, last, qkv, cos, sin, positio
 
 @inlined
 def _similarities(narrow, keys, base, qkv, query, size, values, ahead):
-    """q k for the sixteen tokens of the page at `base`. Meanwhile the page at `ahead`, unless that is -1, is brought near."""
+    """q k for the sixteen tokens of the page at `base`. Meanwhile the page at `ahead`, unless that is -1, is
+    brought near."""
     a = b = c = d = splat(np.float32(0.0))  # sums apart, because an addition must wait for the one before
     if narrow:
         for i in range(0, size - 2, 4):
@@ -246,9 +253,11 @@ def _similarities(narrow, keys, base, qkv, query, size, values, ahead):
 
 @inlined
 def _page_ahead(pages, positions, row, next_row, rows, number, head, together):
-    """The page that a head asks for while it looks at its own page `number`, of those that `next_row` needs; -1 for none.
+    """The page that a head asks for while it looks at its own page `number`, of those that `next_row` needs;
+    -1 for none.
 
-    The heads that share keys share the asking. What the row before has as well is near already: in a prompt that is every page.
+    The heads that share keys share the asking. What the row before has as well is near already: in a prompt
+    that is every page.
     """
     if next_row >= rows or number % together != head % together or number * LANES > positions[next_row]:
         return -1
@@ -339,7 +348,8 @@ def _sigmoid(x):
 
 @inner
 def _activate(kind, raw, raw_stride, rows, first, last, hidden, stride):
-    """The non-linearity of the hidden tiles `first` to `last`. With a gate, tiles of `raw` come in pairs: gate, up."""
+    """The non-linearity of the hidden tiles `first` to `last`. With a gate, tiles of `raw` come in pairs:
+    gate, up."""
     for row in range(rows):
         for tile in range(first, last):
             if kind == SWIGLU:
@@ -448,10 +458,10 @@ def forward(
 ):
     """One thread's part of the forward pass of some tokens ("rows").
 
-    ids, positions: (rows,). pages: (rows, most) page numbers. wanted: rows whose logits are asked for, in order; positions and pages are
-    theirs in the end. every: 0, 1, 2, ...
-    cos, sin: (positions, K / 2), flat. keys, values: bytes. logits: (wanted, LOGIT_STRIDE), flat.
-    The rest is for what is computed on the way; normed, words, factors, sums and scores have a first dimension of threads.
+    ids, positions: (rows,). pages: (rows, most) page numbers. wanted: rows whose logits are asked for, in
+    order; positions and pages are theirs in the end. every: 0, 1, 2, ... cos, sin: (positions, K / 2), flat.
+    keys, values: bytes. logits: (wanted, LOGIT_STRIDE), flat. The rest is for what is computed on the way;
+    normed, words, factors, sums and scores have a first dimension of threads.
     """
     rows, count = len(ids), len(wanted)
     stride, layers = dims[STRIDE], dims[LAYERS]

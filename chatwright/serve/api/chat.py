@@ -1,6 +1,7 @@
 """POST /v1/chat/completions.
 
-Supported parameters are the fields of `ChatRequest`. `max_tokens` is an upper bound and may exceed the model's context.
+Supported parameters are the fields of `ChatRequest`. `max_tokens` is an upper bound and may exceed the
+model's context.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """POST /v1/completions: a text goes on.
 
-A prompt is a text, which stands at the beginning of a document (as with `chatwright generate`: the end-of-text token is
-put in front), or token ids, which are taken as they are. With `echo` the prompt comes back in front of its continuation,
-log-probabilities included: what evaluation harnesses ask for, with `max_tokens` 0, to score given texts.
+A prompt is a text, which stands at the beginning of a document (as with `chatwright generate`: the
+end-of-text token is put in front), or token ids, which are taken as they are. With `echo` the prompt comes
+back in front of its continuation, log-probabilities included: what evaluation harnesses ask for, with
+`max_tokens` 0, to score given texts.
 """
 
 from __future__ import annotations

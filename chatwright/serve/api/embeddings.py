@@ -46,7 +46,8 @@ class EmbeddingRequest(Body):
 
 
 def encoded(model: LanguageModel, body: EmbeddingRequest) -> list[list[int]]:
-    """Token ids of the inputs. Raises UserError for empty or too long ones, foreign ids, and other dimensions."""
+    """Token ids of the inputs. Raises UserError for empty or too long ones, foreign ids, and other
+    dimensions."""
     width, most = model.model.config.width, model.tokenizer.vocab_size
     if body.dimensions not in (None, width):
         raise UserError(f"dimensions: the vectors of this model have {width}")
@@ -58,7 +59,8 @@ def encoded(model: LanguageModel, body: EmbeddingRequest) -> list[list[int]]:
             raise UserError(f"input: token ids of this model are 0 to {most - 1}")
         if len(ids) > model.model.config.context:
             raise TooLong(
-                f"input {number} has {len(ids)} tokens, the model's context holds {model.model.config.context}"
+                f"input {number} has {len(ids)} tokens, the model's context holds "
+                f"{model.model.config.context}"
             )
     return inputs
 

@@ -1,4 +1,5 @@
-"""What form an answer must have: free text, JSON, JSON of a schema, or calls of tools; and the grammar that keeps to it."""
+"""What form an answer must have: free text, JSON, JSON of a schema, or calls of tools; and the grammar that
+keeps to it."""
 
 from __future__ import annotations
 
@@ -96,7 +97,8 @@ class Form:
             raise UserError("response_format: json_schema needs a schema")
         if self.kind != "text" and self.calls:
             raise UserError(
-                "response_format and tools cannot be had in one answer: give tool_choice none, or leave one out"
+                "response_format and tools cannot be had in one answer: give tool_choice none, or leave one "
+                "out"
             )
 
     @classmethod
@@ -108,7 +110,8 @@ class Form:
         choice: Any,
         parallel: bool | None,
     ) -> Form:
-        """From what OpenAI's chat interface has: tools as {"type": "function", "function": ...}. Raises UserError."""
+        """From what OpenAI's chat interface has: tools as {"type": "function", "function": ...}. Raises
+        UserError."""
         checked = check_tools(tools)
         return cls(kind, schema, checked, check_tool_choice(choice, checked), parallel is not False)
 
@@ -128,7 +131,8 @@ class Form:
         return list(messages)
 
     def grammar(self, model: LanguageModel) -> Grammar | None:
-        """What the answer is held to; None leaves it free. Takes up to a second for large schemas. Raises UserError."""
+        """What the answer is held to; None leaves it free. Takes up to a second for large schemas. Raises
+        UserError."""
         if not self.calls and self.kind == "text":
             return None
         tokenizer = model.tokenizer

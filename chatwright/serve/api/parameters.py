@@ -1,7 +1,9 @@
-"""What the bodies of requests have in common: how tokens are chosen, and what happens to parameters that are not ours.
+"""What the bodies of requests have in common: how tokens are chosen, and what happens to parameters that are
+not ours.
 
-A parameter that would change the answer and is not carried out here is refused with 400 (unless its value asks for
-nothing), one that would not is ignored, and a name that nobody knows is refused with the nearest one that exists.
+A parameter that would change the answer and is not carried out here is refused with 400 (unless its value
+asks for nothing), one that would not is ignored, and a name that nobody knows is refused with the nearest one
+that exists.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ class StreamOptions(BaseModel):
 
 
 class SampledBody(Body):
-    """How tokens are chosen. `top_k`, `min_p` and `repetition_penalty` are additions of ours to OpenAI's parameters."""
+    """How tokens are chosen. `top_k`, `min_p` and `repetition_penalty` are additions of ours to OpenAI's
+    parameters."""
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None

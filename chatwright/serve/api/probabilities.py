@@ -1,4 +1,5 @@
-"""Log-probabilities of tokens in the two shapes that OpenAI's interface has: one for chat, one for completions."""
+"""Log-probabilities of tokens in the two shapes that OpenAI's interface has: one for chat, one for
+completions."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def token_probabilities(piece: Piece, end_ids: frozenset[int]) -> Iterator[Token
 
 
 class Spelling:
-    """How tokens are written in these shapes: as text, in which a lone part of a character becomes U+FFFD, and as bytes."""
+    """How tokens are written in these shapes: as text, in which a lone part of a character becomes U+FFFD,
+    and as bytes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -46,7 +48,8 @@ class Spelling:
         return self.data(token).decode("utf-8", errors="replace")
 
     def chat(self, tokens: Sequence[TokenProbability], top: int) -> dict[str, Any]:
-        """`logprobs` of a chat completion's choice: `content` has an entry per token, with `top` alternatives each."""
+        """`logprobs` of a chat completion's choice: `content` has an entry per token, with `top` alternatives
+        each."""
         entries = []
         for one in tokens:
             entry = self._entry(one.token, one.logprob)
@@ -62,7 +65,8 @@ class Spelling:
         }
 
     def completion(self, tokens: Sequence[TokenProbability], top: int, offset: int) -> dict[str, Any]:
-        """`logprobs` of a completion's choice; the first token begins `offset` characters behind the prompt's beginning."""
+        """`logprobs` of a completion's choice; the first token begins `offset` characters behind the prompt's
+        beginning."""
         texts = [self.text(one.token) for one in tokens]
         offsets = []
         for text in texts:
@@ -76,7 +80,8 @@ class Spelling:
         }
 
     def _likeliest(self, one: TokenProbability, top: int) -> dict[str, float | None] | None:
-        """Text -> log-probability. The chosen token is there too, as with OpenAI; of equal texts the likelier counts."""
+        """Text -> log-probability. The chosen token is there too, as with OpenAI; of equal texts the likelier
+        counts."""
         if one.logprob is None:
             return None
         found: dict[str, float | None] = {}

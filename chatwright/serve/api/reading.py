@@ -1,4 +1,5 @@
-"""An answer as it comes: text, calls of tools, log-probabilities and ends, for whichever interface writes them down.
+"""An answer as it comes: text, calls of tools, log-probabilities and ends, for whichever interface writes
+them down.
 
 Streams and whole answers are made from the same deltas, so that they cannot differ.
 """
@@ -89,7 +90,8 @@ class Reading:
     """The answers to one request."""
 
     def __init__(self, service: ChatService, prepared: Prepared, form: Form | None = None) -> None:
-        """`form`: what the answers were held to; where they may call tools, calls are looked for in the text."""
+        """`form`: what the answers were held to; where they may call tools, calls are looked for in the
+        text."""
         self.service, self.prepared = service, prepared
         self.spelling = Spelling(service.model.tokenizer)
         self.headers = {DROPPED_HEADER: str(prepared.dropped)}
@@ -105,8 +107,8 @@ class Reading:
     def begin(self, stack: AsyncExitStack) -> None:
         """Ask the engine; the end of `stack` frees its slots. Raises as `ChatService.answer`.
 
-        At once after the preparations, which have looked whether there is a place, and before a stream has its status: who
-        is let in is answered, and who is refused is told by a status of its own.
+        At once after the preparations, which have looked whether there is a place, and before a stream has
+        its status: who is let in is answered, and who is refused is told by a status of its own.
         """
         self._answer = stack.enter_context(self.service.answer(self.prepared))
 
@@ -201,7 +203,8 @@ async def guarded(
 
 
 class HeldStream(StreamingResponse):
-    """A stream for whose whole time something is held, a model above all; let go also when it never begins."""
+    """A stream for whose whole time something is held, a model above all; let go also when it never
+    begins."""
 
     def __init__(self, events: AsyncGenerator[bytes], hold: AsyncExitStack, **settings: Any) -> None:
         super().__init__(events, media_type="text/event-stream", **settings)
@@ -217,7 +220,8 @@ class HeldStream(StreamingResponse):
 
 
 async def unless_gone(request: Request, work: Awaitable[dict[str, Any]], headers: dict[str, str]) -> Response:
-    """The result of `work` as a response; when the client leaves before, the work is cancelled and nobody reads it.
+    """The result of `work` as a response; when the client leaves before, the work is cancelled and nobody
+    reads it.
 
     Returns when the work has ended, so that what the caller holds for it is let go neither sooner nor later.
     """
@@ -236,8 +240,8 @@ async def unless_gone(request: Request, work: Awaitable[dict[str, Any]], headers
 
 
 async def to_the_end(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`work` in a thread. Who is cancelled meanwhile leaves when the thread is done and not before: it cannot be stopped, and
-    what is held for it (a place, a model) must stay held as long as it computes."""
+    """`work` in a thread. Who is cancelled meanwhile leaves when the thread is done and not before: it cannot
+    be stopped, and what is held for it (a place, a model) must stay held as long as it computes."""
     running = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
     try:
         return await asyncio.shield(running)

@@ -1,7 +1,7 @@
 """POST /v1/responses: OpenAI's newer interface to the same answers.
 
-Nothing is kept: `previous_response_id` and `store` have no effect to offer, so the first is refused and the second ignored.
-Clients send the conversation with each request instead.
+Nothing is kept: `previous_response_id` and `store` have no effect to offer, so the first is refused and the
+second ignored. Clients send the conversation with each request instead.
 """
 
 from __future__ import annotations

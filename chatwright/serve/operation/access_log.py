@@ -1,8 +1,9 @@
-"""One line of JSON per request, for those who run the server; and the middleware that knows when a request begins and ends.
+"""One line of JSON per request, for those who run the server; and the middleware that knows when a request
+begins and ends.
 
-No text of a prompt or an answer is in it, unless the server is told to keep them (`--log_prompts`), no key, and no query
-string. A log that cannot be written (a full disk) costs lines and not answers: a thread of its own writes, and what it has no
-place for is counted and said later.
+No text of a prompt or an answer is in it, unless the server is told to keep them (`--log_prompts`), no key,
+and no query string. A log that cannot be written (a full disk) costs lines and not answers: a thread of its
+own writes, and what it has no place for is counted and said later.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ STREAMS = ("text/event-stream", "application/x-ndjson")
 
 
 class AccessLog:
-    """A file of JSON lines, or standard error for "-". Any thread may write. Raises UserError when it cannot be opened.
+    """A file of JSON lines, or standard error for "-". Any thread may write. Raises UserError when it cannot
+    be opened.
 
     The file is opened anew when it has been moved away, as logrotate does.
     """
@@ -142,7 +144,7 @@ def record(scope: Scope, known: RequestFacts, status: int, seconds: float) -> di
     return line
 
 
-class Ledger:
+class AccessLogMiddleware:
     """ASGI middleware, the outermost: gives each request its id and its facts, and reports how it ended."""
 
     def __init__(
@@ -210,7 +212,8 @@ def _method(scope: Scope) -> str:
 
 
 def route_of(scope: Scope) -> str:
-    """The template of the route that served a request ("/chat/jobs/{job_id}/stop"), of which there are few."""
+    """The template of the route that served a request ("/chat/jobs/{job_id}/stop"), of which there are
+    few."""
     if str(scope["path"]).startswith("/static/"):
         return "/static"
     return str(getattr(scope.get("route"), "path", "")) or "none"

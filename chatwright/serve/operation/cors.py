@@ -38,7 +38,8 @@ def _origin(text: str) -> str:
         or parts.username
     ):
         raise UsageError(
-            f"--cors_origins {text!r}: an origin is scheme, host and port, such as https://app.example.org or "
+            f"--cors_origins {text!r}: an origin is scheme, host and port, such as https://app.example.org "
+            "or "
             "http://localhost:3000; there is no sign for all origins"
         )
     host = f"[{host}]" if ":" in host else host
@@ -52,7 +53,8 @@ def is_api(path: str) -> bool:
 
 
 class Cors:
-    """ASGI middleware: answers the preflight requests of the origins listed, and lets their pages read the answers."""
+    """ASGI middleware: answers the preflight requests of the origins listed, and lets their pages read the
+    answers."""
 
     def __init__(self, app: ASGIApp, *, origins: Iterable[str]) -> None:
         self._app, self._origins = app, frozenset(origins)

@@ -1,8 +1,10 @@
-"""Who may come in, when the server has keys: programs with `Authorization: Bearer KEY`, people with a session.
+"""Who may come in, when the server has keys: programs with `Authorization: Bearer KEY`, people with a
+session.
 
-/health, /ready and the files of /static are open: they tell nothing but the server's state. The interface (/v1, /metrics,
-/openapi.json) wants a key with every request; a cookie does not count there, so that no page of another site can act in its
-visitor's name. Everything else is the chat page: a browser is asked for a key once (login.py) and gets a session.
+/health, /ready and the files of /static are open: they tell nothing but the server's state. The interface
+(/v1, /metrics, /openapi.json) wants a key with every request; a cookie does not count there, so that no page
+of another site can act in its visitor's name. Everything else is the chat page: a browser is asked for a key
+once (login.py) and gets a session.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ OPEN = ("/health", "/ready", "/login", "/logout")
 
 
 class Attempts:
-    """Wrong keys per client address: after FREE of them the address has to wait, twice as long after each further one.
+    """Wrong keys per client address: after FREE of them the address has to wait, twice as long after each
+    further one.
 
-    A key that was right from this address before goes on working meanwhile: one program with an old key must not lock out
-    everybody behind the same router. Addresses are forgotten after FORGET seconds, and the oldest beyond MOST.
+    A key that was right from this address before goes on working meanwhile: one program with an old key must
+    not lock out everybody behind the same router. Addresses are forgotten after FORGET seconds, and the
+    oldest beyond MOST.
     """
 
     FREE, LONGEST, FORGET, MOST = 5, 60.0, 900.0, 10_000
@@ -173,7 +177,7 @@ def client_of(scope: Scope) -> str:
     return str((scope.get("client") or ("",))[0])
 
 
-class Doorkeeper:
+class AuthMiddleware:
     """ASGI middleware: lets in who may come in."""
 
     def __init__(self, app: ASGIApp, *, doors: Doors, login: Callable[[Scope, str], ASGIApp]) -> None:

@@ -1,8 +1,8 @@
 """What is known about the request that is being served: for the access log, the metrics and the time limit.
 
-One `RequestFacts` belongs to each HTTP request. The middleware in access_log.py makes it; whoever learns something puts it
-in. The models' pool and `Answer` do so by themselves (through `current`), whichever interface calls them; a route that
-knows more says `facts(request).model = ...`.
+One `RequestFacts` belongs to each HTTP request. The middleware in access_log.py makes it; whoever learns
+something puts it in. The models' pool and `Answer` do so by themselves (through `current`), whichever
+interface calls them; a route that knows more says `facts(request).model = ...`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ current: ContextVar[RequestFacts | None] = ContextVar("chatwright_request", defa
 
 
 def facts(request: HTTPConnection) -> RequestFacts:
-    """The facts of a request (Starlette's); fresh ones, which nobody will read, where no middleware has made any."""
+    """The facts of a request (Starlette's); fresh ones, which nobody will read, where no middleware has made
+    any."""
     known = request.scope.get("state", {}).get("facts")
     return known if isinstance(known, RequestFacts) else RequestFacts("")
 

@@ -1,11 +1,11 @@
-"""What every request passes before any route sees it: the host's name, the origin (Guard), the size (BodyLimit); and what
-every answer carries: the security headers.
+"""What every request passes before any route sees it: the host's name, the origin (Guard), the size
+(BodyLimit); and what every answer carries: the security headers.
 
-A server on 127.0.0.1 has no password, and every web page that its owner visits may send requests to it. Two rules
-keep such pages out. The Host header must name this machine (a page that points its own domain at 127.0.0.1, "DNS
-rebinding", gives itself away there). A request that changes something and comes from a page must come from our page
-(its Origin is this server), or from one of the sites that cors.py lets use the interface. Programs send no Origin and are
-not concerned.
+A server on 127.0.0.1 has no password, and every web page that its owner visits may send requests to it. Two
+rules keep such pages out. The Host header must name this machine (a page that points its own domain at
+127.0.0.1, "DNS rebinding", gives itself away there). A request that changes something and comes from a page
+must come from our page (its Origin is this server), or from one of the sites that cors.py lets use the
+interface. Programs send no Origin and are not concerned.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SECURITY_HEADERS = {
     "cross-origin-resource-policy": "same-origin",
 }
 DRAIN = 16
-"""A body that is too large is read and thrown away up to this multiple of the limit, so that its sender, who reads
-only after writing, sees the answer and not a broken connection."""
+"""A body that is too large is read and thrown away up to this multiple of the limit, so that its sender, who
+reads only after writing, sees the answer and not a broken connection."""
 BODY_SECONDS = 60.0
 """Time in which a request's body has to arrive."""
 
@@ -50,8 +50,8 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware. `hosts` are the names accepted beside loopback ones; None accepts any name. `origins` are those of
-    other sites whose pages may use /v1."""
+    """ASGI middleware. `hosts` are the names accepted beside loopback ones; None accepts any name. `origins`
+    are those of other sites whose pages may use /v1."""
 
     def __init__(self, app: ASGIApp, *, hosts: Iterable[str] | None, origins: Iterable[str] = ()) -> None:
         self._app = app
@@ -98,7 +98,8 @@ class Guard:
 
 
 class BodyLimit:
-    """ASGI middleware: reads the body, and refuses one that is larger than `most` bytes or does not arrive."""
+    """ASGI middleware: reads the body, and refuses one that is larger than `most` bytes or does not
+    arrive."""
 
     def __init__(self, app: ASGIApp, *, most: int) -> None:
         self._app, self._most = app, most
@@ -155,7 +156,8 @@ def _address(origin: str) -> str:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A receive that gives `body` first and then what the connection gives (that is: that the client has gone)."""
+    """A receive that gives `body` first and then what the connection gives (that is: that the client has
+    gone)."""
     given = False
 
     async def replayed() -> Message:

@@ -1,8 +1,9 @@
 """API keys: who may use a server.
 
-A key is "cw-" and 256 random bits. The server's file holds only hashes, one key a line: `NAME sha256:HEX`; `#` begins a
-comment. Nobody can go from the hash of 256 random bits back to the key, so it needs no salt and no slow hash. For containers,
-keys in clear may stand in the environment, comma separated: CHATWRIGHT_API_KEYS.
+A key is "cw-" and 256 random bits. The server's file holds only hashes, one key a line: `NAME sha256:HEX`;
+`#` begins a comment. Nobody can go from the hash of 256 random bits back to the key, so it needs no salt and
+no slow hash. For containers, keys in clear may stand in the environment, comma separated:
+CHATWRIGHT_API_KEYS.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def line_for(name: str, key: str) -> str:
 
 
 def read_keys(text: str, where: str) -> list[Key]:
-    """The keys of a file's text. Raises UserError naming the line that is none, with the right one for a key in clear."""
+    """The keys of a file's text. Raises UserError naming the line that is none, with the right one for a key
+    in clear."""
     keys = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
@@ -69,20 +71,23 @@ def read_keys(text: str, where: str) -> list[Key]:
         if found is None:
             if secret.startswith("sha256:"):
                 raise UserError(
-                    f"{where}, line {number}: a SHA-256 has 64 hexadecimal digits; this line was cut or changed"
+                    f"{where}, line {number}: a SHA-256 has 64 hexadecimal digits; this line was cut or "
+                    "changed"
                 )
             raise UserError(
-                f"{where}, line {number}: keys must not stand here in clear; write instead: {line_for(name, secret)}"
+                f"{where}, line {number}: keys must not stand here in clear; write instead: "
+                f"{line_for(name, secret)}"
             )
         keys.append(Key(name, bytes.fromhex(found[1])))
     return keys
 
 
 class KeyRing:
-    """The keys that open a server: those of a file, read again whenever it changes, and those of the environment.
+    """The keys that open a server: those of a file, read again whenever it changes, and those of the
+    environment.
 
-    Raises UserError when the file cannot be read or has no keys. Later a file that cannot be used leaves the keys as they
-    were and says so in the log; an empty one is taken at its word: nobody gets in.
+    Raises UserError when the file cannot be read or has no keys. Later a file that cannot be used leaves the
+    keys as they were and says so in the log; an empty one is taken at its word: nobody gets in.
     """
 
     def __init__(self, path: Path | None, clear: Iterable[str] = ()) -> None:
@@ -154,11 +159,12 @@ def open_keys(file: str | None, environment: Mapping[str, str] = os.environ) -> 
         raise UserError(f"{VARIABLE} is set but empty: unset it, or put keys into it")
     if any(len(key) < SHORTEST or not key.isascii() or not key.isprintable() for key in clear):
         raise UserError(
-            f"{VARIABLE}: a key needs {SHORTEST} printable ASCII characters or more; `chatwright key NAME` makes one"
+            f"{VARIABLE}: a key needs {SHORTEST} printable ASCII characters or more; `chatwright key NAME` "
+            "makes one"
         )
     if file is None and not clear:
         return None
     return KeyRing(None if file is None else Path(file).expanduser(), clear)
 
 
-# ---- the verb `key` ------------------------------------------------------------------------------------------------
+# ---- the verb `key` ----------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
-"""From start to end: whether the server takes new work, what is still under way, and the gate that refuses the rest.
+"""From start to end: whether the server takes new work, what is still under way, and the gate that refuses
+the rest.
 
-On the first SIGTERM or Ctrl-C the server drains (running.py): /ready says 503, new requests get 503 and are told to come
-again, and what is under way is finished. The page's scripts may still follow and stop their answers, and read.
+On the first SIGTERM or Ctrl-C the server drains (running.py): /ready says 503, new requests get 503 and are
+told to come again, and what is under way is finished. The page's scripts may still follow and stop their
+answers, and read.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ ALWAYS = ("/health", "/ready", "/metrics")
 
 
 class Lifecycle:
-    """What the parts of a server know in common about its life. Changed in the event loop and by signal handlers."""
+    """What the parts of a server know in common about its life. Changed in the event loop and by signal
+    handlers."""
 
     def __init__(self) -> None:
         self.draining = False
@@ -23,7 +26,7 @@ class Lifecycle:
         """HTTP requests that have come and whose answers are not sent yet."""
 
 
-class Gate:
+class DrainMiddleware:
     """ASGI middleware: while the server drains, new work is refused."""
 
     def __init__(self, app: ASGIApp, *, lifecycle: Lifecycle, retry_after: int) -> None:

@@ -81,6 +81,7 @@ def routes(doors: Doors) -> APIRouter:
 
 
 def safe_way(back: str) -> str:
-    """Where to go after the form: a path of this server, or "/". No other site ("//evil.example", "/\\evil.example")."""
+    """Where to go after the form: a path of this server, or "/". No other site ("//evil.example",
+    "/\\evil.example")."""
     inside = back.startswith("/") and not back.startswith("//") and "\\" not in back and back.isprintable()
     return back if inside and back.isascii() else "/"

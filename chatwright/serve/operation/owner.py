@@ -1,9 +1,10 @@
-"""Whose conversations: every browser has a secret of its own in a cookie, and sees what was said under it, no more. Where
-API keys are needed, each key's name has its own in the same browser: who logs in next does not see them.
+"""Whose conversations: every browser has a secret of its own in a cookie, and sees what was said under it, no
+more. Where API keys are needed, each key's name has its own in the same browser: who logs in next does not
+see them.
 
-The page asks for the cookie with a request of its own (POST /chat/owner) and does not get it with its HTML: the cookie
-is SameSite=Strict, so a browser that comes here by a link on another site does not send it, and an answer to that
-request with a new one would cut its owner off from all earlier conversations.
+The page asks for the cookie with a request of its own (POST /chat/owner) and does not get it with its HTML:
+the cookie is SameSite=Strict, so a browser that comes here by a link on another site does not send it, and an
+answer to that request with a new one would cut its owner off from all earlier conversations.
 """
 
 from __future__ import annotations

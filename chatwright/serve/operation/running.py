@@ -1,7 +1,8 @@
-"""uvicorn, with the ends that a server of long answers needs: of the server, and of clients that stop reading or sending.
+"""uvicorn, with the ends that a server of long answers needs: of the server, and of clients that stop reading
+or sending.
 
-The first SIGTERM or Ctrl-C lets what is under way finish (lifecycle.py), at most for `drain_seconds`; then it is ended
-properly. The second ends it now, the third leaves the process. SIGHUP reads the file of keys again.
+The first SIGTERM or Ctrl-C lets what is under way finish (lifecycle.py), at most for `drain_seconds`; then it
+is ended properly. The second ends it now, the third leaves the process. SIGHUP reads the file of keys again.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ END_SECONDS = 5
 class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     """uvicorn's protocol, with a limit to patience in both directions.
 
-    A client that reads nothing would hold its place, its answer and its model in memory for ever: TCP itself never gives up
-    on somebody who says "not yet". One that connects and says nothing would hold a file descriptor.
+    A client that reads nothing would hold its place, its answer and its model in memory for ever: TCP itself
+    never gives up on somebody who says "not yet". One that connects and says nothing would hold a file
+    descriptor.
     """
 
     def connection_made(self, transport: Any) -> None:
@@ -62,7 +64,8 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         self._resumed()
 
     def _watch_progress(self, unsent: int) -> None:
-        """While writing is paused nothing is added to the buffer: if it is no smaller after a while, nobody reads."""
+        """While writing is paused nothing is added to the buffer: if it is no smaller after a while, nobody
+        reads."""
         self._stalled = self.loop.call_later(STALL_SECONDS, self._check_progress, unsent)
 
     def _check_progress(self, unsent: int) -> None:
@@ -103,10 +106,11 @@ class Server(uvicorn.Server):
         self._signals = 0
         self._ends_at: float | None = None
 
-    # ---- signals -------------------------------------------------------------------------------------------------
+    # ---- signals -------------------------------------------------------------------------------------------
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM or Ctrl-C. They are not raised again at the end, as uvicorn does: to stop when told is no failure."""
+        """SIGTERM or Ctrl-C. They are not raised again at the end, as uvicorn does: to stop when told is no
+        failure."""
         self._signals += 1
         if self._signals == 1:
             self._app_state.lifecycle.draining = True
@@ -125,7 +129,7 @@ class Server(uvicorn.Server):
             except (ValueError, RuntimeError):
                 logger.debug("not in the main thread: SIGHUP is left alone")
 
-    # ---- the end -------------------------------------------------------------------------------------------------
+    # ---- the end -------------------------------------------------------------------------------------------
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second: see whether the server has drained."""

@@ -1,29 +1,31 @@
 """One model on many processes: plans that are put on from outside, under torchrun. Models do not know.
 
 * `ddp`   every process holds the whole model; gradients are averaged (Li et al. 2020, arXiv:2006.15704).
-* `fsdp`  parameters, gradients and optimiser state are cut into as many parts as there are processes; each block is put
-          together when it is needed (ZeRO stage 3: Rajbhandari et al. 2020, arXiv:1910.02054; FSDP: arXiv:2304.11277).
+* `fsdp`  parameters, gradients and optimiser state are cut into as many parts as there are processes; each
+          block is put
+          together when it is needed (ZeRO stage 3: Rajbhandari et al. 2020, arXiv:1910.02054; FSDP:
+          arXiv:2304.11277).
 * `hsdp`  the same inside groups of `shard` processes, the groups being copies of each other.
-* `tp`    every matrix product is cut over groups of `tensor` processes, by heads in attention and by columns, then rows,
+* `tp`    every matrix product is cut over groups of `tensor` processes, by heads in attention and by columns,
+          then rows,
           in the MLP (Shoeybi et al. 2019, arXiv:1909.08053, section 3); `fsdp` over what is left.
 
-The door is `Spread`: a `Trainer` asks it for everything in which many processes differ from one. `Spread` itself is one
-process alone, `Together` several. docs/scaling.md says which plan when, and how to launch.
+The door is `ParallelContext`: a `Trainer` asks it for everything in which many processes differ from one.
+`ParallelContext` itself is one process alone, `MultiProcess` several. docs/scaling.md says which plan when,
+and how to launch.
 
-Models that only judge or are compared with (`frozen`) are cut as the trained ones are, apart from them: a training step does
-not put them together.
+Models that only judge or are compared with (`frozen`) are cut as the trained ones are, apart from them: a
+training step does not put them together.
 
-A stage's forward passes and held-out measures must go through `Spread.forward`: it puts parameters together
-that lie elsewhere. Limits: embeddings, norms and the output matrix are not cut by `tp`, and every process first makes the
-whole model in its own memory.
+A stage's forward passes and held-out measures must go through `ParallelContext.forward`: it puts parameters
+together that lie elsewhere. Limits: embeddings, norms and the output matrix are not cut by `tp`, and every
+process first makes the whole model in its own memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -33,24 +35,21 @@ from torch import Tensor, nn
 
 from chatwright import checkpoint, optim, runtime
 from chatwright.checkpoint import Checkpoint
-from chatwright.config import UsageError, UserError
-from chatwright.metrics import console
+from chatwright.config import UsageError
 from chatwright.model.config import GPTConfig
 from chatwright.optim import OptimConfig
-
-PATIENCE = 5.0
-"""Seconds for which the first process may speak before the others."""
 
 PlanName = Literal["auto", "ddp", "fsdp", "hsdp", "tp"]
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the processes that torchrun starts share the work. It changes no result, so that a run may go on with another."""
+    """How the processes that torchrun starts share the work. It changes no result, so that a run may go on
+    with another."""
 
     plan: PlanName = "auto"
-    """`ddp` copies of the model, `fsdp` a part of it in each process, `hsdp` copies of groups that share one, `tp` products
-    cut into parts. `auto`: ddp under torchrun, one process alone otherwise."""
+    """`ddp` copies of the model, `fsdp` a part of it in each process, `hsdp` copies of groups that share one,
+    `tp` products cut into parts. `auto`: ddp under torchrun, one process alone otherwise."""
     shard: int = 0
     """Processes that share one copy of the model (hsdp); 0: those of one machine."""
     tensor: int = 0
@@ -58,16 +57,17 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The processes as a box: `copies` x `shard` x `tensor`. The first two see different samples."""
+class MeshShape:
+    """The processes as a mesh: `replicas` x `shard` x `tensor`. The first two see different samples."""
 
-    copies: int
+    replicas: int
     shard: int
     tensor: int
 
 
-def sizes(config: ParallelConfig, world: int, local: int) -> Sizes:
-    """How `world` processes, `local` of them on each machine, are arranged. Raises UsageError when they cannot be."""
+def arrange(config: ParallelConfig, world: int, local: int) -> MeshShape:
+    """How `world` processes, `local` of them on each machine, are arranged. Raises UsageError when they
+    cannot be."""
     plan = config.plan
     if plan not in ("auto", "ddp", "fsdp", "hsdp", "tp"):
         raise UsageError(f"parallel.plan {plan!r} is none of auto, ddp, fsdp, hsdp, tp")
@@ -76,7 +76,7 @@ def sizes(config: ParallelConfig, world: int, local: int) -> Sizes:
     if config.tensor and plan != "tp":
         raise UsageError(f"parallel.tensor is for the plan tp, not {plan}")
     if plan == "fsdp":
-        return Sizes(1, world, 1)
+        return MeshShape(1, world, 1)
     if plan == "hsdp":
         shard = config.shard or local
         if shard < 1 or world % shard or world == shard:
@@ -84,28 +84,30 @@ def sizes(config: ParallelConfig, world: int, local: int) -> Sizes:
                 f"parallel.plan hsdp: {world} processes are not several groups of {shard}; "
                 "set parallel.shard to a proper divisor, or use fsdp"
             )
-        return Sizes(world // shard, shard, 1)
+        return MeshShape(world // shard, shard, 1)
     if plan == "tp":
         tensor = config.tensor or world
         if tensor < 2 or world % tensor:
             raise UsageError(
-                f"parallel.plan tp: {world} processes are not groups of {tensor}; set parallel.tensor to a divisor above 1"
+                f"parallel.plan tp: {world} processes are not groups of {tensor}; set parallel.tensor to a "
+                "divisor above 1"
             )
-        return Sizes(1, world // tensor, tensor)
-    return Sizes(world, 1, 1)
+        return MeshShape(1, world // tensor, tensor)
+    return MeshShape(world, 1, 1)
 
 
 def check(
     config: ParallelConfig,
-    box: Sizes,
+    mesh_shape: MeshShape,
     *,
     batch_size: int,
     micro_batch: int = 0,
     shape: GPTConfig | None = None,
     named: str = "batch_size",
 ) -> None:
-    """Raise UsageError when the batch, which the settings call `named`, or the model's shape cannot be divided in this way."""
-    data = box.copies * box.shard
+    """Raise UsageError when the batch, which the settings call `named`, or the model's shape cannot be
+    divided in this way."""
+    data = mesh_shape.replicas * mesh_shape.shard
     if batch_size % data:
         raise UsageError(
             f"{named} {batch_size} cannot be divided among {data} processes: make it a multiple of {data}"
@@ -113,12 +115,13 @@ def check(
     if micro_batch and (batch_size // data) % micro_batch:
         share = f"{batch_size // data}, each process's share of batch_size {batch_size}"
         raise UsageError(f"micro_batch {micro_batch} must divide {share}")
-    if shape is None or box.tensor == 1:
+    if shape is None or mesh_shape.tensor == 1:
         return
     for name in ("heads", "kv_heads", "mlp_width"):
-        if getattr(shape, name) % box.tensor:
+        if getattr(shape, name) % mesh_shape.tensor:
             raise UsageError(
-                f"the model's {name}, {getattr(shape, name)}, cannot be divided among {box.tensor} processes: "
+                f"the model's {name}, {getattr(shape, name)}, cannot be divided among {mesh_shape.tensor} "
+                "processes: "
                 "choose another parallel.tensor"
             )
 
@@ -127,7 +130,7 @@ Result = TypeVar("Result")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class Spread:
+class ParallelContext:
     """One process alone. The methods are what a `Trainer` needs to know about the others."""
 
     data_rank = 0
@@ -136,12 +139,14 @@ class Spread:
     """How many shares there are."""
     together = False
     """Whether there are other processes."""
-    in_parts = False
+    is_sharded = False
     """Whether parameters are cut, so that checkpoints are written by all processes."""
 
-    def spread(self, modules: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module] | None = None) -> None:
-        """Put the plan on the modules, before their optimisers are made. `frozen` ones take part in forward passes without
-        gradients only."""
+    def distribute(
+        self, modules: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        """Put the plan on the modules, before their optimisers are made. `frozen` ones take part in forward
+        passes without gradients only."""
 
     def optimisers(
         self, modules: Mapping[str, nn.Module], config: OptimConfig
@@ -154,47 +159,52 @@ class Spread:
         return function(*arguments)
 
     def twin(self, model: Model) -> Model:
-        """A model to sample from without the others, asked for before `spread`: the model itself where it will be whole here,
-        else a copy, which `refresh` gives the weights of now."""
+        """A model to sample from without the others, asked for before `distribute`: the model itself where it
+        will be whole here, else a copy, which `refresh` gives the weights of now."""
         return model
 
     def refresh(self, twin: nn.Module, model: nn.Module) -> None:
         """Let a `twin` have the model's weights. Only what is trained is sent."""
 
     def accumulating(self, more: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around a micro-batch's forward and backward pass; `more` says that its gradients are not the step's last."""
+        """Around a micro-batch's forward and backward pass; `more` says that its gradients are not the step's
+        last."""
         return contextlib.nullcontext()
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value summed over the processes that see different samples."""
         return list(values)
 
-    def gathered(self, value: Result) -> list[Result]:
-        """What each process that sees different samples has, in the order of their samples, in all. On the CPU."""
+    def all_gather(self, value: Result) -> list[Result]:
+        """What each process that sees different samples has, in the order of their samples, in all. On the
+        CPU."""
         return [value]
 
     @property
-    def cuts_products(self) -> bool:
+    def is_tensor_parallel(self) -> bool:
         """Whether a block's matrix products are shared (plan `tp`)."""
         return False
 
-    def mine(self, count: int) -> slice:
+    def local_slice(self, count: int) -> slice:
         """This process's share of `count` things that lie side by side; shares differ by one at most."""
         return slice(count * self.data_rank // self.data_size, count * (self.data_rank + 1) // self.data_size)
 
-    def most(self, values: Sequence[float]) -> list[float]:
-        """Each value's largest over all processes: what one asks for all do, and the slowest one's time counts."""
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
+        """Each value's largest over all processes: what one asks for all do, and the slowest one's time
+        counts."""
         return list(values)
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
-        """Scale the gradients so that their norm over the whole model is at most `limit`; returns the norm before."""
+        """Scale the gradients so that their norm over the whole model is at most `limit`; returns the norm
+        before."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not float(norm) + 1e-6 <= limit:  # else torch would multiply all of them by 1
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return float(norm)
 
-    def whole_for_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors with all their parts, on the CPU of the first process; nothing in the others, which must ask too."""
+    def full_tensors_on_rank_zero(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors with all their parts, on the CPU of the first process; nothing in the others, which must
+        ask too."""
         return dict(tensors)
 
     def save_parts(
@@ -205,21 +215,22 @@ class Spread:
         texts: Mapping[str, str],
         then: Callable[[], None],
     ) -> None:
-        """Begin to write a checkpoint, each process its parts; `then` is called in the first when it is whole."""
+        """Begin to write a checkpoint, each process its parts; `then` is called in the first when it is
+        whole."""
         raise NotImplementedError("one process alone has no parts")
 
     def load_parts(
         self, found: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]], *, final: bool
     ) -> dict[str, Tensor]:
-        """Fill the modules' tensors, by part and name, from such a checkpoint, whatever the plan it was written under; returns the optimisers'
-        tensors and the random streams."""
+        """Fill the modules' tensors, by part and name, from such a checkpoint, whatever the plan it was
+        written under; returns the optimisers' tensors and the random streams."""
         raise NotImplementedError("one process alone has no parts")
 
-    def told_by_first(self, make: Callable[[], Result]) -> Result:
+    def broadcast_from_rank0(self, make: Callable[[], Result]) -> Result:
         """What `make` gives in the first process, in all."""
         return make()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait for a checkpoint that is still being written. Raises UserError when it could not be."""
 
     def optimiser_tensors(self, optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -241,7 +252,8 @@ class Spread:
         return {"rng": runtime.rng_state()}
 
     def set_rng_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on with the saved streams; when other processes saved them, with streams that follow from theirs."""
+        """Go on with the saved streams; when other processes saved them, with streams that follow from
+        theirs."""
         mine = "rng" if not self.together else f"rng.{runtime.rank()}"
         count = sum(name.startswith("rng") for name in tensors)
         if mine in tensors and count == (runtime.world_size() if self.together else 1):
@@ -252,58 +264,4 @@ class Spread:
         torch.manual_seed(runtime.seed_for("rng", bytes(seen.cpu().numpy()).hex(), runtime.rank()))
 
 
-ALONE = Spread()
-
-
-def start_parallel(
-    config: ParallelConfig,
-    *,
-    batch_size: int,
-    micro_batch: int = 0,
-    shape: GPTConfig | None = None,
-    precision: str = "auto",
-    compile_blocks: bool = False,
-    named: str = "batch_size",
-    refused: Mapping[str, str] | None = None,
-) -> Spread:
-    """The processes of this run, arranged by the plan. `refused` are plans that the stage cannot use, and why. Raises
-    UsageError, in every process, when it cannot be."""
-    if config.plan in (refused or {}):
-        raise UsageError(f"parallel.plan {config.plan}: {(refused or {})[config.plan]}")
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or runtime.world_size() > 1
-    if not under_torchrun:
-        if config.plan != "auto":
-            raise UsageError(
-                f"parallel.plan {config.plan} needs processes that torchrun starts: "
-                "torchrun --nproc-per-node 2 -m chatwright ... (docs/scaling.md)"
-            )
-        return ALONE
-    box = sizes(config, runtime.world_size(), runtime.local_world_size())
-    check(config, box, batch_size=batch_size, micro_batch=micro_batch, shape=shape, named=named)
-    if runtime.world_size() == 1:
-        return ALONE
-    from chatwright.train.parallel.multi_process import Together
-
-    can_compile = compile_blocks and runtime.compiler_missing() is None
-    return Together(box, dtype=runtime.compute_dtype(precision), compile_blocks=can_compile)
-
-
-@contextlib.contextmanager
-def process_group() -> Iterator[None]:
-    """Meet the processes that torchrun started, if it did, and part at the end. Only the first one speaks inside.
-
-    An error in another one is told late: most are found by all, and torchrun ends the others when the first one ends.
-    """
-    before = console.quiet
-    console.quiet = before or not runtime.is_first()
-    try:
-        runtime.join()
-        yield
-        runtime.leave()
-    except UserError as error:
-        if runtime.is_first():
-            raise
-        time.sleep(PATIENCE)
-        raise type(error)(f"process {runtime.rank()}: {error}") from None
-    finally:
-        console.quiet = before
+SINGLE_PROCESS = ParallelContext()

@@ -1,7 +1,8 @@
-"""Several processes with one model: `parallel.Spread` carried out with PyTorch's own engine.
+"""Several processes with one model: `parallel.ParallelContext` carried out with PyTorch's own engine.
 
-DDP, FSDP2 (`fully_shard`) and DTensor (`parallelize_module`) each change modules in place or wrap them; what they need
-beyond that is here: one door for every forward pass, sums over the right processes, the norm of a gradient in parts.
+DDP, FSDP2 (`fully_shard`) and DTensor (`parallelize_module`) each change modules in place or wrap them; what
+they need beyond that is here: one door for every forward pass, sums over the right processes, the norm of a
+gradient in parts.
 """
 
 from __future__ import annotations
@@ -33,15 +34,16 @@ from chatwright.config import UsageError
 from chatwright.model.gpt import Block
 from chatwright.model.lora import adapter_names
 from chatwright.optim import OptimConfig
-from chatwright.train.parallel.context import Sizes, Spread
+from chatwright.train.parallel.context import MeshShape, ParallelContext
 
 Result = TypeVar("Result")
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Door(nn.Module):
-    """All modules of a trainer under one roof. Its forward pass is whatever a stage computes with them: DDP and FSDP
-    act where a forward pass begins and ends, and stages call more than one method of their models."""
+    """All modules of a trainer under one roof. Its forward pass is whatever a stage computes with them: DDP
+    and FSDP act where a forward pass begins and ends, and stages call more than one method of their models.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -53,23 +55,26 @@ class _Door(nn.Module):
         return (outcome, outcome.loss, dict(outcome.logged)) if hasattr(outcome, "loss") else outcome
 
 
-class Together(Spread):
-    """Processes arranged as a box of `Sizes`."""
+class MultiProcess(ParallelContext):
+    """Processes arranged as a mesh of the given shape."""
 
     together = True
 
     def __init__(
-        self, box: Sizes, *, dtype: torch.dtype = torch.float32, compile_blocks: bool = False
+        self, mesh_shape: MeshShape, *, dtype: torch.dtype = torch.float32, compile_blocks: bool = False
     ) -> None:
-        self.box, self.dtype, self.compile_blocks = box, dtype, compile_blocks
+        self.mesh_shape, self.dtype, self.compile_blocks = mesh_shape, dtype, compile_blocks
         self.mesh: DeviceMesh = init_device_mesh(
             runtime.device().type,
-            (box.copies, box.shard, box.tensor),
-            mesh_dim_names=("copies", "shard", "tensor"),
+            (mesh_shape.replicas, mesh_shape.shard, mesh_shape.tensor),
+            mesh_dim_names=("replicas", "shard", "tensor"),
         )
-        copies, shard, _ = self.mesh.get_coordinate() or (0, 0, 0)
-        self.data_rank, self.data_size = copies * box.shard + shard, box.copies * box.shard
-        self.in_parts = box.shard > 1 or box.tensor > 1
+        replica, shard, _ = self.mesh.get_coordinate() or (0, 0, 0)
+        self.data_rank, self.data_size = (
+            replica * mesh_shape.shard + shard,
+            mesh_shape.replicas * mesh_shape.shard,
+        )
+        self.is_sharded = mesh_shape.shard > 1 or mesh_shape.tensor > 1
         self._door: nn.Module | None = None
         self._frozen: nn.Module | None = None
         self._alike = True
@@ -78,24 +83,28 @@ class Together(Spread):
         self._replicated: list[Tensor] = []
         self._places: dict[Tensor, str] = {}
 
-    def spread(self, modules: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module] | None = None) -> None:
-        # An average of the weights is saved beside the model and never computed with: a roof of its own keeps it in parts.
+    def distribute(
+        self, modules: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        # An average of the weights is saved beside the model and never computed with: a roof of its own keeps
+        # it in parts.
         still = {
             name: one for name, one in modules.items() if not any(p.requires_grad for p in one.parameters())
         }
         door = _Door({name: one for name, one in modules.items() if name not in still})
-        # Gradients that wait to be added up between groups must be of the same parameters each time: text has none for a critic.
+        # Gradients that wait to be added up between groups must be of the same parameters each time: text has
+        # none for a critic.
         self._alike = len(door.parts) == 1
         blocks = [module for module in door.modules() if isinstance(module, Block)]
-        if self.box.tensor > 1:
+        if self.mesh_shape.tensor > 1:
             if adapter_names(door):
                 raise UsageError("parallel.plan tp does not cut adapters: use ddp or fsdp with lora")
             for block in blocks:
                 self._cut_products(block)
-        if self.compile_blocks and self.in_parts:
+        if self.compile_blocks and self.is_sharded:
             for block in blocks:  # one graph for all of them, and nothing of FSDP's hooks in it
                 _compile_for_training(block)
-        if self.box.shard > 1:
+        if self.mesh_shape.shard > 1:
             self._cut_parameters(door, blocks)
             self._door = door
             if frozen:
@@ -105,7 +114,7 @@ class Together(Spread):
                 *map(_Door, ({k: v} for k, v in still.items())),
             ):
                 self._cut_parameters(roof, [module for module in roof.modules() if isinstance(module, Block)])
-        elif self.box.copies > 1:
+        elif self.mesh_shape.replicas > 1:
             devices = [runtime.device()] if runtime.device().type == "cuda" else None
             self._door = DistributedDataParallel(door, device_ids=devices, gradient_as_bucket_view=True)
         else:
@@ -114,7 +123,8 @@ class Together(Spread):
             torch.manual_seed(runtime.seed_for(torch.initial_seed(), "rank", self.data_rank))
 
     def _cut_products(self, block: Block) -> None:
-        """Query, key, value, gate and up by columns: each process its own heads; output and down by rows, then a sum."""
+        """Query, key, value, gate and up by columns: each process its own heads; output and down by rows,
+        then a sum."""
         columns = [
             "attention.query",
             "attention.key",
@@ -124,22 +134,21 @@ class Together(Spread):
         ]
         plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns}
         plan |= {name: RowwiseParallel() for name in ("attention.output", "mlp.down")}
-        # What enters is the same everywhere. Saying so once, not once a matrix, makes its gradient one sum instead of three.
-        same, other = Replicate(), (None, None, None, None, None)
+        # What enters is the same everywhere. Saying so once, not once a matrix, makes its gradient one sum
+        # instead of three.
+        same = Replicate()
         plan |= {
-            "attention": PrepareModuleInput(
-                input_layouts=(same, *other), desired_input_layouts=(same, *other)
-            ),
+            "attention": PrepareModuleInput(input_layouts=(same, None), desired_input_layouts=(same, None)),
             "mlp": PrepareModuleInput(input_layouts=(same,), desired_input_layouts=(same,)),
         }
         parallelize_module(block, self.mesh["tensor"], plan)
-        block.attention.heads //= self.box.tensor
-        block.attention.kv_heads //= self.box.tensor
+        block.attention.heads //= self.mesh_shape.tensor
+        block.attention.kv_heads //= self.mesh_shape.tensor
 
     def _cut_parameters(self, door: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """A unit of FSDP for each block; embeddings, norms and the head are the root's. The residual stream and the root
-        stay in float32, as in one process; only the blocks' products are in bf16."""
-        mesh = self.mesh["copies", "shard"] if self.box.copies > 1 else self.mesh["shard"]
+        """A unit of FSDP for each block; embeddings, norms and the head are the root's. The residual stream
+        and the root stay in float32, as in one process; only the blocks' products are in bf16."""
+        mesh = self.mesh["replicas", "shard"] if self.mesh_shape.replicas > 1 else self.mesh["shard"]
         half = None if self.dtype == torch.float32 else self.dtype
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks:
@@ -159,7 +168,7 @@ class Together(Spread):
                 for group in optimiser.param_groups
                 for part in _kinds(group["params"])
             ]
-        if self.box.tensor > 1:
+        if self.mesh_shape.tensor > 1:
             cut = [p for p in self._places if isinstance(p, DTensor) and "tensor" in _names(p)]
             normed = [
                 norm.weight
@@ -181,7 +190,7 @@ class Together(Spread):
         ):
             return function(*arguments)
         # FSDP gives blocks their parameters in `dtype`: whoever measures in float32 elsewhere cannot here.
-        with runtime.autocast(self.dtype if self.box.shard > 1 else torch.float32):
+        with runtime.autocast(self.dtype if self.mesh_shape.shard > 1 else torch.float32):
             if torch.is_grad_enabled() or self._frozen is None:
                 outcome: Any = self._door(function, *arguments)
             else:
@@ -199,7 +208,7 @@ class Together(Spread):
         return [module for roof in roofs for module in roof.modules() if isinstance(module, FSDPModule)]
 
     def twin(self, model: Model) -> Model:
-        return copy.deepcopy(model).requires_grad_(False) if self.in_parts else model
+        return copy.deepcopy(model).requires_grad_(False) if self.is_sharded else model
 
     def refresh(self, twin: nn.Module, model: nn.Module) -> None:
         if twin is model:
@@ -218,30 +227,30 @@ class Together(Spread):
             return
         if isinstance(self._door, FSDPModule):
             self._door.set_is_last_backward(not more)
-            if self.box.copies > 1 and self._alike:
+            if self.mesh_shape.replicas > 1 and self._alike:
                 self._door.set_requires_all_reduce(not more)
         yield
 
     def sum(self, values: Sequence[float]) -> list[float]:
         # Processes of one `tensor` group have equal values: the sum over all counts each so many times.
-        return [value / self.box.tensor for value in _reduced(values, dist.ReduceOp.SUM)]
+        return [value / self.mesh_shape.tensor for value in _reduced(values, dist.ReduceOp.SUM)]
 
-    def gathered(self, value: Result) -> list[Result]:
+    def all_gather(self, value: Result) -> list[Result]:
         found: list[Any] = [None] * runtime.world_size()
         dist.all_gather_object(
             found, value, group=runtime.group("agreeing")
         )  # pickled between our own processes
-        return found[:: self.box.tensor]
+        return found[:: self.mesh_shape.tensor]
 
-    def most(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         return _reduced(values, dist.ReduceOp.MAX)
 
     @property
-    def cuts_products(self) -> bool:
-        return self.box.tensor > 1
+    def is_tensor_parallel(self) -> bool:
+        return self.mesh_shape.tensor > 1
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
-        if self.box.tensor > 1:
+        if self.mesh_shape.tensor > 1:
             self._agree_on_gradients()
         parts = _kinds([parameter for parameter in parameters if parameter.grad is not None])
         norms = [
@@ -253,11 +262,11 @@ class Together(Spread):
         return float(norm)
 
     def _agree_on_gradients(self) -> None:
-        """Parameters that `tp` does not cut have a gradient in each process of a group. Those of the norms of queries and
-        keys have seen that process's heads alone: their sum counts. The others are equal up to what unordered sums on
-        GPUs make of them: their mean keeps the copies from drifting apart."""
+        """Parameters that `tp` does not cut have a gradient in each process of a group. Those of the norms of
+        queries and keys have seen that process's heads alone: their sum counts. The others are equal up to
+        what unordered sums on GPUs make of them: their mean keeps the copies from drifting apart."""
         group = self.mesh["tensor"].get_group()
-        for parameters, share in ((self._partial, 1), (self._replicated, self.box.tensor)):
+        for parameters, share in ((self._partial, 1), (self._replicated, self.mesh_shape.tensor)):
             gradients = [_local(p.grad) for p in parameters if p.grad is not None]
             if not gradients:
                 continue
@@ -268,11 +277,11 @@ class Together(Spread):
                 gradient.copy_(together[: gradient.numel()].view_as(gradient))
                 together = together[gradient.numel() :]
 
-    def whole_for_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def full_tensors_on_rank_zero(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kept = {}
         for name, tensor in tensors.items():  # one after the other: only the first process has room for all
             one = _whole(tensor.detach())
-            if runtime.is_first():
+            if runtime.is_rank_zero():
                 kept[name] = one.cpu()
         return kept
 
@@ -305,11 +314,11 @@ class Together(Spread):
         sharded.read(found.path, wanted | state)
         return {name.removeprefix("optimizer/"): tensor for name, tensor in state.items()}
 
-    def told_by_first(self, make: Callable[[], Result]) -> Result:
-        return runtime.told_by_first(make)
+    def broadcast_from_rank0(self, make: Callable[[], Result]) -> Result:
+        return runtime.broadcast_from_rank0(make)
 
-    def settle(self) -> None:
-        self._saving.settle()
+    def flush(self) -> None:
+        self._saving.flush()
 
     def optimiser_tensors(self, optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
         return {
@@ -338,7 +347,8 @@ class Together(Spread):
         checkpoint.fill(wanted, ready, where=where)
 
     def _room_for(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Room for a saved tensor of an optimiser, cut as its parameter is: `name` as in `optimiser_tensors`."""
+        """Room for a saved tensor of an optimiser, cut as its parameter is: `name` as in
+        `optimiser_tensors`."""
         place = ".".join(name.split(".")[:2])
         for parameter, own in self._places.items():
             if own == place and parameter.shape == shape:
@@ -353,7 +363,8 @@ class Together(Spread):
 
 
 def _compile_for_training(block: nn.Module) -> None:
-    """Compile a block's forward pass where gradients are wanted; held-out texts, of many lengths, take the plain one."""
+    """Compile a block's forward pass where gradients are wanted; held-out texts, of many lengths, take the
+    plain one."""
     plain = block.forward
     compiled = torch.compile(plain)  # not dynamic=False: each block's number would ask for a graph of its own
 

@@ -1,11 +1,12 @@
-"""A training step without numbers: what it would allocate, compute and when, found by running the real code on fake tensors.
+"""A training step without numbers: what it would allocate, compute and when, found by running the real code
+on fake tensors.
 
-A fake tensor has a shape, a type and a device but no memory (torch's FakeTensorMode), so a step of a model of any size
-takes about a second. Every operation is seen as it is dispatched: which buffers it makes, when they die, which
-shapes it works on. Nothing about the model is written down twice: what changes there changes here.
+A fake tensor has a shape, a type and a device but no memory (torch's FakeTensorMode), so a step of a model of
+any size takes about a second. Every operation is seen as it is dispatched: which buffers it makes, when they
+die, which shapes it works on. Nothing about the model is written down twice: what changes there changes here.
 
-A model of more than `DIRECT` layers is rehearsed with 3 and with 5 of them; every block allocates and computes the same, so
-that everything is a straight line in the number of layers.
+A model of more than `DIRECT` layers is rehearsed with 3 and with 5 of them; every block allocates and
+computes the same, so that everything is a straight line in the number of layers.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ DIRECT = 6
 """Layers up to which the model itself is rehearsed."""
 
 PARTS = ("weights", "gradients", "optimiser", "bf16 copies", "activations", "logits")
-"""What memory is spent on. `activations` are what the backward pass needs, and the working buffers beside it."""
+"""What memory is spent on. `activations` are what the backward pass needs, and the working buffers beside it.
+"""
 
 Operation = tuple[Any, ...]
 """A function of torch and the shapes, strides and types it is given: what decides how long it takes."""
@@ -49,7 +51,8 @@ class DryRun:
     """Phase (`step`, `update`, `measure`) -> part -> bytes."""
     flop: float
     operations: Mapping[Operation, float] = field(repr=False, default_factory=dict)
-    """How often each operation occurs in an optimiser step; below 0 for the shorter lists of a line through two depths."""
+    """How often each operation occurs in an optimiser step; below 0 for the shorter lists of a line through
+    two depths."""
 
     @property
     def memory(self) -> dict[str, float]:
@@ -66,7 +69,8 @@ def dry_run(
     micro: int,
     micro_batches: int,
 ) -> DryRun:
-    """An optimiser step over `micro_batches` micro-batches of `micro` samples. `build(n)` makes the program with n layers."""
+    """An optimiser step over `micro_batches` micro-batches of `micro` samples. `build(n)` makes the program
+    with n layers."""
 
     def once(count: int) -> DryRun:
         return _dry_run(lambda: build(count), optim_config, micro, micro_batches)
@@ -231,7 +235,8 @@ def _signature(func: Any, args: Any, kwargs: Any) -> Operation:
 
 
 def _attention_on_cpus() -> dict[Any, Any]:
-    """torch counts the fused attention of GPUs but not the CPU's; two products forward, five backward, as it does there."""
+    """torch counts the fused attention of GPUs but not the CPU's; two products forward, five backward, as it
+    does there."""
 
     def products(number: int) -> Any:
         def count(*shapes: Any, out_shape: Any = None, **_: Any) -> int:

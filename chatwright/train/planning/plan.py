@@ -1,7 +1,9 @@
-"""Before a stage starts: what it will need, how long it will take, the micro-batch that fits, or a refusal with the arithmetic.
+"""Before a stage starts: what it will need, how long it will take, the micro-batch that fits, or a refusal
+with the arithmetic.
 
-Memory is what a dry run on fake tensors finds (dry_run.py) and what the allocator adds to it; time is the sum of the
-dry run's operations, each timed on this machine (timing.py). docs/plan.md compares both with what then happened.
+Memory is what a dry run on fake tensors finds (dry_run.py) and what the allocator adds to it; time is the sum
+of the dry run's operations, each timed on this machine (timing.py). docs/plan.md compares both with what then
+happened.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from chatwright.config import UserError
 from chatwright.metrics import duration, say
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
-from chatwright.train.parallel.context import Spread
+from chatwright.train.parallel.context import ParallelContext
 from chatwright.train.planning.dry_run import DryRun, Operation, dry_run
 from chatwright.train.planning.program import PlannedStage, StagePlan, program_of
 from chatwright.train.planning.timing import SECONDS, seconds_of
@@ -26,15 +28,15 @@ from chatwright.train.planning.timing import SECONDS, seconds_of
 PROGRAM = 2.5e8
 """Bytes of Python, torch and this program themselves; on a GPU they are not in its memory."""
 RECORDS = 2.5e8
-"""Bytes of conversations, ratings and rows of tokens, which all but pre-training hold as Python's objects: those of the default data, by
-what stages took alone (docs/plan.md). Token shards are memory-mapped."""
+"""Bytes of conversations, ratings and rows of tokens, which all but pre-training hold as Python's objects:
+those of the default data, by what stages took alone (docs/plan.md). Token shards are memory-mapped."""
 
 EAGER = (1.40, 1e8)
-"""Allocator, factor and bytes: live tensors leave holes in glibc's heap that do not all fit what comes next; the bytes are
-those of the libraries' own buffers. Both are fitted to benchmarks/plan.py."""
+"""Allocator, factor and bytes: live tensors leave holes in glibc's heap that do not all fit what comes next;
+the bytes are those of the libraries' own buffers. Both are fitted to benchmarks/plan.py."""
 COMPILED = (0.9, 2.6e8)
-"""The same for compiled steps: the share of the activations that the dry run sees which they keep, and bytes, some of which the
-compiler leaves."""
+"""The same for compiled steps: the share of the activations that the dry run sees which they keep, and bytes,
+some of which the compiler leaves."""
 GPU = (1.08, 6e8)
 """The same for CUDA's caching allocator; the bytes are those of its context and cuBLAS."""
 
@@ -118,8 +120,8 @@ class Plan:
 def predict(
     planned: PlannedStage, *, micro: int = 0, available: float | None = None
 ) -> tuple[Plan, Mapping[Operation, float]]:
-    """What the stage will take with micro-batches of `micro` samples (0: its own setting, or the whole batch), not yet
-    timed; and the operations of a step."""
+    """What the stage will take with micro-batches of `micro` samples (0: its own setting, or the whole
+    batch), not yet timed; and the operations of a step."""
     micro = micro or (planned.fit.micro_batch if planned.fit is not None else 0) or planned.batch
     micro = min(micro, planned.batch)
     micro_batches = planned.batch // micro
@@ -176,8 +178,8 @@ def memory_of(seen: DryRun, planned: PlannedStage) -> dict[str, float]:
 def choose(
     planned: PlannedStage, *, timed: bool = True, available: float | None = None, budget: float = SECONDS
 ) -> Plan:
-    """The plan with the largest micro-batch that fits, after about `budget` seconds of timing. Raises UserError, with the arithmetic,
-    when none does.
+    """The plan with the largest micro-batch that fits, after about `budget` seconds of timing. Raises
+    UserError, with the arithmetic, when none does.
 
     The memory it must fit into is the machine's, not what happens to be free: a resumed run chooses the same.
     """
@@ -243,25 +245,31 @@ def worth_planning(planned: PlannedStage) -> bool:
 
 
 def ahead(
-    stage: str, plan: StagePlan, config: Any, shape: GPTConfig, spread: Spread, *, learnt: float = 1.0
+    stage: str,
+    plan: StagePlan,
+    config: Any,
+    shape: GPTConfig,
+    parallel: ParallelContext,
+    *,
+    learnt: float = 1.0,
 ) -> Any:
     """Say the plan of a stage that is about to start; returns its settings with the micro-batch that fits.
 
     Raises UserError, in every process, when none does.
     """
-    box = getattr(spread, "box", None)
+    mesh_shape = getattr(parallel, "mesh_shape", None)
     planned = PlannedStage(
         stage,
         plan,
         shape,
         config,
         learnt,
-        shards=box.shard * box.tensor if box else 1,
-        processes=spread.data_size,
+        shards=mesh_shape.shard * mesh_shape.tensor if mesh_shape else 1,
+        processes=parallel.data_size,
     )
     if not worth_planning(planned):
         return config
-    micro = runtime.told_by_first(lambda: _ahead(planned))
+    micro = runtime.broadcast_from_rank0(lambda: _ahead(planned))
     return replace(config, fit=replace(config.fit, micro_batch=micro)) if micro else config
 
 

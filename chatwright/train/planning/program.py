@@ -1,6 +1,8 @@
-"""What the planner knows of a stage: how its training step is built on fake tensors, and how large its samples are.
+"""What the planner knows of a stage: how its training step is built on fake tensors, and how large its
+samples are.
 
-A stage file makes one `StagePlan` and hands it over in its STAGE. The planner (plan.py) then needs no table of stages.
+A stage file makes one `StagePlan` and hands it over in its STAGE. The planner (plan.py) then needs no table
+of stages.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class StagePlan:
     one_graph: bool = False
     """Whether a compiled step is one graph, not compiled blocks with plain functions between them."""
     holds_records: bool = True
-    """Whether the stage holds its records and rows of tokens as Python objects. Token shards are memory-mapped."""
+    """Whether the stage holds its records and rows of tokens as Python objects. Token shards are
+    memory-mapped."""
     samples: bool = False
     """Whether every process holds the whole policy to sample from."""
 

@@ -1,13 +1,14 @@
 """How long an optimiser step will take: each kind of operation that it consists of is timed on this machine.
 
-The dry run says which operations a step does, on which shapes, and how often. The sum of count x time over the kinds is the
-step, for a model of any number of layers, at the cost of a layer or two.
+The dry run says which operations a step does, on which shapes, and how often. The sum of count x time over
+the kinds is the step, for a model of any number of layers, at the cost of a layer or two.
 
-A shared machine changes its speed within seconds, by a quarter and more. So the operations are timed in turns, round after
-round, and each counts with the median of its rounds: one slow second touches one sample of many kinds, not all of one kind.
+A shared machine changes its speed within seconds, by a quarter and more. So the operations are timed in
+turns, round after round, and each counts with the median of its rounds: one slow second touches one sample of
+many kinds, not all of one kind.
 
-What the compiler fuses - sums, norms, softmax, casts: everything but matrix products and attention - runs faster than one
-by one: `FUSED` is the share of its time that is left.
+What the compiler fuses - sums, norms, softmax, casts: everything but matrix products and attention - runs
+faster than one by one: `FUSED` is the share of its time that is left.
 """
 
 from __future__ import annotations
@@ -27,16 +28,18 @@ FUSED = 0.5
 """Time of fused element-wise work over its time one by one (benchmarks/plan.py measures it)."""
 
 APART = 1.1
-"""Time of an uncompiled operation among others over its time alone, when what it reads is still in the cache (benchmarks/plan.py)."""
+"""Time of an uncompiled operation among others over its time alone, when what it reads is still in the cache
+(benchmarks/plan.py)."""
 
 SECONDS = 8.0
 """How long to go on timing, unless asked for less."""
 
 ROUNDS = 3
-"""Rounds in any case, however large the operations are."""
+"""PolicyTraining in any case, however large the operations are."""
 
 SPAN = 0.02
-"""Seconds for which an operation is called again and again in a round; a tenth of it in the first, which finds out what is worth timing."""
+"""Seconds for which an operation is called again and again in a round; a tenth of it in the first, which
+finds out what is worth timing."""
 
 NEARLY = 0.95
 """Share of the first round's time that the operations of later rounds make up."""
@@ -58,7 +61,8 @@ def together(products: float, others: float, *, compiled: bool) -> float:
 
 
 def parts_of(operations: Mapping[Operation, float], *, budget: float = SECONDS) -> tuple[float, float]:
-    """Seconds, each operation timed alone: of the products and other large kernels; of what a compiler would fuse."""
+    """Seconds, each operation timed alone: of the products and other large kernels; of what a compiler would
+    fuse."""
     began = time.perf_counter()
     samples = {operation: [_time(operation, SPAN / 10)] for operation, count in operations.items() if count}
     often, rounds = (
@@ -76,7 +80,8 @@ def parts_of(operations: Mapping[Operation, float], *, budget: float = SECONDS) 
 
 
 def _largest(shares: Mapping[Operation, float]) -> list[Operation]:
-    """The operations that take nearly all of the time; the others are many, and one sample of each is enough."""
+    """The operations that take nearly all of the time; the others are many, and one sample of each is
+    enough."""
     found, left = [], sum(shares.values()) * NEARLY
     for operation in sorted(shares, key=shares.__getitem__, reverse=True):
         if left <= 0:

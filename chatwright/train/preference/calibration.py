@@ -1,6 +1,7 @@
 """Do scores mean what they say? The probability that a score stands for against how often it comes true.
 
-Guo et al. 2017 (arXiv:1706.04599): reliability diagram and expected calibration error; the slope and shift of Platt 1999.
+Guo et al. 2017 (arXiv:1706.04599): reliability diagram and expected calibration error; the slope and shift of
+Platt 1999.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Reliability:
 
     @property
     def error(self) -> float:
-        """Expected calibration error: the mean distance of the two, each bin weighted by its count (Guo et al., eq. 3)."""
+        """Expected calibration error: the mean distance of the two, each bin weighted by its count (Guo et
+        al., eq. 3)."""
         gaps = (self.predicted - self.observed).abs().nan_to_num(0.0)
         return float((self.count * gaps).sum() / self.count.sum().clamp(min=1))
 
@@ -57,9 +59,9 @@ def pair_reliability(
     *,
     bins: int = BINS,
 ) -> Reliability:
-    """Of each pair the answer with the higher score: sigmoid(score difference), from 1/2 to 1, against whether people prefer
-    it. Equal scores predict 1/2 and are half right; with ties `half` so is a pair that people call a tie. `scores` must be
-    those that training saw: another scale is another probability.
+    """Of each pair the answer with the higher score: sigmoid(score difference), from 1/2 to 1, against
+    whether people prefer it. Equal scores predict 1/2 and are half right; with ties `half` so is a pair that
+    people call a tie. `scores` must be those that training saw: another scale is another probability.
     """
     wins = pair_wins(labels, tie_tolerance, ties)
     rows, first, second = ((wins + wins.mT) > 0).triu(1).nonzero(as_tuple=True)  # each pair once
@@ -71,18 +73,20 @@ def pair_reliability(
 
 
 def platt(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> tuple[float, float]:
-    """Scale a and offset b for which sigmoid(a (score - b)) is the likeliest probability of being positive (Platt 1999).
+    """Scale a and offset b for which sigmoid(a (score - b)) is the likeliest probability of being positive
+    (Platt 1999).
 
-    The targets are Platt's, a little within 0 and 1, so that there is an optimum where a threshold separates the classes;
-    found by Newton's method in float64. Raises ValueError when there is one class only, or scores that do not rise with it.
+    The targets are Platt's, a little within 0 and 1, so that there is an optimum where a threshold separates
+    the classes; found by Newton's method in float64. Raises ValueError when there is one class only, or
+    scores that do not rise with it.
     """
     scores, count = scores.double(), positive.sum().double()
     others = len(positive) - count
     if not count or not others:
         raise ValueError("texts of one class only: there is nothing to tell apart")
     target = torch.where(positive, (count + 1) / (count + 2), 1 / (others + 2))
-    middle, spread = scores.mean(), scores.std().clamp(min=1e-12)
-    rows = torch.stack([(scores - middle) / spread, torch.ones_like(scores)], 1)
+    middle, parallel = scores.mean(), scores.std().clamp(min=1e-12)
+    rows = torch.stack([(scores - middle) / parallel, torch.ones_like(scores)], 1)
     weights = torch.zeros(2, dtype=torch.float64)
 
     def cost(at: Tensor) -> Tensor:
@@ -106,7 +110,7 @@ def platt(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> tuple[fl
     slope, shift = (float(value) for value in weights)
     if slope <= 0:
         raise ValueError("scores do not rise with the class: they tell nothing")
-    return slope / float(spread), float(middle) - shift / slope * float(spread)
+    return slope / float(parallel), float(middle) - shift / slope * float(parallel)
 
 
 def log_loss(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:
@@ -116,7 +120,7 @@ def log_loss(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float
 
 def draw(directory: Path, found: Reliability, *, low: float, what: str) -> str:
     """Have the first process write the reliability diagram to `directory`; returns the file's name."""
-    if not runtime.is_first():
+    if not runtime.is_rank_zero():
         return PICTURE
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

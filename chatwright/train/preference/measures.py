@@ -1,4 +1,5 @@
-"""How good is a reward model? Accuracy by number of answers and by annotator, length alone, and where its scores begin."""
+"""How good is a reward model? Accuracy by number of answers and by annotator, length alone, and where its
+scores begin."""
 
 from __future__ import annotations
 
@@ -24,14 +25,14 @@ MOST_ROWS = 20
 """Annotators that the report names; those with the most pairs."""
 
 
-class Judged(NamedTuple):
+class Scored(NamedTuple):
     """What the model says of some comparisons, and what people said: NaN where there is no answer."""
 
     scores: Float[Tensor, "n k"]
     labels: Float[Tensor, "n k"]
 
 
-def judge(model: ScalarModel, rankings: Rankings, chosen: Sequence[Comparison]) -> Judged:
+def score_comparisons(model: ScalarModel, rankings: Rankings, chosen: Sequence[Comparison]) -> Scored:
     """Scores and labels of comparisons of up to K answers."""
     scores, labels = [], []
     k = max(len(one.responses) for one in chosen)
@@ -39,7 +40,7 @@ def judge(model: ScalarModel, rankings: Rankings, chosen: Sequence[Comparison]) 
         batch = runtime.on_device(rankings.batch(chosen[start : start + 16], k))
         scores.append(model.score(batch.ids, batch.mask).view(batch.labels.shape).float().cpu())
         labels.append(batch.labels.cpu())
-    return Judged(torch.cat(scores), torch.cat(labels))
+    return Scored(torch.cat(scores), torch.cat(labels))
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -48,7 +49,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12))
 
 
-def accuracy_of(judged: Judged, config: RankingConfig) -> float:
+def accuracy_of(judged: Scored, config: RankingConfig) -> float:
     """Share of the pairs that the scores order as people do."""
     right, pairs = pair_accuracy(*judged, config.tie_tolerance, config.ties)
     return right / max(pairs, 1)
@@ -74,17 +75,17 @@ def length_baseline(
     return longer if accuracy(train) >= 0.5 else 1 - longer
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------
 
 
 def accuracy_rows(
-    judged: Judged, groups: Iterable[tuple[str, Sequence[int]]], config: RankingConfig
+    judged: Scored, groups: Iterable[tuple[str, Sequence[int]]], config: RankingConfig
 ) -> list[list[str]]:
-    """Name, prompts, pairs, accuracy of groups of comparisons, by their numbers. The error is the standard error over prompts,
-    for the pairs of a prompt are not independent."""
+    """Name, prompts, pairs, accuracy of groups of comparisons, by their numbers. The error is the standard
+    error over prompts, for the pairs of a prompt are not independent."""
     rows = []
     for name, numbers in groups:
-        part = Judged(*(values[list(numbers)] for values in judged))
+        part = Scored(*(values[list(numbers)] for values in judged))
         each = [
             pair_accuracy(one[None], label[None], config.tie_tolerance, config.ties)
             for one, label in zip(*part, strict=True)
@@ -98,7 +99,7 @@ def accuracy_rows(
     return rows
 
 
-def by_candidates(judged: Judged, config: RankingConfig) -> Table:
+def by_candidates(judged: Scored, config: RankingConfig) -> Table:
     """Accuracy for each number of answers that were ranked together."""
     sizes = (~judged.labels.isnan()).sum(1).tolist()
     groups = [(str(k), [n for n, size in enumerate(sizes) if size == k]) for k in sorted(set(sizes))]
@@ -111,15 +112,19 @@ def by_candidates(judged: Judged, config: RankingConfig) -> Table:
 
 
 def by_annotator(
-    judged: Judged,
+    judged: Scored,
     comparisons: Sequence[Comparison],
-    strangers: Judged | None,
+    held_out_annotators: Scored | None,
     strange: Sequence[Comparison],
     config: RankingConfig,
 ) -> Table | None:
-    """Accuracy for each annotator, those whose judgements were trained on first; None where nobody is named."""
+    """Accuracy for each annotator, those whose judgements were trained on first; None where nobody is
+    named."""
     rows: list[list[str]] = []
-    for kind, found, asked in (("in training", judged, comparisons), ("held out", strangers, strange)):
+    for kind, found, asked in (
+        ("in training", judged, comparisons),
+        ("held out", held_out_annotators, strange),
+    ):
         names: dict[str, list[int]] = {}
         for number, one in enumerate(asked):
             names.setdefault(one.annotator, []).append(number)
@@ -139,7 +144,7 @@ def by_annotator(
     )
 
 
-# ---- where scores begin, and what is not to be used ----------------------------------------------------------------
+# ---- where scores begin, and what is not to be used --------------------------------------------------------
 
 
 def normalise(
@@ -152,12 +157,12 @@ def normalise(
 ) -> str:
     """Shift and scale the scores, save, and return the checkpoint's name.
 
-    The standard deviation of `chosen` training answers becomes 1; 0 is the mean score of the demonstrations' first answers
-    (Ouyang et al. 2022, section 3.5), and where there are none that of the training answers.
+    The standard deviation of `chosen` training answers becomes 1; 0 is the mean score of the demonstrations'
+    first answers (Ouyang et al. 2022, section 3.5), and where there are none that of the training answers.
     Done once: a stage that is run again after this keeps the constants it has.
     """
     with runtime.evaluating(model), runtime.autocast(dtype):
-        ask = partial(trainer.spread.forward, judge, model, rankings)
+        ask = partial(trainer.parallel.forward, score_comparisons, model, rankings)
         scores, labels = ask(chosen)
         scores = scores[~labels.isnan()]
         zero = ask(demonstrations).scores[:, 0].mean() if demonstrations else scores.mean()
@@ -172,7 +177,8 @@ def normalise(
 def refuse_if_learnt_by_heart(
     report: Report, accuracy: float, held_out: Sequence[Comparison], config: RankingConfig
 ) -> None:
-    """Raise Unhealthy with the report when the model is good on training pairs and guesses on held-out ones."""
+    """Raise Unhealthy with the report when the model is good on training pairs and guesses on held-out
+    ones."""
     pairs = sum(
         round(float(pair_wins(torch.tensor([one.scores]), config.tie_tolerance, config.ties).sum()))
         for one in held_out

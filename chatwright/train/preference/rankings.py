@@ -1,4 +1,5 @@
-"""Comparisons -> batches for a reward model: where they come from, who made them, and how a row is written."""
+"""Comparisons -> batches for a reward model: where they come from, who made them, and how a row is
+written."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ class RankedBatch:
 def encode_answer(
     prompt: Sequence[Message], answer: str, template: ChatTemplate, tokenizer: Tokenizer, max_tokens: int
 ) -> list[int]:
-    """Prompt, answer and end token as at most `max_tokens` ids: the scored row always ends with the end token."""
+    """Prompt, answer and end token as at most `max_tokens` ids: the scored row always ends with the end
+    token."""
     before = template.encode(list(prompt), tokenizer, add_generation_prompt=True).ids
     content = tokenizer.encode(answer)[: max_tokens - 2]
     room = max_tokens - 1 - len(content)
@@ -76,16 +78,16 @@ def padded(
 
 
 def first_prompts(file: Path, most: int = 2_000) -> list[tuple[Message, ...]]:
-    """The first user turn of up to `most` conversations of a file: the short ones (under 24 characters) where there are any,
-    for a prompt costs time in every row; else all. Raises UserError."""
+    """The first user turn of up to `most` conversations of a file: the short ones (under 24 characters) where
+    there are any, for a prompt costs time in every row; else all. Raises UserError."""
     records = islice(read_records(file, Dialogue), most)
     first = [dialogue.messages[:1] for dialogue in records if dialogue.messages[0]["role"] == "user"]
     return [turn for turn in first if len(described(turn[0]["content"])) < 24] or first
 
 
 def demonstrations(file: Path, most: int) -> list[Comparison]:
-    """Up to `most` answers of people's own, each the first of a conversation. They are compared with nothing: the second,
-    empty answer is there because a comparison has two."""
+    """Up to `most` answers of people's own, each the first of a conversation. They are compared with nothing:
+    the second, empty answer is there because a comparison has two."""
     found = []
     for dialogue in read_records(file, Dialogue):
         roles = [message["role"] for message in dialogue.messages]
@@ -104,11 +106,12 @@ def demonstrations(file: Path, most: int) -> list[Comparison]:
 def from_ratings(
     texts: Sequence[LabelledText], prompts: Sequence[tuple[Message, ...]], k: int, seed: int, passes: int = 1
 ) -> list[Comparison]:
-    """Each text once per pass, K at a time, as the answers to a prompt drawn at random; ratings are the scores.
+    """Each text once per pass, K at a time, as the answers to a prompt drawn at random; ratings are the
+    scores.
 
-    Prompt and text have nothing to do with each other: the model is to judge the text whatever came before. The K texts
-    of a comparison are of about the same length (within the jitter of 20 % that makes each pass different): length
-    cannot decide a comparison, and little is wasted on padding.
+    Prompt and text have nothing to do with each other: the model is to judge the text whatever came before.
+    The K texts of a comparison are of about the same length (within the jitter of 20 % that makes each pass
+    different): length cannot decide a comparison, and little is wasted on padding.
     """
     if not prompts:
         raise UserError("there are no conversations to take prompts from; set `dialogues` in the data stage")
@@ -145,8 +148,8 @@ class Rankings:
         return self.batch([self.comparisons[n] for n in self.order.take(start, count)])
 
     def batch(self, chosen: Sequence[Comparison], k: int = 0) -> RankedBatch:
-        """These comparisons as tensors; prompts with fewer answers than others (or than `k`) are filled with unrated
-        empty ones."""
+        """These comparisons as tensors; prompts with fewer answers than others (or than `k`) are filled with
+        unrated empty ones."""
         k = max(k, *(len(one.responses) for one in chosen))
         config, rows, labels = self.config, [], []
         for one in chosen:
@@ -167,11 +170,12 @@ class Rankings:
         )
 
 
-# ---- sources and annotators ----------------------------------------------------------------------------------------
+# ---- sources and annotators --------------------------------------------------------------------------------
 
 
 def own_comparisons(directory: Path) -> tuple[list[Comparison], list[Comparison]]:
-    """Training and held-out comparisons of a data stage, or of a directory of the user's. Raises UserError."""
+    """Training and held-out comparisons of a data stage, or of a directory of the user's. Raises
+    UserError."""
     both = [list(read_records(directory / f"comparisons-{side}.jsonl", Comparison)) for side in SIDES]
     for side, found in zip(SIDES, both, strict=True):
         if not found:
@@ -184,8 +188,8 @@ def own_comparisons(directory: Path) -> tuple[list[Comparison], list[Comparison]
 def rated_comparisons(
     records: Path, k: int, seed: int, *, labels: int = 0
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """Training and held-out comparisons made of the texts that people rated; of `labels` training texts, 0 for all.
-    Raises UserError."""
+    """Training and held-out comparisons made of the texts that people rated; of `labels` training texts, 0
+    for all. Raises UserError."""
     made = []
     for side, passes in zip(SIDES, (PASSES, 1), strict=True):
         texts = list(read_records(records / f"ratings-{side}.jsonl", LabelledText))
@@ -196,7 +200,8 @@ def rated_comparisons(
 
 
 def drawn(texts: list[LabelledText], labels: int, seed: int) -> list[LabelledText]:
-    """As many of the texts, chosen by the seed, in their order; all of them for 0. Raises UserError when they are fewer."""
+    """As many of the texts, chosen by the seed, in their order; all of them for 0. Raises UserError when they
+    are fewer."""
     if not labels:
         return texts
     if labels > len(texts):
@@ -208,20 +213,22 @@ def drawn(texts: list[LabelledText], labels: int, seed: int) -> list[LabelledTex
 
 @dataclass(frozen=True)
 class Split:
-    """What is trained on, and what is measured: prompts that training does not see, by annotators that it knows or not."""
+    """What is trained on, and what is measured: prompts that training does not see, by annotators that it
+    knows or not."""
 
     train: list[Comparison]
     held_out: list[Comparison]
     """Held-out prompts, by annotators whose other judgements are trained on."""
-    strangers: list[Comparison]
+    held_out_annotators: list[Comparison]
     """Held-out prompts, by annotators whose judgements are not trained on at all."""
 
 
 def without_annotators(train: list[Comparison], held_out: list[Comparison], names: str) -> Split:
     """Keep the judgements of some annotators (names, comma-separated) out of training.
 
-    Both kinds of annotators are measured on held-out prompts, so that only the annotator differs; what the strangers said
-    about training prompts is not used. Raises UserError: an unknown name, or nothing left on one of the sides.
+    Both kinds of annotators are measured on held-out prompts, so that only the annotator differs; what the
+    held_out_annotators said about training prompts is not used. Raises UserError: an unknown name, or nothing
+    left on one of the sides.
     """
     chosen = {name.strip() for name in names.split(",") if name.strip()}
     if not chosen:
@@ -232,17 +239,19 @@ def without_annotators(train: list[Comparison], held_out: list[Comparison], name
     if unknown := sorted(chosen - known):
         told = ", ".join(sorted(known)[:10])
         raise UserError(
-            f"held_out_annotators: nobody is called {', '.join(unknown)}; annotators: {told}{' ...' if len(known) > 10 else ''}"
+            f"held_out_annotators: nobody is called {', '.join(unknown)}; annotators: "
+            f"{told}{' ...' if len(known) > 10 else ''}"
         )
-    strangers = [one for one in held_out if one.annotator in chosen]
+    held_out_annotators = [one for one in held_out if one.annotator in chosen]
     kept, measured = ([one for one in side if one.annotator not in chosen] for side in (train, held_out))
     for what, found in (
         ("training comparisons by others", kept),
         ("held-out comparisons by others", measured),
-        ("comparisons of theirs on held-out prompts", strangers),
+        ("comparisons of theirs on held-out prompts", held_out_annotators),
     ):
         if not found:
             raise UserError(
-                f"held_out_annotators {names}: there are no {what}; hold out others, or raise the validation share"
+                f"held_out_annotators {names}: there are no {what}; hold out others, or raise the "
+                "validation share"
             )
-    return Split(kept, measured, strangers)
+    return Split(kept, measured, held_out_annotators)

@@ -14,7 +14,7 @@ from chatwright.train.rl.gold import SENTIMENT
 
 
 @dataclass(frozen=True)
-class RoundsConfig:
+class RLConfig:
     """Settings that all methods share."""
 
     base: str = field(default="sft", metadata={"input": True})
@@ -24,11 +24,11 @@ class RoundsConfig:
     data: str = field(default="data", metadata={"input": True})
     """The stage, or directory, with dialogues-train.jsonl: their user turns are the prompts."""
     iterations: int = 40
-    """Rounds of sampling and updating."""
+    """PolicyTraining of sampling and updating."""
     batch_size: int = 64
-    """Answers sampled per round."""
+    """Completions sampled per round."""
     minibatch_size: int = 32
-    """Answers per optimiser step."""
+    """Completions per optimiser step."""
     max_prompt_tokens: int = 96
     """Prompts longer than this are left out."""
     max_new_tokens: int = 32
@@ -44,35 +44,39 @@ class RoundsConfig:
     kl_target: float = 6.0
     """Nats per answer at which the coefficient stays as it is; 0 keeps it fixed for ever."""
     kl_horizon: float = 300.0
-    """Answers over which the coefficient adapts; smaller is faster."""
+    """Completions over which the coefficient adapts; smaller is faster."""
     kl_budget: float = 10.0
     """Nats per answer beyond which training stops."""
     patience: int = 0
-    """Stop when the mean score of this many rounds has fallen significantly below the highest such mean; 0 never does."""
+    """Stop when the mean score of this many rounds has fallen significantly below the highest such mean; 0
+    never does."""
     gold: str = field(default="", metadata={"input": True, "words": ("", SENTIMENT)})
-    """A measure of what is really wanted, that is not trained on: `sentiment` (a lexicon), or the stage of another reward
-    model. It then chooses the checkpoint to keep, and the run stops when it turns down. Empty for none."""
+    """A measure of what is really wanted, that is not trained on: `sentiment` (a lexicon), or the stage of
+    another reward model. It then chooses the checkpoint to keep, and the run stops when it turns down. Empty
+    for none."""
     text: str = field(default="", metadata={"input": True, "words": ("",)})
-    """The tokenizer stage with token shards of general text: the report then says what alignment costs there (perplexity).
-    Empty for none."""
+    """The tokenizer stage with token shards of general text: the report then says what alignment costs there
+    (perplexity). Empty for none."""
     ptx: float = 0.0
-    """Weight of the loss on general text (nats per token) beside the policy's; InstructGPT's gamma. Needs `text`."""
+    """Weight of the loss on general text (nats per token) beside the policy's; InstructGPT's gamma. Needs
+    `text`."""
     ptx_windows: int = 8
     """Windows of general text per answer (InstructGPT: 8 examples per episode)."""
     ptx_context: int = 0
     """Tokens of such a window; 0 takes the model's whole context."""
     ema: float = 0.0
-    """Decay per optimiser step of an average of the policy's weights, which is then the result where it may be (InstructGPT:
-    0.992); 0 for none. With `lora` it is an average of the adapter's matrices."""
+    """Decay per optimiser step of an average of the policy's weights, which is then the result where it may
+    be (InstructGPT: 0.992); 0 for none. With `lora` it is an average of the adapter's matrices."""
     unfinished_score: float = -2.0
-    """Score of an answer that has no end token, is too short or repeats itself; scores have mean 0 and deviation 1."""
+    """Score of an answer that has no end token, is too short or repeats itself; scores have mean 0 and
+    deviation 1."""
     min_tokens: int = 4
-    """Answers shorter than this count as degenerate."""
+    """Completions shorter than this count as degenerate."""
     max_repeats: float = 0.3
     """Largest share of an answer's bigrams that may have occurred in it before."""
     min_correlation: float = 0.6
-    """Refuse a reward model whose held-out correlation with the ratings is lower. At 0.36 answers collapsed to two tokens,
-    at 0.617 and 0.668 PPO worked (docs/results.md)."""
+    """Refuse a reward model whose held-out correlation with the ratings is lower. At 0.36 answers collapsed
+    to two tokens, at 0.617 and 0.668 PPO worked (docs/results.md)."""
     min_distinct: float = 0.8
     """A checkpoint is kept as the best only if distinct-2 is at least this share of the first round's."""
     save_steps: int = 10
@@ -80,17 +84,18 @@ class RoundsConfig:
     keep: int = 2
     """Checkpoints to keep, the newest ones; the best is kept besides."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    """Train low-rank adapters on the policy and on a critic with a body of its own instead of all weights: `lora.rank` above 0.
-    The reference is then the policy with its adapter off, and the critic's frozen weights are the reward model's: two models in
-    memory, not four."""
+    """Train low-rank adapters on the policy and on a critic with a body of its own instead of all weights:
+    `lora.rank` above 0. The reference is then the policy with its adapter off, and the critic's frozen
+    weights are the reward model's: two models in memory, not four."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Products of reward model and critic; `auto` takes bf16 where the hardware has it."""
     policy_precision: Literal["auto", "bf16", "fp32"] = "fp32"
-    """Products of policy and reference, and of sampling where the CPU's kernels do it (models of 2 M parameters and more). In bf16 a
-    round is a third shorter, and the KL of an answer, a small difference of large numbers, has rounding in it."""
+    """Products of policy and reference, and of sampling where the CPU's kernels do it (models of 2 M
+    parameters and more). In bf16 a round is a third shorter, and the KL of an answer, a small difference of
+    large numbers, has rounding in it."""
     compile: bool = False
-    """Compile the blocks of all models, where there is a C++ compiler: rounds are about a quarter shorter, but the first of all on a
-    machine waits a minute or two for it, later runs some seconds."""
+    """Compile the blocks of all models, where there is a C++ compiler: rounds are about a quarter shorter,
+    but the first of all on a machine waits a minute or two for it, later runs some seconds."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             name="adamw", learning_rate=1e-4, eps=1e-5, schedule="linear", warmup=0.05
@@ -141,8 +146,8 @@ SHARED_PAPER = (
     Paper("optim.warmup", 0.02, f"{INSTRUCT}: 10 of 500 rounds, from a tenth of the rate"),
     Paper("lora.rank", 0, f"{INSTRUCT}: all weights are trained"),
 )
-"""What InstructGPT set that any method of rounds has. The guards (kl_budget, min_correlation, min_distinct, unfinished and
-degenerate answers) are our own: rounds.py says why."""
+"""What InstructGPT set that any method of rounds has. The guards (kl_budget, min_correlation, min_distinct,
+unfinished and degenerate answers) are our own: rounds.py says why."""
 
 RENAMED = {"save_every": "save_steps", "average": "ema"}
 """Former names of settings (`save_every` means seconds everywhere else)."""

@@ -1,4 +1,5 @@
-"""An average of a policy's weights over the steps of training, which may be better than any of them.  Ouyang et al. 2022."""
+"""An average of a policy's weights over the steps of training, which may be better than any of them.  Ouyang
+et al. 2022."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ from chatwright.model.lora import lora_parameters
 
 
 def averaged(policy: nn.Module) -> list[nn.Parameter]:
-    """What an average is made of: the matrices of the policy's adapter if it has one, else all its weights."""
+    """What an average is made of: the matrices of the policy's adapter if it has one, else all its
+    weights."""
     return lora_parameters(policy) or list(policy.parameters())
 
 
-def average_of(policy: GPT) -> nn.Module:
-    """Where an average of a policy begins, frozen. A and B of an adapter are averaged each on its own: the average of their
-    products would have a higher rank than the adapter."""
+def ema_of(policy: GPT) -> nn.Module:
+    """Where an average of a policy begins, frozen. A and B of an adapter are averaged each on its own: the
+    average of their products would have a higher rank than the adapter."""
     own = lora_parameters(policy)
     if own:
         return nn.ParameterList([one.detach().clone() for one in own]).requires_grad_(False)
@@ -27,15 +29,15 @@ def average_of(policy: GPT) -> nn.Module:
 
 
 @torch.no_grad()
-def follow(average: nn.Module, policy: nn.Module, decay: float) -> None:
-    """average <- decay x average + (1 - decay) x policy (Ouyang et al. 2022, appendix C.4). Of models in parts each process
-    averages its own."""
+def update_ema(average: nn.Module, policy: nn.Module, decay: float) -> None:
+    """average <- decay x average + (1 - decay) x policy (Ouyang et al. 2022, appendix C.4). Of models in
+    parts each process averages its own."""
     for mine, theirs in zip(average.parameters(), averaged(policy), strict=True):
         mine.lerp_(theirs, 1 - decay)
 
 
 @torch.no_grad()
-def become(policy: nn.Module, average: nn.Module) -> None:
+def copy_weights(policy: nn.Module, average: nn.Module) -> None:
     """Give the policy the weights of its average."""
     for mine, theirs in zip(averaged(policy), average.parameters(), strict=True):
         mine.copy_(theirs)

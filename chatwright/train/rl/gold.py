@@ -1,7 +1,9 @@
-"""What is really wanted, where there is a measure of it that the policy is not trained on: the gold beside the proxy.
+"""What is really wanted, where there is a measure of it that the policy is not trained on: the gold beside
+the proxy.
 
-A reward model stands in for it and can be exploited; where a gold measure can be had on every answer (a lexicon, or a better
-reward model that stands for people, as in Gao et al. 2022, arXiv:2210.10760), a run can stop when it turns down.
+A reward model stands in for it and can be exploited; where a gold measure can be had on every answer (a
+lexicon, or a better reward model that stands for people, as in Gao et al. 2022, arXiv:2210.10760), a run can
+stop when it turns down.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from chatwright import runtime
 from chatwright.interop.loaded import Loaded
 from chatwright.model.attention import plain_attention
 from chatwright.train.rl.models import load_reward
-from chatwright.train.rl.rollout import Answers, texts_of
+from chatwright.train.rl.rollout import Completions, texts_of
 
-Gold = Callable[[Answers], Float[Tensor, " batch"]]
+Gold = Callable[[Completions], Float[Tensor, " batch"]]
 
 SENTIMENT = "sentiment"
 """The name of the lexicon's measure in the settings; anything else names a reward model."""
@@ -34,7 +36,8 @@ def sentiment(texts: Sequence[str]) -> list[float]:
 
 
 def gold_of(name: str, resolve: Callable[[str], Path], base: Loaded) -> Gold | None:
-    """The measure that a setting names: none, the lexicon, or the reward model of a stage. Raises UserError."""
+    """The measure that a setting names: none, the lexicon, or the reward model of a stage. Raises
+    UserError."""
     tokenizer = base.tokenizer
     assert tokenizer is not None
     if not name:
@@ -51,7 +54,7 @@ def gold_of(name: str, resolve: Callable[[str], Path], base: Loaded) -> Gold | N
         judge.body.use_attention(plain_attention)
 
     @torch.no_grad()
-    def scores(answers: Answers) -> Float[Tensor, " batch"]:
+    def scores(answers: Completions) -> Float[Tensor, " batch"]:
         return judge.score(answers.ids, answers.real).float().cpu()
 
     return scores

@@ -22,16 +22,16 @@ WATCHED = (
     "gold",
     "gold_error",
 )
-"""Logged values that `diagnose` looks at; kept in the checkpoint so that a resumed run judges as the whole one. A run without
-a critic has no `explained_variance`, one without a gold measure no `gold`."""
+"""Logged values that `diagnose` looks at; kept in the checkpoint so that a resumed run judges as the whole
+one. A run without a critic has no `explained_variance`, one without a gold measure no `gold`."""
 
 Row = Mapping[str, float]
 History = Sequence[Row]
 
 YOUNG = 15
-"""Rounds after which a critic should have learnt something."""
+"""PolicyTraining after which a critic should have learnt something."""
 WINDOW = 5
-"""Rounds over which a gold measure is averaged when the settings name no patience."""
+"""PolicyTraining over which a gold measure is averaged when the settings name no patience."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class Rounding:
 
 FLOAT32 = Rounding()
 BFLOAT16 = Rounding(token=2.0, sampler=0.1, ratio=0.3)
-"""SmolLM2-135M with adapters, 80 rounds, its sampler in float32: 0.02 nats at first, 0.08 at 5 nats from the reference, single tokens
-up to 0.53. The tiny recipe's model, 12 rounds, its sampler in bf16: 0.008 throughout, single tokens up to 0.09, with compiled blocks as without.
-Ratios were 1 to four digits, for a row's products do not depend on the other rows. A temperature of 0.95 instead of 1 is
-0.13 nats, one of 0.9 is 0.28: nearer to rounding than one would like, which is why float32 is what a policy has unless asked."""
+"""SmolLM2-135M with adapters, 80 rounds, its sampler in float32: 0.02 nats at first, 0.08 at 5 nats from the
+reference, single tokens up to 0.53. The tiny recipe's model, 12 rounds, its sampler in bf16: 0.008
+throughout, single tokens up to 0.09, with compiled blocks as without. Ratios were 1 to four digits, for a
+row's products do not depend on the other rows. A temperature of 0.95 instead of 1 is 0.13 nats, one of 0.9 is
+0.28: nearer to rounding than one would like, which is why float32 is what a policy has unless asked."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,14 @@ class Limits:
     kl_budget: float
     """Nats per answer."""
     patience: int = 0
-    """Rounds that are averaged when a peak is looked for; 0 looks for none in the score."""
+    """PolicyTraining that are averaged when a peak is looked for; 0 looks for none in the score."""
     rounding: Rounding = FLOAT32
     """Of the policy's products."""
 
 
 def diagnose(history: History, limits: Limits) -> Diagnosis | None:
-    """The first rule that the latest round breaks, or None. What cannot be trusted comes before what is enough."""
+    """The first rule that the latest round breaks, or None. What cannot be trusted comes before what is
+    enough."""
     return next((found for rule in RULES if (found := rule(history, limits)) is not None), None)
 
 
@@ -84,24 +86,30 @@ def diagnose_ratio(gap: float, rounding: Rounding = FLOAT32) -> Diagnosis | None
     if gap <= rounding.ratio:
         return None
     return Diagnosis(
-        f"in the first minibatch, before any update, a token's ratio of new to old probability is {gap:.3g} away from 1: the "
-        "log-probabilities of learning are not those of looking back (temperature, dropout, padding, or weights that moved)",
+        f"in the first minibatch, before any update, a token's ratio of new to old probability is {gap:.3g} "
+        "away from 1: the "
+        "log-probabilities of learning are not those of looking back (temperature, dropout, padding, or "
+        "weights that moved)",
         fatal=True,
     )
 
 
 def diagnose_reward(*, train: float, held_out: float, length: float, pairs: int) -> Diagnosis | None:
-    """Accuracies of a reward model on training pairs and on `pairs` held-out ones, and of length alone on the latter.
+    """Accuracies of a reward model on training pairs and on `pairs` held-out ones, and of length alone on the
+    latter.
 
-    Good on the one and no better than chance, within two standard errors, on the other: it has learnt the training prompts.
+    Good on the one and no better than chance, within two standard errors, on the other: it has learnt the
+    training prompts.
     """
     error = 0.5 / math.sqrt(max(pairs, 1))
     if train < 0.7 or held_out > 0.5 + 2 * error:
         return None
     biased = abs(length - 0.5) > 2 * error
     return Diagnosis(
-        f"the reward model orders {100 * train:.0f} % of its training pairs rightly and {100 * held_out:.0f} % of {pairs:,} "
-        f"held-out ones, which is chance: it knows the training prompts by heart{', or their lengths' if biased else ''} "
+        f"the reward model orders {100 * train:.0f} % of its training pairs rightly and "
+        f"{100 * held_out:.0f} % of {pairs:,} "
+        "held-out ones, which is chance: it knows the training prompts by "
+        f"heart{', or their lengths' if biased else ''} "
         f"(length alone: {100 * length:.0f} %). More comparisons, fewer passes, or a split by prompt",
         fatal=True,
     )
@@ -113,7 +121,8 @@ def _sampler_is_not_the_policy(history: History, limits: Limits) -> Diagnosis | 
         return None
     known = "" if rounding == FLOAT32 else " If nothing is, it is bf16: set policy_precision to fp32"
     return Diagnosis(
-        f"sampler and trainer disagree on log-probabilities by {now['sampler_gap']:.3g} nats at a token, {now['sampler_error']:.3g} as a "
+        f"sampler and trainer disagree on log-probabilities by {now['sampler_gap']:.3g} nats at a token, "
+        f"{now['sampler_error']:.3g} as a "
         f"root mean square; is the temperature, the template or the padding different in one of them?{known}",
         fatal=True,
     )
@@ -124,7 +133,8 @@ def _kl_is_negative(history: History, limits: Limits) -> Diagnosis | None:
     if now["tokens"] <= 500 or now["kl"] >= -0.5 or now["kl"] >= -4 * now["kl_error"]:
         return None
     return Diagnosis(
-        f"KL to the reference is {now['kl']:.2f} nats, clearly negative, which no true KL is: the tokens were not "
+        f"KL to the reference is {now['kl']:.2f} nats, clearly negative, which no true KL is: the tokens "
+        "were not "
         "drawn from the policy that is being measured",
         fatal=True,
     )
@@ -134,7 +144,8 @@ def _no_end_was_learnt(history: History, limits: Limits) -> Diagnosis | None:
     if len(history) != 3 or any(row["finished"] >= 0.02 for row in history):
         return None
     return Diagnosis(
-        "no answer has come to its end since the start (three rounds): the end token was outside the loss of SFT, or "
+        "no answer has come to its end since the start (three rounds): the end token was outside the loss "
+        "of SFT, or "
         "max_new_tokens is far too small (chatwright doctor MODEL shows the loss mask)",
         fatal=True,
     )
@@ -145,7 +156,8 @@ def _critic_is_broken(history: History, limits: Limits) -> Diagnosis | None:
     if len(history) < YOUNG or not all(row.get("explained_variance", 0.0) < -1.0 for row in last):
         return None
     return Diagnosis(
-        "the critic is worse than a constant by far (explained variance under -1 for five rounds): it misleads the policy; "
+        "the critic is worse than a constant by far (explained variance under -1 for five rounds): it "
+        "misleads the policy; "
         "lower the learning rate or raise value_coefficient",
         fatal=True,
     )
@@ -167,7 +179,8 @@ def _kl_jumps(history: History, limits: Limits) -> Diagnosis | None:
     if rise <= max(3.0, limits.kl_budget / 2) or rise <= 4 * math.hypot(before["kl_error"], now["kl_error"]):
         return None
     return Diagnosis(
-        f"KL jumped from {before['kl']:.1f} to {now['kl']:.1f} nats in one round: an update went much too far (lower the "
+        f"KL jumped from {before['kl']:.1f} to {now['kl']:.1f} nats in one round: an update went much too "
+        "far (lower the "
         "learning rate), or template, temperature or padding have changed under way",
         fatal=False,
     )
@@ -201,7 +214,8 @@ def _reward_is_hacked(history: History, limits: Limits) -> Diagnosis | None:
             f"gold fell from {gold[0]:.3f} to {gold[1]:.3f} since round {peak}, with the score", fatal=False
         )
     return Diagnosis(
-        f"the reward model is exploited: since round {peak} its score rose from {score[0]:.2f} to {score[1]:.2f} while gold "
+        f"the reward model is exploited: since round {peak} its score rose from {score[0]:.2f} to "
+        f"{score[1]:.2f} while gold "
         f"fell from {gold[0]:.3f} to {gold[1]:.3f}; length {length[0]:.0f} -> {length[1]:.0f} tokens",
         fatal=False,
     )
@@ -223,8 +237,9 @@ def _score_is_past_its_peak(history: History, limits: Limits) -> Diagnosis | Non
 
 
 def past_peak(history: History, key: str, size: int) -> int | None:
-    """The first round of the `size` rounds in which the mean of `key` was highest, when it has fallen since by more than two
-    standard errors of the difference (sampling error of the answers alone); None while it has not."""
+    """The first round of the `size` rounds in which the mean of `key` was highest, when it has fallen since
+    by more than two standard errors of the difference (sampling error of the answers alone); None while it
+    has not."""
     if len(history) < 2 * size:
         return None
     ends = range(len(history) - 2 * size + 1)  # windows that do not overlap the last one

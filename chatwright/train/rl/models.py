@@ -1,6 +1,8 @@
-"""The models that take part when a policy learns from a reward model, and what they say about sampled answers.
+"""The models that take part when a policy learns from a reward model, and what they say about sampled
+answers.
 
-Shared by PPO and REINFORCE (and meant for what follows them): who plays, how answers are judged, what is logged of it.
+Shared by PPO and REINFORCE (and meant for what follows them): who plays, how answers are judged, what is
+logged of it.
 """
 
 from __future__ import annotations
@@ -28,27 +30,29 @@ from chatwright.model.heads import ScalarModel, ValueHead
 from chatwright.model.lora import LoRAConfig, sharing_copy, without_adapter
 from chatwright.objectives import policy as objective
 from chatwright.train import adapters
-from chatwright.train.parallel.context import ALONE, Spread
+from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelContext
 from chatwright.train.rl.rollout import (
-    Answers,
+    Completions,
     Entropy,
-    above_each_other,
-    answer_log_probs,
+    all_gather_completions,
+    completion_log_probs,
+    concat,
     degenerate,
-    gathered,
     values_before,
 )
 
 PORTION = 64
-"""Answers that players are asked about at a time, which bounds what logits take."""
+"""Completions that models are asked about at a time, which bounds what logits take."""
 
 
 @dataclass
-class Players:
-    """What is trained, what it is compared with, what judges, what predicts the judgement (REINFORCE needs none of that).
+class RLModels:
+    """What is trained, what it is compared with, what judges, what predicts the judgement (REINFORCE needs
+    none of that).
 
-    A reference of None is the policy with its adapter off. Reward model and a critic with a body of its own compute in `dtype`,
-    policy and reference in `policy_dtype`: both in the same, for their difference is the KL.
+    A reference of None is the policy with its adapter off. Reward model and a critic with a body of its own
+    compute in `dtype`, policy and reference in `policy_dtype`: both in the same, for their difference is the
+    KL.
     """
 
     policy: GPT
@@ -57,21 +61,22 @@ class Players:
     critic: ScalarModel | ValueHead | None = None
     dtype: torch.dtype = torch.float32
     policy_dtype: torch.dtype = torch.float32
-    spread: Spread = ALONE
-    """The processes that hold these models together, each of which samples and judges its share of a round's answers."""
+    parallel: ParallelContext = SINGLE_PROCESS
+    """The processes that hold these models together, each of which samples and judges its share of a round's
+    answers."""
 
     twin: GPT | None = None
-    """Where the policy is in parts: the copy of it that samples (`Spread.twin`)."""
+    """Where the policy is in parts: the copy of it that samples (`ParallelContext.twin`)."""
 
-    def share(self, spread: Spread) -> None:
+    def share(self, parallel: ParallelContext) -> None:
         """Be held by many processes together; before the plan is put on the models."""
-        self.spread, self.twin = spread, spread.twin(self.policy)
+        self.parallel, self.twin = parallel, parallel.twin(self.policy)
 
     def sampler(self) -> GPT:
         """The policy as one process can sample from it, with the weights of now. All must ask."""
         if self.twin is None:
             return self.policy
-        self.spread.refresh(self.twin, self.policy)
+        self.parallel.refresh(self.twin, self.policy)
         return self.twin
 
     @property
@@ -95,33 +100,36 @@ class Players:
 
 
 @dataclass(frozen=True)
-class Opinion:
-    """What policy and critic say about every answer token; 0 elsewhere, and 0 everywhere for what was not asked, or without a critic."""
+class PolicyOutputs:
+    """What policy and critic say about every answer token; 0 elsewhere, and 0 everywhere for what was not
+    asked, or without a critic."""
 
     log_probs: Float[Tensor, "batch time"]
     entropy: Float[Tensor, "batch time"]
     values: Float[Tensor, "batch time"]
 
 
-def opinion(players: Players, answers: Answers, temperature: float, *, entropy: Entropy = "known") -> Opinion:
+def policy_outputs(
+    models: RLModels, answers: Completions, temperature: float, *, entropy: Entropy = "known"
+) -> PolicyOutputs:
     """One forward pass of the policy, and one of the critic unless it reads the policy's hidden states."""
-    policy, critic = players.policy, players.critic
-    with runtime.autocast(players.policy_dtype):
+    policy, critic = models.policy, models.critic
+    with runtime.autocast(models.policy_dtype):
         hidden = policy.hidden_at(answers.ids, answers.before, lengths=answers.lengths)
-        log_probs, spread = answer_log_probs(
+        log_probs, parallel = completion_log_probs(
             policy, answers, temperature=temperature, entropy=entropy, hidden=hidden
         )
     if isinstance(critic, ValueHead):
         values = answers.placed(critic(hidden.float()))
     elif critic is not None:
-        with runtime.autocast(players.dtype):
+        with runtime.autocast(models.dtype):
             values = values_before(critic, answers)
     else:
         values = torch.zeros_like(log_probs)
-    return Opinion(log_probs, spread, values)
+    return PolicyOutputs(log_probs, parallel, values)
 
 
-class JudgeConfig(Protocol):
+class ScoringConfig(Protocol):
     """The settings that decide which score an answer gets."""
 
     @property
@@ -134,54 +142,59 @@ class JudgeConfig(Protocol):
     def max_repeats(self) -> float: ...
 
 
-def judge(
-    reward: ScalarModel, answers: Answers, config: JudgeConfig, dtype: torch.dtype = torch.float32
+def score_completions(
+    reward: ScalarModel, answers: Completions, config: ScoringConfig, dtype: torch.dtype = torch.float32
 ) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
-    """Scores, and which answers are poor (unfinished or degenerate): those get the fixed score instead of the model's."""
+    """Scores, and which answers are penalised (unfinished or degenerate): those get the fixed score instead
+    of the model's."""
     with runtime.autocast(dtype):
         scores = reward.score(answers.ids, answers.real)
-    poor = (
+    penalised = (
         degenerate(answers, min_tokens=config.min_tokens, max_repeats=config.max_repeats) | ~answers.finished
     )
-    return torch.where(poor, config.unfinished_score, scores), poor
+    return torch.where(penalised, config.unfinished_score, scores), penalised
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Sampled answers, and what all players said about them at that time."""
+class Scored:
+    """Sampled answers, and what all models said about them at that time."""
 
-    answers: Answers
-    opinion: Opinion
+    answers: Completions
+    policy_outputs: PolicyOutputs
     reference: Float[Tensor, "batch time"]
     scores: Float[Tensor, " batch"]
-    poor: Bool[Tensor, " batch"]
+    penalised: Bool[Tensor, " batch"]
 
 
 @torch.no_grad()
-def judged(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
-    """Ask all players about sampled answers. Each of many processes asks about its own and gets what all were told."""
-    return gathered(players.spread.forward(_judged, players, answers, config), players.spread)
+def score_rollout(models: RLModels, answers: Completions, config: ScoringConfig) -> Scored:
+    """Ask all models about sampled answers. Each of many processes asks about its own and gets what all were
+    told."""
+    return all_gather_completions(
+        models.parallel.forward(_score_rollout, models, answers, config), models.parallel
+    )
 
 
-def _judged(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
-    """In portions. Not with many processes, whose portions might differ in number: each forward pass of a model in parts is one for all."""
-    if players.spread.together:
-        return _asked(players, answers, config)
-    portions = torch.split(torch.arange(len(answers.ids)), PORTION)
-    return above_each_other([_asked(players, answers.rows(chosen), config) for chosen in portions])
+def _score_rollout(models: RLModels, answers: Completions, config: ScoringConfig) -> Scored:
+    """In micro-batches. Not with many processes, whose micro-batches might differ in number: each forward
+    pass of a model in parts is one for all."""
+    if models.parallel.together:
+        return _asked(models, answers, config)
+    micro_batches = torch.split(torch.arange(len(answers.ids)), PORTION)
+    return concat([_asked(models, answers.rows(chosen), config) for chosen in micro_batches])
 
 
-def _asked(players: Players, answers: Answers, config: JudgeConfig) -> Judged:
-    own = opinion(players, answers, config.temperature)
-    with players.as_reference() as model, runtime.autocast(players.policy_dtype):
-        reference, _ = answer_log_probs(model, answers, temperature=config.temperature)
-    scores, poor = judge(players.reward, answers, config, players.dtype)
-    return Judged(answers, own, reference, scores, poor)
+def _asked(models: RLModels, answers: Completions, config: ScoringConfig) -> Scored:
+    own = policy_outputs(models, answers, config.temperature)
+    with models.as_reference() as model, runtime.autocast(models.policy_dtype):
+        reference, _ = completion_log_probs(model, answers, temperature=config.temperature)
+    scores, penalised = score_completions(models.reward, answers, config, models.dtype)
+    return Scored(answers, own, reference, scores, penalised)
 
 
-def round_facts(seen: Judged, beta: float) -> dict[str, float]:
+def round_facts(seen: Scored, beta: float) -> dict[str, float]:
     """What to log about a round's answers, before they are learnt from."""
-    answers, own, mask = seen.answers, seen.opinion, seen.answers.response
+    answers, own, mask = seen.answers, seen.policy_outputs, seen.answers.response
     kl = torch.where(mask, objective.kl_k1(own.log_probs, seen.reference), 0.0).sum(1)
     gaps = (answers.sampled - own.log_probs)[mask]
     k3 = torch.where(mask, objective.kl_k3(own.log_probs, seen.reference), 0.0).sum(1)
@@ -194,7 +207,7 @@ def round_facts(seen: Judged, beta: float) -> dict[str, float]:
         "entropy": float(objective.masked_mean(own.entropy, mask)),
         "length": float(mask.sum(1).float().mean()),
         "finished": float(answers.finished.float().mean()),
-        "degenerate": float(seen.poor.float().mean()),
+        "degenerate": float(seen.penalised.float().mean()),
         "sampler_gap": float(gaps.abs().max()),
         "sampler_error": float(gaps.square().mean().sqrt()),
         "tokens": float(mask.sum()),
@@ -203,25 +216,27 @@ def round_facts(seen: Judged, beta: float) -> dict[str, float]:
 
 
 def step_facts(
-    now: Opinion,
+    now: PolicyOutputs,
     before: Float[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
     *,
     weight: float,
     per_token: float = 1.0,
-    spread: Spread = ALONE,
+    parallel: ParallelContext = SINGLE_PROCESS,
 ) -> dict[str, Tensor]:
-    """What to log about how far the policy is from the one that sampled, whose log-probabilities were `before`.
+    """What to log about how far the policy is from the one that sampled, whose log-probabilities were
+    `before`.
 
-    Sums over a `weight` of which a token of the whole minibatch is worth `per_token`: what a `Step` is to log.
+    Sums over a `weight` of which a token of the whole minibatch is worth `per_token`: what a `Step` is to
+    log.
     """
     change = torch.where(mask, (now.log_probs - before).detach(), 0.0)
     ratio = change.exp()
     gap = (ratio - 1).abs().max()
     if (
-        spread.together
+        parallel.together
     ):  # the largest of the minibatch, of which this process has a part; NaN is no number to compare with
-        gap = torch.tensor(spread.most([float(gap.nan_to_num(nan=math.inf, posinf=math.inf))])[0])
+        gap = torch.tensor(parallel.all_reduce_max([float(gap.nan_to_num(nan=math.inf, posinf=math.inf))])[0])
     tokens = mask.sum() * per_token
     return {
         "moved": 0.5
@@ -232,7 +247,7 @@ def step_facts(
     }
 
 
-def make_players(
+def make_models(
     base: Loaded,
     reward: ScalarModel,
     critic: str = "none",
@@ -240,12 +255,12 @@ def make_players(
     *,
     precision: str = "auto",
     policy_precision: str = "fp32",
-) -> Players:
-    """Policy and reference from the SFT model. The critic is a copy of the reward model with a body of its own (`separate`),
-    a head on the policy that starts at zero (`shared`), or there is `none`.
+) -> RLModels:
+    """Policy and reference from the SFT model. The critic is a copy of the reward model with a body of its
+    own (`separate`), a head on the policy that starts at zero (`shared`), or there is `none`.
 
-    With adapters there are two whole models: the policy, which is the reference without its adapter, and the reward model, over
-    whose frozen body a separate critic has an adapter and a head of its own.
+    With adapters there are two whole models: the policy, which is the reference without its adapter, and the
+    reward model, over whose frozen body a separate critic has an adapter and a head of its own.
     """
     device, lora = runtime.device(), lora or LoRAConfig()
     policy, reward = base.model.to(device), reward.to(device)
@@ -274,7 +289,7 @@ def make_players(
         body = model.body if isinstance(model, ScalarModel) else model
         if device.type == "cpu" and isinstance(body, GPT):
             body.use_attention(plain_attention)
-    return Players(
+    return RLModels(
         policy,
         reference,
         reward,
@@ -299,8 +314,10 @@ def load_reward(directory: Path, base: Loaded, min_correlation: float) -> Scalar
     if quality is None or quality < min_correlation:
         told = "is not known" if quality is None else f"is {quality:.3f}"
         raise UserError(
-            f"the reward model's correlation with held-out ratings {told}, PPO wants {min_correlation:g}: a weaker one "
-            "is exploited, not followed (answers collapse while its score rises). Train it longer or on more ratings, "
+            f"the reward model's correlation with held-out ratings {told}, PPO wants {min_correlation:g}: a "
+            "weaker one "
+            "is exploited, not followed (answers collapse while its score rises). Train it longer or on "
+            "more ratings, "
             "start it from a better model, or lower min_correlation at your own risk"
         )
     found.verify()

@@ -28,8 +28,8 @@ def kept(logged: Mapping[str, float]) -> dict[str, float]:
 
 
 def result_of(extra: Mapping[str, Any], step: int) -> dict[str, Any] | None:
-    """The policy that is the result, with its step: the average of the weights where there is one and it is allowed, else
-    the best of the rounds, if there is any."""
+    """The policy that is the result, with its step: the average of the weights where there is one and it is
+    allowed, else the best of the rounds, if there is any."""
     average = extra.get("average")
     if average is not None and average["allowed"]:
         return {"step": step, **average}
@@ -47,8 +47,9 @@ def report_of(
     trouble: str = "",
     more: Mapping[str, Any] | None = None,
 ) -> Report:
-    """The report of a run that has a result, or of one that was broken off (`trouble` says why). `tax` is the perplexity of
-    general text before and after, `aim` what the best round is the best by, `more` further facts."""
+    """The report of a run that has a result, or of one that was broken off (`trouble` says why). `tax` is the
+    perplexity of general text before and after, `aim` what the best round is the best by, `more` further
+    facts."""
     first, result = extra["history"][0], result_of(extra, step)
     measures = []
     if result is not None:
@@ -83,7 +84,8 @@ def report_of(
 
 
 def kl_budget(config: Any, workspace: Workspace, report: Report) -> dict[str, Any]:
-    """{spent, allowed, largest, round, kept, stopped}: nats per completion between the reference and the policy."""
+    """{spent, allowed, largest, round, kept, stopped}: nats per completion between the reference and the
+    policy."""
     rows = [row for row in read_metrics(workspace.directory / "metrics.jsonl") if row.get("kl") is not None]
     best = report.facts.get("best") or {}
     return {

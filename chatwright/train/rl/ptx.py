@@ -1,10 +1,12 @@
-"""ptx: pre-training goes on beside PPO, so that the policy does not forget what it knew.  Ouyang et al. 2022, eq. 2.
+"""ptx: pre-training goes on beside PPO, so that the policy does not forget what it knew.  Ouyang et al. 2022,
+eq. 2.
 
-The objective gains gamma E[log pi(x)] over texts x of pre-training. What alignment costs without it, and what is left of that
-cost with it, is the perplexity of held-out general text before and after: the tax report.
+The objective gains gamma E[log pi(x)] over texts x of pre-training. What alignment costs without it, and what
+is left of that cost with it, is the perplexity of held-out general text before and after: the tax report.
 
-Departures from the paper: the mean is over tokens (the paper does not say over what), so that `gamma` has another scale than
-its 27.8 for sums over texts; texts are windows of the token stream, as in our pre-training.
+Departures from the paper: the mean is over tokens (the paper does not say over what), so that `gamma` has
+another scale than its 27.8 for sums over texts; texts are windows of the token stream, as in our
+pre-training.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from chatwright.data.loader import SampleOrder
 from chatwright.data.shards import TokenShards
 from chatwright.model.gpt import GPT
 from chatwright.objectives.language import chunked_next_token_loss
-from chatwright.stages.pretrain import held_out_bits_per_byte
 from chatwright.tokenizer import Tokenizer
+from chatwright.train.held_out import held_out_bits_per_byte
 from chatwright.train.trainer import Step
 
 
@@ -51,7 +53,8 @@ class GeneralText:
 
     @classmethod
     def open(cls, directory: Path, tokenizer: Tokenizer, context: int, seed: int) -> GeneralText:
-        """The shards of a tokenizer stage. Raises UserError when they are missing, or of another tokenizer."""
+        """The shards of a tokenizer stage. Raises UserError when they are missing, or of another
+        tokenizer."""
         train = TokenShards.open(directory / "train", tokenizer)
         held_out = TokenShards.open(directory / "validation", tokenizer)
         return cls(

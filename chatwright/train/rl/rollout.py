@@ -1,8 +1,8 @@
 """Rollouts: prompts -> sampled answers with everything PPO needs to know about each token.
 
-Columns of all (B, T) tensors are positions of prompt + answer, padded on the right. `log_probs[b, t]` belongs to token
-t; `values[b, t]` is the critic's opinion BEFORE token t, its output at position t - 1 (docs/papers.md, point 7:
-values are shifted by one against the log-probabilities).
+Columns of all (B, T) tensors are positions of prompt + answer, padded on the right. `log_probs[b, t]` belongs
+to token t; `values[b, t]` is the critic's policy_outputs BEFORE token t, its output at position t - 1
+(docs/papers.md, point 7: values are shifted by one against the log-probabilities).
 """
 
 from __future__ import annotations
@@ -30,23 +30,25 @@ from chatwright.generate.sampling import Sampling
 from chatwright.language_model import exact_runner
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
-from chatwright.model.ragged import one_of_few
+from chatwright.model.ragged import bucket_size
 from chatwright.objectives import policy as objective
 from chatwright.objectives.language import projected_log_probs
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.parallel.context import Spread
+from chatwright.train.parallel.context import ParallelContext
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
 Entropy = Literal["", "known", "learnt"]
-"""Whether the entropy of the policy is asked for, and whether with its gradient: that of a large vocabulary takes time."""
+"""Whether the entropy of the policy is asked for, and whether with its gradient: that of a large vocabulary
+takes time."""
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Sampled answers. `real` is True on tokens that are not padding, `response` on answer tokens, end included."""
+class Completions:
+    """Sampled answers. `real` is True on tokens that are not padding, `response` on answer tokens, end
+    included."""
 
     ids: Int[Tensor, "batch time"]
     real: Bool[Tensor, "batch time"]
@@ -63,14 +65,15 @@ class Answers:
 
     @property
     def before(self) -> Int[Tensor, " tokens"]:
-        """The place (row x time + column) before each answer token: what a model says there is about this token."""
+        """The place (row x time + column) before each answer token: what a model says there is about this
+        token."""
         return self.response.flatten().nonzero()[:, 0] - 1
 
     def placed(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, "batch time"]:
         """A number for each answer token, one row after the other, in their places; 0 elsewhere."""
         return torch.zeros(self.ids.shape, device=values.device).masked_scatter(self.response, values)
 
-    def rows(self, chosen: Tensor) -> Answers:
+    def rows(self, chosen: Tensor) -> Completions:
         """Some of the rows."""
         return chosen_rows(self, chosen)
 
@@ -79,7 +82,7 @@ class Rollout(Protocol):
     """A round's answers with what was known when they were sampled; constants for the updates that follow."""
 
     @property
-    def answers(self) -> Answers:
+    def answers(self) -> Completions:
         """The answers."""
 
     @property
@@ -94,7 +97,8 @@ Batch = TypeVar("Batch", bound="DataclassInstance")
 
 
 def mapped(function: Callable[..., Tensor], *batches: Batch) -> Batch:
-    """A dataclass of tensors (nested ones too) whose every tensor is made of the same ones of these batches."""
+    """A dataclass of tensors (nested ones too) whose every tensor is made of the same ones of these
+    batches."""
     values = []
     for field in fields(batches[0]):
         parts: list[Any] = [getattr(batch, field.name) for batch in batches]
@@ -107,8 +111,9 @@ def chosen_rows(batch: Batch, chosen: Tensor) -> Batch:
     return mapped(lambda one: one[chosen], batch)
 
 
-def above_each_other(batches: Sequence[Batch]) -> Batch:
-    """The rows of dataclasses of tensors, one below the other; narrow ones get padding, which is 0, or False, in all tensors."""
+def concat(batches: Sequence[Batch]) -> Batch:
+    """The rows of several dataclasses of tensors; narrower tensors are padded on the right with 0, or
+    False."""
 
     def stacked(*tensors: Tensor) -> Tensor:
         width = max(one.shape[-1] for one in tensors)
@@ -117,15 +122,17 @@ def above_each_other(batches: Sequence[Batch]) -> Batch:
     return mapped(stacked, *batches)
 
 
-def gathered(batch: Batch, spread: Spread) -> Batch:
-    """The rows that all processes have, in the order of their samples, in each of them; alone, the batch itself."""
-    if not spread.together:
+def all_gather_completions(batch: Batch, parallel: ParallelContext) -> Batch:
+    """The rows that all processes have, in the order of their samples, in each of them; alone, the batch
+    itself."""
+    if not parallel.together:
         return batch
-    return runtime.on_device(above_each_other(spread.gathered(mapped(lambda one: one.cpu(), batch))))
+    return runtime.on_device(concat(parallel.all_gather(mapped(lambda one: one.cpu(), batch))))
 
 
 def as_tensors(batch: Any, prefix: str = "") -> dict[str, Tensor]:
-    """A dataclass of tensors as a checkpoint can hold it, by name; flags as bytes, which every format knows."""
+    """A dataclass of tensors as a checkpoint can hold it, by name; flags as bytes, which every format
+    knows."""
     tensors: dict[str, Tensor] = {}
     for field in fields(batch):
         one = getattr(batch, field.name)
@@ -137,12 +144,12 @@ def as_tensors(batch: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def from_tensors(kind: type[Batch], tensors: Mapping[str, Tensor], prefix: str = "") -> Batch:
-    """Inverse of `as_tensors`; what is in a rollout and no tensor are its `Answers`."""
+    """Inverse of `as_tensors`; what is in a rollout and no tensor are its `Completions`."""
     values: list[Any] = []
     for field in fields(kind):
         one = tensors.get(prefix + field.name)
         if one is None:
-            values.append(from_tensors(Answers, tensors, f"{prefix}{field.name}."))
+            values.append(from_tensors(Completions, tensors, f"{prefix}{field.name}."))
         else:
             values.append(one.bool() if one.dtype == torch.uint8 else one)
     return kind(*values)
@@ -170,7 +177,8 @@ def prompts_from(
 def training_prompts(
     records: Path, template: ChatTemplate, tokenizer: Tokenizer, max_tokens: int
 ) -> list[list[int]]:
-    """What the users of a data stage's dialogues said, at most 4,000 prompts. Raises UserError when none is short enough."""
+    """What the users of a data stage's dialogues said, at most 4,000 prompts. Raises UserError when none is
+    short enough."""
     dialogues = list(read_records(records / "dialogues-train.jsonl", Dialogue))
     prompts = prompts_from(dialogues, template, tokenizer, max_tokens=max_tokens, most=4_000)
     if not prompts:
@@ -178,7 +186,7 @@ def training_prompts(
     return prompts
 
 
-def sample_answers(
+def sample_completions(
     policy: GPT,
     prompts: Sequence[Sequence[int]],
     *,
@@ -189,10 +197,10 @@ def sample_answers(
     first: int = 0,
     max_batch: int = 64,
     dtype: torch.dtype = torch.float32,
-) -> Answers:
-    """Sample one answer to each prompt; each has a random stream of its own, named by `seed_parts` and its number, which counts
-    from `first`: who samples a part of the prompts says where the part begins. On a CPU the compiled kernels sample, from copies in
-    `dtype` of the weights of now."""
+) -> Completions:
+    """Sample one answer to each prompt; each has a random stream of its own, named by `seed_parts` and its
+    number, which counts from `first`: who samples a part of the prompts says where the part begins. On a CPU
+    the compiled kernels sample, from copies in `dtype` of the weights of now."""
     requests = [
         Request(
             prompt=tuple(prompt),
@@ -216,22 +224,23 @@ def sample_answers(
     sampled = torch.zeros(ids.shape)
     sampled[response] = torch.tensor([value for one in done for value in one.logprobs])
     finished = torch.tensor([bool(one.ids) and one.ids[-1] == end for one in done])
-    return runtime.on_device(Answers(ids, real, response, finished, sampled))
+    return runtime.on_device(Completions(ids, real, response, finished, sampled))
 
 
-def answer_log_probs(
+def completion_log_probs(
     model: GPT,
-    answers: Answers,
+    answers: Completions,
     *,
     temperature: float,
     entropy: Entropy = "",
     hidden: Float[Tensor, "tokens width"] | None = None,
 ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
-    """Log-probability, and if asked the entropy (`learnt`: with its gradient), of every answer token under `model`; 0 elsewhere.
+    """Log-probability, and if asked the entropy (`learnt`: with its gradient), of every answer token under
+    `model`; 0 elsewhere.
 
-    Logits are divided by the sampling temperature, as they were when the tokens were drawn. They are float32 products even under
-    autocast (`projected_log_probs` says why). `hidden` are the model's hidden states before these tokens (`Answers.before`) where they
-    are known already.
+    Logits are divided by the sampling temperature, as they were when the tokens were drawn. They are float32
+    products even under autocast (`projected_log_probs` says why). `hidden` are the model's hidden states
+    before these tokens (`Completions.before`) where they are known already.
     """
     if hidden is None:
         hidden = model.hidden_at(answers.ids, answers.before, lengths=answers.lengths)
@@ -241,7 +250,7 @@ def answer_log_probs(
             hidden, model.head.weight, tokens, temperature=temperature, softcap=model.config.logit_softcap
         )
         return answers.placed(learnt), torch.zeros(answers.ids.shape, device=learnt.device)
-    more = one_of_few(len(tokens)) - len(tokens)  # as in projected_log_probs
+    more = bucket_size(len(tokens)) - len(tokens)  # as in projected_log_probs
     with runtime.full_precision():
         logits = model.head(F.pad(hidden.float(), (0, 0, 0, more)))[: len(tokens)]  # (answer tokens, V)
     log_p = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
@@ -251,13 +260,13 @@ def answer_log_probs(
     return log_probs, answers.placed(objective.entropy_of(log_p if entropy == "learnt" else log_p.detach()))
 
 
-def values_before(critic: ScalarModel, answers: Answers) -> Float[Tensor, "batch time"]:
+def values_before(critic: ScalarModel, answers: Completions) -> Float[Tensor, "batch time"]:
     """The critic's value before each answer token, 0 elsewhere."""
     return answers.placed(critic.at(answers.ids, answers.before, lengths=answers.lengths))
 
 
-def degenerate(answers: Answers, *, min_tokens: int, max_repeats: float) -> Bool[Tensor, " batch"]:
-    """Answers of fewer than `min_tokens` tokens (the end not counted), or whose bigrams repeat too often.
+def degenerate(answers: Completions, *, min_tokens: int, max_repeats: float) -> Bool[Tensor, " batch"]:
+    """Completions of fewer than `min_tokens` tokens (the end not counted), or whose bigrams repeat too often.
 
     `max_repeats` is the largest allowed share of an answer's bigrams that occurred in it before.
     """
@@ -270,14 +279,16 @@ def degenerate(answers: Answers, *, min_tokens: int, max_repeats: float) -> Bool
     return torch.tensor(flags, device=answers.ids.device)
 
 
-def texts_of(answers: Answers, tokenizer: Tokenizer) -> list[str]:
-    """The answers as text. Ids beyond the tokenizer's spell nothing: a model's table may be larger, and all of it is drawn from."""
+def texts_of(answers: Completions, tokenizer: Tokenizer) -> list[str]:
+    """The answers as text. Ids beyond the tokenizer's spell nothing: a model's table may be larger, and all
+    of it is drawn from."""
     spelt = answers.response & (answers.ids < tokenizer.vocab_size)
     return [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(answers.ids, spelt, strict=True)]
 
 
 def distinct(texts: Sequence[str], n: int = 2) -> float:
-    """Different word n-grams over all word n-grams of the texts together (Li et al. 2016, arXiv:1510.03055)."""
+    """Different word n-grams over all word n-grams of the texts together (Li et al. 2016,
+    arXiv:1510.03055)."""
     grams = [
         tuple(words[i : i + n])
         for words in (text.split() for text in texts)

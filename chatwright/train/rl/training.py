@@ -1,17 +1,21 @@
-"""Rounds: sample answers, look back at them, keep the best policy so far, learn. What PPO and REINFORCE share.
+"""PolicyTraining: sample answers, look back at them, keep the best policy so far, learn. What PPO and
+REINFORCE share.
 
-A method brings `look_back` (answers -> what is learnt from) and `step` (minibatch -> loss); everything else is here: prompts,
-the KL coefficient, the watch over the run (health.py), the checkpoint that is kept, an average of the weights, general text
-beside the answers (ptx.py), a gold measure (gold.py), resuming, and the report (outcome.py).
+A method brings `score_rollouts` (answers -> what is learnt from) and `step` (minibatch -> loss); everything
+else is here: prompts, the KL coefficient, the watch over the run (health.py), the checkpoint that is kept, an
+average of the weights, general text beside the answers (ptx.py), a gold measure (gold.py), resuming, and the
+report (outcome.py).
 
-Many processes share a round: each samples and judges its part of the answers, then all have all of them (rollout.py::gathered),
-so that advantages, the KL coefficient and every decision are those of one process; of a minibatch each learns from its part.
-A run may be stopped between two minibatches: the round is then saved as it stands, its answers with it.
+Many processes share a round: each samples and judges its part of the answers, then all have all of them
+(rollout.py::all_gather_completions), so that advantages, the KL coefficient and every decision are those of
+one process; of a minibatch each learns from its part. A run may be stopped between two minibatches: the round
+is then saved as it stands, its answers with it.
 
 Departures from the papers, each for small reward models that are easily exploited:
 * Refuse to start on a reward model that is too weak on held-out data.
 * Unfinished and degenerate (very short, repetitive) answers get a fixed score, however well they are liked.
-* The KL coefficient has a floor, training stops beyond a KL budget, and what is kept is the best-scoring checkpoint
+* The KL coefficient has a floor, training stops beyond a KL budget, and what is kept is the best-scoring
+  checkpoint
   inside that budget whose answers have not lost their variety.
 """
 
@@ -37,22 +41,23 @@ from chatwright.objectives import policy as objective
 from chatwright.train import adapters, cost
 from chatwright.train.base import open_base
 from chatwright.train.compiled import compile_blocks
-from chatwright.train.parallel.context import ALONE, Spread, start_parallel
+from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelContext
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.planning import plan
 from chatwright.train.rl import health
-from chatwright.train.rl.config import RoundsConfig
-from chatwright.train.rl.ema import average_of, become, follow
+from chatwright.train.rl.config import RLConfig
+from chatwright.train.rl.ema import copy_weights, ema_of, update_ema
 from chatwright.train.rl.gold import Gold, gold_of
-from chatwright.train.rl.models import Players, load_reward, make_players
+from chatwright.train.rl.models import RLModels, load_reward, make_models
 from chatwright.train.rl.outcome import kept, report_of, result_of
 from chatwright.train.rl.ptx import GeneralText, TextBatch, text_step
 from chatwright.train.rl.rollout import (
-    Answers,
+    Completions,
     Rollout,
     as_tensors,
     distinct,
     from_tensors,
-    sample_answers,
+    sample_completions,
     texts_of,
     training_prompts,
 )
@@ -61,11 +66,11 @@ from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import Step, Trainer
 from chatwright.train.workspace import Curve, Report, Unhealthy, Workspace
 
-Settings = TypeVar("Settings", bound=RoundsConfig)
+Settings = TypeVar("Settings", bound=RLConfig)
 Rolled = TypeVar("Rolled", bound=Rollout)
 
 
-class Rounds(ABC, Generic[Settings, Rolled]):
+class PolicyTraining(ABC, Generic[Settings, Rolled]):
     """One run of a method, round by round."""
 
     title: ClassVar[str]
@@ -73,7 +78,7 @@ class Rounds(ABC, Generic[Settings, Rolled]):
     """The class of its rollouts."""
     curves: ClassVar[Sequence[Curve]] = ()
     """Those of the method alone, for the report."""
-    spread: Spread = ALONE
+    parallel: ParallelContext = SINGLE_PROCESS
     asked: Callable[[], bool] = staticmethod(lambda: False)
     """Whether somebody wants the run to stop."""
 
@@ -82,15 +87,15 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         config: Settings,
         workspace: Workspace,
         trainer: Trainer,
-        players: Players,
+        models: RLModels,
         base: Loaded,
         prompts: Sequence[list[int]],
         *,
         gold: Gold | None = None,
         text: GeneralText | None = None,
     ) -> None:
-        self.config, self.workspace, self.trainer, self.players = config, workspace, trainer, players
-        self.spread = trainer.spread
+        self.config, self.workspace, self.trainer, self.models = config, workspace, trainer, models
+        self.parallel = trainer.parallel
         self.prompts, self.order = prompts, SampleOrder(len(prompts), workspace.seed)
         self.gold, self.text = gold, text
         assert base.tokenizer is not None and base.template is not None
@@ -102,12 +107,13 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         self.first_gap: float | None = None
 
     @abstractmethod
-    def look_back(self, answers: Answers, beta: float) -> tuple[Rolled, dict[str, float]]:
+    def score_rollouts(self, answers: Completions, beta: float) -> tuple[Rolled, dict[str, float]]:
         """What is to be learnt from sampled answers, and what to log about them."""
 
     @abstractmethod
     def step(self, batch: Rolled) -> Step:
-        """The loss of some rows of a round. `ratio_gap` is among what it logs: the largest |ratio - 1| of a token."""
+        """The loss of some rows of a round. `ratio_gap` is among what it logs: the largest |ratio - 1| of a
+        token."""
 
     @property
     def epochs(self) -> int:
@@ -116,7 +122,7 @@ class Rounds(ABC, Generic[Settings, Rolled]):
 
     @property
     def per_prompt(self) -> int:
-        """Answers to each prompt; they stand side by side."""
+        """Completions to each prompt; they stand side by side."""
         return 1
 
     @property
@@ -127,10 +133,10 @@ class Rounds(ABC, Generic[Settings, Rolled]):
     @property
     def rounding(self) -> health.Rounding:
         """What rounding may do to log-probabilities."""
-        return health.FLOAT32 if self.players.policy_dtype == torch.float32 else health.BFLOAT16
+        return health.FLOAT32 if self.models.policy_dtype == torch.float32 else health.BFLOAT16
 
     @property
-    def spare(self) -> list[int]:
+    def protected(self) -> list[int]:
         """The step of the best checkpoint, which is not to be pruned."""
         best = self.extra["best"]
         return [best["step"]] if best else []
@@ -140,35 +146,37 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         """What the kept checkpoint is the best by."""
         return "gold" if self.gold is not None else "score"
 
-    def sample(self) -> Answers:
-        """This process's answers of this round: prompts and random streams are functions of the seed, the round and an
-        answer's number in it."""
-        progress, mine = self.trainer.progress, self.spread.mine(self.config.batch_size)
+    def sample(self) -> Completions:
+        """This process's answers of this round: prompts and random streams are functions of the seed, the
+        round and an answer's number in it."""
+        progress, mine = self.trainer.progress, self.parallel.local_slice(self.config.batch_size)
         chosen = self.order.take(progress.consumed, self.config.batch_size // self.per_prompt)
-        return sample_answers(
-            self.players.sampler(),
+        return sample_completions(
+            self.models.sampler(),
             [self.prompts[n] for n in chosen for _ in range(self.per_prompt)][mine],
             end=self.end,
             max_new_tokens=self.config.max_new_tokens,
             temperature=self.config.temperature,
             seed_parts=(self.workspace.seed, self.title, progress.step),
             first=mine.start,
-            dtype=self.players.policy_dtype,
+            dtype=self.models.policy_dtype,
         )
 
     def sampled(self) -> tuple[Rolled, dict[str, float]]:
-        """Sample, look back, and measure what only texts show. What is decided by these numbers is decided by all alike."""
+        """Sample, look back, and measure what only texts show. What is decided by these numbers is decided by
+        all alike."""
         answers = self.sample()
-        rollout, logged = self.look_back(answers, self.extra["beta"])
+        rollout, logged = self.score_rollouts(answers, self.extra["beta"])
         logged["distinct_2"] = distinct(texts_of(rollout.answers, self.tokenizer))
         if self.gold is not None:
-            gold = torch.cat(self.spread.gathered(self.gold(answers)))
+            gold = torch.cat(self.parallel.all_gather(self.gold(answers)))
             logged["gold"] = float(gold.mean())
             logged["gold_error"] = float(gold.std() / math.sqrt(len(gold)))
-        return rollout, self.spread.told_by_first(lambda: logged)
+        return rollout, self.parallel.broadcast_from_rank0(lambda: logged)
 
     def round(self) -> str:
-        """Sample, look back, keep the best, and unless this was the last round, update. Returns a line to show."""
+        """Sample, look back, keep the best, and unless this was the last round, update. Returns a line to
+        show."""
         config, progress = self.config, self.trainer.progress
         begun = self.extra.get("unfinished")
         rollout, diagnosis = self._gone_on(begun) if begun else self._begun()
@@ -198,12 +206,12 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         progress.consumed += config.batch_size // self.per_prompt
         self.extra.pop("unfinished", None)
         if begun or progress.step % config.save_steps == 0:
-            self.trainer.save(spare=self.spare)
+            self.trainer.save(protected=self.protected)
             self.trainer.finish()
         return f"score {logged['score']:+.2f}  KL {logged['kl']:.1f}  length {logged['length']:.0f}"
 
     def _begun(self) -> tuple[Rolled, health.Diagnosis | None]:
-        """Answers to learn from, and why this is the last round if it is."""
+        """Completions to learn from, and why this is the last round if it is."""
         rollout, logged = self.sampled()
         self.latest, history = logged, self.extra["history"]
         history.append({key: logged[key] for key in health.WATCHED if key in logged})
@@ -218,10 +226,11 @@ class Rounds(ABC, Generic[Settings, Rolled]):
     def _gone_on(self, begun: Mapping[str, Any]) -> tuple[Rolled, None]:
         """The answers of a round that was stopped in its middle (`_interrupt`)."""
         self.latest, self.first_gap = begun["row"], begun["first_gap"]
-        return runtime.on_device(from_tensors(self.rolled, self.trainer.unfinished.tensors("midway"))), None
+        return runtime.on_device(from_tensors(self.rolled, self.trainer.unfinished.tensors("mid_step"))), None
 
     def _break_off(self, diagnosis: health.Diagnosis) -> None:
-        """Write the row of this round, save the state before it, and raise Unhealthy with the report so far."""
+        """Write the row of this round, save the state before it, and raise Unhealthy with the report so
+        far."""
         step = self.trainer.progress.step
         self.workspace.metrics.write(step, self.latest)
         self._save_before_round()
@@ -236,7 +245,7 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         history = self.extra["history"]
         self.extra["history"] = history[:-1]
         self.extra.pop("unfinished", None)
-        self.trainer.save(spare=self.spare)
+        self.trainer.save(protected=self.protected)
         self.extra["history"] = history
 
     def _allowed(self, logged: dict[str, float]) -> bool:
@@ -252,7 +261,8 @@ class Rounds(ABC, Generic[Settings, Rolled]):
             self._save_before_round()
 
     def _update(self, rollout: Rolled, *, done: int = 0) -> None:
-        """Passes over the round's answers in minibatches, in an order of their own; `done` of them were learnt from before.
+        """Passes over the round's answers in minibatches, in an order of their own; `done` of them were
+        learnt from before.
 
         Of a minibatch each process learns from its share. Raises Interrupted between two.
         """
@@ -261,19 +271,20 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         for place, (epoch, number, chosen) in enumerate(self._minibatches(len(rollout.answers.ids))):
             if place < done:
                 continue
-            if self.spread.most([float(self.asked())])[0]:
+            if self.parallel.all_reduce_max([float(self.asked())])[0]:
                 self._interrupt(rollout, place)
             first = place == 0
             if first:
                 self.first_gap = None
             texts = self._texts(rollout.rows(chosen).weight, epoch, number)
-            batch = rollout.rows(chosen[self.spread.mine(len(chosen))])
-            # Text first: it has no gradient for a critic, and DDP sends gradients after the last backward pass.
+            batch = rollout.rows(chosen[self.parallel.local_slice(len(chosen))])
+            # Text first: it has no gradient for a critic, and DDP sends gradients after the last backward
+            # pass.
             self.trainer.update([*texts, batch], self._loss, share, accept=self._is_right if first else None)
             if first:
                 self._is_right()  # where the gradient was not finite nobody has asked
             if "average" in self.trainer.modules:
-                follow(self.trainer.modules["average"], self.players.policy, config.ema)
+                update_ema(self.trainer.modules["average"], self.models.policy, config.ema)
 
     def _minibatches(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
         """Pass, number in it, and rows: a function of the seed and the round."""
@@ -286,41 +297,45 @@ class Rounds(ABC, Generic[Settings, Rolled]):
                 yield epoch, number, chosen
 
     def _interrupt(self, rollout: Rolled, done: int) -> None:
-        """Save the round as it is before the minibatch of number `done`, its answers with it, and raise Interrupted."""
+        """Save the round as it is before the minibatch of number `done`, its answers with it, and raise
+        Interrupted."""
         self.extra["unfinished"] = {"done": done, "row": self.latest, "first_gap": self.first_gap}
-        self.trainer.save(spare=self.spare, midway=as_tensors(rollout))
+        self.trainer.save(protected=self.protected, mid_step=as_tensors(rollout))
         where = f"saved in round {self.trainer.progress.step}, after {done} of its minibatches"
         raise Interrupted(f"{self.title}: {where}; the same command goes on from there")
 
     def _loss(self, batch: Any) -> Step:
         if isinstance(batch, TextBatch):
-            with runtime.autocast(self.players.policy_dtype):
-                return text_step(self.players.policy, batch)
+            with runtime.autocast(self.models.policy_dtype):
+                return text_step(self.models.policy, batch)
         outcome = self.step(batch)
         if self.first_gap is None:
             self.first_gap = float(outcome.logged["ratio_gap"]) / batch.weight
         return outcome
 
     def _is_right(self, loss: float = 0.0) -> bool:
-        """Whether a round's first minibatch, before its update, was what was looked back at. Breaks the run off if not.
+        """Whether a round's first minibatch, before its update, was what was looked back at. Breaks the run
+        off if not.
 
-        Each process has seen its share of it; they break off together, or those that go on would wait for the others for ever.
+        Each process has seen its share of it; they break off together, or those that go on would wait for the
+        others for ever.
         """
         gap = self.first_gap or 0.0
-        self.first_gap = self.spread.most([math.inf if math.isnan(gap) else gap])[0]
+        self.first_gap = self.parallel.all_reduce_max([math.inf if math.isnan(gap) else gap])[0]
         diagnosis = health.diagnose_ratio(self.first_gap, self.rounding)
         if diagnosis is not None:
             self._break_off(diagnosis)
         return True
 
     def _texts(self, weight: float, epoch: int, number: int) -> list[TextBatch]:
-        """This process's part of the general text for a minibatch of `weight`, in portions of as many windows as answers."""
+        """This process's part of the general text for a minibatch of `weight`, in micro_batches of as many
+        windows as answers."""
         if self.text is None or not self.config.ptx:
             return []
         size, windows, mine = (
             self.config.minibatch_size,
             self.config.ptx_windows,
-            self.spread.mine(self.config.minibatch_size),
+            self.parallel.local_slice(self.config.minibatch_size),
         )
         before = (self.trainer.progress.step * self.epochs + epoch) * self.config.batch_size + number * size
         count = mine.stop - mine.start
@@ -331,15 +346,16 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         ]
 
     def _measure_average(self) -> None:
-        """Ask the average of the weights the last round's prompts, and save it; `outcome.result_of` chooses."""
+        """Ask the average of the weights the last round's prompts, and save it; `outcome.result_of`
+        chooses."""
         average = self.trainer.modules.get("average")
         if average is None:
             return
-        become(self.players.policy, average)
+        copy_weights(self.models.policy, average)
         self.trainer.progress.step += 1  # a random stream and a checkpoint of its own
         _, logged = self.sampled()
         self.extra["average"] = {"allowed": self._allowed(logged), **kept(logged)}
-        self.trainer.save(final=True, spare=self.spare)
+        self.trainer.save(final=True, protected=self.protected)
 
     def report(self) -> Report:
         """What the run did to the policy, by its own measures. Raises UserError when there is no result."""
@@ -347,9 +363,10 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         result = result_of(self.extra, step)
         if result is None:
             raise UserError(
-                f"{self.title}: no round gave answers within the KL budget that were varied enough; lower the learning rate"
+                f"{self.title}: no round gave answers within the KL budget that were varied enough; lower "
+                "the learning rate"
             )
-        tax, policy = None, self.players.policy
+        tax, policy = None, self.models.policy
         self.trainer.put_together(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
         if (
             self.text is not None or self.config.lora.rank
@@ -358,15 +375,15 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         if self.text is not None:
             say("  measuring what it costs on general text")
             with torch.no_grad():
-                tax = self.spread.forward(self._tax, self.text)
+                tax = self.parallel.forward(self._tax, self.text)
         more = self.spent() | adapters.write_adapter(
-            policy, self.workspace.directory, base=self.config.base, spread=self.spread
+            policy, self.workspace.directory, base=self.config.base, parallel=self.parallel
         )
         return report_of(self.extra, step, aim=self.aim, curves=self.curves, tax=tax, more=more)
 
     def spent(self) -> dict[str, float]:
         """Answer tokens and floating-point operations of all rounds so far, by what they logged."""
-        policy, critic, text = self.players.policy, self.players.critic, 0.0
+        policy, critic, text = self.models.policy, self.models.critic, 0.0
         critics = (
             [critic.body] if isinstance(critic, ScalarModel) else []
         )  # a head alone costs next to nothing
@@ -376,7 +393,7 @@ class Rounds(ABC, Generic[Settings, Rolled]):
         return cost.rounds_spent(
             read_metrics(self.workspace.directory / "metrics.jsonl"),
             sum(map(len, self.prompts)) / len(self.prompts),
-            read=[policy, policy, self.players.reward.body, *critics],  # the second one is the reference
+            read=[policy, policy, self.models.reward.body, *critics],  # the second one is the reference
             trained=[policy, *critics],
             epochs=self.epochs,
             text=text,
@@ -384,15 +401,16 @@ class Rounds(ABC, Generic[Settings, Rolled]):
 
     def _tax(self, text: GeneralText) -> tuple[float, float]:
         """Perplexity of general text under the reference and under the policy."""
-        with self.players.as_reference() as reference:
+        with self.models.as_reference() as reference:
             before = text.perplexity(reference)
-        return before, text.perplexity(self.players.policy)
+        return before, text.perplexity(self.models.policy)
 
 
-def carry_out(
-    method: type[Rounds[Any, Any]], config: RoundsConfig, workspace: Workspace, *, critic: str = "none"
+def train_policy(
+    method: type[PolicyTraining[Any, Any]], config: RLConfig, workspace: Workspace, *, critic: str = "none"
 ) -> Report:
-    """A whole run: load, make the players, rounds until the last, report. Raises UserError, Unhealthy, Interrupted."""
+    """A whole run: load, make the models, rounds until the last, report. Raises UserError, Unhealthy,
+    Interrupted."""
     title = method.title
     base = open_base(config.base, workspace)
     if base.tokenizer is None or base.template is None:
@@ -407,22 +425,25 @@ def carry_out(
     text = None
     if config.text:
         text = GeneralText.open(workspace.resolve(config.text), base.tokenizer, context, workspace.seed)
-    spread = start_parallel(
+    parallel = start_parallel(
         config.parallel,
         batch_size=config.minibatch_size,
         named="minibatch_size",
         shape=base.model.config,
         precision="fp32",
         refused={
-            "tp": f"{title} samples from whole weights, which this plan does not put together: use ddp, fsdp or hsdp"
+            "tp": (
+                f"{title} samples from whole weights, which this plan does not put together: use ddp, fsdp "
+                f"or hsdp"
+            )
         },
     )
-    plan.ahead(title, PLAN, config, base.model.config, spread)
+    plan.ahead(title, PLAN, config, base.model.config, parallel)
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, title))
     bodies = {"base": base.model, **({"judge": reward} if critic == "separate" else {})}
-    adapted = adapters.card(config.lora, **bodies)
-    players = make_players(
+    adapted = adapters.metadata(config.lora, **bodies)
+    models = make_models(
         base,
         reward,
         critic,
@@ -430,10 +451,10 @@ def carry_out(
         precision=config.precision,
         policy_precision=config.policy_precision,
     )
-    players.share(spread)
+    models.share(parallel)
     if config.compile:
-        say(f"  {compile_blocks(*players.computing)}")
-    trainer = trainer_of(players, config, workspace, base, adapted)
+        say(f"  {compile_blocks(*models.computing)}")
+    trainer = trainer_of(models, config, workspace, base, adapted)
     if trainer.resume():
         workspace.metrics.forget_after(
             trainer.progress.step - 1
@@ -445,20 +466,20 @@ def carry_out(
         f"{config.kl_budget:g} nats"
     )
     with progress_bar(title) as bar, Stopper().listening() as stopper:
-        run_ = method(config, workspace, trainer, players, base, prompts, gold=gold, text=text)
+        run_ = method(config, workspace, trainer, models, base, prompts, gold=gold, text=text)
         run_.asked = lambda: stopper.asked
         compiled = config.compile
         while not run_.finished:
             line = run_.round()
             if compiled:
-                runtime.give_back_memory()  # the compiler's, which has seen all forms of a block by now
+                runtime.trim_heap()  # the compiler's, which has seen all forms of a block by now
                 compiled = False
             bar.update(trainer.progress.step / config.iterations, line)
-            if spread.most([float(stopper.asked)])[0]:
+            if parallel.all_reduce_max([float(stopper.asked)])[0]:
                 if "average" not in run_.extra:  # with which all is saved
                     if run_.finished:
                         run_.extra["history"].pop()  # the last round counts no step: it is done again
-                    trainer.save(spare=run_.spare)
+                    trainer.save(protected=run_.protected)
                 raise Interrupted(
                     f"{title}: saved at round {trainer.progress.step}; the same command goes on from there"
                 )
@@ -466,21 +487,21 @@ def carry_out(
 
 
 def trainer_of(
-    players: Players, config: RoundsConfig, workspace: Workspace, base: Loaded, adapted: Mapping[str, Any]
+    models: RLModels, config: RLConfig, workspace: Workspace, base: Loaded, adapted: Mapping[str, Any]
 ) -> Trainer:
-    """What is trained and saved: the policy, a critic if there is one, and an average of the policy's weights if asked for.
-    `adapted` is what a checkpoint says of the adapters (`adapters.card`)."""
+    """What is trained and saved: the policy, a critic if there is one, and an average of the policy's weights
+    if asked for. `adapted` is what a checkpoint says of the adapters (`adapters.metadata`)."""
     assert base.tokenizer is not None and base.template is not None
-    modules: dict[str, nn.Module] = {"model": players.policy}
-    if players.critic is not None:
-        modules["critic"] = players.critic
+    modules: dict[str, nn.Module] = {"model": models.policy}
+    if models.critic is not None:
+        modules["critic"] = models.critic
     if config.ema:
-        modules["average"] = average_of(players.policy)
+        modules["average"] = ema_of(models.policy)
     return Trainer(
         modules,
         config.optim,
         workspace,
-        card={
+        metadata={
             "kind": "language",
             "model": base.model.config.to_dict(),
             "tokenizer": base.tokenizer.fingerprint,
@@ -488,7 +509,7 @@ def trainer_of(
             **adapted,
         },
         texts={"tokenizer.json": base.tokenizer.to_json(), "chat_template.jinja": base.template.source},
-        spread=players.spread,
-        frozen=players.frozen,
+        parallel=models.parallel,
+        frozen=models.frozen,
         keep=config.keep,
     )
