@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from chatwright.metrics import Metric, read_metrics
 from chatwright.optim import OptimConfig
 from chatwright.stages import pretrain
 from chatwright.trackers import Reporting
+from chatwright.train import spikes
 from chatwright.train.spikes import SpikeConfig
 from chatwright.train.stage import stage_of
 from chatwright.train.workspace import Workspace
@@ -62,17 +65,23 @@ def test_a_metric_that_is_never_logged_is_found(tokenizer_bench: Any, tmp_path: 
     tokenizer_bench.run(as_module(*pretrain.METRICS, sometimes), config, tmp_path / "pretrain")
 
 
+def planted_limit(config: SpikeConfig, extra: Mapping[str, Any]) -> float:
+    """The fourth loss is a spike, and after six accepted ones two in a row are."""
+    accepted, spiked = len(extra.get("losses", [])), extra.get("spikes", 0)
+    return -1.0 if (accepted == 3 and spiked == 0) or (accepted == 6 and spiked < 3) else math.inf
+
+
 def test_what_the_loop_logs_now_and_then_is_logged_by_some_run(
-    tokenizer_bench: Any, tmp_path: Path, make_fit: Any
+    tokenizer_bench: Any, tmp_path: Path, make_fit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Muon, a price, and a rule that takes nearly every rise of the loss for a spike. `skipped`, which needs a
-    broken gradient, has its test in test_loop.py."""
-    spikes = SpikeConfig(action="rollback", window=2, deviations=0.0, rise=0.0, patience=1, most=99)
+    """With Muon, a price, one spike and one return to a checkpoint. `skipped`, which needs a broken gradient, has
+    its test in test_loop.py."""
+    monkeypatch.setattr(spikes, "limit", planted_limit)
     config = pretrain.Config(
         preset="modern-nano",
         model=SHAPE,
-        fit=make_fit(steps=16, save_steps=1, spikes=spikes),
-        optim=OptimConfig(name="muon", learning_rate=0.05, schedule="constant"),
+        fit=make_fit(steps=10, save_steps=1, spikes=SpikeConfig(action="rollback", patience=2)),
+        optim=OptimConfig(name="muon"),
     )
     reporting = Reporting(watts=50.0, price=2.0)
     pretrain.run(
