@@ -1,14 +1,18 @@
 """Training speed and memory next to transformers and litgpt: the same shape, batch and data, in turns.
 
-    python benchmarks/train.py                  14 M parameters: 6 x 384, vocabulary 8,192, context 256, batch 16
-    python benchmarks/train.py --shape 124m     GPT-2: 12 x 768, vocabulary 50,257, context 1,024, batch 2; all contenders stay in
-                                                memory, 5 GB each: choose with --only where there is less than 48 GB
+    python benchmarks/train.py                  14 M parameters: 6 x 384, vocabulary 8,192, context 256, batch
+                                                16
+    python benchmarks/train.py --shape 124m     GPT-2: 12 x 768, vocabulary 50,257, context 1,024, batch 2;
+                                                all contenders stay in
+                                                memory, 5 GB each: choose with --only where there is less than
+                                                48 GB
     python benchmarks/train.py --head           memory of the loss head at vocabulary 32,768
     python benchmarks/train.py --profile        where the milliseconds of our steps go
 
 A round is some optimiser steps: forward, backward, clipping at 1.0, AdamW (fused, for all contenders),
 zero_grad. Every contender gets the same tokens in the same order. `gemm` multiplies bf16 matrices of 2,048 in
-the same turns: the peak.
+the same turns: the peak. Below the table stands which kernels oneDNN multiplies with: `amx` in their names
+means tiles.
 
 Model FLOP: 6 per parameter that is a factor of a product, and token; attention 6 L D T per token, the causal
 half (half of what PaLM's appendix B and the `mfu` of metrics.jsonl count: what a causal model must compute).
@@ -63,7 +67,8 @@ class Shape:
         )
 
     def modern(self) -> GPTConfig:
-        """The same width and depth as Qwen3: SwiGLU of 8/3 the width has as many parameters as GPT-2's MLP."""
+        """The same width and depth as Qwen3: SwiGLU of 8/3 the width has as many parameters as GPT-2's
+        MLP."""
         return GPTConfig.preset(
             "modern-tiny",
             layers=self.layers,
@@ -246,7 +251,8 @@ def litgpt_gpt2(shape: Shape, *, fast: bool) -> Callable[[], float]:
 
 
 def gemm() -> Callable[[], float]:
-    """Seconds for 10^12 operations of bf16 matrix products, the best of the round's: its inverse is the peak."""
+    """Seconds for 10^12 operations of bf16 matrix products, the best of the round's: its inverse is the
+    peak."""
     size = 2_048
     left, right = torch.randn(size, size).bfloat16(), torch.randn(size, size).bfloat16()
 
@@ -303,6 +309,7 @@ def table(name: str, shape: Shape, samples: dict[str, dict[str, object]]) -> dic
             )  # type: ignore[arg-type]
     peak = 1e3 / statistics.median(seconds["gemm"])
     print(f"bf16 GEMM peak: {peak:,.0f} GFLOP/s (median of the rounds' best)")
+    print("products: " + ", ".join(f"{key} {value}" for key, value in side_by_side.products().items()))
     return ratios
 
 

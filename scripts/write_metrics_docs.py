@@ -1,4 +1,4 @@
-"""Write docs/reference/metrics.md from what the stages say they log; with --check, fail when it is out of date."""
+"""Write docs/reference/metrics.md from `metrics` of the stages; with --check, fail when it is out of date."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ TOP = """# What the logged numbers mean
 
 Written by `make docs` from `metrics` of each stage; do not edit.
 
-A stage that trains appends rows to `runs/NAME/STAGE/metrics.jsonl`, one JSON object a line. `step` comes first: the
-optimiser steps since the start, or the iteration in an RL stage. A value that is not finite is written as `null`.
-After a resume the rows of steps that are done again are dropped first, so a step has the rows of one attempt only.
+A stage that trains appends rows to `runs/NAME/STAGE/metrics.jsonl`, one JSON object a line. `step` comes
+first: the optimiser steps since the start, or the iteration in an RL stage. A value that is not finite is
+written as `null`. After a resume the rows of steps that are done again are dropped first, so a step has the
+rows of one attempt only.
 
-* Stages that train in the plain loop write a row every `fit.log_every` steps. Held-out measures come at the end, and
-  every `fit.evaluate_every` steps when that is above 0. What was measured before the first step is in the stage's
-  report.
+* Stages that train in the plain loop write a row every `fit.log_every` steps. Held-out measures come at the
+  end, and every `fit.evaluate_every` steps when that is above 0. What was measured before the first step is
+  in the stage's report.
 * RL stages write one row an iteration.
 
-*Healthy* is what a run that works looks like. Limits that the program enforces name the function that does; the others
-are rules of thumb, and depend on model, data and batch size. A key that says "only when" is absent otherwise.
+*Healthy* is what a run that works looks like. Limits that the program enforces name the function that does;
+the others are rules of thumb, and depend on model, data and batch size. A key that says "only when" is absent
+otherwise.
 
 What the reports hold besides, and how a run goes wrong: [reports.md](reports.md).
 """

@@ -1,4 +1,5 @@
-"""A tiny model in a directory of its own, whole and real but untrained, for tests that need any model at all."""
+"""A tiny model in a directory of its own, whole and real but untrained, for tests that need any model at
+all."""
 
 from __future__ import annotations
 
@@ -70,8 +71,8 @@ def same_precision_everywhere() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def every_logged_key_is_described() -> Iterator[None]:
-    """A stage that logs a key which `metrics` of its STAGE does not describe fails, in programs that tests start
-    as well."""
+    """A stage that logs a key which `metrics` of its STAGE does not describe fails, also in programs that tests
+    start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(STRICT, "1")
         yield

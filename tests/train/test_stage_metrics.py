@@ -1,4 +1,4 @@
-"""What the stages log is what they say that they log. `Bench.run` asks it of every run; here, that it asks."""
+"""The stages log what they say that they log. `Bench.run` asks it of every run; here, that it asks."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def planted_limit(config: SpikeConfig, extra: Mapping[str, Any]) -> float:
 def test_what_the_loop_logs_now_and_then_is_logged_by_some_run(
     tokenizer_bench: Any, tmp_path: Path, make_fit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With Muon, a price, one spike and one return to a checkpoint. `skipped`, which needs a broken gradient, has
-    its test in test_loop.py."""
+    """With Muon, a price, one spike and one return to a checkpoint. `skipped`, which needs a broken gradient,
+    has its test in test_loop.py."""
     monkeypatch.setattr(spikes, "limit", planted_limit)
     config = pretrain.Config(
         preset="modern-nano",
