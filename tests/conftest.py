@@ -71,8 +71,8 @@ def same_precision_everywhere() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def every_logged_key_is_described() -> Iterator[None]:
-    """A stage that logs a key which `metrics` of its STAGE does not describe fails, also in programs that tests
-    start."""
+    """A stage fails that logs a key which `metrics` of its STAGE does not describe, in programs that tests
+    start as well."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(STRICT, "1")
         yield
