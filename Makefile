@@ -22,7 +22,7 @@ help:
 	@echo "make test         check and all fast tests, as CI does; make test-all: the slow ones as well"
 	@echo "make bench-train  training speed next to transformers and litgpt (15 minutes); bench-learn: how soon it is learnt (an hour)"
 	@echo "make bench-serve  a real server, 64 clients, 5 minutes: nothing lost, nothing mixed up, memory flat (exit code 1 otherwise)"
-	@echo "make docs         write docs/cli.md anew from the program's own help"
+	@echo "make docs         write docs/cli.md anew from the program's own help, docs/reference/metrics.md from the stages"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +54,7 @@ check: install-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/write_cli_docs.py --check
+	$(BIN)/python scripts/write_metrics_docs.py --check
 
 # llama.cpp, which runs exported GGUF files in the tests: pip compiles it, once. Where that fails, those tests skip and say so.
 $(VENV)/.installed-peers: $(VENV)/.installed-dev
@@ -74,6 +75,7 @@ test-all: check browser peers
 
 docs: install-dev
 	$(BIN)/python scripts/write_cli_docs.py
+	$(BIN)/python scripts/write_metrics_docs.py
 
 # Benchmarks want a quiet machine. benchmarks/README.md has the figures and says how they are made.
 $(VENV)/.installed-bench: $(VENV)/.installed-dev

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from chatwright import checkpoint
 from chatwright.chat import NATIVE
+from chatwright.metrics import STRICT
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
@@ -65,6 +66,15 @@ def same_precision_everywhere() -> Iterator[None]:
     processor. Tests of bf16 ask for it by name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CHATWRIGHT_BF16", "0")  # for the programs that tests start, too
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_logged_key_is_described() -> Iterator[None]:
+    """A stage fails that logs a key which `metrics` of its STAGE does not describe, in programs that tests
+    start as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(STRICT, "1")
         yield
 
 

@@ -15,6 +15,7 @@ import torch
 from chatwright import files
 from chatwright.data.examples import Dialogue, Document, LabelledText
 from chatwright.language_model import load_parts
+from chatwright.metrics import read_metrics
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
@@ -40,9 +41,16 @@ class Bench:
     inputs: Mapping[str, Path]
 
     def run(self, module: Any, config: Any, directory: Path, **facts: Any) -> Report:
-        """Run, or go on with, a stage. `facts` are written over those of its report."""
+        """Run, or go on with, a stage. `facts` are written over those of its report.
+
+        Fails when the run has not logged a metric that every run of the stage logs, as its STAGE says.
+        """
         directory.mkdir(parents=True, exist_ok=True)
-        report: Report = module.run(config, Workspace(directory, SEED, self.inputs))
+        described = module.STAGE.metrics
+        report: Report = module.run(config, Workspace(directory, SEED, self.inputs, described=described))
+        logged = {key for row in read_metrics(directory / "metrics.jsonl") for key in row}
+        missing = {metric.name for metric in described if not metric.when} - logged
+        assert missing == set(), "never logged: mend the Metric, or say in `when` which runs log it"
         content = {"model": report.model, "facts": report.facts | facts, "fingerprint": directory.name}
         files.write_json(directory / "result.json", content)
         return report

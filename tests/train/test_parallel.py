@@ -126,7 +126,7 @@ class Launches:
 
     def alone(self, name: str, stop: int = 0, *, muon: bool = False) -> None:
         """One process, this one, from where the directory stands."""
-        workspace = Workspace(self[name], SEED, self.inputs)
+        workspace = Workspace(self[name], SEED, self.inputs, described=pretrain.STAGE.metrics)
         try:
             report = pretrain.run(build(pretrain.Config, settings(muon=muon), where="test"), workspace)
             write_json(self[name] / "result.json", {"model": report.model})
