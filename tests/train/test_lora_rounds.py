@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI, gain
+from planted import MINI, gain, plant_kl
 
 import chatwright as cw
 from chatwright.checkpoint import Checkpoint
@@ -195,11 +195,11 @@ def test_the_average_is_one_of_the_adapter_s_matrices(
 
 
 def test_an_average_beyond_the_limits_leaves_the_best_round_s_adapter(
-    planted_bench: Any, tmp_path: Path
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plant_kl(monkeypatch)  # the first update is beyond this budget
     directory = tmp_path / "ppo"
-    optim = replace(SMALL.optim, learning_rate=5e-2)  # the first update is beyond this budget
-    config = replace(SMALL, average=0.5, kl_budget=1e-3, kl_target=0.0, optim=optim)
+    config = replace(SMALL, average=0.5, kl_budget=0.5, kl_target=0.0)
     report = planted_bench.run(ppo, config, directory)
     assert report.facts["average"]["allowed"] is False and report.model == "checkpoints/step-000000"
     together = cw.load(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI, plant
+from planted import LEARNING, MINI, plant
 
 from chatwright.data.examples import LabelledText
 from chatwright.metrics import read_metrics
@@ -103,8 +103,11 @@ def test_a_replay_is_the_run_that_stops(
     )
 
 
-def test_a_policy_is_measured_beside_the_one_it_came_from(reward_bench: Any, tmp_path: Path) -> None:
-    config = replace(MINI, iterations=2, min_correlation=-1.0, kl_budget=1e9)
+@pytest.mark.learns
+def test_a_policy_is_measured_beside_the_one_it_came_from(
+    reward_bench: Any, tmp_path: Path, learnt: Any
+) -> None:
+    config = replace(LEARNING, iterations=4, min_correlation=-1.0)
     reward_bench.run(ppo, config, tmp_path / "policy")
     inputs = reward_bench.inputs
     table = frontier.table_of(
@@ -121,7 +124,8 @@ def test_a_policy_is_measured_beside_the_one_it_came_from(reward_bench: Any, tmp
         own["fluency_low"] <= own["fluency"] <= own["fluency_high"] < 0
     )  # which is the base's own likelihood here
     row = table.measure(frontier.ready(str(tmp_path / "policy")), before).row()
-    assert row["kl"] > 0 and row["kl_low"] <= row["kl"] <= row["kl_high"] and row["score"] != own["score"]
+    learnt("KL", row["kl"], above=0.0)
+    assert row["kl_low"] <= row["kl"] <= row["kl_high"] and row["score"] != own["score"]
 
 
 CURVE = {"1": {"kl": 0.0, "gold": 0.2, "score": -1.0}, "4": {"kl": 1.0, "gold": 0.4, "score": 0.0}}
