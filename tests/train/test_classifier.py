@@ -233,9 +233,9 @@ def test_it_can_train_an_adapter(
 
     config = Config(
         max_tokens=48,
-        fit=make_fit(steps=60, batch_size=16),
+        fit=make_fit(steps=160, batch_size=16),
         lora=LoRAConfig(rank=8),
-        optim=OptimConfig(learning_rate=1e-2),
+        optim=OptimConfig(learning_rate=4e-3),
     )
     report = sft_bench.run(classifier, config, tmp_path / "classifier")
     saved = checkpoint.Checkpoint(tmp_path / "classifier" / str(report.model))

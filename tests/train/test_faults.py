@@ -110,9 +110,8 @@ def test_kl_that_jumps_ends_the_run(planted_bench: Any, tmp_path: Path) -> None:
 
 @pytest.mark.learns
 def test_entropy_that_is_gone_ends_the_run(planted_bench: Any, tmp_path: Path, learnt: Any) -> None:
-    config = replace(
-        SMALL, temperature=0.03, kl_budget=1e9
-    )  # a distribution as sharp as that of a policy that collapsed
+    # a distribution as sharp as that of a policy that collapsed
+    config = replace(SMALL, temperature=0.005, kl_budget=1e9)
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     rows = read_metrics(tmp_path / "ppo" / "metrics.jsonl")
     assert "entropy is gone" in report.facts["stopped"] and len(rows) < 17
@@ -222,11 +221,11 @@ def test_an_end_token_outside_of_sfts_loss(
 
     monkeypatch.setattr(sft, "rows_of", masked)
     monkeypatch.setattr(sft, "check_end_is_learnt", lambda *given: None)
-    settings = sft.Config(fit=make_fit(steps=60), held_out=16, optim=replace(MINI.optim, learning_rate=4e-3))
+    settings = sft.Config(fit=make_fit(steps=120), held_out=16, optim=replace(MINI.optim, learning_rate=4e-3))
     pretrain_bench.run(sft, settings, tmp_path / "sft")
     plant(monkeypatch)
     bench = pretrain_bench.with_(sft=tmp_path / "sft", reward=tmp_path / "sft")
-    config = replace(SMALL, batch_size=64, minibatch_size=64)
+    config = replace(SMALL, batch_size=64, minibatch_size=64, max_new_tokens=8)
     rows = broken_off(bench, config, tmp_path / "ppo", "end token was outside the loss of SFT")
     assert len(rows) == 3
     learnt("share of finished answers", max(row["finished"] for row in rows), below=0.02)

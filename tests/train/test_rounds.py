@@ -252,16 +252,17 @@ def test_windows_of_text_are_never_met_twice_before_all_were(sft_bench: Any, cha
 
 @pytest.mark.learns
 def test_ptx_lowers_the_alignment_tax(planted_bench: Any, tmp_path: Path, learnt: Any) -> None:
-    """The same run with and without: afterwards the perplexity of held-out general text is lower with it."""
+    """The same run with and without: afterwards the perplexity of held-out general text is lower with it. Its weight is small
+    because a step here is as long as the gradient, and that of text is the larger by far."""
     config = replace(LEARNING, text="tokenizer", ptx_context=32, ptx_windows=1)
     tax = {}
-    for gamma in (0.0, 1.0):
+    for gamma in (0.0, 0.1):
         report = planted_bench.run(ppo, replace(config, ptx=gamma), tmp_path / f"ppo-{gamma}")
         (measure,) = [one for one in report.measures if one.name == "perplexity of general text"]
         assert measure.before is not None and measure.after is not None
         tax[gamma] = measure.after / measure.before
-        learnt(f"gain with ptx {gamma:g}", gain(rows_of(tmp_path / f"ppo-{gamma}")), above=0.3)
-    learnt("tax with text, as a share", tax[1.0] / tax[0.0], below=0.7)
+        learnt(f"gain with ptx {gamma:g}", gain(rows_of(tmp_path / f"ppo-{gamma}")), above=0.5)
+    learnt("tax with text, as a share", tax[0.1] / tax[0.0], below=0.5)
 
 
 def test_perplexity_is_that_of_the_tokens(
