@@ -1,6 +1,6 @@
 """Run the tests of what training achieves (marker `learns`) with several seeds, each under several processors' rounding.
 
-    make test-rounding                                   # all of it: an hour on 2 cores
+    make test-rounding                                   # all of it: some hours on 2 cores
     python scripts/test_rounding.py --seeds 1 2 --roundings native plain tests/train/test_ppo.py
 
 A processor with other vector instructions adds in another order; after some steps of training a run with another rounding is
