@@ -99,7 +99,7 @@ def pretrain() -> Callable[[], float]:
 
     from chatwright import runtime
     from chatwright.optim import OptimConfig
-    from chatwright.train import pretrain as stage
+    from chatwright.stages import pretrain as stage
     from chatwright.train.loop import FitConfig
     from chatwright.train.trainer import Trainer
 
@@ -127,7 +127,7 @@ def sft() -> Callable[[], float]:
     from chatwright.chat import EncodedChat
     from chatwright.data.packing import batch_rows, pack
     from chatwright.optim import OptimConfig
-    from chatwright.train import sft as stage
+    from chatwright.stages import sft as stage
     from chatwright.train.trainer import Trainer
 
     runtime.tune_allocator()
@@ -160,7 +160,7 @@ def sft() -> Callable[[], float]:
 def ppo() -> Callable[[], float]:
     """A unit of work is an answer."""
     import torch
-    from chatwright.train.players import make_players
+    from chatwright.train.rl.models import make_players
 
     from chatwright import runtime
     from chatwright.chat import NATIVE
@@ -168,8 +168,8 @@ def ppo() -> Callable[[], float]:
     from chatwright.model.heads import ScalarModel
     from chatwright.optim import OptimConfig
     from chatwright.tokenizer import Tokenizer
-    from chatwright.train import ppo as stage
-    from chatwright.train import rounds
+    from chatwright.stages import ppo as stage
+    from chatwright.train.rl import training
 
     runtime.tune_allocator()
     text = [f"The number {n} comes after {n - 1}, said the clerk {n % 17} times." for n in range(4_000)]
@@ -182,7 +182,7 @@ def ppo() -> Callable[[], float]:
         base, judge, config.critic, precision=config.precision, policy_precision=config.policy_precision
     )
     place = workspace()
-    training = rounds.trainer_of(players, config, place, base, {})
+    training = training.trainer_of(players, config, place, base, {})
     training.progress.extra = {"beta": config.beta, "best": None, "history": []}
     draw = torch.Generator().manual_seed(7)
     prompts = [

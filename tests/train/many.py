@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from chatwright.train.parallel.context.start import process_group
 
 from chatwright import files, runtime, tensor_files
 from chatwright.config import build
 from chatwright.optim import Muon
 from chatwright.stages import pretrain
 from chatwright.train import loop
-from chatwright.train.parallel.start import process_group
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace
 
@@ -88,7 +88,7 @@ def main(work: list[dict[str, Any]]) -> None:
         config = build(pretrain.Config, one["settings"], where="test")
         loop.Stopper = stopping_after(one.get("stop", 0))  # type: ignore[misc]
         inputs = {name: Path(path) for name, path in one["inputs"].items()}
-        workspace = Workspace(Path(one["out"]), SEED, inputs)
+        workspace = Workspace(Path(one["out"]), SEED, inputs, described=pretrain.STAGE.metrics)
         try:
             report = pretrain.run(config, workspace)
         except Interrupted:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from chatwright.train.parallel.context.start import process_group
 from many import SEED, stopping_after
 
 from chatwright import files, runtime
 from chatwright.config import build
 from chatwright.discovery import stage_verb
 from chatwright.train import loop
-from chatwright.train.parallel.start import process_group
 from chatwright.train.rl import training
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace
@@ -33,7 +33,8 @@ def carry_out(one: dict[str, Any]) -> None:
     stop = one.get("stop", 0)
     for owner in (loop, training):
         owner.Stopper = stopping_after(stop) if stop else Stopper  # type: ignore[attr-defined]
-    workspace = Workspace(Path(one["out"]), SEED, {name: Path(path) for name, path in one["inputs"].items()})
+    inputs = {name: Path(path) for name, path in one["inputs"].items()}
+    workspace = Workspace(Path(one["out"]), SEED, inputs, described=module.STAGE.metrics)
     try:
         report = module.run(config, workspace)
     except Interrupted:
