@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ["COLUMNS"] = "110"
 os.environ["NO_COLOR"] = "1"
-FILE = Path(__file__).parent.parent / "docs" / "cli.md"
+FILE = Path(__file__).parent.parent / "docs" / "reference" / "cli.md"
 
 
 def help_of(arguments: list[str]) -> str:
@@ -26,7 +26,7 @@ def help_of(arguments: list[str]) -> str:
 
 def text() -> str:
     """The whole page."""
-    from chatwright.cli import verbs
+    from chatwright import discovery
     from chatwright.model.config import PRESETS
 
     parts = [
@@ -39,8 +39,11 @@ def text() -> str:
         "```",
         "",
     ]
-    for verb in verbs():
-        parts += [f"## {verb}", "", "```", help_of([verb, "--help"]), "```", ""]
+    groups = {"Commands": discovery.commands(), "Stages": discovery.stages()}
+    for title, group in groups.items():
+        parts += [f"## {title}", "", ", ".join(f"[{verb}](#{verb})" for verb in group), ""]
+        for verb in group:
+            parts += [f"### {verb}", "", "```", help_of([verb, "--help"]), "```", ""]
     parts += [
         "## Model shapes",
         "",
