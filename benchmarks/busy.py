@@ -182,21 +182,21 @@ def ppo() -> Callable[[], float]:
         base, judge, config.critic, precision=config.precision, policy_precision=config.policy_precision
     )
     place = workspace()
-    training = training.trainer_of(models, config, place, base, {})
-    training.progress.extra = {"beta": config.beta, "best": None, "history": []}
+    trainer = training.trainer_of(models, config, place, base, {})
+    trainer.progress.extra = {"beta": config.beta, "best": None, "history": []}
     draw = torch.Generator().manual_seed(7)
     prompts = [
         torch.randint(300, 1_000, (int(torch.randint(16, 64, (), generator=draw)),), generator=draw).tolist()
         for _ in range(256)
     ]
-    run = stage._Run(config, place, training, models, base, prompts)
+    run = stage._Run(config, place, trainer, models, base, prompts)
 
     def work() -> float:
         rollout, _ = run.sampled()
         run._update(rollout)
-        training.take_logged()
-        training.progress.step += 1
-        training.progress.consumed += config.batch_size
+        trainer.take_logged()
+        trainer.progress.step += 1
+        trainer.progress.consumed += config.batch_size
         return float(config.batch_size)
 
     return work
