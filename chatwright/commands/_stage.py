@@ -12,7 +12,7 @@ from chatwright.metrics import say
 from chatwright.pipeline import run_stage
 from chatwright.recipe import PROMPT, RecipeStage
 from chatwright.trackers import Reporting
-from chatwright.train.parallel.context.start import process_group
+from chatwright.train.parallel.start import process_group
 from chatwright.train.stage import stage_of
 from chatwright.train.stopping import Interrupted
 from chatwright.train.workspace import Workspace

@@ -14,7 +14,7 @@ from chatwright.pipeline import run_recipe
 from chatwright.recipe import Recipe, parse_with_recipe
 from chatwright.reports import report as reports
 from chatwright.trackers import Reporting
-from chatwright.train.parallel.context.start import process_group
+from chatwright.train.parallel.start import process_group
 from chatwright.train.stopping import Interrupted
 
 

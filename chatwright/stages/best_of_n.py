@@ -37,7 +37,7 @@ from chatwright.model.attention import plain_attention
 from chatwright.model.heads import ScalarModel
 from chatwright.train.base import open_base
 from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelConfig, ParallelContext
-from chatwright.train.parallel.context.start import start_parallel
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.rl.gold import SENTIMENT, Gold, gold_of
 from chatwright.train.rl.metrics import GOLD as GOLD_MEANING
 from chatwright.train.rl.metrics import SCORE as SCORE_MEANING

@@ -34,7 +34,7 @@ from chatwright.train.held_out import held_out_bits_per_byte, held_out_nats, hel
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.loop_metrics import FLOP_METRICS, LOOP_METRICS, LOSS_TROUBLE, TOKENS_PER_SECOND
 from chatwright.train.parallel.context import ParallelConfig
-from chatwright.train.parallel.context.start import start_parallel
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import PlannedStage, StagePlan, StepProgram, fake_tokens
 from chatwright.train.precision import WorkingCopy

@@ -37,7 +37,7 @@ from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.loop_metrics import ANSWERS_PER_SECOND, FLOP_METRICS, LOOP_METRICS, LOSS_TROUBLE
 from chatwright.train.paper import INSTRUCT, Paper
 from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelConfig, ParallelContext
-from chatwright.train.parallel.context.start import start_parallel
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import StagePlan
 from chatwright.train.preference import calibration, measures

@@ -40,7 +40,7 @@ from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.loop_metrics import FLOP_METRICS, LOOP_METRICS, LOSS_TROUBLE, TOKENS_PER_SECOND
 from chatwright.train.paper import INSTRUCT, Paper
 from chatwright.train.parallel.context import ParallelConfig
-from chatwright.train.parallel.context.start import start_parallel
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import PlannedStage, StagePlan, StepProgram, fake_tokens
 from chatwright.train.stage import Stage

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chatwright.train.parallel.context.start import process_group
 
 from chatwright import files, runtime, tensor_files
 from chatwright.config import build
 from chatwright.optim import Muon
 from chatwright.stages import pretrain
 from chatwright.train import loop
+from chatwright.train.parallel.start import process_group
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chatwright.train.parallel.context.start import process_group
 from many import SEED, stopping_after
 
 from chatwright import files, runtime
 from chatwright.config import build
 from chatwright.discovery import stage_verb
 from chatwright.train import loop
+from chatwright.train.parallel.start import process_group
 from chatwright.train.rl import training
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace

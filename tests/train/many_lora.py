@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch
-from chatwright.train.parallel.context.start import process_group, start_parallel
 
 from chatwright import runtime, tensor_files
 from chatwright.model.config import GPTConfig
@@ -19,6 +18,7 @@ from chatwright.model.lora import LoRAConfig, add_lora, trained_tensors
 from chatwright.optim import OptimConfig
 from chatwright.stages import pretrain
 from chatwright.train.parallel.context import ParallelConfig
+from chatwright.train.parallel.start import process_group, start_parallel
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import pytest
 import torch
-from chatwright.train.parallel.context.start import start_parallel
 
 from chatwright import checkpoint, cli, rendezvous, runtime, sharded, tensor_files
 from chatwright.config import UsageError, UserError, build, to_yaml
@@ -35,6 +34,7 @@ from chatwright.recipe import read_recipe
 from chatwright.stages import pretrain
 from chatwright.train import loop
 from chatwright.train.parallel.context import MeshShape, ParallelConfig, context
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace
 

@@ -42,7 +42,7 @@ from chatwright.train import adapters, cost
 from chatwright.train.base import open_base
 from chatwright.train.compiled import compile_blocks
 from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelContext
-from chatwright.train.parallel.context.start import start_parallel
+from chatwright.train.parallel.start import start_parallel
 from chatwright.train.planning import plan
 from chatwright.train.rl import health
 from chatwright.train.rl.config import RLConfig
