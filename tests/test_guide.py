@@ -38,7 +38,7 @@ PROGRAMS = ("chatwright", "torchrun", "python", "make", "curl", "pip", "vllm", "
 
 FIT = "--fit.seconds 0 --fit.steps 2 --fit.batch_size 2 --fit.compile false"
 ROLLOUTS = "--max_prompt_tokens 40 --max_new_tokens 8 --min_tokens 1 --min_correlation -1"
-POLICY = f"{ROLLOUTS} --iterations 2 --batch_size 4 --minibatch_size 2"
+POLICY = f"{ROLLOUTS} --iterations 1 --batch_size 4 --minibatch_size 2"
 DATA = "--data.dialogues mine.jsonl --data.ratings rated.jsonl --data.ratings_validation 0.4"
 SHAPE = '{"context": 64, "width": 32, "heads": 2, "kv_heads": 1, "mlp_width": 64}'
 
@@ -135,7 +135,7 @@ def folder(tmp_path: Path, chat_dir: Path, monkeypatch: pytest.MonkeyPatch) -> P
     moods = (("good", 2.0), ("bad", -2.0))
     write_lines(
         tmp_path / "rated.jsonl",
-        [{"text": f"{moods[n % 2][0]} {n}", "label": moods[n % 2][1]} for n in range(300)],
+        [{"text": f"{moods[n % 2][0]} {n}", "label": moods[n % 2][1] + n / 1500} for n in range(1500)],
     )
     for stage in ("sft", "reward"):
         shutil.copytree(chat_dir, tmp_path / "runs/tiny" / stage / "checkpoints/step-000001")
@@ -165,7 +165,7 @@ class Reader:
 
     def type(self, command: str) -> None:
         """Run a command; it must end well."""
-        words = shlex.split(command.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}"))
+        words = shlex.split(command.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}"), comments=True)
         words = ["small" if word == "smollm2" else word for word in words]
         if words[:2] == ["chatwright", "serve"]:
             self.serve(words[1:])
