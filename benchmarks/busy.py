@@ -106,7 +106,7 @@ def pretrain() -> Callable[[], float]:
     runtime.tune_allocator()
     model = tiny_model().train()
     optim = OptimConfig(learning_rate=0.03, matrix_learning_rate=0.02, momentum=0.8, beta1=0.8)
-    trainer = Trainer({"model": model}, optim, workspace(), card={}, texts={})
+    trainer = Trainer({"model": model}, optim, workspace(), metadata={}, texts={})
     step, _, line = stage.fast_step(model, FitConfig(steps=1), alone=True)
     print(f"  {line}")
     draw = torch.Generator().manual_seed(7)
@@ -132,7 +132,7 @@ def sft() -> Callable[[], float]:
 
     runtime.tune_allocator()
     model = tiny_model().train()
-    trainer = Trainer({"model": model}, OptimConfig(name="adamw"), workspace(), card={}, texts={})
+    trainer = Trainer({"model": model}, OptimConfig(name="adamw"), workspace(), metadata={}, texts={})
     draw, dtype, length = torch.Generator().manual_seed(7), runtime.compute_dtype(), 256
 
     def conversation() -> EncodedChat:
