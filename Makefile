@@ -11,7 +11,7 @@ ARGS   ?=
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart chat serve check test test-all test-rounding docs clean browser peers bench-train bench-learn bench-plan bench-encode bench-generate bench-serve bench-align
+.PHONY: help install install-dev quickstart chat serve check test test-all test-rounding docs clean browser peers bench-train bench-learn bench-plan bench-encode bench-generate bench-serve bench-align bench-busy
 
 help:
 	@echo "make quickstart   install, fetch data, train the whole road (10 to 20 minutes on 2 cores)"
@@ -119,6 +119,9 @@ bench-align: $(VENV)/.installed-bench
 
 bench-serve: install-dev
 	$(BIN)/python benchmarks/serve.py $(ARGS)
+
+bench-busy: install-dev
+	$(BIN)/python benchmarks/busy.py --spin now old $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -195,7 +195,7 @@ def trainer(modules: dict[str, nn.Module]) -> Trainer:
     """The stages' own."""
     runtime.tune_allocator()
     workspace = Workspace(Path(tempfile.mkdtemp(prefix="bench-align-")), 3)
-    return Trainer(modules, OptimConfig(name="adamw", learning_rate=RATE), workspace, card={}, texts={})
+    return Trainer(modules, OptimConfig(name="adamw", learning_rate=RATE), workspace, metadata={}, texts={})
 
 
 def warmed(one_round: Callable[[], float]) -> Callable[[], float]:
