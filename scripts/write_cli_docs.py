@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the program's own help; with --check, fail when it is out of date."""
+"""Write docs/reference/cli.md from the program's own help; with --check, fail when it is out of date."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ["COLUMNS"] = "110"
 os.environ["NO_COLOR"] = "1"
-FILE = Path(__file__).parent.parent / "docs" / "cli.md"
+FILE = Path(__file__).parent.parent / "docs" / "reference" / "cli.md"
 
 
 def help_of(arguments: list[str]) -> str:
@@ -26,7 +26,7 @@ def help_of(arguments: list[str]) -> str:
 
 def text() -> str:
     """The whole page."""
-    from chatwright.cli import verbs
+    from chatwright import discovery
     from chatwright.model.config import PRESETS
 
     parts = [
@@ -39,8 +39,11 @@ def text() -> str:
         "```",
         "",
     ]
-    for verb in verbs():
-        parts += [f"## {verb}", "", "```", help_of([verb, "--help"]), "```", ""]
+    groups = {"Commands": discovery.commands(), "Stages": discovery.stages()}
+    for title, group in groups.items():
+        parts += [f"## {title}", "", ", ".join(f"[{verb}](#{verb})" for verb in group), ""]
+        for verb in group:
+            parts += [f"### {verb}", "", "```", help_of([verb, "--help"]), "```", ""]
     parts += [
         "## Model shapes",
         "",
@@ -60,7 +63,7 @@ def main() -> int:
     wanted = text()
     if "--check" in sys.argv:
         if not FILE.exists() or FILE.read_text(encoding="utf-8") != wanted:
-            print("docs/cli.md is out of date: run `make docs` and commit it", file=sys.stderr)
+            print("docs/reference/cli.md is out of date: run `make docs` and commit it", file=sys.stderr)
             return 1
         return 0
     FILE.parent.mkdir(exist_ok=True)

@@ -33,20 +33,20 @@ class Config:
     hf:owner/name."""
 
     text: str = "boolq,quac,narrativeqa,chitchat"
-    """Documents for the tokenizer and for pre-training, comma-separated."""
+    """Documents for the tokenizer and for pre-training, comma-separated; empty for none."""
     path: str = ""
     """Your own text instead: a file or a directory of .txt, .jsonl, .parquet (column `text`)."""
     dialogues: str = "chitchat"
     """Conversations for SFT and for the prompts of PPO; empty for none."""
     dialogue_format: Format = "auto"
-    """How your own conversations are written; auto: by the columns of each record (docs/alignment.md)."""
+    """How your own conversations are written; auto: by each record's columns (docs/reference/formats.md)."""
     ratings: str = "vader-movies,vader-tweets"
     """Texts with human ratings for the reward model; empty for none."""
     comparisons: str = ""
     """Completions that people ranked, for the reward model (its `comparisons` then names this stage); empty
     for none."""
     comparison_format: PreferenceFormat = "auto"
-    """How your own comparisons are written; auto: by the columns of each record (docs/alignment.md)."""
+    """How your own comparisons are written; auto: by each record's columns (docs/reference/formats.md)."""
     broken: Literal["refuse", "skip"] = "refuse"
     """What happens at a record that cannot be used: the stage ends and names it, or it is left out and
     counted."""
@@ -110,7 +110,7 @@ def parts_of(config: Config) -> list[tuple[str, str, Any, str, float]]:
         ("ratings-", "rated texts", sources.labelled_texts, config.ratings, config.ratings_validation),
         ("comparisons-", "comparisons", comparisons, config.comparisons, config.validation),
     ]
-    return parts[:1] + [part for part in parts[1:] if part[3]]
+    return [part for part in parts if part[3]]
 
 
 def run(config: Config, workspace: Workspace) -> Report:
@@ -120,6 +120,10 @@ def run(config: Config, workspace: Workspace) -> Report:
     facts: dict[str, float | str] = {}
     notes: list[str] = []
     parts = parts_of(config)
+    if not parts:
+        raise UserError(
+            "data: text, dialogues, ratings and comparisons are all empty: name a source for one of them"
+        )
     target = workspace.directory / "records"
     with whole_directory(target) as aside, progress_bar("data") as bar:
         for number, (prefix, name, read, spec, share) in enumerate(parts):
@@ -149,8 +153,9 @@ def run(config: Config, workspace: Workspace) -> Report:
     licences = {source.name: source.licence for source in sources.catalogue()}
     named = [name for _, _, _, spec, _ in parts for name in spec.split(",") if name in licences]
     notes += [f"licence of {name}: {licences[name]}" for name in dict.fromkeys(named)]
+    held_out = facts.get("documents validation")
     return Report(
-        measures=[Measure("documents held out", None, float(facts["documents validation"]), "context")],
+        measures=[Measure("documents held out", None, float(held_out), "context")] if held_out else [],
         facts=dict(facts),
         notes=notes,
     )
