@@ -16,6 +16,7 @@ from chatwright import checkpoint, files
 from chatwright.chat import NATIVE
 from chatwright.cli import main
 from chatwright.config import UserError
+from chatwright.data.chat_rows import Rows, check_end_is_learnt, learnt_tokens, rows_of
 from chatwright.data.examples import Dialogue
 from chatwright.data.loader import SampleOrder
 from chatwright.data.packing import ChatBatch, PackedRow, batch_rows
@@ -24,7 +25,7 @@ from chatwright.data.records import read_records
 from chatwright.language_model import load, load_parts
 from chatwright.objectives.language import next_token_loss
 from chatwright.stages import sft
-from chatwright.stages.sft import EXCERPT, check_end_is_learnt, excerpt, learnt_tokens, rows_of
+from chatwright.stages.sft import EXCERPT, excerpt
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.loop import FitConfig
 
@@ -176,7 +177,7 @@ def test_rows_do_not_depend_on_the_portions(sft_bench: Any, sft_parts: Callable[
     parts = sft_parts()
     file = sft_bench.inputs["data"] / "dialogues-train.jsonl"
     rows = rows_of(file, parts.template, parts.tokenizer, 64, packing=True)
-    source = sft.Rows(rows, 64, SampleOrder(len(rows), 3))
+    source = Rows(rows, 64, SampleOrder(len(rows), 3))
     whole = source.take(5, 12)
     parted = [source.take(5 + n, 3) for n in range(0, 12, 3)]
     assert torch.equal(torch.cat([part.ids for part in parted]), whole.ids)
