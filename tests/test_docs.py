@@ -414,7 +414,7 @@ class LoggedKeys:
             case ast.Name(name):
                 return self.assigned(name, self.scope_of[value])
             case ast.Call(
-                func=ast.Attribute(value=ast.Attribute(attr="spread"), attr="forward"),
+                func=ast.Attribute(value=ast.Attribute(attr="parallel"), attr="forward"),
                 args=[ast.Attribute(attr=name)],
             ):
                 return self.returned(

@@ -121,11 +121,11 @@ def step(models: RLModels, batch: Rollout, config: Config) -> Step:
     now = policy_outputs(
         models, batch.answers, config.temperature, entropy="learnt" if config.entropy_coefficient else ""
     )
-    answers, tokens = models.spread.sum([batch.weight, float(mask.sum())])
+    answers, tokens = models.parallel.sum([batch.weight, float(mask.sum())])
     actor = objective.reinforce_loss(now.log_probs, batch.advantages, mask) * batch.weight
     bonus = objective.masked_mean(now.entropy, mask) * mask.sum() * (answers / tokens)
     facts = step_facts(
-        now, batch.log_probs, mask, weight=batch.weight, per_token=answers / tokens, spread=models.spread
+        now, batch.log_probs, mask, weight=batch.weight, per_token=answers / tokens, parallel=models.parallel
     )
     return Step(actor - config.entropy_coefficient * bonus, {"policy_loss": actor.detach(), **facts})
 

@@ -265,7 +265,7 @@ def report_of(training: StageTraining[Config], fitted: Fitted, rows: Rows, base:
             "epochs": fitted.samples / len(rows.rows),
             "tokens": round(fitted.samples * filled * rows.length),
             **fitted.facts,
-            **write_adapter(base.model, directory, base=named, spread=training.parallel),
+            **write_adapter(base.model, directory, base=named, parallel=training.parallel),
         },
         notes=fitted.notes,
         tables=[excerpt(rows.rows[rows.order[0]], base.tokenizer, base.template)],

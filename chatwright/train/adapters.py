@@ -62,14 +62,16 @@ def _whole(model: GPT, tensors: Mapping[str, Tensor]) -> GPT:
 
 
 def write_adapter(
-    model: GPT, directory: Path, *, base: str, spread: ParallelContext = SINGLE_PROCESS
+    model: GPT, directory: Path, *, base: str, parallel: ParallelContext = SINGLE_PROCESS
 ) -> dict[str, Any]:
     """Write the adapter that a stage's model has, if it has one, to `directory`/adapter; facts for the
     stage's report."""
     if not adapter_names(model):
         return {}
     target = directory / FOLDER
-    tensors = spread.full_tensors_on_rank_zero(checkpoint.model_tensors(model)) if spread.is_sharded else {}
+    tensors = (
+        parallel.full_tensors_on_rank_zero(checkpoint.model_tensors(model)) if parallel.is_sharded else {}
+    )
 
     def write() -> None:
         shutil.rmtree(target, ignore_errors=True)  # of an earlier end of the same stage

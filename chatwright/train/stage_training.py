@@ -131,7 +131,7 @@ class StageTraining(Generic[Settings]):
             metadata=model_metadata(kind, model.config, tokenizer, template, adapter=adapter),
             texts=model_texts(tokenizer, template),
             keep=fit.keep,
-            spread=self.parallel,
+            parallel=self.parallel,
         )
 
     def in_precision(self, function: Callable[..., Result]) -> Callable[..., Result]:

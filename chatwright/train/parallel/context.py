@@ -154,7 +154,7 @@ class ParallelContext:
         return function(*arguments)
 
     def twin(self, model: Model) -> Model:
-        """A model to sample from without the others, asked for before `spread`: the model itself where it
+        """A model to sample from without the others, asked for before `distribute`: the model itself where it
         will be whole here, else a copy, which `refresh` gives the weights of now."""
         return model
 

@@ -170,7 +170,7 @@ def normalise(
     Done once: a stage that is run again after this keeps the constants it has.
     """
     with runtime.evaluating(model), runtime.autocast(dtype):
-        ask = partial(trainer.spread.forward, score_comparisons, model, rankings)
+        ask = partial(trainer.parallel.forward, score_comparisons, model, rankings)
         scores, labels = ask(chosen)
         scores = scores[~labels.isnan()]
         zero = ask(demonstrations).scores[:, 0].mean() if demonstrations else scores.mean()

@@ -120,12 +120,12 @@ def concat(batches: Sequence[Batch]) -> Batch:
     return mapped(stacked, *batches)
 
 
-def all_gather_completions(batch: Batch, spread: ParallelContext) -> Batch:
+def all_gather_completions(batch: Batch, parallel: ParallelContext) -> Batch:
     """The rows that all processes have, in the order of their samples, in each of them; alone, the batch
     itself."""
-    if not spread.together:
+    if not parallel.together:
         return batch
-    return runtime.on_device(concat(spread.all_gather(mapped(lambda one: one.cpu(), batch))))
+    return runtime.on_device(concat(parallel.all_gather(mapped(lambda one: one.cpu(), batch))))
 
 
 def as_tensors(batch: Any, prefix: str = "") -> dict[str, Tensor]:
