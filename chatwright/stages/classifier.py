@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,6 +54,7 @@ from chatwright.train.preference import calibration
 from chatwright.train.preference.measures import correlation, example_scores
 from chatwright.train.preference.rankings import encode_answer, first_prompts, padded
 from chatwright.train.preference.scalar import PURPOSE, scalar_program, scalar_trainer
+from chatwright.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -228,24 +230,21 @@ def run(config: Config, workspace: Workspace) -> Report:
         throughput=("answers", 1.0),
         best=("held_out_loss", "lower"),
     )
-    report = report_of(fitted, parts)
-    extra, good = trainer.progress.extra, are_good(parts.held_out, config)
-    if "calibration" not in extra:  # once: a stage that is run again after this keeps the constants it has
-        as_learnt = calibration.reliability(score(parts.held_out).sigmoid(), good.float()).error
-        known = are_good(parts.calibration, config)
-        scale, offset = calibrate(report, model, score(parts.calibration), known)
-        extra["calibration"] = {"scale": scale, "offset": offset, "error_before": as_learnt}
+    report, good = report_of(fitted, parts), are_good(parts.held_out, config)
+    constants = calibrate_once(report, trainer, model, score, parts, config)
     report.model = f"checkpoints/{trainer.save(final=True).path.name}"
     measure(report, fitted.before, held_out_measures(score, parts, config), good)
     reliable = calibration.reliability(score(parts.held_out).sigmoid(), good.float())
-    show_calibration(report, reliable, extra["calibration"], workspace)
+    show_calibration(report, reliable, constants, workspace)
     report.facts["sample"] = example(model, texts)
     return report
 
 
-def held_out_measures(
-    score: Callable[[Sequence[LabelledText]], Tensor], parts: Parts, config: Config
-) -> dict[str, float]:
+Score = Callable[[Sequence[LabelledText]], Tensor]
+"""The scores of texts."""
+
+
+def held_out_measures(score: Score, parts: Parts, config: Config) -> dict[str, float]:
     """Accuracy and loss on held-out texts that are good or bad, correlation on all of them."""
     scores, good = score(parts.held_out), are_good(parts.held_out, config)
     labels = torch.tensor([one.label for one in parts.all_held_out])
@@ -294,6 +293,21 @@ def example(model: ScalarModel, texts: Texts) -> str:
             return [float(value) for value in model.score(batch.ids, batch.mask)]
 
     return example_scores(score)
+
+
+def calibrate_once(
+    report: Report, trainer: Trainer, model: ScalarModel, score: Score, parts: Parts, config: Config
+) -> dict[str, float]:
+    """Scale and offset of the scores, and the calibration error before: found at the first call. A stage that
+    is run again after that keeps the constants it has. Raises Unhealthy."""
+    known: dict[str, Any] = trainer.progress.extra
+    if "calibration" not in known:
+        good = are_good(parts.held_out, config).float()
+        error = calibration.reliability(score(parts.held_out).sigmoid(), good).error
+        scores, positive = score(parts.calibration), are_good(parts.calibration, config)
+        scale, offset = calibrate(report, model, scores, positive)
+        known["calibration"] = {"scale": scale, "offset": offset, "error_before": error}
+    return dict(known["calibration"])
 
 
 def calibrate(

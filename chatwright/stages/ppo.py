@@ -17,16 +17,13 @@ from torch import Tensor
 
 from chatwright.config import UsageError
 from chatwright.objectives import policy as objective
-from chatwright.train.paper import DETAILS, INSTRUCT, Paper
+from chatwright.train.api import DETAILS, INSTRUCT, Curve, Paper, Report, Stage, Step, Workspace
 from chatwright.train.rl.config import RENAMED, SHARED_PAPER, RLConfig
 from chatwright.train.rl.models import RLModels, policy_outputs, round_facts, score_rollout, step_facts
 from chatwright.train.rl.outcome import kl_budget
 from chatwright.train.rl.rollout import Completions, chosen_rows
 from chatwright.train.rl.step_program import PLAN
 from chatwright.train.rl.training import PolicyTraining, train_policy
-from chatwright.train.stage import Stage
-from chatwright.train.trainer import Step
-from chatwright.train.workspace import Curve, Report, Workspace
 
 
 @dataclass(frozen=True)
