@@ -1,14 +1,9 @@
-"""Best of n: of n answers the one that the reward model likes best; a policy without any training.  Stiennon
-et al. 2020.
+"""Best of n: of n answers, the one that the reward model scores highest.  Stiennon et al. 2020.
 
-It moves away from the model it samples from by at most log n - (n - 1) / n nats, which makes it the yardstick
-for PPO and REINFORCE at equal KL. From ONE set of N answers to each prompt the whole curve n = 1, 2, 4 ... N
-is estimated without bias, by the mean over all subsets of n (Nakano et al. 2021, arXiv:2112.09332; Gao et al.
-2022, arXiv:2210.10760).
-
-The same answers, weighted by exp(score / beta), show the optimum: of all policies with the KL that it has,
-the one of the highest expected score (Korbak et al. 2022, arXiv:2205.11275), which PPO with this beta and
-REINFORCE aim at.
+It is a policy without any training. Its KL from the model that it samples from is at most log n - (n - 1) / n
+nats, which makes it the yardstick for PPO and REINFORCE at equal KL. One set of N answers to each prompt gives
+the whole curve n = 1, 2, 4 ... N, and the optimum that PPO and REINFORCE aim at
+(chatwright/evaluate/best_of_n.py).
 
 Completions are judged as PPO judges them: unfinished and degenerate ones get the fixed score. Prompts are
 held out. Ties of the score are broken at random, in expectation.

@@ -1,7 +1,6 @@
-"""Classifier as reward: how likely would people call this text good?  Ziegler et al. 2019, section 3.1
-(sentiment).
+"""Classifier as reward: how likely would people call this text good?  Ziegler et al. 2019, section 3.1.
 
-A judge in the reward model's place: PPO, REINFORCE and best-of-n follow it with `reward: classifier`. It
+It takes the reward model's place: PPO, REINFORCE and best-of-n follow it with `reward: classifier`. It
 learns from single texts instead of comparisons: each stands as the answer to a prompt drawn at random, so
 that a row looks as it will in PPO.
 

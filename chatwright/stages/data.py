@@ -1,4 +1,4 @@
-"""Data: sources -> files of records on disk, each cut into training and held-out by a hash of its content.
+"""Data: sources -> files of records; a hash of a record decides whether it is held out.
 
 `train.jsonl` and `validation.jsonl` are documents to learn the language from; `dialogues-*.jsonl`
 conversations; `ratings-*.jsonl` texts with the number that people gave them; `comparisons-*.jsonl` prompts

@@ -1,9 +1,8 @@
-"""What PPO did to the answers, by a measure that no training saw: the lexicon score of VADER on held-out
-prompts.
+"""Evaluate: two chat models on held-out prompts, by a measure that no training saw.
 
-VADER (Hutto and Gilbert 2014) adds up word ratings by rules; it knows nothing of our reward model. It is a
-measure of sentiment in words, not of quality: a model that only says "love love love" pleases it, which is
-why distinct-2, length and KL stand beside it.
+The measure is the lexicon score of VADER (Hutto and Gilbert 2014). It adds up word ratings by rules and knows
+nothing of our reward model. It measures sentiment in words, not quality: a model that only says "love love
+love" scores high, which is why distinct-2, length and KL stand beside it.
 """
 
 from __future__ import annotations

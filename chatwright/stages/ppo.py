@@ -1,9 +1,8 @@
-"""PPO: make the model's answers score higher, without leaving the model it came from.  Ouyang et al. 2022,
-eq. 2.
+"""PPO: answers that score higher, from a policy that stays near its reference.  Ouyang et al. 2022, eq. 2.
 
 The details that decide whether it works are those of Ziegler et al. 2019 and Stiennon et al. 2020 as listed
 in "The N+ implementation details of RLHF with PPO" (arXiv:2403.17031); docs/papers.md names the line for
-each. PolicyTraining, guards and what is kept: rounds.py, where the departures from the papers stand too.
+each. The iterations, the guards, what is kept, and the departures from the papers: train/rl/training.py.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""REINFORCE: the plain policy gradient, with a baseline instead of a critic.  Williams 1992; RLOO: Ahmadian
-et al. 2024.
+"""REINFORCE: the plain policy gradient, with a baseline instead of a critic.  Williams 1992.
 
-An answer is one act with one return, the reward model's score less beta times the KL of the whole answer; no
+With the baseline `leave-one-out` it is RLOO (Ahmadian et al. 2024). An answer is one act with one return, the reward model's score less beta times the KL of the whole answer; no
 critic, no clip, no credit to single tokens. It is what PPO has to beat at equal KL. Everything else is as in
-PPO: rounds.py.
+PPO: train/rl/training.py.
 
 Departures from the papers: where a round has several minibatches, the later ones are learnt from answers of a
 policy that is a step or more older, without a correction; `minibatch_size` equal to `batch_size` is the

@@ -6,7 +6,7 @@ data that installs as a package; answers closer than `tie_tolerance` tie, and pa
 (`ties`). After training the scores are shifted so that demonstrations score 0, as in the paper, and scaled so
 that training answers have standard deviation 1.
 
-Another judge that PPO can follow, trained on single texts: classifier.py.
+Another model that PPO can follow, trained on single texts: classifier.py.
 """
 
 from __future__ import annotations

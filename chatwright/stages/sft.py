@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: answer as people did.  Ouyang et al. 2022, section 3.5.
+"""SFT: supervised fine-tuning, answer as people did.  Ouyang et al. 2022, section 3.5.
 
 Departures from the paper: short conversations share a row (packing; they cannot see each other, so that no
 result changes), and a conversation longer than the context is cut between exchanges instead of being left

@@ -1,5 +1,4 @@
-"""Tokenizer: learn byte-level BPE merges on the training documents, then turn all documents into token
-shards.
+"""Tokenizer: learn byte-level BPE merges, then turn all documents into token shards.
 
 With `base` nothing is learnt: the documents become shards of a model's own tokens, for `text` in PPO (the
 alignment tax).
