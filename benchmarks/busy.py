@@ -2,10 +2,13 @@
 
     python benchmarks/busy.py                            everything, about 15 minutes
     python benchmarks/busy.py --only pretrain            some of the measures
-    python benchmarks/busy.py --spin now old             also as before OpenMP's threads were told to wait shortly
-    python benchmarks/busy.py --spin now 0 100000        other lengths of OpenMP's waiting loop (GOMP_SPINCOUNT)
+    python benchmarks/busy.py --spin now old             also as before OpenMP's threads were told to wait
+                                                         shortly
+    python benchmarks/busy.py --spin now 0 100000        other lengths of OpenMP's waiting loop
+                                                         (GOMP_SPINCOUNT)
 
-pretrain   optimiser steps of the tiny recipe's pre-training: 4.2 M parameters, 8 windows of 256 tokens, compiled
+pretrain   optimiser steps of the tiny recipe's pre-training: 4.2 M parameters, 8 windows of 256 tokens,
+           compiled
 sft        optimiser steps of the tiny recipe's SFT on conversations of 40 to 240 tokens, not compiled
 ppo        one PPO iteration: 64 prompts, answers of up to 32 tokens, scores, an update in minibatches of 16
 decode     one stream of the CPU kernels: SmolLM2's shape (135 M parameters), int8 weights
@@ -13,15 +16,16 @@ streams    16 streams at once of the same
 
 Weights and data are random: only speed is measured, and nothing is loaded from the network.
 
-Each measure runs in a process of its own. It is timed alone, beside one busy loop and beside two, in turns, round after round,
-and the table has the medians of the rounds. A turn goes on for at least `--seconds`. A busy loop is a Python process that does
-nothing but count. It has a session of its own: where the kernel groups processes by session (autogroup, see
-/proc/sys/kernel/sched_autogroup_enabled; on by default on desktops), the scheduler gives equal shares to the loop and to the
-whole measured program, however many threads that has. On 2 processors the fair share is then 1/2 beside one loop and 1/3
-beside two. Where autogroup is off each thread counts alone: the fair shares of a program with 2 threads are 2/3 and 1/2.
+Each measure runs in a process of its own. It is timed alone, beside one busy loop and beside two, in turns,
+round after round, and the table has the medians of the rounds. A turn goes on for at least `--seconds`. A
+busy loop is a Python process that does nothing but count. It has a session of its own: where the kernel
+groups processes by session (autogroup, see /proc/sys/kernel/sched_autogroup_enabled; on by default on
+desktops), the scheduler gives equal shares to the loop and to the whole measured program, however many
+threads that has. On 2 processors the fair share is then 1/2 beside one loop and 1/3 beside two. Where
+autogroup is off each thread counts alone: the fair shares of a program with 2 threads are 2/3 and 1/2.
 
-`others` in the table is what programs outside of this benchmark took of the processors meanwhile. Above a few per cent the
-ratios say little.
+`others` in the table is what programs outside of this benchmark took of the processors meanwhile. Above a few
+per cent the ratios say little.
 """
 
 from __future__ import annotations
@@ -52,11 +56,12 @@ SETTLE = 0.5
 AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------------
+# --- what is measured ---------------------------------------------------------------------------------------
 
 
 def repeated(work: Callable[[], float], seconds: float) -> Callable[[], float]:
-    """A round that does `work` until `seconds` have passed, at least once; it gives the mean seconds of a unit of work.
+    """A round that does `work` until `seconds` have passed, at least once; it gives the mean seconds of a
+    unit of work.
 
     `work` returns how many units it did.
     """
@@ -248,7 +253,7 @@ def prepared(name: str, seconds: float) -> Callable[[], float]:
     return repeated(work, seconds)
 
 
-# --- beside what ------------------------------------------------------------------------------------------------------------
+# --- beside what --------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -284,7 +289,8 @@ def machine_seconds() -> float:
 
 
 def turn(contestant: side_by_side.Contestant, loops: int) -> dict[str, float]:
-    """One round beside so many loops: seconds of a unit of work, processors used by it, by the loops, by others."""
+    """One round beside so many loops: seconds of a unit of work, processors used by it, by the loops, by
+    others."""
     with busy_loops(loops) as pids:
         ours, theirs, all_before = (
             processor_seconds(contestant.pid),
@@ -305,11 +311,12 @@ def turn(contestant: side_by_side.Contestant, loops: int) -> dict[str, float]:
     }
 
 
-# --- the table --------------------------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------------------
 
 
 def environment(spin: str) -> Mapping[str, str]:
-    """What a contender finds in its environment: `now` nothing about OpenMP's waiting, `old` what libgomp would do, or a count."""
+    """What a contender finds in its environment: `now` nothing about OpenMP's waiting, `old` what libgomp
+    would do, or a count."""
     clean = {key: value for key, value in os.environ.items() if key not in SPIN}
     return clean if spin == "now" else {**clean, SPIN[0]: str(OLD_SPIN if spin == "old" else int(spin))}
 
@@ -351,7 +358,8 @@ def table(name: str, samples: Mapping[str, Sequence[Mapping[str, float]]]) -> di
         )
         speed = 1 / statistics.median(row["seconds"] for row in rows)
         print(
-            f"{'':10} {spin:8} {loops:>5}   {speed:9,.1f}   {ratio:8.2f}   {own:15.2f}  {theirs:5.2f}  {others:6.2f}"
+            f"{'':10} {spin:8} {loops:>5}   {speed:9,.1f}   {ratio:8.2f}   {own:15.2f}  {theirs:5.2f}  "
+            f"{others:6.2f}"
         )
         if loops != "0":
             ratios[f"{name}/{spin}/beside_{loops}"] = ratio

@@ -1,10 +1,14 @@
 """Generation on this machine's CPU: our engine beside llama.cpp and transformers.
 
-    make bench-generate                                    # with llama.cpp compiled for speed, which takes ten minutes more
-    python benchmarks/generate.py                          # everything, about 12 minutes; --only decode for a part
-    python benchmarks/generate.py --only perplexity --run runs/tiny      # needs: chatwright run tiny --until data
+    make bench-generate                                    # with llama.cpp compiled for speed, which takes
+                                                           # ten minutes more
+    python benchmarks/generate.py                          # everything, about 12 minutes; --only decode for a
+                                                           # part
+    python benchmarks/generate.py --only perplexity --run runs/tiny      # needs: chatwright run tiny --until
+    data
 
-decode      one stream: SmolLM2-135M, 96 tokens of prompt, 128 greedy tokens, against llama.cpp's bf16, Q8_0 and Q4_0
+decode      one stream: SmolLM2-135M, 96 tokens of prompt, 128 greedy tokens, against llama.cpp's bf16, Q8_0
+            and Q4_0
 prefill     512 tokens of prompt
 streams     16 sequences at once, 64 tokens each; also against one stream of our own
 gpt2        one stream of a GPT-2 of 124 M parameters (random weights) against transformers' generate
@@ -13,9 +17,9 @@ perplexity  held-out text, int8 and int4 against bf16 weights
 
 All but the last in turns, each contender in a process of its own, all of the machine's cores. Ours is the
 whole engine with its sampler; llama.cpp is its C interface with the likeliest token found by numpy, which
-costs it less. llama.cpp reads the files that `chatwright export` and llama.cpp's own quantiser write. A peer that
-dies (llama.cpp's Q8_0 with an illegal instruction on some processors with AMX) is named and left out; the
-others are measured. Behind each of ours stands which instructions its kernels use.
+costs it less. llama.cpp reads the files that `chatwright export` and llama.cpp's own quantiser write. A peer
+that dies (llama.cpp's Q8_0 with an illegal instruction on some processors with AMX) is named and left out;
+the others are measured. Behind each of ours stands which instructions its kernels use.
 """
 
 from __future__ import annotations
@@ -42,7 +46,10 @@ from chatwright import runtime
 PROMPT, ANSWER, LONG, SEQUENCES, EACH = 96, 128, 512, 16, 64
 PAIRS = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 FILES = Path(__file__).parent / "results" / "models"
-TEXT = "The history of the city begins with a small settlement on the northern bank of the river, where traders met. "
+TEXT = (
+    "The history of the city begins with a small settlement on the northern bank of the river, where "
+    "traders met. "
+)
 
 
 def prompt(tokens: int) -> list[int]:
@@ -239,7 +246,8 @@ def llama_streams(kind: str) -> Callable[[], float]:
 def write_files() -> None:
     """SmolLM2 for llama.cpp: bf16 by our export, the others by its own quantiser from that.
 
-    Each in a process of its own: where llama.cpp dies, what it could not write is named, and the rest goes on.
+    Each in a process of its own: where llama.cpp dies, what it could not write is named, and the rest goes
+    on.
     """
     from chatwright.commands.export import main as main_export
 
@@ -327,7 +335,8 @@ def transformers_gpt2(precision: str) -> Callable[[], float]:
 
 
 def shared_prefix(rounds: int) -> tuple[float, dict[str, list[float]]]:
-    """First token of a 1,000-token prompt: warm (its first 900 tokens were part of an earlier one) over cold."""
+    """First token of a 1,000-token prompt: warm (its first 900 tokens were part of an earlier one) over
+    cold."""
     engine, ids = _engine("bf16"), prompt(1000)
     samples: dict[str, list[float]] = {"cold": [], "warm": []}
     for number in range(rounds + 1):
@@ -371,7 +380,8 @@ def perplexities(run: str, tokens: int = 8_192, window: int = 512) -> dict[str, 
             count += window - 1
         found[dtype] = math.exp(total / count)
         print(
-            f"  {dtype:5} perplexity {found[dtype]:.4f}  {100 * (found[dtype] / found['fp32'] - 1):+.2f} % of fp32",
+            f"  {dtype:5} perplexity {found[dtype]:.4f}  {100 * (found[dtype] / found['fp32'] - 1):+.2f} % "
+            "of fp32",
             flush=True,
         )
     return found

@@ -25,7 +25,8 @@ Contender = Callable[[], Callable[[], float]]
 
 
 def serve_rounds(contender: Contender) -> int:
-    """The child's side: prepare, then do a round for each line on stdin; one line of JSON for each on stdout."""
+    """The child's side: prepare, then do a round for each line on stdin; one line of JSON for each on
+    stdout."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not mix with the answers
     one_round = contender()
@@ -50,8 +51,8 @@ class Died(Exception):
 class Contestant:
     """A contender's process: `python program --contender NAME` with more options, prepared when this is made.
 
-    Use as a context manager, or `close` it. With `own_session` the scheduler of Linux may count it as a group of its own
-    (autogroup). Raises Died, here and in `round`.
+    Use as a context manager, or `close` it. With `own_session` the scheduler of Linux may count it as a group
+    of its own (autogroup). Raises Died, here and in `round`.
     """
 
     def __init__(
@@ -124,8 +125,9 @@ def how_ended(code: int) -> str:
 def run_rounds(program: str, names: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
     """Start `python program --contender NAME` for each name; `rounds` rounds in turns. Samples by name.
 
-    A peer that dies is named, left out of the samples, and the others go on: llama.cpp for one was seen to end with an illegal
-    instruction on some processors. One that all others are compared with (`is_needed`) ends the benchmark when it dies.
+    A peer that dies is named, left out of the samples, and the others go on: llama.cpp for one was seen to
+    end with an illegal instruction on some processors. One that all others are compared with (`is_needed`)
+    ends the benchmark when it dies.
     """
     contestants: dict[str, Contestant] = {}
     samples: dict[str, dict[str, Any]] = {}
@@ -168,19 +170,22 @@ def run_rounds(program: str, names: Sequence[str], rounds: int) -> dict[str, dic
 
 
 def is_needed(name: str) -> bool:
-    """Whether a contender is our own code or the machine's peak: the last part of its name begins with `ours` or is `gemm`."""
+    """Whether a contender is our own code or the machine's peak: the last part of its name begins with `ours`
+    or is `gemm`."""
     last = name.replace("/", ":").rpartition(":")[2]
     return last.startswith("ours") or last == "gemm"
 
 
 def products() -> dict[str, str]:
-    """What multiplies matrices on this processor: torch's instruction set, oneDNN's, and oneDNN's kernels by precision.
+    """What multiplies matrices on this processor: torch's instruction set, oneDNN's, and oneDNN's kernels by
+    precision.
 
-    oneDNN tells it in a process of its own (ONEDNN_VERBOSE). A kernel of `amx` computes with tiles; `mkl` says that torch
-    gave the product to that library instead.
+    oneDNN tells it in a process of its own (ONEDNN_VERBOSE). A kernel of `amx` computes with tiles; `mkl`
+    says that torch gave the product to that library instead.
     """
     program = (
-        "import torch; from torch import mm, randn as r; a = r(512, 512); print(torch.backends.cpu.get_cpu_capability());"
+        "import torch; from torch import mm, randn as r; a = r(512, 512); "
+        "print(torch.backends.cpu.get_cpu_capability());"
         "b = a.bfloat16(); print('> bf16', flush=True); mm(b, b); print('> fp32', flush=True); mm(a, a)"
     )
     done = subprocess.run(

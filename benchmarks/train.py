@@ -1,8 +1,11 @@
 """Training speed and memory next to transformers and litgpt: the same shape, batch and data, in turns.
 
-    python benchmarks/train.py                  14 M parameters: 6 x 384, vocabulary 8,192, context 256, batch 16
-    python benchmarks/train.py --shape 124m     GPT-2: 12 x 768, vocabulary 50,257, context 1,024, batch 2; all contenders stay in
-                                                memory, 5 GB each: choose with --only where there is less than 48 GB
+    python benchmarks/train.py                  14 M parameters: 6 x 384, vocabulary 8,192, context 256, batch
+                                                16
+    python benchmarks/train.py --shape 124m     GPT-2: 12 x 768, vocabulary 50,257, context 1,024, batch 2;
+                                                all contenders stay in
+                                                memory, 5 GB each: choose with --only where there is less than
+                                                48 GB
     python benchmarks/train.py --head           memory of the loss head at vocabulary 32,768
     python benchmarks/train.py --profile        where the milliseconds of our steps go
 
@@ -64,7 +67,8 @@ class Shape:
         )
 
     def modern(self) -> GPTConfig:
-        """The same width and depth as Qwen3: SwiGLU of 8/3 the width has as many parameters as GPT-2's MLP."""
+        """The same width and depth as Qwen3: SwiGLU of 8/3 the width has as many parameters as GPT-2's
+        MLP."""
         return GPTConfig.preset(
             "modern-tiny",
             layers=self.layers,
@@ -247,7 +251,8 @@ def litgpt_gpt2(shape: Shape, *, fast: bool) -> Callable[[], float]:
 
 
 def gemm() -> Callable[[], float]:
-    """Seconds for 10^12 operations of bf16 matrix products, the best of the round's: its inverse is the peak."""
+    """Seconds for 10^12 operations of bf16 matrix products, the best of the round's: its inverse is the
+    peak."""
     size = 2_048
     left, right = torch.randn(size, size).bfloat16(), torch.randn(size, size).bfloat16()
 

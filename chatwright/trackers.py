@@ -53,7 +53,10 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError:
-        message = f"report.to {name} needs a package: pip install {name} (or all three: pip install 'chatwright[metrics]')"
+        message = (
+            f"report.to {name} needs a package: pip install {name} (or all three: pip install "
+            f"'chatwright[metrics]')"
+        )
         raise UsageError(message) from None
 
 
@@ -93,7 +96,8 @@ class _Service:
 
 
 def open_tracker(reporting: Reporting, directory: Path, first_step: int) -> Tracker | None:
-    """The tracker of a stage in `directory` whose next row is of step `first_step` at least; None for `none`."""
+    """The tracker of a stage in `directory` whose next row is of step `first_step` at least; None for
+    `none`."""
     if reporting.to == "none":
         return None
     if reporting.to == "tensorboard":

@@ -1,4 +1,5 @@
-"""OpenMP's threads wait shortly, from the first import of the package on, unless the user decides otherwise."""
+"""OpenMP's threads wait shortly, from the first import of the package on, unless the user decides
+otherwise."""
 
 from __future__ import annotations
 

@@ -83,7 +83,9 @@ def main(argv: Sequence[str]) -> int:
         GenerateConfig,
         argv,
         prog="chatwright generate",
-        description="Continue a text with MODEL, a base model or a chat model (whose chat template is not used here).",
+        description=(
+            "Continue a text with MODEL, a base model or a chat model (whose chat template is not used here)."
+        ),
         positionals={"model": "A run, a model directory, smollm2, hf:owner/name or a .gguf file."},
     )
     prompt = read_prompt(config)
@@ -112,7 +114,8 @@ def sampling_of(config: GenerateConfig) -> Sampling:
 
 
 def read_prompt(config: GenerateConfig) -> str:
-    """The text to continue: the option, the file or standard input. Raises UserError when it cannot be read."""
+    """The text to continue: the option, the file or standard input. Raises UserError when it cannot be
+    read."""
     if config.prompt is not None:
         return config.prompt
     if config.prompt_file is not None:

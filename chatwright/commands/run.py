@@ -40,8 +40,8 @@ def main(argv: Sequence[str]) -> int:
         RunConfig,
         argv,
         prog="chatwright run",
-        description="Run every stage of a recipe; finished stages are skipped. Any setting of a stage can be given as "
-        "--STAGE.KEY VALUE behind the recipe, for example --pretrain.fit.seconds 60; "
+        description="Run every stage of a recipe; finished stages are skipped. Any setting of a stage can "
+        "be given as --STAGE.KEY VALUE behind the recipe, for example --pretrain.fit.seconds 60; "
         "`chatwright run RECIPE --help` lists them.",
     )
     if config.seed >= 0:
@@ -91,5 +91,6 @@ def print_results(root: Path, recipe: Recipe, results: Mapping[str, Mapping[str,
             )
     say(f"\nThe report with pictures: {root / 'report.md'}")
     say(
-        f"Next:  chatwright chat {root}      (or: make chat)\n       chatwright serve {root}     (or: make serve)"
+        f"Next:  chatwright chat {root}      (or: make chat)\n       chatwright serve {root}     (or: make "
+        "serve)"
     )

@@ -1,4 +1,4 @@
-"""Data sets that have a name: ours, and those that other packages bring by the entry point `chatwright.sources`.
+"""Data sets that have a name: ours, and those of other packages (entry points `chatwright.sources`).
 
 An entry point's name is that of the data set, its value a `Source`. It is imported when its name is used.
 """

@@ -1,4 +1,4 @@
-"""Best of n of a model's answers, estimated: what choosing brings, at which KL, and what the optimum would be.
+"""Best of n, estimated from samples: what choosing brings, at which KL, and what the optimum would be.
 
 From ONE set of N answers to each prompt the whole curve n = 1, 2, 4 ... N is estimated without bias, by the
 mean over all subsets of n (Nakano et al. 2021, arXiv:2112.09332; Gao et al. 2022, arXiv:2210.10760). The same

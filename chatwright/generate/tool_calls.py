@@ -182,12 +182,14 @@ class ToolCallParser:
 _OUTSIDE = re.compile(r'["{}\[\]<]')
 _INSIDE = re.compile(r'["\\\x00-\x1f]')
 _HEAD = re.compile(
-    rf'[ \t\r\n]*\{{[ \t\r\n]*"name"[ \t\r\n]*:[ \t\r\n]*"({NAME})"[ \t\r\n]*,[ \t\r\n]*"arguments"[ \t\r\n]*:[ \t\r\n]*'
+    rf'[ \t\r\n]*\{{[ \t\r\n]*"name"[ \t\r\n]*:[ \t\r\n]*"({NAME})"[ \t\r\n]*,[ \t\r\n]*'
+    r'"arguments"[ \t\r\n]*:[ \t\r\n]*'
 )
 
 
 class _Call:
-    """How far the text behind an opening tag has been read. A tag within a JSON string is part of the string."""
+    """How far the text behind an opening tag has been read. A tag within a JSON string is part of the
+    string."""
 
     def __init__(self) -> None:
         self.at = 0  # read up to here; when it is whole, where the closing tag begins

@@ -122,7 +122,8 @@ def check_tool_choice(choice: Any, tools: Sequence[Tool]) -> ToolChoice:
     )
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UserError(
-            'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}, '
+            'tool_choice must be "none", "auto", "required" or {"type": "function", "function": '
+            '{"name": ...}}, '
             f"not {choice!r:.80}"
         )
     found = next((tool for tool in tools if tool.name == function["name"]), None)
@@ -152,7 +153,8 @@ def tools_prompt(tools: Sequence[Tool]) -> str:
     )
     return (
         "# Tools\n\n"
-        "You can call functions to help with the user's request. Their signatures stand between <tools> and </tools>, one a line:\n"
+        "You can call functions to help with the user's request. Their signatures stand between <tools> and "
+        "</tools>, one a line:\n"
         f"<tools>\n{listed}\n</tools>\n\n"
         f"To call a function, write its name and arguments as a JSON object between {OPEN} and {CLOSE}:\n"
         + write_tool_call("<function-name>", "<arguments-as-json-object>")

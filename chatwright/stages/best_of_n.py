@@ -1,8 +1,8 @@
 """Best of n: of n answers, the one that the reward model scores highest.  Stiennon et al. 2020.
 
-It is a policy without any training. Its KL from the model that it samples from is at most log n - (n - 1) / n
-nats, which makes it the yardstick for PPO and REINFORCE at equal KL. One set of N answers to each prompt gives
-the whole curve n = 1, 2, 4 ... N, and the optimum that PPO and REINFORCE aim at
+It is a policy without any training. Its KL from the model that it samples from is at most
+log n - (n - 1) / n nats, which makes it the yardstick for PPO and REINFORCE at equal KL. One set of N answers
+to each prompt gives the whole curve n = 1, 2, 4 ... N, and the optimum that PPO and REINFORCE aim at
 (chatwright/evaluate/best_of_n.py).
 
 Completions are judged as PPO judges them: unfinished and degenerate ones get the fixed score. Prompts are

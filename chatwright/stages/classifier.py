@@ -155,7 +155,8 @@ def scores_of(model: ScalarModel, texts: Texts, chosen: Sequence[LabelledText]) 
 
 @dataclass(frozen=True)
 class Parts:
-    """Rated texts that are good or bad: what is learnt from, what the scale is fitted to, what is measured."""
+    """Rated texts that are good or bad: what is learnt from, what the scale is fitted to, what is
+    measured."""
 
     train: list[LabelledText]
     calibration: list[LabelledText]
@@ -189,8 +190,10 @@ def load_texts(config: Config, records: Path) -> Parts:
         good = sum(one.label > config.threshold for one in getattr(parts, name))
         if not 0 < good < len(getattr(parts, name)):
             raise UserError(
-                f"classifier: of {len(getattr(parts, name))} texts for {name} {good} are good: both kinds are needed; set "
-                f"`threshold` (now {config.threshold:g}) to a rating between good and bad, `neutral` lower, or add ratings"
+                f"classifier: of {len(getattr(parts, name))} texts for {name} {good} are good: both kinds "
+                "are needed; set "
+                f"`threshold` (now {config.threshold:g}) to a rating between good and bad, `neutral` lower, "
+                "or add ratings"
             )
     return parts
 

@@ -29,7 +29,8 @@ from chatwright.train.api import Measure, Report, Stage, Workspace
 
 @dataclass(frozen=True)
 class Config:
-    """What to learn from. Sources: a name of `chatwright data list`, a file, a directory, or hf:owner/name."""
+    """What to learn from. Sources: a name of `chatwright data list`, a file, a directory, or
+    hf:owner/name."""
 
     text: str = "boolq,quac,narrativeqa,chitchat"
     """Documents for the tokenizer and for pre-training, comma-separated."""
@@ -192,7 +193,8 @@ def show_sources(argv: Sequence[str]) -> int:
             table.add_row(name, ", ".join(source.kinds), source.licence, what)
     console.print(table)
     say(
-        "Also: a .txt, .jsonl or .parquet file, a directory of them, or hf:owner/name[:config[:split]][#column]"
+        "Also: a .txt, .jsonl or .parquet file, a directory of them, or "
+        "hf:owner/name[:config[:split]][#column]"
     )
     return 0
 

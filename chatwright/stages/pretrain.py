@@ -178,9 +178,8 @@ def run(config: Config, workspace: Workspace) -> Report:
     alone, is_sharded = not training.parallel.together, training.parallel.is_sharded
     train_step, dtype, line = fast_step(model, training.config.fit, alone=alone, is_sharded=is_sharded)
     parameters, tokens = model.parameter_count(), shards.tokens
-    say(
-        f"  {config.preset}: {parameters / 1e6:.1f} M parameters; {tokens / 1e6:.1f} M training tokens; {line}"
-    )
+    size = f"{parameters / 1e6:.1f} M parameters; {tokens / 1e6:.1f} M training tokens"
+    say(f"  {config.preset}: {size}; {line}")
 
     def evaluate() -> dict[str, float]:
         return {"bits_per_byte": held_out_bits_per_byte(model, held_out, context=context, dtype=dtype)}

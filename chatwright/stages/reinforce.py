@@ -1,8 +1,8 @@
 """REINFORCE: the plain policy gradient, with a baseline instead of a critic.  Williams 1992.
 
-With the baseline `leave-one-out` it is RLOO (Ahmadian et al. 2024). An answer is one act with one return, the reward model's score less beta times the KL of the whole answer; no
-critic, no clip, no credit to single tokens. It is what PPO has to beat at equal KL. Everything else is as in
-PPO: train/rl/training.py.
+An answer is one act with one return, the reward model's score less beta times the KL of the whole answer; no
+critic, no clip, no credit to single tokens. With the baseline `leave-one-out` it is RLOO (Ahmadian et al.
+2024). It is what PPO has to beat at equal KL. Everything else is as in PPO: train/rl/training.py.
 
 Departures from the papers: where a round has several minibatches, the later ones are learnt from answers of a
 policy that is a step or more older, without a correction; `minibatch_size` equal to `batch_size` is the
@@ -51,7 +51,8 @@ class Config(RLConfig):
             raise UsageError(f"baseline {self.baseline!r} is none of mean, leave-one-out, none")
         if self.samples_per_prompt < 1 or self.batch_size % self.samples_per_prompt:
             raise UsageError(
-                f"batch_size {self.batch_size} must be a multiple of samples_per_prompt {self.samples_per_prompt}"
+                f"batch_size {self.batch_size} must be a multiple of samples_per_prompt "
+                f"{self.samples_per_prompt}"
             )
         if self.baseline == "leave-one-out" and self.samples_per_prompt < 2:
             raise UsageError(

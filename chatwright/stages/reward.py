@@ -153,7 +153,8 @@ def load_split(config: Config, workspace: Workspace) -> Split:
 
 
 def find_demonstrations(config: Config, workspace: Workspace) -> list[Comparison]:
-    """The answers that are to score 0 on average; none where the training answers are to. Raises UserError."""
+    """The answers that are to score 0 on average; none where the training answers are to. Raises
+    UserError."""
     if config.center_on == "answers":
         return []
     there = config.data in workspace.inputs or Path(config.data).exists()

@@ -48,7 +48,8 @@ def adapt(model: nn.Module, config: LoRAConfig, what: str) -> None:
         sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)
     )
     say(
-        f"  {what}: LoRA of rank {config.rank}, {trained:,} of {total:,} numbers are trained ({100 * trained / total:.2g} %)"
+        f"  {what}: LoRA of rank {config.rank}, {trained:,} of {total:,} numbers are trained "
+        f"({100 * trained / total:.2g} %)"
     )
 
 

@@ -1,17 +1,20 @@
-"""What other programs take of the processors while a stage trains, so that a budget in seconds counts the work it could do.
+"""What other programs take of the processors while a stage trains, so that a budget in seconds counts the
+work it could do.
 
-A budget of 300 s means the work of 300 s. Beside a program that keeps one of two processors busy, a step takes longer, and the
-clock on the wall alone would end the stage with fewer steps and a worse model. So of each second that share counts which other
-programs left for this one:
+A budget of 300 s means the work of 300 s. Beside a program that keeps one of two processors busy, a step
+takes longer, and the clock on the wall alone would end the stage with fewer steps and a worse model. So of
+each second that share counts which other programs left for this one:
 
     left = min(1, (processors - others) / threads)
 
-`processors` are those that this process may run on, `others` how many of them other programs keep busy on average, and `threads`
-how many this program would keep busy. Both are read from the system's own counts (Linux: /proc/stat, with what the host of a
-virtual machine takes), about once a second. With few threads and processors to spare nothing is lost, and all time counts.
+`processors` are those that this process may run on, `others` how many of them other programs keep busy on
+average, and `threads` how many this program would keep busy. Both are read from the system's own counts
+(Linux: /proc/stat, with what the host of a virtual machine takes), about once a second. With few threads and
+processors to spare nothing is lost, and all time counts.
 
-The share agrees with the speed: pre-training on 2 processors made 3.5 to 4.5 steps in a second that was counted, alone and
-beside one to eight other programs, while steps in a second on the wall went from 4.3 to 0.5.
+The share agrees with the speed: pre-training on 2 processors made 3.5 to 4.5 steps in a second that was
+counted, alone and beside one to eight other programs, while steps in a second on the wall went from 4.3 to
+0.5.
 
 Where these counts are missing (macOS, Windows) and on a GPU, all time counts, as on an idle machine.
 """
@@ -31,7 +34,8 @@ from chatwright import runtime
 from chatwright.metrics import duration
 
 LEAST = 0.25
-"""The least share of a second that counts: however busy the machine, a stage takes at most four times its budget."""
+"""The least share of a second that counts: however busy the machine, a stage takes at most four times its
+budget."""
 QUIET = 0.05
 """Below this share of the processors others are the system's own housekeeping, and count as nothing."""
 WORTH_SAYING = 0.1
@@ -43,7 +47,8 @@ STAT = Path("/proc/stat")
 
 @dataclass(frozen=True)
 class Reading:
-    """Seconds on the wall, of this process on all processors, and of all programs on the processors it may run on."""
+    """Seconds on the wall, of this process on all processors, and of all programs on the processors it may
+    run on."""
 
     wall: float
     own: float
@@ -76,7 +81,8 @@ class BusyMeter:
         threads: int = 0,
         processes: int = 0,
     ) -> None:
-        """0 means: as many as this process may run on; as torch computes with; as were started together on this machine."""
+        """0 means: as many as this process may run on; as torch computes with; as were started together on
+        this machine."""
         self.reading = reading
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.processors = processors or available
@@ -107,7 +113,8 @@ class BusyMeter:
 
 
 def remember(extra: dict[str, Any], seconds: float, lost: float) -> None:
-    """Add a step's seconds that others took, and those of them that are not counted, to what a checkpoint keeps."""
+    """Add a step's seconds that others took, and those of them that are not counted, to what a checkpoint
+    keeps."""
     kept = extra.setdefault("busy", {"lost": 0.0, "excused": 0.0})
     kept["lost"] += lost
     kept["excused"] += min(lost, seconds * (1 - LEAST))
@@ -124,13 +131,15 @@ def note(extra: dict[str, Any], elapsed: float, steps: int) -> str | None:
     if not elapsed or lost < WORTH_SAYING * elapsed:
         return None
     text = (
-        f"the machine was busy: other programs took {100 * lost / elapsed:.0f} % of the processor time that training "
+        f"the machine was busy: other programs took {100 * lost / elapsed:.0f} % of the processor time that "
+        "training "
         f"could have used; {duration(counted(extra, elapsed))} of the budget took {duration(elapsed)}"
     )
     missing = round(steps * (lost - extra["busy"]["excused"]) / max(elapsed - lost, 1e-9))
     if missing > 0:
         text += (
-            f", four times as long at most, so that about {missing} steps are missing beside the {steps} made; "
+            f", four times as long at most, so that about {missing} steps are missing beside the {steps} "
+            "made; "
             "the model is worse for it"
         )
     return text

@@ -30,9 +30,9 @@ class FitConfig:
     steps: int = 0
     """Optimiser steps; above 0 it goes before `seconds`. 0: as many as fit into `seconds`."""
     seconds: float = 0.0
-    """Training time in seconds, the first two steps, which compile, not counted, nor what other programs take of
-    the processors (chatwright/train/busy.py). The number of steps is settled when the learning rate begins to
-    fall and then kept in the checkpoint. Needs the trapezoid schedule. Give `steps` for runs that repeat
+    """Training time in seconds, the first two steps, which compile, not counted, nor what other programs take
+    of the processors (chatwright/train/busy.py). The number of steps is settled when the learning rate begins
+    to fall and then kept in the checkpoint. Needs the trapezoid schedule. Give `steps` for runs that repeat
     exactly."""
     batch_size: int = 8
     """Samples per optimiser step."""
@@ -273,7 +273,8 @@ class Fit(Generic[AnyBatch]):
             self._name_best()
 
     def _agreed(self, spent: float, asked: bool) -> tuple[float, float, bool, bool]:
-        """Seconds of the step, those that other programs took, whether to stop, whether to save: the same in every process."""
+        """Seconds of the step, those that other programs took, whether to stop, whether to save: the same in
+        every process."""
         every = self.config.save_steps
         due = time.monotonic() - self.trainer.saved_at > self.config.save_every
         due = due or (every > 0 and self.trainer.progress.step % every == 0)
@@ -300,7 +301,8 @@ class Fit(Generic[AnyBatch]):
         if progress.extra.get("spikes", 0) > before:
             self.trainer.workspace.metrics.write(progress.step, {"spike_loss": loss, "spike_limit": limit})
             say(
-                f"  step {progress.step}: the loss jumped to {loss:.3f} (limit {limit:.3f}); its update is left out"
+                f"  step {progress.step}: the loss jumped to {loss:.3f} (limit {limit:.3f}); its update is "
+                "left out"
             )
         return loss
 
@@ -311,12 +313,14 @@ class Fit(Generic[AnyBatch]):
         if config.action == "skip":
             trainer.progress.extra |= {"losses": [], "spikes_in_a_row": 0}
             say(
-                f"  step {trainer.progress.step}: {config.patience} jumps in a row; this is taken for the new level"
+                f"  step {trainer.progress.step}: {config.patience} jumps in a row; this is taken for the "
+                "new level"
             )
             return
         if trainer.progress.extra.get("rollbacks", 0) >= config.most:
             raise UserError(
-                f"{self.title}: the loss jumped for good at step {trainer.progress.step}, after {config.most} returns to a "
+                f"{self.title}: the loss jumped for good at step {trainer.progress.step}, after "
+                f"{config.most} returns to a "
                 "checkpoint; lower the learning rate, or look for broken samples"
             )
         trainer.roll_back(every=self.config.save_steps, protected=self._protected)

@@ -54,10 +54,10 @@ def start_training(
 ) -> StageTraining[Settings]:
     """Arrange the processes, say the plan, and set the seed.
 
-    `config` has `optim`, and `fit` or `minibatch_size`; `parallel` where several processes may share the work,
-    by all plans but those that are `refused`. `learnt` is the share of the tokens that are in the loss.
-    `compile_blocks` has several processes compile the blocks of models that the plan shards. Raises UserError:
-    the processes cannot be arranged, or not even the smallest micro-batch fits into the memory.
+    `config` has `optim`, and `fit` or `minibatch_size`; `parallel` where several processes may share the
+    work, by all plans but those that are `refused`. `learnt` is the share of the tokens that are in the loss.
+    `compile_blocks` has several processes compile the blocks of models that the plan shards. Raises
+    UserError: the processes cannot be arranged, or not even the smallest micro-batch fits into the memory.
     """
     fit: Any = getattr(config, "fit", None)
     wanted = getattr(config, "parallel", None)

@@ -74,8 +74,8 @@ class Trainer:
         """`modules["model"]` is what others load; further ones (a critic) are saved beside it. Of a module
         with adapters what is trained is saved, of the model beside it the whole with the adapter merged.
         `metadata` goes into state.json (the model's shape), `texts` are files that make the directory
-        self-contained. `parallel` puts the modules on many processes, and beside them `frozen` ones, which are
-        not saved."""
+        self-contained. `parallel` puts the modules on many processes, and beside them `frozen` ones, which
+        are not saved."""
         self.modules, self.optim_config, self.workspace = dict(modules), optim_config, workspace
         self.metadata, self.texts, self.keep = dict(metadata), dict(texts), keep
         self.parallel = parallel
@@ -245,7 +245,8 @@ class Trainer:
         return True
 
     def _newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """What to go on from: the newest valid checkpoint, or the unfinished step that began there or later."""
+        """What to go on from: the newest valid checkpoint, or the unfinished step that began there or
+        later."""
         found, complaints = checkpoint.newest_valid(self.workspace.checkpoints)
         if self.unfinished.path.is_dir():
             try:

@@ -187,7 +187,8 @@ def test_there_and_back_is_the_same_adapter(kind: str, targets: tuple[str, ...],
 
 
 def test_one_a_for_the_three_stays_one(tmp_path: Path) -> None:
-    """An adapter of a fused layer, read and written: the rank does not grow while the copies of A are equal."""
+    """An adapter of a fused layer, read and written: the rank does not grow while the copies of A are
+    equal."""
     model = adapted("gpt2", LoRAConfig(rank=2))
     with torch.no_grad():
         for block in model.blocks:
@@ -405,7 +406,10 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
         '{"transformer.h.0.attn.c_attn": {"query": 9}}',
         '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 8}}',
         '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 9}}',
-        '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 3, "blocks.0.attention.key": 2, "blocks.0.attention.value": 4}}',
+        (
+            '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 3, "blocks.0.attention.key": 2, '
+            '"blocks.0.attention.value": 4}}'
+        ),
         '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": -1, "blocks.0.attention.key": 10}}',
     ],
 )

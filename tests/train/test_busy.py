@@ -98,12 +98,14 @@ def test_on_a_gpu_all_time_counts(clock: list[float], monkeypatch: pytest.Monkey
 def test_the_counts_are_those_of_the_processors_that_may_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """User, nice, system, interrupts and what the host takes count; idle, waiting for disks and guests (a part of user) do not."""
+    """User, nice, system, interrupts and what the host takes count; idle, waiting for disks and guests (a
+    part of user) do not."""
     tick = os.sysconf("SC_CLK_TCK")
     stat = tmp_path / "stat"
     stat.write_text(
         f"cpu  {90 * tick} 0 0 0 0 0 0 0 0 0\n"
-        f"cpu0 {1 * tick} {2 * tick} {3 * tick} {50 * tick} {60 * tick} {4 * tick} {5 * tick} {6 * tick} {1 * tick} 0\n"
+        f"cpu0 {1 * tick} {2 * tick} {3 * tick} {50 * tick} {60 * tick} {4 * tick} {5 * tick} {6 * tick} "
+        f"{1 * tick} 0\n"
         f"cpu1 {7 * tick} 0 0 {9 * tick} 0 0 0 0 0 0\n"
         f"cpu12 {1_000 * tick} 0 0 0 0 0 0 0 0 0\n"
         "intr 123 4 5\nctxt 99\n"

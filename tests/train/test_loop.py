@@ -292,7 +292,8 @@ def test_a_budget_in_seconds_settles_the_number_of_steps_when_the_rate_begins_to
 
 
 def ten_seconds_of_steps(directory: Path, monkeypatch: pytest.MonkeyPatch, *, left: float) -> Fitted:
-    """A budget of ten seconds, on a clock on which a step takes one, where other programs leave so much of the processors."""
+    """A budget of ten seconds, on a clock on which a step takes one, where other programs leave so much of
+    the processors."""
 
     class Meter(busy.BusyMeter):
         def look(self) -> float:
@@ -310,10 +311,11 @@ def ten_seconds_of_steps(directory: Path, monkeypatch: pytest.MonkeyPatch, *, le
 def test_a_budget_in_seconds_counts_the_work_that_could_be_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Others take half of the processors: each second counts half, so that there are as many steps as the budget would have
-    on a quiet machine whose steps take half a second."""
+    """Others take half of the processors: each second counts half, so that there are as many steps as the
+    budget would have on a quiet machine whose steps take half a second."""
     fitted = ten_seconds_of_steps(tmp_path, monkeypatch, left=0.5)
-    # 0.4 x 10 s at full rate are reached in step 10 (8 counted, of half a second each); 10 / 0.4 = 25 steps in all
+    # 0.4 x 10 s at full rate are reached in step 10 (8 counted, of half a second each); 10 / 0.4 = 25 steps
+    # in all
     assert fitted.progress.planned == fitted.progress.step == 25
     # half of the seconds: warm-up is over after four counted steps
     assert rates(tmp_path)[2:7] == pytest.approx([0.1 * 0.005, 0.025, 0.05, 0.075, 0.1], abs=1e-6)

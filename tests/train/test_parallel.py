@@ -136,7 +136,8 @@ class Launches:
 
 @pytest.fixture(scope="module")
 def launches(tokenizer_bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
-    """Two processes by each plan, one after the other; the checkpoint of step 20 goes through several hands."""
+    """Two processes by each plan, one after the other; the checkpoint of step 20 goes through several
+    hands."""
     made = Launches(tmp_path_factory.mktemp("many"), {"tokenizer": tokenizer_bench.inputs["tokenizer"]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CHATWRIGHT_DEVICE", "cpu")
@@ -412,7 +413,10 @@ def test_wrong_sizes_are_refused_once_by_a_real_launch(launches: Launches, tmp_p
     done = subprocess.run(
         torchrun(2, *arguments), env=environment(), capture_output=True, text=True, timeout=120
     )
-    line = "chatwright: the model's kv_heads, 1, cannot be divided among 2 processes: choose another context.tensor"
+    line = (
+        "chatwright: the model's kv_heads, 1, cannot be divided among 2 processes: choose another "
+        "context.tensor"
+    )
     assert done.returncode != 0 and done.stderr.count("cannot be divided") == 1
     assert line in done.stderr
     assert "exitcode  : 2" in done.stderr
@@ -579,7 +583,10 @@ def test_the_arithmetic_by_hand(arithmetic: Any) -> None:
 
 CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(),
-    reason="no GPU: NCCL, bf16 with FSDP2 on CUDA, pinned copies and the GPU's random stream are NOT covered here",
+    reason=(
+        "no GPU: NCCL, bf16 with FSDP2 on CUDA, pinned copies and the GPU's random stream are NOT covered "
+        "here"
+    ),
 )
 
 

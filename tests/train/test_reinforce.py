@@ -1,4 +1,5 @@
-"""REINFORCE as a stage, and its step: what is learnt from is the return of whole answers against a baseline."""
+"""REINFORCE as a stage, and its step: what is learnt from is the return of whole answers against a
+baseline."""
 
 from __future__ import annotations
 

@@ -91,7 +91,8 @@ def _has_futex(triple: str) -> bool:
 def sleep_while(typing: Any, array: Any, index: Any, value: Any) -> Any:
     """Sleep while array[index] has this value, until `wake` is called. May also return earlier.
 
-    Where the system offers no such thing, it is a short sleep; on Windows nothing, so that the caller goes on looking.
+    Where the system offers no such thing, it is a short sleep; on Windows nothing, so that the caller goes on
+    looking.
     """
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -127,8 +128,9 @@ _PATIENCE = 4_000  # turns of the waiting loop, some 50 to 200 microseconds
 def meet(sync, threads):
     """Wait here until all threads have come.
 
-    First in a loop, which is by far the fastest when every thread runs. A thread that is not here after that long does not
-    run: another program has its processor. Then sleep, so that this processor is free, for that thread or for the program.
+    First in a loop, which is by far the fastest when every thread runs. A thread that is not here after that
+    long does not run: another program has its processor. Then sleep, so that this processor is free, for that
+    thread or for the program.
     """
     if threads == 1:
         return

@@ -127,7 +127,8 @@ def by_annotator(
     strange: Sequence[Comparison],
     config: RankingConfig,
 ) -> Table | None:
-    """Accuracy for each annotator, those whose judgements were trained on first; None where nobody is named."""
+    """Accuracy for each annotator, those whose judgements were trained on first; None where nobody is
+    named."""
     rows: list[list[str]] = []
     for kind, found, asked in (
         ("in training", judged, comparisons),
@@ -185,7 +186,8 @@ def normalise(
 def refuse_if_learnt_by_heart(
     report: Report, accuracy: float, held_out: Sequence[Comparison], config: RankingConfig
 ) -> None:
-    """Raise Unhealthy with the report when the model is good on training pairs and guesses on held-out ones."""
+    """Raise Unhealthy with the report when the model is good on training pairs and guesses on held-out
+    ones."""
     pairs = sum(
         round(float(pair_wins(torch.tensor([one.scores]), config.tie_tolerance, config.ties).sum()))
         for one in held_out

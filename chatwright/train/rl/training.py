@@ -228,7 +228,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         return runtime.on_device(from_tensors(self.rolled, self.trainer.unfinished.tensors("mid_step"))), None
 
     def _break_off(self, diagnosis: health.Diagnosis) -> None:
-        """Write the row of this round, save the state before it, and raise Unhealthy with the report so far."""
+        """Write the row of this round, save the state before it, and raise Unhealthy with the report so
+        far."""
         step = self.trainer.progress.step
         self.workspace.metrics.write(step, self.latest)
         self._save_before_round()
@@ -344,7 +345,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         ]
 
     def _measure_average(self) -> None:
-        """Ask the average of the weights the last round's prompts, and save it; `outcome.result_of` chooses."""
+        """Ask the average of the weights the last round's prompts, and save it; `outcome.result_of`
+        chooses."""
         average = self.trainer.modules.get("average")
         if average is None:
             return
@@ -360,7 +362,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         result = result_of(self.extra, step)
         if result is None:
             raise UserError(
-                f"{self.title}: no round gave answers within the KL budget that were varied enough; lower the learning rate"
+                f"{self.title}: no round gave answers within the KL budget that were varied enough; lower "
+                "the learning rate"
             )
         tax, policy = None, self.models.policy
         self.trainer.put_together(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
@@ -453,9 +456,8 @@ def run_rounds(run: PolicyTraining[Any, Any]) -> None:
                     if run.finished:
                         run.extra["history"].pop()  # the last round counts no step: it is done again
                     trainer.save(protected=run.protected)
-                raise Interrupted(
-                    f"{run.title}: saved at round {trainer.progress.step}; the same command goes on from there"
-                )
+                where = f"saved at round {trainer.progress.step}"
+                raise Interrupted(f"{run.title}: {where}; the same command goes on from there")
 
 
 def trainer_and_models(
