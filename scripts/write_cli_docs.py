@@ -24,9 +24,15 @@ def help_of(arguments: list[str]) -> str:
     return re.sub(r"[ \t]+\n", "\n", printed.getvalue()).strip()
 
 
+def section(verb: str) -> list[str]:
+    """The lines about a verb, ours or one that a package brings."""
+    return [f"## {verb}", "", "```", help_of([verb, "--help"]), "```", ""]
+
+
 def text() -> str:
-    """The whole page."""
+    """The whole page. Verbs of other packages are left out: they are not there for every reader."""
     from chatwright.cli import verbs
+    from chatwright.discovery import stages
     from chatwright.model.config import PRESETS
 
     parts = [
@@ -39,8 +45,9 @@ def text() -> str:
         "```",
         "",
     ]
+    others = [name for name, stage in stages().items() if stage.package]
     for verb in verbs():
-        parts += [f"## {verb}", "", "```", help_of([verb, "--help"]), "```", ""]
+        parts += [] if verb in others else section(verb)
     parts += [
         "## Model shapes",
         "",

@@ -14,7 +14,7 @@ from chatwright.train.loop import FitConfig, Fitted
 from chatwright.train.paper import DETAILS, INSTRUCT, Paper
 from chatwright.train.parallel.context import ParallelConfig, ParallelContext
 from chatwright.train.planning.program import PlannedStage, StagePlan, StepProgram, fake_tokens
-from chatwright.train.stage import Stage
+from chatwright.train.stage import Stage, kl_from_base
 from chatwright.train.stage_training import StageTraining, planned_model, start_training
 from chatwright.train.trainer import Step
 from chatwright.train.workspace import Answered, Curve, Measure, Report, Table, Unhealthy, Workspace
@@ -47,6 +47,7 @@ __all__ = [
     "Unhealthy",
     "Workspace",
     "fake_tokens",
+    "kl_from_base",
     "open_base",
     "open_chat_base",
     "planned_model",

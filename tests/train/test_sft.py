@@ -292,9 +292,13 @@ def test_the_preview_shows_what_is_learnt_and_trains_nothing(
 
 
 def test_a_preview_of_no_rows_and_of_other_stages_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--preview"], ["--preview", "0"], ["--preview=all"]):
+    for arguments, said in (
+        (["--preview"], "argument --preview: expected one argument"),
+        (["--preview", "0"], "--preview 0 is not a whole number above 0: how many samples to show"),
+        (["--preview=all"], "all"),
+    ):
         assert main(["sft", *arguments]) == 2
-        assert "how many samples to show" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
     assert main(["pretrain", "--preview", "2"]) == 2
     assert "--preview" in capsys.readouterr().err
 
