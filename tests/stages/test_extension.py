@@ -90,6 +90,17 @@ def test_the_help_lists_the_stage_and_tells_its_settings(extension: Path, run: C
         assert "--beta BETA" in out and "How strongly the policy is held to the reference." in out
 
 
+def test_the_help_of_run_lists_stages_and_of_a_recipe_their_settings(
+    extension: Path, run: Cli, inputs: Path
+) -> None:
+    out = " ".join(run("run", "--help")[1].split())
+    listed = out.partition("Stages that a recipe can have: ")[2].partition(".")[0]
+    assert listed.split(", ") == list(discovery.stages()) and "mini_dpo" in listed
+    code, out, _ = run("run", written(inputs, ROAD), "--help")
+    assert code == 0 and "--mini-dpo.beta BETA" in out and "--pretrain.fit.seconds SECONDS" in out
+    assert "How strongly the policy is held to the reference." in " ".join(out.split())
+
+
 def test_the_stage_runs_in_a_recipe_with_the_other_packages_data(
     extension: Path, run: Cli, inputs: Path, chat_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
