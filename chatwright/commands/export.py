@@ -1,4 +1,4 @@
-"""Write a model for transformers and vLLM, or for llama.cpp and Ollama; it is read back and compared.
+"""Write a model for transformers, vLLM, llama.cpp or Ollama; it is read back and checked.
 
 What is written is read again by our own readers before it gets its name. In float32 it must be the same model
 bit for bit; in fewer bits it must be exactly the model with rounded weights, and how far that is from the

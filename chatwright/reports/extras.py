@@ -43,7 +43,7 @@ def close(
     """Entries for result.json; writes pairs.json and per_prompt.json. `spent`: seconds, joules and
     memory_bytes."""
     result: dict[str, Any] = {"cost": cost(report, workspace, spent), "data": content(config, workspace)}
-    answers = report.answers or _answers(stage, config, workspace, report)
+    answers = report.answers = report.answers or _answers(stage, config, workspace, report)
     if not (stage.paper or stage.kl_budget or answers):
         return result
     result["paper"] = paper.beside(stage.paper, config, report.facts)

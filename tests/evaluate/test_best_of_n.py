@@ -10,17 +10,16 @@ import pytest
 import torch
 
 from chatwright.config import UsageError
-from chatwright.stages.best_of_n import (
-    Config,
+from chatwright.evaluate.best_of_n import (
     at_kl,
     best_of_n,
     best_of_n_kl,
     optima,
     point,
-    report_of,
     sizes,
     tilted,
 )
+from chatwright.stages.best_of_n import Config, report_of
 
 SCORES = torch.tensor([[0.3, 2.0, -1.0, 0.7, 0.1], [1.0, 1.0, 0.0, -2.0, 1.0]])
 GOLD = torch.tensor([[1.0, -3.0, 0.5, 2.0, 4.0], [1.0, 2.0, 5.0, 7.0, 6.0]])
