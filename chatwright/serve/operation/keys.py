@@ -85,9 +85,9 @@ class KeyRing:
     """The valid keys of a server: those of a file, read again whenever it changes, and those of the
     environment.
 
-    Raises UserError when the file cannot be read, or when there are no keys at all. If a later version of the
-    file cannot be read, the keys stay as they were and the log says so. If a later version is empty, its keys
-    are no longer valid.
+    Raises UserError when the file is unreadable or invalid, or when there are no keys at all. If the file
+    becomes unreadable or invalid later, the keys stay as they were and the log says so. If it becomes empty,
+    its keys are no longer valid.
     """
 
     def __init__(self, path: Path | None, clear: Iterable[str] = ()) -> None:
