@@ -105,7 +105,7 @@ class JobStore:
         self._closing = False
 
     def make_room(self) -> None:
-        """Make room for one job by dropping the oldest finished one. Raises Busy if all jobs still run."""
+        """Make room for one job: at the limit, drop the oldest finished one. Raises Busy if all still run."""
         if len(self._jobs) >= self._max_jobs:
             oldest = next((job for job in self._jobs.values() if job.finished), None)
             if oldest is None:

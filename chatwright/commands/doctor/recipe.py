@@ -166,7 +166,8 @@ def _shapes(recipe: Recipe, findings: list[Finding]) -> dict[str, GPTConfig]:
 
 
 def _lengths(stage: RecipeStage, recipe: Recipe, shapes: dict[str, GPTConfig]) -> Iterator[Finding]:
-    """Whether a stage's sequences fit into the context, and whether shape and context are very small."""
+    """Whether a stage's sequences fit into the context. For a stage that makes a model, also whether the
+    token table is too large and the context too short."""
     shape = shapes.get(stage.name)
     if shape is None:
         return
@@ -251,7 +252,7 @@ def _memory(recipe: Recipe, shapes: dict[str, GPTConfig]) -> Iterator[Finding]:
 
 
 def _checkpoint_bytes(stage: RecipeStage, parameters: float) -> float:
-    """Bytes of a stage's checkpoints: weights and two moments in float32, for each checkpoint kept and for one
-    being written."""
+    """Bytes of a stage's checkpoints: weights and two moments in float32, for each checkpoint that is kept
+    and for one being written."""
     keep = getattr(getattr(stage.config, "fit", stage.config), "keep", 2)
     return 12 * parameters * (keep + 1)
