@@ -124,7 +124,7 @@ def make_parser(prog: str, description: str, positionals: Mapping[str, str] | No
 
 
 def _bare(name: str) -> str:
-    """A positional argument's name without the mark that says how many there may be."""
+    """A positional argument's name without its mark `?` or `+`."""
     return name.rstrip("?+")
 
 

@@ -172,7 +172,7 @@ def _read_by_transformers(parts: Loaded, written: Path) -> str:
         own = parts.model(ids)
         found = theirs(ids).logits
     apart, largest = float((own - found).abs().max()), max(1.0, float(own.abs().max()))
-    if not apart <= TOLERANCE * largest:  # not a number counts as apart, too
+    if not apart <= TOLERANCE * largest:  # NaN fails as well
         raise _Differs(
             f"transformers {version} computes logits that are {apart:.2g} apart, the largest being "
             f"{largest:.2g}"
@@ -185,13 +185,13 @@ def _read_by_transformers(parts: Loaded, written: Path) -> str:
 
 
 def _talk_ids(parts: Loaded, tokenizer: Any, version: str) -> list[int]:
-    """A conversation's ids, by transformers' template. Raises _Differs when they are not those of our
-    rendered text.
+    """A conversation's ids from transformers' template; [] if the template refuses it. Raises _Differs
+    when they are not the ids of our rendered text.
 
-    (Whether these are the ids that our own encoding gives is the check `elsewhere`.)
+    The check `elsewhere` compares them with the ids of our own encoding.
     """
     assert parts.template is not None and parts.tokenizer is not None
-    for messages in (TALK, TALK[:1]):  # some templates want to end with an answer, or without
+    for messages in (TALK, TALK[:1]):  # some templates need an answer at the end, some refuse one
         with contextlib.suppress(UserError):
             text = parts.template.render(messages)
             break

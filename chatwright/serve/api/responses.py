@@ -218,7 +218,7 @@ class ResponsesRequest(Body):
         )
 
     def form(self) -> Form:
-        """What the answer must look like. Raises UserError where wishes contradict each other."""
+        """The form that the answer must have. Raises UserError for contradictory settings."""
         wanted, choice = (self.text or TextSettings()).format, self.tool_choice
         return Form.of(
             wanted.type,

@@ -78,7 +78,7 @@ class Attempts:
 
 
 def _network(client: str) -> str:
-    """IPv4 addresses count one by one, IPv6 ones by their /64, which is what one customer has."""
+    """The unit in which wrong keys are counted: an IPv4 address, or an IPv6 /64, which one customer has."""
     try:
         address = ipaddress.ip_address(client)
     except ValueError:
