@@ -581,7 +581,8 @@ def table(name: str, task: str, samples: dict[str, dict[str, Any]]) -> dict[str,
     ratios: dict[str, float] = {}
     ours = [who for who in samples if who.startswith("ours")]
     print(
-        f"\n{name}, {task}: {count} samples a round\n{'':14} samples/s   peak memory   {'   '.join(f'{who} is faster by' for who in ours)}"
+        f"\n{name}, {task}: {count} samples a round\n{'':14} samples/s   peak memory   "
+        f"{'   '.join(f'{who} is faster by' for who in ours)}"
     )
     for who, row in samples.items():
         faster = {mine: side_by_side.median_ratio(samples[mine]["seconds"], row["seconds"]) for mine in ours}
@@ -620,7 +621,8 @@ def main() -> int:
     for stage in ("tokenizer", *(["sft"] if "ppo_sft" in tasks else [])):
         if not (RUN / stage / "result.json").is_file():
             raise SystemExit(
-                f"{RUN} has no {stage}: run `chatwright run tiny --until {stage}` first (make bench-align does)"
+                f"{RUN} has no {stage}: run `chatwright run tiny --until {stage}` first (make bench-align "
+                "does)"
             )
     ratios, kept = {}, {}
     with tempfile.TemporaryDirectory(prefix="bench-align-") as directory:

@@ -69,7 +69,8 @@ def main() -> None:
     begun = time.perf_counter()
     json_object(tokenizer, ends)
     print(
-        f"{name}: {tokenizer.vocab_size:,} tokens; the first grammar, vocabulary included: {1e3 * (time.perf_counter() - begun):.0f} ms"
+        f"{name}: {tokenizer.vocab_size:,} tokens; the first grammar, vocabulary included: "
+        f"{1e3 * (time.perf_counter() - begun):.0f} ms"
     )
     makers = {
         "object": (lambda: json_object(tokenizer, ends), json.dumps(VALUE)),
@@ -85,7 +86,8 @@ def main() -> None:
         compiled = 1e3 * (time.perf_counter() - begun)
         times = masks(grammar, tokenizer, text)
         print(
-            f"{kind:16} compiled in {compiled:5.1f} ms; a mask takes {mean(times):.3f} ms (median {median(times):.3f}, most {max(times):.2f})"
+            f"{kind:16} compiled in {compiled:5.1f} ms; a mask takes {mean(times):.3f} ms (median "
+            f"{median(times):.3f}, most {max(times):.2f})"
         )
 
 

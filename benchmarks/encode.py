@@ -64,7 +64,8 @@ def main() -> int:
     for name, spent in seconds.items():
         faster = side_by_side.median_ratio(spent, seconds["tokenizers"])
         print(
-            f"{name:14} {size / side_by_side.statistics.median(spent):6.1f} MB/s   {faster:.2f} of the library's"
+            f"{name:14} {size / side_by_side.statistics.median(spent):6.1f} MB/s   {faster:.2f} of the "
+            "library's"
         )
         if name != "tokenizers":
             ratios[f"{name}/tokenizers"] = faster

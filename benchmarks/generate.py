@@ -13,7 +13,9 @@ perplexity  held-out text, int8 and int4 against bf16 weights
 
 All but the last in turns, each contender in a process of its own, all of the machine's cores. Ours is the
 whole engine with its sampler; llama.cpp is its C interface with the likeliest token found by numpy, which
-costs it less. llama.cpp reads the files that `chatwright export` and llama.cpp's own quantiser write.
+costs it less. llama.cpp reads the files that `chatwright export` and llama.cpp's own quantiser write. A peer
+that dies (llama.cpp's Q8_0 with an illegal instruction on some processors with AMX) is named and left out;
+the others are measured. Behind each of ours stands which instructions its kernels use.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import ctypes
 import json
 import math
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -60,9 +63,9 @@ def _engine(dtype: str, **options: Any) -> Any:
 
     runtime.set_threads()
     parts = load_parts("smollm2")
-    return Engine(
-        parts.model, parts.tokenizer, runner=make_runner(parts.model, dtype), max_context=2048, **options
-    )
+    runner = make_runner(parts.model, dtype)
+    print(f"  ours: {runner.described()}", file=sys.stderr)  # type: ignore[union-attr]
+    return Engine(parts.model, parts.tokenizer, runner=runner, max_context=2048, **options)
 
 
 def _requests(prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
@@ -139,8 +142,11 @@ class Llama:
         self.api = llama_cpp
         llama_cpp.llama_log_set(_silent, None)
         llama_cpp.llama_backend_init()
+        file = FILES / f"smollm2-{kind}.gguf"
+        if not file.exists():
+            raise SystemExit(f"there is no {file}: llama.cpp could not write it (see above)")
         self.model = llama_cpp.llama_model_load_from_file(
-            str(FILES / f"smollm2-{kind}.gguf").encode(), llama_cpp.llama_model_default_params()
+            str(file).encode(), llama_cpp.llama_model_default_params()
         )
         params = llama_cpp.llama_context_default_params()
         threads = psutil.cpu_count(logical=True) or 1
@@ -231,28 +237,41 @@ def llama_streams(kind: str) -> Callable[[], float]:
 
 
 def write_files() -> None:
-    """SmolLM2 for llama.cpp: bf16 by our export, the others by its own quantiser from that."""
-    import llama_cpp
+    """SmolLM2 for llama.cpp: bf16 by our export, the others by its own quantiser from that.
 
+    Each in a process of its own: where llama.cpp dies, what it could not write is named, and the rest goes
+    on.
+    """
     from chatwright.commands.export import main as main_export
 
     FILES.mkdir(parents=True, exist_ok=True)
     source = FILES / "smollm2-bf16.gguf"
     if not source.exists():
         main_export(["smollm2", str(source), "--format", "gguf", "--dtype", "bf16"])
-    for kind, number in (
-        ("q8_0", llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0),
-        ("q4_0", llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0),
-    ):
-        target = FILES / f"smollm2-{kind}.gguf"
-        if target.exists():
+    for kind in ("q8_0", "q4_0"):
+        if (FILES / f"smollm2-{kind}.gguf").exists():
             continue
-        params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype = number
-        aside = target.with_suffix(".part")
-        if llama_cpp.llama_model_quantize(str(source).encode(), str(aside).encode(), ctypes.byref(params)):
-            raise SystemExit(f"llama.cpp could not write {target}")
-        aside.rename(target)
+        done = subprocess.run([sys.executable, __file__, "--quantise", kind], check=False)
+        if done.returncode:
+            print(
+                f"  LEFT OUT: llama.cpp's quantiser for {kind} {side_by_side.how_ended(done.returncode)}",
+                flush=True,
+            )
+
+
+def quantise(kind: str) -> int:
+    """Let llama.cpp write its file of this kind."""
+    import llama_cpp
+
+    number = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}[kind]
+    source, target = FILES / "smollm2-bf16.gguf", FILES / f"smollm2-{kind}.gguf"
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = number
+    aside = target.with_suffix(".part")
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(aside).encode(), ctypes.byref(params)):
+        raise SystemExit(f"llama.cpp could not write {target}")
+    aside.rename(target)
+    return 0
 
 
 # --- GPT-2 of 124 M parameters ------------------------------------------------------------------------------
@@ -309,7 +328,8 @@ def transformers_gpt2(precision: str) -> Callable[[], float]:
 
 
 def shared_prefix(rounds: int) -> tuple[float, dict[str, list[float]]]:
-    """First token of a 1,000-token prompt: warm (its first 900 tokens were part of an earlier one) over cold."""
+    """First token of a 1,000-token prompt: warm (its first 900 tokens were part of an earlier one) over
+    cold."""
     engine, ids = _engine("bf16"), prompt(1000)
     samples: dict[str, list[float]] = {"cold": [], "warm": []}
     for number in range(rounds + 1):
@@ -353,7 +373,8 @@ def perplexities(run: str, tokens: int = 8_192, window: int = 512) -> dict[str, 
             count += window - 1
         found[dtype] = math.exp(total / count)
         print(
-            f"  {dtype:5} perplexity {found[dtype]:.4f}  {100 * (found[dtype] / found['fp32'] - 1):+.2f} % of fp32",
+            f"  {dtype:5} perplexity {found[dtype]:.4f}  {100 * (found[dtype] / found['fp32'] - 1):+.2f} % "
+            "of fp32",
             flush=True,
         )
     return found
@@ -426,7 +447,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--run", default="runs/tiny", help="a run with its data stage, for the perplexity")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--quantise", choices=("q8_0", "q4_0"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.quantise:
+        return quantise(options.quantise)
     if options.contender:
         if "llama" in options.contender:
             global _silent

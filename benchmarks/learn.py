@@ -136,7 +136,8 @@ def newton_schulz() -> None:
 
 
 def three_polynomials() -> None:
-    """The best three from [0.01, 1], made as optim.POLYNOMIALS is: what was above 0.01 ends within 27 % of 1."""
+    """The best three from [0.01, 1], made as optim.POLYNOMIALS is: what was above 0.01 ends within 27 %
+    of 1."""
     from chatwright import optim
 
     optim.POLYNOMIALS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
@@ -244,7 +245,8 @@ class Bench:
             )
             there = sum(a["bits_per_byte"] <= b["bits_per_byte"] for a, b in pairs)
             print(
-                f"  after {budget:.0f} s, 1/{300 / budget:.1f} of the time: {there} of {len(SEEDS)} seeds are at or below the baseline"
+                f"  after {budget:.0f} s, 1/{300 / budget:.1f} of the time: {there} of {len(SEEDS)} seeds "
+                "are at or below the baseline"
             )
             if there == len(SEEDS):
                 spent = statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)

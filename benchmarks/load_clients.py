@@ -79,7 +79,8 @@ def http_request(target: Target, question: Question) -> bytes:
         }
     ).encode()
     head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {target.host}:{target.port}\r\nContent-Type: application/json\r\n"
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {target.host}:{target.port}\r\nContent-Type: "
+        "application/json\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     )
     return head.encode() + body

@@ -128,7 +128,8 @@ class Verdict:
 def judge(
     load: Load, known: Sequence[Reply], oracle: Oracle, memory: Sequence[tuple[float, float]] = ()
 ) -> Verdict:
-    """All checks of a finished load. known: the answers given alone. memory: (seconds, bytes) of the server."""
+    """All checks of a finished load. known: the answers given alone. memory: (seconds, bytes) of the
+    server."""
     verdict = Verdict({}, [], figures_of(load, known))
     outcomes = Counter(_outcome(reply, known, load.questions, oracle, verdict) for reply in load.replies)
     kinds = Counter(reply.kind for reply in load.replies)
@@ -177,7 +178,8 @@ def _unfair(load: Load) -> list[str]:
     failures = []
     if waits and max(waits) > 5 * statistics.median(waits) + 5:
         failures.append(
-            f"unfair: somebody waited {max(waits):.1f} s, half of all less than {statistics.median(waits):.1f} s"
+            f"unfair: somebody waited {max(waits):.1f} s, half of all less than "
+            f"{statistics.median(waits):.1f} s"
         )
     without = [number for number in range(load.clients) if not finished[number]]
     if without:

@@ -206,9 +206,11 @@ def main() -> int:
         ratios = write(rows)  # after each case: a whole run takes half an hour
         a, b = row["predicted"], row["happened"]
         print(
-            f"{name:24} memory {a['bytes'] / 1e6:6,.0f} of {b['bytes'] / 1e6:6,.0f} MB = {ratios[f'{name}/bytes']:.2f}  (live {a['live'] / 1e6:,.0f})"
+            f"{name:24} memory {a['bytes'] / 1e6:6,.0f} of {b['bytes'] / 1e6:6,.0f} MB = "
+            f"{ratios[f'{name}/bytes']:.2f}  (live {a['live'] / 1e6:,.0f})"
             f"   time {b['predicted']:.3f} of {b['seconds']:.3f} s = {ratios[f'{name}/seconds']:.2f}"
-            f"   before {a['seconds']:.3f} = {ratios[f'{name}/seconds_before']:.2f}, planned in {a['planning']:.0f} s",
+            f"   before {a['seconds']:.3f} = {ratios[f'{name}/seconds_before']:.2f}, planned in "
+            f"{a['planning']:.0f} s",
             flush=True,
         )
     bounded = {key: ratio for key, ratio in write(rows).items() if not key.endswith("before")}

@@ -21,7 +21,8 @@ from chatwright.data.examples import Document
 
 
 def main() -> int:
-    """Write records/train.jsonl and records/validation.jsonl (every 50th document) under the given directory."""
+    """Write records/train.jsonl and records/validation.jsonl (every 50th document) under the given
+    directory."""
     if len(sys.argv) != 2:
         print(__doc__, file=sys.stderr)
         return 2

@@ -47,8 +47,10 @@ TASKS = (
     "Say hello.",
 )
 PASSAGE = (
-    "The history of the city begins with a small settlement on the northern bank of the river, where traders met in spring and "
-    "autumn. A wooden bridge was built, burnt down twice, and was built again in stone. Around it grew a market, then walls, and "
+    "The history of the city begins with a small settlement on the northern bank of the river, where "
+    "traders met in spring and "
+    "autumn. A wooden bridge was built, burnt down twice, and was built again in stone. Around it grew a "
+    "market, then walls, and "
     "at last a university, whose students were feared for their songs. "
 )
 LENGTHS = ((0, 96), (1, 24), (3, 64), (8, 16))
@@ -221,7 +223,8 @@ def main() -> int:
         table(
             verdict,
             memory,
-            f"{Path(options.model).name}, {options.dtype}, {options.clients} clients, {options.seconds:.0f} s",
+            f"{Path(options.model).name}, {options.dtype}, {options.clients} clients, {options.seconds:.0f} "
+            "s",
         )
     )
     print(verdict.counts)

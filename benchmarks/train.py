@@ -8,7 +8,8 @@
 
 A round is some optimiser steps: forward, backward, clipping at 1.0, AdamW (fused, for all contenders),
 zero_grad. Every contender gets the same tokens in the same order. `gemm` multiplies bf16 matrices of 2,048 in
-the same turns: the peak.
+the same turns: the peak. Below the table stands which kernels oneDNN multiplies with: `amx` in their names
+means tiles.
 
 Model FLOP: 6 per parameter that is a factor of a product, and token; attention 6 L D T per token, the causal
 half (half of what PaLM's appendix B and the `mfu` of metrics.jsonl count: what a causal model must compute).
@@ -63,7 +64,8 @@ class Shape:
         )
 
     def modern(self) -> GPTConfig:
-        """The same width and depth as Qwen3: SwiGLU of 8/3 the width has as many parameters as GPT-2's MLP."""
+        """The same width and depth as Qwen3: SwiGLU of 8/3 the width has as many parameters as GPT-2's
+        MLP."""
         return GPTConfig.preset(
             "modern-tiny",
             layers=self.layers,
@@ -246,7 +248,8 @@ def litgpt_gpt2(shape: Shape, *, fast: bool) -> Callable[[], float]:
 
 
 def gemm() -> Callable[[], float]:
-    """Seconds for 10^12 operations of bf16 matrix products, the best of the round's: its inverse is the peak."""
+    """Seconds for 10^12 operations of bf16 matrix products, the best of the round's: its inverse is the
+    peak."""
     size = 2_048
     left, right = torch.randn(size, size).bfloat16(), torch.randn(size, size).bfloat16()
 
@@ -303,6 +306,7 @@ def table(name: str, shape: Shape, samples: dict[str, dict[str, object]]) -> dic
             )  # type: ignore[arg-type]
     peak = 1e3 / statistics.median(seconds["gemm"])
     print(f"bf16 GEMM peak: {peak:,.0f} GFLOP/s (median of the rounds' best)")
+    print("products: " + ", ".join(f"{key} {value}" for key, value in side_by_side.products().items()))
     return ratios
 
 

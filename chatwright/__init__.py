@@ -4,13 +4,18 @@
     model = cw.load("runs/tiny/ppo")
     model.chat([{"role": "user", "content": "hi"}])
 
-Names are imported when first used, so that `import chatwright` costs next to nothing.
+Names are imported when first used, so that `import chatwright` costs next to nothing. Import it before torch
+where you import both: it then tells torch's threads to wait shortly, which keeps training and answering fast
+beside other programs (openmp.py).
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+from chatwright import openmp
 
 __version__ = "0.1.0"
 
@@ -34,6 +39,8 @@ _HOME = {
     "UserError": "chatwright.config",
     "load": "chatwright.language_model",
 }
+
+openmp.wait_shortly(os.environ)
 
 if TYPE_CHECKING:
     from chatwright.chat import ChatTemplate

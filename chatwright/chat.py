@@ -45,7 +45,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """`mask` is True on what the model must learn to write: assistant contents and the token that ends them."""
+    """`mask` is True on what the model must learn to write: assistant contents and the token that ends
+    them."""
 
     ids: list[int]
     mask: list[bool]
@@ -350,7 +351,8 @@ def _literal_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 NATIVE = ChatTemplate(
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
     end="<|end|>",
 )

@@ -138,7 +138,8 @@ class Checkpoint:
             raise UserError(f"{self.path / 'state.json'}: `files` must be an object of checksums")
         if not _state_is_whole((self.path / "state.json").read_bytes(), files.pop("state.json", None)):
             raise UserError(
-                f"checkpoint {self.path}: state.json is damaged (its checksum differs); if it was edited on purpose, "
+                f"checkpoint {self.path}: state.json is damaged (its checksum differs); if it was edited on "
+                "purpose, "
                 "take the entry state.json out of its `files`"
             )
         for name, digest in files.items():
@@ -149,7 +150,8 @@ class Checkpoint:
                 raise UserError(f"checkpoint {self.path}: {name} is damaged (its checksum differs)")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one of its files, `model` or `optimizer`, or of the parts that many processes wrote."""
+        """The tensors of one of its files, `model` or `optimizer`, or of the parts that many processes
+        wrote."""
         if self.is_sharded:
             from chatwright import sharded  # torch's distributed part takes a second to import
 

@@ -94,7 +94,8 @@ class LanguageModel:
     ) -> None:
         if model.config.vocab_size < tokenizer.vocab_size:
             raise UserError(
-                f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
+                f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+                f"{model.config.vocab_size}: "
                 "they do not belong together"
             )
         self.model, self.tokenizer, self.template, self.name = model.eval(), tokenizer, template, name
@@ -124,7 +125,8 @@ class LanguageModel:
 
     @property
     def memory_bytes(self) -> int:
-        """What the model takes once it answers: parameters, weights packed for the engine, keys and values."""
+        """What the model takes once it answers: parameters, weights packed for the engine, keys and
+        values."""
         parameters = sum(one.nbytes for one in self.model.parameters())  # tied ones come once
         return parameters + self.engine.runner.weight_bytes() + self.engine.cache_bytes
 
@@ -172,7 +174,8 @@ class LanguageModel:
         return Request(prompt=tuple(ids), sampling=Sampling(**options), end_ids=end_ids)
 
     def prompt_request(self, prompt: str, **options: Any) -> Request:
-        """The engine's request for the continuation of a text, which stands at the beginning of a document."""
+        """The engine's request for the continuation of a text, which stands at the beginning of a
+        document."""
         ids = [self.tokenizer.end_of_text_id, *self.tokenizer.encode(prompt)]
         return self._request(ids, frozenset({self.tokenizer.end_of_text_id}), options)
 

@@ -152,7 +152,8 @@ class Bar:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Bar]:
-    """A progress bar with note, time gone and time left; a line every 15 seconds where there is no terminal."""
+    """A progress bar with note, time gone and time left; a line every 15 seconds where there is no
+    terminal."""
     if not console.is_terminal:
         yield Bar(title, None)
         return

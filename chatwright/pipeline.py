@@ -190,7 +190,8 @@ def _make_way(directory: Path, mark: str) -> None:
         number += 1
     directory.rename(aside)
     say(
-        f"[{directory.name}] settings or inputs have changed: running again; the earlier result is now {aside}"
+        f"[{directory.name}] settings or inputs have changed: running again; the earlier result is now "
+        f"{aside}"
     )
 
 

@@ -63,7 +63,8 @@ class Recipe:
 
 
 def input_names(config: Any) -> list[str]:
-    """The values of a configuration's input fields, without those that name nothing (`words` of the field)."""
+    """The values of a configuration's input fields, without those that name nothing (`words` of the
+    field)."""
     fields = [f for f in dataclasses.fields(config) if f.metadata.get("input")]
     return [value for f in fields if (value := getattr(config, f.name)) not in f.metadata.get("words", ())]
 

@@ -154,7 +154,8 @@ def _bounded(value: Any) -> Any:
 
 
 def _check_sizes(values: Any, *, multiply: bool = False) -> None:
-    """What is given to functions and filters: numbers become widths and counts there, and texts are repeated."""
+    """What is given to functions and filters: numbers become widths and counts there, and texts are
+    repeated."""
     sizes = []
     for value in values:
         if isinstance(value, int) and abs(value) > LARGEST:
@@ -310,7 +311,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return _bounded(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, RUF100
-        """A call in the template, with checked arguments and result. (A macro may have an argument `self`.)"""
+        """A call in the template, with checked arguments and result. (A macro may have an argument
+        `self`.)"""
         args, kwargs = _given(args, kwargs)
         owner = getattr(
             getattr(__function, "__wrapped__", __function), "__self__", None

@@ -125,7 +125,8 @@ class Saving:
 
 
 def describe(directory: Path) -> dict[str, TensorStorageMetadata]:
-    """Name -> size and type of every tensor in a checkpoint's parts. Raises UserError when a part is damaged."""
+    """Name -> size and type of every tensor in a checkpoint's parts. Raises UserError when a part is
+    damaged."""
     try:
         found = HuggingFaceStorageReader(str(directory / PARTS)).read_metadata().state_dict_metadata
     except Exception as error:  # the library's own errors have no common class

@@ -160,7 +160,8 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Number of ids, control tokens included, and those that no token has: the largest id and one more."""
+        """Number of ids, control tokens included, and those that no token has: the largest id and one
+        more."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property

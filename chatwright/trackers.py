@@ -93,7 +93,8 @@ class _Service:
 
 
 def open_tracker(reporting: Reporting, directory: Path, first_step: int) -> Tracker | None:
-    """The tracker of a stage in `directory` whose next row is of step `first_step` at least; None for `none`."""
+    """The tracker of a stage in `directory` whose next row is of step `first_step` at least; None for
+    `none`."""
     if reporting.to == "none":
         return None
     if reporting.to == "tensorboard":

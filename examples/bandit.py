@@ -88,7 +88,8 @@ def main() -> None:
         row = [float(one.policy[arm]) for one in (exact, *found.values())]
         bar = "#" * round(60 * row[0])
         print(
-            f"{arm:>5} {pays:>6.1f} {float(REFERENCE[arm]):>7.3f} {row[0]:>7.3f} {row[1]:>10.3f} {row[2]:>7.3f}  {bar}"
+            f"{arm:>5} {pays:>6.1f} {float(REFERENCE[arm]):>7.3f} {row[0]:>7.3f} {row[1]:>10.3f} "
+            f"{row[2]:>7.3f}  {bar}"
         )
     told = {"the reference": value_of(REFERENCE), "exact": exact.earns} | {
         name: one.earns for name, one in found.items()

@@ -30,7 +30,8 @@ ROUNDS, BATCH = 120, 256
 
 
 def line(left: float, right: float) -> Tensor:
-    """x(s) = 1/2 x(s - 1) + 1/2 x(s + 1) for the five states, with x beyond the ends given: a linear system."""
+    """x(s) = 1/2 x(s - 1) + 1/2 x(s + 1) for the five states, with x beyond the ends given: a linear
+    system."""
     system = torch.eye(STATES, dtype=torch.float64)
     given = torch.zeros(STATES, dtype=torch.float64)
     for s in range(STATES):
@@ -48,7 +49,8 @@ def values_at_random() -> Tensor:
 
 
 def best() -> tuple[Tensor, Tensor]:
-    """V of the best policy under the KL penalty, and its probability of a step to the right, state by state."""
+    """V of the best policy under the KL penalty, and its probability of a step to the right, state by
+    state."""
     end = torch.tensor(1 / BETA, dtype=torch.float64).exp()
     u = line(1.0, float(end))
     after = torch.cat((u[1:], end[None]))
@@ -141,10 +143,12 @@ def main() -> None:
     critic = critic_at_random()
     found = {name: learn(name) for name in ("reinforce", "ppo")}
     print(
-        "values of the walk at random          values under the penalty     probability of a step to the right"
+        "values of the walk at random          values under the penalty     probability of a step to the "
+        "right"
     )
     print(
-        f"{'state':>5} {'Bellman':>9} {'critic':>8} {'Bellman':>21} {'ppo':>8} {'Bellman':>16} {'reinforce':>10} {'ppo':>7}"
+        f"{'state':>5} {'Bellman':>9} {'critic':>8} {'Bellman':>21} {'ppo':>8} {'Bellman':>16} "
+        f"{'reinforce':>10} {'ppo':>7}"
     )
     for s in range(STATES):
         row = (random_values[s], critic[s], values[s], found["ppo"].values[s], right[s])

@@ -26,7 +26,7 @@ def help_of(arguments: list[str]) -> str:
 
 def text() -> str:
     """The whole page."""
-    from chatwright.cli import VERBS
+    from chatwright.cli import verbs
     from chatwright.model.config import PRESETS
 
     parts = [
@@ -39,7 +39,7 @@ def text() -> str:
         "```",
         "",
     ]
-    for verb in VERBS:
+    for verb in verbs():
         parts += [f"## {verb}", "", "```", help_of([verb, "--help"]), "```", ""]
     parts += [
         "## Model shapes",
@@ -49,7 +49,8 @@ def text() -> str:
     ]
     for name, shape in PRESETS.items():
         parts.append(
-            f"| {name} | {shape.layers} | {shape.width} | {shape.heads} | {shape.context} | {shape.vocab_size:,} |"
+            f"| {name} | {shape.layers} | {shape.width} | {shape.heads} | {shape.context} | "
+            f"{shape.vocab_size:,} |"
         )
     return "\n".join(parts) + "\n"
 

@@ -185,7 +185,8 @@ def memory_table(machine: Machine) -> str:
         total = sum(parts.values())
         cells = " | ".join(f"{value / 1e9:.1f}" for value in (*parts.values(), total))
         lines.append(
-            f"| {setup.name}, micro-batch {setup.micro_batch} | {cells} | {'yes' if total < 0.9 * machine.memory else 'no'} |"
+            f"| {setup.name}, micro-batch {setup.micro_batch} | {cells} | "
+            f"{'yes' if total < 0.9 * machine.memory else 'no'} |"
         )
     return "\n".join(lines)
 
@@ -193,7 +194,8 @@ def memory_table(machine: Machine) -> str:
 def time_table(machine: Machine) -> str:
     """Gigabytes sent per process, and seconds, per optimiser step."""
     lines = [
-        "| model, plan | micro-batches | sent (GB): copies | shard | tensor | products (s) | copies (s) | shard (s) | tensor (s) |",
+        "| model, plan | micro-batches | sent (GB): copies | shard | tensor | products (s) | copies (s) | "
+        "shard (s) | tensor (s) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for setup in SETUPS:

@@ -1,4 +1,5 @@
-"""A tiny model in a directory of its own, whole and real but untrained, for tests that need any model at all."""
+"""A tiny model in a directory of its own, whole and real but untrained, for tests that need any model at
+all."""
 
 from __future__ import annotations
 

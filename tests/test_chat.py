@@ -466,9 +466,12 @@ HOSTILE = [
     "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
     "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
-    "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x.replace('a', 'aa') %}{% endfor %}",
-    "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x | replace('a', 'aa') %}{% endfor %}",
+    "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% "
+    "endfor %}",
+    "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x.replace('a', 'aa') %}{% endfor "
+    "%}",
+    "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x | replace('a', 'aa') %}{% "
+    "endfor %}",
     "{% set n = namespace(x=2) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
     "{{ 'a' * 10**10 }}",
     "{{ 10**10 * 'a' }}",
@@ -581,7 +584,8 @@ def test_a_template_that_refuses_says_why() -> None:
 
 
 def test_what_real_templates_do_is_allowed() -> None:
-    """Macros, namespaces, filters, string methods, JSON, slices: as the templates of known models use them."""
+    """Macros, namespaces, filters, string methods, JSON, slices: as the templates of known models use
+    them."""
     source = (
         "{%- set ns = namespace(system='', n=0) -%}"
         "{%- macro line(role, self='x', context='', function=1) -%}{{ '<|' ~ role ~ '|>' }}{%- endmacro -%}"

@@ -15,6 +15,8 @@ from urllib.parse import unquote
 
 import pytest
 
+from chatwright import cli, discovery
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 WRITTEN = [
@@ -174,8 +176,8 @@ def unnamed_verbs(text: str, verbs: Iterable[str]) -> list[str]:
 
 
 def unknown_verbs(text: str) -> set[str]:
-    used = set(re.findall(COMMAND + r"(?:\S*/)?chatwright ([a-z]+)\b", code_of(text), re.MULTILINE))
-    return used - set(mapping_keys("chatwright/cli.py", "VERBS"))
+    used = set(re.findall(COMMAND + r"(?:\S*/)?chatwright ([a-z_]+)\b", code_of(text), re.MULTILINE))
+    return used - set(cli.verbs())
 
 
 def unknown_recipes(text: str) -> list[str]:
@@ -222,16 +224,14 @@ def test_unknown_targets_verbs_recipes_and_presets_are_found() -> None:
 
 
 def test_every_verb_is_documented() -> None:
-    cli = ROOT / "docs/cli.md"
-    text = page_text(ROOT / "README.md") + (page_text(cli) if cli.exists() else "")
-    verbs = mapping_keys("chatwright/cli.py", "VERBS")
-    assert unnamed_verbs(text, verbs) == []
-    assert unnamed_verbs(text, [*verbs, "evaporate"]) == ["evaporate"]
+    text = page_text(ROOT / "README.md") + page_text(ROOT / "docs/cli.md")
+    assert unnamed_verbs(text, cli.verbs()) == []
+    assert unnamed_verbs(text, [*cli.verbs(), "evaporate"]) == ["evaporate"]
 
 
 def test_every_stage_and_recipe_is_in_the_readme() -> None:
     text = page_text(ROOT / "README.md")
-    for stage in mapping_keys("chatwright/recipe.py", "STAGES"):
+    for stage in discovery.stages():
         assert f"| {stage} |" in text, stage
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         assert f"recipes/{recipe.name}" in text or f"chatwright run {recipe.stem}" in text, recipe.name
@@ -254,7 +254,7 @@ def unknown_settings(text: str) -> list[str]:
     Behind `chatwright STAGE`, on the same line or its continuation, `--fit.KEY` (`--optim.`, `--lora.`,
     `--parallel.`) is that stage's.
     """
-    stages = dict(zip(mapping_keys("chatwright/recipe.py", "STAGES"), stage_files(), strict=True))
+    stages = stage_files()
     nested = {
         "fit": ("chatwright/train/loop.py", "FitConfig"),
         "optim": ("chatwright/optim.py", "OptimConfig"),
@@ -280,10 +280,9 @@ SHARED = dict.fromkeys(("ppo", "reinforce"), class_fields(ROOT / "chatwright/tra
 """Settings that a stage's Config has from its base class."""
 
 
-def stage_files() -> list[Path]:
-    value = constant("chatwright/recipe.py", "STAGES")
-    assert isinstance(value, ast.Dict)
-    return [ROOT / f"{str(ast.literal_eval(module)).replace('.', '/')}.py" for module in value.values]
+def stage_files() -> dict[str, Path]:
+    """Stage -> its file."""
+    return {name: ROOT / f"{verb.module.replace('.', '/')}.py" for name, verb in discovery.stages().items()}
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
@@ -414,7 +413,7 @@ class LoggedKeys:
             case ast.Name(name):
                 return self.assigned(name, self.scope_of[value])
             case ast.Call(
-                func=ast.Attribute(value=ast.Attribute(attr="spread"), attr="forward"),
+                func=ast.Attribute(value=ast.Attribute(attr="parallel"), attr="forward"),
                 args=[ast.Attribute(attr=name)],
             ):
                 return self.returned(
@@ -529,7 +528,8 @@ class LoggedKeys:
         return keys
 
     def returned(self, name: str, place: int | None = None) -> set[str]:
-        """The keys of what the functions of this name return (or of one place in the tuple that they return)."""
+        """The keys of what the functions of this name return (or of one place in the tuple that they
+        return)."""
         functions = [function for function in self.functions if function.name == name]
         assert functions, f"no function is called {name}"
         keys: set[str] = set()
@@ -652,7 +652,7 @@ def test_a_way_of_logging_that_cannot_be_followed_is_refused(code: str) -> None:
 def test_every_measure_of_the_reports_is_explained() -> None:
     page = page_text(ROOT / "docs/metrics.md")
     found = []
-    for file in stage_files():
+    for file in stage_files().values():
         for node in ast.walk(tree_of(file)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "Measure":
                 name = node.args[0]

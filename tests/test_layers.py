@@ -1,4 +1,5 @@
-"""No circles: no two files of the package need one another, not even through an import inside of a function."""
+"""No circles: no two files of the package need one another, not even through an import inside of a
+function."""
 
 from __future__ import annotations
 

@@ -103,7 +103,8 @@ def test_a_zero_gradient_stays_zero() -> None:
 
 
 def test_the_scalar_map_of_the_polynomials() -> None:
-    """What orthogonalise does to a singular value: all that were above 0.005 of the norm end within 9 % of 1."""
+    """What orthogonalise does to a singular value: all that were above 0.005 of the norm end within 9 %
+    of 1."""
     s = torch.logspace(math.log10(0.005), 0, 2000, dtype=torch.float64)
     for number, (a, b, c) in enumerate(POLYNOMIALS):
         s = a * s + b * s**3 + c * s**5
@@ -127,7 +128,8 @@ def pair_of(shape: tuple[int, int]) -> tuple[nn.Parameter, nn.Parameter]:
 
 @pytest.mark.parametrize("shape", [(24, 48), (48, 24), (32, 33)])
 def test_muon_does_what_torchs_does(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With torch's polynomial, five times and without a margin: everything but the polynomials is compared."""
+    """With torch's polynomial, five times and without a margin: everything but the polynomials is
+    compared."""
     monkeypatch.setattr(optim, "POLYNOMIALS", ((3.4445, -4.7750, 2.0315),) * 5)
     monkeypatch.setattr(optim, "MARGIN", 1.0)
     own, other = pair_of(shape)

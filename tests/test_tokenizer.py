@@ -118,7 +118,8 @@ def test_transformers_gives_the_same_ids(in_transformers, text: str) -> None:  #
 
 
 def test_transformers_knows_the_control_tokens(in_transformers) -> None:  # type: ignore[no-untyped-def]
-    """There, text that spells a control token is one: the template's own text needs that. Here, it never is."""
+    """There, text that spells a control token is one: the template's own text needs that. Here, it never
+    is."""
     for name, number in TOKENIZER.control_ids.items():
         assert in_transformers.convert_tokens_to_ids(name) == number
         assert in_transformers.encode(name, add_special_tokens=False) == [number] != TOKENIZER.encode(name)

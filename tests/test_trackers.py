@@ -1,4 +1,5 @@
-"""Rows beside metrics.jsonl: read back from TensorBoard's files and trackio's database; wandb by a stand-in."""
+"""Rows beside metrics.jsonl: read back from TensorBoard's files and trackio's database; wandb by a
+stand-in."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def test_trackio_keeps_rows_in_its_local_database(tmp_path: Path) -> None:
     """In a process of its own, without a network."""
     pytest.importorskip("trackio", reason="the tracker trackio is NOT tested: pip install trackio")
     program = (
-        "import sys; from pathlib import Path; from chatwright.metrics import MetricsLog; from chatwright.trackers import Reporting\n"
+        "import sys; from pathlib import Path; from chatwright.metrics import MetricsLog; from "
+        "chatwright.trackers import Reporting\n"
         "log = MetricsLog(Path(sys.argv[1]) / 'tiny' / 'sft' / 'metrics.jsonl', Reporting(to='trackio'))\n"
         "for step in (1, 2): log.write(step, {'loss': 1.0 / step})\n"
         "log.close()"

@@ -112,7 +112,8 @@ class TerminalChat:
                 return 0
 
     def answer_lines(self, lines: TextIO) -> int:
-        """One turn per line, answers alone on standard output. Returns 1 when a line could not be answered."""
+        """One turn per line, answers alone on standard output. Returns 1 when a line could not be
+        answered."""
         failed = False
         for line in lines:
             errors = self._errors
@@ -142,7 +143,8 @@ class TerminalChat:
         self._notes.print(Text(text, style=style), soft_wrap=True)
 
     def _turn(self, text: str, *, label: str) -> None:
-        """Ask, and print the answer as it comes. The question is forgotten again if the model cannot take it."""
+        """Ask, and print the answer as it comes. The question is forgotten again if the model cannot take
+        it."""
         from chatwright.chat import Message
         from chatwright.serve.service import prepare
 

@@ -112,7 +112,8 @@ def sampling_of(config: GenerateConfig) -> Sampling:
 
 
 def read_prompt(config: GenerateConfig) -> str:
-    """The text to continue: the option, the file or standard input. Raises UserError when it cannot be read."""
+    """The text to continue: the option, the file or standard input. Raises UserError when it cannot be
+    read."""
     if config.prompt is not None:
         return config.prompt
     if config.prompt_file is not None:

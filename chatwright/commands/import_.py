@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     write_model(parts, target, source=source)
     verb = "chat" if parts.template else "generate"
     say(
-        f"Written to {target} and read back: the same tokens and the same logits. Next: chatwright {verb} {target}"
+        f"Written to {target} and read back: the same tokens and the same logits. Next: chatwright {verb} "
+        f"{target}"
     )
     return 0
 

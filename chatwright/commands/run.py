@@ -91,5 +91,6 @@ def print_results(root: Path, recipe: Recipe, results: Mapping[str, Mapping[str,
             )
     say(f"\nThe report with pictures: {root / 'report.md'}")
     say(
-        f"Next:  chatwright chat {root}      (or: make chat)\n       chatwright serve {root}     (or: make serve)"
+        f"Next:  chatwright chat {root}      (or: make chat)\n       chatwright serve {root}     (or: make "
+        "serve)"
     )

@@ -55,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def check_exposure(config: ServeConfig) -> None:
-    """Raise UserError when everybody in reach could use the server, or the keys or the origins make no sense."""
+    """Raise UserError when everybody in reach could use the server, or the keys or the origins make no
+    sense."""
     from chatwright.serve.operation.cors import check_origins
     from chatwright.serve.operation.guard import is_loopback
     from chatwright.serve.operation.keys import open_keys
@@ -63,14 +64,17 @@ def check_exposure(config: ServeConfig) -> None:
     check_origins(config.cors_origins)
     if open_keys(config.api_keys) is None and not is_loopback(config.host) and not config.insecure:
         raise UserError(
-            f"--host {config.host}: everybody who reaches this machine could use the model, and there are no API keys. "
-            "Make one with `chatwright key NAME --file keys.txt` and give --api_keys keys.txt; or, where nobody else is in "
+            f"--host {config.host}: everybody who reaches this machine could use the model, and there are "
+            "no API keys. "
+            "Make one with `chatwright key NAME --file keys.txt` and give --api_keys keys.txt; or, where "
+            "nobody else is in "
             "reach, --insecure"
         )
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UserError when the port is taken, not allowed, or the address is not ours."""
+    """A listening socket. Raises UserError when the port is taken, not allowed, or the address is not
+    ours."""
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):

@@ -70,12 +70,14 @@ STRUCTURED = ("function_call", "audio")
 """What OpenAI's messages may have and ours do not."""
 
 ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 """The prompt of Stanford Alpaca (Taori et al. 2023) for an instruction without an input."""
 ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response "
     "that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
@@ -109,7 +111,8 @@ def _is_alpaca(row: Mapping[str, Any], column: str) -> bool:
     others = _present(row, *LISTS)
     if others:
         raise ValueError(
-            f"columns of two formats: instruction, output and {', '.join(others)}; choose one by `format`, or by #column"
+            f"columns of two formats: instruction, output and {', '.join(others)}; choose one by `format`, "
+            "or by #column"
         )
     return True
 
@@ -217,7 +220,8 @@ def _refuse_unlearnt(turn: Mapping[str, Any]) -> None:
     writer's will."""
     if turn.get("weight") not in (None, 1):
         raise ValueError(
-            f"a message has weight {turn['weight']!r}: leaving single answers out of the loss is not supported"
+            f"a message has weight {turn['weight']!r}: leaving single answers out of the loss is not "
+            "supported"
         )
 
 

@@ -1,4 +1,5 @@
-"""Conversations -> rows of equal length for training: cut at turns, packed first-fit-decreasing, kept apart."""
+"""Conversations -> rows of equal length for training: cut at turns, packed first-fit-decreasing, kept
+apart."""
 
 from __future__ import annotations
 

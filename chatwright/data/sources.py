@@ -352,7 +352,8 @@ def _chain(plans: Iterable[tuple[str, Iterator[Record]]], faults: Faults | None)
             yield record
         if empty and faults is not None and faults.count > before:
             raise UserError(
-                f"{spec}: none of its {faults.count - before:,} records can be used; the first: {faults.first}"
+                f"{spec}: none of its {faults.count - before:,} records can be used; the first: "
+                f"{faults.first}"
             )
         if empty:
             raise UserError(f"{spec}: nothing to read in it (no record with any text)")

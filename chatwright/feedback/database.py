@@ -194,7 +194,8 @@ def _prepare(engine: Engine, shown: str) -> None:
             raise StoreError(f"{shown} does not say which version it has: it is damaged, or not chatwright's")
         if version > VERSION:
             raise StoreError(
-                f"{shown} was written by a newer chatwright (its tables have version {version}, this one knows {VERSION}); "
+                f"{shown} was written by a newer chatwright (its tables have version {version}, this one "
+                f"knows {VERSION}); "
                 "upgrade, or choose another place with --store"
             )
         if version < 2:

@@ -26,7 +26,8 @@ class SchemaRow(Base):
 
 
 class ConversationRow(Base):
-    """A conversation of one owner. Its messages form a tree; `leaf` is the end of the branch that is shown."""
+    """A conversation of one owner. Its messages form a tree; `leaf` is the end of the branch that is
+    shown."""
 
     __tablename__ = "conversations"
     __table_args__ = (Index("newest", "owner", "updated", "id"), Index("weights", "owner", "size"))

@@ -83,7 +83,8 @@ class Engine:
         context = model.config.context
         if max_batch < 1 or prefill_tokens < 1 or lookup < 0:
             raise UserError(
-                f"engine: max_batch ({max_batch}) and prefill_tokens ({prefill_tokens}) must be at least 1, lookup ({lookup}) 0"
+                f"engine: max_batch ({max_batch}) and prefill_tokens ({prefill_tokens}) must be at least 1, "
+                f"lookup ({lookup}) 0"
             )
         if max_context is not None and not 2 <= max_context <= context:
             raise UserError(f"engine: max_context is {max_context}; this model allows 2 to {context}")
@@ -93,7 +94,8 @@ class Engine:
             )
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.config.vocab_size}: "
+                f"the tokenizer has {tokenizer.vocab_size} tokens but the model only "
+                f"{model.config.vocab_size}: "
                 "they do not belong together"
             )
         self.model, self.tokenizer, self.runner = model, tokenizer, runner or TorchRunner(model)
@@ -172,7 +174,8 @@ class Engine:
             )
         if len(prompt) > self.max_context - 1:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens, but the context holds {self.max_context} and at least one must "
+                f"the prompt has {len(prompt)} tokens, but the context holds {self.max_context} and at "
+                "least one must "
                 "be left for the answer; shorten the prompt"
             )
         if min(prompt) < 0 or max(prompt) >= vocab_size:
@@ -194,8 +197,10 @@ class Engine:
         stored = len(prompt) + room - 1  # the last token is never fed
         if self._places.pool.needed(stored) > self._places.pool.pages:
             raise UserError(
-                f"a prompt of {len(prompt)} tokens and an answer of up to {room} store up to {stored} tokens, but the "
-                f"key-value cache holds {self._places.pool.pages * self._places.pool.size}; lower max_new_tokens or raise cache_tokens"
+                f"a prompt of {len(prompt)} tokens and an answer of up to {room} store up to {stored} "
+                "tokens, but the "
+                f"key-value cache holds {self._places.pool.pages * self._places.pool.size}; lower "
+                "max_new_tokens or raise cache_tokens"
             )
         return room
 
@@ -212,7 +217,8 @@ class Engine:
             raise
 
     def stream(self, request: Request) -> Iterator[Piece]:
-        """Pieces of one answer; leaving the loop early cancels it. Raises as `submit` (at once) and `result`."""
+        """Pieces of one answer; leaving the loop early cancels it. Raises as `submit` (at once) and
+        `result`."""
         return _until_closed(self.submit(request))
 
     def forget(self) -> None:

@@ -177,7 +177,8 @@ class Scheduler:
         row.pages, row.stored = [], 0
 
     def room_for_guesses(self, row: Row, count: int) -> bool:
-        """Give a row pages for its newest token and `count` guesses behind it; False where pages are scarce."""
+        """Give a row pages for its newest token and `count` guesses behind it; False where pages are
+        scarce."""
         pages = self.pool.needed(row.stored + 1 + count) - len(row.pages)
         if pages > self.pool.available - len(self.running):
             return False

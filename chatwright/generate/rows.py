@@ -169,7 +169,8 @@ class Row:
     def finish(
         self, reason: FinishReason, choice: Choice | None = None, text: str = "", stopped: bool = False
     ) -> None:
-        """Hand out the completion. `choice` and `text` are new; `stopped` says that a stop text ended `text`."""
+        """Hand out the completion. `choice` and `text` are new; `stopped` says that a stop text ended
+        `text`."""
         if self.text is not None and not stopped:
             rest, stopped = self.text.flush()
             text += rest

@@ -331,7 +331,8 @@ def keep_top_p(logits: Float[Tensor, "B V"], top_p: Float[Tensor, "B 1"]) -> Flo
 def process_logits(
     logits: Float[Tensor, " V"], previous: Sequence[int], sampling: Sampling
 ) -> Float[Tensor, " V"]:
-    """Logits of the distribution that `sampling` draws from after the ids `previous`; -inf for what it drops."""
+    """Logits of the distribution that `sampling` draws from after the ids `previous`; -inf for what it
+    drops."""
     sampler = BatchSampler([sampling], [None], [previous], vocab_size=logits.shape[-1], device=logits.device)
     return sampler.process(logits[None])[0]
 

@@ -65,7 +65,8 @@ def _check_values(schema: Mapping[str, Any], what: str) -> None:
             properties = value.get("properties")
             if isinstance(properties, Mapping) and len(properties) > MOST_PROPERTIES:
                 raise UserError(
-                    f"{what} has an object of {len(properties):,} properties; at most {MOST_PROPERTIES:,} are read"
+                    f"{what} has an object of {len(properties):,} properties; at most {MOST_PROPERTIES:,} "
+                    "are read"
                 )
         elif not isinstance(value, list | str | int | float | bool | None):
             raise UserError(f"{what} holds a value of type {type(value).__name__}, which is not JSON")
@@ -99,14 +100,16 @@ def _check_references(schema: Mapping[str, Any], what: str) -> None:
                 if isinstance(reference, str):
                     if name != "$ref" or not (reference == "#" or reference.startswith("#/")):
                         raise UserError(
-                            f"{what}: {name} {reference!r:.80} is not supported; only references into the schema itself are, "
+                            f"{what}: {name} {reference!r:.80} is not supported; only references into the "
+                            "schema itself are, "
                             "as in #/$defs/name"
                         )
                     targets.add(reference)
     depth = sum(max(1, *(depth for _, depth in _walk(_target(schema, one, what)))) for one in targets)
     if depth > DEEPEST_REFERENCES:
         raise UserError(
-            f"{what}: what its {len(targets)} references lead to is {depth} objects and lists deep altogether; "
+            f"{what}: what its {len(targets)} references lead to is {depth} objects and lists deep "
+            "altogether; "
             f"at most {DEEPEST_REFERENCES} are read"
         )
 
@@ -149,6 +152,7 @@ def _check_patterns(schema: Mapping[str, Any], what: str) -> None:
         joined |= "allOf" in value or bool(own and {"$ref", "anyOf", "oneOf"} & value.keys())
     if joined and count > JOINED_PATTERNS:
         raise UserError(
-            f"{what} has {count} patterns and formats, and some of them may have to hold at once (allOf, or beside $ref or anyOf): "
+            f"{what} has {count} patterns and formats, and some of them may have to hold at once (allOf, or "
+            "beside $ref or anyOf): "
             f"then at most {JOINED_PATTERNS} are read"
         )

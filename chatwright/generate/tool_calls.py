@@ -187,7 +187,8 @@ _HEAD = re.compile(
 
 
 class _Call:
-    """How far the text behind an opening tag has been read. A tag within a JSON string is part of the string."""
+    """How far the text behind an opening tag has been read. A tag within a JSON string is part of the
+    string."""
 
     def __init__(self) -> None:
         self.at = 0  # read up to here; when it is whole, where the closing tag begins

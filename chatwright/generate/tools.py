@@ -152,7 +152,8 @@ def tools_prompt(tools: Sequence[Tool]) -> str:
     )
     return (
         "# Tools\n\n"
-        "You can call functions to help with the user's request. Their signatures stand between <tools> and </tools>, one a line:\n"
+        "You can call functions to help with the user's request. Their signatures stand between <tools> and "
+        "</tools>, one a line:\n"
         f"<tools>\n{listed}\n</tools>\n\n"
         f"To call a function, write its name and arguments as a JSON object between {OPEN} and {CLOSE}:\n"
         + write_tool_call("<function-name>", "<arguments-as-json-object>")

@@ -141,7 +141,8 @@ class TorchRunner:
         except (MemoryError, RuntimeError) as error:
             need = self.token_bytes() * (pages + 2) * size / 2**20
             raise UserError(
-                f"there is no memory for a key-value cache of {pages * size} tokens ({need:.0f} MiB); lower cache_tokens"
+                f"there is no memory for a key-value cache of {pages * size} tokens ({need:.0f} MiB); lower "
+                "cache_tokens"
             ) from error
         self._bench = ContiguousCache(
             (self._keys, self._values), lambda shape: _zeros(shape, self._dtype, self.device)

@@ -117,6 +117,7 @@ def _compare(before: Behaviour, parts: Loaded, written: Path, *, form: Format, d
         return "Read back: the same tokens and the same logits."
     agree = float((before[2].argmax(-1) == after[2].argmax(-1)).float().mean())
     return (
-        f"Read back: the same tokens; logits differ from the source's by up to {distance:.2g} (the rounding of the weights, "
+        f"Read back: the same tokens; logits differ from the source's by up to {distance:.2g} (the rounding "
+        "of the weights, "
         f"and nothing else); the likeliest token is the same at {agree:.0%} of the positions."
     )

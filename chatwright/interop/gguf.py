@@ -233,7 +233,8 @@ def _config(metadata: _Metadata, tensors: dict[str, Stored]) -> GPTConfig:
 
 
 def _scaling(metadata: _Metadata, divisors: Stored | None) -> RotaryScaling | None:
-    """How the rotary angles are stretched, as llama.cpp understands the metadata and the tensor of divisors."""
+    """How the rotary angles are stretched, as llama.cpp understands the metadata and the tensor of
+    divisors."""
     kind = metadata.values.get(f"{metadata.architecture}.rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise UserError(f"{metadata.where}: rotary scaling of type {kind!r} is not supported")
@@ -263,7 +264,8 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer | None:
         return None
     if values["tokenizer.ggml.model"] != "gpt2":
         raise UserError(
-            f"{where}: its tokenizer is of kind {values['tokenizer.ggml.model']!r:.80}; only byte-level BPE ('gpt2') is "
+            f"{where}: its tokenizer is of kind {values['tokenizer.ggml.model']!r:.80}; only byte-level BPE "
+            "('gpt2') is "
             "supported, load_gguf(..., tokenizer=False) reads the weights alone"
         )
     kind = values.get("tokenizer.ggml.pre")

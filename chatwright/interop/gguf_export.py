@@ -41,7 +41,8 @@ def _architecture(config: GPTConfig) -> str:
     family = family_name(config)
     if family not in reading.RULES:
         raise UserError(
-            "the model is post-norm (GPT-1), which no architecture of llama.cpp computes; --format hf carries it"
+            "the model is post-norm (GPT-1), which no architecture of llama.cpp computes; --format hf "
+            "carries it"
         )
     return family
 
@@ -139,7 +140,8 @@ def pre_name(tokenizer: Tokenizer) -> str:
         if _pre_tokenizer(known) == wanted:
             return name
     raise UserError(
-        "the tokenizer cuts text in a way that llama.cpp has no name for, and it would see other tokens there (known: "
+        "the tokenizer cuts text in a way that llama.cpp has no name for, and it would see other tokens "
+        "there (known: "
         f"{', '.join(reading.PRE_TOKENIZERS)}; tokenizers that chatwright trains now are qwen2)"
     )
 
@@ -224,7 +226,8 @@ class GGUFExport:
 
     @property
     def notes(self) -> list[str]:
-        """What there is to say: which matrices stay in float32 because their rows cannot be cut into blocks."""
+        """What there is to say: which matrices stay in float32 because their rows cannot be cut into
+        blocks."""
         block, _ = gguf.GGML_QUANT_SIZES[self.kind]
         left = [name for name, one in self.tensors.items() if len(one.shape) > 1 and one.shape[-1] % block]
         left = [name for name in left if name != _POSITIONS]

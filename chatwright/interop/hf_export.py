@@ -131,7 +131,8 @@ def config_to_hf(config: GPTConfig) -> dict[str, Any]:
     check_shape(config, config_from_hf(values), f"transformers' {family}")
     if family in ("llama", "arcee") and config.width % config.heads:
         raise UserError(
-            f"the model's width {config.width} is not a multiple of its {config.heads} heads, and transformers refuses "
+            f"the model's width {config.width} is not a multiple of its {config.heads} heads, and "
+            "transformers refuses "
             f"such a {family}"
         )
     return values

@@ -44,7 +44,8 @@ def check_shape(config: GPTConfig, carried: GPTConfig, family: str) -> None:
         mine, theirs = getattr(config, field.name), getattr(carried, field.name)
         if mine != theirs:
             raise UserError(
-                f"the model has {field.name} {mine!r}, and {family}, the nearest family, can only say {theirs!r}: "
+                f"the model has {field.name} {mine!r}, and {family}, the nearest family, can only say "
+                f"{theirs!r}: "
                 "it would compute something else there"
             )
 

@@ -157,7 +157,8 @@ class _Settings:
             value = values.get(key, allowed[0])
             if not any(type(value) is type(one) and value == one for one in allowed):
                 raise UserError(
-                    f"{where}: {key} = {shown(value)} is not supported, only {' or '.join(map(shown, allowed))}"
+                    f"{where}: {key} = {shown(value)} is not supported, only "
+                    f"{' or '.join(map(shown, allowed))}"
                 )
         for key, value in values.items():
             if key not in _HARMLESS and key not in _ONLY and value:
@@ -187,7 +188,8 @@ class _Settings:
         return float(value)
 
     def _patterns(self, key: str) -> Mapping[str, Any]:
-        """Names of layers, or their ends. Whole expressions are for PEFT to run, not for files of strangers."""
+        """Names of layers, or their ends. Whole expressions are for PEFT to run, not for files of
+        strangers."""
         found = self.values.get(key) or {}
         if not isinstance(found, dict):
             raise UserError(f"{self.where}: {key} must be an object, not {shown(found)}")
@@ -275,7 +277,8 @@ def _check_shapes(path: str, pair: _Pair, layers: Sequence[Sequence[int]], where
         if stored.shape != want:
             times = " x ".join(map(str, stored.shape)) or "a single number"
             raise UserError(
-                f"{where}: lora_{letter} of {path} is {times}, not {want[0]} x {want[1]}: it is for another model"
+                f"{where}: lora_{letter} of {path} is {times}, not {want[0]} x {want[1]}: it is for another "
+                "model"
             )
 
 
@@ -290,7 +293,8 @@ def _check_base(model: GPT, notes: Mapping[str, str], directory: Path) -> None:
             own = checkpoint.fingerprint(lora.merged_tensors(model))
         if notes[_BASE] != own:
             raise UserError(
-                f"{directory}: the adapter was trained on another model of this shape (fingerprint {notes[_BASE][:12]!r}, "
+                f"{directory}: the adapter was trained on another model of this shape (fingerprint "
+                f"{notes[_BASE][:12]!r}, "
                 f"this model's is {own[:12]!r}); use it with the weights it was trained on"
             )
 
@@ -457,7 +461,8 @@ def _fused(
 
 
 def _targets(chosen: set[str], known: set[str]) -> list[str]:
-    """The shortest names that mean exactly these layers: q_proj, else self_attn.q_proj, else the whole paths."""
+    """The shortest names that mean exactly these layers: q_proj, else self_attn.q_proj, else the whole
+    paths."""
     for depth in (1, 2):
         ends = {".".join(path.split(".")[-depth:]) for path in chosen}
         if {path for path in known if any(_is_end(end, path) for end in ends)} == chosen:

@@ -260,15 +260,14 @@ class GPT(nn.Module):
         """Final hidden states, the input of the output matrix.
 
         mask: True on real tokens (None: all are). Padding may stand on the left or on the right, with a cache
-            only on the right; positions count real tokens. Hidden states at padding mean nothing but are
-            never NaN.
-        lengths: real tokens of each row, with padding behind them. It goes with no other argument. Only real
-            tokens are computed (ragged.py); hidden states at padding are 0.
-        positions: position of each token, for packed rows. documents: a number per token; tokens attend only
-        to tokens of the same number (packed rows). cache: keys and values of earlier calls; the real tokens
-        of this call are appended. angles: `self.angles(positions)`, for callers that use the same positions
-        again and again. Raises UserError when a sequence is longer than the context, ValueError for `lengths`
-        with another argument.
+            only on the right; positions count real tokens. Hidden states at padding are finite, no more.
+        lengths: real tokens of each row, with padding behind them. Only real tokens are computed (ragged.py);
+            hidden states at padding are 0. It goes with no other argument.
+        positions: position of each token, for packed rows.
+        documents: a number per token, for packed rows; tokens attend only to tokens of the same number.
+        cache: keys and values of earlier calls; the real tokens of this call are appended.
+        angles: `self.angles(positions)`, for callers that use the same positions again and again.
+        Raises UserError for rows longer than the context, ValueError for `lengths` with another argument.
         """
         self._check_length(ids.shape[1] if cache is None else cache.longest + ids.shape[1])
         inputs = attention_input(ids, mask, lengths, positions, documents, cache, angles)

@@ -185,8 +185,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = DEFAULT) -> None:
 
 
 def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str = DEFAULT) -> None:
-    """Add one adapter, a pair of matrices for each path, to a model, and activate it. Errors as
-    `add_lora`'s."""
+    """Add one adapter, a pair of matrices for each path, and activate it. Raises UserError for a bad name."""
     if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII) or hasattr(nn.ModuleDict(), name):
         raise UserError(
             f"an adapter cannot be called {name!r}: letters, digits, - and _, and no word of torch's"
@@ -245,8 +244,7 @@ def adapters_of(model: nn.Module, name: str = DEFAULT) -> dict[str, Adapter]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """W <- W + s B A with the active adapter, in place; then no adapters are left, and all weights are
-    trained.
+    """W <- W + s B A with the active adapter, in place; then no adapter is left, and all weights are trained.
 
     Equal to the model with its adapter up to the rounding of one sum. Models that share these matrices change
     too; `plain` makes new ones instead.

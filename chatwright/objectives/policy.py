@@ -42,7 +42,8 @@ def whiten(values: Values, mask: Mask, *, shift_mean: bool = True, correction: i
 
 
 def kl_k1(log_probs: Values, reference: Values) -> Values:
-    """log(pi / pi_ref) per token: unbiased for KL(pi || pi_ref) when tokens come from pi (Schulman 2020, k1)."""
+    """log(pi / pi_ref) per token: unbiased for KL(pi || pi_ref) when tokens come from pi (Schulman 2020,
+    k1)."""
     return log_probs - reference
 
 
@@ -71,7 +72,8 @@ def end_positions(mask: Mask) -> Bool[Tensor, "batch time"]:
 def token_rewards(
     scores: Float[Tensor, " batch"], log_probs: Values, reference: Values, mask: Mask, *, beta: float
 ) -> Values:
-    """-beta x k1 on every response token, plus the model's score on the last one (arXiv:2203.02155, eq. 2)."""
+    """-beta x k1 on every response token, plus the model's score on the last one (arXiv:2203.02155, eq.
+    2)."""
     penalty = torch.where(mask, -beta * kl_k1(log_probs, reference), 0.0)
     return penalty + torch.where(end_positions(mask), scores[:, None], 0.0)
 
@@ -151,7 +153,8 @@ def policy_loss(
 
 
 def value_loss(values: Values, old: Values, returns: Values, mask: Mask, *, clip: float = 0.2) -> Clipped:
-    """1/2 max((V - R)^2, (clip(V, old -+ c) - R)^2): a value may move by at most `clip` per batch for free."""
+    """1/2 max((V - R)^2, (clip(V, old -+ c) - R)^2): a value may move by at most `clip` per batch for
+    free."""
     plain = (values - returns).square()
     near = torch.minimum(torch.maximum(values, old - clip), old + clip)
     clipped = (near - returns).square()
@@ -161,7 +164,8 @@ def value_loss(values: Values, old: Values, returns: Values, mask: Mask, *, clip
 
 
 def explained_variance(values: Values, returns: Values, mask: Mask) -> float:
-    """1 - Var(R - V) / Var(R) over the mask: 1 is a perfect critic, 0 a constant one, below 0 a harmful one."""
+    """1 - Var(R - V) / Var(R) over the mask: 1 is a perfect critic, 0 a constant one, below 0 a harmful
+    one."""
     target, error = returns[mask], (returns - values)[mask]
     if len(target) < 2 or float(target.var()) == 0.0:
         return 0.0

@@ -82,12 +82,14 @@ def _unfair(groups: Mapping[str, Group]) -> list[str]:
     everyone = [stage for group in groups.values() for stage in group if stage is not None]
     if any("seed" not in stage.result for stage in everyone):
         lines.append(
-            "some results are of an older version and do not tell their seed and data: whether this is fair is not known"
+            "some results are of an older version and do not tell their seed and data: whether this is fair "
+            "is not known"
         )
     seeds = _by_run(groups, "seed")
     if seeds:
         lines.append(
-            f"the seeds differ ({seeds}): part of each difference is chance of the seed, which no interval here contains"
+            f"the seeds differ ({seeds}): part of each difference is chance of the seed, which no interval "
+            "here contains"
         )
     versions = _by_run(groups, "version")
     if versions:

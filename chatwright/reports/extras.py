@@ -114,7 +114,8 @@ def _ready(base: Loaded) -> Loaded:
 
 
 def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
-    """The model a stage started from and the one it made, asked the same held-out prompts. Raises UserError."""
+    """The model a stage started from and the one it made, asked the same held-out prompts. Raises
+    UserError."""
     after = _ready(open_base(str(workspace.directory / str(report.model)), workspace))
     before = _ready(open_base(config.base, workspace))
     tokenizer, template = after.tokenizer, after.template

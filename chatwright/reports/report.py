@@ -222,7 +222,8 @@ def _summary(results: Mapping[str, Result]) -> list[str]:
             "",
             "## Alignment in short",
             "",
-            "Ten pairs of answers, and the settings that differ from the paper's, stand in each stage's report.",
+            "Ten pairs of answers, and the settings that differ from the paper's, stand in each stage's "
+            "report.",
             "",
         ]
         for stage, result in told.items():

@@ -67,7 +67,8 @@ def read_run(path: Path) -> Run:
     places = [place for place in sorted(path.iterdir()) if _is_stage(place) and ".old-" not in place.name]
     if not places:
         raise UserError(
-            f"{path} is no run: no folder in it is a stage (with result.json); give a run or a stage's directory"
+            f"{path} is no run: no folder in it is a stage (with result.json); give a run or a stage's "
+            "directory"
         )
     done = [place for place in places if (place / "result.json").is_file()]
     if not done:
@@ -210,7 +211,8 @@ def read_rows(file: Path) -> list[dict[str, float]]:
             if number == len(lines):
                 continue
             raise UserError(
-                f"{file}, line {number}: not a row of metrics; take the line out, or the file away to compare without curves"
+                f"{file}, line {number}: not a row of metrics; take the line out, or the file away to "
+                "compare without curves"
             ) from None
         rows.append({key: value for key, one in row.items() if (value := finite(one)) is not None})
     return rows

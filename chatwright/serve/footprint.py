@@ -77,7 +77,8 @@ def packed_bytes(config: GPTConfig, dtype: str) -> int:
 
 
 def _matrix(outputs: int, inputs: int, dtype: str) -> int:
-    """A packed matrix: integer weights have a 16-bit scale for each group, int4 also the group's least value."""
+    """A packed matrix: integer weights have a 16-bit scale for each group, int4 also the group's least
+    value."""
     bits = {"fp32": 128, "bf16": 64, "int8": 34, "int4": 20}[dtype]  # a weight's, times four
     return _up_to(outputs, TILE) * _up_to(inputs, GROUP) * bits // 32
 

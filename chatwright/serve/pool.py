@@ -280,7 +280,8 @@ class ModelPool:
             return
         if size > self._budget:
             raise NoMemory(
-                f"{place.spec.name} takes {size / 1e9:.2f} GB, and the budget for models is {self._budget / 1e9:.2f} GB: "
+                f"{place.spec.name} takes {size / 1e9:.2f} GB, and the budget for models is "
+                f"{self._budget / 1e9:.2f} GB: "
                 "raise --memory_gb, or choose a smaller --dtype"
             )
         idle = sorted((one for one in self._places.values() if one.service and not one.users), key=_age)

@@ -291,7 +291,8 @@ class ChatService:
         self._seconds = seconds if not self._seconds else 0.8 * self._seconds + 0.2 * seconds
 
     def cancel_all(self) -> None:
-        """End every answer that is under way; those who wait for one get what there is, marked as cancelled."""
+        """End every answer that is under way; those who wait for one get what there is, marked as
+        cancelled."""
         for answer in tuple(self._running):
             answer.cancel()
 

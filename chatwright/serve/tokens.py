@@ -32,7 +32,8 @@ class TokenTexts:
         """Characters of the pieces that no token given out accounts for."""
 
     def push(self, piece: Piece) -> list[Token]:
-        """The tokens that `piece` sets free. Its request must have asked for alternatives (`top_logprobs`)."""
+        """The tokens that `piece` sets free. Its request must have asked for alternatives
+        (`top_logprobs`)."""
         for token, logprob, top in zip(piece.ids, piece.logprobs, piece.top_logprobs, strict=True):
             text = self._stream.push(token) if token < self._tokenizer.vocab_size else ""
             self._take(token, text, math.exp(logprob), top)

@@ -78,7 +78,8 @@ def passed_key() -> str:
     theirs = os.environ.get(KEY, "")
     if len(ours) > 1:
         raise UserError(
-            f"{VARIABLE} holds {len(ours)} keys; vLLM takes one that way (more: its --api-key in --engine_args)"
+            f"{VARIABLE} holds {len(ours)} keys; vLLM takes one that way (more: its --api-key in "
+            "--engine_args)"
         )
     if ours and theirs and ours != [theirs]:
         raise UserError(f"{VARIABLE} and {KEY} hold different keys; unset one of them")
@@ -86,25 +87,29 @@ def passed_key() -> str:
 
 
 def check(config: ServeConfig) -> None:
-    """Raise UsageError for what was set and could not be passed on, UserError for a server open to everybody."""
+    """Raise UsageError for what was set and could not be passed on, UserError for a server open to
+    everybody."""
     for field in dataclasses.fields(config):
         factory = field.default_factory
         usual = field.default if factory is dataclasses.MISSING else factory()
         if field.name not in CARRIED and getattr(config, field.name) != usual:
             raise UsageError(
-                f"--{field.name} has no counterpart in vLLM: leave it out; vLLM's own options go into --engine_args"
+                f"--{field.name} has no counterpart in vLLM: leave it out; vLLM's own options go into "
+                "--engine_args"
             )
     keys = any(part.startswith("--api-key") for part in config.engine_args)
     if not (is_loopback(config.host) or config.insecure or keys or passed_key()):
         raise UserError(
             f"--host {config.host}: everybody who reaches this machine could use the model. Give it a key "
-            f"(the environment variable {KEY} or CHATWRIGHT_API_KEYS); or, where nobody else is in reach, --insecure"
+            f"(the environment variable {KEY} or CHATWRIGHT_API_KEYS); or, where nobody else is in reach, "
+            "--insecure"
         )
     if config.port == 0:
         raise UsageError("--port 0: vLLM does not pick a free port; name one")
     if config.dtype not in ("auto", *DTYPES):
         raise UsageError(
-            f"--dtype {config.dtype} means chatwright's CPU kernels; with --engine vllm take auto, fp32 or bf16, and "
+            f"--dtype {config.dtype} means chatwright's CPU kernels; with --engine vllm take auto, fp32 or "
+            "bf16, and "
             "vLLM's own quantisation through --engine_args"
         )
 
@@ -114,7 +119,8 @@ def find_program() -> str:
     found = shutil.which("vllm", path=str(Path(sys.executable).parent)) or shutil.which("vllm")
     if found is None:
         raise UserError(
-            "--engine vllm: there is no program `vllm` here; install it: pip install vllm (or 'chatwright[vllm]')"
+            "--engine vllm: there is no program `vllm` here; install it: pip install vllm (or "
+            "'chatwright[vllm]')"
         )
     return found
 
@@ -189,7 +195,8 @@ def fingerprint(source: str) -> str:
     found = find_checkpoint(path) if path.exists() else None
     if found is None:
         raise UserError(
-            f"no model {source!r}: it is no directory with a model, and no .gguf file; also known: smollm2, hf:owner/name"
+            f"no model {source!r}: it is no directory with a model, and no .gguf file; also known: smollm2, "
+            "hf:owner/name"
         )
     said = (found.path / "state.json").read_bytes()
     if not found.state().get("files"):  # written by hand: nobody has noted the checksums of the other files

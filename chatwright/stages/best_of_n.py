@@ -188,23 +188,23 @@ def run(config: Config, workspace: Workspace) -> Report:
         reward.body.use_attention(plain_attention)
     gold = gold_of(config.gold, workspace.resolve, base)
     prompts = held_out_prompts(config, workspace, base)
-    ask, spread = Judge(reward, gold, config), sharing(config, prompts)
-    mine = spread.local_slice(len(prompts))
+    ask, parallel = Judge(reward, gold, config), sharing(config, prompts)
+    mine = parallel.local_slice(len(prompts))
     with progress_bar("bestofn") as bar:
         bar.update(0.0, f"{config.n} answers to each of {len(prompts)} prompts")
         repeated = [prompt for prompt in prompts[mine] for _ in range(config.n)]
         given = answered(base, repeated, config, workspace.seed, first=mine.start * config.n)
         scores, values = ask(given)
-        scores = together(scores, spread).view(-1, config.n)
-        values = together(values, spread).view(-1, config.n) if values is not None else None
-        given = all_gather_completions(given, spread)
+        scores = together(scores, parallel).view(-1, config.n)
+        values = together(values, parallel).view(-1, config.n) if values is not None else None
+        given = all_gather_completions(given, parallel)
         rows: dict[int, dict[str, float]] = {}
         for n in sizes(config.n):
             row = point(scores, values, n, workspace.seed)
             workspace.metrics.write_once(n, row)
             rows[n] = row
         bar.update(0.9, "the rival" if config.rival else "")
-        rival = rival_of(config, workspace, base, prompts, ask, spread) if config.rival else None
+        rival = rival_of(config, workspace, base, prompts, ask, parallel) if config.rival else None
         bar.update(1.0)
     report = report_of(config, rows, rival, optima(scores, values, workspace.seed))
     report.answers = chosen_answers(config, base, prompts, given, scores, values)
@@ -239,21 +239,21 @@ def sharing(config: Config, prompts: Sequence[Sequence[int]]) -> ParallelContext
     """The processes that share the prompts. Raises UsageError for plans that cut models, UserError for too
     few prompts."""
     reason = "bestofn trains nothing, every process has the whole models: use ddp"
-    spread = start_parallel(
+    parallel = start_parallel(
         config.parallel,
         batch_size=runtime.world_size(),
         refused=dict.fromkeys(("fsdp", "hsdp", "tp"), reason),
     )
-    if len(prompts) < spread.data_size:
+    if len(prompts) < parallel.data_size:
         raise UserError(
-            f"{len(prompts)} held-out prompts are too few for {spread.data_size} processes; start fewer"
+            f"{len(prompts)} held-out prompts are too few for {parallel.data_size} processes; start fewer"
         )
-    return spread
+    return parallel
 
 
-def together(values: Tensor, spread: ParallelContext) -> Tensor:
+def together(values: Tensor, parallel: ParallelContext) -> Tensor:
     """What all processes found about their answers, in the order of the prompts."""
-    return torch.cat(spread.all_gather(values.cpu()))
+    return torch.cat(parallel.all_gather(values.cpu()))
 
 
 def _load(name: str, workspace: Workspace) -> Loaded:
@@ -331,22 +331,22 @@ def rival_of(
     base: Loaded,
     prompts: Sequence[Sequence[int]],
     ask: Judge,
-    spread: ParallelContext = SINGLE_PROCESS,
+    parallel: ParallelContext = SINGLE_PROCESS,
 ) -> dict[str, float]:
     """A trained policy on the same prompts: KL, score and gold with 95 % intervals over prompts."""
     rival = _load(config.rival, workspace)
     assert rival.tokenizer is not None and base.tokenizer is not None
     if rival.tokenizer.fingerprint != base.tokenizer.fingerprint:
         raise UserError(f"{config.rival} has another tokenizer than {config.policy}")
-    mine = spread.local_slice(len(prompts))
+    mine = parallel.local_slice(len(prompts))
     repeated = [prompt for prompt in prompts[mine] for _ in range(4)]
     answers = answered(rival, repeated, config, workspace.seed, first=mine.start * 4)
     scores, values = ask(answers)
     kl = mean_kl(rival.model, base.model, answers, config.temperature)
-    result = {"kl": spread.sum([kl * len(repeated)])[0] / (4 * len(prompts))}
+    result = {"kl": parallel.sum([kl * len(repeated)])[0] / (4 * len(prompts))}
     for name, found in (("score", scores), ("gold", values)):
         if found is not None:
-            means = together(found, spread).view(-1, 4).mean(1)
+            means = together(found, parallel).view(-1, 4).mean(1)
             low, high = bootstrap_interval(means, seed=workspace.seed)
             result |= {name: float(means.mean()), f"{name}_low": low, f"{name}_high": high}
     return result

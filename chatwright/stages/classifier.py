@@ -146,7 +146,8 @@ def scores_of(model: ScalarModel, texts: Texts, chosen: Sequence[LabelledText]) 
 
 @dataclass(frozen=True)
 class Parts:
-    """Rated texts that are good or bad: what is learnt from, what the scale is fitted to, what is measured."""
+    """Rated texts that are good or bad: what is learnt from, what the scale is fitted to, what is
+    measured."""
 
     train: list[LabelledText]
     calibration: list[LabelledText]
@@ -175,8 +176,10 @@ def load_texts(config: Config, records: Path) -> Parts:
         good = sum(one.label > config.threshold for one in getattr(parts, name))
         if not 0 < good < len(getattr(parts, name)):
             raise UserError(
-                f"classifier: of {len(getattr(parts, name))} texts for {name} {good} are good: both kinds are needed; set "
-                f"`threshold` (now {config.threshold:g}) to a rating between good and bad, `neutral` lower, or add ratings"
+                f"classifier: of {len(getattr(parts, name))} texts for {name} {good} are good: both kinds "
+                "are needed; set "
+                f"`threshold` (now {config.threshold:g}) to a rating between good and bad, `neutral` lower, "
+                "or add ratings"
             )
     return parts
 
@@ -203,7 +206,8 @@ def run(config: Config, workspace: Workspace) -> Report:
         SampleOrder(len(parts.train), workspace.seed),
     )
     say(
-        f"  {len(parts.train):,} texts, {len(parts.calibration):,} to calibrate with, {len(parts.held_out):,} held out"
+        f"  {len(parts.train):,} texts, {len(parts.calibration):,} to calibrate with, "
+        f"{len(parts.held_out):,} held out"
     )
 
     def train_step(batch: TextBatch) -> Step:

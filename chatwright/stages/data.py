@@ -29,7 +29,8 @@ from chatwright.train.workspace import Measure, Report, Workspace
 
 @dataclass(frozen=True)
 class Config:
-    """What to learn from. Sources: a name of `chatwright data list`, a file, a directory, or hf:owner/name."""
+    """What to learn from. Sources: a name of `chatwright data list`, a file, a directory, or
+    hf:owner/name."""
 
     text: str = "boolq,quac,narrativeqa,chitchat"
     """Documents for the tokenizer and for pre-training, comma-separated."""
@@ -130,7 +131,8 @@ def run(config: Config, workspace: Workspace) -> Report:
             if not counts["train"].records or not counts["validation"].records:
                 raise UserError(
                     f"data: {spec} gives {counts['train'].records} {name} for training and "
-                    f"{counts['validation'].records} held out; both must be above 0: add data or change `validation`"
+                    f"{counts['validation'].records} held out; both must be above 0: add data or change "
+                    "`validation`"
                 )
             line = (
                 f"{name}: {counts['train'].records:,} for training, {counts['validation'].records:,} held out"
@@ -169,7 +171,8 @@ def show_sources(argv: Sequence[str]) -> int:
         )
     console.print(table)
     say(
-        "Also: a .txt, .jsonl or .parquet file, a directory of them, or hf:owner/name[:config[:split]][#column]"
+        "Also: a .txt, .jsonl or .parquet file, a directory of them, or "
+        "hf:owner/name[:config[:split]][#column]"
     )
     return 0
 

@@ -133,7 +133,7 @@ def step(models: RLModels, batch: Rollout, config: Config) -> Step:
         "clip_fraction": actor.fraction,
         "value_clip_fraction": critic.fraction,
     }
-    facts = step_facts(now, batch.log_probs, mask, weight=batch.weight, spread=models.spread)
+    facts = step_facts(now, batch.log_probs, mask, weight=batch.weight, parallel=models.parallel)
     return Step(
         loss * batch.weight, {**{key: value * batch.weight for key, value in logged.items()}, **facts}
     )

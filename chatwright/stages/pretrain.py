@@ -164,7 +164,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     shards = TokenShards.open(directory / "train", tokenizer)
     held_out = TokenShards.open(directory / "validation", tokenizer)
     shape = GPTConfig.preset(config.preset, **{**config.model, "vocab_size": tokenizer.vocab_size})
-    spread = start_parallel(
+    parallel = start_parallel(
         config.parallel,
         batch_size=config.fit.batch_size,
         micro_batch=config.fit.micro_batch,
@@ -173,7 +173,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         compile_blocks=config.fit.compile,
     )
     windows = Windows(shards, shape.context, SampleOrder(shards.windows(shape.context), workspace.seed))
-    config = plan.ahead("pretrain", PLAN, config, shape, spread)
+    config = plan.ahead("pretrain", PLAN, config, shape, parallel)
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, "pretrain"))
     model = GPT(shape).to(runtime.device())
@@ -185,14 +185,15 @@ def run(config: Config, workspace: Workspace) -> Report:
         metadata={"kind": "language", "model": shape.to_dict(), "tokenizer": tokenizer.fingerprint},
         texts={"tokenizer.json": tokenizer.to_json()},
         keep=config.fit.keep,
-        spread=spread,
+        parallel=parallel,
     )
     train_step, dtype, line = fast_step(
-        model, config.fit, alone=not spread.together, is_sharded=spread.is_sharded
+        model, config.fit, alone=not parallel.together, is_sharded=parallel.is_sharded
     )
     count = model.parameter_count()
     say(
-        f"  {config.preset}: {count / 1e6:.1f} M parameters; {shards.tokens / 1e6:.1f} M training tokens; {line}"
+        f"  {config.preset}: {count / 1e6:.1f} M parameters; {shards.tokens / 1e6:.1f} M training tokens; "
+        f"{line}"
     )
 
     def evaluate() -> dict[str, float]:

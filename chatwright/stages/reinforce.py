@@ -55,7 +55,8 @@ class Config(RLConfig):
             raise UsageError(f"baseline {self.baseline!r} is none of mean, leave-one-out, none")
         if self.samples_per_prompt < 1 or self.batch_size % self.samples_per_prompt:
             raise UsageError(
-                f"batch_size {self.batch_size} must be a multiple of samples_per_prompt {self.samples_per_prompt}"
+                f"batch_size {self.batch_size} must be a multiple of samples_per_prompt "
+                f"{self.samples_per_prompt}"
             )
         if self.baseline == "leave-one-out" and self.samples_per_prompt < 2:
             raise UsageError(
@@ -121,11 +122,11 @@ def step(models: RLModels, batch: Rollout, config: Config) -> Step:
     now = policy_outputs(
         models, batch.answers, config.temperature, entropy="learnt" if config.entropy_coefficient else ""
     )
-    answers, tokens = models.spread.sum([batch.weight, float(mask.sum())])
+    answers, tokens = models.parallel.sum([batch.weight, float(mask.sum())])
     actor = objective.reinforce_loss(now.log_probs, batch.advantages, mask) * batch.weight
     bonus = objective.masked_mean(now.entropy, mask) * mask.sum() * (answers / tokens)
     facts = step_facts(
-        now, batch.log_probs, mask, weight=batch.weight, per_token=answers / tokens, spread=models.spread
+        now, batch.log_probs, mask, weight=batch.weight, per_token=answers / tokens, parallel=models.parallel
     )
     return Step(actor - config.entropy_coefficient * bonus, {"policy_loss": actor.detach(), **facts})
 

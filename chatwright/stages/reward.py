@@ -152,7 +152,8 @@ def load_split(config: Config, workspace: Workspace) -> Split:
 
 
 def find_demonstrations(config: Config, workspace: Workspace) -> list[Comparison]:
-    """The answers that are to score 0 on average; none where the training answers are to. Raises UserError."""
+    """The answers that are to score 0 on average; none where the training answers are to. Raises
+    UserError."""
     if config.center_on == "answers":
         return []
     there = config.data in workspace.inputs or Path(config.data).exists()
@@ -175,15 +176,15 @@ def run(config: Config, workspace: Workspace) -> Report:
     assert base.tokenizer is not None and base.template is not None
     split, shown = load_split(config, workspace), find_demonstrations(config, workspace)
     train, held_out = split.train, split.held_out
-    spread = start_parallel(
+    parallel = start_parallel(
         config.parallel,
         batch_size=config.fit.batch_size,
         micro_batch=config.fit.micro_batch,
         shape=base.model.config,
         precision=config.fit.precision,
     )
-    config = plan.ahead("reward", PLAN, config, base.model.config, spread)
-    model, trainer, dtype = make_scalar_model("reward", config, workspace, base, spread)
+    config = plan.ahead("reward", PLAN, config, base.model.config, parallel)
+    model, trainer, dtype = make_scalar_model("reward", config, workspace, base, parallel)
     rankings = Rankings(train, base.template, base.tokenizer, config, SampleOrder(len(train), workspace.seed))
     say(f"  {len(train):,} comparisons of {_sizes(train)} answers, {len(held_out):,} held out")
 
@@ -249,14 +250,14 @@ def run(config: Config, workspace: Workspace) -> Report:
             "held_out_correlation": after["held_out_correlation"],
             "held_out_accuracy": after["held_out_accuracy"],
             "scores 0 on average": f"{len(shown)} demonstrations" if shown else "training answers",
-            "sample": example(model, rankings, spread),
+            "sample": example(model, rankings, parallel),
             **fitted.facts,
         },
         notes=fitted.notes,
     )
     with runtime.evaluating(model):
-        look_closer(report, model, lambda asked: spread.forward(judged, asked), split, config, workspace)
-        accuracy = measures.accuracy_of(spread.forward(judged, train[:64]), config)
+        look_closer(report, model, lambda asked: parallel.forward(judged, asked), split, config, workspace)
+        accuracy = measures.accuracy_of(parallel.forward(judged, train[:64]), config)
     measures.refuse_if_learnt_by_heart(report, accuracy, held_out, config)
     return report
 
@@ -314,13 +315,13 @@ def look_closer(
         report.tables.append(table)
 
 
-def example(model: ScalarModel, rankings: Rankings, spread: ParallelContext = SINGLE_PROCESS) -> str:
+def example(model: ScalarModel, rankings: Rankings, parallel: ParallelContext = SINGLE_PROCESS) -> str:
     """What the model thinks of two answers."""
 
     def score(prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:
         batch = runtime.on_device(rankings.batch([Comparison.of(prompt, answers, [0.0] * len(answers))]))
         with runtime.evaluating(model):
-            return [float(value) for value in spread.forward(model.score, batch.ids, batch.mask)]
+            return [float(value) for value in parallel.forward(model.score, batch.ids, batch.mask)]
 
     return measures.example_scores(score)
 

@@ -212,7 +212,8 @@ def preview(config: Config, workspace: Workspace, count: int) -> None:
     for number in SampleOrder(len(rows), workspace.seed).take(0, min(count, len(rows))):
         row = rows[number]
         say(
-            f"\nrow {number}: {len(row.ids)} of {length} tokens in {row.documents[-1]} conversations, {learnt_tokens(row)} learnt"
+            f"\nrow {number}: {len(row.ids)} of {length} tokens in {row.documents[-1]} conversations, "
+            f"{learnt_tokens(row)} learnt"
         )
         console.print(row_picture(row, tokenizer, end=template.end, colours=colours), soft_wrap=True)
     say(f"\n{tally(rows, length)}")
@@ -278,21 +279,21 @@ def run(config: Config, workspace: Workspace) -> Report:
     )[: config.held_out]
     filled = sum(len(row.ids) for row in rows) / (len(rows) * length)
     learnt = sum(map(learnt_tokens, rows))
-    spread = start_parallel(
+    parallel = start_parallel(
         config.parallel,
         batch_size=config.fit.batch_size,
         micro_batch=config.fit.micro_batch,
         shape=model.config,
         precision=config.fit.precision,
     )
-    config = plan.ahead("sft", PLAN, config, model.config, spread, learnt=learnt / (len(rows) * length))
+    config = plan.ahead("sft", PLAN, config, model.config, parallel, learnt=learnt / (len(rows) * length))
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, "sft"))  # dropout, where the model has any
     dtype = runtime.compute_dtype(config.fit.precision)
     adapted = adapters.metadata(config.lora, base=model)
     adapters.adapt(model, config.lora, "model")
     if config.fit.compile:
-        say(f"  {compiled_for(model, length, cut=spread.is_tensor_parallel)}")
+        say(f"  {compiled_for(model, length, cut=parallel.is_tensor_parallel)}")
     trainer = Trainer(
         {"model": model},
         config.optim,
@@ -306,7 +307,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         },
         texts={"tokenizer.json": tokenizer.to_json(), "chat_template.jinja": template.source},
         keep=config.fit.keep,
-        spread=spread,
+        parallel=parallel,
     )
     say(f"  {tally(rows, length)}")
 
@@ -352,7 +353,7 @@ def run(config: Config, workspace: Workspace) -> Report:
             "epochs": fitted.samples / len(rows),
             "tokens": round(fitted.samples * filled * length),
             **fitted.facts,
-            **adapters.write_adapter(model, workspace.directory, base=config.base, spread=spread),
+            **adapters.write_adapter(model, workspace.directory, base=config.base, parallel=parallel),
         },
         notes=fitted.notes,
         tables=[excerpt(rows[SampleOrder(len(rows), workspace.seed)[0]], tokenizer, template)],

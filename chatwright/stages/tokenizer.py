@@ -41,7 +41,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.vocab_size < SMALLEST_VOCABULARY:
             raise UsageError(
-                f"vocab_size {self.vocab_size} is too small: 256 bytes and 8 control tokens need {SMALLEST_VOCABULARY}"
+                f"vocab_size {self.vocab_size} is too small: 256 bytes and 8 control tokens need "
+                f"{SMALLEST_VOCABULARY}"
             )
 
 

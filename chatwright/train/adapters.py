@@ -48,7 +48,8 @@ def adapt(model: nn.Module, config: LoRAConfig, what: str) -> None:
         sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)
     )
     say(
-        f"  {what}: LoRA of rank {config.rank}, {trained:,} of {total:,} numbers are trained ({100 * trained / total:.2g} %)"
+        f"  {what}: LoRA of rank {config.rank}, {trained:,} of {total:,} numbers are trained "
+        f"({100 * trained / total:.2g} %)"
     )
 
 
@@ -62,14 +63,16 @@ def _whole(model: GPT, tensors: Mapping[str, Tensor]) -> GPT:
 
 
 def write_adapter(
-    model: GPT, directory: Path, *, base: str, spread: ParallelContext = SINGLE_PROCESS
+    model: GPT, directory: Path, *, base: str, parallel: ParallelContext = SINGLE_PROCESS
 ) -> dict[str, Any]:
     """Write the adapter that a stage's model has, if it has one, to `directory`/adapter; facts for the
     stage's report."""
     if not adapter_names(model):
         return {}
     target = directory / FOLDER
-    tensors = spread.full_tensors_on_rank_zero(checkpoint.model_tensors(model)) if spread.is_sharded else {}
+    tensors = (
+        parallel.full_tensors_on_rank_zero(checkpoint.model_tensors(model)) if parallel.is_sharded else {}
+    )
 
     def write() -> None:
         shutil.rmtree(target, ignore_errors=True)  # of an earlier end of the same stage

@@ -16,7 +16,7 @@ from chatwright import checkpoint, optim, runtime
 from chatwright.checkpoint import Checkpoint
 from chatwright.config import UsageError, UserError
 from chatwright.metrics import progress_bar, say
-from chatwright.train import cost, spikes
+from chatwright.train import busy, cost, spikes
 from chatwright.train.spikes import SpikeConfig
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import AnyBatch, Batch, Progress, Step, Trainer
@@ -29,9 +29,10 @@ class FitConfig:
     steps: int = 0
     """Optimiser steps; above 0 it goes before `seconds`. 0: as many as fit into `seconds`."""
     seconds: float = 0.0
-    """Training time in seconds, the first two steps, which compile, not counted. The number of steps is
-    settled when the learning rate begins to fall and then kept in the checkpoint. Needs the trapezoid
-    schedule. Give `steps` for runs that repeat exactly."""
+    """Training time in seconds, the first two steps, which compile, not counted, nor what other programs take
+    of the processors (chatwright/train/busy.py). The number of steps is settled when the learning rate begins
+    to fall and then kept in the checkpoint. Needs the trapezoid schedule. Give `steps` for runs that repeat
+    exactly."""
     batch_size: int = 8
     """Samples per optimiser step."""
     micro_batch: int = 0
@@ -145,11 +146,12 @@ class Fit(Generic[AnyBatch]):
         config.check(trainer.optim_config.schedule)
         if config.keep_best and best is None:
             raise UsageError("keep_best: this stage has no single measure to choose by")
-        if config.keep_best and trainer.spread.is_sharded:
+        if config.keep_best and trainer.parallel.is_sharded:
             raise UsageError(
                 "keep_best is for models that each process holds whole: parallel.plan ddp, or one process"
             )
         self.best, self.flop_per_sample, self.meter = best, flop_per_sample, cost.EnergyMeter()
+        self.busy = busy.BusyMeter()
         self.fresh = 0  # steps of this process: the first two compile and warm up, their time is not counted
         self.trainer, self.config, self.batches, self.step, self.evaluate = (
             trainer,
@@ -199,11 +201,16 @@ class Fit(Generic[AnyBatch]):
                 ):  # compilation: nothing is lost yet
                     loss = self._one_step()
                 progress = trainer.progress
-                spent, asked, due = self._agreed(time.monotonic() - started, stopper.asked)
+                spent, lost, asked, due = self._agreed(time.monotonic() - started, stopper.asked)
                 self.fresh += 1
+                if self.fresh <= 2:  # the compiler's processes are no other programs
+                    self.busy = busy.BusyMeter()
                 if self.fresh == 1 and config.compile:
                     runtime.trim_heap()  # the compiler's
-                progress.elapsed += spent if self.fresh > 2 else 0.0
+                if self.fresh > 2:
+                    progress.elapsed += spent
+                    if not config.steps:
+                        busy.remember(progress.extra, spent, lost)
                 progress.joules += self.meter.spent()
                 self._plan()
                 if progress.step % config.log_every == 0 or progress.step == progress.planned:
@@ -230,7 +237,9 @@ class Fit(Generic[AnyBatch]):
         """Where a signal need not wait for the end of the step. Several processes stop together, or wait
         forever."""
         return (
-            stopper.at_once(self._interrupted) if when and not self.trainer.spread.together else nullcontext()
+            stopper.at_once(self._interrupted)
+            if when and not self.trainer.parallel.together
+            else nullcontext()
         )
 
     def _look(self, stopper: Stopper) -> None:
@@ -251,18 +260,20 @@ class Fit(Generic[AnyBatch]):
             self.trainer.save(protected=self._protected())
             self._name_best()
 
-    def _agreed(self, spent: float, asked: bool) -> tuple[float, bool, bool]:
-        """Seconds of the step, whether to stop, whether to save: the same answers in every process."""
+    def _agreed(self, spent: float, asked: bool) -> tuple[float, float, bool, bool]:
+        """Seconds of the step, those that other programs took, whether to stop, whether to save: the same in
+        every process."""
         every = self.config.save_steps
         due = time.monotonic() - self.trainer.saved_at > self.config.save_every
         due = due or (every > 0 and self.trainer.progress.step % every == 0)
-        spent, *flags = self.trainer.spread.all_reduce_max([spent, float(asked), float(due)])
-        return spent, bool(flags[0]), bool(flags[1])
+        lost = self.busy.lost(spent)
+        spent, lost, *flags = self.trainer.parallel.all_reduce_max([spent, lost, float(asked), float(due)])
+        return spent, lost, bool(flags[0]), bool(flags[1])
 
     def _one_step(self) -> float:
-        progress, config, spread = self.trainer.progress, self.config, self.trainer.spread
-        mine = config.batch_size // spread.data_size  # this process's samples lie side by side
-        first = progress.consumed + spread.data_rank * mine
+        progress, config, parallel = self.trainer.progress, self.config, self.trainer.parallel
+        mine = config.batch_size // parallel.data_size  # this process's samples lie side by side
+        first = progress.consumed + parallel.data_rank * mine
         size = min(config.micro_batch or mine, mine)
         micro_batches = [self.batches.take(first + n, size) for n in range(0, mine, size)]
         share = self._learning_rate()
@@ -278,7 +289,8 @@ class Fit(Generic[AnyBatch]):
         if progress.extra.get("spikes", 0) > before:
             self.trainer.workspace.metrics.write(progress.step, {"spike_loss": loss, "spike_limit": limit})
             say(
-                f"  step {progress.step}: the loss jumped to {loss:.3f} (limit {limit:.3f}); its update is left out"
+                f"  step {progress.step}: the loss jumped to {loss:.3f} (limit {limit:.3f}); its update is "
+                "left out"
             )
         return loss
 
@@ -289,12 +301,14 @@ class Fit(Generic[AnyBatch]):
         if config.action == "skip":
             trainer.progress.extra |= {"losses": [], "spikes_in_a_row": 0}
             say(
-                f"  step {trainer.progress.step}: {config.patience} jumps in a row; this is taken for the new level"
+                f"  step {trainer.progress.step}: {config.patience} jumps in a row; this is taken for the "
+                "new level"
             )
             return
         if trainer.progress.extra.get("rollbacks", 0) >= config.most:
             raise UserError(
-                f"{self.title}: the loss jumped for good at step {trainer.progress.step}, after {config.most} returns to a "
+                f"{self.title}: the loss jumped for good at step {trainer.progress.step}, after "
+                f"{config.most} returns to a "
                 "checkpoint; lower the learning rate, or look for broken samples"
             )
         trainer.roll_back(every=self.config.save_steps, protected=self._protected)
@@ -355,12 +369,16 @@ class Fit(Generic[AnyBatch]):
         ):
             if progress.extra.get(key):
                 notes.append(line.format(progress.extra[key]) + " (chatwright/train/spikes.py)")
+        others = busy.note(progress.extra, progress.elapsed, progress.step)
+        if others is not None:
+            say(f"  {self.title}: {others}")
+            notes.append(f"{others} (chatwright/train/busy.py)")
         return Fitted(chosen, progress.extra["before"], after, progress, self._account(), notes)
 
     def _measure(self, stopper: Stopper) -> dict[str, float]:
         with self._may_stop_at_once(stopper, when=True), runtime.evaluating(*self.modules):
-            measured = self.trainer.spread.forward(self.evaluate)
-        return self.trainer.spread.broadcast_from_rank0(
+            measured = self.trainer.parallel.forward(self.evaluate)
+        return self.trainer.parallel.broadcast_from_rank0(
             lambda: measured
         )  # what is decided by it all decide alike
 
@@ -371,25 +389,31 @@ class Fit(Generic[AnyBatch]):
         if self.config.steps:
             return optim.learning_rate(progress.step, progress.planned, config)
         if not progress.planned:
-            return min(1.0, max(progress.elapsed / self.config.seconds, 0.001) / max(config.warmup, 0.001))
+            return min(1.0, max(self._counted() / self.config.seconds, 0.001) / max(config.warmup, 0.001))
         left = (progress.planned - progress.step) / max(1.0, config.decay * progress.planned)
         return config.final + (1 - config.final) * min(1.0, left)
 
     def _plan(self) -> None:
         """Settle the number of steps once the constant part of a time budget is used up."""
         progress, config = self.trainer.progress, self.trainer.optim_config
-        if not progress.planned and progress.elapsed >= self.config.seconds * (1 - config.decay):
+        if not progress.planned and self._counted() >= self.config.seconds * (1 - config.decay):
             progress.planned = max(progress.step + 1, round(progress.step / max(1 - config.decay, 0.05)))
 
     def _share(self) -> float:
         progress = self.trainer.progress
         if progress.planned:
             return progress.step / progress.planned
-        return min(1.0, progress.elapsed / self.config.seconds)
+        return min(1.0, self._counted() / self.config.seconds)
+
+    def _counted(self) -> float:
+        """Seconds of the budget that are used up: those on the clock without what other programs took."""
+        return busy.counted(self.trainer.progress.extra, self.trainer.progress.elapsed)
 
     def _note(self, loss: float, spent: float) -> str:
         unit, amount = self.throughput
-        return f"{self.config.batch_size * amount / spent:,.0f} {unit}/s  loss {loss:.3f}"
+        taken = 1 - self.busy.left
+        others = f"  (others take {100 * taken:.0f} %)" if taken >= busy.WORTH_SAYING else ""
+        return f"{self.config.batch_size * amount / spent:,.0f} {unit}/s  loss {loss:.3f}{others}"
 
     def _log(self, loss: float, spent: float) -> None:
         unit, amount = self.throughput

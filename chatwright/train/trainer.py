@@ -68,19 +68,19 @@ class Trainer:
         metadata: Mapping[str, Any],
         texts: Mapping[str, str],
         keep: int = 2,
-        spread: ParallelContext = SINGLE_PROCESS,
+        parallel: ParallelContext = SINGLE_PROCESS,
         frozen: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """`modules["model"]` is what others load; further ones (a critic) are saved beside it. Of a module
         with adapters what is trained is saved, of the model beside it the whole with the adapter merged.
         `metadata` goes into state.json (the model's shape), `texts` are files that make the directory
-        self-contained. `spread` puts the modules on many processes, and beside them `frozen` ones, which are
-        not saved."""
+        self-contained. `parallel` puts the modules on many processes, and beside them `frozen` ones, which
+        are not saved."""
         self.modules, self.optim_config, self.workspace = dict(modules), optim_config, workspace
         self.metadata, self.texts, self.keep = dict(metadata), dict(texts), keep
-        self.spread = spread
-        spread.distribute(self.modules, frozen)
-        self.optimisers = spread.optimisers(self.modules, optim_config)
+        self.parallel = parallel
+        parallel.distribute(self.modules, frozen)
+        self.optimisers = parallel.optimisers(self.modules, optim_config)
         self.progress = Progress()
         self.saved_at = time.monotonic()
         self._logged: dict[str, float] = {}
@@ -107,20 +107,20 @@ class Trainer:
         counted in `skipped`; nor does a loss that `accept` refuses. Raises UserError after 20 bad gradients
         in a row, and whatever `accept` raises: nothing has then changed.
         """
-        spread = self.spread
-        total = spread.sum([sum(batch.weight for batch in batches)])[0] or 1.0
+        parallel = self.parallel
+        total = parallel.sum([sum(batch.weight for batch in batches)])[0] or 1.0
         sums = {"": 0.0}  # the loss first, then what is logged beside it
         for number, batch in enumerate(batches, 1):
-            with spread.accumulating(more=number < len(batches)):
-                outcome = spread.forward(step, runtime.on_device(batch))
+            with parallel.accumulating(more=number < len(batches)):
+                outcome = parallel.forward(step, runtime.on_device(batch))
                 # Gradients are averaged over the processes: dividing by the mean weight of one of them makes
                 # it a sum.
-                (outcome.loss / (total / spread.data_size)).backward()  # type: ignore[no-untyped-call]
+                (outcome.loss / (total / parallel.data_size)).backward()  # type: ignore[no-untyped-call]
             sums[""] += float(outcome.loss.detach()) / total
             for key, value in outcome.logged.items():
                 sums[key] = sums.get(key, 0.0) + float(value)
-        loss, *others = spread.sum(list(sums.values()))
-        norm = spread.clip(self.parameters, self.optim_config.clip or float("inf"))
+        loss, *others = parallel.sum(list(sums.values()))
+        norm = parallel.clip(self.parameters, self.optim_config.clip or float("inf"))
         optim.set_learning_rate(self.optimisers, share)
         if not math.isfinite(norm):
             self._skip()
@@ -179,12 +179,14 @@ class Trainer:
         background (with `wait` False it may still be going on at the return) and a `final` checkpoint is put
         together by the first.
         """
-        self.spread.flush()
+        self.parallel.flush()
         tensors = self._parts()
         if lora.adapter_names(self.modules["model"]):  # whoever loads it needs neither base nor adapter
             tensors["model"] = lora.merged_tensors(self.modules["model"])
         if not final:
-            tensors["optimizer"] = self.spread.optimiser_tensors(self.optimisers) | self.spread.rng_tensors()
+            tensors["optimizer"] = (
+                self.parallel.optimiser_tensors(self.optimisers) | self.parallel.rng_tensors()
+            )
         state = {
             **self.metadata,
             "chatwright": __version__,
@@ -200,20 +202,20 @@ class Trainer:
         def prune() -> None:
             checkpoint.prune(self.workspace.checkpoints, self.keep, protected=protected)
 
-        if self.spread.is_sharded and not final:
-            self.spread.save_parts(target, tensors, state, self.texts, prune)
+        if self.parallel.is_sharded and not final:
+            self.parallel.save_parts(target, tensors, state, self.texts, prune)
         else:
             whole = {
-                part: self.spread.full_tensors_on_rank_zero(content) for part, content in tensors.items()
+                part: self.parallel.full_tensors_on_rank_zero(content) for part, content in tensors.items()
             }
 
             def write() -> None:
                 checkpoint.save_checkpoint(target, tensors=whole, state=state, texts=self.texts)
                 prune()
 
-            self.spread.broadcast_from_rank0(write)
+            self.parallel.broadcast_from_rank0(write)
         if wait:
-            self.spread.flush()
+            self.parallel.flush()
         self.saved_at = time.monotonic()
         return Checkpoint(target)
 
@@ -231,8 +233,8 @@ class Trainer:
     def resume(self) -> bool:
         """Go on from the newest valid checkpoint, if there is one; says so, and names the damaged ones it
         passed."""
-        self.spread.broadcast_from_rank0(lambda: checkpoint.recover(self.workspace.checkpoints))
-        found, complaints = self.spread.broadcast_from_rank0(self._newest)
+        self.parallel.broadcast_from_rank0(lambda: checkpoint.recover(self.workspace.checkpoints))
+        found, complaints = self.parallel.broadcast_from_rank0(self._newest)
         for complaint in complaints:
             say(f"  {complaint}; trying the one before it")
         if found is None:
@@ -243,7 +245,8 @@ class Trainer:
         return True
 
     def _newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """What to go on from: the newest valid checkpoint, or the unfinished step that began there or later."""
+        """What to go on from: the newest valid checkpoint, or the unfinished step that began there or
+        later."""
         found, complaints = checkpoint.newest_valid(self.workspace.checkpoints)
         if self.unfinished.path.is_dir():
             try:
@@ -262,8 +265,8 @@ class Trainer:
 
     def put_together(self, found: Checkpoint) -> None:
         """Make an ordinary directory of a checkpoint in parts: a stage's result is one whatever the plan."""
-        self.spread.flush()
-        self.spread.broadcast_from_rank0(lambda: sharded_to_plain(found))
+        self.parallel.flush()
+        self.parallel.broadcast_from_rank0(lambda: sharded_to_plain(found))
 
     def _restore(self, found: Checkpoint) -> None:
         state = found.state()
@@ -287,7 +290,7 @@ class Trainer:
         `save`. Raises UserError when there is no such checkpoint. What is done here is in the checkpoint's
         place when this returns; whoever is killed before does the same again.
         """
-        self.spread.flush()
+        self.parallel.flush()
         before, directory = self.progress, self.workspace.checkpoints
 
         def choose() -> Checkpoint:
@@ -299,7 +302,7 @@ class Trainer:
                 "set fit.save_steps or a smaller fit.save_every"
             )
 
-        found = self.spread.broadcast_from_rank0(choose)
+        found = self.parallel.broadcast_from_rank0(choose)
         self._restore(found)
         now = self.progress
         passed_over = now.extra.get("passed_over", 0) + before.consumed - now.consumed
@@ -309,6 +312,8 @@ class Trainer:
             "spikes": before.extra["spikes"],
             "spikes_in_a_row": 0,
         }
+        if "busy" in before.extra:
+            now.extra["busy"] = before.extra["busy"]
         now.consumed, now.planned, now.elapsed, now.joules = (
             before.consumed,
             before.planned,
@@ -322,7 +327,7 @@ class Trainer:
                 if later.step > now.step:
                     checkpoint.delete(later)
 
-        self.spread.broadcast_from_rank0(forget)
+        self.parallel.broadcast_from_rank0(forget)
         self.save(protected=protected())
         say(f"  back from step {before.step} to step {now.step}; the samples in between are passed over")
 
@@ -331,17 +336,17 @@ class Trainer:
         self._load(found, final=True)
 
     def _load(self, found: Checkpoint, *, final: bool) -> None:
-        if self.spread.is_sharded and found.is_sharded:
-            tensors = self.spread.load_parts(found, self._parts(), final=final)
+        if self.parallel.is_sharded and found.is_sharded:
+            tensors = self.parallel.load_parts(found, self._parts(), final=final)
         else:
             for name, wanted in self._parts().items():
-                self.spread.fill(wanted, found.tensors(name), where=str(found.path))
+                self.parallel.fill(wanted, found.tensors(name), where=str(found.path))
             tensors = {} if final else found.tensors("optimizer")
         if final:
             return
         streams = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rng")}
-        self.spread.set_rng_tensors(streams)
-        self.spread.load_optimiser_tensors(self.optimisers, tensors)
+        self.parallel.set_rng_tensors(streams)
+        self.parallel.load_optimiser_tensors(self.optimisers, tensors)
 
 
 def sharded_to_plain(found: Checkpoint) -> None:

@@ -101,7 +101,8 @@ class Unhealthy(UserError):
 
 @dataclass
 class Workspace:
-    """A stage's place on disk. `inputs` maps the names of finished stages of this run to their directories."""
+    """A stage's place on disk. `inputs` maps the names of finished stages of this run to their
+    directories."""
 
     directory: Path
     seed: int = 1337

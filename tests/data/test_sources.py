@@ -210,8 +210,10 @@ def test_looking_for_pip_leaves_the_compiler_alone(tmp_path: Path) -> None:
     """The data stage and a compiled stage run in one process: setuptools must still be there for the
     compiler."""
     script = (
-        "from pathlib import Path; from chatwright.config import UserError; from chatwright.data import archives\n"
-        f"try: archives.fetch(archives.Archive('toy-data', '1.0', 'toy_data-1.0.tar.gz', '0' * 64, 9, 'MIT'), Path({str(tmp_path)!r}))\n"
+        "from pathlib import Path; from chatwright.config import UserError; from chatwright.data import "
+        "archives\n"
+        "try: archives.fetch(archives.Archive('toy-data', '1.0', 'toy_data-1.0.tar.gz', '0' * 64, 9, "
+        f"'MIT'), Path({str(tmp_path)!r}))\n"
         "except UserError: pass\n"
         "else: raise SystemExit('fetched?')\n"
         "import setuptools"

@@ -138,7 +138,8 @@ def test_coming_by_a_link_from_elsewhere_keeps_the_conversations(page: Any, serv
 
 
 def test_a_restart_loses_nothing(browser: Any, tiny: TinyModel, tmp_path: Path) -> None:
-    """The same file under another server: what was said is there, and what was cut off says so and can go on."""
+    """The same file under another server: what was said is there, and what was cut off says so and can go
+    on."""
     store = str(tmp_path / "store.db")
     again = TinyModel(tiny.model, tiny.tokenizer)
     with run_server(again, store=store) as second:

@@ -294,7 +294,8 @@ ROWS = "".join(
 def test_a_metrics_file_that_was_cut_off_or_overwritten(
     tmp_path: Path, cut: int, at: int, noise: bytes
 ) -> None:
-    """A file that merely ends too soon gives its whole rows; anything else is read, or refused in one line."""
+    """A file that merely ends too soon gives its whole rows; anything else is read, or refused in one
+    line."""
     whole = ROWS.encode()
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(whole[:cut])

@@ -93,7 +93,8 @@ def test_a_signal_in_the_first_held_out_measure(source: Path, tmp_path: Path, nu
     """It is made to last for a minute; what is left is nothing, and the exit is prompt."""
     program = (
         "import sys, time; from chatwright import cli; from chatwright.train import pretrain\n"
-        "def measure(*a, **k):\n    print('measuring', flush=True)\n    [time.sleep(0.01) for _ in range(6000)]\n"
+        "def measure(*a, **k):\n    print('measuring', flush=True)\n    [time.sleep(0.01) for _ in "
+        "range(6000)]\n"
         "pretrain.held_out_bits_per_byte = measure\nsys.exit(cli.main(sys.argv[1:]))"
     )
     words = [sys.executable, "-c", program, *campaign.command(source, tmp_path / "run", *SHORT)[3:]]
@@ -110,7 +111,8 @@ def test_a_signal_in_the_first_held_out_measure(source: Path, tmp_path: Path, nu
 def test_sigterm_before_training_begins(source: Path, tmp_path: Path) -> None:
     program = (
         "import sys, time; from chatwright import cli; from chatwright.data.shards import TokenShards\n"
-        "def opening(*a, **k):\n    print('opening', flush=True)\n    [time.sleep(0.01) for _ in range(6000)]\n"
+        "def opening(*a, **k):\n    print('opening', flush=True)\n    [time.sleep(0.01) for _ in "
+        "range(6000)]\n"
         "TokenShards.open = opening\nsys.exit(cli.main(sys.argv[1:]))"
     )
     words = [sys.executable, "-c", program, *campaign.command(source, tmp_path / "run", *SHORT)[3:]]

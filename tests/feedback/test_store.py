@@ -1,4 +1,5 @@
-"""The store: trees of messages, owners apart, files that others hold, damage or newer programs have written."""
+"""The store: trees of messages, owners apart, files that others hold, damage or newer programs have
+written."""
 
 from __future__ import annotations
 
@@ -391,7 +392,8 @@ def test_a_server_that_was_started_again(lasting: str) -> None:
     with create_engine(lasting, poolclass=NullPool).connect() as other:
         ended = other.execute(
             text(
-                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database() AND pid != pg_backend_pid()"
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = "
+                "current_database() AND pid != pg_backend_pid()"
             )
         )
         assert ended.scalar_one() >= 1

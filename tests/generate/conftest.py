@@ -44,7 +44,8 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def make_chain(tokenizer: Tokenizer) -> Callable[[str], GPT]:
-    """A model that says a given text: after each byte (all must differ) the next one, after the last the end."""
+    """A model that says a given text: after each byte (all must differ) the next one, after the last the
+    end."""
 
     def make(text: str) -> GPT:
         ids = [*tokenizer.encode(text), tokenizer.end_of_text_id]

@@ -275,7 +275,8 @@ DRAWN = (
     "Sampling(temperature=0.0)",
     "Sampling(temperature=0.7, top_p=0.9, seed=1)",
     "Sampling(top_k=50, min_p=0.01, top_logprobs=5, seed=1)",
-    "Sampling(repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.5, logit_bias={3: 1.0}, seed=1)",
+    "Sampling(repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.5, logit_bias={3: 1.0}, "
+    "seed=1)",
 )
 
 

@@ -201,7 +201,8 @@ def main() -> int:
             )
             seconds = time.monotonic() - start
             print(
-                f"{kind:12} {len(numbers):6} cases: {figures}; {seconds:.0f} s, slowest {result.slowest:.2f} s",
+                f"{kind:12} {len(numbers):6} cases: {figures}; {seconds:.0f} s, slowest "
+                f"{result.slowest:.2f} s",
                 flush=True,
             )
             for number, why in result.failures:

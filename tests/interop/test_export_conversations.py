@@ -38,7 +38,8 @@ def test_text_has_the_same_ids(name: str, tokenizer: Tokenizer, tmp_path: Path) 
 
 
 WORDY = ChatTemplate(
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n<|end|>\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n<|end|>\n{% endfor %}{% if add_generation_prompt "
+    "%}assistant: {% endif %}",
     "<|end|>",
 )
 """A template whose text touches the contents: there, tokens may join."""
@@ -134,7 +135,8 @@ def test_ids_differ_exactly_where_tokens_join(
 
 
 def test_where_ids_differ(twins: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """The two exceptions, one of each: a control token that is spelled out, and tokens that join at a border."""
+    """The two exceptions, one of each: a control token that is spelled out, and tokens that join at a
+    border."""
     spelled = [Message(role="user", content="<|end|>")]
     assert tokenizer.control_ids["<|end|>"] in their_ids(twins["native"], spelled)[1:2]
     assert NATIVE.encode(spelled, tokenizer).ids.count(tokenizer.control_ids["<|end|>"]) == 1
@@ -152,7 +154,8 @@ def test_where_ids_differ(twins: dict[str, Any], tokenizer: Tokenizer) -> None:
     [
         ("{{ bos_token }}{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", "hi<|end|>"),
         (
-            "{%- set eos_token = '!' -%}{% for m in messages %}{{ m.content }}{{ eos_token }}<|end|>{% endfor %}",
+            "{%- set eos_token = '!' -%}{% for m in messages %}{{ m.content }}{{ eos_token }}<|end|>{% "
+            "endfor %}",
             "hi!<|end|>",
         ),
     ],

@@ -75,7 +75,8 @@ RULES = {
 def test_every_rule_can_be_undone(
     case: tuple[str, str], heads: int, share: int, half: int, columns: int, seed: int
 ) -> None:
-    """Theirs -> ours -> theirs and ours -> theirs -> ours are the identity, for every rule of every format."""
+    """Theirs -> ours -> theirs and ours -> theirs -> ours are the identity, for every rule of every
+    format."""
     config = GPTConfig(
         vocab_size=8,
         context=8,
@@ -173,7 +174,8 @@ def test_several_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_settings_for_old_and_new(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Transformers 5 reads rope_parameters and dtype, 4 and most other programs rope_theta and torch_dtype."""
+    """Transformers 5 reads rope_parameters and dtype, 4 and most other programs rope_theta and
+    torch_dtype."""
     values = json.loads(
         (export_hf(parts_of(SHAPES["llama-grouped"], tokenizer), tmp_path / "a") / "config.json").read_text()
     )

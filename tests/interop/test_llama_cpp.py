@@ -40,7 +40,8 @@ try:
     import llama_cpp
 except ImportError as error:
     pytest.skip(
-        f"llama-cpp-python is not installed ({error}): what llama.cpp makes of our GGUF files is NOT covered here; "
+        f"llama-cpp-python is not installed ({error}): what llama.cpp makes of our GGUF files is NOT "
+        "covered here; "
         "`make peers` installs it",
         allow_module_level=True,
     )

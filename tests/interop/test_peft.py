@@ -187,7 +187,8 @@ def test_there_and_back_is_the_same_adapter(kind: str, targets: tuple[str, ...],
 
 
 def test_one_a_for_the_three_stays_one(tmp_path: Path) -> None:
-    """An adapter of a fused layer, read and written: the rank does not grow while the copies of A are equal."""
+    """An adapter of a fused layer, read and written: the rank does not grow while the copies of A are
+    equal."""
     model = adapted("gpt2", LoRAConfig(rank=2))
     with torch.no_grad():
         for block in model.blocks:

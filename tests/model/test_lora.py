@@ -190,7 +190,8 @@ def test_several_adapters_on_one_base_are_switched_by_name() -> None:
 
 
 def test_the_engine_sees_the_adapter_and_forgets_what_another_one_has_read() -> None:
-    """The engine keeps keys and values of earlier prompts: those of one adapter must not answer for another."""
+    """The engine keeps keys and values of earlier prompts: those of one adapter must not answer for
+    another."""
     model = random_model(SHAPES["llama"])
     for seed, name in enumerate(("one", "two")):
         add_lora(model, LoRAConfig(rank=4), name)

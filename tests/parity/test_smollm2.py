@@ -190,7 +190,8 @@ def test_token_ids(
 def test_token_ids_as_transformers_converts(
     ours: tuple[Tokenizer, ChatTemplate], their_tokenizer: Any
 ) -> None:
-    """Without our correction of their cutting: it matters only behind spaces, for digits and numeric signs."""
+    """Without our correction of their cutting: it matters only behind spaces, for digits and numeric
+    signs."""
     differing = [text for text in TEXTS if ours[0].encode(text) != their_tokenizer.encode(text)]
     assert differing == [text for text in TEXTS if text.startswith("digits")]
 

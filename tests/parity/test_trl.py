@@ -124,7 +124,8 @@ def test_trl_says_the_same_today() -> None:
     python = os.environ.get("CHATWRIGHT_TRL_PYTHON")
     if not python:
         pytest.skip(
-            "TRL itself was not asked: set CHATWRIGHT_TRL_PYTHON to a Python that has it (scripts/trl_parity.py says how)"
+            "TRL itself was not asked: set CHATWRIGHT_TRL_PYTHON to a Python that has it "
+            "(scripts/trl_parity.py says how)"
         )
     done = subprocess.run(
         [python, str(ROOT / "scripts" / "trl_parity.py"), "--print"],

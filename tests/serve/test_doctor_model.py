@@ -120,7 +120,8 @@ def test_a_tokenizer_that_was_exchanged(run: Run, taught: tuple[GPT, Tokenizer],
 
 
 def test_a_template_whose_end_is_not_learnt(run: Run, taught: tuple[GPT, Tokenizer], tmp_path: Path) -> None:
-    """The template ends each turn at the beginning of the next one: no answer's end is seen in its own turn."""
+    """The template ends each turn at the beginning of the next one: no answer's end is seen in its own
+    turn."""
     source = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|end|>"
     out = check(run, save(tmp_path / "x", *taught, source), problem="loss mask")
     assert "1 of 2 answers" in out and "never stop" in out

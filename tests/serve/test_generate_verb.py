@@ -172,7 +172,8 @@ def test_beams(generate: Generate, tiny: TinyModel) -> None:
     assert generate(*rest) == (0, texts[0] + "\n")
     out = generate(*rest, "--count", "2")[1]
     assert out == "".join(
-        f"{'' if number == 0 else chr(10)}=== {number + 1} of 2, score {found[number][1]:.3f} ===\n{texts[number]}\n"
+        f"{'' if number == 0 else chr(10)}=== {number + 1} of 2, score {found[number][1]:.3f} "
+        f"===\n{texts[number]}\n"
         for number in range(2)
     )
 

@@ -423,7 +423,8 @@ def test_addresses_do_not_pile_up(key_file: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_guessing_over_http(locked: Running) -> None:
-    """The form and the header count together; the proxy headers of somebody who is no proxy change nothing."""
+    """The form and the header count together; the proxy headers of somebody who is no proxy change
+    nothing."""
     statuses = []
     doors_of(locked).attempts = Attempts(Clock())  # time stands still
     for at in range(4):

@@ -209,7 +209,8 @@ def test_the_beginning_of_an_answer_is_right(finished: tuple[Load, list[Reply]],
 
 
 def test_the_oracle_measures_the_turn_that_a_text_took(oracle: Oracle) -> None:
-    """The answer behind another first token: right for those who allow as wide a gap, wrong for all others."""
+    """The answer behind another first token: right for those who allow as wide a gap, wrong for all
+    others."""
     model = oracle.model
     request = model.chat_request(
         [Message(role="user", content="hello")], temperature=0.0, max_new_tokens=200

@@ -1,4 +1,5 @@
-"""What the tests of `import` and `doctor` share: the program run in this process, and models in directories."""
+"""What the tests of `import` and `doctor` share: the program run in this process, and models in
+directories."""
 
 from __future__ import annotations
 

@@ -43,21 +43,21 @@ def train(out: Path, plan: str, *, stop: int = STEPS) -> None:
     """Up to step `stop` from wherever the directory stands; everything that was trained goes to
     `out`.safetensors."""
     model = lively_model()
-    spread = start_parallel(ParallelConfig(plan), batch_size=BATCH, shape=SHAPE, precision="fp32")  # type: ignore[arg-type]
+    parallel = start_parallel(ParallelConfig(plan), batch_size=BATCH, shape=SHAPE, precision="fp32")  # type: ignore[arg-type]
     card = {"kind": "language", "model": SHAPE.to_dict()}
     optim = OptimConfig(learning_rate=1e-2, clip=1.0)
-    trainer = Trainer({"model": model}, optim, Workspace(out, 7), metadata=card, texts={}, spread=spread)
+    trainer = Trainer({"model": model}, optim, Workspace(out, 7), metadata=card, texts={}, parallel=parallel)
     trainer.resume()
-    mine = BATCH // spread.data_size
+    mine = BATCH // parallel.data_size
     while trainer.progress.step < stop:
         draw = torch.Generator().manual_seed(trainer.progress.step)
-        tokens = torch.randint(96, (BATCH, 25), generator=draw)[spread.data_rank * mine :][:mine]
+        tokens = torch.randint(96, (BATCH, 25), generator=draw)[parallel.data_rank * mine :][:mine]
         loss = trainer.update([pretrain.TokenBatch(tokens)], lambda batch: pretrain.step(model, batch), 1.0)
         trainer.progress.step += 1
         trainer.workspace.metrics.write(trainer.progress.step, {"loss": loss, **trainer.take_logged()})
     trainer.workspace.metrics.close()
     trainer.save(final=stop == STEPS)
-    trained = spread.full_tensors_on_rank_zero(trained_tensors(model))
+    trained = parallel.full_tensors_on_rank_zero(trained_tensors(model))
     if runtime.is_rank_zero():
         tensor_files.save_tensors(out.with_suffix(".safetensors"), trained)
 

@@ -139,7 +139,8 @@ def test_ppo_and_best_of_n_follow_it_unchanged(
 
 def test_a_recipe_may_name_it_as_the_reward(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
-        "name: r\nstages:\n  ppo: {reward: classifier}\n  data: {}\n  classifier: {threshold: 0.5, neutral: 0}\n"
+        "name: r\nstages:\n  ppo: {reward: classifier}\n  data: {}\n  classifier: {threshold: 0.5, neutral: "
+        "0}\n"
         "  tokenizer: {}\n  pretrain: {}\n  sft: {}\n"
     )
     recipe = read_recipe(tmp_path / "r.yaml", {})

@@ -1,4 +1,5 @@
-"""The data stage: others' formats in, files of ours out; broken records are refused, or left out and counted."""
+"""The data stage: others' formats in, files of ours out; broken records are refused, or left out and
+counted."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ from chatwright.data.packing import PackedRow, batch_rows, pack
 from chatwright.metrics import TIMED, read_metrics
 from chatwright.optim import OptimConfig
 from chatwright.stages import sft
-from chatwright.train import loop
-from chatwright.train.loop import Fit, FitConfig
+from chatwright.train import busy, loop
+from chatwright.train.loop import Fit, FitConfig, Fitted
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import Step, Trainer
 from chatwright.train.workspace import Workspace
@@ -281,17 +281,59 @@ def test_a_budget_in_seconds_settles_the_number_of_steps_when_the_rate_begins_to
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each step takes a second on this clock; the first two are not counted, as they compile."""
-    ticks = itertools.count()
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
-    bed = Bed(tmp_path)
-    bed.trainer.optim_config = OptimConfig(learning_rate=0.1, schedule="trapezoid", decay=0.6, warmup=0.2)
-    fitted = make_fit(bed, FitConfig(seconds=10.0, batch_size=4, log_every=1, save_every=1e9)).run()
+    fitted = ten_seconds_of_steps(tmp_path, monkeypatch, left=1.0)
     # 0.4 x 10 s at full rate are reached in step 6 (4 counted); 6 / 0.4 = 15 steps in all
     assert fitted.progress.planned == fitted.progress.step == 15
     # warm-up is over the first 2 s (a thousandth of the 10 s at least): 1/200 until the third step is done,
     # which is the first that counts, then 1/2; full rate to step 6; then (15 - step) / (0.6 x 15)
     expected = [0.1 * 0.005] * 3 + [0.05, 0.1, 0.1, 0.1] + [0.1 * (15 - step) / 9 for step in range(7, 15)]
     assert rates(tmp_path) == pytest.approx(expected, abs=1e-6)
+    assert fitted.notes == []
+
+
+def ten_seconds_of_steps(directory: Path, monkeypatch: pytest.MonkeyPatch, *, left: float) -> Fitted:
+    """A budget of ten seconds, on a clock on which a step takes one, where other programs leave so much of
+    the processors."""
+
+    class Meter(busy.BusyMeter):
+        def look(self) -> float:
+            self.left = left
+            return left
+
+    ticks = itertools.count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr(busy, "BusyMeter", Meter)
+    bed = Bed(directory)
+    bed.trainer.optim_config = OptimConfig(learning_rate=0.1, schedule="trapezoid", decay=0.6, warmup=0.2)
+    return make_fit(bed, FitConfig(seconds=10.0, batch_size=4, log_every=1, save_every=1e9)).run()
+
+
+def test_a_budget_in_seconds_counts_the_work_that_could_be_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Others take half of the processors: each second counts half, so that there are as many steps as the
+    budget would have on a quiet machine whose steps take half a second."""
+    fitted = ten_seconds_of_steps(tmp_path, monkeypatch, left=0.5)
+    # 0.4 x 10 s at full rate are reached in step 10 (8 counted, of half a second each); 10 / 0.4 = 25 steps
+    # in all
+    assert fitted.progress.planned == fitted.progress.step == 25
+    # half of the seconds: warm-up is over after four counted steps
+    assert rates(tmp_path)[2:7] == pytest.approx([0.1 * 0.005, 0.025, 0.05, 0.075, 0.1], abs=1e-6)
+    assert fitted.progress.elapsed == 23.0  # money and energy go by the clock
+    (note,) = fitted.notes
+    assert "busy" in note and "took 50 %" in note and "missing" not in note
+    assert "took 50 %" in capsys.readouterr().out
+
+
+def test_a_stage_waits_four_times_its_budget_at_most_and_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = ten_seconds_of_steps(tmp_path, monkeypatch, left=0.125)
+    # 4 s are reached after 16 seconds that count a quarter each, in step 18; 18 / 0.4 = 45
+    assert fitted.progress.step == 45
+    (note,) = fitted.notes
+    # an eighth of each second was left, a quarter of it counted: half of the steps of a quiet machine
+    assert "took 88 %" in note and "about 45 steps are missing beside the 45 made" in note
 
 
 @pytest.mark.parametrize(

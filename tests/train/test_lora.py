@@ -392,5 +392,5 @@ def test_a_plan_that_would_cut_adapters_is_refused(monkeypatch: pytest.MonkeyPat
             Workspace(tmp_path),
             metadata={},
             texts={},
-            spread=together,
+            parallel=together,
         )

@@ -136,7 +136,8 @@ class Launches:
 
 @pytest.fixture(scope="module")
 def launches(tokenizer_bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
-    """Two processes by each plan, one after the other; the checkpoint of step 20 goes through several hands."""
+    """Two processes by each plan, one after the other; the checkpoint of step 20 goes through several
+    hands."""
     made = Launches(tmp_path_factory.mktemp("many"), {"tokenizer": tokenizer_bench.inputs["tokenizer"]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CHATWRIGHT_DEVICE", "cpu")

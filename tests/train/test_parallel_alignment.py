@@ -196,7 +196,8 @@ seventh time is in the second round, before its second minibatch."""
 
 @pytest.fixture(scope="module")
 def launches(inputs: Launches) -> Launches:
-    """Each stage alone, then by two processes under each plan; and rounds that change hands in their middle."""
+    """Each stage alone, then by two processes under each plan; and rounds that change hands in their
+    middle."""
     for stage in FEW:
         if stage != "reward":
             inputs.alone(stage)

@@ -1,4 +1,5 @@
-"""REINFORCE as a stage, and its step: what is learnt from is the return of whole answers against a baseline."""
+"""REINFORCE as a stage, and its step: what is learnt from is the return of whole answers against a
+baseline."""
 
 from __future__ import annotations
 
@@ -71,7 +72,7 @@ def test_the_loss_is_return_less_baseline_times_log_probability(
     rollout, logged = score_rollouts(models, answers, 0.3, config)
     mask = answers.response
     with torch.no_grad():
-        now, spread = completion_log_probs(models.policy, answers, temperature=1.0, entropy="known")
+        now, parallel = completion_log_probs(models.policy, answers, temperature=1.0, entropy="known")
         reference, _ = completion_log_probs(models.reference, answers, temperature=1.0)
         scores = torch.where(
             answers.finished, models.reward.score(answers.ids, answers.real), config.unfinished_score
@@ -90,7 +91,9 @@ def test_the_loss_is_return_less_baseline_times_log_probability(
     batch = rollout.rows(torch.arange(16))
     outcome = step(models, batch, config)
     spoken = [float(now[row][mask[row]].sum()) for row in range(16)]
-    loss = -sum(a * s for a, s in zip(expected, spoken, strict=True)) / 16 - 0.02 * float(spread[mask].mean())
+    loss = -sum(a * s for a, s in zip(expected, spoken, strict=True)) / 16 - 0.02 * float(
+        parallel[mask].mean()
+    )
     assert batch.weight == 16
     assert float(outcome.loss.detach()) / 16 == pytest.approx(loss, rel=1e-4)
     assert float(outcome.logged["ratio_gap"]) / 16 < 1e-5

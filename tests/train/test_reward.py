@@ -89,7 +89,7 @@ def test_normalisation_is_as_its_formula_says(
         before, labels = score_comparisons(model, rankings, chosen)
 
     class Saver:
-        spread = SINGLE_PROCESS
+        parallel = SINGLE_PROCESS
 
         def save(self, *, final: bool) -> checkpoint.Checkpoint:
             return checkpoint.Checkpoint(tmp_path / f"step-{final:06}")

@@ -53,9 +53,9 @@ def test_a_shared_trunk_is_read_once_and_starts_at_zero(
     )
     seen = policy_outputs(models, answers, 0.7)
     assert len(reads) == 1 and not bool(seen.values.any())
-    expected, spread = completion_log_probs(policy, answers, temperature=0.7, entropy="known")
+    expected, parallel = completion_log_probs(policy, answers, temperature=0.7, entropy="known")
     torch.testing.assert_close(seen.log_probs, expected)
-    torch.testing.assert_close(seen.entropy, spread)
+    torch.testing.assert_close(seen.entropy, parallel)
     # with a head that is not zero: its output at the position before the token
     assert isinstance(models.critic, ValueHead)
     torch.nn.init.normal_(models.critic.scalar.weight)

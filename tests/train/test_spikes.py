@@ -233,6 +233,18 @@ def test_a_rollback_returns_to_the_last_checkpoint_and_passes_over_the_samples(t
     assert any("1 returns" in note for note in fitted.notes)
 
 
+def test_a_rollback_forgets_no_time_of_the_budget(tmp_path: Path) -> None:
+    """Neither the seconds since the checkpoint nor what other programs took of them."""
+    run = Run(tmp_path)
+    run.fit(steps=10)
+    progress, taken = run.trainer.progress, {"lost": 7.0, "excused": 6.0}
+    progress.elapsed = 20.0
+    progress.extra |= {"spikes": 2, "busy": taken}
+    run.trainer.roll_back(every=5, spare=list)
+    progress = run.trainer.progress
+    assert progress.step == 5 and progress.elapsed == 20.0 and progress.extra["busy"] == taken
+
+
 def test_a_rollback_is_as_if_the_samples_had_never_been_there(tmp_path: Path) -> None:
     """The same samples at once in the order in which the run saw them, without what it passed over."""
     planted = {2 * n: 40.0 for n in (21, 22)}

@@ -234,7 +234,7 @@ def test_options_of_rounds_change_something_in_both_methods(
     module, score = ROUNDS[stage], Planted.score
     shared = {one.name: getattr(MINI, one.name) for one in fields(RLConfig)}
     plain = module.Config(**{**shared, "iterations": 3, "minibatch_size": 32, "precision": "fp32", "keep": 1})
-    changed = {"precision": "bf16", "policy_precision": "bf16", "compile": True, "save_every": 1, "keep": 3}
+    changed = {"precision": "bf16", "policy_precision": "bf16", "compile": True, "save_steps": 1, "keep": 3}
     found = []
     for name, more in (("plain", {}), ("changed", changed)):
         judged: set[bool] = set()

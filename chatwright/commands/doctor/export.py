@@ -175,7 +175,8 @@ def _read_by_transformers(parts: Loaded, written: Path) -> str:
     apart, largest = float((own - found).abs().max()), max(1.0, float(own.abs().max()))
     if not apart <= TOLERANCE * largest:  # not a number counts as apart, too
         raise _Differs(
-            f"transformers {version} computes logits that are {apart:.2g} apart, the largest being {largest:.2g}"
+            f"transformers {version} computes logits that are {apart:.2g} apart, the largest being "
+            f"{largest:.2g}"
         )
     same = "the same ids of a text and of a conversation" if talk else "the same ids of a text"
     return f"read back by chatwright (equal) and transformers {version}: {same}, logits at most {apart:.1g} apart"

@@ -61,7 +61,8 @@ DIALOGUES = 1_000
 
 
 def check_model(name: str, dialogue: str = "") -> tuple[list[Finding], Text | None]:
-    """Findings about a model, and the loss mask of a conversation (the first of `dialogue`, else a sample)."""
+    """Findings about a model, and the loss mask of a conversation (the first of `dialogue`, else a
+    sample)."""
     findings = list(_files(name))
     try:
         parts = load_parts(name)
@@ -121,7 +122,8 @@ def _numbers(model: GPT) -> Iterator[Finding]:
     yield Finding(
         "ok",
         "model",
-        f"{count:,} parameters ({count - body:,} in tables of tokens and positions), {shape.layers} layers, width "
+        f"{count:,} parameters ({count - body:,} in tables of tokens and positions), {shape.layers} layers, "
+        "width "
         f"{shape.width}, {shape.heads} heads, {shape.position} positions",
     )
     broken = [name for name, tensor in model.named_parameters() if not bool(torch.isfinite(tensor).all())]

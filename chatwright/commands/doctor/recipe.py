@@ -119,7 +119,8 @@ def _data(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
                 "problem",
                 stage.name,
                 f"`{records}` is empty, but {', '.join(users)} learns from them",
-                f"name a source of {records}: `chatwright data list`, a file or folder of your own, hf:owner/name",
+                f"name a source of {records}: `chatwright data list`, a file or folder of your own, "
+                "hf:owner/name",
             )
 
 
@@ -178,7 +179,8 @@ def _lengths(stage: RecipeStage, recipe: Recipe, shapes: dict[str, GPTConfig]) -
                 "warning",
                 stage.name,
                 f"{100 * share:.0f} % of the parameters are the token table",
-                f"a smaller vocabulary than {shape.vocab_size:,} (tokenizer.vocab_size) leaves more to think with",
+                f"a smaller vocabulary than {shape.vocab_size:,} (tokenizer.vocab_size) leaves more to "
+                "think with",
             )
         if shape.context < 64:
             yield Finding(

@@ -237,7 +237,8 @@ class KernelRunner:
             )  # no sequence is longer
         except (MemoryError, ValueError):
             raise UserError(
-                f"there is no memory for a key-value cache of {pages * size} tokens ({2 * half / 2**20:.0f} MiB); "
+                f"there is no memory for a key-value cache of {pages * size} tokens ({2 * half / 2**20:.0f} "
+                "MiB); "
                 "lower cache_tokens"
             ) from None
 

@@ -59,7 +59,8 @@ def encoded(model: LanguageModel, body: EmbeddingRequest) -> list[list[int]]:
             raise UserError(f"input: token ids of this model are 0 to {most - 1}")
         if len(ids) > model.model.config.context:
             raise TooLong(
-                f"input {number} has {len(ids)} tokens, the model's context holds {model.model.config.context}"
+                f"input {number} has {len(ids)} tokens, the model's context holds "
+                f"{model.model.config.context}"
             )
     return inputs
 

@@ -97,7 +97,8 @@ class Form:
             raise UserError("response_format: json_schema needs a schema")
         if self.kind != "text" and self.calls:
             raise UserError(
-                "response_format and tools cannot be had in one answer: give tool_choice none, or leave one out"
+                "response_format and tools cannot be had in one answer: give tool_choice none, or leave one "
+                "out"
             )
 
     @classmethod

@@ -90,7 +90,8 @@ class Reading:
     """The answers to one request."""
 
     def __init__(self, service: ChatService, prepared: Prepared, form: Form | None = None) -> None:
-        """`form`: what the answers were held to; where they may call tools, calls are looked for in the text."""
+        """`form`: what the answers were held to; where they may call tools, calls are looked for in the
+        text."""
         self.service, self.prepared = service, prepared
         self.spelling = Spelling(service.model.tokenizer)
         self.headers = {DROPPED_HEADER: str(prepared.dropped)}
@@ -202,7 +203,8 @@ async def guarded(
 
 
 class HeldStream(StreamingResponse):
-    """A stream for whose whole time something is held, a model above all; let go also when it never begins."""
+    """A stream for whose whole time something is held, a model above all; let go also when it never
+    begins."""
 
     def __init__(self, events: AsyncGenerator[bytes], hold: AsyncExitStack, **settings: Any) -> None:
         super().__init__(events, media_type="text/event-stream", **settings)

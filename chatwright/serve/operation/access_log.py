@@ -212,7 +212,8 @@ def _method(scope: Scope) -> str:
 
 
 def route_of(scope: Scope) -> str:
-    """The template of the route that served a request ("/chat/jobs/{job_id}/stop"), of which there are few."""
+    """The template of the route that served a request ("/chat/jobs/{job_id}/stop"), of which there are
+    few."""
     if str(scope["path"]).startswith("/static/"):
         return "/static"
     return str(getattr(scope.get("route"), "path", "")) or "none"

@@ -38,7 +38,8 @@ def _origin(text: str) -> str:
         or parts.username
     ):
         raise UsageError(
-            f"--cors_origins {text!r}: an origin is scheme, host and port, such as https://app.example.org or "
+            f"--cors_origins {text!r}: an origin is scheme, host and port, such as https://app.example.org "
+            "or "
             "http://localhost:3000; there is no sign for all origins"
         )
     host = f"[{host}]" if ":" in host else host

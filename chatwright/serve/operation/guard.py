@@ -98,7 +98,8 @@ class Guard:
 
 
 class BodyLimit:
-    """ASGI middleware: reads the body, and refuses one that is larger than `most` bytes or does not arrive."""
+    """ASGI middleware: reads the body, and refuses one that is larger than `most` bytes or does not
+    arrive."""
 
     def __init__(self, app: ASGIApp, *, most: int) -> None:
         self._app, self._most = app, most

@@ -71,10 +71,12 @@ def read_keys(text: str, where: str) -> list[Key]:
         if found is None:
             if secret.startswith("sha256:"):
                 raise UserError(
-                    f"{where}, line {number}: a SHA-256 has 64 hexadecimal digits; this line was cut or changed"
+                    f"{where}, line {number}: a SHA-256 has 64 hexadecimal digits; this line was cut or "
+                    "changed"
                 )
             raise UserError(
-                f"{where}, line {number}: keys must not stand here in clear; write instead: {line_for(name, secret)}"
+                f"{where}, line {number}: keys must not stand here in clear; write instead: "
+                f"{line_for(name, secret)}"
             )
         keys.append(Key(name, bytes.fromhex(found[1])))
     return keys
@@ -157,7 +159,8 @@ def open_keys(file: str | None, environment: Mapping[str, str] = os.environ) -> 
         raise UserError(f"{VARIABLE} is set but empty: unset it, or put keys into it")
     if any(len(key) < SHORTEST or not key.isascii() or not key.isprintable() for key in clear):
         raise UserError(
-            f"{VARIABLE}: a key needs {SHORTEST} printable ASCII characters or more; `chatwright key NAME` makes one"
+            f"{VARIABLE}: a key needs {SHORTEST} printable ASCII characters or more; `chatwright key NAME` "
+            "makes one"
         )
     if file is None and not clear:
         return None

@@ -86,7 +86,8 @@ def arrange(config: ParallelConfig, world: int, local: int) -> MeshShape:
         tensor = config.tensor or world
         if tensor < 2 or world % tensor:
             raise UsageError(
-                f"parallel.plan tp: {world} processes are not groups of {tensor}; set parallel.tensor to a divisor above 1"
+                f"parallel.plan tp: {world} processes are not groups of {tensor}; set parallel.tensor to a "
+                "divisor above 1"
             )
         return MeshShape(1, world // tensor, tensor)
     return MeshShape(world, 1, 1)
@@ -116,7 +117,8 @@ def check(
     for name in ("heads", "kv_heads", "mlp_width"):
         if getattr(shape, name) % mesh_shape.tensor:
             raise UsageError(
-                f"the model's {name}, {getattr(shape, name)}, cannot be divided among {mesh_shape.tensor} processes: "
+                f"the model's {name}, {getattr(shape, name)}, cannot be divided among {mesh_shape.tensor} "
+                "processes: "
                 "choose another parallel.tensor"
             )
 
@@ -154,7 +156,7 @@ class ParallelContext:
         return function(*arguments)
 
     def twin(self, model: Model) -> Model:
-        """A model to sample from without the others, asked for before `spread`: the model itself where it
+        """A model to sample from without the others, asked for before `distribute`: the model itself where it
         will be whole here, else a copy, which `refresh` gives the weights of now."""
         return model
 

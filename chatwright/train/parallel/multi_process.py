@@ -347,7 +347,8 @@ class MultiProcess(ParallelContext):
         checkpoint.fill(wanted, ready, where=where)
 
     def _room_for(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Room for a saved tensor of an optimiser, cut as its parameter is: `name` as in `optimiser_tensors`."""
+        """Room for a saved tensor of an optimiser, cut as its parameter is: `name` as in
+        `optimiser_tensors`."""
         place = ".".join(name.split(".")[:2])
         for parameter, own in self._places.items():
             if own == place and parameter.shape == shape:

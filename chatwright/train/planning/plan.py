@@ -249,7 +249,7 @@ def ahead(
     plan: StagePlan,
     config: Any,
     shape: GPTConfig,
-    spread: ParallelContext,
+    parallel: ParallelContext,
     *,
     learnt: float = 1.0,
 ) -> Any:
@@ -257,7 +257,7 @@ def ahead(
 
     Raises UserError, in every process, when none does.
     """
-    mesh_shape = getattr(spread, "mesh_shape", None)
+    mesh_shape = getattr(parallel, "mesh_shape", None)
     planned = PlannedStage(
         stage,
         plan,
@@ -265,7 +265,7 @@ def ahead(
         config,
         learnt,
         shards=mesh_shape.shard * mesh_shape.tensor if mesh_shape else 1,
-        processes=spread.data_size,
+        processes=parallel.data_size,
     )
     if not worth_planning(planned):
         return config

@@ -80,7 +80,8 @@ def parts_of(operations: Mapping[Operation, float], *, budget: float = SECONDS) 
 
 
 def _largest(shares: Mapping[Operation, float]) -> list[Operation]:
-    """The operations that take nearly all of the time; the others are many, and one sample of each is enough."""
+    """The operations that take nearly all of the time; the others are many, and one sample of each is
+    enough."""
     found, left = [], sum(shares.values()) * NEARLY
     for operation in sorted(shares, key=shares.__getitem__, reverse=True):
         if left <= 0:

@@ -85,8 +85,8 @@ def platt(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> tuple[fl
     if not count or not others:
         raise ValueError("texts of one class only: there is nothing to tell apart")
     target = torch.where(positive, (count + 1) / (count + 2), 1 / (others + 2))
-    middle, spread = scores.mean(), scores.std().clamp(min=1e-12)
-    rows = torch.stack([(scores - middle) / spread, torch.ones_like(scores)], 1)
+    middle, parallel = scores.mean(), scores.std().clamp(min=1e-12)
+    rows = torch.stack([(scores - middle) / parallel, torch.ones_like(scores)], 1)
     weights = torch.zeros(2, dtype=torch.float64)
 
     def cost(at: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def platt(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> tuple[fl
     slope, shift = (float(value) for value in weights)
     if slope <= 0:
         raise ValueError("scores do not rise with the class: they tell nothing")
-    return slope / float(spread), float(middle) - shift / slope * float(spread)
+    return slope / float(parallel), float(middle) - shift / slope * float(parallel)
 
 
 def log_loss(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:

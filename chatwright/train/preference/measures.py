@@ -118,7 +118,8 @@ def by_annotator(
     strange: Sequence[Comparison],
     config: RankingConfig,
 ) -> Table | None:
-    """Accuracy for each annotator, those whose judgements were trained on first; None where nobody is named."""
+    """Accuracy for each annotator, those whose judgements were trained on first; None where nobody is
+    named."""
     rows: list[list[str]] = []
     for kind, found, asked in (
         ("in training", judged, comparisons),
@@ -161,7 +162,7 @@ def normalise(
     Done once: a stage that is run again after this keeps the constants it has.
     """
     with runtime.evaluating(model), runtime.autocast(dtype):
-        ask = partial(trainer.spread.forward, score_comparisons, model, rankings)
+        ask = partial(trainer.parallel.forward, score_comparisons, model, rankings)
         scores, labels = ask(chosen)
         scores = scores[~labels.isnan()]
         zero = ask(demonstrations).scores[:, 0].mean() if demonstrations else scores.mean()
@@ -176,7 +177,8 @@ def normalise(
 def refuse_if_learnt_by_heart(
     report: Report, accuracy: float, held_out: Sequence[Comparison], config: RankingConfig
 ) -> None:
-    """Raise Unhealthy with the report when the model is good on training pairs and guesses on held-out ones."""
+    """Raise Unhealthy with the report when the model is good on training pairs and guesses on held-out
+    ones."""
     pairs = sum(
         round(float(pair_wins(torch.tensor([one.scores]), config.tie_tolerance, config.ties).sum()))
         for one in held_out

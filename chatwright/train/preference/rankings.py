@@ -1,4 +1,5 @@
-"""Comparisons -> batches for a reward model: where they come from, who made them, and how a row is written."""
+"""Comparisons -> batches for a reward model: where they come from, who made them, and how a row is
+written."""
 
 from __future__ import annotations
 
@@ -173,7 +174,8 @@ class Rankings:
 
 
 def own_comparisons(directory: Path) -> tuple[list[Comparison], list[Comparison]]:
-    """Training and held-out comparisons of a data stage, or of a directory of the user's. Raises UserError."""
+    """Training and held-out comparisons of a data stage, or of a directory of the user's. Raises
+    UserError."""
     both = [list(read_records(directory / f"comparisons-{side}.jsonl", Comparison)) for side in SIDES]
     for side, found in zip(SIDES, both, strict=True):
         if not found:
@@ -237,7 +239,8 @@ def without_annotators(train: list[Comparison], held_out: list[Comparison], name
     if unknown := sorted(chosen - known):
         told = ", ".join(sorted(known)[:10])
         raise UserError(
-            f"held_out_annotators: nobody is called {', '.join(unknown)}; annotators: {told}{' ...' if len(known) > 10 else ''}"
+            f"held_out_annotators: nobody is called {', '.join(unknown)}; annotators: "
+            f"{told}{' ...' if len(known) > 10 else ''}"
         )
     held_out_annotators = [one for one in held_out if one.annotator in chosen]
     kept, measured = ([one for one in side if one.annotator not in chosen] for side in (train, held_out))
@@ -248,6 +251,7 @@ def without_annotators(train: list[Comparison], held_out: list[Comparison], name
     ):
         if not found:
             raise UserError(
-                f"held_out_annotators {names}: there are no {what}; hold out others, or raise the validation share"
+                f"held_out_annotators {names}: there are no {what}; hold out others, or raise the "
+                "validation share"
             )
     return Split(kept, measured, held_out_annotators)

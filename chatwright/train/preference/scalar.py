@@ -41,7 +41,8 @@ class JudgeStage(Protocol):
 
 
 def chat_base(name: str, workspace: Workspace) -> Loaded:
-    """The chat model whose body a judge starts from. Raises UserError when it has no template or tokenizer."""
+    """The chat model whose body a judge starts from. Raises UserError when it has no template or
+    tokenizer."""
     base = open_base(name, workspace)
     if base.tokenizer is None or base.template is None:
         raise UserError(f"{name} has no chat template; a judge of answers needs a model after sft")
@@ -53,7 +54,7 @@ def make_scalar_model(
     config: JudgeStage,
     workspace: Workspace,
     base: Loaded,
-    spread: ParallelContext = SINGLE_PROCESS,
+    parallel: ParallelContext = SINGLE_PROCESS,
 ) -> tuple[ScalarModel, Trainer, torch.dtype]:
     """A scalar model with the base's body, what trains it, and the type that it computes in."""
     assert base.tokenizer is not None and base.template is not None
@@ -66,7 +67,7 @@ def make_scalar_model(
     if runtime.device().type == "cpu":
         model.body.use_attention(plain_attention)
     if config.fit.compile:
-        say(f"  {compile_blocks(model, cut=spread.is_tensor_parallel)}")
+        say(f"  {compile_blocks(model, cut=parallel.is_tensor_parallel)}")
     runtime.tune_allocator()
     metadata: dict[str, Any] = {
         "kind": "reward",
@@ -83,7 +84,7 @@ def make_scalar_model(
         metadata=metadata,
         texts=texts,
         keep=config.fit.keep,
-        spread=spread,
+        parallel=parallel,
     )
     return model, trainer, runtime.compute_dtype(config.fit.precision)
 

@@ -12,7 +12,8 @@ from chatwright.model.lora import lora_parameters
 
 
 def averaged(policy: nn.Module) -> list[nn.Parameter]:
-    """What an average is made of: the matrices of the policy's adapter if it has one, else all its weights."""
+    """What an average is made of: the matrices of the policy's adapter if it has one, else all its
+    weights."""
     return lora_parameters(policy) or list(policy.parameters())
 
 

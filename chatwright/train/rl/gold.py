@@ -36,7 +36,8 @@ def sentiment(texts: Sequence[str]) -> list[float]:
 
 
 def gold_of(name: str, resolve: Callable[[str], Path], base: Loaded) -> Gold | None:
-    """The measure that a setting names: none, the lexicon, or the reward model of a stage. Raises UserError."""
+    """The measure that a setting names: none, the lexicon, or the reward model of a stage. Raises
+    UserError."""
     tokenizer = base.tokenizer
     assert tokenizer is not None
     if not name:

@@ -86,8 +86,10 @@ def diagnose_ratio(gap: float, rounding: Rounding = FLOAT32) -> Diagnosis | None
     if gap <= rounding.ratio:
         return None
     return Diagnosis(
-        f"in the first minibatch, before any update, a token's ratio of new to old probability is {gap:.3g} away from 1: the "
-        "log-probabilities of learning are not those of looking back (temperature, dropout, padding, or weights that moved)",
+        f"in the first minibatch, before any update, a token's ratio of new to old probability is {gap:.3g} "
+        "away from 1: the "
+        "log-probabilities of learning are not those of looking back (temperature, dropout, padding, or "
+        "weights that moved)",
         fatal=True,
     )
 
@@ -104,8 +106,10 @@ def diagnose_reward(*, train: float, held_out: float, length: float, pairs: int)
         return None
     biased = abs(length - 0.5) > 2 * error
     return Diagnosis(
-        f"the reward model orders {100 * train:.0f} % of its training pairs rightly and {100 * held_out:.0f} % of {pairs:,} "
-        f"held-out ones, which is chance: it knows the training prompts by heart{', or their lengths' if biased else ''} "
+        f"the reward model orders {100 * train:.0f} % of its training pairs rightly and "
+        f"{100 * held_out:.0f} % of {pairs:,} "
+        "held-out ones, which is chance: it knows the training prompts by "
+        f"heart{', or their lengths' if biased else ''} "
         f"(length alone: {100 * length:.0f} %). More comparisons, fewer passes, or a split by prompt",
         fatal=True,
     )
@@ -117,7 +121,8 @@ def _sampler_is_not_the_policy(history: History, limits: Limits) -> Diagnosis | 
         return None
     known = "" if rounding == FLOAT32 else " If nothing is, it is bf16: set policy_precision to fp32"
     return Diagnosis(
-        f"sampler and trainer disagree on log-probabilities by {now['sampler_gap']:.3g} nats at a token, {now['sampler_error']:.3g} as a "
+        f"sampler and trainer disagree on log-probabilities by {now['sampler_gap']:.3g} nats at a token, "
+        f"{now['sampler_error']:.3g} as a "
         f"root mean square; is the temperature, the template or the padding different in one of them?{known}",
         fatal=True,
     )
@@ -128,7 +133,8 @@ def _kl_is_negative(history: History, limits: Limits) -> Diagnosis | None:
     if now["tokens"] <= 500 or now["kl"] >= -0.5 or now["kl"] >= -4 * now["kl_error"]:
         return None
     return Diagnosis(
-        f"KL to the reference is {now['kl']:.2f} nats, clearly negative, which no true KL is: the tokens were not "
+        f"KL to the reference is {now['kl']:.2f} nats, clearly negative, which no true KL is: the tokens "
+        "were not "
         "drawn from the policy that is being measured",
         fatal=True,
     )
@@ -138,7 +144,8 @@ def _no_end_was_learnt(history: History, limits: Limits) -> Diagnosis | None:
     if len(history) != 3 or any(row["finished"] >= 0.02 for row in history):
         return None
     return Diagnosis(
-        "no answer has come to its end since the start (three rounds): the end token was outside the loss of SFT, or "
+        "no answer has come to its end since the start (three rounds): the end token was outside the loss "
+        "of SFT, or "
         "max_new_tokens is far too small (chatwright doctor MODEL shows the loss mask)",
         fatal=True,
     )
@@ -149,7 +156,8 @@ def _critic_is_broken(history: History, limits: Limits) -> Diagnosis | None:
     if len(history) < YOUNG or not all(row.get("explained_variance", 0.0) < -1.0 for row in last):
         return None
     return Diagnosis(
-        "the critic is worse than a constant by far (explained variance under -1 for five rounds): it misleads the policy; "
+        "the critic is worse than a constant by far (explained variance under -1 for five rounds): it "
+        "misleads the policy; "
         "lower the learning rate or raise value_coefficient",
         fatal=True,
     )
@@ -171,7 +179,8 @@ def _kl_jumps(history: History, limits: Limits) -> Diagnosis | None:
     if rise <= max(3.0, limits.kl_budget / 2) or rise <= 4 * math.hypot(before["kl_error"], now["kl_error"]):
         return None
     return Diagnosis(
-        f"KL jumped from {before['kl']:.1f} to {now['kl']:.1f} nats in one round: an update went much too far (lower the "
+        f"KL jumped from {before['kl']:.1f} to {now['kl']:.1f} nats in one round: an update went much too "
+        "far (lower the "
         "learning rate), or template, temperature or padding have changed under way",
         fatal=False,
     )
@@ -205,7 +214,8 @@ def _reward_is_hacked(history: History, limits: Limits) -> Diagnosis | None:
             f"gold fell from {gold[0]:.3f} to {gold[1]:.3f} since round {peak}, with the score", fatal=False
         )
     return Diagnosis(
-        f"the reward model is exploited: since round {peak} its score rose from {score[0]:.2f} to {score[1]:.2f} while gold "
+        f"the reward model is exploited: since round {peak} its score rose from {score[0]:.2f} to "
+        f"{score[1]:.2f} while gold "
         f"fell from {gold[0]:.3f} to {gold[1]:.3f}; length {length[0]:.0f} -> {length[1]:.0f} tokens",
         fatal=False,
     )

@@ -61,22 +61,22 @@ class RLModels:
     critic: ScalarModel | ValueHead | None = None
     dtype: torch.dtype = torch.float32
     policy_dtype: torch.dtype = torch.float32
-    spread: ParallelContext = SINGLE_PROCESS
+    parallel: ParallelContext = SINGLE_PROCESS
     """The processes that hold these models together, each of which samples and judges its share of a round's
     answers."""
 
     twin: GPT | None = None
     """Where the policy is in parts: the copy of it that samples (`ParallelContext.twin`)."""
 
-    def share(self, spread: ParallelContext) -> None:
+    def share(self, parallel: ParallelContext) -> None:
         """Be held by many processes together; before the plan is put on the models."""
-        self.spread, self.twin = spread, spread.twin(self.policy)
+        self.parallel, self.twin = parallel, parallel.twin(self.policy)
 
     def sampler(self) -> GPT:
         """The policy as one process can sample from it, with the weights of now. All must ask."""
         if self.twin is None:
             return self.policy
-        self.spread.refresh(self.twin, self.policy)
+        self.parallel.refresh(self.twin, self.policy)
         return self.twin
 
     @property
@@ -116,7 +116,7 @@ def policy_outputs(
     policy, critic = models.policy, models.critic
     with runtime.autocast(models.policy_dtype):
         hidden = policy.hidden_at(answers.ids, answers.before, lengths=answers.lengths)
-        log_probs, spread = completion_log_probs(
+        log_probs, parallel = completion_log_probs(
             policy, answers, temperature=temperature, entropy=entropy, hidden=hidden
         )
     if isinstance(critic, ValueHead):
@@ -126,7 +126,7 @@ def policy_outputs(
             values = values_before(critic, answers)
     else:
         values = torch.zeros_like(log_probs)
-    return PolicyOutputs(log_probs, spread, values)
+    return PolicyOutputs(log_probs, parallel, values)
 
 
 class ScoringConfig(Protocol):
@@ -171,14 +171,14 @@ def score_rollout(models: RLModels, answers: Completions, config: ScoringConfig)
     """Ask all models about sampled answers. Each of many processes asks about its own and gets what all were
     told."""
     return all_gather_completions(
-        models.spread.forward(_score_rollout, models, answers, config), models.spread
+        models.parallel.forward(_score_rollout, models, answers, config), models.parallel
     )
 
 
 def _score_rollout(models: RLModels, answers: Completions, config: ScoringConfig) -> Scored:
     """In micro-batches. Not with many processes, whose micro-batches might differ in number: each forward
     pass of a model in parts is one for all."""
-    if models.spread.together:
+    if models.parallel.together:
         return _asked(models, answers, config)
     micro_batches = torch.split(torch.arange(len(answers.ids)), PORTION)
     return concat([_asked(models, answers.rows(chosen), config) for chosen in micro_batches])
@@ -222,7 +222,7 @@ def step_facts(
     *,
     weight: float,
     per_token: float = 1.0,
-    spread: ParallelContext = SINGLE_PROCESS,
+    parallel: ParallelContext = SINGLE_PROCESS,
 ) -> dict[str, Tensor]:
     """What to log about how far the policy is from the one that sampled, whose log-probabilities were
     `before`.
@@ -234,9 +234,9 @@ def step_facts(
     ratio = change.exp()
     gap = (ratio - 1).abs().max()
     if (
-        spread.together
+        parallel.together
     ):  # the largest of the minibatch, of which this process has a part; NaN is no number to compare with
-        gap = torch.tensor(spread.all_reduce_max([float(gap.nan_to_num(nan=math.inf, posinf=math.inf))])[0])
+        gap = torch.tensor(parallel.all_reduce_max([float(gap.nan_to_num(nan=math.inf, posinf=math.inf))])[0])
     tokens = mask.sum() * per_token
     return {
         "moved": 0.5
@@ -314,8 +314,10 @@ def load_reward(directory: Path, base: Loaded, min_correlation: float) -> Scalar
     if quality is None or quality < min_correlation:
         told = "is not known" if quality is None else f"is {quality:.3f}"
         raise UserError(
-            f"the reward model's correlation with held-out ratings {told}, PPO wants {min_correlation:g}: a weaker one "
-            "is exploited, not followed (answers collapse while its score rises). Train it longer or on more ratings, "
+            f"the reward model's correlation with held-out ratings {told}, PPO wants {min_correlation:g}: a "
+            "weaker one "
+            "is exploited, not followed (answers collapse while its score rises). Train it longer or on "
+            "more ratings, "
             "start it from a better model, or lower min_correlation at your own risk"
         )
     found.verify()

@@ -53,7 +53,8 @@ class GeneralText:
 
     @classmethod
     def open(cls, directory: Path, tokenizer: Tokenizer, context: int, seed: int) -> GeneralText:
-        """The shards of a tokenizer stage. Raises UserError when they are missing, or of another tokenizer."""
+        """The shards of a tokenizer stage. Raises UserError when they are missing, or of another
+        tokenizer."""
         train = TokenShards.open(directory / "train", tokenizer)
         held_out = TokenShards.open(directory / "validation", tokenizer)
         return cls(

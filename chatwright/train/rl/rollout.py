@@ -97,7 +97,8 @@ Batch = TypeVar("Batch", bound="DataclassInstance")
 
 
 def mapped(function: Callable[..., Tensor], *batches: Batch) -> Batch:
-    """A dataclass of tensors (nested ones too) whose every tensor is made of the same ones of these batches."""
+    """A dataclass of tensors (nested ones too) whose every tensor is made of the same ones of these
+    batches."""
     values = []
     for field in fields(batches[0]):
         parts: list[Any] = [getattr(batch, field.name) for batch in batches]
@@ -111,7 +112,8 @@ def chosen_rows(batch: Batch, chosen: Tensor) -> Batch:
 
 
 def concat(batches: Sequence[Batch]) -> Batch:
-    """The rows of several dataclasses of tensors; narrower tensors are padded on the right with 0, or False."""
+    """The rows of several dataclasses of tensors; narrower tensors are padded on the right with 0, or
+    False."""
 
     def stacked(*tensors: Tensor) -> Tensor:
         width = max(one.shape[-1] for one in tensors)
@@ -120,16 +122,17 @@ def concat(batches: Sequence[Batch]) -> Batch:
     return mapped(stacked, *batches)
 
 
-def all_gather_completions(batch: Batch, spread: ParallelContext) -> Batch:
+def all_gather_completions(batch: Batch, parallel: ParallelContext) -> Batch:
     """The rows that all processes have, in the order of their samples, in each of them; alone, the batch
     itself."""
-    if not spread.together:
+    if not parallel.together:
         return batch
-    return runtime.on_device(concat(spread.all_gather(mapped(lambda one: one.cpu(), batch))))
+    return runtime.on_device(concat(parallel.all_gather(mapped(lambda one: one.cpu(), batch))))
 
 
 def as_tensors(batch: Any, prefix: str = "") -> dict[str, Tensor]:
-    """A dataclass of tensors as a checkpoint can hold it, by name; flags as bytes, which every format knows."""
+    """A dataclass of tensors as a checkpoint can hold it, by name; flags as bytes, which every format
+    knows."""
     tensors: dict[str, Tensor] = {}
     for field in fields(batch):
         one = getattr(batch, field.name)
@@ -284,7 +287,8 @@ def texts_of(answers: Completions, tokenizer: Tokenizer) -> list[str]:
 
 
 def distinct(texts: Sequence[str], n: int = 2) -> float:
-    """Different word n-grams over all word n-grams of the texts together (Li et al. 2016, arXiv:1510.03055)."""
+    """Different word n-grams over all word n-grams of the texts together (Li et al. 2016,
+    arXiv:1510.03055)."""
     grams = [
         tuple(words[i : i + n])
         for words in (text.split() for text in texts)

@@ -78,7 +78,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
     """The class of its rollouts."""
     curves: ClassVar[Sequence[Curve]] = ()
     """Those of the method alone, for the report."""
-    spread: ParallelContext = SINGLE_PROCESS
+    parallel: ParallelContext = SINGLE_PROCESS
     asked: Callable[[], bool] = staticmethod(lambda: False)
     """Whether somebody wants the run to stop."""
 
@@ -95,7 +95,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         text: GeneralText | None = None,
     ) -> None:
         self.config, self.workspace, self.trainer, self.models = config, workspace, trainer, models
-        self.spread = trainer.spread
+        self.parallel = trainer.parallel
         self.prompts, self.order = prompts, SampleOrder(len(prompts), workspace.seed)
         self.gold, self.text = gold, text
         assert base.tokenizer is not None and base.template is not None
@@ -149,7 +149,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
     def sample(self) -> Completions:
         """This process's answers of this round: prompts and random streams are functions of the seed, the
         round and an answer's number in it."""
-        progress, mine = self.trainer.progress, self.spread.local_slice(self.config.batch_size)
+        progress, mine = self.trainer.progress, self.parallel.local_slice(self.config.batch_size)
         chosen = self.order.take(progress.consumed, self.config.batch_size // self.per_prompt)
         return sample_completions(
             self.models.sampler(),
@@ -169,10 +169,10 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         rollout, logged = self.score_rollouts(answers, self.extra["beta"])
         logged["distinct_2"] = distinct(texts_of(rollout.answers, self.tokenizer))
         if self.gold is not None:
-            gold = torch.cat(self.spread.all_gather(self.gold(answers)))
+            gold = torch.cat(self.parallel.all_gather(self.gold(answers)))
             logged["gold"] = float(gold.mean())
             logged["gold_error"] = float(gold.std() / math.sqrt(len(gold)))
-        return rollout, self.spread.broadcast_from_rank0(lambda: logged)
+        return rollout, self.parallel.broadcast_from_rank0(lambda: logged)
 
     def round(self) -> str:
         """Sample, look back, keep the best, and unless this was the last round, update. Returns a line to
@@ -229,7 +229,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         return runtime.on_device(from_tensors(self.rolled, self.trainer.unfinished.tensors("mid_step"))), None
 
     def _break_off(self, diagnosis: health.Diagnosis) -> None:
-        """Write the row of this round, save the state before it, and raise Unhealthy with the report so far."""
+        """Write the row of this round, save the state before it, and raise Unhealthy with the report so
+        far."""
         step = self.trainer.progress.step
         self.workspace.metrics.write(step, self.latest)
         self._save_before_round()
@@ -270,13 +271,13 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         for place, (epoch, number, chosen) in enumerate(self._minibatches(len(rollout.answers.ids))):
             if place < done:
                 continue
-            if self.spread.all_reduce_max([float(self.asked())])[0]:
+            if self.parallel.all_reduce_max([float(self.asked())])[0]:
                 self._interrupt(rollout, place)
             first = place == 0
             if first:
                 self.first_gap = None
             texts = self._texts(rollout.rows(chosen).weight, epoch, number)
-            batch = rollout.rows(chosen[self.spread.local_slice(len(chosen))])
+            batch = rollout.rows(chosen[self.parallel.local_slice(len(chosen))])
             # Text first: it has no gradient for a critic, and DDP sends gradients after the last backward
             # pass.
             self.trainer.update([*texts, batch], self._loss, share, accept=self._is_right if first else None)
@@ -320,7 +321,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         others for ever.
         """
         gap = self.first_gap or 0.0
-        self.first_gap = self.spread.all_reduce_max([math.inf if math.isnan(gap) else gap])[0]
+        self.first_gap = self.parallel.all_reduce_max([math.inf if math.isnan(gap) else gap])[0]
         diagnosis = health.diagnose_ratio(self.first_gap, self.rounding)
         if diagnosis is not None:
             self._break_off(diagnosis)
@@ -334,7 +335,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         size, windows, mine = (
             self.config.minibatch_size,
             self.config.ptx_windows,
-            self.spread.local_slice(self.config.minibatch_size),
+            self.parallel.local_slice(self.config.minibatch_size),
         )
         before = (self.trainer.progress.step * self.epochs + epoch) * self.config.batch_size + number * size
         count = mine.stop - mine.start
@@ -345,7 +346,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         ]
 
     def _measure_average(self) -> None:
-        """Ask the average of the weights the last round's prompts, and save it; `outcome.result_of` chooses."""
+        """Ask the average of the weights the last round's prompts, and save it; `outcome.result_of`
+        chooses."""
         average = self.trainer.modules.get("average")
         if average is None:
             return
@@ -361,7 +363,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         result = result_of(self.extra, step)
         if result is None:
             raise UserError(
-                f"{self.title}: no round gave answers within the KL budget that were varied enough; lower the learning rate"
+                f"{self.title}: no round gave answers within the KL budget that were varied enough; lower "
+                "the learning rate"
             )
         tax, policy = None, self.models.policy
         self.trainer.put_together(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
@@ -372,9 +375,9 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         if self.text is not None:
             say("  measuring what it costs on general text")
             with torch.no_grad():
-                tax = self.spread.forward(self._tax, self.text)
+                tax = self.parallel.forward(self._tax, self.text)
         more = self.spent() | adapters.write_adapter(
-            policy, self.workspace.directory, base=self.config.base, spread=self.spread
+            policy, self.workspace.directory, base=self.config.base, parallel=self.parallel
         )
         return report_of(self.extra, step, aim=self.aim, curves=self.curves, tax=tax, more=more)
 
@@ -422,7 +425,7 @@ def train_policy(
     text = None
     if config.text:
         text = GeneralText.open(workspace.resolve(config.text), base.tokenizer, context, workspace.seed)
-    spread = start_parallel(
+    parallel = start_parallel(
         config.parallel,
         batch_size=config.minibatch_size,
         named="minibatch_size",
@@ -432,7 +435,7 @@ def train_policy(
             "tp": f"{title} samples from whole weights, which this plan does not put together: use ddp, fsdp or hsdp"
         },
     )
-    plan.ahead(title, PLAN, config, base.model.config, spread)
+    plan.ahead(title, PLAN, config, base.model.config, parallel)
     runtime.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, title))
     bodies = {"base": base.model, **({"judge": reward} if critic == "separate" else {})}
@@ -445,7 +448,7 @@ def train_policy(
         precision=config.precision,
         policy_precision=config.policy_precision,
     )
-    models.share(spread)
+    models.share(parallel)
     if config.compile:
         say(f"  {compile_blocks(*models.computing)}")
     trainer = trainer_of(models, config, workspace, base, adapted)
@@ -469,7 +472,7 @@ def train_policy(
                 runtime.trim_heap()  # the compiler's, which has seen all forms of a block by now
                 compiled = False
             bar.update(trainer.progress.step / config.iterations, line)
-            if spread.all_reduce_max([float(stopper.asked)])[0]:
+            if parallel.all_reduce_max([float(stopper.asked)])[0]:
                 if "average" not in run_.extra:  # with which all is saved
                     if run_.finished:
                         run_.extra["history"].pop()  # the last round counts no step: it is done again
@@ -503,7 +506,7 @@ def trainer_of(
             **adapted,
         },
         texts={"tokenizer.json": base.tokenizer.to_json(), "chat_template.jinja": base.template.source},
-        spread=models.spread,
+        parallel=models.parallel,
         frozen=models.frozen,
         keep=config.keep,
     )
