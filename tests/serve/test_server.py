@@ -33,7 +33,9 @@ def test_a_busy_port_is_one_clear_line() -> None:
 
 def test_addresses() -> None:
     with listen("127.0.0.1", 0) as listener:
-        assert listener.getsockname()[1] > 0
+        host, port = listener.getsockname()
+        assert host == "127.0.0.1"
+        socket.create_connection((host, port), timeout=10).close()
     with pytest.raises(UserError, match="no address"):
         listen("no.such.host.invalid", 0)
     with pytest.raises(UserError, match="cannot listen"):

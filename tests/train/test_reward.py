@@ -149,7 +149,9 @@ def test_own_comparisons_may_have_any_number_of_answers(
         (tmp_path / f"comparisons-{side}.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
     config = Config(comparisons=str(tmp_path), max_tokens=48, fit=make_fit(steps=3, batch_size=4))
     report = sft_bench.run(reward, config, tmp_path / "reward")
-    assert 0.0 <= report.measures[0].after <= 1.0
+    # 9 prompts of three and of four answers, 18 of two; their labels are all different
+    (table,) = (table for table in report.tables if "number of answers" in table.title)
+    assert [row[:3] for row in table.rows] == [["2", "18", "18"], ["3", "9", "27"], ["4", "9", "54"]]
 
 
 def test_an_encoded_answer_always_ends_with_the_end_token(chat_tokenizer: Tokenizer) -> None:
