@@ -21,10 +21,7 @@ import torch
 import chatwright
 from chatwright import cli, files
 from chatwright.metrics import read_metrics
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-
-from babble import Babble
+from support.babble import Babble
 
 STAGES = ["data", "tokenizer", "pretrain", "sft", "reward", "ppo", "eval"]
 

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,7 @@ from chatwright.config import UserError
 from chatwright.reports.compare import align, compare
 from chatwright.reports.compare_page import plain, sheets, sketch
 from chatwright.reports.runs import read_rows, read_run
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from made_runs import write_both, write_run, write_stage
+from support.made_runs import write_both, write_run, write_stage
 
 GOLDEN = Path(__file__).parent / "golden" / "comparison.md"
 Call = Callable[..., tuple[int, str, str]]

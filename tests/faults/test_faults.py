@@ -16,10 +16,7 @@ import pytest
 
 from chatwright import checkpoint
 from chatwright.metrics import read_metrics
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import campaign
+from support import campaign
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX")
 

@@ -3,13 +3,8 @@ tooling.py."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from serving import roomy, roomy_server, server, small, taught, tiny, wait_until
-from tooling import copy, good, hf_dir, run
+from support.serving import roomy, roomy_server, server, small, taught, tiny, wait_until
+from support.tooling import copy, good, hf_dir, run
 
 __all__ = [
     "copy",

@@ -13,13 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
-from person import Person
-from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.commands.serve import ServeConfig
 from chatwright.config import UsageError, UserError
 from chatwright.serve.operation.access_log import AccessLog
 from chatwright.serve.operation.keys import line_for
+from support.person import Person
+from support.serving import DIALOGUES, Running, TinyModel, run_server
 
 BODY = {"model": "tiny/taught", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
 KEY = "cw-" + "k" * 43

@@ -10,10 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
-from person import Person, text_of
-from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.language_model import LanguageModel
+from support.person import Person, text_of
+from support.serving import DIALOGUES, Running, TinyModel, run_server
 
 STORY = DIALOGUES["story"]
 

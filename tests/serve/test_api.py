@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import serving
-from serving import DIALOGUES, Running, run_server
+
+from support import serving
+from support.serving import DIALOGUES, Running, run_server
 
 ASK = {"model": "tiny/taught", "temperature": 0.0}
 

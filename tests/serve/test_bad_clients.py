@@ -14,11 +14,11 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import HELLO, STORY, STORY_TEXT, post, text_of
-from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.serve.answer import Answer
 from chatwright.serve.operation import guard, running
+from support.asking import HELLO, STORY, STORY_TEXT, post, text_of
+from support.serving import DIALOGUES, Running, TinyModel, run_server
 
 LONG_NAME = "x" * 20_000
 """A model's name that makes every event of a stream a heavy one."""

@@ -15,11 +15,11 @@ from typing import Any
 
 import httpx
 import pytest
-from documented import HOST, KEY, Replica, ask, block, free_port, placed, running, start
 
 from chatwright.chat import NATIVE
 from chatwright.serve.operation.keys import line_for
 from chatwright.tokenizer import Tokenizer
+from support.documented import HOST, KEY, Replica, ask, block, free_port, placed, running, start
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="these programs are POSIX's")
 MANY = "serving_many.md"

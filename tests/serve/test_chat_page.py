@@ -10,8 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-from person import Person, text_of
-from serving import DIALOGUES, MARKDOWN, Running, TinyModel, run_server
 
 from chatwright.chat import Message
 from chatwright.config import UserError
@@ -19,6 +17,8 @@ from chatwright.generate.sampling import Sampling
 from chatwright.serve.jobs import Event, Failed, Job, JobStore
 from chatwright.serve.markdown import render
 from chatwright.serve.service import Busy, TooLong, prepare
+from support.person import Person, text_of
+from support.serving import DIALOGUES, MARKDOWN, Running, TinyModel, run_server
 
 
 @pytest.fixture

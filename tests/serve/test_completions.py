@@ -12,7 +12,8 @@ import httpx
 import openai
 import pytest
 import torch
-from serving import DIALOGUES, Running
+
+from support.serving import DIALOGUES, Running
 
 ASK = {"model": "tiny/taught", "temperature": 0.0}
 

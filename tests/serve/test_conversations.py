@@ -10,12 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
-from person import Person, text_of
-from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.commands.serve import ServeConfig
 from chatwright.config import UsageError
 from chatwright.serve.operation.owner import COOKIE, YEAR
+from support.person import Person, text_of
+from support.serving import DIALOGUES, Running, TinyModel, run_server
 
 STORY = DIALOGUES["story"]
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tooling import Run, check, findings, save
 
 from chatwright.commands.doctor import export, machine
 from chatwright.generate.kernels import paths
@@ -22,6 +21,7 @@ from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.serve.footprint import serving
 from chatwright.tokenizer import Tokenizer
+from support.tooling import Run, check, findings, save
 
 NAMED = ("fp32", "bf16", "int8", "int4")
 

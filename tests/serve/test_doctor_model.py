@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tooling import Run, check, findings, save
 
 from chatwright import files
 from chatwright.chat import NATIVE, ChatTemplate, Message
@@ -21,6 +20,7 @@ from chatwright.language_model import load
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
+from support.tooling import Run, check, findings, save
 
 
 def test_a_good_model(run: Run, good: Path) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tooling import Run, check, findings
 
 from chatwright.model.config import GPTConfig
+from support.tooling import Run, check, findings
 
 
 @pytest.fixture

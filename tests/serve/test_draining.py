@@ -17,15 +17,15 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from asking import HELLO, STORY, STORY_TEXT, post, reasons_of, text_of
-from person import Person
-from serving import TinyModel, run_server
 
 from chatwright import checkpoint
 from chatwright.chat import NATIVE
 from chatwright.model.gpt import GPT
 from chatwright.serve.operation.keys import line_for
 from chatwright.tokenizer import Tokenizer
+from support.asking import HELLO, STORY, STORY_TEXT, post, reasons_of, text_of
+from support.person import Person
+from support.serving import TinyModel, run_server
 
 
 def test_draining(tiny: TinyModel, wait_until: Callable[..., None]) -> None:

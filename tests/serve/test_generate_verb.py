@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import DIALOGUES, TinyModel
 
 import chatwright.language_model
 from chatwright.commands.generate import GenerateConfig, main
 from chatwright.config import UsageError, UserError
 from chatwright.generate.beam import beam_search
 from chatwright.generate.sampling import Sampling
+from support.serving import DIALOGUES, TinyModel
 
 Generate = Callable[..., tuple[int, str]]
 ASK = "<|user|>escapes<|end|><|assistant|>"

@@ -12,9 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import HELLO, STORY, STORY_TEXT, events, post, reasons_of, text_of
-from person import Person
-from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.chat import Message
 from chatwright.commands.serve import ServeConfig
@@ -29,6 +26,9 @@ from chatwright.serve.operation.keys import line_for
 from chatwright.serve.pool import ModelPool, Spec
 from chatwright.serve.service import Busy, ChatService, Limits, TooLong, prepare
 from chatwright.tokenizer import Tokenizer
+from support.asking import HELLO, STORY, STORY_TEXT, events, post, reasons_of, text_of
+from support.person import Person
+from support.serving import DIALOGUES, Running, TinyModel, run_server
 
 # ---- limits ------------------------------------------------------------------------------------------------
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving import TinyModel
 
 from chatwright.commands.serve import ServeConfig, listen, main, make_pool
 from chatwright.config import UsageError, UserError
 from chatwright.serve.operation.guard import is_loopback
+from support.serving import TinyModel
 
 
 def test_a_busy_port_is_one_clear_line() -> None:

@@ -12,7 +12,6 @@ import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
-from serving import GatedEngine, Running, TinyModel, run_server
 
 from chatwright.generate.engine import Engine
 from chatwright.generate.request import Request
@@ -20,6 +19,7 @@ from chatwright.generate.sampling import Sampling
 from chatwright.model.gpt import GPT
 from chatwright.serve.pool import ModelPool, Spec
 from chatwright.tokenizer import Tokenizer
+from support.serving import GatedEngine, Running, TinyModel, run_server
 
 BODY = {"model": "tiny/taught", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
 MODEL = {"model_name": "tiny/taught"}

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import DIALOGUES, TinyModel
 
 import chatwright.language_model
 from chatwright.commands.chat import main
 from chatwright.config import UsageError, UserError, harmless
+from support.serving import DIALOGUES, TinyModel
 
 Chat = Callable[..., tuple[int, str, str]]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
-from serving import DIALOGUES, TinyModel
 
 from chatwright.chat import Message
 from chatwright.generate.request import Piece
 from chatwright.language_model import LanguageModel
 from chatwright.serve.tokens import Token, TokenTexts, spelled
+from support.serving import DIALOGUES, TinyModel
 
 
 def tokens_of(model: LanguageModel, ask: str, **options: object) -> tuple[list[Token], str, bool]:

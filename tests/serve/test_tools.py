@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tooling import Run, save
 
 from chatwright import checkpoint, tensor_files
 from chatwright.chat import NATIVE, ChatTemplate
@@ -18,6 +17,7 @@ from chatwright.config import UserError
 from chatwright.language_model import load, load_parts
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
+from support.tooling import Run, save
 
 
 def test_import_of_a_hugging_face_directory(run: Run, hf_dir: Path, tmp_path: Path) -> None:

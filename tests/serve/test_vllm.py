@@ -19,7 +19,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from tooling import save
 
 from chatwright import files
 from chatwright.commands.serve import ServeConfig, main
@@ -30,6 +29,7 @@ from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.serve import vllm
 from chatwright.tokenizer import Tokenizer
+from support.tooling import save
 
 pytestmark = pytest.mark.skipif(
     os.name != "posix", reason="the stand-in is a script with a first line that names Python"

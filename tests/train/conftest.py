@@ -3,7 +3,6 @@ matter."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,8 @@ from chatwright.stages import tokenizer as tokenizer_stage
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.loop import FitConfig
 from chatwright.train.workspace import Report, Workspace
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from babble import Babble  # the pipeline's and the road's tests use it as well
-from planted import plant
+from support.babble import Babble  # the pipeline's and the road's tests use it as well
+from support.planted import plant
 
 SEED = 11
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planted import MINI
 
 from chatwright.config import UserError
 from chatwright.metrics import read_metrics
 from chatwright.reports import report
 from chatwright.stages import best_of_n, ppo
+from support.planted import MINI
 
 SMALL = best_of_n.Config(
     prompts=40, n=8, max_prompt_tokens=40, max_new_tokens=18, min_tokens=1, max_repeats=0.6

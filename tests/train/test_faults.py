@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI, plant
 
 from chatwright import checkpoint, cli, files
 from chatwright.data.examples import Comparison
@@ -23,6 +22,7 @@ from chatwright.train.rl import training
 from chatwright.train.rl.models import RLModels
 from chatwright.train.rl.rollout import Completions, completion_log_probs
 from chatwright.train.workspace import Unhealthy
+from support.planted import MINI, plant
 
 SMALL = replace(MINI, iterations=16, batch_size=8, minibatch_size=8)
 

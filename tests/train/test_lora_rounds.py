@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI, gain
 
 import chatwright as cw
 from chatwright.checkpoint import Checkpoint
@@ -25,6 +24,7 @@ from chatwright.train.rl import training
 from chatwright.train.rl.models import make_models, policy_outputs
 from chatwright.train.rl.ptx import GeneralText
 from chatwright.train.rl.rollout import sample_completions
+from support.planted import MINI, gain
 
 LORA = LoRAConfig(rank=4, alpha=8.0)
 SMALL = replace(

@@ -6,13 +6,11 @@ it was.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import write_scaling_docs
 
 from chatwright import checkpoint, cli, rendezvous, runtime, sharded, tensor_files
 from chatwright.config import UsageError, UserError, build, to_yaml
@@ -36,10 +35,11 @@ from chatwright.train import loop
 from chatwright.train.parallel import context
 from chatwright.train.parallel.context import MeshShape, ParallelConfig
 from chatwright.train.parallel.start import start_parallel
-from chatwright.train.stopping import Interrupted, Stopper
+from chatwright.train.stopping import Interrupted
 from chatwright.train.workspace import Workspace
+from support.launching import ROOT, cpu_environment, torchrun
+from support.many import stopping_after
 
-HERE = Path(__file__).parent
 SEED, STEPS, PART = 11, 50, 20
 SETTINGS: dict[str, Any] = {
     "preset": "modern-nano",
@@ -82,27 +82,6 @@ def settings(plan: str = "auto", *, micro_batch: int = 2, muon: bool = False, **
     }
 
 
-def torchrun(processes: int, *arguments: str, restarts: int = 0) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(processes),
-        "--max-restarts",
-        str(restarts),
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-        *arguments,
-    ]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CHATWRIGHT_DEVICE": "cpu"}
-
-
 @dataclass
 class Launches:
     """Directories of finished runs by name; `begin` starts further ones."""
@@ -120,8 +99,8 @@ class Launches:
     def begin(self, processes: int, *work: dict[str, Any]) -> None:
         file = self.root / f"work-{time.monotonic_ns()}.json"
         file.write_text(json.dumps(work), encoding="utf-8")
-        command = torchrun(processes, str(HERE / "many.py"), str(file))
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        command = torchrun(processes, "-m", "support.many", str(file))
+        done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
     def alone(self, name: str, stop: int = 0, *, muon: bool = False) -> None:
@@ -174,13 +153,6 @@ def more_launches(launches: Launches) -> Launches:
     )
     launches.begin(4, launches.work("hsdp", settings("hsdp", shard=2)))
     return launches
-
-
-def stopping_after(steps: int) -> type[Stopper]:
-    sys.path.insert(0, str(HERE))
-    from many import stopping_after
-
-    return stopping_after(steps)  # type: ignore[no-any-return]
 
 
 def curve(directory: Path, key: str = "loss") -> list[float]:
@@ -351,7 +323,7 @@ def test_a_killed_process_is_no_matter(launches: Launches, tmp_path: Path) -> No
     ]
     with (tmp_path / "log").open("w+") as log:
         launcher = subprocess.Popen(
-            torchrun(2, *arguments, restarts=3), env=environment(), stdout=log, stderr=log
+            torchrun(2, *arguments, restarts=3), env=cpu_environment(), stdout=log, stderr=log
         )
         try:
             deadline = time.monotonic() + 120
@@ -411,7 +383,7 @@ def test_wrong_sizes_are_refused_once_by_a_real_launch(launches: Launches, tmp_p
         "tp",
     ]
     done = subprocess.run(
-        torchrun(2, *arguments), env=environment(), capture_output=True, text=True, timeout=120
+        torchrun(2, *arguments), env=cpu_environment(), capture_output=True, text=True, timeout=120
     )
     line = "chatwright: the model's kv_heads, 1, cannot be divided among 2 processes: choose another context.tensor"
     assert done.returncode != 0 and done.stderr.count("cannot be divided") == 1
@@ -515,7 +487,7 @@ def test_random_streams_of_another_number_of_processes(monkeypatch: pytest.Monke
 
 def test_recipes_for_clusters_can_be_divided_as_they_say() -> None:
     """On the machines that their headers name."""
-    folder = HERE.parents[1] / "recipes" / "cluster"
+    folder = ROOT / "recipes" / "cluster"
     processes = {"gpt2-124m": (8, 8), "gpt2-xl": (8, 8), "gpt3-13b": (64, 8)}
     assert {file.stem for file in folder.glob("*.yaml")} == set(processes)
     for name, (world, local) in processes.items():
@@ -534,13 +506,7 @@ def test_recipes_for_clusters_can_be_divided_as_they_say() -> None:
 
 @pytest.fixture(scope="module")
 def arithmetic() -> Any:
-    file = HERE.parents[1] / "scripts" / "write_scaling_docs.py"
-    spec = importlib.util.spec_from_file_location("write_scaling_docs", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return write_scaling_docs
 
 
 def test_the_tables_of_the_page_follow_from_the_formulae(arithmetic: Any) -> None:
@@ -610,8 +576,8 @@ def test_on_gpus_the_loss_curve_is_that_of_one(
         work = launches.work(f"cuda-{name}-{plan}", values)
         file = launches.root / f"cuda-{name}-{plan}.json"
         file.write_text(json.dumps([work]), encoding="utf-8")
-        command = torchrun(processes, str(HERE / "many.py"), str(file))
-        variables = {key: value for key, value in environment().items() if key != "CHATWRIGHT_DEVICE"}
+        command = torchrun(processes, "-m", "support.many", str(file))
+        variables = {key: value for key, value in cpu_environment().items() if key != "CHATWRIGHT_DEVICE"}
         subprocess.run(command, env=variables, check=True, timeout=600)
         found[name] = curve(launches[f"cuda-{name}-{plan}"])
     assert found[plan] == pytest.approx(

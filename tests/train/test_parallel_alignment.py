@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from many_alignment import carry_out
-from test_parallel import environment, torchrun
 
 import chatwright as cw
 from chatwright import checkpoint, files, runtime, tensor_files
@@ -30,8 +28,9 @@ from chatwright.train.parallel import context
 from chatwright.train.planning import plan
 from chatwright.train.planning.dry_run import DryRun
 from chatwright.train.planning.program import PlannedStage
+from support.launching import ROOT, cpu_environment, torchrun
+from support.many_alignment import carry_out
 
-HERE = Path(__file__).parent
 PLANS = ("ddp", "fsdp")
 
 FIT = {"compile": False, "precision": "fp32", "log_every": 1, "save_every": 1e6}
@@ -157,8 +156,8 @@ class Launches:
         """What they printed."""
         file = self.root / "work.json"
         file.write_text(json.dumps(work), encoding="utf-8")
-        command = torchrun(processes, str(HERE / "many_alignment.py"), str(file))
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
+        command = torchrun(processes, "-m", "support.many_alignment", str(file))
+        done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
         return done.stdout
 
@@ -325,7 +324,7 @@ def test_plans_that_a_stage_cannot_use_are_refused(inputs: Launches, stage: str,
 
 
 def test_the_recipe_for_eight_gpus_can_be_divided_among_them_at_every_stage() -> None:
-    stages = read_recipe(HERE.parents[1] / "recipes" / "cluster" / "gpt2-124m.yaml", {}).stages
+    stages = read_recipe(ROOT / "recipes" / "cluster" / "gpt2-124m.yaml", {}).stages
     assert list(stages)[-4:] == ["sft", "reward", "ppo", "eval"]
     for name in ("sft", "reward", "ppo"):
         config = stages[name].config

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +26,7 @@ from chatwright.train.parallel.context import SINGLE_PROCESS
 from chatwright.train.planning import plan, timing
 from chatwright.train.planning.dry_run import dry_run
 from chatwright.train.planning.program import PlannedStage, program_of
-
-ROOT = Path(__file__).parents[2]
+from support.launching import ROOT, child_environment
 
 
 def subject(
@@ -119,10 +117,11 @@ def test_the_state_is_what_real_optimisers_hold(optimiser: str) -> None:
     assert parts["weights"] == sum(p.nbytes for p in model.parameters())
 
 
-def test_many_layers_are_a_line_through_few() -> None:
+def test_many_layers_are_a_line_through_few(monkeypatch: pytest.MonkeyPatch) -> None:
     what = subject(model={"layers": 9})
     line = seen_of(what)
-    direct = plan.dry_run.__globals__["_dry_run"](lambda: program_of(what)(9), what.config.optim, 8, 1)
+    monkeypatch.setattr("chatwright.train.planning.dry_run.DIRECT", 9)
+    direct = dry_run(program_of(what), 9, what.config.optim, micro=8, micro_batches=1)
     assert line.parameters == direct.parameters
     assert line.flop == pytest.approx(direct.flop, rel=1e-9)
     for phase, parts in direct.phases.items():
@@ -180,14 +179,13 @@ CASES = {
 @pytest.mark.parametrize("name", ["modern", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_memory_within_a_fifth_of_what_happens(name: str) -> None:
     code = (
-        "import sys, json; sys.path.insert(0, 'benchmarks'); import plan; case = json.loads(sys.argv[1]);"
+        "import sys, json; import plan; case = json.loads(sys.argv[1]);"
         "print(json.dumps(plan.happened(case, 4)))"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(CASES[name])],
         cwd=ROOT,
-        env=environment,
+        env=child_environment(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"),
         capture_output=True,
         text=True,
         check=True,

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI, gain
 
 from chatwright import checkpoint, files
 from chatwright.config import UsageError, UserError
@@ -34,6 +33,7 @@ from chatwright.train.rl.rollout import (
     texts_of,
 )
 from chatwright.train.stopping import Interrupted
+from support.planted import MINI, gain
 
 
 def rows_of(directory: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planted import MINI
 
 from chatwright import checkpoint
 from chatwright.config import UserError
@@ -23,6 +22,7 @@ from chatwright.train.loop import FitConfig
 from chatwright.train.planning.program import PlannedStage
 from chatwright.train.preference import rankings
 from chatwright.train.workspace import Workspace
+from support.planted import MINI
 
 
 def test_the_shards_of_a_base_are_of_its_tokens(

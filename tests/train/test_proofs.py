@@ -3,14 +3,15 @@ recipes that they can run."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import frontier
+import hacking
+import measures
 import pytest
 import torch
-from planted import MINI, plant
 
 from chatwright.data.examples import LabelledText
 from chatwright.metrics import read_metrics
@@ -18,14 +19,8 @@ from chatwright.recipe import read_recipe
 from chatwright.stages import ppo
 from chatwright.train.rl import health
 from chatwright.train.workspace import Workspace
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-import frontier
-import hacking
-import measures
-
-ROOT = Path(__file__).parents[2]
+from support.launching import ROOT
+from support.planted import MINI, plant
 
 
 def test_the_interval_over_seeds_is_students() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI, gain
 
 from chatwright.config import UsageError
 from chatwright.metrics import read_metrics
@@ -20,6 +19,7 @@ from chatwright.stages import reinforce
 from chatwright.stages.reinforce import Config, score_rollouts, step
 from chatwright.train.rl.models import RLModels
 from chatwright.train.rl.rollout import completion_log_probs, sample_completions
+from support.planted import MINI, gain
 
 PROMPTS = [[7, 8, 9], [11], [20, 21, 22, 23, 24, 25, 26, 27, 28], [40, 41]]
 SHARED = (

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI, gain, plant
 
 from chatwright.checkpoint import Checkpoint
 from chatwright.config import UsageError, UserError
@@ -28,6 +27,7 @@ from chatwright.train.rl.ptx import GeneralText, TextBatch, text_step
 from chatwright.train.rl.rollout import completion_log_probs, sample_completions
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
+from support.planted import MINI, gain, plant
 
 PROMPTS = [[7, 8, 9], [11], [20, 21, 22, 23, 24, 25, 26, 27, 28], [40, 41]] * 2
 SMALL = replace(MINI, iterations=3, batch_size=8, minibatch_size=8)

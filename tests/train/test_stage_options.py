@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI, Planted
 from torch import Tensor
 
 from chatwright import discovery, runtime
@@ -30,6 +29,7 @@ from chatwright.train.spikes import SpikeConfig
 from chatwright.train.stage import stage_of
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Unhealthy
+from support.planted import MINI, Planted
 
 PLAIN = FitConfig(steps=2, batch_size=4, precision="fp32", compile=False, log_every=2, save_every=9e9, keep=1)
 CHANGED = FitConfig(

@@ -9,7 +9,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import mutations
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +21,7 @@ from chatwright.language_model import load_parts
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
+from support import broken_files
 
 KINDS = ("gguf", "safetensors", "tokenizer", "config", "index", "template")
 FAMILY_FILES = ("llama", "qwen3", "gpt2", "openai-gpt")
@@ -173,7 +173,7 @@ class Specimens:
         )
         self.state = {**card, "files": {}}
         self.gguf = _gguf_parts(self.tokenizer)
-        (place / "m.gguf").write_bytes(mutations.gguf_bytes(*self.gguf)[0])
+        (place / "m.gguf").write_bytes(broken_files.gguf_bytes(*self.gguf)[0])
         assert load_gguf(place / "m.gguf").tokenizer is not None
         for name in (*FAMILY_FILES, "shards", "own"):
             assert load_parts(place / name).tokenizer is not None
@@ -192,11 +192,11 @@ class Specimens:
             if kind == "template":
                 values = {
                     **values,
-                    "tokenizer.chat_template": mutations.hostile_template(random, NATIVE.source),
+                    "tokenizer.chat_template": broken_files.hostile_template(random, NATIVE.source),
                 }
-                file.write_bytes(mutations.gguf_bytes(values, tensors, data)[0])
+                file.write_bytes(broken_files.gguf_bytes(values, tensors, data)[0])
             else:
-                file.write_bytes(mutations.damage_gguf(random, values, tensors, data))
+                file.write_bytes(broken_files.damage_gguf(random, values, tensors, data))
             return file
         name, content, model = getattr(self, f"_{kind}")(random)
         return self._with(work, model, name, content)
@@ -206,9 +206,11 @@ class Specimens:
         data = (self.place / model / "model.safetensors").read_bytes()
         length = int.from_bytes(data[:8], "little")
         if random.random() < 0.5:
-            return "model.safetensors", mutations.damage_bytes(random, data, head=length + 8), model
-        header = mutations.json_text(random, mutations.damage_json(random, json.loads(data[8 : 8 + length])))
-        size = random.choice(mutations.EDGES) if random.random() < 0.1 else len(header)
+            return "model.safetensors", broken_files.damage_bytes(random, data, head=length + 8), model
+        header = broken_files.json_text(
+            random, broken_files.damage_json(random, json.loads(data[8 : 8 + length]))
+        )
+        size = random.choice(broken_files.EDGES) if random.random() < 0.1 else len(header)
         return "model.safetensors", size.to_bytes(8, "little") + header + data[8 + length :], model
 
     def _tokenizer(self, random: Random) -> tuple[str, bytes, str]:
@@ -216,36 +218,40 @@ class Specimens:
         if random.random() < 0.15:
             return (
                 "tokenizer_config.json",
-                mutations.json_text(random, mutations.damage_json(random, self.settings)),
+                broken_files.json_text(random, broken_files.damage_json(random, self.settings)),
                 "llama",
             )
         if random.random() < 0.3:
             return (
                 "tokenizer.json",
-                mutations.damage_bytes(random, json.dumps(self.tokens).encode(), head=1_500),
+                broken_files.damage_bytes(random, json.dumps(self.tokens).encode(), head=1_500),
                 model,
             )
-        content = mutations.damage_json(random, self.tokens)
+        content = broken_files.damage_json(random, self.tokens)
         if random.random() < 0.6:
             content = dict([*self.tokens.items(), _strange_part(random)])
-        return "tokenizer.json", mutations.json_text(random, content), model
+        return "tokenizer.json", broken_files.json_text(random, content), model
 
     def _config(self, random: Random) -> tuple[str, bytes, str]:
         model = random.choice((*FAMILY_FILES, "own", "own", "result"))
         if model == "result":
-            found: Any = {"model": random.choice((*mutations.ODD, "step-000001", "x" * 300))}
-            return "result.json", mutations.json_text(random, found), "own"
+            found: Any = {"model": random.choice((*broken_files.ODD, "step-000001", "x" * 300))}
+            return "result.json", broken_files.json_text(random, found), "own"
         if model == "own":
-            return "state.json", mutations.json_text(random, mutations.damage_json(random, self.state)), model
+            return (
+                "state.json",
+                broken_files.json_text(random, broken_files.damage_json(random, self.state)),
+                model,
+            )
         values = json.loads((self.place / model / "config.json").read_text())
-        return "config.json", mutations.json_text(random, mutations.damage_json(random, values)), model
+        return "config.json", broken_files.json_text(random, broken_files.damage_json(random, values)), model
 
     def _index(self, random: Random) -> tuple[str, bytes, str]:
-        content = mutations.json_text(random, mutations.damage_json(random, self.index))
+        content = broken_files.json_text(random, broken_files.damage_json(random, self.index))
         return "model.safetensors.index.json", content, "shards"
 
     def _template(self, random: Random) -> tuple[str, bytes, str]:
-        source = mutations.hostile_template(random, NATIVE.source)
+        source = broken_files.hostile_template(random, NATIVE.source)
         if random.random() < 0.2:
             return (
                 "tokenizer_config.json",
@@ -302,7 +308,7 @@ def _strange_part(random: Random) -> tuple[str, Any]:
         "use_regex": random.random() < 0.5,
     }
     big, content = (
-        random.choice(mutations.EDGES),
+        random.choice(broken_files.EDGES),
         random.choice(("", "a", "<|endoftext|>", "é" * 99, "\0", " ")),
     )
     added = {
@@ -378,7 +384,7 @@ def _strange_part(random: Random) -> tuple[str, Any]:
                     "direction": "Left",
                     "max_length": big,
                     "strategy": "LongestFirst",
-                    "stride": random.choice(mutations.EDGES),
+                    "stride": random.choice(broken_files.EDGES),
                 },
             ),
             (

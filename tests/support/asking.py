@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 import httpx
-from serving import DIALOGUES, Running
+
+from support.serving import DIALOGUES, Running
 
 STORY = {
     "model": "tiny/taught",

@@ -1,7 +1,7 @@
 """What the test of adapters on many processes starts: a few steps of an adapted model by each plan, and what
 was trained.
 
-`many_lora.py OUT PLAN ...`, alone or under torchrun.
+`python -m support.many_lora OUT PLAN ...`, alone or under torchrun.
 """
 
 from __future__ import annotations

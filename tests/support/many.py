@@ -1,7 +1,7 @@
 """What the tests of many processes start under torchrun: pre-training by several plans, one after the other,
 in one launch.
 
-`python -m torch.distributed.run ... tests/train/many.py WORK.json`: a list of {"out", "inputs", "settings",
+`python -m torch.distributed.run ... -m support.many WORK.json`: a list of {"out", "inputs", "settings",
 "stop", "copy_to"}, or {"muon": FILE}.
 """
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from serving import Running
+
+from support.serving import Running
 
 CHROMIUM = next(
     filter(

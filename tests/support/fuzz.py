@@ -1,6 +1,6 @@
 """Damaged and hostile model files by the thousand: each is loaded or refused in one line, and nothing else.
 
-    python tests/interop/fuzz.py --count 10000 --seed 0 [--kind gguf] [--only 1234]
+    PYTHONPATH=tests python -m support.fuzz --count 10000 --seed 0 [--kind gguf] [--only 1234]
 
 A case is a number: seed, kind and number make the same file each time. Cases run in a process of their own,
 with 3 GB of memory beyond what it has and five seconds of its processor's time. A case has failed when it
@@ -27,11 +27,11 @@ from random import Random
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import specimens
 import torch
 
 from chatwright import sandbox
 from chatwright.config import UserError
+from support import specimens
 
 MEMORY = 3 << 30
 SECONDS = 5.0

@@ -1,6 +1,6 @@
 """Kill a training run again and again, and compare what it becomes with a run that was left alone.
 
-    python tests/faults/campaign.py --kills 30
+    PYTHONPATH=tests python -m support.campaign --kills 30
 
 A process of `chatwright pretrain` that saves after nearly every step is killed with SIGKILL: at moments
 spread over its life (starting, resuming, training, measuring), and aimed into the writing of a checkpoint.

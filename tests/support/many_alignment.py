@@ -1,7 +1,7 @@
 """What the tests of alignment on many processes start under torchrun: stages by several plans, one after the
 other, in one launch.
 
-`python -m torch.distributed.run ... tests/train/many_alignment.py WORK.json`: a list of {"stage", "out",
+`python -m torch.distributed.run ... -m support.many_alignment WORK.json`: a list of {"stage", "out",
 "inputs", "settings", "stop"}; `stop` asks the stage to stop at the look of that number.
 """
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from many import SEED, stopping_after
 
 from chatwright import files, runtime
 from chatwright.config import build
@@ -23,6 +22,7 @@ from chatwright.train.parallel.start import process_group
 from chatwright.train.rl import training
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace
+from support.many import SEED, stopping_after
 
 
 def carry_out(one: dict[str, Any]) -> None:
