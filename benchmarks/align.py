@@ -1,27 +1,39 @@
 """SFT, reward modelling and PPO next to TRL and a textbook loop on transformers: the same shape, data and
 batch, in turns.
 
-    python benchmarks/align.py                      modern-tiny: 4.2 M parameters, vocabulary 4,096, context 256
+    python benchmarks/align.py                      modern-tiny: 4.2 M parameters, vocabulary 4,096, context
+                                                    256
     python benchmarks/align.py --shape 135m         SmolLM2's shape: 30 x 576, vocabulary 49,152
     python benchmarks/align.py --tasks sft reward2  some of the tasks
-    python benchmarks/align.py --only trl_padded    next to some of the others only: all stay in memory together, which --shape 135m has not
+    python benchmarks/align.py --only trl_padded    next to some of the others only: all stay in memory
+                                                    together, which --shape 135m has not
 
 Every contender starts from random weights (but for ppo_sft) and reads the tiny recipe's conversations and
 ratings, already as token ids: only training is timed. All take AdamW (fused), clipping at 1.0, and bf16
 products where the processor has them. A round is:
 
-sft       an epoch over the same conversations in the same number of optimiser steps; the loss is that of the answers' tokens.
-          TRL: padded, padded with conversations of like length together, and packed (its `bfd`), all without gradient
+sft       an epoch over the same conversations in the same number of optimiser steps; the loss is that of the
+answers' tokens.
+          TRL: padded, padded with conversations of like length together, and packed (its `bfd`), all without
+          gradient
           checkpointing, which it has on by default and which would cost a third.
-reward2   the same comparisons of 2 answers. reward4: of 4 answers, all pairs of which are learnt; TRL knows pairs only, so that
+reward2   the same comparisons of 2 answers. reward4: of 4 answers, all pairs of which are learnt; TRL knows
+          pairs only, so that
           it forwards an answer once for each of its pairs.
-compiled  The names that end so: ours with `compile` on (off by default, for the first steps wait a minute for it), TRL, padded, with its
-          `torch_compile`. What compiling takes is not counted, on either side. The textbook's loop is not compiled.
-ppo       64 prompts, one sampled answer of up to 32 tokens each, scores, and an update in minibatches of 16 (one pass), with
-          policy, reference, reward model and critic of the same size. Textbook: transformers' generate (key-value cache, padding
-          on the left), then forward passes over whole padded rows, as published implementations do it. TRL has no PPO any more.
-          Completions of random weights never end: each has 32 tokens. That is the worst case for whoever computes no padding.
-ppo_sft   the same from the tiny recipe's SFT model, whose answers end by themselves, as in a real run; at a rate of 1e-6, so
+compiled  The names that end so: ours with `compile` on (off by default, for the first steps wait a minute for
+          it), TRL, padded, with its
+          `torch_compile`. What compiling takes is not counted, on either side. The textbook's loop is not
+          compiled.
+ppo       64 prompts, one sampled answer of up to 32 tokens each, scores, and an update in minibatches of 16
+(one pass), with
+          policy, reference, reward model and critic of the same size. Textbook: transformers' generate
+          (key-value cache, padding
+          on the left), then forward passes over whole padded rows, as published implementations do it. TRL
+          has no PPO any more.
+          Completions of random weights never end: each has 32 tokens. That is the worst case for whoever
+          computes no padding.
+ppo_sft   the same from the tiny recipe's SFT model, whose answers end by themselves, as in a real run; at a
+          rate of 1e-6, so
           that they stay as long as they are.
 """
 

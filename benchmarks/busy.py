@@ -2,10 +2,13 @@
 
     python benchmarks/busy.py                            everything, about 15 minutes
     python benchmarks/busy.py --only pretrain            some of the measures
-    python benchmarks/busy.py --spin now old             also as before OpenMP's threads were told to wait shortly
-    python benchmarks/busy.py --spin now 0 100000        other lengths of OpenMP's waiting loop (GOMP_SPINCOUNT)
+    python benchmarks/busy.py --spin now old             also as before OpenMP's threads were told to wait
+                                                         shortly
+    python benchmarks/busy.py --spin now 0 100000        other lengths of OpenMP's waiting loop
+                                                         (GOMP_SPINCOUNT)
 
-pretrain   optimiser steps of the tiny recipe's pre-training: 4.2 M parameters, 8 windows of 256 tokens, compiled
+pretrain   optimiser steps of the tiny recipe's pre-training: 4.2 M parameters, 8 windows of 256 tokens,
+           compiled
 sft        optimiser steps of the tiny recipe's SFT on conversations of 40 to 240 tokens, not compiled
 ppo        one PPO iteration: 64 prompts, answers of up to 32 tokens, scores, an update in minibatches of 16
 decode     one stream of the CPU kernels: SmolLM2's shape (135 M parameters), int8 weights

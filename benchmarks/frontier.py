@@ -1,7 +1,8 @@
 """How far must a policy go from where it came from?  Every ppo, reinforce and bestofn stage of a recipe,
 measured alike.
 
-    python benchmarks/frontier.py                # recipes/sentiment.yaml with seeds 1, 2 and 3; stopped, it goes on where it was
+    python benchmarks/frontier.py                # recipes/sentiment.yaml with seeds 1, 2 and 3; stopped, it
+                                                 # goes on where it was
     python benchmarks/frontier.py --show         # the table and the picture of what is measured already
     python benchmarks/frontier.py --recipe smollm2 --seeds 1 --judge vader-movies --fluency smollm2
 

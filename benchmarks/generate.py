@@ -1,10 +1,14 @@
 """Generation on this machine's CPU: our engine beside llama.cpp and transformers.
 
-    make bench-generate                                    # with llama.cpp compiled for speed, which takes ten minutes more
-    python benchmarks/generate.py                          # everything, about 12 minutes; --only decode for a part
-    python benchmarks/generate.py --only perplexity --run runs/tiny      # needs: chatwright run tiny --until data
+    make bench-generate                                    # with llama.cpp compiled for speed, which takes
+                                                           # ten minutes more
+    python benchmarks/generate.py                          # everything, about 12 minutes; --only decode for a
+                                                           # part
+    python benchmarks/generate.py --only perplexity --run runs/tiny      # needs: chatwright run tiny --until
+    data
 
-decode      one stream: SmolLM2-135M, 96 tokens of prompt, 128 greedy tokens, against llama.cpp's bf16, Q8_0 and Q4_0
+decode      one stream: SmolLM2-135M, 96 tokens of prompt, 128 greedy tokens, against llama.cpp's bf16, Q8_0
+            and Q4_0
 prefill     512 tokens of prompt
 streams     16 sequences at once, 64 tokens each; also against one stream of our own
 gpt2        one stream of a GPT-2 of 124 M parameters (random weights) against transformers' generate
@@ -42,7 +46,10 @@ from chatwright import runtime
 PROMPT, ANSWER, LONG, SEQUENCES, EACH = 96, 128, 512, 16, 64
 PAIRS = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 FILES = Path(__file__).parent / "results" / "models"
-TEXT = "The history of the city begins with a small settlement on the northern bank of the river, where traders met. "
+TEXT = (
+    "The history of the city begins with a small settlement on the northern bank of the river, where "
+    "traders met. "
+)
 
 
 def prompt(tokens: int) -> list[int]:

@@ -1,8 +1,10 @@
 """Reward hacking: a proxy that learnt from few labels, optimised far beyond what it is good for.  Gao et al.
 2022.
 
-    chatwright run sentiment --out runs/sentiment --name base --until reward     # the model that all starts from, and the gold
-    python benchmarks/hacking.py                 # recipes/hacking.yaml with seeds 2, 3 and 4; stopped, it goes on where it was
+    chatwright run sentiment --out runs/sentiment --name base --until reward     # the model that all starts
+    from, and the gold
+    python benchmarks/hacking.py                 # recipes/hacking.yaml with seeds 2, 3 and 4; stopped, it
+                                                 # goes on where it was
     python benchmarks/hacking.py --show          # the table and the picture of what is measured already
 
 The gold is a reward model that learnt from all labels, the proxy one that learnt from 300 of them. PPO runs

@@ -7,7 +7,8 @@ text.
 
 * `sweep`     GPT-2's shape with AdamW at several learning rates, 500 steps each: the best is taken.
 * `baseline`  GPT-2's shape with that rate for 300 s, three seeds: the bits per byte that are to be reached.
-* `race`      the recipe's settings with a budget of 95 s and of 60 s, three seeds: is it there in a third, in a fifth?
+* `race`      the recipe's settings with a budget of 95 s and of 60 s, three seeds: is it there in a third, in
+              a fifth?
 * `recipe`    the recipe's settings for 300 s.
 * `ablation`  the recipe at 400 steps, and the same without each ingredient.
 

@@ -1,7 +1,8 @@
 """Clients that press a server of the OpenAI-compatible interface from all sides; load_judge.py judges what
 they got.
 
-    question   one of a fixed set, asked greedily, so that the right answer is known: the one given when nobody else asked
+    question   one of a fixed set, asked greedily, so that the right answer is known: the one given when
+               nobody else asked
     clients    ask, read as the tokens come, and ask again; some leave in the middle, some read slowly
     sockets    half a request and then nothing, again and again
 

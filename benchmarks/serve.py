@@ -1,8 +1,10 @@
 """A real `chatwright serve` under the load of many clients: nothing lost, nothing mixed up, nobody starved,
 memory flat.
 
-    make bench-serve                                   # 64 clients, five minutes, SmolLM2 in int8; then the checking
-    python benchmarks/serve.py --seconds 20            # to see that it works; too short for memory, and nothing is written
+    make bench-serve                                   # 64 clients, five minutes, SmolLM2 in int8; then the
+                                                       # checking
+    python benchmarks/serve.py --seconds 20            # to see that it works; too short for memory, and
+                                                       # nothing is written
     python benchmarks/serve.py --dtype bf16 --clients 32
 
 First each of 48 questions is asked alone; then `--clients` ask them at random, all greedy. A fifth of the
@@ -138,7 +140,10 @@ def progress(load: Load, left: float, size: float) -> str:
     whole = sum(reply.finish is not None for reply in ended)
     lost, refused = len(load.replies) - len(ended), sum(reply.refused for reply in load.replies)
     clock = f"{int(left) // 60}:{int(left) % 60:02} left" if left > 0 else "everybody ends"
-    return f"{clock}: {whole} answers, {len(ended) - whole} left early, {lost} lost, {refused} x 429, {size / 1e6:,.0f} MB"
+    return (
+        f"{clock}: {whole} answers, {len(ended) - whole} left early, {lost} lost, {refused} x 429, "
+        f"{size / 1e6:,.0f} MB"
+    )
 
 
 def tell(text: str) -> None:
@@ -155,14 +160,23 @@ def table(verdict: Verdict, memory: list[tuple[float, float]], title: str) -> st
     one, growth = verdict.figures, growth_of(memory)
     rows = {
         "answers equal to those given alone": verdict.counts.get("answers equal", 0),
-        "answers that part at a near tie (widest, nats)": f"{verdict.counts.get('answers near tie', 0)} ({verdict.widest_tie:.3f})",
+        "answers that part at a near tie (widest, nats)": (
+            f"{verdict.counts.get('answers near tie', 0)} ({verdict.widest_tie:.3f})"
+        ),
         "wrong, lost": f"{verdict.counts.get('answers wrong', 0)}, {verdict.counts.get('answers lost', 0)}",
-        "left in the middle; half requests; 429": f"{verdict.counts.get('requests leaves', 0)}; {verdict.counts['half requests']}; "
+        "left in the middle; half requests; 429": f"{verdict.counts.get('requests leaves', 0)}; "
+        f"{verdict.counts['half requests']}; "
         f"{verdict.counts['status 429']}",
         "tokens/s; one client alone": f"{one['tokens_per_second']:.0f}; {one['tokens_per_second_alone']:.0f}",
-        "first token, p50, p95, longest (s)": f"{one['first_token_p50']:.2f}, {one['first_token_p95']:.2f}, {one['first_token_max']:.2f}",
-        "between tokens, p50, p95 (ms)": f"{1000 * one['between_tokens_p50']:.0f}, {1000 * one['between_tokens_p95']:.0f}",
-        "memory at the end; growth over the second half (MB)": f"{growth[1] / 1e6:,.0f}; {growth[0] / 1e6:+.1f}",
+        "first token, p50, p95, longest (s)": (
+            f"{one['first_token_p50']:.2f}, {one['first_token_p95']:.2f}, {one['first_token_max']:.2f}"
+        ),
+        "between tokens, p50, p95 (ms)": (
+            f"{1000 * one['between_tokens_p50']:.0f}, {1000 * one['between_tokens_p95']:.0f}"
+        ),
+        "memory at the end; growth over the second half (MB)": (
+            f"{growth[1] / 1e6:,.0f}; {growth[0] / 1e6:+.1f}"
+        ),
     }
     return "\n".join(
         [f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]

@@ -1,8 +1,11 @@
 """Training speed and memory next to transformers and litgpt: the same shape, batch and data, in turns.
 
-    python benchmarks/train.py                  14 M parameters: 6 x 384, vocabulary 8,192, context 256, batch 16
-    python benchmarks/train.py --shape 124m     GPT-2: 12 x 768, vocabulary 50,257, context 1,024, batch 2; all contenders stay in
-                                                memory, 5 GB each: choose with --only where there is less than 48 GB
+    python benchmarks/train.py                  14 M parameters: 6 x 384, vocabulary 8,192, context 256, batch
+                                                16
+    python benchmarks/train.py --shape 124m     GPT-2: 12 x 768, vocabulary 50,257, context 1,024, batch 2;
+                                                all contenders stay in
+                                                memory, 5 GB each: choose with --only where there is less than
+                                                48 GB
     python benchmarks/train.py --head           memory of the loss head at vocabulary 32,768
     python benchmarks/train.py --profile        where the milliseconds of our steps go
 

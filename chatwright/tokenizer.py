@@ -134,7 +134,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(
                 json.dumps(content)
             )  # what was checked, whatever the file spells
-            backend.no_padding()  # whoever encodes with it wants the ids of the text, no others and all of them
+            # An encoded text is its own ids: none more, none less.
+            backend.no_padding()
             backend.no_truncation()
         if not isinstance(backend.model, models.BPE):
             raise UserError(f"{file} is a tokenizer of kind {type(backend.model).__name__}, not BPE")

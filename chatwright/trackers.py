@@ -53,7 +53,10 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError:
-        message = f"report.to {name} needs a package: pip install {name} (or all three: pip install 'chatwright[metrics]')"
+        message = (
+            f"report.to {name} needs a package: pip install {name} (or all three: pip install "
+            f"'chatwright[metrics]')"
+        )
         raise UsageError(message) from None
 
 

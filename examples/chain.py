@@ -12,7 +12,8 @@ Two things are known exactly.
   ... 5/6.
 * Of the best policy, from the soft Bellman equation: V(s) = beta log(sum over a of pi_ref(a) exp(V(next) /
   beta)), and
-  pi*(a | s) = pi_ref(a) exp((V(next) - V(s)) / beta). With u = exp(V / beta) it is linear: u(s) = 1/2 u(s - 1) + 1/2 u(s + 1).
+  pi*(a | s) = pi_ref(a) exp((V(next) - V(s)) / beta). With u = exp(V / beta) it is linear: u(s) = 1/2 u(s -
+  1) + 1/2 u(s + 1).
 """
 
 from __future__ import annotations

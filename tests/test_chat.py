@@ -602,7 +602,8 @@ def test_what_real_templates_do_is_allowed() -> None:
     )
     text = ChatTemplate(source, "<|end|>").render(say("Hi ", "Yo"))
     assert text == (
-        '<|user|>Hi<|end|><|assistant|>Yo1 {\n  "a": [\n    1,\n    2\n  ]\n} k:07 a-  b user,assistant f b AB True 1 4'
+        '<|user|>Hi<|end|><|assistant|>Yo1 {\n  "a": [\n    1,\n    2\n  ]\n} k:07 a-  b user,assistant '
+        "f b AB True 1 4"
     )
 
 

@@ -291,9 +291,15 @@ def test_every_setting_named_exists(page: Path) -> None:
 
 
 def test_an_unknown_setting_is_found() -> None:
-    text = "--ppo.iterations 3 --pretrain.fit.seconds=9 --ppo.iteration 3 --pretrain.fit.second 9 --pope.iterations 3"
+    text = (
+        "--ppo.iterations 3 --pretrain.fit.seconds=9 --ppo.iteration 3 --pretrain.fit.second 9 "
+        "--pope.iterations 3"
+    )
     assert unknown_settings(text) == ["ppo.iteration", "pretrain.fit.second", "pope.iterations"]
-    verb = "chatwright sft --out x \\\n  --optim.learning_rate 1 --fit.second 9 --lora.rank 8 --lora.size 8\n--fit.seconds 9"
+    verb = (
+        "chatwright sft --out x \\\n  --optim.learning_rate 1 --fit.second 9 --lora.rank 8 --lora.size "
+        "8\n--fit.seconds 9"
+    )
     assert unknown_settings(verb) == ["sft.fit.second", "sft.lora.size", "fit.seconds"]
 
 

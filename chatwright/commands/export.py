@@ -46,13 +46,19 @@ def main(argv: Sequence[str]) -> int:
         ExportConfig,
         _negated(argv),
         prog="chatwright export",
-        description="Write MODEL in a format that other programs run: weights, shape, tokenizer, chat template and "
+        description="Write MODEL in a format that other programs run: weights, shape, tokenizer, "
+        "chat template "
+        "and "
         "end tokens. What the format cannot say exactly is refused. docs/export.md has the launch lines of "
         "vLLM and "
         "Ollama.",
         positionals={
-            "model": "A run, a model directory, a Hugging Face directory, smollm2, hf:owner/name or a .gguf file.",
-            "directory": "Where to write: a directory, or with --format gguf a file whose name ends with .gguf.",
+            "model": (
+                "A run, a model directory, a Hugging Face directory, smollm2, hf:owner/name or a .gguf file."
+            ),
+            "directory": (
+                "Where to write: a directory, or with --format gguf a file whose name ends with .gguf."
+            ),
         },
     )
     source, target = str(positionals["model"]), Path(str(positionals["directory"]))

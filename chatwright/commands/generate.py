@@ -83,7 +83,9 @@ def main(argv: Sequence[str]) -> int:
         GenerateConfig,
         argv,
         prog="chatwright generate",
-        description="Continue a text with MODEL, a base model or a chat model (whose chat template is not used here).",
+        description=(
+            "Continue a text with MODEL, a base model or a chat model (whose chat template is not used here)."
+        ),
         positionals={"model": "A run, a model directory, smollm2, hf:owner/name or a .gguf file."},
     )
     prompt = read_prompt(config)

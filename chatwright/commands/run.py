@@ -40,8 +40,8 @@ def main(argv: Sequence[str]) -> int:
         RunConfig,
         argv,
         prog="chatwright run",
-        description="Run every stage of a recipe; finished stages are skipped. Any setting of a stage can be given as "
-        "--STAGE.KEY VALUE behind the recipe, for example --pretrain.fit.seconds 60; "
+        description="Run every stage of a recipe; finished stages are skipped. Any setting of a stage can "
+        "be given as --STAGE.KEY VALUE behind the recipe, for example --pretrain.fit.seconds 60; "
         "`chatwright run RECIPE --help` lists them.",
     )
     if config.seed >= 0:

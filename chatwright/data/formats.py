@@ -3,14 +3,15 @@
 What a record is, is decided by the columns that it has (null ones count as absent) and by nothing else; a
 record that fits none, or more than one, is refused, and a `format` in the settings decides instead.
 
-Conversations:
+Conversations, by the columns of a record:
 
-| columns | format | what is read |
-|---|---|---|
-| `messages` or `conversations`: a list of {"role", "content"} | `openai` | ours are the same with an `id`, which is made anew |
-| `messages` or `conversations`: a list of {"from", "value"} | `sharegpt` | human is the user, gpt the assistant (`SPEAKERS`) |
-| `instruction` and `output` (and `input`) | `alpaca` | one exchange; the user's turn is Alpaca's standard prompt |
-| the same | `alpaca-plain`, never by itself | the user's turn is the instruction, a blank line and the input |
+* `messages` or `conversations`, a list of {"role", "content"}: `openai`. Our own records are the same with an
+  `id`, which is made anew.
+* `messages` or `conversations`, a list of {"from", "value"}: `sharegpt`. human is the user, gpt the assistant
+  (`SPEAKERS`).
+* `instruction` and `output` (and `input`): `alpaca`, one exchange. The user's turn is Alpaca's standard
+  prompt. With the format `alpaca-plain`, which is never chosen by itself, it is the instruction, a blank line
+  and the input.
 
 A text in a column `system` stands before the conversation as its system message. OpenAI's `tool_calls`,
 `tool_call_id` and `reasoning_content`, and ShareGPT's `function_call` (JSON with name and arguments),
@@ -18,11 +19,11 @@ become parts of contents (messages.py).
 
 Comparisons, with a column `annotator` where it is known who judged:
 
-| columns | format | what is read |
-|---|---|---|
-| `responses` and `scores`, with `prompt` | `ranked` | K answers, higher scores are preferred, equal ones tie |
-| `chosen` and `rejected`, with `prompt` | `pairs` | scores 1 and 0. The answers are texts, or messages behind the prompt, which they may repeat |
-| `chosen` and `rejected` alone | `pairs` | messages whose beginning is the same, or texts of turns that begin with "\\n\\nHuman:" and "\\n\\nAssistant:" |
+* `responses` and `scores`, with `prompt`: `ranked`, K answers. Higher scores are preferred, equal ones tie.
+* `chosen` and `rejected`, with `prompt`: `pairs`, scores 1 and 0. The answers are texts, or messages behind
+  the prompt, which they may repeat.
+* `chosen` and `rejected` alone: `pairs`. Both are lists of messages whose beginning is the same, or texts of
+  turns that begin with "\\n\\nHuman:" and "\\n\\nAssistant:".
 
 A prompt is a text (the user's turn; or such turns) or a list of messages, as above.
 """
@@ -282,7 +283,8 @@ def comparison(row: Mapping[str, Any], format: PreferenceFormat = "auto") -> Com
             raise ValueError(
                 "columns of two formats: responses, scores and chosen, rejected; choose one by `format`"
                 if ranked
-                else f"no columns 'responses' and 'scores', or 'chosen' and 'rejected'; the columns found are: {found}"
+                else "no columns 'responses' and 'scores', or 'chosen' and 'rejected'; the columns found "
+                f"are: {found}"
             )
         format = "ranked" if ranked else "pairs"
     elif not (ranked if format == "ranked" else pair):

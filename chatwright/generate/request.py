@@ -81,7 +81,8 @@ class Handle:
 
     on_change: called whenever there is something new, before anybody can have read it, with the number of new
     tokens and
-        whether this is the end (a failure is one). It runs in the engine's thread and in the midst of its work: it must be
+        whether this is the end (a failure is one). It runs in the engine's thread and in the midst of its
+        work: it must be
         quick, must not raise and must not wait for anything.
     """
 

@@ -122,7 +122,8 @@ def check_tool_choice(choice: Any, tools: Sequence[Tool]) -> ToolChoice:
     )
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UserError(
-            'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}, '
+            'tool_choice must be "none", "auto", "required" or {"type": "function", "function": '
+            '{"name": ...}}, '
             f"not {choice!r:.80}"
         )
     found = next((tool for tool in tools if tool.name == function["name"]), None)

@@ -126,7 +126,10 @@ def _answers(directory: Path, result: Result) -> list[str]:
     if not answers or not file.is_file():
         return ["There are no answers: see the notes above, or the stage made no model."]
     pairs, names = files.read_json(file), (answers["before"], answers["after"])
-    what = f"The first {len(pairs)} of {answers['prompts']} held-out prompts, not chosen; both sides with the same seeds."
+    what = (
+        f"The first {len(pairs)} of {answers['prompts']} held-out prompts, not chosen; both sides with the "
+        f"same seeds."
+    )
     if not answers["measures"]:  # of a reward model, which answers nothing
         what = f"The first {len(pairs)} held-out pairs of answers that are no tie, not chosen otherwise."
     lines = [what, ""]

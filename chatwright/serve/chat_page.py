@@ -3,7 +3,8 @@
 GET  /, /c/ID                 the page; which conversation it shows is its scripts' business
 POST /chat/owner              the cookie that says whose conversations are shown (owner.py)
 GET  /chat/models             {"models": [{"name", "loaded", "window"}]}, the default one first
-GET  /chat/jobs/ID/events     ?after=N: the events behind number N, one JSON object per line (jobs.py, answers.py)
+GET  /chat/jobs/ID/events     ?after=N: the events behind number N, one JSON object per line (jobs.py,
+                              answers.py)
 POST /chat/jobs/ID/stop       end the answer where it is
 POST /chat/render             {"texts": [...]} -> {"html": [...]}: Markdown of earlier answers
 """

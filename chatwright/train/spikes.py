@@ -8,7 +8,8 @@ nothing is a spike: warm-up, where losses fall, is never touched.
 1. The update of a spike is not made: neither weights nor the optimiser's state see its gradient.
 2. `patience` spikes in a row mean that the weights are damaged, not the samples. With `rollback` the run goes
    back to
-   its last checkpoint and passes over all samples since (as Chowdhery et al. 2022, arXiv:2204.02311, section 5.1, did by
+   its last checkpoint and passes over all samples since (as Chowdhery et al. 2022, arXiv:2204.02311, section
+   5.1, did by
    hand); with `skip` the new level is accepted and the window begins anew.
 3. After `most` returns the run stops.
 

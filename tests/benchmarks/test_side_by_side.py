@@ -118,7 +118,8 @@ def test_a_quantiser_that_dies_is_named(
     [
         (
             "onednn_verbose,v1,info,cpu,isa:Intel AVX-512 with bfloat16 support\n> bf16\n"
-            "onednn_verbose,v1,primitive,exec,cpu,matmul,brg_matmul:avx512_core_bf16,undef,src:bf16::,,,,,0.3\n> fp32\n",
+            "onednn_verbose,v1,primitive,exec,cpu,matmul,brg_matmul:avx512_core_bf16,undef,src:bf16::,,,,,0.3\n"
+            "> fp32\n",
             {
                 "oneDNN": "Intel AVX-512 with bfloat16 support",
                 "bf16": "brg_matmul:avx512_core_bf16",
@@ -126,8 +127,10 @@ def test_a_quantiser_that_dies_is_named(
             },
         ),
         (
-            "> bf16\nonednn_verbose,v1,primitive,exec,cpu,matmul,brg_matmul:avx512_core_amx,undef,src:bf16::,,,,,0.1\n"
-            "> fp32\nonednn_verbose,v1,primitive,exec,cpu,matmul,brg_matmul:avx512_core,undef,src:f32::,,,,,0.9\n",
+            "> bf16\n"
+            "onednn_verbose,v1,primitive,exec,cpu,matmul,brg_matmul:avx512_core_amx,undef,src:bf16::,,,,,0.1\n"
+            "> fp32\n"
+            "onednn_verbose,v1,primitive,exec,cpu,matmul,brg_matmul:avx512_core,undef,src:f32::,,,,,0.9\n",
             {"oneDNN": "not told", "bf16": "brg_matmul:avx512_core_amx", "fp32": "brg_matmul:avx512_core"},
         ),
     ],

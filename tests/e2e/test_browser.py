@@ -98,7 +98,10 @@ def test_inline_scripts_do_not_run(page: Any) -> None:
     """The policy itself: even markup that got into the page could not run a script."""
     page.expected = ["Content Security Policy", "404 (Not Found)"]
     image = "<img src=nothing onerror='window.hacked=1'>"
-    script = "const s = document.createElement('script'); s.textContent = 'window.hacked=1'; document.body.append(s)"
+    script = (
+        "const s = document.createElement('script'); s.textContent = 'window.hacked=1'; "
+        "document.body.append(s)"
+    )
     for attack in (f'document.body.insertAdjacentHTML("beforeend", "{image}")', script):
         with page.expect_console_message(lambda message: "Content Security Policy" in message.text):
             page.evaluate(attack)

@@ -38,9 +38,10 @@ stages:
     model: {{context: 64}}
     fit: {{steps: 160, batch_size: 8, compile: false, precision: fp32}}
   sft: {{fit: {{steps: 160, batch_size: 8, precision: fp32}}, optim: {{learning_rate: 0.004}}}}
-  reward: {{k: 4, max_tokens: 48, fit: {{steps: 80, batch_size: 4, precision: fp32}}, optim: {{learning_rate: 0.002}}}}
-  ppo: {{iterations: 4, batch_size: 16, minibatch_size: 8, max_prompt_tokens: 40, max_new_tokens: 18, min_tokens: 1,
-         min_correlation: 0.3, optim: {{learning_rate: 0.0005}}}}
+  reward: {{k: 4, max_tokens: 48, fit: {{steps: 80, batch_size: 4, precision: fp32}},
+           optim: {{learning_rate: 0.002}}}}
+  ppo: {{iterations: 4, batch_size: 16, minibatch_size: 8, max_prompt_tokens: 40, max_new_tokens: 18,
+         min_tokens: 1, min_correlation: 0.3, optim: {{learning_rate: 0.0005}}}}
   eval: {{prompts: 24, samples: 1, max_prompt_tokens: 40, max_new_tokens: 18}}
 """
 

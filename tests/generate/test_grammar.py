@@ -30,7 +30,10 @@ from chatwright.tokenizer import Tokenizer
 MakeModel = Callable[..., GPT]
 BOUND = 1e-4
 """As in test_engine.py."""
-WORDS = 'The weather in Oslo: {"city": "Oslo", "days": [1, 2, 30], "ok": true, "note": "a \\"b\\" \\n c"}, "name": null. '
+WORDS = (
+    'The weather in Oslo: {"city": "Oslo", "days": [1, 2, 30], "ok": true, "note": "a \\"b\\" \\n c"}, '
+    '"name": null. '
+)
 SCHEMAS: dict[str, dict[str, Any]] = {
     "enum": {"enum": ["red", 'a "quoted" one', 3, None, {"deep": [1]}]},
     "integer": {
@@ -494,21 +497,29 @@ from chatwright.generate.grammar import json_schema
 from chatwright.runtime import peak_memory_bytes
 from chatwright.tokenizer import Tokenizer
 
+def objects(properties):
+    return {"type": "object", "properties": properties}
+
+def text(pattern):
+    return {"type": "string", "pattern": pattern}
+
 SHAPES = {
-    "objects": lambda: chain(260, lambda ref: {"type": "object", "properties": {"x": ref}, "required": ["x"]}),
+    "objects": lambda: chain(260, lambda ref: {**objects({"x": ref}), "required": ["x"]}),
     "deep objects": lambda: chain(26, lambda ref: wrapped(ref, 14)),
     "all": lambda: chain(260, lambda ref: {"allOf": [ref, {"minimum": 1}]}),
     "any": lambda: chain(260, lambda ref: {"anyOf": [ref, {"const": 1}]}),
     "optional letters": lambda: {"type": "string", "pattern": "a?" * 256},
-    "many": lambda: {"type": "object", "properties": {f"p{n}": {"type": "string", "pattern": "a?" * 200 + f"b.{{{n}}}"} for n in range(200)}},
+    "many": lambda: objects({f"p{n}": text("a?" * 200 + f"b.{{{n}}}") for n in range(200)}),
     "words": lambda: {"type": "string", "pattern": r"(\\p{L}?\\w?)" * 30},
     "repeats": lambda: {"type": "string", "pattern": "^((a{0,1000}){0,1000}){0,1000}$"},
     "classic": lambda: {"type": "string", "pattern": "^(a+)+$"},
     "states": lambda: {"type": "string", "pattern": ".*a.{300}b.*c.{300}"},
     "joined": lambda: {"allOf": [{"type": "string", "pattern": f".*a{n}.*"} for n in range(8)]},
-    "properties": lambda: {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(2000)}},
+    "properties": lambda: objects({f"p{n}": {"type": "string"} for n in range(2000)}),
     "enum": lambda: {"enum": [f"value {n}" for n in range(8000)]},
-    "branches": lambda: {"allOf": [{"anyOf": [{"properties": {f"p{i}{j}": {}}} for j in range(6)]} for i in range(60)]},
+    "branches": lambda: {
+        "allOf": [{"anyOf": [{"properties": {f"p{i}{j}": {}}} for j in range(6)]} for i in range(60)]
+    },
     "counts": lambda: {"type": "array", "minItems": 10**9, "items": {"type": "string", "minLength": 10**9}},
     "half a character": lambda: {"enum": [chr(0xD800)]},
 }

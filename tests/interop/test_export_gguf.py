@@ -161,7 +161,10 @@ def test_the_pattern_is_qwen2s() -> None:
 @pytest.mark.parametrize(("digits", "name"), [(r"\p{N}", "qwen2"), (r"\p{N}{1,3}", "llama-bpe")])
 def test_the_published_spelling_is_known(digits: str, name: str, tokenizer: Tokenizer) -> None:
     """As it stands in the tokenizer.json of Qwen and Llama 3."""
-    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     split = pre_tokenizers.Split(tokenizers.Regex(pattern.replace("DIGITS", digits)), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence(

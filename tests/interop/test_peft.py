@@ -406,7 +406,10 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
         '{"transformer.h.0.attn.c_attn": {"query": 9}}',
         '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 8}}',
         '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 9}}',
-        '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 3, "blocks.0.attention.key": 2, "blocks.0.attention.value": 4}}',
+        (
+            '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": 3, "blocks.0.attention.key": 2, '
+            '"blocks.0.attention.value": 4}}'
+        ),
         '{"transformer.h.0.attn.c_attn": {"blocks.0.attention.query": -1, "blocks.0.attention.key": 10}}',
     ],
 )

@@ -32,7 +32,10 @@ def raw(server: Running, body: Any = None, head: str = "") -> socket.socket:
     connection.settimeout(20)
     if body is not None:
         data = json.dumps(body).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: "
+            f"application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+        )
         connection.sendall(head.encode() + data)
     else:
         connection.sendall(head.encode())

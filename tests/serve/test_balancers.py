@@ -192,7 +192,10 @@ def statuses(farm: Farm, count: int) -> list[int]:
 def held(replica: Replica) -> Iterator[None]:
     """A request under way: its body has not come as a whole."""
     with socket.create_connection(("127.0.0.1", replica.port)) as connection:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {HOST}\r\nauthorization: Bearer {KEY}\r\ncontent-length: 100\r\n\r\n{{"
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: {HOST}\r\nauthorization: Bearer "
+            f"{KEY}\r\ncontent-length: 100\r\n\r\n{{"
+        )
         connection.sendall(head.encode())
         time.sleep(0.3)
         yield

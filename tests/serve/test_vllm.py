@@ -57,7 +57,8 @@ assert given.max_model_len == shape["max_position_embeddings"]
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         found = self.path == "/v1/models"
-        body = {{"object": "list", "data": [{{"id": given.served_model_name, "object": "model", "root": given.model_tag}}]}}
+        one = {{"id": given.served_model_name, "object": "model", "root": given.model_tag}}
+        body = {{"object": "list", "data": [one]}}
         self.send_response(200 if found else 404)
         self.end_headers()
         self.wfile.write(json.dumps(body).encode())

@@ -423,9 +423,12 @@ def _statement(random: Random, depth: int) -> str:
         case 3:
             return f"{{% set {random.choice('xy')} = {_expression(random)} %}}"
         case 4:
-            return f"{{% set ns.a = {random.choice(('ns.a + ns.a', '[ns.a, ns.a]', 'ns.a ~ ns.a', _expression(random)))} %}}"
+            doubled = random.choice(("ns.a + ns.a", "[ns.a, ns.a]", "ns.a ~ ns.a", _expression(random)))
+            return f"{{% set ns.a = {doubled} %}}"
         case 5:
-            return f"{{% macro m(x) %}}{inside}{random.choice(('{{ m(x) }}', ''))}{{% endmacro %}}{{{{ m({_expression(random)}) }}}}"
+            again = random.choice(("{{ m(x) }}", ""))
+            call = f"{{{{ m({_expression(random)}) }}}}"
+            return f"{{% macro m(x) %}}{inside}{again}{{% endmacro %}}{call}"
         case 6:
             return f"{{% set y %}}{inside}{{% endset %}}"
         case 7:

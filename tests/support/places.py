@@ -13,6 +13,9 @@ SERVER = pytest.param(
     "server",
     marks=pytest.mark.skipif(
         not DATABASE,
-        reason="NO DATABASE SERVER: only SQLite is tested; CHATWRIGHT_TEST_DATABASE=postgresql+psycopg://... (docs/serving.md)",
+        reason=(
+            "NO DATABASE SERVER: only SQLite is tested; CHATWRIGHT_TEST_DATABASE=postgresql+psycopg://... "
+            "(docs/serving.md)"
+        ),
     ),
 )

@@ -20,7 +20,10 @@ from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
 
-MARKDOWN = "Look: **bold** <script>window.hacked=1</script> <img src=x onerror=alert(1)> [a](javascript:alert(1))\n\n```python\nx = 1\n```"
+MARKDOWN = (
+    "Look: **bold** <script>window.hacked=1</script> <img src=x onerror=alert(1)> "
+    "[a](javascript:alert(1))\n\n```python\nx = 1\n```"
+)
 ESCAPES = "red \x1b[31m[bold]not markup[/bold]\x07 end"
 STORY = "Once upon a time there was a small model. " * 6
 DIALOGUES = {
@@ -163,9 +166,8 @@ def run_server(
         yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", model, app)
     finally:
         server.should_exit = True
-        thread.join(
-            3
-        )  # what is held and outlasts the draining is interrupted; released before, it might come to its end instead
+        # An answer that is held through the draining is interrupted; released before, it might end by itself.
+        thread.join(3)
         model.engine.allow(float("inf"))
         thread.join(20)
         listener.close()

@@ -109,7 +109,7 @@ def sft_bench(pretrain_bench: Bench) -> Bench:
     return pretrain_bench.with_(sft=directory)
 
 
-REWARD = reward.Config(  # at 0.002, three of eight seeds of the base model told good from plain by less than the test asks
+REWARD = reward.Config(  # at a rate of 0.002, three of eight seeds learnt less than the test asks
     k=4,
     max_tokens=48,
     fit=fit(steps=240, batch_size=4),

@@ -202,7 +202,8 @@ def test_threshold_and_neutral_decide_what_is_good_and_what_is_left_out(tmp_path
     assert len(binary.held_out) == 120
     with pytest.raises(
         UserError,
-        match=r"of 60 texts for .* 60 are good: both kinds are needed; set `threshold`|of \d+ texts for train \d+ are good",
+        match=r"of 60 texts for .* 60 are good: both kinds are needed; set `threshold`|"
+        r"of \d+ texts for train \d+ are good",
     ):
         load_texts(Config(threshold=0.0, neutral=0.5), tmp_path)
 

@@ -385,7 +385,10 @@ def test_wrong_sizes_are_refused_once_by_a_real_launch(launches: Launches, tmp_p
     done = subprocess.run(
         torchrun(2, *arguments), env=cpu_environment(), capture_output=True, text=True, timeout=120
     )
-    line = "chatwright: the model's kv_heads, 1, cannot be divided among 2 processes: choose another context.tensor"
+    line = (
+        "chatwright: the model's kv_heads, 1, cannot be divided among 2 processes: choose another "
+        "context.tensor"
+    )
     assert done.returncode != 0 and done.stderr.count("cannot be divided") == 1
     assert line in done.stderr
     assert "exitcode  : 2" in done.stderr
@@ -546,7 +549,10 @@ def test_the_arithmetic_by_hand(arithmetic: Any) -> None:
 
 CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(),
-    reason="no GPU: NCCL, bf16 with FSDP2 on CUDA, pinned copies and the GPU's random stream are NOT covered here",
+    reason=(
+        "no GPU: NCCL, bf16 with FSDP2 on CUDA, pinned copies and the GPU's random stream are NOT covered "
+        "here"
+    ),
 )
 
 

@@ -35,9 +35,13 @@ def main(argv: Sequence[str]) -> int:
         DoctorConfig,
         argv,
         prog="chatwright doctor",
-        description="Check RECIPE_OR_MODEL before the hours are spent. Nothing is trained, no data downloaded, and nothing left on the disk.",
+        description=(
+            "Check RECIPE_OR_MODEL before the hours are spent. Nothing is trained, no data downloaded, and "
+            "nothing left on the disk."
+        ),
         positionals={
-            "recipe_or_model": "A recipe (a .yaml file, or the name of a built-in one), or a model: a run, a model "
+            "recipe_or_model": "A recipe (a .yaml file, or the name of a built-in one), or a model: a run, "
+            "a model "
             "directory, smollm2, hf:owner/name or a .gguf file."
         },
     )

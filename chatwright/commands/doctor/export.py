@@ -108,7 +108,10 @@ def _too_much(count: int) -> str:
         return f"{count / 1e6:,.0f} M parameters are above the {LARGEST / 1e6:.0f} M of a quick check"
     free = shutil.disk_usage(place).free
     if size > free:
-        return f"it takes {gigabytes(size)}, and {gigabytes(free)} are free in {place} (TMPDIR names another place)"
+        return (
+            f"it takes {gigabytes(size)}, and {gigabytes(free)} are free in {place} (TMPDIR names another "
+            f"place)"
+        )
     have = runtime.total_memory_bytes()
     if have is not None and 8 * count > have:
         return f"two copies take {gigabytes(8 * count)} of memory, and there is {gigabytes(have)}"
@@ -179,7 +182,10 @@ def _read_by_transformers(parts: Loaded, written: Path) -> str:
             f"{largest:.2g}"
         )
     same = "the same ids of a text and of a conversation" if talk else "the same ids of a text"
-    return f"read back by chatwright (equal) and transformers {version}: {same}, logits at most {apart:.1g} apart"
+    return (
+        f"read back by chatwright (equal) and transformers {version}: {same}, logits at most {apart:.1g} "
+        f"apart"
+    )
 
 
 def _talk_ids(parts: Loaded, tokenizer: Any, version: str) -> list[int]:

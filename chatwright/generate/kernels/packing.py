@@ -3,7 +3,8 @@
     fp32   [tile][input][16 outputs]
     bf16   [tile][pair of inputs][16 outputs][2]
     int8   [tile][group of 32 inputs][8 words][16 outputs][4], and one bfloat16 scale per group and output
-    int4   [tile][group][4][16 outputs][4 inputs]: word j in the low bits, word j + 4 in the high; a scale and a least value
+    int4   [tile][group][4][16 outputs][4 inputs]: word j in the low bits, word j + 4 in the high; a scale and
+           a least value
 
 An int8 weight is scale * q, q from -127 to 127; an int4 one is least + scale * q, q from 0 to 15. Scales and
 least values are rounded to bfloat16 before the weights are divided by them, so that little is lost by it.

@@ -69,4 +69,7 @@ def named(path: str) -> str:
 
 def described(path: str, threads: int) -> str:
     """One line for people."""
-    return f"CPU kernels: {named(path)} ({platform.machine()}), {threads} {'thread' if threads == 1 else 'threads'}"
+    return (
+        f"CPU kernels: {named(path)} ({platform.machine()}), {threads} "
+        f"{'thread' if threads == 1 else 'threads'}"
+    )

@@ -1,7 +1,9 @@
 """Routes for those who run the server: GET /health, /ready and /metrics.
 
-/health   200 as long as the process can do its work; 503 when an engine has ended by itself and only a restart helps.
-/ready    200 when requests should be sent here; 503 with the reason while the default model is not loaded or the server stops.
+/health   200 as long as the process can do its work; 503 when an engine has ended by itself and only a
+          restart helps.
+/ready    200 when requests should be sent here; 503 with the reason while the default model is not loaded or
+          the server stops.
 /metrics  Prometheus' text format (telemetry.py, docs/serving.md).
 """
 

@@ -1,10 +1,13 @@
 """One model on many processes: plans that are put on from outside, under torchrun. Models do not know.
 
 * `ddp`   every process holds the whole model; gradients are averaged (Li et al. 2020, arXiv:2006.15704).
-* `fsdp`  parameters, gradients and optimiser state are cut into as many parts as there are processes; each block is put
-          together when it is needed (ZeRO stage 3: Rajbhandari et al. 2020, arXiv:1910.02054; FSDP: arXiv:2304.11277).
+* `fsdp`  parameters, gradients and optimiser state are cut into as many parts as there are processes; each
+          block is put
+          together when it is needed (ZeRO stage 3: Rajbhandari et al. 2020, arXiv:1910.02054; FSDP:
+          arXiv:2304.11277).
 * `hsdp`  the same inside groups of `shard` processes, the groups being copies of each other.
-* `tp`    every matrix product is cut over groups of `tensor` processes, by heads in attention and by columns, then rows,
+* `tp`    every matrix product is cut over groups of `tensor` processes, by heads in attention and by columns,
+          then rows,
           in the MLP (Shoeybi et al. 2019, arXiv:1909.08053, section 3); `fsdp` over what is left.
 
 The door is `ParallelContext`: a `Trainer` asks it for everything in which many processes differ from one.

@@ -432,7 +432,10 @@ def train_policy(
         shape=base.model.config,
         precision="fp32",
         refused={
-            "tp": f"{title} samples from whole weights, which this plan does not put together: use ddp, fsdp or hsdp"
+            "tp": (
+                f"{title} samples from whole weights, which this plan does not put together: use ddp, fsdp "
+                f"or hsdp"
+            )
         },
     )
     plan.ahead(title, PLAN, config, base.model.config, parallel)
