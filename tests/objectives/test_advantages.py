@@ -137,7 +137,8 @@ WRONG_GAE = mutants(
         "value beyond the end used": ("torch.where(here, values[:, t], 0.0)", "values[:, t]"),
         "sum leaks over the mask's end": (
             f"{_SUM}\n        advantages[:, t] = following",
-            "delta + discount * lam * following\n        advantages[:, t] = torch.where(here, following, 0.0)",
+            "delta + discount * lam * following\n"
+            "        advantages[:, t] = torch.where(here, following, 0.0)",
         ),
         "outside not zero": (
             "advantages[:, t] = following",

@@ -3,7 +3,7 @@ tooling.py."""
 
 from __future__ import annotations
 
-from support.serving import roomy, roomy_server, server, small, taught, tiny, wait_until
+from support.serving import roomy, roomy_server, server, small, taught, tiny
 from support.tooling import copy, good, hf_dir, run
 
 __all__ = [
@@ -17,5 +17,4 @@ __all__ = [
     "small",
     "taught",
     "tiny",
-    "wait_until",
 ]

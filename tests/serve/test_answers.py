@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -14,6 +14,7 @@ import pytest
 from chatwright.language_model import LanguageModel
 from support.person import Person, text_of
 from support.serving import DIALOGUES, Running, TinyModel, run_server
+from support.waiting import wait_until
 
 STORY = DIALOGUES["story"]
 
@@ -75,9 +76,7 @@ def test_an_answer_that_came_to_nothing_leaves_nothing(
     assert me.read(made["id"])["leaf"] == leaf
 
 
-def test_another_model_is_loaded_when_it_is_asked_for(
-    tiny: TinyModel, small: LanguageModel, wait_until: Callable[..., None]
-) -> None:
+def test_another_model_is_loaded_when_it_is_asked_for(tiny: TinyModel, small: LanguageModel) -> None:
     gate = threading.Event()
 
     def load(_: Any) -> LanguageModel:
@@ -97,9 +96,7 @@ def test_another_model_is_loaded_when_it_is_asked_for(
         assert me.post("/chat/conversations", {"content": "x", "model": "none"}, expect=404)
 
 
-def test_stop_does_not_wait_for_a_model(
-    tiny: TinyModel, small: LanguageModel, wait_until: Callable[..., None]
-) -> None:
+def test_stop_does_not_wait_for_a_model(tiny: TinyModel, small: LanguageModel) -> None:
     gate = threading.Event()
 
     def load(_: Any) -> LanguageModel:
@@ -170,7 +167,7 @@ def test_probabilities_of_an_answer_that_goes_on(me: Person, first: bool) -> Non
     assert known[-1] is not first
 
 
-def test_a_burst_of_answers_keeps_to_the_limit(tiny: TinyModel, wait_until: Callable[..., None]) -> None:
+def test_a_burst_of_answers_keeps_to_the_limit(tiny: TinyModel) -> None:
     """Who is let in is answered, and who is not is told at once: the model is asked a moment after both."""
     with run_server(tiny, max_requests=3) as server, Person(server.url) as me:
         (service,) = server.app.state.pool.services

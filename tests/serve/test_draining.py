@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from support.person import Person
 from support.serving import TinyModel, run_server
 
 
-def test_draining(tiny: TinyModel, wait_until: Callable[..., None]) -> None:
+def test_draining(tiny: TinyModel) -> None:
     """What is under way goes on; what is new is told to come again; then it is over."""
     with run_server(tiny, drain_seconds=30) as server, Person(server.url) as person:
         engine = tiny.engine
@@ -91,6 +91,7 @@ def slow(self):
     return step(self)
 Engine.step = slow
 from chatwright.cli import main
+from support.waiting import wait_until
 sys.exit(main(["serve", {directory!r}, "--port=0", "--name=m", *{options!r}]))
 """
 

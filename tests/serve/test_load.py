@@ -21,6 +21,7 @@ from chatwright.language_model import LanguageModel
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
 from support.serving import DIALOGUES, Running, TinyModel, run_server
+from support.waiting import wait_until
 
 QUESTIONS = [Question(text, tokens) for tokens in (200, 7) for text in DIALOGUES]
 
@@ -45,7 +46,7 @@ def pressed(server: Running, seconds: float = 2.5, **settings: Any) -> tuple[Loa
     return asyncio.run(run())
 
 
-def test_sixteen_clients(server: Running, oracle: Oracle, wait_until: Any) -> None:
+def test_sixteen_clients(server: Running, oracle: Oracle) -> None:
     load, known = pressed(server)
     assert [reply.text for reply in known[: len(DIALOGUES)]] == list(DIALOGUES.values())
     assert {reply.finish for reply in known} == {"stop", "length"}

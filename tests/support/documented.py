@@ -8,7 +8,6 @@ import shlex
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from support.waiting import reached, wait_until
 
 ROOT = Path(__file__).parents[2]
 HOST = "chat.example.org"
@@ -61,17 +62,21 @@ class Replica:
         return f"http://127.0.0.1:{self.port}"
 
     def wait_until_ready(self) -> None:
-        """At most a minute."""
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
+        """Until it takes requests; fails with what it wrote where it ends before."""
+
+        def ready() -> bool:
             assert self.process.poll() is None, self.errors.read_text()
-            try:
-                if httpx.get(f"{self.url}/ready", headers={"host": HOST}).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.05)
-        raise AssertionError(f"not ready: {self.errors.read_text()}")
+            response = reached(f"{self.url}/ready", headers={"host": HOST})
+            return response is not None and response.status_code == 200
+
+        wait_until(ready, "a server that is ready")
+
+    def metric(self, name: str) -> float:
+        """One of its metrics, the sum over the labels."""
+        headers = {"host": HOST, "authorization": f"Bearer {KEY}"}
+        page = httpx.get(f"{self.url}/metrics", headers=headers, timeout=60).text
+        found = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", page, re.MULTILINE)
+        return sum(map(float, found))
 
     def end(self, *, kill: bool = False) -> int:
         """End it, by SIGKILL or in peace; its exit code."""

@@ -1,4 +1,4 @@
-"""Programs that tests start: where things are, and the environment in which a child finds the tests' helpers."""
+"""Programs that tests start: where things are, and an environment in which a child finds these helpers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ ROOT = TESTS.parent
 
 
 def child_environment(**values: str) -> dict[str, str]:
-    """This process's environment with one thread, `values`, and tests/ on the path: `python -m support.NAME`."""
+    """The environment of this process, with `values`, one thread, and tests/ on the path.
+
+    `python -m support.NAME` runs in it.
+    """
     path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH", ""))))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **values}
 

@@ -190,17 +190,3 @@ def roomy_server(roomy: TinyModel) -> Iterator[Running]:
     """A running server of the taught model with a long context."""
     with run_server(roomy) as running:
         yield running
-
-
-@pytest.fixture
-def wait_until() -> Callable[..., None]:
-    """Wait for a condition, at most ten seconds."""
-    import time
-
-    def wait(condition: Callable[[], Any], what: str = "the condition") -> None:
-        end = time.monotonic() + 10
-        while not condition():
-            assert time.monotonic() < end, f"{what} did not come true"
-            time.sleep(0.005)
-
-    return wait

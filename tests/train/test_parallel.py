@@ -39,6 +39,7 @@ from chatwright.train.stopping import Interrupted
 from chatwright.train.workspace import Workspace
 from support.launching import ROOT, cpu_environment, torchrun
 from support.many import stopping_after
+from support.waiting import wait_until
 
 SEED, STEPS, PART = 11, 50, 20
 SETTINGS: dict[str, Any] = {
@@ -326,10 +327,7 @@ def test_a_killed_process_is_no_matter(launches: Launches, tmp_path: Path) -> No
             torchrun(2, *arguments, restarts=3), env=cpu_environment(), stdout=log, stderr=log
         )
         try:
-            deadline = time.monotonic() + 120
-            while not (out / "checkpoints" / "step-000012").exists():
-                assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-                time.sleep(0.02)
+            wait_until((out / "checkpoints" / "step-000012").exists, "the checkpoint", process=launcher)
             victim = worker(launcher.pid, 1)
             assert victim > 0  # 0 would be everybody in this group, pytest too
             os.kill(victim, signal.SIGKILL)
