@@ -28,13 +28,14 @@ from chatwright.data.examples import LabelledText
 from chatwright.data.loader import SampleOrder
 from chatwright.data.records import read_records, records_of
 from chatwright.data.sources import split_of
-from chatwright.metrics import say
+from chatwright.metrics import Metric, say
 from chatwright.model.heads import ScalarModel
 from chatwright.model.lora import LoRAConfig
 from chatwright.objectives.preference import logistic_loss
 from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.loop import Fit, FitConfig
+from chatwright.train.loop_metrics import ANSWERS_PER_SECOND, LOOP_METRICS, LOSS_TROUBLE
 from chatwright.train.parallel.context import SINGLE_PROCESS
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import StagePlan
@@ -334,6 +335,50 @@ def measure(
     ]
 
 
+METRICS = (
+    Metric(
+        "loss",
+        "nats per text",
+        "starts near ln 2 = 0.69, which is guessing, and falls",
+        "Mean cross entropy of good and bad over the texts of the last step.",
+        unhealthy=LOSS_TROUBLE,
+    ),
+    Metric(
+        "accuracy",
+        "share, 0 to 1",
+        "rises from 0.5",
+        "Training texts that are put into their class, mean over the batches since the last row.",
+        unhealthy="0.5 for good: nothing is learnt",
+    ),
+    Metric(
+        "held_out_accuracy",
+        "share, 0 to 1",
+        "clearly above the accuracy of the commoner class, which the report has",
+        "The same on held-out texts.",
+        unhealthy="no better than the commoner class while `accuracy` is high: learnt by heart",
+    ),
+    Metric(
+        "held_out_loss",
+        "nats per text",
+        "falls below 0.69, which is guessing",
+        "Cross entropy on held-out texts, before calibration.",
+        unhealthy="rising while `loss` falls: overfitting, train for less",
+    ),
+    Metric(
+        "held_out_correlation",
+        "correlation, -1 to 1",
+        "at least `min_correlation` of the stage that follows it (0.6)",
+        "Pearson's correlation of scores with held-out ratings, those of neutral texts included.",
+        unhealthy="below: that stage refuses to start (`chatwright/train/rl/models.py::load_reward`)",
+    ),
+    *LOOP_METRICS,
+    ANSWERS_PER_SECOND,
+)
+
 STAGE = Stage(
-    config=Config, run=run, plan=PLAN, reads=lambda config: {"ratings": config.data, "dialogues": config.data}
+    config=Config,
+    run=run,
+    plan=PLAN,
+    metrics=METRICS,
+    reads=lambda config: {"ratings": config.data, "dialogues": config.data},
 )

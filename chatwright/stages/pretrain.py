@@ -22,7 +22,7 @@ from chatwright import runtime
 from chatwright.config import UsageError
 from chatwright.data.loader import SampleOrder
 from chatwright.data.shards import TokenShards
-from chatwright.metrics import say
+from chatwright.metrics import Metric, say
 from chatwright.model.compile_friendly import make_compile_friendly
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
@@ -32,6 +32,7 @@ from chatwright.tokenizer import Tokenizer
 from chatwright.train.cost import training_flop
 from chatwright.train.held_out import held_out_bits_per_byte, held_out_nats, held_out_rows
 from chatwright.train.loop import Fit, FitConfig
+from chatwright.train.loop_metrics import FLOP_METRICS, LOOP_METRICS, LOSS_TROUBLE, TOKENS_PER_SECOND
 from chatwright.train.parallel.context import ParallelConfig
 from chatwright.train.parallel.start import start_parallel
 from chatwright.train.planning import plan
@@ -249,4 +250,24 @@ def shape_of(config: Config, vocab_size: int | None) -> GPTConfig:
         raise UsageError(f"model: {error}") from None
 
 
-STAGE = Stage(config=Config, run=run, plan=PLAN, shape=shape_of)
+METRICS = (
+    Metric(
+        "loss",
+        "nats per token",
+        "starts near ln(vocabulary size), which is guessing, and falls",
+        "Mean loss of the next token over the last step.",
+        unhealthy=LOSS_TROUBLE,
+    ),
+    Metric(
+        "bits_per_byte",
+        "bits per byte",
+        "below what gzip and xz need for the same text, which the report has",
+        "Negative log-likelihood of held-out text per UTF-8 byte.",
+        unhealthy="rising while `loss` falls: the text is learnt by heart, take more data or fewer passes",
+    ),
+    *LOOP_METRICS,
+    TOKENS_PER_SECOND,
+    *FLOP_METRICS,
+)
+
+STAGE = Stage(config=Config, run=run, plan=PLAN, metrics=METRICS, shape=shape_of)

@@ -25,7 +25,7 @@ from chatwright.data.examples import Comparison
 from chatwright.data.loader import SampleOrder
 from chatwright.data.records import records_of
 from chatwright.messages import described
-from chatwright.metrics import say
+from chatwright.metrics import Metric, say
 from chatwright.model.config import GPTConfig
 from chatwright.model.heads import ScalarModel
 from chatwright.model.lora import LoRAConfig
@@ -34,6 +34,7 @@ from chatwright.optim import OptimConfig
 from chatwright.train.base import open_base
 from chatwright.train.cost import training_flop
 from chatwright.train.loop import Fit, FitConfig
+from chatwright.train.loop_metrics import ANSWERS_PER_SECOND, FLOP_METRICS, LOOP_METRICS, LOSS_TROUBLE
 from chatwright.train.paper import INSTRUCT, Paper
 from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelConfig, ParallelContext
 from chatwright.train.parallel.start import start_parallel
@@ -375,10 +376,46 @@ def records_read(config: Config) -> dict[str, str]:
     return {"comparisons": config.comparisons} if config.comparisons else {"ratings": config.data}
 
 
+METRICS = (
+    Metric(
+        "loss",
+        "nats per prompt",
+        "starts near ln 2 = 0.69, which is guessing, and falls",
+        "Mean loss over the prompts of the last step: the mean over all pairs of a prompt's answers.",
+        unhealthy=LOSS_TROUBLE,
+    ),
+    Metric(
+        "accuracy",
+        "share, 0 to 1",
+        "rises from 0.5",
+        "Training pairs that the scores order as the ratings do (ties as `ties` says), mean over the batches "
+        "since the last row.",
+        unhealthy="0.5 for good: nothing is learnt",
+    ),
+    Metric(
+        "held_out_accuracy",
+        "share, 0 to 1",
+        "clearly above 0.5 and above the accuracy of length alone, which the report has",
+        "The same on held-out pairs.",
+        unhealthy="0.5 while `accuracy` is high: learnt by heart, leaked prompts or a length bias",
+    ),
+    Metric(
+        "held_out_correlation",
+        "correlation, -1 to 1",
+        "at least `min_correlation` of the stage that follows it (0.6)",
+        "Pearson's correlation of scores with held-out ratings.",
+        unhealthy="below: that stage refuses to start (`chatwright/train/rl/models.py::load_reward`)",
+    ),
+    *LOOP_METRICS,
+    ANSWERS_PER_SECOND,
+    *FLOP_METRICS,
+)
+
 STAGE = Stage(
     config=Config,
     run=run,
     plan=PLAN,
+    metrics=METRICS,
     paper=PAPER,
     reads=records_read,
     answers=compare_scores,

@@ -24,7 +24,7 @@ from chatwright.data.loader import SampleOrder
 from chatwright.data.packing import ChatBatch, PackedRow, batch_rows, cut_dialogue, pack
 from chatwright.data.picture import legend, row_picture
 from chatwright.data.records import read_records, records_of
-from chatwright.metrics import console, say
+from chatwright.metrics import Metric, console, say
 from chatwright.model.compile_friendly import make_compile_friendly
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
@@ -37,6 +37,7 @@ from chatwright.train.base import open_base
 from chatwright.train.compiled import compile_blocks
 from chatwright.train.cost import training_flop
 from chatwright.train.loop import Fit, FitConfig
+from chatwright.train.loop_metrics import FLOP_METRICS, LOOP_METRICS, LOSS_TROUBLE, TOKENS_PER_SECOND
 from chatwright.train.paper import INSTRUCT, Paper
 from chatwright.train.parallel.context import ParallelConfig
 from chatwright.train.parallel.start import start_parallel
@@ -360,10 +361,31 @@ def run(config: Config, workspace: Workspace) -> Report:
     )
 
 
+METRICS = (
+    Metric(
+        "loss",
+        "nats per token",
+        "starts at the base model's loss on such answers, and falls",
+        "Mean loss over the last step, of the tokens that are learnt: answers and their end tokens.",
+        unhealthy=LOSS_TROUBLE,
+    ),
+    Metric(
+        "held_out_loss",
+        "nats per token",
+        "falls below its value before SFT, which the report has",
+        "Loss of held-out answers and their end tokens.",
+        unhealthy="rising while `loss` falls: overfitting, train for less",
+    ),
+    *LOOP_METRICS,
+    TOKENS_PER_SECOND,
+    *FLOP_METRICS,
+)
+
 STAGE = Stage(
     config=Config,
     run=run,
     plan=PLAN,
+    metrics=METRICS,
     preview=preview,
     paper=PAPER,
     reads=lambda config: {"dialogues": config.data},
