@@ -40,24 +40,25 @@ TEXTS = (
 )
 
 
+TESTS = Path(__file__).parent
 LONGEST = (
     "faults/test_faults.py",
-    "train/test_parallel.py",
+    "train/parallel/test_parallel.py",
     "train/test_resume.py",
     "e2e/test_browser_conversations.py",
     "e2e/test_browser_looks.py",
     "interop/test_llama_cpp.py",
     "serve/test_api.py",
     "generate/test_kernels.py",
-    "train/test_plan.py",
+    "train/planning/test_plan.py",
     "e2e/test_browser.py",
     "interop/test_fuzz.py",
     "serve/test_clients.py",
     "serve/test_draining.py",
     "serve/test_conversations.py",
-    "train/test_parallel_alignment.py",
+    "train/parallel/test_parallel_alignment.py",
     "parity/test_smollm2.py",
-    "train/test_ppo.py",
+    "stages/test_ppo.py",
     "serve/test_operation.py",
 )
 """Files of more than half a minute each, longest first (`pytest --durations=0`)."""
@@ -68,7 +69,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     nothing more to do (`--no-loadscope-reorder` in the Makefile; xdist alone would begin with the files that
     have the most tests)."""
     place = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(LONGEST)))
+    items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(LONGEST)))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

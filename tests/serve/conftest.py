@@ -1,20 +1,8 @@
-"""Fixtures of the serving side; they live in serving.py, which the browser test uses as well, and in
-tooling.py."""
+"""Fixtures of the serving side; the tests of commands and of the browser use some of them as well."""
 
 from __future__ import annotations
 
 from support.serving import roomy, roomy_server, server, small, taught, tiny
-from support.tooling import copy, good, hf_dir, run
+from support.tooling import good, hf_dir
 
-__all__ = [
-    "copy",
-    "good",
-    "hf_dir",
-    "roomy",
-    "roomy_server",
-    "run",
-    "server",
-    "small",
-    "taught",
-    "tiny",
-]
+__all__ = ["good", "hf_dir", "roomy", "roomy_server", "server", "small", "taught", "tiny"]

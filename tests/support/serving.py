@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 import warnings
@@ -102,6 +103,12 @@ def _teach(model: GPT, tokenizer: Tokenizer) -> None:
 @pytest.fixture(scope="session")
 def taught() -> tuple[GPT, Tokenizer]:
     """The weights and the tokenizer of the taught model; leave them as they are."""
+    return _taught()
+
+
+@functools.cache
+def _taught() -> tuple[GPT, Tokenizer]:
+    """Once in a process, however many folders' conftest.py take the fixture in."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train([*DIALOGUES, *DIALOGUES.values()] * 4, 400)
     config = GPTConfig.preset("modern-nano", vocab_size=tokenizer.vocab_size, context=256)

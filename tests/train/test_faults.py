@@ -108,7 +108,7 @@ def test_kl_that_jumps_ends_the_run(planted_bench: Any, tmp_path: Path) -> None:
     assert "KL jumped from 0.0 to" in report.facts["stopped"] and report.facts["best"]["step"] == 0
 
 
-# ---- reward up, gold down: tests/train/test_rounds.py::test_gold_chooses_what_is_kept_and_stops_the_run_when
+# ---- reward up, gold down: tests/train/rl/test_rounds.py::test_gold_chooses_what_is_kept ...
 # ---- entropy to 0 ------------------------------------------------------------------------------------------
 
 
