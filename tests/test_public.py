@@ -19,6 +19,7 @@ def test_all_names_are_there() -> None:
     assert dir(cw) == sorted(cw.__all__)
     for name in cw.__all__:
         assert name == "__version__" or getattr(cw, name).__name__ == name
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", cw.__version__)
 
 
 def test_other_names_are_not() -> None:
