@@ -24,7 +24,7 @@ from chatwright.config import (
     read_yaml,
     rename_settings,
 )
-from chatwright.discovery import current_name, stage_verb
+from chatwright.discovery import current_name, stage_verb, tell_new_name
 from chatwright.model.config import GPTConfig
 from chatwright.train.planning.program import PlannedStage
 from chatwright.train.stage import Stage, stage_of
@@ -98,6 +98,7 @@ def read_recipe(path: Path, overrides: Mapping[str, Mapping[str, Any]]) -> Recip
     for name, settings in entries.items():
         verb, stage = _stage_named(name, settings, path)
         where = f"{path}: {name}"
+        tell_new_name(str(settings.get("use", name)), where=where)
         given = {key: value for key, value in settings.items() if key != "use"}
         merged = _merge(rename_settings(given, stage.renamed, where=where), overrides.get(name, {}))
         merged = rename_settings(merged, stage.renamed, where=where)

@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the program's own help; with --check, fail when it is out of date."""
+"""Write docs/reference/cli.md from the program's own help; with --check, fail when it is out of date."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ["COLUMNS"] = "110"
 os.environ["NO_COLOR"] = "1"
-FILE = Path(__file__).parent.parent / "docs" / "cli.md"
+FILE = Path(__file__).parent.parent / "docs" / "reference" / "cli.md"
 
 
 def help_of(arguments: list[str]) -> str:
@@ -24,9 +24,14 @@ def help_of(arguments: list[str]) -> str:
     return re.sub(r"[ \t]+\n", "\n", printed.getvalue()).strip()
 
 
+def section(verb: str) -> list[str]:
+    """The lines about a verb, ours or one that a package brings."""
+    return [f"### {verb}", "", "```", help_of([verb, "--help"]), "```", ""]
+
+
 def text() -> str:
-    """The whole page."""
-    from chatwright.cli import verbs
+    """The whole page. Verbs of other packages are left out: they are not there for every reader."""
+    from chatwright import discovery
     from chatwright.model.config import PRESETS
 
     parts = [
@@ -39,8 +44,11 @@ def text() -> str:
         "```",
         "",
     ]
-    for verb in verbs():
-        parts += [f"## {verb}", "", "```", help_of([verb, "--help"]), "```", ""]
+    own = {name: verb for name, verb in discovery.stages().items() if not verb.package}
+    for title, group in {"Commands": discovery.commands(), "Stages": own}.items():
+        parts += [f"## {title}", "", ", ".join(f"[{verb}](#{verb})" for verb in group), ""]
+        for verb in group:
+            parts += section(verb)
     parts += [
         "## Model shapes",
         "",
@@ -60,7 +68,7 @@ def main() -> int:
     wanted = text()
     if "--check" in sys.argv:
         if not FILE.exists() or FILE.read_text(encoding="utf-8") != wanted:
-            print("docs/cli.md is out of date: run `make docs` and commit it", file=sys.stderr)
+            print("docs/reference/cli.md is out of date: run `make docs` and commit it", file=sys.stderr)
             return 1
         return 0
     FILE.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Put two or more runs, or stages, side by side: settings, measures with intervals, curves, cost, answers."""
+"""Compare runs or stages side by side: settings, measures, curves, cost, answers."""
 
 from __future__ import annotations
 

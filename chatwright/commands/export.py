@@ -1,4 +1,4 @@
-"""Write a model for transformers and vLLM, or for llama.cpp and Ollama; it is read back and compared.
+"""Write a model for transformers, vLLM, llama.cpp or Ollama; it is read back and checked.
 
 What is written is read again by our own readers before it gets its name. In float32 it must be the same model
 bit for bit; in fewer bits it must be exactly the model with rounded weights, and how far that is from the
@@ -49,8 +49,8 @@ def main(argv: Sequence[str]) -> int:
         description="Write MODEL in a format that other programs run: weights, shape, tokenizer, "
         "chat template "
         "and "
-        "end tokens. What the format cannot say exactly is refused. docs/export.md has the launch lines of "
-        "vLLM and "
+        "end tokens. What the format cannot say exactly is refused. docs/guide/export.md has the launch "
+        "lines of vLLM and "
         "Ollama.",
         positionals={
             "model": (
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     )
     for note in notes:
         say(note)
-    say(f"Written to {target} as {family}, {dtype}. docs/export.md tells how others run it.")
+    say(f"Written to {target} as {family}, {dtype}. docs/guide/export.md tells how others run it.")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Predict the memory and time of a recipe's stages, or of a model's shape, before a run starts."""
+"""Predict memory and time of a recipe's stages, or of a model's shape, before a run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Classifier as reward: how likely would people call this text good?  Ziegler et al. 2019, section 3.1
-(sentiment).
+"""Classifier as reward: how likely would people call this text good?  Ziegler et al. 2019, section 3.1.
 
-A judge in the reward model's place: PPO, REINFORCE and best-of-n follow it with `reward: classifier`. It
+It takes the reward model's place: PPO, REINFORCE and best-of-n follow it with `reward: classifier`. It
 learns from single texts instead of comparisons: each stands as the answer to a prompt drawn at random, so
 that a row looks as it will in PPO.
 
@@ -13,9 +12,11 @@ good as bad.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,27 +26,36 @@ from chatwright import runtime
 from chatwright.chat import ChatTemplate, Message
 from chatwright.config import UsageError, UserError
 from chatwright.data.examples import LabelledText
-from chatwright.data.loader import SampleOrder
 from chatwright.data.records import read_records, records_of
 from chatwright.data.sources import split_of
-from chatwright.metrics import Metric, say
+from chatwright.metrics import Metric
 from chatwright.model.heads import ScalarModel
-from chatwright.model.lora import LoRAConfig
 from chatwright.objectives.preference import logistic_loss
-from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.loop import Fit, FitConfig
+from chatwright.train.api import (
+    Curve,
+    FitConfig,
+    Fitted,
+    LoRAConfig,
+    Measure,
+    OptimConfig,
+    Report,
+    SampleOrder,
+    Stage,
+    StagePlan,
+    Step,
+    Unhealthy,
+    Workspace,
+    open_chat_base,
+    say,
+    start_training,
+)
 from chatwright.train.loop_metrics import ANSWERS_PER_SECOND, LOOP_METRICS, LOSS_TROUBLE
-from chatwright.train.parallel.context import SINGLE_PROCESS
-from chatwright.train.planning import plan
-from chatwright.train.planning.program import StagePlan
 from chatwright.train.preference import calibration
 from chatwright.train.preference.measures import correlation, example_scores
 from chatwright.train.preference.rankings import encode_answer, first_prompts, padded
-from chatwright.train.preference.scalar import chat_base, make_scalar_model, scalar_program
-from chatwright.train.stage import Stage
-from chatwright.train.trainer import Step
-from chatwright.train.workspace import Curve, Measure, Report, Unhealthy, Workspace
+from chatwright.train.preference.scalar import PURPOSE, scalar_program, scalar_trainer
+from chatwright.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,11 @@ class Parts:
     all_held_out: list[LabelledText]
     """The neutral ones among them."""
 
+    def __str__(self) -> str:
+        """How many of each."""
+        train, apart, held_out = len(self.train), len(self.calibration), len(self.held_out)
+        return f"{train:,} texts, {apart:,} to calibrate with, {held_out:,} held out"
+
 
 def load_texts(config: Config, records: Path) -> Parts:
     """The texts of a data stage. Raises UserError when one side lacks good or bad ones."""
@@ -185,64 +200,68 @@ def load_texts(config: Config, records: Path) -> Parts:
     return parts
 
 
+def are_good(texts: Sequence[LabelledText], config: Config) -> Bool[Tensor, " n"]:
+    """Which of the texts people called good."""
+    return torch.tensor([one.label > config.threshold for one in texts])
+
+
 PLAN = StagePlan(build=scalar_program, rows=lambda config, shape: (1, config.max_tokens))
 
 
 def run(config: Config, workspace: Workspace) -> Report:
     """Train the classifier, calibrate it, and measure it on held-out texts before and after."""
-    base = chat_base(config.base, workspace)
-    assert base.tokenizer is not None and base.template is not None
+    base = open_chat_base(config.base, workspace, purpose=PURPOSE)
     records = records_of(workspace.resolve(config.data))
     parts, prompts = load_texts(config, records), first_prompts(records / "dialogues-train.jsonl")
     if not prompts:
         raise UserError("there are no conversations to take prompts from; set `dialogues` in the data stage")
-    config = plan.ahead("classifier", PLAN, config, base.model.config, SINGLE_PROCESS)
-    model, trainer, dtype = make_scalar_model("classifier", config, workspace, base)
-    texts = Texts(
-        parts.train,
-        prompts,
-        base.template,
-        base.tokenizer,
-        config,
-        SampleOrder(len(parts.train), workspace.seed),
-    )
-    say(
-        f"  {len(parts.train):,} texts, {len(parts.calibration):,} to calibrate with, "
-        f"{len(parts.held_out):,} held out"
-    )
+    training = start_training("classifier", PLAN, config, workspace, base.model.config)
+    model, trainer = scalar_trainer(training, base)
+    order = SampleOrder(len(parts.train), workspace.seed)
+    texts = Texts(parts.train, prompts, base.template, base.tokenizer, training.config, order)
+    say(f"  {parts}")
+    asked = training.in_precision(partial(scores_of, model, texts))
 
-    def train_step(batch: TextBatch) -> Step:
-        with runtime.autocast(dtype):
-            return step(model, batch)
+    def score(chosen: Sequence[LabelledText]) -> Tensor:
+        with runtime.evaluating(model):
+            return asked(chosen)
 
-    def judged(chosen: Sequence[LabelledText]) -> Tensor:
-        with runtime.evaluating(model), runtime.autocast(dtype):
-            return scores_of(model, texts, chosen)
-
-    good = torch.tensor([one.label > config.threshold for one in parts.held_out])
-
-    def evaluate() -> dict[str, float]:
-        scores = judged(parts.held_out)
-        return {
-            "held_out_accuracy": float(((scores > 0) == good).float().mean()),
-            "held_out_loss": calibration.log_loss(scores, good),
-            "held_out_correlation": correlation(
-                judged(parts.all_held_out), torch.tensor([one.label for one in parts.all_held_out])
-            ),
-        }
-
-    fitted = Fit(
+    fitted = training.fit(
         trainer,
-        config.fit,
         texts,
-        train_step,
-        evaluate,
-        title="classifier",
+        training.in_precision(partial(step, model)),
+        lambda: held_out_measures(score, parts, config),
         throughput=("answers", 1.0),
         best=("held_out_loss", "lower"),
-    ).run()
-    known = torch.tensor([one.label > config.threshold for one in parts.calibration])
-    report = Report(
+    )
+    report, good = report_of(fitted, parts), are_good(parts.held_out, config)
+    constants = calibrate_once(report, trainer, model, score, parts, config)
+    report.model = f"checkpoints/{trainer.save(final=True).path.name}"
+    measure(report, fitted.before, held_out_measures(score, parts, config), good)
+    reliable = calibration.reliability(score(parts.held_out).sigmoid(), good.float())
+    show_calibration(report, reliable, constants, workspace)
+    report.facts["sample"] = example(model, texts)
+    return report
+
+
+Score = Callable[[Sequence[LabelledText]], Tensor]
+"""The scores of texts."""
+
+
+def held_out_measures(score: Score, parts: Parts, config: Config) -> dict[str, float]:
+    """Accuracy and loss on held-out texts that are good or bad, correlation on all of them."""
+    scores, good = score(parts.held_out), are_good(parts.held_out, config)
+    labels = torch.tensor([one.label for one in parts.all_held_out])
+    return {
+        "held_out_accuracy": float(((scores > 0) == good).float().mean()),
+        "held_out_loss": calibration.log_loss(scores, good),
+        "held_out_correlation": correlation(score(parts.all_held_out), labels),
+    }
+
+
+def report_of(fitted: Fitted, parts: Parts) -> Report:
+    """Curves and facts; measures are added after calibration."""
+    return Report(
         curves=[Curve("Loss of the classifier", ["loss"], "nats per text"), Curve("Accuracy", ["accuracy"])],
         facts={
             "texts": len(parts.train),
@@ -253,29 +272,18 @@ def run(config: Config, workspace: Workspace) -> Report:
         },
         notes=fitted.notes,
     )
-    extra = trainer.progress.extra
-    if "calibration" not in extra:  # once: a stage that is run again after this keeps the constants it has
-        as_learnt = calibration.reliability(judged(parts.held_out).sigmoid(), good.float()).error
-        scale, offset = calibrate(report, model, judged(parts.calibration), known)
-        extra["calibration"] = {"scale": scale, "offset": offset, "error_before": as_learnt}
-    report.model = f"checkpoints/{trainer.save(final=True).path.name}"
-    report.facts["calibration"] = extra["calibration"]
-    measure(report, fitted.before, evaluate(), good)
-    reliable = calibration.reliability(judged(parts.held_out).sigmoid(), good.float())
-    report.measures.append(
-        Measure(
-            "calibration error on held-out texts",
-            extra["calibration"]["error_before"],
-            reliable.error,
-            "lower",
-            note="before: the same model without calibration",
-        )
-    )
-    report.pictures.append(
-        calibration.draw(workspace.directory, reliable, low=0.0, what="share that people call good")
-    )
-    report.facts["sample"] = example(model, texts)
-    return report
+
+
+def show_calibration(
+    report: Report, reliable: calibration.Reliability, constants: dict[str, float], workspace: Workspace
+) -> None:
+    """Add how far probabilities are from what happens: the number before and after, and a picture."""
+    report.facts["calibration"] = constants
+    note = "before: the same model without calibration"
+    name, before = "calibration error on held-out texts", constants["error_before"]
+    report.measures.append(Measure(name, before, reliable.error, "lower", note=note))
+    what = "share that people call good"
+    report.pictures.append(calibration.draw(workspace.directory, reliable, low=0.0, what=what))
 
 
 def example(model: ScalarModel, texts: Texts) -> str:
@@ -289,6 +297,21 @@ def example(model: ScalarModel, texts: Texts) -> str:
             return [float(value) for value in model.score(batch.ids, batch.mask)]
 
     return example_scores(score)
+
+
+def calibrate_once(
+    report: Report, trainer: Trainer, model: ScalarModel, score: Score, parts: Parts, config: Config
+) -> dict[str, float]:
+    """Scale and offset of the scores, and the calibration error before: found at the first call. A stage that
+    is run again after that keeps the constants it has. Raises Unhealthy."""
+    known: dict[str, Any] = trainer.progress.extra
+    if "calibration" not in known:
+        good = are_good(parts.held_out, config).float()
+        error = calibration.reliability(score(parts.held_out).sigmoid(), good).error
+        scores, positive = score(parts.calibration), are_good(parts.calibration, config)
+        scale, offset = calibrate(report, model, scores, positive)
+        known["calibration"] = {"scale": scale, "offset": offset, "error_before": error}
+    return dict(known["calibration"])
 
 
 def calibrate(

@@ -58,6 +58,13 @@ class Stage:
             raise UsageError(f"{self.config.__module__}: two metrics are called {', '.join(twice)}")
 
 
+def kl_from_base(config: Any, workspace: Workspace, report: Report) -> dict[str, Any]:
+    """`Stage.kl_budget` of a stage that stays near `config.base` without a budget: the KL of the answers that
+    the report shows."""
+    spent = report.answers.kl if report.answers else None
+    return {"spent": spent, "allowed": None, "stopped": f"measured on held-out prompts, from {config.base}"}
+
+
 def stage_of(module: Any) -> Stage:
     """The STAGE of a module. Raises UsageError when it has none."""
     found = getattr(module, "STAGE", None)

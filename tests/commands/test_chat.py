@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import chatwright.language_model
-from chatwright.commands.chat import main
+from chatwright.commands.chat import ChatConfig, main
 from chatwright.config import UsageError, UserError, harmless
 from support.serving import DIALOGUES, TinyModel
 
@@ -192,4 +192,4 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for option in ("--temperature", "--max_new_tokens", "--system", "--seed", "model"):
         assert option in text
-    assert chat.ChatConfig.__doc__
+    assert ChatConfig.__doc__

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from chatwright.config import UserError
-from chatwright.data import archives, files, readers, sources
+from chatwright.data import archives, catalogue, files, readers
 from chatwright.data.examples import Comparison, Dialogue, Document, LabelledText, content_id, transcript
 from chatwright.data.sources import dialogues, documents, fetch_archives, labelled_texts, split_of
 
@@ -371,8 +371,8 @@ def named(index: FakeIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for archive, data in built.items():
         pinned[archive] = replace(archive, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
         index.served[archive.filename] = data
-    listed = tuple(replace(source, archive=pinned[source.archive]) for source in sources.CATALOGUE)
-    monkeypatch.setattr(sources, "CATALOGUE", listed)
+    listed = tuple(replace(source, archive=pinned[source.archive]) for source in catalogue.CATALOGUE)
+    monkeypatch.setattr(catalogue, "CATALOGUE", listed)
     return tmp_path / "cache"
 
 
@@ -433,7 +433,7 @@ def test_a_source_of_another_kind_says_which_ones_there_are(named: Path) -> None
 
 
 def test_catalogue_is_complete() -> None:
-    listed = sources.catalogue()
+    listed = catalogue.catalogue()
     names = [source.name for source in listed]
     assert len(names) == len(set(names)) and {
         "boolq",

@@ -16,6 +16,7 @@ from chatwright import checkpoint, files
 from chatwright.chat import NATIVE
 from chatwright.cli import main
 from chatwright.config import UserError
+from chatwright.data.chat_rows import Rows, check_end_is_learnt, learnt_tokens, rows_of
 from chatwright.data.examples import Dialogue
 from chatwright.data.loader import SampleOrder
 from chatwright.data.packing import ChatBatch, PackedRow, batch_rows
@@ -24,7 +25,7 @@ from chatwright.data.records import read_records
 from chatwright.language_model import load, load_parts
 from chatwright.objectives.language import next_token_loss
 from chatwright.stages import sft
-from chatwright.stages.sft import EXCERPT, check_end_is_learnt, excerpt, learnt_tokens, rows_of
+from chatwright.stages.sft import EXCERPT, excerpt
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.loop import FitConfig
 
@@ -182,7 +183,7 @@ def test_rows_do_not_depend_on_the_portions(sft_bench: Any, sft_parts: Callable[
     parts = sft_parts()
     file = sft_bench.inputs["data"] / "dialogues-train.jsonl"
     rows = rows_of(file, parts.template, parts.tokenizer, 64, packing=True)
-    source = sft.Rows(rows, 64, SampleOrder(len(rows), 3))
+    source = Rows(rows, 64, SampleOrder(len(rows), 3))
     whole = source.take(5, 12)
     parted = [source.take(5 + n, 3) for n in range(0, 12, 3)]
     assert torch.equal(torch.cat([part.ids for part in parted]), whole.ids)
@@ -297,9 +298,13 @@ def test_the_preview_shows_what_is_learnt_and_trains_nothing(
 
 
 def test_a_preview_of_no_rows_and_of_other_stages_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--preview"], ["--preview", "0"], ["--preview=all"]):
+    for arguments, said in (
+        (["--preview"], "argument --preview: expected one argument"),
+        (["--preview", "0"], "--preview 0 is not a whole number above 0: how many samples to show"),
+        (["--preview=all"], "all"),
+    ):
         assert main(["sft", *arguments]) == 2
-        assert "how many samples to show" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
     assert main(["pretrain", "--preview", "2"]) == 2
     assert "--preview" in capsys.readouterr().err
 

@@ -17,7 +17,7 @@ from chatwright import checkpoint, cli, files
 from chatwright.data.examples import Comparison
 from chatwright.metrics import read_metrics
 from chatwright.stages import ppo, reward, sft
-from chatwright.train.parallel.context import context
+from chatwright.train.parallel import context
 from chatwright.train.rl import training
 from chatwright.train.rl.models import RLModels
 from chatwright.train.rl.rollout import Completions, completion_log_probs
@@ -188,11 +188,11 @@ def test_a_first_ratio_that_only_another_process_finds_breaks_off_this_one_too(
     large is the gap."""
     asked: list[float] = []
 
-    def most(self: context.ParallelContext, values: Sequence[float]) -> list[float]:
+    def all_reduce_max(self: context.ParallelContext, values: Sequence[float]) -> list[float]:
         asked.extend(values)
         return [0.5] if len(asked) == 2 else list(values)
 
-    monkeypatch.setattr(context.ParallelContext, "most", most)
+    monkeypatch.setattr(context.ParallelContext, "all_reduce_max", all_reduce_max)
     rows = broken_off(planted_bench, SMALL, tmp_path / "ppo", "before any update.* 0.5 away")
     assert len(rows) == 1 and "policy_loss" not in rows[0]
 

@@ -1,4 +1,4 @@
-"""Check a recipe or a model before the hours are spent; each finding comes with its remedy.
+"""Check a recipe or a model before the hours are spent; a finding comes with its remedy.
 
 Nothing is trained, no data downloaded, and nothing left on the disk. What is found is `ok`, a `warning` (it
 works, but perhaps not as meant, or is not possible) or a `problem` (it will fail, or do something else than

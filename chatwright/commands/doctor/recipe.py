@@ -14,6 +14,7 @@ from chatwright.commands.doctor.finding import Finding
 from chatwright.commands.doctor.machine import gigabytes
 from chatwright.config import UsageError, UserError
 from chatwright.data import archives, sources
+from chatwright.data.catalogue import Kind, find
 from chatwright.model.config import GPTConfig
 from chatwright.recipe import Recipe, RecipeStage, find_recipe, read_recipe, shape_of
 from chatwright.stages import data
@@ -87,7 +88,7 @@ def _portions(stage: RecipeStage) -> Iterator[Finding]:
 def _data(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
     """The sources of a data stage: known, of the right kind, and whether they must be downloaded."""
     config = stage.config
-    wanted: list[tuple[str, str, sources.Kind, Any]] = [
+    wanted: list[tuple[str, str, Kind, Any]] = [
         ("text", config.path or config.text, "text", sources.documents),
         (
             "dialogues",
@@ -124,11 +125,13 @@ def _data(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
             )
 
 
-def _source(stage: RecipeStage, setting: str, spec: str, kind: sources.Kind, read: Any) -> Finding:
+def _source(stage: RecipeStage, setting: str, spec: str, kind: Kind, read: Any) -> Finding:
     topic = f"{stage.name}.{setting}"
-    named = {source.name: source for source in sources.catalogue()}
-    if spec in named:
-        source = named[spec]
+    try:
+        source = find(spec)
+    except UserError as error:
+        return Finding("problem", topic, str(error), "mend or remove that package, or name another source")
+    if source is not None:
         if kind not in source.kinds:
             return Finding(
                 "problem",
@@ -136,6 +139,8 @@ def _source(stage: RecipeStage, setting: str, spec: str, kind: sources.Kind, rea
                 f"{spec} holds {' and '.join(source.kinds)} records, not {kind}",
                 "chatwright data list names the kinds",
             )
+        if source.archive is None:
+            return Finding("ok", topic, f"{spec} finds its data by itself ({source.licence})")
         if (archives.cache_dir() / "archives" / source.archive.filename).is_file():
             return Finding("ok", topic, f"{spec} is in the cache ({source.licence})")
         return Finding(

@@ -32,7 +32,8 @@ from chatwright.model.gpt import GPT
 from chatwright.recipe import read_recipe
 from chatwright.stages import pretrain
 from chatwright.train import loop
-from chatwright.train.parallel.context import MeshShape, ParallelConfig, context
+from chatwright.train.parallel import context
+from chatwright.train.parallel.context import MeshShape, ParallelConfig
 from chatwright.train.parallel.start import start_parallel
 from chatwright.train.stopping import Interrupted
 from chatwright.train.workspace import Workspace
@@ -376,7 +377,7 @@ def test_wrong_sizes_are_refused_once_by_a_real_launch(launches: Launches, tmp_p
         "modern-nano",
         "--out",
         str(tmp_path / "x" / "pretrain"),
-        "--context.plan",
+        "--parallel.plan",
         "tp",
     ]
     done = subprocess.run(
@@ -384,7 +385,7 @@ def test_wrong_sizes_are_refused_once_by_a_real_launch(launches: Launches, tmp_p
     )
     line = (
         "chatwright: the model's kv_heads, 1, cannot be divided among 2 processes: choose another "
-        "context.tensor"
+        "parallel.tensor"
     )
     assert done.returncode != 0 and done.stderr.count("cannot be divided") == 1
     assert line in done.stderr
@@ -401,7 +402,7 @@ def test_a_plan_without_torchrun_is_one_clear_line(launches: Launches, tmp_path:
         "modern-nano",
         "--out",
         str(tmp_path / "pretrain"),
-        "--context.plan",
+        "--parallel.plan",
         "fsdp",
     ]
     assert cli.main(arguments) == 2

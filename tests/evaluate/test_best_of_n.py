@@ -11,18 +11,17 @@ import pytest
 import torch
 
 from chatwright.config import UsageError
-from chatwright.stages import best_of_n as stage
-from chatwright.stages.best_of_n import (
-    Config,
+from chatwright.evaluate import best_of_n as estimator
+from chatwright.evaluate.best_of_n import (
     at_kl,
     best_of_n,
     best_of_n_kl,
     optima,
     point,
-    report_of,
     sizes,
     tilted,
 )
+from chatwright.stages.best_of_n import Config, report_of
 from support.mutation import Mutant, mutants
 
 SCORES = torch.tensor([[0.3, 2.0, -1.0, 0.7, 0.1], [1.0, 1.0, 0.0, -2.0, 1.0]])
@@ -49,11 +48,11 @@ def check_estimator(module: ModuleType, n: int = 3) -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
 def test_the_estimator_is_the_mean_over_all_subsets(n: int) -> None:
-    check_estimator(stage, n)
+    check_estimator(estimator, n)
 
 
 WRONG = mutants(
-    stage.best_of_n,
+    estimator.best_of_n,
     {
         "the first n": (
             "return shared @ weights",
