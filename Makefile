@@ -68,12 +68,15 @@ peers: $(VENV)/.installed-peers
 browser:
 	@sh scripts/install_browser.sh
 
+# Two workers with one thread each; at the end the slowest twenty tests, and the total with the machine that it was measured on.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 --durations-min=5
+
 test: check browser peers
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # With the tests marked `slow`: longer forms of what `make test` covers in short.
 test-all: check browser peers
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 # Tests of what training achieves, with other seeds and other rounding; a table of what each found (CONTRIBUTING.md).
 test-rounding: install-dev

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from support.launching import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
 
 PROGRAM = """
 import argparse, os, resource, signal
@@ -46,9 +48,8 @@ raise SystemExit(side_by_side.serve_rounds(made[name.rpartition("/")[2]]))
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+def benchmark() -> Callable[[str], Any]:
     """A program of benchmarks/ as a module."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
 
 

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
@@ -241,16 +240,20 @@ def test_a_real_child_process_is_watched_and_its_output_kept(tmp_path: Path) -> 
 
 
 def test_a_child_process_is_killed_when_we_are_stopped(tmp_path: Path) -> None:
-    marker = tmp_path / "finished"
-    program = f"import time, pathlib; time.sleep(1.0); pathlib.Path({str(marker)!r}).touch()"
+    marker = tmp_path / "process"
+    program = (
+        "import os, time, pathlib;"
+        f"pathlib.Path({str(marker)!r}).write_text(f'{{os.getpid()}} begun'); time.sleep(600)"
+    )
 
     def stop() -> None:
-        raise KeyboardInterrupt
+        if marker.exists() and marker.read_text().endswith("begun"):
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         archives.run_pip([sys.executable, "-c", program], {}, tmp_path / "log", stop)
-    time.sleep(1.3)
-    assert not marker.exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(marker.read_text().split()[0]), 0)
 
 
 def test_cache_dir_by_platform(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +11,9 @@ import httpx
 import openai
 import pytest
 import torch
-from serving import DIALOGUES, Running
+
+from support.serving import DIALOGUES, Running
+from support.waiting import wait_until
 
 ASK = {"model": "tiny/taught", "temperature": 0.0}
 
@@ -261,7 +262,6 @@ class DrainMiddleware:
 def test_what_nobody_waits_for_is_not_computed(
     server: Running,
     monkeypatch: pytest.MonkeyPatch,
-    wait_until: Callable[..., None],
     path: str,
     method: str,
     body: dict[str, Any],
@@ -271,15 +271,12 @@ def test_what_nobody_waits_for_is_not_computed(
     (service,) = server.app.state.pool.services
     with httpx.Client(base_url=server.url) as client, pytest.raises(httpx.ReadTimeout):
         client.post(f"/v1/{path}", json={"model": "tiny/taught", **body}, timeout=httpx.Timeout(5, read=0.3))
+    wait_until(lambda: server.app.state.lifecycle.in_flight == 0, "the request to be given up")
     assert gate.calls == 1
-    time.sleep(0.2)
-    assert (
-        service._preparing > 0
-    )  # one text is being computed: a thread cannot be stopped, and its place is taken
+    # one text is being computed: a thread cannot be stopped, and its place is taken
+    assert service._preparing > 0
     gate.open.set()
     wait_until(lambda: service._preparing == 0, "the place to be free")
-    time.sleep(0.1)
-    assert gate.calls == 1
     answer = httpx.post(
         f"{server.url}/v1/embeddings", json={"model": "tiny/taught", "input": "hello"}, timeout=30
     )
