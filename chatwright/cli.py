@@ -1,4 +1,4 @@
-"""The command line: a verb is a file of commands/ or stages/, imported when it is used, and nothing else."""
+"""The command line: each verb is a file of commands/ or stages/; only the verb that is used is imported."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("chatwright: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read has left. What is still in the buffer must not fail once more when Python ends.
+        # The reader of the pipe has gone. Without this, flushing the buffer at exit would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

@@ -1,6 +1,6 @@
-"""Which verbs there are: the files of commands/ and stages/, and what other packages bring by entry points.
+"""Finds the verbs: the files of commands/ and stages/, and the entry points of other packages.
 
-Nothing is imported to list them: a verb's one-line help is the first line of its file's docstring.
+Listing imports nothing: a verb's one-line help is the first line of its file's docstring.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from types import ModuleType
 from chatwright.config import UsageError, UserError, near_match
 
 STAGES, SOURCES = "chatwright.stages", "chatwright.sources"
-"""The groups of entry points by which packages of others bring stages and data sources."""
+"""The groups of entry points by which other packages add stages and data sources."""
 
 RENAMED = {"bestofn": "best_of_n", "eval": "evaluate"}
-"""Former name of a stage -> its name now. The old names are read until version 0.3."""
+"""Former name of a stage -> its name now. Former names are accepted until version 0.3."""
 
 ORDER = ("data", "tokenizer", "pretrain", "finetune", "sft", "reward", "classifier", "ppo", "reinforce")
-"""Stages in the order of the road; the help lists others behind them, in the order of their names."""
+"""Stages in the order of a whole run; the help lists others after them, by name."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Verb:
 
     name: str
     module: str
-    """The module that holds it, by its dotted name."""
+    """Dotted name of its module."""
     package: str = ""
-    """The package of others that brings it; empty for our own."""
+    """The other package that adds it; empty for our own."""
 
     def load(self) -> ModuleType:
         """Import the module. Raises UserError when a package of others cannot be imported."""
@@ -47,7 +47,7 @@ class Verb:
             return importlib.import_module(self.module)
 
     def summary(self) -> str:
-        """The first line of the file's docstring, without the paper that it cites behind two spaces."""
+        """The first line of the file's docstring, without the paper that it cites after two spaces."""
         try:
             found = importlib.util.find_spec(self.module)
         except (ImportError, ValueError):
@@ -89,7 +89,7 @@ def first_line(file: Path) -> str:
 
 
 def _files(package: str) -> dict[str, Verb]:
-    """The verbs that are files or folders of a package; a name that begins with an underscore is none."""
+    """The verbs that are files or folders of a package, except names that begin with an underscore."""
     folder = Path(__file__).parent / package
     names = [
         path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
@@ -100,13 +100,13 @@ def _files(package: str) -> dict[str, Verb]:
 
 @functools.cache
 def commands() -> dict[str, Verb]:
-    """The verbs that are no stages, by name."""
+    """The verbs that are not stages, by name."""
     return _files("commands")
 
 
 @functools.cache
 def stages() -> dict[str, Verb]:
-    """All stages by name, our own first. A package of others cannot take the place of a verb of ours."""
+    """All stages by name, our own first. Another package cannot replace one of ours."""
     own = _files("stages")
     order = {name: place for place, name in enumerate(ORDER)}
     found = dict(sorted(own.items(), key=lambda item: (order.get(item[0], len(ORDER)), item[0])))
@@ -118,7 +118,7 @@ def stages() -> dict[str, Verb]:
 
 
 def current_name(name: str) -> str:
-    """A stage's name as it is now: `best-of-n` and the former `bestofn` mean best_of_n."""
+    """A stage's current name: `best-of-n` and the former `bestofn` mean best_of_n."""
     name = name.replace("-", "_")
     return RENAMED.get(name, name)
 
@@ -131,7 +131,7 @@ def tell_new_name(name: str, *, where: str) -> None:
 
 
 def stage_verb(name: str, *, where: str = "") -> Verb:
-    """The stage of a name. Raises UsageError with a near match."""
+    """The verb of the stage `name`. Raises UsageError with a near match."""
     known = stages()
     if current_name(name) not in known:
         raise UsageError(f"{where}no stage is called {name!r}{near_match(current_name(name), list(known))}")

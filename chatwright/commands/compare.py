@@ -10,7 +10,7 @@ from pathlib import Path
 from chatwright.config import UsageError, parse
 
 MOST = 8
-"""Runs that fit side by side."""
+"""Most runs that fit side by side."""
 
 
 @dataclass(frozen=True)

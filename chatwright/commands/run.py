@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def print_results(root: Path, recipe: Recipe, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """The closing table, one prompt after each stage, and what to type next."""
+    """Print the final table, one prompt after each stage, and the commands to try next."""
     from rich.table import Table
     from rich.text import Text
 

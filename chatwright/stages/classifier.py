@@ -280,8 +280,10 @@ def show_calibration(
     """Add how far probabilities are from what happens: the number before and after, and a picture."""
     report.facts["calibration"] = constants
     note = "before: the same model without calibration"
-    name, before = "calibration error on held-out texts", constants["error_before"]
-    report.measures.append(Measure(name, before, reliable.error, "lower", note=note))
+    before = constants["error_before"]
+    report.measures.append(
+        Measure("calibration error on held-out texts", before, reliable.error, "lower", note=note)
+    )
     what = "share that people call good"
     report.pictures.append(calibration.draw(workspace.directory, reliable, low=0.0, what=what))
 

@@ -125,7 +125,7 @@ def test_ppo_and_best_of_n_follow_it_unchanged(
         max_new_tokens=12,
         min_tokens=1,
         max_repeats=0.9,
-        save_every=2,
+        save_steps=2,
     )
     report = bench.run(ppo, config, tmp_path / "ppo")
     assert report.facts["rounds"] == 2 and report.measures

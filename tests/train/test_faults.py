@@ -84,7 +84,7 @@ def test_answers_of_another_model_give_a_negative_kl(
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in models.policy.blocks.parameters():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+                parameter.add_(0.15 * torch.randn(parameter.shape, generator=draw))
         made.append(models)
         return models
 
@@ -226,11 +226,13 @@ def test_an_end_token_outside_of_sfts_loss(
 
     monkeypatch.setattr(sft, "rows_of", masked)
     monkeypatch.setattr(sft, "check_end_is_learnt", lambda *given: None)
-    settings = sft.Config(fit=make_fit(steps=120), held_out=16, optim=replace(MINI.optim, learning_rate=4e-3))
+    settings = sft.Config(fit=make_fit(steps=120), held_out=16, optim=replace(MINI.optim, learning_rate=8e-3))
     pretrain_bench.run(sft, settings, tmp_path / "sft")
     plant(monkeypatch)
     bench = pretrain_bench.with_(sft=tmp_path / "sft", reward=tmp_path / "sft")
-    config = replace(SMALL, batch_size=64, minibatch_size=64, max_new_tokens=8)
+    # updates too small to teach it the end by the higher score of answers that have one by chance
+    still = replace(MINI.optim, learning_rate=1e-7)
+    config = replace(SMALL, batch_size=256, minibatch_size=256, max_new_tokens=12, optim=still)
     rows = broken_off(bench, config, tmp_path / "ppo", "end token was outside the loss of SFT")
     assert len(rows) == 3
     learnt("share of finished answers", max(row["finished"] for row in rows), below=0.02)

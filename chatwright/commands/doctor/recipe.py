@@ -1,5 +1,4 @@
-"""What `chatwright doctor` looks at in a recipe: stages and their inputs, data, shapes that must fit, memory,
-disk."""
+"""`chatwright doctor`'s checks of a recipe: stages and their inputs, data, model shapes, memory, disk."""
 
 from __future__ import annotations
 
@@ -67,7 +66,7 @@ def _inputs(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
 
 
 def _portions(stage: RecipeStage) -> Iterator[Finding]:
-    """Length of training, batches, and how long it will take."""
+    """Length of training and size of the batches, and whether a compiler is missing."""
     fit = getattr(stage.config, "fit", None)
     if fit is None:
         return
@@ -86,7 +85,7 @@ def _portions(stage: RecipeStage) -> Iterator[Finding]:
 
 
 def _data(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
-    """The sources of a data stage: known, of the right kind, and whether they must be downloaded."""
+    """The sources of a data stage: whether they exist, are of the right kind, and must be downloaded."""
     config = stage.config
     wanted: list[tuple[str, str, Kind, Any]] = [
         ("text", config.path or config.text, "text", sources.documents),
@@ -158,7 +157,7 @@ def _source(stage: RecipeStage, setting: str, spec: str, kind: Kind, read: Any) 
 
 
 def _shapes(recipe: Recipe, findings: list[Finding]) -> dict[str, GPTConfig]:
-    """The shape of the model of each stage that makes or trains one; findings where there can be none."""
+    """The model's shape for each stage that makes or trains a model. Adds findings for impossible shapes."""
     shapes: dict[str, GPTConfig] = {}
     for stage in recipe.stages.values():
         try:
@@ -172,7 +171,8 @@ def _shapes(recipe: Recipe, findings: list[Finding]) -> dict[str, GPTConfig]:
 
 
 def _lengths(stage: RecipeStage, recipe: Recipe, shapes: dict[str, GPTConfig]) -> Iterator[Finding]:
-    """What a stage feeds its model must fit into the context."""
+    """Whether a stage's sequences fit into the context. For a stage that makes a model, also whether the
+    token table is too large and the context too short."""
     shape = shapes.get(stage.name)
     if shape is None:
         return
@@ -210,7 +210,7 @@ def _lengths(stage: RecipeStage, recipe: Recipe, shapes: dict[str, GPTConfig]) -
 
 
 def parameters(shape: GPTConfig) -> int:
-    """Number of parameters of a shape, counted on a model without memory."""
+    """Number of parameters of a shape, counted on a model on the meta device (no memory)."""
     import torch
 
     from chatwright.model.gpt import GPT
@@ -220,8 +220,8 @@ def parameters(shape: GPTConfig) -> int:
 
 
 def _memory(recipe: Recipe, shapes: dict[str, GPTConfig]) -> Iterator[Finding]:
-    """The largest stage, as the planner predicts it, against the machine's memory; checkpoints against the
-    disk."""
+    """Compare the planner's prediction for the largest stage with the machine's memory, and the size of the
+    checkpoints with the free disk space."""
     plans: list[Plan] = []
     for name, shape in shapes.items():
         stage = recipe.stages[name]
@@ -257,7 +257,7 @@ def _memory(recipe: Recipe, shapes: dict[str, GPTConfig]) -> Iterator[Finding]:
 
 
 def _checkpoint_bytes(stage: RecipeStage, parameters: float) -> float:
-    """Bytes of a stage's checkpoints: weights and two moments in float32, as many times as are kept, and one
-    being written."""
+    """Bytes of a stage's checkpoints: weights and two moments in float32, for each checkpoint that is kept
+    and for one being written."""
     keep = getattr(getattr(stage.config, "fit", stage.config), "keep", 2)
     return 12 * parameters * (keep + 1)
