@@ -11,7 +11,7 @@ ARGS   ?=
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart chat serve check test test-all docs clean browser peers bench-train bench-learn bench-plan bench-encode bench-generate bench-serve bench-align
+.PHONY: help install install-dev quickstart chat serve check test test-all test-rounding docs clean browser peers bench-train bench-learn bench-plan bench-encode bench-generate bench-serve bench-align
 
 help:
 	@echo "make quickstart   install, fetch data, train the whole road (10 to 20 minutes on 2 cores)"
@@ -20,9 +20,10 @@ help:
 	@echo "make install      the package alone, in .venv"
 	@echo "make check        ruff, mypy --strict, import-linter, docs up to date"
 	@echo "make test         check and all fast tests, as CI does; make test-all: the slow ones as well"
+	@echo "make test-rounding  tests of what is learnt, with 5 seeds and as other processors round (hours on 2 cores; ARGS=\"--seeds 1\")"
 	@echo "make bench-train  training speed next to transformers and litgpt (15 minutes); bench-learn: how soon it is learnt (an hour)"
 	@echo "make bench-serve  a real server, 64 clients, 5 minutes: nothing lost, nothing mixed up, memory flat (exit code 1 otherwise)"
-	@echo "make docs         write docs/cli.md anew from the program's own help"
+	@echo "make docs         write docs/cli.md anew from the program's own help, docs/reference/metrics.md from the stages"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +55,7 @@ check: install-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/write_cli_docs.py --check
+	$(BIN)/python scripts/write_metrics_docs.py --check
 
 # llama.cpp, which runs exported GGUF files in the tests: pip compiles it, once. Where that fails, those tests skip and say so.
 $(VENV)/.installed-peers: $(VENV)/.installed-dev
@@ -72,8 +74,13 @@ test: check browser peers
 test-all: check browser peers
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "" $(ARGS)
 
+# Tests of what training achieves, with other seeds and other rounding; a table of what each found (CONTRIBUTING.md).
+test-rounding: install-dev
+	$(BIN)/python scripts/test_rounding.py -n 2 --dist loadfile $(ARGS)
+
 docs: install-dev
 	$(BIN)/python scripts/write_cli_docs.py
+	$(BIN)/python scripts/write_metrics_docs.py
 
 # Benchmarks want a quiet machine. benchmarks/README.md has the figures and says how they are made.
 $(VENV)/.installed-bench: $(VENV)/.installed-dev

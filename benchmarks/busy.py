@@ -99,7 +99,7 @@ def pretrain() -> Callable[[], float]:
 
     from chatwright import runtime
     from chatwright.optim import OptimConfig
-    from chatwright.train import pretrain as stage
+    from chatwright.stages import pretrain as stage
     from chatwright.train.loop import FitConfig
     from chatwright.train.trainer import Trainer
 
@@ -127,7 +127,7 @@ def sft() -> Callable[[], float]:
     from chatwright.chat import EncodedChat
     from chatwright.data.packing import batch_rows, pack
     from chatwright.optim import OptimConfig
-    from chatwright.train import sft as stage
+    from chatwright.stages import sft as stage
     from chatwright.train.trainer import Trainer
 
     runtime.tune_allocator()
@@ -160,16 +160,16 @@ def sft() -> Callable[[], float]:
 def ppo() -> Callable[[], float]:
     """A unit of work is an answer."""
     import torch
-    from chatwright.train.players import make_players
 
     from chatwright import runtime
     from chatwright.chat import NATIVE
     from chatwright.interop.loaded import Loaded
     from chatwright.model.heads import ScalarModel
     from chatwright.optim import OptimConfig
+    from chatwright.stages import ppo as stage
     from chatwright.tokenizer import Tokenizer
-    from chatwright.train import ppo as stage
-    from chatwright.train import rounds
+    from chatwright.train.rl import training
+    from chatwright.train.rl.models import make_models
 
     runtime.tune_allocator()
     text = [f"The number {n} comes after {n - 1}, said the clerk {n % 17} times." for n in range(4_000)]
@@ -178,25 +178,25 @@ def ppo() -> Callable[[], float]:
         batch_size=64, minibatch_size=16, max_new_tokens=32, optim=OptimConfig(name="adamw")
     )
     judge = ScalarModel(base.model.config)
-    players = make_players(
+    models = make_models(
         base, judge, config.critic, precision=config.precision, policy_precision=config.policy_precision
     )
     place = workspace()
-    training = rounds.trainer_of(players, config, place, base, {})
-    training.progress.extra = {"beta": config.beta, "best": None, "history": []}
+    trainer = training.trainer_of(models, config, place, base, {})
+    trainer.progress.extra = {"beta": config.beta, "best": None, "history": []}
     draw = torch.Generator().manual_seed(7)
     prompts = [
         torch.randint(300, 1_000, (int(torch.randint(16, 64, (), generator=draw)),), generator=draw).tolist()
         for _ in range(256)
     ]
-    run = stage._Run(config, place, training, players, base, prompts)
+    run = stage._Run(config, place, trainer, models, base, prompts)
 
     def work() -> float:
         rollout, _ = run.sampled()
         run._update(rollout)
-        training.take_logged()
-        training.progress.step += 1
-        training.progress.consumed += config.batch_size
+        trainer.take_logged()
+        trainer.progress.step += 1
+        trainer.progress.consumed += config.batch_size
         return float(config.batch_size)
 
     return work
@@ -324,7 +324,7 @@ def environment(spin: str) -> Mapping[str, str]:
 def measured(
     name: str, spins: Sequence[str], rounds: int, seconds: float
 ) -> dict[str, list[dict[str, float]]]:
-    """Rounds in turns; the samples by `SPIN/LOOPS`."""
+    """PolicyTraining in turns; the samples by `SPIN/LOOPS`."""
     samples: dict[str, list[dict[str, float]]] = {f"{spin}/{loops}": [] for spin in spins for loops in LOOPS}
     with contextlib.ExitStack() as stack:
         contestants = {}

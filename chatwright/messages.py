@@ -50,8 +50,7 @@ class ImagePart(TypedDict):
     mime: NotRequired[str]
     """Its kind, such as image/png."""
     sha256: NotRequired[str]
-    """SHA-256 of the image's bytes, 64 hexadecimal digits. It identifies the image even if the file
-    changes."""
+    """SHA-256 of the image's bytes, 64 hexadecimal digits: it identifies the image for good."""
 
 
 class ToolCallPart(TypedDict):
@@ -111,6 +110,9 @@ _WHOSE: Mapping[str, tuple[str, ...]] = {
     "thinking": ("assistant",),
 }
 
+_BESIDE = ("tool_calls", "reasoning_content", "tool_call_id")
+"""What OpenAI's form may have beside the content."""
+
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
@@ -124,17 +126,24 @@ def check_message(message: object) -> Message:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"a message has role {role!r}; known roles: {', '.join(ROLES)}")
-    beside = _beside(role, message)
-    if content is None and beside:
-        content = ""
+    if isinstance(content, str) and not any(map(message.get, _BESIDE)):
+        return Message(role=role, content=content)  # nearly all are so: data sets have millions
+    return Message(role=role, content=_content(role, message))
+
+
+def _content(role: str, message: Mapping[Any, Any]) -> Content:
+    """The content of a message that may have parts, with what stands beside it."""
+    content, beside, call = message.get("content"), _beside(role, message), message.get("tool_call_id")
     if isinstance(content, list | tuple):
         parts = [check_part(part) for part in content]
     elif isinstance(content, str):
         parts = [text_part(content)] if content or not beside else []
+    elif content is None and beside:
+        parts = []
     else:
         raise ValueError(f"the content of a {role} message must be text or parts, found {kind_of(content)}")
-    if role == "tool" and isinstance(message.get("tool_call_id"), str):
-        parts = _result(message["tool_call_id"], parts)
+    if role == "tool" and isinstance(call, str) and call:
+        parts = _result(call, parts)
     parts = [part for part in beside if part["type"] == "thinking"] + parts
     parts += [part for part in beside if part["type"] == "tool_call"]
     for part in parts:
@@ -142,23 +151,21 @@ def check_message(message: object) -> Message:
             whose = " or ".join(_WHOSE[part["type"]])
             raise ValueError(f"a part of type {part['type']!r} belongs into a message of {whose}, not {role}")
     if isinstance(content, str) and parts == [text_part(content)]:
-        return Message(role=role, content=content)
-    return Message(role=role, content=parts or "")
+        return content
+    return parts or ""
 
 
 def check_part(part: object) -> Part:
     """The part with its own fields alone; OpenAI's `image_url` becomes `image`. Raises ValueError."""
     if not isinstance(part, Mapping):
-        raise ValueError(
-            f"a part of a message's content must be an object with a type, found {kind_of(part)}"
-        )
+        raise ValueError(f"a part of a content must be an object with a type, found {kind_of(part)}")
     kind = part.get("type")
     if kind == "image_url":
         link = part.get("image_url")
         kind, part = "image", {"url": link.get("url") if isinstance(link, Mapping) else link}
     if not isinstance(kind, str) or kind not in _FIELDS:
         hint = near_match(kind, list(_FIELDS)) if isinstance(kind, str) else f"; known: {', '.join(_FIELDS)}"
-        raise ValueError(f"a part of a message's content is of type {kind!r}{hint}")
+        raise ValueError(f"a part of a content is of type {kind!r}{hint}")
     checked = {"type": kind}
     for name in (*_FIELDS[kind], *_OPTIONAL.get(kind, ())):
         value = part.get(name)
@@ -239,9 +246,6 @@ def kind_of(value: object) -> str:
     return "nothing (null)" if value is None else f"{type(value).__name__} {value!r:.40}"
 
 
-# ---- looking at them ---------------------------------------------------------------------------------------
-
-
 def text_part(text: str) -> TextPart:
     """A part of text."""
     return TextPart(type="text", text=text)
@@ -270,8 +274,7 @@ def joined(first: Content, second: Content) -> Content:
 
 
 def image_name(part: ImagePart) -> str:
-    """What identifies an image: the SHA-256 of its bytes if they or the field are there, else its
-    reference."""
+    """What identifies an image: the SHA-256 of its bytes where it is known, else its reference."""
     if "sha256" in part:
         return part["sha256"]
     url = part["url"]

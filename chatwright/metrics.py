@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from chatwright import runtime
-from chatwright.config import UserError
+from chatwright.config import UsageError, UserError
 from chatwright.trackers import Reporting, Tracker, open_tracker
 
 TIMED = frozenset(
@@ -29,23 +30,43 @@ bit."""
 console = Console(highlight=False, stderr=False)
 
 
+STRICT = "CHATWRIGHT_STRICT_METRICS"
+"""Environment variable of the tests. At 1, a key that no Metric of its stage describes is an error."""
+
+
 @dataclass(frozen=True)
 class Metric:
-    """A number that a stage logs: docs/reference/metrics.md is made of these."""
+    """A number that a stage logs. docs/reference/metrics.md is made of these."""
 
     name: str
+    """The key in metrics.jsonl."""
     unit: str
     healthy: str
-    """The range, or the course, of a healthy run."""
+    """The range, or the course, in a run that works."""
     meaning: str
-    """What it is, and what an unhealthy value says."""
+    """What it is."""
+    unhealthy: str = ""
+    """What other values say, and what to do about them."""
+    when: str = ""
+    """The condition under which a run logs it. Empty: every run that comes to its end does."""
+    group: str = ""
+    """The heading of its table in the documentation. Empty: the name of its stage."""
+
+
+def in_group(group: str, *metrics: Metric) -> tuple[Metric, ...]:
+    """The same metrics under one heading of the documentation."""
+    return tuple(replace(metric, group=group) for metric in metrics)
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object a line, `step` first. What the keys mean stands in docs/metrics.md."""
+    """`metrics.jsonl`: one object a line, `step` first. docs/reference/metrics.md says what the keys mean."""
 
-    def __init__(self, path: Path, reporting: Reporting | None = None) -> None:
+    def __init__(
+        self, path: Path, reporting: Reporting | None = None, described: Sequence[Metric] | None = None
+    ) -> None:
+        """`described` are the metrics of the stage that writes here; with None any key may be written."""
         self.path, self.reporting = path, reporting or Reporting()
+        self._described = None if described is None else {metric.name for metric in described}
         self._tracker: Tracker | None = None
         self._next = 0  # the step from which on rows are new to the tracker
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +83,12 @@ class MetricsLog:
             aside.replace(self.path)
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
-        """Append one row, in the first process. NaN and infinity become null: they are not JSON."""
+        """Append one row, in the first process. NaN and infinity become null: they are not JSON.
+
+        A key that the stage does not describe is written all the same, with one line on the console: a run
+        must not be lost for a missing description. Raises UsageError instead where STRICT is set.
+        """
+        self._check_described(values)
         if not runtime.is_rank_zero():
             return
         row = _row(step, values)
@@ -82,6 +108,20 @@ class MetricsLog:
                 if isinstance(value, int | float) and key != "step"
             }
             self._tracker.write(step, numbers)
+
+    def _check_described(self, keys: Iterable[str]) -> None:
+        """Name the keys that no Metric describes, each once. Every process of a run comes to the same end."""
+        if self._described is None:
+            return
+        unknown = [key for key in keys if key not in self._described]
+        if not unknown:
+            return
+        text = f"{self.path}: no Metric of the stage describes {', '.join(unknown)}"
+        if os.environ.get(STRICT) == "1":
+            raise UsageError(f"{text}; add one to `metrics` of its STAGE")
+        self._described.update(unknown)
+        if runtime.is_rank_zero():
+            say(f"  {text}; written all the same")
 
     def write_once(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """`write`, unless this very row is there. For rows between two checkpoints of one step: whoever dies

@@ -68,7 +68,9 @@ def run_stage(
     Under torchrun every process calls this. Stages that cannot share their work are left to the first one.
     """
     if hasattr(stage.config, "parallel") or runtime.is_rank_zero():
-        workspace = Workspace(directory, seed, inputs, reporting or Reporting())
+        workspace = Workspace(
+            directory, seed, inputs, reporting or Reporting(), described=stage.stage.metrics
+        )
         with terminable(stage.name):
             _run_stage(stage, workspace, prompt=prompt)
     runtime.barrier()

@@ -3,7 +3,8 @@ all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from chatwright import checkpoint
 from chatwright.chat import NATIVE
+from chatwright.metrics import STRICT
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
@@ -66,6 +68,40 @@ def same_precision_everywhere() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CHATWRIGHT_BF16", "0")  # for the programs that tests start, too
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_logged_key_is_described() -> Iterator[None]:
+    """A stage fails that logs a key which `metrics` of its STAGE does not describe, in programs that tests
+    start as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(STRICT, "1")
+        yield
+
+
+class Learnt:
+    """Compares a number that was learnt with the bound it has to clear, and writes both down for `make
+    test-rounding`."""
+
+    def __init__(self, record: Callable[[str, object], None]) -> None:
+        self.record = record
+
+    def __call__(
+        self, what: str, value: float, *, above: float | None = None, below: float | None = None
+    ) -> None:
+        """Fail unless `value` is above, or below, the bound."""
+        assert (above is None) != (below is None), "one bound"
+        bound = above if above is not None else below
+        self.record(f"learnt: {what}", json.dumps({"value": float(value), "above": above, "below": below}))
+        clears = value > bound if above is not None else value < bound
+        assert clears, f"{what} is {value:.4g}, asked {'above' if above is not None else 'below'} {bound:g}"
+
+
+@pytest.fixture
+def learnt(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Learnt:
+    """For tests of what training achieves: `learnt("gain", gain(rows), above=0.5)`."""
+    assert request.node.get_closest_marker("learns"), "a test that uses `learnt` is marked `learns`"
+    return Learnt(record_property)
 
 
 @pytest.fixture(scope="session")

@@ -229,7 +229,7 @@ def test_rendering_is_transformers(template: ChatTemplate, tmp_path: Path) -> No
         ([{"role": "user", "content": None}], "must be text or parts, found nothing (null)"),
         (
             [{"role": "user", "content": ["x"]}],
-            "message 0: a part of a message's content must be an object with a type, found str",
+            "message 0: a part of a content must be an object with a type, found str",
         ),
         ([{"role": ["user"], "content": "x"}], "role"),
     ],

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from rich.console import Console
 
 from chatwright import metrics
-from chatwright.metrics import MetricsLog, duration, progress_bar, read_metrics, say
+from chatwright.config import UsageError
+from chatwright.metrics import Metric, MetricsLog, duration, in_group, progress_bar, read_metrics, say
 
 
 def test_rows_are_what_was_written(tmp_path: Path) -> None:
@@ -117,3 +121,80 @@ def test_with_a_terminal_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     with progress_bar("pretrain") as bar:
         bar.update(0.25, "loss 3.1")
     assert "pretrain" in out.getvalue()
+
+
+KNOWN = (Metric("loss", "nats", "falls", "The loss."),)
+
+
+def test_a_key_that_nobody_describes_is_an_error_in_tests(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", described=KNOWN)
+    log.write(1, {"loss": 1.0})
+    with pytest.raises(UsageError, match=r"no Metric of the stage describes lost; add one to `metrics`"):
+        log.write(2, {"loss": 1.0, "lost": 2.0})
+    assert read_metrics(log.path) == [{"step": 1, "loss": 1.0}]
+    with pytest.raises(UsageError, match="describes lost"):
+        log.write_once(2, {"lost": 2.0})
+    MetricsLog(log.path).write(2, {"anything": 1.0})  # a log of no stage in particular
+
+
+def test_elsewhere_it_is_written_and_named_once(
+    tmp_path: Path, printed: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(metrics.STRICT)
+    log = MetricsLog(tmp_path / "metrics.jsonl", described=KNOWN)
+    for step in (1, 2):
+        log.write(step, {"loss": 1.0, "lost": 2.0})
+    assert read_metrics(log.path) == [{"step": step, "loss": 1.0, "lost": 2.0} for step in (1, 2)]
+    assert printed.getvalue().splitlines() == [
+        f"  {log.path}: no Metric of the stage describes lost; written all the same"
+    ]
+
+
+def test_a_group_is_a_heading_for_all_of_its_metrics() -> None:
+    grouped = in_group("Losses", *KNOWN, replace(KNOWN[0], name="other"))
+    assert [(one.name, one.group) for one in grouped] == [("loss", "Losses"), ("other", "Losses")]
+
+
+@pytest.fixture
+def page() -> ModuleType:
+    """scripts/write_metrics_docs.py."""
+    file = Path(__file__).parent.parent / "scripts" / "write_metrics_docs.py"
+    spec = importlib.util.spec_from_file_location("write_metrics_docs", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_has_shared_metrics_once_and_own_ones_under_their_stage(page: ModuleType) -> None:
+    (shared,) = in_group("Losses", *KNOWN)
+    own = Metric("gap", "a | b", "small", "The gap.", unhealthy="large: stop", when="`gap` is set")
+    lines = page.text({"one": (shared, own), "two": (shared,), "none": ()}).splitlines()
+    assert lines[lines.index("## Losses") :] == [
+        "## Losses",
+        "",
+        "| key | stages | what it is | unit | healthy | otherwise |",
+        "|---|---|---|---|---|---|",
+        "| `loss` | one, two | The loss. | nats | falls | - |",
+        "",
+        "## one",
+        "",
+        "| key | what it is | unit | healthy | otherwise |",
+        "|---|---|---|---|---|",
+        r"| `gap` | The gap. Only when `gap` is set. | a \| b | small | large: stop |",
+    ]
+
+
+def test_a_page_that_is_out_of_date_is_found(
+    page: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(page, "stage_metrics", lambda: {"one": KNOWN})
+    monkeypatch.setattr(page, "FILE", tmp_path / "reference" / "metrics.md")
+    monkeypatch.setattr("sys.argv", ["write_metrics_docs.py", "--check"])
+    assert page.main() == 1 and "make docs" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["write_metrics_docs.py"])
+    assert page.main() == 0
+    monkeypatch.setattr("sys.argv", ["write_metrics_docs.py", "--check"])
+    assert page.main() == 0
+    monkeypatch.setattr(page, "stage_metrics", lambda: {"one": (replace(KNOWN[0], unit="bits"),)})
+    assert page.main() == 1

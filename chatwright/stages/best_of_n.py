@@ -32,6 +32,7 @@ from chatwright.train.api import (
     ChatBase,
     Curve,
     Measure,
+    Metric,
     ParallelConfig,
     ParallelContext,
     Report,
@@ -43,6 +44,8 @@ from chatwright.train.api import (
 from chatwright.train.parallel.context import SINGLE_PROCESS
 from chatwright.train.parallel.start import start_parallel
 from chatwright.train.rl.gold import SENTIMENT, Gold, gold_of
+from chatwright.train.rl.metrics import GOLD as GOLD_MEANING
+from chatwright.train.rl.metrics import SCORE as SCORE_MEANING
 from chatwright.train.rl.models import load_reward, score_completions
 from chatwright.train.rl.rollout import Completions, all_gather_completions, prompts_from, sample_completions
 
@@ -322,6 +325,46 @@ def kl_budget(config: Config, workspace: Workspace, report: Report) -> dict[str,
     return {"spent": report.value("KL of best of n"), "allowed": None, "stopped": bound}
 
 
+_INTERVAL = "95 % interval over prompts, by bootstrap"
+METRICS = (
+    Metric(
+        "kl",
+        "nats per completion",
+        "log n - (n - 1) / n",
+        "Upper bound of the KL from the model that is sampled. In this stage `step` is n.",
+    ),
+    Metric("score", "score", "rises with n", f"{SCORE_MEANING} Of each prompt's n, the best one counts."),
+    Metric("score_low", "score", "close to `score`", f"Lower end of the {_INTERVAL}."),
+    Metric("score_high", "score", "close to `score`", f"Upper end of the {_INTERVAL}."),
+    Metric(
+        "gold",
+        "units of the gold measure",
+        "rises with n, as `score` does",
+        f"{GOLD_MEANING} Of each prompt's n, the one with the best score counts.",
+        unhealthy="falling while `score` rises: the reward model can be exploited",
+        when="`gold` is set",
+    ),
+    Metric(
+        "gold_low",
+        "units of the gold measure",
+        "close to `gold`",
+        f"Lower end of the {_INTERVAL}.",
+        when="`gold` is set",
+    ),
+    Metric(
+        "gold_high",
+        "units of the gold measure",
+        "close to `gold`",
+        f"Upper end of the {_INTERVAL}.",
+        when="`gold` is set",
+    ),
+)
+
 STAGE = Stage(
-    config=Config, run=run, plan=None, reads=lambda config: {"dialogues": config.data}, kl_budget=kl_budget
+    config=Config,
+    run=run,
+    plan=None,
+    metrics=METRICS,
+    reads=lambda config: {"dialogues": config.data},
+    kl_budget=kl_budget,
 )

@@ -15,9 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chatwright.config import UsageError
+from chatwright.metrics import Metric
 from chatwright.objectives import policy as objective
 from chatwright.train.api import DETAILS, INSTRUCT, Curve, Paper, Report, Stage, Step, Workspace
 from chatwright.train.rl.config import RENAMED, SHARED_PAPER, RLConfig
+from chatwright.train.rl.metrics import RL_METRICS
 from chatwright.train.rl.models import RLModels, policy_outputs, round_facts, score_rollout, step_facts
 from chatwright.train.rl.outcome import kl_budget
 from chatwright.train.rl.rollout import Completions, chosen_rows
@@ -161,10 +163,50 @@ def run(config: Config, workspace: Workspace) -> Report:
     return train_policy(_Run, config, workspace, critic=config.critic)
 
 
+METRICS = (
+    *RL_METRICS,
+    Metric(
+        "policy_loss",
+        "whitened advantage",
+        "around 0; its size says little",
+        "Clipped policy loss per token of the completions. Mean over the updates.",
+    ),
+    Metric(
+        "value_loss",
+        "score squared",
+        "falls, then steady",
+        "Clipped value loss per token of the completions, before `value_coefficient`. Mean over the updates.",
+        unhealthy="rising: the critic does not follow, take more `epochs` or a larger `value_coefficient`",
+    ),
+    Metric(
+        "clip_fraction",
+        "share, 0 to 1",
+        "above 0 and under about 0.3",
+        "Tokens on which the clipped side of the policy loss was taken. Mean over the updates.",
+        unhealthy="0 for good: the updates are too small to matter; above: too large, lower the learning "
+        "rate or `epochs`",
+    ),
+    Metric(
+        "value_clip_fraction",
+        "share, 0 to 1",
+        "small",
+        "The same of the value loss.",
+        unhealthy="large: the critic moves by more than `value_clip` an iteration",
+    ),
+    Metric(
+        "explained_variance",
+        "share, at most 1",
+        "rises above 0",
+        "Share of the returns' variance that the critic explains, before it learns from them.",
+        unhealthy="below 0: worse than a constant; five iterations below -1 (from the 15th on): broken off",
+    ),
+)
+
 STAGE = Stage(
     config=Config,
     run=run,
     plan=PLAN,
+    metrics=METRICS,
     paper=PAPER,
     reads=lambda config: {"dialogues": config.data},
     kl_budget=kl_budget,

@@ -26,11 +26,16 @@ from chatwright.model.gpt import GPT
 from chatwright.objectives.language import chunked_next_token_loss
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.api import (
+    FLOP_METRICS,
+    LOOP_METRICS,
+    LOSS_TROUBLE,
+    TOKENS_PER_SECOND,
     Curve,
     FitConfig,
     Fitted,
     GPTConfig,
     Measure,
+    Metric,
     OptimConfig,
     ParallelConfig,
     PlannedStage,
@@ -236,4 +241,24 @@ def shape_of(config: Config, vocab_size: int | None) -> GPTConfig:
         raise UsageError(f"model: {error}") from None
 
 
-STAGE = Stage(config=Config, run=run, plan=PLAN, shape=shape_of)
+METRICS = (
+    Metric(
+        "loss",
+        "nats per token",
+        "starts near ln(vocabulary size), which is guessing, and falls",
+        "Mean loss of the next token over the last step.",
+        unhealthy=LOSS_TROUBLE,
+    ),
+    Metric(
+        "bits_per_byte",
+        "bits per byte",
+        "below what gzip and xz need for the same text, which the report has",
+        "Negative log-likelihood of held-out text per UTF-8 byte.",
+        unhealthy="rising while `loss` falls: the text is learnt by heart, take more data or fewer passes",
+    ),
+    *LOOP_METRICS,
+    TOKENS_PER_SECOND,
+    *FLOP_METRICS,
+)
+
+STAGE = Stage(config=Config, run=run, plan=PLAN, metrics=METRICS, shape=shape_of)

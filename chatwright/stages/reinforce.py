@@ -19,10 +19,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chatwright.config import UsageError
+from chatwright.metrics import Metric
 from chatwright.objectives import policy as objective
 from chatwright.objectives.policy import Baseline
 from chatwright.train.api import Curve, Paper, Report, Stage, Step, Workspace
 from chatwright.train.rl.config import RENAMED, SHARED_PAPER, RLConfig
+from chatwright.train.rl.metrics import RL_METRICS
 from chatwright.train.rl.models import RLModels, policy_outputs, round_facts, score_rollout, step_facts
 from chatwright.train.rl.outcome import kl_budget
 from chatwright.train.rl.rollout import Completions, chosen_rows
@@ -150,10 +152,21 @@ def run(config: Config, workspace: Workspace) -> Report:
     return train_policy(_Run, config, workspace)
 
 
+METRICS = (
+    *RL_METRICS,
+    Metric(
+        "policy_loss",
+        "advantage times nats",
+        "no course of its own; its size says little",
+        "Minus the advantage times the log-probability of a completion. Mean over completions and updates.",
+    ),
+)
+
 STAGE = Stage(
     config=Config,
     run=run,
     plan=PLAN,
+    metrics=METRICS,
     paper=PAPER,
     reads=lambda config: {"dialogues": config.data},
     kl_budget=kl_budget,

@@ -25,13 +25,18 @@ from chatwright.data.records import records_of
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives.preference import Ties, bradley_terry_loss, pair_accuracy
 from chatwright.train.api import (
+    ANSWERS_PER_SECOND,
+    FLOP_METRICS,
     INSTRUCT,
+    LOOP_METRICS,
+    LOSS_TROUBLE,
     Answered,
     Curve,
     FitConfig,
     Fitted,
     LoRAConfig,
     Measure,
+    Metric,
     OptimConfig,
     Paper,
     ParallelConfig,
@@ -245,10 +250,46 @@ def compare_scores(config: Config, workspace: Workspace, report: Report) -> Answ
     return reward_report.compare_scores(config, workspace, str(report.model), held_out)
 
 
+METRICS = (
+    Metric(
+        "loss",
+        "nats per prompt",
+        "starts near ln 2 = 0.69, which is guessing, and falls",
+        "Mean loss over the prompts of the last step: the mean over all pairs of a prompt's answers.",
+        unhealthy=LOSS_TROUBLE,
+    ),
+    Metric(
+        "accuracy",
+        "share, 0 to 1",
+        "rises from 0.5",
+        "Training pairs that the scores order as the ratings do (ties as `ties` says), mean over the batches "
+        "since the last row.",
+        unhealthy="0.5 for good: nothing is learnt",
+    ),
+    Metric(
+        "held_out_accuracy",
+        "share, 0 to 1",
+        "clearly above 0.5 and above the accuracy of length alone, which the report has",
+        "The same on held-out pairs.",
+        unhealthy="0.5 while `accuracy` is high: learnt by heart, leaked prompts or a length bias",
+    ),
+    Metric(
+        "held_out_correlation",
+        "correlation, -1 to 1",
+        "at least `min_correlation` of the stage that follows it (0.6)",
+        "Pearson's correlation of scores with held-out ratings.",
+        unhealthy="below: that stage refuses to start (`chatwright/train/rl/models.py::load_reward`)",
+    ),
+    *LOOP_METRICS,
+    ANSWERS_PER_SECOND,
+    *FLOP_METRICS,
+)
+
 STAGE = Stage(
     config=Config,
     run=run,
     plan=PLAN,
+    metrics=METRICS,
     paper=PAPER,
     reads=records_read,
     answers=compare_scores,

@@ -29,13 +29,18 @@ from chatwright.model.gpt import GPT
 from chatwright.objectives.language import chunked_next_token_loss
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.api import (
+    FLOP_METRICS,
     INSTRUCT,
+    LOOP_METRICS,
+    LOSS_TROUBLE,
+    TOKENS_PER_SECOND,
     ChatBase,
     Curve,
     FitConfig,
     Fitted,
     GPTConfig,
     LoRAConfig,
+    Metric,
     OptimConfig,
     Paper,
     ParallelConfig,
@@ -272,10 +277,31 @@ def report_of(training: StageTraining[Config], fitted: Fitted, rows: Rows, base:
     )
 
 
+METRICS = (
+    Metric(
+        "loss",
+        "nats per token",
+        "starts at the base model's loss on such answers, and falls",
+        "Mean loss over the last step, of the tokens that are learnt: answers and their end tokens.",
+        unhealthy=LOSS_TROUBLE,
+    ),
+    Metric(
+        "held_out_loss",
+        "nats per token",
+        "falls below its value before SFT, which the report has",
+        "Loss of held-out answers and their end tokens.",
+        unhealthy="rising while `loss` falls: overfitting, train for less",
+    ),
+    *LOOP_METRICS,
+    TOKENS_PER_SECOND,
+    *FLOP_METRICS,
+)
+
 STAGE = Stage(
     config=Config,
     run=run,
     plan=PLAN,
+    metrics=METRICS,
     preview=preview,
     paper=PAPER,
     reads=lambda config: {"dialogues": config.data},

@@ -11,6 +11,13 @@ from chatwright.train.adapters import write_adapter
 from chatwright.train.base import ChatBase, open_base, open_chat_base
 from chatwright.train.cost import training_flop
 from chatwright.train.loop import FitConfig, Fitted
+from chatwright.train.loop_metrics import (
+    ANSWERS_PER_SECOND,
+    FLOP_METRICS,
+    LOOP_METRICS,
+    LOSS_TROUBLE,
+    TOKENS_PER_SECOND,
+)
 from chatwright.train.paper import DETAILS, INSTRUCT, Paper
 from chatwright.train.parallel.context import ParallelConfig, ParallelContext
 from chatwright.train.planning.program import PlannedStage, StagePlan, StepProgram, fake_tokens
@@ -20,8 +27,13 @@ from chatwright.train.trainer import Step
 from chatwright.train.workspace import Answered, Curve, Measure, Report, Table, Unhealthy, Workspace
 
 __all__ = [
+    "ANSWERS_PER_SECOND",
     "DETAILS",
+    "FLOP_METRICS",
     "INSTRUCT",
+    "LOOP_METRICS",
+    "LOSS_TROUBLE",
+    "TOKENS_PER_SECOND",
     "Answered",
     "ChatBase",
     "Curve",

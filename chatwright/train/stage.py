@@ -7,7 +7,7 @@ know about a stage from here. A new stage is therefore one file in stages/, a re
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from chatwright.config import UsageError
@@ -29,7 +29,7 @@ class Stage:
     plan: StagePlan | None
     """How the planner builds its training step on fake tensors. None says that the stage trains nothing."""
     metrics: Sequence[Metric] = ()
-    """What it logs. Logging any other key fails in the tests."""
+    """All that it can log, for docs/reference/metrics.md. Logging any other key fails in the tests."""
     paper: Sequence[Paper] = ()
     """Settings of the paper, which the report shows beside those of the run."""
     preview: Callable[[Any, Workspace, int], None] | None = None
@@ -50,8 +50,12 @@ class Stage:
     one."""
 
     def __post_init__(self) -> None:
-        if self.plan is None and hasattr(self.config, "optim"):
+        if self.plan is None and "optim" in {one.name for one in fields(self.config)}:
             raise UsageError(f"{self.config.__module__}: a stage with an optimiser needs a plan (StagePlan)")
+        names = [metric.name for metric in self.metrics]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise UsageError(f"{self.config.__module__}: two metrics are called {', '.join(twice)}")
 
 
 def kl_from_base(config: Any, workspace: Workspace, report: Report) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from chatwright import files
 from chatwright.config import UserError
-from chatwright.metrics import MetricsLog
+from chatwright.metrics import Metric, MetricsLog
 from chatwright.trackers import Reporting
 
 
@@ -101,13 +101,15 @@ class Unhealthy(UserError):
 
 @dataclass
 class Workspace:
-    """A stage's place on disk. `inputs` maps the names of finished stages of this run to their
-    directories."""
+    """A stage's place on disk."""
 
     directory: Path
     seed: int = 1337
     inputs: Mapping[str, Path] = field(default_factory=dict)
+    """Finished stages of this run: name -> directory."""
     reporting: Reporting = field(default_factory=Reporting)
+    described: Sequence[Metric] | None = None
+    """The metrics that the stage may log, those of its STAGE; None where any key may be logged."""
 
     @property
     def checkpoints(self) -> Path:
@@ -117,7 +119,7 @@ class Workspace:
     @cached_property
     def metrics(self) -> MetricsLog:
         """The stage's metrics.jsonl."""
-        return MetricsLog(self.directory / "metrics.jsonl", self.reporting)
+        return MetricsLog(self.directory / "metrics.jsonl", self.reporting, self.described)
 
     def resolve(self, name: str) -> Path:
         """The directory that an input names: a stage of this run, or a path. Raises UserError when there is

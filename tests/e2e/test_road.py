@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ STAGES = ["data", "tokenizer", "pretrain", "sft", "reward", "ppo", "eval"]
 
 RECIPE = """
 name: mini
-seed: 7
+seed: {seed}
 prompt: How is the cat number 5?
 stages:
   data: {{text: {root}/text, dialogues: {root}/dialogues.jsonl, ratings: {root}/ratings.jsonl,
@@ -51,7 +52,8 @@ stages:
 
 def write_data(root: Path) -> Path:
     """Raw files as a user has them, and the recipe."""
-    draw = Babble(3)
+    shift = int(os.environ.get("CHATWRIGHT_TEST_SEED", "0"))  # as in tests/train/conftest.py
+    draw = Babble(3 + shift)
     (root / "text").mkdir(parents=True)
     lines = [json.dumps({"text": draw.document()}) for _ in range(200)]
     (root / "text" / "documents.jsonl").write_text("\n".join(lines))
@@ -60,7 +62,7 @@ def write_data(root: Path) -> Path:
     (root / "dialogues.jsonl").write_text("\n".join(lines))
     lines = [json.dumps(dict(zip(("text", "label"), draw.rated(), strict=True))) for _ in range(400)]
     (root / "ratings.jsonl").write_text("\n".join(lines))
-    (root / "mini.yaml").write_text(RECIPE.format(root=root))
+    (root / "mini.yaml").write_text(RECIPE.format(root=root, seed=7 + shift))
     return root / "mini.yaml"
 
 
@@ -116,7 +118,8 @@ def test_every_stage_finishes_and_reports(road: tuple[Path, str]) -> None:
     assert not [path for path in root.rglob("*") if "partial" in path.name]
 
 
-def test_the_reports_of_alignment_say_it_all(road: tuple[Path, str]) -> None:
+@pytest.mark.learns
+def test_the_reports_of_alignment_say_it_all(road: tuple[Path, str], learnt: Any) -> None:
     root, _ = road
     for stage in ("sft", "reward", "ppo", "eval"):
         text = (root / stage / "report.md").read_text()
@@ -128,9 +131,12 @@ def test_the_reports_of_alignment_say_it_all(road: tuple[Path, str]) -> None:
         (float(pair["before"]), float(pair["after"]))
         for pair in files.read_json(root / "reward" / "pairs.json")
     ]
-    assert sum(after > 0.5 for _, after in leads) == 10 and sum(abs(before) for before, _ in leads) < 10
+    learnt("pairs with a clear lead after", sum(after > 0.5 for _, after in leads), above=7.5)
+    learnt("leads before, in all", sum(abs(before) for before, _ in leads), below=10)
     results = {stage: files.read_json(root / stage / "result.json") for stage in STAGES}
-    assert results["sft"]["answers"]["measures"]["share that ends"] == [0.0, 1.0]
+    before, after = results["sft"]["answers"]["measures"]["share that ends"]
+    learnt("share of answers that end, before", before, below=0.35)
+    learnt("share of answers that end, after", after, above=0.75)
     assert results["ppo"]["answers"]["kl"] > -0.5 and results["ppo"]["kl_budget"]["allowed"] == 10.0
     assert (
         len({result["data"] for stage, result in results.items() if stage not in ("pretrain", "tokenizer")})
@@ -148,17 +154,19 @@ def test_the_reports_of_alignment_say_it_all(road: tuple[Path, str]) -> None:
     )
 
 
-def test_the_numbers_went_the_right_way(road: tuple[Path, str]) -> None:
+@pytest.mark.learns
+def test_the_numbers_went_the_right_way(road: tuple[Path, str], learnt: Any) -> None:
     root, _ = road
 
     def measure(stage: str, place: int = 0) -> tuple[float, float]:
         found = files.read_json(root / stage / "result.json")["measures"][place]
         return found["before"], found["after"]
 
-    assert measure("pretrain")[1] < 0.6 * measure("pretrain")[0]
-    assert measure("sft")[1] < 0.7 * measure("sft")[0]
-    assert measure("reward")[1] > 0.8
-    assert measure("ppo")[1] >= measure("ppo")[0]
+    for stage, bound in (("pretrain", 0.6), ("sft", 0.7)):
+        before, after = measure(stage)
+        learnt(f"{stage}: loss, as a share", after / before, below=bound)
+    learnt("reward: accuracy", measure("reward")[1], above=0.8)
+    assert measure("ppo")[1] >= measure("ppo")[0]  # what is kept is the best round, the first among them
     facts = files.read_json(root / "eval" / "result.json")["facts"]
     assert facts["interval"][0] <= facts["gain"] <= facts["interval"][1] and facts["kl"] > -0.5
 

@@ -121,7 +121,7 @@ def test_the_stage_runs_in_a_recipe_with_the_other_packages_data(
     assert {"loss", "accuracy", "held_out_loss", "held_out_accuracy"} <= logged
     report = (root / "mini-dpo" / "report.md").read_text()
     paper, _, rest = report.partition("## Before and after")
-    assert "fit.batch_size" in paper and "As in the paper: beta." in paper
+    assert "Rafailov et al. 2023, appendix B" in paper and "As in the paper: beta." in paper
     pairs, _, budget = rest.partition("## KL budget")
     assert "held-out prompts, not chosen" in pairs and "Where is the" in pairs
     told = budget.strip().splitlines()[0]

@@ -88,7 +88,7 @@ def main(work: list[dict[str, Any]]) -> None:
         config = build(pretrain.Config, one["settings"], where="test")
         loop.Stopper = stopping_after(one.get("stop", 0))  # type: ignore[misc]
         inputs = {name: Path(path) for name, path in one["inputs"].items()}
-        workspace = Workspace(Path(one["out"]), SEED, inputs)
+        workspace = Workspace(Path(one["out"]), SEED, inputs, described=pretrain.STAGE.metrics)
         try:
             report = pretrain.run(config, workspace)
         except Interrupted:

@@ -33,7 +33,8 @@ def carry_out(one: dict[str, Any]) -> None:
     stop = one.get("stop", 0)
     for owner in (loop, training):
         owner.Stopper = stopping_after(stop) if stop else Stopper  # type: ignore[attr-defined]
-    workspace = Workspace(Path(one["out"]), SEED, {name: Path(path) for name, path in one["inputs"].items()})
+    inputs = {name: Path(path) for name, path in one["inputs"].items()}
+    workspace = Workspace(Path(one["out"]), SEED, inputs, described=module.STAGE.metrics)
     try:
         report = module.run(config, workspace)
     except Interrupted:

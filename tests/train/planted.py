@@ -4,7 +4,9 @@ seconds."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,16 +15,17 @@ from torch import Tensor
 from chatwright.interop.loaded import Loaded
 from chatwright.model.heads import ScalarModel
 from chatwright.optim import OptimConfig
-from chatwright.stages import best_of_n
+from chatwright.stages import best_of_n, ppo
 from chatwright.stages.ppo import Config
 from chatwright.train.rl import training
 
 
 class Planted(ScalarModel):
-    """A judge that likes some words: -1 for an answer without them, 0.5 with one, 2 with two or more.
+    """A reward model that likes some words: 1 for an answer with any of them, -1 for one without.
 
-    A third of the miniature's answers have one from the start. A share of tokens would be a whisper instead:
-    one word is a tenth of an answer, and whether it is found in time would hang on the processor's rounding.
+    A third of the miniature's answers have one from the start, and all of them may have one without ceasing
+    to be answers as the miniature learnt them: the score has far to rise, and ends at the same height
+    whatever the seed.
     """
 
     liked: Tensor
@@ -33,7 +36,7 @@ class Planted(ScalarModel):
         begins = (ids == self.begin).long()
         behind = (begins.flip(1).cumsum(1).flip(1) == 0) & mask
         found = torch.isin(ids, self.liked) & behind
-        return 1.5 * found.sum(1).clamp(max=2) - 1.0
+        return 2.0 * found.any(1) - 1.0
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, words: str = "happy lovely great kind sweet bright") -> None:
@@ -51,6 +54,19 @@ def plant(monkeypatch: pytest.MonkeyPatch, words: str = "happy lovely great kind
 
     for module in (training, best_of_n):
         monkeypatch.setattr(module, "load_reward", planted)
+
+
+def plant_kl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PPO's rounds say that their KL is 0 before the first update, and 1 nat after it."""
+    real = ppo.score_rollouts
+    rounds_seen: list[int] = []
+
+    def planted(*arguments: Any) -> Any:
+        rollout, logged = real(*arguments)
+        rounds_seen.append(1)
+        return rollout, {**logged, "kl": float(len(rounds_seen) > 1)}
+
+    monkeypatch.setattr(ppo, "score_rollouts", planted)
 
 
 MINI = Config(
@@ -72,8 +88,21 @@ MINI = Config(
 )
 
 
+LEARNING = replace(
+    MINI,
+    iterations=12,
+    kl_budget=1e9,
+    min_distinct=0.0,
+    optim=OptimConfig(learning_rate=4e-3, eps=1e-2, schedule="linear", warmup=0.3),
+)
+"""For a run that has to learn what is planted, whatever the seed and the processor's rounding. With Adam's
+usual small eps each weight moves by the learning rate in each step, most of them by noise, and the KL to the
+reference grows with it until the run is stopped; at 1e-2, which is above most of a miniature's gradients,
+weights move as their gradients are. Nothing ends it early."""
+
+
 def gain(rows: Sequence[Mapping[str, float]]) -> float:
-    """The mean score of the last five rounds over that of the first five. Not the best round over the first:
-    of so many rounds one is better by that much by luck alone."""
+    """The mean score of the last three rounds over that of the first three: from about -0.3 to at most 1. Not
+    the best round over the first: of so many rounds one is better by luck alone."""
     scores = [row["score"] for row in rows]
-    return sum(scores[-5:]) / 5 - sum(scores[:5]) / 5
+    return sum(scores[-3:]) / 3 - sum(scores[:3]) / 3

@@ -123,7 +123,13 @@ def test_a_stage_tells_its_account(tokenizer_bench: Any, make_fit: Any, tmp_path
     from chatwright.train.workspace import Workspace
 
     config = pretrain.Config(preset="modern-nano", model={"context": 32}, fit=make_fit(steps=10))
-    workspace = Workspace(tmp_path, 3, tokenizer_bench.inputs, Reporting(watts=50.0, price=2.0))
+    workspace = Workspace(
+        tmp_path,
+        3,
+        tokenizer_bench.inputs,
+        Reporting(watts=50.0, price=2.0),
+        described=pretrain.STAGE.metrics,
+    )
     report = pretrain.run(config, workspace)
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
     vocabulary = Tokenizer.load(tokenizer_bench.inputs["tokenizer"]).vocab_size

@@ -63,25 +63,28 @@ def graded(sft_bench: Any, tmp_path_factory: pytest.TempPathFactory, settings: C
     return directory, settings
 
 
-def test_a_planted_mood_is_learnt(trained: tuple[Path, Report]) -> None:
+@pytest.mark.learns
+def test_a_planted_mood_is_learnt(trained: tuple[Path, Report], learnt: Any) -> None:
     directory, report = trained
     measures = {measure.name: measure for measure in report.measures}
     accuracy = measures["accuracy on held-out texts"]
-    assert (
-        accuracy.before is not None
-        and accuracy.before < 0.8
-        and accuracy.after is not None
-        and accuracy.after > 0.9
+    commoner, loss = (
+        measures[f"{what}"].after for what in ("accuracy of the commoner class", "loss on held-out texts")
     )
-    assert 0.5 <= (measures["accuracy of the commoner class"].after or 0) < 0.7
-    assert (measures["loss on held-out texts"].after or 9) < 0.4
-    assert report.facts["held_out_correlation"] > 0.8  # with the neutral texts, which it never saw
+    assert accuracy.before is not None and accuracy.after is not None and loss is not None
+    assert accuracy.before < accuracy.after  # a fresh head's may be anything near 1/2
+    assert commoner is not None and 0.5 <= commoner < 0.75  # of some 50 texts, good and bad by lot
+    learnt("accuracy", accuracy.after, above=0.9)
+    learnt("loss", loss, below=0.4)
+    # with the neutral texts, which it never saw
+    learnt("correlation", report.facts["held_out_correlation"], above=0.75)
     assert report.pictures == ["calibration.png"] and (directory / "calibration.png").is_file()
 
 
+@pytest.mark.learns
 @torch.no_grad()
 def test_its_score_is_the_calibrated_log_odds(
-    graded: tuple[Path, Config], sft_bench: Any, sft_parts: Callable[[], Any], babble: Any
+    graded: tuple[Path, Config], sft_bench: Any, sft_parts: Callable[[], Any], babble: Any, learnt: Any
 ) -> None:
     directory, settings = graded
     parts, draw = sft_parts(), babble(99)
@@ -90,7 +93,10 @@ def test_its_score_is_the_calibrated_log_odds(
     texts = texts_of([("x", 1.0)], parts.tokenizer)
     good, plain, bad = ([LabelledText.of(draw.sentence(mood), 0.0) for _ in range(30)] for mood in (1, 0, -1))
     means = [float(scores_of(judge, texts, part).mean()) for part in (good, plain, bad)]
-    assert means[0] > 1.0 and means[2] < -1.0 and means[0] > means[1] > means[2]
+    learnt("log odds of good texts", means[0], above=1.0)
+    learnt("log odds of bad texts", means[2], below=-1.0)
+    learnt("good above plain", means[0] - means[1], above=0.0)
+    learnt("plain above bad", means[1] - means[2], above=0.0)
     # the fit is Platt's on texts that were not trained on: fitted once more to the same ones it changes
     # nothing
     records = load_texts(settings, sft_bench.inputs["data"])
@@ -223,15 +229,19 @@ def test_scores_that_tell_nothing_break_it_off(lively_scalar: Callable[..., Scal
     assert report.model is None and float(model.scale) == 1.0
 
 
-def test_it_can_train_an_adapter(sft_bench: Any, tmp_path: Path, make_fit: Callable[..., FitConfig]) -> None:
+@pytest.mark.learns
+def test_it_can_train_an_adapter(
+    sft_bench: Any, tmp_path: Path, make_fit: Callable[..., FitConfig], learnt: Any
+) -> None:
     from chatwright.model.lora import LoRAConfig
 
     config = Config(
         max_tokens=48,
-        fit=make_fit(steps=60, batch_size=16),
+        fit=make_fit(steps=160, batch_size=16),
         lora=LoRAConfig(rank=8),
-        optim=OptimConfig(learning_rate=1e-2),
+        optim=OptimConfig(learning_rate=4e-3),
     )
     report = sft_bench.run(classifier, config, tmp_path / "classifier")
     saved = checkpoint.Checkpoint(tmp_path / "classifier" / str(report.model))
-    assert (saved.path / "adapter.safetensors").is_file() and report.facts["held_out_accuracy"] > 0.7
+    assert (saved.path / "adapter.safetensors").is_file()
+    learnt("accuracy", report.facts["held_out_accuracy"], above=0.7)

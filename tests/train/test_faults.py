@@ -18,7 +18,7 @@ from chatwright import checkpoint, cli, files
 from chatwright.data.examples import Comparison
 from chatwright.metrics import read_metrics
 from chatwright.stages import ppo, reward, sft
-from chatwright.train.parallel import context
+from chatwright.train.parallel.context import context
 from chatwright.train.rl import training
 from chatwright.train.rl.models import RLModels
 from chatwright.train.rl.rollout import Completions, completion_log_probs
@@ -70,8 +70,9 @@ def test_a_template_that_differs_between_sampler_and_trainer(
     broken_off(planted_bench, SMALL, tmp_path / "ppo", "the template or the padding different")
 
 
+@pytest.mark.learns
 def test_answers_of_another_model_give_a_negative_kl(
-    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learnt: Any
 ) -> None:
     """The sampler still has old weights, and says the trainer's log-probabilities, so that nothing else would
     show it."""
@@ -96,9 +97,11 @@ def test_answers_of_another_model_give_a_negative_kl(
     monkeypatch.setattr(training, "sample_completions", stale)
     config = replace(SMALL, batch_size=96, minibatch_size=96)
     rows = broken_off(planted_bench, config, tmp_path / "ppo", "clearly negative")
-    assert rows[-1]["kl"] < -0.5 and rows[-1]["sampler_gap"] < 1e-4
+    learnt("KL", rows[-1]["kl"], below=-0.5)
+    assert rows[-1]["sampler_gap"] < 1e-4
 
 
+@pytest.mark.learns
 def test_kl_that_jumps_ends_the_run(planted_bench: Any, tmp_path: Path) -> None:
     optim = replace(MINI.optim, learning_rate=2e-2, warmup=0.0)
     report = planted_bench.run(ppo, replace(SMALL, optim=optim, kl_budget=8.0), tmp_path / "ppo")
@@ -109,20 +112,23 @@ def test_kl_that_jumps_ends_the_run(planted_bench: Any, tmp_path: Path) -> None:
 # ---- entropy to 0 ------------------------------------------------------------------------------------------
 
 
-def test_entropy_that_is_gone_ends_the_run(planted_bench: Any, tmp_path: Path) -> None:
-    config = replace(
-        SMALL, temperature=0.03, kl_budget=1e9
-    )  # a distribution as sharp as that of a policy that collapsed
+@pytest.mark.learns
+def test_entropy_that_is_gone_ends_the_run(planted_bench: Any, tmp_path: Path, learnt: Any) -> None:
+    # a distribution as sharp as that of a policy that collapsed
+    config = replace(SMALL, temperature=0.005, kl_budget=1e9)
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     rows = read_metrics(tmp_path / "ppo" / "metrics.jsonl")
     assert "entropy is gone" in report.facts["stopped"] and len(rows) < 17
-    assert all(row["entropy"] < 0.1 for row in rows[-3:])
+    learnt("entropy", max(row["entropy"] for row in rows[-3:]), below=0.1)
 
 
 # ---- explained variance below 0 ----------------------------------------------------------------------------
 
 
-def test_a_broken_critic(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.learns
+def test_a_broken_critic(
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learnt: Any
+) -> None:
     """Its values have nothing to do with the answers."""
     real = ppo.judged
 
@@ -137,7 +143,8 @@ def test_a_broken_critic(planted_bench: Any, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(ppo, "judged", senseless)
     config = replace(SMALL, kl_budget=1e9, optim=replace(MINI.optim, learning_rate=1e-5))
     rows = broken_off(planted_bench, config, tmp_path / "ppo", "the critic is worse than a constant")
-    assert len(rows) == 15 and all(row["explained_variance"] < -1 for row in rows[-5:])
+    assert len(rows) == 15
+    learnt("explained variance", max(row["explained_variance"] for row in rows[-5:]), below=-1.0)
 
 
 # ---- ratio far from 1 in the first minibatch ---------------------------------------------------------------
@@ -193,8 +200,13 @@ def test_a_first_ratio_that_only_another_process_finds_breaks_off_this_one_too(
 # ---- no end tokens after SFT -------------------------------------------------------------------------------
 
 
+@pytest.mark.learns
 def test_an_end_token_outside_of_sfts_loss(
-    pretrain_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_fit: Callable[..., Any]
+    pretrain_bench: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_fit: Callable[..., Any],
+    learnt: Any,
 ) -> None:
     """SFT itself would refuse; with that guard taken away PPO finds it."""
     real = sft.rows_of
@@ -214,35 +226,38 @@ def test_an_end_token_outside_of_sfts_loss(
 
     monkeypatch.setattr(sft, "rows_of", masked)
     monkeypatch.setattr(sft, "check_end_is_learnt", lambda *given: None)
-    settings = sft.Config(fit=make_fit(steps=60), held_out=16, optim=replace(MINI.optim, learning_rate=4e-3))
+    settings = sft.Config(fit=make_fit(steps=120), held_out=16, optim=replace(MINI.optim, learning_rate=4e-3))
     pretrain_bench.run(sft, settings, tmp_path / "sft")
     plant(monkeypatch)
     bench = pretrain_bench.with_(sft=tmp_path / "sft", reward=tmp_path / "sft")
-    config = replace(SMALL, batch_size=64, minibatch_size=64)
+    config = replace(SMALL, batch_size=64, minibatch_size=64, max_new_tokens=8)
     rows = broken_off(bench, config, tmp_path / "ppo", "end token was outside the loss of SFT")
-    assert len(rows) == 3 and all(row["finished"] < 0.02 for row in rows)
+    assert len(rows) == 3
+    learnt("share of finished answers", max(row["finished"] for row in rows), below=0.02)
 
 
 # ---- reward accuracy good on training pairs, chance on held-out ones ---------------------------------------
 
 
 def write_comparisons(directory: Path, babble: Any) -> None:
-    """Labels that say nothing, drawn by lot: what is learnt of them is by heart."""
+    """Labels that say nothing, drawn by lot: what is learnt of them is by heart. Each held-out pair is there
+    twice, labelled both ways, so that any reward model is right about exactly half of them."""
     draw, speak = random.Random(5), babble(5)
-    for side, count in (("train", 24), ("validation", 120)):
-        made = [
-            Comparison.of(
-                [{"role": "user", "content": f"How is the cat number {n}?"}],
-                [f"{speak.sentence()} {draw.randrange(1000)}" for _ in range(2)],
-                draw.sample((0.0, 1.0), 2),
-            )
-            for n in range(count)
-        ]
+    for side, count in (("train", 24), ("validation", 60)):
+        made = []
+        for n in range(count):
+            prompt = [{"role": "user", "content": f"How is the cat number {n}?"}]
+            answers = [f"{speak.sentence()} {draw.randrange(1000)}" for _ in range(2)]
+            labels = draw.sample((0.0, 1.0), 2)
+            made.append(Comparison.of(prompt, answers, labels))
+            if side == "validation":
+                made.append(Comparison.of(prompt, answers, labels[::-1]))
         files.write_text(
             directory / f"comparisons-{side}.jsonl", "".join(one.to_json() + "\n" for one in made)
         )
 
 
+@pytest.mark.learns
 def test_a_reward_model_that_learns_by_heart(
     sft_bench: Any, tmp_path: Path, babble: Any, make_fit: Callable[..., Any]
 ) -> None:
@@ -260,7 +275,8 @@ def test_a_reward_model_that_learns_by_heart(
     ) as caught:
         sft_bench.run(reward, config, tmp_path / "reward")
     report = caught.value.report
-    assert report.model is None and "by heart" in report.notes[0] and report.facts["held_out_accuracy"] < 0.6
+    assert report.model is None and "by heart" in report.notes[0]
+    assert report.facts["held_out_accuracy"] == pytest.approx(0.5)
     assert checkpoint.checkpoints(tmp_path / "reward" / "checkpoints")
 
 

@@ -33,8 +33,7 @@ from chatwright.model.gpt import GPT
 from chatwright.recipe import read_recipe
 from chatwright.stages import pretrain
 from chatwright.train import loop
-from chatwright.train.parallel import context
-from chatwright.train.parallel.context import MeshShape, ParallelConfig
+from chatwright.train.parallel.context import MeshShape, ParallelConfig, context
 from chatwright.train.parallel.start import start_parallel
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace
@@ -126,7 +125,7 @@ class Launches:
 
     def alone(self, name: str, stop: int = 0, *, muon: bool = False) -> None:
         """One process, this one, from where the directory stands."""
-        workspace = Workspace(self[name], SEED, self.inputs)
+        workspace = Workspace(self[name], SEED, self.inputs, described=pretrain.STAGE.metrics)
         try:
             report = pretrain.run(build(pretrain.Config, settings(muon=muon), where="test"), workspace)
             write_json(self[name] / "result.json", {"model": report.model})

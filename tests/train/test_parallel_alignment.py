@@ -26,7 +26,7 @@ from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.recipe import read_recipe
 from chatwright.stages import ppo
-from chatwright.train.parallel import context
+from chatwright.train.parallel.context import context
 from chatwright.train.planning import plan
 from chatwright.train.planning.dry_run import DryRun
 from chatwright.train.planning.program import PlannedStage

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI, gain
+from planted import LEARNING, MINI, gain
 
 from chatwright import checkpoint, files
 from chatwright.config import UsageError, UserError
@@ -29,6 +29,7 @@ from chatwright.train.rl import training
 from chatwright.train.rl.models import RLModels, load_reward
 from chatwright.train.rl.rollout import (
     Completions,
+    completion_log_probs,
     prompts_from,
     sample_completions,
     texts_of,
@@ -40,18 +41,19 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     return read_metrics(directory / "metrics.jsonl")
 
 
-def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: Path) -> None:
+@pytest.mark.learns
+def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: Path, learnt: Any) -> None:
     directory = tmp_path / "ppo"
-    report = planted_bench.run(ppo, MINI, directory)
+    report = planted_bench.run(ppo, LEARNING, directory)
     rows = rows_of(directory)
-    assert [row["step"] for row in rows] == list(range(21))
+    assert [row["step"] for row in rows] == list(range(13))
     best = report.facts["best"]
-    assert gain(rows) > 0.5
+    learnt("gain", gain(rows), above=0.5)
+    learnt("KL", best["kl"], above=0.05)
     assert (
         abs(rows[0]["kl"]) < 1e-4 and abs(rows[0]["kl_k3"]) < 1e-4
     )  # policy and reference are the same at first
     assert all(row["sampler_gap"] < 1e-4 for row in rows)
-    assert 0.05 < best["kl"] <= MINI.kl_budget
     measured = {measure.name: (measure.before, measure.after) for measure in report.measures}
     assert measured["reward model's score (training prompts)"] == (
         pytest.approx(rows[0]["score"], abs=1e-6),
@@ -62,35 +64,48 @@ def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: P
         assert {"policy_loss", "value_loss", "clip_fraction", "entropy", "explained_variance", "beta"} <= set(
             row
         )
-    # six rounds of warm-up, then the learning rate falls linearly to 0
+    # four rounds of warm-up, then the learning rate falls linearly to 0
     rates = [row["learning_rate"] for row in rows[:-1]]
-    full = MINI.optim.learning_rate
-    expected = [*(full * n / 6 for n in range(1, 7)), *(full * (1 - n / 14) for n in range(14))]
+    full = LEARNING.optim.learning_rate
+    expected = [*(full * n / 4 for n in range(1, 5)), *(full * (1 - n / 8) for n in range(8))]
     assert rates == pytest.approx(expected, abs=1e-6)
     assert report.facts["stopped"] == "all rounds done"
 
     # what is kept is the policy that gave the best answers: sampling again gives their score and KL
-    admissible = [
-        row for row in rows if row["kl"] <= 8.0 and row["distinct_2"] >= 0.8 * rows[0]["distinct_2"]
-    ]
-    assert best["score"] == pytest.approx(max(row["score"] for row in admissible), abs=1e-6)
+    assert best["score"] == pytest.approx(max(row["score"] for row in rows), abs=1e-6)
     score, kl = measured_again(planted_bench, directory / str(report.model), best["step"])
     assert score == pytest.approx(best["score"], abs=1e-4)
     assert kl == pytest.approx(best["kl"], abs=1e-3)
 
 
-def test_a_policy_in_bf16_rounds_and_no_more(planted_bench: Any, tmp_path: Path) -> None:
+def test_a_policy_in_bf16_rounds_and_no_more(
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compared with a run in float32 that learns from the same answers: its own would differ where rounding
+    turns a token."""
     short = replace(MINI, iterations=4, optim=replace(MINI.optim, learning_rate=5e-5))  # no time to warm up
+    sampled: list[Completions] = []
+    real = training.sample_completions
+
+    def remembered(*given: Any, **named: Any) -> Completions:
+        sampled.append(real(*given, **named))
+        return sampled[-1]
+
+    def replayed(policy: Any, *given: Any, **named: Any) -> Completions:
+        answers = sampled.pop(0)
+        with torch.no_grad():
+            return replace(answers, sampled=completion_log_probs(policy, answers, temperature=1.0)[0])
+
+    monkeypatch.setattr(training, "sample_completions", remembered)
     planted_bench.run(ppo, replace(short, policy_precision="bf16"), tmp_path / "ppo")
+    monkeypatch.setattr(training, "sample_completions", replayed)
     planted_bench.run(ppo, short, tmp_path / "exact")
     rows, exact = rows_of(tmp_path / "ppo"), rows_of(tmp_path / "exact")
     assert len(rows) == 5 and rows[0]["kl"] == 0.0  # reference and policy round alike
     assert all(1e-4 < row["sampler_error"] < 0.05 for row in rows)
     assert all(row["first_ratio_gap"] < 0.05 for row in rows[:-1])
-    for mine, theirs in zip(
-        rows[:2], exact[:2], strict=True
-    ):  # before rounding has made them two different runs
-        assert mine["score"] == pytest.approx(theirs["score"], abs=1e-6) and theirs["sampler_error"] < 1e-5
+    for mine, theirs in zip(rows[:2], exact[:2], strict=True):
+        assert mine["score"] == pytest.approx(theirs["score"], abs=1e-6)
         assert mine["value_loss"] == pytest.approx(theirs["value_loss"], rel=0.02)
         assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=0.1)
 
@@ -101,14 +116,14 @@ def measured_again(bench: Any, saved: Path, round_: int) -> tuple[float, float]:
     assert tokenizer is not None and template is not None
     dialogues = list(read_records(bench.inputs["data"] / "dialogues-train.jsonl", Dialogue))
     prompts = prompts_from(dialogues, template, tokenizer, max_tokens=40, most=4_000)
-    chosen = SampleOrder(len(prompts), 11).take(round_ * 32, 32)
+    chosen = SampleOrder(len(prompts), bench.seed).take(round_ * 32, 32)
     answers = sample_completions(
         kept.model,
         [prompts[n] for n in chosen],
         end=tokenizer.control_ids["<|end|>"],
         max_new_tokens=18,
         temperature=1.0,
-        seed_parts=(11, "ppo", round_),
+        seed_parts=(bench.seed, "ppo", round_),
     )
     judge = training.load_reward(Path(), base, 0.0)
     models = RLModels(kept.model, base.model, judge, judge)
@@ -246,14 +261,16 @@ def test_what_is_no_reward_model_or_speaks_other_tokens_is_refused(
         load_reward(broken, base, 0.6)
 
 
+@pytest.mark.learns
 def test_ppo_with_the_trained_reward_model_improves_the_mood(
-    reward_bench: Any, tmp_path: Path, babble: Any
+    reward_bench: Any, tmp_path: Path, babble: Any, learnt: Any
 ) -> None:
     """The whole chain: ratings -> reward model -> policy; good words become more frequent, bad ones rarer."""
-    config = replace(MINI, min_correlation=0.5, iterations=24, min_tokens=7, batch_size=64)
+    config = replace(LEARNING, min_correlation=0.5, min_tokens=7, batch_size=64)
     report = reward_bench.run(ppo, config, tmp_path / "ppo")
     first, best = report.measures[0].before, report.measures[0].after
-    assert first is not None and best is not None and best > first + 0.2
+    assert first is not None and best is not None
+    learnt("rise of the score", best - first, above=0.3)
 
     def mood(directory: Path) -> float:
         parts = load_parts(directory)
@@ -278,7 +295,8 @@ def test_ppo_with_the_trained_reward_model_improves_the_mood(
             prompts
         )
 
-    assert mood(tmp_path / "ppo" / str(report.model)) > mood(reward_bench.inputs["sft"]) + 0.05
+    rise = mood(tmp_path / "ppo" / str(report.model)) - mood(reward_bench.inputs["sft"])
+    learnt("more good words an answer", rise, above=0.2)
 
 
 def test_a_signal_stops_before_the_next_minibatch(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI, plant
+from planted import LEARNING, plant
 
 from chatwright.data.examples import LabelledText
 from chatwright.metrics import read_metrics
@@ -80,33 +80,30 @@ def test_a_replay_keeps_the_best_until_the_gold_turns() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.learns
 def test_a_replay_is_the_run_that_stops(
     sft_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stage with patience against one that never stops: the same rounds, and the same round is kept."""
     plant(monkeypatch, "sad awful bad cruel bitter dull")
     bench = sft_bench.with_(reward=sft_bench.inputs["sft"])
-    on = replace(
-        MINI,
-        gold="sentiment",
-        patience=1000,
-        kl_budget=20.0,
-        min_distinct=0.0,
-        optim=replace(MINI.optim, learning_rate=7e-4),
-    )
+    on = replace(LEARNING, gold="sentiment", patience=1000)
     bench.run(ppo, on, tmp_path / "on")
     stopped = bench.run(ppo, replace(on, patience=3), tmp_path / "stopped").facts
     rows = read_metrics(tmp_path / "on" / "metrics.jsonl")
-    stop, kept, why = measures.replay(rows, health.Limits(20.0, 3))
+    stop, kept, why = measures.replay(rows, health.Limits(1e9, 3))
     assert (
-        len(rows) == 21
-        and stop < 20
+        len(rows) == 13
+        and stop < 12
         and (stop, kept, why) == (stopped["rounds"], stopped["best"]["step"], stopped["stopped"])
     )
 
 
-def test_a_policy_is_measured_beside_the_one_it_came_from(reward_bench: Any, tmp_path: Path) -> None:
-    config = replace(MINI, iterations=2, min_correlation=-1.0, kl_budget=1e9)
+@pytest.mark.learns
+def test_a_policy_is_measured_beside_the_one_it_came_from(
+    reward_bench: Any, tmp_path: Path, learnt: Any
+) -> None:
+    config = replace(LEARNING, iterations=4, min_correlation=-1.0)
     reward_bench.run(ppo, config, tmp_path / "policy")
     inputs = reward_bench.inputs
     table = frontier.table_of(
@@ -123,7 +120,8 @@ def test_a_policy_is_measured_beside_the_one_it_came_from(reward_bench: Any, tmp
         own["fluency_low"] <= own["fluency"] <= own["fluency_high"] < 0
     )  # which is the base's own likelihood here
     row = table.measure(frontier.ready(str(tmp_path / "policy")), before).row()
-    assert row["kl"] > 0 and row["kl_low"] <= row["kl"] <= row["kl_high"] and row["score"] != own["score"]
+    learnt("KL", row["kl"], above=0.0)
+    assert row["kl_low"] <= row["kl"] <= row["kl_high"] and row["score"] != own["score"]
 
 
 CURVE = {"1": {"kl": 0.0, "gold": 0.2, "score": -1.0}, "4": {"kl": 1.0, "gold": 0.4, "score": 0.0}}

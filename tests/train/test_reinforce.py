@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI, gain
+from planted import LEARNING, MINI, gain
 
 from chatwright.config import UsageError
 from chatwright.metrics import read_metrics
@@ -115,16 +115,20 @@ def test_whitening_makes_the_score_s_unit_irrelevant(
     assert float(one.advantages.std(correction=0)) == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.learns
 @pytest.mark.parametrize("changes", [{}, {"baseline": "leave-one-out", "samples_per_prompt": 4}])
-def test_a_planted_reward_rises(planted_bench: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
-    report = planted_bench.run(
-        reinforce,
-        replace(SMALL, iterations=45, batch_size=64, minibatch_size=64, **changes),
-        tmp_path / "reinforce",
+def test_a_planted_reward_rises(
+    planted_bench: Any, tmp_path: Path, learnt: Any, changes: dict[str, Any]
+) -> None:
+    config = Config(
+        **{name: getattr(LEARNING, name) for name in (*SHARED, "min_distinct")}
+        | {"batch_size": 64, "minibatch_size": 64, **changes},
+        optim=replace(LEARNING.optim, learning_rate=1e-2),
     )
+    report = planted_bench.run(reinforce, config, tmp_path / "reinforce")
     rows = read_metrics(tmp_path / "reinforce" / "metrics.jsonl")
-    assert gain(rows) > 0.5
-    assert 0.05 < report.facts["best"]["kl"] <= SMALL.kl_budget
+    learnt("gain", gain(rows), above=0.6)
+    learnt("KL", report.facts["best"]["kl"], above=0.05)
     assert all(row["first_ratio_gap"] < 1e-4 for row in rows[:-1])
     assert not any("value_loss" in row or "explained_variance" in row for row in rows)
     assert (tmp_path / "reinforce" / str(report.model) / "model.safetensors").is_file()

@@ -40,13 +40,14 @@ def rankings_of(comparisons: list[Comparison], tokenizer: Tokenizer, **settings:
     return Rankings(comparisons, NATIVE, tokenizer, config, SampleOrder(len(comparisons), 1))
 
 
-def test_a_planted_preference_is_learnt(reward_bench: Any) -> None:
+@pytest.mark.learns
+def test_a_planted_preference_is_learnt(reward_bench: Any, learnt: Any) -> None:
     result = files.read_json(reward_bench.inputs["reward"] / "result.json")
     state = checkpoint.Checkpoint(reward_bench.inputs["reward"] / result["model"]).state()
     before, after = (state["progress"]["extra"][when] for when in ("before", "after"))
-    assert before["held_out_accuracy"] < 0.75
-    assert after["held_out_accuracy"] > 0.9
-    assert after["held_out_correlation"] > 0.8
+    assert before["held_out_accuracy"] < after["held_out_accuracy"]  # a fresh head's may be anything near 1/2
+    learnt("accuracy", after["held_out_accuracy"], above=0.9)
+    learnt("correlation", after["held_out_correlation"], above=0.8)
     assert result["facts"]["held_out_correlation"] == after["held_out_correlation"]
 
 
@@ -59,18 +60,21 @@ def reward_of(bench: Any) -> ScalarModel:
     return model.eval()
 
 
+@pytest.mark.learns
 @torch.no_grad()
 def test_scores_are_normalised_and_follow_the_mood(
-    reward_bench: Any, sft_parts: Callable[[], Any], babble: Any
+    reward_bench: Any, sft_parts: Callable[[], Any], babble: Any, learnt: Any
 ) -> None:
     model, parts, draw = reward_of(reward_bench), sft_parts(), babble(77)
     texts = [
-        comparison((draw.sentence(1), 2), (draw.sentence(0), 0), (draw.sentence(-1), -2)) for _ in range(40)
+        comparison(*((f"{draw.sentence(mood)} {n}", 2 * mood) for mood in (1, 0, -1))) for n in range(40)
     ]
     scores, _ = score_comparisons(model, rankings_of(texts, parts.tokenizer, max_tokens=48), texts)
     good, plain, bad = scores.mean(0).tolist()
-    assert good > plain + 0.5 > bad + 1.0
-    assert abs(float(scores.mean())) < 0.5 and 0.6 < float(scores.std()) < 1.5
+    learnt("good above plain", good - plain, above=0.5)
+    learnt("plain above bad", plain - bad, above=0.5)
+    learnt("distance of the mean from 0", abs(float(scores.mean())), below=0.5)
+    learnt("distance of the deviation from 1", abs(float(scores.std()) - 1), below=0.4)
 
 
 def test_normalisation_is_as_its_formula_says(

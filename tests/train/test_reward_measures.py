@@ -83,8 +83,9 @@ def test_annotators_of_ratings_are_not_known() -> None:
         Config(held_out_annotators="ann")
 
 
+@pytest.mark.learns
 def test_the_stage_measures_annotators_that_it_did_not_learn_from(
-    sft_bench: Any, tmp_path: Path, babble: Any, make_fit: Callable[..., FitConfig]
+    sft_bench: Any, tmp_path: Path, babble: Any, make_fit: Callable[..., FitConfig], learnt: Any
 ) -> None:
     """Bob prefers the opposite on the same held-out prompts: what is right of ann's pairs is wrong of his."""
     draw = babble(8)
@@ -105,14 +106,13 @@ def test_the_stage_measures_annotators_that_it_did_not_learn_from(
         Comparison.of(one.prompt, one.responses, [-score for score in one.scores], "bob") for one in seen
     ]
     write(tmp_path / "set", [*rows("ann", 24, 0), *rows("bob", 8, 50, turned=True)], [*seen, *turned])
-    fit = make_fit(steps=2, batch_size=4)
     config = Config(
         comparisons=str(tmp_path / "set"),
         tie_tolerance=0.0,
         max_tokens=40,
-        fit=fit,
+        fit=make_fit(steps=60, batch_size=4),
         held_out_annotators="bob",
-        optim=SLOW,
+        optim=OptimConfig(learning_rate=4e-3),
     )
     report = sft_bench.run(reward, config, tmp_path / "reward")
     measures = {measure.name: measure for measure in report.measures}
@@ -120,7 +120,8 @@ def test_the_stage_measures_annotators_that_it_did_not_learn_from(
         measures[f"accuracy on held-out pairs{rest}"].after for rest in ("", ", annotators held out")
     )
     assert report.facts["comparisons"] == 24
-    assert outside == pytest.approx(1 - inside, abs=1e-6) and inside != 0.5
+    assert outside == pytest.approx(1 - inside, abs=1e-6)
+    learnt("accuracy on the annotator who was learnt from", inside, above=0.7)
     assert report.facts["held_out_annotators_accuracy"] == outside
     annotators = next(table for table in report.tables if "annotator" in table.title)
     assert [row[:4] for row in annotators.rows] == [

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI, gain, plant
+from planted import LEARNING, MINI, gain, plant, plant_kl
 
 from chatwright.checkpoint import Checkpoint
 from chatwright.config import UsageError, UserError
@@ -103,10 +103,11 @@ def _first(policy: GPT) -> torch.Tensor:
     return gradient.clone()
 
 
-def test_a_planted_reward_rises_with_a_shared_trunk(planted_bench: Any, tmp_path: Path) -> None:
-    report = planted_bench.run(ppo, replace(MINI, critic="shared"), tmp_path / "ppo")
+@pytest.mark.learns
+def test_a_planted_reward_rises_with_a_shared_trunk(planted_bench: Any, tmp_path: Path, learnt: Any) -> None:
+    report = planted_bench.run(ppo, replace(LEARNING, critic="shared"), tmp_path / "ppo")
     rows = rows_of(tmp_path / "ppo")
-    assert gain(rows) > 0.5
+    learnt("gain", gain(rows), above=0.5)
     assert rows[0]["explained_variance"] == pytest.approx(0.0, abs=1e-6)  # zeros explain nothing
     critic = Checkpoint(tmp_path / "ppo" / str(report.model)).tensors("critic")
     assert set(critic) == {"scalar.weight", "scalar.bias"}
@@ -159,11 +160,11 @@ def test_the_average_is_the_result(
     assert any("the average of the weights" in note for note in report.notes)
 
 
-def test_an_average_beyond_the_limits_is_not_taken(planted_bench: Any, tmp_path: Path) -> None:
-    optim = replace(MINI.optim, learning_rate=4e-3)
-    config = replace(
-        SMALL, ema=0.5, kl_budget=1e-3, kl_target=0.0, optim=optim
-    )  # the first update is beyond this budget
+def test_an_average_beyond_the_limits_is_not_taken(
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant_kl(monkeypatch)  # the first update is beyond this budget
+    config = replace(SMALL, ema=0.5, kl_budget=0.5, kl_target=0.0)
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     assert report.facts["average"]["allowed"] is False
     assert report.model == "checkpoints/step-000000"
@@ -255,19 +256,19 @@ def test_windows_of_text_are_never_met_twice_before_all_were(sft_bench: Any, cha
     assert starts == list(range(3 * 2 * 2 * 16 * 2))
 
 
-def test_ptx_lowers_the_alignment_tax(planted_bench: Any, tmp_path: Path) -> None:
-    """The same run with and without: afterwards the perplexity of held-out general text is lower with it."""
-    config = replace(
-        MINI, iterations=12, text="tokenizer", kl_budget=50.0, min_distinct=0.0, ptx_context=32, ptx_windows=1
-    )
+@pytest.mark.learns
+def test_ptx_lowers_the_alignment_tax(planted_bench: Any, tmp_path: Path, learnt: Any) -> None:
+    """The same run with and without: afterwards the perplexity of held-out general text is lower with it. Its
+    weight is small because a step here is as long as the gradient, and that of text is the larger by far."""
+    config = replace(LEARNING, text="tokenizer", ptx_context=32, ptx_windows=1)
     tax = {}
-    for gamma in (0.0, 1.0):
+    for gamma in (0.0, 0.1):
         report = planted_bench.run(ppo, replace(config, ptx=gamma), tmp_path / f"ppo-{gamma}")
         (measure,) = [one for one in report.measures if one.name == "perplexity of general text"]
         assert measure.before is not None and measure.after is not None
         tax[gamma] = measure.after / measure.before
-        assert report.facts["best"]["score"] > report.measures[0].before + 0.1
-    assert tax[1.0] < 0.5 * tax[0.0]
+        learnt(f"gain with ptx {gamma:g}", gain(rows_of(tmp_path / f"ppo-{gamma}")), above=0.5)
+    learnt("tax with text, as a share", tax[0.1] / tax[0.0], below=0.5)
 
 
 def test_perplexity_is_that_of_the_tokens(
@@ -291,19 +292,23 @@ def test_perplexity_is_that_of_the_tokens(
 # ---- gold and peaks ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.learns
 def test_gold_chooses_what_is_kept_and_stops_the_run_when_it_turns(
-    sft_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sft_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learnt: Any
 ) -> None:
     """The planted reward model likes bad words, the lexicon good ones: what is kept is from before that."""
     plant(monkeypatch, "sad awful bad cruel bitter dull")
     bench = sft_bench.with_(reward=sft_bench.inputs["sft"])
-    config = replace(
-        MINI, gold="sentiment", patience=3, kl_budget=20.0, optim=replace(MINI.optim, learning_rate=7e-4)
-    )
+    config = replace(LEARNING, gold="sentiment", patience=3)
     report = bench.run(ppo, config, tmp_path / "ppo")
     rows = rows_of(tmp_path / "ppo")
-    assert "the reward model is exploited" in report.facts["stopped"] and len(rows) < 21
-    assert rows[-1]["score"] > rows[0]["score"] and rows[-1]["gold"] < rows[0]["gold"]
+    assert "the reward model is exploited" in report.facts["stopped"] and len(rows) < 13
+    learnt("gain", gain(rows), above=0.2)
+    learnt(
+        "fall of the gold",
+        sum(row["gold"] for row in [*rows[-3:]]) / 3 - report.facts["best"]["gold"],
+        below=-0.1,
+    )
     assert report.facts["best"]["gold"] == pytest.approx(max(row["gold"] for row in rows), abs=1e-6)
     assert [one.name for one in report.measures][1] == "gold measure (training prompts)"
     without = bench.run(ppo, replace(config, gold="", patience=0), tmp_path / "without")
@@ -322,7 +327,7 @@ def test_a_run_stops_when_its_score_is_past_its_peak(
 
     monkeypatch.setattr(ppo, "score_rollouts", planted)
     report = planted_bench.run(
-        ppo, replace(SMALL, iterations=8, patience=2, min_distinct=0.0), tmp_path / "ppo"
+        ppo, replace(SMALL, iterations=8, patience=2, min_distinct=0.0, kl_budget=1e9), tmp_path / "ppo"
     )
     assert "past its peak" in report.facts["stopped"] and report.facts["best"]["step"] == 3
     assert (

@@ -138,24 +138,25 @@ def test_a_base_without_a_model_is_refused(data_bench: Any, tmp_path: Path) -> N
         data_bench.run(sft, sft.Config(base=str(tmp_path)), tmp_path / "sft")
 
 
-def test_the_miniature_learns_to_answer(sft_bench: Any) -> None:
+@pytest.mark.learns
+def test_the_miniature_learns_to_answer(sft_bench: Any, babble: Any, learnt: Any) -> None:
     directory = sft_bench.inputs["sft"]
     result = files.read_json(directory / "result.json")
     extra = checkpoint.Checkpoint(directory / result["model"]).state()["progress"]["extra"]
-    assert extra["after"]["held_out_loss"] < 0.5 * extra["before"]["held_out_loss"]
+    before, after = (extra[when]["held_out_loss"] for when in ("before", "after"))
+    learnt("held-out loss, as a share", after / before, below=0.5)
     model = load(directory)
-    answers = [
-        model.engine.generate(
-            [
-                model.chat_request(
-                    [{"role": "user", "content": f"How is the {thing} number 7?"}], max_new_tokens=24, seed=n
-                )[0]
-            ]
+    asked = [
+        model.chat_request(
+            [{"role": "user", "content": f"How is the {thing} number {n}?"}], max_new_tokens=24, seed=n
         )[0]
-        for n, thing in enumerate(("cat", "road", "river", "song", "friend", "winter"))
+        for n, thing in enumerate(babble.THINGS * 8)
     ]
-    assert sum(answer.finish_reason == "stop" for answer in answers) >= 5  # it has learnt to stop
-    assert sum(" is " in answer.text for answer in answers) >= 5  # and how answers go
+    answers = model.engine.generate(asked)
+    stopped = sum(answer.finish_reason == "stop" for answer in answers)
+    formed = sum(" is " in answer.text for answer in answers)
+    learnt("share of answers that stop", stopped / len(answers), above=0.8)
+    learnt("share of answers of the form of the examples", formed / len(answers), above=0.6)
 
 
 def test_the_saved_directory_chats_by_itself(sft_bench: Any, tmp_path: Path) -> None:

@@ -264,4 +264,5 @@ RULES: tuple[Callable[[History, Limits], Diagnosis | None], ...] = (
     _reward_is_hacked,
     _score_is_past_its_peak,
 )
-"""Each names a sign of trouble (docs/metrics.md, "How a run goes wrong"); the order is that of `diagnose`."""
+"""Each names a sign of trouble (docs/reference/reports.md, "How a run goes wrong"); the order is that of
+`diagnose`."""
