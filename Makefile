@@ -11,7 +11,7 @@ ARGS   ?=
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart chat serve check test test-all test-rounding docs clean browser peers bench-train bench-learn bench-plan bench-encode bench-generate bench-serve bench-align
+.PHONY: help install install-dev quickstart chat serve check test test-all test-rounding docs clean browser peers bench-train bench-learn bench-plan bench-encode bench-generate bench-serve bench-align bench-busy
 
 help:
 	@echo "make quickstart   install, fetch data, train the whole road (10 to 20 minutes on 2 cores)"
@@ -23,7 +23,7 @@ help:
 	@echo "make test-rounding  tests of what is learnt, with 5 seeds and as other processors round (hours on 2 cores; ARGS=\"--seeds 1\")"
 	@echo "make bench-train  training speed next to transformers and litgpt (15 minutes); bench-learn: how soon it is learnt (an hour)"
 	@echo "make bench-serve  a real server, 64 clients, 5 minutes: nothing lost, nothing mixed up, memory flat (exit code 1 otherwise)"
-	@echo "make docs         write docs/cli.md anew from the program's own help, docs/reference/metrics.md from the stages"
+	@echo "make docs         write docs/reference/ anew: cli.md, metrics.md, recipes.md"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,7 @@ check: install-dev
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/write_cli_docs.py --check
 	$(BIN)/python scripts/write_metrics_docs.py --check
+	$(BIN)/python scripts/write_recipes_docs.py --check
 
 # llama.cpp, which runs exported GGUF files in the tests: pip compiles it, once. Where that fails, those tests skip and say so.
 $(VENV)/.installed-peers: $(VENV)/.installed-dev
@@ -81,6 +82,7 @@ test-rounding: install-dev
 docs: install-dev
 	$(BIN)/python scripts/write_cli_docs.py
 	$(BIN)/python scripts/write_metrics_docs.py
+	$(BIN)/python scripts/write_recipes_docs.py
 
 # Benchmarks want a quiet machine. benchmarks/README.md has the figures and says how they are made.
 $(VENV)/.installed-bench: $(VENV)/.installed-dev
@@ -119,6 +121,9 @@ bench-align: $(VENV)/.installed-bench
 
 bench-serve: install-dev
 	$(BIN)/python benchmarks/serve.py $(ARGS)
+
+bench-busy: install-dev
+	$(BIN)/python benchmarks/busy.py --spin now old $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

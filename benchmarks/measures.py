@@ -1,4 +1,4 @@
-"""What the proofs of docs/results.md measure of a policy: score, gold, KL, variety, win rates; with
+"""What the proofs of docs/lab/results.md measure of a policy: score, gold, KL, variety, win rates; with
 intervals.
 
 Everything is measured on prompts of held-out conversations, several sampled answers to each, at temperature

@@ -6,8 +6,8 @@ Each case is predicted in one process and run in another, the way `chatwright pr
 largest resident size above that before the model is made. A shared machine can change its speed between the
 two by more than what is asked here, so the running process also predicts its own step, in turns with five
 steps of it: `seconds` compares the medians of these, `seconds_before` the first prediction, as a user gets
-it. Results go to benchmarks/results/plan.json; docs/plan.md quotes them. Exit code 1 when memory or `seconds`
-is off by more than 20 %.
+it. Results go to benchmarks/results/plan.json; docs/lab/plan.md quotes them. Exit code 1 when memory or
+`seconds` is off by more than 20 %.
 """
 
 from __future__ import annotations

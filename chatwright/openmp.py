@@ -8,9 +8,9 @@ Beside another program a thread then waits in a loop for one that is not running
 time which the other one would need: training falls to a sixth of its speed beside a single busy program.
 
 A loop of some tens of microseconds costs nothing measurable when the program is alone, and lets its speed
-fall to the fair share when it is not (docs/performance.md has both). The libraries read these variables once,
-when torch loads them. Hence they are set by `import chatwright`, and that must come before `import torch`;
-behind it they change nothing. Whoever sets one of them decides.
+fall to the fair share when it is not (both: docs/lab/performance.md). The libraries read these variables
+once, when torch loads them. Hence they are set by `import chatwright`, and that must come before
+`import torch`; behind it they change nothing. Whoever sets one of them decides.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ from chatwright.config import (
     to_plain,
     to_yaml,
 )
-from chatwright.files import read_json, write_json, write_text
+from chatwright.data.records import is_record_file
+from chatwright.files import read_json, sha256, write_json, write_text
 from chatwright.metrics import duration, say
 from chatwright.recipe import Recipe, RecipeStage
 from chatwright.reports import extras
@@ -50,6 +51,7 @@ def fingerprint(stage: RecipeStage, seed: int, inputs: Mapping[str, Path]) -> st
         for name in stage.inputs
         if name in inputs
     }
+    before |= {name: sha256(Path(name)) for name in stage.inputs if is_record_file(name)}
     text = json.dumps([verb, settings, seed, before, __version__], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -127,7 +129,7 @@ def _run_stage(stage: RecipeStage, workspace: Workspace, *, prompt: str) -> None
     }
     reports.write_stage_report(directory, stage.name, result)
     write_json(finished, result)
-    for row in reports.table_rows(stage.name, result):
+    for row in reports.table_rows(stage.name, result) if result["measures"] else []:
         say(f"  {row[1]}: {row[2]} -> {row[3]}" if row[2] != "-" else f"  {row[1]}: {row[3]}")
 
 

@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the program's own help; with --check, fail when it is out of date."""
+"""Write docs/reference/cli.md from the program's own help; with --check, fail when it is out of date."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ["COLUMNS"] = "110"
 os.environ["NO_COLOR"] = "1"
-FILE = Path(__file__).parent.parent / "docs" / "cli.md"
+FILE = Path(__file__).parent.parent / "docs" / "reference" / "cli.md"
 
 
 def help_of(arguments: list[str]) -> str:
@@ -26,13 +26,12 @@ def help_of(arguments: list[str]) -> str:
 
 def section(verb: str) -> list[str]:
     """The lines about a verb, ours or one that a package brings."""
-    return [f"## {verb}", "", "```", help_of([verb, "--help"]), "```", ""]
+    return [f"### {verb}", "", "```", help_of([verb, "--help"]), "```", ""]
 
 
 def text() -> str:
     """The whole page. Verbs of other packages are left out: they are not there for every reader."""
-    from chatwright.cli import verbs
-    from chatwright.discovery import stages
+    from chatwright import discovery
     from chatwright.model.config import PRESETS
 
     parts = [
@@ -45,9 +44,11 @@ def text() -> str:
         "```",
         "",
     ]
-    others = [name for name, stage in stages().items() if stage.package]
-    for verb in verbs():
-        parts += [] if verb in others else section(verb)
+    own = {name: verb for name, verb in discovery.stages().items() if not verb.package}
+    for title, group in {"Commands": discovery.commands(), "Stages": own}.items():
+        parts += [f"## {title}", "", ", ".join(f"[{verb}](#{verb})" for verb in group), ""]
+        for verb in group:
+            parts += section(verb)
     parts += [
         "## Model shapes",
         "",
@@ -67,7 +68,7 @@ def main() -> int:
     wanted = text()
     if "--check" in sys.argv:
         if not FILE.exists() or FILE.read_text(encoding="utf-8") != wanted:
-            print("docs/cli.md is out of date: run `make docs` and commit it", file=sys.stderr)
+            print("docs/reference/cli.md is out of date: run `make docs` and commit it", file=sys.stderr)
             return 1
         return 0
     FILE.parent.mkdir(exist_ok=True)

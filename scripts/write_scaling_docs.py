@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md, computed: memory, traffic and time of a training step on many processes.
+"""The tables of docs/lab/scaling.md, computed: memory, traffic and time of a training step on many processes.
 
 `python scripts/write_scaling_docs.py` writes them; `--check` only says whether they are up to date. Formulae,
 with their sources and units, are the docstrings below; the page shows them and these are what computes it.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from chatwright.model.config import GPTConfig
 
-PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
+PAGE = Path(__file__).parent.parent / "docs" / "lab" / "scaling.md"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -13,12 +14,12 @@ import pytest
 
 from chatwright import discovery, pipeline
 from chatwright.commands import _stage
-from chatwright.commands.run import RunConfig
+from chatwright.commands.run import RunConfig, what_next
 from chatwright.commands.run import main as main_run
 from chatwright.config import UsageError, UserError
 from chatwright.files import read_json, write_json
 from chatwright.pipeline import fingerprint, run_recipe
-from chatwright.recipe import RecipeStage, find_recipe, parse_with_recipe, read_recipe
+from chatwright.recipe import RecipeStage, find_recipe, find_stage, parse_with_recipe, read_recipe
 from chatwright.train.stage import Stage
 from chatwright.train.stopping import Interrupted
 from chatwright.train.workspace import Measure, Report, Workspace
@@ -319,7 +320,29 @@ def test_run_by_its_command_line(
     assert main_run(argv) == 0
     assert (tmp_path / "mine" / "report.md").is_file() and ran.seeds == [3]
     told = capsys.readouterr().out
-    assert "a sample" in told and "6.000" in told and "chatwright chat" in told and "total" in told
+    assert "a sample" in told and "6.000" in told and "total" in told
+    assert "no stage has made a language model yet" in told  # the stages of this recipe make none
+
+
+def test_a_base_model_is_not_proposed_for_a_chat(base_dir: Path, chat_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(base_dir, tmp_path / "pretrain" / "checkpoints" / "step-000001")
+    write_json(tmp_path / "pretrain" / "result.json", {"model": "checkpoints/step-000001"})
+    told = what_next(tmp_path)
+    assert "chatwright generate" in told and "chatwright chat" not in told
+    shutil.copytree(chat_dir, tmp_path / "sft" / "checkpoints" / "step-000001")
+    write_json(tmp_path / "sft" / "result.json", {"model": "checkpoints/step-000001"})
+    told = what_next(tmp_path)
+    assert f"chatwright chat {tmp_path}" in told and "chatwright serve" in told
+
+
+def test_a_file_of_records_counts_by_its_content(write: Write, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"messages": []}\n')
+    stage = RecipeStage("sft", "sft", find_stage("sft").config(data=str(file)))
+    first = fingerprint(stage, 1, {})
+    assert fingerprint(stage, 1, {}) == first
+    file.write_text('{"messages": [1]}\n')
+    assert fingerprint(stage, 1, {}) != first
 
 
 def test_an_interrupted_run_says_where_it_stopped(

@@ -49,8 +49,8 @@ def main(argv: Sequence[str]) -> int:
         description="Write MODEL in a format that other programs run: weights, shape, tokenizer, "
         "chat template "
         "and "
-        "end tokens. What the format cannot say exactly is refused. docs/export.md has the launch lines of "
-        "vLLM and "
+        "end tokens. What the format cannot say exactly is refused. docs/guide/export.md has the launch "
+        "lines of vLLM and "
         "Ollama.",
         positionals={
             "model": (
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     )
     for note in notes:
         say(note)
-    say(f"Written to {target} as {family}, {dtype}. docs/export.md tells how others run it.")
+    say(f"Written to {target} as {family}, {dtype}. docs/guide/export.md tells how others run it.")
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chatwright import discovery
+from chatwright.language_model import find_checkpoint
 from chatwright.metrics import console, duration, say
 from chatwright.pipeline import run_recipe
 from chatwright.recipe import Recipe, parse_with_recipe
@@ -92,7 +93,20 @@ def print_results(root: Path, recipe: Recipe, results: Mapping[str, Mapping[str,
                 else f"  {stage:9} {result['sample']}"
             )
     say(f"\nThe report with pictures: {root / 'report.md'}")
-    say(
-        f"Next:  chatwright chat {root}      (or: make chat)\n       chatwright serve {root}     (or: make "
-        "serve)"
+    say(what_next(root))
+
+
+def what_next(root: Path) -> str:
+    """The commands that a finished run is for: a base model continues a text, a chat model answers."""
+    found = find_checkpoint(root)
+    if found is None:
+        return "Next:  the same command without --until: no stage has made a language model yet"
+    if not (found.path / "chat_template.jinja").is_file():
+        return (
+            f'Next:  chatwright generate {root} --prompt "Once upon a time"\n'
+            "       (a base model: it continues a text; it answers after the sft stage)"
+        )
+    return (
+        f"Next:  chatwright chat {root}      (or: make chat)\n"
+        f"       chatwright serve {root}     (or: make serve)"
     )

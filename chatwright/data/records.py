@@ -1,34 +1,100 @@
-"""The files of records that the data stage writes, read back: one JSON object a line."""
+"""Records that stages learn from: read back from the data stage's files, or straight from a file of yours.
+
+The data stage writes `dialogues-train.jsonl`, `dialogues-validation.jsonl` and so on: one JSON object a line.
+A stage that needs one kind of records alone takes a single file in place of the stage: `--data mine.jsonl`.
+Then the same names stand for the two sides of that file, and `mine.jsonl/dialogues-train.jsonl` is what its
+conversations are without those that are held out. Formats, ids and the split are those of the data stage.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from chatwright.config import UserError
+from chatwright.data import sources
 from chatwright.data.examples import Document
+from chatwright.data.files import RECORD_SUFFIXES
 
 Record = TypeVar("Record")
 
+HELD_OUT = {"dialogues": 0.02, "comparisons": 0.02, "ratings": 0.1}
+"""Kind of records -> the share that is held out where no setting says otherwise."""
 
-def records_of(directory: Path) -> Path:
-    """The folder of record files in a data stage's directory, or the directory itself."""
-    return directory / "records" if (directory / "records").is_dir() else directory
+READERS: dict[str, Callable[[str], Iterable[Any]]] = {
+    "dialogues": sources.dialogues,
+    "comparisons": sources.comparisons,
+    "ratings": sources.labelled_texts,
+}
+"""Kind of records -> how a file of them is read, whatever its format."""
+
+
+def is_record_file(name: str) -> bool:
+    """Whether a setting names a single file of records (.jsonl, .json, .parquet) and not a directory."""
+    path = Path(name)
+    return path.suffix.lower() in RECORD_SUFFIXES and path.is_file()
+
+
+def records_of(place: Path) -> Path:
+    """The folder of record files in a data stage's directory; or the directory itself, or the single file."""
+    return place / "records" if (place / "records").is_dir() else place
+
+
+def has_records(file: Path) -> bool:
+    """Whether there is such a file, or it is one side of a single file."""
+    return file.is_file() or file.parent.is_file()
+
+
+def side_of_file(file: Path, kind: str, side: str) -> Iterator[Any]:
+    """One side, train or validation, of the records in a file of the user's. Raises UserError: a broken
+    record, no record on this side."""
+    total = kept = 0
+    for record in READERS[kind](str(file)):
+        total += 1
+        if sources.split_of(record.id, HELD_OUT[kind]) == side:
+            kept += 1
+            yield record
+    if not kept:
+        lacking = "held out" if side == "validation" else "left to train on"
+        emptied = " ".join(f"--{name} ''" for name in ("text", "dialogues", "ratings") if name != kind)
+        share = "ratings_validation" if kind == "ratings" else "validation"
+        raise UserError(
+            f"{file}: of its {total} {kind} none is {lacking} ({100 * HELD_OUT[kind]:.0f} % are held out, by "
+            f"a hash of their content); add more, or choose the share: "
+            f"chatwright data {emptied} --{kind} {file} --{share} 0.2"
+        )
 
 
 def read_records(file: Path, kind: type[Record]) -> Iterator[Record]:
-    """The records of a file that the data stage wrote. Raises UserError when missing or damaged."""
+    """The records of a file that the data stage wrote, or of one side of the user's own file.
+
+    Raises UserError when it is missing or damaged.
+    """
+    if file.parent.is_file():
+        name, _, side = file.stem.rpartition("-")
+        if name not in READERS:
+            raise UserError(
+                f"{file.parent} is a single file; documents come from the data stage: --path {file.parent}"
+            )
+        yield from side_of_file(file.parent, name, side)
+        return
     try:
         with file.open(encoding="utf-8") as lines:
             for line in lines:
                 yield kind.from_json(line)  # type: ignore[attr-defined]
     except FileNotFoundError:
         raise UserError(
-            f"{file} does not exist; the data stage writes it (its settings name the sources)"
+            f"{file} does not exist; the data stage writes it where its setting `{setting_for(file)}` names "
+            "a source"
         ) from None
     except (ValueError, OSError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
+
+
+def setting_for(file: Path) -> str:
+    """The setting of the data stage that a file of records comes from."""
+    return file.stem.rpartition("-")[0] or "text"
 
 
 def read_texts(file: Path, limit: int = 0) -> Iterator[str]:

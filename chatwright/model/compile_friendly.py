@@ -1,8 +1,8 @@
 """Forms of a model's parts that are fastest once torch.compile has compiled them for a CPU.
 
 They compute the same as the forms in gpt.py, up to rounding, and are slower without the compiler. gpt.py
-does not know them: `make_compile_friendly` puts them into a model from outside. docs/performance.md has what
-each of them gains.
+does not know them: `make_compile_friendly` puts them into a model from outside. What each of them
+gains: docs/lab/performance.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ process over.
 vLLM is a program of its own and is not imported. A model of ours (or a .gguf file) is exported first, into
 the cache folder under its fingerprint, so that the second start finds it there; a directory in transformers'
 format and `hf:owner/name` are passed on as they are. Options checked against a copy of its sources from about
-release 0.30 (docs/serving_many.md).
+release 0.30 (docs/guide/serving-many.md).
 """
 
 from __future__ import annotations

@@ -33,20 +33,20 @@ class Config:
     hf:owner/name."""
 
     text: str = "boolq,quac,narrativeqa,chitchat"
-    """Documents for the tokenizer and for pre-training, comma-separated."""
+    """Documents for the tokenizer and for pre-training, comma-separated; empty for none."""
     path: str = ""
     """Your own text instead: a file or a directory of .txt, .jsonl, .parquet (column `text`)."""
     dialogues: str = "chitchat"
     """Conversations for SFT and for the prompts of PPO; empty for none."""
     dialogue_format: Format = "auto"
-    """How your own conversations are written; auto: by the columns of each record (docs/alignment.md)."""
+    """How your own conversations are written; auto: by each record's columns (docs/reference/formats.md)."""
     ratings: str = "vader-movies,vader-tweets"
     """Texts with human ratings for the reward model; empty for none."""
     comparisons: str = ""
     """Completions that people ranked, for the reward model (its `comparisons` then names this stage); empty
     for none."""
     comparison_format: PreferenceFormat = "auto"
-    """How your own comparisons are written; auto: by the columns of each record (docs/alignment.md)."""
+    """How your own comparisons are written; auto: by each record's columns (docs/reference/formats.md)."""
     broken: Literal["refuse", "skip"] = "refuse"
     """What happens at a record that cannot be used: the stage ends and names it, or it is left out and
     counted."""
@@ -115,7 +115,7 @@ class Part:
 
 
 def parts_of(config: Config) -> list[Part]:
-    """What is to be written: documents always, the other kinds where the settings name sources."""
+    """What is to be written: the kinds of records that the settings name sources of."""
     dialogues = partial(sources.dialogues, format=config.dialogue_format)
     comparisons = partial(sources.comparisons, format=config.comparison_format)
     share = config.validation
@@ -125,7 +125,7 @@ def parts_of(config: Config) -> list[Part]:
         Part("comparisons-", "comparisons", comparisons, config.comparisons, share),
     ]
     documents = Part("", "documents", sources.documents, config.path or config.text, share)
-    return [documents, *(part for part in others if part.sources)]
+    return [part for part in (documents, *others) if part.sources]
 
 
 def write_part(part: Part, directory: Path, config: Config) -> tuple[dict[str, Any], list[str]]:

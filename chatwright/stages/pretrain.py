@@ -1,6 +1,6 @@
 """Pre-training: predict the next token of raw text.  Radford et al. 2018, section 3.1.
 
-Departures from the papers, each for small budgets and each measured (docs/performance.md):
+Departures from the papers, each for small budgets and each measured (docs/lab/performance.md):
 * Muon for the blocks' matrices (Jordan et al. 2024) instead of AdamW for all.
 * A constant learning rate that falls linearly at the end, instead of a cosine: the length need not be known
   at first.
@@ -63,7 +63,7 @@ class Config:
     tokenizer: str = field(default="tokenizer", metadata={"input": True})
     """The stage, or directory, with tokenizer.json and the token shards."""
     preset: str = "modern-tiny"
-    """Shape of the model: gpt1, gpt2, gpt3-125m, modern-tiny, ... (docs/cli.md lists them)."""
+    """Shape of the model: gpt1, gpt2, gpt3-125m, modern-tiny, ... (docs/reference/cli.md lists them)."""
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of the shape to change, for example {layers: 6}. The vocabulary is always the tokenizer's."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=300.0))
@@ -118,7 +118,7 @@ def fast_step(
     """`step` in the precision and, where that works, the compiled form that the machine offers; and a line
     about it.
 
-    What makes it fast on a CPU, each measured in docs/performance.md: bf16 copies of the matrices (one
+    What makes it fast on a CPU, each measured in docs/lab/performance.md: bf16 copies of the matrices (one
     process `alone`; with several, the plan decides what is cast, and compiles the blocks when they are
     `is_sharded`), attention in blocks, rotary angles computed once, one compiled graph.
     """

@@ -21,7 +21,7 @@ import torch
 from chatwright import runtime
 from chatwright.config import UsageError, UserError
 from chatwright.data.examples import Comparison
-from chatwright.data.records import records_of
+from chatwright.data.records import has_records, records_of
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives.preference import Ties, bradley_terry_loss, pair_accuracy
 from chatwright.train.api import (
@@ -164,7 +164,7 @@ def find_demonstrations(config: Config, workspace: Workspace) -> list[Comparison
         return []
     there = config.data in workspace.inputs or Path(config.data).exists()
     file = records_of(workspace.resolve(config.data)) / "dialogues-train.jsonl" if there else None
-    found = demonstrations(file, DEMONSTRATIONS) if file is not None and file.is_file() else []
+    found = demonstrations(file, DEMONSTRATIONS) if file is not None and has_records(file) else []
     if not found and config.center_on == "demonstrations":
         raise UserError(
             f"center_on demonstrations: {file or config.data} has no conversation with an answer; "

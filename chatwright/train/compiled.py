@@ -2,7 +2,7 @@
 
 Pre-training compiles its whole step for one shape (pretrain.py::fast_step). Conversations and answers have
 ever new lengths; here only the blocks are compiled, with sizes left open, and the same few graphs serve all
-blocks of all models of a stage. What it gains and costs: docs/performance.md.
+blocks of all models of a stage. What it gains and costs: docs/lab/performance.md.
 """
 
 from __future__ import annotations

@@ -149,6 +149,20 @@ def test_busy_loops_run_in_sessions_of_their_own_and_end(benchmark: Callable[[st
             os.kill(pid, 0)
 
 
+@pytest.mark.parametrize(("measure", "work"), [("sft", 8 * 256.0), ("ppo", 64.0)])
+def test_a_unit_of_work_is_done(
+    benchmark: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    measure: str,
+    work: float,
+) -> None:
+    """With the stages as they are now; the others need a compiler, or compile kernels for a large model."""
+    busy = benchmark("busy")
+    monkeypatch.setattr(busy.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    assert busy.MEASURES[measure][0]()() == work
+
+
 def test_what_is_left_beside_busy_loops(
     benchmark: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

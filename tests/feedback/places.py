@@ -15,7 +15,7 @@ SERVER = pytest.param(
         not DATABASE,
         reason=(
             "NO DATABASE SERVER: only SQLite is tested; CHATWRIGHT_TEST_DATABASE=postgresql+psycopg://... "
-            "(docs/serving.md)"
+            "(docs/guide/serving.md)"
         ),
     ),
 )

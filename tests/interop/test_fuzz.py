@@ -26,7 +26,7 @@ def fuzz(*arguments: str) -> str:
 
 
 def test_a_short_campaign() -> None:
-    """Files of every kind; another few hundred than the seed of docs/faults.md makes."""
+    """Files of every kind; another few hundred than the seed of docs/lab/faults.md makes."""
     kinds = ("gguf", "safetensors", "tokenizer", "config", "index")
     out = fuzz("--count", "1000", "--seed", "1", *(word for kind in kinds for word in ("--kind", kind)))
     out += fuzz("--count", "100", "--seed", "1", "--kind", "template").replace("all  ", "both ")

@@ -22,7 +22,7 @@ from chatwright.serve.operation.keys import line_for
 from chatwright.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="these programs are POSIX's")
-MANY = "serving_many.md"
+MANY = "guide/serving-many.md"
 
 
 def needs(program: str) -> pytest.MarkDecorator:
@@ -85,7 +85,7 @@ def test_the_configuration_is_one(balancer: Balancer, check: str, tmp_path: Path
 
 @needs("nginx")
 def test_the_proxy_for_tls_is_one(tmp_path: Path) -> None:
-    location = block("serving.md", "than an answer takes. nginx:")
+    location = block("guide/serving.md", "than an answer takes. nginx:")
     head = f"pid {tmp_path}/pid; error_log {tmp_path}/errors.txt;\nevents {{}}\n"
     (tmp_path / "nginx.conf").write_text(
         f"{head}http {{ access_log off; server {{ listen 127.0.0.1:8080;\n{location}}} }}\n"

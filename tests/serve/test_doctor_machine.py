@@ -198,7 +198,7 @@ def test_a_shape_that_no_format_has(run: Run, shaped: Callable[..., Path]) -> No
     code, out, _ = run("doctor", shaped("modern-nano", context=128, logit_softcap=5.0))
     found = findings(out)
     assert code == 0 and found["export hf"] == found["export gguf"] == "warning"
-    assert out.count("the model has logit_softcap 5.0") == 2 and "docs/export.md" in out
+    assert out.count("the model has logit_softcap 5.0") == 2 and "docs/guide/export.md" in out
 
 
 @pytest.mark.parametrize("form", ["hf", "gguf"])

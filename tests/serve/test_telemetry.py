@@ -208,7 +208,7 @@ def test_every_figure_is_documented_and_every_one_documented_exists(server: Runn
     post(server)
     families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
     real = {family.name + ("_total" if family.type == "counter" else "") for family in families}
-    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "guide" / "serving.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\| `(chatwright_\w+)`", text, re.MULTILINE))
     assert documented == {
         name for name in real if name.startswith("chatwright_") and not name.endswith("_created")

@@ -13,7 +13,7 @@ import pytest
 from serving import DIALOGUES, TinyModel
 
 import chatwright.language_model
-from chatwright.commands.chat import main
+from chatwright.commands.chat import ChatConfig, main
 from chatwright.config import UsageError, UserError, harmless
 
 Chat = Callable[..., tuple[int, str, str]]
@@ -192,4 +192,4 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for option in ("--temperature", "--max_new_tokens", "--system", "--seed", "model"):
         assert option in text
-    assert chat.ChatConfig.__doc__
+    assert ChatConfig.__doc__

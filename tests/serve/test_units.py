@@ -43,7 +43,7 @@ def served(command: str, cwd: Path, env: Mapping[str, str]) -> Iterator[Replica]
 
 @pytest.fixture
 def unit() -> str:
-    return block("serving.md", "A systemd unit")
+    return block("guide/serving.md", "A systemd unit")
 
 
 @pytest.mark.skipif(
@@ -109,7 +109,7 @@ def test_what_the_unit_starts_serves(unit: str, tmp_path: Path, chat_dir: Path) 
 
 @pytest.fixture
 def objects() -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all(block("serving_many.md", "## Kubernetes")))
+    return list(yaml.safe_load_all(block("guide/serving-many.md", "## Kubernetes")))
 
 
 def test_the_objects_are_valid(objects: list[dict[str, Any]]) -> None:

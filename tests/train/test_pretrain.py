@@ -3,6 +3,7 @@ portions."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def test_it_learns_far_more_than_the_frequencies_of_bytes(pretrain_bench: Any, l
     """The bound is what a byte costs under the order-0 frequencies of the held-out text itself."""
     result = files.read_json(pretrain_bench.inputs["pretrain"] / "result.json")
     lines = (pretrain_bench.inputs["data"] / "validation.jsonl").read_text().splitlines()
-    counts = Counter(b"".join(checkpoint.json.loads(line)["text"].encode() for line in lines))
+    counts = Counter(b"".join(json.loads(line)["text"].encode() for line in lines))
     total = sum(counts.values())
     order_0 = -sum(count / total * math.log2(count / total) for count in counts.values())
     assert order_0 > 3.5

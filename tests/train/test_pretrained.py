@@ -1,4 +1,4 @@
-"""Settings that a pretrained base and the proofs in docs/results.md need: its tokenizer, short rows, few
+"""Settings that a pretrained base and the proofs in docs/lab/results.md need: its tokenizer, short rows, few
 labels, many checkpoints."""
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def _check(parts: Loaded, name: str, form: Format) -> Finding:
         plan = plan_hf(parts) if form == "hf" else plan_gguf(parts)
     except UserError as error:
         return Finding(
-            "warning", topic, f"impossible: {error}", "docs/export.md says what each format carries"
+            "warning", topic, f"impossible: {error}", "docs/guide/export.md says what each format carries"
         )
     command = f"chatwright export {name} {'DIR' if form == 'hf' else 'FILE.gguf'} --format {form}"
     reason = _too_much(parts.model.parameter_count())

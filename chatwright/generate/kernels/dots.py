@@ -96,7 +96,8 @@ def _neighbours_added(builder: Any, sums: Any) -> Any:
 
 # --- 8-bit weights, 16-bit activations ----------------------------------------------------------------------
 #
-# Rounding activations to 8 bits costs SmolLM2 0.34 % of its perplexity, to 12 bits 0.007 % (docs/performance.
+# Rounding activations to 8 bits costs SmolLM2 0.34 % of its perplexity, to 12 bits 0.007 %
+# (docs/lab/performance.md);
 # same instructions. A sum of 32 products, at most 127 * 32512 each, fits into 32 bits.
 
 
@@ -241,7 +242,7 @@ def _dots4_neon(builder: Any, weights: Any, rows: list[Any]) -> list[Any]:
 # --- bfloat16 weights ---------------------------------------------------------------------------------------
 #
 # Two sums per row, of even and of odd pairs: with four rows that is as many as hide how long an instruction t
-# activations to bfloat16 is what all others do with such weights; what it costs stands in docs/performance.md
+# activations to bfloat16 is what all others do with such weights; what it costs: docs/lab/performance.md.
 
 
 def _add_bf16_pairs(builder: Any, weights: Any, words: list[Any], sums: list[Any]) -> list[Any]:

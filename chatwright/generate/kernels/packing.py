@@ -8,7 +8,7 @@
 
 An int8 weight is scale * q, q from -127 to 127; an int4 one is least + scale * q, q from 0 to 15. Scales and
 least values are rounded to bfloat16 before the weights are divided by them, so that little is lost by it.
-With int4 the output matrix is int8: in SmolLM2 it is the one matrix that 4 bits harm (docs/performance.md).
+With int4 the output matrix is int8: in SmolLM2 4 bits harm this matrix alone (docs/lab/performance.md).
 `Packed.matrix` reads the packed bytes back: the plain reference of the kernels.
 """
 

@@ -4,7 +4,7 @@
           restart helps.
 /ready    200 when requests should be sent here; 503 with the reason while the default model is not loaded or
           the server stops.
-/metrics  Prometheus' text format (telemetry.py, docs/serving.md).
+/metrics  Prometheus' text format (telemetry.py, docs/guide/serving.md).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Figures for Prometheus: how many requests, how full the batches, how soon the first token, how fast the
 next ones.
 
-The names follow vLLM's, with the prefix `chatwright_`; docs/serving.md lists them. Every application has a
-registry of its own. What can be asked for (queue, counters of the engines, memory) is asked for when
+The names follow vLLM's, with the prefix `chatwright_`; docs/guide/serving.md lists them. Every application
+has a registry of its own. What can be asked for (queue, counters of the engines, memory) is asked for when
 Prometheus comes; what happens (tokens, answers, responses) is counted when it happens.
 """
 

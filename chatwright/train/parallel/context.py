@@ -11,8 +11,8 @@
           in the MLP (Shoeybi et al. 2019, arXiv:1909.08053, section 3); `fsdp` over what is left.
 
 The door is `ParallelContext`: a `Trainer` asks it for everything in which many processes differ from one.
-`ParallelContext` itself is one process alone, `MultiProcess` several. docs/scaling.md says which plan when,
-and how to launch.
+`ParallelContext` itself is one process alone, `MultiProcess` several. docs/guide/many-processes.md says which
+plan when, and how to launch.
 
 Models that only judge or are compared with (`frozen`) are cut as the trained ones are, apart from them: a
 training step does not put them together.

@@ -38,7 +38,7 @@ def start_parallel(
         if config.plan != "auto":
             raise UsageError(
                 f"parallel.plan {config.plan} needs processes that torchrun starts: "
-                "torchrun --nproc-per-node 2 -m chatwright ... (docs/scaling.md)"
+                "torchrun --nproc-per-node 2 -m chatwright ... (docs/guide/many-processes.md)"
             )
         arrange(config, 1, 1)  # refuses settings of plans that are not chosen
         return SINGLE_PROCESS

@@ -2,8 +2,8 @@
 with the arithmetic.
 
 Memory is what a dry run on fake tensors finds (dry_run.py) and what the allocator adds to it; time is the sum
-of the dry run's operations, each timed on this machine (timing.py). docs/plan.md compares both with what then
-happened.
+of the dry run's operations, each timed on this machine (timing.py). docs/lab/plan.md compares both with what
+then happened.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROGRAM = 2.5e8
 """Bytes of Python, torch and this program themselves; on a GPU they are not in its memory."""
 RECORDS = 2.5e8
 """Bytes of conversations, ratings and rows of tokens, which all but pre-training hold as Python's objects:
-those of the default data, by what stages took alone (docs/plan.md). Token shards are memory-mapped."""
+those of the default data, by what stages took alone (docs/lab/plan.md). Token shards are memory-mapped."""
 
 EAGER = (1.40, 1e8)
 """Allocator, factor and bytes: live tensors leave holes in glibc's heap that do not all fit what comes next;
@@ -220,7 +220,7 @@ def _refusal(planned: PlannedStage, plan: Plan) -> UserError:
     elif plan.micro > 1:
         advice = f"{planned.stage}.fit.micro_batch 0 lets the plan choose a smaller one"
     elif fixed > 0.7 * plan.available:
-        advice = "a smaller shape, or several processes that share it (docs/scaling.md)"
+        advice = "a smaller shape, or several processes that share it (docs/guide/many-processes.md)"
     else:
         advice = "a shorter context (model.context), a smaller vocabulary or shape"
     return UserError(

@@ -76,7 +76,7 @@ class RLConfig:
     """Largest share of an answer's bigrams that may have occurred in it before."""
     min_correlation: float = 0.6
     """Refuse a reward model whose held-out correlation with the ratings is lower. At 0.36 answers collapsed
-    to two tokens, at 0.617 and 0.668 PPO worked (docs/results.md)."""
+    to two tokens, at 0.617 and 0.668 PPO worked (docs/lab/results.md)."""
     min_distinct: float = 0.8
     """A checkpoint is kept as the best only if distinct-2 is at least this share of the first round's."""
     save_steps: int = 10
