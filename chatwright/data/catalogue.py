@@ -5,6 +5,7 @@ An entry point's name is that of the data set, its value a `Source`. It is impor
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,5 +152,9 @@ def find(name: str) -> Source | None:
 
 
 def catalogue() -> list[Source]:
-    """All data sets that have a name. Raises UserError for one that cannot be loaded."""
-    return [source for name in names() if (source := find(name)) is not None]
+    """All data sets that have a name, without those of packages that cannot be loaded."""
+    found: list[Source | None] = []
+    for name in names():
+        with contextlib.suppress(UserError):
+            found.append(find(name))
+    return [source for source in found if source is not None]

@@ -24,7 +24,7 @@ from chatwright.data.examples import Dialogue
 from chatwright.data.records import read_records, records_of
 from chatwright.evaluate.answers import bootstrap_interval, mean_kl, side_by_side
 from chatwright.evaluate.best_of_n import Samples, at_kl, best_of_n, optima, point, sizes
-from chatwright.metrics import Metric, progress_bar
+from chatwright.metrics import progress_bar
 from chatwright.model.attention import plain_attention
 from chatwright.model.heads import ScalarModel
 from chatwright.train.api import (
@@ -32,6 +32,7 @@ from chatwright.train.api import (
     ChatBase,
     Curve,
     Measure,
+    Metric,
     ParallelConfig,
     ParallelContext,
     Report,

@@ -15,29 +15,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from chatwright import runtime
-from chatwright.chat import ChatTemplate, Message
+from chatwright.chat import Message
 from chatwright.config import UsageError, UserError
 from chatwright.data.examples import LabelledText
-from chatwright.data.records import read_records, records_of
-from chatwright.data.sources import split_of
-from chatwright.metrics import Metric
+from chatwright.data.records import records_of
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives.preference import logistic_loss
-from chatwright.tokenizer import Tokenizer
 from chatwright.train.api import (
+    ANSWERS_PER_SECOND,
+    LOOP_METRICS,
+    LOSS_TROUBLE,
     Curve,
     FitConfig,
     Fitted,
     LoRAConfig,
     Measure,
+    Metric,
     OptimConfig,
     Report,
     SampleOrder,
@@ -50,10 +50,10 @@ from chatwright.train.api import (
     say,
     start_training,
 )
-from chatwright.train.loop_metrics import ANSWERS_PER_SECOND, LOOP_METRICS, LOSS_TROUBLE
 from chatwright.train.preference import calibration
 from chatwright.train.preference.measures import correlation, example_scores
-from chatwright.train.preference.rankings import encode_answer, first_prompts, padded
+from chatwright.train.preference.rankings import first_prompts
+from chatwright.train.preference.rated_texts import Parts, TextBatch, Texts, are_good, load_texts
 from chatwright.train.preference.scalar import PURPOSE, scalar_program, scalar_trainer
 from chatwright.train.trainer import Trainer
 
@@ -93,49 +93,6 @@ class Config:
             raise UsageError(f"neutral {self.neutral:g} must be at least 0")
 
 
-@dataclass(frozen=True)
-class TextBatch:
-    """One row per text, padded on the right."""
-
-    ids: Int[Tensor, "rows time"]
-    mask: Bool[Tensor, "rows time"]
-    positive: Bool[Tensor, " rows"]
-
-    @property
-    def weight(self) -> float:
-        """Number of texts."""
-        return float(len(self.positive))
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Rated texts behind prompts, in an order that depends on the seed and the index alone."""
-
-    texts: Sequence[LabelledText]
-    prompts: Sequence[tuple[Message, ...]]
-    template: ChatTemplate
-    tokenizer: Tokenizer
-    config: Config
-    order: SampleOrder
-
-    def take(self, start: int, count: int) -> TextBatch:
-        """Samples start ... start + count - 1."""
-        numbers = self.order.take(start, count)
-        asked = [
-            self.prompts[(number + start + place) % len(self.prompts)] for place, number in enumerate(numbers)
-        ]
-        return self.batch([self.texts[number] for number in numbers], asked)
-
-    def batch(self, texts: Sequence[LabelledText], prompts: Sequence[Sequence[Message]]) -> TextBatch:
-        """These texts behind these prompts as tensors."""
-        rows = [
-            encode_answer(prompt, one.text, self.template, self.tokenizer, self.config.max_tokens)
-            for one, prompt in zip(texts, prompts, strict=True)
-        ]
-        ids, mask = padded(rows, self.tokenizer)
-        return TextBatch(ids, mask, torch.tensor([one.label > self.config.threshold for one in texts]))
-
-
 def step(model: ScalarModel, batch: TextBatch) -> Step:
     """Cross entropy of good and bad; accuracy beside it."""
     scores = model.score(batch.ids, batch.mask)
@@ -153,56 +110,6 @@ def scores_of(model: ScalarModel, texts: Texts, chosen: Sequence[LabelledText]) 
         batch = runtime.on_device(texts.batch(part, asked))
         found.append(model.score(batch.ids, batch.mask).float().cpu())
     return torch.cat(found)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Rated texts that are good or bad: what is learnt from, what the scale is fitted to, what is
-    measured."""
-
-    train: list[LabelledText]
-    calibration: list[LabelledText]
-    held_out: list[LabelledText]
-    all_held_out: list[LabelledText]
-    """The neutral ones among them."""
-
-    def __str__(self) -> str:
-        """How many of each."""
-        train, apart, held_out = len(self.train), len(self.calibration), len(self.held_out)
-        return f"{train:,} texts, {apart:,} to calibrate with, {held_out:,} held out"
-
-
-def load_texts(config: Config, records: Path) -> Parts:
-    """The texts of a data stage. Raises UserError when one side lacks good or bad ones."""
-
-    def clear(texts: list[LabelledText]) -> list[LabelledText]:
-        return [
-            one for one in texts if abs(one.label - config.threshold) > config.neutral or config.neutral == 0
-        ]
-
-    learnt = clear(list(read_records(records / "ratings-train.jsonl", LabelledText)))
-    everything = list(read_records(records / "ratings-validation.jsonl", LabelledText))
-    sides = [split_of(f"calibration:{one.id}", config.calibration) for one in learnt]
-    train, apart = (
-        [one for one, side in zip(learnt, sides, strict=True) if side == wanted]
-        for wanted in ("train", "validation")
-    )
-    parts = Parts(train, apart, clear(everything), everything)
-    for name in ("train", "calibration", "held_out"):
-        good = sum(one.label > config.threshold for one in getattr(parts, name))
-        if not 0 < good < len(getattr(parts, name)):
-            raise UserError(
-                f"classifier: of {len(getattr(parts, name))} texts for {name} {good} are good: both kinds "
-                "are needed; set "
-                f"`threshold` (now {config.threshold:g}) to a rating between good and bad, `neutral` lower, "
-                "or add ratings"
-            )
-    return parts
-
-
-def are_good(texts: Sequence[LabelledText], config: Config) -> Bool[Tensor, " n"]:
-    """Which of the texts people called good."""
-    return torch.tensor([one.label > config.threshold for one in texts])
 
 
 PLAN = StagePlan(build=scalar_program, rows=lambda config, shape: (1, config.max_tokens))

@@ -21,17 +21,21 @@ from torch import Tensor
 from chatwright import runtime
 from chatwright.config import UsageError
 from chatwright.data.shards import TokenShards
-from chatwright.metrics import Metric
 from chatwright.model.compile_friendly import make_compile_friendly
 from chatwright.model.gpt import GPT
 from chatwright.objectives.language import chunked_next_token_loss
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.api import (
+    FLOP_METRICS,
+    LOOP_METRICS,
+    LOSS_TROUBLE,
+    TOKENS_PER_SECOND,
     Curve,
     FitConfig,
     Fitted,
     GPTConfig,
     Measure,
+    Metric,
     OptimConfig,
     ParallelConfig,
     PlannedStage,
@@ -49,7 +53,6 @@ from chatwright.train.api import (
     training_flop,
 )
 from chatwright.train.held_out import held_out_bits_per_byte, held_out_nats, held_out_rows
-from chatwright.train.loop_metrics import FLOP_METRICS, LOOP_METRICS, LOSS_TROUBLE, TOKENS_PER_SECOND
 from chatwright.train.precision import WorkingCopy
 
 

@@ -22,17 +22,21 @@ from chatwright import runtime
 from chatwright.config import UsageError, UserError
 from chatwright.data.examples import Comparison
 from chatwright.data.records import has_records, records_of
-from chatwright.metrics import Metric
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives.preference import Ties, bradley_terry_loss, pair_accuracy
 from chatwright.train.api import (
+    ANSWERS_PER_SECOND,
+    FLOP_METRICS,
     INSTRUCT,
+    LOOP_METRICS,
+    LOSS_TROUBLE,
     Answered,
     Curve,
     FitConfig,
     Fitted,
     LoRAConfig,
     Measure,
+    Metric,
     OptimConfig,
     Paper,
     ParallelConfig,
@@ -47,7 +51,6 @@ from chatwright.train.api import (
     start_training,
     training_flop,
 )
-from chatwright.train.loop_metrics import ANSWERS_PER_SECOND, FLOP_METRICS, LOOP_METRICS, LOSS_TROUBLE
 from chatwright.train.preference import measures, reward_report
 from chatwright.train.preference.rankings import (
     RankedBatch,
@@ -241,6 +244,12 @@ def records_read(config: Config) -> dict[str, str]:
     return {"comparisons": config.comparisons} if config.comparisons else {"ratings": config.data}
 
 
+def compare_scores(config: Config, workspace: Workspace, report: Report) -> Answered:
+    """The margin of the better one of ten held-out pairs, before training and after."""
+    held_out = load_split(config, workspace).held_out
+    return reward_report.compare_scores(config, workspace, str(report.model), held_out)
+
+
 METRICS = (
     Metric(
         "loss",
@@ -275,13 +284,6 @@ METRICS = (
     ANSWERS_PER_SECOND,
     *FLOP_METRICS,
 )
-
-
-def compare_scores(config: Config, workspace: Workspace, report: Report) -> Answered:
-    """The margin of the better one of ten held-out pairs, before training and after."""
-    held_out = load_split(config, workspace).held_out
-    return reward_report.compare_scores(config, workspace, str(report.model), held_out)
-
 
 STAGE = Stage(
     config=Config,

@@ -23,19 +23,24 @@ from chatwright.data.chat_rows import Rows, check_end_is_learnt, learnt_tokens, 
 from chatwright.data.packing import ChatBatch, PackedRow, batch_rows
 from chatwright.data.picture import legend, row_picture
 from chatwright.data.records import records_of
-from chatwright.metrics import Metric, console
+from chatwright.metrics import console
 from chatwright.model.compile_friendly import make_compile_friendly
 from chatwright.model.gpt import GPT
 from chatwright.objectives.language import chunked_next_token_loss
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.api import (
+    FLOP_METRICS,
     INSTRUCT,
+    LOOP_METRICS,
+    LOSS_TROUBLE,
+    TOKENS_PER_SECOND,
     ChatBase,
     Curve,
     FitConfig,
     Fitted,
     GPTConfig,
     LoRAConfig,
+    Metric,
     OptimConfig,
     Paper,
     ParallelConfig,
@@ -58,7 +63,6 @@ from chatwright.train.api import (
     write_adapter,
 )
 from chatwright.train.compiled import compile_blocks
-from chatwright.train.loop_metrics import FLOP_METRICS, LOOP_METRICS, LOSS_TROUBLE, TOKENS_PER_SECOND
 
 
 @dataclass(frozen=True)

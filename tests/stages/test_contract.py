@@ -112,7 +112,7 @@ def test_a_stage_with_an_optimiser_can_be_planned(name: str) -> None:
     planned = PlannedStage(name, stage.plan, TINY, config)
     plan, operations = predict(planned, micro=1)
     assert plan.parameters > 0 and plan.flop > 0 and operations
-    assert min(plan.memory.get(part, 0.0) for part in ("weights", "gradients", "optimiser")) > 0
+    assert min(plan.memory.get(part, 0.0) for part in ("weights", "optimiser")) > 0
     rows, length = planned.rows
     assert rows >= 1 and length >= 1
 
@@ -182,9 +182,8 @@ def test_the_help_of_all_verbs_fits_a_hundred_columns() -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_the_documents_have_it(name: str) -> None:
-    pages = [ROOT / "docs" / "reference" / "cli.md", ROOT / "docs" / "cli.md"]
-    text = "".join(page.read_text(encoding="utf-8") for page in pages if page.is_file())
-    assert f"\n## {name}\n" in text, "make docs"
+    text = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    assert re.search(f"^#+ {name}$", text, re.MULTILINE), "make docs"
 
 
 def test_former_names_of_stages_tell_the_new_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
