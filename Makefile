@@ -11,7 +11,7 @@ ARGS   ?=
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart chat serve check test test-all test-rounding docs clean browser peers bench-train bench-learn bench-plan bench-encode bench-generate bench-serve bench-align
+.PHONY: help install install-dev quickstart chat serve check test test-all test-rounding docs clean browser peers bench-train bench-learn bench-plan bench-encode bench-generate bench-serve bench-align bench-busy
 
 help:
 	@echo "make quickstart   install, fetch data, train the whole road (10 to 20 minutes on 2 cores)"
@@ -68,12 +68,15 @@ peers: $(VENV)/.installed-peers
 browser:
 	@sh scripts/install_browser.sh
 
+# Two workers with one thread each; at the end the slowest twenty tests, and the total with the machine that it was measured on.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 --durations-min=5
+
 test: check browser peers
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # With the tests marked `slow`: longer forms of what `make test` covers in short.
 test-all: check browser peers
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 # Tests of what training achieves, with other seeds and other rounding; a table of what each found (CONTRIBUTING.md).
 test-rounding: install-dev
@@ -121,6 +124,9 @@ bench-align: $(VENV)/.installed-bench
 
 bench-serve: install-dev
 	$(BIN)/python benchmarks/serve.py $(ARGS)
+
+bench-busy: install-dev
+	$(BIN)/python benchmarks/busy.py --spin now old $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -61,7 +61,7 @@ from chatwright.chat import NATIVE, EncodedChat
 from chatwright.data.examples import Comparison, Dialogue
 from chatwright.data.loader import SampleOrder
 from chatwright.data.packing import batch_rows, cut_dialogue, pack
-from chatwright.data.records import records_of
+from chatwright.data.records import read_records, records_of
 from chatwright.interop.hf_export import config_to_hf, plan_hf
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
@@ -133,7 +133,7 @@ def tokenizer() -> Tokenizer:
 
 def dialogues() -> list[Dialogue]:
     """The tiny recipe's conversations."""
-    return list(sft.read_records(records_of(RUN / "data") / "dialogues-train.jsonl", Dialogue))
+    return list(read_records(records_of(RUN / "data") / "dialogues-train.jsonl", Dialogue))
 
 
 def pieces(shape: Shape) -> list[EncodedChat]:
@@ -195,7 +195,7 @@ def trainer(modules: dict[str, nn.Module]) -> Trainer:
     """The stages' own."""
     runtime.tune_allocator()
     workspace = Workspace(Path(tempfile.mkdtemp(prefix="bench-align-")), 3)
-    return Trainer(modules, OptimConfig(name="adamw", learning_rate=RATE), workspace, card={}, texts={})
+    return Trainer(modules, OptimConfig(name="adamw", learning_rate=RATE), workspace, metadata={}, texts={})
 
 
 def warmed(one_round: Callable[[], float]) -> Callable[[], float]:

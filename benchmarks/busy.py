@@ -106,7 +106,7 @@ def pretrain() -> Callable[[], float]:
     runtime.tune_allocator()
     model = tiny_model().train()
     optim = OptimConfig(learning_rate=0.03, matrix_learning_rate=0.02, momentum=0.8, beta1=0.8)
-    trainer = Trainer({"model": model}, optim, workspace(), card={}, texts={})
+    trainer = Trainer({"model": model}, optim, workspace(), metadata={}, texts={})
     step, _, line = stage.fast_step(model, FitConfig(steps=1), alone=True)
     print(f"  {line}")
     draw = torch.Generator().manual_seed(7)
@@ -132,7 +132,7 @@ def sft() -> Callable[[], float]:
 
     runtime.tune_allocator()
     model = tiny_model().train()
-    trainer = Trainer({"model": model}, OptimConfig(name="adamw"), workspace(), card={}, texts={})
+    trainer = Trainer({"model": model}, OptimConfig(name="adamw"), workspace(), metadata={}, texts={})
     draw, dtype, length = torch.Generator().manual_seed(7), runtime.compute_dtype(), 256
 
     def conversation() -> EncodedChat:
@@ -177,9 +177,12 @@ def ppo() -> Callable[[], float]:
     config = stage.Config(
         batch_size=64, minibatch_size=16, max_new_tokens=32, optim=OptimConfig(name="adamw")
     )
-    judge = ScalarModel(base.model.config)
     models = make_models(
-        base, judge, config.critic, precision=config.precision, policy_precision=config.policy_precision
+        base,
+        ScalarModel(base.model.config),
+        config.critic,
+        precision=config.precision,
+        policy_precision=config.policy_precision,
     )
     place = workspace()
     trainer = training.trainer_of(models, config, place, base, {})
@@ -324,7 +327,7 @@ def environment(spin: str) -> Mapping[str, str]:
 def measured(
     name: str, spins: Sequence[str], rounds: int, seconds: float
 ) -> dict[str, list[dict[str, float]]]:
-    """PolicyTraining in turns; the samples by `SPIN/LOOPS`."""
+    """Rounds in turns; the samples by `SPIN/LOOPS`."""
     samples: dict[str, list[dict[str, float]]] = {f"{spin}/{loops}": [] for spin in spins for loops in LOOPS}
     with contextlib.ExitStack() as stack:
         contestants = {}

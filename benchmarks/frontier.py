@@ -31,6 +31,7 @@ from chatwright import files, pipeline, runtime
 from chatwright import recipe as recipes
 from chatwright.config import UserError
 from chatwright.data import sources
+from chatwright.evaluate.best_of_n import at_kl
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
 from chatwright.metrics import say
@@ -202,7 +203,7 @@ def at_equal_kl(
 ) -> float | None:
     """By how much a policy is above best-of-n at the same KL; None beyond the largest n."""
     points = [(point["kl"], point[measure]) for point in (curve or {}).values()]
-    level = best_of_n.at_kl(points, row["kl"])
+    level = at_kl(points, row["kl"])
     return None if level is None else row[measure] - level
 
 

@@ -128,7 +128,7 @@ def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
     before = resident("VmRSS")
     model = GPT(shape).to(runtime.device())
     with tempfile.TemporaryDirectory() as directory:
-        trainer = Trainer({"model": model}, config.optim, Workspace(Path(directory)), card={}, texts={})
+        trainer = Trainer({"model": model}, config.optim, Workspace(Path(directory)), metadata={}, texts={})
         step, dtype, _ = pretrain.fast_step(model, config.fit, alone=True)
         with runtime.evaluating(model), runtime.autocast(dtype):
             pretrain._sum_of(

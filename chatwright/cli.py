@@ -1,4 +1,4 @@
-"""The command line: a verb is a file of commands/ or stages/, imported when it is used, and nothing else."""
+"""The command line: each verb is a file of commands/ or stages/; only the verb that is used is imported."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def usage() -> str:
         "The road of the GPT lineage, from raw text to an aligned chat model.",
     ]
     lines += ["", "Commands:"]
-    lines += [f"  {name:10} {commands[name].summary()}" for name in (*FIRST, *others)]
+    width = max(map(len, (*commands, *stages)))
+    lines += [f"  {name:{width}} {commands[name].summary()}" for name in (*FIRST, *others)]
     lines += ["", "Stages (chatwright run RECIPE runs several, in order):"]
-    lines += [f"  {name:10} {verb.summary()}" for name, verb in stages.items()]
+    lines += [f"  {name:{width}} {verb.summary()}" for name, verb in stages.items()]
     lines += ["", "chatwright VERB --help tells more. Exit codes: 0 done, 1 failed, 2 wrong arguments."]
     return "\n".join(lines)
 
@@ -41,7 +42,7 @@ def _run(verb: str, arguments: Sequence[str]) -> int:
     if command is not None:
         return int(command.load().main(arguments))
     if discovery.current_name(verb) not in discovery.stages():
-        raise UsageError(f"no verb is called {verb!r}{near_match(verb, verbs())}")
+        raise UsageError(f"no verb is called {verb!r}{near_match(discovery.current_name(verb), verbs())}")
     from chatwright.commands._stage import main as run_stage
 
     return run_stage(verb, arguments)
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("chatwright: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read has left. What is still in the buffer must not fail once more when Python ends.
+        # The reader of the pipe has gone. Without this, flushing the buffer at exit would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

@@ -1,8 +1,8 @@
-"""Settings: a frozen dataclass <- YAML file <- `--key value`, through jsonargparse.
+"""Settings: a frozen dataclass, filled from a YAML file and `--key value` options by jsonargparse.
 
-A stage declares its settings as a dataclass whose fields carry a docstring each; the docstrings are the
-command line's help. Unknown keys fail and name the nearest known one. Also here: the two errors that are
-meant for people.
+A stage declares its settings as a dataclass whose fields each have a docstring, which is the command line's
+help. Unknown keys fail; the error names the nearest known key. This file also defines the two errors that are
+shown to users.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ Config = TypeVar("Config")
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend. The message says what, where, and what to do. Exit code
-    1.
+    """An error that the user can fix. The message says what is wrong, where, and what to do. Exit code 1.
 
-    It may speak of names out of files of others: as text it is one line that cannot move a terminal's cursor.
+    The message may contain names from untrusted files: as text it is one line without control characters.
     """
 
     def __str__(self) -> str:
@@ -40,7 +39,7 @@ class UsageError(UserError):
 
 
 USAGE_ERRORS = (argparse.ArgumentError, TypeError, ValueError, OSError)
-"""What jsonargparse raises for arguments that are wrong."""
+"""What jsonargparse raises for wrong arguments."""
 
 
 def parse(
@@ -52,8 +51,8 @@ def parse(
     defaults: Mapping[str, Any] | None = None,
     positionals: Mapping[str, str] | None = None,
 ) -> tuple[Config, dict[str, Any]]:
-    """Settings of type `cls` from `--config FILE` and `--key value`, over `defaults` over the dataclass's
-    own.
+    """Settings of type `cls` from `--config FILE` and `--key value`. These override `defaults`, and
+    `defaults` override the dataclass's own.
 
     `positionals` maps the name of each leading positional argument to its help; a name that ends in `?` is
     optional, one that ends in `+` takes one or more. Returns the settings and the positionals. `--help`
@@ -73,10 +72,10 @@ def parse_all(
     positionals: Mapping[str, str] | None = None,
     renamed: Mapping[str, str] | None = None,
 ) -> tuple[list[Any], dict[str, Any]]:
-    """`parse` for settings that several classes hold side by side; an instance of each, and the positionals.
+    """`parse` for the settings of several classes together; returns an instance of each, and the positionals.
 
-    `renamed` maps former names of settings of the first class to their names now. The former ones are read as
-    well, and a line on standard error names the new one.
+    `renamed` maps former names of settings of the first class to their names now. Former names are accepted,
+    and a line on standard error names the new one.
     """
     parser = make_parser(prog, description, positionals)
     for cls in classes:
@@ -125,13 +124,12 @@ def make_parser(prog: str, description: str, positionals: Mapping[str, str] | No
 
 
 def _bare(name: str) -> str:
-    """A positional argument's name without the mark that says how many there may be."""
+    """A positional argument's name without its mark `?` or `+`."""
     return name.rstrip("?+")
 
 
 def parse_given(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
-    """The values that `argv` gives, without any defaults, nested by the dots of their names. Raises
-    UsageError."""
+    """The values given in `argv`, without defaults, nested at the dots of their names. Raises UsageError."""
     swallowed = io.StringIO()
     try:
         with redirect_stderr(swallowed):
@@ -146,7 +144,7 @@ def parse_given(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def rename_settings(values: Mapping[str, Any], renamed: Mapping[str, str], *, where: str) -> dict[str, Any]:
-    """`values` with former names of settings replaced by those of now; a line on standard error for each.
+    """`values` with former names of settings replaced by the current ones; a line on standard error for each.
 
     Raises UsageError when both names of a setting are given.
     """
@@ -164,7 +162,7 @@ def rename_settings(values: Mapping[str, Any], renamed: Mapping[str, str], *, wh
 
 
 def _switches(cls: Any, prefix: str = "--") -> set[str]:
-    """The options that are true or false, those of nested settings included."""
+    """The boolean options, those of nested settings included."""
     import typing
 
     found: set[str] = set()
@@ -177,7 +175,7 @@ def _switches(cls: Any, prefix: str = "--") -> set[str]:
 
 
 def _with_values(argv: Sequence[str], switches: set[str]) -> list[str]:
-    """`--force` alone means `--force true`."""
+    """`argv` with `=true` added to boolean options without a value: `--force` means `--force true`."""
     values = ("true", "false", "yes", "no")
     alone = [number + 1 == len(argv) or argv[number + 1].lower() not in values for number in range(len(argv))]
     return [f"{one}=true" if one in switches and bare else one for one, bare in zip(argv, alone, strict=True)]
@@ -221,7 +219,7 @@ def check_keys(values: Iterable[str], known: Sequence[str], *, where: str) -> No
 
 
 def near_match(word: str, known: Sequence[str]) -> str:
-    """'; did you mean X?' or '; known: ...' to end an error message with."""
+    """The end of an error message: '; did you mean X?' or '; known: ...'."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
@@ -273,7 +271,7 @@ def _one_line(text: str) -> str:
 
 
 def _explain(message: str, options: list[str]) -> str:
-    """jsonargparse's message in one line, with the nearest option where one is unknown."""
+    """jsonargparse's message in one line; for an unknown option, the nearest known one is named."""
     text = _one_line(message)
     unknown = re.search(r"[Uu]nrecognized arguments?: (?:--)?([\w.\-]+)", text) or re.search(
         r"[Kk]ey '([\w.\-]+)' is not expected|does not accept nested key '([\w.\-]+)'", text
@@ -296,11 +294,11 @@ def fail(error: BaseException, *, debug: bool) -> int:
 
 
 def harmless(text: str) -> str:
-    """`text` with control characters made visible, except newline and tab. Carriage returns go."""
+    """`text` with visible signs for control characters except newline and tab, without carriage returns."""
     return text.translate(_PICTURES)
 
 
 _PICTURES: dict[int, str | None] = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 _PICTURES |= {0x7F: "\u2421", 0x0D: None} | dict.fromkeys(range(128, 160), "�")
-# Line and paragraph separators, and the marks that turn the direction of the text around what follows them.
+# Line and paragraph separators, and the marks that change the direction of the text after them.
 _PICTURES |= dict.fromkeys((8232, 8233, *range(8234, 8239), *range(8294, 8298)), "�")

@@ -1,8 +1,8 @@
-"""A recipe's stages, one after the other; what is finished is skipped, what was interrupted goes on.
+"""Runs a recipe's stages one after the other: finished ones are skipped, interrupted ones are resumed.
 
-Which stages there are, and in which order they come: recipe.py. A stage is finished when its directory has a
-`result.json` whose fingerprint - settings, seed, and the fingerprints of its inputs - is the one that would
-be made now. A stage whose settings have changed is run again; what it made before is moved aside.
+recipe.py defines the stages and their order. A stage is finished if its directory has a `result.json` whose
+fingerprint (of settings, seed, and the fingerprints of the inputs) equals the current one. A stage whose
+settings have changed is run again; its earlier directory is renamed.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from chatwright.train.workspace import Report, Unhealthy, Workspace
 
 
 def fingerprint(stage: RecipeStage, seed: int, inputs: Mapping[str, Path]) -> str:
-    """Sixteen hexadecimal digits of what a stage's result depends on: not on how processes shared the work.
+    """Hash (sixteen hexadecimal digits) of all that a stage's result depends on. `parallel` is left out: how
+    processes share the work does not matter.
 
-    Stages and settings count by their former names where they have been renamed: a rename alone runs nothing
-    again.
+    Renamed stages and settings enter the hash under their former names, so that a rename alone does not run a
+    stage again.
     """
     settings = to_plain(stage.config)
     settings.pop("parallel", None)
@@ -65,9 +66,9 @@ def run_stage(
     prompt: str,
     reporting: Reporting | None = None,
 ) -> dict[str, Any]:
-    """Run one stage in its directory, or take its finished result; returns the content of result.json.
+    """Run one stage in its directory, or read its finished result; returns the content of result.json.
 
-    Under torchrun every process calls this. Stages that cannot share their work are left to the first one.
+    Under torchrun every process calls this. A stage that cannot run in parallel runs on rank 0 alone.
     """
     if hasattr(stage.config, "parallel") or runtime.is_rank_zero():
         workspace = Workspace(
@@ -92,7 +93,7 @@ def _run_stage(stage: RecipeStage, workspace: Workspace, *, prompt: str) -> None
             return False
         say(f"[{stage.name}]")
         directory.mkdir(parents=True, exist_ok=True)
-        _Clock(directory / "clock.json", mark)  # first: it says whose directory this is
+        _Clock(directory / "clock.json", mark)  # first: it marks the directory with the fingerprint
         write_text(directory / "config.yaml", to_yaml({"use": stage.verb, **to_plain(stage.config)}))
         return True
 
@@ -134,7 +135,7 @@ def _run_stage(stage: RecipeStage, workspace: Workspace, *, prompt: str) -> None
 
 
 def _result(stage: RecipeStage, workspace: Workspace, report: Report, clock: _Clock) -> dict[str, Any]:
-    """What a stage reports, as it stands in result.json."""
+    """A stage's report in the form of result.json."""
     spent = {"seconds": clock.seconds, "joules": clock.joules, "memory_bytes": runtime.peak_memory_bytes()}
     closed = extras.close(stage.stage, stage.config, workspace, report, spent)
     return {
@@ -152,7 +153,7 @@ def _result(stage: RecipeStage, workspace: Workspace, report: Report, clock: _Cl
 
 
 class _Clock:
-    """Seconds and joules a stage has taken, interruptions left out; kept on disk between attempts."""
+    """Seconds and joules that a stage has taken, without interruptions; stored on disk between attempts."""
 
     def __init__(self, file: Path, mark: str) -> None:
         self.file, self.mark, self.started = file, mark, time.monotonic()
@@ -172,9 +173,8 @@ class _Clock:
         return self.burnt
 
     def stop(self) -> None:
-        with contextlib.suppress(
-            UserError
-        ):  # a full disk: what ended the stage is the error to tell, not this
+        # On a full disk this fails too; the error that ended the stage is the one to report.
+        with contextlib.suppress(UserError):
             self._write(self.seconds)
 
     def _write(self, seconds: float) -> None:
@@ -183,7 +183,7 @@ class _Clock:
 
 
 def _make_way(directory: Path, mark: str) -> None:
-    """Move a directory aside that was made, or begun, with other settings."""
+    """Rename a directory that was made, or begun, with other settings."""
     file = directory / "clock.json"
     if not directory.exists() or all(file.name.startswith(".") for file in directory.iterdir()):
         return
@@ -202,7 +202,7 @@ def _make_way(directory: Path, mark: str) -> None:
 def run_recipe(
     recipe: Recipe, root: Path, *, until: str = "", reporting: Reporting | None = None
 ) -> dict[str, dict[str, Any]]:
-    """All stages of a recipe under `root`; writes the run's report and returns the results by stage."""
+    """Run all stages of a recipe under `root`; writes the run's report and returns the results by stage."""
     if until:
         check_keys([until], list(recipe.stages), where="until")
     runtime.set_threads()

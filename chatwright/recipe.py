@@ -1,6 +1,6 @@
-"""Recipes: which stages there are, in which order they come, and with which settings.
+"""Recipes: the stages of a run, their order and their settings.
 
-A stage's settings name the stages it needs (fields marked as inputs), and these make the order.
+A stage's settings name the stages that it needs (fields marked as inputs); the order follows from these.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from chatwright.config import (
     read_yaml,
     rename_settings,
 )
-from chatwright.discovery import current_name, stage_verb
+from chatwright.discovery import current_name, stage_verb, tell_new_name
 from chatwright.model.config import GPTConfig
 from chatwright.train.planning.program import PlannedStage
 from chatwright.train.stage import Stage, stage_of
@@ -38,12 +38,12 @@ class RecipeStage:
 
     name: str
     verb: str
-    """The stage's name as the command line has it (discovery.py)."""
+    """The stage's name on the command line (discovery.py)."""
     config: Any
 
     @property
     def inputs(self) -> list[str]:
-        """What its settings name as inputs: stages or paths."""
+        """The inputs that its settings name: stages or paths."""
         return input_names(self.config)
 
     @property
@@ -54,7 +54,7 @@ class RecipeStage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole road."""
+    """The stages of a whole run, with its seed and its prompt for samples."""
 
     name: str
     stages: dict[str, RecipeStage]
@@ -63,8 +63,7 @@ class Recipe:
 
 
 def input_names(config: Any) -> list[str]:
-    """The values of a configuration's input fields, without those that name nothing (`words` of the
-    field)."""
+    """The values of a configuration's input fields, except those that name no input (the field's `words`)."""
     fields = [f for f in dataclasses.fields(config) if f.metadata.get("input")]
     return [value for f in fields if (value := getattr(config, f.name)) not in f.metadata.get("words", ())]
 
@@ -75,12 +74,12 @@ def find_stage(verb: str, *, where: str = "") -> Stage:
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe file by path, or by its bare name out of the package (`tiny`). Raises UsageError."""
+    """A recipe file by path, or a built-in one by its name (`tiny`). Raises UsageError."""
     path = Path(name)
     if path.is_file():
         return path
     packaged = resources.files("chatwright") / "recipes"
-    beside = Path(__file__).parent.parent / "recipes"  # a checkout keeps them at its top
+    beside = Path(__file__).parent.parent / "recipes"  # their place in a checkout of the repository
     for folder in (Path(str(packaged)), beside):
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
@@ -98,6 +97,7 @@ def read_recipe(path: Path, overrides: Mapping[str, Mapping[str, Any]]) -> Recip
     for name, settings in entries.items():
         verb, stage = _stage_named(name, settings, path)
         where = f"{path}: {name}"
+        tell_new_name(str(settings.get("use", name)), where=where)
         given = {key: value for key, value in settings.items() if key != "use"}
         merged = _merge(rename_settings(given, stage.renamed, where=where), overrides.get(name, {}))
         merged = rename_settings(merged, stage.renamed, where=where)
@@ -123,7 +123,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 
 def _stage_named(name: str, settings: Mapping[str, Any], path: Path) -> tuple[str, Stage]:
-    """The verb, and its STAGE, of an entry of a recipe: what `use` says, or the entry's name. Raises
+    """The verb of a recipe's entry (its `use`, else the entry's name), and the verb's STAGE. Raises
     UsageError."""
     verb = current_name(str(settings.get("use", name)))
     return verb, find_stage(verb, where=f"{path}: ")
@@ -132,12 +132,11 @@ def _stage_named(name: str, settings: Mapping[str, Any], path: Path) -> tuple[st
 def parse_with_recipe(
     cls: type[Any], argv: Sequence[str], *, prog: str, description: str, presets: Sequence[str] = ()
 ) -> tuple[Any, str, Recipe]:
-    """Settings of type `cls`, the recipe's name, and the recipe with what `argv` changes in it. Raises
-    UsageError.
+    """Settings of type `cls`, the recipe's name, and the recipe with the changes in `argv`.
 
-    The recipe, the first argument, says which stages there are: their settings are options of the same
-    parser. In its place a name of `presets` may stand, the shape of a model: the recipe is then that of
-    pre-training it.
+    The first argument is the recipe. The settings of its stages become options of the same parser. The first
+    argument may also be one of `presets`, the shape of a model; the recipe then only pre-trains this model.
+    Raises UsageError.
     """
     positionals = {
         "recipe": "A YAML file, or the name of a built-in recipe (tiny)"
@@ -180,7 +179,7 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _ordered(stages: dict[str, RecipeStage], where: str) -> dict[str, RecipeStage]:
-    """The stages so that each comes after those it needs, else as written. Raises UsageError on a circle."""
+    """The stages, each after those it needs, else in the order written. Raises UsageError on a cycle."""
     done: dict[str, RecipeStage] = {}
     left = dict(stages)
     while left:
@@ -192,9 +191,9 @@ def _ordered(stages: dict[str, RecipeStage], where: str) -> dict[str, RecipeStag
 
 
 def shape_of(entry: RecipeStage, recipe: Recipe, known: Mapping[str, GPTConfig]) -> GPTConfig | None:
-    """The shape of the model that a stage makes or trains; None where the recipe does not tell it.
+    """The shape of the model that a stage makes or trains; None if the recipe does not determine it.
 
-    `known` has the shapes of the stages before it. Raises UserError for settings that no model can have.
+    `known`: the shapes of the stages before it. Raises UserError for impossible settings of a model.
     """
     if entry.stage.shape is None:
         return next((known[name] for name in entry.inputs if name in known), None)
@@ -203,8 +202,7 @@ def shape_of(entry: RecipeStage, recipe: Recipe, known: Mapping[str, GPTConfig])
 
 
 def planned_stages(recipe: Recipe) -> Iterator[PlannedStage]:
-    """The training stages of a recipe whose model's shape it tells. Raises UserError where there can be no
-    such shape."""
+    """The training stages of a recipe whose model's shape is known. Raises UserError on impossible shapes."""
     shapes: dict[str, GPTConfig] = {}
     for entry in recipe.stages.values():
         try:

@@ -1,9 +1,10 @@
-"""The sandbox in which chat templates are rendered: they come with a model, from whoever made it.
+"""The sandbox for chat templates, which come with a model and are not trusted.
 
-Jinja's own immutable sandbox keeps a template away from Python's attributes. Added here: it can neither run
-for ever nor fill the memory. Loops and macros take their turns from a budget, and so does the processor's
-time; no text or list may become huge, nor all that is made together. A list that holds another one many times
-weighs as much as written out: that is what it becomes when it is printed, compared or hashed.
+Jinja's own immutable sandbox keeps a template from Python's attributes. This file adds limits, so that a
+template can neither run for ever nor fill the memory. A rendering has budgets for the turns of loops and
+macros, for processor time, and for the size of everything that it makes; a single text or list is limited
+too. The size ("weight") of a list that contains another list many times counts that list each time: it takes
+that much when it is printed, compared or hashed.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 STEPS = 200_000
-"""Turns of all loops and macros of one rendering together. Real templates take a few per message."""
+"""Most turns of all loops and macros of one rendering. Real templates take a few per message."""
 LARGEST = 1 << 22
-"""Most characters of a text, most of any number that sizes one, and of what is written in all."""
+"""Most characters of a text and of the whole output, and the largest number that may set a size."""
 ITEM = 16
-"""Characters that an item of a list counts for: it takes about as much memory."""
+"""Weight of a list's item, in characters: about the memory that it takes."""
 ARGUMENTS = 1_000
 """Most arguments of one call."""
 _TOO_LARGE = f"of more than {LARGEST:,} characters, an item counted as {ITEM}"
 WORK = 1 << 26
-"""Most characters and items that all operations of one rendering make, together."""
+"""Largest weight of the results of all operations of one rendering together."""
 PRODUCT = 1 << 26
-"""Most that the two largest things given to one function may be, multiplied: `replace` and `join` repeat one
-by the other."""
+"""Largest product of the weights of a function's two largest arguments: `replace` and `join` repeat one by
+the other."""
 SECONDS = 2.0
-"""Most of the processor's time for one rendering."""
+"""Most processor time for one rendering, in seconds."""
 
 _APART = frozenset(
     (
@@ -74,7 +75,7 @@ _budget: ContextVar[_Budget | None] = ContextVar("template budget", default=None
 
 @contextmanager
 def budget() -> Iterator[None]:
-    """Rendering inside is bounded."""
+    """A context whose rendering has a new budget."""
     token = _budget.set(_Budget())
     try:
         yield
@@ -83,7 +84,7 @@ def budget() -> Iterator[None]:
 
 
 def _tick() -> None:
-    """A turn of a loop or macro begins."""
+    """Count a turn of a loop or macro. Raises TemplateRuntimeError when there were too many."""
     left = _budget.get()
     if left is not None:
         left.steps -= 1
@@ -93,7 +94,7 @@ def _tick() -> None:
 
 
 def _timed(value: Any = None) -> Any:
-    """`value`, unless the time is up."""
+    """`value`. Raises TemplateRuntimeError when the time is up."""
     left = _budget.get()
     if left is not None and time.thread_time() > left.end:
         raise TemplateRuntimeError(f"it takes more than {SECONDS:.0f} seconds")
@@ -101,7 +102,7 @@ def _timed(value: Any = None) -> Any:
 
 
 def _wrote(characters: int) -> None:
-    """So many characters are about to be written."""
+    """Count characters that are about to be written. Raises TemplateRuntimeError when there are too many."""
     left = _budget.get()
     if left is not None:
         left.characters -= characters
@@ -109,16 +110,16 @@ def _wrote(characters: int) -> None:
             raise TemplateRuntimeError(f"it writes more than {LARGEST:,} characters")
 
 
-@pass_eval_context  # which keeps Jinja from writing constants without asking
+@pass_eval_context  # makes Jinja write constants at run time too, where the budget counts them
 def _written(_: Any, value: Any) -> Any:
-    """What an expression is about to write."""
+    """`value`, which an expression is about to write, counted."""
     _wrote(_weight(value) + 1)
     return value
 
 
 def _weight(*values: Any) -> int:
-    """Characters in values and within them, and ITEM for each item, as often as they are met; not on beyond
-    LARGEST."""
+    """Weight of values: all characters in them, and ITEM for each item. An object that occurs several times
+    counts each time. Stops counting beyond LARGEST."""
     total, left = 0, list(values)
     while left and total <= LARGEST:
         value = left.pop()
@@ -138,7 +139,8 @@ def _weight(*values: Any) -> int:
 
 
 def _bounded(value: Any) -> Any:
-    """A result, unless it is huge."""
+    """`value`, the result of an operation. Raises SecurityError if it is too large, or all results together
+    are."""
     _timed()
     weight = _weight(value)
     if weight > LARGEST:
@@ -154,8 +156,8 @@ def _bounded(value: Any) -> Any:
 
 
 def _check_sizes(values: Any, *, multiply: bool = False) -> None:
-    """What is given to functions and filters: numbers become widths and counts there, and texts are
-    repeated."""
+    """Raise SecurityError for too large arguments of functions and filters, which use numbers as widths and
+    counts, and repeat texts."""
     sizes = []
     for value in values:
         if isinstance(value, int) and abs(value) > LARGEST:
@@ -169,13 +171,13 @@ def _check_sizes(values: Any, *, multiply: bool = False) -> None:
 
 
 def _check_format(text: Any) -> None:
-    """The same for the widths that stand in a text for `%` or `format`."""
+    """The same for the widths in a format text for `%` or `format`."""
     if isinstance(text, (str, bytes)) and re.search(r"[0-9]{7}", str(text)):
         raise SecurityError(f"it uses a number above {LARGEST:,}")
 
 
 def _counted(value: Any) -> Any:
-    """A list in place of what gives its items one by one: those can be weighed."""
+    """A list in place of an iterator, because a list can be weighed. Raises SecurityError if too long."""
     if not isinstance(value, Iterator) or isinstance(value, LoopContext):
         return value
     items = list(islice(value, LARGEST // ITEM + 1))
@@ -185,14 +187,15 @@ def _counted(value: Any) -> Any:
 
 
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a function or a filter is to get: things that can be weighed, and not thousands of them."""
+    """The arguments of a function or filter, iterators made into lists. Raises SecurityError if too many."""
     if len(args) + len(kwargs) > ARGUMENTS:
         raise SecurityError(f"it gives more than {ARGUMENTS:,} arguments")
     return tuple(map(_counted, args)), {name: _counted(arg) for name, arg in kwargs.items()}
 
 
 def _checked(function: Callable[..., Any], *, apart: bool) -> Callable[..., Any]:
-    """`apart`: a filter that makes things out of every single character when it is given a text."""
+    """`function` with checks of its arguments and result. `apart`: a filter that makes an item of every
+    character of a text."""
 
     @functools.wraps(function)  # keeps Jinja's marks on the function
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -218,7 +221,8 @@ def _weighed(function: Any) -> Any:
 
 
 class _Guard(NodeTransformer):
-    """Adds the checks to a parsed template: a tick in each loop and macro, a size to each `~`."""
+    """Adds the checks to a parsed template: a tick in each loop and macro, a size check for each `~`,
+    comparison, slice and key of a dict, and the count of plain text."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         return self._ticking(node)
@@ -274,7 +278,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self, **functions: Callable[..., Any]) -> None:
-        """`functions` are those that templates may call by name."""
+        """`functions`: those that templates may call by name."""
         super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=_written, optimized=False)
         self.filters = {
             name: _checked(function, apart=name in _APART) for name, function in self.filters.items()
@@ -286,12 +290,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.tick, self.wrote = _tick, _wrote
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """`obj[argument]`, unless the argument is huge."""
+        """`obj[argument]`. Raises SecurityError if the argument is too large."""
         _check_sizes((argument,) if isinstance(argument, tuple) else ())
         return super().getitem(obj, argument)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """`left operator right`, refused before it is computed when the result would be huge."""
+        """`left operator right`. Raises SecurityError, before computing, if the result would be too large."""
         if operator == "%":
             _check_format(left)
             _check_sizes(right if isinstance(right, tuple) else (right,))
@@ -314,9 +318,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """A call in the template, with checked arguments and result. (A macro may have an argument
         `self`.)"""
         args, kwargs = _given(args, kwargs)
-        owner = getattr(
-            getattr(__function, "__wrapped__", __function), "__self__", None
-        )  # Jinja wraps format
+        # Jinja wraps `str.format`; the wrapped method has the text as its owner.
+        owner = getattr(getattr(__function, "__wrapped__", __function), "__self__", None)
         _check_sizes((owner, *args, *kwargs.values()), multiply=not isinstance(__function, Macro))
         if getattr(__function, "__name__", "") in ("format", "format_map"):
             _check_format(owner)

@@ -1,8 +1,8 @@
-"""Where rows of metrics go beside `metrics.jsonl`: TensorBoard, trackio or Weights & Biases, by one setting.
+"""Sends rows of metrics to TensorBoard, trackio or Weights & Biases as well as to `metrics.jsonl`.
 
-These settings say how a run is told about, not what it computes: they are no part of a stage's settings, and
-a finished stage stays finished when they change. Each tracker takes a row's numbers under the step's number;
-texts and values that are not finite are left to metrics.jsonl.
+These settings change how a run is reported, not what it computes. They are not part of a stage's settings, so
+a finished stage stays finished when they change. Each tracker gets a row's finite numbers with the step's
+number; texts and other values are only in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Reporting:
 
 
 class Tracker(Protocol):
-    """One stage's numbers elsewhere."""
+    """Receives the metrics of one stage."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the numbers of a step."""
+        """Record the numbers of a step."""
 
     def close(self) -> None:
-        """Send what is still on its way."""
+        """Send what has not been sent yet, and close."""
 
 
 def _package(name: str) -> Any:
@@ -62,7 +62,7 @@ def _package(name: str) -> Any:
 
 class _TensorBoard:
     def __init__(self, directory: Path, first_step: int) -> None:
-        # purge_step: what earlier event files hold from this step on is done again, and readers drop it
+        # Steps from purge_step on are run again: readers drop them from earlier event files.
         self.writer = _package("tensorboard").SummaryWriter(
             str(directory / "tensorboard"), purge_step=first_step
         )
@@ -76,8 +76,8 @@ class _TensorBoard:
 
 
 class _Service:
-    """trackio and wandb: the same three calls. A resumed stage goes on in its own run there; rows that are
-    done again come with the same step and the same numbers."""
+    """trackio and wandb, which share the three calls used here. A resumed stage continues its own run there;
+    repeated rows have the same step and the same numbers."""
 
     def __init__(self, name: str, directory: Path) -> None:
         place = directory.resolve()
@@ -96,8 +96,7 @@ class _Service:
 
 
 def open_tracker(reporting: Reporting, directory: Path, first_step: int) -> Tracker | None:
-    """The tracker of a stage in `directory` whose next row is of step `first_step` at least; None for
-    `none`."""
+    """The tracker of a stage in `directory`; None for `none`. `first_step`: smallest step of the next row."""
     if reporting.to == "none":
         return None
     if reporting.to == "tensorboard":

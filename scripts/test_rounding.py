@@ -2,7 +2,7 @@
 processors' rounding.
 
     make test-rounding                                   # all of it: some hours on 2 cores
-    python scripts/test_rounding.py --seeds 1 2 --roundings native plain tests/train/test_ppo.py
+    python scripts/test_rounding.py --seeds 1 2 --roundings native plain tests/stages/test_ppo.py
 
 A processor with other vector instructions adds in another order; after some steps of training a run with
 another rounding is another run. So a test may pass on one machine by luck. Here the libraries are told to do

@@ -24,8 +24,13 @@ def help_of(arguments: list[str]) -> str:
     return re.sub(r"[ \t]+\n", "\n", printed.getvalue()).strip()
 
 
+def section(verb: str) -> list[str]:
+    """The lines about a verb, ours or one that a package brings."""
+    return [f"### {verb}", "", "```", help_of([verb, "--help"]), "```", ""]
+
+
 def text() -> str:
-    """The whole page."""
+    """The whole page. Verbs of other packages are left out: they are not there for every reader."""
     from chatwright import discovery
     from chatwright.model.config import PRESETS
 
@@ -39,11 +44,11 @@ def text() -> str:
         "```",
         "",
     ]
-    groups = {"Commands": discovery.commands(), "Stages": discovery.stages()}
-    for title, group in groups.items():
+    own = {name: verb for name, verb in discovery.stages().items() if not verb.package}
+    for title, group in {"Commands": discovery.commands(), "Stages": own}.items():
         parts += [f"## {title}", "", ", ".join(f"[{verb}](#{verb})" for verb in group), ""]
         for verb in group:
-            parts += [f"### {verb}", "", "```", help_of([verb, "--help"]), "```", ""]
+            parts += section(verb)
     parts += [
         "## Model shapes",
         "",

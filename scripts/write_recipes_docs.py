@@ -20,9 +20,10 @@ INTRODUCTION = """# Recipes
 Written by `make docs` from recipes/; do not edit.
 
 A recipe is a YAML file: a name, a seed, a prompt, and stages with the settings that differ from the defaults
-([cli.md](cli.md) has these). `chatwright run NAME` runs the ones that come with the program, `chatwright run
-FILE` your own. An entry is a stage of its own name, or the one behind `use`. Stages name their inputs, and
-that decides the order. Copy a recipe, change it, and let `chatwright doctor FILE` look at it.
+([cli.md](cli.md) has these). `chatwright run NAME` runs the ones that come with the program,
+`chatwright run FILE` your own. An entry is a stage of its own name, or the one behind `use`. Stages name
+their inputs, and that decides the order. Copy a recipe, change it, and let
+`chatwright doctor FILE` look at it.
 """
 
 

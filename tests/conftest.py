@@ -1,22 +1,32 @@
-"""A tiny model in a directory of its own, whole and real but untrained, for tests that need any model at
-all."""
+"""A tiny model in a directory of its own, whole and real but untrained, for tests that need any model at all.
+
+The miniature road's fixtures (support/road.py) are there for every test, too.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from chatwright import checkpoint
+from chatwright import checkpoint, runtime
 from chatwright.chat import NATIVE
 from chatwright.metrics import STRICT
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
+
+pytest.register_assert_rewrite("support")
+pytest_plugins = ["support.road"]
+
+STARTED = time.monotonic()
 
 # How long an example takes says nothing on a machine that does other things as well.
 settings.register_profile("chatwright", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -30,24 +40,25 @@ TEXTS = (
 )
 
 
+TESTS = Path(__file__).parent
 LONGEST = (
     "faults/test_faults.py",
-    "train/test_parallel.py",
+    "train/parallel/test_parallel.py",
     "train/test_resume.py",
     "e2e/test_browser_conversations.py",
     "e2e/test_browser_looks.py",
     "interop/test_llama_cpp.py",
     "serve/test_api.py",
     "generate/test_kernels.py",
-    "train/test_plan.py",
+    "train/planning/test_plan.py",
     "e2e/test_browser.py",
     "interop/test_fuzz.py",
     "serve/test_clients.py",
     "serve/test_draining.py",
     "serve/test_conversations.py",
-    "train/test_parallel_alignment.py",
+    "train/parallel/test_parallel_alignment.py",
     "parity/test_smollm2.py",
-    "train/test_ppo.py",
+    "stages/test_ppo.py",
     "serve/test_operation.py",
 )
 """Files of more than half a minute each, longest first (`pytest --durations=0`)."""
@@ -58,7 +69,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     nothing more to do (`--no-loadscope-reorder` in the Makefile; xdist alone would begin with the files that
     have the most tests)."""
     place = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(LONGEST)))
+    items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(LONGEST)))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """How long all of it took, and where: `make test` says it, for CONTRIBUTING.md."""
+    if not config.option.durations:
+        return
+    minutes, seconds = divmod(round(time.monotonic() - STARTED), 60)
+    machine = runtime.describe()
+    workers = getattr(config.option, "numprocesses", None) or 1
+    terminalreporter.section("total")
+    terminalreporter.write_line(
+        f"{minutes} min {seconds:02} s, {workers} processes on {os.cpu_count()} cores "
+        f"({machine['processor']}), torch {machine['torch']}, {time.strftime('%Y-%m-%d')}"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

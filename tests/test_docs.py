@@ -345,8 +345,10 @@ def test_every_measure_of_the_reports_is_explained() -> None:
     found = []
     for file in stage_files().values():
         for node in ast.walk(tree_of(file)):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Measure":
-                name = node.args[0]
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Measure", "fitted.measure"):
+                name = node.args[1 if ast.unparse(node.func) == "fitted.measure" else 0]
+                if isinstance(name, ast.Name):  # a constant of the stage's file
+                    name = constant(str(file.relative_to(ROOT)), name.id)
                 found.append(name.value if isinstance(name, ast.Constant) else ast.unparse(name))
     assert len(found) > 10
     computed = [name for name in found if name.startswith("f")]  # f-strings: only gzip's and xz's

@@ -24,7 +24,6 @@ def test_seeds_are_the_same_everywhere() -> None:
 
     expected = int.from_bytes(hashlib.sha256(b"1337/ppo/3").digest()[:8], "little") // 2
     assert runtime.seed_for(1337, "ppo", 3) == expected
-    assert 0 <= expected < 2**63
     assert len({runtime.seed_for("a", n) for n in range(1_000)}) == 1_000
     assert runtime.seed_for("a", "b") != runtime.seed_for("b", "a")
 
@@ -145,7 +144,7 @@ def test_compiling_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_the_machine_says_of_itself() -> None:
     told = runtime.describe()
-    assert told["torch"] == torch.__version__ and told["threads"] >= 1 and isinstance(told["bf16"], bool)
+    assert told["torch"] == torch.__version__ and told["threads"] == torch.get_num_threads()
     peak = runtime.peak_memory_bytes()
     assert 50e6 < peak < 1e13 or sys.platform == "win32"
     total = runtime.total_memory_bytes()

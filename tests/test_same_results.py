@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import same_results
 import torch
 from safetensors.torch import save_file
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 STAGE = "runs/mini/ppo"
 WEIGHTS = f"{STAGE}/checkpoints/step-000001/model.safetensors"
 
 
 @pytest.fixture
-def same(monkeypatch: pytest.MonkeyPatch) -> Any:
+def same() -> Any:
     """The script as a module."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("same_results")
+    return same_results
 
 
 @pytest.fixture

@@ -51,8 +51,9 @@ class Preview:
 
 @process_group()
 def main(name: str, argv: Sequence[str]) -> int:
-    """One stage by itself. Its inputs are the finished stages beside --out, or paths. Raises UserError."""
+    """Run one stage by itself. Its inputs are finished stages beside --out, or paths. Raises UserError."""
     verb = discovery.stage_verb(name)
+    discovery.tell_new_name(name, where="chatwright")
     stage = stage_of(verb.load())
     if argv and argv[0] in stage.actions:
         return stage.actions[argv[0]](argv[1:])

@@ -1,7 +1,8 @@
 """Talk to a model in the terminal.
 
-What a model writes is data: it is printed as it is, never read as markup, and its control characters are
-shown as pictures (U+2400 and on), so that no answer can move the cursor, change the title or fake a prompt.
+A model's text is data: it is printed as it is and never read as markup. Its control characters are replaced
+by Unicode's pictures of them (from U+2400), so that an answer cannot move the cursor, change the terminal's
+title or fake a prompt.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         positionals={"model": "A run, a model directory, smollm2, hf:owner/name or a .gguf file."},
     )
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        # A byte or a character that the terminal's encoding lacks is no reason to crash.
+        # A byte or a character that the terminal's encoding lacks must not crash the chat.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     from chatwright.language_model import load
@@ -82,7 +83,7 @@ class TerminalChat:
 
         from chatwright.generate.sampling import Sampling
 
-        model.require_template()  # a base model is refused now, not at the first message
+        model.require_template()  # refuses a base model now, not at the first message
         self.model = model
         self.system = config.system
         self.seed = config.seed
@@ -98,7 +99,7 @@ class TerminalChat:
     def talk(self) -> int:
         """The interactive chat: reads lines with history until /quit or the end of input. Returns the exit
         code."""
-        with suppress(ImportError):  # Windows has its own
+        with suppress(ImportError):  # not on Windows, whose console has its own line editing
             import readline  # noqa: F401  (gives input() editing and history)
         self._say(f"Chat with {harmless(self.model.name)}. /help lists the commands.")
         while True:
@@ -112,7 +113,7 @@ class TerminalChat:
                 return 0
 
     def answer_lines(self, lines: TextIO) -> int:
-        """One turn per line, answers alone on standard output. Returns 1 when a line could not be
+        """One turn per line; only the answers go to standard output. Returns 1 when a line could not be
         answered."""
         failed = False
         for line in lines:
@@ -125,7 +126,7 @@ class TerminalChat:
     _errors = 0
 
     def _handle(self, line: str, *, label: str) -> bool:
-        """Carry out a command or a turn. False means: leave."""
+        """Carry out a command or a turn. Returns False to leave the chat."""
         try:
             if line.startswith("/"):
                 return self._command(line)
@@ -137,14 +138,14 @@ class TerminalChat:
         return True
 
     def _say(self, text: str, *, style: str = "dim") -> None:
-        """A line of the program's own, apart from what the model says."""
+        """Print a line of the program itself to standard error, apart from the model's text."""
         from rich.text import Text
 
         self._notes.print(Text(text, style=style), soft_wrap=True)
 
     def _turn(self, text: str, *, label: str) -> None:
-        """Ask, and print the answer as it comes. The question is forgotten again if the model cannot take
-        it."""
+        """Ask, and print the answer while it is generated. The conversation stays as it was if the model
+        refuses the question."""
         from chatwright.chat import Message
         from chatwright.serve.service import prepare
 
@@ -166,7 +167,7 @@ class TerminalChat:
                     self._console.file.flush()
                     if stopped():
                         handle.cancel()
-            finally:  # also when a second Ctrl-C breaks out
+            finally:  # also when a second Ctrl-C raises KeyboardInterrupt
                 handle.cancel()
         self._console.out("", highlight=False)
         if stopped():
@@ -245,9 +246,8 @@ def write_aside(file: Path, text: str) -> None:
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C only makes the given function true: the engine is never torn out of a step.
-
-    A second Ctrl-C interrupts as usual.
+    """A context in which the first Ctrl-C does not interrupt a step of the engine. Instead, the function that
+    the context yields returns True from then on. A second Ctrl-C interrupts as usual.
     """
     pressed = False
 

@@ -1,4 +1,4 @@
-"""Put two or more runs, or stages, side by side: settings, measures with intervals, curves, cost, answers."""
+"""Compare runs or stages side by side: settings, measures, curves, cost, answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from chatwright.config import UsageError, parse
 
 MOST = 8
-"""Runs that fit side by side."""
+"""Most runs that fit side by side."""
 
 
 @dataclass(frozen=True)

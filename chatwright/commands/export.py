@@ -1,8 +1,8 @@
-"""Write a model for transformers and vLLM, or for llama.cpp and Ollama; it is read back and compared.
+"""Write a model for transformers, vLLM, llama.cpp or Ollama; it is read back and checked.
 
-What is written is read again by our own readers before it gets its name. In float32 it must be the same model
-bit for bit; in fewer bits it must be exactly the model with rounded weights, and how far that is from the
-source is told.
+Our own readers read the files back before they get their final name. In float32 the result must equal the
+source bit for bit. In fewer bits it must equal the model with rounded weights exactly; the distance to the
+source is printed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NAMES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json"
     r"|chat_template\.jinja|model(-\d{5}-of-\d{5})?\.safetensors"
 )
-"""The files of a directory in transformers' format: nothing else is ever replaced."""
+"""The files of a directory in transformers' format; no other file is ever replaced."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ExportConfig:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write MODEL to DIR in another format; returns the exit code. Raises UserError, and then DIR is as it
+    """Write MODEL to DIR in another format; returns the exit code. Raises UserError and then leaves DIR as it
     was."""
     config, positionals = parse(
         ExportConfig,
@@ -86,7 +86,7 @@ def _negated(argv: Sequence[str]) -> list[str]:
 
 
 def _dtype(config: ExportConfig) -> str:
-    """The precision by the name that the format has for it."""
+    """The format's name for the precision."""
     if config.format == "hf":
         if config.dtype == "q8_0":
             raise UsageError("--dtype q8_0 is for --format gguf; transformers' format takes fp32 or bf16")
@@ -95,7 +95,7 @@ def _dtype(config: ExportConfig) -> str:
 
 
 def _check(source: str, target: Path, config: ExportConfig) -> None:
-    """Raise UserError unless the target can be written without a loss that nobody asked for."""
+    """Raise UserError if writing the target would replace something that must not be replaced."""
     if Path(source).exists() and Path(source).resolve() == target.resolve():
         raise UserError(f"{source} and {target} are the same place")
     if config.format == "hf":

@@ -1,7 +1,7 @@
 """Continue a text.
 
-The continuation alone goes to standard output, as it comes. On a terminal its control characters are shown as
-pictures, as in `chat`; into a pipe or a file they go as they are.
+Only the continuation goes to standard output, while it is generated. On a terminal its control characters are
+shown as pictures, as in `chat`; in a pipe or a file they stay as they are.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ class GenerateConfig:
 
 
 CHANCE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
-"""Settings that beam search does not know."""
+"""Settings of sampling, which have no effect on beam search."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print continuations; returns the exit code. Raises UserError: no such model, prompt too long or not
-    UTF-8."""
+    """Print continuations; returns the exit code. Raises UserError if there is no such model, or the prompt
+    is too long or not UTF-8."""
     config, positionals = parse(
         GenerateConfig,
         argv,
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def sampling_of(config: GenerateConfig) -> Sampling:
-    """The engine's settings. Raises UsageError for values that make no sense."""
+    """The engine's settings. Raises UsageError for invalid values."""
     from chatwright.generate.sampling import Sampling
 
     names = {one.name for one in fields(Sampling)}
@@ -142,7 +142,7 @@ def read_prompt(config: GenerateConfig) -> str:
 
 
 def _heading(number: int, count: int, note: str) -> None:
-    """The line above a continuation, when there are several."""
+    """Print the line above a continuation, if there are several."""
     if count > 1:
         print(f"{'' if number == 1 else chr(10)}=== {number} of {count}{note} ===", flush=True)
 
@@ -150,7 +150,7 @@ def _heading(number: int, count: int, note: str) -> None:
 def _sample(
     model: LanguageModel, prompt: str, sampling: Sampling, count: int, show: Callable[[str], str]
 ) -> int:
-    """All continuations in one batch; the first is printed while it grows, the others after it."""
+    """Generate all continuations in one batch. The first is printed while it grows, the others after it."""
     requests = [model.prompt_request(prompt, **asdict(sampling))] * count
     if sampling.seed is not None:
         requests = [
@@ -172,14 +172,14 @@ def _sample(
                 print(flush=True)
                 if stopped():
                     return 130
-        finally:  # also when the pipe is closed, or a second Ctrl-C breaks out
+        finally:  # also when the pipe is closed, or a second Ctrl-C raises KeyboardInterrupt
             for handle in handles:
                 handle.cancel()
     return 0
 
 
 def _search(model: LanguageModel, prompt: str, config: GenerateConfig, show: Callable[[str], str]) -> int:
-    """The best continuations of beam search, best first."""
+    """Print the best continuations of beam search, best first."""
     from chatwright.generate.beam import beam_search
 
     request = model.prompt_request(prompt)
@@ -193,8 +193,7 @@ def _search(model: LanguageModel, prompt: str, config: GenerateConfig, show: Cal
     )[: config.count]
     for number, (ids, score) in enumerate(found, 1):
         _heading(number, len(found), f", score {score:.3f}")
-        known = [
-            one for one in ids if one < model.tokenizer.vocab_size
-        ]  # a padded table has ids that spell nothing
+        # Ids of the padding rows of the embedding table belong to no token.
+        known = [one for one in ids if one < model.tokenizer.vocab_size]
         print(show(model.tokenizer.decode(known)), flush=True)
     return 0

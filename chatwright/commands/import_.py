@@ -25,7 +25,7 @@ class ImportConfig:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write SRC to DIR and compare; returns the exit code. Raises UserError, and then DIR is as it was."""
+    """Write SRC to DIR and compare; returns the exit code. Raises UserError and then leaves DIR as it was."""
     config, positionals = parse(
         ImportConfig,
         argv,
@@ -62,11 +62,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write_model(parts: Loaded, target: Path, *, source: str) -> None:
-    """Write a self-contained model directory, read it back and compare; it appears whole and right, or not at
-    all.
+    """Write a self-contained model directory, read it back and compare. The directory appears only if it is
+    complete and equal to the source.
 
-    `parts` is emptied on the way, so that one copy of the weights is enough memory. Raises UserError: no
-    tokenizer, disk full, or what was read back differs.
+    The weights of `parts` are freed before the directory is read back, so that memory for one copy is enough.
+    Raises UserError if there is no tokenizer, the disk is full, or what was read back differs.
     """
     from chatwright import __version__, checkpoint, files
 
@@ -83,7 +83,9 @@ def write_model(parts: Loaded, target: Path, *, source: str) -> None:
     }
     texts = {"tokenizer.json": tokenizer.to_json()}
     if template is not None:
-        template.end_ids(tokenizer)  # a template whose end nobody knows is refused now
+        template.end_ids(
+            tokenizer
+        )  # refuses a template whose end token is unknown before anything is written
         state |= {"template": template.fingerprint, "end_of_turn": template.end}
         texts["chat_template.jinja"] = template.source
     before = behaviour(parts)
@@ -91,7 +93,7 @@ def write_model(parts: Loaded, target: Path, *, source: str) -> None:
         checkpoint.save_checkpoint(
             aside, tensors={"model": checkpoint.model_tensors(parts.model)}, state=state, texts=texts
         )
-        parts.model.to("meta")  # its weights lie on the disk now: one copy in memory is enough
+        parts.model.to("meta")  # the weights are on the disk now: free them
         _compare(before, aside, where=str(target))
 
 
@@ -102,7 +104,7 @@ def _compare(before: tuple[list[int], list[int], Tensor], written: Path, *, wher
     from chatwright.language_model import load_checkpoint
 
     after = behaviour(load_checkpoint(Checkpoint(written)))
-    # Bit for bit: the same float32 numbers take the same way through the same code.
+    # Bit for bit: the same float32 numbers in the same code give the same results.
     for what, same in (
         ("tokens of a text", before[0] == after[0]),
         ("tokens of a conversation", before[1] == after[1]),

@@ -22,7 +22,7 @@ class KeyConfig:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Make a key: it goes to standard output, once, its line to the file or to standard error. Raises
+    """Make a key. The key goes to standard output, its line to the file or to standard error. Raises
     UserError."""
     config, positionals = parse(
         KeyConfig,
@@ -47,11 +47,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def add_line(path: Path, line: str) -> None:
-    """Add a line to a file of keys, which is made if need be, for its owner alone. Raises UserError."""
+    """Add a line to a file of keys. A new file is readable by its owner alone. Raises UserError."""
     try:
         if path.exists():
             text = path.read_text(encoding="utf-8")
-            read_keys(text, str(path))  # a file that is something else is not to be added to
+            read_keys(text, str(path))  # refuses a file that is not a file of keys
             line = line if not text or text.endswith("\n") else f"\n{line}"
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(file, "a", encoding="utf-8") as out:

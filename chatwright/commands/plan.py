@@ -1,4 +1,4 @@
-"""Predict the memory and time of a recipe's stages, or of a model's shape, before a run starts."""
+"""Predict memory and time of a recipe's stages, or of a model's shape, before a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PlanConfig:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`chatwright plan RECIPE_OR_PRESET`; 1 when a stage does not fit. Raises UserError."""
+    """`chatwright plan RECIPE_OR_PRESET`; returns 1 if a stage does not fit. Raises UserError."""
     config, _, recipe = parse_with_recipe(
         PlanConfig,
         argv,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chatwright import discovery
 from chatwright.language_model import find_checkpoint
 from chatwright.metrics import console, duration, say
 from chatwright.pipeline import run_recipe
@@ -43,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
         prog="chatwright run",
         description="Run every stage of a recipe; finished stages are skipped. Any setting of a stage can "
         "be given as --STAGE.KEY VALUE behind the recipe, for example --pretrain.fit.seconds 60; "
-        "`chatwright run RECIPE --help` lists them.",
+        "`chatwright run RECIPE --help` lists them. Stages that a recipe can have: "
+        f"{', '.join(discovery.stages())}.",
     )
     if config.seed >= 0:
         recipe = dataclasses.replace(recipe, seed=config.seed)
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def print_results(root: Path, recipe: Recipe, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """The closing table, one prompt after each stage, and what to type next."""
+    """Print the final table, one prompt after each stage, and the commands to try next."""
     from rich.table import Table
     from rich.text import Text
 

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; run: pip install 'chatwright[serve]'") from None
     check_exposure(config)
-    listener = listen(config.host, config.port)  # before the model is read: a busy port shows at once
+    listener = listen(config.host, config.port)  # before the model is loaded: a busy port fails at once
     try:
         from chatwright.language_model import load
 
@@ -55,8 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def check_exposure(config: ServeConfig) -> None:
-    """Raise UserError when everybody in reach could use the server, or the keys or the origins make no
-    sense."""
+    """Raise UserError when everybody who reaches the server could use it, or keys or origins are invalid."""
     from chatwright.serve.operation.cors import check_origins
     from chatwright.serve.operation.guard import is_loopback
     from chatwright.serve.operation.keys import open_keys
@@ -73,8 +72,8 @@ def check_exposure(config: ServeConfig) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UserError when the port is taken, not allowed, or the address is not
-    ours."""
+    """A listening socket. Raises UserError when the port is taken or not allowed, or the address is not this
+    machine's."""
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
@@ -87,9 +86,8 @@ def listen(host: str, port: int) -> socket.socket:
             problem = error
             continue
         try:
-            if (
-                os.name == "posix"
-            ):  # start again at once; on Windows this option would let two servers share a port
+            if os.name == "posix":
+                # Allows a restart at once. On Windows this option would let two servers share a port.
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
             listener.listen(128)
@@ -107,8 +105,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def build_app(pool: ModelPool, config: ServeConfig) -> FastAPI:
-    """The application that serves the models of `pool`. Raises UserError: keys, log or store that cannot be
-    opened."""
+    """The application that serves the models of `pool`. Raises UserError when the keys, the log or the store
+    cannot be opened."""
     from chatwright.feedback.quota import Quota
     from chatwright.serve.app import Operation, create_app
     from chatwright.serve.operation.access_log import AccessLog
@@ -130,7 +128,7 @@ def build_app(pool: ModelPool, config: ServeConfig) -> FastAPI:
 
 
 def make_pool(model: LanguageModel, source: str, config: ServeConfig) -> ModelPool:
-    """The models to serve: `model`, which `source` names and which is in memory, and those of --models."""
+    """The models to serve: `model`, already loaded from `source`, and those of --models."""
     from chatwright.serve.pool import ModelPool, Spec, parse_specs
     from chatwright.serve.service import Limits
 
@@ -143,7 +141,7 @@ def make_pool(model: LanguageModel, source: str, config: ServeConfig) -> ModelPo
 
 
 def serve(pool: ModelPool, listener: socket.socket, config: ServeConfig) -> int:
-    """Serve on `listener` until SIGTERM or Ctrl-C and finish what is under way. Returns the exit code."""
+    """Serve on `listener` until SIGTERM or Ctrl-C, then finish the work under way. Returns the exit code."""
     app = build_app(pool, config)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -156,7 +154,7 @@ def serve(pool: ModelPool, listener: socket.socket, config: ServeConfig) -> int:
     try:
         make_server(app, config).run(sockets=[listener])
     finally:
-        pool.close()  # when it was ended at once, uvicorn has not said so
+        pool.close()  # after a forced exit, uvicorn may not have closed it
     print("stopped", file=sys.stderr)
     return 0
 

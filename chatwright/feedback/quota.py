@@ -1,8 +1,8 @@
-"""How much is kept: the bytes of conversations, and the most that one owner, and all together, may have.
+"""Quotas: the sizes of conversations in bytes, and the limits for one owner and for all owners together.
 
-What a conversation takes is counted when it changes (`size` in tables.py), and added up when something new
-comes. Only what is new is refused: an answer that has begun is written to its end, which its model's window
-limits.
+The size of a conversation is updated when it changes (`size` in tables.py). Sizes are added up when something
+new is to be stored. Only new messages, conversations and settings are refused: an answer that has begun is
+always stored whole, and the model's context limits its length.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ class Full(UserError):
 
 @dataclass(frozen=True)
 class Quota:
-    """The most that is kept; 0 is no limit. The settings of `chatwright serve` have these names."""
+    """Limits of what is stored; 0 is no limit. The settings of `chatwright serve` have these names."""
 
     max_conversations: int = 0
-    """Conversations of one owner."""
+    """Most conversations of one owner."""
     max_owner_mb: float = 0.0
-    """What one owner's conversations may take, in MB (millions of bytes)."""
+    """Largest size of one owner's conversations together, in MB (millions of bytes)."""
     max_store_mb: float = 0.0
-    """What the conversations of all owners may take, in MB."""
+    """Largest size of all owners' conversations together, in MB."""
 
     def check(self, session: Session, owner: str, *, more: int, conversations: int = 0) -> None:
-        """See that there is room for `more` bytes and so many new conversations. Raises Full."""
+        """Check that there is room for `more` bytes and `conversations` new conversations. Raises Full."""
         if more <= 0:
             return
         row = ConversationRow
@@ -69,7 +69,7 @@ class Quota:
 
 
 def bytes_of(*values: Any) -> int:
-    """What a row with these texts and JSON values takes."""
+    """Size in bytes of a row with these texts and JSON values."""
     return ROW_BYTES + sum(_bytes(value) for value in values)
 
 
@@ -80,24 +80,24 @@ def _bytes(value: Any) -> int:
 
 
 def of_message(row: MessageRow) -> int:
-    """What a message takes."""
+    """Size of a message, in bytes."""
     return bytes_of(row.content, row.parts, row.probabilities)
 
 
 def of_frame(row: ConversationRow) -> int:
-    """What a conversation takes without its messages."""
+    """Size of a conversation without its messages, in bytes."""
     return bytes_of(row.title, row.system, row.settings)
 
 
 def grow(session: Session, conversation: str, by: int) -> None:
-    """A conversation takes so much more. Added up by the database: two may write to it at the same time."""
+    """Add `by` bytes to a conversation's size. The database adds: two writers may do so at the same time."""
     row = ConversationRow
     changed = update(row).where(row.id == conversation).values(size=row.size + by)
     session.execute(changed.execution_options(synchronize_session=False))
 
 
 def weigh_again(session: Session, row: ConversationRow) -> None:
-    """Count anew what a conversation takes, after some of its messages have gone."""
+    """Compute a conversation's size again, after some of its messages were deleted."""
     session.flush()
     left = select(func.coalesce(func.sum(MessageRow.size), 0)).where(MessageRow.conversation == row.id)
     row.size = of_frame(row) + int(session.execute(left).scalar_one())

@@ -1,9 +1,9 @@
-"""What people say to models, kept: conversations as trees of messages, by owner.
+"""The store of conversations: trees of messages, by owner.
 
-A `Store` is a database; `Store.of(owner)` is one owner's part of it, and sees nothing else. Everything here
-blocks and may be called from any thread: inside an event loop, through `asyncio.to_thread`.
+A `Store` is a database; `Store.of(owner)` is the owner view, which gives access to one owner's conversations
+only. Everything here blocks and may be called from any thread; in an event loop, use `asyncio.to_thread`.
 
-A conversation is a tree because a person may edit a message, or have an answer written again: that makes a
+A conversation is a tree because a person may edit a message, or have an answer generated again: this adds a
 sibling, and nothing is lost. The conversation's `leaf` is the end of the branch that is shown.
 """
 
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 TITLE = 60
-"""Most characters of a title that is made from a first message."""
+"""Most characters of a title made from the first message."""
 EXPORT_BATCH = 50
 
 
@@ -68,7 +68,7 @@ class Summary:
     model: str
     created: float
     updated: float
-    """When something was last said in it, in seconds since 1970."""
+    """When a message was last added, in seconds since 1970."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Turn:
     content: Content
     created: float
     model: str | None
-    """Who wrote an answer."""
+    """The model that wrote an answer."""
     finish_reason: str | None
-    """Why an answer ended; None: it is being written, or was when its server died."""
+    """Why an answer ended; None: it is being written, or its server crashed meanwhile."""
     tokens: int | None
     seconds: float | None
     dropped: int
@@ -130,7 +130,7 @@ class Conversation:
         return turns[::-1]
 
     def messages(self, leaf: int | None) -> list[Message]:
-        """The branch that ends in `leaf`, as a model is to see it: the system prompt first."""
+        """The branch that ends in `leaf`, as a prompt for a model: the system prompt first."""
         system = [Message(role="system", content=self.system)] if self.system.strip() else []
         return [*system, *(Message(role=turn.role, content=turn.content) for turn in self.branch(leaf))]
 
@@ -148,24 +148,24 @@ class Store:
     """A database of conversations; close it."""
 
     def __init__(self, place: str, *, busy_seconds: float = 5.0, quota: Quota = Quota()) -> None:  # noqa: B008
-        """`place`: a SQLite file (made when missing), a SQLAlchemy URL, "" for the default file, `none` for
+        """`place`: a SQLite file (made if missing), a SQLAlchemy URL, "" for the default file, `none` for
         memory.
 
-        `busy_seconds`: how long to wait for others that write. `quota`: the most that is kept. Raises
+        `busy_seconds`: how long to wait for another writer. `quota`: limits of what is stored. Raises
         StoreError.
         """
         url = locate(place)
         self.name = url.database or url.render_as_string()
-        """The store, for people; without a password."""
+        """The store's name for messages, without its password."""
         self.quota = quota
         self._engine = open_database(url, busy_seconds=busy_seconds)
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close the connections to the database."""
         self._engine.dispose()
 
     def of(self, owner: str) -> Owned:
-        """The part of the store that belongs to `owner`, a secret that only its browser knows."""
+        """The owner view for `owner`, a secret that only the owner's browser knows."""
         return Owned(self, hashlib.sha256(owner.encode()).hexdigest())
 
     @contextmanager
@@ -177,8 +177,8 @@ class Store:
 
 
 class Owned:
-    """One owner's conversations. Every method raises StoreError, and NotThere for ids that are not this
-    owner's."""
+    """The owner view: one owner's conversations. Every method raises StoreError, and NotThere for ids that
+    are not this owner's."""
 
     def __init__(self, store: Store, owner: str) -> None:
         self._store, self.owner = store, owner
@@ -257,7 +257,7 @@ class Owned:
         dropped: int = 0,
         probabilities: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        """What there is of an answer by now; `finish_reason` when it has come to its end."""
+        """Store an answer's content so far; `finish_reason` is None until the answer has ended."""
         with self._store.session(writes=True) as session:
             message = self._message(session, conversation, number)
             message.content, message.parts = _columns(message.role, content)
@@ -270,8 +270,7 @@ class Owned:
                 self._row(session, conversation).updated = time.time()
 
     def discard(self, conversation: str, number: int, *, leaf: int | None) -> None:
-        """Take a turn away that came to nothing, with what is below it; where it was shown, show `leaf`
-        again."""
+        """Delete a failed turn and the turns below it; if its branch was shown, show `leaf` again."""
         with self._store.session(writes=True) as session:
             session.delete(self._message(session, conversation, number))
             row = self._row(session, conversation)
@@ -295,8 +294,8 @@ class Owned:
         system: str | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """Rename it, show another branch, or speak from now on with another model or other settings. Raises
-        Full."""
+        """Change the title, the branch shown, or the model, system prompt and settings of further answers.
+        Raises Full."""
         changes = {"title": title, "leaf": leaf, "model": model, "system": system}
         with self._store.session(writes=True) as session:
             row = self._row(session, conversation)
@@ -313,14 +312,14 @@ class Owned:
             grow(session, conversation, more)
 
     def delete(self, conversation: str) -> None:
-        """Take the conversation and its messages away for good."""
+        """Delete the conversation and its messages for good."""
         with self._store.session(writes=True) as session:
             self._row(session, conversation)
             session.execute(delete(ConversationRow).where(ConversationRow.id == conversation))
 
     def export(self) -> Iterator[str]:
-        """The branches that are shown, oldest conversation first: a line of JSON each, {"messages": [...]} as
-        OpenAI's fine-tuning files have it."""
+        """The shown branch of each conversation, oldest conversation first: one line of JSON each,
+        {"messages": [...]} as in OpenAI's fine-tuning files."""
         row, last = ConversationRow, (0.0, "")
         while True:
             query = select(row).where(row.owner == self.owner, tuple_(row.created, row.id) > tuple_(*last))
@@ -404,7 +403,7 @@ def _turn(row: MessageRow) -> Turn:
 
 
 def _columns(role: str, content: Content) -> tuple[str, list[Any] | None]:
-    """The columns `content` and `parts` of a message. Raises StoreError for parts that are none."""
+    """The columns `content` and `parts` of a message. Raises StoreError for invalid parts."""
     if isinstance(content, str):
         return _storable(content), None
     try:
@@ -416,5 +415,5 @@ def _columns(role: str, content: Content) -> tuple[str, list[Any] | None]:
 
 
 def _storable(text: str) -> str:
-    """Without NUL characters: PostgreSQL takes none, and pages show them as U+FFFD anyhow."""
+    """The text with U+FFFD for NUL: PostgreSQL refuses NUL, and browsers show it as U+FFFD anyway."""
     return text.replace("\0", "\ufffd")

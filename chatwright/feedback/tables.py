@@ -1,5 +1,5 @@
-"""The tables of the store. Whoever changes one raises VERSION and says in database.py how an older file gets
-there."""
+"""The tables of the store. A change of a table needs a higher VERSION, and an upgrade of older files in
+database.py."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 VERSION = 3
-"""1: the beginning. 2: what conversations and messages take (`size`). 3: contents in parts (`parts`)."""
+"""1: the first. 2: adds sizes of conversations and messages (`size`). 3: adds contents in parts (`parts`)."""
 ROW_BYTES = 200
-"""What a conversation or a message counts beside its texts: an empty one is not free."""
+"""Bytes that a conversation or a message counts besides its texts, so that an empty one is not free."""
 
 
 class Base(DeclarativeBase):
@@ -19,7 +19,7 @@ class Base(DeclarativeBase):
 
 
 class SchemaRow(Base):
-    """One row: the version by which the other tables were made."""
+    """One row: the version of the other tables."""
 
     __tablename__ = "schema_version"
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
@@ -34,7 +34,7 @@ class ConversationRow(Base):
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     owner: Mapped[str] = mapped_column(String(64))
-    """SHA-256 of what the owner's browser holds: who reads the database cannot pose as an owner."""
+    """SHA-256 of the browser's secret, so that a reader of the database cannot pose as an owner."""
     title: Mapped[str] = mapped_column(String(200))
     model: Mapped[str] = mapped_column(Text)
     system: Mapped[str] = mapped_column(Text)
@@ -42,9 +42,9 @@ class ConversationRow(Base):
     created: Mapped[float] = mapped_column(Float(53))
     updated: Mapped[float] = mapped_column(Float(53))
     leaf: Mapped[int | None]
-    """No foreign key: the two tables would refer to each other, and some databases cannot create that."""
+    """Not a foreign key: the two tables would refer to each other, and some databases cannot create that."""
     size: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
-    """Bytes that it takes, its messages included (quota.py)."""
+    """Size in bytes, its messages included (quota.py)."""
 
 
 class MessageRow(Base):
@@ -57,18 +57,19 @@ class MessageRow(Base):
     parent: Mapped[int | None] = mapped_column(ForeignKey("messages.id", ondelete="CASCADE"), index=True)
     role: Mapped[str] = mapped_column(String(16))
     content: Mapped[str] = mapped_column(Text)
-    """Its text; of a content in parts, what `text_of` finds in it."""
+    """The text; for a content in parts, the text that `text_of` finds in it."""
     parts: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
-    """A content in parts (messages.py). Not told apart from a text by how it looks: people may write JSON."""
+    """A content in parts (messages.py), else None. A column of its own, because a plain text may be JSON too.
+    """
     created: Mapped[float] = mapped_column(Float(53))
     model: Mapped[str | None] = mapped_column(Text)
     finish_reason: Mapped[str | None] = mapped_column(String(16))
-    """None while an answer is being written, and for good when its server died meanwhile."""
+    """None while an answer is being written; stays None if its server crashed meanwhile."""
     tokens: Mapped[int | None]
     seconds: Mapped[float | None] = mapped_column(Float(53))
     dropped: Mapped[int] = mapped_column(default=0)
     """How many of the oldest messages the model did not see."""
     probabilities: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
-    """[{"text", "p", "alternatives": [{"text", "p"}, ...]}, ...]; the texts together are the content."""
+    """[{"text", "p", "alternatives": [{"text", "p"}, ...]}, ...]; the texts, joined, are the content."""
     size: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
-    """Bytes that it takes (quota.py)."""
+    """Size in bytes (quota.py)."""

@@ -1,8 +1,8 @@
-"""What two runs, or two stages, were set to, came to and cost, side by side, and whether that is fair.
+"""Compares runs, or stages: settings, results and cost side by side, and whether the comparison is fair.
 
-A difference is called clear only where something says so: two 95 % intervals that do not overlap (a strict
-test: they can overlap where a difference is real), or the bootstrap of paired differences where both were
-measured on the same prompts.
+A difference counts as clear only in two cases: the two 95 % intervals do not overlap (a strict test: they may
+overlap although the difference is real), or both were measured on the same prompts and the bootstrap interval
+of the paired differences leaves out 0.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Group = Sequence[Stage | None]
 
 
 def align(runs: Sequence[Run]) -> dict[str, Group]:
-    """Stages that belong together by name; stages given by themselves belong together as they are. Raises
-    UsageError."""
+    """Groups of stages to compare: the stages of runs by their names, or one group of all stages given by
+    themselves. Raises UsageError for a mixture of runs and stages."""
     if len({run.whole for run in runs}) > 1:
         kinds = ", ".join(f"{run.path} is a {'run' if run.whole else 'stage'}" for run in runs)
         raise UsageError(f"runs go with runs and stages with stages: {kinds}")
@@ -43,7 +43,7 @@ def align(runs: Sequence[Run]) -> dict[str, Group]:
 
 
 def compare(runs: Sequence[Run], groups: Mapping[str, Group]) -> dict[str, Any]:
-    """Everything that the page, the tables and `--json` show."""
+    """The whole comparison, as the page, the tables and `--json` show it."""
     return {
         "runs": [{"label": label(number), "path": str(run.path)} for number, run in enumerate(runs)],
         "remarks": [*_missing(runs), *_unfair(groups)],
@@ -77,7 +77,7 @@ def _missing(runs: Sequence[Run]) -> list[str]:
 
 
 def _unfair(groups: Mapping[str, Group]) -> list[str]:
-    """What makes differences say less than they seem to, a line each."""
+    """Reasons why the comparison may be unfair, a line each."""
     lines = []
     everyone = [stage for group in groups.values() for stage in group if stage is not None]
     if any("seed" not in stage.result for stage in everyone):
@@ -105,7 +105,7 @@ def _unfair(groups: Mapping[str, Group]) -> list[str]:
         verbs = [f"{label(number)} {stage.verb}" for number, stage in enumerate(group) if stage]
         if len({stage.verb for stage in group if stage}) > 1:
             lines.append(f"{name}: different kinds of stages ({', '.join(verbs)})")
-        if not seeds and not versions:  # with which everything differs
+        if not seeds and not versions:  # with another seed or version, all inputs differ anyway
             lines += [f"{name}: {ROLES[role]}" for role in ROLES if _other_input(group, role)]
     return lines
 
@@ -115,11 +115,11 @@ ROLES = {
     "base": "it starts from different models: compare the changes, not the ends",
     "reference": "KL and the answers before are those of different models",
 }
-"""Setting that names an input -> what to know when the inputs are not the same."""
+"""Setting that names an input -> the remark when the runs' inputs are not the same."""
 
 
 def _by_run(groups: Mapping[str, Group], key: str) -> str:
-    """'A 7, B 8' when the runs' results differ in `key`, else nothing."""
+    """'A 7, B 8' when the runs' results differ in `key`, else ""."""
     known: dict[int, Any] = {}
     for group in groups.values():
         for number, stage in enumerate(group):
@@ -131,14 +131,14 @@ def _by_run(groups: Mapping[str, Group], key: str) -> str:
 
 
 def _other_input(group: Group, role: str) -> bool:
-    """Whether the stages that this setting names are not one and the same, by their fingerprints."""
+    """Whether the fingerprints of the inputs that the setting `role` names differ."""
     stages = [stage for stage in group if stage]
     found = [(stage.result.get("inputs") or {}).get(str(stage.settings.get(role))) for stage in stages]
     return len({str(one) for one in found if one is not None}) > 1
 
 
 def _same(group: Group) -> bool:
-    """Whether the stages are repetitions that came to the same: settings, seed, inputs and measures."""
+    """Whether all runs have the stage with the same settings, seed, inputs and measures."""
     stages = [stage for stage in group if stage]
     marks = {json.dumps([stage.result.get("fingerprint"), stage.result["measures"]]) for stage in stages}
     return len(stages) == len(group) and len(marks) == 1 and stages[0].result.get("fingerprint") is not None
@@ -170,7 +170,7 @@ def _differ(row: Sequence[Any], group: Group) -> bool:
 
 
 def _measures(group: Group) -> list[dict[str, Any]]:
-    """Held-out measures, and length and diversity of answers, in the order of the reports."""
+    """Held-out measures, then length and diversity of answers, in the order of the reports."""
     found: dict[str, list[dict[str, Any] | None]] = {}
     better: dict[str, str] = {}
     for number, stage in enumerate(group):
@@ -199,13 +199,13 @@ def _measures(group: Group) -> list[dict[str, Any]]:
 
 
 def _differences(row: Sequence[Mapping[str, Any] | None]) -> list[float | None]:
-    """`after` of each run less that of the first."""
+    """`after` of each run minus that of the first; None for the first."""
     after = [finite(one["after"]) if one else None for one in row]
     return [None] + [None if value is None or after[0] is None else value - after[0] for value in after[1:]]
 
 
 def _overlap(row: Sequence[Mapping[str, Any] | None]) -> list[str | None]:
-    """Whether the 95 % interval of each run overlaps with the first one's; None where there are not both."""
+    """Whether the 95 % interval of each run overlaps with the first run's; None where one is missing."""
     spans = [one["interval"] if one else None for one in row]
     told: list[str | None] = [None]
     for span in spans[1:]:
@@ -215,7 +215,7 @@ def _overlap(row: Sequence[Mapping[str, Any] | None]) -> list[str | None]:
 
 
 def _paired(first: Stage | None, other: Stage | None, number: int) -> list[dict[str, Any]]:
-    """Mean differences (other less first) on the prompts that both answered, with 95 % bootstrap intervals
+    """Mean differences (other minus first) on the prompts that both answered, with 95 % bootstrap intervals
     over prompts."""
     if first is None or other is None or not first.per_prompt or not other.per_prompt:
         return []
@@ -246,7 +246,7 @@ def _paired(first: Stage | None, other: Stage | None, number: int) -> list[dict[
 
 
 def _places(prompts: Sequence[str]) -> dict[tuple[str, int], int]:
-    """(prompt, how often it came before) -> its place: the same prompt may stand there twice."""
+    """(prompt, how often it came before) -> its index. The count tells repeated prompts apart."""
     seen: Counter[str] = Counter()
     places = {}
     for place, prompt in enumerate(prompts):
@@ -256,7 +256,7 @@ def _places(prompts: Sequence[str]) -> dict[tuple[str, int], int]:
 
 
 def _curves(group: Group) -> list[dict[str, Any]]:
-    """First, last, lowest and highest value of each metric that at least two runs drew."""
+    """First, last, lowest and highest value of each metric that at least two runs have as a curve."""
     titles: dict[str, Mapping[str, Any]] = {}
     for stage in group:
         for curve in stage.result["curves"] if stage else ():
@@ -290,7 +290,7 @@ def _curves(group: Group) -> list[dict[str, Any]]:
 
 
 def _costs(group: Group) -> list[dict[str, Any]]:
-    """What at least one run knows of its cost; `ratios` to the first run."""
+    """Costs that are known for at least one run; `ratios` are to the first run."""
     known = [
         {"seconds": stage.result["seconds"], **(stage.result.get("cost") or {})} if stage else {}
         for stage in group
@@ -306,7 +306,7 @@ def _costs(group: Group) -> list[dict[str, Any]]:
 
 
 def _same_prompts(group: Group) -> list[dict[str, Any]]:
-    """The answers to prompts that at least two runs show, at most ten."""
+    """The answers to prompts that at least two runs show, for at most ten prompts."""
     found: dict[str, list[Mapping[str, str] | None]] = {}
     for number, stage in enumerate(group):
         for pair in stage.pairs if stage else ():

@@ -1,4 +1,4 @@
-"""A comparison for people: tables in the terminal, or a Markdown file with pictures beside it."""
+"""Shows a comparison: tables in the terminal, or a Markdown file with pictures beside it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDTH = 24
 
 
 LIMIT = 1e100
-"""Values beyond are drawn as this: axes are computed from differences and squares."""
+"""Values beyond this are drawn as this: matplotlib computes axes from differences and squares."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,17 @@ class Sheet:
 
 
 def sketch(values: Sequence[float]) -> str:
-    """A curve in one line of block characters, lowest to highest: means over equal stretches."""
+    """A curve as one line of block characters, of the means over equal stretches."""
     count = min(WIDTH, len(values))
     parts = [values[n * len(values) // count : (n + 1) * len(values) // count] for n in range(count)]
-    means = [
-        sum(value / len(one) / 2 for value in one) for one in parts
-    ]  # halves: their differences are finite
+    # Halves of the means: differences of finite halves are finite.
+    means = [sum(value / len(one) / 2 for value in one) for one in parts]
     low, high = min(means), max(means)
     return "".join(BARS[round((one - low) / (high - low) * 7)] if high > low else BARS[3] for one in means)
 
 
 def sheets(found: Mapping[str, Any], stage: Mapping[str, Any]) -> Iterator[Sheet]:
-    """The tables of one stage; those without rows are left out."""
+    """The tables of one stage that have rows."""
     if stage["same"]:
         return
     labels = [run["label"] for run in found["runs"]]
@@ -93,7 +92,7 @@ def setting(value: Any) -> str:
 
 
 def _measures(labels: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Sheet:
-    """The table of measures, without a column on intervals where no two are known."""
+    """The table of measures; the column of intervals only if some two can be compared."""
     known = any(text for one in rows for text in one["intervals"])
     columns = [
         "measure",
@@ -156,7 +155,7 @@ def _cost(one: Mapping[str, Any]) -> list[str]:
 
 
 def _one_start(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the answers before are the same in all runs: they are then shown once."""
+    """Whether the answers before training are the same in all runs, and can be shown once."""
     return all(len({text for text in one["before"] if text is not None}) == 1 for one in rows)
 
 
@@ -175,7 +174,7 @@ def _answer(one: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[s
 
 
 def show(found: Mapping[str, Any], out: Path | None) -> None:
-    """Tables in the terminal."""
+    """Print the tables in the terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -199,7 +198,7 @@ def show(found: Mapping[str, Any], out: Path | None) -> None:
 
 
 def write(found: Mapping[str, Any], groups: Mapping[str, Sequence[Stage | None]], out: Path) -> None:
-    """The Markdown file, and a picture of each shared metric beside it. Raises UserError."""
+    """Write the Markdown file, and a picture of each shared metric beside it. Raises UserError."""
     lines = ["# Comparison", ""]
     lines += [f"- {run['label']} = {item(run['path'])}" for run in found["runs"]]
     if found["remarks"]:
@@ -232,7 +231,7 @@ def plain(text: str) -> str:
 def overlay(
     file: Path, curve: Mapping[str, Any], series: Sequence[tuple[str, Sequence[tuple[float, float]]]]
 ) -> None:
-    """One metric of all runs in one picture. Raises UserError when it cannot be written."""
+    """Draw one metric of all runs into one picture. Raises UserError when it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

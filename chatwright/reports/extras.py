@@ -1,8 +1,7 @@
-"""What is added to a stage's report when it is done: the paper's settings, answers before and after, KL
-budget, cost.
+"""Report extras, added when a stage is done: the paper's settings, answers before and after, KL budget, cost.
 
-A stage that trains a model does not ask it anything; that is done here, once, with the engine that answers
-everywhere else, on held-out prompts and with the same seeds for the model before and the model after.
+Answers are sampled here, so that a stage need not do it: with the usual engine, on held-out prompts, and with
+the same seeds for the model before the stage and the model after it.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from chatwright.train.stage import Stage
 from chatwright.train.workspace import Answered, Report, Workspace
 
 PROMPTS = 64
-"""Held-out prompts that both models are asked: enough for length and diversity, and a matter of seconds."""
+"""Held-out prompts for both models: enough to measure length and diversity within seconds."""
 FEW = 16
-"""The same for models of WORTH_COMPILING parameters and more on a CPU, for which 64 would take minutes."""
+"""The same for models of WORTH_COMPILING parameters and more on a CPU, where 64 would take minutes."""
 LONGEST_ANSWER = 48
-"""Tokens at which an answer is cut off in stages that have no such setting."""
+"""Longest answer, in tokens, for stages without such a setting."""
 
 
 def close(
@@ -43,7 +42,7 @@ def close(
     """Entries for result.json; writes pairs.json and per_prompt.json. `spent`: seconds, joules and
     memory_bytes."""
     result: dict[str, Any] = {"cost": cost(report, workspace, spent), "data": content(config, workspace)}
-    answers = report.answers or _answers(stage, config, workspace, report)
+    answers = report.answers = report.answers or _answers(stage, config, workspace, report)
     if not (stage.paper or stage.kl_budget or answers):
         return result
     result["paper"] = paper.beside(stage.paper, config, report.facts)
@@ -70,7 +69,7 @@ def write_answers(directory: Path, answers: Answered) -> None:
 
 
 def _answers(stage: Stage, config: Any, workspace: Workspace, report: Report) -> Answered | None:
-    """Completions before and after of a stage that turns one language model into another; None for other
+    """Completions before and after a stage that turns one language model into another; None for other
     stages."""
     if report.model is None:
         return None
@@ -80,16 +79,15 @@ def _answers(stage: Stage, config: Any, workspace: Workspace, report: Report) ->
         made = checkpoint.Checkpoint(workspace.directory / report.model)
         if hasattr(config, "base") and made.state().get("kind") == "language":
             return _asked(config, workspace, report)
-    except UserError as error:  # the stage is done all the same; the report says what it lacks, and why
+    except UserError as error:  # the stage is done anyway; its report says what is missing, and why
         report.notes.append(f"no answers before and after: {error}")
     return None
 
 
 def content(config: Any, workspace: Workspace) -> str | None:
-    """Sixteen hexadecimal digits of the records that a stage wrote, or learnt from; None where that is not
-    known.
+    """Hash (sixteen hexadecimal digits) of the records that a stage wrote or learnt from; None if not known.
 
-    The same data give the same digits, whatever the settings and the seed.
+    It depends on the data alone, not on settings and seed.
     """
     if (workspace.directory / "records").is_dir():
         files = sorted(records_of(workspace.directory).glob("*.jsonl"))
@@ -103,21 +101,21 @@ def content(config: Any, workspace: Workspace) -> str | None:
 
 
 def cost(report: Report, workspace: Workspace, spent: Mapping[str, float]) -> dict[str, float]:
-    """Seconds, tokens, operations, energy, money and memory of a stage, as far as they are known."""
+    """Seconds, tokens, floating-point operations, energy, money and memory of a stage, as far as known."""
     found = {name: float(report.facts[name]) for name in ("tokens", "flop") if name in report.facts}
     meant = cost_row(workspace.reporting, flop=None, elapsed=spent["seconds"], joules=spent["joules"])
     return {"seconds": spent["seconds"], **found, **meant, "memory_bytes": spent["memory_bytes"]}
 
 
 def _ready(base: Loaded) -> Loaded:
-    """The same, on this process's device, for evaluation."""
+    """The same model on this process's device, in evaluation mode."""
     base.model.to(runtime.device()).eval()
     return base
 
 
 def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
-    """The model a stage started from and the one it made, asked the same held-out prompts. Raises
-    UserError."""
+    """Completions of the model that a stage started from and of the one that it made, to the same held-out
+    prompts. Raises UserError."""
     after = _ready(open_base(str(workspace.directory / str(report.model)), workspace))
     before = _ready(open_base(config.base, workspace))
     tokenizer, template = after.tokenizer, after.template
@@ -157,7 +155,7 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
 
 
 def sample(directory: Path, report: Report, prompt: str, seed: int) -> str:
-    """What the stage's model says to the recipe's prompt; empty when the stage made no language model.
+    """The completion of the stage's model for the recipe's prompt; "" if the stage made no language model.
 
     A base model continues the prompt's text.
     """

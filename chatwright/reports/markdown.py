@@ -1,5 +1,4 @@
-"""Markdown of texts that somebody else wrote: what a model or a user says cannot become a heading, a link or
-a tag."""
+"""Escapes foreign text for Markdown: text of a model or a user cannot become a heading, a link or a tag."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ LONGEST = 400
 
 
 def harmless(text: str, *, longest: int = LONGEST) -> str:
-    """One line of at most `longest` characters (and a note of how many are missing); what cannot be printed -
-    control characters, those that turn the direction of writing round - is spelt out."""
+    """One line of at most `longest` characters, plus a note of how many were cut off. Unprintable characters
+    (control characters, marks that change the direction of writing) become escapes such as \\u202e."""
     line = " ".join(text.split())
     if len(line) > longest:
         line = f"{line[:longest]}… (+{len(line) - longest:,} characters)"
@@ -20,15 +19,14 @@ def harmless(text: str, *, longest: int = LONGEST) -> str:
 
 
 def cell(text: str, *, longest: int = LONGEST) -> str:
-    """Text that stays inside a cell of a Markdown table and is not read as markup: what begins markup or HTML
-    is escaped, and addresses that GitHub would turn into links."""
+    """The text for a cell of a Markdown table. Characters that begin markup or HTML are escaped, and so are
+    addresses that GitHub would turn into links."""
     line = re.sub(r"([\\|`<>*_\[\]~&$])", r"\\\1", harmless(text, longest=longest))
     return re.sub(r"(?i)(:)(//)|(www)(\.)", r"\1\3\\\2\4", line)
 
 
 def item(text: str, *, longest: int = LONGEST) -> str:
-    """The same for an item of a list or a paragraph, where the beginning can make a heading, a list or a line
-    as well."""
+    """The same for a list item or a paragraph, whose beginning could make a heading, a list or a rule."""
     return re.sub(r"^(\d{0,9})([#+.)=-])(?=[#=-]*(\s|$))", r"\1\\\2", cell(text, longest=longest))
 
 

@@ -1,4 +1,4 @@
-"""report.md: what a stage, and a whole run, measured; with pictures."""
+"""Writes report.md, with pictures: the measurements of a stage, and of a whole run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Result = Mapping[str, Any]
 
 
 def draw_curves(directory: Path, curves: Sequence[Mapping[str, Any]]) -> Path | None:
-    """`curves.png` in a stage's directory from its metrics.jsonl; None when there is nothing to draw."""
+    """Draw `curves.png` in a stage's directory from its metrics.jsonl; None when there is nothing to draw."""
     rows = read_metrics(directory / "metrics.jsonl")
     drawable = [
         (curve, [key for key in curve["keys"] if sum(row.get(key) is not None for row in rows) > 1])
@@ -51,7 +51,7 @@ def draw_curves(directory: Path, curves: Sequence[Mapping[str, Any]]) -> Path | 
 
 
 def number(value: float | None) -> str:
-    """A measured value for people: three significant decimals, a dash for none."""
+    """A measured value as text: three decimals, none from 1000 on; a dash for None."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
@@ -76,8 +76,8 @@ def table_rows(name: str, result: Result) -> list[tuple[str, str, str, str, str]
 
 
 def write_stage_report(directory: Path, name: str, result: Result) -> None:
-    """report.md of one stage. Sections that a stage has nothing for say so, or are left out where the stage
-    trains no policy."""
+    """Write report.md of one stage. A section without content says so; a stage that trains no policy has no
+    sections about one."""
     lines = [f"# {item(name)}", "", f"Took {duration(result['seconds'])} (minutes:seconds).", ""]
     lines += table(("measure", "before", "after"), [row[1:4] for row in table_rows(name, result)])
     for one in result.get("tables", ()):
@@ -101,14 +101,14 @@ def write_stage_report(directory: Path, name: str, result: Result) -> None:
 
 
 def _note(text: str) -> str:
-    """A note as an item of a list; what is empty, or introduces others with a colon, stands by itself."""
+    """A note as a list item; an empty one, or one that ends with a colon, becomes a paragraph."""
     if not text or text.endswith(":"):
         return item(text)
     return "- " + item(text.removeprefix("- "))
 
 
 def _paper(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The settings that differ, and in a line those that do not."""
+    """A table of the settings that differ, and a line with those that do not."""
     if not rows:
         return ["The papers of this method give no value for any of its settings."]
     differ = [
@@ -121,7 +121,7 @@ def _paper(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _answers(directory: Path, result: Result) -> list[str]:
-    """The ten pairs, then length and diversity of all answers."""
+    """The first pairs of answers, then length and diversity of all answers."""
     answers, file = result.get("answers"), directory / "pairs.json"
     if not answers or not file.is_file():
         return ["There are no answers: see the notes above, or the stage made no model."]
@@ -130,7 +130,7 @@ def _answers(directory: Path, result: Result) -> list[str]:
         f"The first {len(pairs)} of {answers['prompts']} held-out prompts, not chosen; both sides with the "
         f"same seeds."
     )
-    if not answers["measures"]:  # of a reward model, which answers nothing
+    if not answers["measures"]:  # a reward model's pairs: it does not write answers
         what = f"The first {len(pairs)} held-out pairs of answers that are no tie, not chosen otherwise."
     lines = [what, ""]
     lines += table(
@@ -151,7 +151,7 @@ def _answers(directory: Path, result: Result) -> list[str]:
 
 
 def kl_line(result: Result) -> str:
-    """How much of the KL budget was spent, and why it ended there."""
+    """How much of the KL budget was spent, and why training ended there."""
     known = result.get("kl_budget")
     if not known:
         return "no budget: this stage has no reference to stay near."
@@ -170,7 +170,7 @@ def kl_line(result: Result) -> str:
 
 
 def cost_rows(cost: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Cost for people, what is not known said as such."""
+    """Rows (name, value as text) of a stage's cost; an unknown value says why."""
     rows = []
     for key, (name, say, absent) in COSTS.items():
         rows.append((name, say(cost[key]) if key in cost else absent))
@@ -185,11 +185,11 @@ COSTS: Mapping[str, tuple[str, Callable[[float], str], str]] = {
     "cost": ("price", "{:.4g}".format, "not known (report.price is not set)"),
     "memory_bytes": ("largest resident size so far", lambda value: f"{value / 1e9:.2f} GB", "not known"),
 }
-"""Key in result.json -> its name in a report, how it is written, what stands there when it is not known."""
+"""Key in result.json -> its name in a report, its formatter, the text when it is not known."""
 
 
 def write_run_report(directory: Path, name: str, results: Mapping[str, Result], prompt: str) -> str:
-    """report.md of a whole run, with the pictures of its stages; returns its text."""
+    """Write report.md of a whole run, with the pictures of its stages; returns its text."""
     total = sum(result["seconds"] for result in results.values())
     lines = [f"# Run {cell(name)}", "", f"{len(results)} stages in {duration(total)} (minutes:seconds).", ""]
     lines += table(
@@ -217,7 +217,7 @@ def write_run_report(directory: Path, name: str, results: Mapping[str, Result], 
 
 
 def _summary(results: Mapping[str, Result]) -> list[str]:
-    """What the stages' reports say in full: settings, length and diversity, KL and cost."""
+    """A summary of the stages' reports: settings, length and diversity, KL and cost."""
     told = {stage: result for stage, result in results.items() if "paper" in result}
     lines: list[str] = []
     if told:
@@ -253,7 +253,7 @@ def _summary(results: Mapping[str, Result]) -> list[str]:
 
 
 def _total(costs: Collection[Mapping[str, float]]) -> list[str]:
-    """The sums, of what every stage knows or of the stages that do; the largest memory."""
+    """The sums over the stages (a sum over fewer than all says so), and the largest memory."""
     total = {key: sum(cost[key] for cost in costs if key in cost) for cost in costs for key in cost}
     total["memory_bytes"] = max(cost["memory_bytes"] for cost in costs)
     part = {key for key in total if sum(key in cost for cost in costs) < len(costs)}

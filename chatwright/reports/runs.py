@@ -1,5 +1,5 @@
-"""Finished stages read back from disk: settings, results, curves, answers. What others wrote is checked
-before it is believed."""
+"""Reads finished stages from disk: settings, results, curves, answers. The files may come from elsewhere and
+are checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chatwright import files
 from chatwright.config import UsageError, UserError, read_yaml
 
 MOST_SETTINGS = 10_000
-"""Most settings of one stage: a YAML file of a few lines can stand for more than any memory holds."""
+"""Most settings of one stage: a YAML file of a few lines can expand, by aliases, beyond any memory."""
 
 Row = Mapping[str, float]
 
@@ -29,13 +29,13 @@ class Stage:
     settings: Mapping[str, Any]
     """By path: `optim.learning_rate`."""
     rows: Sequence[Row]
-    """Of metrics.jsonl: finite numbers alone, `step` in each."""
+    """Rows of metrics.jsonl: only finite numbers, `step` in each."""
     pairs: Sequence[Mapping[str, str]] = ()
     per_prompt: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def verb(self) -> str:
-        """What kind of stage it is."""
+        """The verb that made the stage: `sft`, `ppo` ..."""
         return str(self.result["verb"])
 
     def points(self, key: str) -> list[tuple[float, float]]:
@@ -55,7 +55,8 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """A run's or a stage's directory. Raises UserError: neither, nothing finished in it, damaged files."""
+    """Read the directory of a run or a stage. Raises UserError if it is neither, nothing in it is finished,
+    or files are damaged."""
     if not path.is_dir():
         raise UserError(f"{path} is no directory; give a run (runs/tiny) or a stage (runs/tiny/ppo)")
     if _is_stage(path):
@@ -73,7 +74,7 @@ def read_run(path: Path) -> Run:
     done = [place for place in places if (place / "result.json").is_file()]
     if not done:
         raise UserError(f"{path}: none of its stages is finished ({', '.join(one.name for one in places)})")
-    done.sort(key=lambda place: (place / "result.json").stat().st_mtime)  # as they were run
+    done.sort(key=lambda place: (place / "result.json").stat().st_mtime)  # in the order they were run
     return Run(
         path,
         True,
@@ -87,7 +88,7 @@ def _is_stage(path: Path) -> bool:
 
 
 def read_stage(directory: Path) -> Stage:
-    """A finished stage. Raises UserError naming the file that is damaged."""
+    """Read a finished stage. Raises UserError naming the file that is damaged."""
     result = _checked(files.read_json(directory / "result.json"), directory / "result.json")
     return Stage(
         directory.name,
@@ -111,7 +112,7 @@ def finite(value: Any) -> float | None:
 
 
 def _checked(result: Any, file: Path) -> Mapping[str, Any]:
-    """result.json, when what is read of it has the shape that it should."""
+    """The content of result.json. Raises UserError if values used here do not have the expected shape."""
     expected = {"verb": str, "measures": list, "curves": list, "facts": dict, "notes": list}
     optional = {"cost": dict, "kl_budget": dict, "answers": dict, "inputs": dict, "paper": list}
     fine = isinstance(result, dict) and all(
@@ -147,7 +148,7 @@ def _is_curve(one: Any) -> bool:
 
 
 def _is_known(result: Mapping[str, Any]) -> bool:
-    """What newer results hold beside: cost, KL budget, length and diversity."""
+    """Whether the fields of newer results are valid: cost, KL budget, length and diversity."""
     measures = (result.get("answers") or {}).get("measures", {})
     fine = isinstance(measures, dict) and all(
         isinstance(pair, list) and len(pair) == 2 and None not in map(finite, pair)
@@ -168,7 +169,7 @@ def _settings(file: Path) -> dict[str, Any]:
         found = dict(_flat(read_yaml(file), "", iter(range(MOST_SETTINGS))))
     except UsageError as error:
         raise UserError(str(error)) from None
-    except (StopIteration, RuntimeError):  # a circle of aliases has no end either
+    except (StopIteration, RuntimeError):  # RuntimeError: a cycle of aliases recurses without end
         raise UserError(f"{file} is damaged: it holds more than {MOST_SETTINGS:,} settings") from None
     return found
 
@@ -190,8 +191,8 @@ def _flat(values: Mapping[Any, Any], before: str, left: Iterator[int]) -> list[t
 
 
 def read_rows(file: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line that a crash cut off is left out. Raises UserError for any
-    other damage."""
+    """The rows of a metrics.jsonl, without a last line that a crash cut off. Raises UserError for any other
+    damage."""
     try:
         lines = file.read_bytes().split(b"\n")
     except FileNotFoundError:

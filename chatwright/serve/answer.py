@@ -1,9 +1,9 @@
 """One answer on its way from the engine's thread to the event loop: an asynchronous iterator of pieces.
 
-No thread waits for it. The engine's handle says that something is new (`Handle.on_change`), the loop is
-woken, and the reader takes what there is. A reader who is slow finds one larger piece: what is unread never
-amounts to more than the answer itself. Measured here, for every interface alike: when tokens came, how an
-answer ended, and whether it took too long.
+No thread blocks for it. The engine's handle reports that something is new (`Handle.on_change`), the event
+loop wakes, and the reader takes what there is. A slow reader gets one larger piece, so unread text never
+exceeds the answer itself. This file measures, for every interface alike, when tokens came, how an answer
+ended, and whether it took too long.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 class Listener(Protocol):
-    """Who wants to know how fast answers come. Called in the event loop."""
+    """Receives the timings of answers. Called in the event loop."""
 
     def first_token(self, model: str, seconds: float) -> None:
-        """The first token of an answer, so long after the engine was asked."""
+        """The first token of an answer came, `seconds` after the engine was asked."""
 
     def next_token(self, model: str, seconds: float) -> None:
-        """Another token, so long after the one before."""
+        """Another token came, `seconds` after the one before."""
 
     def answered(self, model: str, reason: str, seconds: float) -> None:
-        """The end of an answer, so long after the engine was asked. `reason`: a FinishReason, "timeout" or
+        """An answer ended, `seconds` after the engine was asked. `reason`: a FinishReason, "timeout" or
         "error"."""
 
 
@@ -53,9 +53,9 @@ class Answer:
     ) -> None:
         """Ask the engine. Raises as `EngineThread.submit`. Needs a running event loop.
 
-        timeout: seconds for the whole HTTP request that this is for (for this answer, outside of one); 0: no
-        limit. decode: makes a text of a prompt, for who logs prompts. on_end: called in the loop once the
-        engine has nothing more to do for this answer.
+        timeout: seconds for the whole HTTP request, or for this answer where there is no HTTP request; 0: no
+        limit. decode: turns a prompt's ids into text, for a log that keeps prompts. on_end: called in the
+        loop once the engine has nothing more to do for this answer.
         """
         self.requests = tuple(requests)
         self.started = time.monotonic()
@@ -63,11 +63,10 @@ class Answer:
         self._on_end: Callable[[Answer], None] | None = on_end
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
-        self._arrivals: deque[tuple[int, int, bool, float]] = (
-            deque()
-        )  # (request, new tokens, whether it is the end, when)
-        self._called = False  # whether `_look` is to run already
-        self._latest = [0.0] * len(self.requests)  # when the newest token of each came
+        # (index of the request, new tokens, whether it is the end, when)
+        self._arrivals: deque[tuple[int, int, bool, float]] = deque()
+        self._called = False  # whether `_look` is already scheduled
+        self._latest = [0.0] * len(self.requests)  # when the newest token of each request came
         self._open = len(self.requests)
         self._left = self._late = False
         self._facts = current.get()
@@ -82,9 +81,8 @@ class Answer:
         self._alarm = None if remaining is None else self._loop.call_later(remaining, self._give_up)
         if self._facts is not None:
             self._facts.model = model
-            prompts = dict.fromkeys(
-                request.prompt for request in self.requests
-            )  # several answers may have the same
+            # Several answers may share a prompt: it counts once.
+            prompts = dict.fromkeys(request.prompt for request in self.requests)
             self._facts.prompt_tokens += sum(map(len, prompts))
             if self._facts.keep_texts and decode is not None:
                 self._facts.prompts += map(decode, prompts)
@@ -95,20 +93,18 @@ class Answer:
         self._arrivals.append((index, tokens, ended, time.monotonic()))
         if not self._called:
             self._called = True
-            with suppress(
-                RuntimeError
-            ):  # the loop is closed: the server has stopped and nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed: the server has stopped, nobody waits any more
                 self._loop.call_soon_threadsafe(self._look)
 
     # ---- in the loop ---------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        self._called = False  # first: what comes from here on calls again
+        self._called = False  # before `_note`: what arrives from here on schedules another call
         self._note()
         self._news.set()
 
     def _note(self) -> None:
-        """Take down what has arrived."""
+        """Record what has arrived."""
         while self._arrivals:
             index, tokens, ended, at = self._arrivals.popleft()
             if tokens:
@@ -154,7 +150,7 @@ class Answer:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of the prompts that had not to be computed; several answers to one prompt count it once."""
+        """Prompt tokens taken from the prefix cache; several answers to one prompt count it once."""
         found: dict[tuple[int, ...], int] = {}
         for handle in self._handles:
             if handle.completion is not None:
@@ -172,7 +168,7 @@ class Answer:
     def __exit__(self, *_: object) -> None:
         self._note()
         if self._open and not self._left:
-            self._left = True  # the log of the request will not wait until the engine has noticed
+            self._left = True  # the request's log line does not wait until the engine has noticed
             if self._facts is not None:
                 self._facts.finish_reasons += ["timeout" if self._late else "cancelled"] * self._open
         self.cancel()
@@ -181,7 +177,7 @@ class Answer:
         """Raises TimedOut, and UserError or RuntimeError when the computation failed."""
         unread = list(range(len(self.requests)))
         while unread:
-            self._news.clear()  # first: what comes while the pieces are taken sets it again
+            self._news.clear()  # before taking pieces: what arrives meanwhile sets it again
             if self._late:
                 raise timed_out(self._timeout)
             for index in tuple(unread):
@@ -190,7 +186,7 @@ class Answer:
                     continue
                 if piece.finish_reason is not None:
                     unread.remove(index)
-                    self._note()  # whoever has the last piece finds the facts complete
+                    self._note()  # with the last piece, the request context is complete
                 yield index, piece
             if unread:
                 await self._news.wait()

@@ -1,14 +1,14 @@
-"""One answer in a conversation: the model is loaded if need be, it writes, and what it writes is kept.
+"""One answer in a conversation: load the model if it is not in memory, generate, and store the text.
 
-The store has the answer from its beginning: what there is of it is written every second or so, and at the end
-with the reason why it ended. `interrupted` means that neither the model nor the person ended it: nobody
-followed any more, the server was stopped, or it died (then nobody was left to write the reason down, and
-whoever reads the store supplies it).
+The store holds the answer from its beginning. The text so far is saved about every second; the last save adds
+the reason why the answer ended. The reason `interrupted` means that neither the model nor the person ended
+it: nobody followed any more, or the server was stopped, or the server crashed. A crashed server cannot save
+the reason; the reader of the store then supplies it.
 
-Events: {"type": "loading", "model"} while a model comes into memory; {"type": "begin", "model", "dropped",
-"window"}; {"type": "text", "text"} with "tokens" (tokens.py) where they were asked for; and {"type": "done",
-"turn", "html"} with what the store now has, or {"type": "error", "message"} with "turn" where a part of the
-answer was kept.
+Events: {"type": "loading", "model"} while a model is being loaded; {"type": "begin", "model", "dropped",
+"window"}; {"type": "text", "text"}, with "tokens" (tokens.py) if they were asked for; and last either
+{"type": "done", "turn", "html"} with what the store now holds, or {"type": "error", "message"}, with "turn"
+if a part of the answer was kept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from chatwright.serve.tokens import Token, TokenTexts
 logger = logging.getLogger(__name__)
 
 ALTERNATIVES = 5
-"""How many of the likeliest tokens are shown for each place."""
+"""How many of the likeliest tokens are shown for each position."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,21 @@ class Ask:
     owner_view: Owned
     conversation: str
     turn: Turn
-    """The answer's place in the store; what it already says is what it goes on from."""
+    """The answer's turn in the store. Text that it already has is continued."""
     previous_leaf: int
-    """What was shown before, and is again if nothing comes of the answer."""
+    """The turn shown before; shown again if the answer fails with no text."""
     model: str
     messages: list[Message]
     """What the model is to answer."""
     sampling: Sampling
     probabilities: bool = False
     earlier: list[Token] | None = None
-    """The tokens of what the answer already says, when they are known."""
+    """The tokens of the text that the answer already has, when they are known."""
 
 
 @dataclass
 class Draft:
-    """What there is of an answer by now."""
+    """An answer so far."""
 
     text: str
     tokens: int = 0
@@ -68,7 +68,7 @@ class Draft:
     token_texts: list[Token] | None = None
     started: float = field(default_factory=time.monotonic)
     saved_at: int = 0
-    """Tokens that the store knows of."""
+    """Value of `tokens` at the last save."""
 
 
 class Answering:
@@ -84,8 +84,8 @@ class Answering:
         render: Callable[[str], str],
         save_seconds: float,
     ) -> None:
-        """`reservation` holds the answer's place in the model's queue (`ModelPool.promised`) until the model
-        is asked."""
+        """`reservation` holds a slot for the answer in the model's queue (`ModelPool.promised`) until the
+        model is asked."""
         self._ask, self._pool, self._jobs, self._reservation = ask, pool, jobs, reservation
         self._render, self._save_seconds = render, save_seconds
         turn = ask.turn
@@ -97,7 +97,7 @@ class Answering:
         self._spent = turn.seconds or 0.0
 
     async def __call__(self, job: Job) -> Event:
-        """Answer. Raises Failed when nothing came of it."""
+        """Generate and store the answer. Raises Failed when generating or storing it failed."""
         try:
             with self._reservation:
                 await self._answer(job)
@@ -139,7 +139,7 @@ class Answering:
         return shown(turn)
 
     async def _answer(self, job: Job) -> None:
-        """Fill the draft, until the model or somebody ends it."""
+        """Fill the draft until the model ends the answer or the answer is no longer wanted."""
         ask, draft = self._ask, self._draft
         sampling = replace(ask.sampling, top_logprobs=ALTERNATIVES if ask.probabilities else 0)
         unwanted = asyncio.create_task(self._jobs.unwanted(job))
@@ -149,7 +149,7 @@ class Answering:
                     draft.reason = self._why_cancelled(job)
                     return
                 begun = ask.turn.text
-                self._reservation.close()  # what follows takes the place before anybody else can
+                self._reservation.close()  # `prepare` takes the slot before any other request can
                 prepared = await service.prepare(ask.messages, sampling, begun=begun)
                 draft.dropped, draft.started = prepared.dropped, time.monotonic()
                 job.publish(
@@ -163,10 +163,10 @@ class Answering:
 
     @asynccontextmanager
     async def _model(self, job: Job, unwanted: asyncio.Task[None]) -> AsyncIterator[ChatService | None]:
-        """The model, in memory for as long as this is open; None when the answer is no longer wanted before
-        it is there.
+        """The model, kept in memory as long as this context is open; None if the answer stops being wanted
+        before the model is loaded.
 
-        A load that has begun goes on without us, and the next who asks finds the model ready.
+        A load that has begun continues; the next request finds the model ready.
         """
         if self._ask.model not in {service.name for service in self._pool.services}:
             job.publish({"type": "loading", "model": self._ask.model})
@@ -182,7 +182,7 @@ class Answering:
                 yield None
 
     async def _write(self, job: Job, answer: Answer, service: ChatService) -> None:
-        """Take the pieces in, publish them, and keep what there is every now and then."""
+        """Take in the pieces, publish them, and save the text so far from time to time."""
         draft, ended = self._draft, asyncio.Event()
         texts = TokenTexts(service.model.tokenizer) if self._ask.probabilities else None
         keeper = asyncio.create_task(self._keep(ended))
@@ -203,9 +203,8 @@ class Answering:
         if texts is not None:
             tokens = texts.push(piece)
             event |= {"text": "".join(token["text"] for token in tokens), "tokens": tokens}
-        elif (
-            draft.token_texts is not None and piece.text
-        ):  # the part before has probabilities, this one has none
+        elif draft.token_texts is not None and piece.text:
+            # The earlier part of the answer has probabilities, this one has none.
             event |= {"tokens": [_unknown(piece.text)]}
         if event["text"]:
             draft.text += event["text"]
@@ -217,8 +216,8 @@ class Answering:
         return "cancelled" if job.stopped else "interrupted"
 
     async def _keep(self, ended: asyncio.Event) -> None:
-        """Keep what there is, every `save_seconds` while something is new. A store that fails now may do
-        better later."""
+        """Save the text so far every `save_seconds`, if it has grown. After a failed save, the next one tries
+        again."""
         while not ended.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), self._save_seconds)
@@ -229,7 +228,7 @@ class Answering:
             except StoreError as error:
                 logger.warning("an answer under way could not be kept yet: %s", error)
             except NotThere:
-                return  # deleted meanwhile; the end finds out as well
+                return  # the conversation was deleted meanwhile; the last save raises this as well
 
     async def _save(self, *, under_way: bool = False) -> None:
         draft = self._draft
@@ -245,8 +244,8 @@ class Answering:
         await asyncio.to_thread(ask.owner_view.write, ask.conversation, ask.turn.id, draft.text, **values)
 
     async def _give_up(self) -> Event:
-        """Keep what there is of a failed answer; take an answer without a word away. What the page has to
-        know of it."""
+        """Save the text of a failed answer, or remove the turn if it has no text. Returns what the page has
+        to know."""
         ask, draft = self._ask, self._draft
         try:
             if not draft.text:
@@ -254,7 +253,7 @@ class Answering:
                     ask.owner_view.discard, ask.conversation, ask.turn.id, leaf=ask.previous_leaf
                 )
                 return {}
-            # Where the answer was to go on and did not, it is what it was.
+            # An answer that was to be continued and got no new text keeps its old finish reason.
             draft.reason = "error" if draft.text != ask.turn.text else ask.turn.finish_reason or "interrupted"
             await self._save()
         except UserError as error:
@@ -266,7 +265,7 @@ class Answering:
 
 
 def _unknown(text: str) -> Token:
-    """A part of an answer for whose tokens nobody asked."""
+    """Text whose token probabilities were not asked for, as one token."""
     return {"text": text, "p": None, "alternatives": []}
 
 

@@ -36,10 +36,10 @@ MAX_BODY = 1 << 20
 
 
 class Static(StaticFiles):
-    """Files that a browser asks about each time (a small 304), so that an upgrade shows at once."""
+    """Files that a browser revalidates each time (a small 304), so that an upgrade shows at once."""
 
     async def get_response(self, path: str, scope: Scope) -> Any:
-        """The file, or 304 when the browser has it."""
+        """The file, or 304 when the browser has its current version."""
         response = await super().get_response(path, scope)
         response.headers["cache-control"] = "no-cache"
         return response
@@ -47,14 +47,14 @@ class Static(StaticFiles):
 
 @dataclass(frozen=True)
 class Operation:
-    """How an application is run: who may use it, how much it takes, what it notes down."""
+    """How an application is run: who may use it, its limits, and what it logs."""
 
     hosts: Iterable[str] | None = ()
-    """Names it answers to beside loopback ones; None for any."""
+    """Host names it answers to besides loopback ones; None for any."""
     origins: Iterable[str] = ()
     """Other sites whose pages may use /v1."""
     keys: KeyRing | None = None
-    """Who may come in; None: everybody."""
+    """Keys that give access; None: everybody has access."""
     max_body: int = MAX_BODY
     log: AccessLog | None = None
     keep_texts: bool = False
@@ -62,7 +62,7 @@ class Operation:
     quota: Quota = field(default_factory=Quota)
     """The most that is kept of conversations."""
     drain_seconds: float = 30.0
-    """How long the server takes to stop, for those who are told to come again."""
+    """Time the server has to stop; refused clients get it as Retry-After."""
 
 
 def create_app(
@@ -99,7 +99,7 @@ def create_app(
     app.include_router(api.routes(pool))
     app.include_router(chat_page.routes(pool, answers))
     app.mount("/static", Static(directory=chat_page.STUDIO / "static"))
-    # What is added last comes first.
+    # Starlette runs the middleware added last first.
     app.add_middleware(errors.Crash)
     app.add_middleware(BodyLimit, most=operation.max_body)
     if operation.keys is not None:

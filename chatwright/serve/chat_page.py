@@ -1,9 +1,9 @@
-"""The chat page, and what its scripts talk to beside conversations.py.
+"""The chat page, and the routes that its scripts use besides those of conversations.py.
 
-GET  /, /c/ID                 the page; which conversation it shows is its scripts' business
-POST /chat/owner              the cookie that says whose conversations are shown (owner.py)
+GET  /, /c/ID                 the page; its scripts choose the conversation to show
+POST /chat/owner              sets the cookie that says whose conversations are shown (owner.py)
 GET  /chat/models             {"models": [{"name", "loaded", "window"}]}, the default one first
-GET  /chat/jobs/ID/events     ?after=N: the events behind number N, one JSON object per line (jobs.py,
+GET  /chat/jobs/ID/events     ?after=N: the events after number N, one JSON object per line (jobs.py,
                               answers.py)
 POST /chat/jobs/ID/stop       end the answer where it is
 POST /chat/render             {"texts": [...]} -> {"html": [...]}: Markdown of earlier answers
@@ -40,7 +40,7 @@ class RenderRequest(BaseModel):
 
 
 def routes(pool: ModelPool, jobs: JobStore, *, save_seconds: float = 1.0) -> APIRouter:
-    """The page's routes. `save_seconds`: how often an answer under way is kept."""
+    """The page's routes. `save_seconds`: how often an answer under way is saved."""
     router = APIRouter(include_in_schema=False)
     router.include_router(conversations.routes(pool, jobs, render, save_seconds))
     pages = jinja2.Environment(loader=jinja2.FileSystemLoader(STUDIO / "templates"), autoescape=True)

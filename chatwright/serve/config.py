@@ -8,7 +8,7 @@ from typing import Literal
 from chatwright.config import UsageError
 
 QUOTA = ("max_conversations", "max_owner_mb", "max_store_mb")
-"""The settings that are `feedback.quota.Quota`'s."""
+"""Settings that are passed on to `feedback.quota.Quota`."""
 
 
 @dataclass(frozen=True)

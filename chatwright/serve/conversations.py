@@ -1,13 +1,13 @@
-"""Conversations over HTTP: what the page's scripts read and change. All of it is about the asking browser's
-own.
+"""Conversations over HTTP: what the page's scripts read and change. Every route reads and changes only the
+conversations of the browser that asks.
 
 GET    /chat/conversations              ?search&before&before_id: titles, the newest first, a page of them
 POST   /chat/conversations              a new one with its first message
-GET    /chat/conversations/ID           the whole tree, and the job that is at work on it
+GET    /chat/conversations/ID           the whole tree, and the job that runs on it
 PATCH  /chat/conversations/ID           rename, show another branch, other model or settings
 DELETE /chat/conversations/ID
-POST   /chat/conversations/ID/messages  what a person says, or says instead (a sibling)
-POST   /chat/conversations/ID/answers   start an answer to a message, or let one go on -> a job (chat_page.py)
+POST   /chat/conversations/ID/messages  add a person's message, or another version of one (a sibling)
+POST   /chat/conversations/ID/answers   start an answer to a message, or continue one -> a job (chat_page.py)
 GET    /chat/conversations/ID/messages/N/tokens   an answer's tokens with their probabilities
 GET    /chat/conversations.jsonl        everything, as a file
 """
@@ -33,16 +33,16 @@ from chatwright.serve.operation.owner import Mine
 from chatwright.serve.pool import ModelPool
 
 PAGE = 50
-"""Conversations in one list."""
+"""Conversations in one page of the list."""
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 Text = Annotated[str, Field(min_length=1)]
 Number = Annotated[int, Field(ge=1, lt=1 << 31)]
-"""A message's id, as far as databases count."""
+"""A message's id; the bound is that of the databases' integers."""
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Settings(BaseModel):
-    """How answers are made."""
+    """How answers are sampled."""
 
     model_config = STRICT
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
@@ -53,7 +53,7 @@ class Settings(BaseModel):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     seed: Annotated[int, Field(ge=0, lt=1 << 53)] | None = None
-    """Below 2^53, which is as far as JavaScript counts exactly."""
+    """Below 2^53: JavaScript's numbers are exact up to there."""
     max_tokens: Annotated[int, Field(ge=1)] = 512
     stop: Annotated[list[Text], Field(max_length=16)] = Field(default_factory=list)
 
@@ -74,7 +74,7 @@ class NewConversation(BaseModel):
 
 
 class NewMessage(BaseModel):
-    """What a person says below `parent`; below null, at the beginning."""
+    """A person's message below `parent`; with null, at the beginning of the conversation."""
 
     model_config = STRICT
     parent: Number | None
@@ -82,7 +82,7 @@ class NewMessage(BaseModel):
 
 
 class NewAnswer(BaseModel):
-    """Either an answer to the message `parent`, or the answer `continues` is to go on."""
+    """Ask for an answer to the message `parent`, or for a continuation of the answer `continues`."""
 
     model_config = STRICT
     parent: Number | None = None
@@ -100,7 +100,7 @@ class NewAnswer(BaseModel):
 
 
 class Changes(BaseModel):
-    """What is to be different."""
+    """The fields of a conversation to change; None leaves one as it is."""
 
     model_config = STRICT
     title: Annotated[str, Field(min_length=1, max_length=200)] | None = None
@@ -111,9 +111,10 @@ class Changes(BaseModel):
 
 
 def routes(pool: ModelPool, jobs: JobStore, render: Callable[[str], str], save_seconds: float) -> APIRouter:
-    """The routes above. `save_seconds`: how often an answer under way is kept."""
+    """The routes above. `save_seconds`: how often an answer under way is saved."""
     router = APIRouter(prefix="/chat", include_in_schema=False)
-    starting = asyncio.Lock()  # or two answers could begin in one conversation between a look and a leap
+    # Without the lock, two answers could begin in one conversation: between the check and the start.
+    starting = asyncio.Lock()
 
     @router.get("/conversations")
     def page(
@@ -136,9 +137,8 @@ def routes(pool: ModelPool, jobs: JobStore, render: Callable[[str], str], save_s
 
     @router.get("/conversations/{conversation}")
     async def read(conversation: str, mine: Mine) -> dict[str, Any]:
-        job = jobs.running_on(
-            conversation
-        )  # before the store is read: a job that ends meanwhile can still be followed
+        # Before the store is read: a job that ends meanwhile can still be followed.
+        job = jobs.running_on(conversation)
         found = await asyncio.to_thread(mine.get, conversation)
         return _whole(found, {"id": job.id, **job.about} if job else None)
 
@@ -185,14 +185,14 @@ def routes(pool: ModelPool, jobs: JobStore, render: Callable[[str], str], save_s
                     ask, pool, jobs, reservation=reservation, render=render, save_seconds=save_seconds
                 )
                 job = jobs.start(work, owner=mine.owner, subject=conversation, about=about)
-                if_refused.pop_all()  # from here on the reservation is the job's
+                if_refused.pop_all()  # from here on the job owns the reservation
         return {"id": job.id, "turn": shown(ask.turn)}
 
     return router
 
 
 def _place(mine: Owned, found: Conversation, body: NewAnswer, sampling: Sampling) -> Ask:
-    """Find or make the answer's place in the tree. Raises Full, and then no place is made."""
+    """Find the answer's turn in the tree, or add one. Raises Full before a turn is added."""
     changes: dict[str, Any] = {
         "model": body.model,
         "system": body.system,
@@ -251,8 +251,8 @@ def _whole(found: Conversation, job: dict[str, Any] | None = None) -> dict[str, 
 
 
 def _as_it_is(turn: Turn, job: dict[str, Any] | None) -> Turn:
-    """An answer under way is told by its events, from where they begin; one that nobody is at work on was
-    left alone."""
+    """The turn to show. An answer under way is shown as it was when its job began: the events add the rest.
+    An unfinished answer without a job is shown as interrupted."""
     if job and job["turn"] == turn.id:
         return replace(turn, content=job["content"], finish_reason=None)
     if turn.role == "assistant" and turn.finish_reason is None:

@@ -1,4 +1,4 @@
-"""The OpenAPI document of the server: FastAPI's, made true."""
+"""The OpenAPI document of the server: FastAPI's, corrected where it differs from what the server does."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from chatwright.serve.pool import ModelPool
 
 
 def document(app: FastAPI, pool: ModelPool) -> dict[str, Any]:
-    """The OpenAPI document, in which `model` is one of the models served and errors have the shape they
-    really have."""
+    """The OpenAPI document. `model` lists the models served; errors have the shape that the server sends."""
     if app.openapi_schema is None:
         made = get_openapi(title=app.title, version=__version__, routes=app.routes)
         schemas = made["components"]["schemas"]

@@ -94,7 +94,7 @@ def body(
 
 
 def from_user_error(error: UserError) -> ApiError:
-    """The status that fits an error of the layers below."""
+    """The HTTP error for an error of the layers below."""
     if isinstance(error, UnknownModel):
         return ApiError(404, str(error), param="model", code="model_not_found")
     if isinstance(error, NoMemory):
@@ -121,7 +121,7 @@ def from_user_error(error: UserError) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Give every error of `app` the one shape."""
+    """Give every error of `app` the same shape."""
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> JSONResponse:
@@ -148,19 +148,18 @@ def install(app: FastAPI) -> None:
 
 
 class Crash:
-    """ASGI middleware, the innermost: what nobody has foreseen goes to the log, and the client gets the one
-    shape.
+    """The innermost ASGI middleware: logs an unexpected exception and sends the client the usual error shape.
 
-    It is not left to the framework because that answers outside of all other middleware: without the security
-    headers, the request's id, and a line in the access log.
+    The framework's own handler would answer outside of all other middleware: without the security headers,
+    the request's id, and a line in the access log.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on. What goes wrong after the answer began is raised: the connection breaks, and the client
-        knows."""
+        """Pass the request on. An exception after the response began is raised again: the broken connection
+        tells the client."""
         begun = False
 
         async def watched(message: Message) -> None:

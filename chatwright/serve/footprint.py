@@ -1,5 +1,4 @@
-"""How much memory a model will take, from the headers of its files or from its shape: nothing is loaded for
-it."""
+"""How much memory a model will take, from the headers of its files or from its shape, without loading it."""
 
 from __future__ import annotations
 
@@ -20,21 +19,21 @@ PACKED_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.06, "int4": 0.63}
 """Bytes per weight of the copies that the CPU kernels make, group scales included (kernels/packing.py)."""
 
 BATCH = 16
-"""Answers that an engine works on at a time, unless it is told otherwise."""
+"""Default number of answers that an engine computes at a time."""
 TILE, GROUP = 16, 32
 """Outputs and inputs that the kernels' matrices are padded to (kernels/packing.py)."""
 
 
 @dataclass(frozen=True)
 class Serving:
-    """Memory of a model that answers, in bytes: what `LanguageModel.memory_bytes` will say."""
+    """Memory of a model while it is served, in bytes; predicts `LanguageModel.memory_bytes`."""
 
     weights: int
     """The parameters themselves."""
     packed: int
     """The kernels' copy of them; 0 where torch computes."""
     cache: int
-    """Keys and values of as many conversations as are answered at a time, within the engine's budget."""
+    """Keys and values of a full batch of conversations, within the engine's budget."""
 
     @property
     def total(self) -> int:
@@ -43,9 +42,9 @@ class Serving:
 
 
 def serving(config: GPTConfig, count: int, dtype: str, *, kernels: bool = True) -> Serving:
-    """What serving a model of this shape with `count` parameters takes in `dtype` (fp32, bf16, int8, int4).
+    """Memory to serve a model of this shape with `count` parameters in `dtype` (fp32, bf16, int8, int4).
 
-    kernels: the compiled CPU kernels compute; else torch, which knows fp32 and bf16 alone.
+    kernels: the compiled CPU kernels compute; else torch, which supports only fp32 and bf16.
     """
     if kernels:
         weights, packed = 4 * count, packed_bytes(config, dtype)
@@ -59,8 +58,8 @@ def serving(config: GPTConfig, count: int, dtype: str, *, kernels: bool = True) 
 
 
 def packed_bytes(config: GPTConfig, dtype: str) -> int:
-    """The kernels' copy of the matrices, scales and padding included (biases and norms, a few thousand
-    numbers, are not)."""
+    """Bytes of the kernels' copy of the matrices, with scales and padding, without biases and norms (a few
+    thousand numbers)."""
     width, heads = config.width, config.heads
     attended = heads * _up_to(config.head_dim, GROUP)
     up = (2 if config.activation == "swiglu" else 1) * _up_to(config.mlp_width, TILE)
@@ -77,8 +76,8 @@ def packed_bytes(config: GPTConfig, dtype: str) -> int:
 
 
 def _matrix(outputs: int, inputs: int, dtype: str) -> int:
-    """A packed matrix: integer weights have a 16-bit scale for each group, int4 also the group's least
-    value."""
+    """Bytes of a packed matrix. Integer weights have a 16-bit scale for each group; int4 also has the
+    group's smallest value."""
     bits = {"fp32": 128, "bf16": 64, "int8": 34, "int4": 20}[dtype]  # a weight's, times four
     return _up_to(outputs, TILE) * _up_to(inputs, GROUP) * bits // 32
 
@@ -89,10 +88,9 @@ def _up_to(size: int, multiple: int) -> int:
 
 def weight_bytes(source: str, dtype: str = "auto") -> int:
     """Bytes for the weights of a model that `load` would read: float32, and the packed copy where kernels are
-    used.
+    used. Keys and values are not counted.
 
-    Keys and values are not in it. 0 where the files are not on this machine yet, or say nothing: the loader
-    will.
+    Returns 0 if the files are not on this machine yet or cannot be read: loading reports the error.
     """
     try:
         count = _parameters(source)

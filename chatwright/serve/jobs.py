@@ -1,9 +1,8 @@
-"""Answers as jobs with numbered events, so that a page can lose its connection, reload, and go on where it
-was.
+"""Answers as jobs with numbered events, so that a page that lost its connection or was reloaded can continue.
 
 Events of a job, in order: `loading` and `begin` (answers.py), any number of `text`, then one `done` or one
-`error`. Numbers start at 1. A follower says the last number it has seen; text that it missed arrives as one
-event with the last of the numbers.
+`error`. Numbers start at 1. A follower sends the last number it has seen; the text events that it missed
+arrive as one event, which has the last of their numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Event = dict[str, Any]
 
 
 class Failed(UserError):
-    """The work came to nothing; `event` is what followers are to know beside the message."""
+    """The work failed; `event` is what followers get besides the message."""
 
     def __init__(self, message: str, event: Event) -> None:
         super().__init__(message)
@@ -35,15 +34,15 @@ class Failed(UserError):
 
 
 class Job:
-    """Work for one person, kept until some time after its end."""
+    """Work for one owner, kept for some time after its end."""
 
     def __init__(self, owner: str, subject: str, about: Event, clock: Callable[[], float]) -> None:
         self.id = secrets.token_urlsafe(16)
         self.owner = owner
         self.subject = subject
-        """What it works on, a conversation's id: there is one job at a time on each."""
+        """Id of the conversation that it works on: one job at a time on each."""
         self.about = about
-        """What a page that comes later has to know before it follows."""
+        """What a page that is opened later needs before it follows the events."""
         self.events: list[Event] = []
         self.finished = False
         self.followers = 0
@@ -59,12 +58,12 @@ class Job:
         self.wake()
 
     def wake(self) -> None:
-        """Let everybody who waits for news look again."""
+        """Wake everybody who waits for an event or a stop."""
         self.changed.set()
         self.changed = asyncio.Event()
 
     def since(self, after: int) -> list[Event]:
-        """The events after number `after`, neighbouring text events merged."""
+        """The events after number `after`; adjacent text events are merged."""
         merged: list[Event] = []
         for event in self.events[max(0, after) :]:
             if merged and event["type"] == "text" == merged[-1]["type"]:
@@ -77,14 +76,14 @@ class Job:
 
 
 Work = Callable[[Job], Awaitable[Event]]
-"""Publishes its events on the job and returns the last one; raises UserError, or Failed, for an `error`
-instead."""
+"""Publishes its events on the job and returns the last one, or raises UserError or Failed, which becomes an
+`error` event."""
 
 
 class JobStore:
-    """The jobs of a server: at most `max_jobs`, finished ones for `keep_seconds`.
+    """The jobs of a server: at most `max_jobs`; finished ones are kept for `keep_seconds`.
 
-    A running job that nobody has followed for `unfollowed_seconds` is unwanted: its page has gone for good.
+    A running job that nobody has followed for `unfollowed_seconds` is unwanted: its page is closed.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class JobStore:
         self._closing = False
 
     def make_room(self) -> None:
-        """See that a job can be started. Raises Busy when all places are taken by jobs that still run."""
+        """Make room for one job: at the limit, drop the oldest finished one. Raises Busy if all still run."""
         if len(self._jobs) >= self._max_jobs:
             oldest = next((job for job in self._jobs.values() if job.finished), None)
             if oldest is None:
@@ -114,7 +113,7 @@ class JobStore:
             del self._jobs[oldest.id]
 
     def start(self, work: Work, *, owner: str, subject: str, about: Event | None = None) -> Job:
-        """Start `work`, on which the request that asks for it goes on being accounted. Raises Busy as
+        """Start `work` as a task. Its tokens still count for the request that started it. Raises Busy as
         `make_room` does."""
         self.make_room()
         job = Job(owner, subject, about or {}, self._clock)
@@ -127,21 +126,21 @@ class JobStore:
         return job
 
     def get(self, job_id: str, owner: str) -> Job | None:
-        """The owner's job; None when it was never there, is gone, or is another's."""
+        """The owner's job; None if it does not exist, is no longer kept, or belongs to another owner."""
         job = self._jobs.get(job_id)
         return job if job is not None and job.owner == owner else None
 
     def running_on(self, subject: str) -> Job | None:
-        """The job that is under way on `subject`."""
+        """The job that runs on `subject`, or None."""
         return next((job for job in self._jobs.values() if job.subject == subject and not job.finished), None)
 
     def stop(self, job: Job) -> None:
-        """End the work where it is; its last event follows."""
+        """Ask the work to end now; its last event follows."""
         job.stopped = True
         job.wake()
 
     async def close(self, patience: float = 5.0) -> None:
-        """End all work, and give it `patience` seconds to keep what there is."""
+        """End all work, and give it `patience` seconds to save its text."""
         self._closing = True
         for job in self._jobs.values():
             job.wake()
@@ -149,7 +148,7 @@ class JobStore:
             await asyncio.wait(self._tasks, timeout=patience)
 
     async def unwanted(self, job: Job) -> None:
-        """Return once somebody pressed stop, nobody has followed for too long, or the server is stopping."""
+        """Return when somebody pressed stop, nobody has followed for too long, or the server is stopping."""
         while not (job.stopped or self._closing):
             patience = self._unfollowed_seconds
             if not job.followers:
@@ -183,7 +182,7 @@ class JobStore:
                     yield json.dumps(event, ensure_ascii=False).encode() + b"\n"
                 if job.finished:
                     return
-                if changed is not job.changed:  # more came while the lines were on their way
+                if changed is not job.changed:  # more events came while the lines were being sent
                     continue
                 try:
                     await asyncio.wait_for(changed.wait(), self._heartbeat_seconds)

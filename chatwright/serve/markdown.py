@@ -1,7 +1,7 @@
 """Markdown of a model as safe HTML: rendered by markdown-it, coloured by Pygments, sanitised by nh3.
 
-Raw HTML in the text stays text. Images are not shown: their address alone would tell a third party that the
-answer was read. The sanitiser is a second wall behind both rules.
+Raw HTML in the text stays text. Images are not shown: loading one would tell a third party that the answer
+was read. The sanitiser enforces both rules a second time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The models of a server: which there are, which are in memory, and who has to make room for whom.
+"""The models of a server: which it offers, which are in memory, and which are evicted.
 
-A model is loaded when it is first asked for. When the memory budget does not hold it beside the others, those
-that nobody uses are put away, the longest unused one first. A model that is answering is never put away: who
-needs its place is told to come again.
+A model is loaded when it is first asked for. If the memory budget does not hold it beside the others, unused
+models are evicted (removed from memory), the longest unused one first. A model that is answering is never
+evicted: a request that needs its memory is refused and told when to try again.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Spec:
     """A model that a server offers."""
 
     name: str
-    """By this it is asked for."""
+    """Its name in requests."""
     source: str
     """What `chatwright.load` takes."""
     dtype: str = "auto"
-    """How its weights are held (`LanguageModel`)."""
+    """Precision of its weights (`LanguageModel`)."""
 
 
 @dataclass
@@ -55,23 +55,23 @@ class _Place:
     users: int = 0
     last_used: float = 0.0
     size: int = 0
-    """Bytes that it took when it was last in memory; 0 when it never was."""
+    """Bytes that it took when it was last in memory; 0 if it never was."""
     created: int = field(default_factory=lambda: int(time.time()))
     loading: asyncio.Task[None] | None = None
     problem: str = ""
-    """Why it could not be loaded when that was last tried."""
+    """Why the last attempt to load it failed."""
     past: Stats = field(default_factory=Stats)
-    """What its engines did that are put away."""
+    """Sum of the statistics of its evicted engines."""
 
 
 class ModelPool:
-    """Models by name. The first is the default one, where something has to be chosen.
+    """Models by name. The first is the default one, used where no model is named.
 
-    budget: most bytes for weights, packed weights and keys and values of all models in memory; None: no
-    limit. limits: what each model gives to its clients. loader: makes a model of a spec; blocking, called in
-    a thread.
+    budget: most bytes for weights, packed weights, and keys and values of all models in memory; None: no
+    limit. limits: those of each model for its clients. loader: makes a model from a spec; it blocks and is
+    called in a thread.
 
-    Whoever is appended to `listeners` is told how fast answers come.
+    Objects appended to `listeners` receive the timings of answers.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ModelPool:
         self._budget, self._limits = budget, limits
         self.listeners: list[Listener] = []
         self._loader = loader or (lambda spec: load(spec.source, dtype=spec.dtype))
-        self._loading = asyncio.Lock()  # one at a time, or the budget would be spent twice
+        self._loading = asyncio.Lock()  # one at a time: two loads at once could both count on the same memory
         self._closed = False
 
     @classmethod
@@ -128,8 +128,7 @@ class ModelPool:
 
     @property
     def unready(self) -> str:
-        """Why the default model cannot answer, or "" when it can: when it is in memory, or was and had to
-        make room."""
+        """Why the default model cannot answer, or "" if it can: if it is in memory, or was evicted."""
         place = self._place(self.default)
         if place.problem:
             return f"{self.default} could not be loaded: {place.problem}"
@@ -139,7 +138,7 @@ class ModelPool:
 
     @property
     def dead(self) -> list[str]:
-        """Models whose engines have ended by themselves: only a restart brings them back."""
+        """Models whose engines have ended without being closed: only a restart of the server helps."""
         return [one.name for one in self.services if not one.engine.alive and not self._closed]
 
     def size(self, name: str) -> int:
@@ -148,7 +147,7 @@ class ModelPool:
         return place.size if place.service is not None else 0
 
     def stats(self, name: str) -> Stats:
-        """What the engines of a model have done since the server began, those that are put away included."""
+        """Statistics of a model's engines since the server began, evicted engines included."""
         place = self._place(name)
         service = place.service
         return place.past if service is None else _sum(place.past, service.model.engine.stats)
@@ -163,7 +162,7 @@ class ModelPool:
 
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[ChatService]:
-        """The model's service, loaded if need be; it stays in memory as long as somebody is inside.
+        """The model's service, loaded if it is not in memory; it is not evicted while the context is open.
 
         Raises UnknownModel, NoMemory, TimedOut, ClosedError when the server stops, and UserError when loading
         fails.
@@ -183,11 +182,12 @@ class ModelPool:
 
     @contextmanager
     def promised(self, name: str) -> Iterator[None]:
-        """Hold a place for an answer that will be asked for in a moment, so that whoever is let in now is
-        answered then.
+        """Reserve a slot for an answer that will be asked for in a moment: a request accepted now is not
+        refused later.
 
-        Leave it as the preparations begin, which take a place themselves. Where the model is not in memory
-        yet, those who wait for it are counted. Raises UnknownModel, and Busy when there is no place.
+        Leave the context just before `ChatService.prepare`, which takes a slot itself. If the model is not in
+        memory yet, the requests that wait for it are counted. Raises UnknownModel, and Busy when no slot is
+        free.
         """
         place = self._place(name)
         if place.service is not None:
@@ -199,15 +199,16 @@ class ModelPool:
         yield
 
     async def _wait_for(self, place: _Place) -> None:
-        """Load the model, or wait for those who do so. Who gives up, because time is up or the client has
-        gone, does not stop the loading: a thread cannot be stopped, and a second one beside it would spend
-        the memory twice."""
+        """Load the model, or wait for the load that is under way.
+
+        A request that ends meanwhile (its time is up, or its client has gone) does not stop the load: a
+        thread cannot be stopped, and a second load beside it would take the memory twice.
+        """
         while place.service is None:
             if place.loading is None:
                 place.loading = asyncio.create_task(self._load_in_turn(place))
-                place.loading.add_done_callback(
-                    lambda done: done.cancelled() or done.exception()
-                )  # or asyncio complains
+                # Reads the exception, or asyncio would log that nobody did.
+                place.loading.add_done_callback(lambda done: done.cancelled() or done.exception())
             try:
                 await asyncio.wait_for(asyncio.shield(place.loading), seconds_left(self._limits.timeout))
             except TimeoutError:
@@ -227,10 +228,10 @@ class ModelPool:
             place.loading = None
 
     def adopt(self, name: str, model: LanguageModel) -> None:
-        """Take in a model that is in memory already."""
+        """Add a model that is in memory already."""
         place = self._place(name)
-        # The service limits itself, and counts what it has let in; the engine's own limit is for what does
-        # not ask it.
+        # The service limits and counts the requests that pass through it. The engine's own limit is for
+        # requests that do not.
         engine = EngineThread(model.engine, max_waiting=2 * self._limits.max_requests)
         place.service = ChatService(model, engine, name=name, limits=self._limits, listeners=self.listeners)
         place.size = model.memory_bytes
@@ -259,7 +260,7 @@ class ModelPool:
         model = await asyncio.to_thread(self._loaded, place.spec)
         size = model.memory_bytes
         try:
-            await self._make_room(place, size)  # now that it is known exactly
+            await self._make_room(place, size)  # again: the exact size is known only now
         except NoMemory:
             place.size = size
             raise
@@ -271,11 +272,11 @@ class ModelPool:
 
     def _loaded(self, spec: Spec) -> LanguageModel:
         model = self._loader(spec)
-        _ = model.engine  # weights are packed here and not at the first question
+        _ = model.engine  # packs the weights now, not at the first request
         return model
 
     async def _make_room(self, place: _Place, size: int) -> None:
-        """Put models away until `size` bytes are free for `place`. Raises NoMemory."""
+        """Evict models until `size` bytes are free for `place`. Raises NoMemory."""
         if self._budget is None:
             return
         if size > self._budget:
@@ -300,7 +301,7 @@ class ModelPool:
         place.past = _sum(place.past, service.model.engine.stats)
         logger.info("put %s away", place.spec.name)
         del service
-        gc.collect()  # models and engines refer to each other
+        gc.collect()  # models and engines refer to each other, so reference counts never free them
 
 
 def _sum(one: Stats, other: Stats) -> Stats:
@@ -314,7 +315,7 @@ def _age(place: _Place) -> float:
 
 
 def parse_specs(models: Iterable[str], dtype: str) -> list[Spec]:
-    """Specs of `MODEL` or `NAME=MODEL` texts."""
+    """Specs from texts `MODEL` or `NAME=MODEL`."""
     specs = []
     for text in models:
         name, equals, source = text.partition("=")

@@ -1,9 +1,9 @@
-"""Between people and the engine: a conversation becomes token requests, and the answers come back piece by
+"""The layer above the engine: it turns a conversation into token requests and gives the answers back piece by
 piece.
 
-`prepare` is shared by the terminal, the HTTP interface and the page. `ChatService` is for the two that live
-in an event loop: one engine thread computes, and each answer is an asynchronous iterator that can be
-cancelled (answer.py).
+The terminal, the HTTP interface and the page share `prepare`. The latter two run in an event loop and use
+`ChatService`: one engine thread computes, and each answer is an asynchronous iterator that can be cancelled
+(answer.py).
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ __all__ = [
 ]
 
 MOST_WAIT = 60
-"""Longest time, in seconds, after which a refused client is told to come again."""
+"""Largest Retry-After, in seconds, that a refused client gets."""
 
 
 class Busy(UserError):
-    """As many answers are under way as the server takes on at a time."""
+    """The server already has as many answers under way as it accepts at a time."""
 
     def __init__(self, message: str, *, retry_after: int = 1) -> None:
         """`retry_after`: seconds after which it may be worth another try."""
@@ -60,7 +60,7 @@ class TooLong(UserError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one model gives to its clients."""
+    """Limits of one model for its clients."""
 
     max_requests: int = 64
     """Answers under way or waiting at a time."""
@@ -69,10 +69,10 @@ class Limits:
     max_prompt_tokens: int = 0
     """Longest prompt; longer ones are refused. 0: only the context limits it."""
     timeout: float = 0.0
-    """Seconds for a request, from its arrival to its last token. 0: any."""
+    """Seconds for a request, from its arrival to its last token. 0: no limit."""
 
     def cut(self, sampling: Sampling) -> Sampling:
-        """The settings with no more new tokens than allowed."""
+        """The settings, with `max_new_tokens` cut to the limit."""
         if not self.max_new_tokens or sampling.max_new_tokens <= self.max_new_tokens:
             return sampling
         return replace(sampling, max_new_tokens=self.max_new_tokens)
@@ -80,7 +80,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the engine is to do for one conversation."""
+    """The engine's requests for one conversation."""
 
     requests: tuple[Request, ...]
     """One request per answer wanted; they share the prompt and differ in their seeds."""
@@ -99,13 +99,13 @@ def prepare(
     grammar: Callable[[LanguageModel], Grammar | None] | None = None,
     begun: str = "",
 ) -> Prepared:
-    """Encode `messages` and make room for the answer, which goes on from `begun` when that is given.
+    """Encode `messages` and make room for the answer, which continues `begun` if that is given.
 
     A quarter of the context (or `max_new_tokens`, if that is less) is kept free for the answer; the oldest
-    turns go when the rest is too small. The answer may then use whatever room is left, up to
-    `max_new_tokens`. With a seed, answer k uses seed + k. `grammar` makes what the answers are held to.
-    Raises TooLong when even the last message is too long or `begun` fills the context, UserError when the
-    model's template refuses the conversation.
+    turns are dropped if the rest does not hold the conversation. The answer may use all room that is left, up
+    to `max_new_tokens`. With a seed, answer k uses seed + k. `grammar` makes the grammar that constrains the
+    answers. Raises TooLong if even the last message is too long or `begun` fills the context, UserError if
+    the model's template refuses the conversation.
     """
     from chatwright.generate.request import Request
 
@@ -115,9 +115,8 @@ def prepare(
     try:
         fitted = model.encode_chat(messages, max_new_tokens=reserve + len(begun_ids))
     except UserError as error:
-        template.encode(
-            messages, model.tokenizer, add_generation_prompt=True
-        )  # raises what the template refuses
+        # Raises UserError if the template was the cause, not the length.
+        template.encode(messages, model.tokenizer, add_generation_prompt=True)
         raise TooLong(str(error)) from None
     prompt = (*fitted.ids, *begun_ids)
     if len(prompt) >= context:
@@ -157,7 +156,7 @@ def _within(sampling: Sampling, room: int) -> Sampling:
 
 
 def _samples(request: Request, count: int) -> tuple[Request, ...]:
-    """The request `count` times, with seeds one after the other if it has one."""
+    """The request `count` times, with consecutive seeds if it has a seed."""
     seed = request.sampling.seed
     if seed is None:
         return (request,) * count
@@ -197,7 +196,7 @@ class ChatService:
         return sum(len(answer.requests) for answer in self._running)
 
     def retry_after(self, places: int = 1) -> int:
-        """Seconds until so many places will be free, roughly.
+        """Estimate of the seconds until `places` slots are free.
 
         Answers leave at the rate running / mean time of an answer, its waiting included (Little's law).
         """
@@ -212,8 +211,7 @@ class ChatService:
         grammar: Callable[[LanguageModel], Grammar | None] | None = None,
         begun: str = "",
     ) -> Prepared:
-        """`prepare` off the event loop, within the limits. Raises UserError, and Busy when there is enough to
-        do."""
+        """`prepare` in a thread, within the limits. Raises UserError, and Busy when no slots are free."""
         sampling = self.limits.cut(sampling)
         work = partial(prepare, self.model, messages, sampling, answers=answers, grammar=grammar, begun=begun)
         return await self._prepared(work, answers)
@@ -226,14 +224,14 @@ class ChatService:
         return await self._prepared(work, len(prompts) * answers)
 
     async def _prepared(self, work: Callable[[], Prepared], answers: int) -> Prepared:
-        with self.occupied(answers):  # many may be at this point at the same time
+        with self.occupied(answers):  # many requests may be prepared at the same time
             prepared = await asyncio.to_thread(work)
         self.check_size(prepared)
         return prepared
 
     @contextmanager
     def occupied(self, answers: int = 1) -> Iterator[None]:
-        """Take up places of answers with other work. Raises Busy when there are not so many."""
+        """Occupy slots of answers with other work. Raises Busy when not enough are free."""
         self.check_load(answers)
         self._preparing += answers
         try:
@@ -242,7 +240,7 @@ class ChatService:
             self._preparing -= answers
 
     def check_load(self, answers: int = 1) -> None:
-        """Raise Busy when so many more answers are more than the server takes on."""
+        """Raise Busy when there are not `answers` free slots."""
         lacking = self.running + self._preparing + answers - self.limits.max_requests
         if lacking > 0:
             wait = self.retry_after(lacking)
@@ -281,9 +279,8 @@ class ChatService:
 
     def _text(self, ids: Sequence[int]) -> str:
         tokenizer = self.model.tokenizer
-        return tokenizer.decode(
-            one for one in ids if one < tokenizer.vocab_size
-        )  # a model's table may be larger
+        # The model's embedding table may have more rows than the tokenizer has tokens.
+        return tokenizer.decode(one for one in ids if one < tokenizer.vocab_size)
 
     def _ended(self, answer: Answer) -> None:
         self._running.discard(answer)
@@ -291,12 +288,11 @@ class ChatService:
         self._seconds = seconds if not self._seconds else 0.8 * self._seconds + 0.2 * seconds
 
     def cancel_all(self) -> None:
-        """End every answer that is under way; those who wait for one get what there is, marked as
-        cancelled."""
+        """End every answer that is under way; its reader gets the text so far, marked as cancelled."""
         for answer in tuple(self._running):
             answer.cancel()
 
     def close(self) -> None:
-        """End every answer and stop the engine. Blocks for the step that is running."""
+        """End every answer and stop the engine. Blocks until the engine's current step is done."""
         self.cancel_all()
         self.engine.close()

@@ -1,4 +1,4 @@
-"""An answer's tokens as texts with probabilities, for people to look at."""
+"""An answer's tokens as texts with probabilities, for display."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ Token = dict[str, Any]
 
 
 class TokenTexts:
-    """Pieces in, tokens out; the tokens' texts, joined, are the pieces' text.
+    """Turns pieces of an answer into tokens; the tokens' texts, joined, equal the pieces' text.
 
-    A token that ends within a character waits for the rest of it, and both are given out as one, with the
-    product of their probabilities and the alternatives to the first. Tokens also wait for the text of their
-    piece: it comes later where it might begin a stop text, and never where it does.
+    A token that ends within a character is merged with the tokens that complete the character: the merged
+    token has the product of their probabilities and the alternatives to the first. Tokens are held back until
+    the engine gives out their text. The engine delays text that may begin a stop text, and drops it if it
+    does.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -29,10 +30,10 @@ class TokenTexts:
         self._waiting: deque[Token] = deque()
         self._unfinished: Token | None = None
         self._said = 0
-        """Characters of the pieces that no token given out accounts for."""
+        """Characters of the pieces that are not yet covered by released tokens."""
 
     def push(self, piece: Piece) -> list[Token]:
-        """The tokens that `piece` sets free. Its request must have asked for alternatives
+        """The tokens that `piece` completes. Its request must have asked for alternatives
         (`top_logprobs`)."""
         for token, logprob, top in zip(piece.ids, piece.logprobs, piece.top_logprobs, strict=True):
             text = self._stream.push(token) if token < self._tokenizer.vocab_size else ""
@@ -74,9 +75,9 @@ class TokenTexts:
 
 
 def spelled(tokenizer: Tokenizer, token: int) -> str:
-    """A token as text: what it spells, the name of a control token, bytes that are no text as \\xNN."""
+    """A token as text: its characters, the name of a control token, or \\xNN for bytes that are not UTF-8."""
     if token >= tokenizer.vocab_size:
-        return f"<{token}>"  # a place in the model's table that no token has
+        return f"<{token}>"  # a row of the model's embedding table that belongs to no token
     data = tokenizer.token_bytes(token)
     if not data:
         return tokenizer.name(token)
@@ -87,5 +88,5 @@ def spelled(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _share(p: float) -> float | None:
-    """Four digits are enough to look at, and keep the store small."""
+    """`p` rounded to four digits, which keeps the store small; None for NaN."""
     return None if math.isnan(p) else float(f"{p:.4g}")

@@ -1,10 +1,10 @@
-"""`chatwright serve MODEL --engine vllm`: a model in transformers' format, handed to vLLM, which takes this
-process over.
+"""`chatwright serve MODEL --engine vllm`: vLLM replaces this process and serves a model in transformers'
+format.
 
-vLLM is a program of its own and is not imported. A model of ours (or a .gguf file) is exported first, into
-the cache folder under its fingerprint, so that the second start finds it there; a directory in transformers'
-format and `hf:owner/name` are passed on as they are. Options checked against a copy of its sources from about
-release 0.30 (docs/guide/serving-many.md).
+vLLM is a separate program and is not imported. A chatwright model (or a .gguf file) is first exported into
+the cache folder under its fingerprint, so that a second start finds it there. A directory in transformers'
+format and `hf:owner/name` are passed on as they are. The options were checked against a copy of vLLM's
+sources from about release 0.30 (docs/guide/serving-many.md).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from chatwright.serve.config import ServeConfig
 
 CARRIED = frozenset({"host", "port", "name", "dtype", "insecure", "engine", "engine_args"})
-"""Settings of `serve` that are carried out here or by vLLM. Any other one that was changed is refused: it
-would have no effect."""
+"""Settings of `serve` that take effect here or in vLLM. A change of any other one is refused, since it would
+have no effect."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 KEY = "VLLM_API_KEY"
-"""The variable in which vLLM looks for its key."""
+"""The environment variable from which vLLM reads its key."""
 FAMILIES = frozenset({"gpt2", "llama", "qwen3", "arcee"})
-"""What vLLM computes, of the families that exports have; GPT-1's post-norm decoder it does not."""
+"""The families of exports that vLLM supports; it does not support GPT-1's post-norm decoder."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Handed:
-    """What vLLM is to serve."""
+    """The model that vLLM is to serve."""
 
     model: str
     """A directory in transformers' format, or owner/name of the Hugging Face hub."""
@@ -49,28 +49,28 @@ class Handed:
 
 
 def launch(source: str, config: ServeConfig) -> int:
-    """Serve `source` by vLLM; on POSIX systems it does not come back. Returns vLLM's exit code elsewhere.
+    """Serve `source` with vLLM. Does not return on POSIX systems; returns vLLM's exit code elsewhere.
 
-    Raises UsageError for settings that vLLM has no counterpart of, UserError when vLLM is not installed or
-    cannot compute the model.
+    Raises UsageError for settings without a counterpart in vLLM, UserError when vLLM is not installed or does
+    not support the model.
     """
     check(config)
     key, program = passed_key(), find_program()
     handed = hand_over(source, config.dtype)
     arguments = command(handed, config.name or source, config)
-    # Without --engine_args: there may be keys among them.
+    # Printed without --engine_args, which may contain keys.
     told = arguments[: len(arguments) - len(config.engine_args)]
     print(f"handing over to vLLM: {program} {' '.join(told)}", file=sys.stderr, flush=True)
     if key:
-        os.environ[KEY] = key  # and not --api-key: arguments show in the list of processes
+        os.environ[KEY] = key  # not --api-key: arguments are visible in the list of processes
     return become(program, arguments)
 
 
 def passed_key() -> str:
-    """The key that clients of vLLM have to show; empty when none is set. Raises UserError for what vLLM
-    cannot take.
+    """The key that clients of vLLM must send; empty when none is set. Raises UserError for several keys, or
+    two variables that differ.
 
-    A file of hashed keys (--api_keys) has no counterpart: vLLM wants to know the keys themselves.
+    A file of hashed keys (--api_keys) has no counterpart: vLLM needs the keys themselves.
     """
     from chatwright.serve.operation.keys import VARIABLE
 
@@ -87,8 +87,7 @@ def passed_key() -> str:
 
 
 def check(config: ServeConfig) -> None:
-    """Raise UsageError for what was set and could not be passed on, UserError for a server open to
-    everybody."""
+    """Raise UsageError for a setting that cannot be passed on, UserError for a server open to everybody."""
     for field in dataclasses.fields(config):
         factory = field.default_factory
         usual = field.default if factory is dataclasses.MISSING else factory()
@@ -126,7 +125,7 @@ def find_program() -> str:
 
 
 def hand_over(source: str, dtype: str) -> Handed:
-    """What vLLM gets for a MODEL, exported when need be. Raises UserError."""
+    """The model for vLLM, exported if it is not in transformers' format. Raises UserError."""
     if source.startswith("hf:"):
         return Handed(source.removeprefix("hf:"), DTYPES.get(dtype))
     from chatwright.language_model import find_checkpoint
@@ -143,9 +142,9 @@ def hand_over(source: str, dtype: str) -> Handed:
 
 
 def exported(source: str, dtype: str) -> Path:
-    """The export of a model in the cache folder, made when it is not there. Raises UserError.
+    """The export of a model in the cache folder, made if it is not there. Raises UserError.
 
-    `auto` means what it means without vLLM: bfloat16 for models that are large enough to be worth it, else
+    `auto` means the same as without vLLM: bfloat16 for models of WORTH_COMPILING parameters and more, else
     float32.
     """
     from chatwright import __version__
@@ -154,7 +153,7 @@ def exported(source: str, dtype: str) -> Path:
     key = hashlib.sha256(json.dumps([__version__, dtype, fingerprint(source)]).encode()).hexdigest()[:16]
     label = re.sub(r"[^\w.-]+", "-", Path(source).stem)[:40].strip(".-") or "model"
     target = cache_dir() / "vllm" / f"{label}-{key}"
-    if (target / "config.json").is_file():  # it appears whole or not at all
+    if (target / "config.json").is_file():  # the export is complete: it appears whole or not at all
         print(f"exported before: {target}", file=sys.stderr)
         return target
     from chatwright.interop.export import write_export
@@ -177,8 +176,8 @@ def exported(source: str, dtype: str) -> Path:
 
 
 def fingerprint(source: str) -> str:
-    """What changes when the model does: that of state.json, which has every file's checksum, or of a .gguf
-    file.
+    """A hash that changes when the model changes: of state.json, which has every file's checksum, or of a
+    .gguf file.
 
     Raises UserError when there is no such model.
     """
@@ -199,15 +198,14 @@ def fingerprint(source: str) -> str:
             "hf:owner/name"
         )
     said = (found.path / "state.json").read_bytes()
-    if not found.state().get("files"):  # written by hand: nobody has noted the checksums of the other files
+    if not found.state().get("files"):  # written by hand, without the checksums of the other files
         others = sorted(file for file in found.path.iterdir() if file.is_file())
         said += "".join(map(files.sha256, others)).encode()
     return hashlib.sha256(said).hexdigest()
 
 
 def command(handed: Handed, name: str, config: ServeConfig) -> list[str]:
-    """The arguments of `vllm`. Those of --engine_args come last: where an option comes twice, vLLM takes the
-    last."""
+    """The arguments of `vllm`. Those of --engine_args come last: vLLM takes the last of a repeated option."""
     options: dict[str, Any] = {
         "--host": config.host,
         "--port": config.port,
@@ -220,8 +218,8 @@ def command(handed: Handed, name: str, config: ServeConfig) -> list[str]:
 
 
 def become(program: str, arguments: list[str]) -> int:
-    """Run a program in this one's place, with its signals and its exit code; beside it where systems cannot
-    (Windows)."""
+    """Replace this process by a program, which gets its signals and gives the exit code. On Windows, which
+    cannot do this, run the program as a child process."""
     if os.name == "posix":
         _replace(program, [program, *arguments])
     return subprocess.call([program, *arguments])

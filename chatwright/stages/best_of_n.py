@@ -1,14 +1,9 @@
-"""Best of n: of n answers the one that the reward model likes best; a policy without any training.  Stiennon
-et al. 2020.
+"""Best of n: of n answers, the one that the reward model scores highest.  Stiennon et al. 2020.
 
-It moves away from the model it samples from by at most log n - (n - 1) / n nats, which makes it the yardstick
-for PPO and REINFORCE at equal KL. From ONE set of N answers to each prompt the whole curve n = 1, 2, 4 ... N
-is estimated without bias, by the mean over all subsets of n (Nakano et al. 2021, arXiv:2112.09332; Gao et al.
-2022, arXiv:2210.10760).
-
-The same answers, weighted by exp(score / beta), show the optimum: of all policies with the KL that it has,
-the one of the highest expected score (Korbak et al. 2022, arXiv:2205.11275), which PPO with this beta and
-REINFORCE aim at.
+It is a policy without any training. Its KL from the model that it samples from is at most
+log n - (n - 1) / n nats, which makes it the yardstick for PPO and REINFORCE at equal KL. One set of N answers
+to each prompt gives the whole curve n = 1, 2, 4 ... N, and the optimum that PPO and REINFORCE aim at
+(chatwright/evaluate/best_of_n.py).
 
 Completions are judged as PPO judges them: unfinished and degenerate ones get the fixed score. Prompts are
 held out. Ties of the score are broken at random, in expectation.
@@ -16,14 +11,11 @@ held out. Ties of the score are broken at random, in expectation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from chatwright import runtime
@@ -31,28 +23,33 @@ from chatwright.config import UsageError, UserError
 from chatwright.data.examples import Dialogue
 from chatwright.data.records import read_records, records_of
 from chatwright.evaluate.answers import bootstrap_interval, mean_kl, side_by_side
-from chatwright.interop.loaded import Loaded
-from chatwright.metrics import Metric, progress_bar
+from chatwright.evaluate.best_of_n import Samples, at_kl, best_of_n, optima, point, sizes
+from chatwright.metrics import progress_bar
 from chatwright.model.attention import plain_attention
 from chatwright.model.heads import ScalarModel
-from chatwright.train.base import open_base
-from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelConfig, ParallelContext
+from chatwright.train.api import (
+    Answered,
+    ChatBase,
+    Curve,
+    Measure,
+    Metric,
+    ParallelConfig,
+    ParallelContext,
+    Report,
+    Stage,
+    Table,
+    Workspace,
+    open_chat_base,
+)
+from chatwright.train.parallel.context import SINGLE_PROCESS
 from chatwright.train.parallel.start import start_parallel
 from chatwright.train.rl.gold import SENTIMENT, Gold, gold_of
 from chatwright.train.rl.metrics import GOLD as GOLD_MEANING
 from chatwright.train.rl.metrics import SCORE as SCORE_MEANING
 from chatwright.train.rl.models import load_reward, score_completions
 from chatwright.train.rl.rollout import Completions, all_gather_completions, prompts_from, sample_completions
-from chatwright.train.stage import Stage
-from chatwright.train.workspace import Answered, Curve, Measure, Report, Table, Workspace
 
-Samples = Float[Tensor, "prompts n"]
 SCORE, GOLD = "reward model's score, best of n", "gold measure, best of n"
-
-BETAS = (3.2, 1.6, 0.8, 0.4, 0.2, 0.1)
-"""KL coefficients whose optimum is estimated, as far as the number of answers allows."""
-COUNTED = 8.0
-"""So many answers must count, on average over prompts, for an estimate of an optimum."""
 
 
 @dataclass(frozen=True)
@@ -99,60 +96,6 @@ class Config:
             raise UsageError("temperature must be above 0: n equal answers leave no choice")
 
 
-def best_of_n_kl(n: float) -> float:
-    """KL of the best of n from the model that is sampled, log n - (n - 1) / n nats (Stiennon et al. 2020,
-    appendix G.3).
-
-    An upper bound, near the truth where no single answer is likely (Beirami et al. 2024, arXiv:2401.01879).
-    """
-    return math.log(n) - (n - 1) / n
-
-
-def best_of_n(scores: Samples, values: Samples, n: int) -> Float[Tensor, " prompts"]:
-    """Expected `values` of the answer with the highest of n `scores`, from N >= n answers to each prompt.
-
-    The mean over all subsets of n of the N answers: with answers in rising order, the i-th is the best of C(i
-    - 1, n - 1) of the C(N, n) subsets. Completions of equal score stand for each other: each gets the mean of
-    their values. Raises ValueError when n is not in 1 ... N.
-    """
-    size = scores.shape[1]
-    if not 1 <= n <= size:
-        raise ValueError(f"n = {n} of {size} answers")
-    weights = torch.tensor([math.comb(i, n - 1) for i in range(size)], dtype=torch.float64) / math.comb(
-        size, n
-    )
-    order = scores.double().argsort(dim=1)
-    ranked, told = scores.double().gather(1, order), values.double().gather(1, order)
-    same = (ranked[:, :, None] == ranked[:, None, :]).double()  # (prompts, N, N): which answers tie
-    shared = (same @ told[:, :, None]).squeeze(-1) / same.sum(-1)
-    return shared @ weights
-
-
-def at_kl(curve: Sequence[tuple[float, float]], kl: float) -> float | None:
-    """What best-of-n reaches at some KL, from points (KL, value) in rising order; None beyond them."""
-    for (left, low), (right, high) in pairwise(curve):
-        if left <= kl <= right:
-            return low + (high - low) * (kl - left) / (right - left)
-    return None
-
-
-def tilted(
-    scores: Samples, values: Samples, beta: float
-) -> tuple[Float[Tensor, " prompts"], Float[Tensor, " prompts"]]:
-    """KL from the model that was sampled, and expected `values`, of the policy that is its optimum for a KL
-    coefficient: that model tilted by exp(score / beta).
-
-    From N answers to each prompt, by self-normalised importance weights: exp(KL) answers count as one. Few
-    answers hold no rare good one, so that both are too low, but together: with normal scores and 8 of 64
-    answers that count, the KL is a third too low, and the score 5 % below what a policy of that KL can have.
-    """
-    log_weights = (scores.double() / beta).log_softmax(1)
-    weights = log_weights.exp()
-    # 0 x -inf, where a score is hopeless, is nothing
-    kl = torch.special.xlogy(weights, weights).sum(1) + math.log(scores.shape[1])
-    return kl, (weights * values.double()).sum(1)
-
-
 @dataclass(frozen=True)
 class Judge:
     """Reward model and gold measure together."""
@@ -160,6 +103,15 @@ class Judge:
     reward: ScalarModel
     gold: Gold | None
     config: Config
+
+    @classmethod
+    def load(cls, config: Config, workspace: Workspace, base: ChatBase) -> Judge:
+        """What the settings name. Raises UserError for a reward model that is too weak."""
+        found = load_reward(workspace.resolve(config.reward), base, config.min_correlation)
+        reward = found.to(runtime.device()).eval()
+        if runtime.device().type == "cpu":
+            reward.body.use_attention(plain_attention)
+        return cls(reward, gold_of(config.gold, workspace.resolve, base), config)
 
     @torch.no_grad()
     def __call__(self, answers: Completions) -> tuple[Tensor, Tensor | None]:
@@ -173,40 +125,26 @@ class Judge:
         return torch.cat(scores), torch.cat(gold) if gold else None
 
 
-def sizes(most: int) -> list[int]:
-    """1, 2, 4 ... and `most`."""
-    return [*(2**k for k in range(most.bit_length()) if 2**k < most), most]
-
-
 def run(config: Config, workspace: Workspace) -> Report:
     """Sample N answers to each held-out prompt, and say what choosing among n of them brings."""
     base = _load(config.policy, workspace)
-    reward = (
-        load_reward(workspace.resolve(config.reward), base, config.min_correlation)
-        .to(runtime.device())
-        .eval()
-    )
-    if runtime.device().type == "cpu":
-        reward.body.use_attention(plain_attention)
-    gold = gold_of(config.gold, workspace.resolve, base)
+    judge = Judge.load(config, workspace, base)
     prompts = held_out_prompts(config, workspace, base)
-    ask, parallel = Judge(reward, gold, config), sharing(config, prompts)
-    mine = parallel.local_slice(len(prompts))
-    with progress_bar("bestofn") as bar:
+    parallel = sharing(config, prompts)
+    with progress_bar("best_of_n") as bar:
         bar.update(0.0, f"{config.n} answers to each of {len(prompts)} prompts")
+        mine = parallel.local_slice(len(prompts))
         repeated = [prompt for prompt in prompts[mine] for _ in range(config.n)]
         given = answered(base, repeated, config, workspace.seed, first=mine.start * config.n)
-        scores, values = ask(given)
+        scores, values = judge(given)
         scores = together(scores, parallel).view(-1, config.n)
         values = together(values, parallel).view(-1, config.n) if values is not None else None
         given = all_gather_completions(given, parallel)
-        rows: dict[int, dict[str, float]] = {}
-        for n in sizes(config.n):
-            row = point(scores, values, n, workspace.seed)
+        rows = {n: point(scores, values, n, workspace.seed) for n in sizes(config.n)}
+        for n, row in rows.items():
             workspace.metrics.write_once(n, row)
-            rows[n] = row
         bar.update(0.9, "the rival" if config.rival else "")
-        rival = rival_of(config, workspace, base, prompts, ask, parallel) if config.rival else None
+        rival = rival_of(config, workspace, base, prompts, judge, parallel) if config.rival else None
         bar.update(1.0)
     report = report_of(config, rows, rival, optima(scores, values, workspace.seed))
     report.answers = chosen_answers(config, base, prompts, given, scores, values)
@@ -216,14 +154,13 @@ def run(config: Config, workspace: Workspace) -> Report:
 
 def chosen_answers(
     config: Config,
-    base: Loaded,
+    base: ChatBase,
     prompts: Sequence[Sequence[int]],
     given: Completions,
     scores: Samples,
     values: Samples | None,
 ) -> Answered:
     """The first answer to each prompt beside the one with the highest score."""
-    assert base.tokenizer is not None
     first = torch.arange(len(prompts)) * config.n
     best = first + scores.argmax(1)
     known = {SCORE: (scores.mean(1).tolist(), scores.max(1).values.tolist())}
@@ -240,7 +177,7 @@ def chosen_answers(
 def sharing(config: Config, prompts: Sequence[Sequence[int]]) -> ParallelContext:
     """The processes that share the prompts. Raises UsageError for plans that cut models, UserError for too
     few prompts."""
-    reason = "bestofn trains nothing, every process has the whole models: use ddp"
+    reason = "best_of_n trains nothing, every process has the whole models: use ddp"
     parallel = start_parallel(
         config.parallel,
         batch_size=runtime.world_size(),
@@ -258,17 +195,14 @@ def together(values: Tensor, parallel: ParallelContext) -> Tensor:
     return torch.cat(parallel.all_gather(values.cpu()))
 
 
-def _load(name: str, workspace: Workspace) -> Loaded:
-    found = open_base(name, workspace)
-    if found.tokenizer is None or found.template is None:
-        raise UserError(f"{name} has no chat template; best-of-n needs a model after sft")
+def _load(name: str, workspace: Workspace) -> ChatBase:
+    found = open_chat_base(name, workspace, purpose="best-of-n needs a model after sft")
     found.model.to(runtime.device()).eval()
     return found
 
 
-def held_out_prompts(config: Config, workspace: Workspace, base: Loaded) -> list[list[int]]:
+def held_out_prompts(config: Config, workspace: Workspace, base: ChatBase) -> list[list[int]]:
     """Prompts of held-out conversations. Raises UserError when there are fewer than two."""
-    assert base.tokenizer is not None and base.template is not None
     records = records_of(workspace.resolve(config.data))
     dialogues = list(read_records(records / "dialogues-validation.jsonl", Dialogue))
     longest = min(config.max_prompt_tokens, base.model.config.context - config.max_new_tokens)
@@ -281,10 +215,9 @@ def held_out_prompts(config: Config, workspace: Workspace, base: Loaded) -> list
 
 
 def answered(
-    base: Loaded, prompts: Sequence[Sequence[int]], config: Config, seed: int, first: int = 0
+    base: ChatBase, prompts: Sequence[Sequence[int]], config: Config, seed: int, first: int = 0
 ) -> Completions:
     """One answer to each prompt; `first` is the number of the first one among those of all processes."""
-    assert base.tokenizer is not None and base.template is not None
     return sample_completions(
         base.model,
         prompts,
@@ -296,54 +229,22 @@ def answered(
     )
 
 
-def point(scores: Samples, values: Samples | None, n: int, seed: int) -> dict[str, float]:
-    """A point of the curve: KL, score and gold with 95 % intervals over prompts."""
-    best = best_of_n(scores, scores, n)
-    low, high = bootstrap_interval(best, seed=seed)
-    row = {"kl": best_of_n_kl(n), "score": float(best.mean()), "score_low": low, "score_high": high}
-    if values is not None:
-        chosen = best_of_n(scores, values, n)
-        low, high = bootstrap_interval(chosen, seed=seed)
-        row |= {"gold": float(chosen.mean()), "gold_low": low, "gold_high": high}
-    return row
-
-
-def optima(scores: Samples, values: Samples | None, seed: int) -> dict[float, dict[str, float]]:
-    """For each KL coefficient at which enough answers count: KL, score and gold of its optimum, with 95 %
-    intervals over prompts."""
-    found: dict[float, dict[str, float]] = {}
-    for beta in BETAS:
-        kl, score = tilted(scores, scores, beta)
-        if float(kl.mean()) > math.log(scores.shape[1] / COUNTED):
-            break  # smaller ones are further away
-        row = {"kl": float(kl.mean())}
-        for name, told in (
-            ("score", score),
-            *([("gold", tilted(scores, values, beta)[1])] if values is not None else []),
-        ):
-            low, high = bootstrap_interval(told, seed=seed)
-            row |= {name: float(told.mean()), f"{name}_low": low, f"{name}_high": high}
-        found[beta] = row
-    return found
-
-
 def rival_of(
     config: Config,
     workspace: Workspace,
-    base: Loaded,
+    base: ChatBase,
     prompts: Sequence[Sequence[int]],
-    ask: Judge,
+    judge: Judge,
     parallel: ParallelContext = SINGLE_PROCESS,
 ) -> dict[str, float]:
     """A trained policy on the same prompts: KL, score and gold with 95 % intervals over prompts."""
     rival = _load(config.rival, workspace)
-    assert rival.tokenizer is not None and base.tokenizer is not None
     if rival.tokenizer.fingerprint != base.tokenizer.fingerprint:
         raise UserError(f"{config.rival} has another tokenizer than {config.policy}")
     mine = parallel.local_slice(len(prompts))
     repeated = [prompt for prompt in prompts[mine] for _ in range(4)]
     answers = answered(rival, repeated, config, workspace.seed, first=mine.start * 4)
-    scores, values = ask(answers)
+    scores, values = judge(answers)
     kl = mean_kl(rival.model, base.model, answers, config.temperature)
     result = {"kl": parallel.sum([kl * len(repeated)])[0] / (4 * len(prompts))}
     for name, found in (("score", scores), ("gold", values)):

@@ -1,7 +1,6 @@
-"""Classifier as reward: how likely would people call this text good?  Ziegler et al. 2019, section 3.1
-(sentiment).
+"""Classifier as reward: how likely would people call this text good?  Ziegler et al. 2019, section 3.1.
 
-A judge in the reward model's place: PPO, REINFORCE and best-of-n follow it with `reward: classifier`. It
+It takes the reward model's place: PPO, REINFORCE and best-of-n follow it with `reward: classifier`. It
 learns from single texts instead of comparisons: each stands as the answer to a prompt drawn at random, so
 that a row looks as it will in PPO.
 
@@ -13,39 +12,50 @@ good as bad.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from chatwright import runtime
-from chatwright.chat import ChatTemplate, Message
+from chatwright.chat import Message
 from chatwright.config import UsageError, UserError
 from chatwright.data.examples import LabelledText
-from chatwright.data.loader import SampleOrder
-from chatwright.data.records import read_records, records_of
-from chatwright.data.sources import split_of
-from chatwright.metrics import Metric, say
+from chatwright.data.records import records_of
 from chatwright.model.heads import ScalarModel
-from chatwright.model.lora import LoRAConfig
 from chatwright.objectives.preference import logistic_loss
-from chatwright.optim import OptimConfig
-from chatwright.tokenizer import Tokenizer
-from chatwright.train.loop import Fit, FitConfig
-from chatwright.train.loop_metrics import ANSWERS_PER_SECOND, LOOP_METRICS, LOSS_TROUBLE
-from chatwright.train.parallel.context import SINGLE_PROCESS
-from chatwright.train.planning import plan
-from chatwright.train.planning.program import StagePlan
+from chatwright.train.api import (
+    ANSWERS_PER_SECOND,
+    LOOP_METRICS,
+    LOSS_TROUBLE,
+    Curve,
+    FitConfig,
+    Fitted,
+    LoRAConfig,
+    Measure,
+    Metric,
+    OptimConfig,
+    Report,
+    SampleOrder,
+    Stage,
+    StagePlan,
+    Step,
+    Unhealthy,
+    Workspace,
+    open_chat_base,
+    say,
+    start_training,
+)
 from chatwright.train.preference import calibration
 from chatwright.train.preference.measures import correlation, example_scores
-from chatwright.train.preference.rankings import encode_answer, first_prompts, padded
-from chatwright.train.preference.scalar import chat_base, make_scalar_model, scalar_program
-from chatwright.train.stage import Stage
-from chatwright.train.trainer import Step
-from chatwright.train.workspace import Curve, Measure, Report, Unhealthy, Workspace
+from chatwright.train.preference.rankings import first_prompts
+from chatwright.train.preference.rated_texts import Parts, TextBatch, Texts, are_good, load_texts
+from chatwright.train.preference.scalar import PURPOSE, scalar_program, scalar_trainer
+from chatwright.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -83,49 +93,6 @@ class Config:
             raise UsageError(f"neutral {self.neutral:g} must be at least 0")
 
 
-@dataclass(frozen=True)
-class TextBatch:
-    """One row per text, padded on the right."""
-
-    ids: Int[Tensor, "rows time"]
-    mask: Bool[Tensor, "rows time"]
-    positive: Bool[Tensor, " rows"]
-
-    @property
-    def weight(self) -> float:
-        """Number of texts."""
-        return float(len(self.positive))
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Rated texts behind prompts, in an order that depends on the seed and the index alone."""
-
-    texts: Sequence[LabelledText]
-    prompts: Sequence[tuple[Message, ...]]
-    template: ChatTemplate
-    tokenizer: Tokenizer
-    config: Config
-    order: SampleOrder
-
-    def take(self, start: int, count: int) -> TextBatch:
-        """Samples start ... start + count - 1."""
-        numbers = self.order.take(start, count)
-        asked = [
-            self.prompts[(number + start + place) % len(self.prompts)] for place, number in enumerate(numbers)
-        ]
-        return self.batch([self.texts[number] for number in numbers], asked)
-
-    def batch(self, texts: Sequence[LabelledText], prompts: Sequence[Sequence[Message]]) -> TextBatch:
-        """These texts behind these prompts as tensors."""
-        rows = [
-            encode_answer(prompt, one.text, self.template, self.tokenizer, self.config.max_tokens)
-            for one, prompt in zip(texts, prompts, strict=True)
-        ]
-        ids, mask = padded(rows, self.tokenizer)
-        return TextBatch(ids, mask, torch.tensor([one.label > self.config.threshold for one in texts]))
-
-
 def step(model: ScalarModel, batch: TextBatch) -> Step:
     """Cross entropy of good and bad; accuracy beside it."""
     scores = model.score(batch.ids, batch.mask)
@@ -145,104 +112,63 @@ def scores_of(model: ScalarModel, texts: Texts, chosen: Sequence[LabelledText]) 
     return torch.cat(found)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Rated texts that are good or bad: what is learnt from, what the scale is fitted to, what is
-    measured."""
-
-    train: list[LabelledText]
-    calibration: list[LabelledText]
-    held_out: list[LabelledText]
-    all_held_out: list[LabelledText]
-    """The neutral ones among them."""
-
-
-def load_texts(config: Config, records: Path) -> Parts:
-    """The texts of a data stage. Raises UserError when one side lacks good or bad ones."""
-
-    def clear(texts: list[LabelledText]) -> list[LabelledText]:
-        return [
-            one for one in texts if abs(one.label - config.threshold) > config.neutral or config.neutral == 0
-        ]
-
-    learnt = clear(list(read_records(records / "ratings-train.jsonl", LabelledText)))
-    everything = list(read_records(records / "ratings-validation.jsonl", LabelledText))
-    sides = [split_of(f"calibration:{one.id}", config.calibration) for one in learnt]
-    train, apart = (
-        [one for one, side in zip(learnt, sides, strict=True) if side == wanted]
-        for wanted in ("train", "validation")
-    )
-    parts = Parts(train, apart, clear(everything), everything)
-    for name in ("train", "calibration", "held_out"):
-        good = sum(one.label > config.threshold for one in getattr(parts, name))
-        if not 0 < good < len(getattr(parts, name)):
-            raise UserError(
-                f"classifier: of {len(getattr(parts, name))} texts for {name} {good} are good: both kinds "
-                "are needed; set "
-                f"`threshold` (now {config.threshold:g}) to a rating between good and bad, `neutral` lower, "
-                "or add ratings"
-            )
-    return parts
-
-
 PLAN = StagePlan(build=scalar_program, rows=lambda config, shape: (1, config.max_tokens))
 
 
 def run(config: Config, workspace: Workspace) -> Report:
     """Train the classifier, calibrate it, and measure it on held-out texts before and after."""
-    base = chat_base(config.base, workspace)
-    assert base.tokenizer is not None and base.template is not None
+    base = open_chat_base(config.base, workspace, purpose=PURPOSE)
     records = records_of(workspace.resolve(config.data))
     parts, prompts = load_texts(config, records), first_prompts(records / "dialogues-train.jsonl")
     if not prompts:
         raise UserError("there are no conversations to take prompts from; set `dialogues` in the data stage")
-    config = plan.ahead("classifier", PLAN, config, base.model.config, SINGLE_PROCESS)
-    model, trainer, dtype = make_scalar_model("classifier", config, workspace, base)
-    texts = Texts(
-        parts.train,
-        prompts,
-        base.template,
-        base.tokenizer,
-        config,
-        SampleOrder(len(parts.train), workspace.seed),
-    )
-    say(
-        f"  {len(parts.train):,} texts, {len(parts.calibration):,} to calibrate with, "
-        f"{len(parts.held_out):,} held out"
-    )
+    training = start_training("classifier", PLAN, config, workspace, base.model.config)
+    model, trainer = scalar_trainer(training, base)
+    order = SampleOrder(len(parts.train), workspace.seed)
+    texts = Texts(parts.train, prompts, base.template, base.tokenizer, training.config, order)
+    say(f"  {parts}")
+    asked = training.in_precision(partial(scores_of, model, texts))
 
-    def train_step(batch: TextBatch) -> Step:
-        with runtime.autocast(dtype):
-            return step(model, batch)
+    def score(chosen: Sequence[LabelledText]) -> Tensor:
+        with runtime.evaluating(model):
+            return asked(chosen)
 
-    def judged(chosen: Sequence[LabelledText]) -> Tensor:
-        with runtime.evaluating(model), runtime.autocast(dtype):
-            return scores_of(model, texts, chosen)
-
-    good = torch.tensor([one.label > config.threshold for one in parts.held_out])
-
-    def evaluate() -> dict[str, float]:
-        scores = judged(parts.held_out)
-        return {
-            "held_out_accuracy": float(((scores > 0) == good).float().mean()),
-            "held_out_loss": calibration.log_loss(scores, good),
-            "held_out_correlation": correlation(
-                judged(parts.all_held_out), torch.tensor([one.label for one in parts.all_held_out])
-            ),
-        }
-
-    fitted = Fit(
+    fitted = training.fit(
         trainer,
-        config.fit,
         texts,
-        train_step,
-        evaluate,
-        title="classifier",
+        training.in_precision(partial(step, model)),
+        lambda: held_out_measures(score, parts, config),
         throughput=("answers", 1.0),
         best=("held_out_loss", "lower"),
-    ).run()
-    known = torch.tensor([one.label > config.threshold for one in parts.calibration])
-    report = Report(
+    )
+    report, good = report_of(fitted, parts), are_good(parts.held_out, config)
+    constants = calibrate_once(report, trainer, model, score, parts, config)
+    report.model = f"checkpoints/{trainer.save(final=True).path.name}"
+    measure(report, fitted.before, held_out_measures(score, parts, config), good)
+    reliable = calibration.reliability(score(parts.held_out).sigmoid(), good.float())
+    show_calibration(report, reliable, constants, workspace)
+    report.facts["sample"] = example(model, texts)
+    return report
+
+
+Score = Callable[[Sequence[LabelledText]], Tensor]
+"""The scores of texts."""
+
+
+def held_out_measures(score: Score, parts: Parts, config: Config) -> dict[str, float]:
+    """Accuracy and loss on held-out texts that are good or bad, correlation on all of them."""
+    scores, good = score(parts.held_out), are_good(parts.held_out, config)
+    labels = torch.tensor([one.label for one in parts.all_held_out])
+    return {
+        "held_out_accuracy": float(((scores > 0) == good).float().mean()),
+        "held_out_loss": calibration.log_loss(scores, good),
+        "held_out_correlation": correlation(score(parts.all_held_out), labels),
+    }
+
+
+def report_of(fitted: Fitted, parts: Parts) -> Report:
+    """Curves and facts; measures are added after calibration."""
+    return Report(
         curves=[Curve("Loss of the classifier", ["loss"], "nats per text"), Curve("Accuracy", ["accuracy"])],
         facts={
             "texts": len(parts.train),
@@ -253,29 +179,20 @@ def run(config: Config, workspace: Workspace) -> Report:
         },
         notes=fitted.notes,
     )
-    extra = trainer.progress.extra
-    if "calibration" not in extra:  # once: a stage that is run again after this keeps the constants it has
-        as_learnt = calibration.reliability(judged(parts.held_out).sigmoid(), good.float()).error
-        scale, offset = calibrate(report, model, judged(parts.calibration), known)
-        extra["calibration"] = {"scale": scale, "offset": offset, "error_before": as_learnt}
-    report.model = f"checkpoints/{trainer.save(final=True).path.name}"
-    report.facts["calibration"] = extra["calibration"]
-    measure(report, fitted.before, evaluate(), good)
-    reliable = calibration.reliability(judged(parts.held_out).sigmoid(), good.float())
+
+
+def show_calibration(
+    report: Report, reliable: calibration.Reliability, constants: dict[str, float], workspace: Workspace
+) -> None:
+    """Add how far probabilities are from what happens: the number before and after, and a picture."""
+    report.facts["calibration"] = constants
+    note = "before: the same model without calibration"
+    before = constants["error_before"]
     report.measures.append(
-        Measure(
-            "calibration error on held-out texts",
-            extra["calibration"]["error_before"],
-            reliable.error,
-            "lower",
-            note="before: the same model without calibration",
-        )
+        Measure("calibration error on held-out texts", before, reliable.error, "lower", note=note)
     )
-    report.pictures.append(
-        calibration.draw(workspace.directory, reliable, low=0.0, what="share that people call good")
-    )
-    report.facts["sample"] = example(model, texts)
-    return report
+    what = "share that people call good"
+    report.pictures.append(calibration.draw(workspace.directory, reliable, low=0.0, what=what))
 
 
 def example(model: ScalarModel, texts: Texts) -> str:
@@ -289,6 +206,21 @@ def example(model: ScalarModel, texts: Texts) -> str:
             return [float(value) for value in model.score(batch.ids, batch.mask)]
 
     return example_scores(score)
+
+
+def calibrate_once(
+    report: Report, trainer: Trainer, model: ScalarModel, score: Score, parts: Parts, config: Config
+) -> dict[str, float]:
+    """Scale and offset of the scores, and the calibration error before: found at the first call. A stage that
+    is run again after that keeps the constants it has. Raises Unhealthy."""
+    known: dict[str, Any] = trainer.progress.extra
+    if "calibration" not in known:
+        good = are_good(parts.held_out, config).float()
+        error = calibration.reliability(score(parts.held_out).sigmoid(), good).error
+        scores, positive = score(parts.calibration), are_good(parts.calibration, config)
+        scale, offset = calibrate(report, model, scores, positive)
+        known["calibration"] = {"scale": scale, "offset": offset, "error_before": error}
+    return dict(known["calibration"])
 
 
 def calibrate(

@@ -1,4 +1,4 @@
-"""Data: sources -> files of records on disk, each cut into training and held-out by a hash of its content.
+"""Data: sources -> files of records; a hash of a record decides whether it is held out.
 
 `train.jsonl` and `validation.jsonl` are documents to learn the language from; `dialogues-*.jsonl`
 conversations; `ratings-*.jsonl` texts with the number that people gave them; `comparisons-*.jsonl` prompts
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,12 @@ from typing import Any, Literal, Protocol
 
 from chatwright.config import UsageError, UserError
 from chatwright.data import sources
+from chatwright.data.catalogue import find, names
 from chatwright.data.files import Faults
 from chatwright.data.formats import Format, PreferenceFormat
 from chatwright.files import whole_directory
 from chatwright.metrics import console, progress_bar, say
-from chatwright.train.stage import Stage
-from chatwright.train.workspace import Measure, Report, Workspace
+from chatwright.train.api import Measure, Report, Stage, Workspace
 
 
 @dataclass(frozen=True)
@@ -100,64 +100,76 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
     }
 
 
-def parts_of(config: Config) -> list[tuple[str, str, Any, str, float]]:
-    """What to write: prefix of the files, name for people, reader, sources, held-out share."""
+@dataclass(frozen=True)
+class Part:
+    """One kind of records, to be written to two files."""
+
+    prefix: str
+    """Of the files' names."""
+    name: str
+    """For people."""
+    read: Callable[..., Iterable[Record]]
+    sources: str
+    held_out: float
+    """Share that is held out."""
+
+
+def parts_of(config: Config) -> list[Part]:
+    """What is to be written: the kinds of records that the settings name sources of."""
     dialogues = partial(sources.dialogues, format=config.dialogue_format)
     comparisons = partial(sources.comparisons, format=config.comparison_format)
-    parts = [
-        ("", "documents", sources.documents, config.path or config.text, config.validation),
-        ("dialogues-", "dialogues", dialogues, config.dialogues, config.validation),
-        ("ratings-", "rated texts", sources.labelled_texts, config.ratings, config.ratings_validation),
-        ("comparisons-", "comparisons", comparisons, config.comparisons, config.validation),
+    share = config.validation
+    others = [
+        Part("dialogues-", "dialogues", dialogues, config.dialogues, share),
+        Part("ratings-", "rated texts", sources.labelled_texts, config.ratings, config.ratings_validation),
+        Part("comparisons-", "comparisons", comparisons, config.comparisons, share),
     ]
-    return [part for part in parts if part[3]]
+    documents = Part("", "documents", sources.documents, config.path or config.text, share)
+    return [part for part in (documents, *others) if part.sources]
+
+
+def write_part(part: Part, directory: Path, config: Config) -> tuple[dict[str, Any], list[str]]:
+    """Read one kind of records and write its two files; facts and notes for the report. Raises UserError when
+    one side gets nothing."""
+    faults = Faults(skip=config.broken == "skip")
+    counts = write_split(directory, part.prefix, part.read(part.sources, faults=faults), part.held_out)
+    train, held_out = counts["train"], counts["validation"]
+    if not train.records or not held_out.records:
+        raise UserError(
+            f"data: {part.sources} gives {train.records} {part.name} for training and {held_out.records} "
+            "held out; both must be above 0: add data or change `validation`"
+        )
+    facts: dict[str, Any] = {f"{part.name} {side}": count.records for side, count in counts.items()}
+    size = f"{(train.bytes + held_out.bytes) / 1e6:.1f} MB; {part.sources}"
+    line = f"{part.name}: {train.records:,} for training, {held_out.records:,} held out ({size})"
+    if not faults.count:
+        return facts, [line]
+    facts[f"{part.name} left out"] = faults.count
+    broken = f"{part.name}: {faults.count:,} broken records left out; the first: {faults.first}"
+    return facts, [line, broken]
 
 
 def run(config: Config, workspace: Workspace) -> Report:
     """Fetch, read, split and write; a source that was fetched before is taken from the cache."""
     if not 0 < config.validation < 1 or not 0 < config.ratings_validation < 1:
         raise UserError("data: validation shares must lie between 0 and 1")
-    facts: dict[str, float | str] = {}
+    facts: dict[str, Any] = {}
     notes: list[str] = []
     parts = parts_of(config)
-    if not parts:
-        raise UserError(
-            "data: text, dialogues, ratings and comparisons are all empty: name a source for one of them"
-        )
-    target = workspace.directory / "records"
-    with whole_directory(target) as aside, progress_bar("data") as bar:
-        for number, (prefix, name, read, spec, share) in enumerate(parts):
-            bar.update(number / len(parts), f"{name} from {spec}")
-            faults = Faults(skip=config.broken == "skip")
-            counts = write_split(aside, prefix, read(spec, faults=faults), share)
-            for side, count in counts.items():
-                facts[f"{name} {side}"] = count.records
-            if not counts["train"].records or not counts["validation"].records:
-                raise UserError(
-                    f"data: {spec} gives {counts['train'].records} {name} for training and "
-                    f"{counts['validation'].records} held out; both must be above 0: add data or change "
-                    "`validation`"
-                )
-            line = (
-                f"{name}: {counts['train'].records:,} for training, {counts['validation'].records:,} held out"
-            )
-            notes.append(
-                f"{line} ({(counts['train'].bytes + counts['validation'].bytes) / 1e6:.1f} MB; {spec})"
-            )
-            say(f"  {notes[-1]}")
-            if faults.count:
-                facts[f"{name} left out"] = faults.count
-                notes.append(f"{name}: {faults.count:,} broken records left out; the first: {faults.first}")
-                say(f"  {notes[-1]}")
+    with whole_directory(workspace.directory / "records") as aside, progress_bar("data") as bar:
+        for number, part in enumerate(parts):
+            bar.update(number / len(parts), f"{part.name} from {part.sources}")
+            counted, told = write_part(part, aside, config)
+            for line in told:
+                say(f"  {line}")
+            facts, notes = {**facts, **counted}, [*notes, *told]
         bar.update(1.0)
-    licences = {source.name: source.licence for source in sources.catalogue()}
-    named = [name for _, _, _, spec, _ in parts for name in spec.split(",") if name in licences]
-    notes += [f"licence of {name}: {licences[name]}" for name in dict.fromkeys(named)]
-    held_out = facts.get("documents validation")
+    named = dict.fromkeys(name for part in parts for name in part.sources.split(","))
+    licences = {name: source.licence for name in named if (source := find(name)) is not None}
     return Report(
-        measures=[Measure("documents held out", None, float(held_out), "context")] if held_out else [],
-        facts=dict(facts),
-        notes=notes,
+        measures=[Measure("documents held out", None, float(facts["documents validation"]), "context")],
+        facts=facts,
+        notes=[*notes, *(f"licence of {name}: {licence}" for name, licence in licences.items())],
     )
 
 
@@ -170,10 +182,15 @@ def show_sources(argv: Sequence[str]) -> int:
     table = Table(
         "name", "kind", "licence", "what", title="Data that installs by itself", title_justify="left"
     )
-    for source in sources.catalogue():
-        table.add_row(
-            source.name, ", ".join(source.kinds), source.licence, f"{source.title}\n{source.homepage}"
-        )
+    for name in names():
+        try:
+            source = find(name)
+        except UserError as error:  # of a package of others; the list goes on
+            table.add_row(name, "", "", str(error))
+            continue
+        if source is not None:
+            what = f"{source.title}\n{source.homepage}"
+            table.add_row(name, ", ".join(source.kinds), source.licence, what)
     console.print(table)
     say(
         "Also: a .txt, .jsonl or .parquet file, a directory of them, or "

@@ -1,9 +1,8 @@
-"""What PPO did to the answers, by a measure that no training saw: the lexicon score of VADER on held-out
-prompts.
+"""Evaluate: two chat models on held-out prompts, by a measure that no training saw.
 
-VADER (Hutto and Gilbert 2014) adds up word ratings by rules; it knows nothing of our reward model. It is a
-measure of sentiment in words, not of quality: a model that only says "love love love" pleases it, which is
-why distinct-2, length and KL stand beside it.
+The measure is the lexicon score of VADER (Hutto and Gilbert 2014). It adds up word ratings by rules and knows
+nothing of our reward model. It measures sentiment in words, not quality: a model that only says "love love
+love" scores high, which is why distinct-2, length and KL stand beside it.
 """
 
 from __future__ import annotations
@@ -20,17 +19,19 @@ from chatwright.data.examples import Dialogue
 from chatwright.data.records import read_records, records_of
 from chatwright.evaluate.answers import ENDED, LENGTH, bootstrap_interval, mean_kl, side_by_side
 from chatwright.metrics import progress_bar
-from chatwright.train.base import open_base
-from chatwright.train.rl.gold import sentiment
-from chatwright.train.rl.rollout import (
-    Completions,
-    distinct,
-    prompts_from,
-    sample_completions,
-    texts_of,
+from chatwright.model.gpt import GPT
+from chatwright.train.api import (
+    Answered,
+    ChatBase,
+    Measure,
+    Report,
+    Stage,
+    Workspace,
+    open_base,
+    open_chat_base,
 )
-from chatwright.train.stage import Stage
-from chatwright.train.workspace import Measure, Report, Workspace
+from chatwright.train.rl.gold import sentiment
+from chatwright.train.rl.rollout import Completions, distinct, prompts_from, sample_completions, texts_of
 
 GOLD = "gold sentiment, held-out prompts"
 
@@ -59,75 +60,81 @@ class Config:
 
 def run(config: Config, workspace: Workspace) -> Report:
     """Sample answers of both models to the same held-out prompts and compare them."""
-    names = {"before": config.reference, "after": config.policy}
-    models = {side: open_base(name, workspace) for side, name in names.items()}
-    tokenizer, template = models["after"].tokenizer, models["after"].template
-    other = models["before"].tokenizer
-    if tokenizer is None or template is None or other is None or other.fingerprint != tokenizer.fingerprint:
+    policy, reference = open_chat_base(config.policy, workspace), open_base(config.reference, workspace)
+    other, tokenizer = reference.tokenizer, policy.tokenizer
+    if other is None or other.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{config.policy} and {config.reference} are not chat models with one tokenizer")
+    prompts = held_out_prompts(config, workspace, policy)
+    with progress_bar("evaluate") as bar:
+        bar.update(0.0, f"sampling from {config.reference}")
+        before = sample(reference.model, policy, prompts, config, workspace.seed)
+        bar.update(1 / 3, f"sampling from {config.policy}")
+        after = sample(policy.model, policy, prompts, config, workspace.seed)
+        bar.update(2 / 3, "measuring KL")
+        kl = mean_kl(policy.model, reference.model, after, config.temperature)
+        bar.update(1.0)
+    texts = {"before": texts_of(before, tokenizer), "after": texts_of(after, tokenizer)}
+    gold = {
+        side: torch.tensor(sentiment(found)).view(config.samples, -1).mean(0) for side, found in texts.items()
+    }
+    names, values = (
+        (config.reference, config.policy),
+        {GOLD: (gold["before"].tolist(), gold["after"].tolist())},
+    )
+    answers = side_by_side(names, prompts, (before, after), tokenizer, kl=kl, values=values)
+    report = report_of(
+        gold, {side: distinct(found) for side, found in texts.items()}, answers, workspace.seed
+    )
+    report.facts["prompts"] = len(prompts)
+    report.facts["tokens"] = sum(int(side.response.sum()) for side in (before, after))
+    return report
+
+
+def held_out_prompts(config: Config, workspace: Workspace, base: ChatBase) -> list[list[int]]:
+    """Prompts of held-out conversations. Raises UserError when there are fewer than two."""
     records = records_of(workspace.resolve(config.data))
     dialogues = list(read_records(records / "dialogues-validation.jsonl", Dialogue))
-    prompts = prompts_from(
-        dialogues, template, tokenizer, max_tokens=config.max_prompt_tokens, most=config.prompts
-    )
+    longest, most = config.max_prompt_tokens, config.prompts
+    prompts = prompts_from(dialogues, base.template, base.tokenizer, max_tokens=longest, most=most)
     if len(prompts) < 2:
         raise UserError(
             "there are no held-out prompts short enough; raise max_prompt_tokens or the validation share"
         )
-    texts: dict[str, list[str]] = {}
-    gold: dict[str, Tensor] = {}
-    sampled: dict[str, Completions] = {}
-    with progress_bar("eval") as bar:
-        for number, side in enumerate(models):
-            bar.update(number / 3, f"sampling from {names[side]}")
-            sampled[side] = sample_completions(
-                models[side].model,
-                prompts * config.samples,
-                end=tokenizer.control_ids[template.end],
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                seed_parts=(workspace.seed, "eval"),
-            )
-            texts[side] = texts_of(sampled[side], tokenizer)
-            gold[side] = torch.tensor(sentiment(texts[side])).view(config.samples, -1).mean(0)
-        bar.update(2 / 3, "measuring KL")
-        kl = mean_kl(models["after"].model, models["before"].model, sampled["after"], config.temperature)
-        bar.update(1.0)
-    low, high = bootstrap_interval(gold["after"] - gold["before"], seed=workspace.seed)
-    gain = float((gold["after"] - gold["before"]).mean())
-    variety = {side: distinct(texts[side]) for side in texts}
-    answers = side_by_side(
-        (config.reference, config.policy),
-        prompts,
-        (sampled["before"], sampled["after"]),
-        tokenizer,
-        kl=kl,
-        values={GOLD: (gold["before"].tolist(), gold["after"].tolist())},
+    return prompts
+
+
+def sample(model: GPT, framed: ChatBase, prompts: list[list[int]], config: Config, seed: int) -> Completions:
+    """Completions of a model to prompts that the template of `framed` has framed, `samples` to each."""
+    return sample_completions(
+        model,
+        prompts * config.samples,
+        end=framed.tokenizer.control_ids[framed.template.end],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed_parts=(seed, "eval"),
     )
-    within = bootstrap_interval(gold["after"], seed=workspace.seed)
+
+
+def report_of(gold: dict[str, Tensor], variety: dict[str, float], answers: Answered, seed: int) -> Report:
+    """The measures of both models, and by how much the gold measure rose."""
+    gain = float((gold["after"] - gold["before"]).mean())
+    low, high = bootstrap_interval(gold["after"] - gold["before"], seed=seed)
     return Report(
         measures=[
             Measure(
-                "gold sentiment, held-out prompts",
+                GOLD,
                 float(gold["before"].mean()),
                 float(gold["after"].mean()),
                 "higher",
                 f"{gain:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}",
-                within,
+                bootstrap_interval(gold["after"], seed=seed),
             ),
-            Measure("KL on held-out prompts", 0.0, kl, "context", "nats per answer"),
+            Measure("KL on held-out prompts", 0.0, answers.kl, "context", "nats per answer"),
             Measure("distinct-2, held-out prompts", variety["before"], variety["after"], "higher"),
             Measure("answer length", *answers.measures[LENGTH], "context", "tokens"),
             Measure("answers that come to their end", *answers.measures[ENDED], "higher"),
         ],
-        facts={
-            "gain": gain,
-            "interval": [low, high],
-            "kl": kl,
-            "prompts": len(prompts),
-            "distinct_2": variety,
-            "tokens": sum(int(side.response.sum()) for side in sampled.values()),
-        },
+        facts={"gain": gain, "interval": [low, high], "kl": answers.kl, "distinct_2": variety},
         answers=answers,
     )
 

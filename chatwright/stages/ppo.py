@@ -1,9 +1,8 @@
-"""PPO: make the model's answers score higher, without leaving the model it came from.  Ouyang et al. 2022,
-eq. 2.
+"""PPO: answers that score higher, from a policy that stays near its reference.  Ouyang et al. 2022, eq. 2.
 
 The details that decide whether it works are those of Ziegler et al. 2019 and Stiennon et al. 2020 as listed
 in "The N+ implementation details of RLHF with PPO" (arXiv:2403.17031); docs/papers.md names the line for
-each. PolicyTraining, guards and what is kept: rounds.py, where the departures from the papers stand too.
+each. The iterations, the guards, what is kept, and the departures from the papers: train/rl/training.py.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 from chatwright.config import UsageError
 from chatwright.metrics import Metric
 from chatwright.objectives import policy as objective
-from chatwright.train.paper import DETAILS, INSTRUCT, Paper
+from chatwright.train.api import DETAILS, INSTRUCT, Curve, Paper, Report, Stage, Step, Workspace
 from chatwright.train.rl.config import RENAMED, SHARED_PAPER, RLConfig
 from chatwright.train.rl.metrics import RL_METRICS
 from chatwright.train.rl.models import RLModels, policy_outputs, round_facts, score_rollout, step_facts
@@ -26,9 +25,6 @@ from chatwright.train.rl.outcome import kl_budget
 from chatwright.train.rl.rollout import Completions, chosen_rows
 from chatwright.train.rl.step_program import PLAN
 from chatwright.train.rl.training import PolicyTraining, train_policy
-from chatwright.train.stage import Stage
-from chatwright.train.trainer import Step
-from chatwright.train.workspace import Curve, Report, Workspace
 
 
 @dataclass(frozen=True)

@@ -20,27 +20,40 @@ from torch import Tensor
 
 from chatwright import runtime
 from chatwright.config import UsageError
-from chatwright.data.loader import SampleOrder
 from chatwright.data.shards import TokenShards
-from chatwright.metrics import Metric, say
 from chatwright.model.compile_friendly import make_compile_friendly
-from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.objectives.language import chunked_next_token_loss
-from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.cost import training_flop
+from chatwright.train.api import (
+    FLOP_METRICS,
+    LOOP_METRICS,
+    LOSS_TROUBLE,
+    TOKENS_PER_SECOND,
+    Curve,
+    FitConfig,
+    Fitted,
+    GPTConfig,
+    Measure,
+    Metric,
+    OptimConfig,
+    ParallelConfig,
+    PlannedStage,
+    Report,
+    SampleOrder,
+    Stage,
+    StagePlan,
+    Step,
+    StepProgram,
+    Workspace,
+    fake_tokens,
+    planned_model,
+    say,
+    start_training,
+    training_flop,
+)
 from chatwright.train.held_out import held_out_bits_per_byte, held_out_nats, held_out_rows
-from chatwright.train.loop import Fit, FitConfig
-from chatwright.train.loop_metrics import FLOP_METRICS, LOOP_METRICS, LOSS_TROUBLE, TOKENS_PER_SECOND
-from chatwright.train.parallel.context import ParallelConfig
-from chatwright.train.parallel.start import start_parallel
-from chatwright.train.planning import plan
-from chatwright.train.planning.program import PlannedStage, StagePlan, StepProgram, fake_tokens
 from chatwright.train.precision import WorkingCopy
-from chatwright.train.stage import Stage
-from chatwright.train.trainer import Step, Trainer
-from chatwright.train.workspace import Curve, Measure, Report, Workspace
 
 
 @dataclass(frozen=True)
@@ -137,9 +150,7 @@ def fast_step(
 
 def step_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
     """The training step on fake tensors, for the planner."""
-    with torch.device(runtime.device()):
-        model = GPT(shape)
-    model.activation_checkpointing = planned.fit.recompute
+    model = planned_model(GPT, planned, shape)
     train, dtype, _ = fast_step(model, planned.fit, alone=planned.processes * planned.shards == 1)
 
     def measure() -> None:
@@ -164,76 +175,56 @@ def run(config: Config, workspace: Workspace) -> Report:
     tokenizer = Tokenizer.load(directory)
     shards = TokenShards.open(directory / "train", tokenizer)
     held_out = TokenShards.open(directory / "validation", tokenizer)
-    shape = GPTConfig.preset(config.preset, **{**config.model, "vocab_size": tokenizer.vocab_size})
-    parallel = start_parallel(
-        config.parallel,
-        batch_size=config.fit.batch_size,
-        micro_batch=config.fit.micro_batch,
-        shape=shape,
-        precision=config.fit.precision,
-        compile_blocks=config.fit.compile,
-    )
-    windows = Windows(shards, shape.context, SampleOrder(shards.windows(shape.context), workspace.seed))
-    config = plan.ahead("pretrain", PLAN, config, shape, parallel)
-    runtime.tune_allocator()
-    torch.manual_seed(runtime.seed_for(workspace.seed, "pretrain"))
-    model = GPT(shape).to(runtime.device())
-    model.activation_checkpointing = config.fit.recompute
-    trainer = Trainer(
-        {"model": model},
-        config.optim,
-        workspace,
-        metadata={"kind": "language", "model": shape.to_dict(), "tokenizer": tokenizer.fingerprint},
-        texts={"tokenizer.json": tokenizer.to_json()},
-        keep=config.fit.keep,
-        parallel=parallel,
-    )
-    train_step, dtype, line = fast_step(
-        model, config.fit, alone=not parallel.together, is_sharded=parallel.is_sharded
-    )
-    count = model.parameter_count()
-    say(
-        f"  {config.preset}: {count / 1e6:.1f} M parameters; {shards.tokens / 1e6:.1f} M training tokens; "
-        f"{line}"
-    )
+    shape = shape_of(config, tokenizer.vocab_size)
+    context, compiled = shape.context, config.fit.compile
+    training = start_training("pretrain", PLAN, config, workspace, shape, compile_blocks=compiled)
+    model = GPT(shape)
+    trainer = training.trainer(model, tokenizer, compiling=None)
+    alone, is_sharded = not training.parallel.together, training.parallel.is_sharded
+    train_step, dtype, line = fast_step(model, training.config.fit, alone=alone, is_sharded=is_sharded)
+    parameters, tokens = model.parameter_count(), shards.tokens
+    size = f"{parameters / 1e6:.1f} M parameters; {tokens / 1e6:.1f} M training tokens"
+    say(f"  {config.preset}: {size}; {line}")
 
     def evaluate() -> dict[str, float]:
-        return {"bits_per_byte": held_out_bits_per_byte(model, held_out, context=shape.context, dtype=dtype)}
+        return {"bits_per_byte": held_out_bits_per_byte(model, held_out, context=context, dtype=dtype)}
 
-    fitted = Fit(
+    fitted = training.fit(
         trainer,
-        config.fit,
-        windows,
+        Windows(shards, context, SampleOrder(shards.windows(context), workspace.seed)),
         train_step,
         evaluate,
-        title="pretrain",
-        throughput=("tokens", float(shape.context)),
+        throughput=("tokens", float(context)),
         best=("bits_per_byte", "lower"),
-        flop_per_sample=training_flop(model, shape.context),
-    ).run()
-    tokens = fitted.samples * shape.context
-    baseline = (
-        workspace.result(config.tokenizer).get("facts", {}) if config.tokenizer in workspace.inputs else {}
+        flop_per_sample=training_flop(model, context),
     )
-    measures = [
-        Measure("bits per byte, held out", fitted.before["bits_per_byte"], fitted.after["bits_per_byte"])
+    made = {"parameters": parameters, "tokens": fitted.samples * context, "how": line}
+    return report_of(fitted, made, compressors(config, workspace))
+
+
+def compressors(config: Config, workspace: Workspace) -> list[Measure]:
+    """What general compressors need for the same text, where the tokenizer's stage has measured it."""
+    known = workspace.result(config.tokenizer) if config.tokenizer in workspace.inputs else {}
+    facts = known.get("facts", {})
+    return [
+        Measure(f"{name} -9, the same text", None, facts[key], "context")
+        for name in ("gzip", "xz")
+        if (key := f"{name}_bits_per_byte") in facts
     ]
-    for name in ("gzip", "xz"):
-        if f"{name}_bits_per_byte" in baseline:
-            value = baseline[f"{name}_bits_per_byte"]
-            measures.append(Measure(f"{name} -9, the same text", None, value, "context"))
+
+
+def report_of(fitted: Fitted, made: dict[str, Any], yardsticks: list[Measure]) -> Report:
+    """Bits per byte beside those of compressors, and what it took."""
     return Report(
-        measures=measures,
+        measures=[fitted.measure("bits_per_byte", "bits per byte, held out"), *yardsticks],
         curves=[
             Curve("Pre-training loss", ["loss"], "nats per token"),
             Curve("Held out", ["bits_per_byte"], "bits"),
         ],
-        model=f"checkpoints/{fitted.checkpoint.path.name}",
+        model=fitted.model,
         facts={
-            "parameters": count,
+            **made,
             "steps": fitted.progress.step,
-            "tokens": tokens,
-            "how": line,
             "training_seconds": fitted.progress.elapsed,
             **fitted.facts,
         },

@@ -1,9 +1,8 @@
-"""REINFORCE: the plain policy gradient, with a baseline instead of a critic.  Williams 1992; RLOO: Ahmadian
-et al. 2024.
+"""REINFORCE: the plain policy gradient, with a baseline instead of a critic.  Williams 1992.
 
 An answer is one act with one return, the reward model's score less beta times the KL of the whole answer; no
-critic, no clip, no credit to single tokens. It is what PPO has to beat at equal KL. Everything else is as in
-PPO: rounds.py.
+critic, no clip, no credit to single tokens. With the baseline `leave-one-out` it is RLOO (Ahmadian et al.
+2024). It is what PPO has to beat at equal KL. Everything else is as in PPO: train/rl/training.py.
 
 Departures from the papers: where a round has several minibatches, the later ones are learnt from answers of a
 policy that is a step or more older, without a correction; `minibatch_size` equal to `batch_size` is the
@@ -23,7 +22,7 @@ from chatwright.config import UsageError
 from chatwright.metrics import Metric
 from chatwright.objectives import policy as objective
 from chatwright.objectives.policy import Baseline
-from chatwright.train.paper import Paper
+from chatwright.train.api import Curve, Paper, Report, Stage, Step, Workspace
 from chatwright.train.rl.config import RENAMED, SHARED_PAPER, RLConfig
 from chatwright.train.rl.metrics import RL_METRICS
 from chatwright.train.rl.models import RLModels, policy_outputs, round_facts, score_rollout, step_facts
@@ -31,9 +30,6 @@ from chatwright.train.rl.outcome import kl_budget
 from chatwright.train.rl.rollout import Completions, chosen_rows
 from chatwright.train.rl.step_program import PLAN
 from chatwright.train.rl.training import PolicyTraining, train_policy
-from chatwright.train.stage import Stage
-from chatwright.train.trainer import Step
-from chatwright.train.workspace import Curve, Report, Workspace
 
 
 @dataclass(frozen=True)

@@ -6,42 +6,52 @@ data that installs as a package; answers closer than `tie_tolerance` tie, and pa
 (`ties`). After training the scores are shifted so that demonstrations score 0, as in the paper, and scaled so
 that training answers have standard deviation 1.
 
-Another judge that PPO can follow, trained on single texts: classifier.py.
+Another model that PPO can follow, trained on single texts: classifier.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from chatwright import checkpoint, runtime
-from chatwright.chat import Message
+from chatwright import runtime
 from chatwright.config import UsageError, UserError
 from chatwright.data.examples import Comparison
-from chatwright.data.loader import SampleOrder
 from chatwright.data.records import has_records, records_of
-from chatwright.messages import described
-from chatwright.metrics import Metric, say
-from chatwright.model.config import GPTConfig
 from chatwright.model.heads import ScalarModel
-from chatwright.model.lora import LoRAConfig
 from chatwright.objectives.preference import Ties, bradley_terry_loss, pair_accuracy
-from chatwright.optim import OptimConfig
-from chatwright.train.base import open_base
-from chatwright.train.cost import training_flop
-from chatwright.train.loop import Fit, FitConfig
-from chatwright.train.loop_metrics import ANSWERS_PER_SECOND, FLOP_METRICS, LOOP_METRICS, LOSS_TROUBLE
-from chatwright.train.paper import INSTRUCT, Paper
-from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelConfig, ParallelContext
-from chatwright.train.parallel.start import start_parallel
-from chatwright.train.planning import plan
-from chatwright.train.planning.program import StagePlan
-from chatwright.train.preference import calibration, measures
-from chatwright.train.preference.measures import Scored, score_comparisons
+from chatwright.train.api import (
+    ANSWERS_PER_SECOND,
+    FLOP_METRICS,
+    INSTRUCT,
+    LOOP_METRICS,
+    LOSS_TROUBLE,
+    Answered,
+    Curve,
+    FitConfig,
+    Fitted,
+    LoRAConfig,
+    Measure,
+    Metric,
+    OptimConfig,
+    Paper,
+    ParallelConfig,
+    Report,
+    SampleOrder,
+    Stage,
+    StagePlan,
+    Step,
+    Workspace,
+    open_chat_base,
+    say,
+    start_training,
+    training_flop,
+)
+from chatwright.train.preference import measures, reward_report
 from chatwright.train.preference.rankings import (
     RankedBatch,
     Rankings,
@@ -51,10 +61,7 @@ from chatwright.train.preference.rankings import (
     rated_comparisons,
     without_annotators,
 )
-from chatwright.train.preference.scalar import chat_base, make_scalar_model, scalar_program
-from chatwright.train.stage import Stage
-from chatwright.train.trainer import Step
-from chatwright.train.workspace import Answered, Curve, Measure, Report, Workspace
+from chatwright.train.preference.scalar import PURPOSE, scalar_program, scalar_trainer
 
 
 @dataclass(frozen=True)
@@ -121,8 +128,6 @@ PAPER = (
     Paper("lora.rank", 0, f"{INSTRUCT}: all weights are trained"),
 )
 
-PAIRS_SHOWN = 10
-"""Held-out pairs whose scores before and after the report shows: the first ones, not chosen."""
 DEMONSTRATIONS = 256
 """Completions of people's own whose mean score becomes 0."""
 
@@ -173,207 +178,76 @@ PLAN = StagePlan(build=scalar_program, rows=lambda config, shape: (config.k, con
 
 def run(config: Config, workspace: Workspace) -> Report:
     """Train the reward model and measure its accuracy on held-out comparisons before and after."""
-    base = chat_base(config.base, workspace)
-    assert base.tokenizer is not None and base.template is not None
+    base = open_chat_base(config.base, workspace, purpose=PURPOSE)
     split, shown = load_split(config, workspace), find_demonstrations(config, workspace)
     train, held_out = split.train, split.held_out
-    parallel = start_parallel(
-        config.parallel,
-        batch_size=config.fit.batch_size,
-        micro_batch=config.fit.micro_batch,
-        shape=base.model.config,
-        precision=config.fit.precision,
-    )
-    config = plan.ahead("reward", PLAN, config, base.model.config, parallel)
-    model, trainer, dtype = make_scalar_model("reward", config, workspace, base, parallel)
-    rankings = Rankings(train, base.template, base.tokenizer, config, SampleOrder(len(train), workspace.seed))
+    training = start_training("reward", PLAN, config, workspace, base.model.config)
+    model, trainer = scalar_trainer(training, base)
+    order = SampleOrder(len(train), workspace.seed)
+    rankings = Rankings(train, base.template, base.tokenizer, training.config, order)
     say(f"  {len(train):,} comparisons of {_sizes(train)} answers, {len(held_out):,} held out")
-
-    def train_step(batch: RankedBatch) -> Step:
-        with runtime.autocast(dtype):
-            return step(model, batch)
-
-    def judged(comparisons: Sequence[Comparison]) -> Scored:
-        with runtime.autocast(dtype):
-            return score_comparisons(model, rankings, comparisons)
-
-    def evaluate() -> dict[str, float]:
-        found = judged(held_out)
-        known = ~found.labels.isnan()
-        return {
-            "held_out_accuracy": measures.accuracy_of(found, config),
-            "held_out_correlation": measures.correlation(found.scores[known], found.labels[known]),
-        }
-
+    score = training.in_precision(partial(measures.score_comparisons, model, rankings))
     some = rankings.batch(train[:64])  # tokens of a comparison and of a row: their means over these
     tokens, width = float(some.mask.sum()) / len(train[:64]), float(some.mask.sum(1).float().mean())
-    fitted = Fit(
+    fitted = training.fit(
         trainer,
-        config.fit,
         rankings,
-        train_step,
-        evaluate,
-        title="reward",
+        training.in_precision(partial(step, model)),
+        lambda: measures.held_out_measures(score(held_out), config),
         throughput=("answers", float(config.k)),
         best=("held_out_accuracy", "higher"),
         flop_per_sample=training_flop(model.body, width) * tokens / width,
-    ).run()
-    saved = measures.normalise(trainer, model, rankings, train[:64], dtype, shown)
-    before, after = fitted.before, fitted.after
-    report = Report(
-        measures=[
-            Measure(
-                "accuracy on held-out pairs",
-                before["held_out_accuracy"],
-                after["held_out_accuracy"],
-                "higher",
-            ),
-            Measure(
-                "accuracy of length alone",
-                None,
-                measures.length_baseline(train, held_out, config.tie_tolerance, config.ties),
-                "context",
-            ),
-            Measure(
-                "correlation with held-out ratings",
-                before["held_out_correlation"],
-                after["held_out_correlation"],
-                "higher",
-            ),
-        ],
-        curves=[Curve("Reward model loss", ["loss"], "nats per prompt"), Curve("Accuracy", ["accuracy"])],
-        model=saved,
-        facts={
-            "comparisons": len(train),
-            "steps": fitted.progress.step,
-            "epochs": fitted.samples / len(train),
-            "tokens": round(fitted.samples * tokens),
-            "held_out_correlation": after["held_out_correlation"],
-            "held_out_accuracy": after["held_out_accuracy"],
-            "scores 0 on average": f"{len(shown)} demonstrations" if shown else "training answers",
-            "sample": example(model, rankings, parallel),
-            **fitted.facts,
-        },
-        notes=fitted.notes,
     )
+    report = report_of(config, fitted, split, tokens)
+    report.model = measures.normalise(trainer, model, rankings, train[:64], training.dtype, shown)
+    report.facts["scores 0 on average"] = f"{len(shown)} demonstrations" if shown else "training answers"
+    report.facts["sample"] = reward_report.example(model, rankings, training.parallel)
     with runtime.evaluating(model):
-        look_closer(report, model, lambda asked: parallel.forward(judged, asked), split, config, workspace)
-        accuracy = measures.accuracy_of(parallel.forward(judged, train[:64]), config)
+        judged = partial(training.parallel.forward, score)
+        reward_report.look_closer(report, model, judged, split, config, workspace)
+        accuracy = measures.accuracy_of(judged(train[:64]), config)
     measures.refuse_if_learnt_by_heart(report, accuracy, held_out, config)
     return report
 
 
-def _sizes(comparisons: Sequence[Comparison]) -> str:
+def report_of(config: Config, fitted: Fitted, split: Split, tokens: float) -> Report:
+    """Accuracy and correlation before and after; `tokens` is the mean length of a comparison."""
+    guess = measures.length_baseline(split.train, split.held_out, config.tie_tolerance, config.ties)
+    return Report(
+        measures=[
+            fitted.measure("held_out_accuracy", "accuracy on held-out pairs", "higher"),
+            Measure("accuracy of length alone", None, guess, "context"),
+            fitted.measure("held_out_correlation", "correlation with held-out ratings", "higher"),
+        ],
+        curves=[Curve("Reward model loss", ["loss"], "nats per prompt"), Curve("Accuracy", ["accuracy"])],
+        facts={
+            "comparisons": len(split.train),
+            "steps": fitted.progress.step,
+            "epochs": fitted.samples / len(split.train),
+            "tokens": round(fitted.samples * tokens),
+            "held_out_correlation": fitted.after["held_out_correlation"],
+            "held_out_accuracy": fitted.after["held_out_accuracy"],
+            **fitted.facts,
+        },
+        notes=fitted.notes,
+    )
+
+
+def _sizes(comparisons: list[Comparison]) -> str:
     """'16', or '2 to 9'."""
     sizes = {len(one.responses) for one in comparisons}
     return str(*sizes) if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
 
 
-def look_closer(
-    report: Report,
-    model: ScalarModel,
-    judged: Callable[[Sequence[Comparison]], Scored],
-    split: Split,
-    config: Config,
-    workspace: Workspace,
-) -> None:
-    """Add calibration, accuracy by number of answers and by annotator to the report of a trained model."""
-    found = judged(split.held_out)
-    raw = found.scores / model.scale.cpu()  # as in training: a probability is of the scale that was learnt
-    reliable = calibration.pair_reliability(raw, found.labels, config.tie_tolerance, config.ties)
-    report.measures.append(
-        Measure(
-            "calibration error on held-out pairs",
-            None,
-            reliable.error,
-            "lower",
-            note="mean distance of predicted and observed preference",
-        )
-    )
-    report.facts["calibration_error"] = reliable.error
-    report.pictures.append(
-        calibration.draw(workspace.directory, reliable, low=0.5, what="share preferred by people")
-    )
-    report.tables.append(measures.by_candidates(found, config))
-    held_out_annotators = judged(split.held_out_annotators) if split.held_out_annotators else None
-    if held_out_annotators is not None:
-        accuracy = measures.accuracy_of(held_out_annotators, config)
-        report.measures.insert(
-            2,
-            Measure(
-                "accuracy on held-out pairs, annotators held out",
-                None,
-                accuracy,
-                "higher",
-                note=f"{config.held_out_annotators}; nothing of theirs was trained on",
-            ),
-        )
-        report.facts["held_out_annotators_accuracy"] = accuracy
-    table = measures.by_annotator(
-        found, split.held_out, held_out_annotators, split.held_out_annotators, config
-    )
-    if table is not None:
-        report.tables.append(table)
-
-
-def example(model: ScalarModel, rankings: Rankings, parallel: ParallelContext = SINGLE_PROCESS) -> str:
-    """What the model thinks of two answers."""
-
-    def score(prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:
-        batch = runtime.on_device(rankings.batch([Comparison.of(prompt, answers, [0.0] * len(answers))]))
-        with runtime.evaluating(model):
-            return [float(value) for value in parallel.forward(model.score, batch.ids, batch.mask)]
-
-    return measures.example_scores(score)
-
-
-def compare_scores(config: Any, workspace: Workspace, report: Report) -> Answered:
-    """What a reward model thinks of ten held-out pairs of answers, before training and after: by how much the
-    score of the one that was rated higher leads."""
-    held_out = load_split(config, workspace).held_out
-    chosen = [
-        pair for pair in map(_extremes, held_out) if pair.scores[0] - pair.scores[1] > config.tie_tolerance
-    ][:PAIRS_SHOWN]
-    base = open_base(config.base, workspace)
-    if base.tokenizer is None or base.template is None or not chosen:
-        raise UserError("there is no held-out pair that is no tie")
-    found = checkpoint.Checkpoint(workspace.directory / str(report.model))
-    after = ScalarModel(GPTConfig.from_dict(found.state()["model"]))
-    checkpoint.load_model_tensors(after, found.tensors("model"), where=str(found.path))
-    with torch.random.fork_rng(devices=[]):  # the head that training began with
-        torch.manual_seed(runtime.seed_for(workspace.seed, "reward"))
-        before = ScalarModel(base.model.config)
-    before.start_from(base.model)
-    rankings = Rankings(
-        chosen, base.template, base.tokenizer, config, SampleOrder(len(chosen), workspace.seed)
-    )
-    leads = []
-    for model in (before, after):
-        with runtime.evaluating(model.to(runtime.device())):
-            scores, _ = score_comparisons(model, rankings, chosen)
-        leads.append((scores[:, 0] - scores[:, 1]).tolist())
-    prompts = [
-        f"{' / '.join(described(one['content']) for one in pair.prompt)} - higher: {pair.responses[0]} "
-        f"- lower: {pair.responses[1]}"
-        for pair in chosen
-    ]
-    pairs = [
-        {"prompt": prompt, "before": f"{first:+.2f}", "after": f"{second:+.2f}"}
-        for prompt, first, second in zip(prompts, *leads, strict=True)
-    ]
-    return Answered("margin of the higher rated answer, untrained", "trained", prompts, pairs)
-
-
-def _extremes(one: Comparison) -> Comparison:
-    """The answers rated highest and lowest, in this order."""
-    rated = sorted(zip(one.scores, one.responses, strict=True), key=lambda pair: pair[0])
-    low, high = rated[0], rated[-1]
-    return Comparison(one.id, one.prompt, (high[1], low[1]), (high[0], low[0]))
-
-
 def records_read(config: Config) -> dict[str, str]:
     """Comparisons of the user's own, or ratings to make comparisons from."""
     return {"comparisons": config.comparisons} if config.comparisons else {"ratings": config.data}
+
+
+def compare_scores(config: Config, workspace: Workspace, report: Report) -> Answered:
+    """The margin of the better one of ten held-out pairs, before training and after."""
+    held_out = load_split(config, workspace).held_out
+    return reward_report.compare_scores(config, workspace, str(report.model), held_out)
 
 
 METRICS = (

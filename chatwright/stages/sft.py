@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: answer as people did.  Ouyang et al. 2022, section 3.5.
+"""SFT: supervised fine-tuning, answer as people did.  Ouyang et al. 2022, section 3.5.
 
 Departures from the paper: short conversations share a row (packing; they cannot see each other, so that no
 result changes), and a conversation longer than the context is cut between exchanges instead of being left
@@ -7,8 +7,9 @@ out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,34 +19,50 @@ from torch.nn import functional as F
 
 from chatwright import runtime
 from chatwright.chat import NATIVE, ChatTemplate
-from chatwright.config import UserError
-from chatwright.data.examples import Dialogue
-from chatwright.data.loader import SampleOrder
-from chatwright.data.packing import ChatBatch, PackedRow, batch_rows, cut_dialogue, pack
+from chatwright.data.chat_rows import Rows, check_end_is_learnt, learnt_tokens, rows_of
+from chatwright.data.packing import ChatBatch, PackedRow, batch_rows
 from chatwright.data.picture import legend, row_picture
-from chatwright.data.records import read_records, records_of
-from chatwright.metrics import Metric, console, say
+from chatwright.data.records import records_of
+from chatwright.metrics import console
 from chatwright.model.compile_friendly import make_compile_friendly
-from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
-from chatwright.model.lora import LoRAConfig
 from chatwright.objectives.language import chunked_next_token_loss
-from chatwright.optim import OptimConfig
 from chatwright.tokenizer import Tokenizer
-from chatwright.train import adapters
-from chatwright.train.base import open_base
+from chatwright.train.api import (
+    FLOP_METRICS,
+    INSTRUCT,
+    LOOP_METRICS,
+    LOSS_TROUBLE,
+    TOKENS_PER_SECOND,
+    ChatBase,
+    Curve,
+    FitConfig,
+    Fitted,
+    GPTConfig,
+    LoRAConfig,
+    Metric,
+    OptimConfig,
+    Paper,
+    ParallelConfig,
+    PlannedStage,
+    Report,
+    SampleOrder,
+    Stage,
+    StagePlan,
+    StageTraining,
+    Step,
+    StepProgram,
+    Table,
+    Workspace,
+    fake_tokens,
+    open_chat_base,
+    planned_model,
+    say,
+    start_training,
+    training_flop,
+    write_adapter,
+)
 from chatwright.train.compiled import compile_blocks
-from chatwright.train.cost import training_flop
-from chatwright.train.loop import Fit, FitConfig
-from chatwright.train.loop_metrics import FLOP_METRICS, LOOP_METRICS, LOSS_TROUBLE, TOKENS_PER_SECOND
-from chatwright.train.paper import INSTRUCT, Paper
-from chatwright.train.parallel.context import ParallelConfig
-from chatwright.train.parallel.start import start_parallel
-from chatwright.train.planning import plan
-from chatwright.train.planning.program import PlannedStage, StagePlan, StepProgram, fake_tokens
-from chatwright.train.stage import Stage
-from chatwright.train.trainer import Step, Trainer
-from chatwright.train.workspace import Curve, Measure, Report, Table, Workspace
 
 
 @dataclass(frozen=True)
@@ -91,48 +108,6 @@ PAPER = (
 )
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Packed rows in an order that depends on the seed and the index alone."""
-
-    rows: list[PackedRow]
-    length: int
-    order: SampleOrder
-
-    def take(self, start: int, count: int) -> ChatBatch:
-        """Samples start ... start + count - 1."""
-        return batch_rows([self.rows[n] for n in self.order.take(start, count)], self.length)
-
-
-def rows_of(
-    file: Path, template: ChatTemplate, tokenizer: Tokenizer, length: int, *, packing: bool, limit: int = 0
-) -> list[PackedRow]:
-    """The conversations of a file as rows; those of the first `limit` rows' worth of tokens when it is above
-    0."""
-    pieces, tokens = [], 0
-    for dialogue in read_records(file, Dialogue):
-        for piece in cut_dialogue(dialogue.messages, template, tokenizer, length):
-            if any(piece.mask):
-                pieces.append(piece)
-                tokens += len(piece.ids)
-        if limit and tokens > limit * length:
-            break
-    if not pieces:
-        raise UserError(f"{file} holds no conversation with an assistant's answer; nothing to learn from")
-    return pack(pieces, length, enabled=packing)
-
-
-def check_end_is_learnt(rows: list[PackedRow], template: ChatTemplate, tokenizer: Tokenizer) -> None:
-    """Raise UserError unless the token that ends an answer is inside the loss: without it, no answer would
-    end."""
-    end = tokenizer.control_ids[template.end]
-    if not any(flag and token == end for row in rows for token, flag in zip(row.ids, row.mask, strict=True)):
-        raise UserError(
-            f"no training row learns the end token {template.end}: the model would never stop talking. "
-            "Look at the chat template (chatwright doctor MODEL shows the loss mask)"
-        )
-
-
 PORTION = 256
 """Positions that are learnt from come in multiples of this: a buffer of a new size in every step would fit
 into no hole that the one before has left, and the process would grow to several times what it uses."""
@@ -170,33 +145,19 @@ def step(model: GPT, batch: ChatBatch) -> Step:
     )
 
 
-def start(config: Config, workspace: Workspace) -> tuple[GPT, Tokenizer, ChatTemplate, Path]:
-    """The model to start from, how it writes conversations, and where these are. Raises UserError."""
-    base = open_base(config.base, workspace)
-    if base.tokenizer is None:
-        raise UserError(f"{config.base} has no tokenizer")
-    template = base.template or NATIVE
-    template.end_ids(base.tokenizer)
-    return base.model, base.tokenizer, template, records_of(workspace.resolve(config.data))
+def start(config: Config, workspace: Workspace) -> tuple[ChatBase, Path, int]:
+    """The model to start from, where the conversations are, and the tokens of a row. Raises UserError."""
+    base = open_chat_base(config.base, workspace, template=NATIVE)
+    base.template.end_ids(base.tokenizer)
+    context = base.model.config.context
+    return base, records_of(workspace.resolve(config.data)), min(config.context or context, context)
 
 
-def row_length(config: Config, model: GPT) -> int:
-    """Tokens of a row."""
-    return min(config.context or model.config.context, model.config.context)
-
-
-def tally(rows: Sequence[PackedRow], length: int) -> str:
-    """How full the rows are, and how much of them is learnt, in a sentence."""
-    tokens, learnt = sum(len(row.ids) for row in rows), sum(learnt_tokens(row) for row in rows)
-    return (
-        f"{len(rows):,} rows of {length} tokens, {100 * tokens / (len(rows) * length):.0f} % filled; "
-        f"{learnt:,} of {tokens:,} tokens are learnt ({100 * learnt / tokens:.0f} %)"
-    )
-
-
-def learnt_tokens(row: PackedRow) -> int:
-    """Tokens of a row that are in the loss; the first of a conversation follows nothing and is not."""
-    return sum(flag and position > 0 for flag, position in zip(row.mask, row.positions, strict=True))
+def training_rows(config: Config, workspace: Workspace, base: ChatBase, records: Path, length: int) -> Rows:
+    """What is learnt from, in its order. Raises UserError."""
+    file = records / "dialogues-train.jsonl"
+    rows = rows_of(file, base.template, base.tokenizer, length, packing=config.packing)
+    return Rows(rows, length, SampleOrder(len(rows), workspace.seed))
 
 
 def preview(config: Config, workspace: Workspace, count: int) -> None:
@@ -206,19 +167,17 @@ def preview(config: Config, workspace: Workspace, count: int) -> None:
     Nothing is trained or written. Raises UserError as `run` does, after the rows where the end token is not
     learnt.
     """
-    model, tokenizer, template, records = start(config, workspace)
-    length, colours = row_length(config, model), console.is_terminal
-    rows = rows_of(records / "dialogues-train.jsonl", template, tokenizer, length, packing=config.packing)
+    base, records, length = start(config, workspace)
+    rows, colours = training_rows(config, workspace, base, records, length), console.is_terminal
     console.print(Text("What the model learns to write is ").append(legend(colours=colours)), soft_wrap=True)
-    for number in SampleOrder(len(rows), workspace.seed).take(0, min(count, len(rows))):
-        row = rows[number]
-        say(
-            f"\nrow {number}: {len(row.ids)} of {length} tokens in {row.documents[-1]} conversations, "
-            f"{learnt_tokens(row)} learnt"
-        )
-        console.print(row_picture(row, tokenizer, end=template.end, colours=colours), soft_wrap=True)
-    say(f"\n{tally(rows, length)}")
-    check_end_is_learnt(rows, template, tokenizer)
+    for number in rows.order.take(0, min(count, len(rows.rows))):
+        row = rows.rows[number]
+        held = f"{len(row.ids)} of {length} tokens in {row.documents[-1]} conversations"
+        say(f"\nrow {number}: {held}, {learnt_tokens(row)} learnt")
+        picture = row_picture(row, base.tokenizer, end=base.template.end, colours=colours)
+        console.print(picture, soft_wrap=True)
+    say(f"\n{rows}")
+    check_end_is_learnt(rows.rows, base.template, base.tokenizer)
 
 
 EXCERPT = 600
@@ -238,10 +197,7 @@ def excerpt(row: PackedRow, tokenizer: Tokenizer, template: ChatTemplate) -> Tab
 
 def step_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
     """The training step on fake tensors, for the planner."""
-    with torch.device(runtime.device()):
-        model = GPT(shape)
-    model.activation_checkpointing = planned.fit.recompute
-    adapters.add_if_asked(model, planned.config.lora)
+    model = planned_model(GPT, planned, shape)
     dtype = runtime.compute_dtype(planned.fit.precision)
     _, length = planned.rows
     if planned.compiled and is_compile_friendly(length):
@@ -250,8 +206,8 @@ def step_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
     def step(samples: int) -> Tensor:
         ids = fake_tokens(samples, length)
         with runtime.autocast(dtype):
-            places = ids.new_zeros(max(1, round(planned.learnt * samples * length)))
-            learnt = model.hidden_at(ids, places, documents=ids, positions=ids)
+            indices = ids.new_zeros(max(1, round(planned.learnt * samples * length)))
+            learnt = model.hidden_at(ids, indices, documents=ids, positions=ids)
             return chunked_next_token_loss(
                 learnt[None], model.head.weight, ids.flatten()[None, : learnt.shape[0]]
             )
@@ -262,102 +218,62 @@ def step_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
 PLAN = StagePlan(build=step_program)
 
 
+def held_out_loss(step: Callable[[ChatBatch], Step], rows: list[PackedRow], length: int) -> dict[str, float]:
+    """Mean loss of a held-out answer token, in nats."""
+    total = weight = 0.0
+    for start in range(0, len(rows), 16):
+        batch = runtime.on_device(batch_rows(rows[start : start + 16], length))
+        total += float(step(batch).loss)
+        weight += batch.weight
+    return {"held_out_loss": total / weight}
+
+
 def run(config: Config, workspace: Workspace) -> Report:
     """Fine-tune on conversations and measure the loss of held-out answers before and after."""
-    model, tokenizer, template, records = start(config, workspace)
-    model.to(runtime.device())
-    model.activation_checkpointing = config.fit.recompute
-    length = row_length(config, model)
-    rows = rows_of(records / "dialogues-train.jsonl", template, tokenizer, length, packing=config.packing)
-    check_end_is_learnt(rows, template, tokenizer)
-    held_out = rows_of(
-        records / "dialogues-validation.jsonl",
-        template,
-        tokenizer,
-        length,
-        packing=True,
-        limit=config.held_out,
-    )[: config.held_out]
-    filled = sum(len(row.ids) for row in rows) / (len(rows) * length)
-    learnt = sum(map(learnt_tokens, rows))
-    parallel = start_parallel(
-        config.parallel,
-        batch_size=config.fit.batch_size,
-        micro_batch=config.fit.micro_batch,
-        shape=model.config,
-        precision=config.fit.precision,
-    )
-    config = plan.ahead("sft", PLAN, config, model.config, parallel, learnt=learnt / (len(rows) * length))
-    runtime.tune_allocator()
-    torch.manual_seed(runtime.seed_for(workspace.seed, "sft"))  # dropout, where the model has any
-    dtype = runtime.compute_dtype(config.fit.precision)
-    adapted = adapters.metadata(config.lora, base=model)
-    adapters.adapt(model, config.lora, "model")
-    if config.fit.compile:
-        say(f"  {compiled_for(model, length, cut=parallel.is_tensor_parallel)}")
-    trainer = Trainer(
-        {"model": model},
-        config.optim,
-        workspace,
-        metadata={
-            "kind": "language",
-            "model": model.config.to_dict(),
-            "tokenizer": tokenizer.fingerprint,
-            "template": template.fingerprint,
-            **adapted,
-        },
-        texts={"tokenizer.json": tokenizer.to_json(), "chat_template.jinja": template.source},
-        keep=config.fit.keep,
-        parallel=parallel,
-    )
-    say(f"  {tally(rows, length)}")
-
-    def train_step(batch: ChatBatch) -> Step:
-        with runtime.autocast(dtype):
-            return step(model, batch)
-
-    def evaluate() -> dict[str, float]:
-        total = weight = 0.0
-        for start in range(0, len(held_out), 16):
-            batch = runtime.on_device(batch_rows(held_out[start : start + 16], length))
-            total += float(train_step(batch).loss)
-            weight += batch.weight
-        return {"held_out_loss": total / weight}
-
-    fitted = Fit(
+    base, records, length = start(config, workspace)
+    model = base.model.to(runtime.device())
+    rows = training_rows(config, workspace, base, records, length)
+    check_end_is_learnt(rows.rows, base.template, base.tokenizer)
+    file, most = records / "dialogues-validation.jsonl", config.held_out
+    held_out = rows_of(file, base.template, base.tokenizer, length, packing=True, limit=most)[:most]
+    share = rows.learnt / rows.size
+    training = start_training("sft", PLAN, config, workspace, model.config, learnt=share)
+    compiling = partial(compiled_for, length=length)
+    trainer = training.trainer(model, base.tokenizer, base.template, compiling=compiling)
+    say(f"  {rows}")
+    train_step = training.in_precision(partial(step, model))
+    fitted = training.fit(
         trainer,
-        config.fit,
-        Rows(rows, length, SampleOrder(len(rows), workspace.seed)),
+        rows,
         train_step,
-        evaluate,
-        title="sft",
-        throughput=("tokens", filled * length),
+        lambda: held_out_loss(train_step, held_out, length),
+        throughput=("tokens", rows.tokens / rows.size * length),
         best=("held_out_loss", "lower"),
         flop_per_sample=training_flop(model, length),
-    ).run()
+    )
+    return report_of(training, fitted, rows, base)
+
+
+def report_of(training: StageTraining[Config], fitted: Fitted, rows: Rows, base: ChatBase) -> Report:
+    """What was learnt, from how much, and how it looked."""
+    filled = rows.tokens / rows.size
+    directory, named = training.workspace.directory, training.config.base
     return Report(
-        measures=[
-            Measure(
-                "loss of held-out answers",
-                fitted.before["held_out_loss"],
-                fitted.after["held_out_loss"],
-                note="nats per token",
-            )
-        ],
+        measures=[fitted.measure("held_out_loss", "loss of held-out answers", note="nats per token")],
         curves=[Curve("SFT loss", ["loss"], "nats per answer token")],
-        model=f"checkpoints/{fitted.checkpoint.path.name}",
+        model=fitted.model,
         facts={
-            "rows": len(rows),
+            "rows": len(rows.rows),
             "filled": filled,
-            "tokens learnt": learnt,
+            "tokens learnt": rows.learnt,
             "steps": fitted.progress.step,
-            "epochs": fitted.samples / len(rows),
-            "tokens": round(fitted.samples * filled * length),
+            "epochs": fitted.samples / len(rows.rows),
+            "tokens": round(fitted.samples * filled * rows.length),
             **fitted.facts,
-            **adapters.write_adapter(model, workspace.directory, base=config.base, parallel=parallel),
+            **write_adapter(base.model, directory, base=named, parallel=training.parallel),
         },
         notes=fitted.notes,
-        tables=[excerpt(rows[SampleOrder(len(rows), workspace.seed)[0]], tokenizer, template)],
+        tables=[excerpt(rows.rows[rows.order[0]], base.tokenizer, base.template)],
     )
 
 

@@ -1,5 +1,4 @@
-"""Tokenizer: learn byte-level BPE merges on the training documents, then turn all documents into token
-shards.
+"""Tokenizer: learn byte-level BPE merges, then turn all documents into token shards.
 
 With `base` nothing is learnt: the documents become shards of a model's own tokens, for `text` in PPO (the
 alignment tax).
@@ -16,9 +15,7 @@ from chatwright.data.shards import write_shards
 from chatwright.metrics import progress_bar, say
 from chatwright.stages.data import compressed_bits_per_byte
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.base import open_base
-from chatwright.train.stage import Stage
-from chatwright.train.workspace import Measure, Report, Workspace
+from chatwright.train.api import Measure, Report, Stage, Workspace, open_base
 
 SMALLEST_VOCABULARY = 264
 

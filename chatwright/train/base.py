@@ -1,11 +1,26 @@
-"""The model that a stage starts from."""
+"""The model that a stage starts from, and what the checkpoints of the one that it makes say of themselves."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from chatwright.chat import ChatTemplate
 from chatwright.config import UserError
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
+from chatwright.model.config import GPTConfig
+from chatwright.tokenizer import Tokenizer
 from chatwright.train.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class ChatBase(Loaded):
+    """A model that has a tokenizer and a chat template."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
 
 
 def open_base(name: str, workspace: Workspace) -> Loaded:
@@ -14,10 +29,42 @@ def open_base(name: str, workspace: Workspace) -> Loaded:
     return load_parts(workspace.resolve(name) if name in workspace.inputs else name)
 
 
-def open_chat_base(name: str, workspace: Workspace, *, purpose: str) -> Loaded:
-    """The same, for a stage that needs the tokenizer and the chat template. Raises UserError when one is
-    missing."""
+def open_chat_base(
+    name: str,
+    workspace: Workspace,
+    *,
+    purpose: str = "name a model after sft",
+    template: ChatTemplate | None = None,
+) -> ChatBase:
+    """The same, for a stage that needs the tokenizer and the chat template. A model without a template gets
+    `template`. Raises UserError, which ends with `purpose`, when there is none."""
     base = open_base(name, workspace)
-    if base.tokenizer is None or base.template is None:
+    if base.tokenizer is None:
+        raise UserError(f"{name} has no tokenizer")
+    template = base.template or template
+    if template is None:
         raise UserError(f"{name} has no chat template; {purpose}")
-    return base
+    return ChatBase(base.model, base.tokenizer, template, base.source)
+
+
+def model_metadata(
+    kind: str,
+    shape: GPTConfig,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None = None,
+    *,
+    adapter: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a checkpoint's state.json says of its model: `kind` is `language` or `reward`, `adapter` what
+    `adapters.metadata` gives."""
+    known = {"kind": kind, "model": shape.to_dict(), "tokenizer": tokenizer.fingerprint}
+    if template is not None:
+        known["template"] = template.fingerprint
+    return {**known, **(adapter or {})}
+
+
+def model_texts(tokenizer: Tokenizer, template: ChatTemplate | None = None) -> dict[str, str]:
+    """The files that make a checkpoint complete in itself: the tokenizer, and the chat template if there is
+    one."""
+    texts = {"tokenizer.json": tokenizer.to_json()}
+    return texts if template is None else {**texts, "chat_template.jinja": template.source}

@@ -20,6 +20,7 @@ from chatwright.train import busy, cost, spikes
 from chatwright.train.spikes import SpikeConfig
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import AnyBatch, Batch, Progress, Step, Trainer
+from chatwright.train.workspace import Measure
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,17 @@ class Fitted:
     progress: Progress
     facts: dict[str, float]
     notes: list[str]
+
+    @property
+    def model(self) -> str:
+        """The result for `Report.model`: relative to the stage's directory."""
+        return f"checkpoints/{self.checkpoint.path.name}"
+
+    def measure(
+        self, key: str, name: str, better: Literal["lower", "higher", "context"] = "lower", note: str = ""
+    ) -> Measure:
+        """One of the held-out measures for the report, before training and after."""
+        return Measure(name, self.before[key], self.after[key], better, note)
 
     @property
     def samples(self) -> int:

@@ -7,7 +7,7 @@ know about a stage from here. A new stage is therefore one file in stages/, a re
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from chatwright.config import UsageError
@@ -50,12 +50,19 @@ class Stage:
     one."""
 
     def __post_init__(self) -> None:
-        if self.plan is None and hasattr(self.config, "optim"):
+        if self.plan is None and "optim" in {one.name for one in fields(self.config)}:
             raise UsageError(f"{self.config.__module__}: a stage with an optimiser needs a plan (StagePlan)")
         names = [metric.name for metric in self.metrics]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise UsageError(f"{self.config.__module__}: two metrics are called {', '.join(twice)}")
+
+
+def kl_from_base(config: Any, workspace: Workspace, report: Report) -> dict[str, Any]:
+    """`Stage.kl_budget` of a stage that stays near `config.base` without a budget: the KL of the answers that
+    the report shows."""
+    spent = report.answers.kl if report.answers else None
+    return {"spent": spent, "allowed": None, "stopped": f"measured on held-out prompts, from {config.base}"}
 
 
 def stage_of(module: Any) -> Stage:

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from support.launching import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
 
 PROGRAM = """
 import argparse, os, resource, signal
@@ -46,9 +48,8 @@ raise SystemExit(side_by_side.serve_rounds(made[name.rpartition("/")[2]]))
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+def benchmark() -> Callable[[str], Any]:
     """A program of benchmarks/ as a module."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
 
 
@@ -147,6 +148,20 @@ def test_busy_loops_run_in_sessions_of_their_own_and_end(benchmark: Callable[[st
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(("measure", "work"), [("sft", 8 * 256.0), ("ppo", 64.0)])
+def test_a_unit_of_work_is_done(
+    benchmark: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    measure: str,
+    work: float,
+) -> None:
+    """With the stages as they are now; the others need a compiler, or compile kernels for a large model."""
+    busy = benchmark("busy")
+    monkeypatch.setattr(busy.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    assert busy.MEASURES[measure][0]()() == work
 
 
 def test_what_is_left_beside_busy_loops(

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from chatwright.config import UserError
-from chatwright.data import archives, files, readers, sources
+from chatwright.data import archives, catalogue, files, readers
 from chatwright.data.examples import Comparison, Dialogue, Document, LabelledText, content_id, transcript
 from chatwright.data.sources import dialogues, documents, fetch_archives, labelled_texts, split_of
 
@@ -241,16 +240,20 @@ def test_a_real_child_process_is_watched_and_its_output_kept(tmp_path: Path) -> 
 
 
 def test_a_child_process_is_killed_when_we_are_stopped(tmp_path: Path) -> None:
-    marker = tmp_path / "finished"
-    program = f"import time, pathlib; time.sleep(1.0); pathlib.Path({str(marker)!r}).touch()"
+    marker = tmp_path / "process"
+    program = (
+        "import os, time, pathlib;"
+        f"pathlib.Path({str(marker)!r}).write_text(f'{{os.getpid()}} begun'); time.sleep(600)"
+    )
 
     def stop() -> None:
-        raise KeyboardInterrupt
+        if marker.exists() and marker.read_text().endswith("begun"):
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         archives.run_pip([sys.executable, "-c", program], {}, tmp_path / "log", stop)
-    time.sleep(1.3)
-    assert not marker.exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(marker.read_text().split()[0]), 0)
 
 
 def test_cache_dir_by_platform(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -368,8 +371,8 @@ def named(index: FakeIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for archive, data in built.items():
         pinned[archive] = replace(archive, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
         index.served[archive.filename] = data
-    listed = tuple(replace(source, archive=pinned[source.archive]) for source in sources.CATALOGUE)
-    monkeypatch.setattr(sources, "CATALOGUE", listed)
+    listed = tuple(replace(source, archive=pinned[source.archive]) for source in catalogue.CATALOGUE)
+    monkeypatch.setattr(catalogue, "CATALOGUE", listed)
     return tmp_path / "cache"
 
 
@@ -430,7 +433,7 @@ def test_a_source_of_another_kind_says_which_ones_there_are(named: Path) -> None
 
 
 def test_catalogue_is_complete() -> None:
-    listed = sources.catalogue()
+    listed = catalogue.catalogue()
     names = [source.name for source in listed]
     assert len(names) == len(set(names)) and {
         "boolq",

@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from browsing import answers, button, expect, needs_browser, say, set_fields, visiting
-from serving import DIALOGUES, Running, TinyModel, run_server
+
+from support.browsing import answers, button, expect, needs_browser, say, set_fields, visiting
+from support.serving import DIALOGUES, Running, TinyModel, run_server
 
 pytestmark = needs_browser
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import (
+
+from chatwright.language_model import LanguageModel
+from support.browsing import (
     answered,
     answers,
     button,
@@ -23,9 +25,7 @@ from browsing import (
     users,
     visiting,
 )
-from serving import DIALOGUES, Running, TinyModel, run_server
-
-from chatwright.language_model import LanguageModel
+from support.serving import DIALOGUES, Running, TinyModel, run_server
 
 pytestmark = needs_browser
 

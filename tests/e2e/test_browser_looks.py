@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import axe
 import pytest
-from browsing import (
+
+from support import axe
+from support.browsing import (
     answered,
     answers,
     button,
@@ -20,7 +21,7 @@ from browsing import (
     users,
     visiting,
 )
-from serving import DIALOGUES, Running, TinyModel, run_server
+from support.serving import DIALOGUES, Running, TinyModel, run_server
 
 pytestmark = needs_browser
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from browsing import answered, answers, expect, needs_browser, say, visiting
-from serving import DIALOGUES, TinyModel, run_server
-
 from chatwright.serve.operation.keys import line_for
+from support.browsing import answered, answers, expect, needs_browser, say, visiting
+from support.serving import DIALOGUES, TinyModel, run_server
 
 pytestmark = needs_browser
 KEY = "cw-" + "k" * 43

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,8 @@ import torch
 import chatwright
 from chatwright import cli, files
 from chatwright.metrics import read_metrics
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-
-from babble import Babble
+from support.babble import Babble
+from support.waiting import wait_until
 
 STAGES = ["data", "tokenizer", "pretrain", "sft", "reward", "ppo", "eval"]
 
@@ -194,20 +191,23 @@ def test_the_run_directory_chats(road: tuple[Path, str]) -> None:
     assert base.template is None and base.generate("The old cat", max_new_tokens=8, temperature=0.0)
 
 
+def said(place: Path) -> str:
+    """A short answer of the model in a directory, the same at each call."""
+    talk = [{"role": "user", "content": "How is the river number 3?"}]
+    return chatwright.load(str(place)).chat(talk, max_new_tokens=8, seed=1)
+
+
 def test_a_checkpoint_stands_by_itself(road: tuple[Path, str], tmp_path: Path) -> None:
     name = files.read_json(road[0] / "ppo" / "result.json")["model"]
     shutil.copytree(road[0] / "ppo" / name, tmp_path / "alone")
-    assert (
-        chatwright.load(str(tmp_path / "alone")).chat([{"role": "user", "content": "Hi"}], max_new_tokens=4)
-        is not None
-    )
+    alone, whole = (said(place) for place in (tmp_path / "alone", road[0] / "ppo"))
+    assert alone == whole != ""
 
 
 def test_a_second_run_skips_everything(road: tuple[Path, str], recipe: Path) -> None:
     stamps = {stage: (road[0] / stage / "result.json").stat().st_mtime_ns for stage in STAGES}
-    started = time.monotonic()
     told = run(recipe, road[0].parent)
-    assert told.count("skipped") == len(STAGES) and time.monotonic() - started < 30
+    assert told.count("skipped") == len(STAGES)
     assert stamps == {stage: (road[0] / stage / "result.json").stat().st_mtime_ns for stage in STAGES}
 
 
@@ -224,7 +224,8 @@ def test_a_changed_setting_of_ppo_runs_ppo_and_eval_again(
         assert f"[{stage}] settings or inputs have changed" in told
         old, new = (files.read_json(copy / name / "result.json") for name in (f"{stage}.old-1", stage))
         assert old["fingerprint"] != new["fingerprint"]
-    assert files.read_json(copy / "ppo" / "result.json")["facts"]["rounds"] <= 2
+    facts = files.read_json(copy / "ppo" / "result.json")["facts"]
+    assert (facts["rounds"], facts["stopped"]) == (2, "all rounds done")
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         assert cli.main(["compare", str(road[0]), str(copy), "--json"]) == 0
@@ -233,7 +234,7 @@ def test_a_changed_setting_of_ppo_runs_ppo_and_eval_again(
     assert (
         found["ppo"]["settings"] == [{"setting": "iterations", "values": [4, 2]}] and found["eval"]["paired"]
     )
-    assert chatwright.load(str(copy)).chat([{"role": "user", "content": "Hi"}], max_new_tokens=4) is not None
+    assert said(copy) == said(copy / "ppo") != ""
 
 
 def test_ctrl_c_and_the_same_command_again(road: tuple[Path, str], recipe: Path, tmp_path: Path) -> None:
@@ -252,9 +253,7 @@ def test_ctrl_c_and_the_same_command_again(road: tuple[Path, str], recipe: Path,
     ]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
     metrics = tmp_path / "mini" / "pretrain" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and not read_metrics(metrics) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: read_metrics(metrics), "the first row of metrics", process=process)
     process.send_signal(signal.SIGINT)
     told = " ".join(process.communicate(timeout=120)[0].split())
     assert process.returncode in (0, 130), told

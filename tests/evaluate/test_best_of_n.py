@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from chatwright.config import UsageError
-from chatwright.stages.best_of_n import (
-    Config,
+from chatwright.evaluate import best_of_n as estimator
+from chatwright.evaluate.best_of_n import (
     at_kl,
     best_of_n,
     best_of_n_kl,
     optima,
     point,
-    report_of,
     sizes,
     tilted,
 )
+from chatwright.stages.best_of_n import Config, report_of
+from support.mutation import Mutant, mutants
 
 SCORES = torch.tensor([[0.3, 2.0, -1.0, 0.7, 0.1], [1.0, 1.0, 0.0, -2.0, 1.0]])
 GOLD = torch.tensor([[1.0, -3.0, 0.5, 2.0, 4.0], [1.0, 2.0, 5.0, 7.0, 6.0]])
@@ -36,29 +38,41 @@ def by_subsets(scores: list[float], values: list[float], n: int) -> float:
     return sum(total) / len(total)
 
 
+def check_estimator(module: ModuleType, n: int = 3) -> None:
+    for values in (SCORES, GOLD):
+        found = module.best_of_n(SCORES, values, n)
+        for row in range(2):
+            by_hand = by_subsets(SCORES[row].tolist(), values[row].tolist(), n)
+            assert float(found[row]) == pytest.approx(by_hand, abs=1e-6)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
 def test_the_estimator_is_the_mean_over_all_subsets(n: int) -> None:
-    for values in (SCORES, GOLD):
-        found = best_of_n(SCORES, values, n)
-        for row in range(2):
-            assert float(found[row]) == pytest.approx(
-                by_subsets(SCORES[row].tolist(), values[row].tolist(), n), abs=1e-6
-            )
+    check_estimator(estimator, n)
 
 
-WRONG = {
-    "the first n": lambda n: GOLD[0, :n][SCORES[0, :n].argmax()],
-    "gold's own best": lambda n: best_of_n(GOLD, GOLD, n)[0],
-    "the worst": lambda n: best_of_n(-SCORES, GOLD, n)[0],
-    "with replacement": lambda n: sum(
-        GOLD[0].sort(stable=True).values[i] * ((i + 1) ** n - i**n) / 5**n for i in range(5)
-    ),
-}
+WRONG = mutants(
+    estimator.best_of_n,
+    {
+        "the first n": (
+            "return shared @ weights",
+            "return values[:, :n].double().gather(1, scores[:, :n].argmax(1, keepdim=True))[:, 0]",
+        ),
+        "gold's own best": ("order = scores", "order = values"),
+        "the worst": ("argsort(dim=1)", "argsort(dim=1, descending=True)"),
+        "with replacement": (
+            "math.comb(i, n - 1) for",
+            "math.comb(size, n) * ((i + 1) ** n - i**n) / size**n for",
+        ),
+        "ties go to the last": ("return shared @", "return told @"),
+        "one answer too many": ("math.comb(i, n - 1) for", "math.comb(i, n) for"),
+    },
+)
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_estimators_show(wrong: str) -> None:
-    assert abs(float(WRONG[wrong](3)) - by_subsets(SCORES[0].tolist(), GOLD[0].tolist(), 3)) > 0.05
+@pytest.mark.parametrize("mutant", WRONG, ids=str)
+def test_wrong_estimators_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_estimator)
 
 
 def test_it_is_unbiased_whatever_the_number_of_answers() -> None:

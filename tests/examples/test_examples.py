@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import bandit
+import chain
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-bandit, chain = load("bandit"), load("chain")
+EXAMPLES = Path(bandit.__file__).parent
 
 
 def test_the_bandits_closed_form_is_the_best_there_is() -> None:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +15,8 @@ import pytest
 
 from chatwright import checkpoint
 from chatwright.metrics import read_metrics
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import campaign
+from support import campaign
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX")
 
@@ -43,13 +40,6 @@ def run(source: Path, out: Path, *more: str, limit: int = 0) -> tuple[int, str]:
     return done.returncode, " ".join((done.stdout + done.stderr).split())
 
 
-def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
-    while not condition():  # type: ignore[operator]
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
-
-
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     told, _ = process.communicate(timeout=60)
     return process.returncode, " ".join(told.split())
@@ -63,7 +53,7 @@ def test_a_short_campaign(tmp_path: Path) -> None:
 def test_sigterm_saves_and_says_how_to_go_on(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = campaign.start(source, out, *LONG)
-    wait_for(lambda: len(read_metrics(out / "metrics.jsonl")) > 2, process)
+    wait_until(lambda: len(read_metrics(out / "metrics.jsonl")) > 2, "progress", process=process)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # launchers repeat themselves
     code, told = finish(process)
@@ -77,7 +67,7 @@ def test_ctrl_c_twice_is_immediate(source: Path, tmp_path: Path) -> None:
     """In steps so long that the second signal comes before the end of the one that the first waits for."""
     out = tmp_path / "run"
     process = campaign.start(source, out, *LONG, "--fit.batch_size", "1024", "--fit.log_every", "1")
-    wait_for(lambda: read_metrics(out / "metrics.jsonl"), process)
+    wait_until(lambda: read_metrics(out / "metrics.jsonl"), "progress", process=process)
     process.send_signal(signal.SIGINT)
     assert process.stdout is not None
     while "again stops at once" not in process.stdout.readline():
@@ -128,7 +118,7 @@ def test_sigterm_before_training_begins(source: Path, tmp_path: Path) -> None:
 def stopped_early(source: Path, out: Path) -> checkpoint.Checkpoint:
     """A run with a checkpoint, stopped by SIGTERM."""
     process = campaign.start(source, out, *SHORT, "--fit.save_every", "1e9", "--fit.save_steps", "4")
-    wait_for(lambda: checkpoint.checkpoints(out / "checkpoints"), process)
+    wait_until(lambda: checkpoint.checkpoints(out / "checkpoints"), "progress", process=process)
     process.send_signal(signal.SIGTERM)
     code, _ = finish(process)
     found = checkpoint.checkpoints(out / "checkpoints")

@@ -3,19 +3,15 @@ one."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, make_url
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from places import DATABASE, SERVER
-
 from chatwright.feedback.store import Owned, Store
 from chatwright.feedback.tables import Base
+from support.places import DATABASE, SERVER
 
 
 def _drop() -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import SERVER
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
@@ -23,6 +22,7 @@ from chatwright.config import UserError
 from chatwright.feedback import database
 from chatwright.feedback.store import Conversation, NotThere, Owned, Store, StoreError, Turn, title_of
 from chatwright.messages import check_message
+from support.places import SERVER
 
 
 def answer(mine: Owned, conversation: str, parent: int, text: str, **settings: Any) -> int:

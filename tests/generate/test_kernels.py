@@ -34,6 +34,7 @@ from chatwright.generate.kernels.products import (
 )
 from chatwright.generate.kernels.reference import reference, reference_logits, rounded_activations
 from chatwright.generate.runner import Feed
+from chatwright.load import LoadMeter
 from chatwright.model.gpt import GPT
 
 MakeModel = Callable[..., GPT]
@@ -250,6 +251,29 @@ def test_company_and_threads_change_nothing(dtype: str, make_model: MakeModel) -
         assert torch.equal(together[0], alone)
     else:
         assert (together[0] - alone).abs().max() < BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_beside_other_programs_fewer_threads_compute_the_same(
+    dtype: str, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads come and go from one call to the next; an asked for number stays."""
+    model = shape(make_model, "qwen")
+    ids = torch.randint(0, 512, (40,), generator=torch.Generator().manual_seed(5)).tolist()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    quiet, busy, asked = (runner(model, dtype, threads=threads) for threads in (4, 0, 3))
+    others = iter([0.0, 1.0, 4.0, 0.0])
+    load = LoadMeter(lambda: None, count=4)
+    monkeypatch.setattr(load, "look", lambda: next(others))
+    busy._load = load
+    used: list[int] = []
+    run = busy.team.run
+    monkeypatch.setattr(busy.team, "run", lambda job, threads: (used.append(threads), run(job, threads)))
+    for start in range(0, 40, 10):
+        feed = Feed(ids[start : start + 10], start, [0, 1, 2], 10)
+        assert torch.equal(quiet.forward([feed]), busy.forward([feed]))
+    assert used == [4, 3, 2, 4]
+    assert asked.working() == 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -476,6 +500,10 @@ def test_a_team_tells_what_its_helpers_raise() -> None:
     seen.clear()
     team.run(seen.append)
     assert sorted(seen) == [0, 1, 2]
+    seen.clear()
+    team.run(seen.append, 2)
+    team.run(seen.append, 1)
+    assert sorted(seen) == [0, 0, 1]
     team.close()
 
 

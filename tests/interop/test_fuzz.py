@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
-}
+from support.launching import child_environment
 
 
 def fuzz(*arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, HERE / "fuzz.py", *arguments], env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-m", "support.fuzz", *arguments],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2_000:]
     return done.stdout
@@ -57,7 +54,8 @@ FAULTS = {
 def test_faults_are_noticed() -> None:
     """Cases that go wrong in every way, among others that do not: each is judged alone."""
     program = f"""
-import json, os, fuzz
+import json, os
+from support import fuzz
 from pathlib import Path
 from chatwright.config import UserError
 def hidden():
@@ -68,7 +66,9 @@ faults = {list(FAULTS)!r}
 result = fuzz.run_all(list(range(len(faults))), lambda number: fuzz.judge(lambda: exec(faults[number])))
 print(json.dumps([result.verdicts, result.failures]))
 """
-    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=child_environment(), capture_output=True, text=True
+    )
     verdicts, failures = json.loads(done.stdout)
     assert verdicts == {"accepted": 1, "refused": 1, "FAILED": len(FAULTS) - 2}
     expected = [(number, why) for number, why in enumerate(FAULTS.values()) if why]
@@ -80,7 +80,8 @@ print(json.dumps([result.verdicts, result.failures]))
 def test_cases_repeat(tmp_path: Path) -> None:
     """The same number makes the same file again; another one, another."""
     program = """
-import sys, specimens
+import sys
+from support import specimens
 from pathlib import Path
 from random import Random
 place = Path(sys.argv[1])
@@ -96,6 +97,6 @@ for kind in specimens.KINDS:
 print("all")
 """
     done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path], env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-c", program, tmp_path], env=child_environment(), capture_output=True, text=True
     )
     assert done.stdout == "all\n", done.stderr

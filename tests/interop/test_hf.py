@@ -224,10 +224,14 @@ def test_old_constants_are_passed_over(tmp_path: Path) -> None:
     tensors = tensors_of(GPT2)
     tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
     tensors["transformer.h.1.attn.masked_bias"] = torch.tensor(-1e4)
-    load_hf(save(tmp_path, GPT2, tensors))
+    loaded = load_hf(save(tmp_path, GPT2, tensors))
+    weight = tensors["transformer.wte.weight"]
+    assert torch.equal(loaded.model.embed.weight[: len(weight)], weight)
     tensors = tensors_of(LLAMA)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    load_hf(save(tmp_path, LLAMA, tensors))
+    loaded = load_hf(save(tmp_path, LLAMA, tensors))
+    weight = tensors["model.embed_tokens.weight"]
+    assert torch.equal(loaded.model.embed.weight[: len(weight)], weight)
 
 
 def test_a_second_output_matrix(tmp_path: Path) -> None:

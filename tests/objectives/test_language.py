@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from chatwright.objectives import language
 from chatwright.objectives.language import (
-    bits_per_byte,
     chunked_next_token_loss,
     next_token_loss,
     projected_log_probs,
 )
+from support.mutation import Mutant, mutants
 
 # Logits that are log-probabilities, so that the softmax changes nothing.
 LOGITS = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]]).log()
@@ -27,42 +27,47 @@ MASK = torch.tensor([[True, True, False]])
 WHOLE, MASKED = -math.log(0.08), -math.log(0.4)
 
 
-def test_next_token_loss_is_the_sum_over_positions() -> None:
-    assert float(next_token_loss(LOGITS, TARGETS)) == pytest.approx(WHOLE, abs=1e-6)
+def check_next_token_loss(module: ModuleType) -> None:
+    assert float(module.next_token_loss(LOGITS, TARGETS)) == pytest.approx(WHOLE, abs=1e-6)
+    assert float(module.next_token_loss(LOGITS, TARGETS, MASK)) == pytest.approx(MASKED, abs=1e-6)
+    # logits need not be normalised
+    assert float(module.next_token_loss(LOGITS + 7.0, TARGETS, MASK)) == pytest.approx(MASKED, abs=1e-5)
 
 
-def test_next_token_loss_counts_only_where_the_mask_is_true() -> None:
-    assert float(next_token_loss(LOGITS, TARGETS, MASK)) == pytest.approx(MASKED, abs=1e-6)
+def test_next_token_loss_is_the_sum_over_the_positions_where_the_mask_is_true() -> None:
+    check_next_token_loss(language)
 
 
-def test_logits_need_not_be_normalised() -> None:
-    assert float(next_token_loss(LOGITS + 7.0, TARGETS, MASK)) == pytest.approx(MASKED, abs=1e-5)
+_MASKED = "torch.where(mask, losses, 0.0).sum()"
+WRONG_LOSSES = mutants(
+    language.next_token_loss,
+    {
+        "mean over the mask": (_MASKED, "losses[mask].mean()"),
+        "mask turned round": ("torch.where(mask,", "torch.where(~mask,"),
+        "mask ignored": (_MASKED, "losses.sum()"),
+        "mask off by one": ("torch.where(mask,", "torch.where(mask.roll(1, 1),"),
+        "targets one place late": ("targets.flatten()", "targets.roll(1, 1).flatten()"),
+        "bits instead of nats": (_MASKED, _MASKED + " / math.log(2)"),
+        "sign lost": (_MASKED, "-" + _MASKED),
+        "mean without a mask": ("losses.sum() if", "losses.mean() if"),
+        "logits not normalised": ("F.cross_entropy(", "F.nll_loss("),
+    },
+)
 
 
-def _losses(targets: Tensor) -> Tensor:
-    return F.cross_entropy(LOGITS[0], targets[0], reduction="none")
+@pytest.mark.parametrize("mutant", WRONG_LOSSES, ids=str)
+def test_wrong_losses_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_next_token_loss)
 
 
-WRONG_LOSSES: dict[str, Callable[[], Tensor]] = {
-    "mean over the mask": lambda: _losses(TARGETS)[MASK[0]].mean(),
-    "mask turned round": lambda: _losses(TARGETS)[~MASK[0]].sum(),
-    "mask ignored": lambda: _losses(TARGETS).sum(),
-    "targets one place late": lambda: _losses(TARGETS.roll(1, 1))[MASK[0]].sum(),
-    "bits instead of nats": lambda: _losses(TARGETS)[MASK[0]].sum() / math.log(2),
-    "sign lost": lambda: -_losses(TARGETS)[MASK[0]].sum(),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_LOSSES)
-def test_the_hand_value_tells_a_wrong_loss_from_the_right_one(wrong: str) -> None:
-    assert abs(float(WRONG_LOSSES[wrong]()) - MASKED) > 0.1
-
-
-def test_a_masked_position_gets_no_gradient_even_when_its_loss_is_infinite() -> None:
+def check_impossible_target(module: ModuleType) -> None:
+    """A masked position counts nothing and gets no gradient even when its loss is infinite."""
     logits = LOGITS.clone()
     logits[0, 2, 0] = -math.inf  # the target of the masked position is impossible
     logits.requires_grad_()
-    next_token_loss(logits, TARGETS, MASK).backward()
+    loss = module.next_token_loss(logits, TARGETS, MASK)
+    assert float(loss.detach()) == pytest.approx(MASKED, abs=1e-6)
+    loss.backward()
     assert logits.grad is not None
     # d(-log softmax) / d logits = p - onehot: (0.5 - 1, 0.25, 0.25) and (0.1, 0.8 - 1, 0.1)
     torch.testing.assert_close(
@@ -73,6 +78,12 @@ def test_a_masked_position_gets_no_gradient_even_when_its_loss_is_infinite() -> 
     )
 
 
+def test_a_masked_position_counts_nothing_even_when_its_loss_is_infinite() -> None:
+    check_impossible_target(language)
+    (times,) = mutants(language.next_token_loss, {"times the mask": (_MASKED, "(losses * mask).sum()")})
+    times.must_fail(check_impossible_target)
+
+
 def test_log_probs_of_targets() -> None:
     expected = torch.tensor([math.log(0.5), math.log(0.8), math.log(0.2)])
     torch.testing.assert_close(
@@ -80,11 +91,29 @@ def test_log_probs_of_targets() -> None:
     )
 
 
-def test_bits_per_byte() -> None:
+def check_bits_per_byte(module: ModuleType) -> None:
     # 8 ln 2 nats are 8 bits; over 4 bytes 2 bits each
-    assert bits_per_byte(8 * math.log(2), 4) == pytest.approx(2.0)
-    for wrong in (8 * math.log(2) / 4, 8 * math.log(2) * math.log(2) / 4, 8.0, 4 / 8):
-        assert wrong != pytest.approx(2.0, abs=0.1)
+    assert module.bits_per_byte(8 * math.log(2), 4) == pytest.approx(2.0)
+
+
+def test_bits_per_byte() -> None:
+    check_bits_per_byte(language)
+
+
+WRONG_BITS = mutants(
+    language.bits_per_byte,
+    {
+        "nats per byte": ("nats / math.log(2) / text_bytes", "nats / text_bytes"),
+        "logarithm turned round": ("nats / math.log(2)", "nats * math.log(2)"),
+        "bits in all": (" / text_bytes", ""),
+        "bytes per bit": ("nats / math.log(2) / text_bytes", "text_bytes / (nats / math.log(2))"),
+    },
+)
+
+
+@pytest.mark.parametrize("mutant", WRONG_BITS, ids=str)
+def test_wrong_bits_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_bits_per_byte)
 
 
 # ---- chunked linear + cross entropy: equal to the plain one, with its gradients
@@ -113,39 +142,43 @@ def with_gradients(
     return value.detach(), hidden.grad, head.grad
 
 
-@pytest.mark.parametrize(
-    "chunk", [1, 7, 46, 1000]
-)  # 46 rows in all: many chunks, an uneven last one, exactly one, one
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_chunked_loss_equals_the_plain_one(chunk: int, masked: bool) -> None:
+def check_chunked_loss(module: ModuleType, chunk: int = 7, masked: bool = True) -> None:
     hidden, head, targets, mask = chunked_case()
     chosen = mask if masked else None
     plain = with_gradients(lambda x, w: next_token_loss(x @ w.mT, targets, chosen), hidden, head)
     found = with_gradients(
-        lambda x, w: chunked_next_token_loss(x, w, targets, chosen, chunk=chunk), hidden, head
+        lambda x, w: module.chunked_next_token_loss(x, w, targets, chosen, chunk=chunk), hidden, head
     )
     for ours, theirs in zip(found, plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [7, 1000])
-def test_the_chunked_loss_of_capped_logits(chunk: int) -> None:
+# 46 rows in all: many chunks, an uneven last one, exactly one, one
+@pytest.mark.parametrize("chunk", [1, 7, 46, 1000])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_chunked_loss_equals_the_plain_one(chunk: int, masked: bool) -> None:
+    check_chunked_loss(language, chunk, masked)
+
+
+def check_capped_loss(module: ModuleType, chunk: int = 7) -> None:
     """The cap of 3 bends logits that are spread by 4."""
     hidden, head, targets, mask = chunked_case()
 
     def capped(x: Tensor, w: Tensor) -> Tensor:
         return next_token_loss(3 * torch.tanh(x @ w.mT / 3), targets, mask)
 
+    def chunked(x: Tensor, w: Tensor) -> Tensor:
+        found: Tensor = module.chunked_next_token_loss(x, w, targets, mask, softcap=3.0, chunk=chunk)
+        return found
+
     plain = with_gradients(capped, hidden, head)
-    found = with_gradients(
-        lambda x, w: chunked_next_token_loss(x, w, targets, mask, softcap=3.0, chunk=chunk), hidden, head
-    )
-    without = with_gradients(
-        lambda x, w: chunked_next_token_loss(x, w, targets, mask, chunk=chunk), hidden, head
-    )
-    for ours, theirs, other in zip(found, plain, without, strict=True):
+    for ours, theirs in zip(with_gradients(chunked, hidden, head), plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-        assert float((ours - other).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_the_chunked_loss_of_capped_logits(chunk: int) -> None:
+    check_capped_loss(language, chunk)
 
 
 def test_a_frozen_head_has_no_gradient_and_changes_none() -> None:
@@ -187,19 +220,48 @@ def test_a_masked_position_counts_nothing_in_the_chunked_loss_even_when_impossib
     assert float(found[1][~mask].abs().max()) == 0.0
 
 
-WRONG_SLOPES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "softmax without one-hot": lambda x, w, t, m: (x @ w.mT).logsumexp(-1)[m].sum(),
-    "mask ignored": lambda x, w, t, m: next_token_loss(x @ w.mT, t),
-    "one-hot of the neighbour": lambda x, w, t, m: next_token_loss(x @ w.mT, t.roll(1, 1), m),
-}
+_ChunkedLoss = language._ChunkedLoss
+WRONG_CHUNKS = mutants(
+    _ChunkedLoss,
+    {
+        "softmax without one-hot": ("alpha=-1", "alpha=0"),
+        "one-hot added": ("alpha=-1", "alpha=1"),
+        "one-hot of the neighbour": ("== target,", "== target.roll(1, 0),"),
+        "mask ignored in the loss": (
+            "torch.where(counts, normaliser",
+            "torch.where(counts | True, normaliser",
+        ),
+        "mask ignored in the gradient": ("slope.mul_(counts)", "slope"),
+        "mask of the neighbour": ("slope.mul_(counts)", "slope.mul_(counts.roll(1, 0))"),
+        "rest after the last whole chunk lost from the loss": (
+            "loss = loss + torch",
+            "loss = loss + (len(part) == chunk) * torch",
+        ),
+        "head's gradient of the last chunk alone": ("torch.addmm(head_gradient, slope", "torch.mm(slope"),
+        "rows not scaled": ("row_gradient * scale", "row_gradient"),
+        "head not scaled": ("head_gradient * scale if", "head_gradient if"),
+    },
+)
+WRONG_CAPS = [
+    *mutants(language.chunked_next_token_loss, {"not capped": ("softcap, chunk, head", "0.0, chunk, head")}),
+    *mutants(
+        _ChunkedLoss,
+        {
+            "cap's own slope forgotten": ("slope.mul_(1 - capped.square_())", "pass"),
+            "cap not multiplied back": ("logits = softcap * capped", "logits = 1.0 * capped"),
+        },
+    ),
+]
 
 
-@pytest.mark.parametrize("wrong", WRONG_SLOPES)
-def test_a_wrong_gradient_would_be_seen(wrong: str) -> None:
-    hidden, head, targets, mask = chunked_case()
-    mutant = with_gradients(lambda x, w: WRONG_SLOPES[wrong](x, w, targets, mask), hidden, head)
-    found = with_gradients(lambda x, w: chunked_next_token_loss(x, w, targets, mask, chunk=9), hidden, head)
-    assert float((mutant[1] - found[1]).abs().max()) > 0.1 and float((mutant[2] - found[2]).abs().max()) > 0.1
+@pytest.mark.parametrize("mutant", WRONG_CHUNKS, ids=str)
+def test_wrong_chunked_losses_and_gradients_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_chunked_loss)
+
+
+@pytest.mark.parametrize("mutant", WRONG_CAPS, ids=str)
+def test_wrong_caps_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_capped_loss)
 
 
 # ---- log-probabilities that a loss weighs one by one: equal to log_softmax and gather, with their gradients
@@ -224,6 +286,13 @@ def written_out(
     return (logits / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
+def check_projected(module: ModuleType, temperature: float = 0.7, softcap: float = 3.0) -> None:
+    how = {"temperature": temperature, "softcap": softcap}
+    found = weighed(lambda x, w, t: module.projected_log_probs(x, w, t, **how))
+    for ours, theirs in zip(found, weighed(lambda x, w, t: written_out(x, w, t, **how)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("chunk", [2**23, 50])  # in one piece, and in the fewest rows at a time: 128, 128, 44
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -231,15 +300,28 @@ def test_projected_log_probs(
     temperature: float, softcap: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(language, "CHUNK_LOGITS", chunk)
-    how = {"temperature": temperature, "softcap": softcap}
-    found = weighed(lambda x, w, t: projected_log_probs(x, w, t, **how))
-    for ours, theirs in zip(found, weighed(lambda x, w, t: written_out(x, w, t, **how)), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
-    for mutant in ({**how, "temperature": 1.2}, {**how, "softcap": 5.0}):
-        for ours, other in zip(
-            found, weighed(lambda x, w, t, m=mutant: written_out(x, w, t, **m)), strict=True
-        ):  # type: ignore[misc]
-            assert float((ours - other).abs().max()) > 0.1
+    check_projected(language, temperature, softcap)
+
+
+WRONG_PROJECTIONS = mutants(
+    language._Projected,
+    {
+        "temperature not used": ("logits if temperature == 1.0 else logits.div_(temperature)", "logits"),
+        "temperature multiplied": ("logits.div_(temperature)", "logits.mul_(temperature)"),
+        "temperature not in the gradient": (" / ctx.temperature", ""),
+        "cap's own slope forgotten": ("slope.mul_(1 - capped.square_())", "pass"),
+        "cap not multiplied back": ("logits = softcap * capped", "logits = 1.0 * capped"),
+        "one-hot forgotten": ("slope.scatter_add_(1, target, torch.ones_like(slope[:, :1]))", "pass"),
+        "slope turned round": (".exp_().neg_()", ".exp_()"),
+        "gradient of the rows not weighed": ("for_rows = weights * ", "for_rows = "),
+        "gradient of the head not weighed": ("(weights * rows)", "rows"),
+    },
+)
+
+
+@pytest.mark.parametrize("mutant", WRONG_PROJECTIONS, ids=str)
+def test_wrong_projections_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_projected)
 
 
 def test_projected_log_probs_under_autocast_have_a_rounded_gradient_alone() -> None:

@@ -1,11 +1,10 @@
-"""Policy-gradient objectives against values worked by hand; after each, wrong variants that must not give the
-value."""
+"""PPO's losses, rewards and measures against values worked by hand; after each, mistakes in its code that the
+values tell. Advantages and REINFORCE: test_advantages.py."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,123 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chatwright.objectives import policy
-
-Wrong = dict[str, Callable[[], Tensor]]
+from support.mutation import Mutant, mutants
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
-
-
-def differs(wrong: Tensor, expected: Tensor) -> bool:
-    return not torch.allclose(wrong, expected, atol=1e-2, rtol=0)
-
-
-# Whitening: the values 1, 3, 5, 7 inside the mask have mean 4 and variance (9 + 1 + 1 + 9) / 4 = 5.
-VALUES = torch.tensor([[1.0, 3.0, 100.0], [-50.0, 5.0, 7.0]])
-INSIDE = torch.tensor([[True, True, False], [False, True, True]])
-A, B = 3 / math.sqrt(5), 1 / math.sqrt(5)
-WHITE = torch.tensor([[-A, -B, 0.0], [0.0, B, A]])
-WHITE_KEPT = torch.tensor([[4 - A, 4 - B, 0.0], [0.0, 4 + B, 4 + A]])
-
-
-def test_whitening_over_a_mask() -> None:
-    close(policy.whiten(VALUES, INSIDE), WHITE)
-    close(policy.whiten(VALUES, INSIDE, shift_mean=False), WHITE_KEPT)
-
-
-def test_masked_mean() -> None:
-    close(policy.masked_mean(VALUES, INSIDE), torch.tensor(4.0))
-    close(policy.masked_mean(VALUES, torch.zeros_like(INSIDE)), torch.tensor(0.0))
-    close(
-        policy.masked_mean(torch.tensor([[1.0, math.nan]]), torch.tensor([[True, False]])), torch.tensor(1.0)
-    )
-
-
-def _white(mean: Tensor, variance: Tensor, shift: float = 0.0) -> Tensor:
-    return torch.where(INSIDE, (VALUES - mean) / variance.sqrt() + shift, 0.0)
-
-
-WRONG_WHITE: Wrong = {
-    "over all positions": lambda: _white(VALUES.mean(), VALUES.var(correction=0)),
-    "sample variance": lambda: _white(torch.tensor(4.0), torch.tensor(20 / 3)),
-    "variance not rooted": lambda: _white(torch.tensor(4.0), torch.tensor(25.0)),
-    "row by row": lambda: torch.tensor([[-1.0, 1.0, 0.0], [0.0, -1.0, 1.0]]),
-    "mean kept": lambda: WHITE_KEPT,
-    "outside not zero": lambda: (VALUES - 4) / math.sqrt(5),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_WHITE)
-def test_wrong_whitening_shows(wrong: str) -> None:
-    assert differs(WRONG_WHITE[wrong](), WHITE)
-
-
-@given(st.lists(st.floats(-100, 100), min_size=3, max_size=12).filter(lambda row: max(row) - min(row) > 1))
-def test_whitened_values_have_mean_zero_and_variance_one(row: list[float]) -> None:
-    values = torch.tensor([[*row, 1e6]], dtype=torch.float64)
-    mask = torch.tensor([[True] * len(row) + [False]])
-    white = policy.whiten(values, mask)[mask]
-    assert float(white.mean()) == pytest.approx(0, abs=1e-6)
-    assert float(white.var(correction=0)) == pytest.approx(1, abs=1e-6)
-
-
-# Advantages, discount 0.5, lambda 0.5. First row: prompt, prompt, three answer tokens, padding. Second row:
-# prompt, two answer tokens, padding. Numbers outside the answers (4, 7, 9) must not matter.
-REWARDS = torch.tensor([[9.0, 9.0, 1.0, 0.0, 2.0, 9.0], [7.0, 0.0, 1.0, 7.0, 7.0, 7.0]])
-CRITIC = torch.tensor([[9.0, 9.0, 0.5, 1.0, 0.25, 4.0], [7.0, 2.0, 3.0, 4.0, 4.0, 4.0]])
-ANSWER = torch.tensor([[False, False, True, True, True, False], [False, True, True, False, False, False]])
-# first row, from the end: delta = 2 - 0.25 = 1.75                    A = 1.75
-#                          delta = 0 + 0.5 * 0.25 - 1 = -0.875       A = -0.875 + 0.25 * 1.75 = -0.4375
-#                          delta = 1 + 0.5 * 1 - 0.5 = 1             A = 1 + 0.25 * -0.4375 = 0.890625
-# second row:              delta = 1 - 3 = -2                        A = -2
-#                          delta = 0 + 0.5 * 3 - 2 = -0.5            A = -0.5 + 0.25 * -2 = -1
-ADVANTAGES = torch.tensor([[0.0, 0.0, 0.890625, -0.4375, 1.75, 0.0], [0.0, -1.0, -2.0, 0.0, 0.0, 0.0]])
-
-
-def test_generalized_advantages() -> None:
-    close(policy.generalized_advantages(REWARDS, CRITIC, ANSWER, discount=0.5, lam=0.5), ADVANTAGES)
-
-
-def _gae(*, bootstrap: bool = False, leak: bool = False, discount: float = 0.5, lam: float = 0.5) -> Tensor:
-    """Advantages with a choice of mistakes: the value after the end used, or the sum carried across the
-    mask's end."""
-    result = torch.zeros_like(REWARDS)
-    following = torch.zeros(2)
-    for t in reversed(range(6)):
-        after = CRITIC[:, t + 1] if t < 5 else torch.zeros(2)
-        if not bootstrap and t < 5:
-            after = torch.where(ANSWER[:, t + 1], after, 0.0)
-        delta = REWARDS[:, t] + discount * after - CRITIC[:, t]
-        following = delta + discount * lam * following
-        if not leak:
-            following = torch.where(ANSWER[:, t], following, 0.0)
-        result[:, t] = torch.where(ANSWER[:, t], following, 0.0)
-    return result
-
-
-WRONG_GAE: Wrong = {
-    "value beyond the end used": lambda: _gae(bootstrap=True),
-    "sum leaks over the mask's end": lambda: _gae(leak=True),
-    "lambda not used": lambda: _gae(lam=1.0),
-    "discount not used": lambda: _gae(discount=1.0),
-    "only one step": lambda: _gae(lam=0.0),
-    "returns instead": lambda: ADVANTAGES + torch.where(ANSWER, CRITIC, 0.0),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_GAE)
-def test_wrong_advantages_show(wrong: str) -> None:
-    close(_gae(), ADVANTAGES)  # without its mistakes the variant is right
-    assert differs(WRONG_GAE[wrong](), ADVANTAGES)
-
-
-@given(st.lists(st.tuples(st.floats(-3, 3), st.floats(-3, 3)), min_size=1, max_size=8))
-def test_with_lambda_one_the_advantage_is_the_return_less_the_value(steps: list[tuple[float, float]]) -> None:
-    rewards, values = (torch.tensor([column], dtype=torch.float64) for column in zip(*steps, strict=True))
-    mask = torch.ones_like(rewards, dtype=torch.bool)
-    found = policy.generalized_advantages(rewards, values, mask, discount=1.0, lam=1.0)
-    torch.testing.assert_close(found, rewards.flip(1).cumsum(1).flip(1) - values)
 
 
 # The four corners of the clip, clip = 0.2, and a padding position that must not matter.
@@ -140,14 +27,22 @@ def test_with_lambda_one_the_advantage_is_the_return_less_the_value(steps: list[
 RATIO = torch.tensor([[1.5, 0.5, 1.5, 0.5, 4.0]])
 SIGNED = torch.tensor([[1.0, 1.0, -2.0, -2.0, 5.0]])
 FOUR = torch.tensor([[True, True, True, True, False]])
+THREE = torch.tensor([[True, True, True, False, False]])
 POLICY_LOSS = torch.tensor(0.725)
 
 
-def test_policy_loss_clips_both_sides_for_both_signs() -> None:
+def check_policy_loss(module: ModuleType) -> None:
     old = torch.full_like(RATIO, -1.3)
-    outcome = policy.policy_loss(old + RATIO.log(), old, SIGNED, FOUR, clip=0.2)
+    outcome = module.policy_loss(old + RATIO.log(), old, SIGNED, FOUR, clip=0.2)
     close(outcome.loss, POLICY_LOSS)
     close(outcome.fraction, torch.tensor(0.5))
+    # of the first three, one is clipped
+    outcome = module.policy_loss(RATIO.log(), torch.zeros_like(RATIO), SIGNED, THREE, clip=0.2)
+    close(outcome.fraction, torch.tensor(1 / 3))
+
+
+def test_policy_loss_clips_both_sides_for_both_signs() -> None:
+    check_policy_loss(policy)
 
 
 @pytest.mark.parametrize(
@@ -173,31 +68,50 @@ def test_corners_of_the_policy_clip(ratio: float, advantage: float, expected: fl
     assert float(outcome.fraction) == float(clipped)
 
 
-_CLAMPED = RATIO.clamp(0.8, 1.2)
-WRONG_POLICY: Wrong = {
-    "clipped without the minimum": lambda: -(_CLAMPED * SIGNED)[FOUR].mean(),
-    "maximum instead of minimum": lambda: -torch.maximum(RATIO * SIGNED, _CLAMPED * SIGNED)[FOUR].mean(),
-    "not clipped": lambda: -(RATIO * SIGNED)[FOUR].mean(),
-    "only from above": lambda: -torch.minimum(RATIO * SIGNED, RATIO.clamp(max=1.2) * SIGNED)[FOUR].mean(),
-    "only from below": lambda: -torch.minimum(RATIO * SIGNED, RATIO.clamp(min=0.8) * SIGNED)[FOUR].mean(),
-    "padding counted": lambda: -torch.minimum(RATIO * SIGNED, _CLAMPED * SIGNED).mean(),
-    "sign lost": lambda: -POLICY_LOSS,
-    "ratio turned round": lambda: (
-        -torch.minimum(SIGNED / RATIO, (1 / RATIO).clamp(0.8, 1.2) * SIGNED)[FOUR].mean()
-    ),
-}
+def check_huge_ratio(module: ModuleType) -> None:
+    """Outside the mask it leaves the gradient finite."""
+    log_probs = torch.tensor([[0.0, 1000.0]], requires_grad=True)
+    mask = torch.tensor([[True, False]])
+    module.policy_loss(log_probs, torch.zeros(1, 2), torch.ones(1, 2), mask).loss.backward()
+    close(log_probs.grad, torch.tensor([[-1.0, 0.0]]))
 
 
-@pytest.mark.parametrize("wrong", WRONG_POLICY)
-def test_wrong_policy_losses_show(wrong: str) -> None:
-    assert differs(WRONG_POLICY[wrong](), POLICY_LOSS)
+WRONG_POLICY = mutants(
+    policy.policy_loss,
+    {
+        "clipped without the minimum": ("torch.minimum(plain, clipped)", "clipped"),
+        "maximum instead of minimum": ("torch.minimum", "torch.maximum"),
+        "not clipped": ("torch.minimum(plain, clipped)", "plain"),
+        "only from above": ("ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(max=1 + clip)"),
+        "only from below": ("ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(min=1 - clip)"),
+        "padding counted": (
+            "torch.minimum(plain, clipped), mask",
+            "torch.minimum(plain, clipped), mask | True",
+        ),
+        "mask off by one": (
+            "torch.minimum(plain, clipped), mask",
+            "torch.minimum(plain, clipped), mask.roll(1, 1)",
+        ),
+        "sign lost": ("-masked_mean(torch.minimum", "masked_mean(torch.minimum"),
+        "ratio turned round": ("log_probs - old", "old - log_probs"),
+        "logarithm not taken back": (".exp()", ""),
+        "share of the other side": ("clipped < plain", "clipped > plain"),
+    },
+)
+
+
+@pytest.mark.parametrize("mutant", WRONG_POLICY, ids=str)
+def test_wrong_policy_losses_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_policy_loss)
 
 
 def test_a_huge_ratio_outside_the_mask_leaves_the_gradient_finite() -> None:
-    log_probs = torch.tensor([[0.0, 1000.0]], requires_grad=True)
-    mask = torch.tensor([[True, False]])
-    policy.policy_loss(log_probs, torch.zeros(1, 2), torch.ones(1, 2), mask).loss.backward()
-    close(log_probs.grad, torch.tensor([[-1.0, 0.0]]))
+    check_huge_ratio(policy)
+    (unmasked,) = mutants(
+        policy.policy_loss,
+        {"ratio of all positions": ("torch.where(mask, log_probs - old, 0.0)", "(log_probs - old)")},
+    )
+    unmasked.must_fail(check_huge_ratio)
 
 
 # Value clip, the old value 1 everywhere, clip = 0.2, so that the clipped value is 1.2 or 0.8.
@@ -210,28 +124,51 @@ OLD = torch.ones(1, 5)
 VALUE_LOSS = torch.tensor(1.81)
 
 
-def test_value_loss_clips_in_both_directions() -> None:
-    outcome = policy.value_loss(PREDICTED, OLD, RETURNS, FOUR, clip=0.2)
+def check_value_loss(module: ModuleType) -> None:
+    outcome = module.value_loss(PREDICTED, OLD, RETURNS, FOUR, clip=0.2)
     close(outcome.loss, VALUE_LOSS)
     close(outcome.fraction, torch.tensor(0.5))
+    # of the first three, two are clipped
+    outcome = module.value_loss(PREDICTED, OLD, RETURNS, THREE, clip=0.2)
+    close(outcome.fraction, torch.tensor(2 / 3))
 
 
-_PLAIN, _NEAR = (PREDICTED - RETURNS).square(), (PREDICTED.clamp(0.8, 1.2) - RETURNS).square()
-WRONG_VALUE: Wrong = {
-    "minimum instead of maximum": lambda: 0.5 * torch.minimum(_PLAIN, _NEAR)[FOUR].mean(),
-    "clipped alone": lambda: 0.5 * _NEAR[FOUR].mean(),
-    "not clipped": lambda: 0.5 * _PLAIN[FOUR].mean(),
-    "one half forgotten": lambda: torch.maximum(_PLAIN, _NEAR)[FOUR].mean(),
-    "padding counted": lambda: 0.5 * torch.maximum(_PLAIN, _NEAR).mean(),
-    "clipped around the return": lambda: (
-        0.5 * torch.maximum(_PLAIN, (PREDICTED - RETURNS).clamp(-0.2, 0.2).square())[FOUR].mean()
-    ),
-}
+def test_value_loss_clips_in_both_directions() -> None:
+    check_value_loss(policy)
 
 
-@pytest.mark.parametrize("wrong", WRONG_VALUE)
-def test_wrong_value_losses_show(wrong: str) -> None:
-    assert differs(WRONG_VALUE[wrong](), VALUE_LOSS)
+WRONG_VALUE = mutants(
+    policy.value_loss,
+    {
+        "minimum instead of maximum": (
+            "masked_mean(torch.maximum(plain, clipped)",
+            "masked_mean(torch.minimum(plain, clipped)",
+        ),
+        "clipped alone": ("masked_mean(torch.maximum(plain, clipped)", "masked_mean(clipped"),
+        "not clipped": ("masked_mean(torch.maximum(plain, clipped)", "masked_mean(plain"),
+        "only from above": ("torch.maximum(values, old - clip)", "values"),
+        "only from below": (
+            "torch.minimum(torch.maximum(values, old - clip), old + clip)",
+            "torch.maximum(values, old - clip)",
+        ),
+        "one half forgotten": ("0.5 * ", ""),
+        "padding counted": (
+            "torch.maximum(plain, clipped), mask",
+            "torch.maximum(plain, clipped), mask | True",
+        ),
+        "clipped around the return": (
+            "clipped = (near - returns)",
+            "clipped = (values - returns).clamp(-clip, clip)",
+        ),
+        "not squared": ("(values - returns).square()", "(values - returns).abs()"),
+        "share of the other side": ("clipped > plain", "clipped < plain"),
+    },
+)
+
+
+@pytest.mark.parametrize("mutant", WRONG_VALUE, ids=str)
+def test_wrong_value_losses_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_value_loss)
 
 
 # KL: pi = 1/2 and pi_ref = 1/4 give k1 = ln 2, and with r = 1/2 k3 = (1/2 - 1) - ln(1/2) = ln 2 - 1/2.
@@ -239,24 +176,39 @@ LOG_PI, LOG_REF = torch.tensor([[math.log(0.5)]]), torch.tensor([[math.log(0.25)
 K1, K3 = torch.tensor([[math.log(2)]]), torch.tensor([[math.log(2) - 0.5]])
 
 
+def check_k1(module: ModuleType) -> None:
+    close(module.kl_k1(LOG_PI, LOG_REF), K1)
+
+
+def check_k3(module: ModuleType) -> None:
+    close(module.kl_k3(LOG_PI, LOG_REF), K3)
+
+
 def test_kl_estimators() -> None:
-    close(policy.kl_k1(LOG_PI, LOG_REF), K1)
-    close(policy.kl_k3(LOG_PI, LOG_REF), K3)
+    check_k1(policy)
+    check_k3(policy)
 
 
-_LOG_R = LOG_REF - LOG_PI
-WRONG_K3: Wrong = {
-    "wrong sign of the logarithm": lambda: _LOG_R.exp() - 1 + _LOG_R,
-    "ratio turned round": lambda: (-_LOG_R).exp() - 1 + _LOG_R,
-    "k2 instead": lambda: 0.5 * _LOG_R.square(),
-    "k1 instead": lambda: K1,
-    "one forgotten": lambda: _LOG_R.exp() - _LOG_R,
-}
+def test_k1_turned_round_shows() -> None:
+    (mutant,) = mutants(policy.kl_k1, {"turned round": ("log_probs - reference", "reference - log_probs")})
+    mutant.must_fail(check_k1)
 
 
-@pytest.mark.parametrize("wrong", WRONG_K3)
-def test_wrong_k3_shows(wrong: str) -> None:
-    assert differs(WRONG_K3[wrong](), K3)
+WRONG_K3 = mutants(
+    policy.kl_k3,
+    {
+        "wrong sign of the logarithm": ("- 1 - log_ratio", "- 1 + log_ratio"),
+        "ratio turned round": ("log_ratio = reference - log_probs", "log_ratio = log_probs - reference"),
+        "k2 instead": ("log_ratio.exp() - 1 - log_ratio", "0.5 * log_ratio.square()"),
+        "k1 instead": ("log_ratio.exp() - 1 - log_ratio", "-log_ratio"),
+        "one forgotten": ("- 1 -", "-"),
+    },
+)
+
+
+@pytest.mark.parametrize("mutant", WRONG_K3, ids=str)
+def test_wrong_k3_shows(mutant: Mutant) -> None:
+    mutant.must_fail(check_k3)
 
 
 Weights = st.lists(st.floats(0.01, 1.0), min_size=4, max_size=4)
@@ -280,22 +232,68 @@ def test_k3_is_never_negative(log_pi: float, log_ref: float) -> None:
     assert float(policy.kl_k3(torch.tensor([[log_pi]]), torch.tensor([[log_ref]]))) >= -1e-5
 
 
-def test_entropy() -> None:
+def check_entropy(module: ModuleType) -> None:
     # (1/2, 1/4, 1/4): 1/2 ln 2 + 2 * 1/4 ln 4 = 1.5 ln 2; a uniform one has ln 3
     logits = torch.stack((torch.tensor([0.5, 0.25, 0.25]).log() + 3, torch.zeros(3)))[None]
-    close(policy.entropy(logits), torch.tensor([[1.5 * math.log(2), math.log(3)]]))
+    close(module.entropy(logits), torch.tensor([[1.5 * math.log(2), math.log(3)]]))
 
 
-def test_end_positions() -> None:
+def test_entropy() -> None:
+    check_entropy(policy)
+
+
+WRONG_ENTROPY = [
+    *mutants(
+        policy.entropy_of,
+        {
+            "sign lost": ("return -", "return "),
+            "not weighted": ("log_p.exp() * log_p", "log_p"),
+            "averaged": (".sum(-1)", ".mean(-1)"),
+        },
+    ),
+    *mutants(policy.entropy, {"logits not normalised": (".log_softmax(-1)", "")}),
+]
+
+
+@pytest.mark.parametrize("mutant", WRONG_ENTROPY, ids=str)
+def test_wrong_entropy_shows(mutant: Mutant) -> None:
+    mutant.must_fail(check_entropy)
+
+
+def check_end_positions(module: ModuleType) -> None:
     mask = torch.tensor(
         [
             [False, True, True, False, False],
             [False, False, False, True, True],
             [True, False, False, False, False],
+            [False, False, True, False, False],
             [False, False, False, False, False],
         ]
     )
-    assert policy.end_positions(mask).nonzero().tolist() == [[0, 2], [1, 4], [2, 0]]
+    assert module.end_positions(mask).nonzero().tolist() == [[0, 2], [1, 4], [2, 0], [3, 2]]
+
+
+def test_end_positions() -> None:
+    check_end_positions(policy)
+
+
+WRONG_ENDS = mutants(
+    policy.end_positions,
+    {
+        "the first one": ("mask.flip(1).long().cumsum(1).flip(1)", "mask.long().cumsum(1)"),
+        "outside the mask": ("mask & (later == 1)", "later == 1"),
+        "one early": ("later == 1", "later == 2"),
+        "the last column": (
+            "mask & (later == 1)",
+            "mask & (torch.arange(mask.shape[1]) == mask.shape[1] - 1)",
+        ),
+    },
+)
+
+
+@pytest.mark.parametrize("mutant", WRONG_ENDS, ids=str)
+def test_wrong_ends_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_end_positions)
 
 
 # Rewards per token: beta 0.1, log(pi / pi_ref) = 0.5, -0.25, 1.0 on the answer, score 2:
@@ -305,50 +303,84 @@ LOG_RATIO = torch.tensor([[3.0, 0.5, -0.25, 1.0, 3.0]])
 TOKEN_REWARDS = torch.tensor([[0.0, -0.05, 0.025, 1.9, 0.0]])
 
 
-def test_the_score_is_paid_at_the_end_token() -> None:
+def check_token_rewards(module: ModuleType) -> None:
     reference = torch.full_like(LOG_RATIO, -2.0)
-    found = policy.token_rewards(torch.tensor([2.0]), LOG_RATIO + reference, reference, RESPONSE, beta=0.1)
+    found = module.token_rewards(torch.tensor([2.0]), LOG_RATIO + reference, reference, RESPONSE, beta=0.1)
     close(found, TOKEN_REWARDS)
 
 
-_PENALTY = torch.where(RESPONSE, -0.1 * LOG_RATIO, 0.0)
-WRONG_REWARDS: Wrong = {
-    "score in the last column": lambda: _PENALTY + torch.tensor([[0.0, 0, 0, 0, 2]]),
-    "score on every token": lambda: _PENALTY + torch.where(RESPONSE, 2.0, 0.0),
-    "score at the first token": lambda: _PENALTY + torch.tensor([[0.0, 2, 0, 0, 0]]),
-    "KL rewarded": lambda: -_PENALTY + torch.tensor([[0.0, 0, 0, 2, 0]]),
-    "KL of the padding as well": lambda: -0.1 * LOG_RATIO + torch.tensor([[0.0, 0, 0, 2, 0]]),
-    "no penalty at the end": lambda: torch.tensor([[0.0, -0.05, 0.025, 2.0, 0.0]]),
-}
+def test_the_score_is_paid_at_the_end_token() -> None:
+    check_token_rewards(policy)
 
 
-@pytest.mark.parametrize("wrong", WRONG_REWARDS)
-def test_wrong_token_rewards_show(wrong: str) -> None:
-    assert differs(WRONG_REWARDS[wrong](), TOKEN_REWARDS)
+WRONG_REWARDS = mutants(
+    policy.token_rewards,
+    {
+        "score in the last column": (
+            "end_positions(mask)",
+            "torch.arange(mask.shape[1]).expand_as(mask) == mask.shape[1] - 1",
+        ),
+        "score on every token": ("end_positions(mask)", "mask"),
+        "score at the first token": ("end_positions(mask)", "end_positions(mask.flip(1)).flip(1)"),
+        "score not paid": ("penalty + torch.where(end_positions(mask), scores[:, None], 0.0)", "penalty"),
+        "KL rewarded": ("-beta * ", "beta * "),
+        "KL of the padding as well": (
+            "torch.where(mask, -beta * kl_k1(log_probs, reference), 0.0)",
+            "-beta * kl_k1(log_probs, reference)",
+        ),
+        "k3 for k1": ("kl_k1", "kl_k3"),
+        "no penalty at the end": ("return penalty +", "return penalty * ~end_positions(mask) +"),
+    },
+)
+
+
+@pytest.mark.parametrize("mutant", WRONG_REWARDS, ids=str)
+def test_wrong_token_rewards_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_token_rewards)
+
+
+def check_next_beta(module: ModuleType) -> None:
+    # KL 9 against 6: error 0.5, cut to 0.2: 0.1 * (1 + 0.2 * 64 / 320) = 0.104
+    assert module.next_beta(0.1, 9.0, target=6.0, episodes=64, horizon=320) == pytest.approx(0.104)
+    # KL 5.7: error -0.05: 0.1 * (1 - 0.05 * 64 / 320) = 0.099
+    assert module.next_beta(0.1, 5.7, target=6.0, episodes=64, horizon=320) == pytest.approx(0.099)
+    assert module.next_beta(0.1, -4.0, target=6.0, episodes=64, horizon=320) == pytest.approx(0.096)
+    assert module.next_beta(0.1, 0.0, target=6.0, episodes=64, horizon=320, floor=0.1) == 0.1
 
 
 def test_next_beta() -> None:
-    # KL 9 against 6: error 0.5, cut to 0.2: 0.1 * (1 + 0.2 * 64 / 320) = 0.104
-    assert policy.next_beta(0.1, 9.0, target=6.0, episodes=64, horizon=320) == pytest.approx(0.104)
-    # KL 5.7: error -0.05: 0.1 * (1 - 0.05 * 64 / 320) = 0.099
-    assert policy.next_beta(0.1, 5.7, target=6.0, episodes=64, horizon=320) == pytest.approx(0.099)
-    assert policy.next_beta(0.1, -4.0, target=6.0, episodes=64, horizon=320) == pytest.approx(0.096)
-    assert policy.next_beta(0.1, 0.0, target=6.0, episodes=64, horizon=320, floor=0.1) == 0.1
-    for wrong in (
-        0.1 * (1 + 0.5 * 64 / 320),
-        0.1 * 1.2,
-        0.1 * (1 - 0.2 * 64 / 320),
-        0.1 * (1 + 0.2 * 320 / 64),
-    ):
-        assert abs(wrong - 0.104) > 1e-3  # not cut; no horizon; wrong sign; horizon turned round
+    check_next_beta(policy)
 
 
-def test_explained_variance() -> None:
+WRONG_BETA = mutants(
+    policy.next_beta,
+    {
+        "error not cut": ("min(max(kl / target - 1.0, -0.2), 0.2)", "kl / target - 1.0"),
+        "cut from above alone": ("max(kl / target - 1.0, -0.2)", "kl / target - 1.0"),
+        "cut from below alone": ("min(max(kl / target - 1.0, -0.2), 0.2)", "max(kl / target - 1.0, -0.2)"),
+        "no horizon": ("error * episodes / horizon", "error"),
+        "wrong sign": ("1.0 + error", "1.0 - error"),
+        "horizon turned round": ("episodes / horizon", "horizon / episodes"),
+        "no floor": (
+            "max(floor, beta * (1.0 + error * episodes / horizon))",
+            "beta * (1.0 + error * episodes / horizon)",
+        ),
+    },
+)
+
+
+@pytest.mark.parametrize("mutant", WRONG_BETA, ids=str)
+def test_wrong_betas_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_next_beta)
+
+
+def check_explained_variance(module: ModuleType) -> None:
     mask = torch.tensor([[True, True, True, True, False]])
     returns = torch.tensor([[1.0, 2.0, 3.0, 4.0, 1e6]])
 
     def of(*values: float) -> float:
-        return policy.explained_variance(torch.tensor([[*values, -1e6]]), returns, mask)
+        found: float = module.explained_variance(torch.tensor([[*values, -1e6]]), returns, mask)
+        return found
 
     # errors 0, 0, 0, 1 have variance 0.25, the returns 5/3: 1 - 0.15 = 0.85
     assert of(1.0, 2.0, 3.0, 3.0) == pytest.approx(0.85)
@@ -357,7 +389,32 @@ def test_explained_variance() -> None:
     assert of(7.0, 7.0, 7.0, 7.0) == pytest.approx(0.0)
     # turned round, the errors are -3, -1, 1, 3 with variance 20/3: 1 - 4 = -3
     assert of(4.0, 3.0, 2.0, 1.0) == pytest.approx(-3.0)
-    assert abs((1 - 1 / 30) - 0.85) > 0.05  # "1 - mean squared error over mean square" would give 0.967
+
+
+def test_explained_variance() -> None:
+    check_explained_variance(policy)
+
+
+WRONG_VARIANCE = mutants(
+    policy.explained_variance,
+    {
+        "squares instead of variances": (
+            "1 - error.var() / target.var()",
+            "1 - error.square().mean() / target.square().mean()",
+        ),
+        "turned round": ("error.var() / target.var()", "target.var() / error.var()"),
+        "not taken from one": ("1 - error.var()", "error.var()"),
+        "padding counted": (
+            "returns[mask], (returns - values)[mask]",
+            "returns.flatten(), (returns - values).flatten()",
+        ),
+    },
+)
+
+
+@pytest.mark.parametrize("mutant", WRONG_VARIANCE, ids=str)
+def test_wrong_explained_variance_shows(mutant: Mutant) -> None:
+    mutant.must_fail(check_explained_variance)
 
 
 def test_explained_variance_of_too_little_is_zero() -> None:
@@ -365,106 +422,3 @@ def test_explained_variance_of_too_little_is_zero() -> None:
     assert policy.explained_variance(torch.zeros(1, 2), torch.ones(1, 2), one) == 0.0
     both = torch.ones(1, 2, dtype=torch.bool)
     assert policy.explained_variance(torch.zeros(1, 2), torch.ones(1, 2), both) == 0.0
-
-
-# ---- REINFORCE ---------------------------------------------------------------------------------------------
-
-# Two prompts with three answers each. Mean of all six: 2. Means of the others: first row (2 + 6) / 2 = 4, (1
-# + 6) / 2 = 3.5, (1 + 2) / 2 = 1.5; second row (0 + 0) / 2 = 0, (3 + 0) / 2 = 1.5 twice.
-GAINS = torch.tensor([[1.0, 2.0, 6.0], [3.0, 0.0, 0.0]])
-ADVANTAGE = {
-    "mean": torch.tensor([[-1.0, 0.0, 4.0], [1.0, -2.0, -2.0]]),
-    "leave-one-out": torch.tensor([[-3.0, -1.5, 4.5], [3.0, -1.5, -1.5]]),
-    "none": GAINS,
-}
-
-
-@pytest.mark.parametrize("baseline", list(ADVANTAGE))
-def test_baselines_of_reinforce(baseline: policy.Baseline) -> None:
-    close(policy.reinforce_advantages(GAINS, baseline=baseline), ADVANTAGE[baseline])
-    # mean of squares less square of the mean: 26 / 6; for leave-one-out 45 / 6 with mean 0; for none 50 / 6 -
-    # 4
-    deviation = {"mean": math.sqrt(26 / 6), "leave-one-out": math.sqrt(45 / 6), "none": math.sqrt(26 / 6)}[
-        baseline
-    ]
-    close(policy.reinforce_advantages(GAINS, baseline=baseline, scaled=True), ADVANTAGE[baseline] / deviation)
-
-
-WRONG_BASELINE: Wrong = {
-    "the answer itself among the others": lambda: GAINS - GAINS.mean(1, keepdim=True),
-    "divided by K": lambda: GAINS - (GAINS.sum(1, keepdim=True) - GAINS) / 3,
-    "over prompts instead of answers": lambda: GAINS - GAINS.flip(0),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_BASELINE)
-def test_wrong_baselines_show(wrong: str) -> None:
-    assert differs(WRONG_BASELINE[wrong](), ADVANTAGE["leave-one-out"])
-
-
-def test_leave_one_out_needs_others() -> None:
-    with pytest.raises(ValueError, match="at least two"):
-        policy.reinforce_advantages(torch.ones(4, 1), baseline="leave-one-out")
-    close(
-        policy.reinforce_advantages(torch.ones(4, 2), scaled=True), torch.zeros(4, 2)
-    )  # no deviation, no division by 0
-
-
-# Two answers, of two and of one token (log-probabilities -1, -2 and -0.5; the rest is padding): -(2 x -3 + -4
-# x -0.5) / 2 = 2
-SPOKEN = torch.tensor([[-1.0, -2.0, -7.0], [-0.5, -7.0, -7.0]])
-SAID = torch.tensor([[True, True, False], [True, False, False]])
-WORTH = torch.tensor([2.0, -4.0])
-REINFORCE_LOSS = torch.tensor(2.0)
-
-
-def test_reinforce_loss_and_its_gradient() -> None:
-    log_probs = SPOKEN.clone().requires_grad_(True)
-    loss = policy.reinforce_loss(log_probs, WORTH, SAID)
-    loss.backward()
-    close(loss.detach(), REINFORCE_LOSS)
-    close(
-        log_probs.grad, torch.tensor([[-1.0, -1.0, 0.0], [2.0, 0.0, 0.0]])
-    )  # -A / 2 at every token of the answer
-
-
-WRONG_REINFORCE: Wrong = {
-    "mean over tokens": lambda: -((WORTH[:, None] * SPOKEN)[SAID]).mean(),
-    "mean over an answer's tokens": lambda: -(WORTH * (SPOKEN * SAID).sum(1) / SAID.sum(1)).mean(),
-    "sum over answers": lambda: -(WORTH * (SPOKEN * SAID).sum(1)).sum(),
-    "sign lost": lambda: (WORTH * (SPOKEN * SAID).sum(1)).mean(),
-    "padding counted": lambda: -(WORTH * SPOKEN.sum(1)).mean(),
-    "probabilities for log-probabilities": lambda: -(WORTH * (SPOKEN.exp() * SAID).sum(1)).mean(),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_REINFORCE)
-def test_wrong_reinforce_losses_show(wrong: str) -> None:
-    assert differs(WRONG_REINFORCE[wrong](), REINFORCE_LOSS)
-
-
-@pytest.mark.parametrize("baseline", ["mean", "leave-one-out", "none"])
-def test_the_expected_gradient_is_that_of_the_expected_return(baseline: policy.Baseline) -> None:
-    """All 3^4 batches of two prompts with two answers each, weighted by their probability: no sampling error
-    is left."""
-    logits = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64, requires_grad=True)
-    worth = torch.tensor([1.0, 3.0, -2.0], dtype=torch.float64)
-    (exact,) = torch.autograd.grad((logits.softmax(0) * worth).sum(), logits)
-    total = torch.zeros(3, dtype=torch.float64)
-    for chosen in itertools.product(range(3), repeat=4):
-        acts = torch.tensor(chosen)
-        advantages = policy.reinforce_advantages(worth[acts].view(2, 2), baseline=baseline).flatten()
-        log_probs = logits.log_softmax(0)[acts]
-        loss = policy.reinforce_loss(log_probs[:, None], advantages, torch.ones(4, 1, dtype=torch.bool))
-        (gradient,) = torch.autograd.grad(loss, logits)
-        total -= gradient * float(log_probs.detach().sum().exp())
-    shortened = 1 - 1 / 4 if baseline == "mean" else 1.0  # the answer's own return is in the mean
-    torch.testing.assert_close(total, shortened * exact)
-
-
-def test_whitening_with_bessels_correction() -> None:
-    """The variance 5 of VALUES over four positions becomes 5 x 4 / 3."""
-    close(
-        policy.whiten(VALUES, INSIDE, correction=1),
-        torch.where(INSIDE, (VALUES - 4) / math.sqrt(20 / 3), 0.0),
-    )

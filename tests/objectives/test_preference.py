@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
+from chatwright.objectives import preference
 from chatwright.objectives.preference import (
     bradley_terry_loss,
-    logistic_loss,
     pair_accuracy,
-    pair_wins,
     preferred_pairs,
 )
+from support.mutation import Check, Mutant, mutants
 
 NAN = float("nan")
 
@@ -27,8 +26,8 @@ def loss_of(difference: float) -> float:
     return math.log1p(math.exp(-difference))
 
 
-def loss(scores: list[list[float]], labels: list[list[float]], margin: float = 0.0) -> float:
-    return float(bradley_terry_loss(torch.tensor(scores), torch.tensor(labels), margin))
+def loss(scores: list[list[float]], labels: list[list[float]]) -> float:
+    return float(bradley_terry_loss(torch.tensor(scores), torch.tensor(labels)))
 
 
 def test_two_answers() -> None:
@@ -44,40 +43,84 @@ SCORES, LABELS = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[2.0, 1.0, 1.0]
 HAND = (0.313262 + 0.126928) / 2  # (ln(1 + e^-1) + ln(1 + e^-2)) / 2 = 0.220095
 
 
+def check_bradley_terry(module: ModuleType) -> None:
+    assert float(module.bradley_terry_loss(SCORES, LABELS)) == pytest.approx(HAND, abs=1e-6)
+
+
 def test_three_answers_of_which_two_tie() -> None:
-    assert float(bradley_terry_loss(SCORES, LABELS)) == pytest.approx(HAND, abs=1e-6)
+    check_bradley_terry(preference)
 
 
-def _wrong(pairs: list[tuple[int, int]], count: float, sign: float = 1.0) -> float:
-    row = SCORES[0].tolist()
-    return sum(loss_of(sign * (row[i] - row[j])) for i, j in pairs) / count
+WRONG = [
+    *mutants(
+        preference.bradley_terry_loss,
+        {
+            "divided by all pairs, the tie included": (
+                "count = wins.sum(dim=(1, 2))",
+                "count = wins.new_tensor(3)",
+            ),
+            "not divided": (" / count)", ")"),
+            "neighbours only": ("wins > 0, wins", "(wins > 0) & (wins.cumsum(2) == 1), wins"),
+            "sign lost": (
+                "scores[:, :, None] - scores[:, None, :]",
+                "scores[:, None, :] - scores[:, :, None]",
+            ),
+            "loss turned round": ("losses = -F", "losses = F"),
+            "difference not in the sigmoid": ("-F.logsigmoid(difference)", "-difference"),
+            "sigmoid without its logarithm": ("-F.logsigmoid(difference)", "-F.sigmoid(difference)"),
+        },
+    ),
+    *mutants(
+        preference.preferred_pairs,
+        {
+            "the tie counted as won": ("> tie_tolerance", ">= tie_tolerance"),
+            "the worse one preferred": (
+                "labels[:, :, None] - labels[:, None, :]",
+                "labels[:, None, :] - labels[:, :, None]",
+            ),
+        },
+    ),
+    *mutants(preference.pair_wins, {"the tie counted half each way": ('if ties == "half"', "if True")}),
+]
 
 
-WRONG: dict[str, Callable[[], float]] = {
-    "divided by all pairs, the tie included": lambda: _wrong([(0, 1), (0, 2)], 3),
-    "the tie counted as won": lambda: _wrong([(0, 1), (0, 2), (1, 2)], 3),
-    "the tie counted half each way": lambda: _wrong([(0, 1), (0, 2)], 3) + 0.5 * _wrong([(1, 2), (2, 1)], 3),
-    "not divided": lambda: _wrong([(0, 1), (0, 2)], 1),
-    "neighbours only": lambda: _wrong([(0, 1)], 1),
-    "sign lost": lambda: _wrong([(0, 1), (0, 2)], 2, sign=-1.0),
-    "difference not in the sigmoid": lambda: -float((SCORES[0, 0] - SCORES[0, 1:]).mean()),
-}
+@pytest.mark.parametrize("mutant", WRONG, ids=str)
+def test_wrong_losses_of_pairs_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_bradley_terry)
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_the_hand_value_tells_a_wrong_loss_from_the_right_one(wrong: str) -> None:
-    assert abs(WRONG[wrong]() - HAND) > 0.01
+def check_tolerance(module: ModuleType) -> None:
+    def loss(scores: list[float], labels: list[float], tolerance: float = 0.0) -> float:
+        return float(
+            module.bradley_terry_loss(torch.tensor([scores]), torch.tensor([labels]), tie_tolerance=tolerance)
+        )
 
-
-def test_pairs_closer_than_the_margin_are_ties() -> None:
     # differences of the labels 0.4, 2.0, 1.6: the first is within 0.5
-    assert loss([[1.0, 0.0, -1.0]], [[2.0, 1.6, 0.0]], tie_tolerance=0.5) == pytest.approx(
-        (loss_of(2) + loss_of(1)) / 2
-    )
-    assert loss([[1.0, 0.0, -1.0]], [[2.0, 1.6, 0.0]]) == pytest.approx(
-        (loss_of(1) + loss_of(2) + loss_of(1)) / 3
-    )
-    assert loss([[5.0, 0.0]], [[1.0, 0.5]], tie_tolerance=0.5) == 0.0  # exactly the margin is a tie
+    assert loss([1.0, 0.0, -1.0], [2.0, 1.6, 0.0], 0.5) == pytest.approx((loss_of(2) + loss_of(1)) / 2)
+    every = (loss_of(1) + loss_of(2) + loss_of(1)) / 3
+    assert loss([1.0, 0.0, -1.0], [2.0, 1.6, 0.0]) == pytest.approx(every)
+    assert loss([5.0, 0.0], [1.0, 0.5], 0.5) == 0.0  # exactly the tolerance is a tie
+
+
+def test_pairs_closer_than_the_tolerance_are_ties() -> None:
+    check_tolerance(preference)
+
+
+WRONG_TOLERANCE = [
+    *mutants(
+        preference.preferred_pairs,
+        {
+            "not used": ("> tie_tolerance", "> 0"),
+            "exactly the tolerance wins": ("> tie_tolerance", ">= max(tie_tolerance, 1e-9)"),
+        },
+    ),
+    *mutants(preference.pair_wins, {"not passed on": ("(labels, tie_tolerance)", "(labels)")}),
+]
+
+
+@pytest.mark.parametrize("mutant", WRONG_TOLERANCE, ids=str)
+def test_wrong_tolerances_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_tolerance)
 
 
 # Llama 2's margin: each pair must lead by half the difference of its labels. Differences of scores 1 and 2,
@@ -86,42 +129,102 @@ LEAD = 0.5 * (LABELS[:, :, None] - LABELS[:, None, :])
 LED = (0.474077 + 0.201413) / 2
 
 
+def check_margin(module: ModuleType) -> None:
+    assert float(module.bradley_terry_loss(SCORES, LABELS, margin=LEAD)) == pytest.approx(LED, abs=1e-6)
+    none = module.bradley_terry_loss(SCORES, LABELS, margin=torch.zeros_like(LEAD))
+    assert float(none) == pytest.approx(HAND, abs=1e-6)
+
+
 def test_a_pair_must_lead_by_its_margin() -> None:
-    assert float(bradley_terry_loss(SCORES, LABELS, margin=LEAD)) == pytest.approx(LED, abs=1e-6)
-    assert float(bradley_terry_loss(SCORES, LABELS, margin=torch.zeros_like(LEAD))) == pytest.approx(
-        HAND, abs=1e-6
-    )
+    check_margin(preference)
 
 
-WRONG_LEAD: dict[str, Callable[[], float]] = {
-    "added instead of subtracted": lambda: (loss_of(1.5) + loss_of(2.5)) / 2,
-    "forgotten": lambda: HAND,
-    "taken from the loss, not from the difference": lambda: HAND - 0.5,
-    "of the other pair": lambda: float(bradley_terry_loss(SCORES, LABELS, margin=LEAD.mT)),
-}
+_LESS = "difference - torch.where(wins == 1, margin, 0.0)"
+WRONG_LEAD = mutants(
+    preference.bradley_terry_loss,
+    {
+        "added instead of subtracted": (_LESS, _LESS.replace("-", "+")),
+        "forgotten": (_LESS, "difference"),
+        "taken from the loss, not from the difference": (
+            "losses = -F.logsigmoid(difference)",
+            "losses = -F.logsigmoid(scores[:, :, None] - scores[:, None, :]) - margin",
+        ),
+        "of the other pair": ("wins == 1, margin, 0.0", "wins == 1, margin.mT, 0.0"),
+        "of every pair the same": ("wins == 1, margin, 0.0", "wins == 1, margin.max() + 0.5, 0.0"),
+    },
+)
 
 
-@pytest.mark.parametrize("wrong", WRONG_LEAD)
-def test_wrong_margins_show(wrong: str) -> None:
-    assert abs(WRONG_LEAD[wrong]() - LED) > 0.01
+@pytest.mark.parametrize("mutant", WRONG_LEAD, ids=str)
+def test_wrong_margins_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_margin)
 
 
-def test_padding_with_nan_takes_part_in_no_pair() -> None:
-    assert loss([[1.0, 0.0, 100.0]], [[1.0, 0.0, NAN]]) == pytest.approx(loss_of(1))
+def check_padding(module: ModuleType) -> None:
+    padded = module.bradley_terry_loss(torch.tensor([[1.0, 0.0, 100.0]]), torch.tensor([[1.0, 0.0, NAN]]))
+    assert float(padded) == pytest.approx(loss_of(1))
     scores = torch.tensor([[1.0, 0.0, 100.0], [0.0, 0.0, 0.0]], requires_grad=True)
-    bradley_terry_loss(scores, torch.tensor([[1.0, 0.0, NAN], [NAN, NAN, NAN]])).backward()
+    loss = module.bradley_terry_loss(scores, torch.tensor([[1.0, 0.0, NAN], [NAN, NAN, NAN]]))
+    assert float(loss.detach()) == pytest.approx(loss_of(1))
+    loss.backward()
     # d/ds of -log sigmoid(s0 - s1) at difference 1: -(1 - sigmoid(1)) = -0.268941, and the opposite
     expected = torch.tensor([[-0.268941, 0.268941, 0.0], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(scores.grad, expected, atol=1e-6, rtol=0)
 
 
-def test_every_prompt_weighs_the_same_however_many_pairs_it_has() -> None:
+def test_padding_with_nan_takes_part_in_no_pair() -> None:
+    check_padding(preference)
+
+
+def check_weights(module: ModuleType) -> None:
     # one pair of difference 1; three pairs of differences 1, 3, 2
-    scores, labels = [[1.0, 0.0, 0.0], [3.0, 2.0, 0.0]], [[1.0, 0.0, NAN], [2.0, 1.0, 0.0]]
+    scores, labels = (
+        torch.tensor([[1.0, 0.0, 0.0], [3.0, 2.0, 0.0]]),
+        torch.tensor([[1.0, 0.0, NAN], [2.0, 1.0, 0.0]]),
+    )
     expected = loss_of(1) + (loss_of(1) + loss_of(3) + loss_of(2)) / 3
-    assert loss(scores, labels) == pytest.approx(expected)
-    pooled = 2 * (loss_of(1) + loss_of(1) + loss_of(3) + loss_of(2)) / 4  # all pairs in one pot
-    assert abs(pooled - expected) > 0.01
+    assert float(module.bradley_terry_loss(scores, labels)) == pytest.approx(expected)
+
+
+def test_every_prompt_weighs_the_same_however_many_pairs_it_has() -> None:
+    check_weights(preference)
+
+
+WRONG_WEIGHTS = [
+    (
+        check_weights,
+        mutants(
+            preference.bradley_terry_loss,
+            {
+                "all pairs in one pot": ("count = wins.sum(dim=(1, 2))", "count = (wins.sum() / len(wins))"),
+                "mean over prompts": ("/ count).sum()", "/ count).mean()"),
+            },
+        ),
+    ),
+    (
+        check_padding,
+        mutants(
+            preference.bradley_terry_loss,
+            {"a prompt without pairs divides by zero": (".clamp(min=1)", "")},
+        )
+        + mutants(
+            preference.preferred_pairs,
+            {
+                "padding is the worst": (
+                    "return labels",
+                    "labels = labels.nan_to_num(-1.0)\n    return labels",
+                )
+            },
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("check", "mutant"), [(check, mutant) for check, wrong in WRONG_WEIGHTS for mutant in wrong], ids=str
+)
+def test_wrong_weights_and_padding_show(check: Check, mutant: Mutant) -> None:
+    mutant.must_fail(check)
 
 
 def test_a_prompt_of_ties_adds_nothing() -> None:
@@ -150,25 +253,36 @@ def test_preferred_pairs() -> None:
 ACCURACY_SCORES, ACCURACY_LABELS = torch.tensor([[3.0, 1.0, 1.0, 9.0]]), torch.tensor([[2.0, 1.0, 0.0, NAN]])
 
 
-def test_pair_accuracy_counts_equal_scores_half() -> None:
+def check_accuracy(module: ModuleType) -> None:
     # pairs (0, 1) right, (0, 2) right, (1, 2) equal: 2.5 of 3
-    assert pair_accuracy(ACCURACY_SCORES, ACCURACY_LABELS) == (2.5, 3)
-    assert pair_accuracy(-ACCURACY_SCORES, ACCURACY_LABELS) == (0.5, 3)
-    assert pair_accuracy(ACCURACY_SCORES, ACCURACY_LABELS, tie_tolerance=1.5) == (1.0, 1)
+    assert module.pair_accuracy(ACCURACY_SCORES, ACCURACY_LABELS) == (2.5, 3)
+    assert module.pair_accuracy(-ACCURACY_SCORES, ACCURACY_LABELS) == (0.5, 3)
+    assert module.pair_accuracy(ACCURACY_SCORES, ACCURACY_LABELS, tie_tolerance=1.5) == (1.0, 1)
 
 
-@pytest.mark.parametrize(
-    "compare",
-    [
-        lambda difference: (difference > 0).float(),  # equal scores are wrong
-        lambda difference: (difference >= 0).float(),  # equal scores are right
-        lambda difference: (difference < 0).float() + 0.5 * (difference == 0).float(),
-    ],
-    ids=["equal is wrong", "equal is right", "turned round"],
+def test_pair_accuracy_counts_equal_scores_half() -> None:
+    check_accuracy(preference)
+
+
+WRONG_ACCURACY = mutants(
+    preference.pair_accuracy,
+    {
+        "equal is wrong": (" + 0.5 * (difference == 0).float()", ""),
+        "equal is right": ("0.5 * (difference == 0)", "(difference == 0)"),
+        "turned round": ("difference > 0", "difference < 0"),
+        "a share instead of a count": (
+            "float((wins * right).sum())",
+            "float((wins * right).sum() / wins.sum())",
+        ),
+        "ties of the labels as well": ("(wins * right)", "right"),
+        "tolerance not used": ("pair_wins(labels, tie_tolerance, ties)", "pair_wins(labels, 0.0, ties)"),
+    },
 )
-def test_the_hand_value_tells_wrong_accuracies(compare: Callable[[Tensor], Tensor]) -> None:
-    difference = ACCURACY_SCORES[:, :, None] - ACCURACY_SCORES[:, None, :]
-    assert float(compare(difference)[preferred_pairs(ACCURACY_LABELS)].sum()) != 2.5
+
+
+@pytest.mark.parametrize("mutant", WRONG_ACCURACY, ids=str)
+def test_wrong_accuracies_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_accuracy)
 
 
 # ---- ties that are won by half -----------------------------------------------------------------------------
@@ -178,10 +292,15 @@ def test_the_hand_value_tells_wrong_accuracies(compare: Callable[[Tensor], Tenso
 HALF = (0.313262 + 0.126928 + 0.813262) / 3
 
 
+def check_half(module: ModuleType) -> None:
+    half = module.bradley_terry_loss(SCORES, LABELS, ties="half")
+    assert float(half) == pytest.approx(HALF, abs=1e-6)
+    assert module.pair_wins(LABELS, ties="half").tolist() == [[[0, 1, 1], [0, 0, 0.5], [0, 0.5, 0]]]
+    assert module.pair_wins(LABELS).tolist() == [[[0, 1, 1], [0, 0, 0], [0, 0, 0]]]
+
+
 def test_a_tie_may_be_won_by_half() -> None:
-    assert float(bradley_terry_loss(SCORES, LABELS, ties="half")) == pytest.approx(HALF, abs=1e-6)
-    assert pair_wins(LABELS, ties="half").tolist() == [[[0, 1, 1], [0, 0, 0.5], [0, 0.5, 0]]]
-    assert pair_wins(LABELS).tolist() == [[[0, 1, 1], [0, 0, 0], [0, 0, 0]]]
+    check_half(preference)
     # alone, a tie is cheapest where the scores are equal, and pulls them together
     scores = torch.tensor([[1.0, 0.0]], requires_grad=True)
     bradley_terry_loss(scores, torch.tensor([[3.0, 3.0]]), ties="half").backward()
@@ -192,18 +311,39 @@ def test_a_tie_may_be_won_by_half() -> None:
     )
 
 
-WRONG_HALF: dict[str, Callable[[], float]] = {
-    "left out": lambda: HAND,
-    "won by one of the two": lambda: _wrong([(0, 1), (0, 2), (1, 2)], 3),
-    "won by both, whole": lambda: _wrong([(0, 1), (0, 2), (1, 2), (2, 1)], 3),
-    "counted twice in the mean": lambda: HALF * 3 / 4,
-    "an answer ties with itself": lambda: (HALF * 3 + 1.5 * math.log(2)) / 4.5,
-}
+WRONG_HALF = [
+    *mutants(
+        preference.pair_wins,
+        {
+            "left out": ('ties == "half"', 'ties == "no"'),
+            "won by one of the two": (
+                "0.5 * (tied & ~torch.eye(",
+                "(tied & ~torch.tril(torch.ones_like(tied[0])) & ~torch.eye(",
+            ),
+            "won by both, whole": ("wins + 0.5 * (", "wins + ("),
+            "counted twice in the mean": ("wins + 0.5", "wins + 0.25"),
+            "an answer ties with itself": (
+                " & ~torch.eye(labels.shape[1], dtype=torch.bool, device=labels.device)",
+                "",
+            ),
+        },
+    ),
+    *mutants(
+        preference.bradley_terry_loss,
+        {
+            "half not weighed in the loss": ("wins * losses, 0.0", "losses, 0.0"),
+            "ties not passed on": (
+                "pair_wins(labels, tie_tolerance, ties)",
+                "pair_wins(labels, tie_tolerance)",
+            ),
+        },
+    ),
+]
 
 
-@pytest.mark.parametrize("wrong", WRONG_HALF)
-def test_wrong_ties_show(wrong: str) -> None:
-    assert abs(WRONG_HALF[wrong]() - HALF) > 0.01
+@pytest.mark.parametrize("mutant", WRONG_HALF, ids=str)
+def test_wrong_ties_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_half)
 
 
 def test_ties_in_the_accuracy() -> None:
@@ -236,24 +376,53 @@ TEXT_SCORES, GOOD = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([True, False, F
 LOGISTIC = 0.126928 + 0.313262 + 0.974077
 
 
+def check_logistic(module: ModuleType) -> None:
+    assert float(module.logistic_loss(TEXT_SCORES, GOOD)) == pytest.approx(LOGISTIC, abs=1e-6)
+    scores = TEXT_SCORES.clone().requires_grad_()
+    module.logistic_loss(scores, GOOD).backward()
+    torch.testing.assert_close(scores.grad, TEXT_SCORES.sigmoid() - GOOD.float(), atol=1e-6, rtol=0)  # p - y
+
+
 def test_the_loss_of_classes_by_hand() -> None:
-    assert float(logistic_loss(TEXT_SCORES, GOOD)) == pytest.approx(LOGISTIC, abs=1e-6)
+    check_logistic(preference)
     theirs = torch.nn.functional.binary_cross_entropy_with_logits(TEXT_SCORES, GOOD.float(), reduction="sum")
     assert float(theirs) == pytest.approx(LOGISTIC, abs=1e-6)
-    scores = TEXT_SCORES.clone().requires_grad_()
-    logistic_loss(scores, GOOD).backward()
-    torch.testing.assert_close(scores.grad, TEXT_SCORES.sigmoid() - GOOD.float(), atol=1e-6, rtol=0)  # p - y
-    assert float(logistic_loss(torch.tensor([1000.0, -1000.0]), torch.tensor([False, False]))) == 1000.0
 
 
-WRONG_LOGISTIC: dict[str, Callable[[], float]] = {
-    "sign lost": lambda: float(logistic_loss(-TEXT_SCORES, GOOD)),
-    "good texts only": lambda: loss_of(2),
-    "averaged": lambda: LOGISTIC / 3,
-    "squared": lambda: float(((TEXT_SCORES.sigmoid() - GOOD.float()) ** 2).sum()),
-}
+def check_far_scores(module: ModuleType) -> None:
+    assert (
+        float(module.logistic_loss(torch.tensor([1000.0, -1000.0]), torch.tensor([False, False]))) == 1000.0
+    )
 
 
-@pytest.mark.parametrize("wrong", WRONG_LOGISTIC)
-def test_wrong_losses_of_classes_show(wrong: str) -> None:
-    assert abs(WRONG_LOGISTIC[wrong]() - LOGISTIC) > 0.01
+def test_far_scores_do_not_overflow() -> None:
+    check_far_scores(preference)
+    (plain,) = mutants(
+        preference.logistic_loss,
+        {
+            "logarithm of a sigmoid": (
+                "F.logsigmoid(torch.where(positive, scores, -scores))",
+                "torch.where(positive, scores, -scores).sigmoid().log()",
+            )
+        },
+    )
+    plain.must_fail(check_far_scores)
+
+
+WRONG_LOGISTIC = mutants(
+    preference.logistic_loss,
+    {
+        "sign lost": ("positive, scores, -scores", "positive, -scores, scores"),
+        "good texts only": ("torch.where(positive, scores, -scores)", "scores[positive]"),
+        "averaged": (".sum()", ".mean()"),
+        "squared": (
+            "-F.logsigmoid(torch.where(positive, scores, -scores)).sum()",
+            "((scores.sigmoid() - positive.float()) ** 2).sum()",
+        ),
+    },
+)
+
+
+@pytest.mark.parametrize("mutant", WRONG_LOGISTIC, ids=str)
+def test_wrong_losses_of_classes_show(mutant: Mutant) -> None:
+    mutant.must_fail(check_logistic)

@@ -1,26 +1,8 @@
-"""Fixtures of the serving side; they live in serving.py, which the browser test uses as well, and in
-tooling.py."""
+"""Fixtures of the serving side; the tests of commands and of the browser use some of them as well."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from support.serving import roomy, roomy_server, server, small, taught, tiny
+from support.tooling import good, hf_dir
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from serving import roomy, roomy_server, server, small, taught, tiny, wait_until
-from tooling import copy, good, hf_dir, run
-
-__all__ = [
-    "copy",
-    "good",
-    "hf_dir",
-    "roomy",
-    "roomy_server",
-    "run",
-    "server",
-    "small",
-    "taught",
-    "tiny",
-    "wait_until",
-]
+__all__ = ["good", "hf_dir", "roomy", "roomy_server", "server", "small", "taught", "tiny"]

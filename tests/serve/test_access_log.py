@@ -7,19 +7,20 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from person import Person
-from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.commands.serve import ServeConfig
 from chatwright.config import UsageError, UserError
 from chatwright.serve.operation.access_log import AccessLog
 from chatwright.serve.operation.keys import line_for
+from support.person import Person
+from support.serving import DIALOGUES, Running, TinyModel, run_server
+from support.waiting import wait_until
 
 BODY = {"model": "tiny/taught", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
 KEY = "cw-" + "k" * 43
@@ -38,12 +39,10 @@ def logged(tiny: TinyModel, log: Path) -> Iterator[Running]:
 
 def lines(path: Path, count: int) -> list[dict[str, Any]]:
     """The log's lines, once there are `count`."""
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        text = path.read_text() if path.exists() else ""
-        if text.count("\n") >= count:
-            break
-        time.sleep(0.01)
+    text = wait_until(
+        lambda: text if path.exists() and (text := path.read_text()).count("\n") >= count else "",
+        f"{count} lines in the log",
+    )
     found = [json.loads(line) for line in text.splitlines()]
     assert len(found) == count, text
     return found
@@ -191,9 +190,7 @@ def test_answers_on_the_page_are_counted(tiny: TinyModel, log: Path) -> None:
         assert sorted(counts) == [0, 0, 0, turn["tokens"]]  # who adds up the lines counts each answer once
 
 
-def test_a_stopped_answer_on_the_page_is_counted_as_far_as_it_came(
-    logged: Running, log: Path, wait_until: Callable[..., None]
-) -> None:
+def test_a_stopped_answer_on_the_page_is_counted_as_far_as_it_came(logged: Running, log: Path) -> None:
     engine = logged.model.engine
     engine.allow(5)
     with Person(logged.url) as person:
@@ -221,9 +218,7 @@ def test_texts_are_logged_when_asked_for(tiny: TinyModel, log: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves(
-    logged: Running, log: Path, wait_until: Callable[..., None], stream: bool
-) -> None:
+def test_a_client_that_leaves(logged: Running, log: Path, stream: bool) -> None:
     engine = logged.model.engine
     engine.allow(5)
     body = {**BODY, "messages": [{"role": "user", "content": "story"}], "stream": stream}
@@ -283,8 +278,7 @@ def test_after_a_full_disk_the_log_goes_on_with_whole_lines(
     monkeypatch.setattr(os, "write", write)
     for at in range(4):
         made.write({"number": at, "x": "y"})
-    while not made._lines.empty() or made._lost < 3:
-        time.sleep(0.005)
+    wait_until(lambda: made._lines.empty() and made._lost >= 3, "three lost lines")
     space.clear()
     made.write({"number": 4})
     made.close()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from person import Person, text_of
-from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.language_model import LanguageModel
+from support.person import Person, text_of
+from support.serving import DIALOGUES, Running, TinyModel, run_server
+from support.waiting import wait_until
 
 STORY = DIALOGUES["story"]
 
@@ -75,9 +76,7 @@ def test_an_answer_that_came_to_nothing_leaves_nothing(
     assert me.read(made["id"])["leaf"] == leaf
 
 
-def test_another_model_is_loaded_when_it_is_asked_for(
-    tiny: TinyModel, small: LanguageModel, wait_until: Callable[..., None]
-) -> None:
+def test_another_model_is_loaded_when_it_is_asked_for(tiny: TinyModel, small: LanguageModel) -> None:
     gate = threading.Event()
 
     def load(_: Any) -> LanguageModel:
@@ -97,9 +96,7 @@ def test_another_model_is_loaded_when_it_is_asked_for(
         assert me.post("/chat/conversations", {"content": "x", "model": "none"}, expect=404)
 
 
-def test_stop_does_not_wait_for_a_model(
-    tiny: TinyModel, small: LanguageModel, wait_until: Callable[..., None]
-) -> None:
+def test_stop_does_not_wait_for_a_model(tiny: TinyModel, small: LanguageModel) -> None:
     gate = threading.Event()
 
     def load(_: Any) -> LanguageModel:
@@ -134,12 +131,13 @@ def test_token_probabilities(me: Person) -> None:
     assert "".join(token["text"] for token in tokens) == text_of(seen) == DIALOGUES["snowman"]
     assert "☃" in {token["text"].strip() for token in tokens}
     for token in tokens:
-        assert 0 < token["p"] <= 1
         shares = [one["p"] for one in token["alternatives"]]
         assert len(shares) == 5
         assert shares == sorted(shares, reverse=True)
         assert math.fsum(shares) <= 1.001
-    assert tokens[0]["alternatives"][0]["text"] == tokens[0]["text"]  # greedy: the likeliest was taken
+        if token["alternatives"][0]["text"] == token["text"]:  # else a character of several tokens
+            assert token["p"] == shares[0]  # greedy: the likeliest was taken
+    assert tokens[0]["alternatives"][0]["text"] == tokens[0]["text"]
     assert tokens[0]["p"] == tokens[0]["alternatives"][0]["p"]
     turn = seen[-1]["turn"]
     assert turn["has_probabilities"]
@@ -169,7 +167,7 @@ def test_probabilities_of_an_answer_that_goes_on(me: Person, first: bool) -> Non
     assert known[-1] is not first
 
 
-def test_a_burst_of_answers_keeps_to_the_limit(tiny: TinyModel, wait_until: Callable[..., None]) -> None:
+def test_a_burst_of_answers_keeps_to_the_limit(tiny: TinyModel) -> None:
     """Who is let in is answered, and who is not is told at once: the model is asked a moment after both."""
     with run_server(tiny, max_requests=3) as server, Person(server.url) as me:
         (service,) = server.app.state.pool.services

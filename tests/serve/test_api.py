@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import serving
-from serving import DIALOGUES, Running, run_server
+
+from support import serving
+from support.serving import DIALOGUES, Running, run_server
+from support.waiting import wait_until
 
 ASK = {"model": "tiny/taught", "temperature": 0.0}
 
@@ -350,9 +352,7 @@ def test_old_turns_are_dropped_and_the_caller_is_told(server: Running) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_slot(
-    server: Running, wait_until: Callable[..., None], stream: bool
-) -> None:
+def test_a_client_that_leaves_frees_its_slot(server: Running, stream: bool) -> None:
     engine = server.model.engine
     engine.allow(5)
     body = {**ASK, "messages": user("story"), "stream": stream, "max_tokens": 200}

@@ -8,17 +8,18 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
-from asking import HELLO, STORY, STORY_TEXT, post, text_of
-from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.serve.answer import Answer
 from chatwright.serve.operation import guard, running
+from support.asking import HELLO, STORY, STORY_TEXT, post, text_of
+from support.serving import DIALOGUES, Running, TinyModel, run_server
+from support.waiting import wait_until
 
 LONG_NAME = "x" * 20_000
 """A model's name that makes every event of a stream a heavy one."""
@@ -69,9 +70,7 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def test_a_reader_that_stops_reading_blocks_nobody(
-    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
-) -> None:
+def test_a_reader_that_stops_reading_blocks_nobody(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     real = Answer.__aiter__
 
@@ -98,9 +97,7 @@ def test_a_reader_that_stops_reading_blocks_nobody(
         assert max(taken) > 30, "what was not read did not come as one larger piece"
 
 
-def test_a_reader_that_never_comes_back_is_cut_off(
-    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
-) -> None:
+def test_a_reader_that_never_comes_back_is_cut_off(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "STALL_SECONDS", 0.5)
     story = {**STORY, "model": LONG_NAME, "stream": True}
     with small_buffers(monkeypatch), run_server(tiny, name=LONG_NAME) as server:
@@ -117,9 +114,7 @@ def test_a_reader_that_never_comes_back_is_cut_off(
             assert time.monotonic() - begun > 0.5
 
 
-def test_half_open_clients_block_nobody(
-    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
-) -> None:
+def test_half_open_clients_block_nobody(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "HEAD_SECONDS", 0.5)
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.5)
     with run_server(tiny) as server:

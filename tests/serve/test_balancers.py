@@ -15,11 +15,12 @@ from typing import Any
 
 import httpx
 import pytest
-from documented import HOST, KEY, Replica, ask, block, free_port, placed, running, start
 
 from chatwright.chat import NATIVE
 from chatwright.serve.operation.keys import line_for
 from chatwright.tokenizer import Tokenizer
+from support.documented import HOST, KEY, Replica, ask, block, free_port, placed, running, start
+from support.waiting import reached, wait_until
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="these programs are POSIX's")
 MANY = "guide/serving-many.md"
@@ -133,12 +134,12 @@ class Farm:
 
     def log(self) -> list[dict[str, Any]]:
         """The servers' lines, once there is one for a completion."""
-        end = time.monotonic() + 10
-        while "/v1/chat" not in (text := (self.folder / "access.jsonl").read_text()) or not text.endswith(
-            "\n"
-        ):
-            assert time.monotonic() < end, text
-            time.sleep(0.02)
+
+        def whole() -> str:
+            text = (self.folder / "access.jsonl").read_text()
+            return text if "/v1/chat" in text and text.endswith("\n") else ""
+
+        text = wait_until(whole, "a completion in the log")
         return [json.loads(line) for line in text.splitlines()]
 
 
@@ -148,16 +149,12 @@ def farm(balancer: Balancer, folder: Path, model: Path) -> Iterator[Farm]:
         made = Farm(folder, model)
         stack.callback(lambda: [one.end(kill=True) for one in made.replicas])
         stack.enter_context(running(*balancer(folder, made.port, made.ports), cwd=folder))
-        end = time.monotonic() + 20
-        while time.monotonic() < end:
-            try:
-                if httpx.get(f"{made.url}/ready", headers={"host": HOST}).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.05)
-        else:
-            raise AssertionError("the balancer passes nothing on")
+
+        def passes_on() -> bool:
+            response = reached(f"{made.url}/ready", headers={"host": HOST})
+            return response is not None and response.status_code == 200
+
+        wait_until(passes_on, "a balancer that passes requests on")
         yield made
 
 
@@ -197,7 +194,10 @@ def held(replica: Replica) -> Iterator[None]:
             f"{KEY}\r\ncontent-length: 100\r\n\r\n{{"
         )
         connection.sendall(head.encode())
-        time.sleep(0.3)
+        wait_until(
+            lambda: replica.metric("chatwright_http_requests_in_flight") > 1,
+            "the request to begin",  # the other one is ours
+        )
         yield
 
 
@@ -222,14 +222,18 @@ def test_two_servers_behind_a_balancer(balancer: Balancer, tmp_path: Path, chat_
         first, second = made.replicas
         with held(second):  # a server that finishes what is under way refuses what is new: the other is asked
             second.process.terminate()
-            time.sleep(0.2)
-            assert ask(second.url).status_code == 503
+            wait_until(lambda: ask(second.url).status_code == 503, "the refusal")
             assert statuses(made, 8) == [200] * 8
         assert second.end() == 0
         assert statuses(made, 4) == [200] * 4
         made.replicas[1] = made.start(second.port)
         made.replicas[1].wait_until_ready()
-        time.sleep(3)  # HAProxy asks every two seconds
+
+        def in_turn() -> bool:
+            assert statuses(made, 1) == [200]
+            return made.replicas[1].metric("chatwright_answers_total") > 0
+
+        wait_until(in_turn, "requests to the new server", pause=0.2)  # HAProxy asks every two seconds
         first.end(kill=True)
         assert statuses(made, 8) == [200] * 8
         made.replicas[1].end(kill=True)

@@ -10,8 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-from person import Person, text_of
-from serving import DIALOGUES, MARKDOWN, Running, TinyModel, run_server
 
 from chatwright.chat import Message
 from chatwright.config import UserError
@@ -19,6 +17,9 @@ from chatwright.generate.sampling import Sampling
 from chatwright.serve.jobs import Event, Failed, Job, JobStore
 from chatwright.serve.markdown import render
 from chatwright.serve.service import Busy, TooLong, prepare
+from support.person import Person, text_of
+from support.serving import DIALOGUES, MARKDOWN, Running, TinyModel, run_server
+from support.waiting import wait_until
 
 
 @pytest.fixture
@@ -38,9 +39,7 @@ def test_events_are_numbered_and_end_with_done(me: Person) -> None:
     assert seen[-1]["turn"]["tokens"] > 1
 
 
-def test_a_lost_follower_goes_on_where_it_was(
-    me: Person, server: Running, wait_until: Callable[..., None]
-) -> None:
+def test_a_lost_follower_goes_on_where_it_was(me: Person, server: Running) -> None:
     engine = server.model.engine
     engine.allow(6)
     _, job = me.start("story")
@@ -61,7 +60,7 @@ def test_a_lost_follower_goes_on_where_it_was(
     assert [event["type"] for event in me.events(job, after=rest[-1]["n"] - 1)] == ["done"]
 
 
-def test_stop_keeps_what_there_is(me: Person, server: Running, wait_until: Callable[..., None]) -> None:
+def test_stop_keeps_what_there_is(me: Person, server: Running) -> None:
     engine = server.model.engine
     engine.allow(6)
     _, job = me.start("story")

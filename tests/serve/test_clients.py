@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from serving import DIALOGUES, Running
+
+from support.serving import DIALOGUES, Running
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # they are others' programs
 BIN = Path(sys.executable).parent

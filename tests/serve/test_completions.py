@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +12,11 @@ import httpx
 import openai
 import pytest
 import torch
-from serving import DIALOGUES, Running
+from fastapi import Request
+
+from chatwright.serve.api import reading
+from support.serving import DIALOGUES, Running
+from support.waiting import PATIENCE, wait_until
 
 ASK = {"model": "tiny/taught", "temperature": 0.0}
 
@@ -239,7 +243,7 @@ def test_embeddings(client: openai.OpenAI, server: Running) -> None:
         client.embeddings.create(model="other", input="x")
 
 
-class DrainMiddleware:
+class Gate:
     """Stands in for a method of a model: it waits to be opened, and counts how often it was called."""
 
     def __init__(self, real: Callable[..., Any]) -> None:
@@ -247,7 +251,7 @@ class DrainMiddleware:
 
     def __call__(self, *args: Any, **more: Any) -> Any:
         self.calls += 1
-        assert self.open.wait(20)
+        assert self.open.wait(PATIENCE)
         return self.real(*args, **more)
 
 
@@ -261,24 +265,32 @@ class DrainMiddleware:
 def test_what_nobody_waits_for_is_not_computed(
     server: Running,
     monkeypatch: pytest.MonkeyPatch,
-    wait_until: Callable[..., None],
     path: str,
     method: str,
     body: dict[str, Any],
 ) -> None:
-    gate = DrainMiddleware(getattr(server.model, method))
+    gate = Gate(getattr(server.model, method))
     monkeypatch.setattr(server.model, method, gate)
+    loops: list[asyncio.AbstractEventLoop] = []
+    disconnected = reading._disconnected
+
+    async def watched(request: Request) -> None:
+        loops.append(asyncio.get_running_loop())
+        await disconnected(request)
+
+    monkeypatch.setattr(reading, "_disconnected", watched)
     (service,) = server.app.state.pool.services
     with httpx.Client(base_url=server.url) as client, pytest.raises(httpx.ReadTimeout):
         client.post(f"/v1/{path}", json={"model": "tiny/taught", **body}, timeout=httpx.Timeout(5, read=0.3))
+    wait_until(
+        lambda: any(task.cancelling() for loop in loops for task in asyncio.all_tasks(loop)),
+        "the request to be given up",
+    )
     assert gate.calls == 1
-    time.sleep(0.2)
-    assert (
-        service._preparing > 0
-    )  # one text is being computed: a thread cannot be stopped, and its place is taken
+    # one text is being computed: a thread cannot be stopped, and its place is taken
+    assert service._preparing > 0
     gate.open.set()
     wait_until(lambda: service._preparing == 0, "the place to be free")
-    time.sleep(0.1)
     assert gate.calls == 1
     answer = httpx.post(
         f"{server.url}/v1/embeddings", json={"model": "tiny/taught", "input": "hello"}, timeout=30

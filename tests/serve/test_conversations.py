@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from person import Person, text_of
-from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.commands.serve import ServeConfig
 from chatwright.config import UsageError
 from chatwright.serve.operation.owner import COOKIE, YEAR
+from support.person import Person, text_of
+from support.serving import DIALOGUES, Running, TinyModel, run_server
+from support.waiting import wait_until
 
 STORY = DIALOGUES["story"]
 
@@ -26,9 +27,7 @@ def me(server: Running) -> Iterator[Person]:
         yield person
 
 
-def held_in_story(
-    person: Person, server: Running, wait_until: Callable[..., None], **more: Any
-) -> tuple[str, str]:
+def held_in_story(person: Person, server: Running, **more: Any) -> tuple[str, str]:
     """A conversation and the job that is held in the middle of the story."""
     server.model.engine.allow(8)
     made = person.start("story", **more)
@@ -143,8 +142,8 @@ def test_export(me: Person) -> None:
     assert [message["content"] for message in json.loads(line)["messages"]] == ["Be kind.", "hello", answer]
 
 
-def test_another_browser_sees_nothing(me: Person, server: Running, wait_until: Callable[..., None]) -> None:
-    conversation, job = held_in_story(me, server, wait_until)
+def test_another_browser_sees_nothing(me: Person, server: Running) -> None:
+    conversation, job = held_in_story(me, server)
     path = f"/chat/conversations/{conversation}"
     number = me.read(conversation)["leaf"]
     with Person(server.url) as other:
@@ -193,10 +192,8 @@ def test_the_cookie(server: Running) -> None:
     assert httpx.post(f"{server.url}/chat/owner", headers=other_site).status_code == 403
 
 
-def test_a_stopped_answer_is_kept_as_far_as_it_came(
-    me: Person, server: Running, wait_until: Callable[..., None]
-) -> None:
-    conversation, job = held_in_story(me, server, wait_until)
+def test_a_stopped_answer_is_kept_as_far_as_it_came(me: Person, server: Running) -> None:
+    conversation, job = held_in_story(me, server)
     running = me.read(conversation)["job"]
     assert running["id"] == job
     me.post(f"/chat/jobs/{job}/stop", {}, expect=200)
@@ -206,8 +203,8 @@ def test_a_stopped_answer_is_kept_as_far_as_it_came(
     assert 0 < len(said) < len(STORY)
 
 
-def test_one_answer_at_a_time(me: Person, server: Running, wait_until: Callable[..., None]) -> None:
-    conversation, job = held_in_story(me, server, wait_until)
+def test_one_answer_at_a_time(me: Person, server: Running) -> None:
+    conversation, job = held_in_story(me, server)
     turns = me.read(conversation)["turns"]
     body = {"parent": turns[0]["id"], "model": "tiny/taught"}
     assert (
@@ -220,12 +217,12 @@ def test_one_answer_at_a_time(me: Person, server: Running, wait_until: Callable[
 
 
 def test_a_failure_in_the_middle_keeps_the_beginning(
-    me: Person, server: Running, wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    me: Person, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise ValueError("secret detail")
 
-    conversation, job = held_in_story(me, server, wait_until)
+    conversation, job = held_in_story(me, server)
     monkeypatch.setattr(server.model.model, "hidden", broken)
     server.model.engine.allow(float("inf"))
     seen = me.events(job)
@@ -236,23 +233,21 @@ def test_a_failure_in_the_middle_keeps_the_beginning(
     assert seen[-1]["turn"]["content"] == answer["content"]
 
 
-def test_a_deleted_conversation_stops_its_answer(
-    me: Person, server: Running, wait_until: Callable[..., None]
-) -> None:
-    conversation, job = held_in_story(me, server, wait_until)
+def test_a_deleted_conversation_stops_its_answer(me: Person, server: Running) -> None:
+    conversation, job = held_in_story(me, server)
     assert me.client.delete(f"/chat/conversations/{conversation}").status_code == 200
     assert me.events(job)[-1]["type"] == "error"
     wait_until(lambda: not server.model.engine.busy, "the engine's rest")
     assert me.get("/chat/conversations")["conversations"] == []
 
 
-def test_a_restart_loses_nothing(tiny: TinyModel, tmp_path: Path, wait_until: Callable[..., None]) -> None:
+def test_a_restart_loses_nothing(tiny: TinyModel, tmp_path: Path) -> None:
     store = str(tmp_path / "store.db")
     with run_server(tiny, store=store, drain_seconds=0.5) as server, Person(server.url) as me:
         cookies = dict(me.client.cookies)
         whole = me.begin("hello")
         me.answer(whole["id"], whole["leaf"])
-        cut, job = held_in_story(me, server, wait_until)
+        cut, job = held_in_story(me, server)
         said = text_of(events_so_far(me, job))
     with run_server(TinyModel(tiny.model, tiny.tokenizer), store=store) as server, Person(server.url) as me:
         me.client.cookies.clear()
@@ -276,13 +271,11 @@ def events_so_far(person: Person, job: str) -> list[dict[str, Any]]:
     raise AssertionError("the job has no text")
 
 
-def test_a_crash_loses_a_second_at_most(
-    tiny: TinyModel, tmp_path: Path, wait_until: Callable[..., None]
-) -> None:
+def test_a_crash_loses_a_second_at_most(tiny: TinyModel, tmp_path: Path) -> None:
     """A second server on the same file sees what a server that died would have left behind."""
     store = str(tmp_path / "store.db")
     with run_server(tiny, store=store) as server, Person(server.url) as me:
-        conversation, job = held_in_story(me, server, wait_until)
+        conversation, job = held_in_story(me, server)
 
         def saved() -> str:
             with sqlite3.connect(store) as connection:
@@ -303,7 +296,7 @@ def test_a_crash_loses_a_second_at_most(
 
 
 def test_a_store_that_fails_does_not_lose_the_stream(
-    me: Person, server: Running, wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    me: Person, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from chatwright.feedback.store import Owned, StoreError
 

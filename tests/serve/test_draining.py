@@ -10,25 +10,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from asking import HELLO, STORY, STORY_TEXT, post, reasons_of, text_of
-from person import Person
-from serving import TinyModel, run_server
 
 from chatwright import checkpoint
 from chatwright.chat import NATIVE
 from chatwright.model.gpt import GPT
 from chatwright.serve.operation.keys import line_for
 from chatwright.tokenizer import Tokenizer
+from support.asking import HELLO, STORY, STORY_TEXT, post, reasons_of, text_of
+from support.person import Person
+from support.serving import TinyModel, run_server
 
 
-def test_draining(tiny: TinyModel, wait_until: Callable[..., None]) -> None:
+def test_draining(tiny: TinyModel) -> None:
     """What is under way goes on; what is new is told to come again; then it is over."""
     with run_server(tiny, drain_seconds=30) as server, Person(server.url) as person:
         engine = tiny.engine
@@ -91,6 +91,7 @@ def slow(self):
     return step(self)
 Engine.step = slow
 from chatwright.cli import main
+from support.waiting import wait_until
 sys.exit(main(["serve", {directory!r}, "--port=0", "--name=m", *{options!r}]))
 """
 

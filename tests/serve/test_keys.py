@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.cli import main as cli
 from chatwright.commands.serve import ServeConfig, check_exposure
@@ -23,6 +22,7 @@ from chatwright.serve.operation import doors as doors_module
 from chatwright.serve.operation.doors import Attempts, Doors
 from chatwright.serve.operation.keys import Key, KeyRing, digest, line_for, new_key, open_keys, read_keys
 from chatwright.serve.operation.login import safe_way
+from support.serving import DIALOGUES, Running, TinyModel, run_server
 
 KEY, OTHER = "cw-" + "k" * 43, "cw-" + "o" * 43
 BODY = {"model": "tiny/taught", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}

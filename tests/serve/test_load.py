@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
-from serving import DIALOGUES, Running, TinyModel, run_server
+from load_clients import Load, Question, Reply, Target, alone, ask
+from load_judge import Oracle, growth_of, judge
 
 from chatwright.chat import NATIVE, Message
 from chatwright.language_model import LanguageModel
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-from load_clients import Load, Question, Reply, Target, alone, ask
-from load_judge import Oracle, growth_of, judge
+from support.serving import DIALOGUES, Running, TinyModel, run_server
+from support.waiting import wait_until
 
 QUESTIONS = [Question(text, tokens) for tokens in (200, 7) for text in DIALOGUES]
 
@@ -50,7 +46,7 @@ def pressed(server: Running, seconds: float = 2.5, **settings: Any) -> tuple[Loa
     return asyncio.run(run())
 
 
-def test_sixteen_clients(server: Running, oracle: Oracle, wait_until: Any) -> None:
+def test_sixteen_clients(server: Running, oracle: Oracle) -> None:
     load, known = pressed(server)
     assert [reply.text for reply in known[: len(DIALOGUES)]] == list(DIALOGUES.values())
     assert {reply.finish for reply in known} == {"stop", "length"}

@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from asking import HELLO, STORY, STORY_TEXT, events, post, reasons_of, text_of
-from person import Person
-from serving import DIALOGUES, Running, TinyModel, run_server
 
 from chatwright.chat import Message
 from chatwright.commands.serve import ServeConfig
@@ -29,6 +25,10 @@ from chatwright.serve.operation.keys import line_for
 from chatwright.serve.pool import ModelPool, Spec
 from chatwright.serve.service import Busy, ChatService, Limits, TooLong, prepare
 from chatwright.tokenizer import Tokenizer
+from support.asking import HELLO, STORY, STORY_TEXT, events, post, reasons_of, text_of
+from support.person import Person
+from support.serving import DIALOGUES, Running, TinyModel, run_server
+from support.waiting import wait_until
 
 # ---- limits ------------------------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ def test_embeddings_and_scoring_take_up_places_and_time(
 # ---- time limits -------------------------------------------------------------------------------------------
 
 
-def test_a_request_that_takes_too_long(tiny: TinyModel, wait_until: Callable[..., None]) -> None:
+def test_a_request_that_takes_too_long(tiny: TinyModel) -> None:
     with run_server(tiny, timeout=0.5) as server:
         engine = tiny.engine
         assert post(server, HELLO).status_code == 200
@@ -251,9 +251,7 @@ def test_time_is_up_although_nobody_reads(tiny: TinyModel) -> None:
     asyncio.run(check())
 
 
-def test_a_request_waits_in_the_queue_no_longer_either(
-    tiny: TinyModel, wait_until: Callable[..., None]
-) -> None:
+def test_a_request_waits_in_the_queue_no_longer_either(tiny: TinyModel) -> None:
     with run_server(tiny, timeout=0.5) as server:
         tiny.engine.allow(0)  # it does a step for whoever leaves, and no other
         begun, made = time.monotonic(), tiny.engine.stats.new_tokens

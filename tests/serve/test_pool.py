@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from serving import DIALOGUES, GatedEngine, TinyModel
 
 from chatwright.chat import Message
 from chatwright.config import UserError
@@ -21,6 +20,7 @@ from chatwright.serve.operation.facts import TimedOut
 from chatwright.serve.pool import ModelPool, NoMemory, Spec, UnknownModel, parse_specs
 from chatwright.serve.service import ChatService, Limits
 from chatwright.tokenizer import Tokenizer
+from support.serving import DIALOGUES, GatedEngine, TinyModel
 
 
 class Loader:

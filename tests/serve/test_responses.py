@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import DIALOGUES, Running
+
+from support.serving import DIALOGUES, Running
 
 ASK = {"model": "tiny/taught", "temperature": 0.0}
 

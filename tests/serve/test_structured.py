@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import DIALOGUES, Running
+
+from support.serving import DIALOGUES, Running
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

@@ -12,7 +12,6 @@ import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
-from serving import GatedEngine, Running, TinyModel, run_server
 
 from chatwright.generate.engine import Engine
 from chatwright.generate.request import Request
@@ -20,6 +19,8 @@ from chatwright.generate.sampling import Sampling
 from chatwright.model.gpt import GPT
 from chatwright.serve.pool import ModelPool, Spec
 from chatwright.tokenizer import Tokenizer
+from support.serving import GatedEngine, Running, TinyModel, run_server
+from support.waiting import wait_until
 
 BODY = {"model": "tiny/taught", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
 MODEL = {"model_name": "tiny/taught"}
@@ -74,9 +75,7 @@ def test_tokens_and_latencies_are_counted(server: Running) -> None:
     assert steps == rows == tokens  # one answer at a time: a row a step
 
 
-def test_latencies_are_those_of_the_engine_and_not_of_a_slow_reader(
-    server: Running, wait_until: Callable[..., None]
-) -> None:
+def test_latencies_are_those_of_the_engine_and_not_of_a_slow_reader(server: Running) -> None:
     engine = server.model.engine
     engine.allow(3)
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**BODY, "stream": True}) as response:
@@ -88,7 +87,7 @@ def test_latencies_are_those_of_the_engine_and_not_of_a_slow_reader(
         response.read()
 
 
-def test_what_is_running_and_waiting(server: Running, wait_until: Callable[..., None]) -> None:
+def test_what_is_running_and_waiting(server: Running) -> None:
     engine = server.model.engine
     engine.allow(3)
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**BODY, "stream": True, "n": 16}):

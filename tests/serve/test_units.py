@@ -16,11 +16,11 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from documented import HOST, KEY, Replica, block, free_port, placed, start
-from person import Person
 
 from chatwright.commands.serve import ServeConfig
 from chatwright.serve.operation.keys import line_for
+from support.documented import HOST, KEY, Replica, block, free_port, placed, start
+from support.person import Person
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="these programs are POSIX's")
 NOWHERE = {"HOME": "/proc/none", "XDG_CACHE_HOME": "", "XDG_DATA_HOME": ""}

@@ -11,15 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
-from tooling import save
 
 from chatwright import files
 from chatwright.commands.serve import ServeConfig, main
@@ -30,6 +27,8 @@ from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.serve import vllm
 from chatwright.tokenizer import Tokenizer
+from support.tooling import save
+from support.waiting import reached, wait_until
 
 pytestmark = pytest.mark.skipif(
     os.name != "posix", reason="the stand-in is a script with a first line that names Python"
@@ -386,14 +385,8 @@ def test_a_stand_in_that_really_serves(folder: Path, chat_dir: Path) -> None:
         port = free.getsockname()[1]
     child = run_verb(folder, chat_dir, f"--port={port}", "--name=mine")
     try:
-        end = time.monotonic() + 60
-        while True:
-            try:
-                found = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=5).json()
-                break
-            except httpx.TransportError:
-                assert child.poll() is None and time.monotonic() < end, child.communicate(timeout=5)
-                time.sleep(0.05)
+        response = wait_until(lambda: reached(f"http://127.0.0.1:{port}/v1/models"), process=child)
+        found = response.json()
         assert found["data"][0]["id"] == "mine" and found["data"][0]["root"].startswith(
             str(folder / "cache" / "vllm")
         )

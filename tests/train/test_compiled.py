@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI
 from torch import Tensor
 
 from chatwright import runtime
@@ -24,6 +23,7 @@ from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.stages import ppo, sft
 from chatwright.train.compiled import compile_blocks
+from support.planted import MINI
 
 MISSING = runtime.compiler_missing()
 

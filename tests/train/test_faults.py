@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from planted import MINI, plant
 
 from chatwright import checkpoint, cli, files
 from chatwright.data.examples import Comparison
 from chatwright.metrics import read_metrics
 from chatwright.stages import ppo, reward, sft
-from chatwright.train.parallel.context import context
+from chatwright.train.parallel import context
 from chatwright.train.rl import training
 from chatwright.train.rl.models import RLModels
 from chatwright.train.rl.rollout import Completions, completion_log_probs
 from chatwright.train.workspace import Unhealthy
+from support.planted import MINI, plant
 
 SMALL = replace(MINI, iterations=16, batch_size=8, minibatch_size=8)
 
@@ -84,7 +84,7 @@ def test_answers_of_another_model_give_a_negative_kl(
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in models.policy.blocks.parameters():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+                parameter.add_(0.15 * torch.randn(parameter.shape, generator=draw))
         made.append(models)
         return models
 
@@ -108,7 +108,7 @@ def test_kl_that_jumps_ends_the_run(planted_bench: Any, tmp_path: Path) -> None:
     assert "KL jumped from 0.0 to" in report.facts["stopped"] and report.facts["best"]["step"] == 0
 
 
-# ---- reward up, gold down: tests/train/test_rounds.py::test_gold_chooses_what_is_kept_and_stops_the_run_when
+# ---- reward up, gold down: tests/train/rl/test_rounds.py::test_gold_chooses_what_is_kept ...
 # ---- entropy to 0 ------------------------------------------------------------------------------------------
 
 
@@ -188,11 +188,11 @@ def test_a_first_ratio_that_only_another_process_finds_breaks_off_this_one_too(
     large is the gap."""
     asked: list[float] = []
 
-    def most(self: context.ParallelContext, values: Sequence[float]) -> list[float]:
+    def all_reduce_max(self: context.ParallelContext, values: Sequence[float]) -> list[float]:
         asked.extend(values)
         return [0.5] if len(asked) == 2 else list(values)
 
-    monkeypatch.setattr(context.ParallelContext, "most", most)
+    monkeypatch.setattr(context.ParallelContext, "all_reduce_max", all_reduce_max)
     rows = broken_off(planted_bench, SMALL, tmp_path / "ppo", "before any update.* 0.5 away")
     assert len(rows) == 1 and "policy_loss" not in rows[0]
 
@@ -226,11 +226,13 @@ def test_an_end_token_outside_of_sfts_loss(
 
     monkeypatch.setattr(sft, "rows_of", masked)
     monkeypatch.setattr(sft, "check_end_is_learnt", lambda *given: None)
-    settings = sft.Config(fit=make_fit(steps=120), held_out=16, optim=replace(MINI.optim, learning_rate=4e-3))
+    settings = sft.Config(fit=make_fit(steps=120), held_out=16, optim=replace(MINI.optim, learning_rate=8e-3))
     pretrain_bench.run(sft, settings, tmp_path / "sft")
     plant(monkeypatch)
     bench = pretrain_bench.with_(sft=tmp_path / "sft", reward=tmp_path / "sft")
-    config = replace(SMALL, batch_size=64, minibatch_size=64, max_new_tokens=8)
+    # updates too small to teach it the end by the higher score of answers that have one by chance
+    still = replace(MINI.optim, learning_rate=1e-7)
+    config = replace(SMALL, batch_size=256, minibatch_size=256, max_new_tokens=12, optim=still)
     rows = broken_off(bench, config, tmp_path / "ppo", "end token was outside the loss of SFT")
     assert len(rows) == 3
     learnt("share of finished answers", max(row["finished"] for row in rows), below=0.02)

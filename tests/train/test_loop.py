@@ -296,9 +296,9 @@ def ten_seconds_of_steps(directory: Path, monkeypatch: pytest.MonkeyPatch, *, le
     the processors."""
 
     class Meter(busy.BusyMeter):
-        def look(self) -> float:
+        def lost(self, seconds: float) -> float:
             self.left = left
-            return left
+            return seconds * (1 - left)
 
     ticks = itertools.count()
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))

@@ -37,7 +37,6 @@ from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
 
-HERE = Path(__file__).parent
 LORA = LoRAConfig(rank=4, alpha=8.0)
 
 
@@ -338,23 +337,13 @@ def test_the_plan_knows_that_little_is_trained() -> None:
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same steps in one process and, by two plans, in two."""
-    import os
-
     root = tmp_path_factory.mktemp("many")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CHATWRIGHT_DEVICE": "cpu"}
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-    ]
-    for before, plans in (([], ["auto"]), (torchrun, ["ddp", "fsdp"])):
-        command = [sys.executable, *before, str(HERE / "many_lora.py"), str(root), *plans]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    for command, plans in (
+        ([sys.executable, "-m", "support.many_lora"], ["auto"]),
+        (torchrun(2, "-m", "support.many_lora"), ["ddp", "fsdp"]),
+    ):
+        command = [*command, str(root), *plans]
+        done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return root
 
@@ -380,9 +369,6 @@ def test_two_processes_are_one(launched: Path, how: str) -> None:
 def test_a_plan_that_would_cut_adapters_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from chatwright.train.parallel.context import MeshShape
     from chatwright.train.parallel.multi_process import MultiProcess
-
-    sys.path.insert(0, str(HERE))
-    from many_lora import lively_model
 
     together = MultiProcess.__new__(MultiProcess)
     together.mesh_shape = MeshShape(1, 1, 2)

@@ -60,7 +60,7 @@ def test_micro_batches_add_up_in_float32(lively_gpt: Callable[..., Any]) -> None
     """A small gradient on top of a large one: bf16 with its 8 bits would lose it."""
     model = lively_gpt(1)
     copies = WorkingCopy(model)
-    low, master = copies.replicas[0], copies.masters[0]
+    low, master = copies.copies[0], copies.masters[0]
     for value in (1.0, 2.0**-12):
         (low * torch.full(low.shape, value, dtype=torch.bfloat16)).sum().backward()
     assert low.grad is None and master.grad is not None
@@ -75,18 +75,18 @@ def test_copies_follow_every_change_of_the_masters(name: Any, lively_gpt: Callab
 
     def fresh() -> bool:
         copies.refresh()
-        pairs = zip(copies.replicas, copies.masters, strict=True)
+        pairs = zip(copies.copies, copies.masters, strict=True)
         return all(torch.equal(low, master.detach().bfloat16()) for low, master in pairs)
 
     optimisers = optim.build(model, OptimConfig(name=name, learning_rate=0.05, weight_decay=0.1))
     for _ in range(2):  # the second step takes other paths: the state exists
-        before = [low.detach().clone() for low in copies.replicas]
+        before = [low.detach().clone() for low in copies.copies]
         loss_of(copies.twin, batch()).backward()
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         assert fresh()
-        assert all(not torch.equal(old, low) for old, low in zip(before, copies.replicas, strict=True))
+        assert all(not torch.equal(old, low) for old, low in zip(before, copies.copies, strict=True))
     other = lively_gpt(2)
     checkpoint.load_model_tensors(model, checkpoint.model_tensors(other), where="test")  # what a resume does
     assert fresh() and torch.equal(copies.twin.head.weight, other.head.weight.detach().bfloat16())

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from chatwright.train.loop import FitConfig
 from chatwright.train.rl import training
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import Trainer
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -426,6 +426,12 @@ KILLED = [
 ]
 
 
+def reached_step(directory: Path) -> int:
+    """The step of the newest checkpoint."""
+    found = checkpoint.checkpoints(directory / "checkpoints")
+    return found[-1].step if found else 0
+
+
 @pytest.mark.slow  # the short campaign of tests/faults does it as well
 def test_sigkill(tokenizer_bench: Any, tmp_path: Path) -> None:
     """A process that saves after every step is killed at some moment, twice; the third goes on to the end."""
@@ -439,12 +445,7 @@ def test_sigkill(tokenizer_bench: Any, tmp_path: Path) -> None:
             stdout=subprocess.DEVNULL,
             env=dict(os.environ),
         )
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            found = checkpoint.checkpoints(killed / "checkpoints")
-            if found and found[-1].step >= least:
-                break
-            time.sleep(0.01)
+        wait_until(lambda: reached_step(killed) >= least, f"step {least}", process=process)  # noqa: B023
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL  # it had not finished by itself
         valid, _ = checkpoint.newest_valid(killed / "checkpoints")

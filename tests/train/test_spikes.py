@@ -240,7 +240,7 @@ def test_a_rollback_forgets_no_time_of_the_budget(tmp_path: Path) -> None:
     progress, taken = run.trainer.progress, {"lost": 7.0, "excused": 6.0}
     progress.elapsed = 20.0
     progress.extra |= {"spikes": 2, "busy": taken}
-    run.trainer.roll_back(every=5, spare=list)
+    run.trainer.roll_back(every=5, protected=list)
     progress = run.trainer.progress
     assert progress.step == 5 and progress.elapsed == 20.0 and progress.extra["busy"] == taken
 

@@ -1,8 +1,8 @@
-"""Check a recipe or a model before the hours are spent; each finding comes with its remedy.
+"""Check a recipe or a model before the hours are spent; a finding comes with its remedy.
 
-Nothing is trained, no data downloaded, and nothing left on the disk. What is found is `ok`, a `warning` (it
-works, but perhaps not as meant, or is not possible) or a `problem` (it will fail, or do something else than
-it seems); with a problem the exit code is 1.
+Nothing is trained, no data is downloaded, and nothing is left on the disk. A finding is `ok`, a `warning` (it
+works but perhaps not as meant, or something is not possible) or a `problem` (it will fail, or do something
+unexpected). With a problem the exit code is 1.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DoctorConfig:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check a model or a recipe; 1 when there is a problem. Raises UserError when the name leads nowhere."""
+    """Check a model or a recipe; returns 1 if there is a problem. Raises UserError for an unknown name."""
     config, positionals = parse(
         DoctorConfig,
         argv,

@@ -1,8 +1,7 @@
-"""Export parity, as `chatwright doctor` checks it: written aside in each format, read back, compared, thrown
-away.
+"""The export check of `chatwright doctor`: writes the model into a temporary folder in each format, reads it
+back and compares it.
 
-hf is read by our own reader and, where it is installed, by transformers' Auto classes; gguf by our own
-reader.
+Our own reader reads both formats; transformers' Auto classes also read hf, if transformers is installed.
 """
 
 from __future__ import annotations
@@ -36,13 +35,12 @@ if TYPE_CHECKING:
     from chatwright.interop.loaded import Loaded
 
 LARGEST = 300_000_000
-"""Parameters above which writing and reading would keep people waiting for minutes: they are told the command
-instead."""
+"""Most parameters of a model that is tried. A larger one would take minutes; the command is named instead."""
 TOLERANCE = 1e-4
-"""How far logits may be apart in transformers, as a share of the largest one where that is above 1: sums in
-another order."""
+"""Largest difference of logits from transformers', relative to the largest logit where that is above 1.
+transformers adds in another order."""
 SPARE = 50_000_000
-"""Bytes beside the weights: tokenizer, settings, the file system's own."""
+"""Bytes besides the weights: tokenizer, settings, the file system's own data."""
 TALK = (
     Message(role="user", content="Hi! What is 2 + 2?"),
     Message(role="assistant", content="It is 4."),
@@ -51,15 +49,15 @@ TALK = (
 
 Format = Literal["hf", "gguf"]
 Behaviour = tuple[list[int], list[int], Tensor]
-"""What `tools.behaviour` gives: ids of a text and of a conversation, logits."""
+"""What `behaviour` returns: ids of a text and of a conversation, logits."""
 
 
 class _Differs(Exception):
-    """What was read back is not what was written."""
+    """What was read back differs from what was written."""
 
 
 def check_export(parts: Loaded, name: str) -> list[Finding]:
-    """Findings about both formats. The model has to have a tokenizer."""
+    """Findings about both formats. The model must have a tokenizer."""
     return [_check(parts, name, form) for form in ("hf", "gguf")]
 
 
@@ -82,9 +80,7 @@ def _check(parts: Loaded, name: str, form: Format) -> Finding:
         )
     try:
         before = behaviour(parts)
-        if not bool(
-            torch.isfinite(before[2]).all()
-        ):  # what is no number is equal to nothing, itself included
+        if not bool(torch.isfinite(before[2]).all()):  # NaN differs from itself
             return Finding(
                 "warning", topic, "not tried: the model's own logits are not finite", "see the findings above"
             )
@@ -102,7 +98,7 @@ def _check(parts: Loaded, name: str, form: Format) -> Finding:
 
 
 def _too_much(count: int) -> str:
-    """Why a trial would take too long or too much, or nothing."""
+    """Why a trial would take too much time, disk or memory, else ""."""
     size, place = 4 * count + SPARE, tempfile.gettempdir()
     if count > LARGEST:
         return f"{count / 1e6:,.0f} M parameters are above the {LARGEST / 1e6:.0f} M of a quick check"
@@ -119,8 +115,8 @@ def _too_much(count: int) -> str:
 
 
 def _tried(parts: Loaded, plan: HFExport | GGUFExport, before: Behaviour) -> str:
-    """Write, read, compare. Returns what to say; raises _Differs, OSError, and UserError when it cannot be
-    read."""
+    """Write, read back and compare. Returns the text of the finding. Raises _Differs, OSError, and UserError
+    when it cannot be read."""
     with tempfile.TemporaryDirectory(prefix="chatwright-doctor-") as folder:
         if isinstance(plan, GGUFExport):
             written = Path(folder) / "model.gguf"
@@ -143,17 +139,17 @@ def _read_by_us(before: Behaviour, again: Loaded) -> None:
     for what, same in (
         ("ids of a text", before[0] == after[0]),
         ("ids of a conversation", before[1] == after[1]),
-        ("logits", torch.equal(before[2], after[2])),  # bit for bit: the same numbers take the same way
+        ("logits", torch.equal(before[2], after[2])),  # bit for bit: the same numbers in the same code
     ):
         if not same:
             raise _Differs(f"chatwright reads back other {what}")
 
 
 def _read_by_transformers(parts: Loaded, written: Path) -> str:
-    """Logits and ids in transformers. Raises _Differs."""
+    """Compare logits and ids with transformers'. Raises _Differs."""
     import transformers
 
-    auto: Any = transformers  # its own types are not complete
+    auto: Any = transformers  # its type annotations are incomplete
     version = str(auto.__version__)
     assert parts.tokenizer is not None
     try:
@@ -161,7 +157,7 @@ def _read_by_transformers(parts: Loaded, written: Path) -> str:
             written, dtype=torch.float32, local_files_only=True
         ).eval()
         tokenizer = auto.AutoTokenizer.from_pretrained(written, local_files_only=True)
-    except Exception as error:  # kinds without a common ancestor
+    except Exception as error:  # the possible errors have no narrower common class
         raise _Differs(f"transformers {version} refuses it: {' '.join(str(error).split())[:200]}") from None
     sample = text_of(TALK[-1]["content"])
     text = parts.tokenizer.encode(sample)
@@ -176,7 +172,7 @@ def _read_by_transformers(parts: Loaded, written: Path) -> str:
         own = parts.model(ids)
         found = theirs(ids).logits
     apart, largest = float((own - found).abs().max()), max(1.0, float(own.abs().max()))
-    if not apart <= TOLERANCE * largest:  # not a number counts as apart, too
+    if not apart <= TOLERANCE * largest:  # NaN fails as well
         raise _Differs(
             f"transformers {version} computes logits that are {apart:.2g} apart, the largest being "
             f"{largest:.2g}"
@@ -189,13 +185,13 @@ def _read_by_transformers(parts: Loaded, written: Path) -> str:
 
 
 def _talk_ids(parts: Loaded, tokenizer: Any, version: str) -> list[int]:
-    """A conversation's ids, by transformers' template. Raises _Differs when they are not those of our
-    rendered text.
+    """A conversation's ids from transformers' template; [] if the template refuses it. Raises _Differs
+    when they are not the ids of our rendered text.
 
-    (Whether these are the ids that our own encoding gives is the check `elsewhere`.)
+    The check `elsewhere` compares them with the ids of our own encoding.
     """
     assert parts.template is not None and parts.tokenizer is not None
-    for messages in (TALK, TALK[:1]):  # some templates want to end with an answer, or without
+    for messages in (TALK, TALK[:1]):  # some templates need an answer at the end, some refuse one
         with contextlib.suppress(UserError):
             text = parts.template.render(messages)
             break
@@ -217,7 +213,7 @@ def _talk_ids(parts: Loaded, tokenizer: Any, version: str) -> list[int]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers without its progress bars and warnings, and nobody's random numbers moved."""
+    """Run transformers without progress bars and warnings, and keep the state of the random numbers."""
     import transformers.utils.logging
 
     logging: Any = transformers.utils.logging

@@ -1,4 +1,4 @@
-"""What one check of `chatwright doctor` says."""
+"""The result of one check of `chatwright doctor`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STYLES: dict[Level, str] = {"ok": "green", "warning": "yellow", "problem": "bold
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check says."""
+    """The result of one check."""
 
     level: Level
     topic: str

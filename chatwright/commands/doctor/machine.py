@@ -1,4 +1,4 @@
-"""What `chatwright doctor` says about this machine and a model: precision, kernels for each dtype, memory."""
+"""`chatwright doctor`'s checks of this machine for a model: precision, kernels for each dtype, memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VECTORS = "vector code that LLVM makes for this processor"
 
 
 def check_machine(model: GPT) -> Iterator[Finding]:
-    """Findings about the machine: what it computes in, each dtype, memory for serving and for training."""
+    """Findings about the machine: precision of training, each dtype, memory for serving and for training."""
     kind = runtime.device().type
     if runtime.has_bf16():
         yield Finding("ok", "precision", f"{kind} computes bf16: training uses it")
@@ -30,7 +30,7 @@ def check_machine(model: GPT) -> Iterator[Finding]:
 
 
 def _dtypes(config: GPTConfig) -> Iterator[Finding]:
-    """What computes with each dtype of the weights (`--dtype`), or why it cannot be had."""
+    """Which code computes with each dtype of the weights (`--dtype`), or why the dtype is not available."""
     kind = runtime.device().type
     if kind != "cpu":
         for name in NAMED:
@@ -94,7 +94,7 @@ def _on_gpu(name: str, kind: str) -> Finding:
 
 
 def _serving(config: GPTConfig, count: int) -> Finding:
-    """What serving takes in each dtype that can be had, against what there is."""
+    """Memory for serving in each available dtype, compared with the machine's."""
     on_cpu = runtime.device().type == "cpu"
     kernels = on_cpu and unsupported(config) is None
     names = NAMED if kernels else ("fp32",) if on_cpu else ("fp32", "bf16")
@@ -123,7 +123,7 @@ def _serving(config: GPTConfig, count: int) -> Finding:
 
 
 def _training(count: int) -> Finding:
-    """What training as a whole takes, against what there is."""
+    """Memory for training all parameters (16 bytes each), compared with the machine's."""
     need = 16 * count
     text = f"{gigabytes(need)} (weights, gradients, two moments) and activations"
     have = runtime.total_memory_bytes()
@@ -141,5 +141,5 @@ def _training(count: int) -> Finding:
 
 
 def gigabytes(count: float) -> str:
-    """A number of bytes for people."""
+    """A number of bytes as text, in GB or MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,5 +1,4 @@
-"""What `chatwright doctor` looks at in a model: files, numbers, tokenizer, chat template, and what training
-would see."""
+"""`chatwright doctor`'s checks of a model: files, weights, tokenizer, chat template, and the loss mask."""
 
 from __future__ import annotations
 
@@ -49,15 +48,15 @@ PROBES = (
     "half a pair \ud83d of surrogates",
 )
 NEVER = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
-"""Bytes that never occur in UTF-8; vocabularies that were learnt from text may lack them."""
+"""Bytes that never occur in UTF-8; a vocabulary learnt from text may lack them."""
 OWN_TABLE = frozenset({"positions.weight"})
 THEIR_TABLES = frozenset(
     {"wpe.weight", "transformer.wpe.weight", "positions_embed.weight", "transformer.positions_embed.weight"}
 )
-"""The table of learned positions by its names in files: ours, and those of GPT-2 and GPT-1 in transformers'
-format."""
+"""Names of the table of learned positions in files: above in ours, here those of GPT-2 and GPT-1 in
+transformers' format."""
 DIALOGUES = 1_000
-"""Conversations of the user's that are counted."""
+"""Most of the user's conversations that are counted."""
 
 
 def check_model(name: str, dialogue: str = "") -> tuple[list[Finding], Text | None]:
@@ -96,7 +95,7 @@ def check_model(name: str, dialogue: str = "") -> tuple[list[Finding], Text | No
 
 
 def _files(name: str) -> Iterator[Finding]:
-    """Checksums of a checkpoint of ours, and damaged newer ones that were passed over."""
+    """Checksums of one of our checkpoints, and newer checkpoints skipped because they are damaged."""
     path = Path(name)
     if not path.is_dir():
         return
@@ -116,7 +115,7 @@ def _files(name: str) -> Iterator[Finding]:
 
 
 def _numbers(model: GPT) -> Iterator[Finding]:
-    """How many parameters there are, and whether all are numbers."""
+    """The number of parameters, and whether all are finite."""
     count, body = model.parameter_count(), model.parameter_count(embeddings=False)
     shape = model.config
     yield Finding(
@@ -137,7 +136,7 @@ def _numbers(model: GPT) -> Iterator[Finding]:
 
 
 def _tokenizer(parts: Loaded, name: str) -> Iterator[Finding]:
-    """Whether it belongs to the model, and whether text comes back as it went in."""
+    """Whether the tokenizer belongs to the model, and whether decoding gives the encoded text back."""
     tokenizer, padded = parts.tokenizer, parts.model.config.vocab_size
     assert tokenizer is not None
     found = find_checkpoint(Path(name)) if Path(name).is_dir() else None
@@ -213,8 +212,8 @@ def _round_trip(tokenizer: Tokenizer) -> Finding:
 
 
 def _positions(name: str) -> Finding | None:
-    """The problem of a model that cannot be loaded because its context is not the length of its table of
-    positions."""
+    """The finding for a model that cannot be loaded because its context differs from the length of its table
+    of positions; None for other models."""
     path = Path(name)
     with suppress(UserError, OSError, safetensors.SafetensorError, TypeError, ValueError):
         found = find_checkpoint(path) if path.is_dir() else None
@@ -266,7 +265,7 @@ def _context(model: GPT) -> Finding:
 
 
 def _generation(model: GPT, tokenizer: Tokenizer) -> Finding:
-    """Whether the engine, token by token with a cache, has the probabilities of one pass over the whole."""
+    """Whether the engine (token by token, with a cache) has the probabilities of one forward pass."""
     prompt = [tokenizer.end_of_text_id, *tokenizer.encode("Once upon a time")]
     request = Request(tuple(prompt), Sampling(max_new_tokens=12, temperature=0.0))
     try:
@@ -279,7 +278,9 @@ def _generation(model: GPT, tokenizer: Tokenizer) -> Finding:
     apart = (
         (whole.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu() - torch.tensor(done.logprobs)).abs().max()
     )
-    if not apart <= 1e-3:  # float32 sums in another order differ by less than 1e-4 (tests/generate)
+    if (
+        not apart <= 1e-3
+    ):  # float32 sums in another order differ by less than 1e-4 (tests/generate); NaN fails
         return Finding(
             "problem",
             "generation",
@@ -294,7 +295,7 @@ def _generation(model: GPT, tokenizer: Tokenizer) -> Finding:
 def _chat(
     model: GPT, tokenizer: Tokenizer, template: ChatTemplate, dialogue: str
 ) -> tuple[list[Finding], Text | None]:
-    """The chat template: its end, its mask, and whether others would read it in the same way."""
+    """Findings about the chat template: its end token, its loss mask, and its ids in other programs."""
     known = template.end in tokenizer.control_ids
     findings = [
         Finding(
@@ -314,7 +315,7 @@ def _chat(
     try:
         try:
             encoded = template.encode(messages, tokenizer)
-        except UserError:  # some templates know no system role
+        except UserError:  # some templates have no system role
             messages = SAMPLE[1:]
             encoded = template.encode(messages, tokenizer)
             findings.append(
@@ -357,7 +358,7 @@ def _end_learnt(encoded: EncodedChat, template: ChatTemplate, tokenizer: Tokeniz
 
 
 def _prefix(messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer) -> Finding:
-    """What the model is asked with must be how what it learnt from begins."""
+    """Whether a prompt equals the beginning of the conversations that the model learnt from."""
     asked = template.encode(messages[:-1], tokenizer, add_generation_prompt=True).ids
     if template.encode(messages, tokenizer).ids[: len(asked)] != asked:
         return Finding(
@@ -370,7 +371,7 @@ def _prefix(messages: Sequence[Message], template: ChatTemplate, tokenizer: Toke
 
 
 def _twin(messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer) -> Finding:
-    """Our ids against those of programs that render first and tokenize the whole (transformers, vLLM)."""
+    """Whether programs that tokenize the whole rendered text (transformers, vLLM) get our ids."""
     others = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     harmless_ones = [
         Message(role=one["role"], content=written(one["content"]).replace("<|end|>", "the end"))
@@ -388,7 +389,7 @@ def _twin(messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokeni
 
 
 def _stops(model: GPT, encoded: EncodedChat, template: ChatTemplate, tokenizer: Tokenizer) -> Finding:
-    """How likely the end token is where the sample's answers end."""
+    """The probability of the end token at the end of the sample's answers."""
     end = tokenizer.control_ids[template.end]
     if len(encoded.ids) > model.config.context:
         return Finding(
@@ -415,7 +416,7 @@ def _stops(model: GPT, encoded: EncodedChat, template: ChatTemplate, tokenizer: 
 def _dialogues(
     spec: str, template: ChatTemplate, tokenizer: Tokenizer, context: int
 ) -> tuple[Finding, EncodedChat]:
-    """The user's conversations: how many would be cut or teach nothing, and the first one encoded."""
+    """The user's conversations: how many would be cut or have no answer, and the first one encoded."""
     from chatwright.data import sources
 
     encoded = [template.encode(one.messages, tokenizer) for one in islice(sources.dialogues(spec), DIALOGUES)]

@@ -1,5 +1,4 @@
-"""What `chatwright doctor` looks at in a recipe: stages and their inputs, data, shapes that must fit, memory,
-disk."""
+"""`chatwright doctor`'s checks of a recipe: stages and their inputs, data, model shapes, memory, disk."""
 
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ from chatwright.commands.doctor.finding import Finding
 from chatwright.commands.doctor.machine import gigabytes
 from chatwright.config import UsageError, UserError
 from chatwright.data import archives, sources
+from chatwright.data.catalogue import Kind, find
 from chatwright.model.config import GPTConfig
 from chatwright.recipe import Recipe, RecipeStage, find_recipe, read_recipe, shape_of
 from chatwright.stages import data
@@ -66,7 +66,7 @@ def _inputs(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
 
 
 def _portions(stage: RecipeStage) -> Iterator[Finding]:
-    """Length of training, batches, and how long it will take."""
+    """Length of training and size of the batches, and whether a compiler is missing."""
     fit = getattr(stage.config, "fit", None)
     if fit is None:
         return
@@ -85,9 +85,9 @@ def _portions(stage: RecipeStage) -> Iterator[Finding]:
 
 
 def _data(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
-    """The sources of a data stage: known, of the right kind, and whether they must be downloaded."""
+    """The sources of a data stage: whether they exist, are of the right kind, and must be downloaded."""
     config = stage.config
-    wanted: list[tuple[str, str, sources.Kind, Any]] = [
+    wanted: list[tuple[str, str, Kind, Any]] = [
         ("text", config.path or config.text, "text", sources.documents),
         (
             "dialogues",
@@ -124,11 +124,13 @@ def _data(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
             )
 
 
-def _source(stage: RecipeStage, setting: str, spec: str, kind: sources.Kind, read: Any) -> Finding:
+def _source(stage: RecipeStage, setting: str, spec: str, kind: Kind, read: Any) -> Finding:
     topic = f"{stage.name}.{setting}"
-    named = {source.name: source for source in sources.catalogue()}
-    if spec in named:
-        source = named[spec]
+    try:
+        source = find(spec)
+    except UserError as error:
+        return Finding("problem", topic, str(error), "mend or remove that package, or name another source")
+    if source is not None:
         if kind not in source.kinds:
             return Finding(
                 "problem",
@@ -136,6 +138,8 @@ def _source(stage: RecipeStage, setting: str, spec: str, kind: sources.Kind, rea
                 f"{spec} holds {' and '.join(source.kinds)} records, not {kind}",
                 "chatwright data list names the kinds",
             )
+        if source.archive is None:
+            return Finding("ok", topic, f"{spec} finds its data by itself ({source.licence})")
         if (archives.cache_dir() / "archives" / source.archive.filename).is_file():
             return Finding("ok", topic, f"{spec} is in the cache ({source.licence})")
         return Finding(
@@ -153,7 +157,7 @@ def _source(stage: RecipeStage, setting: str, spec: str, kind: sources.Kind, rea
 
 
 def _shapes(recipe: Recipe, findings: list[Finding]) -> dict[str, GPTConfig]:
-    """The shape of the model of each stage that makes or trains one; findings where there can be none."""
+    """The model's shape for each stage that makes or trains a model. Adds findings for impossible shapes."""
     shapes: dict[str, GPTConfig] = {}
     for stage in recipe.stages.values():
         try:
@@ -167,7 +171,8 @@ def _shapes(recipe: Recipe, findings: list[Finding]) -> dict[str, GPTConfig]:
 
 
 def _lengths(stage: RecipeStage, recipe: Recipe, shapes: dict[str, GPTConfig]) -> Iterator[Finding]:
-    """What a stage feeds its model must fit into the context."""
+    """Whether a stage's sequences fit into the context. For a stage that makes a model, also whether the
+    token table is too large and the context too short."""
     shape = shapes.get(stage.name)
     if shape is None:
         return
@@ -205,7 +210,7 @@ def _lengths(stage: RecipeStage, recipe: Recipe, shapes: dict[str, GPTConfig]) -
 
 
 def parameters(shape: GPTConfig) -> int:
-    """Number of parameters of a shape, counted on a model without memory."""
+    """Number of parameters of a shape, counted on a model on the meta device (no memory)."""
     import torch
 
     from chatwright.model.gpt import GPT
@@ -215,8 +220,8 @@ def parameters(shape: GPTConfig) -> int:
 
 
 def _memory(recipe: Recipe, shapes: dict[str, GPTConfig]) -> Iterator[Finding]:
-    """The largest stage, as the planner predicts it, against the machine's memory; checkpoints against the
-    disk."""
+    """Compare the planner's prediction for the largest stage with the machine's memory, and the size of the
+    checkpoints with the free disk space."""
     plans: list[Plan] = []
     for name, shape in shapes.items():
         stage = recipe.stages[name]
@@ -252,7 +257,7 @@ def _memory(recipe: Recipe, shapes: dict[str, GPTConfig]) -> Iterator[Finding]:
 
 
 def _checkpoint_bytes(stage: RecipeStage, parameters: float) -> float:
-    """Bytes of a stage's checkpoints: weights and two moments in float32, as many times as are kept, and one
-    being written."""
+    """Bytes of a stage's checkpoints: weights and two moments in float32, for each checkpoint that is kept
+    and for one being written."""
     keep = getattr(getattr(stage.config, "fit", stage.config), "keep", 2)
     return 12 * parameters * (keep + 1)

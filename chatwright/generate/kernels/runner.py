@@ -14,12 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from chatwright import runtime
 from chatwright.config import UserError
 from chatwright.generate.kernels import packing, paths, step
 from chatwright.generate.kernels.barrier import SYNC_SIZE
 from chatwright.generate.kernels.dots import GROUP
 from chatwright.generate.kernels.simd import LANES
 from chatwright.generate.runner import Feed
+from chatwright.load import LoadMeter, threads_beside
 from chatwright.model.gpt import GPT
 
 ROWS = 256
@@ -44,17 +46,20 @@ class Team:
             name = f"chatwright-kernel-{number}"
             threading.Thread(target=self._help, args=(number,), name=name, daemon=True).start()
 
-    def run(self, job: Callable[[int], Any]) -> None:
-        """job(0) here and job(1), job(2), ... in the others; back when all are done. Raises what a job
-        raised."""
+    def run(self, job: Callable[[int], Any], threads: int = 0) -> None:
+        """job(0) here and job(1), job(2), ... in the others, so many `threads` of the team (0: all).
+
+        Back when all are done. Raises what a job raised.
+        """
+        helpers = self._start[: (threads or self.threads) - 1]
         with self._one_at_a_time:
             self._job, self._failure = job, None
-            for start in self._start:
+            for start in helpers:
                 start.release()
             try:
                 job(0)
             finally:  # an interrupted caller too leaves no helper behind in work that is not his any more
-                for _ in self._start:
+                for _ in helpers:
                     self._done.acquire()
                 self._job = None  # it holds on to all weights
             if self._failure is not None:
@@ -130,6 +135,9 @@ class KernelRunner:
     dtype: fp32, bf16, int8 or int4, of the weights; activations are float32, and rounded to whole numbers in
     groups of 32 before they meet integer weights (int16 for int8, int8 for int4). Keys and values are
     bfloat16, float32 with fp32 weights. Raises UserError for shapes the kernels lack.
+
+    threads: 0 takes those of torch, and fewer while other programs keep processors busy (`working`). The
+    numbers are the same with any count.
     """
 
     own_threads = True
@@ -148,10 +156,22 @@ class KernelRunner:
         self._cos = self._sin = np.zeros(1, dtype=np.float32)
         self._turned = 0  # positions that they hold
         self.team = Team(threads or torch.get_num_threads())
+        self._load = None if threads else LoadMeter(alike=runtime.local_world_size())
         weakref.finalize(self, self.team.close)  # the threads end when nobody has the runner any more
         self._dims = self._describe()
         self._buffers(ROWS)
         self._pages = 0
+
+    def working(self) -> int:
+        """Threads of the team to compute with now.
+
+        The threads meet many times in a token, and each meeting takes as long as the last one needs to come.
+        Where another program has its processor, that is a hundred times as long as the work between. With
+        one thread fewer nobody waits.
+        """
+        if self._load is None:
+            return self.team.threads
+        return threads_beside(self._load.look(), threads=self.team.threads, count=self._load.count)
 
     def described(self) -> str:
         """One line for people: instructions, threads, weights."""
@@ -281,7 +301,7 @@ class KernelRunner:
     ) -> None:
         """One compiled call: up to ROWS tokens."""
         self._turn(int(positions.max()) + 1)
-        path, threads = paths.typed(self.path), self.team.threads
+        path, threads = paths.typed(self.path), self.working()
         packed, eps = self.packed, np.float32(self.config.norm_eps)
 
         def job(thread: int) -> None:
@@ -318,4 +338,4 @@ class KernelRunner:
                 logits,
             )
 
-        self.team.run(job)
+        self.team.run(job, threads)

@@ -84,7 +84,7 @@ class ChatRequest(SampledBody):
         return self.sampling_with(max_new_tokens=most, top_logprobs=self.top_logprobs or 0)
 
     def form(self) -> Form:
-        """What the answer must look like. Raises UserError where wishes contradict each other."""
+        """The form that the answer must have. Raises UserError for contradictory settings."""
         wanted = self.response_format
         return Form.of(
             wanted.type if wanted else "text",

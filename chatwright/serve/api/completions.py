@@ -1,9 +1,9 @@
-"""POST /v1/completions: a text goes on.
+"""POST /v1/completions: continue a text.
 
-A prompt is a text, which stands at the beginning of a document (as with `chatwright generate`: the
-end-of-text token is put in front), or token ids, which are taken as they are. With `echo` the prompt comes
-back in front of its continuation, log-probabilities included: what evaluation harnesses ask for, with
-`max_tokens` 0, to score given texts.
+A prompt is a text or token ids. A text counts as the beginning of a document: the end-of-text token is put in
+front, as `chatwright generate` does. Token ids are taken as they are. With `echo` the prompt is returned in
+front of its continuation, log-probabilities included. Evaluation harnesses use `echo` with `max_tokens` 0 to
+score given texts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from chatwright.serve.api.reading import (
 from chatwright.serve.pool import ModelPool
 
 DEFAULT_NEW_TOKENS = 16
-"""OpenAI's, where no maximum is asked."""
+"""OpenAI's default length of a continuation."""
 MOST_PROMPTS = 64
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
@@ -55,7 +55,7 @@ class CompletionRequest(SampledBody):
     )
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    """The likeliest tokens to report at each place; OpenAI allows 5."""
+    """How many of the likeliest tokens to report at each position; OpenAI allows 5."""
     echo: bool | None = None
 
     @model_validator(mode="before")
@@ -113,10 +113,10 @@ class Writer:
             "created": int(time.time()),
             "model": body.model,
         }
-        self._lengths = [0] * len(reading.prepared.requests)  # characters that have been written, per choice
+        self._lengths = [0] * len(reading.prepared.requests)  # characters written so far, per choice
 
     def echo(self, index: int) -> Whole | None:
-        """What stands in front of choice `index`."""
+        """The echoed prompt of choice `index`, or None."""
         return self._echoes[index // self._body.answers] if self._echoes else None
 
     def whole(self, wholes: Sequence[Whole]) -> dict[str, Any]:
@@ -158,8 +158,8 @@ class Writer:
 
 
 def echo_of(model: LanguageModel, given: str | list[int], ids: Sequence[int], logprobs: int | None) -> Whole:
-    """A prompt as an answer; its log-probabilities when asked for, by a forward pass of the plain model."""
-    # The end-of-text token that we put in front is not part of a text.
+    """A prompt in the form of an answer, with log-probabilities from a forward pass if asked for."""
+    # The end-of-text token put in front of a text is not part of it.
     shown = 1 if isinstance(given, str) else 0
     text = given if isinstance(given, str) else model.tokenizer.decode(ids)
     tokens = []
@@ -181,7 +181,7 @@ def routes(pool: ModelPool) -> APIRouter:
             reading = Reading(service, prepared)
             if body.max_tokens != 0:
                 reading.begin(stack)
-            else:  # scoring alone takes up places too
+            else:  # scoring alone takes up slots too
                 stack.enter_context(service.occupied(len(prompts)))
 
             async def written() -> Writer:

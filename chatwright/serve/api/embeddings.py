@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: texts as vectors (`LanguageModel.embed` says what they are good for)."""
+"""POST /v1/embeddings: texts as vectors (`LanguageModel.embed` says what they can be used for)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class EmbeddingRequest(Body):
     input: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MOST_INPUTS)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Count | None = None
-    """Must be the model's width: the vectors of a language model cannot be cut shorter."""
+    """Must be the model's width: these vectors cannot be shortened."""
 
     @property
     def inputs(self) -> list[str | list[int]]:
@@ -46,8 +46,8 @@ class EmbeddingRequest(Body):
 
 
 def encoded(model: LanguageModel, body: EmbeddingRequest) -> list[list[int]]:
-    """Token ids of the inputs. Raises UserError for empty or too long ones, foreign ids, and other
-    dimensions."""
+    """Token ids of the inputs. Raises UserError for an empty or too long input, an id outside the vocabulary,
+    and dimensions other than the model's width."""
     width, most = model.model.config.width, model.tokenizer.vocab_size
     if body.dimensions not in (None, width):
         raise UserError(f"dimensions: the vectors of this model have {width}")
@@ -73,7 +73,7 @@ def vector(model: LanguageModel, ids: Sequence[int]) -> Vector:
 def routes(pool: ModelPool) -> APIRouter:
     """The route."""
     router = APIRouter()
-    one_at_a_time = asyncio.Semaphore(1)  # they compute beside the engine, whose answers must go on
+    one_at_a_time = asyncio.Semaphore(1)  # embedding shares the processors with the engine's answers
 
     @router.post("/v1/embeddings", response_model=None)
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
@@ -94,7 +94,7 @@ def routes(pool: ModelPool) -> APIRouter:
 
 
 def written(body: EmbeddingRequest, found: Sequence[Vector], tokens: int) -> dict[str, Any]:
-    """The object of the response; `tokens` is how many the inputs had together."""
+    """The body of the response; `tokens`: number of tokens of all inputs."""
 
     def one(values: Vector) -> Any:
         if body.encoding_format == "base64":

@@ -1,5 +1,4 @@
-"""What form an answer must have: free text, JSON, JSON of a schema, or calls of tools; and the grammar that
-keeps to it."""
+"""The form that an answer must have (free text, JSON, JSON of a schema, or tool calls), and its grammar."""
 
 from __future__ import annotations
 
@@ -83,7 +82,7 @@ Choice = Literal["none", "auto", "required"]
 
 @dataclass(frozen=True)
 class Form:
-    """What was asked for, in one shape for all interfaces. Raises UserError for what contradicts itself."""
+    """The form asked for, in one shape for all interfaces. Raises UserError for contradictory settings."""
 
     kind: Literal["text", "json_object", "json_schema"] = "text"
     schema: dict[str, Any] | None = None
@@ -110,18 +109,18 @@ class Form:
         choice: Any,
         parallel: bool | None,
     ) -> Form:
-        """From what OpenAI's chat interface has: tools as {"type": "function", "function": ...}. Raises
+        """From the fields of OpenAI's chat interface: tools as {"type": "function", "function": ...}. Raises
         UserError."""
         checked = check_tools(tools)
         return cls(kind, schema, checked, check_tool_choice(choice, checked), parallel is not False)
 
     @property
     def calls(self) -> bool:
-        """Whether calls are to be looked for in the answer."""
+        """Whether the answer may contain tool calls."""
         return bool(self.tools) and self.choice != "none"
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
-        """The conversation, with the tools described to the model, or the form it is to keep to."""
+        """The conversation, with a description of the tools or of the form in its system message."""
         if self.calls:
             return with_system(messages, tools_prompt(self.tools))
         if self.kind == "json_schema":
@@ -131,8 +130,8 @@ class Form:
         return list(messages)
 
     def grammar(self, model: LanguageModel) -> Grammar | None:
-        """What the answer is held to; None leaves it free. Takes up to a second for large schemas. Raises
-        UserError."""
+        """The grammar that constrains the answer; None for free text. Takes up to a second for large schemas.
+        Raises UserError."""
         if not self.calls and self.kind == "text":
             return None
         tokenizer = model.tokenizer

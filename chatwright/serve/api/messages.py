@@ -1,7 +1,7 @@
-"""The messages of a request: OpenAI's form is checked here and becomes ours (chatwright/messages.py).
+"""The messages of a request: checks OpenAI's form and converts it to ours (chatwright/messages.py).
 
-Tool calls and their results are parts, which chat.py writes to the model as text. An image is a part as
-well; a model that reads only text refuses it when the prompt is encoded.
+Tool calls and their results are parts of a message, which chat.py renders as text for the model. An image is
+a part as well; a model that reads only text refuses it when the prompt is encoded.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class ChatMessage(BaseModel):
 
 
 def with_system(messages: Sequence[Message], text: str) -> list[Message]:
-    """The messages with `text` at the end of the system message, which is made when there is none."""
+    """The messages with `text` at the end of the system message, which is added if there is none."""
     if messages and messages[0]["role"] == "system":
         first = Message(role="system", content=joined(messages[0]["content"], f"\n\n{text}"))
         return [first, *messages[1:]]
@@ -124,13 +124,13 @@ def with_system(messages: Sequence[Message], text: str) -> list[Message]:
 
 
 def with_turn(messages: list[Message], turn: Message) -> list[Message]:
-    """The messages and one more turn. Two turns of the assistant in a row become one message, a line break
+    """The messages and one more turn. Two assistant turns in a row become one message with a line break
     between."""
     if not messages or not turn["role"] == messages[-1]["role"] == "assistant":
         return [*messages, turn]
     *others, last = messages
     seam = (parts_of(last["content"])[-1]["type"], parts_of(turn["content"])[0]["type"])
-    between = "" if "tool_call" in seam else "\n"  # calls stand on lines of their own anyway
+    between = "" if "tool_call" in seam else "\n"  # calls are rendered on lines of their own anyway
     content = joined(joined(last["content"], between) if between else last["content"], turn["content"])
     return [*others, Message(role="assistant", content=content)]
 

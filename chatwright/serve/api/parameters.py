@@ -1,9 +1,8 @@
-"""What the bodies of requests have in common: how tokens are chosen, and what happens to parameters that are
-not ours.
+"""What the bodies of requests have in common: the sampling parameters, and the treatment of other parameters.
 
-A parameter that would change the answer and is not carried out here is refused with 400 (unless its value
-asks for nothing), one that would not is ignored, and a name that nobody knows is refused with the nearest one
-that exists.
+Three kinds of other parameters exist. One that would change the answer and is not supported is refused with
+400, unless its value has no effect. One that would not change the answer is ignored. An unknown name is
+refused; the error names the nearest known one.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from chatwright.config import near_match
 from chatwright.generate.sampling import Sampling
 
 DEFAULT_NEW_TOKENS = 512
-"""Length of an answer for which no maximum is asked."""
+"""Longest answer, in tokens, when the request sets no maximum."""
 MOST_ANSWERS = 16
 """Largest `n`."""
 
@@ -29,7 +28,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 def parameter_error(code: str, message: str, param: str) -> PydanticCustomError:
     """An error of a validator that becomes a 400 with this code and parameter (serve/errors.py)."""
-    # Pydantic fills {names} in the template from the context; the message itself may hold braces.
+    # Pydantic fills {names} in the template from the context, and the message itself may contain braces.
     return PydanticCustomError(code, "{message}", {"message": message, "param": param})  # type: ignore[arg-type]
 
 
@@ -38,9 +37,9 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Parameters that this server does not carry out -> the values (beside null) that ask for nothing."""
+    """Parameters that this server does not support -> the values (besides null) that have no effect."""
     ignored: ClassVar[frozenset[str]] = frozenset()
-    """Parameters that concern bookkeeping, speed, or what only a refused parameter would turn on."""
+    """Parameters that concern only bookkeeping or speed, or belong to a refused parameter."""
 
     @model_validator(mode="before")
     @classmethod
@@ -92,7 +91,7 @@ class SampledBody(Body):
 
     @property
     def answers(self) -> int:
-        """How many are wanted for each prompt."""
+        """Number of answers for each prompt."""
         return self.n or 1
 
     @property

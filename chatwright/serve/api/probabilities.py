@@ -1,5 +1,4 @@
-"""Log-probabilities of tokens in the two shapes that OpenAI's interface has: one for chat, one for
-completions."""
+"""Log-probabilities of tokens in the two shapes of OpenAI's interface: one for chat, one for completions."""
 
 from __future__ import annotations
 
@@ -17,12 +16,12 @@ class TokenProbability:
 
     token: int
     logprob: float | None
-    """None for the first token of a text: nothing stands before it."""
+    """None for the first token of a text, which has no context."""
     top: Alternatives
 
 
 def token_probabilities(piece: Piece, end_ids: frozenset[int]) -> Iterator[TokenProbability]:
-    """The tokens of a piece, without the one that ends an answer: it stands for no text."""
+    """The tokens of a piece, without the one that ends an answer, which has no text."""
     tops: Sequence[Alternatives] = piece.top_logprobs or [[]] * len(piece.ids)
     for token, logprob, top in zip(piece.ids, piece.logprobs, tops, strict=True):
         if token not in end_ids:
@@ -30,15 +29,14 @@ def token_probabilities(piece: Piece, end_ids: frozenset[int]) -> Iterator[Token
 
 
 class Spelling:
-    """How tokens are written in these shapes: as text, in which a lone part of a character becomes U+FFFD,
-    and as bytes."""
+    """Writes tokens in these shapes: as bytes, and as text, where an incomplete character becomes U+FFFD."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._names = {number: name for name, number in tokenizer.control_ids.items()}
 
     def data(self, token: int) -> bytes:
-        """A token's bytes; a control token's name; nothing for the ids by which a model's table is padded."""
+        """A token's bytes; a control token's name; nothing for the padding rows of the embedding table."""
         if token in self._names:
             return self._names[token].encode()
         return self._tokenizer.token_bytes(token) if token < self._tokenizer.vocab_size else b""
@@ -65,8 +63,8 @@ class Spelling:
         }
 
     def completion(self, tokens: Sequence[TokenProbability], top: int, offset: int) -> dict[str, Any]:
-        """`logprobs` of a completion's choice; the first token begins `offset` characters behind the prompt's
-        beginning."""
+        """`logprobs` of a completion's choice; `offset`: where its first token begins in the text, in
+        characters."""
         texts = [self.text(one.token) for one in tokens]
         offsets = []
         for text in texts:
@@ -80,8 +78,8 @@ class Spelling:
         }
 
     def _likeliest(self, one: TokenProbability, top: int) -> dict[str, float | None] | None:
-        """Text -> log-probability. The chosen token is there too, as with OpenAI; of equal texts the likelier
-        counts."""
+        """Text -> log-probability, the chosen token included, as with OpenAI. Of tokens with equal texts the
+        likeliest counts."""
         if one.logprob is None:
             return None
         found: dict[str, float | None] = {}
@@ -91,5 +89,5 @@ class Spelling:
 
 
 def _finite(logprob: float | None) -> float | None:
-    """JSON knows no infinity; OpenAI writes -9999 for what cannot come."""
+    """At least -9999, which OpenAI writes for impossible tokens: JSON has no infinity."""
     return None if logprob is None else max(logprob, -9999.0)

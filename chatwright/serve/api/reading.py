@@ -1,5 +1,4 @@
-"""An answer as it comes: text, calls of tools, log-probabilities and ends, for whichever interface writes
-them down.
+"""An answer as it is generated: text, tool calls, log-probabilities and finish reasons, for all interfaces.
 
 Streams and whole answers are made from the same deltas, so that they cannot differ.
 """
@@ -35,7 +34,7 @@ DROPPED_HEADER = "x-chatwright-dropped-messages"
 
 @dataclass(frozen=True)
 class CallDelta:
-    """News of a call: its beginning (with id and name), or more of its arguments."""
+    """What is new in a call: its beginning (with id and name), or more of its arguments."""
 
     number: int
     """Which call of the answer, from 0."""
@@ -59,7 +58,7 @@ class Delta:
 
 @dataclass
 class Call:
-    """A call of a tool, as far as it has come."""
+    """A tool call so far."""
 
     id: str
     name: str
@@ -68,7 +67,7 @@ class Call:
 
 @dataclass
 class Whole:
-    """One of the answers, as far as it has come."""
+    """One of the answers so far."""
 
     text: str = ""
     tokens: list[TokenProbability] = field(default_factory=list)
@@ -76,7 +75,7 @@ class Whole:
     finish: str = "length"
 
     def add(self, delta: Delta) -> None:
-        """Take in what is new."""
+        """Append what is new."""
         self.text += delta.text
         self.tokens += delta.tokens
         for news in delta.calls:
@@ -90,8 +89,7 @@ class Reading:
     """The answers to one request."""
 
     def __init__(self, service: ChatService, prepared: Prepared, form: Form | None = None) -> None:
-        """`form`: what the answers were held to; where they may call tools, calls are looked for in the
-        text."""
+        """`form`: the form of the answers; if it allows tool calls, they are parsed from the text."""
         self.service, self.prepared = service, prepared
         self.spelling = Spelling(service.model.tokenizer)
         self.headers = {DROPPED_HEADER: str(prepared.dropped)}
@@ -101,19 +99,19 @@ class Reading:
 
     @property
     def prompt_tokens(self) -> int:
-        """Several answers to one prompt count it once."""
+        """Tokens of the prompts; several answers to one prompt count it once."""
         return self.prepared.prompt_tokens
 
     def begin(self, stack: AsyncExitStack) -> None:
-        """Ask the engine; the end of `stack` frees its slots. Raises as `ChatService.answer`.
+        """Ask the engine; closing `stack` frees its slots. Raises as `ChatService.answer`.
 
-        At once after the preparations, which have looked whether there is a place, and before a stream has
-        its status: who is let in is answered, and who is refused is told by a status of its own.
+        Call it directly after `prepare`, which has checked that a slot is free, and before a stream sends its
+        status: a refused request then still gets an error status.
         """
         self._answer = stack.enter_context(self.service.answer(self.prepared))
 
     async def deltas(self) -> AsyncGenerator[Delta]:
-        """What is new, as it comes. `begin` comes first."""
+        """What is new, as it is generated. Call `begin` first."""
         assert self._answer is not None
         parsers = [self._parser(request) for request in self.prepared.requests]
         called = [0] * len(parsers)
@@ -136,14 +134,14 @@ class Reading:
         return ToolCallParser(self._tools, constrained=request.grammar is not None) if self._tools else None
 
     async def wholes(self) -> list[Whole]:
-        """The answers, when all have come to their ends."""
+        """The answers, when all have ended."""
         wholes = [Whole() for _ in self.prepared.requests]
         async for delta in self.deltas():
             wholes[delta.index].add(delta)
         return wholes
 
     def usage(self) -> dict[str, Any]:
-        """Tokens so far, as chat and completions tell them."""
+        """Token counts so far, in the shape of chat and completions."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.new_tokens,
@@ -166,7 +164,7 @@ def _parted(events: list[ToolEvent]) -> tuple[str, tuple[CallDelta, ...]]:
 
 
 def openai_reason(reason: str | None, *, calls: bool = False) -> str | None:
-    """OpenAI knows no "cancelled": an answer that was cut short by us ends like one that ran out of room."""
+    """OpenAI's finish reason. It has no "cancelled": an answer that the server cut short gets "length"."""
     if reason == "stop" and calls:
         return "tool_calls"
     return "length" if reason == "cancelled" else reason
@@ -190,7 +188,7 @@ STREAM_TOO: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-str
 async def guarded(
     events: AsyncGenerator[bytes], refuse: Callable[[dict[str, Any]], bytes] = event
 ) -> AsyncGenerator[bytes]:
-    """A stream that ends with an error event when something fails in the middle; `refuse` writes it."""
+    """The stream; if it fails in the middle, it ends with an error event, which `refuse` writes."""
     try:
         async with aclosing(events):
             async for one in events:
@@ -203,15 +201,14 @@ async def guarded(
 
 
 class HeldStream(StreamingResponse):
-    """A stream for whose whole time something is held, a model above all; let go also when it never
-    begins."""
+    """A stream that holds resources, such as its model, and frees them at its end or if it never begins."""
 
     def __init__(self, events: AsyncGenerator[bytes], hold: AsyncExitStack, **settings: Any) -> None:
         super().__init__(events, media_type="text/event-stream", **settings)
         self._events, self._hold = events, hold
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream, then let go."""
+        """Send the stream, then free the resources."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -220,10 +217,9 @@ class HeldStream(StreamingResponse):
 
 
 async def unless_gone(request: Request, work: Awaitable[dict[str, Any]], headers: dict[str, str]) -> Response:
-    """The result of `work` as a response; when the client leaves before, the work is cancelled and nobody
-    reads it.
+    """The result of `work` as a response; if the client disconnects before, the work is cancelled.
 
-    Returns when the work has ended, so that what the caller holds for it is let go neither sooner nor later.
+    Returns only when the work has ended, so that the caller holds its resources exactly as long as needed.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.create_task(_disconnected(request))
@@ -240,8 +236,10 @@ async def unless_gone(request: Request, work: Awaitable[dict[str, Any]], headers
 
 
 async def to_the_end(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`work` in a thread. Who is cancelled meanwhile leaves when the thread is done and not before: it cannot
-    be stopped, and what is held for it (a place, a model) must stay held as long as it computes."""
+    """Run `work` in a thread, and wait for its end even if the caller is cancelled.
+
+    A thread cannot be stopped, and its slot and model must stay reserved while it computes.
+    """
     running = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
     try:
         return await asyncio.shield(running)

@@ -1,4 +1,4 @@
-"""How a response of /v1/responses is written: whole, or as the events in which it comes."""
+"""Writes a response of /v1/responses: whole, or as a stream of events."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from chatwright.serve.api.reading import CallDelta, Delta, Reading, Whole, event
 
 
 class Writer:
-    """The response, and the events in which it comes.
+    """Writes the response and its events.
 
-    Its output is a list of items: a message as soon as there is text, and one item per call.
+    The output of a response is a list of items: a message for the text, if there is any, and one item per
+    call.
     """
 
     def __init__(self, settings: dict[str, Any], reading: Reading) -> None:
-        """`settings`: what the response repeats of its request."""
+        """`settings`: the fields of the request that the response repeats."""
         self._settings, self._reading = settings, reading
         self._id, self._created = new_id("resp_"), time.time()
         self._items: list[dict[str, Any]] = []
         self._open: int | None = None
-        """Place of the item that still grows."""
+        """Index of the item that is being written, or None."""
         self._number = 0
 
     def response(self, status: str, **changes: Any) -> dict[str, Any]:
-        """The response as it stands."""
+        """The response so far."""
         return {
             "id": self._id,
             "object": "response",
@@ -87,7 +88,7 @@ class Writer:
         yield self._event(f"response.{ended['status']}", response=ended)
 
     def failed(self, body: dict[str, Any]) -> bytes:
-        """The event of an error in the middle."""
+        """The event of an error in the middle of the stream."""
         error = body["error"]
         return self._event(
             "error", code=error["code"] or error["type"], message=error["message"], param=error["param"]
@@ -155,7 +156,7 @@ class Writer:
         )
 
     def _close(self) -> list[bytes]:
-        """The events that end the item that is being written."""
+        """The events that end the item being written."""
         if self._open is None:
             return []
         item = self._item

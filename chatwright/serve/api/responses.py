@@ -1,7 +1,7 @@
 """POST /v1/responses: OpenAI's newer interface to the same answers.
 
-Nothing is kept: `previous_response_id` and `store` have no effect to offer, so the first is refused and the
-second ignored. Clients send the conversation with each request instead.
+Responses are not stored: `previous_response_id` is refused and `store` is ignored. Clients send the whole
+conversation with each request instead.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class ResponsesRequest(Body):
         return data
 
     def messages(self) -> list[Message]:
-        """The conversation. Calls and texts of one assistant's turn are joined."""
+        """The conversation. Calls and texts of one assistant turn become one message."""
         if isinstance(self.input, str):
             messages = [Message(role="user", content=self.input)]
         else:
@@ -218,7 +218,7 @@ class ResponsesRequest(Body):
         )
 
     def form(self) -> Form:
-        """What the answer must look like. Raises UserError where wishes contradict each other."""
+        """The form that the answer must have. Raises UserError for contradictory settings."""
         wanted, choice = (self.text or TextSettings()).format, self.tool_choice
         return Form.of(
             wanted.type,

@@ -1,1 +1,1 @@
-"""Running a server: who may come in and from where, what is noted down, how it starts, drains and ends."""
+"""Running a server: access control, logs and metrics, and how it starts, drains and ends."""

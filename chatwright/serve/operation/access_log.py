@@ -1,9 +1,8 @@
-"""One line of JSON per request, for those who run the server; and the middleware that knows when a request
-begins and ends.
+"""The access log (one line of JSON per request) and its middleware.
 
-No text of a prompt or an answer is in it, unless the server is told to keep them (`--log_prompts`), no key,
-and no query string. A log that cannot be written (a full disk) costs lines and not answers: a thread of its
-own writes, and what it has no place for is counted and said later.
+A line has no key and no query string, and no text of a prompt or an answer unless `--log_prompts` is set. A
+log that cannot be written (a full disk) loses lines but does not delay answers: a separate thread writes it,
+and the number of lost lines is logged later.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
 SANE_ID = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
-"""A client's own id that is taken over: nothing in it can break a line or a header."""
+"""A client's own id is used if it matches: these characters are safe in a log line and in a header."""
 LONGEST_PATH = 1024
 WAITING_LINES = 10_000
-"""Lines that may wait for a slow disk; further ones are lost."""
+"""Most lines that wait for a slow disk; further ones are lost."""
 STREAMS = ("text/event-stream", "application/x-ndjson")
 
 
@@ -43,7 +42,7 @@ class AccessLog:
     """A file of JSON lines, or standard error for "-". Any thread may write. Raises UserError when it cannot
     be opened.
 
-    The file is opened anew when it has been moved away, as logrotate does.
+    The file is opened again after it was moved away, as logrotate does.
     """
 
     def __init__(self, path: str) -> None:
@@ -56,14 +55,14 @@ class AccessLog:
         self._thread.start()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add a line; never waits."""
+        """Add a line without blocking; a line that finds the queue full is lost."""
         try:
             self._lines.put_nowait(record)
         except queue.Full:
             self._lost += 1
 
     def close(self) -> None:
-        """Write what waits (at most for five seconds) and close."""
+        """Write the waiting lines and close. Gives up after about ten seconds."""
         with suppress(queue.Full):
             self._lines.put(None, timeout=5)
         self._thread.join(5)
@@ -92,7 +91,7 @@ class AccessLog:
             os.close(self._file)
 
     def _follow(self) -> None:
-        """Open the file anew when its name stands for another one, or for none."""
+        """Open the file again if its path now names another file, or none."""
         if self._path == "-":
             return
         here = os.fstat(self._file)
@@ -120,7 +119,7 @@ def _now() -> str:
 
 
 def record(scope: Scope, known: RequestFacts, status: int, seconds: float) -> dict[str, Any]:
-    """What the log says about a request."""
+    """The fields of a request's line."""
     first = None if known.first_token is None else round(1000 * (known.first_token - known.started), 1)
     line: dict[str, Any] = {
         "time": _now(),
@@ -145,7 +144,7 @@ def record(scope: Scope, known: RequestFacts, status: int, seconds: float) -> di
 
 
 class AccessLogMiddleware:
-    """ASGI middleware, the outermost: gives each request its id and its facts, and reports how it ended."""
+    """The outermost ASGI middleware: gives each request its id and its context, and logs how it ended."""
 
     def __init__(
         self,
@@ -160,7 +159,7 @@ class AccessLogMiddleware:
         self._keep_texts = keep_texts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, and take notes."""
+        """Pass the request on, and record how it ends."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -188,7 +187,7 @@ class AccessLogMiddleware:
             self._write(scope, known, status)
 
     def _write(self, scope: Scope, known: RequestFacts, status: int) -> None:
-        """Add the request's line: at the end of its response, or of the work that goes on behind it."""
+        """Add the request's line, at the end of its response or of the job that it started."""
         if (log := self._log) is None:
             return
 
@@ -212,8 +211,8 @@ def _method(scope: Scope) -> str:
 
 
 def route_of(scope: Scope) -> str:
-    """The template of the route that served a request ("/chat/jobs/{job_id}/stop"), of which there are
-    few."""
+    """The template of the route that served a request ("/chat/jobs/{job_id}/stop"): unlike paths, templates
+    are few."""
     if str(scope["path"]).startswith("/static/"):
         return "/static"
     return str(getattr(scope.get("route"), "path", "")) or "none"

@@ -1,6 +1,6 @@
-"""Pages of other sites that may use the interface: none, unless --cors_origins names them, and then only /v1.
+"""Which pages of other sites may use /v1: none, unless --cors_origins names them. Other paths stay closed.
 
-Cookies never count there (doors.py) and are never asked for: such a page brings an API key of its own.
+/v1 never accepts cookies (doors.py): such a page must send an API key of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HEADER_NAMES = re.compile(r"[A-Za-z0-9-]{1,64}(\s*,\s*[A-Za-z0-9-]{1,64}){0,31}"
 
 
 def check_origins(origins: Iterable[str]) -> list[str]:
-    """The origins in the form in which browsers send them. Raises UsageError for what is no origin."""
+    """The origins in the form in which browsers send them. Raises UsageError for an invalid origin."""
     return [_origin(text) for text in origins]
 
 
@@ -48,19 +48,18 @@ def _origin(text: str) -> str:
 
 
 def is_api(path: str) -> bool:
-    """Whether a path belongs to the interface for programs."""
+    """Whether a path belongs to the interface for programs, /v1."""
     return path == "/v1" or path.startswith("/v1/")
 
 
 class Cors:
-    """ASGI middleware: answers the preflight requests of the origins listed, and lets their pages read the
-    answers."""
+    """ASGI middleware: answers preflight requests of allowed origins, and lets their pages read responses."""
 
     def __init__(self, app: ASGIApp, *, origins: Iterable[str]) -> None:
         self._app, self._origins = app, frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a preflight request, or pass on."""
+        """Answer a preflight request, or pass the request on."""
         if scope["type"] != "http" or not self._origins or not is_api(scope["path"]):
             await self._app(scope, receive, send)
             return

@@ -1,9 +1,8 @@
-"""Who may come in, when the server has keys: programs with `Authorization: Bearer KEY`, people with a
-session.
+"""Authentication, when the server has keys: programs send `Authorization: Bearer KEY`, people have a session.
 
-/health, /ready and the files of /static are open: they tell nothing but the server's state. The interface
-(/v1, /metrics, /openapi.json) wants a key with every request; a cookie does not count there, so that no page
-of another site can act in its visitor's name. Everything else is the chat page: a browser is asked for a key
+/health, /ready and the files of /static are open: they reveal only the server's state. The interface (/v1,
+/metrics, /openapi.json) needs a key with every request. It does not accept a cookie, so that a page of
+another site cannot act in its visitor's name. Everything else is the chat page: a browser is asked for a key
 once (login.py) and gets a session.
 """
 
@@ -29,7 +28,7 @@ from chatwright.serve.operation.facts import RequestFacts
 from chatwright.serve.operation.keys import Key, KeyRing
 
 IDLE_SECONDS = 12 * 3600.0
-"""A session that is not used for so long ends."""
+"""A session ends when it was not used for this long."""
 MOST_SESSIONS = 1024
 FOR_PROGRAMS = ("/metrics", "/openapi.json")
 OPEN = ("/health", "/ready", "/login", "/logout")
@@ -37,11 +36,11 @@ OPEN = ("/health", "/ready", "/login", "/logout")
 
 class Attempts:
     """Wrong keys per client address: after FREE of them the address has to wait, twice as long after each
-    further one.
+    further one, at most LONGEST seconds.
 
-    A key that was right from this address before goes on working meanwhile: one program with an old key must
-    not lock out everybody behind the same router. Addresses are forgotten after FORGET seconds, and the
-    oldest beyond MOST.
+    A key that was right from this address before keeps working meanwhile: one program with an old key must
+    not lock out everybody behind the same router. An address is forgotten after FORGET seconds; at most MOST
+    addresses are kept, the newest ones.
     """
 
     FREE, LONGEST, FORGET, MOST = 5, 60.0, 900.0, 10_000
@@ -59,7 +58,7 @@ class Attempts:
         return max(0.0, last + min(self.LONGEST, 2.0 ** min(count - self.FREE, 10)) - self._clock())
 
     def failed(self, client: str) -> None:
-        """A wrong key came."""
+        """Record a wrong key."""
         network, now = _network(client), self._clock()
         count, last = self._failed.pop(network, (0, now))
         self._failed[network] = (1 if now - last > self.FORGET else count + 1, now)
@@ -67,7 +66,7 @@ class Attempts:
             self._failed.popitem(last=False)
 
     def succeeded(self, client: str, key: Key) -> None:
-        """A right key came."""
+        """Record a right key."""
         self._good[_network(client), key.digest] = None
         self._good.move_to_end((_network(client), key.digest))
         while len(self._good) > self.MOST:
@@ -79,7 +78,7 @@ class Attempts:
 
 
 def _network(client: str) -> str:
-    """IPv4 addresses count one by one, IPv6 ones by their /64, which is what one customer has."""
+    """The unit in which wrong keys are counted: an IPv4 address, or an IPv6 /64, which one customer has."""
     try:
         address = ipaddress.ip_address(client)
     except ValueError:
@@ -93,7 +92,7 @@ def _network(client: str) -> str:
 
 @dataclass
 class Session:
-    """Somebody who has shown a key."""
+    """The login of a browser that has sent a valid key."""
 
     key: Key
     last_used: float
@@ -106,12 +105,11 @@ class Doors:
         self.keys = keys
         self.attempts = Attempts(clock)
         self._clock = clock
-        self._sessions: OrderedDict[bytes, Session] = (
-            OrderedDict()
-        )  # by the hash of the cookie; last used last
+        # By the hash of the cookie; the most recently used one is last.
+        self._sessions: OrderedDict[bytes, Session] = OrderedDict()
 
     def check(self, client: str, presented: str) -> Key:
-        """The key. Raises ApiError: 401 for a wrong one, 429 for an address that had too many."""
+        """The key. Raises ApiError: 401 for a wrong one, 429 for an address that sent too many wrong ones."""
         wait = self.attempts.wait(client)
         key = self.keys.find(presented)
         if wait and not (key is not None and self.attempts.known(client, key)):
@@ -128,7 +126,7 @@ class Doors:
         return key
 
     def begin(self, key: Key) -> str:
-        """Begin a session; returns what goes into the cookie."""
+        """Begin a session; returns the cookie's value."""
         cookie = secrets.token_urlsafe(32)
         self._sessions[_hash(cookie)] = Session(key, self._clock())
         while len(self._sessions) > MOST_SESSIONS:
@@ -136,7 +134,7 @@ class Doors:
         return cookie
 
     def session(self, cookie: str) -> Session | None:
-        """The session of a cookie, if it goes on: it has been used, and its key is still good."""
+        """The session of a cookie; None if it was idle too long or its key is no longer valid."""
         found = self._sessions.get(_hash(cookie))
         if found is None:
             return None
@@ -157,12 +155,12 @@ def _hash(cookie: str) -> bytes:
 
 
 def unauthorized(message: str) -> ApiError:
-    """The error of a request without a good key."""
+    """The error of a request without a valid key."""
     return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
 def cookie_name(scope: Scope) -> str:
-    """Cookies know no ports: two servers on one machine need two names."""
+    """Name of the session cookie, with the port in it: browsers share cookies between a machine's ports."""
     server = scope.get("server")
     return f"chatwright_session_{server[1]}" if server and server[1] else "chatwright_session"
 
@@ -178,14 +176,14 @@ def client_of(scope: Scope) -> str:
 
 
 class AuthMiddleware:
-    """ASGI middleware: lets in who may come in."""
+    """The auth middleware (ASGI): passes on requests with access, and refuses others."""
 
     def __init__(self, app: ASGIApp, *, doors: Doors, login: Callable[[Scope, str], ASGIApp]) -> None:
-        """`login` makes the page that asks for a key; its second argument is the way back."""
+        """`login` makes the page that asks for a key; its second argument is the path to return to."""
         self._app, self._doors, self._login = app, doors, login
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, ask for a key, or refuse."""
+        """Pass the request on, ask for a key, or refuse."""
         path = str(scope["path"]) if scope["type"] == "http" else ""
         if scope["type"] == "lifespan" or path in OPEN or path.startswith("/static/"):
             await self._app(scope, receive, send)
@@ -204,7 +202,7 @@ class AuthMiddleware:
         await self._app(scope, receive, send)
 
     def _key(self, scope: Scope, *, cookies: bool) -> Key:
-        """Raises ApiError."""
+        """The key of a request or of its session. Raises ApiError."""
         kind, _, presented = Headers(scope=scope).get("authorization", "").partition(" ")
         if kind.lower() == "bearer" and presented.strip():
             return self._doors.check(client_of(scope), presented.strip())

@@ -1,8 +1,8 @@
-"""What is known about the request that is being served: for the access log, the metrics and the time limit.
+"""The request context: what is known about the current request, for access log, metrics and time limit.
 
-One `RequestFacts` belongs to each HTTP request. The middleware in access_log.py makes it; whoever learns
-something puts it in. The models' pool and `Answer` do so by themselves (through `current`), whichever
-interface calls them; a route that knows more says `facts(request).model = ...`.
+Each HTTP request has one `RequestFacts`. The access-log middleware makes it; the code that serves the request
+fills it in. `ModelPool` and `Answer` do so for every interface, through `current`; a route that knows more
+sets it, as in `facts(request).model = ...`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class TimedOut(UserError):
-    """The request took longer than this server gives to one. A server answers 504."""
+    """The request took longer than this server's limit. The server answers 504."""
 
 
 @dataclass
 class RequestFacts:
-    """One request, from its arrival to the end of its answer."""
+    """The request context of one request, from its arrival to the end of its answer."""
 
     id: str
     """The x-request-id: the client's own, or one that was made."""
@@ -43,9 +43,9 @@ class RequestFacts:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
-    """Tokens of the prompt that were known already."""
+    """Tokens of the prompt that were taken from the prefix cache."""
     first_token: float | None = None
-    """When the first token was there, on the clock of `started`."""
+    """When the first token came, on the clock of `started`."""
     finish_reasons: list[str] = field(default_factory=list)
     """One per answer; "error" for one that failed."""
     keep_texts: bool = False
@@ -53,22 +53,21 @@ class RequestFacts:
     prompts: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     work: asyncio.Task[None] | None = None
-    """What the request has begun and its response did not wait for. The line in the log waits."""
+    """Task that the request started and its response does not wait for. The log line waits for it."""
 
 
 current: ContextVar[RequestFacts | None] = ContextVar("chatwright_request", default=None)
-"""The facts of the request that this task works for; None outside of a server."""
+"""The request context of the request that this task works for; None outside of a server."""
 
 
 def facts(request: HTTPConnection) -> RequestFacts:
-    """The facts of a request (Starlette's); fresh ones, which nobody will read, where no middleware has made
-    any."""
+    """The request context of a Starlette request; a fresh, unread one if no middleware made one."""
     known = request.scope.get("state", {}).get("facts")
     return known if isinstance(known, RequestFacts) else RequestFacts("")
 
 
 def seconds_left(timeout: float, clock: Callable[[], float] = time.monotonic) -> float | None:
-    """What is left of the current request's time, at least 0; None when there is no limit (`timeout` 0)."""
+    """Seconds left of the current request's time, at least 0; None when there is no limit (`timeout` 0)."""
     if not timeout:
         return None
     known = current.get()
@@ -78,7 +77,7 @@ def seconds_left(timeout: float, clock: Callable[[], float] = time.monotonic) ->
 
 @asynccontextmanager
 async def in_time(timeout: float) -> AsyncIterator[None]:
-    """For waiting that is not for an `Answer`. Raises TimedOut when the current request's time is up."""
+    """Limit a wait that no `Answer` limits. Raises TimedOut when the current request's time is up."""
     try:
         async with asyncio.timeout(seconds_left(timeout)):
             yield

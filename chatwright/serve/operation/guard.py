@@ -1,11 +1,11 @@
-"""What every request passes before any route sees it: the host's name, the origin (Guard), the size
-(BodyLimit); and what every answer carries: the security headers.
+"""Checks of every request before any route sees it: host name and origin (Guard) and size (BodyLimit). Guard
+also adds the security headers to every response.
 
 A server on 127.0.0.1 has no password, and every web page that its owner visits may send requests to it. Two
-rules keep such pages out. The Host header must name this machine (a page that points its own domain at
-127.0.0.1, "DNS rebinding", gives itself away there). A request that changes something and comes from a page
-must come from our page (its Origin is this server), or from one of the sites that cors.py lets use the
-interface. Programs send no Origin and are not concerned.
+rules keep such pages out. First, the Host header must name this machine; this detects a page that points its
+own domain at 127.0.0.1 ("DNS rebinding"). Second, a request from a page that changes something must come from
+our own page (its Origin is this server) or from a site that cors.py allows. Programs send no Origin, so the
+second rule does not concern them.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ SECURITY_HEADERS = {
     "cross-origin-resource-policy": "same-origin",
 }
 DRAIN = 16
-"""A body that is too large is read and thrown away up to this multiple of the limit, so that its sender, who
-reads only after writing, sees the answer and not a broken connection."""
+"""A body that is too large is read and discarded up to this multiple of the limit. A client reads only after
+it has written: it then sees the response and not a broken connection."""
 BODY_SECONDS = 60.0
-"""Time in which a request's body has to arrive."""
+"""Time, in seconds, in which a request's body has to arrive."""
 
 
 def is_loopback(host: str) -> bool:
-    """True for localhost and the addresses that never leave this machine."""
+    """True for localhost and loopback addresses, which never leave this machine."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -50,8 +50,8 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware. `hosts` are the names accepted beside loopback ones; None accepts any name. `origins`
-    are those of other sites whose pages may use /v1."""
+    """ASGI middleware that checks host and origin. `hosts`: names accepted besides loopback ones; None
+    accepts any name. `origins`: other sites whose pages may use /v1."""
 
     def __init__(self, app: ASGIApp, *, hosts: Iterable[str] | None, origins: Iterable[str] = ()) -> None:
         self._app = app
@@ -59,7 +59,7 @@ class Guard:
         self._origins = frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or pass on."""
+        """Refuse the request, or pass it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -105,7 +105,7 @@ class BodyLimit:
         self._app, self._most = app, most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or pass on with the body already read."""
+        """Refuse the request, or pass it on with its body already read."""
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
             await self._app(scope, receive, send)
             return
@@ -140,7 +140,7 @@ class BodyLimit:
 
 
 def _hostname(host: str) -> str:
-    """The Host header without its port and brackets, in lower case; "" when it makes no sense."""
+    """The Host header without its port and brackets, in lower case; "" when it is malformed."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -148,7 +148,7 @@ def _hostname(host: str) -> str:
 
 
 def _address(origin: str) -> str:
-    """Host and port of an origin; "" when it makes no sense."""
+    """Host and port of an origin; "" when it is malformed."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:
@@ -156,8 +156,7 @@ def _address(origin: str) -> str:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A receive that gives `body` first and then what the connection gives (that is: that the client has
-    gone)."""
+    """A `receive` that gives `body` first, then the connection's messages (only the disconnect is left)."""
     given = False
 
     async def replayed() -> Message:
@@ -171,7 +170,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 async def refuse(send: Send, status: int, message: str, code: str) -> None:
-    """An error in the shape that OpenAI's clients understand."""
+    """Send an error in the shape that OpenAI's clients understand."""
     body = json.dumps(
         {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
     )

@@ -1,9 +1,8 @@
-"""API keys: who may use a server.
+"""API keys, which give access to a server.
 
-A key is "cw-" and 256 random bits. The server's file holds only hashes, one key a line: `NAME sha256:HEX`;
-`#` begins a comment. Nobody can go from the hash of 256 random bits back to the key, so it needs no salt and
-no slow hash. For containers, keys in clear may stand in the environment, comma separated:
-CHATWRIGHT_API_KEYS.
+A key is "cw-" and 256 random bits. The server's file holds only hashes, one key per line: `NAME sha256:HEX`;
+`#` begins a comment. 256 random bits cannot be guessed from their hash, so it needs no salt and no slow hash
+function. For containers, the environment variable CHATWRIGHT_API_KEYS may hold plain keys, comma separated.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "CHATWRIGHT_API_KEYS"
 SHORTEST = 16
-"""Characters that a key of somebody's own making must have at least."""
+"""Fewest characters of a key in the environment, which somebody may have made up."""
 NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 HASH = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
@@ -45,7 +44,7 @@ def new_key() -> str:
 
 
 def digest(key: str) -> bytes:
-    """The hash by which a key is known."""
+    """The SHA-256 by which the server knows a key."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
@@ -55,8 +54,8 @@ def line_for(name: str, key: str) -> str:
 
 
 def read_keys(text: str, where: str) -> list[Key]:
-    """The keys of a file's text. Raises UserError naming the line that is none, with the right one for a key
-    in clear."""
+    """The keys of a file's text. Raises UserError naming the first invalid line; for a plain key, the message
+    has the line to write instead."""
     keys = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
@@ -83,11 +82,12 @@ def read_keys(text: str, where: str) -> list[Key]:
 
 
 class KeyRing:
-    """The keys that open a server: those of a file, read again whenever it changes, and those of the
+    """The valid keys of a server: those of a file, read again whenever it changes, and those of the
     environment.
 
-    Raises UserError when the file cannot be read or has no keys. Later a file that cannot be used leaves the
-    keys as they were and says so in the log; an empty one is taken at its word: nobody gets in.
+    Raises UserError when the file is unreadable or invalid, or when there are no keys at all. If the file
+    becomes unreadable or invalid later, the keys stay as they were and the log says so. If it becomes empty,
+    its keys are no longer valid.
     """
 
     def __init__(self, path: Path | None, clear: Iterable[str] = ()) -> None:
@@ -105,7 +105,7 @@ class KeyRing:
         stamp = self._stamp()
         if stamp == self._seen and not force:
             return
-        self._seen = stamp  # a damaged file is reported once and not at every request
+        self._seen = stamp  # before reading: a damaged file is reported once, not at every request
         try:
             self._keys = self._read()
         except UserError as error:
@@ -114,7 +114,7 @@ class KeyRing:
         logger.warning("read the keys again: %d in %s", len(self._keys), self._path)
 
     def find(self, presented: str) -> Key | None:
-        """The key that was presented, or None. Takes as long for a nearly right one as for any other."""
+        """The key that was presented, or None. Takes equally long for any wrong key: no timing attack."""
         self.refresh()
         asked, found = digest(presented), None
         for key in (*self._fixed, *self._keys):
@@ -123,7 +123,7 @@ class KeyRing:
         return found
 
     def holds(self, key: Key) -> bool:
-        """Whether a key that was found earlier still counts."""
+        """Whether a key that was found earlier is still valid."""
         self.refresh()
         return any(hmac.compare_digest(key.digest, other.digest) for other in (*self._fixed, *self._keys))
 
@@ -152,7 +152,7 @@ class KeyRing:
 
 
 def open_keys(file: str | None, environment: Mapping[str, str] = os.environ) -> KeyRing | None:
-    """The keys that a server was given; None when it was given none. Raises UserError."""
+    """The keys of `file` and the environment; None when neither is given. Raises UserError."""
     given = environment.get(VARIABLE)
     clear = [key.strip() for key in given.split(",") if key.strip()] if given is not None else []
     if given is not None and not clear:
@@ -165,6 +165,3 @@ def open_keys(file: str | None, environment: Mapping[str, str] = os.environ) -> 
     if file is None and not clear:
         return None
     return KeyRing(None if file is None else Path(file).expanduser(), clear)
-
-
-# ---- the verb `key` ----------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
-"""From start to end: whether the server takes new work, what is still under way, and the gate that refuses
-the rest.
+"""The server's lifecycle: whether it takes new work, what is under way, and the drain middleware.
 
-On the first SIGTERM or Ctrl-C the server drains (running.py): /ready says 503, new requests get 503 and are
-told to come again, and what is under way is finished. The page's scripts may still follow and stop their
-answers, and read.
+On the first SIGTERM or Ctrl-C the server drains (running.py): /ready and new requests get 503 with a
+Retry-After, and the work under way is finished. The page's scripts may still read, and follow and stop
+their answers.
 """
 
 from __future__ import annotations
@@ -13,28 +12,27 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from chatwright.serve.errors import ApiError
 
 ALWAYS = ("/health", "/ready", "/metrics")
-"""Paths that are served to the end."""
+"""Paths that are served until the server ends."""
 
 
 class Lifecycle:
-    """What the parts of a server know in common about its life. Changed in the event loop and by signal
-    handlers."""
+    """State of the server's life that its parts share. Changed in the event loop and by signal handlers."""
 
     def __init__(self) -> None:
         self.draining = False
         self.in_flight = 0
-        """HTTP requests that have come and whose answers are not sent yet."""
+        """HTTP requests whose responses are not completely sent yet."""
 
 
 class DrainMiddleware:
-    """ASGI middleware: while the server drains, new work is refused."""
+    """ASGI middleware: refuses new work while the server drains."""
 
     def __init__(self, app: ASGIApp, *, lifecycle: Lifecycle, retry_after: int) -> None:
         self._app, self._lifecycle = app, lifecycle
         self._headers = {"retry-after": str(retry_after), "connection": "close"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or pass on."""
+        """Refuse the request, or pass it on."""
         if scope["type"] != "http" or not self._lifecycle.draining or _belongs_to_old_work(scope):
             await self._app(scope, receive, send)
             return

@@ -1,8 +1,8 @@
-"""The page that asks a person for a key, once, when the server has keys.
+"""The login page, which asks a person for a key once, when the server has keys.
 
-GET  /login    the form; for somebody who is in, who they are and the way out
-POST /login    key=...&next=/... -> back to where they wanted to go, with a session cookie
-POST /logout   the session ends
+GET  /login    the form; with a session, the key's name and a button to log out
+POST /login    key=...&next=/... -> redirects to `next`, with a session cookie
+POST /logout   ends the session
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ TEMPLATES = Path(__file__).parents[1] / "studio" / "templates"
 
 
 def page_maker() -> Callable[..., HTMLResponse]:
-    """What makes the page: (scope, way back, what went wrong, status, who is in, headers)."""
+    """A function that makes the page: (scope, path to return to, what went wrong, status, name of the key of
+    the session, Retry-After)."""
     pages = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
 
     def page(
@@ -81,7 +82,7 @@ def routes(doors: Doors) -> APIRouter:
 
 
 def safe_way(back: str) -> str:
-    """Where to go after the form: a path of this server, or "/". No other site ("//evil.example",
-    "/\\evil.example")."""
+    """The path to return to after the login: a path of this server, else "/". Other sites ("//evil.example",
+    "/\\evil.example") are not accepted."""
     inside = back.startswith("/") and not back.startswith("//") and "\\" not in back and back.isprintable()
     return back if inside and back.isascii() else "/"

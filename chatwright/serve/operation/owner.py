@@ -1,10 +1,10 @@
-"""Whose conversations: every browser has a secret of its own in a cookie, and sees what was said under it, no
-more. Where API keys are needed, each key's name has its own in the same browser: who logs in next does not
-see them.
+"""The owner of conversations. Every browser has its own secret in a cookie, and sees only the conversations
+of that secret. On a server with API keys, the owner is the secret together with the key's name: the next
+person who logs in with the same browser does not see them.
 
-The page asks for the cookie with a request of its own (POST /chat/owner) and does not get it with its HTML:
-the cookie is SameSite=Strict, so a browser that comes here by a link on another site does not send it, and an
-answer to that request with a new one would cut its owner off from all earlier conversations.
+The page asks for the cookie in a separate request (POST /chat/owner) and does not get it with its HTML. The
+cookie is SameSite=Strict: a browser that follows a link on another site does not send it. A new cookie in the
+response to that request would replace the old one, and the owner would lose all earlier conversations.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _SECRET = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
 def give_owner(request: Request, response: Response) -> None:
-    """Give the browser a secret, or let it keep its own for another year."""
+    """Give the browser a secret, or extend its own for another year."""
     secret = _secret_of(request) or secrets.token_urlsafe(32)
     secure = request.url.scheme == "https"
     response.set_cookie(COOKIE, secret, max_age=YEAR, httponly=True, samesite="strict", secure=secure)
 
 
 def owned(request: Request) -> Owned:
-    """The conversations of whoever asks. Raises ApiError 401 when the browser has no secret yet."""
+    """The owner view of the store for the browser that asks. Raises ApiError 401 if it has no secret yet."""
     secret = _secret_of(request)
     if secret is None:
         raise ApiError(
@@ -51,4 +51,4 @@ def _secret_of(request: Request) -> str | None:
 
 
 Mine = Annotated[Owned, Depends(owned)]
-"""The type of a route's parameter that is the asking browser's part of the store."""
+"""Type of a route's parameter: the owner view of the store for the browser that asks."""

@@ -1,8 +1,8 @@
-"""uvicorn, with the ends that a server of long answers needs: of the server, and of clients that stop reading
-or sending.
+"""uvicorn, adapted to long answers: how the server stops, and how it drops clients that stop reading or
+sending.
 
-The first SIGTERM or Ctrl-C lets what is under way finish (lifecycle.py), at most for `drain_seconds`; then it
-is ended properly. The second ends it now, the third leaves the process. SIGHUP reads the file of keys again.
+The first SIGTERM or Ctrl-C lets the work under way finish (lifecycle.py) for at most `drain_seconds`, then
+ends it properly. The second ends it now; the third exits the process. SIGHUP reads the file of keys again.
 """
 
 from __future__ import annotations
@@ -25,47 +25,47 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 logger = logging.getLogger(__name__)
 
 STALL_SECONDS = 60.0
-"""A client that takes nothing of what it is sent for so long is cut off."""
+"""A client that reads nothing for this long is disconnected."""
 HEAD_SECONDS = 30.0
-"""A new connection has so long to send its first request's head."""
+"""Time in which a new connection has to send the head of its first request."""
 END_SECONDS = 5
-"""Time for answers that are ended to reach their clients."""
+"""Time, in seconds, in which ended answers have to reach their clients."""
 
 
 class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """uvicorn's protocol, with a limit to patience in both directions.
+    """uvicorn's protocol, with time limits for reading and for writing.
 
-    A client that reads nothing would hold its place, its answer and its model in memory for ever: TCP itself
-    never gives up on somebody who says "not yet". One that connects and says nothing would hold a file
-    descriptor.
+    A client that reads nothing would hold its slot, its answer and its model in memory for ever: TCP has no
+    time limit for a receiver whose window stays closed. A client that connects and sends nothing would hold a
+    file descriptor.
     """
 
     def connection_made(self, transport: Any) -> None:
-        """Begin to wait for a request."""
+        """Start the time limit for the first request."""
         super().connection_made(transport)
         self._stalled: asyncio.TimerHandle | None = None
         self._silent = self.loop.call_later(HEAD_SECONDS, self._close_if_silent)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is to be waited for any more."""
+        """Stop both time limits."""
         self._silent.cancel()
         self._resumed()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """The client reads more slowly than we write."""
+        """The client reads more slowly than the server writes: watch whether it reads at all."""
         super().pause_writing()
         self._resumed()
         self._watch_progress(self.transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
-        """It has caught up."""
+        """The client has caught up: stop the time limit."""
         super().resume_writing()
         self._resumed()
 
     def _watch_progress(self, unsent: int) -> None:
-        """While writing is paused nothing is added to the buffer: if it is no smaller after a while, nobody
-        reads."""
+        """Check the buffer after STALL_SECONDS. Nothing is added while writing is paused: if the buffer has
+        not shrunk, the client does not read."""
         self._stalled = self.loop.call_later(STALL_SECONDS, self._check_progress, unsent)
 
     def _check_progress(self, unsent: int) -> None:
@@ -89,7 +89,7 @@ class Server(uvicorn.Server):
     """Runs an application of `create_app`."""
 
     def __init__(self, app: FastAPI, *, drain_seconds: float = 30.0, proxies: Sequence[str] = ()) -> None:
-        """`proxies`: who is believed about the client's address and scheme."""
+        """`proxies`: addresses trusted to report the client's address and scheme."""
         config = uvicorn.Config(
             app,
             http=Connection,
@@ -109,8 +109,8 @@ class Server(uvicorn.Server):
     # ---- signals -------------------------------------------------------------------------------------------
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM or Ctrl-C. They are not raised again at the end, as uvicorn does: to stop when told is no
-        failure."""
+        """SIGTERM or Ctrl-C. uvicorn raises them again at the end; here they are not, because a stop on
+        request is not a failure."""
         self._signals += 1
         if self._signals == 1:
             self._app_state.lifecycle.draining = True
@@ -120,7 +120,7 @@ class Server(uvicorn.Server):
             os._exit(128 + sig)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen; to SIGHUP as well, where there are keys to read again."""
+        """Start listening, and handle SIGHUP if there are keys to read again."""
         await super().startup(sockets)
         keys = self._app_state.keys
         if keys is not None and hasattr(signal, "SIGHUP"):
@@ -132,7 +132,7 @@ class Server(uvicorn.Server):
     # ---- the end -------------------------------------------------------------------------------------------
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second: see whether the server has drained."""
+        """Called ten times a second: check whether the server has drained."""
         if self._app_state.lifecycle.draining and not self.should_exit:
             self._drain()
         return bool(await super().on_tick(counter))
@@ -155,11 +155,11 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End what is still under way, properly: streams get their last events."""
+        """End the work still under way properly: streams get their last events."""
         self._app_state.lifecycle.draining = True
         self._app_state.pool.cancel_all()
         await super().shutdown(sockets)
-        if (
-            self.force_exit
-        ):  # uvicorn leaves this out then, and asyncio would end the engines' owner with a traceback
+        if self.force_exit:
+            # uvicorn skips this on a forced exit; the lifespan task, which closes the engines, would then be
+            # cancelled with a traceback.
             await self.lifespan.shutdown()

@@ -1,9 +1,8 @@
-"""Routes for those who run the server: GET /health, /ready and /metrics.
+"""Routes for operators of the server: GET /health, /ready and /metrics.
 
-/health   200 as long as the process can do its work; 503 when an engine has ended by itself and only a
-          restart helps.
+/health   200 while the process can serve; 503 when an engine has failed and only a restart helps.
 /ready    200 when requests should be sent here; 503 with the reason while the default model is not loaded or
-          the server stops.
+          the server is stopping.
 /metrics  Prometheus' text format (telemetry.py, docs/guide/serving.md).
 """
 
@@ -20,7 +19,7 @@ from chatwright.serve.pool import ModelPool
 
 
 def routes(pool: ModelPool, lifecycle: Lifecycle, telemetry: Telemetry, *, names: bool) -> APIRouter:
-    """The routes. `names`: whether /health may tell the models' names and the load to everybody."""
+    """The routes. `names`: whether /health shows the models' names and the load, and /ready all reasons."""
     router = APIRouter()
 
     @router.get("/health")

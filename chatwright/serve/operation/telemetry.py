@@ -1,9 +1,8 @@
-"""Figures for Prometheus: how many requests, how full the batches, how soon the first token, how fast the
-next ones.
+"""Metrics for Prometheus: requests, size of the batches, time to the first token and between tokens.
 
 The names follow vLLM's, with the prefix `chatwright_`; docs/guide/serving.md lists them. Every application
-has a registry of its own. What can be asked for (queue, counters of the engines, memory) is asked for when
-Prometheus comes; what happens (tokens, answers, responses) is counted when it happens.
+has a registry of its own. State (queue, the engines' counters, memory) is read when Prometheus scrapes;
+events (tokens, answers, responses) are counted when they happen.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ COUNTERS = {
     "proposed": ("chatwright_spec_decode_draft_tokens", "Tokens guessed by prompt lookup"),
     "accepted": ("chatwright_spec_decode_accepted_tokens", "Guesses that were right"),
 }
-"""Field of the engine's Stats -> name (`_total` is added) and meaning."""
+"""Field of the engine's Stats -> the metric's name (`_total` is appended) and meaning."""
 
 
 class Telemetry:
-    """The figures of one application. Listens to the answers of `pool` from the moment it is made."""
+    """The metrics of one application. Receives the timings of all answers of `pool` once it is made."""
 
     def __init__(self, pool: ModelPool, lifecycle: Lifecycle) -> None:
         self.registry = CollectorRegistry()
@@ -95,23 +94,23 @@ class Telemetry:
         self._whole.labels(model).observe(seconds)
 
     def responded(self, method: str, route: str, status: int, model: str) -> None:
-        """A response was sent. The labels' values must be few: no path or name that a client makes up."""
+        """A response was sent. Labels must have few values: no path or name that a client chooses."""
         self._requests.labels(method, route, str(status), model).inc()
 
     def page(self, accept: str) -> tuple[bytes, str]:
-        """What Prometheus reads, in the format that its Accept header asks for, and its content type."""
+        """The metrics in the format that the Accept header asks for, and their content type."""
         encode, kind = choose_encoder(accept)
         return encode(self.registry), kind
 
 
 class _Asked(Collector):
-    """What is asked for at every scrape."""
+    """The metrics that are read at every scrape."""
 
     def __init__(self, pool: ModelPool, lifecycle: Lifecycle) -> None:
         self._pool, self._lifecycle = pool, lifecycle
 
     def describe(self) -> list[Metric]:
-        """Nothing: the names are not checked against others."""
+        """Nothing: the names are not checked against other collectors' names."""
         return []
 
     def collect(self) -> Iterator[Metric]:

@@ -55,6 +55,15 @@ def accuracy_of(judged: Scored, config: RankingConfig) -> float:
     return right / max(pairs, 1)
 
 
+def held_out_measures(judged: Scored, config: RankingConfig) -> dict[str, float]:
+    """Accuracy on held-out pairs, and correlation with what people rated."""
+    known = ~judged.labels.isnan()
+    return {
+        "held_out_accuracy": accuracy_of(judged, config),
+        "held_out_correlation": correlation(judged.scores[known], judged.labels[known]),
+    }
+
+
 def length_baseline(
     train: Sequence[Comparison],
     held_out: Sequence[Comparison],

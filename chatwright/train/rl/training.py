@@ -39,11 +39,9 @@ from chatwright.metrics import progress_bar, read_metrics, say
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives import policy as objective
 from chatwright.train import adapters, cost
-from chatwright.train.base import open_base
+from chatwright.train.base import ChatBase, model_metadata, model_texts, open_chat_base
 from chatwright.train.compiled import compile_blocks
 from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelContext
-from chatwright.train.parallel.start import start_parallel
-from chatwright.train.planning import plan
 from chatwright.train.rl import health
 from chatwright.train.rl.config import RLConfig
 from chatwright.train.rl.ema import copy_weights, ema_of, update_ema
@@ -62,6 +60,7 @@ from chatwright.train.rl.rollout import (
     training_prompts,
 )
 from chatwright.train.rl.step_program import PLAN
+from chatwright.train.stage_training import start_training
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import Step, Trainer
 from chatwright.train.workspace import Curve, Report, Unhealthy, Workspace
@@ -412,49 +411,18 @@ def train_policy(
     """A whole run: load, make the models, rounds until the last, report. Raises UserError, Unhealthy,
     Interrupted."""
     title = method.title
-    base = open_base(config.base, workspace)
-    if base.tokenizer is None or base.template is None:
-        raise UserError(f"{config.base} has no chat template; {title.upper()} needs a model after sft")
+    base = open_chat_base(config.base, workspace, purpose=f"{title.upper()} needs a model after sft")
     reward = load_reward(workspace.resolve(config.reward), base, config.min_correlation)
     longest = min(config.max_prompt_tokens, base.model.config.context - config.max_new_tokens)
-    prompts = training_prompts(
-        records_of(workspace.resolve(config.data)), base.template, base.tokenizer, longest
-    )
-    gold = gold_of(config.gold, workspace.resolve, base)
-    context = config.ptx_context or base.model.config.context
-    text = None
+    records = records_of(workspace.resolve(config.data))
+    prompts = training_prompts(records, base.template, base.tokenizer, longest)
+    gold, text = gold_of(config.gold, workspace.resolve, base), None
     if config.text:
+        context = config.ptx_context or base.model.config.context
         text = GeneralText.open(workspace.resolve(config.text), base.tokenizer, context, workspace.seed)
-    parallel = start_parallel(
-        config.parallel,
-        batch_size=config.minibatch_size,
-        named="minibatch_size",
-        shape=base.model.config,
-        precision="fp32",
-        refused={
-            "tp": (
-                f"{title} samples from whole weights, which this plan does not put together: use ddp, fsdp "
-                f"or hsdp"
-            )
-        },
-    )
-    plan.ahead(title, PLAN, config, base.model.config, parallel)
-    runtime.tune_allocator()
-    torch.manual_seed(runtime.seed_for(workspace.seed, title))
-    bodies = {"base": base.model, **({"judge": reward} if critic == "separate" else {})}
-    adapted = adapters.metadata(config.lora, **bodies)
-    models = make_models(
-        base,
-        reward,
-        critic,
-        config.lora,
-        precision=config.precision,
-        policy_precision=config.policy_precision,
-    )
-    models.share(parallel)
-    if config.compile:
-        say(f"  {compile_blocks(*models.computing)}")
-    trainer = trainer_of(models, config, workspace, base, adapted)
+    cut = f"{title} samples from whole weights, which this plan does not put together: use ddp, fsdp or hsdp"
+    training = start_training(title, PLAN, config, workspace, base.model.config, refused={"tp": cut})
+    trainer, models = trainer_and_models(config, workspace, base, reward, critic, training.parallel)
     if trainer.resume():
         workspace.metrics.forget_after(
             trainer.progress.step - 1
@@ -465,50 +433,70 @@ def train_policy(
         f"  {len(prompts):,} prompts; {config.iterations} rounds of {config.batch_size} answers; KL budget "
         f"{config.kl_budget:g} nats"
     )
-    with progress_bar(title) as bar, Stopper().listening() as stopper:
-        run_ = method(config, workspace, trainer, models, base, prompts, gold=gold, text=text)
-        run_.asked = lambda: stopper.asked
+    with Stopper().listening() as stopper:
+        run = method(config, workspace, trainer, models, base, prompts, gold=gold, text=text)
+        run.asked = lambda: stopper.asked
+        run_rounds(run)
+    return run.report()
+
+
+def run_rounds(run: PolicyTraining[Any, Any]) -> None:
+    """Rounds until the last one, or until somebody stops the run. Raises Interrupted, after saving."""
+    trainer, config = run.trainer, run.config
+    with progress_bar(run.title) as bar:
         compiled = config.compile
-        while not run_.finished:
-            line = run_.round()
+        while not run.finished:
+            line = run.round()
             if compiled:
                 runtime.trim_heap()  # the compiler's, which has seen all forms of a block by now
                 compiled = False
             bar.update(trainer.progress.step / config.iterations, line)
-            if parallel.all_reduce_max([float(stopper.asked)])[0]:
-                if "average" not in run_.extra:  # with which all is saved
-                    if run_.finished:
-                        run_.extra["history"].pop()  # the last round counts no step: it is done again
-                    trainer.save(protected=run_.protected)
-                raise Interrupted(
-                    f"{title}: saved at round {trainer.progress.step}; the same command goes on from there"
-                )
-    return run_.report()
+            if run.parallel.all_reduce_max([float(run.asked())])[0]:
+                if "average" not in run.extra:  # with which all is saved
+                    if run.finished:
+                        run.extra["history"].pop()  # the last round counts no step: it is done again
+                    trainer.save(protected=run.protected)
+                where = f"saved at round {trainer.progress.step}"
+                raise Interrupted(f"{run.title}: {where}; the same command goes on from there")
+
+
+def trainer_and_models(
+    config: RLConfig,
+    workspace: Workspace,
+    base: ChatBase,
+    reward: ScalarModel,
+    critic: str,
+    parallel: ParallelContext,
+) -> tuple[Trainer, RLModels]:
+    """The models of a run, with their adapters, on their processes and compiled; and what trains them."""
+    bodies = {"base": base.model, **({"judge": reward} if critic == "separate" else {})}
+    adapter = adapters.metadata(config.lora, **bodies)
+    precisions = {"precision": config.precision, "policy_precision": config.policy_precision}
+    models = make_models(base, reward, critic, config.lora, **precisions)
+    models.share(parallel)
+    if config.compile:
+        say(f"  {compile_blocks(*models.computing)}")
+    return trainer_of(models, config, workspace, base, adapter), models
 
 
 def trainer_of(
-    models: RLModels, config: RLConfig, workspace: Workspace, base: Loaded, adapted: Mapping[str, Any]
+    models: RLModels, config: RLConfig, workspace: Workspace, base: Loaded, adapter: Mapping[str, Any]
 ) -> Trainer:
     """What is trained and saved: the policy, a critic if there is one, and an average of the policy's weights
-    if asked for. `adapted` is what a checkpoint says of the adapters (`adapters.metadata`)."""
+    if asked for. `adapter` is what a checkpoint says of the adapters (`adapters.metadata`)."""
     assert base.tokenizer is not None and base.template is not None
     modules: dict[str, nn.Module] = {"model": models.policy}
     if models.critic is not None:
         modules["critic"] = models.critic
     if config.ema:
         modules["average"] = ema_of(models.policy)
+    shape, tokenizer, template = base.model.config, base.tokenizer, base.template
     return Trainer(
         modules,
         config.optim,
         workspace,
-        metadata={
-            "kind": "language",
-            "model": base.model.config.to_dict(),
-            "tokenizer": base.tokenizer.fingerprint,
-            "template": base.template.fingerprint,
-            **adapted,
-        },
-        texts={"tokenizer.json": base.tokenizer.to_json(), "chat_template.jinja": base.template.source},
+        metadata=model_metadata("language", shape, tokenizer, template, adapter=adapter),
+        texts=model_texts(tokenizer, template),
         parallel=models.parallel,
         frozen=models.frozen,
         keep=config.keep,

@@ -1,0 +1,181 @@
+"""What every stage that trains does in the same order, whatever it learns.
+
+    training = start_training("sft", PLAN, config, workspace, shape)    processes, plan, allocator, seed
+    trainer = training.trainer(model, tokenizer)                         adapter, compilation, optimiser
+    fitted = training.fit(trainer, batches, step, evaluate)              the loop of loop.py
+
+The order decides which random numbers a stage draws: the seed is set in the first step, new weights are drawn
+between the first and the second, those of an adapter in the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from chatwright import runtime
+from chatwright.chat import ChatTemplate
+from chatwright.metrics import say
+from chatwright.model.config import GPTConfig
+from chatwright.model.gpt import GPT
+from chatwright.model.heads import ScalarModel
+from chatwright.model.lora import LoRAConfig
+from chatwright.tokenizer import Tokenizer
+from chatwright.train import adapters
+from chatwright.train.base import model_metadata, model_texts
+from chatwright.train.compiled import compile_blocks
+from chatwright.train.loop import Batches, Best, Fit, Fitted
+from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelContext
+from chatwright.train.parallel.start import start_parallel
+from chatwright.train.planning import plan as planning
+from chatwright.train.planning.program import PlannedStage, StagePlan
+from chatwright.train.trainer import AnyBatch, Step, Trainer
+from chatwright.train.workspace import Workspace
+
+Settings = TypeVar("Settings")
+Model = TypeVar("Model", GPT, ScalarModel)
+Result = TypeVar("Result")
+
+
+def start_training(
+    stage: str,
+    plan: StagePlan,
+    config: Settings,
+    workspace: Workspace,
+    shape: GPTConfig,
+    *,
+    learnt: float = 1.0,
+    compile_blocks: bool = False,
+    refused: Mapping[str, str] | None = None,
+) -> StageTraining[Settings]:
+    """Arrange the processes, say the plan, and set the seed.
+
+    `config` has `optim`, and `fit` or `minibatch_size`; `parallel` where several processes may share the
+    work, by all plans but those that are `refused`. `learnt` is the share of the tokens that are in the loss.
+    `compile_blocks` has several processes compile the blocks of models that the plan shards. Raises
+    UserError: the processes cannot be arranged, or not even the smallest micro-batch fits into the memory.
+    """
+    fit: Any = getattr(config, "fit", None)
+    wanted = getattr(config, "parallel", None)
+    parallel = SINGLE_PROCESS
+    if wanted is not None:
+        parallel = start_parallel(
+            wanted,
+            batch_size=fit.batch_size if fit else config.minibatch_size,  # type: ignore[attr-defined]
+            micro_batch=fit.micro_batch if fit else 0,
+            named="batch_size" if fit else "minibatch_size",
+            shape=shape,
+            precision=fit.precision if fit else "fp32",
+            compile_blocks=compile_blocks,
+            refused=refused,
+        )
+    config = planning.ahead(stage, plan, config, shape, parallel, learnt=learnt)
+    runtime.tune_allocator()
+    torch.manual_seed(runtime.seed_for(workspace.seed, stage))  # of new weights, and of dropout
+    return StageTraining(stage, config, workspace, parallel)
+
+
+@dataclass(frozen=True)
+class StageTraining(Generic[Settings]):
+    """The training of one stage that has begun (`start_training`)."""
+
+    stage: str
+    config: Settings
+    """Its settings, with the micro-batch that the plan has chosen."""
+    workspace: Workspace
+    parallel: ParallelContext
+
+    @property
+    def settings(self) -> Any:
+        """The same settings, for the fields that all stages have: `fit`, `optim`, `lora`."""
+        return self.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of products: bfloat16 or float32. Weights are float32."""
+        return runtime.compute_dtype(self.settings.fit.precision)
+
+    def trainer(
+        self,
+        model: GPT | ScalarModel,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None = None,
+        *,
+        base: GPT | None = None,
+        compiling: Callable[..., str] | None = compile_blocks,
+    ) -> Trainer:
+        """Make a model ready to be trained: its adapter, its device, compilation; and what trains it.
+
+        `base` is the model whose weights an adapter is trained over, where it is not the model itself.
+        `compiling(model, cut=...)` compiles it, when the settings ask for that, and returns a line about it;
+        None leaves that to the stage. Raises UserError for an adapter that cannot be.
+        """
+        fit, name = self.settings.fit, "model" if isinstance(model, GPT) else f"{self.stage} model"
+        lora: LoRAConfig | None = getattr(self.config, "lora", None)
+        adapter = adapters.metadata(lora, base=base or model) if lora else {}
+        if lora:
+            adapters.adapt(model, lora, name)
+        model.to(runtime.device())
+        (model if isinstance(model, GPT) else model.body).activation_checkpointing = fit.recompute
+        if compiling is not None and fit.compile:
+            say(f"  {compiling(model, cut=self.parallel.is_tensor_parallel)}")
+        kind = "language" if isinstance(model, GPT) else "reward"
+        return Trainer(
+            {"model": model},
+            self.settings.optim,
+            self.workspace,
+            metadata=model_metadata(kind, model.config, tokenizer, template, adapter=adapter),
+            texts=model_texts(tokenizer, template),
+            keep=fit.keep,
+            parallel=self.parallel,
+        )
+
+    def in_precision(self, function: Callable[..., Result]) -> Callable[..., Result]:
+        """The same function, with products in the precision that the settings ask for."""
+
+        @wraps(function)
+        def inside(*arguments: Any, **named: Any) -> Result:
+            with runtime.autocast(self.dtype):
+                return function(*arguments, **named)
+
+        return inside
+
+    def fit(
+        self,
+        trainer: Trainer,
+        batches: Batches[AnyBatch],
+        step: Callable[[AnyBatch], Step],
+        evaluate: Callable[[], dict[str, float]],
+        *,
+        throughput: tuple[str, float] = ("samples", 1.0),
+        best: Best | None = None,
+        flop_per_sample: float | None = None,
+    ) -> Fitted:
+        """Train to the end, measuring before and after; what is given is as in `loop.Fit`. Raises
+        Interrupted, after saving, when somebody stops it."""
+        return Fit(
+            trainer,
+            self.settings.fit,
+            batches,
+            step,
+            evaluate,
+            title=self.stage,
+            throughput=throughput,
+            best=best,
+            flop_per_sample=flop_per_sample,
+        ).run()
+
+
+def planned_model(kind: type[Model], planned: PlannedStage, shape: GPTConfig) -> Model:
+    """A model on fake tensors as `StageTraining.trainer` would make it ready, for a stage's plan."""
+    with torch.device(runtime.device()):
+        model = kind(shape)
+    (model if isinstance(model, GPT) else model.body).activation_checkpointing = planned.fit.recompute
+    lora: LoRAConfig | None = getattr(planned.config, "lora", None)
+    if lora:
+        adapters.add_if_asked(model, lora)
+    return model

@@ -1,0 +1,348 @@
+"""PPO as a stage: a planted reward rises, the best is kept, and every guard does what it says."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chatwright import checkpoint, files
+from chatwright.config import UsageError, UserError
+from chatwright.data.examples import Dialogue
+from chatwright.data.loader import SampleOrder
+from chatwright.data.records import read_records
+from chatwright.language_model import load_parts
+from chatwright.metrics import read_metrics
+from chatwright.model.config import GPTConfig
+from chatwright.stages import ppo
+from chatwright.stages.ppo import Config, score_rollouts
+from chatwright.tokenizer import Tokenizer
+from chatwright.train.rl import training
+from chatwright.train.rl.models import RLModels, load_reward
+from chatwright.train.rl.rollout import (
+    Completions,
+    completion_log_probs,
+    prompts_from,
+    sample_completions,
+    texts_of,
+)
+from chatwright.train.stopping import Interrupted
+from support.planted import LEARNING, MINI, gain
+
+
+def rows_of(directory: Path) -> list[dict[str, Any]]:
+    return read_metrics(directory / "metrics.jsonl")
+
+
+@pytest.mark.learns
+def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: Path, learnt: Any) -> None:
+    directory = tmp_path / "ppo"
+    report = planted_bench.run(ppo, LEARNING, directory)
+    rows = rows_of(directory)
+    assert [row["step"] for row in rows] == list(range(13))
+    best = report.facts["best"]
+    learnt("gain", gain(rows), above=0.5)
+    learnt("KL", best["kl"], above=0.05)
+    assert (
+        abs(rows[0]["kl"]) < 1e-4 and abs(rows[0]["kl_k3"]) < 1e-4
+    )  # policy and reference are the same at first
+    assert all(row["sampler_gap"] < 1e-4 for row in rows)
+    measured = {measure.name: (measure.before, measure.after) for measure in report.measures}
+    assert measured["reward model's score (training prompts)"] == (
+        pytest.approx(rows[0]["score"], abs=1e-6),
+        best["score"],
+    )
+    assert measured["KL to the SFT model"] == (0.0, best["kl"])
+    for row in rows[:-1]:
+        assert {"policy_loss", "value_loss", "clip_fraction", "entropy", "explained_variance", "beta"} <= set(
+            row
+        )
+    # four rounds of warm-up, then the learning rate falls linearly to 0
+    rates = [row["learning_rate"] for row in rows[:-1]]
+    full = LEARNING.optim.learning_rate
+    expected = [*(full * n / 4 for n in range(1, 5)), *(full * (1 - n / 8) for n in range(8))]
+    assert rates == pytest.approx(expected, abs=1e-6)
+    assert report.facts["stopped"] == "all rounds done"
+
+    # what is kept is the policy that gave the best answers: sampling again gives their score and KL
+    assert best["score"] == pytest.approx(max(row["score"] for row in rows), abs=1e-6)
+    score, kl = measured_again(planted_bench, directory / str(report.model), best["step"])
+    assert score == pytest.approx(best["score"], abs=1e-4)
+    assert kl == pytest.approx(best["kl"], abs=1e-3)
+
+
+def test_a_policy_in_bf16_rounds_and_no_more(
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compared with a run in float32 that learns from the same answers: its own would differ where rounding
+    turns a token."""
+    short = replace(MINI, iterations=4, optim=replace(MINI.optim, learning_rate=5e-5))  # no time to warm up
+    sampled: list[Completions] = []
+    real = training.sample_completions
+
+    def remembered(*given: Any, **named: Any) -> Completions:
+        sampled.append(real(*given, **named))
+        return sampled[-1]
+
+    def replayed(policy: Any, *given: Any, **named: Any) -> Completions:
+        answers = sampled.pop(0)
+        with torch.no_grad():
+            return replace(answers, sampled=completion_log_probs(policy, answers, temperature=1.0)[0])
+
+    monkeypatch.setattr(training, "sample_completions", remembered)
+    planted_bench.run(ppo, replace(short, policy_precision="bf16"), tmp_path / "ppo")
+    monkeypatch.setattr(training, "sample_completions", replayed)
+    planted_bench.run(ppo, short, tmp_path / "exact")
+    rows, exact = rows_of(tmp_path / "ppo"), rows_of(tmp_path / "exact")
+    assert len(rows) == 5 and rows[0]["kl"] == 0.0  # reference and policy round alike
+    assert all(1e-4 < row["sampler_error"] < 0.05 for row in rows)
+    assert all(row["first_ratio_gap"] < 0.05 for row in rows[:-1])
+    for mine, theirs in zip(rows[:2], exact[:2], strict=True):
+        assert mine["score"] == pytest.approx(theirs["score"], abs=1e-6)
+        assert mine["value_loss"] == pytest.approx(theirs["value_loss"], rel=0.02)
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=0.1)
+
+
+def measured_again(bench: Any, saved: Path, round_: int) -> tuple[float, float]:
+    kept, base = load_parts(saved), load_parts(bench.inputs["sft"])
+    tokenizer, template = kept.tokenizer, kept.template
+    assert tokenizer is not None and template is not None
+    dialogues = list(read_records(bench.inputs["data"] / "dialogues-train.jsonl", Dialogue))
+    prompts = prompts_from(dialogues, template, tokenizer, max_tokens=40, most=4_000)
+    chosen = SampleOrder(len(prompts), bench.seed).take(round_ * 32, 32)
+    answers = sample_completions(
+        kept.model,
+        [prompts[n] for n in chosen],
+        end=tokenizer.control_ids["<|end|>"],
+        max_new_tokens=18,
+        temperature=1.0,
+        seed_parts=(bench.seed, "ppo", round_),
+    )
+    judge = training.load_reward(Path(), base, 0.0)
+    models = RLModels(kept.model, base.model, judge, judge)
+    _, logged = score_rollouts(models, answers, 0.0, MINI)
+    return logged["score"], logged["kl"]
+
+
+def test_it_stops_beyond_the_kl_budget_and_keeps_the_best_within(planted_bench: Any, tmp_path: Path) -> None:
+    config = replace(
+        MINI,
+        kl_budget=0.4,
+        kl_target=0.0,
+        beta=0.0,
+        iterations=10,
+        optim=replace(MINI.optim, learning_rate=3e-3),
+    )
+    report = planted_bench.run(ppo, config, tmp_path / "ppo")
+    rows = rows_of(tmp_path / "ppo")
+    assert "beyond the budget of 0.4 nats" in report.facts["stopped"]
+    assert report.facts["rounds"] == len(rows) - 1 < 10
+    assert rows[-1]["kl"] > 0.4 and all(row["kl"] <= 0.4 for row in rows[:-1])
+    assert report.facts["best"]["kl"] <= 0.4 and report.facts["best"]["step"] < rows[-1]["step"]
+    assert (tmp_path / "ppo" / str(report.model) / "model.safetensors").is_file()
+    assert [row["beta"] for row in rows] == [0.0] * len(rows)  # a target of 0 keeps beta as it is
+
+
+ROUNDS = {
+    # (score, KL, distinct-2) of each round -> the round that is kept; 80 % of the first distinct-2 are 0.64
+    "the best score": ([(0.0, 0.0, 0.8), (2.0, 1.0, 0.8), (1.0, 2.0, 0.8), (1.5, 2.0, 0.8)], 1),
+    "variety is lost": ([(0.0, 0.0, 0.8), (0.5, 1.0, 0.65), (1.0, 1.0, 0.63), (2.0, 1.0, 0.5)], 1),
+    "beyond the KL budget": ([(0.0, 0.0, 0.8), (0.5, 3.9, 0.8), (1.0, 7.8, 0.8), (2.0, 8.1, 0.8)], 2),
+    "nothing is better": ([(0.0, 0.0, 0.8), (-0.5, 1.0, 0.8), (-1.0, 1.0, 0.8), (0.0, 1.0, 0.8)], 0),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_what_is_kept(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    told, kept = ROUNDS[name]
+    table = iter(told)
+    variety: list[float] = []
+    real = ppo.score_rollouts
+
+    def planted(*arguments: Any) -> Any:
+        rollout, logged = real(*arguments)
+        score, kl, distinct = next(table)
+        variety.append(distinct)
+        return rollout, {**logged, "score": score, "kl": kl}
+
+    monkeypatch.setattr(ppo, "score_rollouts", planted)
+    monkeypatch.setattr(training, "distinct", lambda texts: variety[-1])
+    config = replace(MINI, iterations=3, batch_size=8, minibatch_size=8)
+    report = planted_bench.run(ppo, config, tmp_path / "ppo")
+    assert len(rows_of(tmp_path / "ppo")) == 4
+    assert report.facts["best"]["step"] == kept and report.facts["best"]["score"] == told[kept][0]
+    assert report.model == f"checkpoints/step-{kept:06}" and (tmp_path / "ppo" / report.model).is_dir()
+
+
+def test_beta_follows_the_kl(planted_bench: Any, tmp_path: Path) -> None:
+    config = replace(
+        MINI,
+        iterations=3,
+        batch_size=8,
+        minibatch_size=8,
+        beta=0.5,
+        beta_floor=0.3,
+        kl_target=3.0,
+        kl_horizon=40.0,
+        optim=replace(MINI.optim, learning_rate=1e-4),
+    )
+    planted_bench.run(ppo, config, tmp_path / "ppo")
+    rows = rows_of(tmp_path / "ppo")
+    assert all(row["kl"] < 2.0 for row in rows)
+    # far below the target: 0.5 x (1 - 0.2 x 8 / 40) = 0.48 and so on
+    assert [row["beta"] for row in rows] == pytest.approx([0.5, 0.48, 0.4608, 0.442368], abs=1e-6)
+
+
+def test_a_sampler_that_disagrees_stops_the_run(
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training.sample_completions
+
+    def hotter(*arguments: Any, **settings: Any) -> Completions:
+        return real(*arguments, **{**settings, "temperature": 1.3})
+
+    monkeypatch.setattr(training, "sample_completions", hotter)
+    with pytest.raises(UserError, match="stopped in round 0: sampler and trainer disagree"):
+        planted_bench.run(ppo, MINI, tmp_path / "ppo")
+
+
+def stage_with_reward(reward_bench: Any, directory: Path, **facts: Any) -> Path:
+    """A copy of the reward stage whose result says something else."""
+    shutil.copytree(reward_bench.inputs["reward"], directory)
+    result = files.read_json(directory / "result.json")
+    result["facts"] = facts
+    files.write_json(directory / "result.json", result)
+    return directory
+
+
+def test_a_weak_reward_model_is_refused_with_the_reason(reward_bench: Any, tmp_path: Path) -> None:
+    weak = stage_with_reward(reward_bench, tmp_path / "weak", held_out_correlation=0.31)
+    with pytest.raises(
+        UserError, match=r"correlation with held-out ratings is 0\.310, PPO wants 0\.6.*exploited"
+    ) as caught:
+        reward_bench.with_(reward=weak).run(ppo, MINI, tmp_path / "ppo")
+    assert "min_correlation" in str(caught.value)  # and how to go on all the same
+    assert not (tmp_path / "ppo" / "checkpoints").exists()
+    unknown = stage_with_reward(reward_bench, tmp_path / "unknown")
+    with pytest.raises(UserError, match="is not known"):
+        reward_bench.with_(reward=unknown).run(ppo, MINI, tmp_path / "ppo")
+
+
+def test_a_good_reward_model_is_taken(reward_bench: Any, sft_parts: Callable[[], Any]) -> None:
+    base = sft_parts()
+    reward = load_reward(reward_bench.inputs["reward"], base, 0.6)
+    result = files.read_json(reward_bench.inputs["reward"] / "result.json")
+    saved = checkpoint.Checkpoint(reward_bench.inputs["reward"] / result["model"])
+    assert torch.equal(reward.scale, saved.tensors("model")["scale"]) and float(reward.scale) != 1.0
+
+
+def test_what_is_no_reward_model_or_speaks_other_tokens_is_refused(
+    reward_bench: Any, sft_parts: Callable[[], Any], tmp_path: Path
+) -> None:
+    base = sft_parts()
+    with pytest.raises(UserError, match="holds no reward model"):
+        load_reward(reward_bench.inputs["sft"], base, 0.6)
+    other = replace(base, tokenizer=Tokenizer.train(["a b c a b c"], 266))
+    with pytest.raises(UserError, match="another tokenizer"):
+        load_reward(reward_bench.inputs["reward"], other, 0.6)
+    broken = stage_with_reward(reward_bench, tmp_path / "broken", held_out_correlation=0.9)
+    file = next((broken / "checkpoints").glob("*/model.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        load_reward(broken, base, 0.6)
+
+
+@pytest.mark.learns
+def test_ppo_with_the_trained_reward_model_improves_the_mood(
+    reward_bench: Any, tmp_path: Path, babble: Any, learnt: Any
+) -> None:
+    """The whole chain: ratings -> reward model -> policy; good words become more frequent, bad ones rarer."""
+    config = replace(LEARNING, min_correlation=0.5, min_tokens=7, batch_size=64)
+    report = reward_bench.run(ppo, config, tmp_path / "ppo")
+    first, best = report.measures[0].before, report.measures[0].after
+    assert first is not None and best is not None
+    learnt("rise of the score", best - first, above=0.3)
+
+    def mood(directory: Path) -> float:
+        parts = load_parts(directory)
+        assert parts.tokenizer is not None and parts.template is not None
+        prompts = [
+            parts.template.encode(
+                [{"role": "user", "content": f"How is the {thing} number {n}?"}],
+                parts.tokenizer,
+                add_generation_prompt=True,
+            ).ids
+            for thing in babble.THINGS
+            for n in range(8)
+        ]
+        end = parts.tokenizer.control_ids["<|end|>"]
+        answers = sample_completions(
+            parts.model, prompts, end=end, max_new_tokens=18, temperature=1.0, seed_parts=("mood",)
+        )
+        words = [
+            word for text in texts_of(answers, parts.tokenizer) for word in text.replace(".", "").split()
+        ]
+        return (sum(word in babble.GOOD for word in words) - sum(word in babble.BAD for word in words)) / len(
+            prompts
+        )
+
+    rise = mood(tmp_path / "ppo" / str(report.model)) - mood(reward_bench.inputs["sft"])
+    learnt("more good words an answer", rise, above=0.2)
+
+
+def test_a_signal_stops_before_the_next_minibatch(
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle, and in the last round, which counts no step and has no minibatches: nothing is done
+    twice."""
+    config = replace(MINI, iterations=2, batch_size=8, minibatch_size=8)
+    calls = []
+    real = ppo.score_rollouts
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) in (1, 3):
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(ppo, "score_rollouts", interrupted)
+    for message in ("saved in round 0, after 0 of its minibatches", "saved at round 2"):
+        with pytest.raises(Interrupted, match=message):
+            planted_bench.run(ppo, config, tmp_path / "ppo")
+    report = planted_bench.run(ppo, config, tmp_path / "ppo")
+    assert len(calls) == 4 and report.facts["rounds"] == 2
+    assert [row["step"] for row in rows_of(tmp_path / "ppo")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"batch_size": 10, "minibatch_size": 4}, {"temperature": 0.0}, {"temperature": -1.0}]
+)
+def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Config(**settings)
+
+
+def test_prompts_that_are_all_too_long_are_an_error(planted_bench: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="raise max_prompt_tokens"):
+        planted_bench.run(ppo, replace(MINI, max_prompt_tokens=4), tmp_path / "ppo")
+
+
+def test_a_base_model_is_refused(pretrain_bench: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no chat template"):
+        pretrain_bench.run(ppo, replace(MINI, base="pretrain"), tmp_path / "ppo")
+
+
+def test_the_defaults_are_sane() -> None:
+    config = Config()
+    assert config.kl_target < config.kl_budget and config.beta >= config.beta_floor > 0
+    assert math.isclose(config.optim.eps, 1e-5)
+    assert GPTConfig.preset("modern-tiny").context >= config.max_prompt_tokens + config.max_new_tokens
