@@ -221,7 +221,9 @@ WRONG_WEIGHTS = [
 
 
 @pytest.mark.parametrize(
-    ("check", "mutant"), [(check, mutant) for check, wrong in WRONG_WEIGHTS for mutant in wrong], ids=str
+    ("check", "mutant"),
+    [(check, mutant) for check, wrong in WRONG_WEIGHTS for mutant in wrong],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_wrong_weights_and_padding_show(check: Check, mutant: Mutant) -> None:
     mutant.must_fail(check)

@@ -162,7 +162,10 @@ def test_documents_of_the_command_line_are_made_for_it(
     monkeypatch.setenv("COLUMNS", "110")
     script = load_script("write_cli_docs")
     lines = script.section("mini_dpo")
-    assert lines[0].endswith("# mini_dpo") and "The chat model to start from; it stays the reference." in lines[3]
+    assert (
+        lines[0].endswith("# mini_dpo")
+        and "The chat model to start from; it stays the reference." in lines[3]
+    )
 
 
 def load_script(name: str) -> ModuleType:
