@@ -11,7 +11,7 @@ each second that share counts which other programs left for this one:
 (chatwright/load.py, about once a second), and `threads` how many this program would keep busy. With few
 threads and processors to spare nothing is lost, and all time counts; so it does on a GPU.
 
-The share agrees with the speed (docs/performance.md, "Beside other programs").
+The share agrees with the speed (docs/lab/performance.md, "Beside other programs").
 """
 
 from __future__ import annotations
