@@ -7,10 +7,11 @@ Intel's and LLVM's (torch for Windows and macOS). That is good for a program tha
 Beside another program a thread then waits in a loop for one that is not running, and uses up the processor
 time which the other one would need: training falls to a sixth of its speed beside a single busy program.
 
-A loop of some tens of microseconds costs nothing measurable when the program is alone, and lets its speed
-fall to the fair share when it is not (both: docs/lab/performance.md). The libraries read these variables
-once, when torch loads them. Hence they are set by `import chatwright`, and that must come before
-`import torch`; behind it they change nothing. Whoever sets one of them decides.
+A loop of some tens of microseconds is about as long as it takes to wake a sleeping thread: it is worth its
+time when the program is alone, and lets the speed fall to the fair share when it is not (measured:
+docs/lab/performance.md, "Beside other programs"). The libraries read these variables once, when torch loads
+them. Hence they are set by `import chatwright`, and that must come before `import torch`; behind it they
+change nothing. Whoever sets one of them decides.
 """
 
 from __future__ import annotations

@@ -185,8 +185,9 @@ def one_thread() -> Iterator[None]:
     """Inside, torch's operations on the CPU run in the calling thread alone; where OpenMP cannot be asked,
     nothing changes.
 
-    After a parallel operation torch's other threads wait for the next one in a loop, for milliseconds, and
-    keep processors busy that threads outside of torch would need. OpenMP's number is the calling thread's
+    After a parallel operation torch's other threads wait for the next one in a loop, for milliseconds where
+    torch was imported before this package (openmp.py), and keep processors busy that threads outside of torch
+    would need. OpenMP's number is the calling thread's
     own. `torch.set_num_threads` also sets what all threads begin with: one that met torch first just then
     would keep a single thread for ever.
     """
