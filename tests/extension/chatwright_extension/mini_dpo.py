@@ -23,6 +23,9 @@ from chatwright.data.records import records_of
 from chatwright.model.gpt import GPT
 from chatwright.objectives.language import projected_log_probs
 from chatwright.train.api import (
+    ANSWERS_PER_SECOND,
+    FLOP_METRICS,
+    LOOP_METRICS,
     ChatBase,
     Curve,
     FitConfig,
@@ -168,9 +171,14 @@ def run(config: Config, workspace: Workspace) -> Report:
         accuracy = float(found.logged["accuracy"]) / batch.weight
         return {"held_out_loss": float(found.loss) / batch.weight, "held_out_accuracy": accuracy}
 
-    flop = 2 * training_flop(base.model, config.max_tokens)
     fitted = training.fit(
-        trainer, pairs, train_step, evaluate, best=("held_out_loss", "lower"), flop_per_sample=flop
+        trainer,
+        pairs,
+        train_step,
+        evaluate,
+        throughput=("answers", 2.0),
+        best=("held_out_loss", "lower"),
+        flop_per_sample=2 * training_flop(base.model, config.max_tokens),
     )
     return Report(
         measures=[
@@ -185,9 +193,13 @@ def run(config: Config, workspace: Workspace) -> Report:
 
 
 METRICS = (
+    Metric("loss", "nats per pair", "falls from 0.693", "Mean loss over the pairs of the last step."),
     Metric("accuracy", "share of pairs", "rises", "How often the policy moved towards the better answer."),
     Metric("held_out_loss", "nats per pair", "falls", "The loss on held-out pairs; 0.693 is guessing."),
     Metric("held_out_accuracy", "share of pairs", "rises", "`accuracy` on held-out pairs."),
+    *LOOP_METRICS,
+    ANSWERS_PER_SECOND,
+    *FLOP_METRICS,
 )
 
 STAGE = Stage(
