@@ -116,7 +116,7 @@ def policy_outputs(
     policy, critic = models.policy, models.critic
     with runtime.autocast(models.policy_dtype):
         hidden = policy.hidden_at(answers.ids, answers.before, lengths=answers.lengths)
-        log_probs, parallel = completion_log_probs(
+        log_probs, entropies = completion_log_probs(
             policy, answers, temperature=temperature, entropy=entropy, hidden=hidden
         )
     if isinstance(critic, ValueHead):
@@ -126,7 +126,7 @@ def policy_outputs(
             values = values_before(critic, answers)
     else:
         values = torch.zeros_like(log_probs)
-    return PolicyOutputs(log_probs, parallel, values)
+    return PolicyOutputs(log_probs, entropies, values)
 
 
 class ScoringConfig(Protocol):
