@@ -72,7 +72,7 @@ def test_the_loss_is_return_less_baseline_times_log_probability(
     rollout, logged = score_rollouts(models, answers, 0.3, config)
     mask = answers.response
     with torch.no_grad():
-        now, parallel = completion_log_probs(models.policy, answers, temperature=1.0, entropy="known")
+        now, entropies = completion_log_probs(models.policy, answers, temperature=1.0, entropy="known")
         reference, _ = completion_log_probs(models.reference, answers, temperature=1.0)
         scores = torch.where(
             answers.finished, models.reward.score(answers.ids, answers.real), config.unfinished_score
@@ -92,7 +92,7 @@ def test_the_loss_is_return_less_baseline_times_log_probability(
     outcome = step(models, batch, config)
     spoken = [float(now[row][mask[row]].sum()) for row in range(16)]
     loss = -sum(a * s for a, s in zip(expected, spoken, strict=True)) / 16 - 0.02 * float(
-        parallel[mask].mean()
+        entropies[mask].mean()
     )
     assert batch.weight == 16
     assert float(outcome.loss.detach()) / 16 == pytest.approx(loss, rel=1e-4)

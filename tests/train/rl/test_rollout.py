@@ -62,14 +62,14 @@ def test_sampler_and_trainer_agree_on_log_probabilities(
 def test_log_probabilities_are_those_of_each_row_alone(lively_gpt: Callable[..., GPT]) -> None:
     model = lively_gpt(4)
     answers = sampled(model, 0.7)
-    found, parallel = completion_log_probs(model, answers, temperature=0.7, entropy="known")
+    found, entropies = completion_log_probs(model, answers, temperature=0.7, entropy="known")
     for row, prompt in enumerate(PROMPTS[:4]):
         ids = answers.ids[row][answers.real[row]]
         log_p = (model(ids[None])[0] / 0.7).log_softmax(-1)
         for t in range(len(prompt), len(ids)):
             assert float(found[row, t]) == pytest.approx(float(log_p[t - 1, ids[t]]), abs=1e-4)
             expected = -float((log_p[t - 1].exp() * log_p[t - 1]).sum())
-            assert float(parallel[row, t]) == pytest.approx(expected, abs=1e-4)
+            assert float(entropies[row, t]) == pytest.approx(expected, abs=1e-4)
 
 
 @torch.no_grad()
