@@ -109,7 +109,7 @@ class TextBatch:
 
 @dataclass(frozen=True)
 class Texts:
-    """Rated texts behind prompts, in an order that depends on the seed and the index alone."""
+    """Rated texts as answers to prompts, in a random order; a sample depends on seed and index alone."""
 
     texts: Sequence[LabelledText]
     prompts: Sequence[tuple[Message, ...]]
@@ -127,7 +127,7 @@ class Texts:
         return self.batch([self.texts[number] for number in numbers], asked)
 
     def batch(self, texts: Sequence[LabelledText], prompts: Sequence[Sequence[Message]]) -> TextBatch:
-        """These texts behind these prompts as tensors."""
+        """Tensors of these texts as answers to these prompts."""
         rows = [
             encode_answer(prompt, one.text, self.template, self.tokenizer, self.config.max_tokens)
             for one, prompt in zip(texts, prompts, strict=True)
@@ -137,7 +137,7 @@ class Texts:
 
 
 def step(model: ScalarModel, batch: TextBatch) -> Step:
-    """Cross entropy of good and bad; accuracy beside it."""
+    """Cross entropy of good and bad; logs the accuracy."""
     scores = model.score(batch.ids, batch.mask)
     right = ((scores.detach() > 0) == batch.positive).float().sum()
     return Step(logistic_loss(scores, batch.positive), {"accuracy": right})
@@ -145,7 +145,7 @@ def step(model: ScalarModel, batch: TextBatch) -> Step:
 
 @torch.no_grad()
 def scores_of(model: ScalarModel, texts: Texts, chosen: Sequence[LabelledText]) -> Float[Tensor, " n"]:
-    """The score of each text, behind a prompt that depends on its place."""
+    """The score of each text, as the answer to a prompt chosen by the text's index."""
     found = []
     for start in range(0, len(chosen), 64):
         part = chosen[start : start + 64]
@@ -157,14 +157,13 @@ def scores_of(model: ScalarModel, texts: Texts, chosen: Sequence[LabelledText]) 
 
 @dataclass(frozen=True)
 class Parts:
-    """Rated texts that are good or bad: what is learnt from, what the scale is fitted to, what is
-    measured."""
+    """Rated texts that are good or bad: for training, for calibration, and held out."""
 
     train: list[LabelledText]
     calibration: list[LabelledText]
     held_out: list[LabelledText]
     all_held_out: list[LabelledText]
-    """The neutral ones among them."""
+    """Held-out texts with the neutral ones."""
 
     def __str__(self) -> str:
         """How many of each."""
@@ -173,7 +172,7 @@ class Parts:
 
 
 def load_texts(config: Config, records: Path) -> Parts:
-    """The texts of a data stage. Raises UserError when one side lacks good or bad ones."""
+    """The texts of a data stage. Raises UserError when one of the parts has no good or no bad texts."""
 
     def clear(texts: list[LabelledText]) -> list[LabelledText]:
         return [
@@ -201,7 +200,7 @@ def load_texts(config: Config, records: Path) -> Parts:
 
 
 def are_good(texts: Sequence[LabelledText], config: Config) -> Bool[Tensor, " n"]:
-    """Which of the texts people called good."""
+    """True for the texts that people rated as good."""
     return torch.tensor([one.label > config.threshold for one in texts])
 
 
@@ -277,7 +276,7 @@ def report_of(fitted: Fitted, parts: Parts) -> Report:
 def show_calibration(
     report: Report, reliable: calibration.Reliability, constants: dict[str, float], workspace: Workspace
 ) -> None:
-    """Add how far probabilities are from what happens: the number before and after, and a picture."""
+    """Add the calibration error to the report: the number before and after, and a picture."""
     report.facts["calibration"] = constants
     note = "before: the same model without calibration"
     before = constants["error_before"]
@@ -320,7 +319,7 @@ def calibrate(
     report: Report, model: ScalarModel, scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]
 ) -> tuple[float, float]:
     """Set scale and offset so that sigmoid(score) is a probability, and return them. Raises Unhealthy, with
-    the report, when the scores tell nothing."""
+    the report, when the scores carry no information."""
     try:
         scale, offset = calibration.platt(scores, positive)
     except ValueError as error:
@@ -328,7 +327,7 @@ def calibrate(
         raise Unhealthy(
             f"classifier: {error}. Train it longer, on more ratings, or start it from a better model", report
         ) from None
-    with torch.no_grad():  # scale' (x - offset') of what was s (x - o)
+    with torch.no_grad():  # scale' (y - offset'), where y = s (x - o) is the score so far
         model.offset.add_(offset / model.scale)
         model.scale.mul_(scale)
     return scale, offset
@@ -337,7 +336,7 @@ def calibrate(
 def measure(
     report: Report, before: dict[str, float], after: dict[str, float], good: Bool[Tensor, " n"]
 ) -> None:
-    """Add what the calibrated classifier reaches on held-out texts to the report."""
+    """Add the held-out measures of the calibrated classifier to the report."""
     share = float(good.float().mean())
     report.facts |= {key: after[key] for key in ("held_out_accuracy", "held_out_correlation")}
     report.measures += [

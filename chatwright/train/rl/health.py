@@ -98,11 +98,10 @@ def diagnose_ratio(gap: float, rounding: Rounding = FLOAT32) -> Diagnosis | None
 
 
 def diagnose_reward(*, train: float, held_out: float, length: float, pairs: int) -> Diagnosis | None:
-    """Accuracies of a reward model on training pairs and on `pairs` held-out ones, and of length alone on the
-    latter.
+    """Whether a reward model has only learnt its training prompts: its accuracy is good on training pairs
+    (`train`), and on `pairs` held-out ones (`held_out`) within two standard errors of chance.
 
-    Good on the one and no better than chance, within two standard errors, on the other: it has learnt the
-    training prompts.
+    `length` is the accuracy of length alone on the held-out pairs.
     """
     error = 0.5 / math.sqrt(max(pairs, 1))
     if train < 0.7 or held_out > 0.5 + 2 * error:
