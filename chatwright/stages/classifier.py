@@ -1,13 +1,13 @@
 """Classifier as reward: how likely would people call this text good?  Ziegler et al. 2019, section 3.1.
 
-It takes the reward model's place: PPO, REINFORCE and best-of-n follow it with `reward: classifier`. It
-learns from single texts instead of comparisons: each stands as the answer to a prompt drawn at random, so
-that a row looks as it will in PPO.
+It replaces the reward model: PPO, REINFORCE and best-of-n use it with `reward: classifier`. It learns from
+single texts instead of comparisons. Each text is the answer to a prompt drawn at random, so that a row looks
+as it will in PPO.
 
-Departures from the paper: there the classifier is a separate model of reviews, and its log odds are the
-reward as they come. Here it starts from the chat model, and the log odds are calibrated (Platt 1999) on texts
-that training does not see: sigmoid(score) is a probability that comes true that often, and 0 means as likely
-good as bad.
+Departures from the paper:
+* There the classifier is a separate model of reviews. Here it starts from the chat model.
+* There the log odds are the reward. Here they are calibrated (Platt 1999) on texts that training does not
+  see: of the texts with sigmoid(score) = p a share p is good, and a score of 0 means even odds.
 """
 
 from __future__ import annotations
@@ -288,7 +288,7 @@ def show_calibration(
 
 
 def example(model: ScalarModel, texts: Texts) -> str:
-    """What the model thinks of two answers."""
+    """The model's scores of two example answers."""
 
     def score(prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:
         batch = runtime.on_device(

@@ -37,7 +37,7 @@ WINDOW = 5
 
 @dataclass(frozen=True)
 class Rounding:
-    """The largest errors that rounding explains, with some slack, in the precision of the policy's products."""
+    """The largest errors that rounding explains, with some slack, for one precision of the policy."""
 
     token: float = 1e-2
     """Nats by which sampler and trainer may disagree about a token (float32: below 1e-4)."""
