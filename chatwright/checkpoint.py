@@ -1,10 +1,9 @@
-"""Files that survive: tensors as safetensors, state as JSON, checksums, and directories that appear whole or
-not.
+"""Checkpoints: tensors as safetensors, state as JSON, with checksums, in directories that appear at once.
 
 A checkpoint is a directory `step-000100/` with `model.safetensors`, `state.json` and, while training goes on,
-`optimizer.safetensors`. It is written under a temporary name, flushed to the disk and renamed; `state.json`
-holds the SHA-256 of every file, its own included, so that a flipped byte is found and named. Nothing here is
-ever unpickled.
+`optimizer.safetensors`. It is written under a temporary name, flushed to the disk and renamed, so that it is
+never half-written. `state.json` holds the SHA-256 of every file, its own included: a flipped byte is found,
+and its file is named. Nothing here is ever unpickled.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from chatwright.tensor_files import NO_DIGEST, PARTS, load_tensors, save_tensors
 
 STEP = re.compile(r"step-(\d{6,})$")
 BEST = "best"
-"""The file beside the checkpoints that holds the name of the best one (`fit.keep_best`)."""
+"""The file beside the checkpoints that has the name of the best one (`fit.keep_best`)."""
 UNFINISHED = "unfinished"
-"""Beside the checkpoints: what a step that was stopped in its middle (a round of PPO) needs to be gone on
-with."""
+"""The directory beside the checkpoints with the mid-step state of a step that was stopped (an iteration of
+PPO)."""
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters and buffers by name, shared ones once under their first name."""
+    """A model's parameters and buffers by name. A shared one appears once, under its first name."""
     seen: set[int] = set()
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -46,7 +45,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy tensors into a model. Raises UserError naming what is missing, unexpected or of another shape."""
+    """Copy tensors into a model. Raises UserError naming missing, unexpected or differently shaped ones."""
     fill(model_tensors(model), tensors, where=where)
 
 
@@ -59,7 +58,7 @@ def fill(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, where: 
 
 
 def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
-    """Whether tensors are a model's, which may still be without memory. Raises UserError as
+    """Check that tensors fit a model, which may be on the meta device. Raises UserError as
     `load_model_tensors`."""
     _check_fit(model_tensors(model), tensors, where=where)
 
@@ -150,8 +149,7 @@ class Checkpoint:
                 raise UserError(f"checkpoint {self.path}: {name} is damaged (its checksum differs)")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one of its files, `model` or `optimizer`, or of the parts that many processes
-        wrote."""
+        """The tensors of one of its files, `model` or `optimizer`; of a sharded checkpoint, consolidated."""
         if self.is_sharded:
             from chatwright import sharded  # torch's distributed part takes a second to import
 
@@ -160,7 +158,7 @@ class Checkpoint:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether many processes wrote it together (`sharded`)."""
+        """Whether many processes wrote it, each its shards (sharded.py)."""
         return (self.path / PARTS).is_dir()
 
 
@@ -171,8 +169,8 @@ def save_checkpoint(
     state: Mapping[str, Any],
     texts: Mapping[str, str] | None = None,
 ) -> Checkpoint:
-    """Write a checkpoint directory: `tensors["model"]` -> model.safetensors, `texts` as they are,
-    `state.json` last.
+    """Write a checkpoint directory: `tensors["model"]` becomes model.safetensors, each of `texts` a file of
+    that name; `state.json` is written last.
 
     Raises UserError when the disk is full; the previous content of `target` is then intact.
     """
@@ -186,9 +184,10 @@ def save_checkpoint(
 
 
 def _state_is_whole(text: bytes, own: object) -> bool:
-    """Whether a state.json passes its own checksum. One without (by hand, or of the first versions) does.
+    """Whether a state.json passes its own checksum. One without a checksum (edited by hand, or from the first
+    versions) passes.
 
-    The checksum is looked for in the text, as a flipped byte may have changed the key that it stood under.
+    The checksum is searched for in the text, since a flipped byte may have changed its key.
     """
     found = re.findall(rb'"state\.json": "([0-9a-f]{64})"', text)
     if not found:
@@ -198,7 +197,7 @@ def _state_is_whole(text: bytes, own: object) -> bool:
 
 
 def checkpoints(directory: Path) -> list[Checkpoint]:
-    """The checkpoints in a directory, oldest first. Unfinished ones have other names and are not seen."""
+    """The checkpoints in a directory, oldest first. Half-written ones have other names and are not listed."""
     if not directory.is_dir():
         return []
     found = [Checkpoint(path) for path in directory.iterdir() if STEP.fullmatch(path.name) and path.is_dir()]
@@ -206,7 +205,7 @@ def checkpoints(directory: Path) -> list[Checkpoint]:
 
 
 def newest_valid(directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose files pass their checksums, and a line for each newer one that did not."""
+    """The newest checkpoint whose files pass their checksums, and a line for each newer one that fails."""
     complaints: list[str] = []
     for checkpoint in reversed(checkpoints(directory)):
         try:
@@ -218,8 +217,7 @@ def newest_valid(directory: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def prune(directory: Path, keep: int, *, protected: Sequence[int] = ()) -> None:
-    """Delete all but the newest `keep` checkpoints and those whose step is in `protected`; also unfinished
-    leftovers."""
+    """Delete all checkpoints but the newest `keep` and the `protected` steps; also half-written leftovers."""
     for checkpoint in checkpoints(directory)[: -max(keep, 1)]:
         if checkpoint.step not in protected:
             delete(checkpoint)
@@ -230,7 +228,7 @@ def prune(directory: Path, keep: int, *, protected: Sequence[int] = ()) -> None:
 
 
 def delete(checkpoint: Checkpoint) -> None:
-    """Delete a checkpoint: out of sight first, so that whoever dies meanwhile leaves no half of it under its
+    """Delete a checkpoint. It is renamed first: a process that dies meanwhile leaves no half of it under its
     name."""
     gone = checkpoint.path.with_name(f".{checkpoint.path.name}.{os.getpid()}.gone")
     shutil.rmtree(gone, ignore_errors=True)
@@ -240,10 +238,10 @@ def delete(checkpoint: Checkpoint) -> None:
 
 
 def recover(directory: Path) -> None:
-    """Bring back a checkpoint whose writer died between moving the old one away and the new one into its
-    place.
+    """Bring back a checkpoint whose writer died after it moved the old one away and before it moved the new
+    one into place.
 
-    Only for the one process that writes here: another's half-done exchange looks the same.
+    Only the one process that writes here may call this: a replacement in progress looks the same.
     """
     for old in directory.glob(".step-*.old"):
         target = directory / old.name[1:].split(".")[0]
@@ -252,13 +250,13 @@ def recover(directory: Path) -> None:
 
 
 def write_best(directory: Path, step: int) -> None:
-    """Say which checkpoint of a directory is the best: the file `best` holds its name."""
+    """Write the name of a directory's best checkpoint into the file `best`."""
     write_text(directory / BEST, f"step-{step:06}\n")
 
 
 def best(directory: Path) -> Checkpoint | None:
-    """The checkpoint that `write_best` named; None when there is none. Raises UserError when the name is no
-    checkpoint's."""
+    """The checkpoint that `write_best` named; None without such a file. Raises UserError when no checkpoint
+    has that name."""
     file = directory / BEST
     if not file.is_file():
         return None

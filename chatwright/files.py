@@ -1,6 +1,6 @@
-"""Files and directories that appear whole or not at all: written under a temporary name, flushed, renamed.
+"""Atomic files and directories: written under a temporary name, flushed, renamed.
 
-A reader, or a process that is killed, sees the old content or the new one, never half of one.
+A reader sees the old content or the new one, never half of one, even if the writer is killed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from chatwright.config import UserError
 
 LARGEST_JSON = 64 << 20
-"""Most bytes of a JSON file: as Python's objects they become twenty times as large, and more."""
+"""Most bytes of a JSON file: as Python objects they take twenty times as much memory, and more."""
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """The name of a file beside `target` that becomes `target` when the block ends without an error."""
+    """Path of a temporary file beside `target` that becomes `target` when the block ends without an error."""
     aside = target.parent / f".{target.name}.{os.getpid()}.partial"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def take_place(aside: Path, target: Path) -> None:
-    """Flush a finished directory to the disk and give it its name; what had that name before goes."""
+    """Flush a finished directory to the disk and rename it to `target`, replacing an earlier one."""
     for file in aside.rglob("*"):
         _flush(file)
     if target.exists():
@@ -73,7 +73,7 @@ def take_place(aside: Path, target: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it: a reader sees the old or the new text, never half of one."""
+    """Write a text file atomically: a reader sees the old or the new text, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
@@ -104,7 +104,7 @@ def read_json(path: Path) -> Any:
 
 
 def _flush(path: Path) -> None:
-    """Push a file's (on Linux and macOS also a directory's) content to the disk before it is relied on."""
+    """Flush a file to the disk; on Linux and macOS also a directory."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)

@@ -1,4 +1,4 @@
-"""A model with its tokenizer and template, ready for use: what `chatwright.load` gives back."""
+"""`LanguageModel`: a model with its tokenizer and template, ready for use. `chatwright.load` returns one."""
 
 from __future__ import annotations
 
@@ -27,24 +27,21 @@ from chatwright.model.lora import merge, plain, sharing_copy
 from chatwright.tokenizer import Tokenizer
 
 DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
-"""How the weights are held for generation; see `make_runner`."""
+"""Types of the weights for generation; see `make_runner`."""
 WORTH_COMPILING = 20_000_000
-"""Parameters from which `auto` takes the CPU kernels: smaller models answer at once anyway, and exactly."""
+"""Least parameters for which `auto` uses the CPU kernels: smaller models are fast anyway, and then exact."""
 WORTH_COPYING = 2_000_000
-"""Parameters from which `exact_runner` takes them, for many answers at once."""
+"""Least parameters for which `exact_runner` uses them, for many answers at once."""
 
 SCORED_AT_ONCE = 256
-"""Tokens whose probabilities `score` holds in memory at a time: a row has as many numbers as the vocabulary
-has tokens."""
+"""Tokens whose logits `score` holds in memory at a time; each has a row of the vocabulary's size."""
 
 
 def make_runner(model: GPT, dtype: str) -> Runner | None:
-    """What computes for the engine, given the wish for a dtype; None is the model itself, in its own
-    precision.
+    """The engine's runner for a dtype; None is the model itself, in its own precision.
 
-    On a CPU a named dtype means the compiled kernels with weights of that kind. `auto` means bf16 kernels for
-    models worth it, where the kernels carry the shape. Raises UserError when what was asked for by name
-    cannot be had.
+    On a CPU a named dtype means the compiled kernels with weights of that type. `auto` means bf16 kernels for
+    large enough models whose shape the kernels support. Raises UserError when a named dtype is not possible.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
@@ -66,10 +63,10 @@ def make_runner(model: GPT, dtype: str) -> Runner | None:
 
 
 def exact_runner(model: GPT, dtype: torch.dtype = torch.float32) -> Runner | None:
-    """The fastest runner whose log-probabilities are those of the model up to rounding: float32's, or, with
-    bfloat16 weights, that of a model whose products are in bfloat16. None is the model itself.
+    """The fastest runner whose log-probabilities are the model's up to rounding: that of float32, or, with
+    `dtype` bfloat16, that of bfloat16 products. None is the model itself.
 
-    It computes with the weights of now: after a step of training it is made anew, which costs a copy of them.
+    It computes with a copy of the current weights: make a new one after each training step.
     """
     from chatwright.generate.shapes import unsupported
 
@@ -103,20 +100,18 @@ class LanguageModel:
 
     @cached_property
     def engine(self) -> Engine:
-        """The scheduler that all generation goes through; made when first used. Raises UserError as
-        `make_runner`.
+        """The engine for all generation; made when first used. Raises UserError as `make_runner`.
 
-        Weights are packed for it once: one who trains `model` afterwards makes a new LanguageModel.
+        Weights are packed for it once: after training `model`, make a new LanguageModel.
         """
         return Engine(self.model, self.tokenizer, runner=make_runner(self.model, self.dtype))
 
     def with_adapter(self, directory: str | Path, name: str | None = None) -> LanguageModel:
-        """This model with a LoRA adapter (a directory in PEFT's format), beside this one, which stays as it
-        is.
+        """A new model: this one with a LoRA adapter (a directory in PEFT's format). This one does not change.
 
-        Both share the parameters that have no adapter; matrices with one are merged into new ones, so that
-        answers cost what they cost without. To change the adapter of one model in place:
-        `chatwright.model.lora.use_adapter`. Raises UserError as `load_peft`.
+        Both share the parameters without an adapter. Matrices with one are merged into new ones, so that
+        generation costs the same as without. `chatwright.model.lora.use_adapter` changes the adapter of a
+        model in place. Raises UserError as `load_peft`.
         """
         twin = sharing_copy(self.model)
         load_peft(adapter_directory(Path(directory)), twin)
@@ -125,9 +120,8 @@ class LanguageModel:
 
     @property
     def memory_bytes(self) -> int:
-        """What the model takes once it answers: parameters, weights packed for the engine, keys and
-        values."""
-        parameters = sum(one.nbytes for one in self.model.parameters())  # tied ones come once
+        """Bytes that the model takes in use: parameters, weights packed for the engine, keys and values."""
+        parameters = sum(one.nbytes for one in self.model.parameters())  # tied ones count once
         return parameters + self.engine.runner.weight_bytes() + self.engine.cache_bytes
 
     def logits(self, ids: Sequence[Sequence[int]] | Tensor) -> Float[Tensor, "batch time vocab"]:
@@ -137,11 +131,11 @@ class LanguageModel:
             return self.model(tokens)  # type: ignore[no-any-return]
 
     def score(self, ids: Sequence[int], *, top: int = 0) -> list[tuple[int, float | None, Alternatives]]:
-        """(token, its log-probability in nats given those before, the `top` likeliest ones) for each token of
-        a text.
+        """For each token of a text: (token, log-probability in nats given the tokens before, the `top`
+        likeliest tokens).
 
-        The first token has no log-probability: nothing stands before it. Raises UserError for a text beyond
-        the context.
+        The first token has no log-probability: nothing precedes it. Raises UserError for a text beyond the
+        context.
         """
         if not ids:
             return []
@@ -174,13 +168,12 @@ class LanguageModel:
         return Request(prompt=tuple(ids), sampling=Sampling(**options), end_ids=end_ids)
 
     def prompt_request(self, prompt: str, **options: Any) -> Request:
-        """The engine's request for the continuation of a text, which stands at the beginning of a
-        document."""
+        """The engine's request to continue a text, which counts as the beginning of a document."""
         ids = [self.tokenizer.end_of_text_id, *self.tokenizer.encode(prompt)]
         return self._request(ids, frozenset({self.tokenizer.end_of_text_id}), options)
 
     def complete(self, prompt: str, **options: Any) -> Completion:
-        """Continue a text; everything that is known about the continuation."""
+        """Continue a text; returns the continuation with ids, log-probabilities and the reason of its end."""
         return self.engine.generate([self.prompt_request(prompt, **options)])[0]
 
     def generate(self, prompt: str, **options: Any) -> str:
@@ -200,8 +193,7 @@ class LanguageModel:
         return self.template
 
     def encode_chat(self, messages: Sequence[Message], *, max_new_tokens: int = 128) -> FittedChat:
-        """A conversation cut to what fits beside the answer, at least half of the context; ready for the
-        engine."""
+        """Encode a conversation, cut to the context less `max_new_tokens` (at least half of it)."""
         context = self.model.config.context
         room = max(context - max_new_tokens, context // 2)
         return fit_context(messages, self.require_template(), self.tokenizer, room)
@@ -221,11 +213,11 @@ class LanguageModel:
 
 
 def find_checkpoint(path: Path) -> checkpoint.Checkpoint | None:
-    """The checkpoint that a run, stage or checkpoint directory stands for; None when it is none of these.
+    """The checkpoint of a run, stage or checkpoint directory; None when `path` is none of these.
 
-    A stage names its model in result.json; an unfinished stage stands for its newest whole checkpoint; a run
-    for its last finished stage that made a language model. The file checkpoints/best stands for the
-    checkpoint it names.
+    A finished stage names its model in result.json. An unfinished stage means its newest valid checkpoint, a
+    run its last finished stage that made a language model. The file checkpoints/best means the checkpoint
+    that it names.
     """
     if path.name == checkpoint.BEST and path.is_file():
         return checkpoint.best(path.parent)
@@ -239,7 +231,7 @@ def find_checkpoint(path: Path) -> checkpoint.Checkpoint | None:
                 inside = place.resolve().is_relative_to(path.resolve())
             except (ValueError, OSError, RuntimeError):  # no name that a file can have
                 inside = False
-            if not inside:  # a directory from elsewhere speaks for itself alone
+            if not inside:  # a directory from elsewhere must not name files outside of it
                 raise UserError(
                     f"{path / 'result.json'} names a model outside of its directory: {chosen!r:.200}"
                 )
@@ -266,7 +258,8 @@ def _result(file: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(found: checkpoint.Checkpoint, *, verify: bool = True) -> Loaded:
-    """The language model in a checkpoint of ours. Raises UserError: damaged, or another kind of model."""
+    """The language model in one of our checkpoints. Raises UserError when it is damaged, or another kind of
+    model."""
     state = found.state()
     if state.get("kind") != "language":
         kind = state.get("kind", "unknown")
@@ -283,13 +276,13 @@ def load_checkpoint(found: checkpoint.Checkpoint, *, verify: bool = True) -> Loa
     except UserError as error:
         raise UserError(f"{found.path / 'state.json'}: {error}") from None
     tensors = found.tensors("model")
-    if shape.layers > len(tensors):  # before anything is built to that number
+    if shape.layers > len(tensors):  # check before building so many layers
         raise UserError(f"{found.path}: {shape.layers} blocks in state.json, {len(tensors)} tensors in all")
     with torch.device("meta"):
         model = GPT(shape)
-    checkpoint.check_fit(model, tensors, where=str(found.path))  # before memory is taken for it
+    checkpoint.check_fit(model, tensors, where=str(found.path))  # before allocating memory
     model = model.to_empty(device="cpu")
-    if model.config.tied:  # torch gives a shared parameter memory of its own for each place: tie them again
+    if model.config.tied:  # `to_empty` gives each use of a shared parameter its own memory
         model.head.weight = model.embed.weight
     checkpoint.load_model_tensors(model, tensors, where=str(found.path))
     has_template = (found.path / "chat_template.jinja").is_file()
@@ -303,8 +296,7 @@ def load_checkpoint(found: checkpoint.Checkpoint, *, verify: bool = True) -> Loa
 
 
 def load_parts(name: str | Path) -> Loaded:
-    """Model, tokenizer and template by name. Raises UserError when the name leads nowhere, saying what is
-    possible.
+    """Model, tokenizer and template by name. Raises UserError for an unknown name, with the possible ones.
 
     Names: a run, stage or checkpoint directory of ours; a Hugging Face directory; `smollm2`; `hf:owner/name`;
     a .gguf file; `BASE+ADAPTER`, any of these and the directory of a LoRA adapter in PEFT's format, which is
@@ -345,8 +337,8 @@ def load_parts(name: str | Path) -> Loaded:
 
 
 def _load_adapted(name: str) -> Loaded:
-    """BASE+ADAPTER: parted where a directory begins, for both may have a + in their names; else at the last
-    one."""
+    """BASE+ADAPTER. Both names may contain a +: the name is split where the rest is a directory, else at the
+    last +."""
     places = [at for at, character in enumerate(name) if character == "+" and 0 < at < len(name) - 1]
     at = next((at for at in places if Path(name[at + 1 :]).is_dir()), places[-1])
     parts = load_parts(name[:at])
@@ -356,8 +348,7 @@ def _load_adapted(name: str) -> Loaded:
 
 
 def adapter_directory(path: Path) -> Path:
-    """Where the adapter is that a path stands for: that directory, or the folder in which a finished stage
-    has it."""
+    """The adapter's directory: `path` itself, or the folder `adapter` in a finished stage's directory."""
     return path / "adapter" if is_adapter(path / "adapter") else path
 
 

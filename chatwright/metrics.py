@@ -1,5 +1,5 @@
-"""What a run tells: `metrics.jsonl` always, a tracker where one is asked for, and a progress bar (plain lines
-where there is no terminal)."""
+"""Output of a run: `metrics.jsonl`, a tracker where one is asked for, and a progress bar (plain lines without
+a terminal)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from chatwright.trackers import Reporting, Tracker, open_tracker
 TIMED = frozenset(
     {"elapsed", "memory_mb", "tokens_per_second", "answers_per_second", "mfu", "energy_kwh", "cost"}
 )
-"""Keys that are measured by a clock or a meter: all others of a run that is repeated are the same, bit for
-bit."""
+"""Keys that are measured by a clock or a meter. All others are the same, bit for bit, when a run is repeated.
+"""
 
 console = Console(highlight=False, stderr=False)
 
@@ -36,19 +36,19 @@ STRICT = "CHATWRIGHT_STRICT_METRICS"
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that a stage logs. docs/reference/metrics.md is made of these."""
+    """A number that a stage logs. docs/reference/metrics.md is generated from these."""
 
     name: str
     """The key in metrics.jsonl."""
     unit: str
     healthy: str
-    """The range, or the course, in a run that works."""
+    """The range, or the course, in a healthy run."""
     meaning: str
-    """What it is."""
+    """Its definition."""
     unhealthy: str = ""
-    """What other values say, and what to do about them."""
+    """What other values mean, and what to do about them."""
     when: str = ""
-    """The condition under which a run logs it. Empty: every run that comes to its end does."""
+    """The condition under which a run logs it. Empty: every run that reaches its end does."""
     group: str = ""
     """The heading of its table in the documentation. Empty: the name of its stage."""
 
@@ -59,7 +59,7 @@ def in_group(group: str, *metrics: Metric) -> tuple[Metric, ...]:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object a line, `step` first. docs/reference/metrics.md says what the keys mean."""
+    """`metrics.jsonl`: one object a line, `step` first. docs/reference/metrics.md explains the keys."""
 
     def __init__(
         self, path: Path, reporting: Reporting | None = None, described: Sequence[Metric] | None = None
@@ -68,11 +68,11 @@ class MetricsLog:
         self.path, self.reporting = path, reporting or Reporting()
         self._described = None if described is None else {metric.name for metric in described}
         self._tracker: Tracker | None = None
-        self._next = 0  # the step from which on rows are new to the tracker
+        self._next = 0  # rows from this step on are new to the tracker
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def forget_after(self, step: int) -> None:
-        """Drop the rows of steps that will be done again after a resume."""
+        """Drop the rows after `step`: a resumed run repeats these steps."""
         self.close()
         self._next = step + 1
         if self.path.exists() and runtime.is_rank_zero():
@@ -83,10 +83,10 @@ class MetricsLog:
             aside.replace(self.path)
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
-        """Append one row, in the first process. NaN and infinity become null: they are not JSON.
+        """Append one row, in rank zero. NaN and infinity become null: they are not JSON.
 
-        A key that the stage does not describe is written all the same, with one line on the console: a run
-        must not be lost for a missing description. Raises UsageError instead where STRICT is set.
+        A key that the stage does not describe is written all the same, with one line on the console: a
+        missing description must not end a run. Raises UsageError instead where STRICT is set.
         """
         self._check_described(values)
         if not runtime.is_rank_zero():
@@ -110,7 +110,7 @@ class MetricsLog:
             self._tracker.write(step, numbers)
 
     def _check_described(self, keys: Iterable[str]) -> None:
-        """Name the keys that no Metric describes, each once. Every process of a run comes to the same end."""
+        """Report keys that no Metric describes, each once. All processes of a run decide alike."""
         if self._described is None:
             return
         unknown = [key for key in keys if key not in self._described]
@@ -124,13 +124,13 @@ class MetricsLog:
             say(f"  {text}; written all the same")
 
     def write_once(self, step: int, values: Mapping[str, float | int | str]) -> None:
-        """`write`, unless this very row is there. For rows between two checkpoints of one step: whoever dies
-        behind such a row goes on before it."""
+        """`write`, unless the same row exists. For rows between two checkpoints of one step: a run that dies
+        after such a row resumes before it."""
         if _row(step, values) not in read_metrics(self.path):
             self.write(step, values)
 
     def close(self) -> None:
-        """Send what a tracker still holds; the next row opens it again."""
+        """Flush and close the tracker; the next row opens it again."""
         if self._tracker is not None:
             self._tracker.close()
             self._tracker = None
@@ -166,7 +166,7 @@ def duration(seconds: float) -> str:
 
 
 class Bar:
-    """One task's progress. `update` takes the share done and what to show beside it."""
+    """One task's progress."""
 
     def __init__(self, title: str, progress: Progress | None) -> None:
         self.title, self._progress = title, progress
@@ -176,8 +176,8 @@ class Bar:
         self._said = self._start
 
     def update(self, share: float, note: str = "") -> None:
-        """`share` in [0, 1]. Time left counts from the first call: what a resumed task had done, and a first
-        step that compiles, say nothing about the steps to come."""
+        """Show `share`, the part that is done (0 to 1), and a note. Time left is computed from the first call
+        on: earlier work of a resumed task, and a first step that compiles, say nothing about later steps."""
         now = time.monotonic()
         if self._first is None:
             self._start, self._first = now, share
@@ -192,8 +192,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Bar]:
-    """A progress bar with note, time gone and time left; a line every 15 seconds where there is no
-    terminal."""
+    """A progress bar with note, elapsed time and time left; a line every 15 seconds without a terminal."""
     if not console.is_terminal:
         yield Bar(title, None)
         return
@@ -210,5 +209,5 @@ def progress_bar(title: str) -> Iterator[Bar]:
 
 
 def say(text: str) -> None:
-    """Print a line as it is: no markup is read from it."""
+    """Print a line as it is, without interpreting markup."""
     console.print(Text(text), soft_wrap=True)

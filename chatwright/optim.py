@@ -1,5 +1,5 @@
-"""Optimisers and schedules: Muon for the hidden matrices, AdamW for everything else, lr(step) as a pure
-function."""
+"""Optimisers and schedules: Muon for the blocks' matrices, AdamW for the rest; the learning rate as a pure
+function of the step."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class OptimConfig:
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Share of the peak learning rate in step `step` of `steps` (from 0)."""
+    """The learning-rate multiplier (1 at the peak) in step `step` of `steps`, counted from 0."""
     warmup = max(1, round(config.warmup * steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -76,10 +76,10 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 # Four odd polynomials a x + b x^3 + c x^5, applied one after another to all singular values. Each is the best
-# approximation of 1 on the interval that the one before leaves, starting from [0.005, 1] (the construction of
-# Polar Express, Amsel et al. 2025, arXiv:2505.16932, algorithm 1; found by linear programming): what was
-# above 0.005 ends within 9 % of 1. Muon's own five equal steps (Jordan et al. 2024) end within 32 % and cost
-# a quarter more.
+# approximation of 1 on the interval that the one before leaves, starting from [0.005, 1]. This is the
+# construction of Polar Express (Amsel et al. 2025, arXiv:2505.16932, algorithm 1), computed by linear
+# programming. Singular values above 0.005 end within 9 % of 1. Muon's original five equal steps (Jordan et
+# al. 2024) end within 32 % and cost a quarter more.
 POLYNOMIALS = (
     (8.2987, -24.4305, 18.0903),
     (3.9152, -2.9211, 0.5592),
@@ -88,15 +88,15 @@ POLYNOMIALS = (
 )
 
 MARGIN = 1.02
-"""No singular value exceeds the Frobenius norm; this much to spare, because the first polynomial rises
-steeply beyond 1 and bf16 rounds by up to 0.4 %."""
+"""Matrices are divided by their Frobenius norm, which no singular value exceeds, times this factor: the first
+polynomial rises steeply beyond 1, and bf16 rounds by up to 0.4 %."""
 
 
 def orthogonalise(
     matrices: Float[Tensor, "N rows columns"], dtype: torch.dtype = torch.bfloat16
 ) -> Float[Tensor, "N rows columns"]:
-    """The nearest semi-orthogonal matrix of each, roughly: U V^T of its singular value decomposition.
-    Products in `dtype`."""
+    """Approximately the nearest semi-orthogonal matrix of each: U V^T of its singular value decomposition.
+    Products are in `dtype`."""
     x = matrices.to(dtype)
     tall = x.shape[1] > x.shape[2]
     if tall:
@@ -111,11 +111,10 @@ def orthogonalise(
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024): every direction of a matrix is updated by the same
-    amount.
+    """Muon (Jordan et al. 2024): orthogonalised momentum, which updates all directions of a matrix equally.
 
-    torch.optim.Muon does one matrix at a time; here matrices of one shape, transposed ones included, go
-    through the polynomials as one batch, which is what makes it affordable for small models on a CPU.
+    torch.optim.Muon does one matrix at a time. Here matrices of one shape, transposed ones included, go
+    through the polynomials as one batch: this makes it affordable for small models on a CPU.
     """
 
     def __init__(
@@ -141,7 +140,7 @@ class Muon(torch.optim.Optimizer):
                 self._update(parameters, group)
 
     def _update(self, parameters: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
-        """One step of matrices that are of one shape, or transposes of it."""
+        """One step of matrices that have the same shape up to transposition."""
         matrices = tuple(parameters)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for parameter in parameters:
@@ -168,16 +167,15 @@ def _is_tall(matrix: Tensor) -> bool:
 
 
 def _whole(matrix: Tensor) -> Tensor:
-    """A matrix with all its parts where processes hold a part each (a DTensor): singular values belong to the
-    whole.
+    """The whole of a sharded matrix (a DTensor): singular values need the whole.
 
-    Every process then orthogonalises every matrix: simple, and exact; momentum stays in parts.
+    Every process thus orthogonalises every matrix, which is simple and exact; momentum stays sharded.
     """
     return matrix.full_tensor() if hasattr(matrix, "full_tensor") else matrix  # type: ignore[no-any-return]
 
 
 def _part_of(matrix: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a whole matrix, cut as `parameter` is; every process has the same whole."""
+    """This process's shard of a matrix, sharded like `parameter`; every process has the same whole matrix."""
     if not hasattr(parameter, "device_mesh"):
         return matrix
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -187,7 +185,7 @@ def _part_of(matrix: Tensor, parameter: Tensor) -> Tensor:
 
 
 def build(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """The optimisers of a model's trainable parameters. Each group remembers its peak in `peak_lr`."""
+    """The optimisers of a model's trainable parameters. Each group has its peak in `peak_lr`."""
     hidden, tables, vectors = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -219,7 +217,7 @@ def build(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
 
 
 def set_learning_rate(optimisers: Iterable[torch.optim.Optimizer], share: float) -> None:
-    """Set every group's learning rate to `share` of its peak."""
+    """Set every group's learning rate to its peak times `share`, the learning-rate multiplier."""
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["lr"] = share * group["peak_lr"]

@@ -1,8 +1,8 @@
-"""How the processes of one launch find each other, after a restart as well.
+"""Rendezvous: how the processes of one launch find each other, also after a restart.
 
-torchrun keeps one key-value store for all attempts of a launch. Processes that are started again would read
-there what the dead ones have left - their network addresses - and connect to nobody. So they agree on a name
-first that only the living can know, and keep everything else under it.
+torchrun keeps one key-value store for all attempts of a launch. Restarted processes would read the network
+addresses of dead ones there, and fail to connect. So they first agree on a name that only living processes
+know, and keep everything else under it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 from chatwright.config import UserError
 
 PATIENCE = 600.0
-"""Seconds after which a process that nobody has joined gives up."""
+"""Seconds that a process waits for the others."""
 
 
 def fresh_store() -> tuple[Any, int, int]:
-    """The store of this attempt, this process's number, and how many there are. Raises UserError when some
-    stay away."""
+    """The store of this attempt, this process's rank, and the number of processes. Raises UserError when some
+    do not join."""
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -29,10 +29,11 @@ def fresh_store() -> tuple[Any, int, int]:
 
 
 def agree(store: Any, rank: int, world: int) -> str:
-    """A name that all living processes have and no dead one had.
+    """A name that all living processes share and no dead one had.
 
-    Each tells the first one a word of its own; the first one repeats the words beside the name until all have
-    answered with that name. A word or an answer that was left by the dead matches nothing.
+    Each process sends a random word to rank zero. Rank zero publishes the name with all the words, until
+    every process that found its own word there has answered with the name. Words and answers of dead
+    processes match nothing.
     """
     word, deadline = secrets.token_hex(8), time.monotonic() + PATIENCE
     others = [str(number) for number in range(1, world)]

@@ -1,7 +1,6 @@
-"""The machine: device, precision, threads, memory allocator, ranks, seeds. The only file that asks "cuda?
-rank?".
+"""The machine: device, precision, threads, memory allocator, ranks, seeds.
 
-Everything here has a plain answer on a laptop's CPU and the right one under torchrun on GPUs.
+Only this file asks for CUDA or the rank. Everything works on a laptop's CPU and under torchrun on GPUs.
 """
 
 from __future__ import annotations
@@ -30,7 +29,8 @@ from chatwright.config import UserError
 
 
 def device() -> torch.device:
-    """The GPU of this rank where CUDA is, else the CPU. CHATWRIGHT_DEVICE overrides ("cpu", "cuda:1")."""
+    """The GPU of this rank where CUDA is available, else the CPU. CHATWRIGHT_DEVICE overrides it ("cpu",
+    "cuda:1")."""
     asked = os.environ.get("CHATWRIGHT_DEVICE")
     if asked:
         try:
@@ -52,9 +52,8 @@ def on_device(value: Moved) -> Moved:
     if target.type == "cpu":
         return value
     if isinstance(value, Tensor):
-        pinned = (
-            value.pin_memory() if value.device.type == "cpu" else value
-        )  # only from there a copy can run beside work
+        # Only copies from pinned memory run in the background.
+        pinned = value.pin_memory() if value.device.type == "cpu" else value
         return cast("Moved", pinned.to(target, non_blocking=True))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(
@@ -65,12 +64,12 @@ def on_device(value: Moved) -> Moved:
 
 
 def rank() -> int:
-    """This process's number among all; 0 alone."""
+    """This process's number among all; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes train together; 1 alone."""
+    """How many processes train together; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -80,7 +79,7 @@ def local_world_size() -> int:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """Whether this process is the one that writes files and prints."""
     return rank() == 0
 
 
@@ -88,12 +87,13 @@ _groups: dict[str, Any] = {}
 
 
 def join() -> None:
-    """Meet the other processes that torchrun started; does nothing alone, or when called again.
+    """Join the process group of the processes that torchrun started. Does nothing for a single process, or
+    when called again.
 
     Tensors travel by NCCL between GPUs and by gloo between CPUs. Two further gloo groups are for small
-    agreements and for checkpoints that are written in the background: each needs its own, so that neither
-    takes the other's messages. They wait long, as the first process may be busy with a stage that the others
-    have no part in.
+    agreements and for checkpoints that are written in the background. Each needs its own group, so that
+    neither receives the other's messages. Their timeout is long: rank zero may be busy with a stage in which
+    the others have no part.
     """
     import torch.distributed as dist
 
@@ -113,12 +113,12 @@ def join() -> None:
 
 
 def group(name: str) -> Any:
-    """The process group `agreeing` or `saving`, both on CPUs; None alone."""
+    """The process group `agreeing` or `saving`, both on CPUs; None for a single process."""
     return _groups.get(name)
 
 
 def leave() -> None:
-    """End what `join` began."""
+    """Leave the process group that `join` joined."""
     import torch.distributed as dist
 
     if _groups:
@@ -127,7 +127,7 @@ def leave() -> None:
 
 
 def barrier() -> None:
-    """Wait here until every process has come here; nothing alone."""
+    """Wait until every process has called this; does nothing for a single process."""
     if _groups:
         import torch.distributed as dist
 
@@ -138,9 +138,9 @@ Said = TypeVar("Said")
 
 
 def broadcast_from_rank0(make: Callable[[], Said]) -> Said:
-    """What `make` gives in the first process, the only one that calls it, in every process.
+    """Call `make` in rank zero only; returns its result in every process.
 
-    Raises UserError everywhere when it does there.
+    A UserError of `make` is raised in every process.
     """
     if not _groups:
         return make()
@@ -171,7 +171,7 @@ def set_threads(threads: int = 0) -> int:
 
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP library that torch computes with; None where it cannot be asked (Windows)."""
+    """The OpenMP library that torch computes with; None where it cannot be called (Windows)."""
     try:
         library = ctypes.CDLL(None)
         _ = library.omp_set_num_threads
@@ -182,19 +182,17 @@ def _openmp() -> ctypes.CDLL | None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, torch's operations on the CPU run in the calling thread alone; where OpenMP cannot be asked,
-    nothing changes.
+    """Inside the context, torch's operations on the CPU run in the calling thread alone. Where OpenMP cannot
+    be called, nothing changes.
 
-    After a parallel operation torch's other threads wait for the next one in a loop, for milliseconds where
-    torch was imported before this package (openmp.py), and keep processors busy that threads outside of torch
-    would need. OpenMP's number is the calling thread's
-    own. `torch.set_num_threads` also sets what all threads begin with: one that met torch first just then
-    would keep a single thread for ever.
+    After a parallel operation torch's other threads spin, waiting for the next one: for milliseconds where
+    torch was imported before this package (openmp.py). They keep processors busy that threads outside of torch
+    need. OpenMP's number of threads belongs to the calling thread. `torch.set_num_threads` would also set the
+    default of new threads: a thread that first used torch inside the context would keep a single thread for
+    ever.
     """
-    threads, openmp = (
-        torch.get_num_threads(),
-        _openmp(),
-    )  # asking makes torch set this thread's number, which it does once
+    # `get_num_threads` must come first: torch sets this thread's number once, at the first such call.
+    threads, openmp = torch.get_num_threads(), _openmp()
     if openmp is None:
         yield
         return
@@ -206,8 +204,7 @@ def one_thread() -> Iterator[None]:
 
 
 def has_bf16() -> bool:
-    """Whether bf16 products are computed by the hardware, not emulated. CHATWRIGHT_BF16=0 says no, as on a
-    machine without them."""
+    """Whether the hardware computes bf16 products without emulation. CHATWRIGHT_BF16=0 makes this False."""
     if os.environ.get("CHATWRIGHT_BF16") == "0":
         return False
     if device().type == "cuda":
@@ -225,7 +222,7 @@ def _arm_bf16() -> bool:
 
 
 def compute_dtype(precision: str = "auto") -> torch.dtype:
-    """float32 or bfloat16 for the products of training. `auto` takes bf16 where the hardware has it."""
+    """float32 or bfloat16 for the matrix products of training. `auto`: bf16 where the hardware has it."""
     choices = {
         "auto": torch.bfloat16 if has_bf16() else torch.float32,
         "bf16": torch.bfloat16,
@@ -237,21 +234,20 @@ def compute_dtype(precision: str = "auto") -> torch.dtype:
 
 
 def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Products in `dtype` inside the context; float32 changes nothing."""
+    """Matrix products in `dtype` inside the context; float32 changes nothing."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device().type, dtype=dtype)
 
 
 def full_precision() -> contextlib.AbstractContextManager[Any]:
-    """Products in the precision of their numbers inside the context, whatever `autocast` says outside."""
+    """Matrix products in their operands' own precision inside the context, even under `autocast`."""
     return torch.autocast(device().type, enabled=False)
 
 
 @functools.cache
 def _mkl_holds_back() -> bool:
-    """Whether this is a processor of AMD's with AVX-512 on which torch has MKL, which gives processors of
-    others AVX2 at most."""
+    """Whether torch uses MKL on an AMD processor with AVX-512: there MKL uses AVX2 at most."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not both or not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not torch.cpu._is_avx512_supported():
         return False
@@ -262,11 +258,11 @@ def _mkl_holds_back() -> bool:
 
 @torch.no_grad()
 def product(x: Float[Tensor, "*N K"], weight: Float[Tensor, "M K"]) -> Float[Tensor, "*N M"]:
-    """x @ weight.T, without a gradient, by the library that this processor is fastest with.
+    """x @ weight.T, without a gradient, by the library that is fastest on this processor.
 
-    torch gives float32 products to MKL and those in bfloat16 to oneDNN. Where MKL holds back, oneDNN
-    multiplies float32 at 2.1 times its speed (Zen 5: 429 and 204 GFLOP/s). Which of them it is depends on the
-    machine alone: a resumed run has the same bits.
+    torch computes float32 products with MKL and bfloat16 ones with oneDNN. Where MKL holds back
+    (`_mkl_holds_back`), oneDNN is 2.1 times as fast in float32 (Zen 5: 429 and 204 GFLOP/s). The choice
+    depends on the machine alone, so that a resumed run gets the same bits.
     """
     plain = {type(x), type(weight)} <= {Tensor, nn.Parameter} and not torch.is_autocast_enabled(x.device.type)
     if plain and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and _mkl_holds_back():
@@ -286,21 +282,21 @@ def compiler_missing() -> str | None:
 
 def compile_function(function: Any, *, enabled: bool = True, sizes_change: bool = False) -> tuple[Any, str]:
     """`torch.compile(function)` where that works, else the function itself; and a line that says which and
-    why. Shapes are constants of the compiled code, unless `sizes_change`."""
+    why. Compiled code is specialised for its shapes, unless `sizes_change`."""
     if not enabled:
         return function, "compile: off (asked for)"
     missing = compiler_missing()
     if missing:
         return function, f"compile: off ({missing}); training runs, about 1.4 times slower"
     with contextlib.suppress(ImportError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it complains when someone has imported distutils before
+        warnings.simplefilter("ignore")  # setuptools warns when distutils was imported before it
         import setuptools  # noqa: F401  (the compiler's threads import it; two at once break each other's import)
     return _OrPlain(function, torch.compile(function, dynamic=sizes_change)), "compile: on"
 
 
 class _OrPlain:
-    """A compiled function that goes back to the plain one, and says so, when the compiler fails, at its first
-    use or at a later form."""
+    """A compiled function that falls back to the plain one, with a printed line, when the compiler fails: at
+    the first call or when it recompiles."""
 
     def __init__(self, plain: Any, compiled: Any) -> None:
         self.plain, self.chosen = plain, compiled
@@ -319,10 +315,11 @@ class _OrPlain:
 
 @functools.lru_cache
 def matmul_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of this process's device at the product of two square matrices, the best of some: what `mfu` is
-    a share of.
+    """FLOP/s of this process's device at the product of two square matrices, the best of several: `mfu` is
+    relative to it.
 
-    A measure of 0.2 s, once a process. Other programs that run meanwhile make it smaller, and `mfu` larger.
+    It is measured for 0.2 s, once per process. Other programs that run meanwhile make it smaller, and `mfu`
+    larger.
     """
     size, where = (8192, device()) if device().type == "cuda" else (1024, device())
     draw = generator("peak")
@@ -353,11 +350,11 @@ def tune_allocator() -> bool:
 
 
 def trim_heap() -> None:
-    """Let the system have what is freed and kept (`tune_allocator`), once, after something large that does
-    not come again.
+    """Return freed memory, which `tune_allocator` keeps, to the system. Call it once after something large
+    that is not repeated.
 
-    What the compiler leaves when its cache is cold: 400 MB beside the 1,200 MB of the steps that follow
-    (recipe's model, batches of 32).
+    The compiler leaves 400 MB when its cache is cold, beside the 1,200 MB of the steps that follow (recipe's
+    model, batches of 32).
     """
     gc.collect()
     libc = _glibc()
@@ -366,17 +363,16 @@ def trim_heap() -> None:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The C library, where it is the one whose allocator can be told things."""
+    """The C library if it is glibc, whose allocator has these settings; else None."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return None
     return ctypes.CDLL(None)
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident size of this process so far.
+    """The largest resident size of this process so far, in bytes.
 
-    On Linux from its own table: what `getrusage` says begins with the size of the process that started it,
-    however large.
+    On Linux it is read from /proc: `getrusage` starts at the size of the parent process, however large.
     """
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as lines:
         for line in lines:
@@ -384,15 +380,15 @@ def peak_memory_bytes() -> int:
                 return int(line.split()[1]) * 1024
     try:
         import resource
-    except ImportError:  # Windows has no such account; 0 says "not known"
+    except ImportError:  # Windows has no getrusage; 0 means "not known"
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def total_memory_bytes() -> int | None:
-    """Memory that this process may use: of the GPU, else of the machine or its container; None where nobody
-    says."""
+    """Memory that this process may use, in bytes: of the GPU, else of the machine or its container; None
+    where it is not known."""
     if device().type == "cuda":
         return int(torch.cuda.get_device_properties(device()).total_memory)
     known: list[int] = []
@@ -402,18 +398,18 @@ def total_memory_bytes() -> int | None:
         contextlib.suppress(OSError, ValueError),
         open("/sys/fs/cgroup/memory.max", encoding="ascii") as file,
     ):
-        known.append(int(file.read()))  # the word "max" is no number
+        known.append(int(file.read()))  # "max", which is no number, means no limit
     return min(known, default=None)
 
 
 def memory_is_limited() -> bool:
-    """Whether CHATWRIGHT_MEMORY says how much memory a run may take."""
+    """Whether CHATWRIGHT_MEMORY limits the memory of a run."""
     return bool(os.environ.get("CHATWRIGHT_MEMORY"))
 
 
 def memory_budget_bytes() -> float | None:
-    """Memory that a run may plan with: CHATWRIGHT_MEMORY ("8GB", "500MB", "8e9"), else 92 % of all there is,
-    shared by the processes of this machine. Not what happens to be free now: a run that goes on must decide
+    """Memory that a run may plan with, in bytes: CHATWRIGHT_MEMORY ("8GB", "500MB", "8e9"), else 92 % of the
+    total, divided among the processes of this machine. Free memory does not count: a resumed run must decide
     as it did before."""
     asked = os.environ.get("CHATWRIGHT_MEMORY", "")
     if asked:
@@ -433,7 +429,7 @@ def memory_budget_bytes() -> float | None:
 
 
 def synchronise() -> None:
-    """Wait until the GPU has done what it was given; CPUs have."""
+    """Wait until the GPU has finished its queued work; does nothing on a CPU."""
     if device().type == "cuda":
         torch.cuda.synchronize(device())
 
@@ -445,20 +441,20 @@ def seed_for(*parts: object) -> int:
 
 
 def generator(*parts: object) -> torch.Generator:
-    """A CPU random stream of its own, from names and numbers."""
+    """A separate CPU random stream, seeded by names and numbers (`seed_for`)."""
     return torch.Generator().manual_seed(seed_for(*parts))
 
 
 def rng_state() -> Tensor:
-    """The state of torch's global random stream (uint8), the GPU's behind it where there is one, for
-    checkpoints."""
+    """The state of torch's global random stream for checkpoints (uint8), followed by the GPU's if there is
+    one."""
     if device().type == "cuda":
         return torch.cat((torch.get_rng_state(), torch.cuda.get_rng_state(device())))
     return torch.get_rng_state()
 
 
 def set_rng_state(state: Tensor) -> None:
-    """Restore what `rng_state` gave; a checkpoint from a CPU leaves the GPU's stream as it is."""
+    """Restore a state from `rng_state`; a checkpoint from a CPU leaves the GPU's stream as it is."""
     state = state.cpu()
     size = torch.get_rng_state().numel()
     torch.set_rng_state(state[:size].clone())
@@ -468,7 +464,7 @@ def set_rng_state(state: Tensor) -> None:
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients inside; each model's mode is restored afterwards."""
+    """No dropout and no gradients inside the context; each model's mode is restored afterwards."""
     modes = [model.training for model in models]
     for model in models:
         model.eval()
@@ -481,7 +477,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def describe() -> dict[str, Any]:
-    """What the numbers of a run depend on: written into each run's state."""
+    """The parts of the environment on which a run's numbers depend; written into each run's state."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

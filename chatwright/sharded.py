@@ -1,12 +1,12 @@
-"""Checkpoints that many processes write together, each its own part, while training goes on.
+"""Sharded checkpoints: many processes write one together, each its shards, while training goes on.
 
-The engine is torch.distributed.checkpoint (DCP). Its usual format describes the parts in a pickle
-(`.metadata`), and nothing here is ever unpickled: parts are written by its safetensors writer instead, which
-puts the place of every part into the safetensors header. Any number of processes can read them, each the
-pieces that it needs.
+They use torch.distributed.checkpoint (DCP). Its usual format describes the shards in a pickle (`.metadata`),
+and nothing here is ever unpickled. So shards are written by its safetensors writer, which puts the position
+of every shard into the safetensors header. Any number of processes can read them, each the pieces that it
+needs.
 
-The directory keeps the discipline of `checkpoint`: `sharded/` with one file a process, the texts, and
-`state.json` with every file's SHA-256 last; all of it under another name until it is whole.
+The directory follows the rules of `checkpoint`: `sharded/` with one file per process, the texts, and last
+`state.json` with every file's SHA-256. It has a temporary name until it is complete.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from chatwright.tensor_files import PARTS, save_tensors, write_state
 
 
 def aside_of(target: Path) -> Path:
-    """Where a checkpoint is written until it is whole: the same name in every process."""
+    """The temporary directory of a checkpoint until it is complete; the same in every process."""
     return target.parent / f".{target.name}.shared.partial"
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """DCP's safetensors writer, with a checksum of each file made by the process that wrote it."""
+    """DCP's safetensors writer; each process also computes the checksums of its files."""
 
     def __init__(
         self, target: Path, state: Mapping[str, Any], texts: Mapping[str, str], then: Callable[[], None]
@@ -50,7 +50,7 @@ class _Writer(HuggingFaceStorageWriter):
         self.target, self.state, self.texts, self.then = target, dict(state), dict(texts), then
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        """Write this process's parts, and beside each file its digest."""
+        """Write this process's shards, and beside each file its checksum."""
         written = super().write_data(plan, planner)
         if plan.items:
             for file in (aside_of(self.target) / PARTS).glob(
@@ -60,8 +60,7 @@ class _Writer(HuggingFaceStorageWriter):
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """In the first process, when all have written: texts, checksums, state.json, and the name that
-        counts."""
+        """In rank zero, after all have written: write texts, checksums and state.json, and rename."""
         aside = aside_of(self.target)
         files = {}
         for digest in sorted((aside / PARTS).glob("*.sha256")):
@@ -75,7 +74,7 @@ class _Writer(HuggingFaceStorageWriter):
 
 
 class Saving:
-    """A checkpoint on its way to the disk. One at a time: `settle` before the next."""
+    """A checkpoint that is being written in the background. One at a time: `flush` before the next."""
 
     def __init__(self) -> None:
         self._future: Future[Any] | None = None
@@ -91,7 +90,7 @@ class Saving:
     ) -> None:
         """Copy the tensors (DTensors, or equal ones in every process) and write the copies in the background.
 
-        Every process must call this. `then` is called in the first one when the checkpoint is whole.
+        Every process must call this. Rank zero calls `then` when the checkpoint is complete.
         """
         self.flush()
         if runtime.is_rank_zero():
@@ -106,8 +105,7 @@ class Saving:
             )
 
     def flush(self) -> None:
-        """Wait until the checkpoint is on the disk. Raises UserError, in every process, when it could not be
-        written."""
+        """Wait until the checkpoint is on the disk. Raises UserError in every process if writing failed."""
         future, self._future = self._future, None
         if future is None:
             return
@@ -125,8 +123,7 @@ class Saving:
 
 
 def describe(directory: Path) -> dict[str, TensorStorageMetadata]:
-    """Name -> size and type of every tensor in a checkpoint's parts. Raises UserError when a part is
-    damaged."""
+    """Name -> size and type of every tensor in a sharded checkpoint. Raises UserError if damaged."""
     try:
         found = HuggingFaceStorageReader(str(directory / PARTS)).read_metadata().state_dict_metadata
     except Exception as error:  # the library's own errors have no common class
@@ -135,9 +132,10 @@ def describe(directory: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def read(directory: Path, tensors: Mapping[str, Tensor], *, alone: bool = False) -> None:
-    """Fill tensors of the right shapes, DTensors or plain ones, from a checkpoint's parts.
+    """Fill tensors of the right shapes, DTensors or plain ones, from a sharded checkpoint.
 
-    Every process must call this, unless `alone`. Raises UserError naming what is missing or of another shape.
+    Every process must call this, unless `alone`. Raises UserError naming a missing or differently shaped
+    tensor.
     """
     known = describe(directory)
     for name, tensor in tensors.items():
@@ -156,12 +154,11 @@ def read(directory: Path, tensors: Mapping[str, Tensor], *, alone: bool = False)
 
 
 def whole_tensors(directory: Path, part: str) -> dict[str, Tensor]:
-    """The tensors `part/...` of a checkpoint put together, on the CPU of this process, under their names
-    without it."""
+    """The whole tensors `part/...` of a sharded checkpoint, on this process's CPU, named without `part/`."""
     wanted = {name: item for name, item in describe(directory).items() if name.startswith(f"{part}/")}
     claimed = sum(item.size.numel() * item.properties.dtype.itemsize for item in wanted.values())
     there = sum(file.stat().st_size for file in (directory / PARTS).iterdir())
-    if claimed > there:  # before memory is taken for it
+    if claimed > there:  # check before allocating memory
         raise UserError(
             f"{directory / PARTS} is damaged: tensors of {claimed} bytes are said to be in {there}"
         )
@@ -171,7 +168,7 @@ def whole_tensors(directory: Path, part: str) -> dict[str, Tensor]:
 
 
 def consolidate(directory: Path) -> None:
-    """Make an ordinary checkpoint of one in parts, in its place and of the same content: for one process,
+    """Replace a sharded checkpoint by an ordinary one of the same content. One process calls this; it works
     file by file."""
     state = read_json(directory / "state.json")
     state.pop("files", None)
@@ -186,7 +183,7 @@ def consolidate(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _without_dcp_warnings() -> Iterator[None]:
-    """DCP warns that one process alone is one process, and of its own later changes."""
+    """Hide DCP's warnings: that there is only one process, and about its own future changes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

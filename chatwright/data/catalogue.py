@@ -1,4 +1,4 @@
-"""Data sets that have a name: ours, and those of other packages (entry points `chatwright.sources`).
+"""Named data sets: ours, and those of other packages (entry points `chatwright.sources`).
 
 An entry point's name is that of the data set, its value a `Source`. It is imported when its name is used.
 """
@@ -33,30 +33,29 @@ Kind = Literal["text", "dialogue", "labelled", "comparison"]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that has a name: what it is, whose it is, and how to read it."""
+    """A named data set: what it is, its licence, and how to read it."""
 
     name: str
     title: str
     licence: str
-    """Of the data itself, and who says so."""
+    """Licence of the data itself, and who states it."""
     homepage: str
     archive: Archive | None = None
-    """The package that it travels in; None where its readers find the data themselves. These are given the
-    archive's file, or the cache directory where there is no archive."""
+    """The package with the data; None where its readers find the data themselves. Readers get the archive's
+    file, or the cache directory where there is no archive."""
     text: Callable[[Path], Iterator[str]] | None = None
     dialogue: Callable[[Path], Iterator[tuple[Message, ...]]] | None = None
     labelled: Callable[[Path], Iterator[tuple[str, float]]] | None = None
 
     def fetch(self, cache: Path | None = None, progress: Progress | None = None) -> Path:
-        """What its readers are given; the archive is downloaded when it is not in the cache. Raises
-        UserError."""
+        """The path for its readers; downloads the archive when it is not in the cache. Raises UserError."""
         if self.archive is None:
             return cache or cache_dir()
         return fetch(self.archive, cache, progress)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """What can be read from it. A dialogue source is text as well: its transcripts."""
+        """The kinds of records that it has. A dialogue source has text as well: its transcripts."""
         kinds: list[Kind] = []
         if self.text or self.dialogue:
             kinds.append("text")
@@ -134,8 +133,8 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Source | None:
-    """The data set of a name, None when there is none. A package of others cannot take the place of one of
-    ours. Raises UserError, which names the package, when it cannot be loaded."""
+    """The data set of a name; None when there is none. Our names win over those of other packages. Raises
+    UserError, which names the package, when it cannot be loaded."""
     own = next((source for source in CATALOGUE if source.name == name), None)
     if own is not None:
         return own

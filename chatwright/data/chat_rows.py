@@ -1,4 +1,4 @@
-"""Files of conversations -> the packed rows that SFT learns from, and how much of them is learnt."""
+"""Files of conversations -> packed rows for SFT, with the number of tokens in the loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chatwright.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed rows in an order that depends on the seed and the index alone."""
+    """Packed rows in a random order; a sample depends on the seed and its index alone."""
 
     rows: list[PackedRow]
     length: int
@@ -53,8 +53,8 @@ class Rows:
 def rows_of(
     file: Path, template: ChatTemplate, tokenizer: Tokenizer, length: int, *, packing: bool, limit: int = 0
 ) -> list[PackedRow]:
-    """The conversations of a file as rows; those of the first `limit` rows' worth of tokens when it is above
-    0."""
+    """The conversations of a file as rows; with `limit` above 0 only the first ones, about `limit` rows of
+    tokens. Raises UserError when there is no answer to learn."""
     pieces, tokens = [], 0
     for dialogue in read_records(file, Dialogue):
         for piece in cut_dialogue(dialogue.messages, template, tokenizer, length):
@@ -69,8 +69,7 @@ def rows_of(
 
 
 def check_end_is_learnt(rows: list[PackedRow], template: ChatTemplate, tokenizer: Tokenizer) -> None:
-    """Raise UserError unless the token that ends an answer is inside the loss: without it, no answer would
-    end."""
+    """Raise UserError unless the token that ends an answer is in the loss: else no answer would end."""
     end = tokenizer.control_ids[template.end]
     if not any(flag and token == end for row in rows for token, flag in zip(row.ids, row.mask, strict=True)):
         raise UserError(
@@ -80,5 +79,5 @@ def check_end_is_learnt(rows: list[PackedRow], template: ChatTemplate, tokenizer
 
 
 def learnt_tokens(row: PackedRow) -> int:
-    """Tokens of a row that are in the loss; the first of a conversation follows nothing and is not."""
+    """Tokens of a row in the loss; a conversation's first token is not, for nothing predicts it."""
     return sum(flag and position > 0 for flag, position in zip(row.mask, row.positions, strict=True))

@@ -1,7 +1,7 @@
 """The typed records that every stage reads, and the content id that decides their side of the split.
 
-A record's id is a hash of what it says, not of where it stood: the same text has the same id in any file and
-in any order, and a conversation has the same id as a `Document` (its transcript) and as a `Dialogue`.
+A record's id is a hash of its content, not of its position: the same text has the same id in any file and in
+any order, and a conversation has the same id as a `Document` (its transcript) and as a `Dialogue`.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Comparison:
     scores: tuple[float, ...]
     """One for each response; finite."""
     annotator: str = ""
-    """Who gave the scores; empty when nobody knows, and then not written to files."""
+    """Who gave the scores; empty when not known, and then not written to files."""
 
     def __post_init__(self) -> None:
         _require_text(self.id, "id")

@@ -29,19 +29,18 @@ READ_BYTES = 1 << 20
 PARQUET_ROWS = 1024
 
 Row = tuple[str, Mapping[str, Any]]
-"""Where the record stands ("file.jsonl:12"), and its columns."""
+"""The record's location ("file.jsonl:12"), and its columns."""
 
 
 @dataclass
 class Faults:
-    """What becomes of a record that cannot be used: its error ends the reading, or it is left out and
-    counted."""
+    """How unusable records are handled: the error is raised, or the record is left out and counted."""
 
     skip: bool = False
     count: int = 0
     """Records that were left out."""
     first: str = ""
-    """What was wrong with the first of them, and where."""
+    """The error of the first of them, with its location."""
 
     def met(self, error: UserError) -> None:
         """Raise the error, or count it."""
@@ -140,11 +139,11 @@ def _cut(text: str, start: int) -> int:
 
 
 def records(path: Path, columns: Sequence[str], faults: Faults | None = None) -> Iterator[Row]:
-    """The records of a .jsonl, .json or .parquet file, with where each stands; of Parquet only `columns`, or
-    all when none is named.
+    """The records of a .jsonl, .json or .parquet file with their locations; of Parquet only `columns`, or all
+    when none is named.
 
-    Raises UserError with file and line (or row): broken JSON or Parquet, not UTF-8, a column that is not
-    there; of these, `faults` may have what concerns a single record left out instead.
+    Raises UserError with file and line (or row): broken JSON or Parquet, not UTF-8, a missing column. With
+    `faults` that skip, errors of a single record leave it out instead.
     """
     faults = faults or Faults()
     suffix = path.suffix.lower()

@@ -1,7 +1,7 @@
-"""Records as others write them -> a conversation, or a comparison of answers.
+"""Records in common formats -> a conversation, or a comparison of answers.
 
-What a record is, is decided by the columns that it has (null ones count as absent) and by nothing else; a
-record that fits none, or more than one, is refused, and a `format` in the settings decides instead.
+Only the columns of a record decide its format (null ones count as absent). A record that fits no format, or
+more than one, is refused; a `format` in the settings decides instead.
 
 Conversations, by the columns of a record:
 
@@ -17,7 +17,7 @@ A text in a column `system` stands before the conversation as its system message
 `tool_call_id` and `reasoning_content`, and ShareGPT's `function_call` (JSON with name and arguments),
 become parts of contents (messages.py).
 
-Comparisons, with a column `annotator` where it is known who judged:
+Comparisons, with a column `annotator` where the annotator is known:
 
 * `responses` and `scores`, with `prompt`: `ranked`, K answers. Higher scores are preferred, equal ones tie.
 * `chosen` and `rejected`, with `prompt`: `pairs`, scores 1 and 0. The answers are texts, or messages behind
@@ -48,9 +48,9 @@ from chatwright.messages import (
 )
 
 Format = Literal["auto", "openai", "sharegpt", "alpaca", "alpaca-plain"]
-"""How conversations are written; `auto` looks at the columns of each record."""
+"""Format of conversations; `auto` looks at the columns of each record."""
 PreferenceFormat = Literal["auto", "ranked", "pairs"]
-"""How comparisons are written; `auto` looks at the columns of each record."""
+"""Format of comparisons; `auto` looks at the columns of each record."""
 
 LISTS = ("messages", "conversations")
 """Columns that hold a list of messages."""
@@ -68,7 +68,7 @@ SPEAKERS = {
 }
 """ShareGPT's `from` -> role."""
 STRUCTURED = ("function_call", "audio")
-"""What OpenAI's messages may have and ours do not."""
+"""Fields of OpenAI's messages that ours do not have."""
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the "
@@ -86,7 +86,7 @@ ALPACA_INPUT = (
 
 
 def dialogue(row: Mapping[str, Any], format: Format = "auto", column: str = "") -> Dialogue:
-    """The conversation of a record. `column` names the list of messages where it is called otherwise.
+    """The conversation of a record. `column` names the list of messages where it has another name.
 
     Raises ValueError: no format fits, or more than one; a message that cannot be one; nothing to learn from
     it.
@@ -101,7 +101,7 @@ def dialogue(row: Mapping[str, Any], format: Format = "auto", column: str = "") 
 
 
 def _present(row: Mapping[str, Any], *names: str) -> list[str]:
-    """Those of the columns that hold something; Parquet and the hub fill up absent ones with null."""
+    """The named columns that are not null; Parquet and the hub fill absent ones with null."""
     return [name for name in names if row.get(name) is not None]
 
 
@@ -130,7 +130,7 @@ def _list_column(row: Mapping[str, Any], column: str) -> str:
 
 
 def _turns(row: Mapping[str, Any], column: str, format: Format = "auto") -> list[Message]:
-    """The messages in a column, written in OpenAI's way or in ShareGPT's."""
+    """The messages in a column, in OpenAI's or ShareGPT's format."""
     listed = row[column]
     if isinstance(listed, str | bytes) or not isinstance(listed, Sequence):
         raise ValueError(f"{column} must be a list, found {type(listed).__name__}")
@@ -142,7 +142,7 @@ def _turns(row: Mapping[str, Any], column: str, format: Format = "auto") -> list
 
 
 def _way(turn: Any) -> Format:
-    """How the first message of a list is written."""
+    """The format of a list of messages, from its first message."""
     if not isinstance(turn, Mapping):
         raise ValueError(
             f"a message must be an object with role and content, found {type(turn).__name__} {turn!r:.40}"
@@ -158,7 +158,7 @@ def _way(turn: Any) -> Format:
 
 
 def _message(turn: Any) -> Message:
-    """A message in OpenAI's form or in ours; `developer` is a system message, and text parts are one text.
+    """A message in OpenAI's format or in ours; `developer` is a system message, and text parts are joined.
 
     Tool calls, tool results and thinking become parts. Images and what is in `STRUCTURED` are refused.
     """
@@ -180,7 +180,7 @@ def _message(turn: Any) -> Message:
 
 
 def _said(turn: Any) -> Message:
-    """A message as ShareGPT's files have it."""
+    """A message in ShareGPT's format."""
     if not isinstance(turn, Mapping):
         raise ValueError(
             f"a message must be an object with from and value, found {type(turn).__name__} {turn!r:.40}"
@@ -217,8 +217,8 @@ def _called(value: Any) -> list[Part]:
 
 
 def _refuse_unlearnt(turn: Mapping[str, Any]) -> None:
-    """OpenAI's `weight` 0 keeps an answer out of the loss; to learn it all the same would be against its
-    writer's will."""
+    """Raise ValueError for OpenAI's `weight` 0, which keeps an answer out of the loss: it must not be learnt
+    against its author's intent."""
     if turn.get("weight") not in (None, 1):
         raise ValueError(
             f"a message has weight {turn['weight']!r}: leaving single answers out of the loss is not "
@@ -227,7 +227,7 @@ def _refuse_unlearnt(turn: Mapping[str, Any]) -> None:
 
 
 def _under_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    """The conversation behind the text of the column `system`, where that holds one."""
+    """The conversation, preceded by the system message of the column `system`, if there is one."""
     system = row.get("system")
     if system in (None, ""):
         return messages
@@ -237,7 +237,7 @@ def _under_system(row: Mapping[str, Any], messages: list[Message]) -> list[Messa
 
 
 def _alpaca(row: Mapping[str, Any], *, plain: bool) -> list[Message]:
-    """One exchange out of instruction, input and output."""
+    """One exchange from instruction, input and output."""
     parts = {name: row.get(name) for name in ("instruction", "input", "output")}
     parts["input"] = parts["input"] or ""
     for name, value in parts.items():
@@ -298,7 +298,7 @@ def comparison(row: Mapping[str, Any], format: PreferenceFormat = "auto") -> Com
 
 
 def _annotator(row: Mapping[str, Any]) -> str:
-    """Who judged; numbers are names as well."""
+    """The annotator; numbers count as names."""
     found = row.get("annotator")
     if isinstance(found, bool) or not isinstance(found, str | int | None):
         raise ValueError(f"annotator must be a name or a number, found {type(found).__name__}")
@@ -318,7 +318,7 @@ def _prompt(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str]]:
-    """Prompt, and the preferred answer before the other."""
+    """The prompt and both answers, the preferred one first."""
     kinds = {name: isinstance(row[name], str) for name in ("chosen", "rejected")}
     if len(set(kinds.values())) == 2:
         raise ValueError("one of chosen and rejected is a text, the other is not")

@@ -1,8 +1,7 @@
-"""Which sample comes when: a function of (seed, global index), whatever the batch size or number of
-processes.
+"""The order of samples: a function of (seed, global index), whatever the batch size or number of processes.
 
 The state of a loader is one integer, the number of samples consumed. Samples are taken in passes over the
-data, each pass in an order of its own.
+data, each in another random order.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from chatwright.config import UserError
 
 
 class SampleOrder:
-    """The order in which `size` samples are visited for ever."""
+    """The endless order in which `size` samples are visited."""
 
     def __init__(self, size: int, seed: int) -> None:
         if size < 1:
@@ -31,8 +30,7 @@ class SampleOrder:
         return int(_permutation(self.size, self.seed, epoch)[place])
 
     def take(self, start: int, count: int) -> list[int]:
-        """Samples start ... start + count - 1. Several processes take neighbouring stretches
-        (`train/loop.py`)."""
+        """Samples start ... start + count - 1. Several processes take adjacent ranges (`train/loop.py`)."""
         return [self[index] for index in range(start, start + count)]
 
 
@@ -43,7 +41,7 @@ def _permutation(size: int, seed: int, epoch: int) -> Int[Tensor, " size"]:
 
 WIDTH_STEP = 16
 """Widths of padded batches are multiples of this: the matrix library prepares a kernel for every new shape,
-which takes longer than a small product itself."""
+which takes longer than a small product."""
 
 
 def pad(rows: list[list[int]], value: int, *, multiple: int = 1) -> Int[Tensor, "rows time"]:

@@ -20,9 +20,8 @@ def cut_dialogue(
     """A conversation as pieces of at most `context` tokens that begin with a user's turn and hold whole
     exchanges.
 
-    A leading system message stands before every piece. A single exchange that is too long loses its end, and
-    with it the end token: what was never finished is not taught as finished. Turns behind the last answer are
-    left out.
+    A leading system message begins every piece. A single exchange that is too long loses its end, and with it
+    the end token: an unfinished answer is not taught as finished. Turns after the last answer are left out.
     """
     system = list(messages[:1]) if messages and messages[0]["role"] == "system" else []
     exchanges = _exchanges(messages[len(system) :])
@@ -60,8 +59,8 @@ def _exchanges(messages: Sequence[Message]) -> list[list[Message]]:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Pieces side by side. `documents` numbers the piece of each token (0 is padding), `mask` marks what to
-    learn."""
+    """Pieces in one row. `documents` numbers the piece of each token (0 is padding), `mask` is True on tokens
+    to learn."""
 
     ids: list[int]
     mask: list[bool]
@@ -72,8 +71,8 @@ class PackedRow:
 def pack(pieces: Iterable[EncodedChat], length: int, *, enabled: bool = True) -> list[PackedRow]:
     """Rows of at most `length` tokens. Longest piece first, each into the first row that has room for it.
 
-    First-fit-decreasing needs at most 11/9 of the fewest rows and one more (Johnson 1973). The fullest row
-    with room instead of the first one gave exactly as many rows: 27,826 of 128 tokens (85.84 % filled),
+    First-fit-decreasing needs at most 11/9 of the fewest rows plus one (Johnson 1973). Best-fit, the fullest
+    row with room instead of the first, gave exactly as many rows: 27,826 of 128 tokens (85.84 % filled),
     14,019 of 256 (89.28 %), 6,656 of 512 (95.08 %) and 3,213 of 1,024 (98.62 %) from the conversations of
     recipes/tiny.yaml, where a row for each piece is filled to 76, 79, 75 and 62 %. With `enabled` False every
     piece has its own row.

@@ -1,8 +1,6 @@
-"""What a model learns to write of a conversation, for the eye: the loss mask as colours, or as brackets where
-there are none.
+"""A conversation with its loss mask for people to see: in colours, or in brackets where there are none.
 
-What is shown is what the loss sees, ids turned back into text, and not the conversation that they were made
-of.
+It shows what the loss sees, the ids turned back into text, not the original conversation.
 """
 
 from __future__ import annotations
@@ -23,17 +21,16 @@ LEARNT = "black on green"
 
 
 def legend(*, colours: bool) -> Text:
-    """How learnt stretches are shown."""
+    """An example of how learnt text is shown."""
     from rich.text import Text
 
     return Text("like this", style=LEARNT) if colours else Text("in [[brackets]]")
 
 
 def mask_picture(encoded: EncodedChat, tokenizer: Tokenizer, *, end: str, colours: bool) -> Text:
-    """A conversation as the model sees it: learnt stretches on green, or in [[brackets]] where there are no
-    colours.
+    """A conversation as the model sees it: learnt text on green, or in [[brackets]] without colours.
 
-    Control tokens are shown by their names. A line break follows each `end` of a turn, for the eye.
+    Control tokens are shown by their names. A line break follows each `end` of a turn, for readability.
     """
     from rich.text import Text
 
@@ -56,8 +53,8 @@ def mask_picture(encoded: EncodedChat, tokenizer: Tokenizer, *, end: str, colour
 
 
 def pieces_of(row: PackedRow) -> Iterator[EncodedChat]:
-    """The conversations that share a packed row, as the loss sees them: the first token of each follows
-    nothing, and is not learnt whatever the template's mask says (`packing.batch_rows`)."""
+    """The conversations that share a packed row, as the loss sees them: nothing predicts the first token of
+    each, so that it is never learnt, whatever the template's mask says (`packing.batch_rows`)."""
     from chatwright.chat import EncodedChat
 
     start = 0
@@ -70,7 +67,7 @@ def pieces_of(row: PackedRow) -> Iterator[EncodedChat]:
 
 
 def row_picture(row: PackedRow, tokenizer: Tokenizer, *, end: str, colours: bool) -> Text:
-    """A packed row as the model sees it; a line of dashes stands between conversations, which cannot see each
+    """A packed row as the model sees it; a line of dashes separates conversations, which cannot see each
     other."""
     from rich.text import Text
 

@@ -1,7 +1,7 @@
-"""What is inside the archives of the named sources: archive -> texts, conversations, rated texts.
+"""Readers of the named sources' archives: archive -> texts, conversations, rated texts.
 
-Each reader yields plain values in the archive's own order, so the order never changes; the records are made
-of them in `sources.py`.
+Each reader yields plain values in the archive's own order, so that the order never changes; `sources.py`
+makes records of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ JUNK = re.compile(
     r"|(The [a-z-]+ [a-z]+ [a-z]+ [a-z]+ly\.? ?)+",  # a generator: "The red wax cried gingerly."
     re.IGNORECASE,
 )
-"""What some participants sent for points instead of talking."""
+"""Messages that some participants sent for points instead of talking."""
 MAX_JUNK = 0.1
 """A conversation with a larger share of such messages is dropped."""
 

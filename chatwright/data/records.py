@@ -1,9 +1,9 @@
-"""Records that stages learn from: read back from the data stage's files, or straight from a file of yours.
+"""Records that stages learn from, read from the data stage's files or directly from the user's file.
 
 The data stage writes `dialogues-train.jsonl`, `dialogues-validation.jsonl` and so on: one JSON object a line.
-A stage that needs one kind of records alone takes a single file in place of the stage: `--data mine.jsonl`.
-Then the same names stand for the two sides of that file, and `mine.jsonl/dialogues-train.jsonl` is what its
-conversations are without those that are held out. Formats, ids and the split are those of the data stage.
+A stage that needs only one kind of records takes a single file in place of the stage: `--data mine.jsonl`.
+The same names then mean the two sides of that file: `mine.jsonl/dialogues-train.jsonl` are its conversations
+without the held-out ones. Formats, ids and the split are those of the data stage.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from chatwright.data.files import RECORD_SUFFIXES
 Record = TypeVar("Record")
 
 HELD_OUT = {"dialogues": 0.02, "comparisons": 0.02, "ratings": 0.1}
-"""Kind of records -> the share that is held out where no setting says otherwise."""
+"""Kind of records -> the default share that is held out."""
 
 READERS: dict[str, Callable[[str], Iterable[Any]]] = {
     "dialogues": sources.dialogues,
     "comparisons": sources.comparisons,
     "ratings": sources.labelled_texts,
 }
-"""Kind of records -> how a file of them is read, whatever its format."""
+"""Kind of records -> the function that reads a file of them, whatever its format."""
 
 
 def is_record_file(name: str) -> bool:
@@ -42,13 +42,13 @@ def records_of(place: Path) -> Path:
 
 
 def has_records(file: Path) -> bool:
-    """Whether there is such a file, or it is one side of a single file."""
+    """Whether the file exists, or is one side of a single file."""
     return file.is_file() or file.parent.is_file()
 
 
 def side_of_file(file: Path, kind: str, side: str) -> Iterator[Any]:
-    """One side, train or validation, of the records in a file of the user's. Raises UserError: a broken
-    record, no record on this side."""
+    """One side, train or validation, of the records in the user's file. Raises UserError for a broken record,
+    or when there is no record on this side."""
     total = kept = 0
     for record in READERS[kind](str(file)):
         total += 1
@@ -93,13 +93,12 @@ def read_records(file: Path, kind: type[Record]) -> Iterator[Record]:
 
 
 def setting_for(file: Path) -> str:
-    """The setting of the data stage that a file of records comes from."""
+    """The setting of the data stage that names the source of a file of records."""
     return file.stem.rpartition("-")[0] or "text"
 
 
 def read_texts(file: Path, limit: int = 0) -> Iterator[str]:
-    """The texts of a file of documents; when `limit` is above 0, texts of at least `limit` bytes, then no
-    more."""
+    """The texts of a file of documents; with `limit` above 0, only until they add up to `limit` bytes."""
     taken = 0
     for document in read_records(file, Document):
         yield document.text

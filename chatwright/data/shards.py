@@ -4,9 +4,9 @@ A shard is a plain array of uint16 (uint32 for vocabularies over 65,536), little
 them in order with their lengths and checksums, and the tokenizer that made them. Every document is preceded
 by the end-of-text token, so that the first token of a document is predicted from something.
 
-Damage is found before it is trained on. Up to `WHOLE` bytes a split is compared with its SHA-256 when it is
-opened, which takes a second. Larger ones would cost minutes at each start, on each machine: there every block
-of 64 kB is compared with a CRC-32 of its own when it is first read (0.05 ms), which costs the same at any
+Damage is found before it is trained on. A split of up to `WHOLE` bytes is compared with its SHA-256 when it
+is opened, which takes a second. Larger ones would take minutes at each start, on each machine. There every
+block of 64 kB is compared with its own CRC-32 when it is first read (0.05 ms), which costs the same at any
 size.
 """
 
@@ -32,9 +32,9 @@ from chatwright.tokenizer import Tokenizer
 SHARD_TOKENS = 50_000_000
 BATCH_DOCUMENTS = 512
 WHOLE = 1_000_000_000
-"""Bytes of a split up to which it is checked as a whole when it is opened."""
+"""Largest split, in bytes, that is checked as a whole when it is opened."""
 BLOCK = 2**16
-"""Bytes of the blocks that larger splits are checked by."""
+"""Bytes of the blocks in which larger splits are checked."""
 
 
 def write_shards(
@@ -120,7 +120,7 @@ class _Guard:
         self.item = array.itemsize
 
     def check(self, start: int, stop: int) -> None:
-        """Before tokens start ... stop - 1 are used. Raises UserError naming the file."""
+        """Check tokens start ... stop - 1 before they are used. Raises UserError naming the file."""
         for number in range(start * self.item // BLOCK, -(-stop * self.item // BLOCK)):
             if not self.seen[number]:
                 if zlib.crc32(self.content[number * BLOCK : (number + 1) * BLOCK].data) != self.sums[number]:
@@ -148,7 +148,7 @@ class TokenShards:
     @classmethod
     def open(cls, directory: Path, tokenizer: Tokenizer | None = None) -> TokenShards:
         """Map the shards of a directory. Raises UserError when one is missing, short, damaged, or made by
-        another tokenizer; of more than `WHOLE` bytes a damaged block is found when it is first read."""
+        another tokenizer. Above `WHOLE` bytes a damaged block is found only when it is first read."""
         index = files.read_json(directory / "shards.json")
         arrays = []
         for entry in index["shards"]:

@@ -1,4 +1,4 @@
-"""Where text comes from: named data sets and their licences, the user's files, the hub; and the split.
+"""Sources of records: named data sets, the user's files, the hub; and the split.
 
 A source is written as one of
     boolq                                    a name of catalogue.py
@@ -46,8 +46,7 @@ Record = TypeVar("Record", bound=_Identified)
 
 
 def split_of(id: str, share: float = 0.02) -> Literal["train", "validation"]:
-    """The side of a record: a function of its content id alone, so what is held out once is held out for
-    ever.
+    """The side of a record: a function of its content id alone, so that a held-out record stays held out.
 
     A `share` of the ids, in [0, 1), is validation; a larger share holds out more and releases nothing.
     """
@@ -117,9 +116,9 @@ def comparisons(
 def fetch_archives(
     specs: Specs, *, cache: Path | None = None, progress: Progress | None = None
 ) -> list[Path]:
-    """Download what the named ones among the sources need, each archive once, and return the files.
+    """Download the archives of the named sources, each once, and return the files.
 
-    After it, reading these sources needs no network. Raises UserError.
+    Reading these sources then needs no network. Raises UserError.
     """
     named = [source for spec in split_specs(specs) if (source := find(spec)) is not None]
     known = dict.fromkeys(source.archive for source in named if source.archive is not None)
@@ -202,15 +201,15 @@ def _document_or_none(row: Mapping[str, Any], column: str) -> Document | None:
 
 
 Make = Callable[[Mapping[str, Any], str], Record | None]
-"""A record of ours from the columns of another; the text names the column that the user chose, or the usual
-one."""
+"""Makes one of our records from the columns of another; the second argument is the column that the user
+named, or the usual one."""
 
 
 def _own_records(
     spec: str, columns: tuple[str, ...], make: Make[Record], faults: Faults | None = None
 ) -> Iterator[Record]:
-    """Records of the user's files or of the hub. A `#column` in the spec stands in for the first of
-    `columns`; where none is named, all that a record has are read.
+    """Records of the user's files or of the hub. A `#column` in the spec replaces the first of `columns`;
+    with empty `columns` all columns are read.
     """
     hub = spec.startswith("hf:")
     if hub:

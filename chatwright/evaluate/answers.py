@@ -16,7 +16,7 @@ from chatwright.train.rl.rollout import Completions, completion_log_probs, disti
 from chatwright.train.workspace import Answered
 
 SHOWN = 10
-"""Pairs of answers that a report shows: the first ones, not chosen."""
+"""Pairs of answers that a report shows: the first ones, unselected."""
 
 LENGTH, ENDED, REPEATS = "tokens per answer", "share that ends", "share of repeated token pairs"
 
@@ -37,7 +37,7 @@ def repeats(tokens: Sequence[int]) -> float:
 
 
 def of_each(answers: Completions) -> dict[str, list[float]]:
-    """Length in tokens (end token included), whether it came to its end, and repetition of each answer."""
+    """Of each answer: length in tokens (end token included), whether it has its end token, repetition."""
     tokens = [ids[mask].tolist() for ids, mask in zip(answers.ids, answers.response, strict=True)]
     return {
         LENGTH: [float(len(one)) for one in tokens],
@@ -55,9 +55,9 @@ def side_by_side(
     values: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     kl: float | None = None,
 ) -> Answered:
-    """Completions before and after to `prompts`; with several answers a prompt, rows go through all prompts
-    again and again, and what is known of single prompts is the mean over them. `values` adds further numbers
-    of single prompts.
+    """Completions of `prompts` before and after. With several answers per prompt, row n belongs to prompt n
+    modulo their number, and a prompt's numbers are means over its answers. `values` adds further numbers per
+    prompt.
     """
     each, texts = [of_each(side) for side in sides], [texts_of(side, tokenizer) for side in sides]
     known = {
@@ -86,7 +86,7 @@ def per_prompt(values: Sequence[float], prompts: int) -> list[float]:
 
 
 def turns(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """A prompt for people to read: its turns with ` / ` between them."""
+    """A prompt for people to read: its turns, separated by ` / `."""
     controls = set(tokenizer.control_ids.values())
     parts: list[list[int]] = [[]]
     for number in ids:

@@ -1,9 +1,9 @@
-"""Best of n, estimated from samples: what choosing brings, at which KL, and what the optimum would be.
+"""Best of n, estimated from samples: the score of the chosen answer, its KL, and the optimal policy's.
 
-From ONE set of N answers to each prompt the whole curve n = 1, 2, 4 ... N is estimated without bias, by the
+ONE set of N answers to each prompt gives an unbiased estimate of the whole curve n = 1, 2, 4 ... N, by the
 mean over all subsets of n (Nakano et al. 2021, arXiv:2112.09332; Gao et al. 2022, arXiv:2210.10760). The same
-answers, weighted by exp(score / beta), show the policy of the highest expected score at its KL (Korbak et al.
-2022, arXiv:2205.11275). Ties of the score are broken at random, in expectation.
+answers, weighted by exp(score / beta), estimate the policy with the highest expected score at its KL (Korbak
+et al. 2022, arXiv:2205.11275). Equal scores count as if one were chosen at random, by its expected value.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Samples = Float[Tensor, "prompts n"]
 BETAS = (3.2, 1.6, 0.8, 0.4, 0.2, 0.1)
 """KL coefficients whose optimum is estimated, as far as the number of answers allows."""
 COUNTED = 8.0
-"""So many answers must count, on average over prompts, for an estimate of an optimum."""
+"""Least effective number of answers, on average over prompts, for an estimate of an optimum."""
 
 
 def best_of_n_kl(n: float) -> float:
@@ -38,9 +38,9 @@ def best_of_n_kl(n: float) -> float:
 def best_of_n(scores: Samples, values: Samples, n: int) -> Float[Tensor, " prompts"]:
     """Expected `values` of the answer with the highest of n `scores`, from N >= n answers to each prompt.
 
-    The mean over all subsets of n of the N answers: with answers in rising order, the i-th is the best of C(i
-    - 1, n - 1) of the C(N, n) subsets. Completions of equal score stand for each other: each gets the mean of
-    their values. Raises ValueError when n is not in 1 ... N.
+    It is the mean over all subsets of n of the N answers: with answers in rising order, the i-th is the best
+    of C(i - 1, n - 1) of the C(N, n) subsets. Answers of equal score each get the mean of their values.
+    Raises ValueError when n is not in 1 ... N.
     """
     size = scores.shape[1]
     if not 1 <= n <= size:
@@ -56,7 +56,7 @@ def best_of_n(scores: Samples, values: Samples, n: int) -> Float[Tensor, " promp
 
 
 def at_kl(curve: Sequence[tuple[float, float]], kl: float) -> float | None:
-    """What best-of-n reaches at some KL, from points (KL, value) in rising order; None beyond them."""
+    """Value of best-of-n at `kl`, interpolated from points (KL, value) in rising order; None beyond them."""
     for (left, low), (right, high) in pairwise(curve):
         if left <= kl <= right:
             return low + (high - low) * (kl - left) / (right - left)
@@ -66,16 +66,17 @@ def at_kl(curve: Sequence[tuple[float, float]], kl: float) -> float | None:
 def tilted(
     scores: Samples, values: Samples, beta: float
 ) -> tuple[Float[Tensor, " prompts"], Float[Tensor, " prompts"]]:
-    """KL from the model that was sampled, and expected `values`, of the policy that is its optimum for a KL
-    coefficient: that model tilted by exp(score / beta).
+    """KL and expected `values` of the optimal policy for the KL coefficient `beta`: the sampled model tilted
+    by exp(score / beta). The KL is from the sampled model.
 
-    From N answers to each prompt, by self-normalised importance weights: exp(KL) answers count as one. Few
-    answers hold no rare good one, so that both are too low, but together: with normal scores and 8 of 64
-    answers that count, the KL is a third too low, and the score 5 % below what a policy of that KL can have.
+    Estimated from N answers to each prompt by self-normalised importance weights: the effective number of
+    answers is N / exp(KL). Few answers include no rare good one, so that both estimates are too low, but
+    together: with normal scores and 8 of 64 effective answers, the KL is a third too low, and the score 5 %
+    below what a policy of that KL can have.
     """
     log_weights = (scores.double() / beta).log_softmax(1)
     weights = log_weights.exp()
-    # 0 x -inf, where a score is hopeless, is nothing
+    # xlogy, because 0 x -inf must be 0 where a score is hopeless
     kl = torch.special.xlogy(weights, weights).sum(1) + math.log(scores.shape[1])
     return kl, (weights * values.double()).sum(1)
 
@@ -98,13 +99,13 @@ def point(scores: Samples, values: Samples | None, n: int, seed: int) -> dict[st
 
 
 def optima(scores: Samples, values: Samples | None, seed: int) -> dict[float, dict[str, float]]:
-    """For each KL coefficient at which enough answers count: KL, score and gold of its optimum, with 95 %
-    intervals over prompts."""
+    """KL, score and gold of the optimum at each KL coefficient for which the answers suffice (`COUNTED`),
+    with 95 % intervals over prompts."""
     found: dict[float, dict[str, float]] = {}
     for beta in BETAS:
         kl, score = tilted(scores, scores, beta)
         if float(kl.mean()) > math.log(scores.shape[1] / COUNTED):
-            break  # smaller ones are further away
+            break  # a smaller coefficient has a larger KL
         row = {"kl": float(kl.mean())}
         for name, told in (
             ("score", score),

@@ -1,18 +1,18 @@
 """Requests in, tokens out: one scheduler for the command line, the server, rollouts and evaluation.
 
-Every `step` makes one token for each running row (continuous batching: Yu et al. 2022, "Orca", OSDI). A row
-that ends gives its place away at once; a request that joins has its prompt read in chunks, so that a long one
-never keeps the running answers waiting for more than `prefill_tokens` (Agrawal et al. 2023, "Sarathi",
-arXiv:2308.16369).
+Every `step` makes one token for each running sequence (continuous batching: Yu et al. 2022, "Orca", OSDI). A
+sequence is a `Row`. A finished one leaves the batch at once. The prompt of a new one is prefilled in chunks,
+so that a long prompt never delays the running answers by more than `prefill_tokens` (Agrawal et al. 2023,
+"Sarathi", arXiv:2308.16369).
 
-Keys and values lie in pages under one memory budget (Kwon et al. 2023, arXiv:2309.06180; pages.py). A prompt
-pays only for what no earlier text began with: a system prompt, the turns before, the K - 1 other samples of
-the same prompt. When pages run out, the request that came last loses its own and goes on later; it keeps its
-text and its random stream (places.py).
+Keys and values are in pages under one memory budget (Kwon et al. 2023, arXiv:2309.06180; pages.py). A prompt
+reuses the pages of every earlier text with the same beginning: a system prompt, the turns before, the K - 1
+other samples of the same prompt. When pages run out, the newest request is preempted: it loses its pages and
+continues later, with its text and its random stream (places.py).
 
-A request's tokens do not depend on its company, on what was cached, or on what it lost, beyond rounding:
-matrix products of other sizes add in another order, which moves float32 logits by less than 1e-4 (tested),
-and every request draws from its own random stream.
+Apart from rounding, a request's tokens do not depend on the rest of the batch, on the cache or on preemption.
+Every request draws from its own random stream. Matrix products of other sizes add in another order, which
+moves float32 logits by less than 1e-4 (tested).
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ from chatwright.tokenizer import Tokenizer
 __all__ = ["Completion", "Engine", "FinishReason", "Handle", "Piece", "Request", "Stats"]
 
 PREFILL_TOKENS = 512
-"""Prompt tokens that a step reads while answers are running: they wait for it."""
+"""Prompt tokens that a step prefills while answers are running, which wait for it."""
 IDLE_PREFILL_TOKENS = 4096
-"""The same while nobody waits but those whose prompts are read."""
+"""The same while no answers are running."""
 CACHE_BYTES = 2**30
-"""Most memory for keys and values when no budget is given (one request that fills the context always has
-room)."""
+"""Most memory for keys and values, in bytes, when no budget is given. One request that fills the context
+always has room."""
 LOOKUP_ROWS = 4
-"""Guesses are made while so few rows are running. Up to here a pass over nine tokens a row takes twice the
-time of a pass over one (modern-small, one CPU thread: 21 and 44 ms for 1 row, 41 and 88 ms for 4), so one
-right guess pays for it; for 16 rows it takes four times as long (57 and 227 ms)."""
+"""Most running sequences for which tokens are guessed. Up to 4 a pass over nine tokens per sequence takes
+twice the time of a pass over one (modern-small, one CPU thread: 21 and 44 ms for 1, 41 and 88 ms for 4), so
+that one right guess pays for it. For 16 it takes four times as long (57 and 227 ms)."""
 
 
 class Engine:
     """Runs requests through a model, up to `max_batch` at a time.
 
-    The model may be used elsewhere between steps, and trained: `forget` when it was (what torch counts as a
-    change, loading weights for example, is noticed). No global random state is touched. Without a tokenizer
+    The model may be used and trained elsewhere between steps. Call `forget` after training it; changes that
+    torch counts, such as loading weights, are noticed. No global random state is touched. Without a tokenizer
     there are no texts and no stop texts. `max_context` limits prompt plus answer, in tokens, below the
     model's own limit.
 
-    runner: computes instead of the model itself (runner.py). cache_tokens: the budget for keys and values, in
-    tokens; None takes what `max_batch` requests of `max_context` tokens
-        need, but at most CACHE_BYTES.
-        Copies of the rows that are being answered may take as much again (workbench.py).
-    prefill_tokens: most tokens of prompts that a step reads while answers are running. lookup: most tokens to
-    guess per step for a greedy answer (speculation.py). 0, the default, guesses nothing: guesses cost
-        time where a text does not repeat itself, and whoever asks for them knows whether it does.
+    runner: computes instead of the model itself (runner.py).
+    cache_tokens: the budget for keys and values, in tokens. None takes what `max_batch` requests of
+        `max_context` tokens need, but at most CACHE_BYTES. Contiguous copies of the running sequences may
+        take as much again (workbench.py).
+    prefill_tokens: most prompt tokens that a step prefills while answers are running.
+    lookup: most tokens to guess per step for a greedy answer (speculation.py). The default 0 guesses nothing:
+        guesses cost time where a text does not repeat itself, which the caller must know.
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class Engine:
         self.prefill_tokens, self.lookup = prefill_tokens, lookup
         self.stats = Stats()
         self._places = Scheduler(self.runner, self.stats, pages=self._pages(cache_tokens), most=max_batch)
-        self._stepping = threading.Lock()  # one step at a time; guards the places and everything below
+        self._stepping = threading.Lock()  # one step at a time; guards the scheduler and everything below
         self._allocated = False
         self._weights: object = None
         self._sampler: BatchSampler | None = None
-        self._sampled: list[Row] = []  # the rows that `_sampler` was made for
+        self._sampled: list[Row] = []  # the sequences that `_sampler` was made for
 
     def _pages(self, cache_tokens: int | None) -> int:
         """The memory budget, in pages."""
@@ -119,12 +119,12 @@ class Engine:
 
     @property
     def cache_bytes(self) -> int:
-        """The memory budget for keys and values, in bytes; it is taken as a whole at the first request."""
+        """The memory budget for keys and values, in bytes; all of it is allocated at the first request."""
         return self._places.pool.pages * self._places.pool.size * self.runner.token_bytes()
 
     @property
     def cache_usage(self) -> float:
-        """Share of that budget which running requests hold, from 0 to 1. Stored prompts that nobody uses do
+        """Share of the budget that running requests use, from 0 to 1. Cached prompts that no request uses do
         not count."""
         return 1.0 - self._places.pool.available / self._places.pool.pages
 
@@ -135,7 +135,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Number of requests that have no place yet."""
+        """Number of requests that are not yet in the batch."""
         return len(self._places.waiting)
 
     @property
@@ -155,9 +155,10 @@ class Engine:
     ) -> Handle:
         """Queue a request. Any thread may call it.
 
-        background: somebody else calls `step` (EngineThread); otherwise reading from the handle does.
-        on_change: see `Handle`. Raises UserError when the prompt is empty, too long or not of this
-        vocabulary, the answer could outgrow the cache, or stop texts lack a tokenizer.
+        background: another thread calls `step` (EngineThread); otherwise reading from the handle does.
+        on_change: see `Handle`.
+        Raises UserError when the prompt is empty, too long or outside the vocabulary, when the answer could
+        outgrow the cache, or when stop texts are given without a tokenizer.
         """
         room = self._check(request)
         handle = Handle(request, None if background else self.step, on_change)
@@ -166,7 +167,7 @@ class Engine:
         return handle
 
     def _check(self, request: Request) -> int:
-        """How many tokens the answer may have. Raises UserError when the request cannot be carried out."""
+        """How many tokens the answer may have. Raises UserError as `submit` does."""
         prompt, sampling, vocab_size = request.prompt, request.sampling, self.model.config.vocab_size
         if not prompt:
             raise UserError(
@@ -217,23 +218,22 @@ class Engine:
             raise
 
     def stream(self, request: Request) -> Iterator[Piece]:
-        """Pieces of one answer; leaving the loop early cancels it. Raises as `submit` (at once) and
-        `result`."""
+        """Pieces of one answer; leaving the loop early cancels it. Raises as `submit`, at once, and as
+        `Handle.result`."""
         return _until_closed(self.submit(request))
 
     def forget(self) -> None:
-        """Drop every stored prompt: call it when the model was trained. What is being answered goes on."""
+        """Drop every cached prompt; call it after training the model. Running answers continue."""
         with self._stepping:
             self._places.forget()
 
     # ---- one step ------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Make a token for every row, the first one for requests that join; False when there was nothing to
-        do.
+        """Make one token for every running sequence, and admit and prefill new ones. Returns False when there
+        was nothing to do.
 
-        What goes wrong in a step is told to the requests that it hits (their handles raise) and not raised
-        here.
+        An error in a step is raised by the handles of the requests that it hits, not here.
         """
         with self._stepping, torch.inference_mode():
             worked, rows = self.busy, self.stats.rows
@@ -244,17 +244,17 @@ class Engine:
                 self._places.release_finished()
                 self._read()
                 if not self._places.running:
-                    self._sampler, self._sampled = None, []  # it holds on to the rows
+                    self._sampler, self._sampled = None, []  # frees the sequences that it refers to
                 self.stats.steps += self.stats.rows > rows
             except BaseException as error:
                 self._places.start_over(error)
                 self._sampler, self._sampled = None, []
-                if not isinstance(error, Exception):  # Ctrl-C goes on
+                if not isinstance(error, Exception):  # such as Ctrl-C
                     raise
             return worked
 
     def _decode(self) -> None:
-        """A token, or several where guesses come true, for every row that has read its prompt."""
+        """One token, or several where guesses are right, for every sequence whose prompt is prefilled."""
         self._places.make_room()
         rows = [row for row in self._places.running if not row.reading]
         if not rows:
@@ -274,8 +274,8 @@ class Engine:
                 self._take_in(row, guess, [next(choices) for _ in range(1 + len(guess))])
 
     def _read(self) -> None:
-        """Read prompts, the oldest first, as many tokens as this step may; who comes to the end gets a first
-        token."""
+        """Prefill prompts, the oldest first, up to this step's budget of tokens. A sequence whose prompt is
+        complete gets its first token."""
         running = any(not row.reading for row in self._places.running)
         budget = self.prefill_tokens if running else max(self.prefill_tokens, IDLE_PREFILL_TOKENS)
         while True:
@@ -303,7 +303,7 @@ class Engine:
         choices = iter(self._choose(done, logits) if done else [])
         for row, feed in zip(rows, feeds, strict=True):
             row.stored += len(feed.ids)
-            # A page that is not full is remembered once the prompt is whole, not after every chunk.
+            # A page that is not full enters the prefix cache with the whole prompt, not after each chunk.
             whole = row.stored if feed.wanted else row.stored - row.stored % self._places.pool.size
             if not row.private:
                 row.pages = self._places.pool.learn(row.keys[:whole], row.pages)
@@ -319,7 +319,7 @@ class Engine:
         return self.runner.forward(feeds)
 
     def _choose(self, rows: list[Row], logits: Tensor) -> list[Choice]:
-        """A token for each row of logits; a row may have several."""
+        """A token for each row of logits (B, V); a sequence in `rows` may have several."""
         if self._sampler is None or rows != self._sampled:
             self._sampled = rows
             self._sampler = BatchSampler(
@@ -339,14 +339,15 @@ class Engine:
     # ---- guesses -------------------------------------------------------------------------------------------
 
     def _guess(self, row: Row) -> list[int]:
-        """What may follow the row's newest token, and the pages for it; nothing where pages are scarce."""
+        """Guess the tokens after the sequence's newest one, and take pages for them; none where pages are
+        scarce."""
         if row.lookup is None:
             return []
         guess = row.lookup.propose(row.tokens, row.room - len(row.ids) - 1)
         return guess if self._places.room_for_guesses(row, len(guess)) else []
 
     def _take_in(self, row: Row, guess: list[int], choices: list[Choice]) -> None:
-        """Add tokens to a row as long as what was fed behind each is what the model says."""
+        """Add the model's tokens to a sequence, up to and including the first that differs from its guess."""
         accepted = 0
         for number, choice in enumerate(choices):
             row.add(choice)
@@ -363,8 +364,8 @@ class Engine:
             self.stats.accepted += accepted
 
     def _notice_new_weights(self) -> None:
-        """Forget when torch says that a parameter was written to. Fused optimisers do not say so: hence
-        `forget`."""
+        """Drop cached prompts when torch's version counters show that a parameter was written to. Fused
+        optimisers do not raise them: hence `forget`."""
         if self._places.running or not self._places.waiting or not isinstance(self.runner, TorchRunner):
             return
         weights = self.runner.weights()
@@ -382,7 +383,7 @@ def _until_closed(handle: Handle) -> Iterator[Piece]:
 
 @contextmanager
 def _blame(rows: Sequence[Row]) -> Iterator[None]:
-    """An error inside ends these rows."""
+    """An error inside ends these sequences, whose handles then raise it."""
     try:
         yield
     except Exception as error:

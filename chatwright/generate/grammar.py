@@ -1,13 +1,13 @@
-"""Answers that keep to a grammar: JSON, JSON that satisfies a schema, regular expressions, calls of tools.
+"""Structured output: answers that match JSON, a JSON schema, a regular expression or calls of tools.
 
-Before a token is chosen, those that the grammar cannot go on with are taken out (Willard & Louf 2023,
-arXiv:2307.09702). The engine knows two protocols, Grammar and Matcher. What implements them here is
+Before a token is chosen, all tokens that the grammar does not allow next are masked (Willard & Louf 2023,
+arXiv:2307.09702). The engine knows two protocols, Grammar and Matcher. They are implemented here with
 llguidance (Microsoft, MIT): derivatives of regular expressions below an Earley parser, walked along a trie of
 the vocabulary's bytes.
 
-A model's tokens go through by their bytes. Control tokens have none here, so that no grammar can allow one;
-ends are ours, and llguidance knows a single token beyond the vocabulary in their place. White space between
-the parts of JSON is bounded: small models like to go on with it for ever.
+llguidance sees a token as its bytes. Control tokens have none here, so that no grammar can allow one. End
+tokens are handled here; for llguidance a single token beyond the vocabulary stands for all of them. White
+space between the parts of JSON is bounded, for small models often repeat it for ever.
 
 A schema's worst case is bounded in time and memory (schemas.py, LIMITS); nothing is fetched.
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 WHITE_SPACE = r"\n? {0,16}"
-"""What may stand between the parts of JSON: a line's end, an indentation."""
+"""White space that may stand between the parts of JSON: a line end, an indentation."""
 LIMITS = {
     "max_items_in_row": 20_000,  # each optional property of an object has four
     "initial_lexer_fuel": 1_000_000,  # compiling: 20 ms
@@ -46,14 +46,14 @@ LIMITS = {
     "max_lexer_states": 20_000,  # 2 kB each
     "max_grammar_size": 500_000,
 }
-"""Of llguidance, for each row; the times are its own words. What goes beyond is an error, for that row alone.
-"""
+"""llguidance's limits for each sequence, with the times that it documents. Beyond them that sequence alone
+fails."""
 REMEMBERED = 32
-"""Grammars that stay compiled per tokenizer."""
+"""Compiled grammars that are kept per tokenizer."""
 
 
 class Matcher(Protocol):
-    """Where one answer stands in its grammar."""
+    """The state of one answer in its grammar."""
 
     @property
     def finished(self) -> bool:
@@ -61,20 +61,20 @@ class Matcher(Protocol):
         ...
 
     def allow(self, mask: NDArray[np.bool_]) -> None:
-        """Set every element of `mask`, (vocab,): True for tokens that may come next. The model's table may be
-        longer than the tokenizer's. Raises UserError when there is none."""
+        """Set every element of `mask`, (vocab,): True for tokens that may come next. The model's vocabulary
+        may be larger than the tokenizer's. Raises UserError when no token may."""
         ...
 
     def accept(self, token: int) -> None:
-        """Go on by a token that was allowed."""
+        """Advance by a token that was allowed."""
         ...
 
 
 class Grammar(Protocol):
-    """What an answer must look like. Immutable: many requests may share one, from any thread."""
+    """The form that an answer must have. Immutable: many requests may share one, from any thread."""
 
     def start(self) -> Matcher:
-        """A matcher of its own for one answer."""
+        """A new matcher, for one answer."""
         ...
 
 
@@ -98,7 +98,7 @@ def json_rule(schema: dict[str, Any]) -> str:
 
 
 def regex(tokenizer: Tokenizer, end_ids: Iterable[int], pattern: str) -> Grammar:
-    """A text that a regular expression matches from end to end (Rust's syntax, without looking around).
+    """A text that a regular expression matches from end to end (Rust's syntax, without look-around).
 
     Raises UserError when the expression is wrong, or too long or too complex.
     """
@@ -109,7 +109,7 @@ def regex(tokenizer: Tokenizer, end_ids: Iterable[int], pattern: str) -> Grammar
 
 
 def lark(tokenizer: Tokenizer, end_ids: Iterable[int], rules: str, *, what: str = "the grammar") -> Grammar:
-    """A grammar in llguidance's dialect of Lark. Not for rules of strangers: only schemas are bounded
+    """A grammar in llguidance's dialect of Lark. Not for untrusted rules: only schemas are bounded
     (`check_schema`).
 
     Raises UserError, which begins with `what`, when the grammar is wrong or nothing satisfies it.
@@ -141,21 +141,19 @@ class _Vocabulary:
         self.size = tokenizer.vocab_size
         controls = set(tokenizer.control_ids.values())
         pieces = [b"" if number in controls else tokenizer.token_bytes(number) for number in range(self.size)]
-        # 0xff begins llguidance's own names of special tokens. It is never part of a text in UTF-8, nor is a
-        # token that has it.
+        # 0xff begins llguidance's names of special tokens. UTF-8 never has that byte, so no text needs a
+        # token with it.
         self.tokens = [b"" if b"\xff" in piece else piece for piece in pieces] + [b"\xffend"]
         self.bos_token_id, self.eos_token_id, self.special_token_ids = None, self.size, [self.size]
-        self._tokenizer = weakref.ref(
-            tokenizer
-        )  # it must not be kept alive by what is kept for as long as it lives
+        # Weak: `_VOCABULARIES` keeps this object as long as the tokenizer lives, and must not prolong that.
+        self._tokenizer = weakref.ref(tokenizer)
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
         self._library = library
         self._wrapped = library.LLTokenizer(library.TokenizerWrapper(self))
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """How the tokenizer would write a text that the grammar leaves no choice about. Asked by llguidance:
-        must not raise."""
+        """The ids for a text that the grammar forces. llguidance calls this: it must not raise."""
         tokenizer = self._tokenizer()
         data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         try:
@@ -165,8 +163,8 @@ class _Vocabulary:
         return ids if b"".join(self.tokens[number] for number in ids) == data else self._spell(data)
 
     def _spell(self, data: bytes) -> list[int]:
-        """The longest tokens that spell the bytes, up to one that none has: for what the tokenizer itself
-        writes in another way (a normaliser) or not at all."""
+        """Spell the bytes by the longest tokens, up to a byte that no token has. For texts that the tokenizer
+        changes (a normaliser) or cannot encode."""
         ids: list[int] = []
         at = 0
         while at < len(data):
@@ -221,7 +219,7 @@ _LOCK = threading.Lock()
 
 
 def _vocabulary(tokenizer: Tokenizer) -> _Vocabulary:
-    """Made once for a tokenizer: it walks through the whole vocabulary."""
+    """The vocabulary of a tokenizer. It is made once, since that takes a pass over all tokens."""
     with _LOCK:
         found = _VOCABULARIES.get(tokenizer)
         if found is None:
@@ -230,8 +228,8 @@ def _vocabulary(tokenizer: Tokenizer) -> _Vocabulary:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """llguidance's error in a line: the first, without the place, or of a regular expression's drawing the
-    one that says it."""
+    """llguidance's error in one line, without its position. A regular expression's error is a drawing, of
+    which the line with `error:` counts."""
     lines = [
         line.strip()
         for line in matcher.get_error().replace("<non-verbose/>", "").splitlines()
@@ -255,8 +253,8 @@ class _LLGrammar:
 
 
 class _LLMatcher:
-    """Where an answer stands, as llguidance knows it. `size` is the tokenizer's; the bit behind it stands for
-    the end."""
+    """A matcher by llguidance. `size` is the tokenizer's vocabulary size; the bit after it stands for the
+    end."""
 
     def __init__(self, matcher: LLMatcher, size: int, ends: NDArray[np.int64]) -> None:
         self._matcher, self._size, self._ends = matcher, size, ends
@@ -275,7 +273,7 @@ class _LLMatcher:
         bits = np.unpackbits(self._bits.view(np.uint8), count=size + 1, bitorder="little")
         mask[:size] = bits[:size]
         mask[size:] = False
-        mask[self._ends] = bits[size]  # an end that is text as well ends the answer wherever it comes
+        mask[self._ends] = bits[size]  # an end token that is also text ends the answer anywhere
         if not mask.any():
             raise UserError(
                 "the answer cannot go on as its grammar asks: no token of this vocabulary can come next"
@@ -285,4 +283,4 @@ class _LLMatcher:
         if token in self._ends:
             self._ended = True
         else:
-            self._matcher.consume_token(token)  # what goes wrong is said by the next `allow`
+            self._matcher.consume_token(token)  # the next `allow` reports an error

@@ -1,22 +1,19 @@
-"""Who uses which page of the key-value cache, and which pages hold the beginning of a text that may come
-again.
+"""The pages of the key-value cache: reference counts, and the prefix cache of texts that may come again.
 
 A page has room for the keys and values of `size` tokens (Kwon et al. 2023, "PagedAttention",
-arXiv:2309.06180). What is known is a tree (Zheng et al. 2023, SGLang's RadixAttention, arXiv:2312.07104):
-below the root the pages that hold the first tokens of some text, below each page those that go on. Keys are
-the tokens themselves, compared one by one, and a page stands for nothing but its whole path: two prompts
-can never be mixed up. A placeholder token (for an image) is compared together with a hash of what it stands
-for: two images behind the same tokens never share a page.
+arXiv:2309.06180). The prefix cache is a tree (Zheng et al. 2023, SGLang's RadixAttention, arXiv:2312.07104).
+Below the root are the pages with the first tokens of some text, below each page those that continue it. Its
+keys are the tokens themselves, compared one by one, and a page is found by its whole path only: two prompts
+are never mixed up. A placeholder token (for an image) is compared together with a hash of its content: two
+images behind the same tokens never share a page.
 
 Three rules make it safe:
-* Sequences share whole pages only, and nobody writes to a page that is whole. Who goes on in the middle of a
-  page
-  takes a copy of it.
-* A page without users that holds something known stays until its room is needed: the one unused for longest
-  goes first.
-* Who uses a page uses its whole path, so a page is never let go before those below it.
+* Sequences share full pages only, and a full page is never written to. A sequence that continues in the
+  middle of a page takes a copy of it.
+* A cached page without users stays until its room is needed; the least recently used is evicted first.
+* A sequence that uses a page uses its whole path, so a page is never evicted before those below it.
 
-This file counts; it has no tensors.
+This file only counts; it has no tensors.
 """
 
 from __future__ import annotations
@@ -26,25 +23,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 PAGE_TOKENS = 16
-"""Tokens a page holds: small enough that little is copied or left empty, large enough to be moved in one
-piece."""
+"""Tokens per page: few enough that little is copied or left empty, many enough to be moved in one piece."""
 
 
 Key = int | tuple[int, str]
-"""What is compared at one position: the token, or (token, hash) where the token is a placeholder."""
+"""The key of one position in the tree: the token, or (token, hash) for a placeholder."""
 
 
 class OutOfPages(Exception):
-    """Every page has a user."""
+    """No page can be taken: every page has a user."""
 
 
 @dataclass(eq=False, slots=True)
 class _Known:
-    """A page whose tokens are known, and what was seen to follow them."""
+    """A node of the prefix cache: a page with its tokens, and the pages that continue it."""
 
     page: int
     tokens: tuple[Key, ...]
-    """Fewer than a page holds at the end of a text; such a page has nothing below it."""
+    """Fewer than a full page at the end of a text; such a page has nothing below it."""
     above: _Known | None
     whole: dict[tuple[Key, ...], _Known] = field(default_factory=dict)
     """The full pages below, by their tokens."""
@@ -54,14 +50,14 @@ class _Known:
 
 @dataclass(frozen=True)
 class Match:
-    """How much of a text is stored already."""
+    """The part of a text that is cached already."""
 
     pages: tuple[int, ...]
-    """Full pages that hold its beginning; to be shared."""
+    """Full pages with its beginning, which can be shared."""
     source: int | None
-    """A page that goes on like the text for a while; to be copied."""
+    """A page whose first tokens continue the text, which must be copied."""
     tokens: int
-    """Tokens known, those in the source included."""
+    """Number of cached tokens, those in `source` included."""
 
 
 class PagePool:
@@ -72,9 +68,8 @@ class PagePool:
         self.users = [0] * pages
         """How many sequences use each page."""
         self._free = list(range(pages - 1, -1, -1))
-        self._idle: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # known pages without users; unused for longest first
+        # Cached pages without users, least recently used first.
+        self._idle: OrderedDict[int, None] = OrderedDict()
         self._known: dict[int, _Known] = {}
         self._root = _Known(-1, (), None)
 
@@ -88,7 +83,7 @@ class PagePool:
         return -(-tokens // self.size)
 
     def take(self) -> int:
-        """A page for one user, to write to; its content is nothing that anybody knows. Raises OutOfPages."""
+        """A page for one user to write to; what it held is no longer cached. Raises OutOfPages."""
         if self._free:
             page = self._free.pop()
         elif self._idle:
@@ -100,13 +95,13 @@ class PagePool:
         return page
 
     def share(self, page: int) -> None:
-        """Count another user of a page that is used or known."""
+        """Count another user of a page that is used or cached."""
         if not self.users[page]:
             del self._idle[page]
         self.users[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Count one user less of each page of a sequence. What is known stays, the end of the text to go
+        """Count one user less of each page of a sequence. Cached pages stay; the end of the text is evicted
         first."""
         for page in reversed(pages):
             self.users[page] -= 1
@@ -118,7 +113,7 @@ class PagePool:
                 self._free.append(page)
 
     def match(self, tokens: Sequence[Key]) -> Match:
-        """The longest beginning of `tokens` that is known. Nothing is held: share before the next `take`."""
+        """The longest cached beginning of `tokens`. It is not reserved: `share` it before the next `take`."""
         above, pages, at = self._root, [], 0
         while at + self.size <= len(tokens):
             found = above.whole.get(tuple(tokens[at : at + self.size]))
@@ -135,11 +130,10 @@ class PagePool:
         return Match(tuple(pages), source, at + most)
 
     def learn(self, tokens: Sequence[Key], pages: Sequence[int]) -> list[int]:
-        """Remember that `pages`, of a sequence that uses them, begin with `tokens`; the pages it uses from
-        now on.
+        """Add the `pages` of a sequence, which hold `tokens`, to the prefix cache; returns the pages that the
+        sequence uses from now on.
 
-        Where an equal full page is known already, the sequence goes over to that one and its own becomes
-        free.
+        Where an equal full page is cached already, the sequence uses that one, and its own becomes free.
         """
         above, own = self._root, list(pages)
         for number, at in enumerate(range(0, len(tokens), self.size)):
@@ -164,21 +158,21 @@ class PagePool:
         return own
 
     def invalidate(self, pages: Sequence[int]) -> None:
-        """Forget those of the pages that are not full: who wrote behind their known tokens has failed."""
+        """Drop those of the pages that are not full from the cache: a failed request has written to them."""
         for page in pages:
             known = self._known.get(page)
             if known is not None and len(known.tokens) < self.size:
                 self._unlearn(page)
 
     def forget(self) -> None:
-        """Forget every text, as is due when the model has changed. Pages in use stay their users'."""
+        """Empty the prefix cache, for the model has changed. Pages in use stay with their users."""
         self._known.clear()
         self._root = _Known(-1, (), None)
         self._free.extend(self._idle)
         self._idle.clear()
 
     def _remember(self, page: int, tokens: tuple[Key, ...], above: _Known) -> _Known:
-        if page in self._known:  # it was remembered when it held fewer tokens
+        if page in self._known:  # it was cached when it held fewer tokens
             self._unlearn(page)
         known = self._known[page] = _Known(page, tokens, above)
         above.below.setdefault(tokens[0], []).append(known)

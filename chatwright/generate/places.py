@@ -1,7 +1,6 @@
-"""Who is running, who waits, and whose keys and values lie where: places in the batch and pages of the cache.
+"""The scheduler: which sequences run, which wait, and which pages of the cache they hold.
 
-The engine (engine.py) computes; here is decided for whom. When pages run out, the request that came last
-loses its own.
+The engine (engine.py) computes for the running ones. When pages run out, the newest request is preempted.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from chatwright.generate.runner import Runner
 
 @dataclass
 class Stats:
-    """What an engine has done since it was made."""
+    """Counters of an engine since it was made."""
 
     prompt_tokens: int = 0
-    """Tokens of the prompts that were given a place."""
+    """Prompt tokens of admitted requests."""
     cached_tokens: int = 0
-    """Those of them that were known already."""
+    """Those of them that were in the prefix cache."""
     new_tokens: int = 0
     """Tokens that were chosen."""
     proposed: int = 0
@@ -30,31 +29,30 @@ class Stats:
     accepted: int = 0
     """Guesses that were right."""
     preempted: int = 0
-    """Times that a running request lost its pages."""
+    """How often a running request was preempted and lost its pages."""
     steps: int = 0
     """Steps in which something was computed."""
     rows: int = 0
-    """Requests that something was computed for, added up over the steps: rows / steps is how full batches
-    were."""
+    """Sequences computed for, summed over the steps: rows / steps is the mean batch size."""
 
 
 class Scheduler:
-    """The rows of an engine, and the pages that they hold.
+    """The sequences of an engine (`Row`), and the pages that they hold.
 
-    Any thread may call `queue`; all else belongs to whoever makes the step.
+    Any thread may call `queue`; everything else is for the thread that makes the step.
     """
 
     def __init__(self, runner: Runner, stats: Stats, *, pages: int, most: int) -> None:
-        """`pages`: the memory budget. `most`: rows that run at a time."""
+        """`pages`: the memory budget. `most`: the largest number of running sequences."""
         self.runner, self.stats, self.most = runner, stats, most
         self.arrived = threading.Condition()  # guards `waiting`; notified when a request comes
         self.waiting: deque[Row] = deque()
-        self.running: list[Row] = []  # in the order in which they got their places
+        self.running: list[Row] = []  # in the order in which they were admitted
         self.pool = PagePool(pages)
         self._count = 0
 
     def queue(self, row: Row) -> None:
-        """Let a request wait for a place."""
+        """Add a request to the queue."""
         with self.arrived:
             row.number = self._count
             self._count += 1
@@ -62,19 +60,17 @@ class Scheduler:
             self.arrived.notify_all()
 
     def forget(self) -> None:
-        """Drop every stored prompt. What rows have computed so far stays their own."""
+        """Empty the prefix cache. Running sequences keep their pages, but no longer share them."""
         self.pool.forget()
         for row in self.running:
             row.private = True
 
     def admit(self, budget: int) -> None:
-        """Give places to waiting requests, in their order, until as many tokens are to be read as this step
-        may."""
+        """Admit waiting requests, in their order, until `budget` tokens are to be prefilled."""
         at = 0
         with self.arrived:
-            for row in [
-                row for row in self.waiting if row.handle.cancelled
-            ]:  # wherever in the queue they are
+            # Cancelled requests leave the queue from any position.
+            for row in [row for row in self.waiting if row.handle.cancelled]:
                 self.waiting.remove(row)
                 row.finish("cancelled")
             while at < len(self.waiting):
@@ -91,9 +87,9 @@ class Scheduler:
                 del self.waiting[at]
 
     def _is_being_read(self, row: Row, match: Match) -> bool:
-        """Whether another row computes this moment what this one would need: it waits, and takes it over.
+        """Whether a running sequence is prefilling a prefix that this one needs: then it waits, to reuse it.
 
-        That is worth it for a whole page, and for another sample of the same prompt.
+        That is worth it for a full page, and for another sample of the same prompt.
         """
         last = len(row.keys) - 1
         end = min(last, match.tokens - match.tokens % self.pool.size + self.pool.size)
@@ -107,9 +103,9 @@ class Scheduler:
         )
 
     def _give_pages(self, row: Row, match: Match) -> bool:
-        """Give a row its place and pages for all its tokens, shared ones first; False when there are too few.
+        """Admit a sequence with pages for all its tokens, shared ones first; False when there are too few.
 
-        Every row that runs beside it must have a page to go on with.
+        One page must stay free for every running sequence, so that it can continue.
         """
         pool = self.pool
         fresh = pool.needed(len(row.tokens)) - len(match.pages)
@@ -121,9 +117,8 @@ class Scheduler:
         for page in match.pages:
             pool.share(page)
         source = match.source
-        if source is not None and (
-            pool.users[source] or spare
-        ):  # it is held while the page for the copy is taken
+        # The source is reserved while the page for the copy is taken.
+        if source is not None and (pool.users[source] or spare):
             pool.share(source)
             row.pages.append(pool.take())
             self.runner.copy_page(source, row.pages[-1])
@@ -137,8 +132,7 @@ class Scheduler:
         return True
 
     def make_room(self) -> None:
-        """See that every running row has a page for its newest token. Who came last may lose its place for
-        it."""
+        """Give every running sequence a page for its newest token; preempts the newest requests if needed."""
         for row in sorted(self.running, key=lambda row: row.number):
             while (
                 row in self.running and not row.reading and self.pool.needed(row.stored + 1) > len(row.pages)
@@ -149,8 +143,8 @@ class Scheduler:
                     self._preempt(max(self.running, key=lambda row: row.number))
 
     def _preempt(self, row: Row) -> None:
-        """Back to the head of the queue; what it had computed stays known for as long as nobody needs its
-        pages."""
+        """Move a sequence back to the head of the queue. What it had computed stays cached until its pages
+        are needed."""
         self.running.remove(row)
         self._let_go(row)
         row.reading, row.private = True, False
@@ -159,7 +153,7 @@ class Scheduler:
             self.waiting.appendleft(row)
 
     def release_finished(self) -> None:
-        """Take places and pages from those who are done or have gone."""
+        """Remove finished and cancelled sequences, and release their pages."""
         for row in self.running:
             if row.alive and row.handle.cancelled:
                 row.finish("cancelled")
@@ -168,7 +162,7 @@ class Scheduler:
             self._let_go(row)
 
     def _let_go(self, row: Row) -> None:
-        """Release a row's pages; others may find there what it has computed, unless that went wrong."""
+        """Release a sequence's pages. They stay in the prefix cache unless it failed."""
         if row.handle.failed:
             self.pool.invalidate(row.pages)
         elif not row.private:
@@ -177,8 +171,7 @@ class Scheduler:
         row.pages, row.stored = [], 0
 
     def room_for_guesses(self, row: Row, count: int) -> bool:
-        """Give a row pages for its newest token and `count` guesses behind it; False where pages are
-        scarce."""
+        """Give a sequence pages for its newest token and `count` guesses; False where pages are scarce."""
         pages = self.pool.needed(row.stored + 1 + count) - len(row.pages)
         if pages > self.pool.available - len(self.running):
             return False
@@ -186,8 +179,8 @@ class Scheduler:
         return True
 
     def start_over(self, error: BaseException) -> None:
-        """After an error outside of a pass, or Ctrl-C anywhere, nobody knows who holds which page: all rows
-        end."""
+        """End all sequences with an error and empty the cache: after an error outside of a forward pass, or
+        Ctrl-C anywhere, the pages' owners are not known."""
         for row in self.running:
             if row.alive:
                 row.handle._fail(error)

@@ -1,4 +1,4 @@
-"""What is asked of an engine and what comes back: Request, Handle, Piece, Completion."""
+"""Input and output of an engine: Request, Handle, Piece, Completion."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from chatwright.generate.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
 Alternatives = list[tuple[int, float]]
-"""The likeliest tokens at one place and their log-probabilities, best first."""
+"""The likeliest tokens at one position and their log-probabilities, best first."""
 OnChange = Callable[[int, bool], None]
-"""See `Handle`."""
+"""Callback of a `Handle`."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to continue, and how."""
+    """A prompt to continue, and how."""
 
     prompt: tuple[int, ...]
     """Token ids, at least one."""
@@ -31,8 +31,8 @@ class Request:
     id: str = ""
     """A name for the caller's use."""
     grammar: Grammar | None = None
-    """What the answer must look like (grammar.py). Once it is complete and nothing may follow, the answer
-    ends, without an end id."""
+    """The form that the answer must have (grammar.py). Once it is complete and nothing may follow, the answer
+    ends without an end id."""
     placeholders: tuple[tuple[int, str], ...] = ()
     """(position in the prompt, hash) of each placeholder token, such as those of an image. Requests whose
     hashes differ at a position share no cached keys and values from there on. The hash must cover all that
@@ -41,10 +41,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new in an answer since the piece before."""
+    """The new part of an answer since the piece before."""
 
     text: str
-    """Whole characters, possibly none. All pieces' texts together are the completion's text."""
+    """Whole characters, possibly none. The texts of all pieces together are the completion's text."""
     ids: list[int]
     finish_reason: FinishReason | None
     """None until the last piece."""
@@ -59,7 +59,7 @@ class Completion:
     """A finished answer."""
 
     ids: list[int]
-    """All new tokens: the end token, and those that spell a stop text, included."""
+    """All new tokens, including the end token and those of a stop text."""
     text: str
     """Without end token and stop text; empty when the engine has no tokenizer."""
     finish_reason: FinishReason
@@ -70,20 +70,18 @@ class Completion:
     sampling.py)."""
     prompt_tokens: int
     top_logprobs: list[Alternatives] = field(default_factory=list)
-    """Per new token, when asked for (`Sampling.top_logprobs`), the likeliest tokens, on the scale of
-    `logprobs`."""
+    """The likeliest tokens per new token, on the scale of `logprobs`, if asked for (`Sampling.top_logprobs`).
+    """
     cached_tokens: int = field(default=0, compare=False)
-    """Tokens of the prompt that were not computed, because an earlier request had begun in the same way."""
+    """Prompt tokens that were in the prefix cache, and not computed."""
 
 
 class Handle:
     """A submitted request. Safe to use from any thread.
 
-    on_change: called whenever there is something new, before anybody can have read it, with the number of new
-    tokens and
-        whether this is the end (a failure is one). It runs in the engine's thread and in the midst of its
-        work: it must be
-        quick, must not raise and must not wait for anything.
+    on_change: called whenever there is something new, before it can be read, with the number of new tokens
+        and whether this is the end (a failure is one). It runs in the engine's thread during a step: it must
+        be quick, must not raise and must not wait for anything.
     """
 
     def __init__(
@@ -120,10 +118,10 @@ class Handle:
         self.cancelled = True
 
     def pieces(self) -> Iterator[Piece]:
-        """The answer as it grows, each part once; the last piece has a finish_reason. What a slow reader has
-        not fetched is handed over as one piece, so that nothing piles up. Raises what `result` raises.
+        """The answer as it grows, each part once; the last piece has a finish_reason. A slow reader gets
+        everything new as one piece, so that nothing piles up. Raises what `result` raises.
 
-        A reader who stops early should `cancel()`, or the answer is computed to its end.
+        A reader that stops early should call `cancel()`, or the answer is computed to its end.
         """
         while not self._last_taken:
             self._wait(lambda: self.finished or bool(self._ids))
@@ -131,7 +129,7 @@ class Handle:
                 yield piece
 
     def take(self) -> Piece | None:
-        """What is new, without waiting; None when there is nothing, or nothing more. Raises what `result`
+        """The new part, without waiting; None when there is none, or after the end. Raises what `result`
         raises."""
         with self._changed:
             self._raise_failure()
@@ -145,7 +143,7 @@ class Handle:
 
     @property
     def completion(self) -> Completion | None:
-        """What `result` gives, without waiting: None before the end, and when the computation failed."""
+        """The result, without waiting: None before the end, and when the computation failed."""
         return self._completion
 
     def result(self) -> Completion:
@@ -162,7 +160,7 @@ class Handle:
                 self._raise_failure()
                 if ready():
                     return
-            # Without the lock: a step may take long, and it gives pieces to handles.
+            # Without the lock: a step may take long, and needs the locks of handles.
             if self._drive is not None and not self._drive() and not ready() and self._error is None:
                 raise RuntimeError("generation was interrupted: the engine has lost this request")
 
@@ -174,7 +172,7 @@ class Handle:
             ) from self._error
 
     def _tell(self, tokens: int) -> None:
-        """Wake those who wait. The lock is held: nobody reads before `on_change` knows."""
+        """Call `on_change`, then wake the waiting readers. The lock is held, so that no one reads before."""
         if self._on_change is not None:
             self._on_change(tokens, self.finished)
         self._changed.notify_all()

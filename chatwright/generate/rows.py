@@ -1,4 +1,4 @@
-"""One request on its way through the engine: its tokens, its pages, its text."""
+"""A sequence of the engine (`Row`): a request with its tokens, its pages, its text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from chatwright.tokenizer import TextStream, Tokenizer
 
 
 class Text:
-    """A row's text: whole characters, up to the first stop text; what may begin a stop text is held back."""
+    """A sequence's text: whole characters, up to the first stop text. A possible beginning of a stop text is
+    held back."""
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
         self.stream, self.stops, self.vocab_size = TextStream(tokenizer), stops, tokenizer.vocab_size
@@ -30,12 +31,12 @@ class Text:
         self.reach = max(map(len, stops), default=1) - 1
 
     def push(self, token: int) -> tuple[str, bool]:
-        """The text that `token` sets free, and whether a stop text has come."""
-        # A model's table may be padded beyond the tokenizer's last id; such ids spell nothing.
+        """The new text after `token`, and whether a stop text has come."""
+        # A model's vocabulary may be padded beyond the tokenizer's last id; such ids have no text.
         return self._release(self.stream.push(token) if token < self.vocab_size else "", final=False)
 
     def flush(self) -> tuple[str, bool]:
-        """What is left when no more tokens come."""
+        """The remaining text, when no more tokens come."""
         return self._release(self.stream.flush(), final=True)
 
     def _release(self, new: str, *, final: bool) -> tuple[str, bool]:
@@ -63,7 +64,7 @@ class Choice:
 
 @dataclass(eq=False)
 class Row:
-    """A request, from its arrival to its end. While it has a place among the running, it has pages."""
+    """A request, from its arrival to its end. It has pages while it is running."""
 
     handle: Handle
     room: int
@@ -71,32 +72,29 @@ class Row:
     generator: torch.Generator | None
     text: Text | None
     lookup: Lookup | None = None
-    """Guesses what comes next, if it may."""
+    """Guesses the next tokens, where that is allowed."""
     matcher: Matcher | None = None
-    """Where its answer stands in its grammar, if it has one. Pages may come and go: it moves with the tokens
-    that are chosen."""
+    """The state of its answer in its grammar, if it has one. It follows the chosen tokens, not the pages."""
     tokens: list[int] = field(default_factory=list)
     """Prompt and answer."""
     number: int = 0
     """How many requests came before."""
     pages: list[int] = field(default_factory=list)
-    """Where the keys and values of `tokens` lie, in order; possibly with room for more."""
+    """The pages with the keys and values of `tokens`, in order; possibly with room for more."""
     stored: int = 0
-    """How many of the tokens have been computed. A running row has one that has not: the newest."""
+    """How many of the tokens have been computed. When decoding, all but the newest."""
     reading: bool = True
-    """Whether its tokens, but for the newest, still have to be computed: at first, and after it lost its
-    pages."""
+    """Whether tokens before the newest still have to be computed: in prefill, and after preemption."""
     private: bool = False
-    """Its pages are not for others: it was begun before the model changed."""
+    """Whether its pages may not be shared: it was begun before the model changed."""
     cached: int | None = None
-    """Tokens of the prompt that were known when it was first given a place."""
+    """Prompt tokens that were in the prefix cache when it was first admitted."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top: list[Alternatives] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     keys: list[Key] = field(init=False)
-    """What the prefix cache compares (pages.py): the list `tokens` itself unless the prompt has
-    placeholders."""
+    """Keys for the prefix cache (pages.py): the list `tokens` itself unless the prompt has placeholders."""
 
     def __post_init__(self) -> None:
         self.keys = cast(list[Key], self.tokens)
@@ -109,8 +107,8 @@ class Row:
     def begin(
         cls, handle: Handle, room: int, tokenizer: Tokenizer | None, device: torch.device, guesses: int
     ) -> Row:
-        """The row of a request that was checked. `guesses`: most tokens to guess per step, where guessing is
-        exact: the row is greedy and a token's choice depends on nothing but the model."""
+        """The sequence of a checked request. `guesses` is the most tokens to guess per step. Guessing is used
+        only where it is exact: decoding is greedy, and a token depends on nothing but the model."""
         request, sampling = handle.request, handle.request.sampling
         exact = sampling.temperature == 0.0 and not sampling.looks_back and request.grammar is None
         return cls(
@@ -139,8 +137,8 @@ class Row:
         return len(self.tokens) - self.stored
 
     def add(self, choice: Choice) -> None:
-        """Take a token in, hand its text out, and see whether the answer ends. Nothing for a row that has
-        failed."""
+        """Add a token, pass its text to the handle, and finish the answer if it ends here. Does nothing after
+        a failure."""
         if self.handle.failed:
             return
         if not math.isfinite(choice.logprob):
@@ -169,8 +167,8 @@ class Row:
     def finish(
         self, reason: FinishReason, choice: Choice | None = None, text: str = "", stopped: bool = False
     ) -> None:
-        """Hand out the completion. `choice` and `text` are new; `stopped` says that a stop text ended
-        `text`."""
+        """Pass the completion to the handle. `choice` and `text` are new; `stopped` says that a stop text
+        ended `text`."""
         if self.text is not None and not stopped:
             rest, stopped = self.text.flush()
             text += rest
@@ -190,7 +188,8 @@ class Row:
 
 
 def allowed_tokens(rows: Sequence[Row], vocab_size: int) -> Bool[Tensor, "B V"] | None:
-    """What the rows' grammars allow; None when no row has one. A row whose grammar is at a dead end fails."""
+    """Mask of the tokens that the rows' grammars allow; None when no row has one. A row whose grammar is at a
+    dead end fails."""
     if all(row.matcher is None for row in rows):
         return None
     masks = np.ones((len(rows), vocab_size), dtype=np.bool_)
@@ -198,7 +197,7 @@ def allowed_tokens(rows: Sequence[Row], vocab_size: int) -> Bool[Tensor, "B V"] 
         if row.matcher is not None:
             try:
                 row.matcher.allow(mask)
-            except Exception as error:  # the row's own: the others go on
+            except Exception as error:  # this row fails; the others go on
                 row.handle._fail(error)
                 mask[:] = True
     return torch.from_numpy(masks)

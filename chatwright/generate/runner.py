@@ -1,9 +1,8 @@
-"""What the scheduler asks of whatever computes: tokens and pages in, logits out.
+"""The interface between the engine and the code that computes: tokens and pages in, logits out.
 
-Keys and values lie in pages of a few tokens each, one pool per engine. The scheduler (engine.py) decides
-which page holds what, pages.py counts who uses it; a runner has the memory and does the arithmetic. There is
-one for torch, which runs on any device and every shape (torch_runner.py), and one of compiled CPU kernels
-(kernels/).
+Keys and values lie in pages of a few tokens each, one pool per engine. The scheduler (places.py) decides
+which sequence has which page, and pages.py counts the users. A runner has the memory and computes. One runner
+uses torch, on any device and for every shape (torch_runner.py), another compiled CPU kernels (kernels/).
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ class Feed:
     """New tokens of one sequence."""
 
     ids: Sequence[int]
-    """At least one; they stand behind the `start` tokens that the pages hold already."""
+    """At least one; they follow the `start` tokens that the pages hold already."""
     start: int
     """Tokens of the sequence whose keys and values are stored."""
     pages: Sequence[int]
     """The sequence's pages in order: position p lies in pages[p // size]. Room for start + len(ids) tokens.
     """
     wanted: int = 1
-    """Logits are wanted behind so many of the last new tokens; 0 in the middle of a prompt."""
+    """Number of the last new tokens after which logits are needed; 0 in the middle of a prompt."""
 
 
 class Runner(Protocol):
@@ -39,20 +38,19 @@ class Runner(Protocol):
 
     config: GPTConfig
     own_threads: bool
-    """Whether it computes in threads of its own: then torch's must not wait beside them (runtime.one_thread).
-    """
+    """Whether it computes in its own threads: torch's must then not spin beside them (runtime.one_thread)."""
 
     @property
     def device(self) -> torch.device:
-        """Where logits appear."""
+        """The device of the logits."""
         ...
 
     def token_bytes(self) -> int:
-        """Memory that the keys and values of one token take in all layers."""
+        """Bytes that the keys and values of one token take in all layers."""
         ...
 
     def weight_bytes(self) -> int:
-        """Memory of weights of its own, beside the model's parameters."""
+        """Bytes of the runner's own copies of weights, beside the model's parameters."""
         ...
 
     def allocate(self, pages: int, size: int) -> None:
@@ -60,8 +58,8 @@ class Runner(Protocol):
         ...
 
     def forward(self, feeds: Sequence[Feed]) -> Float[Tensor, "wanted vocab"]:
-        """Store the keys and values of all new tokens; float32 logits, one row per wanted token, in the
-        feeds' order."""
+        """Store the keys and values of all new tokens; returns float32 logits, one row per wanted token, in
+        the feeds' order."""
         ...
 
     def copy_page(self, source: int, target: int) -> None:

@@ -1,8 +1,8 @@
 """From logits to a token: greedy, temperature, top-k, top-p, min-p, penalties and biases.
 
-The order is that of transformers: repetition penalty, (OpenAI's bias and presence and frequency penalties,
-which are added to the logits,) the grammar's mask, temperature, top-k, top-p, min-p: the filters act on what
-the grammar allows. Everything is float32.
+The order is that of transformers: repetition penalty, the grammar's mask, temperature, top-k, top-p, min-p.
+OpenAI's bias, presence and frequency penalties are added to the logits before the mask. The filters see only
+what the grammar allows. Everything is float32.
 
 A token is drawn by an exponential race: with u ~ Uniform(0, 1) per token, argmax p_i / -log(u_i) has
 distribution p (the Gumbel-max trick, written without the outer logarithm). It costs more random numbers than
@@ -11,12 +11,12 @@ tokens nearly tie, while it moves every boundary of a cumulative sum. Each row d
 own, so a request's tokens do not depend on what else is in the batch.
 
 Log-probabilities are those of log_softmax(logits / temperature), *before* the penalties, the bias and the
-filters: what a trainer recomputes for the same tokens, with the same temperature (policy-gradient methods
-need exactly that). Where filters are on, they are not the probabilities of the filtered distribution. At
-temperature 0 the temperature counts as 1.
+filters. A trainer recomputes the same numbers with the same temperature, as policy-gradient methods need.
+Where filters are on, they are not the probabilities of the filtered distribution. At temperature 0 the
+temperature counts as 1.
 
-There is no log, exp or logsumexp of whole rows here, but log1p, softmax and log_softmax: torch gives the
-former to MKL on CPUs, whose threads do not keep to `runtime.one_thread`.
+This file uses log1p, softmax and log_softmax of whole rows, but not log, exp or logsumexp: torch computes
+those with MKL on CPUs, whose threads ignore `runtime.one_thread`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from torch import Tensor
 from chatwright.config import UserError
 
 NUCLEUS_WIDTH = 512
-"""Top-p looks at so many tokens first, and sorts the whole vocabulary only when they do not hold enough mass.
-"""
+"""Top-p sorts this many of the likeliest tokens first, and the whole vocabulary only when their probability
+does not suffice."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token, what is added to its logit), -100 to 100; may be given as a dictionary."""
     top_logprobs: int = 0
-    """Report so many of the likeliest tokens at each place, with their log-probabilities; 0 to 20."""
+    """Report this many of the likeliest tokens at each position, with their log-probabilities; 0 to 20."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
     seed: int | None = None
@@ -117,7 +117,7 @@ class Sampling:
 
     @property
     def looks_back(self) -> bool:
-        """Whether the choice of a token depends on those before it in other ways than through the model."""
+        """Whether penalties make a token's choice depend on earlier ones other than through the model."""
         return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
 
 
@@ -149,9 +149,9 @@ def _within(value: object, least: float, most: float) -> bool:
 
 
 def make_generator(sampling: Sampling, device: torch.device | str = "cpu") -> torch.Generator | None:
-    """The random stream of a request; None for a greedy one, which needs no chance.
+    """The random stream of a request; None for a greedy one, which needs none.
 
-    Streams are the same on every CPU; another kind of device has streams of its own.
+    Streams are the same on every CPU; other kinds of devices have other streams.
     """
     if sampling.temperature == 0.0:
         return None
@@ -166,9 +166,9 @@ def make_generator(sampling: Sampling, device: torch.device | str = "cpu") -> to
 class BatchSampler:
     """The settings of a batch of rows as tensors, so that one pass over (B, V) logits serves them all.
 
-    settings, generators and histories have an entry per row; a row's history is the ids that its repetition
-    penalty looks at (prompt and answer so far), of which the last `answered` are the answer, what the
-    presence and frequency penalties look at. Tokens drawn by `__call__` are added to both.
+    settings, generators and histories have an entry per row. A row's history, prompt and answer so far, is
+    for its repetition penalty. The last `answered` ids of it are the answer, for the presence and frequency
+    penalties. `__call__` adds the tokens that it draws to both.
     """
 
     def __init__(
@@ -227,8 +227,8 @@ class BatchSampler:
     def process(
         self, logits: Float[Tensor, "B V"], allowed: Bool[Tensor, "B V"] | None = None
     ) -> Float[Tensor, "B V"]:
-        """Logits of the distribution to draw from; what must not be drawn is -inf. Greedy rows: only
-        penalties, bias, grammar.
+        """Logits of the distribution to draw from; tokens that must not be drawn are -inf. Greedy rows have
+        only penalties, bias and grammar applied.
 
         allowed: True on tokens that the row's grammar allows, at least one of each row; None allows all.
         """
@@ -254,7 +254,8 @@ class BatchSampler:
     def __call__(
         self, logits: Float[Tensor, "B V"], allowed: Bool[Tensor, "B V"] | None = None
     ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-        """A token per row, and its log-probability (see the top of this file). Not finite where a row is not.
+        """A token per row, and its log-probability (see the top of this file), which is not finite where the
+        row's logits are not.
 
         allowed: as in `process`.
         """
@@ -264,7 +265,7 @@ class BatchSampler:
             ids = processed.argmax(-1)
         else:
             race = processed.softmax(-1) / self._race(logits)
-            if allowed is not None:  # where one token is left, it wins even with the number that never wins
+            if allowed is not None:  # a single allowed token must win even with race 0
                 race = race.masked_fill(~allowed, -1.0)
             ids = race.argmax(-1)
             if self.greedy is not None:
@@ -278,8 +279,7 @@ class BatchSampler:
         return ids, logprobs
 
     def alternatives(self, logits: Float[Tensor, "B V"]) -> list[list[list[tuple[int, float]]]]:
-        """Per row a list with one entry, its `top_logprobs` likeliest tokens, or an empty list when it wants
-        none."""
+        """Per row a list whose only entry is its `top_logprobs` likeliest tokens, or an empty list for 0."""
         if not any(self.tops):
             return [[] for _ in self.tops]
         scaled = logits.float() if self.temperature is None else logits.float() / self.temperature
@@ -303,7 +303,7 @@ class BatchSampler:
 
 
 def _rows(wanted: list[bool], device: torch.device | str) -> Tensor | None:
-    """Indices of the rows that want something; None when none does."""
+    """Indices of the True rows; None when there are none."""
     return torch.tensor(wanted, device=device).nonzero()[:, 0] if any(wanted) else None
 
 

@@ -1,11 +1,10 @@
-"""Is a JSON schema fit to be compiled?  Schemas come from strangers, and the compiler does not survive all of
-them.
+"""Limits for JSON schemas before they are compiled. Schemas are untrusted, and some crash the compiler.
 
-What a schema of a few kilobytes did to llguidance 1.9 before these limits: a chain of a thousand `$ref` ended
-the process (its compiler calls itself for each link), eighty thousand characters of `a?a?a?` took 32 s and 3
-GB for one mask, and twenty patterns that must hold at once (`allOf`) had not ended after 25 s. Within the
-limits the worst that was found are half a second to compile and 50 ms for a mask (the shapes are in
-tests/generate/test_grammar.py). Nothing is ever fetched: references lead into the schema itself.
+Schemas of a few kilobytes had these effects on llguidance 1.9 without the limits. A chain of a thousand
+`$ref` crashed the process (its compiler recurses at each link). Eighty thousand characters of `a?a?a?` took
+32 s and 3 GB for one mask. Twenty patterns that must hold at once (`allOf`) had not finished after 25 s.
+Within the limits the worst cases found take half a second to compile and 50 ms for a mask (the shapes are in
+tests/generate/test_grammar.py). Nothing is ever fetched: references must point into the schema itself.
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ from chatwright.config import UserError
 LARGEST_SCHEMA = 1 << 17
 """Most characters of a schema, written as JSON."""
 DEEPEST_SCHEMA = 64
-"""Most objects and lists within each other; an object of a schema takes two."""
+"""Deepest nesting of objects and lists; an object of a schema takes two levels."""
 DEEPEST_REFERENCES = 800
-"""The same along references: what all their targets have together, for each can be reached through the
-others."""
+"""Largest sum of the depths of all references' targets, for each can be reached through the others."""
 MOST_PROPERTIES = 2000
-"""Of one object: the time to compile them grows with their square (3,000 take a second)."""
+"""Most properties of one object: the time to compile grows with their square (3,000 take a second)."""
 LONGEST_PATTERN = 512
 """Most characters of a regular expression."""
 JOINED_PATTERNS = 8
@@ -33,9 +31,9 @@ JOINED_PATTERNS = 8
 
 
 def check_schema(schema: Any, what: str = "the JSON schema") -> dict[str, Any]:
-    """The schema, if it keeps to the limits. Raises UserError, which begins with `what`, where it does not.
+    """The schema, if it is within the limits. Otherwise raises UserError, which begins with `what`.
 
-    Whether its keywords make sense is for the compiler to say (grammar.py).
+    The compiler checks its keywords (grammar.py).
     """
     if not isinstance(schema, Mapping):
         raise UserError(f"{what} must be an object, not {type(schema).__name__}")
@@ -54,8 +52,8 @@ def check_schema(schema: Any, what: str = "the JSON schema") -> dict[str, Any]:
 
 
 def _check_values(schema: Mapping[str, Any], what: str) -> None:
-    """Whether everything is JSON, and how deep it lies. Depth is asked first: an object that holds itself is
-    endless."""
+    """Check that every value is JSON, and how deep it is nested. Depth comes first: an object that contains
+    itself is endless."""
     for value, depth in _walk(schema):
         if depth > DEEPEST_SCHEMA:
             raise UserError(f"{what} has more than {DEEPEST_SCHEMA} objects and lists within each other")
@@ -73,14 +71,13 @@ def _check_values(schema: Mapping[str, Any], what: str) -> None:
 
 
 def _walk(value: Any) -> Iterator[tuple[Any, int]]:
-    """All values within one, and in how many objects and lists each lies. Without recursion: the depth is a
-    stranger's."""
+    """All values within one, each with its nesting depth. Not recursive, for the depth is untrusted."""
     left = [(value, 0)]
     seen = 0
     while left:
         one, depth = left.pop()
         seen += 1
-        if seen > LARGEST_SCHEMA:  # each takes a character at least
+        if seen > LARGEST_SCHEMA:  # each takes at least one character
             raise UserError(f"the JSON schema has more than {LARGEST_SCHEMA:,} values")
         yield one, depth
         inner = one.values() if isinstance(one, Mapping) else one if isinstance(one, list) else ()
@@ -115,7 +112,7 @@ def _check_references(schema: Mapping[str, Any], what: str) -> None:
 
 
 def _target(schema: Mapping[str, Any], reference: str, what: str) -> Any:
-    """What a reference leads to (a JSON pointer, RFC 6901)."""
+    """The target of a reference (a JSON pointer, RFC 6901)."""
     value: Any = schema
     for part in reference.split("/")[1:]:
         name = unquote(part).replace("~1", "/").replace("~0", "~")
@@ -129,10 +126,10 @@ def _target(schema: Mapping[str, Any], reference: str, what: str) -> Any:
 
 
 def _check_patterns(schema: Mapping[str, Any], what: str) -> None:
-    """How long patterns are, and how many where several may have to hold for one text.
+    """Check the length of patterns, and their number where several may have to hold for one text.
 
-    A single one grows in proportion to its length, and llguidance's own limits hold. Their conjunction, which
-    `allOf` and keywords beside `$ref` or `anyOf` ask for, multiplies their states.
+    The cost of a single one is proportional to its length, and llguidance's own limits hold. A conjunction of
+    several, as `allOf` and keywords beside `$ref` or `anyOf` ask for, multiplies their states.
     """
     count = 0
     joined = False

@@ -1,5 +1,4 @@
-"""Which shapes the CPU kernels carry; apart from them, because to ask should not cost the import of a
-compiler."""
+"""Which shapes the CPU kernels support. A separate file, so that this check does not import a compiler."""
 
 from __future__ import annotations
 

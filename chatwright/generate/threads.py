@@ -11,33 +11,33 @@ from chatwright.generate.request import Handle, OnChange, Request
 
 
 class BusyError(UserError):
-    """Too many requests wait already. A server answers 429."""
+    """Too many requests are waiting. A server answers 429."""
 
 
 class ClosedError(UserError):
-    """The engine takes no requests any more. A server answers 503."""
+    """The engine no longer takes requests. A server answers 503."""
 
 
 class EngineThread:
-    """Steps an engine in a thread of its own as long as it has work. Any thread may submit, read and cancel.
+    """A thread that steps an engine while it has work. Any thread may submit, read and cancel.
 
-    An error inside a step reaches the requests that it hits, and the thread lives on. At most `max_waiting`
-    requests queue up behind the engine's `max_batch`; a handle holds no more than one answer. Use as a
-    context manager, or `close` it.
+    An error inside a step fails the requests that it hits, and the thread goes on. At most `max_waiting`
+    requests wait behind the engine's `max_batch`; a handle holds no more than one answer. Use it as a context
+    manager, or `close` it.
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int = 256) -> None:
         if max_waiting < 1:
             raise UserError(f"engine: max_waiting is {max_waiting}; it must be at least 1")
         self.engine, self.max_waiting = engine, max_waiting
-        self._handles: set[Handle] = set()  # those unfinished; guarded by `engine.arrived`
+        self._handles: set[Handle] = set()  # unfinished ones; guarded by `engine.arrived`
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="chatwright-engine", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether it takes requests: not closed, and not ended by an error that no step can be blamed for."""
+        """Whether it takes requests: not closed, and not ended by an error outside of a step."""
         return not self._closed
 
     def submit(self, request: Request, on_change: OnChange | None = None) -> Handle:
@@ -55,7 +55,7 @@ class EngineThread:
             return handle
 
     def close(self) -> None:
-        """End after the step that is running; unfinished requests are cancelled and keep what they have."""
+        """End after the running step; unfinished requests are cancelled and keep what they have."""
         with self.engine.arrived:
             self._closed = True
             self.engine.arrived.notify_all()
@@ -82,7 +82,7 @@ class EngineThread:
                 for handle in self._handles:
                     handle.cancel()
             try:
-                self.engine.step()  # computes nothing any more: it tells the cancelled
+                self.engine.step()  # computes nothing: it finishes the cancelled requests
             finally:
                 for handle in self._handles:
                     if not handle.finished:

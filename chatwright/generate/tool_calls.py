@@ -1,7 +1,7 @@
-"""Calls of tools, read from an answer's text while it comes.
+"""A streaming parser for tool calls in an answer's text.
 
-The form is `<tool_call>` JSON `</tool_call>` (tools.py). Only what a model says is read here: what users
-write cannot call a tool.
+The form is `<tool_call>` JSON `</tool_call>` (tools.py). Only a model's text is parsed here: users cannot
+call a tool by writing one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ArgumentsDelta:
 
 @dataclass(frozen=True)
 class CallEnded:
-    """A call is whole, and its JSON is sound. Missing after an answer that was cut short."""
+    """A call is complete, and its JSON is valid. Missing after an answer that was cut short."""
 
     index: int
 
@@ -55,7 +55,7 @@ ToolEvent = TextDelta | CallStarted | ArgumentsDelta | CallEnded
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A whole call."""
+    """A complete call."""
 
     id: str
     name: str
@@ -68,7 +68,7 @@ def new_call_id() -> str:
 
 
 def read_answer(text: str, names: Collection[str]) -> tuple[str, list[ToolCall]]:
-    """The text and the calls of a whole answer."""
+    """The text and the calls of a complete answer."""
     parser = ToolCallParser(names)
     events = [*parser.push(text), *parser.flush()]
     arguments = {event.index: event.text for event in events if isinstance(event, ArgumentsDelta)}
@@ -81,35 +81,33 @@ def read_answer(text: str, names: Collection[str]) -> tuple[str, list[ToolCall]]
 
 
 class ToolCallParser:
-    """Text in pieces -> text and calls, the same however the text was cut into pieces (but for where their
-    deltas are cut).
+    """Text in pieces -> text and calls. How the text is cut into pieces changes only where deltas are cut.
 
-    What might begin a tag, with the white space before it, is held back; white space around calls is not part
-    of the text. What is no sound call of one of the tools in `names` is given back as the text that it is,
-    tags included.
+    A possible beginning of a tag, with the white space before it, is held back. White space around calls is
+    not part of the text. Anything but a valid call of one of the tools in `names` is returned as text, tags
+    included.
 
-    constrained: the answer keeps to a grammar of calls (tools.py), so that whatever begins as a call is one.
-    Then arguments are
-        handed out as they come; otherwise once the whole call has been found sound.
+    constrained: the answer follows a grammar of calls (tools.py), so that everything that begins as a call is
+        one. Arguments are then returned as they come; otherwise once the complete call is known to be valid.
     """
 
     def __init__(
         self, names: Collection[str], *, constrained: bool = False, make_id: Callable[[], str] = new_call_id
     ) -> None:
         self.names, self.constrained, self.make_id = frozenset(names), constrained, make_id
-        self._held = ""  # not given out yet; inside of a call, what follows its opening tag
+        self._held = ""  # not returned yet; inside a call, what follows its opening tag
         self._gap = ""  # the white space before the call that is being read
         self._after = False  # a call has ended, and nothing but white space has come since
         self._count = 0
         self._call: _Call | None = None
 
     def push(self, text: str) -> list[ToolEvent]:
-        """What is known now."""
+        """The events that are certain now."""
         self._held += text
         return _joined(self._read(final=False))
 
     def flush(self) -> list[ToolEvent]:
-        """What is left when no more comes: what was held back is text after all."""
+        """The remaining events when no more text comes: what was held back is text after all."""
         return _joined(self._read(final=True))
 
     def _read(self, *, final: bool) -> Iterator[ToolEvent]:
@@ -148,7 +146,7 @@ class ToolCallParser:
             self._call = None
 
     def _begun(self, call: _Call) -> Iterator[ToolEvent]:
-        """What can be told of a call before its end."""
+        """The events of a call that are certain before its end."""
         if call.name is None:
             return
         if call.index is None:
@@ -188,26 +186,24 @@ _HEAD = re.compile(
 
 
 class _Call:
-    """How far the text behind an opening tag has been read. A tag within a JSON string is part of the
-    string."""
+    """State of parsing the text after an opening tag. A tag within a JSON string is part of the string."""
 
     def __init__(self) -> None:
-        self.at = 0  # read up to here; when it is whole, where the closing tag begins
+        self.at = 0  # parsed up to here; after a complete call, where the closing tag begins
         self.depth = 0  # objects and lists that are open
         self.string = False
-        self.name: str | None = None  # once the arguments may be told
+        self.name: str | None = None  # set once the arguments may be returned
         self.index: int | None = None
-        self.given = self.until = 0  # the arguments have been told up to the one, and may be up to the other
+        self.given = self.until = 0  # arguments are returned up to `given`, and may be up to `until`
         self.whole = False  # the arguments have ended
 
     def scan(self, text: str, names: Collection[str]) -> bool | None:
-        """Go on reading: True at the closing tag, False where this cannot be a call, None when more is
-        needed.
+        """Parse on: True at the closing tag, False where this cannot be a call, None when more is needed.
 
-        names: tools whose arguments are told while they come.
+        names: tools whose arguments are returned as they come.
         """
         found = self._scan(text, names)
-        self._told()  # whatever comes of the call: in pieces, so much would have been told already
+        self._told()  # even before an error: in smaller pieces this much would have been returned already
         return found
 
     def _scan(self, text: str, names: Collection[str]) -> bool | None:
@@ -251,7 +247,7 @@ class _Call:
                 self.name, self.given, self.until = head[1], self.at, self.at
 
     def _told(self) -> None:
-        """All that has been read of the arguments may be told."""
+        """Allow returning the arguments up to here."""
         if not self.whole:
             self.until = max(self.until, self.at)
 
@@ -272,9 +268,8 @@ def _sound(body: str, names: Collection[str]) -> tuple[str, str] | None:
         head = _HEAD.match(body)
         if head:
             _, end = json.JSONDecoder().raw_decode(body, head.end())
-            if (
-                body[end:].strip(WHITE) == "}"
-            ):  # nothing but name and arguments: they are said as the model wrote them
+            # Nothing but name and arguments: return them as the model wrote them.
+            if body[end:].strip(WHITE) == "}":
                 return value["name"], body[head.end() : end]
         return value["name"], json.dumps(arguments, allow_nan=False)
     except (ValueError, RecursionError):
@@ -295,7 +290,7 @@ def _may_begin_tag(text: str) -> int:
 
 
 def _joined(events: Iterator[ToolEvent]) -> list[ToolEvent]:
-    """The same without empty deltas, and with those that follow each other as one."""
+    """The events without empty deltas, and with consecutive deltas joined."""
     result: list[ToolEvent] = []
     for event in events:
         if isinstance(event, TextDelta | ArgumentsDelta) and not event.text:

@@ -1,14 +1,13 @@
-"""Tools that a model may call, said in text: what it is told about them, and the grammar that its calls keep
-to.
+"""Tools that a model may call: the prompt that describes them, and the grammar of its calls.
 
-The form is that of Hermes (NousResearch, function calling, 2024), which Qwen's models learn as well: plain
+The form is that of Hermes (NousResearch, function calling, 2024), which Qwen's models use as well: plain
 text,
 
     <tool_call>
     {"name": "weather", "arguments": {"city": "Oslo"}}
     </tool_call>
 
-tool_calls.py reads it back.
+tool_calls.py parses it.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from chatwright.tokenizer import Tokenizer
 
 MOST_TOOLS = 128
 LONGEST_DESCRIPTION = 1 << 14
-"""Most characters that describe a tool."""
+"""Most characters of a tool's description."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,11 @@ class Tool:
     """1 to 64 of A-Z, a-z, 0-9, _ and -."""
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """JSON schema of the object that holds its arguments."""
+    """JSON schema of its arguments, an object."""
 
 
 ToolChoice = Literal["none", "auto", "required"] | Tool
-"""No call; text or calls, as the model likes; a call of any tool; a call of this one."""
+"""No call; text or calls, as the model chooses; a call of any tool; a call of this tool."""
 
 
 def check_tools(tools: Any) -> tuple[Tool, ...]:
@@ -105,9 +104,9 @@ def _check_tool(tool: Any, number: int) -> Tool:
 
 
 def check_tool_choice(choice: Any, tools: Sequence[Tool]) -> ToolChoice:
-    """What `tool_choice` of OpenAI's interface asks for; None is auto where there are tools.
+    """The choice that `tool_choice` of OpenAI's interface asks for; None is auto where there are tools.
 
-    Raises UserError when it is none of the known words and names none of the tools.
+    Raises UserError when it is neither a known word nor the name of a tool.
     """
     if choice is None:
         return "auto" if tools else "none"
@@ -133,8 +132,7 @@ def check_tool_choice(choice: Any, tools: Sequence[Tool]) -> ToolChoice:
 
 
 def tools_prompt(tools: Sequence[Tool]) -> str:
-    """What a system message says about the tools, for models whose template does not. Empty when there are
-    none."""
+    """A system message's text about the tools, for models whose template has none. Empty without tools."""
     if not tools:
         return ""
     listed = "\n".join(
@@ -170,9 +168,9 @@ def tool_grammar(
 ) -> Grammar | None:
     """The grammar of an answer that may, or must, call tools; None where none may be called.
 
-    A call's arguments satisfy its tool's schema. With `auto` a free text comes first, if anything, and then
-    calls; the tag itself is what begins one, so that a free text cannot quote it. parallel: whether several
-    calls may follow each other. Raises UserError when a schema cannot be compiled (grammar.py).
+    A call's arguments satisfy its tool's schema. With `auto` free text may come first, and then calls. The
+    opening tag always begins a call, so that free text cannot quote it. parallel: whether several calls may
+    follow each other. Raises UserError when a schema cannot be compiled (grammar.py).
     """
     if choice == "none" or not tools:
         return None
@@ -182,16 +180,16 @@ def tool_grammar(
             tokenizer, end_ids, _rules(chosen, choice == "auto", parallel), what="the grammar of the tools"
         )
     except UserError:
-        for tool in chosen:  # the one at fault says so, by its name
+        for tool in chosen:  # raise an error that names the tool at fault
             what = f"tool {tool.name}: its parameters' JSON schema"
             lark(tokenizer, end_ids, f"start: {json_rule(dict(tool.parameters))}", what=what)
         raise
 
 
 def _rules(tools: Sequence[Tool], free: bool, parallel: bool) -> str:
-    """The grammar in Lark. free: a text may come instead of the calls, and before them.
+    """The grammar in Lark. free: a text may come before the calls or instead of them.
 
-    A lazy rule ends as soon as it can: here at the first tag, whatever else the text could have been.
+    A lazy rule ends as soon as it can: here at the first tag.
     """
     again = f"({json.dumps(BETWEEN + OPEN)} call)*" if parallel else ""
     rules = [

@@ -1,9 +1,8 @@
-"""The runner for every device and every shape: torch tensors, one forward pass of the model for many
-sequences.
+"""The runner for every device and every shape: one forward pass of the torch model for many sequences.
 
-A layer writes the new keys and values into their pages and then lays each sequence's pages side by side for
-torch's attention, or adds to a copy that has them so already (workbench.py). Where everything lies is worked
-out once per pass, not once per layer.
+A layer writes the new keys and values into their pages. Then it gathers each sequence's pages for torch's
+attention, or adds to a contiguous copy of them (workbench.py). All indices are computed once per pass, not
+once per layer.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from chatwright.model.gpt import GPT
 from chatwright.model.lora import active_adapter
 
 PADDED = 16
-"""Feeds up to this length go together whatever their lengths: another pass costs more than the padding."""
+"""Feeds up to this length share a pass, whatever their lengths: another pass costs more than the padding."""
 
 
 class PagedCache:
-    """What `GPT.hidden` takes as its cache for one pass: rows whose keys and values lie in pages.
+    """The cache of `GPT.hidden` for one pass: rows whose keys and values lie in pages.
 
-    keys, values: (layers, pages + 2, size, G, K). The page behind the last takes in what padding writes; the
-    one behind that is all zeros and stands where a row has fewer pages than the longest. bench: holds these
-    rows, in this order.
+    keys, values: (layers, pages + 2, size, G, K). Padding writes into the first extra page. The second is all
+    zeros and fills up rows with fewer pages than the longest. bench: contiguous copies of these rows, in this
+    order.
     """
 
     def __init__(
@@ -66,7 +65,8 @@ class PagedCache:
     def extend(
         self, layer: int, keys: Float[Tensor, "B G T K"], values: Float[Tensor, "B G T K"]
     ) -> tuple[Float[Tensor, "B G S K"], Float[Tensor, "B G S K"]]:
-        """Store one layer's new keys and values; all of each row, S = the longest row with its new tokens."""
+        """Store one layer's new keys and values; returns those of each row, old and new, padded to S, the
+        length of the longest row."""
         self._store(self.keys[layer], keys)
         self._store(self.values[layer], values)
         if self.fresh:
@@ -87,21 +87,21 @@ class PagedCache:
         return bench[: len(new), :, : self.span].to(new.dtype)
 
     def attention_mask(self, tokens: int) -> Bool[Tensor, "B 1 T S"] | None:
-        """True where a new token may look: everything of its own row up to itself. None: plain causal."""
+        """True where a new token may attend: its own row up to itself. None: plain causal."""
         if self.fresh:
-            return None  # padding stands on the right, where no real token looks
+            return None  # padding is on the right, where no real token attends
         stored = torch.arange(self.span, device=self.lengths.device)
         return (stored[None, None, :] <= self._column[:, :, None])[:, None]
 
     def advance(self, tokens: Tensor | int) -> None:
-        """Nothing: the scheduler counts."""
+        """Does nothing: the scheduler counts."""
 
 
 class TorchRunner:
     """A GPT that computes with paged keys and values (runner.py).
 
-    The model may be used elsewhere between passes: its parameters are read only, and modules in training mode
-    are put back into it (there is no dropout inside).
+    The model may be used elsewhere between passes: its parameters are only read. A pass runs without dropout
+    and restores the training mode of each module.
     """
 
     own_threads = False
@@ -111,7 +111,7 @@ class TorchRunner:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return self.model.embed.weight.device
 
     @property
@@ -119,17 +119,17 @@ class TorchRunner:
         return self.model.embed.weight.dtype
 
     def weights(self) -> tuple[object, ...]:
-        """Where the parameters are, how often torch has seen them written to, and which adapter is in use."""
+        """Identity of the weights: the parameters' addresses and version counters, and the active adapter."""
         places = ((at.data_ptr(), 0 if at.is_inference() else at._version) for at in self.model.parameters())
         return (active_adapter(self.model), *places)
 
     def token_bytes(self) -> int:
-        """Memory of one token's keys and values in all layers."""
+        """Bytes of one token's keys and values in all layers."""
         config = self.config
         return 2 * config.layers * config.kv_heads * config.head_dim * self._dtype.itemsize
 
     def weight_bytes(self) -> int:
-        """None of its own: it computes with the parameters."""
+        """0: it computes with the model's parameters."""
         return 0
 
     def allocate(self, pages: int, size: int) -> None:
@@ -163,7 +163,7 @@ class TorchRunner:
                 hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
                 return self.model.head(hidden[_restored(feeds, order)]).float()  # type: ignore[no-any-return]
         except BaseException:
-            self._bench.clear()  # it may say more than was done
+            self._bench.clear()  # it may count tokens that were not computed
             raise
 
     def copy_page(self, source: int, target: int) -> None:
@@ -174,7 +174,8 @@ class TorchRunner:
         self._bench.written([target])
 
     def _arrange(self, feeds: Sequence[Feed], group: list[int]) -> tuple[list[int], ContiguousCache | None]:
-        """The order of a group on the bench; the bench is for answers that grow, not for prompts."""
+        """The order of a group in the contiguous cache, which is for decoding, not for prefill; or the group
+        as it is, and None."""
         chosen = [feeds[at] for at in group]
         tokens = max(len(feed.ids) for feed in chosen)
         if tokens <= PADDED and all(feed.start for feed in chosen):
@@ -210,9 +211,8 @@ class TorchRunner:
         return flat[torch.tensor(wanted, dtype=torch.int64, device=device)]
 
     def _clean(self, feeds: Sequence[Feed]) -> None:
-        """Empty the pages that are begun and not filled. What an earlier user left would be read with weight
-        zero, and zero times a number that is none (after an overflow) is none: one request could spoil
-        another."""
+        """Zero new pages that are only partly filled. Attention reads what an earlier user left there with
+        weight zero, and zero times NaN (after an overflow) is NaN: one request could spoil another."""
         size = self._keys.shape[2]
         begun = []
         for feed in feeds:
@@ -227,8 +227,8 @@ class TorchRunner:
 
 
 def _alike(feeds: Sequence[Feed]) -> list[list[int]]:
-    """Groups of feeds for one pass each: in a group no feed is shorter than half of the longest, or all are
-    short."""
+    """Groups of feeds for one pass each. In a group no feed is shorter than half of the longest, or all are
+    at most PADDED."""
     lengths = [len(feed.ids) for feed in feeds]
     if max(lengths) <= max(PADDED, 2 * min(lengths)):
         return [list(range(len(feeds)))]
@@ -243,7 +243,7 @@ def _alike(feeds: Sequence[Feed]) -> list[list[int]]:
 
 
 def _restored(feeds: Sequence[Feed], order: Sequence[int]) -> slice | list[int]:
-    """Which rows of what was computed for the feeds in this order stand for them in their own."""
+    """Indices that bring logit rows, computed for the feeds in `order`, back into the feeds' own order."""
     if all(at == number for number, at in enumerate(order)):
         return slice(None)
     ends = np.cumsum([feeds[at].wanted for at in order]).tolist()
@@ -252,7 +252,7 @@ def _restored(feeds: Sequence[Feed], order: Sequence[int]) -> slice | list[int]:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that on a CPU take up memory only once they are written to: a cache is seldom full."""
+    """Zeros that, on a CPU, take up memory only when they are written to: a cache is seldom full."""
     if device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -261,7 +261,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 @contextmanager
 def _evaluating(model: GPT) -> Iterator[None]:
-    """No dropout inside; afterwards every module is in the mode it was in."""
+    """No dropout inside; each module's mode is restored afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -1,9 +1,9 @@
-"""Answers that grow token by token, each in one piece.
+"""Contiguous cache: copies of the keys and values of running sequences, for decoding.
 
-Attention wants a sequence's keys and values side by side. Laying its pages together anew for every token
-would read and write all of them once more than attention itself does; so a sequence that is being answered
-keeps a copy in one piece, and a step only adds to it. The pages stay complete: the copy may be thrown away at
-any time, and is, where memory is scarce.
+Attention needs a sequence's keys and values in one contiguous tensor. Gathering its pages for every token
+would read and write all of them once more than attention itself does. So a running sequence keeps a
+contiguous copy, and a step only adds to it. The pages stay complete: the copy may be dropped at any time, and
+is where memory is scarce.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from chatwright.generate.runner import Feed
 
 ROOM = 64
-"""Tokens of room behind the longest sequence of a new bench; it grows by half when that is used up."""
+"""Spare tokens after the longest sequence of a new cache; the room grows by half when they are used up."""
 
 
 class ContiguousCache:
@@ -26,17 +26,16 @@ class ContiguousCache:
         self._pages, self._zeros = pages, zeros
         layers, count, self._size, *shape = pages[0].shape
         self.most = (count - 2) * self._size
-        self._places: list[
-            list[int]
-        ] = []  # the pages of what lies in each row; none when it is worth nothing
+        # The pages that each row copies; empty for an invalid row.
+        self._places: list[list[int]] = []
         self.keys = self.values = zeros((layers, 0, shape[0], 0, shape[1]))
 
     def arrange(self, feeds: Sequence[Feed], tokens: int) -> list[int] | None:
-        """Bring these sequences to the front of the bench, with room for `tokens` new ones each; all have a
-        beginning.
+        """Move these sequences to the first rows, with room for `tokens` new tokens each. Each must have
+        stored tokens already.
 
-        Returns the number of the feed in each row. None when the bench is better left alone: there is too
-        little memory, or these are a few newcomers beside sequences that will go on.
+        Returns the number of the feed in each row. Returns None, and the feeds must do without, when memory
+        is too small, or when these are a few new sequences beside others that will continue.
         """
         claims = self._claims(feeds)
         if 2 * len(claims) < len(self._places) and len(feeds) < len(self._places):
@@ -63,15 +62,15 @@ class ContiguousCache:
         return order
 
     def written(self, pages: Collection[int]) -> None:
-        """Pages were written to, and the bench was not: a copy of what they held is worth nothing."""
+        """Invalidate the copies of pages that were written to."""
         self._places = [place if set(pages).isdisjoint(place) else [] for place in self._places]
 
     def clear(self) -> None:
-        """Forget what lies here."""
+        """Invalidate all copies."""
         self._places = []
 
     def _claims(self, feeds: Sequence[Feed]) -> dict[int, int]:
-        """Row -> the feed that goes on with what lies there: nobody else has written to its pages."""
+        """Row -> the feed that continues its sequence, where its pages have not been written to otherwise."""
         owner = {page: row for row, place in enumerate(self._places) for page in place}
         claims: dict[int, int] = {}
         for number, feed in enumerate(feeds):
@@ -87,13 +86,12 @@ class ContiguousCache:
             copy[:, row, :, : feed.start] = (
                 pages.index_select(1, index).flatten(1, 2)[:, : feed.start].transpose(1, 2)
             )
-            copy[:, row, :, feed.start :] = (
-                0.0  # what lay there may be no number, which a weight of zero does not hide
-            )
+            # The old content may be NaN, which an attention weight of zero does not hide.
+            copy[:, row, :, feed.start :] = 0.0
 
     def _grow(self, rows: int, room: int) -> bool:
-        """Make room for so many sequences of so many tokens; False, and nothing is left, when there is too
-        little."""
+        """Make room for so many sequences of so many tokens. When memory is too small, empty the cache and
+        return False."""
         layers, old_rows, heads, old_room, width = self.keys.shape
         if rows <= old_rows and room <= old_room:
             return True

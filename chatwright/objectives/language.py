@@ -1,4 +1,4 @@
-"""Language-model losses and the measure they are compared by."""
+"""Language-model losses, and bits per byte."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from chatwright import runtime
 from chatwright.model.ragged import bucket_size
 
 CHUNK_LOGITS = 2**23
-"""Logits that exist at once in `chunked_next_token_loss`: 34 MB in float32. Rows of a chunk are this over the
-vocabulary: 2,048 at 4,096, 256 at 32,768, still enough to keep the matrix library busy."""
+"""Logits that exist at once in `chunked_next_token_loss`: 34 MB in float32. A chunk has this number divided
+by the vocabulary size of rows: 2,048 at 4,096, 256 at 32,768, enough to keep the matrix library busy."""
 
 
 def next_token_loss(
@@ -26,8 +26,8 @@ def next_token_loss(
 ) -> Float[Tensor, ""]:
     """Sum of -log p(target) over the positions where `mask` is True, in nats (Radford et al. 2018, eq. 1).
 
-    `targets[b, t]` is the token that follows position t. The sum, not the mean: whoever accumulates several
-    micro-batches divides by the number of targets of all of them, so that 8 x 1 equals 1 x 8.
+    `targets[b, t]` is the token that follows position t. It is a sum, not a mean: with gradient accumulation
+    the caller divides by the targets of all micro-batches, so that 8 x 1 equals 1 x 8.
     """
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(
         targets.shape
@@ -44,15 +44,15 @@ def chunked_next_token_loss(
     softcap: float = 0.0,
     chunk: int = 0,
 ) -> Float[Tensor, ""]:
-    """`next_token_loss(hidden @ head.T, targets, mask)` without ever holding all logits. Above 0, `softcap`
-    bends them first: c tanh(logit / c) (Gemma 2, arXiv:2408.00118, section 2).
+    """`next_token_loss(hidden @ head.T, targets, mask)` without ever holding all logits. With `softcap` above
+    0 the logits are soft-capped first: c tanh(logit / c) (Gemma 2, arXiv:2408.00118, section 2).
 
     The head dominates a small model's memory: at a vocabulary of 32,768 the float32 logits of 4,096
-    positions, their softmax and its gradient take 1.6 GB. Here `chunk` positions at a time (0: by
-    `CHUNK_LOGITS`) go to the loss *and* to its gradient (softmax - one-hot), which the forward pass therefore
-    keeps instead of the logits: (N, D) and (V, D). A head that is frozen, as under an adapter, has no
-    gradient, which spares a third of the products. Products are computed in the head's precision, or
-    autocast's; sums and softmax in float32.
+    positions, their softmax and its gradient take 1.6 GB. Here the forward pass computes the loss *and* its
+    gradient (softmax - one-hot) for `chunk` positions at a time (0: by `CHUNK_LOGITS`). It keeps the
+    gradients of hidden states (N, D) and head (V, D) instead of the logits. A frozen head, as under an
+    adapter, has no gradient, which saves a third of the products. Products are computed in the head's
+    precision, or autocast's; sums and softmax in float32.
     """
     if torch.is_autocast_enabled(head.device.type):
         head = head.to(torch.get_autocast_dtype(head.device.type))
@@ -65,7 +65,7 @@ def chunked_next_token_loss(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Rows (N, D), head (V, D), targets (N), counted (N) -> the sum of the losses that count."""
+    """Rows (N, D), head (V, D), targets (N), counted (N) -> the sum of the losses where `counted` is True."""
 
     @staticmethod
     def forward(
@@ -131,21 +131,19 @@ def projected_log_probs(
     temperature: float = 1.0,
     softcap: float = 0.0,
 ) -> Float[Tensor, " tokens"]:
-    """log p(target) of softmax(hidden @ head.T / temperature), for a loss that weighs each token in its own
-    way (policy gradients).
+    """log p(target) of softmax(hidden @ head.T / temperature), for losses that weight each token (policy
+    gradients).
 
-    The same as `log_softmax` and `gather`, of float32 products even under autocast: a bf16 logit of 20 is
-    0.06 off, and so would be its token's log-probability. What is kept for the backward pass is the slope of
-    each logit (one-hot - softmax), and that in autocast's precision, in which its two products with the head
-    and the hidden states are computed, as autocast does with those of every other matrix. `softcap` as in
+    The same as `log_softmax` and `gather`, with float32 products even under autocast: a bf16 logit of 20 is
+    0.06 off, and so would be its token's log-probability. The derivative by each logit (one-hot - softmax) is
+    kept for the backward pass, in autocast's precision. Its two products, with the head and with the hidden
+    states, are in that precision too, as autocast does for every other matrix. `softcap` is that of
     `chunked_next_token_loss`.
     """
     kind = head.device.type
     slopes = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
-    count, more = (
-        len(targets),
-        bucket_size(len(targets)) - len(targets),
-    )  # oneDNN keeps a program for each size that it ever saw
+    # Padded to a bucket size: oneDNN caches a kernel for each size that it has seen.
+    count, more = len(targets), bucket_size(len(targets)) - len(targets)
     hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
     with torch.autocast(kind, enabled=False):
         found: Tensor = _Projected.apply(hidden.float(), head.float(), targets, temperature, softcap, slopes)  # type: ignore[no-untyped-call]
@@ -188,7 +186,7 @@ class _Projected(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         slopes, rows, head = ctx.saved_tensors
-        weights = gradients[0][:, None] / ctx.temperature  # of rows, so that they cost (N, D) and not (N, V)
+        weights = gradients[0][:, None] / ctx.temperature  # scaling rows costs (N, D), scaling slopes (N, V)
         for_rows = for_head = None
         if ctx.needs_input_grad[0]:
             for_rows = weights * runtime.product(slopes, head.to(slopes.dtype).mT)

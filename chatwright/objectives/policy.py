@@ -17,7 +17,7 @@ Values = Float[Tensor, "batch time"]
 Mask = Bool[Tensor, "batch time"]
 
 Baseline = Literal["mean", "leave-one-out", "none"]
-"""What REINFORCE subtracts from an answer's return; see `reinforce_advantages`."""
+"""The baseline that REINFORCE subtracts from a completion's return; see `reinforce_advantages`."""
 
 
 def masked_mean(values: Values, mask: Mask) -> Float[Tensor, ""]:
@@ -59,7 +59,7 @@ def entropy(logits: Float[Tensor, "batch time vocab"]) -> Values:
 
 
 def entropy_of(log_p: Float[Tensor, "*places vocab"]) -> Float[Tensor, "*places"]:
-    """The same where the logarithms of the distribution are there already."""
+    """Entropy of distributions given by their log-probabilities, in nats."""
     return -(log_p.exp() * log_p).sum(-1)
 
 
@@ -84,8 +84,8 @@ def generalized_advantages(
     """Advantage of every response token (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
 
     `values[b, t]` estimates the return from token t on, before it is chosen. The response of a row is one
-    stretch of True; the episode ends at its last token: the value beyond it is 0, and positions outside get
-    advantage 0.
+    contiguous run of True. The episode ends at its last token: the value beyond it is 0. Positions outside
+    get advantage 0.
     """
     advantages = torch.zeros_like(rewards)
     following = torch.zeros_like(rewards[:, 0])
@@ -102,15 +102,14 @@ def generalized_advantages(
 def reinforce_advantages(
     returns: Float[Tensor, "prompts k"], *, baseline: Baseline = "mean", scaled: bool = False
 ) -> Float[Tensor, "prompts k"]:
-    """An answer's return less what was to be expected; `returns[n, i]` is that of the i-th of K answers to
-    prompt n.
+    """A completion's return less a baseline; `returns[n, i]` is that of prompt n's i-th of K completions.
 
-    `mean` subtracts the mean over the batch, the answer's own return included: with M answers this shortens
-    the expected gradient by 1 - 1/M and turns it nowhere. `leave-one-out` subtracts the mean of the K - 1
-    other answers to the same prompt, which is unbiased (RLOO: Ahmadian et al. 2024, arXiv:2402.14740; Kool et
-    al. 2019). `none` subtracts nothing (Williams 1992 with b = 0). `scaled` then divides by the standard
-    deviation over the batch, which sets the length of a step whatever the unit of the score. Raises
-    ValueError for leave-one-out with K = 1.
+    `mean` subtracts the mean over the batch, the completion's own return included. With M completions this
+    scales the expected gradient by 1 - 1/M and does not change its direction. `leave-one-out` subtracts the
+    mean of the K - 1 other completions of the same prompt, which is unbiased (RLOO: Ahmadian et al. 2024,
+    arXiv:2402.14740; Kool et al. 2019). `none` subtracts nothing (Williams 1992 with b = 0). `scaled` then
+    divides by the standard deviation over the batch, so that the step length does not depend on the unit of
+    the score. Raises ValueError for leave-one-out with K = 1.
     """
     k = returns.shape[1]
     if baseline == "leave-one-out":
@@ -123,11 +122,11 @@ def reinforce_advantages(
 
 
 def reinforce_loss(log_probs: Values, advantages: Float[Tensor, " batch"], mask: Mask) -> Float[Tensor, ""]:
-    """-A log pi(answer), the mean over answers (Williams 1992, Machine Learning 8, section 6: episodic
+    """-A log pi(completion), mean over completions (Williams 1992, Machine Learning 8, section 6: episodic
     REINFORCE).
 
-    An answer is one act: log pi(answer) is the sum over its tokens. The gradient is an estimate of that of
-    the expected return where the answers were sampled from pi itself.
+    A completion is one action: log pi(completion) is the sum over its tokens. The gradient estimates that of
+    the expected return (negated) where the completions were sampled from pi itself.
     """
     return -(advantages * torch.where(mask, log_probs, 0.0).sum(1)).mean()
 
@@ -153,8 +152,8 @@ def policy_loss(
 
 
 def value_loss(values: Values, old: Values, returns: Values, mask: Mask, *, clip: float = 0.2) -> Clipped:
-    """1/2 max((V - R)^2, (clip(V, old -+ c) - R)^2): a value may move by at most `clip` per batch for
-    free."""
+    """1/2 max((V - R)^2, (clip(V, old -+ c) - R)^2): a move by more than `clip` from the old value towards R
+    gains nothing."""
     plain = (values - returns).square()
     near = torch.minimum(torch.maximum(values, old - clip), old + clip)
     clipped = (near - returns).square()

@@ -1,4 +1,4 @@
-"""Learning from what people judged: which of several answers is better, or whether a text is good."""
+"""Losses for people's preferences: which of several answers is better, or whether a text is good."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Ties = Literal["leave_out", "half"]
-"""What two answers of equal rank are: no pair at all, or a pair that each of them wins by half."""
+"""How a tie counts: as no pair (`leave_out`), or as a pair that each answer wins by half (`half`)."""
 
 
 def preferred_pairs(
@@ -27,16 +27,15 @@ def preferred_pairs(
 def pair_wins(
     labels: Float[Tensor, "prompts k"], tie_tolerance: float = 0.0, ties: Ties = "leave_out"
 ) -> Float[Tensor, "prompts k k"]:
-    """How far candidate i won against j, at [n, i, j]: 1 where it is preferred (`preferred_pairs`), else 0.
+    """At [n, i, j] 1 where candidate i is preferred to j (`preferred_pairs`), else 0.
 
-    With ties `half` two candidates that tie win 1/2 each, so that every pair of a prompt adds up to 1: a
-    prompt of K answers then has exactly C(K, 2) pairs. Without, those that are no ties.
+    With ties `half` two candidates that tie win 1/2 each. Every pair then adds up to 1, and a prompt of K
+    answers has exactly C(K, 2) pairs. With `leave_out` only the pairs without ties count.
     """
     wins = preferred_pairs(labels, tie_tolerance).float()
     if ties == "half":
-        tied = (
-            labels[:, :, None] - labels[:, None, :]
-        ).abs() <= tie_tolerance  # NaN compares as False: padding ties with nothing
+        # NaN compares as False: padding ties with nothing.
+        tied = (labels[:, :, None] - labels[:, None, :]).abs() <= tie_tolerance
         wins = wins + 0.5 * (tied & ~torch.eye(labels.shape[1], dtype=torch.bool, device=labels.device))
     return wins
 
@@ -51,12 +50,11 @@ def bradley_terry_loss(
 ) -> Float[Tensor, ""]:
     """-log sigmoid(r_preferred - r_other), averaged over the pairs of a prompt, summed over prompts.
 
-    Ouyang et al. 2022 (arXiv:2203.02155), eq. 1: all pairs of a prompt are one element with weight 1 / C(K,
-    2), here 1 / (number of its pairs that count, see `pair_wins`). A prompt without any such pair adds 0. A
-    tie that is won by half costs (-log sigmoid(d) - log sigmoid(-d)) / 2, which is least where the scores are
-    equal. `margin[n, i, j]` is by how much the score of i is to exceed that of j before the loss of the pair
-    is log 2: the margin m(r) of Llama 2 (Touvron et al. 2023, arXiv:2307.09288, eq. 2), larger where people
-    were surer. Ties have none.
+    Ouyang et al. 2022 (arXiv:2203.02155), eq. 1: all pairs of a prompt are one element with weight
+    1 / C(K, 2), here 1 / (number of its pairs that count, see `pair_wins`). A prompt without such pairs adds
+    0. A tie that is won by half costs (-log sigmoid(d) - log sigmoid(-d)) / 2, which is least where the
+    scores are equal. `margin[n, i, j]` is subtracted from the score difference of i and j: the margin m(r) of
+    Llama 2 (Touvron et al. 2023, arXiv:2307.09288, eq. 2), larger where people were surer. Ties have none.
     """
     wins = pair_wins(labels, tie_tolerance, ties)
     difference = scores[:, :, None] - scores[:, None, :]
@@ -75,8 +73,8 @@ def pair_accuracy(
 ) -> tuple[float, int]:
     """Pairs that the scores order as the labels do (equal scores count half), and the number of pairs.
 
-    With ties `half`, a pair that ties in the labels counts, and is half right whatever its scores: no model
-    reaches 1 then.
+    With ties `half` a pair that ties in the labels counts too, and is half right whatever its scores, so that
+    no model reaches 1.
     """
     wins = pair_wins(labels, tie_tolerance, ties)
     difference = scores[:, :, None] - scores[:, None, :]

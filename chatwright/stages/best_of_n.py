@@ -2,11 +2,11 @@
 
 It is a policy without any training. Its KL from the model that it samples from is at most
 log n - (n - 1) / n nats, which makes it the yardstick for PPO and REINFORCE at equal KL. One set of N answers
-to each prompt gives the whole curve n = 1, 2, 4 ... N, and the optimum that PPO and REINFORCE aim at
-(chatwright/evaluate/best_of_n.py).
+to each prompt gives the whole curve n = 1, 2, 4 ... N. It also gives the optimum of the objective of PPO and
+REINFORCE (chatwright/evaluate/best_of_n.py).
 
-Completions are judged as PPO judges them: unfinished and degenerate ones get the fixed score. Prompts are
-held out. Ties of the score are broken at random, in expectation.
+Completions are scored as in PPO: unfinished and degenerate ones get a fixed score. Prompts are held out.
+Equal scores count as if one were chosen at random, by its expected value.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Judge:
 
     @classmethod
     def load(cls, config: Config, workspace: Workspace, base: ChatBase) -> Judge:
-        """What the settings name. Raises UserError for a reward model that is too weak."""
+        """Load both as the settings say. Raises UserError for a reward model that is too weak."""
         found = load_reward(workspace.resolve(config.reward), base, config.min_correlation)
         reward = found.to(runtime.device()).eval()
         if runtime.device().type == "cpu":
@@ -126,7 +126,7 @@ class Judge:
 
 
 def run(config: Config, workspace: Workspace) -> Report:
-    """Sample N answers to each held-out prompt, and say what choosing among n of them brings."""
+    """Sample N answers to each held-out prompt, and measure what choosing among n of them gains."""
     base = _load(config.policy, workspace)
     judge = Judge.load(config, workspace, base)
     prompts = held_out_prompts(config, workspace, base)
@@ -191,7 +191,7 @@ def sharing(config: Config, prompts: Sequence[Sequence[int]]) -> ParallelContext
 
 
 def together(values: Tensor, parallel: ParallelContext) -> Tensor:
-    """What all processes found about their answers, in the order of the prompts."""
+    """All-gather the values of all processes, in the order of the prompts."""
     return torch.cat(parallel.all_gather(values.cpu()))
 
 
@@ -217,7 +217,7 @@ def held_out_prompts(config: Config, workspace: Workspace, base: ChatBase) -> li
 def answered(
     base: ChatBase, prompts: Sequence[Sequence[int]], config: Config, seed: int, first: int = 0
 ) -> Completions:
-    """One answer to each prompt; `first` is the number of the first one among those of all processes."""
+    """One answer to each prompt; `first` is the number of the first prompt among those of all processes."""
     return sample_completions(
         base.model,
         prompts,
@@ -261,8 +261,8 @@ def report_of(
     rival: dict[str, float] | None,
     best: dict[float, dict[str, float]] | None = None,
 ) -> Report:
-    """Measures of the largest n, the table of all, what is best at a KL coefficient (`optima`), and the rival
-    beside it."""
+    """The report: measures of the largest n, and a table with all n, the optimum at each KL coefficient
+    (`optima`) and the baseline policy (`rival`)."""
     best = best or {}
     first, last = rows[1], rows[config.n]
     names = [name for name in ("score", "gold") if name in first]
@@ -320,7 +320,7 @@ def _interval(row: dict[str, float], name: str) -> str:
 
 
 def kl_budget(config: Config, workspace: Workspace, report: Report) -> dict[str, Any]:
-    """The KL of best of n, which nothing limits."""
+    """The KL of best of n; it has no budget."""
     bound = "nothing is trained; log n - (n - 1) / n is an upper bound"
     return {"spent": report.value("KL of best of n"), "allowed": None, "stopped": bound}
 

@@ -1,13 +1,13 @@
 """Classifier as reward: how likely would people call this text good?  Ziegler et al. 2019, section 3.1.
 
-It takes the reward model's place: PPO, REINFORCE and best-of-n follow it with `reward: classifier`. It
-learns from single texts instead of comparisons: each stands as the answer to a prompt drawn at random, so
-that a row looks as it will in PPO.
+It replaces the reward model: PPO, REINFORCE and best-of-n use it with `reward: classifier`. It learns from
+single texts instead of comparisons. Each text is the answer to a prompt drawn at random, so that a row looks
+as it will in PPO.
 
-Departures from the paper: there the classifier is a separate model of reviews, and its log odds are the
-reward as they come. Here it starts from the chat model, and the log odds are calibrated (Platt 1999) on texts
-that training does not see: sigmoid(score) is a probability that comes true that often, and 0 means as likely
-good as bad.
+Departures from the paper:
+* There the classifier is a separate model of reviews. Here it starts from the chat model.
+* There the log odds are the reward. Here they are calibrated (Platt 1999) on texts that training does not
+  see: of the texts with sigmoid(score) = p a share p is good, and a score of 0 means even odds.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Config:
 
 
 def step(model: ScalarModel, batch: TextBatch) -> Step:
-    """Cross entropy of good and bad; accuracy beside it."""
+    """Cross entropy of good and bad; logs the accuracy."""
     scores = model.score(batch.ids, batch.mask)
     right = ((scores.detach() > 0) == batch.positive).float().sum()
     return Step(logistic_loss(scores, batch.positive), {"accuracy": right})
@@ -102,7 +102,7 @@ def step(model: ScalarModel, batch: TextBatch) -> Step:
 
 @torch.no_grad()
 def scores_of(model: ScalarModel, texts: Texts, chosen: Sequence[LabelledText]) -> Float[Tensor, " n"]:
-    """The score of each text, behind a prompt that depends on its place."""
+    """The score of each text, as the answer to a prompt chosen by the text's index."""
     found = []
     for start in range(0, len(chosen), 64):
         part = chosen[start : start + 64]
@@ -184,7 +184,7 @@ def report_of(fitted: Fitted, parts: Parts) -> Report:
 def show_calibration(
     report: Report, reliable: calibration.Reliability, constants: dict[str, float], workspace: Workspace
 ) -> None:
-    """Add how far probabilities are from what happens: the number before and after, and a picture."""
+    """Add the calibration error to the report: the number before and after, and a picture."""
     report.facts["calibration"] = constants
     note = "before: the same model without calibration"
     before = constants["error_before"]
@@ -196,7 +196,7 @@ def show_calibration(
 
 
 def example(model: ScalarModel, texts: Texts) -> str:
-    """What the model thinks of two answers."""
+    """The model's scores of two example answers."""
 
     def score(prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:
         batch = runtime.on_device(
@@ -227,7 +227,7 @@ def calibrate(
     report: Report, model: ScalarModel, scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]
 ) -> tuple[float, float]:
     """Set scale and offset so that sigmoid(score) is a probability, and return them. Raises Unhealthy, with
-    the report, when the scores tell nothing."""
+    the report, when the scores carry no information."""
     try:
         scale, offset = calibration.platt(scores, positive)
     except ValueError as error:
@@ -235,7 +235,7 @@ def calibrate(
         raise Unhealthy(
             f"classifier: {error}. Train it longer, on more ratings, or start it from a better model", report
         ) from None
-    with torch.no_grad():  # scale' (x - offset') of what was s (x - o)
+    with torch.no_grad():  # scale' (y - offset'), where y = s (x - o) is the score so far
         model.offset.add_(offset / model.scale)
         model.scale.mul_(scale)
     return scale, offset
@@ -244,7 +244,7 @@ def calibrate(
 def measure(
     report: Report, before: dict[str, float], after: dict[str, float], good: Bool[Tensor, " n"]
 ) -> None:
-    """Add what the calibrated classifier reaches on held-out texts to the report."""
+    """Add the held-out measures of the calibrated classifier to the report."""
     share = float(good.float().mean())
     report.facts |= {key: after[key] for key in ("held_out_accuracy", "held_out_correlation")}
     report.measures += [

@@ -1,10 +1,12 @@
 """Data: sources -> files of records; a hash of a record decides whether it is held out.
 
-`train.jsonl` and `validation.jsonl` are documents to learn the language from; `dialogues-*.jsonl`
-conversations; `ratings-*.jsonl` texts with the number that people gave them; `comparisons-*.jsonl` prompts
-with answers that people ranked, cut by prompt. Others' formats of conversations and comparisons:
-data/formats.py. What is held out here is never trained on by any stage: a conversation has one id as a
-document and as a dialogue.
+* `train.jsonl` and `validation.jsonl`: documents to learn the language from.
+* `dialogues-*.jsonl`: conversations.
+* `ratings-*.jsonl`: texts, each with the number that people gave it.
+* `comparisons-*.jsonl`: prompts with answers that people ranked; a prompt is in one of the two files only.
+
+data/formats.py reads the formats of other data sets. No stage trains on records that are held out here: a
+conversation has the same id as a document and as a dialogue.
 """
 
 from __future__ import annotations
@@ -69,14 +71,14 @@ class Record(Protocol):
 
 @dataclass
 class Count:
-    """What one side of a split holds."""
+    """Number and size of the records on one side of a split."""
 
     records: int = 0
     bytes: int = 0
 
 
 def write_split(directory: Path, prefix: str, records: Iterable[Record], share: float) -> dict[str, Count]:
-    """Write records to `{prefix}train.jsonl` and `{prefix}validation.jsonl`; counts of both."""
+    """Write records to `{prefix}train.jsonl` and `{prefix}validation.jsonl`; returns the counts of both."""
     counts = {"train": Count(), "validation": Count()}
     files = {side: (directory / f"{prefix}{side}.jsonl").open("w", encoding="utf-8") for side in counts}
     try:
@@ -93,7 +95,7 @@ def write_split(directory: Path, prefix: str, records: Iterable[Record], share: 
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
-    """What gzip and xz need for a text at their best setting, in bits per byte of it."""
+    """Bits per byte of a text under gzip and xz at their best setting."""
     return {
         "gzip_bits_per_byte": 8 * len(gzip.compress(text, 9)) / len(text),
         "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
@@ -105,9 +107,9 @@ class Part:
     """One kind of records, to be written to two files."""
 
     prefix: str
-    """Of the files' names."""
+    """Prefix of the files' names."""
     name: str
-    """For people."""
+    """Name of the kind, for people."""
     read: Callable[..., Iterable[Record]]
     sources: str
     held_out: float
@@ -115,7 +117,7 @@ class Part:
 
 
 def parts_of(config: Config) -> list[Part]:
-    """What is to be written: the kinds of records that the settings name sources of."""
+    """The kinds of records to write: those for which the settings name sources."""
     dialogues = partial(sources.dialogues, format=config.dialogue_format)
     comparisons = partial(sources.comparisons, format=config.comparison_format)
     share = config.validation
@@ -129,8 +131,8 @@ def parts_of(config: Config) -> list[Part]:
 
 
 def write_part(part: Part, directory: Path, config: Config) -> tuple[dict[str, Any], list[str]]:
-    """Read one kind of records and write its two files; facts and notes for the report. Raises UserError when
-    one side gets nothing."""
+    """Read one kind of records and write its two files; returns facts and notes for the report. Raises
+    UserError when one of the files would be empty."""
     faults = Faults(skip=config.broken == "skip")
     counts = write_split(directory, part.prefix, part.read(part.sources, faults=faults), part.held_out)
     train, held_out = counts["train"], counts["validation"]
@@ -185,7 +187,7 @@ def show_sources(argv: Sequence[str]) -> int:
     for name in names():
         try:
             source = find(name)
-        except UserError as error:  # of a package of others; the list goes on
+        except UserError as error:  # from another package's source; the list goes on
             table.add_row(name, "", "", str(error))
             continue
         if source is not None:

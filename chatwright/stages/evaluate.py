@@ -59,7 +59,7 @@ class Config:
 
 
 def run(config: Config, workspace: Workspace) -> Report:
-    """Sample answers of both models to the same held-out prompts and compare them."""
+    """Sample answers from both models to the same held-out prompts and compare them."""
     policy, reference = open_chat_base(config.policy, workspace), open_base(config.reference, workspace)
     other, tokenizer = reference.tokenizer, policy.tokenizer
     if other is None or other.fingerprint != tokenizer.fingerprint:
@@ -104,7 +104,8 @@ def held_out_prompts(config: Config, workspace: Workspace, base: ChatBase) -> li
 
 
 def sample(model: GPT, framed: ChatBase, prompts: list[list[int]], config: Config, seed: int) -> Completions:
-    """Completions of a model to prompts that the template of `framed` has framed, `samples` to each."""
+    """`samples` completions per prompt. The prompts are in the chat template of `framed`, whose end token
+    ends a completion."""
     return sample_completions(
         model,
         prompts * config.samples,
@@ -140,7 +141,7 @@ def report_of(gold: dict[str, Tensor], variety: dict[str, float], answers: Answe
 
 
 def kl_budget(config: Config, workspace: Workspace, report: Report) -> dict[str, Any]:
-    """KL on held-out prompts, beside what the policy's own stage was allowed."""
+    """KL on held-out prompts, with the KL budget of the policy's own stage."""
     trained = workspace.inputs.get(config.policy)
     known = files.read_json(trained / "result.json").get("kl_budget") if trained else None
     return {

@@ -1,8 +1,9 @@
 """PPO: answers that score higher, from a policy that stays near its reference.  Ouyang et al. 2022, eq. 2.
 
-The details that decide whether it works are those of Ziegler et al. 2019 and Stiennon et al. 2020 as listed
-in "The N+ implementation details of RLHF with PPO" (arXiv:2403.17031); docs/papers.md names the line for
-each. The iterations, the guards, what is kept, and the departures from the papers: train/rl/training.py.
+The details that decide whether it works are those of Ziegler et al. 2019 and Stiennon et al. 2020, as listed
+in "The N+ implementation details of RLHF with PPO" (arXiv:2403.17031); docs/papers.md names the line of code
+for each. train/rl/training.py has the iterations, the guards, the choice of the best checkpoint and the
+departures from the papers.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ PAPER = (
 
 @dataclass(frozen=True)
 class Rollout:
-    """A round's answers with what was known when they were sampled; constants for the updates that follow."""
+    """An iteration's completions with everything computed before its updates; constants for the updates."""
 
     answers: Completions
     log_probs: Float[Tensor, "batch time"]
@@ -84,7 +85,7 @@ class Rollout:
 
     @property
     def weight(self) -> float:
-        """Number of answer tokens."""
+        """Number of completion tokens."""
         return float(self.answers.response.sum())
 
     def rows(self, chosen: Tensor) -> Rollout:
@@ -96,9 +97,11 @@ class Rollout:
 def score_rollouts(
     models: RLModels, answers: Completions, beta: float, config: Config
 ) -> tuple[Rollout, dict[str, float]]:
-    """Score sampled answers and work out advantages; also what to log about them. Of many processes each
-    gives its own answers and gets the round's: what is averaged over a round is then the same everywhere, and
-    as one process has it."""
+    """Score sampled completions and compute advantages; also return what to log.
+
+    With many processes each passes its own completions and gets those of all: means over an iteration are
+    then the same in every process, and the same as with one process.
+    """
     seen = score_rollout(models, answers, config)
     answers, mask = seen.answers, seen.answers.response
     log_probs, values = seen.policy_outputs.log_probs, seen.policy_outputs.values
@@ -116,7 +119,7 @@ def score_rollouts(
 
 
 def step(models: RLModels, batch: Rollout, config: Config) -> Step:
-    """The clipped losses of policy and critic on some rows of a round, as a sum over answer tokens."""
+    """The clipped losses of policy and critic on some rows of a rollout, summed over completion tokens."""
     mask = batch.answers.response
     now = policy_outputs(
         models, batch.answers, config.temperature, entropy="learnt" if config.entropy_coefficient else ""
@@ -158,8 +161,8 @@ class _Run(PolicyTraining[Config, Rollout]):
 
 
 def run(config: Config, workspace: Workspace) -> Report:
-    """Run PPO and report score, KL and variety before and after on training prompts (held-out ones: stage
-    eval)."""
+    """Run PPO; report score, KL and variety on training prompts before and after. Stage evaluate measures on
+    held-out prompts."""
     return train_policy(_Run, config, workspace, critic=config.critic)
 
 

@@ -2,10 +2,10 @@
 
 Departures from the papers, each for small budgets and each measured (docs/lab/performance.md):
 * Muon for the blocks' matrices (Jordan et al. 2024) instead of AdamW for all.
-* A constant learning rate that falls linearly at the end, instead of a cosine: the length need not be known
-  at first.
-* Windows follow one another in the token stream, as GPT-2's and GPT-3's do: documents are not kept apart,
-  only marked.
+* A constant learning rate with a linear decay at the end, instead of a cosine: the number of steps need not
+  be known at first.
+* Windows follow one another in the token stream, as in GPT-2 and GPT-3: documents are marked, but attention
+  crosses them.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Windows:
-    """Training windows in an order that depends on the seed and the index alone."""
+    """Training windows in a random order; a sample depends on the seed and its index alone."""
 
     shards: TokenShards
     context: int
@@ -104,7 +104,7 @@ class Windows:
 
 
 def step(model: GPT, batch: TokenBatch, angles: tuple[Tensor, Tensor] | None = None) -> Step:
-    """Next-token loss of a batch; `angles` are those of its positions, when they are at hand."""
+    """Next-token loss of a batch. `angles` are the rotary angles of its positions, where already computed."""
     hidden = model.hidden(batch.tokens[:, :-1], angles=angles)
     loss = chunked_next_token_loss(
         hidden, model.head.weight, batch.tokens[:, 1:], softcap=model.config.logit_softcap
@@ -115,19 +115,18 @@ def step(model: GPT, batch: TokenBatch, angles: tuple[Tensor, Tensor] | None = N
 def fast_step(
     model: GPT, config: FitConfig, *, alone: bool, is_sharded: bool = False
 ) -> tuple[Callable[[TokenBatch], Step], torch.dtype, str]:
-    """`step` in the precision and, where that works, the compiled form that the machine offers; and a line
-    about it.
+    """`step` in the machine's best precision, compiled where that works; its dtype; and a line about both.
 
-    What makes it fast on a CPU, each measured in docs/lab/performance.md: bf16 copies of the matrices (one
-    process `alone`; with several, the plan decides what is cast, and compiles the blocks when they are
-    `is_sharded`), attention in blocks, rotary angles computed once, one compiled graph.
+    Four things make it fast on a CPU, each measured in docs/lab/performance.md: bf16 copies of the matrices,
+    attention in blocks, rotary angles computed once, one compiled graph. The bf16 copies are for one process
+    `alone`: with several, the plan decides what is cast, and compiles the blocks when they are `is_sharded`.
     """
     dtype = runtime.compute_dtype(config.precision)
     copies = WorkingCopy(model) if alone and dtype == torch.bfloat16 else None
     used = copies.twin if copies else model
     if config.compile and runtime.device().type == "cpu" and not runtime.compiler_missing():
         make_compile_friendly(used)
-    # Inside the graph they would be computed again for every layer and every head.
+    # Computed here: inside the graph they would be recomputed for every layer and every head.
     angles = model.angles(torch.arange(model.config.context, device=runtime.device())[None])
 
     def loss_of(tokens: Tensor) -> Tensor:
@@ -203,7 +202,7 @@ def run(config: Config, workspace: Workspace) -> Report:
 
 
 def compressors(config: Config, workspace: Workspace) -> list[Measure]:
-    """What general compressors need for the same text, where the tokenizer's stage has measured it."""
+    """Bits per byte of gzip and xz on the same text, where the tokenizer's stage has measured them."""
     known = workspace.result(config.tokenizer) if config.tokenizer in workspace.inputs else {}
     facts = known.get("facts", {})
     return [
@@ -214,7 +213,7 @@ def compressors(config: Config, workspace: Workspace) -> list[Measure]:
 
 
 def report_of(fitted: Fitted, made: dict[str, Any], yardsticks: list[Measure]) -> Report:
-    """Bits per byte beside those of compressors, and what it took."""
+    """The report: bits per byte beside those of compressors, and the cost of training."""
     return Report(
         measures=[fitted.measure("bits_per_byte", "bits per byte, held out"), *yardsticks],
         curves=[

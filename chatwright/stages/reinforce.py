@@ -1,12 +1,13 @@
 """REINFORCE: the plain policy gradient, with a baseline instead of a critic.  Williams 1992.
 
-An answer is one act with one return, the reward model's score less beta times the KL of the whole answer; no
-critic, no clip, no credit to single tokens. With the baseline `leave-one-out` it is RLOO (Ahmadian et al.
-2024). It is what PPO has to beat at equal KL. Everything else is as in PPO: train/rl/training.py.
+A completion is one action with one return: the reward model's score less beta times the KL of the whole
+completion. There is no critic, no clip, no credit to single tokens. With the baseline `leave-one-out` it is
+RLOO (Ahmadian et al. 2024). PPO has to beat it at equal KL. Everything else is as in PPO:
+train/rl/training.py.
 
-Departures from the papers: where a round has several minibatches, the later ones are learnt from answers of a
-policy that is a step or more older, without a correction; `minibatch_size` equal to `batch_size` is the
-method as published.
+Departures from the papers: where an iteration has several minibatches, the later ones learn from completions
+of a policy that is a step or more older, without a correction. With `minibatch_size` equal to `batch_size` it
+is the published method.
 """
 
 from __future__ import annotations
@@ -71,22 +72,22 @@ PAPER = (
         lambda config, facts: config.batch_size // config.minibatch_size,
     ),
 )
-"""InstructGPT's values too, though it used PPO: this is the yardstick beside it."""
+"""Values of InstructGPT too, although it used PPO: REINFORCE is compared with PPO."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A round's answers with their returns; constants for the update that follows."""
+    """An iteration's completions with their returns; constants for the updates that follow."""
 
     answers: Completions
     log_probs: Float[Tensor, "batch time"]
     returns: Float[Tensor, " batch"]
-    """Score less beta x KL (k1) of the whole answer."""
+    """Score less beta x KL (k1) of the whole completion."""
     advantages: Float[Tensor, " batch"]
 
     @property
     def weight(self) -> float:
-        """Number of answers."""
+        """Number of completions."""
         return float(len(self.returns))
 
     def rows(self, chosen: Tensor) -> Rollout:
@@ -98,8 +99,8 @@ class Rollout:
 def score_rollouts(
     models: RLModels, answers: Completions, beta: float, config: Config
 ) -> tuple[Rollout, dict[str, float]]:
-    """Score sampled answers and compare their returns; also what to log about them. Of many processes each
-    gives its own answers and gets the round's."""
+    """Score sampled completions and compute advantages; also return what to log. With many processes each
+    passes its own completions and gets those of all."""
     seen = score_rollout(models, answers, config)
     answers, mask = seen.answers, seen.answers.response
     log_probs = seen.policy_outputs.log_probs
@@ -112,9 +113,9 @@ def score_rollouts(
 
 
 def step(models: RLModels, batch: Rollout, config: Config) -> Step:
-    """The loss of some answers of a round, as a sum over answers.
+    """The loss of some rows of a rollout, summed over completions.
 
-    Entropy is a mean over the minibatch's tokens: of many processes, over all of theirs.
+    Entropy is a mean over the minibatch's tokens, those of all processes together.
     """
     mask = batch.answers.response
     now = policy_outputs(
@@ -147,8 +148,8 @@ class _Run(PolicyTraining[Config, Rollout]):
 
 
 def run(config: Config, workspace: Workspace) -> Report:
-    """Run REINFORCE and report score, KL and variety before and after on training prompts (held-out ones:
-    stage eval)."""
+    """Run REINFORCE; report score, KL and variety on training prompts before and after. Stage evaluate
+    measures on held-out prompts."""
     return train_policy(_Run, config, workspace)
 
 

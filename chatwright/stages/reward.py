@@ -1,12 +1,13 @@
 """Reward model: which of K answers would people prefer?  Ouyang et al. 2022, section 3.5.
 
-Departures from the paper: by default the comparisons are made from texts that people rated one by one (a
-prompt with K rated texts as its answers, ranked by their mean ratings), because that is the human preference
-data that installs as a package; answers closer than `tie_tolerance` tie, and pairs that tie are left out
-(`ties`). After training the scores are shifted so that demonstrations score 0, as in the paper, and scaled so
-that training answers have standard deviation 1.
+Departures from the paper:
+* By default the comparisons are made from texts that people rated one by one: a prompt with K rated texts as
+  its answers, ranked by their mean ratings. Only such human preference data installs as a package.
+* Answers closer than `tie_tolerance` tie, and pairs that tie are left out (`ties`).
+* After training the scores are shifted so that demonstrations score 0, as in the paper, and also scaled so
+  that training answers have standard deviation 1.
 
-Another model that PPO can follow, trained on single texts: classifier.py.
+classifier.py trains another model that PPO can optimise against, on single texts.
 """
 
 from __future__ import annotations
@@ -129,11 +130,11 @@ PAPER = (
 )
 
 DEMONSTRATIONS = 256
-"""Completions of people's own whose mean score becomes 0."""
+"""Number of demonstrations (answers written by people) whose mean score becomes 0."""
 
 
 def step(model: ScalarModel, batch: RankedBatch) -> Step:
-    """Bradley-Terry loss over all pairs of each prompt, every answer forwarded once; accuracy beside it."""
+    """Bradley-Terry loss over all pairs of each prompt, one forward pass per answer; logs the accuracy."""
     scores = model.score(batch.ids, batch.mask).view(batch.labels.shape)
     right, pairs = pair_accuracy(scores.detach(), batch.labels, batch.tie_tolerance, batch.ties)
     accuracy = torch.tensor(batch.weight * right / max(pairs, 1))
@@ -146,8 +147,7 @@ def step(model: ScalarModel, batch: RankedBatch) -> Step:
 
 
 def load_split(config: Config, workspace: Workspace) -> Split:
-    """What to train on and what to measure: the user's own comparisons, or those made from ratings. Raises
-    UserError."""
+    """Training and held-out comparisons: the user's own, or those made from ratings. Raises UserError."""
     if not config.comparisons:
         train, held_out = rated_comparisons(
             records_of(workspace.resolve(config.data)), config.k, workspace.seed, labels=config.labels
@@ -158,8 +158,8 @@ def load_split(config: Config, workspace: Workspace) -> Split:
 
 
 def find_demonstrations(config: Config, workspace: Workspace) -> list[Comparison]:
-    """The answers that are to score 0 on average; none where the training answers are to. Raises
-    UserError."""
+    """Demonstrations whose scores are to average 0; empty when the scores of the training answers are to.
+    Raises UserError."""
     if config.center_on == "answers":
         return []
     there = config.data in workspace.inputs or Path(config.data).exists()
@@ -187,7 +187,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     rankings = Rankings(train, base.template, base.tokenizer, training.config, order)
     say(f"  {len(train):,} comparisons of {_sizes(train)} answers, {len(held_out):,} held out")
     score = training.in_precision(partial(measures.score_comparisons, model, rankings))
-    some = rankings.batch(train[:64])  # tokens of a comparison and of a row: their means over these
+    some = rankings.batch(train[:64])  # to estimate the mean tokens of a comparison and of a row
     tokens, width = float(some.mask.sum()) / len(train[:64]), float(some.mask.sum(1).float().mean())
     fitted = training.fit(
         trainer,
@@ -240,7 +240,7 @@ def _sizes(comparisons: list[Comparison]) -> str:
 
 
 def records_read(config: Config) -> dict[str, str]:
-    """Comparisons of the user's own, or ratings to make comparisons from."""
+    """The records that are read: the user's own comparisons, or ratings to make comparisons from."""
     return {"comparisons": config.comparisons} if config.comparisons else {"ratings": config.data}
 
 

@@ -1,8 +1,8 @@
 """SFT: supervised fine-tuning, answer as people did.  Ouyang et al. 2022, section 3.5.
 
-Departures from the paper: short conversations share a row (packing; they cannot see each other, so that no
-result changes), and a conversation longer than the context is cut between exchanges instead of being left
-out.
+Departures from the paper:
+* Short conversations share a row (packing). They cannot see each other, so that no result changes.
+* A conversation longer than the context is cut between exchanges instead of being left out.
 """
 
 from __future__ import annotations
@@ -109,13 +109,13 @@ PAPER = (
 
 
 PORTION = 256
-"""Positions that are learnt from come in multiples of this: a buffer of a new size in every step would fit
-into no hole that the one before has left, and the process would grow to several times what it uses."""
+"""The number of learnt positions is padded to a multiple of this. Buffers of a new size in every step would
+fragment the heap, and the process would grow to several times what it uses."""
 
 
 SHORT = 1024
-"""Tokens of a row up to which compiled products with a mask are faster, on a CPU, than the fused kernel:
-their memory grows with the square."""
+"""Longest row, in tokens, for which compiled attention with a mask is faster on a CPU than the fused kernel.
+Its memory grows with the square of the length."""
 
 
 def is_compile_friendly(length: int) -> bool:
@@ -124,16 +124,18 @@ def is_compile_friendly(length: int) -> bool:
 
 
 def compiled_for(model: GPT, length: int, *, cut: bool = False) -> str:
-    """Compile the model for rows of this length; a line that says whether that works, and why not. `cut`: as
-    in `compile_blocks`."""
+    """Compile the model for rows of this length; returns a line that says whether that works, or why not.
+    `cut` is that of `compile_blocks`."""
     if is_compile_friendly(length) and not cut:
         make_compile_friendly(model)
     return compile_blocks(model, cut=cut)
 
 
 def step(model: GPT, batch: ChatBatch) -> Step:
-    """Loss of the answers' tokens and their end tokens."""
-    learnt = F.pad(batch.learn[:, 1:], (1, 0)).flatten().nonzero()[:, 0]  # the first of a row follows nothing
+    """Loss of the answers' tokens, end tokens included."""
+    learnt = (
+        F.pad(batch.learn[:, 1:], (1, 0)).flatten().nonzero()[:, 0]
+    )  # nothing predicts a row's first token
     rows = model.hidden_at(batch.ids, learnt - 1, documents=batch.documents, positions=batch.positions)
     targets = batch.ids.flatten()[learnt]
     more = PORTION * max(1, -(-len(rows) // PORTION)) - len(rows)
@@ -146,7 +148,7 @@ def step(model: GPT, batch: ChatBatch) -> Step:
 
 
 def start(config: Config, workspace: Workspace) -> tuple[ChatBase, Path, int]:
-    """The model to start from, where the conversations are, and the tokens of a row. Raises UserError."""
+    """The base model, the directory of the conversations, and the tokens of a row. Raises UserError."""
     base = open_chat_base(config.base, workspace, template=NATIVE)
     base.template.end_ids(base.tokenizer)
     context = base.model.config.context
@@ -154,18 +156,17 @@ def start(config: Config, workspace: Workspace) -> tuple[ChatBase, Path, int]:
 
 
 def training_rows(config: Config, workspace: Workspace, base: ChatBase, records: Path, length: int) -> Rows:
-    """What is learnt from, in its order. Raises UserError."""
+    """The training rows, in their random order. Raises UserError."""
     file = records / "dialogues-train.jsonl"
     rows = rows_of(file, base.template, base.tokenizer, length, packing=config.packing)
     return Rows(rows, length, SampleOrder(len(rows), workspace.seed))
 
 
 def preview(config: Config, workspace: Workspace, count: int) -> None:
-    """Print the first `count` rows that training would see, with their loss mask, and what all of them amount
-    to.
+    """Print the first `count` rows that training would see, with their loss mask, and a summary of all rows.
 
-    Nothing is trained or written. Raises UserError as `run` does, after the rows where the end token is not
-    learnt.
+    Nothing is trained or written. Raises UserError as `run` does. When the end token is not learnt, the rows
+    are printed first.
     """
     base, records, length = start(config, workspace)
     rows, colours = training_rows(config, workspace, base, records, length), console.is_terminal
@@ -255,7 +256,7 @@ def run(config: Config, workspace: Workspace) -> Report:
 
 
 def report_of(training: StageTraining[Config], fitted: Fitted, rows: Rows, base: ChatBase) -> Report:
-    """What was learnt, from how much, and how it looked."""
+    """The report: held-out loss, amounts of data, and the beginning of the first row."""
     filled = rows.tokens / rows.size
     directory, named = training.workspace.directory, training.config.base
     return Report(

@@ -1,7 +1,7 @@
 """Tokenizer: learn byte-level BPE merges, then turn all documents into token shards.
 
-With `base` nothing is learnt: the documents become shards of a model's own tokens, for `text` in PPO (the
-alignment tax).
+With `base` no merges are learnt: the documents are encoded with that model's tokenizer, for `text` in PPO
+(the alignment tax).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def own_or_learnt(config: Config, workspace: Workspace, file: Path) -> Tokenizer
 
 
 def run(config: Config, workspace: Workspace) -> Report:
-    """Train the tokenizer, write the shards, and say what a byte costs before any model is trained."""
+    """Train the tokenizer, write the shards, and measure bytes per token and what compressors need."""
     records = records_of(workspace.resolve(config.data))
     with progress_bar("tokenizer") as bar:
         bar.update(0.0, f"reading {config.base}" if config.base else "learning merges")

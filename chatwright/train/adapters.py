@@ -1,10 +1,9 @@
-"""What stages that can train an adapter instead of all weights have in common (`lora` settings;
-model/lora.py).
+"""Adapters for stages that can train one instead of all weights (`lora` settings; model/lora.py).
 
-A checkpoint of such a stage holds `adapter.safetensors`, from which training goes on over the base model that
-the stage loads anyway (its fingerprint is in state.json), and beside it `model.safetensors` with the adapter
-merged, so that the directory is as complete as any other. A finished stage also has `adapter/`, the adapter
-of its result in PEFT's format.
+A checkpoint of such a stage holds `adapter.safetensors`. Training resumes from it over the base model, which
+the stage loads anyway and whose fingerprint is in state.json. Beside it `model.safetensors` has the adapter
+merged, so that the directory is complete in itself. A finished stage also has `adapter/`: the adapter of its
+result in PEFT's format.
 """
 
 from __future__ import annotations
@@ -26,13 +25,12 @@ from chatwright.model.lora import LoRAConfig, adapter_names, adapters_of, add_lo
 from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelContext
 
 FOLDER = "adapter"
-"""Where a finished stage has its adapter in PEFT's format."""
+"""Directory of a finished stage's adapter in PEFT's format."""
 
 
 def metadata(config: LoRAConfig, **bases: nn.Module) -> dict[str, Any]:
-    """What a checkpoint says of the adapter beside it: the settings, and a fingerprint of each frozen model
-    that training builds on, to know it again at a resume. Nothing when no adapter is asked for. To be made
-    before there is one."""
+    """Metadata of the adapter for checkpoints: the settings, and a fingerprint of each frozen base model,
+    which a resume checks. Empty without an adapter. Call it before the adapter is added."""
     if not config.rank:
         return {}
     prints = {name: checkpoint.fingerprint(checkpoint.model_tensors(one)) for name, one in bases.items()}
@@ -54,7 +52,7 @@ def adapt(model: nn.Module, config: LoRAConfig, what: str) -> None:
 
 
 def _whole(model: GPT, tensors: Mapping[str, Tensor]) -> GPT:
-    """A model like this one, which is in parts, on the CPU and with these tensors."""
+    """A whole copy of a sharded model on the CPU, with these tensors."""
     with torch.random.fork_rng(devices=[]):
         whole = GPT(model.config)
         add_lora(whole, next(iter(adapters_of(model).values())).config)
@@ -65,7 +63,7 @@ def _whole(model: GPT, tensors: Mapping[str, Tensor]) -> GPT:
 def write_adapter(
     model: GPT, directory: Path, *, base: str, parallel: ParallelContext = SINGLE_PROCESS
 ) -> dict[str, Any]:
-    """Write the adapter that a stage's model has, if it has one, to `directory`/adapter; facts for the
+    """Write the adapter of a stage's model, if it has one, to `directory`/adapter; returns facts for the
     stage's report."""
     if not adapter_names(model):
         return {}
@@ -75,7 +73,7 @@ def write_adapter(
     )
 
     def write() -> None:
-        shutil.rmtree(target, ignore_errors=True)  # of an earlier end of the same stage
+        shutil.rmtree(target, ignore_errors=True)  # from an earlier run of the same stage
         write_peft(_whole(model, tensors) if tensors else model, target, base=base)
 
     runtime.broadcast_from_rank0(write)
@@ -83,6 +81,6 @@ def write_adapter(
 
 
 def add_if_asked(model: nn.Module, config: LoRAConfig) -> None:
-    """Put an adapter on when the settings ask for one, without a word: for the planner's dry run."""
+    """As `adapt`, without printing: for the planner's dry run."""
     if config.rank:
         add_lora(model, config)

@@ -1,4 +1,4 @@
-"""What a stage file needs of the machinery, in one import. Each name is explained where it comes from."""
+"""The names that a stage file needs, in one import. Each is explained where it is defined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that a stage starts from, and what the checkpoints of the one that it makes say of themselves."""
+"""The model that a stage starts from, and the metadata of the checkpoints that it writes."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def open_chat_base(
     purpose: str = "name a model after sft",
     template: ChatTemplate | None = None,
 ) -> ChatBase:
-    """The same, for a stage that needs the tokenizer and the chat template. A model without a template gets
-    `template`. Raises UserError, which ends with `purpose`, when there is none."""
+    """As `open_base`, for a stage that needs the tokenizer and the chat template. A model without a template
+    gets `template`. Raises UserError when either is missing; `purpose` ends the message about the template.
+    """
     base = open_base(name, workspace)
     if base.tokenizer is None:
         raise UserError(f"{name} has no tokenizer")
@@ -55,8 +56,8 @@ def model_metadata(
     *,
     adapter: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint's state.json says of its model: `kind` is `language` or `reward`, `adapter` what
-    `adapters.metadata` gives."""
+    """Metadata of a model for a checkpoint's state.json. `kind` is `language` or `reward`, `adapter` comes
+    from `adapters.metadata`."""
     known = {"kind": kind, "model": shape.to_dict(), "tokenizer": tokenizer.fingerprint}
     if template is not None:
         known["template"] = template.fingerprint
@@ -64,7 +65,6 @@ def model_metadata(
 
 
 def model_texts(tokenizer: Tokenizer, template: ChatTemplate | None = None) -> dict[str, str]:
-    """The files that make a checkpoint complete in itself: the tokenizer, and the chat template if there is
-    one."""
+    """The files that make a checkpoint self-contained: the tokenizer, and the chat template if any."""
     texts = {"tokenizer.json": tokenizer.to_json()}
     return texts if template is None else {**texts, "chat_template.jinja": template.source}

@@ -1,8 +1,8 @@
-"""Blocks as compiled functions, for stages in which every batch has another number of tokens.
+"""Compiled blocks, for stages in which the number of tokens changes with every batch.
 
-Pre-training compiles its whole step for one shape (pretrain.py::fast_step). Conversations and answers have
-ever new lengths; here only the blocks are compiled, with sizes left open, and the same few graphs serve all
-blocks of all models of a stage. What it gains and costs: docs/lab/performance.md.
+Pre-training compiles its whole step for one shape (pretrain.py::fast_step). The lengths of conversations and
+answers vary. So here only the blocks are compiled, with dynamic sizes, and the same few graphs serve all
+blocks of all models of a stage. docs/lab/performance.md has gains and costs.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from chatwright.model.gpt import Block
 from chatwright.model.inputs import AttentionInput
 
 GRAPHS = 64
-"""Forms of a block that one process may compile: with gradients or without, frozen or trained, packed, padded
-or neither, some places or all. torch's own limit is 8, beyond which it silently compiles no more."""
+"""Graphs of a block that one process may compile: with gradients or without, frozen or trained, packed,
+padded or neither, some positions or all. torch's own limit is 8, beyond which it silently stops compiling."""
 
 
 def compile_blocks(*models: nn.Module | None, cut: bool = False) -> str:
-    """Compile the blocks of these models where that works; a line that says whether it does, and why not.
-    Results are the same up to rounding. Copies made afterwards are compiled as well. With a cache, as when
-    answers are sampled, blocks run as they are. Not where products are `cut` (plan `tp`): torch 2.13 fails on
-    them when sizes are left open."""
+    """Compile the blocks of these models where that works; returns a line that says whether it does, or why
+    not.
+
+    Results are the same up to rounding. Later copies of the models are compiled as well. Blocks run
+    uncompiled with a cache, as in sampling, and where products are `cut` (plan `tp`): torch 2.13 fails on
+    those with dynamic sizes."""
     if cut:
         return "compile: off (torch's compiler fails on the cut products of tp); training runs, slower"
     compiled, line = runtime.compile_function(Block.forward, sizes_change=True)

@@ -1,7 +1,7 @@
-"""What a run costs: floating-point operations, their share of what the machine can do, energy and money.
+"""The cost of a run: floating-point operations, their share of the machine's peak, energy and money.
 
-Nothing is invented: a figure whose basis is not known - the operations of a stage that does not count them,
-the watts of a machine that does not measure them - is absent.
+A figure is absent when its basis is not known: the operations of a stage that does not count them, the watts
+of a machine that does not measure them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def training_flop(model: GPT, length: float) -> float:
     two; the causal half of attention is counted whole, as in the paper; what is computed twice (activation
     checkpointing) counts once.
 
-    A frozen parameter has no gradient, which is two of the six; under an adapter the looked-up tables are
-    frozen as well.
+    A frozen parameter has no gradient, which saves two of the six operations. Under an adapter the embedding
+    tables are frozen as well.
 
-    Departure: N leaves out tables that are only looked up in - positions, and token embeddings that are not
-    the output matrix as well (a reward model's body has no output matrix).
+    Departure: N leaves out tables that are only looked up: positions, and token embeddings that are not also
+    the output matrix (a reward model's body has no output matrix).
     """
     looked_up = _looked_up(model)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
@@ -41,17 +41,17 @@ def training_flop(model: GPT, length: float) -> float:
 
 
 def forward_flop(model: GPT, length: float) -> float:
-    """Floating-point operations to read one sequence of `length` tokens: a third of training on it with
-    nothing frozen.
+    """Floating-point operations of a forward pass over one sequence of `length` tokens: a third of those to
+    train on it with nothing frozen.
 
-    Sampling it token by token with a cache takes as many.
+    Sampling it token by token with a cache takes the same number.
     """
     shape, products = model.config, model.parameter_count() - _looked_up(model)
     return float(length * (2 * products + 4 * shape.layers * shape.heads * shape.head_dim * length))
 
 
 def _looked_up(model: GPT) -> int:
-    """Parameters that are only looked up in, and no factor of a product."""
+    """Number of parameters in tables that are only looked up, and are no factor of a product."""
     is_output = model.config.tied and isinstance(model.head, nn.Linear)
     tables = 0 if is_output else model.embed.weight.numel()
     return tables + (0 if model.positions is None else model.positions.weight.numel())
@@ -66,12 +66,12 @@ def rounds_spent(
     epochs: int,
     text: float = 0.0,
 ) -> dict[str, float]:
-    """Tokens and operations of rounds of sampling and learning, from the `rows` that they logged.
+    """Tokens and operations of RL iterations, from the `rows` that they logged.
 
-    `tokens` are those of answers. Operations: `prompt` tokens on average stand before an answer; each row is
-    sampled by the first of `read`, read by each of them, and learnt from `epochs` times by `trained` in the
-    rounds that had an update. `text` is what each update spends on general text. Products of an answer's
-    length are taken at its mean.
+    `tokens` are those of the completions. For the operations, `prompt` is the mean length of a prompt. Each
+    completion is sampled by the first model of `read` and passes forward through each of `read`. In
+    iterations with an update each of `trained` trains on it `epochs` times. `text` is the operations of an
+    iteration's updates on general text. Every completion counts with the mean length.
     """
     tokens = flop = 0.0
     for row in rows:
@@ -86,8 +86,7 @@ def rounds_spent(
 
 
 class EnergyMeter:
-    """Joules that the machine's processors have used, by their own meters; they stop at a maximum and begin
-    at 0."""
+    """Joules that the machine's processors have used, by their own meters, which wrap around to 0."""
 
     def __init__(self, place: Path = POWERCAP) -> None:
         self.meters = {}
@@ -117,11 +116,10 @@ def cost_row(
     rate: float | None = None,
     peak: float = 0.0,
 ) -> dict[str, float]:
-    """The figures that can be known of `flop` operations so far in `elapsed` seconds of training, for
-    metrics.jsonl.
+    """The known cost figures for metrics.jsonl, after `flop` operations in `elapsed` seconds of training.
 
-    `rate` is the operations per second of the last step; `peak` what the machine's matrix products reach
-    (`runtime.matmul_peak`). Energy: the `watts` setting times seconds where it is set, else the meters'
+    `rate` is the operations per second of the last step, `peak` the machine's peak in matrix products
+    (`runtime.matmul_peak`). Energy is the `watts` setting times seconds where it is set, else the meters'
     `joules`.
     """
     row: dict[str, float] = {}

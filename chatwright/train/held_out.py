@@ -18,12 +18,11 @@ def held_out_rows(shape: GPTConfig) -> int:
 
 
 def held_out_bits_per_byte(model: GPT, shards: TokenShards, *, context: int, dtype: torch.dtype) -> float:
-    """Bits per byte of held-out text: windows of `context` tokens side by side, each token a target exactly
-    once.
+    """Bits per byte of held-out text, over adjacent windows of `context` tokens. Each token is a target
+    exactly once.
 
-    The first token of a window is predicted from one token only, so that this is a little above what the
-    model can do with full context everywhere. End-of-text tokens count as targets, though they are no bytes
-    of the text.
+    The first target of a window is predicted from one token only, so that the result is a little above that
+    of full context everywhere. End-of-text tokens count as targets, though they are no bytes of the text.
     """
     nats = 0.0
     rows: list[Tensor] = []

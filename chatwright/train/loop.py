@@ -1,7 +1,7 @@
-"""The plain loop of every stage whose batches are known in advance: pre-training, SFT, reward model.
+"""The training loop of every stage whose batches are known in advance: pre-training, SFT, reward model.
 
-How many steps, which learning rate, when to log, to measure and to save; `trainer.Trainer` does the steps
-themselves.
+The loop decides the number of steps, the learning rate, and when to log, measure and save. `trainer.Trainer`
+does the steps.
 """
 
 from __future__ import annotations
@@ -100,8 +100,9 @@ class Batches(Protocol[Made]):
 
 @dataclass(frozen=True)
 class Fitted:
-    """The end of `fit`. `checkpoint` is the stage's result and `after` its measures: the last step's, or the
-    best one's with `keep_best`; the modules have its weights. `facts` and `notes` are for the stage's report.
+    """The outcome of `Fit.run`. `checkpoint` is the stage's result: the last step, or with `keep_best` the
+    best one. `after` are its measures, and the modules have its weights. `facts` and `notes` are for the
+    stage's report.
     """
 
     checkpoint: Checkpoint
@@ -119,22 +120,21 @@ class Fitted:
     def measure(
         self, key: str, name: str, better: Literal["lower", "higher", "context"] = "lower", note: str = ""
     ) -> Measure:
-        """One of the held-out measures for the report, before training and after."""
+        """One held-out measure for the report, before training and after."""
         return Measure(name, self.before[key], self.after[key], better, note)
 
     @property
     def samples(self) -> int:
-        """Samples that the model was trained on, each pass counted; those that a rollback passed over are
-        not."""
+        """Samples that the model was trained on, each pass counted, without those that a rollback skipped."""
         return self.progress.consumed - int(self.progress.extra.get("passed_over", 0))
 
 
 Best = tuple[str, Literal["lower", "higher"]]
-"""A held-out measure's name, and which of its values are better."""
+"""A held-out measure's name, and whether lower or higher values are better."""
 
 
 class Fit(Generic[AnyBatch]):
-    """The plain loop over batches that are known in advance."""
+    """The training loop over batches that are known in advance."""
 
     def __init__(
         self,
@@ -149,11 +149,10 @@ class Fit(Generic[AnyBatch]):
         best: Best | None = None,
         flop_per_sample: float | None = None,
     ) -> None:
-        """`step` is given a micro-batch; `evaluate` measures on held-out data.
+        """`step` computes the loss of a micro-batch; `evaluate` measures on held-out data.
 
-        `throughput` names what is counted per sample, for the speed shown: ("tokens", 256.0). `best` is what
-        `keep_best` chooses by, `flop_per_sample` the operations of training on a sample, where they are
-        known.
+        `throughput` is the unit of the speed shown and its number per sample: ("tokens", 256.0). `keep_best`
+        chooses by `best`. `flop_per_sample` is the number of operations to train on a sample, where known.
         """
         config.check(trainer.optim_config.schedule)
         if config.keep_best and best is None:
@@ -164,7 +163,7 @@ class Fit(Generic[AnyBatch]):
             )
         self.best, self.flop_per_sample, self.meter = best, flop_per_sample, cost.EnergyMeter()
         self.busy = busy.BusyMeter()
-        self.fresh = 0  # steps of this process: the first two compile and warm up, their time is not counted
+        self.fresh = 0  # steps of this process; the first two compile and warm up: their time does not count
         self.trainer, self.config, self.batches, self.step, self.evaluate = (
             trainer,
             config,
@@ -176,8 +175,7 @@ class Fit(Generic[AnyBatch]):
         self.modules = list(trainer.modules.values())
 
     def run(self) -> Fitted:
-        """Train to the end, or to where someone stops it. Raises Interrupted, after saving where there is
-        anything new."""
+        """Train to the end. Raises Interrupted when the run is asked to stop, after saving what is new."""
         trainer = self.trainer
         with Stopper().listening() as stopper:
             resumed = trainer.resume()
@@ -187,15 +185,14 @@ class Fit(Generic[AnyBatch]):
                 progress.extra["before"] = self._measure(stopper)
             if not (progress.planned and progress.step >= progress.planned and "after" in progress.extra):
                 self._train(stopper)
-                progress = trainer.progress  # another one after a rollback
+                progress = trainer.progress  # a rollback replaces it
                 progress.extra["after"] = self._measure(stopper)
                 trainer.workspace.metrics.write_once(progress.step, progress.extra["after"])
                 self._keep_if_best(progress.extra["after"])
                 trainer.save(final=True, protected=self._protected())
             self._name_best()
-            if (
-                runtime.is_rank_zero()
-            ):  # of the ones that were the best before; here, as a run may be killed behind its last save
+            # Earlier best checkpoints go here too: a run may be killed right after its last save.
+            if runtime.is_rank_zero():
                 checkpoint.prune(trainer.workspace.checkpoints, trainer.keep, protected=self._protected())
         return self._result()
 
@@ -208,17 +205,16 @@ class Fit(Generic[AnyBatch]):
             while not trainer.progress.planned or trainer.progress.step < trainer.progress.planned:
                 self._look(stopper)
                 started = time.monotonic()
-                with self._may_stop_at_once(
-                    stopper, when=self.fresh == 0
-                ):  # compilation: nothing is lost yet
+                # The first step compiles, and may be stopped inside: nothing is lost yet.
+                with self._may_stop_at_once(stopper, when=self.fresh == 0):
                     loss = self._one_step()
                 progress = trainer.progress
                 spent, lost, asked, due = self._agreed(time.monotonic() - started, stopper.asked)
                 self.fresh += 1
-                if self.fresh <= 2:  # the compiler's processes are no other programs
+                if self.fresh <= 2:  # the compiler's processes must not count as other programs
                     self.busy = busy.BusyMeter()
                 if self.fresh == 1 and config.compile:
-                    runtime.trim_heap()  # the compiler's
+                    runtime.trim_heap()  # frees what the compiler used
                 if self.fresh > 2:
                     progress.elapsed += spent
                     if not config.steps:
@@ -232,13 +228,12 @@ class Fit(Generic[AnyBatch]):
                     raise self._interrupted()
                 if spikes.damaged(config.spikes, progress.extra):
                     self._answer_spikes()
-                elif due and not progress.extra.get(
-                    "spikes_in_a_row"
-                ):  # nothing to return to is saved inside a jump
+                # No checkpoint inside a loss spike: a rollback must not return into it.
+                elif due and not progress.extra.get("spikes_in_a_row"):
                     trainer.save(wait=False, protected=self._protected())
 
     def _interrupted(self) -> Interrupted:
-        """Save what this process has done, and the exception that says so."""
+        """Save what this process has done; return the exception that says so."""
         where = f"{self.title}: stopped before the first step of this attempt, nothing had to be saved"
         if self.fresh:
             self.trainer.save(protected=self._protected())
@@ -246,8 +241,8 @@ class Fit(Generic[AnyBatch]):
         return Interrupted(f"{where}; the same command goes on from there")
 
     def _may_stop_at_once(self, stopper: Stopper, *, when: bool) -> AbstractContextManager[None]:
-        """Where a signal need not wait for the end of the step. Several processes stop together, or wait
-        forever."""
+        """Context in which a signal stops the run without waiting for the end of the step. Several processes
+        must stop together, or they wait forever: for them it does nothing."""
         return (
             stopper.at_once(self._interrupted)
             if when and not self.trainer.parallel.together
@@ -255,8 +250,8 @@ class Fit(Generic[AnyBatch]):
         )
 
     def _look(self, stopper: Stopper) -> None:
-        """The held-out measure of `evaluate_every`, at the beginning of the step after: where a run that was
-        stopped in the middle of it goes on."""
+        """The held-out measure of `evaluate_every`. It runs at the beginning of the next step, so that a run
+        stopped during the measure resumes with it."""
         progress, every = self.trainer.progress, self.config.evaluate_every
         if (
             not every
@@ -273,8 +268,8 @@ class Fit(Generic[AnyBatch]):
             self._name_best()
 
     def _agreed(self, spent: float, asked: bool) -> tuple[float, float, bool, bool]:
-        """Seconds of the step, those that other programs took, whether to stop, whether to save: the same in
-        every process."""
+        """Seconds of the step, seconds that other programs took of it, whether to stop, whether to save: the
+        same in every process."""
         every = self.config.save_steps
         due = time.monotonic() - self.trainer.saved_at > self.config.save_every
         due = due or (every > 0 and self.trainer.progress.step % every == 0)
@@ -284,7 +279,7 @@ class Fit(Generic[AnyBatch]):
 
     def _one_step(self) -> float:
         progress, config, parallel = self.trainer.progress, self.config, self.trainer.parallel
-        mine = config.batch_size // parallel.data_size  # this process's samples lie side by side
+        mine = config.batch_size // parallel.data_size  # samples of this process, a contiguous range
         first = progress.consumed + parallel.data_rank * mine
         size = min(config.micro_batch or mine, mine)
         micro_batches = [self.batches.take(first + n, size) for n in range(0, mine, size)]
@@ -307,8 +302,8 @@ class Fit(Generic[AnyBatch]):
         return loss
 
     def _answer_spikes(self) -> None:
-        """After `patience` spikes in a row: back to the last checkpoint, or the new level is taken for the
-        normal one."""
+        """After `patience` spikes in a row, roll back to the last checkpoint, or accept the new level of the
+        loss (action `skip`)."""
         trainer, config = self.trainer, self.config.spikes
         if config.action == "skip":
             trainer.progress.extra |= {"losses": [], "spikes_in_a_row": 0}
@@ -327,7 +322,8 @@ class Fit(Generic[AnyBatch]):
         self._name_best()
 
     def _keep_if_best(self, values: dict[str, float]) -> bool:
-        """Note this step as the best one when `keep_best` asks for it and its measure says so."""
+        """Note this step as the best one when `keep_best` is on and its measure is the best so far. Returns
+        whether it was noted."""
         progress = self.trainer.progress
         if not self.config.keep_best or self.best is None:
             return False
@@ -340,8 +336,8 @@ class Fit(Generic[AnyBatch]):
         return True
 
     def _protected(self) -> list[int]:
-        """Steps whose checkpoints stay: the best one's, the one that the file `best` still names, and the one
-        that a rollback would go to."""
+        """Protected steps, whose checkpoints stay: the best one, the one that the file `best` still names,
+        and the one that a rollback would return to."""
         progress, every = self.trainer.progress, self.config.save_steps
         steps = [progress.extra["best"]["step"]] if "best" in progress.extra else []
         with suppress(UserError):
@@ -350,14 +346,14 @@ class Fit(Generic[AnyBatch]):
         return [*steps, progress.step - progress.step % every] if every else steps
 
     def _name_best(self) -> None:
-        """Let the file `best` name the best checkpoint."""
+        """Write the name of the best checkpoint into the file `best`."""
         known = self.trainer.progress.extra.get("best")
         if known is not None and runtime.is_rank_zero():
             checkpoint.write_best(self.trainer.workspace.checkpoints, known["step"])
 
     def _result(self) -> Fitted:
-        """What the finished run gives: its last checkpoint, or the best one, whose weights the modules then
-        get back."""
+        """The result of the finished run: its last checkpoint, or the best one, whose weights are then loaded
+        into the modules."""
         trainer, progress = self.trainer, self.trainer.progress
         chosen, after, notes = (
             checkpoint.checkpoints(trainer.workspace.checkpoints)[-1],
@@ -390,13 +386,14 @@ class Fit(Generic[AnyBatch]):
     def _measure(self, stopper: Stopper) -> dict[str, float]:
         with self._may_stop_at_once(stopper, when=True), runtime.evaluating(*self.modules):
             measured = self.trainer.parallel.forward(self.evaluate)
-        return self.trainer.parallel.broadcast_from_rank0(
-            lambda: measured
-        )  # what is decided by it all decide alike
+        # All processes get the same numbers, so that they decide alike.
+        return self.trainer.parallel.broadcast_from_rank0(lambda: measured)
 
     def _learning_rate(self) -> float:
-        """Share of the peak for the coming step. With a budget in seconds the number of steps is not known at
-        first: there warm-up is a share of the time, and only the fall at the end goes by steps."""
+        """Learning-rate multiplier (1 at the peak) for the coming step.
+
+        With a budget in seconds the number of steps is not known at first: warm-up then goes by time, and
+        only the decay at the end goes by steps."""
         progress, config = self.trainer.progress, self.trainer.optim_config
         if self.config.steps:
             return optim.learning_rate(progress.step, progress.planned, config)
@@ -406,7 +403,7 @@ class Fit(Generic[AnyBatch]):
         return config.final + (1 - config.final) * min(1.0, left)
 
     def _plan(self) -> None:
-        """Settle the number of steps once the constant part of a time budget is used up."""
+        """Fix the number of steps once the constant part of a time budget is used up."""
         progress, config = self.trainer.progress, self.trainer.optim_config
         if not progress.planned and self._counted() >= self.config.seconds * (1 - config.decay):
             progress.planned = max(progress.step + 1, round(progress.step / max(1 - config.decay, 0.05)))
@@ -418,7 +415,7 @@ class Fit(Generic[AnyBatch]):
         return min(1.0, self._counted() / self.config.seconds)
 
     def _counted(self) -> float:
-        """Seconds of the budget that are used up: those on the clock without what other programs took."""
+        """Seconds of the budget that are used up: elapsed time without what other programs took."""
         return busy.counted(self.trainer.progress.extra, self.trainer.progress.elapsed)
 
     def _note(self, loss: float, spent: float) -> str:
@@ -447,7 +444,7 @@ class Fit(Generic[AnyBatch]):
         )
 
     def _account(self, rate: float = 0.0) -> dict[str, float]:
-        """Operations, energy and money so far; with `rate`, samples per second, also the share of the
+        """Operations, energy and money so far; with `rate`, in samples per second, also the share of the
         machine's peak."""
         progress, each = self.trainer.progress, self.flop_per_sample
         samples = progress.consumed - progress.extra.get("passed_over", 0)

@@ -1,5 +1,4 @@
-"""What every training stage logs, whatever its loss is. A stage lists these in `metrics` of its STAGE, beside
-its own."""
+"""Metrics that every training stage logs. A stage lists them in `metrics` of its STAGE, beside its own."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ LOSS_TROUBLE = (
     "flat from the start: the learning rate is too low, or the labels say nothing; a jump that stays: the "
     "learning rate is too high; `null`: the run has diverged"
 )
-"""What an unhealthy loss says, in every stage."""
+"""What an unhealthy loss means, in every stage."""
 
 OPTIMISER_METRICS = in_group(
     "Every stage that trains",
@@ -37,7 +36,7 @@ OPTIMISER_METRICS = in_group(
         when="there has been such a step",
     ),
 )
-"""What chatwright/train/trainer.py logs."""
+"""Metrics that chatwright/train/trainer.py logs."""
 
 LOOP_METRICS = (
     *OPTIMISER_METRICS,

@@ -1,12 +1,13 @@
-"""What the papers set, beside what a run was set to: each alignment stage has a table PAPER of such values.
+"""The papers' settings beside those of a run: each alignment stage has a table PAPER of such values.
 
-A value stands in a table only where a paper gives it for that method; most settings of ours have no
-counterpart there. The papers trained models of 1.3 to 175 billion parameters: a difference is no mistake, but
-a reader should see it. InstructGPT's values were compared with a public transcript of its appendix C on 27
-November 2026 (C.2 to C.4 verbatim, C.1 in other words; not with the paper itself). What no setting of ours
-corresponds to: SFT's residual dropout of 0.2 and its choice by the reward model's score; the policies that
-PPO starts from, which had two passes over the demonstrations with a tenth of pre-training text; a rate of the
-critic's own, 9e-6.
+A table has a value only where a paper gives it for that method; most of our settings have no counterpart
+there. The papers trained models of 1.3 to 175 billion parameters: a difference is no mistake, but a reader
+should see it. InstructGPT's values were compared with a public transcript of its appendix C on 27 November
+2026 (C.2 to C.4 verbatim, C.1 in other words; not with the paper itself).
+
+We have no setting for three things in the paper: SFT's residual dropout of 0.2, and its selection by the
+reward model's score; the policies that PPO starts from, trained for two passes over the demonstrations with a
+tenth of pre-training text; a separate learning rate of the critic, 9e-6.
 """
 
 from __future__ import annotations
@@ -27,13 +28,12 @@ class Paper:
     """A paper's value of one setting."""
 
     setting: str
-    """Path of the field in the stage's Config (`optim.learning_rate`), or what `ours` works out."""
+    """Path of the field in the stage's Config (`optim.learning_rate`), or a name for what `ours` computes."""
     value: Any
-    """The paper's value; a pair is the least and the largest."""
+    """The paper's value; a pair is a range."""
     source: str
     ours: Callable[[Any, Facts], Any] | None = None
-    """Config and the report's facts -> our value, where it is not a field by itself; None where it is not
-    known."""
+    """Config and the report's facts -> our value, where it is no field; returns None when it is not known."""
 
     def of(self, config: Any, facts: Facts) -> Any:
         """Our value."""
@@ -51,7 +51,7 @@ class Paper:
 
 
 def beside(papers: Sequence[Paper], config: Any, facts: Facts) -> list[dict[str, Any]]:
-    """Rows {setting, ours, paper, source, same} for result.json; what is not known of a run is left out."""
+    """Rows {setting, ours, paper, source, same} for result.json; settings that are not known are left out."""
     rows = []
     for one in papers:
         ours = one.of(config, facts)

@@ -1,9 +1,9 @@
 """Products in bf16 with float32 weights, without casting every weight in every forward pass.
 
-Under autocast each forward pass casts each matrix anew and each backward pass casts its gradient back. A
-`WorkingCopy` casts the matrices once after they have changed, as mixed-precision training was first described
-(Micikevicius et al. 2018, arXiv:1710.03740, section 3.1): float32 masters, a low-precision copy to compute
-with, gradients added up in float32 on the masters.
+Under autocast each forward pass casts every matrix and each backward pass casts its gradient back. A
+`WorkingCopy` casts the matrices once after they have changed, as in the first description of mixed-precision
+training (Micikevicius et al. 2018, arXiv:1710.03740, section 3.1): float32 master weights, a low-precision
+copy to compute with, gradients accumulated in float32 on the masters.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from chatwright.model.gpt import GPT
 class WorkingCopy:
     """A twin of `model` that computes with bf16 matrices; its gradients appear on `model`'s parameters.
 
-    Norms, biases and the token and position tables are `model`'s own tensors: looking a row up is no product,
-    and a float32 residual stream costs little. A tied head is a copy like any matrix; both gradients meet in
-    the one master.
+    Norms, biases and the token and position tables are `model`'s own tensors: a table lookup is no product,
+    and a float32 residual stream costs little. A tied head is copied like any matrix; its gradient and that
+    of the table add up in the one master.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -44,13 +44,12 @@ class WorkingCopy:
                     setattr(twin, key, master)
 
     def refresh(self) -> None:
-        """Cast the matrices again if they may have changed, and take over the model's mode; before each use
-        of `twin`.
+        """Cast the matrices again if they may have changed, and copy the model's mode. Call it before each
+        use of `twin`.
 
-        They may have where a gradient is missing: a step ends with its gradients set to None
-        (`zero_grad(set_to_none=True)`, as the Trainer does). And where the version counters say so, which a
-        resumed checkpoint raises. The counters alone would not do: the fused AdamW changes its parameters
-        without raising them.
+        They may have changed in two cases. A gradient is None: a step ends with
+        `zero_grad(set_to_none=True)`, as the Trainer does. Or a version counter differs, as after restoring a
+        checkpoint. The counters alone do not suffice: the fused AdamW does not raise them.
         """
         versions = tuple(master._version for master in self.masters)
         begins = any(master.grad is None for master in self.masters if master.requires_grad)
@@ -63,7 +62,7 @@ class WorkingCopy:
 
 
 class _onto:
-    """Moves a copy's gradient onto its master, in float32, so that micro-batches add up without rounding."""
+    """Moves a copy's gradient onto its master, in float32: micro-batches add up without bf16 rounding."""
 
     def __init__(self, master: nn.Parameter) -> None:
         self.master = master

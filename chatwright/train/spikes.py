@@ -1,24 +1,22 @@
-"""Loss spikes: the whole rule, in one place.
+"""Loss spikes: when a loss is one, and what is done about it.
 
 A step's loss is a spike when it lies above the median of the last `window` accepted losses by more than
-`deviations` robust standard deviations (1.4826 x the median absolute deviation, which is the standard
-deviation where losses are normally distributed) and by more than `rise`. Until `window` losses are known
-nothing is a spike: warm-up, where losses fall, is never touched.
+`deviations` robust standard deviations and by more than `rise`. A robust standard deviation is 1.4826 x the
+median absolute deviation, which is the standard deviation where losses are normally distributed. Until
+`window` losses are known nothing is a spike: warm-up, where losses fall, is never touched.
 
-1. The update of a spike is not made: neither weights nor the optimiser's state see its gradient.
-2. `patience` spikes in a row mean that the weights are damaged, not the samples. With `rollback` the run goes
-   back to
-   its last checkpoint and passes over all samples since (as Chowdhery et al. 2022, arXiv:2204.02311, section
-   5.1, did by
-   hand); with `skip` the new level is accepted and the window begins anew.
-3. After `most` returns the run stops.
+1. The update of a spike is skipped: neither weights nor the optimiser's state see its gradient.
+2. `patience` spikes in a row mean that the weights are damaged, not the samples. With `rollback` the run
+   returns to its last checkpoint and skips all samples since, as Chowdhery et al. 2022 (arXiv:2204.02311,
+   section 5.1) did by hand. With `skip` the new level is accepted and the window begins anew.
+3. After `most` rollbacks the run stops.
 
-What the rule remembers is a part of `Progress.extra`, hence of each checkpoint: a resumed run decides as an
+The state of the rule is a part of `Progress.extra`, hence of each checkpoint: a resumed run decides as an
 uninterrupted one. A rollback goes to a checkpoint of `fit.save_steps` where that is set, so that it does not
-depend on the clock. `loop.Fit` carries the decisions out and writes them to metrics.jsonl.
+depend on the clock. `loop.Fit` carries out the decisions and writes them to metrics.jsonl.
 
 Departure from the paper: it skipped 200 to 500 batches around a spike; here those between checkpoint and
-spike go.
+spike are skipped.
 """
 
 from __future__ import annotations
@@ -72,10 +70,10 @@ def limit(config: SpikeConfig, extra: Mapping[str, Any]) -> float:
 
 
 def accept(config: SpikeConfig, extra: dict[str, Any], loss: float) -> bool:
-    """Whether a step's update is to be made; remembers the loss. A loss that is not finite is not this rule's
-    business.
+    """Whether to make a step's update; records the loss. A loss that is not finite is accepted: the trainer
+    handles those.
 
-    `extra` is `Progress.extra`: `losses` the window, `spikes` how many so far, `spikes_in_a_row`.
+    `extra` is `Progress.extra`: `losses` is the window, `spikes` their number so far, and `spikes_in_a_row`.
     """
     if config.action == "off" or not math.isfinite(loss):
         return True

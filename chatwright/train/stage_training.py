@@ -1,11 +1,11 @@
-"""What every stage that trains does in the same order, whatever it learns.
+"""The steps that every training stage takes in the same order.
 
     training = start_training("sft", PLAN, config, workspace, shape)    processes, plan, allocator, seed
     trainer = training.trainer(model, tokenizer)                         adapter, compilation, optimiser
     fitted = training.fit(trainer, batches, step, evaluate)              the loop of loop.py
 
-The order decides which random numbers a stage draws: the seed is set in the first step, new weights are drawn
-between the first and the second, those of an adapter in the second.
+The order decides which random numbers a stage draws. `start_training` sets the seed, then the stage draws new
+weights, then `trainer` draws those of an adapter.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ def start_training(
     compile_blocks: bool = False,
     refused: Mapping[str, str] | None = None,
 ) -> StageTraining[Settings]:
-    """Arrange the processes, say the plan, and set the seed.
+    """Arrange the processes, print the plan, and set the seed.
 
-    `config` has `optim`, and `fit` or `minibatch_size`; `parallel` where several processes may share the
-    work, by all plans but those that are `refused`. `learnt` is the share of the tokens that are in the loss.
-    `compile_blocks` has several processes compile the blocks of models that the plan shards. Raises
-    UserError: the processes cannot be arranged, or not even the smallest micro-batch fits into the memory.
+    `config` has `optim`, and `fit` or `minibatch_size`; also `parallel` where several processes may share the
+    work. `refused` maps the parallel plans that the stage cannot use to the reason. `learnt` is the share of
+    the tokens that are in the loss. With `compile_blocks`, several processes compile the blocks of models
+    that the plan shards. Raises UserError when the processes cannot be arranged, or when not even the
+    smallest micro-batch fits into memory.
     """
     fit: Any = getattr(config, "fit", None)
     wanted = getattr(config, "parallel", None)
@@ -75,13 +76,13 @@ def start_training(
         )
     config = planning.ahead(stage, plan, config, shape, parallel, learnt=learnt)
     runtime.tune_allocator()
-    torch.manual_seed(runtime.seed_for(workspace.seed, stage))  # of new weights, and of dropout
+    torch.manual_seed(runtime.seed_for(workspace.seed, stage))  # for new weights and dropout
     return StageTraining(stage, config, workspace, parallel)
 
 
 @dataclass(frozen=True)
 class StageTraining(Generic[Settings]):
-    """The training of one stage that has begun (`start_training`)."""
+    """The training of one stage, as `start_training` begins it."""
 
     stage: str
     config: Settings
@@ -96,7 +97,7 @@ class StageTraining(Generic[Settings]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of products: bfloat16 or float32. Weights are float32."""
+        """Type of matrix products: bfloat16 or float32. Weights are float32."""
         return runtime.compute_dtype(self.settings.fit.precision)
 
     def trainer(
@@ -108,11 +109,11 @@ class StageTraining(Generic[Settings]):
         base: GPT | None = None,
         compiling: Callable[..., str] | None = compile_blocks,
     ) -> Trainer:
-        """Make a model ready to be trained: its adapter, its device, compilation; and what trains it.
+        """Prepare a model for training (adapter, device, compilation) and make its trainer.
 
         `base` is the model whose weights an adapter is trained over, where it is not the model itself.
-        `compiling(model, cut=...)` compiles it, when the settings ask for that, and returns a line about it;
-        None leaves that to the stage. Raises UserError for an adapter that cannot be.
+        `compiling(model, cut=...)` compiles the model when the settings ask for it, and returns a line about
+        it; None leaves compilation to the stage. Raises UserError for impossible adapter settings.
         """
         fit, name = self.settings.fit, "model" if isinstance(model, GPT) else f"{self.stage} model"
         lora: LoRAConfig | None = getattr(self.config, "lora", None)
@@ -155,8 +156,8 @@ class StageTraining(Generic[Settings]):
         best: Best | None = None,
         flop_per_sample: float | None = None,
     ) -> Fitted:
-        """Train to the end, measuring before and after; what is given is as in `loop.Fit`. Raises
-        Interrupted, after saving, when somebody stops it."""
+        """Train to the end, measuring before and after. Arguments are those of `loop.Fit`. Raises
+        Interrupted, after saving, when the run is asked to stop."""
         return Fit(
             trainer,
             self.settings.fit,
@@ -171,7 +172,7 @@ class StageTraining(Generic[Settings]):
 
 
 def planned_model(kind: type[Model], planned: PlannedStage, shape: GPTConfig) -> Model:
-    """A model on fake tensors as `StageTraining.trainer` would make it ready, for a stage's plan."""
+    """A model on fake tensors for a stage's plan, prepared as `StageTraining.trainer` would prepare it."""
     with torch.device(runtime.device()):
         model = kind(shape)
     (model if isinstance(model, GPT) else model.body).activation_checkpointing = planned.fit.recompute

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, and say how to go on; at once where there is nothing to save."""
+"""Ctrl-C and SIGTERM: finish the step, save, and say how to resume. With nothing to save, stop at once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Interrupted(Exception):
 
 
 class StopNow(BaseException):
-    """A signal came inside `Stopper.at_once`. Not an Exception: no handler of errors may take it for one."""
+    """A signal came inside `Stopper.at_once`. Not an Exception: `except Exception` must not catch it."""
 
 
 class Stopper:
     """Turns the first Ctrl-C or SIGTERM into a flag; a second Ctrl-C stops at once, without saving.
 
-    A second SIGTERM changes nothing: launchers send several, and what they want is the checkpoint.
+    A second SIGTERM changes nothing: launchers send several, and they want the checkpoint.
     """
 
     def __init__(self) -> None:
@@ -33,14 +33,14 @@ class Stopper:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
         if self._at_once:
-            self._at_once = False  # raised once: what unwinds must not be interrupted by the next signal
+            self._at_once = False  # raise once: the next signal must not interrupt the unwinding
             raise StopNow
         if self._signals > 1:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
         self.asked = True
-        with contextlib.suppress(RuntimeError):  # the signal came while this very stream was being written to
+        with contextlib.suppress(RuntimeError):  # the signal may interrupt a write to the same stream
             say("  stopping after this step; Ctrl-C again stops at once, without saving")
 
     @contextmanager
@@ -51,7 +51,7 @@ class Stopper:
             for number in (signal.SIGINT, signal.SIGTERM):
                 old[number] = signal.signal(number, self._handle)
         except ValueError:
-            pass  # not the main thread: whoever runs us handles signals
+            pass  # not the main thread: the caller handles signals
         try:
             yield self
         finally:
@@ -60,8 +60,8 @@ class Stopper:
 
     @contextmanager
     def at_once(self, reason: Callable[[], Exception]) -> Iterator[None]:
-        """Inside nothing is half done, or nothing that counts: the first signal, or one from before, ends the
-        block there and `reason()` is raised, which may save first."""
+        """A block that may be interrupted anywhere without loss. The first signal, or an earlier one, ends it
+        at once and raises `reason()`, which may save first."""
         try:
             if self._signals:
                 raise StopNow
@@ -75,8 +75,8 @@ class Stopper:
 
 @contextmanager
 def terminable(title: str) -> Iterator[None]:
-    """Outside of training loops, which have their own Stopper: SIGTERM raises Interrupted. Ctrl-C is Python's
-    own."""
+    """SIGTERM raises Interrupted inside the context; Ctrl-C stays Python's. For code outside of training
+    loops, which have a Stopper."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise StopNow

@@ -1,8 +1,8 @@
-"""One optimiser step after another, with everything that must survive a crash.
+"""The trainer: optimiser steps, and the checkpoints from which a run resumes.
 
-`loop.Fit` drives a `Trainer` over batches that are known in advance; PPO, which makes its own, uses it
-directly. Both continue after a crash bit for bit: weights, optimiser, position in the data, random streams
-and the plan (how many steps) are all in the checkpoint.
+`loop.Fit` drives a `Trainer` over batches that are known in advance. PPO makes its own batches and uses it
+directly. Both resume bit for bit after a crash: a checkpoint has weights, optimiser state, position in the
+data, random streams and the planned number of steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from chatwright.train.workspace import Workspace
 
 
 class Batch(Protocol):
-    """What a step is given. `weight` is what its loss is summed over: targets, pairs ..."""
+    """The input of a step. Its loss is a sum over `weight` terms: targets, pairs ..."""
 
     @property
     def weight(self) -> float:
@@ -38,7 +38,7 @@ AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 @dataclass(frozen=True)
 class Step:
-    """The outcome of a forward pass: the loss as a SUM over the batch's weight, and sums to log beside it."""
+    """The outcome of a forward pass: the loss as a SUM over the batch's weight, and further sums to log."""
 
     loss: Tensor
     logged: Mapping[str, Tensor] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Step:
 
 @dataclass
 class Progress:
-    """Where a run is: the part of a checkpoint's state that training changes."""
+    """The progress of a run: the part of a checkpoint's state that training changes."""
 
     step: int = 0
     consumed: int = 0
@@ -57,7 +57,7 @@ class Progress:
 
 
 class Trainer:
-    """One optimiser step after another on some modules, with everything that must survive a crash."""
+    """Trains modules step by step, and writes and restores their checkpoints."""
 
     def __init__(
         self,
@@ -71,11 +71,11 @@ class Trainer:
         parallel: ParallelContext = SINGLE_PROCESS,
         frozen: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        """`modules["model"]` is what others load; further ones (a critic) are saved beside it. Of a module
-        with adapters what is trained is saved, of the model beside it the whole with the adapter merged.
-        `metadata` goes into state.json (the model's shape), `texts` are files that make the directory
-        self-contained. `parallel` puts the modules on many processes, and beside them `frozen` ones, which
-        are not saved."""
+        """`modules["model"]` is what other stages load; further modules (a critic) are saved beside it. A
+        module with adapters saves only its trained tensors; `model` is also saved whole, with the adapter
+        merged. `metadata` goes into state.json (the model's shape), `texts` are files that make the directory
+        self-contained. `parallel` distributes the modules over many processes, and the `frozen` ones too,
+        which are not saved."""
         self.modules, self.optim_config, self.workspace = dict(modules), optim_config, workspace
         self.metadata, self.texts, self.keep = dict(metadata), dict(texts), keep
         self.parallel = parallel
@@ -88,7 +88,7 @@ class Trainer:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained."""
+        """All trained parameters."""
         return [
             p for optimiser in self.optimisers for group in optimiser.param_groups for p in group["params"]
         ]
@@ -100,21 +100,21 @@ class Trainer:
         share: float,
         accept: Callable[[float], bool] | None = None,
     ) -> float:
-        """One optimiser step on the sum of the micro-batches' losses over their total weight; returns the
-        loss.
+        """One optimiser step on the sum of the micro-batches' losses, divided by their total weight; returns
+        that loss.
 
-        `share` is the learning rate's share of its peak. A gradient that is not finite changes nothing and is
-        counted in `skipped`; nor does a loss that `accept` refuses. Raises UserError after 20 bad gradients
-        in a row, and whatever `accept` raises: nothing has then changed.
+        `share` is the learning-rate multiplier. Nothing is updated when the gradient is not finite (counted
+        in `skipped`) or when `accept` refuses the loss. Raises UserError after 20 such gradients in a row,
+        and whatever `accept` raises: nothing has then changed.
         """
         parallel = self.parallel
         total = parallel.sum([sum(batch.weight for batch in batches)])[0] or 1.0
-        sums = {"": 0.0}  # the loss first, then what is logged beside it
+        sums = {"": 0.0}  # the loss first, then the logged values
         for number, batch in enumerate(batches, 1):
             with parallel.accumulating(more=number < len(batches)):
                 outcome = parallel.forward(step, runtime.on_device(batch))
-                # Gradients are averaged over the processes: dividing by the mean weight of one of them makes
-                # it a sum.
+                # Gradients are averaged over the processes. Dividing by the mean weight per process turns
+                # the average into the sum over all, divided by the total weight.
                 (outcome.loss / (total / parallel.data_size)).backward()  # type: ignore[no-untyped-call]
             sums[""] += float(outcome.loss.detach()) / total
             for key, value in outcome.logged.items():
@@ -147,7 +147,7 @@ class Trainer:
             )
 
     def take_logged(self) -> dict[str, float]:
-        """What the steps logged since the last call, sums divided by their weight."""
+        """What the steps logged since the last call: each sum divided by the total weight."""
         norm = self._logged.pop("gradient_norm", 0.0)
         result = {key: value / max(self._weight, 1.0) for key, value in self._logged.items()}
         result["gradient_norm"] = norm
@@ -158,7 +158,7 @@ class Trainer:
 
     @property
     def unfinished(self) -> Checkpoint:
-        """Where a step is saved that was stopped in its middle, if it was."""
+        """Where the mid-step state of a step that was stopped is saved; it may not exist."""
         return Checkpoint(self.workspace.checkpoints / checkpoint.UNFINISHED)
 
     def save(
@@ -171,17 +171,15 @@ class Trainer:
     ) -> Checkpoint:
         """Write a checkpoint of this step; a `final` one has no optimiser state. Older ones are pruned.
 
-        With `mid_step`, which is what the step needs to be gone on with and equal in all processes, it is
-        that of an `unfinished` step and stands beside the others: one of the step's beginning stays what it
-        is.
+        `mid_step` is the state from which a step resumes in its middle, equal in all processes. With it the
+        checkpoint is written as `unfinished` beside the others: the checkpoint of the step's beginning stays.
 
-        Where processes hold a part of the model each, every one must call this. They write their parts in the
-        background (with `wait` False it may still be going on at the return) and a `final` checkpoint is put
-        together by the first.
+        With a sharded model every process must call this. Each writes its shards in the background; with
+        `wait` False writing may continue after the return. Rank zero consolidates a `final` checkpoint.
         """
         self.parallel.flush()
         tensors = self._parts()
-        if lora.adapter_names(self.modules["model"]):  # whoever loads it needs neither base nor adapter
+        if lora.adapter_names(self.modules["model"]):  # merged: it loads without base and adapter
             tensors["model"] = lora.merged_tensors(self.modules["model"])
         if not final:
             tensors["optimizer"] = (
@@ -220,8 +218,8 @@ class Trainer:
         return Checkpoint(target)
 
     def _parts(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint must hold of the modules, by file: all of a module, or what an adapted one has
-        beyond its base."""
+        """The tensors of the modules that a checkpoint must hold, by file: all of a module, or of an adapted
+        one only what it has beyond its base."""
         parts = {}
         for name, module in self.modules.items():
             if lora.adapter_names(module):
@@ -231,22 +229,22 @@ class Trainer:
         return parts
 
     def resume(self) -> bool:
-        """Go on from the newest valid checkpoint, if there is one; says so, and names the damaged ones it
-        passed."""
+        """Resume from the newest valid checkpoint, if there is one. Prints which, and the damaged ones before
+        it. Returns whether there was one."""
         self.parallel.broadcast_from_rank0(lambda: checkpoint.recover(self.workspace.checkpoints))
         found, complaints = self.parallel.broadcast_from_rank0(self._newest)
         for complaint in complaints:
             say(f"  {complaint}; trying the one before it")
         if found is None:
-            self.workspace.metrics.forget_after(-1)  # of a run that died before its first checkpoint
+            self.workspace.metrics.forget_after(-1)  # rows of a run that died before its first checkpoint
             return False
         self._restore(found)
         say(f"  going on from step {self.progress.step} ({found.path})")
         return True
 
     def _newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """What to go on from: the newest valid checkpoint, or the unfinished step that began there or
-        later."""
+        """The state to resume from, and complaints about damaged ones: the newest valid checkpoint, or the
+        mid-step state of an unfinished step that is not older."""
         found, complaints = checkpoint.newest_valid(self.workspace.checkpoints)
         if self.unfinished.path.is_dir():
             try:
@@ -259,20 +257,19 @@ class Trainer:
         return found, complaints
 
     def finish(self) -> None:
-        """Forget the unfinished step, which has come to its end and is saved."""
+        """Delete the mid-step state once its step is finished and saved."""
         if runtime.is_rank_zero() and self.unfinished.path.is_dir():
             checkpoint.delete(self.unfinished)
 
     def put_together(self, found: Checkpoint) -> None:
-        """Make an ordinary directory of a checkpoint in parts: a stage's result is one whatever the plan."""
+        """Consolidate a sharded checkpoint: a stage's result is an ordinary directory under every plan."""
         self.parallel.flush()
         self.parallel.broadcast_from_rank0(lambda: sharded_to_plain(found))
 
     def _restore(self, found: Checkpoint) -> None:
         state = found.state()
-        if state.get("lora") != self.metadata.get(
-            "lora"
-        ):  # never more than a part of the model would come from it
+        # With another adapter only a part of the model would come from the checkpoint.
+        if state.get("lora") != self.metadata.get("lora"):
             raise UserError(
                 f"{found.path} was trained with another adapter (lora settings), or on another base model"
             )
@@ -283,12 +280,13 @@ class Trainer:
         self.workspace.metrics.forget_after(self.progress.step)
 
     def roll_back(self, *, every: int, protected: Callable[[], Sequence[int]]) -> None:
-        """Return to the newest checkpoint from before the loss jumped, and pass over the samples since
+        """Return to the newest checkpoint from before the loss jumped, and skip the samples since
         (spikes.py).
 
-        Above 0 `every` admits only steps that are its multiples. `protected` is asked afterwards, as in
-        `save`. Raises UserError when there is no such checkpoint. What is done here is in the checkpoint's
-        place when this returns; whoever is killed before does the same again.
+        With `every` above 0 only checkpoints at its multiples count. `protected` is called after the rollback
+        and gives the protected steps, as in `save`. Raises UserError when there is no such checkpoint. The
+        new state is saved in place of that checkpoint before this returns; a run that is killed earlier
+        repeats the rollback.
         """
         self.parallel.flush()
         before, directory = self.progress, self.workspace.checkpoints
@@ -322,7 +320,7 @@ class Trainer:
         )
         self.workspace.metrics.write_once(now.step, {"rolled_back_from": before.step})
 
-        def forget() -> None:  # before the new state is saved: else it could be taken for older than these
+        def forget() -> None:  # before the new state is saved: else a resume would choose these as newer
             for later in checkpoint.checkpoints(directory):
                 if later.step > now.step:
                     checkpoint.delete(later)
@@ -332,7 +330,7 @@ class Trainer:
         say(f"  back from step {before.step} to step {now.step}; the samples in between are passed over")
 
     def load_weights(self, found: Checkpoint) -> None:
-        """Give the modules the weights of a checkpoint; all else stays."""
+        """Load the weights of a checkpoint into the modules; everything else stays."""
         self._load(found, final=True)
 
     def _load(self, found: Checkpoint, *, final: bool) -> None:
@@ -350,7 +348,7 @@ class Trainer:
 
 
 def sharded_to_plain(found: Checkpoint) -> None:
-    """Give a checkpoint in parts the files of an ordinary one, all that is in it."""
+    """Consolidate a sharded checkpoint, with everything in it, into the files of an ordinary one."""
     if found.is_sharded:
         from chatwright import sharded  # torch's distributed part takes a while to import
 
@@ -358,8 +356,7 @@ def sharded_to_plain(found: Checkpoint) -> None:
 
 
 def _is_before_spikes(found: Checkpoint) -> bool:
-    """Whether a checkpoint is whole, can be trained on from, and was not made in the middle of a jump of the
-    loss."""
+    """Whether a checkpoint is intact, can be resumed from, and was not written during a loss spike."""
     try:
         found.verify()
     except UserError:

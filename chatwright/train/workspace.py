@@ -1,4 +1,4 @@
-"""Where a stage runs: its directory, its inputs, its seed, and what it reports when it is done."""
+"""The workspace of a stage (directory, inputs, seed), and the report that it returns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Measure:
     before: float | None
     after: float | None
     better: str = "lower"
-    """`lower`, `higher`, or `context` for a number to compare with rather than to improve."""
+    """`lower`, `higher`, or `context` for a number that others are compared with."""
     note: str = ""
     interval: tuple[float, float] | None = None
     """95 % interval of `after`, where one is known."""
@@ -30,7 +30,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Curve:
-    """What to draw from metrics.jsonl: the keys that share one picture."""
+    """A picture to draw from metrics.jsonl: the keys that share it."""
 
     title: str
     keys: Sequence[str]
@@ -39,7 +39,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Table:
-    """A table for the report: cells are texts."""
+    """A table for the report; cells are strings."""
 
     title: str
     columns: Sequence[str]
@@ -51,48 +51,46 @@ class Answered:
     """Answers of two models to the same held-out prompts, drawn with the same seeds."""
 
     before: str
-    """What answered before, in words."""
+    """Name of the first model; `after` is that of the second."""
     after: str
     prompts: Sequence[str]
     """The prompts as people read them."""
     pairs: Sequence[Mapping[str, str]]
     """{prompt, before, after} of the first ten."""
     values: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
-    """Numbers of single prompts, (before, after) by the name of the measure: what a paired comparison needs.
-    """
+    """Name of a measure -> its values for each prompt, (before, after), for a paired comparison."""
     measures: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Numbers of all answers together, (before, after): length and diversity."""
+    """Name of a measure -> its value over all answers, (before, after): length and diversity."""
     kl: float | None = None
     """KL of the second model from the first on its own answers, nats per answer."""
 
 
 @dataclass
 class Report:
-    """What a stage gives back; `result.json` and `report.md` are made of it."""
+    """The result of a stage, from which `result.json` and `report.md` are written."""
 
     measures: list[Measure] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     model: str | None = None
     """The checkpoint to use, relative to the stage's directory; None when the stage makes no model."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Anything worth keeping: counts, settings that were chosen at run time."""
+    """Other numbers worth keeping: counts, settings that were chosen at run time."""
     notes: list[str] = field(default_factory=list)
     """Lines for the report: departures, warnings."""
     tables: list[Table] = field(default_factory=list)
     answers: Answered | None = None
-    """Of a stage that asks models itself; for other stages the pipeline asks base and result
+    """Set by stages that sample answers themselves; for the others the pipeline samples from base and result
     (reports/extras.py)."""
     pictures: list[str] = field(default_factory=list)
     """Files in the stage's directory to show beside the curves."""
 
     def value(self, name: str) -> float | None:
-        """What the measure of this name came to after the stage; None when there is none."""
+        """The measure's value after the stage; None when there is no measure of this name."""
         return next((measure.after for measure in self.measures if measure.name == name), None)
 
 
 class Unhealthy(UserError):
-    """A stage found that it must not go on. What it measured is in `report`; its checkpoints stay where they
-    are."""
+    """A stage found that it must not go on. `report` has its measures so far; its checkpoints stay."""
 
     def __init__(self, message: str, report: Report) -> None:
         super().__init__(message)
@@ -101,7 +99,7 @@ class Unhealthy(UserError):
 
 @dataclass
 class Workspace:
-    """A stage's place on disk."""
+    """A stage's directory, inputs and seed."""
 
     directory: Path
     seed: int = 1337
@@ -109,11 +107,11 @@ class Workspace:
     """Finished stages of this run: name -> directory."""
     reporting: Reporting = field(default_factory=Reporting)
     described: Sequence[Metric] | None = None
-    """The metrics that the stage may log, those of its STAGE; None where any key may be logged."""
+    """The metrics that the stage may log, from its STAGE; None where any key may be logged."""
 
     @property
     def checkpoints(self) -> Path:
-        """Where the stage's checkpoints are."""
+        """The directory of the stage's checkpoints."""
         return self.directory / "checkpoints"
 
     @cached_property
@@ -122,7 +120,7 @@ class Workspace:
         return MetricsLog(self.directory / "metrics.jsonl", self.reporting, self.described)
 
     def resolve(self, name: str) -> Path:
-        """The directory that an input names: a stage of this run, or a path. Raises UserError when there is
+        """The directory of an input: `name` is a stage of this run, or a path. Raises UserError when there is
         none."""
         if name in self.inputs:
             return self.inputs[name]
@@ -133,5 +131,5 @@ class Workspace:
         raise UserError(f"{name!r} is neither a finished stage of this run ({known}) nor an existing path")
 
     def result(self, name: str) -> dict[str, Any]:
-        """What stage `name` left in its result.json."""
+        """The content of stage `name`'s result.json."""
         return dict(files.read_json(self.resolve(name) / "result.json"))

@@ -1,25 +1,23 @@
-"""One model on many processes: plans that are put on from outside, under torchrun. Models do not know.
+"""One model on many processes, under torchrun. Plans are applied from outside; models know nothing of them.
 
 * `ddp`   every process holds the whole model; gradients are averaged (Li et al. 2020, arXiv:2006.15704).
-* `fsdp`  parameters, gradients and optimiser state are cut into as many parts as there are processes; each
-          block is put
-          together when it is needed (ZeRO stage 3: Rajbhandari et al. 2020, arXiv:1910.02054; FSDP:
-          arXiv:2304.11277).
-* `hsdp`  the same inside groups of `shard` processes, the groups being copies of each other.
-* `tp`    every matrix product is cut over groups of `tensor` processes, by heads in attention and by columns,
-          then rows,
-          in the MLP (Shoeybi et al. 2019, arXiv:1909.08053, section 3); `fsdp` over what is left.
+* `fsdp`  parameters, gradients and optimiser state are sharded over all processes; each block is all-gathered
+          when it is needed (ZeRO stage 3: Rajbhandari et al. 2020, arXiv:1910.02054; FSDP: arXiv:2304.11277).
+* `hsdp`  the same inside groups of `shard` processes; the groups are replicas of each other.
+* `tp`    every matrix product is split over groups of `tensor` processes, by heads in attention and by
+          columns, then rows, in the MLP (Shoeybi et al. 2019, arXiv:1909.08053, section 3); the groups are
+          combined by `fsdp`.
 
-The door is `ParallelContext`: a `Trainer` asks it for everything in which many processes differ from one.
-`ParallelContext` itself is one process alone, `MultiProcess` several. docs/guide/many-processes.md says which
-plan when, and how to launch.
+`ParallelContext` hides from a `Trainer` everything in which many processes differ from one. The class itself
+is for a single process, `MultiProcess` for several. docs/guide/many-processes.md says when to use which plan,
+and how to launch.
 
-Models that only judge or are compared with (`frozen`) are cut as the trained ones are, apart from them: a
-training step does not put them together.
+Models that are not trained (`frozen`: reward model, reference) are sharded like the trained ones, but
+separately: a training step does not all-gather them.
 
-A stage's forward passes and held-out measures must go through `ParallelContext.forward`: it puts parameters
-together that lie elsewhere. Limits: embeddings, norms and the output matrix are not cut by `tp`, and every
-process first makes the whole model in its own memory.
+A stage's forward passes and held-out measures must go through `ParallelContext.forward`, which makes sharded
+parameters available. Limits: `tp` does not split embeddings, norms and the output matrix, and every process
+first makes the whole model in its own memory.
 """
 
 from __future__ import annotations
@@ -66,8 +64,7 @@ class MeshShape:
 
 
 def arrange(config: ParallelConfig, world: int, local: int) -> MeshShape:
-    """How `world` processes, `local` of them on each machine, are arranged. Raises UsageError when they
-    cannot be."""
+    """The mesh of `world` processes, `local` of them on each machine. Raises UsageError if impossible."""
     plan = config.plan
     if plan not in ("auto", "ddp", "fsdp", "hsdp", "tp"):
         raise UsageError(f"parallel.plan {plan!r} is none of auto, ddp, fsdp, hsdp, tp")
@@ -105,8 +102,8 @@ def check(
     shape: GPTConfig | None = None,
     named: str = "batch_size",
 ) -> None:
-    """Raise UsageError when the batch, which the settings call `named`, or the model's shape cannot be
-    divided in this way."""
+    """Raise UsageError when the mesh does not divide the batch, whose setting is called `named`, or the
+    model's shape."""
     data = mesh_shape.replicas * mesh_shape.shard
     if batch_size % data:
         raise UsageError(
@@ -131,22 +128,22 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class ParallelContext:
-    """One process alone. The methods are what a `Trainer` needs to know about the others."""
+    """The context of a single process. `MultiProcess` overrides the methods."""
 
     data_rank = 0
-    """Which share of the samples is this process's."""
+    """Index of this process's share of the samples."""
     data_size = 1
-    """How many shares there are."""
+    """Number of such shares."""
     together = False
     """Whether there are other processes."""
     is_sharded = False
-    """Whether parameters are cut, so that checkpoints are written by all processes."""
+    """Whether parameters are sharded, so that all processes write checkpoints together."""
 
     def distribute(
         self, modules: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module] | None = None
     ) -> None:
-        """Put the plan on the modules, before their optimisers are made. `frozen` ones take part in forward
-        passes without gradients only."""
+        """Apply the plan to the modules; call it before their optimisers are made. `frozen` modules are used
+        in forward passes without gradients only."""
 
     def optimisers(
         self, modules: Mapping[str, nn.Module], config: OptimConfig
@@ -155,20 +152,19 @@ class ParallelContext:
         return optim.build(nn.ModuleDict(dict(modules)), config)
 
     def forward(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """`function(*arguments)`, which uses the modules."""
+        """Call `function(*arguments)`, which uses the modules."""
         return function(*arguments)
 
     def twin(self, model: Model) -> Model:
-        """A model to sample from without the others, asked for before `distribute`: the model itself where it
-        will be whole here, else a copy, which `refresh` gives the weights of now."""
+        """A model that this process can sample from without the others: the model itself where every process
+        will hold it whole, else a copy, which `refresh` updates. Call it before `distribute`."""
         return model
 
     def refresh(self, twin: nn.Module, model: nn.Module) -> None:
-        """Let a `twin` have the model's weights. Only what is trained is sent."""
+        """Copy the model's current weights into its `twin`. Only trained weights are sent."""
 
     def accumulating(self, more: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around a micro-batch's forward and backward pass; `more` says that its gradients are not the step's
-        last."""
+        """Context for a micro-batch's forward and backward pass; with `more` others of the step follow."""
         return contextlib.nullcontext()
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -176,35 +172,34 @@ class ParallelContext:
         return list(values)
 
     def all_gather(self, value: Result) -> list[Result]:
-        """What each process that sees different samples has, in the order of their samples, in all. On the
-        CPU."""
+        """The values of all processes that see different samples, in sample order, in every process. Tensors
+        must be on the CPU."""
         return [value]
 
     @property
     def is_tensor_parallel(self) -> bool:
-        """Whether a block's matrix products are shared (plan `tp`)."""
+        """Whether a block's matrix products are split over processes (plan `tp`)."""
         return False
 
     def local_slice(self, count: int) -> slice:
-        """This process's share of `count` things that lie side by side; shares differ by one at most."""
+        """This process's contiguous slice of `count` items; slices differ in length by one at most."""
         return slice(count * self.data_rank // self.data_size, count * (self.data_rank + 1) // self.data_size)
 
     def all_reduce_max(self, values: Sequence[float]) -> list[float]:
-        """Each value's largest over all processes: what one asks for all do, and the slowest one's time
-        counts."""
+        """The maximum of each value over all processes. Of flags: what one process asks for, all do."""
         return list(values)
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
         """Scale the gradients so that their norm over the whole model is at most `limit`; returns the norm
-        before."""
+        before scaling."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not float(norm) + 1e-6 <= limit:  # else torch would multiply all of them by 1
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return float(norm)
 
     def full_tensors_on_rank_zero(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors with all their parts, on the CPU of the first process; nothing in the others, which must
-        ask too."""
+        """Whole tensors on rank zero's CPU; an empty dictionary in the other processes, which must call it
+        too."""
         return dict(tensors)
 
     def save_parts(
@@ -215,23 +210,23 @@ class ParallelContext:
         texts: Mapping[str, str],
         then: Callable[[], None],
     ) -> None:
-        """Begin to write a checkpoint, each process its parts; `then` is called in the first when it is
-        whole."""
+        """Begin to write a sharded checkpoint, each process its shards. Rank zero calls `then` when it is
+        complete."""
         raise NotImplementedError("one process alone has no parts")
 
     def load_parts(
         self, found: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]], *, final: bool
     ) -> dict[str, Tensor]:
-        """Fill the modules' tensors, by part and name, from such a checkpoint, whatever the plan it was
-        written under; returns the optimisers' tensors and the random streams."""
+        """Fill the modules' tensors, by file and name, from a sharded checkpoint of any plan; returns the
+        optimisers' tensors and the random streams."""
         raise NotImplementedError("one process alone has no parts")
 
     def broadcast_from_rank0(self, make: Callable[[], Result]) -> Result:
-        """What `make` gives in the first process, in all."""
+        """Call `make` in rank zero only; returns its result in every process."""
         return make()
 
     def flush(self) -> None:
-        """Wait for a checkpoint that is still being written. Raises UserError when it could not be."""
+        """Wait for a checkpoint that is still being written. Raises UserError when writing failed."""
 
     def optimiser_tensors(self, optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
         """The optimisers' state by name, the same names under every plan."""
@@ -252,8 +247,8 @@ class ParallelContext:
         return {"rng": runtime.rng_state()}
 
     def set_rng_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on with the saved streams; when other processes saved them, with streams that follow from
-        theirs."""
+        """Restore the saved streams. With another number of processes than saved them, derive new streams
+        from theirs."""
         mine = "rng" if not self.together else f"rng.{runtime.rank()}"
         count = sum(name.startswith("rng") for name in tensors)
         if mine in tensors and count == (runtime.world_size() if self.together else 1):

@@ -1,8 +1,8 @@
-"""Several processes with one model: `parallel.ParallelContext` carried out with PyTorch's own engine.
+"""`MultiProcess`: the `ParallelContext` of several processes, by DDP, FSDP2 and DTensor.
 
-DDP, FSDP2 (`fully_shard`) and DTensor (`parallelize_module`) each change modules in place or wrap them; what
-they need beyond that is here: one door for every forward pass, sums over the right processes, the norm of a
-gradient in parts.
+DDP, FSDP2 (`fully_shard`) and DTensor (`parallelize_module`) change modules in place or wrap them. Here is
+what they need beyond that: one root module for every forward pass, sums over the right processes, the norm of
+a sharded gradient.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Door(nn.Module):
-    """All modules of a trainer under one roof. Its forward pass is whatever a stage computes with them: DDP
-    and FSDP act where a forward pass begins and ends, and stages call more than one method of their models.
+    """Root module of all modules of a trainer. Its forward pass is any function of a stage: DDP and FSDP act
+    where a forward pass begins and ends, and stages call more than one method of their models.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
@@ -86,14 +86,14 @@ class MultiProcess(ParallelContext):
     def distribute(
         self, modules: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module] | None = None
     ) -> None:
-        # An average of the weights is saved beside the model and never computed with: a roof of its own keeps
-        # it in parts.
+        # An EMA of the weights is saved beside the model and never computed with: with a root of its own it
+        # stays sharded.
         still = {
             name: one for name, one in modules.items() if not any(p.requires_grad for p in one.parameters())
         }
         door = _Door({name: one for name, one in modules.items() if name not in still})
-        # Gradients that wait to be added up between groups must be of the same parameters each time: text has
-        # none for a critic.
+        # Delaying the all-reduce between replicas needs gradients of the same parameters in each micro-batch.
+        # General text has none for a critic.
         self._alike = len(door.parts) == 1
         blocks = [module for module in door.modules() if isinstance(module, Block)]
         if self.mesh_shape.tensor > 1:
@@ -102,7 +102,7 @@ class MultiProcess(ParallelContext):
             for block in blocks:
                 self._cut_products(block)
         if self.compile_blocks and self.is_sharded:
-            for block in blocks:  # one graph for all of them, and nothing of FSDP's hooks in it
+            for block in blocks:  # one graph for all of them, without FSDP's hooks
                 _compile_for_training(block)
         if self.mesh_shape.shard > 1:
             self._cut_parameters(door, blocks)
@@ -123,8 +123,8 @@ class MultiProcess(ParallelContext):
             torch.manual_seed(runtime.seed_for(torch.initial_seed(), "rank", self.data_rank))
 
     def _cut_products(self, block: Block) -> None:
-        """Query, key, value, gate and up by columns: each process its own heads; output and down by rows,
-        then a sum."""
+        """Split query, key, value, gate and up by columns, so that each process has its own heads; output and
+        down by rows, followed by a sum."""
         columns = [
             "attention.query",
             "attention.key",
@@ -134,7 +134,7 @@ class MultiProcess(ParallelContext):
         ]
         plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns}
         plan |= {name: RowwiseParallel() for name in ("attention.output", "mlp.down")}
-        # What enters is the same everywhere. Saying so once, not once a matrix, makes its gradient one sum
+        # The input is replicated. Declaring that once, not for each matrix, makes its gradient one all-reduce
         # instead of three.
         same = Replicate()
         plan |= {
@@ -146,8 +146,8 @@ class MultiProcess(ParallelContext):
         block.attention.kv_heads //= self.mesh_shape.tensor
 
     def _cut_parameters(self, door: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """A unit of FSDP for each block; embeddings, norms and the head are the root's. The residual stream
-        and the root stay in float32, as in one process; only the blocks' products are in bf16."""
+        """Make each block an FSDP unit; embeddings, norms and the head belong to the root. The residual
+        stream and the root stay in float32, as in one process; only the blocks' products are in bf16."""
         mesh = self.mesh["replicas", "shard"] if self.mesh_shape.replicas > 1 else self.mesh["shard"]
         half = None if self.dtype == torch.float32 else self.dtype
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -162,7 +162,7 @@ class MultiProcess(ParallelContext):
         for number, optimiser in enumerate(made):
             order = [parameter for group in optimiser.param_groups for parameter in group["params"]]
             self._places |= {parameter: f"{number}.{index}" for index, parameter in enumerate(order)}
-            # A fused step takes tensors of one kind: all cut in the same way, or none.
+            # A fused step needs tensors that are all sharded in the same way, or not at all.
             optimiser.param_groups = [
                 {**group, "params": part}
                 for group in optimiser.param_groups
@@ -189,7 +189,7 @@ class MultiProcess(ParallelContext):
             not torch.is_grad_enabled() and isinstance(self._door, DistributedDataParallel)
         ):
             return function(*arguments)
-        # FSDP gives blocks their parameters in `dtype`: whoever measures in float32 elsewhere cannot here.
+        # FSDP casts the blocks' parameters to `dtype`, so that even float32 measures must autocast to it.
         with runtime.autocast(self.dtype if self.mesh_shape.shard > 1 else torch.float32):
             if torch.is_grad_enabled() or self._frozen is None:
                 outcome: Any = self._door(function, *arguments)
@@ -197,7 +197,7 @@ class MultiProcess(ParallelContext):
                 outcome = self._door(self._frozen, function, *arguments)
         if not torch.is_grad_enabled():
             for module in self._units():
-                module.reshard()  # else only a backward pass would do it, and whole parameters would stay
+                module.reshard()  # without a backward pass the whole parameters would stay in memory
         if isinstance(outcome, tuple) and hasattr(outcome[0], "loss"):
             step, loss, logged = outcome
             return type(step)(loss, logged)  # type: ignore[no-any-return]
@@ -216,7 +216,7 @@ class MultiProcess(ParallelContext):
         copies = checkpoint.model_tensors(twin)
         with torch.no_grad():
             for name, tensor in checkpoint.model_tensors(model).items():
-                if tensor.requires_grad:  # under an adapter the rest is what it was
+                if tensor.requires_grad:  # under an adapter the rest has not changed
                     copies[name].copy_(_whole(tensor.detach()))
 
     @contextlib.contextmanager
@@ -232,7 +232,7 @@ class MultiProcess(ParallelContext):
         yield
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        # Processes of one `tensor` group have equal values: the sum over all counts each so many times.
+        # Processes of one `tensor` group have equal values, which the sum over all counts repeatedly.
         return [value / self.mesh_shape.tensor for value in _reduced(values, dist.ReduceOp.SUM)]
 
     def all_gather(self, value: Result) -> list[Result]:
@@ -262,9 +262,9 @@ class MultiProcess(ParallelContext):
         return float(norm)
 
     def _agree_on_gradients(self) -> None:
-        """Parameters that `tp` does not cut have a gradient in each process of a group. Those of the norms of
-        queries and keys have seen that process's heads alone: their sum counts. The others are equal up to
-        what unordered sums on GPUs make of them: their mean keeps the copies from drifting apart."""
+        """All-reduce the gradients of parameters that `tp` does not split, within a group. Those of the query
+        and key norms come from that process's heads alone, and are summed. The others are equal up to
+        rounding by unordered sums on GPUs, and are averaged, so that the replicas do not drift apart."""
         group = self.mesh["tensor"].get_group()
         for parameters, share in ((self._partial, 1), (self._replicated, self.mesh_shape.tensor)):
             gradients = [_local(p.grad) for p in parameters if p.grad is not None]
@@ -279,7 +279,7 @@ class MultiProcess(ParallelContext):
 
     def full_tensors_on_rank_zero(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kept = {}
-        for name, tensor in tensors.items():  # one after the other: only the first process has room for all
+        for name, tensor in tensors.items():  # one by one: only rank zero has room for all of them
             one = _whole(tensor.detach())
             if runtime.is_rank_zero():
                 kept[name] = one.cpu()
@@ -347,7 +347,7 @@ class MultiProcess(ParallelContext):
         checkpoint.fill(wanted, ready, where=where)
 
     def _room_for(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Room for a saved tensor of an optimiser, cut as its parameter is: `name` as in
+        """An empty tensor for a saved one of an optimiser, sharded like its parameter; `name` is that of
         `optimiser_tensors`."""
         place = ".".join(name.split(".")[:2])
         for parameter, own in self._places.items():
@@ -363,10 +363,10 @@ class MultiProcess(ParallelContext):
 
 
 def _compile_for_training(block: nn.Module) -> None:
-    """Compile a block's forward pass where gradients are wanted; held-out texts, of many lengths, take the
-    plain one."""
+    """Compile a block's forward pass for use with gradients; held-out texts, of many lengths, use the plain
+    one."""
     plain = block.forward
-    compiled = torch.compile(plain)  # not dynamic=False: each block's number would ask for a graph of its own
+    compiled = torch.compile(plain)  # dynamic=False would make a graph for each block's number
 
     def forward(*arguments: Any) -> Any:
         return compiled(*arguments) if torch.is_grad_enabled() else plain(*arguments)
@@ -381,7 +381,7 @@ def _reduced(values: Sequence[float], how: Any) -> list[float]:
 
 
 def _kinds(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters that are cut in the same way, together."""
+    """Group parameters by how they are sharded."""
     found: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
         found.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(
@@ -403,7 +403,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _like(tensor: Tensor, model: Tensor) -> Tensor:
-    """A tensor with `model`'s values' place: cut as it is where the shapes agree, and on its device."""
+    """The tensor on `model`'s device, and sharded like `model` where the shapes agree."""
     if isinstance(tensor, DTensor) or not isinstance(model, DTensor) or tensor.shape != model.shape:
         return tensor.to(model.device)
     return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""The processes of a run: met at its start, arranged by the plan, left at its end."""
+"""The processes of a run: the process group, and their arrangement by the plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelConfig, Pa
 from chatwright.train.parallel.multi_process import MultiProcess
 
 PATIENCE = 5.0
-"""Seconds for which the first process may speak before the others."""
+"""Seconds that rank zero has to report an error before the others do."""
 
 
 def start_parallel(
@@ -29,8 +29,8 @@ def start_parallel(
     named: str = "batch_size",
     refused: Mapping[str, str] | None = None,
 ) -> ParallelContext:
-    """The processes of this run, arranged by the plan. `refused` are plans that the stage cannot use, and
-    why. Raises UsageError, in every process, when it cannot be."""
+    """The processes of this run, arranged by the plan. `refused` maps plans that the stage cannot use to the
+    reason. Raises UsageError, in every process, when the plan is impossible."""
     if config.plan in (refused or {}):
         raise UsageError(f"parallel.plan {config.plan}: {(refused or {})[config.plan]}")
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or runtime.world_size() > 1
@@ -40,7 +40,7 @@ def start_parallel(
                 f"parallel.plan {config.plan} needs processes that torchrun starts: "
                 "torchrun --nproc-per-node 2 -m chatwright ... (docs/guide/many-processes.md)"
             )
-        arrange(config, 1, 1)  # refuses settings of plans that are not chosen
+        arrange(config, 1, 1)  # raises for settings of plans that are not chosen
         return SINGLE_PROCESS
     mesh_shape = arrange(config, runtime.world_size(), runtime.local_world_size())
     check(config, mesh_shape, batch_size=batch_size, micro_batch=micro_batch, shape=shape, named=named)
@@ -52,11 +52,10 @@ def start_parallel(
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Meet the processes that torchrun started, if it did, and part at the end. Only the first one speaks
-    inside.
+    """Join the process group if torchrun started one, and leave it at the end. Only rank zero prints inside.
 
-    An error in another one is told late: most are found by all, and torchrun ends the others when the first
-    one ends.
+    Errors in other processes are raised after a delay (`PATIENCE`): most errors occur in all processes, and
+    torchrun ends the others when the first one ends.
     """
     before = console.quiet
     console.quiet = before or not runtime.is_rank_zero()

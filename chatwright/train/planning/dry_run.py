@@ -1,12 +1,11 @@
-"""A training step without numbers: what it would allocate, compute and when, found by running the real code
-on fake tensors.
+"""Dry run of a training step: run the real code on fake tensors to find what it would allocate and compute.
 
 A fake tensor has a shape, a type and a device but no memory (torch's FakeTensorMode), so a step of a model of
-any size takes about a second. Every operation is seen as it is dispatched: which buffers it makes, when they
-die, which shapes it works on. Nothing about the model is written down twice: what changes there changes here.
+any size takes about a second. Every operation is recorded as it is dispatched: which buffers it makes, when
+they are freed, which shapes it works on. The model is not described twice: a change there counts here too.
 
-A model of more than `DIRECT` layers is rehearsed with 3 and with 5 of them; every block allocates and
-computes the same, so that everything is a straight line in the number of layers.
+For a model of more than `DIRECT` layers the dry run is done with 3 and with 5 layers. Every block allocates
+and computes the same, so that all quantities are linear in the number of layers.
 """
 
 from __future__ import annotations
@@ -32,27 +31,26 @@ from chatwright.optim import OptimConfig
 from chatwright.train.planning.program import StepProgram
 
 DIRECT = 6
-"""Layers up to which the model itself is rehearsed."""
+"""Most layers for which the dry run uses the model itself."""
 
 PARTS = ("weights", "gradients", "optimiser", "bf16 copies", "activations", "logits")
-"""What memory is spent on. `activations` are what the backward pass needs, and the working buffers beside it.
-"""
+"""The parts of memory. `activations` are what the backward pass needs, and working buffers."""
 
 Operation = tuple[Any, ...]
-"""A function of torch and the shapes, strides and types it is given: what decides how long it takes."""
+"""A function of torch with the shapes, strides and types of its arguments, which determine its time."""
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What an optimiser step takes. Bytes are those of live tensors, at the largest moment of each phase."""
+    """The needs of an optimiser step. Bytes are those of live tensors at the peak of each phase."""
 
     parameters: float
     phases: Mapping[str, Mapping[str, float]]
     """Phase (`step`, `update`, `measure`) -> part -> bytes."""
     flop: float
     operations: Mapping[Operation, float] = field(repr=False, default_factory=dict)
-    """How often each operation occurs in an optimiser step; below 0 for the shorter lists of a line through
-    two depths."""
+    """How often each operation occurs in an optimiser step. Extrapolation from two depths may make a count
+    negative."""
 
     @property
     def memory(self) -> dict[str, float]:
@@ -101,18 +99,16 @@ def _dry_run(
 ) -> DryRun:
     flops = FlopCounterMode(display=False, custom_mapping=_attention_on_cpus())
     with warnings.catch_warnings(), FakeTensorMode(), _Watch() as watch, flops:
-        warnings.filterwarnings(
-            "ignore", "Accessing the data pointer of FakeTensor"
-        )  # copy.deepcopy looks for one
+        # copy.deepcopy accesses it.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         program = build()
         modules = nn.ModuleList([*program.trained, *program.frozen])
         watch.name("weights", (*modules.parameters(), *modules.buffers()))
         watch.shapes = {tuple(p.shape) for p in modules.parameters() if p.ndim > 1}
         watch.vocabulary = program.vocabulary
         optimisers = optim.build(nn.ModuleList(program.trained), optim_config)
-        repeated = min(
-            micro_batches, 2
-        )  # from the second micro-batch on, the gradients are there during the forward pass
+        # From the second micro-batch on, the gradients take up memory during the forward pass.
+        repeated = min(micro_batches, 2)
         phases: dict[str, Mapping[str, float]] = {}
         for _ in range(2):  # the first step makes the optimiser's state
             watch.operations.clear()
@@ -121,7 +117,7 @@ def _dry_run(
                 for number in range(repeated):
                     start, seen = flops.get_total_flops(), Counter(watch.operations)
                     (program.step(micro) / micro_batches).backward()  # type: ignore[no-untyped-call]
-                    if number:  # counted once more for each portion that is left out here
+                    if number:  # counted once more for each micro-batch that is left out here
                         left_out = micro_batches - repeated
                         before -= left_out * (flops.get_total_flops() - start)
                         watch.operations.update(
@@ -135,7 +131,7 @@ def _dry_run(
                 optimiser.zero_grad(set_to_none=True)
         flop, operations = flops.get_total_flops() - before, dict(watch.operations)
         if program.measure is not None:
-            # The measure ends with reading a number, which a fake tensor does not have: by then all is seen.
+            # The measure ends by reading a number, which fake tensors do not have: by then all is recorded.
             with watch.phase(phases, "measure"), torch.no_grad(), suppress(DataDependentOutputException):
                 program.measure()
         parameters = sum(p.numel() for p in modules.parameters() if p.requires_grad)
@@ -149,7 +145,7 @@ def _state(optimisers: Iterable[torch.optim.Optimizer]) -> Iterator[Tensor]:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operation: notes what is allocated and freed, and counts operations by their shapes."""
+    """Records every operation: what is allocated and freed, and how often each operation and shape occurs."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -159,9 +155,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live: dict[int, tuple[int, tuple[int, ...], torch.dtype, Any]] = {}
         self._names: dict[int, str] = {}
         self._now = self._peak = 0
-        self._log: list[
-            tuple[int, Any]
-        ] = []  # since the phase began: (storage, None) freed, (storage, entry) made
+        # Since the phase began: (storage, None) freed, (storage, entry) made.
+        self._log: list[tuple[int, Any]] = []
         self._peak_at = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -169,7 +164,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self._made(value)
-        if func.namespace == "aten" and not func.is_view:  # the others take no time to speak of
+        if func.namespace == "aten" and not func.is_view:  # the others take almost no time
             self.operations[_signature(func, args, kwargs or {})] += 1
         return result
 
@@ -195,14 +190,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._log.append((key, None))
 
     def name(self, part: str, tensors: Iterable[Tensor]) -> None:
-        """Say what these tensors are."""
+        """Name the part of memory that these tensors belong to."""
         for tensor in tensors:
             self._made(tensor.detach())
             self._names.setdefault(tensor.untyped_storage()._cdata, part)
 
     @contextmanager
     def phase(self, phases: dict[str, Mapping[str, float]], name: str) -> Iterator[None]:
-        """Write the parts of the largest moment inside the block to phases[name]."""
+        """Write the parts of memory at the peak inside the block to phases[name]."""
         start, self._log, self._peak, self._peak_at = dict(self._live), [], self._now, 0
         yield
         for key, entry in self._log[: self._peak_at]:
@@ -235,8 +230,8 @@ def _signature(func: Any, args: Any, kwargs: Any) -> Operation:
 
 
 def _attention_on_cpus() -> dict[Any, Any]:
-    """torch counts the fused attention of GPUs but not the CPU's; two products forward, five backward, as it
-    does there."""
+    """FLOP counts for the CPU's fused attention, which torch does not count. As for GPUs: two products
+    forward, five backward."""
 
     def products(number: int) -> Any:
         def count(*shapes: Any, out_shape: Any = None, **_: Any) -> int:

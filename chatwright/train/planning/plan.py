@@ -1,9 +1,9 @@
-"""Before a stage starts: what it will need, how long it will take, the micro-batch that fits, or a refusal
+"""The plan of a stage before it starts: its memory, its time, and the micro-batch that fits; or a refusal
 with the arithmetic.
 
-Memory is what a dry run on fake tensors finds (dry_run.py) and what the allocator adds to it; time is the sum
-of the dry run's operations, each timed on this machine (timing.py). docs/lab/plan.md compares both with what
-then happened.
+Memory is that of a dry run on fake tensors (dry_run.py) plus what the allocator adds. Time is the sum of the
+dry run's operations, each timed on this machine (timing.py). docs/lab/plan.md compares both with measured
+runs.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from chatwright.train.planning.program import PlannedStage, StagePlan, program_o
 from chatwright.train.planning.timing import SECONDS, seconds_of
 
 PROGRAM = 2.5e8
-"""Bytes of Python, torch and this program themselves; on a GPU they are not in its memory."""
+"""Bytes of Python, torch and this program; on a GPU they are not in its memory."""
 RECORDS = 2.5e8
-"""Bytes of conversations, ratings and rows of tokens, which all but pre-training hold as Python's objects:
-those of the default data, by what stages took alone (docs/lab/plan.md). Token shards are memory-mapped."""
+"""Bytes of conversations, ratings and rows of tokens, which all stages but pre-training hold as Python
+objects; measured with the default data (docs/lab/plan.md). Token shards are memory-mapped."""
 
 EAGER = (1.40, 1e8)
-"""Allocator, factor and bytes: live tensors leave holes in glibc's heap that do not all fit what comes next;
-the bytes are those of the libraries' own buffers. Both are fitted to benchmarks/plan.py."""
+"""What the allocator adds: a factor for the fragmentation of glibc's heap, and bytes for the libraries' own
+buffers. Both are fitted to benchmarks/plan.py."""
 COMPILED = (0.9, 2.6e8)
-"""The same for compiled steps: the share of the activations that the dry run sees which they keep, and bytes,
-some of which the compiler leaves."""
+"""The same for compiled steps: the share of the dry run's activations that they keep, and bytes, some of
+which the compiler leaves."""
 GPU = (1.08, 6e8)
 """The same for CUDA's caching allocator; the bytes are those of its context and cuBLAS."""
 
 SMALL = 10.0
-"""Seconds of a whole run that is over before a plan would be worth reading."""
+"""Seconds; a shorter run gets no plan."""
 ROUGH = 2e11
-"""Floating-point operations a second, where nothing is known yet."""
+"""Floating-point operations per second, assumed before anything is measured."""
 SHARE = 0.02
-"""Of a run's length that timing its operations may take, when it starts."""
+"""Largest share of a run's length for timing its operations at the start."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one stage will take."""
+    """The needs of one stage."""
 
     stage: str
     batch: int
@@ -64,32 +64,32 @@ class Plan:
     budget_seconds: float
     parameters: float
     memory: Mapping[str, float]
-    """Part -> bytes at the largest moment, the allocator's and the program's own among them."""
+    """Part -> bytes at the peak, those of the allocator and the program included."""
     available: float | None
-    """Bytes that may be used; None where nobody knows."""
+    """Bytes that may be used; None where not known."""
     flop: float
     """Floating-point operations of a step."""
     seconds: float | None
-    """Of an optimiser step; None when it was not timed."""
+    """Seconds of an optimiser step; None when it was not timed."""
 
     @property
     def total(self) -> float:
-        """Bytes at the largest moment."""
+        """Bytes at the peak."""
         return sum(self.memory.values())
 
     @property
     def above_baseline(self) -> float:
-        """Bytes beyond those of the program, and its data, before the model is made."""
+        """Bytes beyond those of the program and its data."""
         return self.total - self.memory.get("program", 0.0) - self.memory.get("records", 0.0)
 
     @property
     def fits(self) -> bool:
-        """Whether it fits into the memory there is."""
+        """Whether it fits into the available memory."""
         return self.available is None or self.total <= self.available
 
     @property
     def expected_steps(self) -> int:
-        """Optimiser steps, those of a budget in seconds predicted."""
+        """Optimiser steps; predicted for a budget in seconds."""
         if self.steps or not self.seconds:
             return self.steps
         return max(1, round(self.budget_seconds / self.seconds))
@@ -120,12 +120,12 @@ class Plan:
 def predict(
     planned: PlannedStage, *, micro: int = 0, available: float | None = None
 ) -> tuple[Plan, Mapping[Operation, float]]:
-    """What the stage will take with micro-batches of `micro` samples (0: its own setting, or the whole
-    batch), not yet timed; and the operations of a step."""
+    """The plan for micro-batches of `micro` samples (0: the stage's setting, or the whole batch), not yet
+    timed; and the operations of a step."""
     micro = micro or (planned.fit.micro_batch if planned.fit is not None else 0) or planned.batch
     micro = min(micro, planned.batch)
     micro_batches = planned.batch // micro
-    with torch.compiler.set_stance("force_eager"):  # fake tensors are for the plain functions
+    with torch.compiler.set_stance("force_eager"):  # the dry run needs the uncompiled functions
         seen = dry_run(
             program_of(planned),
             planned.shape.layers,
@@ -151,16 +151,15 @@ def predict(
 
 
 def memory_of(seen: DryRun, planned: PlannedStage) -> dict[str, float]:
-    """The parts of the largest moment, with what the allocator and the program add."""
+    """The parts of memory at the peak, with what the allocator and the program add."""
     parts = {
         name: size / planned.shards if name in ("weights", "gradients", "optimiser") else size
         for name, size in seen.memory.items()
     }
     if planned.plan.samples and planned.shards > 1:
         with torch.device("meta"):
-            parts["sampler"] = (
-                4.0 * GPT(planned.shape).parameter_count()
-            )  # the whole policy, in every process
+            # Every process holds the whole policy.
+            parts["sampler"] = 4.0 * GPT(planned.shape).parameter_count()
     on_gpu = runtime.device().type == "cuda"
     if planned.one_graph and not on_gpu:
         share, parts["allocator"] = COMPILED
@@ -179,9 +178,9 @@ def choose(
     planned: PlannedStage, *, timed: bool = True, available: float | None = None, budget: float = SECONDS
 ) -> Plan:
     """The plan with the largest micro-batch that fits, after about `budget` seconds of timing. Raises
-    UserError, with the arithmetic, when none does.
+    UserError, with the arithmetic, when none fits.
 
-    The memory it must fit into is the machine's, not what happens to be free: a resumed run chooses the same.
+    It must fit into the machine's memory, not only the free part: a resumed run then chooses the same.
     """
     available = available or runtime.memory_budget_bytes()
     plan, operations = predict(planned, available=available)
@@ -195,7 +194,7 @@ def choose(
 
 
 def _smaller(planned: PlannedStage, available: float | None) -> tuple[Plan, Mapping[Operation, float]]:
-    """Bisection over the divisors of the batch: memory grows with the micro-batch."""
+    """The largest micro-batch that fits, by bisection over the divisors of the batch (memory grows)."""
     divisors = [n for n in range(1, planned.batch) if planned.batch % n == 0] or [1]
     best, operations = predict(planned, micro=1, available=available)
     if not best.fits:
@@ -230,7 +229,7 @@ def _refusal(planned: PlannedStage, plan: Plan) -> UserError:
 
 
 def rough_seconds(planned: PlannedStage) -> float:
-    """Of the whole run, by its budget or by 6 N FLOP per token: good to a factor of a few."""
+    """Seconds of the whole run, from its budget or from 6 N FLOP per token; right within a small factor."""
     if not planned.steps:
         return float(getattr(planned.fit, "seconds", 0.0))
     rows, length = planned.rows
@@ -253,9 +252,9 @@ def ahead(
     *,
     learnt: float = 1.0,
 ) -> Any:
-    """Say the plan of a stage that is about to start; returns its settings with the micro-batch that fits.
+    """Print the plan of a stage that is about to start; returns its settings with the micro-batch that fits.
 
-    Raises UserError, in every process, when none does.
+    Raises UserError, in every process, when none fits.
     """
     mesh_shape = getattr(parallel, "mesh_shape", None)
     planned = PlannedStage(

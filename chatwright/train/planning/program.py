@@ -1,8 +1,6 @@
-"""What the planner knows of a stage: how its training step is built on fake tensors, and how large its
-samples are.
+"""How a stage describes itself to the planner: its training step on fake tensors, its samples' size.
 
-A stage file makes one `StagePlan` and hands it over in its STAGE. The planner (plan.py) then needs no table
-of stages.
+A stage file puts one `StagePlan` into its STAGE, so that the planner (plan.py) needs no table of stages.
 """
 
 from __future__ import annotations
@@ -51,7 +49,7 @@ class StagePlan:
     steps: Callable[[Any], int] = steps_of_fit
     """Settings -> optimiser steps; 0 where a budget in seconds decides."""
     one_graph: bool = False
-    """Whether a compiled step is one graph, not compiled blocks with plain functions between them."""
+    """Whether a compiled step is one graph, rather than compiled blocks with eager code between them."""
     holds_records: bool = True
     """Whether the stage holds its records and rows of tokens as Python objects. Token shards are
     memory-mapped."""
@@ -61,7 +59,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage as the planner sees it."""
+    """A stage with the settings that the planner needs."""
 
     stage: str
     """Its name, for messages."""
@@ -72,7 +70,7 @@ class PlannedStage:
     learnt: float = 1.0
     """Share of the tokens that SFT learns from; known once the data is read."""
     shards: int = 1
-    """Processes that share one copy of weights, gradients and optimiser."""
+    """Processes that shard one replica of weights, gradients and optimiser state."""
     processes: int = 1
     """Processes that see different samples."""
 
@@ -110,7 +108,7 @@ class PlannedStage:
 
 
 def program_of(planned: PlannedStage) -> Callable[[int], StepProgram]:
-    """What builds the stage's program with a given number of layers, inside a dry run."""
+    """A function that builds the stage's program with a given number of layers, inside a dry run."""
     return lambda layers: planned.plan.build(planned, replace(planned.shape, layers=layers))
 
 

@@ -1,14 +1,15 @@
-"""How long an optimiser step will take: each kind of operation that it consists of is timed on this machine.
+"""Predict the time of an optimiser step: each kind of operation in it is timed on this machine.
 
-The dry run says which operations a step does, on which shapes, and how often. The sum of count x time over
-the kinds is the step, for a model of any number of layers, at the cost of a layer or two.
+The dry run gives the operations of a step, their shapes, and how often each occurs. The time of the step is
+the sum of count x time over the kinds. For a model of any number of layers this costs the time of a layer or
+two.
 
-A shared machine changes its speed within seconds, by a quarter and more. So the operations are timed in
-turns, round after round, and each counts with the median of its rounds: one slow second touches one sample of
-many kinds, not all of one kind.
+A shared machine changes its speed within seconds, by a quarter and more. So all operations are timed in turn,
+in several rounds, and each counts with the median of its rounds: a slow second affects one sample of many
+kinds, not all samples of one kind.
 
-What the compiler fuses - sums, norms, softmax, casts: everything but matrix products and attention - runs
-faster than one by one: `FUSED` is the share of its time that is left.
+The compiler fuses everything but matrix products and attention (sums, norms, softmax, casts). Fused
+operations run faster: `FUSED` is the share of their time that is left.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ from chatwright import runtime
 from chatwright.train.planning.dry_run import Operation
 
 FUSED = 0.5
-"""Time of fused element-wise work over its time one by one (benchmarks/plan.py measures it)."""
+"""Time of fused element-wise operations over their time unfused (benchmarks/plan.py measures it)."""
 
 APART = 1.1
-"""Time of an uncompiled operation among others over its time alone, when what it reads is still in the cache
+"""Time of an uncompiled operation among others over its time alone, when its input is still in the cache
 (benchmarks/plan.py)."""
 
 SECONDS = 8.0
-"""How long to go on timing, unless asked for less."""
+"""Default time limit of the timing, in seconds."""
 
 ROUNDS = 3
-"""PolicyTraining in any case, however large the operations are."""
+"""Least number of rounds, however large the operations are."""
 
 SPAN = 0.02
-"""Seconds for which an operation is called again and again in a round; a tenth of it in the first, which
-finds out what is worth timing."""
+"""Seconds for which an operation is repeated in a round; a tenth of it in the first round, which finds the
+operations that are worth timing."""
 
 NEARLY = 0.95
-"""Share of the first round's time that the operations of later rounds make up."""
+"""The operations of later rounds make up this share of the first round's time."""
 
 _WHOLE = ("mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_product", "_fused_", "embedding")
 
@@ -56,13 +57,13 @@ def seconds_of(operations: Mapping[Operation, float], *, compiled: bool, budget:
 
 
 def together(products: float, others: float, *, compiled: bool) -> float:
-    """Seconds of a step from those of its two parts, timed one by one."""
+    """Seconds of a step from those of its two parts (`parts_of`)."""
     return products + others * FUSED if compiled else (products + others) * APART
 
 
 def parts_of(operations: Mapping[Operation, float], *, budget: float = SECONDS) -> tuple[float, float]:
-    """Seconds, each operation timed alone: of the products and other large kernels; of what a compiler would
-    fuse."""
+    """Seconds of the products and other large kernels, and of what a compiler would fuse; each operation is
+    timed alone."""
     began = time.perf_counter()
     samples = {operation: [_time(operation, SPAN / 10)] for operation, count in operations.items() if count}
     often, rounds = (
@@ -80,8 +81,7 @@ def parts_of(operations: Mapping[Operation, float], *, budget: float = SECONDS) 
 
 
 def _largest(shares: Mapping[Operation, float]) -> list[Operation]:
-    """The operations that take nearly all of the time; the others are many, and one sample of each is
-    enough."""
+    """The operations that take nearly all of the time. For the many others one sample is enough."""
     found, left = [], sum(shares.values()) * NEARLY
     for operation in sorted(shares, key=shares.__getitem__, reverse=True):
         if left <= 0:
@@ -96,7 +96,7 @@ def _is_whole(function: Any) -> bool:
 
 
 def _time(operation: Operation, span: float) -> float:
-    """Mean seconds of some calls, the first left out, with made-up numbers."""
+    """Mean seconds of some calls with made-up numbers, without the first call."""
     function, args, kwargs = operation
     where = runtime.device()
 
@@ -130,7 +130,7 @@ def _made_up(
     flat = tensor.as_strided((tensor.untyped_storage().nbytes() // dtype.itemsize,), (1,))
     if dtype.is_floating_point:
         filled = min(len(flat), 1 << 16)
-        flat[:filled].uniform_(0.01, 0.02)  # zeros and denormal numbers have speeds of their own
+        flat[:filled].uniform_(0.01, 0.02)  # zeros and denormal numbers have other speeds
         while filled < len(flat):  # drawing them all would take longer than the operation
             flat[filled : 2 * filled] = flat[: min(filled, len(flat) - filled)]
             filled *= 2

@@ -1,6 +1,6 @@
-"""Do scores mean what they say? The probability that a score stands for against how often it comes true.
+"""Calibration: the probability that a score stands for, compared with the observed frequency.
 
-Guo et al. 2017 (arXiv:1706.04599): reliability diagram and expected calibration error; the slope and shift of
+Reliability diagram and expected calibration error: Guo et al. 2017 (arXiv:1706.04599). Scale and offset:
 Platt 1999.
 """
 
@@ -22,7 +22,7 @@ PICTURE = "calibration.png"
 
 @dataclass(frozen=True)
 class Reliability:
-    """Predictions by how sure they are: for each bin how many, how sure on average, and how often right."""
+    """Predictions in bins of probability: `count` per bin, mean prediction, and observed frequency."""
 
     count: Float[Tensor, " bins"]
     predicted: Float[Tensor, " bins"]
@@ -32,7 +32,7 @@ class Reliability:
 
     @property
     def error(self) -> float:
-        """Expected calibration error: the mean distance of the two, each bin weighted by its count (Guo et
+        """Expected calibration error: mean |predicted - observed|, each bin weighted by its count (Guo et
         al., eq. 3)."""
         gaps = (self.predicted - self.observed).abs().nan_to_num(0.0)
         return float((self.count * gaps).sum() / self.count.sum().clamp(min=1))
@@ -59,9 +59,10 @@ def pair_reliability(
     *,
     bins: int = BINS,
 ) -> Reliability:
-    """Of each pair the answer with the higher score: sigmoid(score difference), from 1/2 to 1, against
-    whether people prefer it. Equal scores predict 1/2 and are half right; with ties `half` so is a pair that
-    people call a tie. `scores` must be those that training saw: another scale is another probability.
+    """Calibration of pairs, for the answer with the higher score: predicted is sigmoid(score difference),
+    from 1/2 to 1; observed is whether people prefer it. Equal scores predict 1/2 and are half right. With
+    ties `half` a pair that people call a tie is half right too. `scores` must be on the scale of training:
+    another scale gives other probabilities.
     """
     wins = pair_wins(labels, tie_tolerance, ties)
     rows, first, second = ((wins + wins.mT) > 0).triu(1).nonzero(as_tuple=True)  # each pair once
@@ -76,9 +77,9 @@ def platt(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> tuple[fl
     """Scale a and offset b for which sigmoid(a (score - b)) is the likeliest probability of being positive
     (Platt 1999).
 
-    The targets are Platt's, a little within 0 and 1, so that there is an optimum where a threshold separates
-    the classes; found by Newton's method in float64. Raises ValueError when there is one class only, or
-    scores that do not rise with it.
+    The targets are Platt's, slightly inside 0 and 1, so that an optimum exists even where a threshold
+    separates the classes. It is found by Newton's method in float64. Raises ValueError when there is only one
+    class, or when the scores do not rise with the class.
     """
     scores, count = scores.double(), positive.sum().double()
     others = len(positive) - count
@@ -100,9 +101,8 @@ def platt(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> tuple[fl
         gradient = rows.T @ (p - target)
         hessian = rows.T @ (rows * (p * (1 - p))[:, None]) + 1e-9 * torch.eye(2, dtype=torch.float64)
         step, size = torch.linalg.solve(hessian, gradient), 1.0
-        while size > 1e-6 and cost(weights - size * step) > cost(
-            weights
-        ):  # a whole step may be too far where p is near 0 or 1
+        # A whole step may be too far where p is near 0 or 1.
+        while size > 1e-6 and cost(weights - size * step) > cost(weights):
             size /= 2
         weights = weights - size * step
         if step.abs().max() < 1e-10:
@@ -119,7 +119,7 @@ def log_loss(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float
 
 
 def draw(directory: Path, found: Reliability, *, low: float, what: str) -> str:
-    """Have the first process write the reliability diagram to `directory`; returns the file's name."""
+    """Write the reliability diagram to `directory`, in rank zero; returns the file's name."""
     if not runtime.is_rank_zero():
         return PICTURE
     from matplotlib.backends.backend_agg import FigureCanvasAgg

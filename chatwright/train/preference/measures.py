@@ -1,5 +1,5 @@
-"""How good is a reward model? Accuracy by number of answers and by annotator, length alone, and where its
-scores begin."""
+"""Measures of a reward model: accuracy by number of answers and by annotator, and of length alone; and the
+normalisation of its scores."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Report, Table, Unhealthy
 
 MOST_ROWS = 20
-"""Annotators that the report names; those with the most pairs."""
+"""Most annotators that the report names: those with the most comparisons."""
 
 
 class Scored(NamedTuple):
-    """What the model says of some comparisons, and what people said: NaN where there is no answer."""
+    """The model's scores and people's labels of some comparisons. Labels are NaN where there is no answer."""
 
     scores: Float[Tensor, "n k"]
     labels: Float[Tensor, "n k"]
@@ -50,13 +50,13 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def accuracy_of(judged: Scored, config: RankingConfig) -> float:
-    """Share of the pairs that the scores order as people do."""
+    """Share of the pairs that the scores order as people did."""
     right, pairs = pair_accuracy(*judged, config.tie_tolerance, config.ties)
     return right / max(pairs, 1)
 
 
 def held_out_measures(judged: Scored, config: RankingConfig) -> dict[str, float]:
-    """Accuracy on held-out pairs, and correlation with what people rated."""
+    """Accuracy on held-out pairs, and correlation with people's ratings."""
     known = ~judged.labels.isnan()
     return {
         "held_out_accuracy": accuracy_of(judged, config),
@@ -90,8 +90,8 @@ def length_baseline(
 def accuracy_rows(
     judged: Scored, groups: Iterable[tuple[str, Sequence[int]]], config: RankingConfig
 ) -> list[list[str]]:
-    """Name, prompts, pairs, accuracy of groups of comparisons, by their numbers. The error is the standard
-    error over prompts, for the pairs of a prompt are not independent."""
+    """Table rows (name, prompts, pairs, accuracy) for groups of comparisons, given by their indices. The
+    error is the standard error over prompts, for the pairs of a prompt are not independent."""
     rows = []
     for name, numbers in groups:
         part = Scored(*(values[list(numbers)] for values in judged))
@@ -127,7 +127,7 @@ def by_annotator(
     strange: Sequence[Comparison],
     config: RankingConfig,
 ) -> Table | None:
-    """Accuracy for each annotator, those whose judgements were trained on first; None where nobody is
+    """Accuracy for each annotator, first those whose comparisons were trained on; None where no annotator is
     named."""
     rows: list[list[str]] = []
     for kind, found, asked in (
@@ -166,9 +166,9 @@ def normalise(
 ) -> str:
     """Shift and scale the scores, save, and return the checkpoint's name.
 
-    The standard deviation of `chosen` training answers becomes 1; 0 is the mean score of the demonstrations'
-    first answers (Ouyang et al. 2022, section 3.5), and where there are none that of the training answers.
-    Done once: a stage that is run again after this keeps the constants it has.
+    The standard deviation of the `chosen` training answers becomes 1. The mean score of the demonstrations'
+    first answers becomes 0 (Ouyang et al. 2022, section 3.5); without demonstrations, that of the training
+    answers. This is done once: a stage that is run again afterwards keeps its constants.
     """
     with runtime.evaluating(model), runtime.autocast(dtype):
         ask = partial(trainer.parallel.forward, score_comparisons, model, rankings)
@@ -186,7 +186,7 @@ def normalise(
 def refuse_if_learnt_by_heart(
     report: Report, accuracy: float, held_out: Sequence[Comparison], config: RankingConfig
 ) -> None:
-    """Raise Unhealthy with the report when the model is good on training pairs and guesses on held-out
+    """Raise Unhealthy, with the report, when the model is good on training pairs but guesses on held-out
     ones."""
     pairs = sum(
         round(float(pair_wins(torch.tensor([one.scores]), config.tie_tolerance, config.ties).sum()))
@@ -199,13 +199,13 @@ def refuse_if_learnt_by_heart(
         pairs=pairs,
     )
     if diagnosis is not None:
-        report.model = None  # no other stage is to use it
+        report.model = None  # no other stage may use it
         report.notes.insert(0, diagnosis.text)
         raise Unhealthy(f"reward: {diagnosis.text}", report)
 
 
 def example_scores(score: Callable[[Sequence[Message], Sequence[str]], Sequence[float]]) -> str:
-    """What a judge thinks of two answers, in a sentence for the report."""
+    """The scores of two example answers, in a sentence for the report."""
     answers = ("That sounds great, I love it!", "That sounds awful, I hate it.")
     prompt = (Message(role="user", content="I will go hiking on Saturday."),)
     found: Mapping[str, float] = dict(zip(answers, score(prompt, answers), strict=True))

@@ -1,5 +1,4 @@
-"""Comparisons -> batches for a reward model: where they come from, who made them, and how a row is
-written."""
+"""Comparisons -> batches for a reward model: their sources, their annotators, and how a row is encoded."""
 
 from __future__ import annotations
 
@@ -25,11 +24,11 @@ from chatwright.tokenizer import Tokenizer
 
 SIDES = ("train", "validation")
 PASSES = 8
-"""Comparisons that each rated text takes part in, with other texts and another prompt each time."""
+"""Comparisons that each rated text takes part in, each time with other texts and another prompt."""
 
 
 class RankingConfig(Protocol):
-    """The settings that decide what a batch of comparisons is."""
+    """The settings that batches of comparisons depend on."""
 
     @property
     def tie_tolerance(self) -> float: ...
@@ -61,8 +60,8 @@ class RankedBatch:
 def encode_answer(
     prompt: Sequence[Message], answer: str, template: ChatTemplate, tokenizer: Tokenizer, max_tokens: int
 ) -> list[int]:
-    """Prompt, answer and end token as at most `max_tokens` ids: the scored row always ends with the end
-    token."""
+    """Prompt, answer and end token as at most `max_tokens` ids. Both are cut if needed, so that a row always
+    ends with the end token, where it is scored."""
     before = template.encode(list(prompt), tokenizer, add_generation_prompt=True).ids
     content = tokenizer.encode(answer)[: max_tokens - 2]
     room = max_tokens - 1 - len(content)
@@ -72,22 +71,22 @@ def encode_answer(
 def padded(
     rows: list[list[int]], tokenizer: Tokenizer
 ) -> tuple[Int[Tensor, "rows time"], Bool[Tensor, "rows time"]]:
-    """Rows as one tensor, padded on the right, and where they are real."""
+    """Rows as one tensor, padded on the right, and a mask that is True on real tokens."""
     ids = pad(rows, tokenizer.end_of_text_id, multiple=WIDTH_STEP)
     return ids, pad([[1] * len(row) for row in rows], 0, multiple=WIDTH_STEP).bool()
 
 
 def first_prompts(file: Path, most: int = 2_000) -> list[tuple[Message, ...]]:
-    """The first user turn of up to `most` conversations of a file: the short ones (under 24 characters) where
-    there are any, for a prompt costs time in every row; else all. Raises UserError."""
+    """The first user turns of up to `most` conversations of a file. Only short ones (under 24 characters),
+    where there are any, for a prompt costs time in every row; else all. Raises UserError."""
     records = islice(read_records(file, Dialogue), most)
     first = [dialogue.messages[:1] for dialogue in records if dialogue.messages[0]["role"] == "user"]
     return [turn for turn in first if len(described(turn[0]["content"])) < 24] or first
 
 
 def demonstrations(file: Path, most: int) -> list[Comparison]:
-    """Up to `most` answers of people's own, each the first of a conversation. They are compared with nothing:
-    the second, empty answer is there because a comparison has two."""
+    """Up to `most` answers written by people, each the first of a conversation. They are compared with
+    nothing: the second answer is empty, and is there because a comparison needs two."""
     found = []
     for dialogue in read_records(file, Dialogue):
         roles = [message["role"] for message in dialogue.messages]
@@ -109,9 +108,9 @@ def from_ratings(
     """Each text once per pass, K at a time, as the answers to a prompt drawn at random; ratings are the
     scores.
 
-    Prompt and text have nothing to do with each other: the model is to judge the text whatever came before.
-    The K texts of a comparison are of about the same length (within the jitter of 20 % that makes each pass
-    different): length cannot decide a comparison, and little is wasted on padding.
+    Prompt and text are unrelated: the model is to score the text whatever came before. The K texts of a
+    comparison have about the same length, within the jitter of 20 % that makes each pass different. So length
+    cannot decide a comparison, and there is little padding.
     """
     if not prompts:
         raise UserError("there are no conversations to take prompts from; set `dialogues` in the data stage")
@@ -135,7 +134,7 @@ def from_ratings(
 
 @dataclass(frozen=True)
 class Rankings:
-    """Comparisons in an order that depends on the seed and the index alone."""
+    """Comparisons in a random order; a sample depends on the seed and its index alone."""
 
     comparisons: list[Comparison]
     template: ChatTemplate
@@ -148,7 +147,7 @@ class Rankings:
         return self.batch([self.comparisons[n] for n in self.order.take(start, count)])
 
     def batch(self, chosen: Sequence[Comparison], k: int = 0) -> RankedBatch:
-        """These comparisons as tensors; prompts with fewer answers than others (or than `k`) are filled with
+        """These comparisons as tensors. Prompts with fewer answers than others, or than `k`, are padded with
         unrated empty ones."""
         k = max(k, *(len(one.responses) for one in chosen))
         config, rows, labels = self.config, [], []
@@ -174,8 +173,7 @@ class Rankings:
 
 
 def own_comparisons(directory: Path) -> tuple[list[Comparison], list[Comparison]]:
-    """Training and held-out comparisons of a data stage, or of a directory of the user's. Raises
-    UserError."""
+    """Training and held-out comparisons of a data stage or of the user's directory. Raises UserError."""
     both = [list(read_records(directory / f"comparisons-{side}.jsonl", Comparison)) for side in SIDES]
     for side, found in zip(SIDES, both, strict=True):
         if not found:
@@ -188,8 +186,8 @@ def own_comparisons(directory: Path) -> tuple[list[Comparison], list[Comparison]
 def rated_comparisons(
     records: Path, k: int, seed: int, *, labels: int = 0
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """Training and held-out comparisons made of the texts that people rated; of `labels` training texts, 0
-    for all. Raises UserError."""
+    """Training and held-out comparisons made from rated texts, for training from `labels` of them (0: all).
+    Raises UserError."""
     made = []
     for side, passes in zip(SIDES, (PASSES, 1), strict=True):
         texts = list(read_records(records / f"ratings-{side}.jsonl", LabelledText))
@@ -200,8 +198,8 @@ def rated_comparisons(
 
 
 def drawn(texts: list[LabelledText], labels: int, seed: int) -> list[LabelledText]:
-    """As many of the texts, chosen by the seed, in their order; all of them for 0. Raises UserError when they
-    are fewer."""
+    """`labels` of the texts, chosen by the seed, in their order; all of them for 0. Raises UserError when
+    there are fewer."""
     if not labels:
         return texts
     if labels > len(texts):
@@ -213,22 +211,21 @@ def drawn(texts: list[LabelledText], labels: int, seed: int) -> list[LabelledTex
 
 @dataclass(frozen=True)
 class Split:
-    """What is trained on, and what is measured: prompts that training does not see, by annotators that it
-    knows or not."""
+    """Comparisons for training, and held-out ones by annotators who are, or are not, in training."""
 
     train: list[Comparison]
     held_out: list[Comparison]
-    """Held-out prompts, by annotators whose other judgements are trained on."""
+    """Held-out prompts, by annotators whose other comparisons are trained on."""
     held_out_annotators: list[Comparison]
-    """Held-out prompts, by annotators whose judgements are not trained on at all."""
+    """Held-out prompts, by annotators none of whose comparisons is trained on."""
 
 
 def without_annotators(train: list[Comparison], held_out: list[Comparison], names: str) -> Split:
-    """Keep the judgements of some annotators (names, comma-separated) out of training.
+    """Keep the comparisons of some annotators (names, comma-separated) out of training.
 
-    Both kinds of annotators are measured on held-out prompts, so that only the annotator differs; what the
-    held_out_annotators said about training prompts is not used. Raises UserError: an unknown name, or nothing
-    left on one of the sides.
+    Both kinds of annotators are measured on held-out prompts, so that only the annotator differs. Comparisons
+    of held-out annotators on training prompts are not used. Raises UserError for an unknown name, or when one
+    of the parts would be empty.
     """
     chosen = {name.strip() for name in names.split(",") if name.strip()}
     if not chosen:

@@ -1,4 +1,4 @@
-"""What the report of a reward model has beside its loss: calibration, accuracy by number of answers and by
+"""Parts of a reward model's report beside its loss: calibration, accuracy by number of answers and by
 annotator, and its scores of single pairs before and after."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from chatwright.train.preference.rankings import Rankings, Split
 from chatwright.train.workspace import Answered, Measure, Report, Workspace
 
 PAIRS_SHOWN = 10
-"""Held-out pairs whose scores before and after the report shows: the first ones, not chosen."""
+"""Held-out pairs that the report shows with their scores before and after: the first ones, unselected."""
 
 
 def look_closer(
@@ -37,7 +37,7 @@ def look_closer(
 ) -> None:
     """Add calibration, accuracy by number of answers and by annotator to the report of a trained model."""
     found = judged(split.held_out)
-    raw = found.scores / model.scale.cpu()  # as in training: a probability is of the scale that was learnt
+    raw = found.scores / model.scale.cpu()  # the scale of training, on which sigmoid gives probabilities
     reliable = calibration.pair_reliability(raw, found.labels, config.tie_tolerance, config.ties)
     report.measures.append(
         Measure(
@@ -75,7 +75,7 @@ def look_closer(
 
 
 def example(model: ScalarModel, rankings: Rankings, parallel: ParallelContext = SINGLE_PROCESS) -> str:
-    """What the model thinks of two answers."""
+    """The model's scores of two example answers."""
 
     def score(prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:
         batch = runtime.on_device(rankings.batch([Comparison.of(prompt, answers, [0.0] * len(answers))]))
@@ -86,8 +86,8 @@ def example(model: ScalarModel, rankings: Rankings, parallel: ParallelContext = 
 
 
 def compare_scores(config: Any, workspace: Workspace, model: str, held_out: Sequence[Comparison]) -> Answered:
-    """What a reward model thinks of ten held-out pairs of answers, before training and after: by how much the
-    score of the one that was rated higher leads."""
+    """The margin of the higher rated answer in ten held-out pairs: its score less the other's, before
+    training and after."""
     chosen = [
         pair for pair in map(_extremes, held_out) if pair.scores[0] - pair.scores[1] > config.tie_tolerance
     ][:PAIRS_SHOWN]

@@ -1,4 +1,4 @@
-"""What the stages that train a scalar model have in common: the reward model and the classifier."""
+"""Shared code of the stages that train a scalar model: the reward model and the classifier."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from chatwright.train.stage_training import StageTraining, planned_model
 from chatwright.train.trainer import Trainer
 
 PURPOSE = "a judge of answers needs a model after sft"
-"""Why a base model without a chat template is refused."""
+"""End of the error message when a base model has no chat template."""
 
 
 def scalar_trainer(training: StageTraining[Any], base: ChatBase) -> tuple[ScalarModel, Trainer]:
-    """A scalar model with the base's body and a new head, and what trains it."""
+    """A scalar model with the base's body and a new head, and its trainer."""
     model = ScalarModel(base.model.config)
     model.start_from(base.model)
     if runtime.device().type == "cpu":

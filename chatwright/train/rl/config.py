@@ -1,4 +1,4 @@
-"""The settings that PPO and REINFORCE share (rounds.py)."""
+"""The settings that PPO and REINFORCE share (training.py)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RLConfig:
     data: str = field(default="data", metadata={"input": True})
     """The stage, or directory, with dialogues-train.jsonl: their user turns are the prompts."""
     iterations: int = 40
-    """PolicyTraining of sampling and updating."""
+    """Iterations of sampling and updating."""
     batch_size: int = 64
     """Completions sampled per round."""
     minibatch_size: int = 32
@@ -146,8 +146,8 @@ SHARED_PAPER = (
     Paper("optim.warmup", 0.02, f"{INSTRUCT}: 10 of 500 rounds, from a tenth of the rate"),
     Paper("lora.rank", 0, f"{INSTRUCT}: all weights are trained"),
 )
-"""What InstructGPT set that any method of rounds has. The guards (kl_budget, min_correlation, min_distinct,
-unfinished and degenerate answers) are our own: rounds.py says why."""
+"""InstructGPT's values of the settings that all methods share. The guards (kl_budget, min_correlation,
+min_distinct, unfinished and degenerate completions) are our own: training.py says why."""
 
 RENAMED = {"save_every": "save_steps", "average": "ema"}
 """Former names of settings (`save_every` means seconds everywhere else)."""

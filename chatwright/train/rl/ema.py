@@ -1,5 +1,5 @@
-"""An average of a policy's weights over the steps of training, which may be better than any of them.  Ouyang
-et al. 2022."""
+"""EMA (exponential moving average) of a policy's weights, which may be better than those of any step.
+Ouyang et al. 2022."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from chatwright.model.lora import lora_parameters
 
 
 def averaged(policy: nn.Module) -> list[nn.Parameter]:
-    """What an average is made of: the matrices of the policy's adapter if it has one, else all its
-    weights."""
+    """The parameters that are averaged: the matrices of the policy's adapter if it has one, else all."""
     return lora_parameters(policy) or list(policy.parameters())
 
 
 def ema_of(policy: GPT) -> nn.Module:
-    """Where an average of a policy begins, frozen. A and B of an adapter are averaged each on its own: the
+    """The EMA of a policy at its start: a frozen copy. A and B of an adapter are averaged separately: an
     average of their products would have a higher rank than the adapter."""
     own = lora_parameters(policy)
     if own:
@@ -30,14 +29,14 @@ def ema_of(policy: GPT) -> nn.Module:
 
 @torch.no_grad()
 def update_ema(average: nn.Module, policy: nn.Module, decay: float) -> None:
-    """average <- decay x average + (1 - decay) x policy (Ouyang et al. 2022, appendix C.4). Of models in
-    parts each process averages its own."""
+    """average <- decay x average + (1 - decay) x policy (Ouyang et al. 2022, appendix C.4). With sharded
+    models each process averages its shards."""
     for mine, theirs in zip(average.parameters(), averaged(policy), strict=True):
         mine.lerp_(theirs, 1 - decay)
 
 
 @torch.no_grad()
 def copy_weights(policy: nn.Module, average: nn.Module) -> None:
-    """Give the policy the weights of its average."""
+    """Copy the weights of the EMA into the policy."""
     for mine, theirs in zip(averaged(policy), average.parameters(), strict=True):
         mine.copy_(theirs)

@@ -1,9 +1,8 @@
-"""What is really wanted, where there is a measure of it that the policy is not trained on: the gold beside
-the proxy.
+"""Gold measure: what is really wanted, by a measure that the policy is not trained on.
 
-A reward model stands in for it and can be exploited; where a gold measure can be had on every answer (a
-lexicon, or a better reward model that stands for people, as in Gao et al. 2022, arXiv:2210.10760), a run can
-stop when it turns down.
+The reward model is only a proxy for it and can be exploited. Where a gold measure exists for every completion
+(a lexicon, or a better reward model in place of people, as in Gao et al. 2022, arXiv:2210.10760), a run can
+stop when the gold measure falls.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from chatwright.train.rl.rollout import Completions, texts_of
 Gold = Callable[[Completions], Float[Tensor, " batch"]]
 
 SENTIMENT = "sentiment"
-"""The name of the lexicon's measure in the settings; anything else names a reward model."""
+"""The setting that names the lexicon's measure; any other name is that of a reward model."""
 
 
 def sentiment(texts: Sequence[str]) -> list[float]:
@@ -36,7 +35,7 @@ def sentiment(texts: Sequence[str]) -> list[float]:
 
 
 def gold_of(name: str, resolve: Callable[[str], Path], base: Loaded) -> Gold | None:
-    """The measure that a setting names: none, the lexicon, or the reward model of a stage. Raises
+    """The measure that the setting `name` asks for: none, the lexicon, or the reward model of a stage. Raises
     UserError."""
     tokenizer = base.tokenizer
     assert tokenizer is not None

@@ -1,4 +1,4 @@
-"""Is this run still healthy? Signs of trouble, from the numbers of its rounds so far, and what they mean."""
+"""Health checks of an RL run: signs of trouble in the metrics of its iterations, and what they mean."""
 
 from __future__ import annotations
 
@@ -22,42 +22,46 @@ WATCHED = (
     "gold",
     "gold_error",
 )
-"""Logged values that `diagnose` looks at; kept in the checkpoint so that a resumed run judges as the whole
-one. A run without a critic has no `explained_variance`, one without a gold measure no `gold`."""
+"""Logged values that `diagnose` reads. Checkpoints keep them, so that a resumed run decides as an
+uninterrupted one. A run without a critic has no `explained_variance`, one without a gold measure no `gold`.
+"""
 
 Row = Mapping[str, float]
 History = Sequence[Row]
 
 YOUNG = 15
-"""PolicyTraining after which a critic should have learnt something."""
+"""Iterations after which a critic should have learnt something."""
 WINDOW = 5
-"""PolicyTraining over which a gold measure is averaged when the settings name no patience."""
+"""Iterations over which a gold measure is averaged when `patience` is 0."""
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding may do at most, with room to spare, in the precision of the policy's products."""
+    """The largest errors that rounding explains, with some slack, for one precision of the policy."""
 
     token: float = 1e-2
     """Nats by which sampler and trainer may disagree about a token (float32: below 1e-4)."""
     sampler: float = 2e-3
-    """The same as a root mean square over a round's tokens (float32: 2e-5 was seen)."""
+    """The same as a root mean square over an iteration's tokens (float32: 2e-5 was seen)."""
     ratio: float = 1e-3
-    """By how much a ratio may differ from 1 before anything was learnt (float32: below 1e-5)."""
+    """By how much a ratio may differ from 1 before the first update (float32: below 1e-5)."""
 
 
 FLOAT32 = Rounding()
 BFLOAT16 = Rounding(token=2.0, sampler=0.1, ratio=0.3)
-"""SmolLM2-135M with adapters, 80 rounds, its sampler in float32: 0.02 nats at first, 0.08 at 5 nats from the
-reference, single tokens up to 0.53. The tiny recipe's model, 12 rounds, its sampler in bf16: 0.008
-throughout, single tokens up to 0.09, with compiled blocks as without. Ratios were 1 to four digits, for a
-row's products do not depend on the other rows. A temperature of 0.95 instead of 1 is 0.13 nats, one of 0.9 is
-0.28: nearer to rounding than one would like, which is why float32 is what a policy has unless asked."""
+"""Measured root mean squares between sampler and trainer:
+* SmolLM2-135M with adapters, 80 iterations, sampler in float32: 0.02 nats at first, 0.08 at 5 nats from the
+  reference; single tokens up to 0.53.
+* The tiny recipe's model, 12 iterations, sampler in bf16: 0.008 throughout; single tokens up to 0.09, with
+  compiled blocks as without.
+Ratios were 1 to four digits, for a row's products do not depend on the other rows. A wrong temperature of
+0.95 instead of 1 makes 0.13 nats, one of 0.9 makes 0.28. That is close to the rounding of bf16, so the
+default precision of a policy is float32."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Why to stop. A fatal one means that something is broken, the others only that it is enough."""
+    """Why to stop. A fatal one means that something is broken; the others only end the run."""
 
     text: str
     fatal: bool
@@ -70,19 +74,18 @@ class Limits:
     kl_budget: float
     """Nats per answer."""
     patience: int = 0
-    """PolicyTraining that are averaged when a peak is looked for; 0 looks for none in the score."""
+    """Iterations that are averaged to find a peak; 0 looks for no peak of the score."""
     rounding: Rounding = FLOAT32
-    """Of the policy's products."""
+    """Limits for the precision of the policy's products."""
 
 
 def diagnose(history: History, limits: Limits) -> Diagnosis | None:
-    """The first rule that the latest round breaks, or None. What cannot be trusted comes before what is
-    enough."""
+    """The first rule that the latest iteration breaks, or None. Rules about broken runs come first."""
     return next((found for rule in RULES if (found := rule(history, limits)) is not None), None)
 
 
 def diagnose_ratio(gap: float, rounding: Rounding = FLOAT32) -> Diagnosis | None:
-    """`gap` is the largest difference from 1 of a ratio in a round's first minibatch, before its update."""
+    """`gap` is the largest |ratio - 1| in an iteration's first minibatch, before its update."""
     if gap <= rounding.ratio:
         return None
     return Diagnosis(
@@ -95,11 +98,10 @@ def diagnose_ratio(gap: float, rounding: Rounding = FLOAT32) -> Diagnosis | None
 
 
 def diagnose_reward(*, train: float, held_out: float, length: float, pairs: int) -> Diagnosis | None:
-    """Accuracies of a reward model on training pairs and on `pairs` held-out ones, and of length alone on the
-    latter.
+    """Whether a reward model has only learnt its training prompts: its accuracy is good on training pairs
+    (`train`), and on `pairs` held-out ones (`held_out`) within two standard errors of chance.
 
-    Good on the one and no better than chance, within two standard errors, on the other: it has learnt the
-    training prompts.
+    `length` is the accuracy of length alone on the held-out pairs.
     """
     error = 0.5 / math.sqrt(max(pairs, 1))
     if train < 0.7 or held_out > 0.5 + 2 * error:
@@ -237,9 +239,9 @@ def _score_is_past_its_peak(history: History, limits: Limits) -> Diagnosis | Non
 
 
 def past_peak(history: History, key: str, size: int) -> int | None:
-    """The first round of the `size` rounds in which the mean of `key` was highest, when it has fallen since
-    by more than two standard errors of the difference (sampling error of the answers alone); None while it
-    has not."""
+    """Find the `size` consecutive iterations with the highest mean of `key`. Returns the first of them when
+    the mean has fallen since by more than two standard errors of the difference (sampling error of the
+    completions alone), else None."""
     if len(history) < 2 * size:
         return None
     ends = range(len(history) - 2 * size + 1)  # windows that do not overlap the last one
@@ -264,5 +266,5 @@ RULES: tuple[Callable[[History, Limits], Diagnosis | None], ...] = (
     _reward_is_hacked,
     _score_is_past_its_peak,
 )
-"""Each names a sign of trouble (docs/reference/reports.md, "How a run goes wrong"); the order is that of
-`diagnose`."""
+"""The rules, in the order in which `diagnose` tries them (docs/reference/reports.md, "How a run goes wrong").
+"""

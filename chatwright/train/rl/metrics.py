@@ -139,7 +139,7 @@ SAMPLE_METRICS = in_group(
         when="`gold` is set",
     ),
 )
-"""What `chatwright/train/rl/models.py::round_facts` and `PolicyTraining.sampled` give."""
+"""Metrics that `chatwright/train/rl/models.py::round_facts` and `PolicyTraining.sampled` return."""
 
 UPDATE_METRICS = in_group(
     "RL: the updates of an iteration (the last one has none)",
@@ -174,7 +174,7 @@ UPDATE_METRICS = in_group(
         "disagree (`chatwright/train/rl/health.py::diagnose_ratio`)",
     ),
 )
-"""What `chatwright/train/rl/models.py::step_facts` and `PolicyTraining.round` give."""
+"""Metrics that `chatwright/train/rl/models.py::step_facts` and `PolicyTraining.round` log."""
 
 RL_METRICS = (*OPTIMISER_METRICS, *SAMPLE_METRICS, *UPDATE_METRICS)
-"""All that both methods log; each adds the measures of its own loss."""
+"""Metrics of both methods; each adds those of its own loss."""

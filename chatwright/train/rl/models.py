@@ -1,8 +1,6 @@
-"""The models that take part when a policy learns from a reward model, and what they say about sampled
-answers.
+"""The models of RL from a reward model, how they score completions, and what is logged about them.
 
-Shared by PPO and REINFORCE (and meant for what follows them): who plays, how answers are judged, what is
-logged of it.
+Shared by PPO and REINFORCE, and meant for later methods too.
 """
 
 from __future__ import annotations
@@ -42,17 +40,15 @@ from chatwright.train.rl.rollout import (
 )
 
 PORTION = 64
-"""Completions that models are asked about at a time, which bounds what logits take."""
+"""Completions per forward pass when rollouts are scored; bounds the memory of the logits."""
 
 
 @dataclass
 class RLModels:
-    """What is trained, what it is compared with, what judges, what predicts the judgement (REINFORCE needs
-    none of that).
+    """Policy, reference, reward model, and the critic, which REINFORCE does not need.
 
-    A reference of None is the policy with its adapter off. Reward model and a critic with a body of its own
-    compute in `dtype`, policy and reference in `policy_dtype`: both in the same, for their difference is the
-    KL.
+    A reference of None is the policy with its adapter off. The reward model and a separate critic compute in
+    `dtype`. Policy and reference compute in `policy_dtype`: in the same one, for their difference is the KL.
     """
 
     policy: GPT
@@ -62,18 +58,17 @@ class RLModels:
     dtype: torch.dtype = torch.float32
     policy_dtype: torch.dtype = torch.float32
     parallel: ParallelContext = SINGLE_PROCESS
-    """The processes that hold these models together, each of which samples and judges its share of a round's
-    answers."""
+    """The processes that hold these models; each samples and scores its part of the completions."""
 
     twin: GPT | None = None
-    """Where the policy is in parts: the copy of it that samples (`ParallelContext.twin`)."""
+    """With a sharded policy: the whole copy of it that samples (`ParallelContext.twin`)."""
 
     def share(self, parallel: ParallelContext) -> None:
-        """Be held by many processes together; before the plan is put on the models."""
+        """Share these models among many processes; call it before the plan distributes them."""
         self.parallel, self.twin = parallel, parallel.twin(self.policy)
 
     def sampler(self) -> GPT:
-        """The policy as one process can sample from it, with the weights of now. All must ask."""
+        """A policy with the current weights that one process can sample from. All processes must call it."""
         if self.twin is None:
             return self.policy
         self.parallel.refresh(self.twin, self.policy)
@@ -81,17 +76,17 @@ class RLModels:
 
     @property
     def frozen(self) -> dict[str, nn.Module]:
-        """Those that are not trained, by name."""
+        """Models that are not trained, by name."""
         return {"reward": self.reward, **({} if self.reference is None else {"reference": self.reference})}
 
     @property
     def computing(self) -> list[nn.Module]:
-        """Those that have forward passes of their own."""
+        """Models that have forward passes of their own."""
         return [one for one in (self.policy, self.reference, self.reward, self.critic) if one is not None]
 
     @contextmanager
     def as_reference(self) -> Iterator[GPT]:
-        """The model that is the reference for as long as this lasts; no longer, for it may be the policy."""
+        """The reference model. It is valid inside the context only, for it may be the policy."""
         if self.reference is not None:
             yield self.reference
         else:
@@ -101,8 +96,8 @@ class RLModels:
 
 @dataclass(frozen=True)
 class PolicyOutputs:
-    """What policy and critic say about every answer token; 0 elsewhere, and 0 everywhere for what was not
-    asked, or without a critic."""
+    """Outputs of policy and critic for every completion token; 0 elsewhere. An entropy that was not asked
+    for, and values without a critic, are 0 everywhere."""
 
     log_probs: Float[Tensor, "batch time"]
     entropy: Float[Tensor, "batch time"]
@@ -130,7 +125,7 @@ def policy_outputs(
 
 
 class ScoringConfig(Protocol):
-    """The settings that decide which score an answer gets."""
+    """The settings that decide the score of a completion."""
 
     @property
     def temperature(self) -> float: ...
@@ -145,8 +140,8 @@ class ScoringConfig(Protocol):
 def score_completions(
     reward: ScalarModel, answers: Completions, config: ScoringConfig, dtype: torch.dtype = torch.float32
 ) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
-    """Scores, and which answers are penalised (unfinished or degenerate): those get the fixed score instead
-    of the model's."""
+    """Scores, and which completions are penalised (unfinished or degenerate): they get a fixed score instead
+    of the reward model's."""
     with runtime.autocast(dtype):
         scores = reward.score(answers.ids, answers.real)
     penalised = (
@@ -157,7 +152,7 @@ def score_completions(
 
 @dataclass(frozen=True)
 class Scored:
-    """Sampled answers, and what all models said about them at that time."""
+    """Sampled completions, and the outputs of all models for them before any update."""
 
     answers: Completions
     policy_outputs: PolicyOutputs
@@ -168,16 +163,16 @@ class Scored:
 
 @torch.no_grad()
 def score_rollout(models: RLModels, answers: Completions, config: ScoringConfig) -> Scored:
-    """Ask all models about sampled answers. Each of many processes asks about its own and gets what all were
-    told."""
+    """Run all models on sampled completions. With many processes each runs them on its own completions and
+    gets the results of all."""
     return all_gather_completions(
         models.parallel.forward(_score_rollout, models, answers, config), models.parallel
     )
 
 
 def _score_rollout(models: RLModels, answers: Completions, config: ScoringConfig) -> Scored:
-    """In micro-batches. Not with many processes, whose micro-batches might differ in number: each forward
-    pass of a model in parts is one for all."""
+    """Score in micro-batches. Not with many processes: their micro-batches might differ in number, and all
+    must take part in each forward pass of a sharded model."""
     if models.parallel.together:
         return _asked(models, answers, config)
     micro_batches = torch.split(torch.arange(len(answers.ids)), PORTION)
@@ -193,7 +188,7 @@ def _asked(models: RLModels, answers: Completions, config: ScoringConfig) -> Sco
 
 
 def round_facts(seen: Scored, beta: float) -> dict[str, float]:
-    """What to log about a round's answers, before they are learnt from."""
+    """What to log about an iteration's completions, before the updates."""
     answers, own, mask = seen.answers, seen.policy_outputs, seen.answers.response
     kl = torch.where(mask, objective.kl_k1(own.log_probs, seen.reference), 0.0).sum(1)
     gaps = (answers.sampled - own.log_probs)[mask]
@@ -224,18 +219,17 @@ def step_facts(
     per_token: float = 1.0,
     parallel: ParallelContext = SINGLE_PROCESS,
 ) -> dict[str, Tensor]:
-    """What to log about how far the policy is from the one that sampled, whose log-probabilities were
+    """What to log about how far the policy has moved since it sampled, when its log-probabilities were
     `before`.
 
-    Sums over a `weight` of which a token of the whole minibatch is worth `per_token`: what a `Step` is to
-    log.
+    These are sums for `Step.logged`, over the batch's `weight`; `per_token` is the weight of one token of the
+    whole minibatch.
     """
     change = torch.where(mask, (now.log_probs - before).detach(), 0.0)
     ratio = change.exp()
     gap = (ratio - 1).abs().max()
-    if (
-        parallel.together
-    ):  # the largest of the minibatch, of which this process has a part; NaN is no number to compare with
+    # The maximum over the whole minibatch, of which this process has a part. NaN cannot be compared.
+    if parallel.together:
         gap = torch.tensor(parallel.all_reduce_max([float(gap.nan_to_num(nan=math.inf, posinf=math.inf))])[0])
     tokens = mask.sum() * per_token
     return {
@@ -259,8 +253,8 @@ def make_models(
     """Policy and reference from the SFT model. The critic is a copy of the reward model with a body of its
     own (`separate`), a head on the policy that starts at zero (`shared`), or there is `none`.
 
-    With adapters there are two whole models: the policy, which is the reference without its adapter, and the
-    reward model, over whose frozen body a separate critic has an adapter and a head of its own.
+    With adapters there are only two whole models. The policy without its adapter is the reference. A separate
+    critic has an adapter and a head of its own over the frozen body of the reward model.
     """
     device, lora = runtime.device(), lora or LoRAConfig()
     policy, reward = base.model.to(device), reward.to(device)
@@ -271,7 +265,7 @@ def make_models(
     predicts: ScalarModel | ValueHead | None = None
     if critic == "separate" and lora.rank:
         predicts = sharing_copy(reward)
-        predicts.scalar = copy.deepcopy(reward.scalar)  # it is trained, and not the judge's
+        predicts.scalar = copy.deepcopy(reward.scalar)  # trained; the reward model's head must not change
     elif critic == "separate":
         predicts = ScalarModel(reward.config).to(device)
         predicts.load_state_dict(reward.state_dict())
@@ -300,7 +294,8 @@ def make_models(
 
 
 def load_reward(directory: Path, base: Loaded, min_correlation: float) -> ScalarModel:
-    """The reward model of a stage. Raises UserError when it is none, of another tokenizer, or too weak."""
+    """The reward model of a stage. Raises UserError when there is none, or it has another tokenizer or is too
+    weak."""
     found = find_checkpoint(directory)
     if found is None or found.state().get("kind") != "reward":
         raise UserError(f"{directory} holds no reward model")

@@ -1,4 +1,4 @@
-"""What a run of rounds did to the policy, as its report says it."""
+"""The outcome of an RL run: which policy is the result, and the report."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ COMMON = (
     Curve("Answer length", ["length"], "tokens"),
     Curve("Gold measure", ["gold"]),
 )
-"""Curves of every method; those that a run has no numbers for are not drawn."""
+"""Curves of every method; a curve without numbers is not drawn."""
 
 
 def kept(logged: Mapping[str, float]) -> dict[str, float]:
-    """What is remembered of the answers of a policy that may be the result."""
+    """The logged values that are kept of a policy that may be the result."""
     return {
         key: logged[key]
         for key in ("score", "kl", "distinct_2", "length", "finished", "gold")
@@ -28,8 +28,8 @@ def kept(logged: Mapping[str, float]) -> dict[str, float]:
 
 
 def result_of(extra: Mapping[str, Any], step: int) -> dict[str, Any] | None:
-    """The policy that is the result, with its step: the average of the weights where there is one and it is
-    allowed, else the best of the rounds, if there is any."""
+    """Step and values of the policy that is the result: the EMA where there is one and it is allowed, else
+    the policy of the best iteration, if any."""
     average = extra.get("average")
     if average is not None and average["allowed"]:
         return {"step": step, **average}
@@ -47,8 +47,8 @@ def report_of(
     trouble: str = "",
     more: Mapping[str, Any] | None = None,
 ) -> Report:
-    """The report of a run that has a result, or of one that was broken off (`trouble` says why). `tax` is the
-    perplexity of general text before and after, `aim` what the best round is the best by, `more` further
+    """The report of a run that has a result, or of one that was stopped as unhealthy (`trouble` says why).
+    `tax` is the perplexity of general text before and after, `aim` the selection metric, `more` further
     facts."""
     first, result = extra["history"][0], result_of(extra, step)
     measures = []

@@ -1,11 +1,10 @@
-"""ptx: pre-training goes on beside PPO, so that the policy does not forget what it knew.  Ouyang et al. 2022,
-eq. 2.
+"""ptx: a pre-training loss beside PPO's, so that the policy does not forget.  Ouyang et al. 2022, eq. 2.
 
-The objective gains gamma E[log pi(x)] over texts x of pre-training. What alignment costs without it, and what
-is left of that cost with it, is the perplexity of held-out general text before and after: the tax report.
+The objective gains gamma E[log pi(x)] over texts x of pre-training. The report's alignment tax is the
+perplexity of held-out general text before and after: it shows the cost of alignment with and without ptx.
 
 Departures from the paper: the mean is over tokens (the paper does not say over what), so that `gamma` has
-another scale than its 27.8 for sums over texts; texts are windows of the token stream, as in our
+another scale than the paper's 27.8 for sums over texts. Texts are windows of the token stream, as in our
 pre-training.
 """
 
@@ -30,21 +29,21 @@ from chatwright.train.trainer import Step
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Windows of general text that belong to a minibatch of answers."""
+    """Windows of general text that belong to a minibatch of completions."""
 
     ids: Int[Tensor, "windows context+1"]
     share: float
-    """What the mean loss of these windows counts as in the sum over the minibatch's answer tokens."""
+    """Factor of these windows' mean loss in the sum over the minibatch's completion tokens."""
 
     @property
     def weight(self) -> float:
-        """None of its own: the minibatch's sum is divided by its answer tokens."""
+        """0: the minibatch's sum is divided by its completion tokens alone."""
         return 0.0
 
 
 @dataclass(frozen=True)
 class GeneralText:
-    """Training windows in an order of their own, and what is held out."""
+    """Training windows of general text in random order, and held-out text."""
 
     train: TokenShards
     held_out: TokenShards
@@ -53,8 +52,7 @@ class GeneralText:
 
     @classmethod
     def open(cls, directory: Path, tokenizer: Tokenizer, context: int, seed: int) -> GeneralText:
-        """The shards of a tokenizer stage. Raises UserError when they are missing, or of another
-        tokenizer."""
+        """The shards of a tokenizer stage. Raises UserError when they are missing or of another tokenizer."""
         train = TokenShards.open(directory / "train", tokenizer)
         held_out = TokenShards.open(directory / "validation", tokenizer)
         return cls(
@@ -75,7 +73,7 @@ class GeneralText:
 
 
 def text_step(policy: GPT, batch: TextBatch) -> Step:
-    """gamma times the mean loss of the windows' tokens, on the scale of the minibatch's sum."""
+    """gamma times the mean loss of the windows' tokens, scaled to the minibatch's sum."""
     hidden = policy.hidden(batch.ids[:, :-1])
     targets = batch.ids[:, 1:]
     total = chunked_next_token_loss(

@@ -1,7 +1,7 @@
-"""Rollouts: prompts -> sampled answers with everything PPO needs to know about each token.
+"""Rollouts: prompts -> sampled completions, with everything that PPO needs for each token.
 
-Columns of all (B, T) tensors are positions of prompt + answer, padded on the right. `log_probs[b, t]` belongs
-to token t; `values[b, t]` is the critic's policy_outputs BEFORE token t, its output at position t - 1
+Columns of all (B, T) tensors are positions of prompt + completion, padded on the right. `log_probs[b, t]`
+belongs to token t. `values[b, t]` is the critic's estimate BEFORE token t, its output at position t - 1
 (docs/papers.md, point 7: values are shifted by one against the log-probabilities).
 """
 
@@ -41,36 +41,36 @@ if TYPE_CHECKING:
 
 
 Entropy = Literal["", "known", "learnt"]
-"""Whether the entropy of the policy is asked for, and whether with its gradient: that of a large vocabulary
-takes time."""
+"""How the entropy of the policy is computed: not at all (""), without gradient (`known`), or with it
+(`learnt`). It takes time with a large vocabulary."""
 
 
 @dataclass(frozen=True)
 class Completions:
-    """Sampled answers. `real` is True on tokens that are not padding, `response` on answer tokens, end
-    included."""
+    """Sampled completions. `real` is True on tokens that are not padding, `response` on completion tokens,
+    the end token included. `ids` and both masks include the prompt's columns."""
 
     ids: Int[Tensor, "batch time"]
     real: Bool[Tensor, "batch time"]
     response: Bool[Tensor, "batch time"]
     finished: Bool[Tensor, " batch"]
-    """Whether the answer came to its end token."""
+    """Whether the completion has its end token."""
     sampled: Float[Tensor, "batch time"]
-    """The sampler's own log-probabilities of the answer tokens, 0 elsewhere."""
+    """The sampler's own log-probabilities of the completion tokens, 0 elsewhere."""
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
-        """Real tokens of each row, prompt and answer."""
+        """Real tokens of each row, prompt and completion."""
         return self.real.sum(1)
 
     @property
     def before(self) -> Int[Tensor, " tokens"]:
-        """The place (row x time + column) before each answer token: what a model says there is about this
+        """Flat index (row x time + column) before each completion token: a model's output there predicts this
         token."""
         return self.response.flatten().nonzero()[:, 0] - 1
 
     def placed(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, "batch time"]:
-        """A number for each answer token, one row after the other, in their places; 0 elsewhere."""
+        """Scatter one number per completion token, in row order, to the tokens' positions; 0 elsewhere."""
         return torch.zeros(self.ids.shape, device=values.device).masked_scatter(self.response, values)
 
     def rows(self, chosen: Tensor) -> Completions:
@@ -79,15 +79,15 @@ class Completions:
 
 
 class Rollout(Protocol):
-    """A round's answers with what was known when they were sampled; constants for the updates that follow."""
+    """An iteration's completions with everything computed before its updates; constants for the updates."""
 
     @property
     def answers(self) -> Completions:
-        """The answers."""
+        """The completions."""
 
     @property
     def weight(self) -> float:
-        """What the loss is summed over."""
+        """Number of terms in the loss's sum."""
 
     def rows(self, chosen: Tensor) -> Any:
         """Some of the rows."""
@@ -97,8 +97,8 @@ Batch = TypeVar("Batch", bound="DataclassInstance")
 
 
 def mapped(function: Callable[..., Tensor], *batches: Batch) -> Batch:
-    """A dataclass of tensors (nested ones too) whose every tensor is made of the same ones of these
-    batches."""
+    """Apply `function` to each field's tensors of dataclasses of the same class (nested ones too); returns
+    such a dataclass."""
     values = []
     for field in fields(batches[0]):
         parts: list[Any] = [getattr(batch, field.name) for batch in batches]
@@ -112,7 +112,7 @@ def chosen_rows(batch: Batch, chosen: Tensor) -> Batch:
 
 
 def concat(batches: Sequence[Batch]) -> Batch:
-    """The rows of several dataclasses of tensors; narrower tensors are padded on the right with 0, or
+    """Concatenate the rows of dataclasses of tensors; narrower tensors are padded on the right with 0 or
     False."""
 
     def stacked(*tensors: Tensor) -> Tensor:
@@ -123,15 +123,14 @@ def concat(batches: Sequence[Batch]) -> Batch:
 
 
 def all_gather_completions(batch: Batch, parallel: ParallelContext) -> Batch:
-    """The rows that all processes have, in the order of their samples, in each of them; alone, the batch
-    itself."""
+    """All-gather the rows of all processes, in sample order; with one process, the batch itself."""
     if not parallel.together:
         return batch
     return runtime.on_device(concat(parallel.all_gather(mapped(lambda one: one.cpu(), batch))))
 
 
 def as_tensors(batch: Any, prefix: str = "") -> dict[str, Tensor]:
-    """A dataclass of tensors as a checkpoint can hold it, by name; flags as bytes, which every format
+    """A dataclass of tensors as named tensors for a checkpoint; booleans become bytes, which every format
     knows."""
     tensors: dict[str, Tensor] = {}
     for field in fields(batch):
@@ -144,7 +143,7 @@ def as_tensors(batch: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def from_tensors(kind: type[Batch], tensors: Mapping[str, Tensor], prefix: str = "") -> Batch:
-    """Inverse of `as_tensors`; what is in a rollout and no tensor are its `Completions`."""
+    """Inverse of `as_tensors`. A field of a rollout that is no tensor must be its `Completions`."""
     values: list[Any] = []
     for field in fields(kind):
         one = tensors.get(prefix + field.name)
@@ -158,9 +157,10 @@ def from_tensors(kind: type[Batch], tensors: Mapping[str, Tensor], prefix: str =
 def prompts_from(
     dialogues: Sequence[Dialogue], template: ChatTemplate, tokenizer: Tokenizer, *, max_tokens: int, most: int
 ) -> list[list[int]]:
-    """Up to `most` conversations that end with a user's turn, as ids ready for the answer.
+    """Up to `most` prompts: conversations that end with a user's turn, as ids after which the answer begins.
 
-    The first three user turns of a conversation each give one; those longer than `max_tokens` are left out.
+    Each of the first three user turns of a conversation gives one prompt. Prompts longer than `max_tokens`
+    are left out.
     """
     prompts: list[list[int]] = []
     for dialogue in dialogues:
@@ -177,8 +177,8 @@ def prompts_from(
 def training_prompts(
     records: Path, template: ChatTemplate, tokenizer: Tokenizer, max_tokens: int
 ) -> list[list[int]]:
-    """What the users of a data stage's dialogues said, at most 4,000 prompts. Raises UserError when none is
-    short enough."""
+    """At most 4,000 prompts from a data stage's training dialogues. Raises UserError when none is short
+    enough."""
     dialogues = list(read_records(records / "dialogues-train.jsonl", Dialogue))
     prompts = prompts_from(dialogues, template, tokenizer, max_tokens=max_tokens, most=4_000)
     if not prompts:
@@ -198,9 +198,12 @@ def sample_completions(
     max_batch: int = 64,
     dtype: torch.dtype = torch.float32,
 ) -> Completions:
-    """Sample one answer to each prompt; each has a random stream of its own, named by `seed_parts` and its
-    number, which counts from `first`: who samples a part of the prompts says where the part begins. On a CPU
-    the compiled kernels sample, from copies in `dtype` of the weights of now."""
+    """Sample one completion per prompt.
+
+    Each has its own random stream, seeded by `seed_parts` and its number. Numbers count from `first`: the
+    number of the first prompt, when a process samples only a part of them. On a CPU the compiled kernels
+    sample, from copies of the current weights in `dtype`.
+    """
     requests = [
         Request(
             prompt=tuple(prompt),
@@ -235,12 +238,12 @@ def completion_log_probs(
     entropy: Entropy = "",
     hidden: Float[Tensor, "tokens width"] | None = None,
 ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
-    """Log-probability, and if asked the entropy (`learnt`: with its gradient), of every answer token under
-    `model`; 0 elsewhere.
+    """Log-probability and, if asked for, entropy (`learnt`: with its gradient) of every completion token
+    under `model`; 0 elsewhere.
 
     Logits are divided by the sampling temperature, as they were when the tokens were drawn. They are float32
     products even under autocast (`projected_log_probs` says why). `hidden` are the model's hidden states
-    before these tokens (`Completions.before`) where they are known already.
+    before these tokens (`Completions.before`), where they are already computed.
     """
     if hidden is None:
         hidden = model.hidden_at(answers.ids, answers.before, lengths=answers.lengths)
@@ -261,14 +264,14 @@ def completion_log_probs(
 
 
 def values_before(critic: ScalarModel, answers: Completions) -> Float[Tensor, "batch time"]:
-    """The critic's value before each answer token, 0 elsewhere."""
+    """The critic's value before each completion token, 0 elsewhere."""
     return answers.placed(critic.at(answers.ids, answers.before, lengths=answers.lengths))
 
 
 def degenerate(answers: Completions, *, min_tokens: int, max_repeats: float) -> Bool[Tensor, " batch"]:
-    """Completions of fewer than `min_tokens` tokens (the end not counted), or whose bigrams repeat too often.
+    """Which completions have fewer than `min_tokens` tokens (end token not counted) or repeat too often.
 
-    `max_repeats` is the largest allowed share of an answer's bigrams that occurred in it before.
+    `max_repeats` is the largest allowed share of a completion's bigrams that occurred in it before.
     """
     flags = []
     for ids, mask in zip(answers.ids, answers.response, strict=True):
@@ -280,8 +283,8 @@ def degenerate(answers: Completions, *, min_tokens: int, max_repeats: float) -> 
 
 
 def texts_of(answers: Completions, tokenizer: Tokenizer) -> list[str]:
-    """The answers as text. Ids beyond the tokenizer's spell nothing: a model's table may be larger, and all
-    of it is drawn from."""
+    """The completions as text. Ids beyond the tokenizer's vocabulary are left out: the model's vocabulary may
+    be larger, and sampling draws from all of it."""
     spelt = answers.response & (answers.ids < tokenizer.vocab_size)
     return [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(answers.ids, spelt, strict=True)]
 

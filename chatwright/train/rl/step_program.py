@@ -17,15 +17,15 @@ from chatwright.train.planning.program import PlannedStage, StagePlan, StepProgr
 
 
 def step_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
-    """PPO and REINFORCE; a critic that is a head on the policy is too small to count."""
+    """The update of PPO or REINFORCE. A critic that is a head on the policy is too small to count."""
     needed, adapted = planned.config, bool(planned.config.lora.rank)
     with torch.device(runtime.device()):
         policy = GPT(shape)
         critic = ScalarModel(shape) if getattr(needed, "critic", "none") == "separate" else None
         frozen: list[GPT | ScalarModel] = []
-        if not adapted:  # else the reference is in the policy, and an average is one of small matrices
+        if not adapted:  # else the policy is the reference too, and an EMA has only small matrices
             frozen = [GPT(shape) for _ in range(2 if needed.ema else 1)]
-        if not adapted or critic is None:  # else the judge is in the critic
+        if not adapted or critic is None:  # else the critic's frozen body is the reward model's
             frozen.append(ScalarModel(shape))
     for model in frozen:
         model.requires_grad_(False)
@@ -36,9 +36,8 @@ def step_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
 
     def step(samples: int) -> Tensor:
         ids = fake_tokens(samples, length)
-        places = ids.new_zeros(
-            samples * (length if needed.ptx else needed.max_new_tokens)
-        )  # of general text, all are looked at
+        # Of general text all positions are learnt from.
+        places = ids.new_zeros(samples * (length if needed.ptx else needed.max_new_tokens))
         with runtime.autocast(dtype):
             hidden = policy.hidden_at(ids, places)
             loss = projected_log_probs(hidden, policy.head.weight, places, softcap=shape.logit_softcap).sum()
@@ -51,7 +50,7 @@ def rows(config: Any, shape: GPTConfig) -> tuple[int, int]:
     """(1, tokens of a row): prompt and completion, or a window of general text, whichever is longer."""
     completion = config.max_prompt_tokens + config.max_new_tokens
     text = (config.ptx_context or shape.context) if config.ptx else 0
-    return 1, max(completion, text)  # one after the other
+    return 1, max(completion, text)  # the two passes run one after the other
 
 
 def steps(config: Any) -> int:

@@ -1,22 +1,21 @@
-"""PolicyTraining: sample answers, look back at them, keep the best policy so far, learn. What PPO and
-REINFORCE share.
+"""PolicyTraining, shared by PPO and REINFORCE: sample completions, score them, keep the best policy, update.
 
-A method brings `score_rollouts` (answers -> what is learnt from) and `step` (minibatch -> loss); everything
-else is here: prompts, the KL coefficient, the watch over the run (health.py), the checkpoint that is kept, an
-average of the weights, general text beside the answers (ptx.py), a gold measure (gold.py), resuming, and the
-report (outcome.py).
+A method adds `score_rollouts` (completions -> rollout) and `step` (minibatch -> loss). Everything else is
+here: prompts, the KL coefficient, the health checks (health.py), the choice of the checkpoint, an EMA of the
+weights, general text beside the completions (ptx.py), a gold measure (gold.py), resuming, and the report
+(outcome.py).
 
-Many processes share a round: each samples and judges its part of the answers, then all have all of them
-(rollout.py::all_gather_completions), so that advantages, the KL coefficient and every decision are those of
-one process; of a minibatch each learns from its part. A run may be stopped between two minibatches: the round
-is then saved as it stands, its answers with it.
+Many processes share an iteration. Each samples and scores its part of the completions, then all get all of
+them (rollout.py::all_gather_completions): advantages, the KL coefficient and every decision are then those of
+one process. Each trains on its part of a minibatch. A run may be stopped between two minibatches: the
+mid-step state is then saved, completions included.
 
 Departures from the papers, each for small reward models that are easily exploited:
-* Refuse to start on a reward model that is too weak on held-out data.
-* Unfinished and degenerate (very short, repetitive) answers get a fixed score, however well they are liked.
-* The KL coefficient has a floor, training stops beyond a KL budget, and what is kept is the best-scoring
-  checkpoint
-  inside that budget whose answers have not lost their variety.
+* A reward model that is too weak on held-out data is refused.
+* Unfinished and degenerate (very short, repetitive) completions get a fixed score, whatever the reward model
+  says.
+* The KL coefficient has a floor, and training stops beyond a KL budget. The result is the best-scoring
+  checkpoint inside that budget whose completions have not lost their variety.
 """
 
 from __future__ import annotations
@@ -70,16 +69,16 @@ Rolled = TypeVar("Rolled", bound=Rollout)
 
 
 class PolicyTraining(ABC, Generic[Settings, Rolled]):
-    """One run of a method, round by round."""
+    """One run of a method, iteration by iteration."""
 
     title: ClassVar[str]
     rolled: ClassVar[type[Any]]
     """The class of its rollouts."""
     curves: ClassVar[Sequence[Curve]] = ()
-    """Those of the method alone, for the report."""
+    """Curves of this method alone, for the report."""
     parallel: ParallelContext = SINGLE_PROCESS
     asked: Callable[[], bool] = staticmethod(lambda: False)
-    """Whether somebody wants the run to stop."""
+    """Whether the run is asked to stop."""
 
     def __init__(
         self,
@@ -100,54 +99,53 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         assert base.tokenizer is not None and base.template is not None
         self.tokenizer = base.tokenizer
         self.end = base.tokenizer.control_ids[base.template.end]
-        self.finished = "average" in self.extra  # which is written at the very end
+        self.finished = "average" in self.extra  # written at the very end
         self.latest: dict[str, float] = {}
-        """What was logged of the round that is going on."""
+        """What was logged of the current iteration."""
         self.first_gap: float | None = None
 
     @abstractmethod
     def score_rollouts(self, answers: Completions, beta: float) -> tuple[Rolled, dict[str, float]]:
-        """What is to be learnt from sampled answers, and what to log about them."""
+        """The rollout to train on, from sampled completions, and what to log about them."""
 
     @abstractmethod
     def step(self, batch: Rolled) -> Step:
-        """The loss of some rows of a round. `ratio_gap` is among what it logs: the largest |ratio - 1| of a
-        token."""
+        """The loss of some rows of a rollout. It must log `ratio_gap`, the largest |ratio - 1| of a token."""
 
     @property
     def epochs(self) -> int:
-        """Passes over a round's answers."""
+        """Passes over an iteration's completions."""
         return 1
 
     @property
     def per_prompt(self) -> int:
-        """Completions to each prompt; they stand side by side."""
+        """Completions per prompt; those of one prompt are adjacent rows."""
         return 1
 
     @property
     def extra(self) -> dict[str, Any]:
-        """What a checkpoint remembers of the run."""
+        """State of the run that checkpoints keep: KL coefficient, best step, history ..."""
         return self.trainer.progress.extra
 
     @property
     def rounding(self) -> health.Rounding:
-        """What rounding may do to log-probabilities."""
+        """The errors of log-probabilities that rounding explains."""
         return health.FLOAT32 if self.models.policy_dtype == torch.float32 else health.BFLOAT16
 
     @property
     def protected(self) -> list[int]:
-        """The step of the best checkpoint, which is not to be pruned."""
+        """Protected steps: that of the best checkpoint, which must not be pruned."""
         best = self.extra["best"]
         return [best["step"]] if best else []
 
     @property
     def aim(self) -> str:
-        """What the kept checkpoint is the best by."""
+        """The selection metric: the best checkpoint has its highest value."""
         return "gold" if self.gold is not None else "score"
 
     def sample(self) -> Completions:
-        """This process's answers of this round: prompts and random streams are functions of the seed, the
-        round and an answer's number in it."""
+        """This process's completions of the current iteration. Prompts and random streams are functions of
+        the seed, the iteration and a completion's number in it."""
         progress, mine = self.trainer.progress, self.parallel.local_slice(self.config.batch_size)
         chosen = self.order.take(progress.consumed, self.config.batch_size // self.per_prompt)
         return sample_completions(
@@ -162,8 +160,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         )
 
     def sampled(self) -> tuple[Rolled, dict[str, float]]:
-        """Sample, look back, and measure what only texts show. What is decided by these numbers is decided by
-        all alike."""
+        """Sample, score, and measure what needs the texts (distinct-2, gold). All processes get the same
+        numbers, so that they decide alike."""
         answers = self.sample()
         rollout, logged = self.score_rollouts(answers, self.extra["beta"])
         logged["distinct_2"] = distinct(texts_of(rollout.answers, self.tokenizer))
@@ -174,8 +172,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         return rollout, self.parallel.broadcast_from_rank0(lambda: logged)
 
     def round(self) -> str:
-        """Sample, look back, keep the best, and unless this was the last round, update. Returns a line to
-        show."""
+        """One iteration: sample, score, keep the best and, unless it is the last one, update. Returns a line
+        to show."""
         config, progress = self.config, self.trainer.progress
         begun = self.extra.get("unfinished")
         rollout, diagnosis = self._gone_on(begun) if begun else self._begun()
@@ -210,7 +208,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         return f"score {logged['score']:+.2f}  KL {logged['kl']:.1f}  length {logged['length']:.0f}"
 
     def _begun(self) -> tuple[Rolled, health.Diagnosis | None]:
-        """Completions to learn from, and why this is the last round if it is."""
+        """A new iteration's rollout, and the reason to stop if this is the last iteration."""
         rollout, logged = self.sampled()
         self.latest, history = logged, self.extra["history"]
         history.append({key: logged[key] for key in health.WATCHED if key in logged})
@@ -223,12 +221,12 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         return rollout, diagnosis
 
     def _gone_on(self, begun: Mapping[str, Any]) -> tuple[Rolled, None]:
-        """The answers of a round that was stopped in its middle (`_interrupt`)."""
+        """The rollout of an iteration that was stopped between its minibatches (`_interrupt`)."""
         self.latest, self.first_gap = begun["row"], begun["first_gap"]
         return runtime.on_device(from_tensors(self.rolled, self.trainer.unfinished.tensors("mid_step"))), None
 
     def _break_off(self, diagnosis: health.Diagnosis) -> None:
-        """Write the row of this round, save the state before it, and raise Unhealthy with the report so
+        """Write this iteration's metrics, save the state before it, and raise Unhealthy with the report so
         far."""
         step = self.trainer.progress.step
         self.workspace.metrics.write(step, self.latest)
@@ -240,7 +238,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         )
 
     def _save_before_round(self) -> None:
-        """Save so that a resume does this round again."""
+        """Save so that a resume repeats this iteration."""
         history = self.extra["history"]
         self.extra["history"] = history[:-1]
         self.extra.pop("unfinished", None)
@@ -248,22 +246,21 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         self.extra["history"] = history
 
     def _allowed(self, logged: dict[str, float]) -> bool:
-        """Whether a policy that gave such answers may be the result."""
+        """Whether a policy with these numbers may be the result: within the KL budget, and varied enough."""
         varied = logged["distinct_2"] >= self.config.min_distinct * self.extra["history"][0]["distinct_2"]
         return logged["kl"] <= self.config.kl_budget and varied
 
     def _keep_if_best(self, logged: dict[str, float]) -> None:
-        """Save the policy as it was when it gave these answers, if they are the best so far and allowed."""
+        """Save the policy as it was when it sampled, if its numbers are the best so far and allowed."""
         best = self.extra["best"]
         if self._allowed(logged) and (best is None or logged[self.aim] > best[self.aim]):
             self.extra["best"] = {"step": self.trainer.progress.step, **kept(logged)}
             self._save_before_round()
 
     def _update(self, rollout: Rolled, *, done: int = 0) -> None:
-        """Passes over the round's answers in minibatches, in an order of their own; `done` of them were
-        learnt from before.
+        """Train on the iteration's rollout, in shuffled minibatches; the first `done` are done already.
 
-        Of a minibatch each process learns from its share. Raises Interrupted between two.
+        Each process trains on its part of a minibatch. Raises Interrupted between two minibatches.
         """
         config, progress = self.config, self.trainer.progress
         share = optim.learning_rate(progress.step, config.iterations, config.optim)
@@ -277,16 +274,16 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
                 self.first_gap = None
             texts = self._texts(rollout.rows(chosen).weight, epoch, number)
             batch = rollout.rows(chosen[self.parallel.local_slice(len(chosen))])
-            # Text first: it has no gradient for a critic, and DDP sends gradients after the last backward
-            # pass.
+            # General text first: it has no gradient for a critic, and DDP reduces gradients in the last
+            # backward pass.
             self.trainer.update([*texts, batch], self._loss, share, accept=self._is_right if first else None)
             if first:
-                self._is_right()  # where the gradient was not finite nobody has asked
+                self._is_right()  # `update` has not called it where the gradient was not finite
             if "average" in self.trainer.modules:
                 update_ema(self.trainer.modules["average"], self.models.policy, config.ema)
 
     def _minibatches(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
-        """Pass, number in it, and rows: a function of the seed and the round."""
+        """Pass, number of the minibatch in it, and its rows: a function of the seed and the iteration."""
         for epoch in range(self.epochs):
             draw = runtime.generator(
                 self.workspace.seed, f"{self.title} minibatches", self.trainer.progress.step, epoch
@@ -296,7 +293,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
                 yield epoch, number, chosen
 
     def _interrupt(self, rollout: Rolled, done: int) -> None:
-        """Save the round as it is before the minibatch of number `done`, its answers with it, and raise
+        """Save the mid-step state before minibatch number `done`, completions included, and raise
         Interrupted."""
         self.extra["unfinished"] = {"done": done, "row": self.latest, "first_gap": self.first_gap}
         self.trainer.save(protected=self.protected, mid_step=as_tensors(rollout))
@@ -313,11 +310,10 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         return outcome
 
     def _is_right(self, loss: float = 0.0) -> bool:
-        """Whether a round's first minibatch, before its update, was what was looked back at. Breaks the run
-        off if not.
+        """Check that the first minibatch, before its update, has the log-probabilities of the rollout (ratio
+        1). Raises Unhealthy if not; else True.
 
-        Each process has seen its share of it; they break off together, or those that go on would wait for the
-        others for ever.
+        Each process has seen its part of the minibatch. All stop together, or the rest would wait for ever.
         """
         gap = self.first_gap or 0.0
         self.first_gap = self.parallel.all_reduce_max([math.inf if math.isnan(gap) else gap])[0]
@@ -327,8 +323,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         return True
 
     def _texts(self, weight: float, epoch: int, number: int) -> list[TextBatch]:
-        """This process's part of the general text for a minibatch of `weight`, in micro_batches of as many
-        windows as answers."""
+        """This process's part of the general text for a minibatch of `weight`, in micro-batches of as many
+        windows as it has completions."""
         if self.text is None or not self.config.ptx:
             return []
         size, windows, mine = (
@@ -345,19 +341,19 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         ]
 
     def _measure_average(self) -> None:
-        """Ask the average of the weights the last round's prompts, and save it; `outcome.result_of`
-        chooses."""
+        """Sample from the EMA of the weights, score it, and save it; `outcome.result_of` chooses."""
         average = self.trainer.modules.get("average")
         if average is None:
             return
         copy_weights(self.models.policy, average)
-        self.trainer.progress.step += 1  # a random stream and a checkpoint of its own
+        self.trainer.progress.step += 1  # gives it its own random stream and checkpoint
         _, logged = self.sampled()
         self.extra["average"] = {"allowed": self._allowed(logged), **kept(logged)}
         self.trainer.save(final=True, protected=self.protected)
 
     def report(self) -> Report:
-        """What the run did to the policy, by its own measures. Raises UserError when there is no result."""
+        """The report: how the run changed the policy, by the run's own measures. Raises UserError when there
+        is no result."""
         step = self.trainer.progress.step
         result = result_of(self.extra, step)
         if result is None:
@@ -367,9 +363,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
             )
         tax, policy = None, self.models.policy
         self.trainer.put_together(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
-        if (
-            self.text is not None or self.config.lora.rank
-        ):  # what follows is about the result, not the last round's policy
+        # What follows is about the result, not the policy of the last iteration.
+        if self.text is not None or self.config.lora.rank:
             self.trainer.load_weights(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
         if self.text is not None:
             say("  measuring what it costs on general text")
@@ -381,11 +376,10 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         return report_of(self.extra, step, aim=self.aim, curves=self.curves, tax=tax, more=more)
 
     def spent(self) -> dict[str, float]:
-        """Answer tokens and floating-point operations of all rounds so far, by what they logged."""
+        """Completion tokens and floating-point operations of all iterations so far, from their metrics."""
         policy, critic, text = self.models.policy, self.models.critic, 0.0
-        critics = (
-            [critic.body] if isinstance(critic, ScalarModel) else []
-        )  # a head alone costs next to nothing
+        # A head alone costs next to nothing.
+        critics = [critic.body] if isinstance(critic, ScalarModel) else []
         if self.text is not None and self.config.ptx:
             windows = self.epochs * self.config.batch_size * self.config.ptx_windows
             text = windows * cost.training_flop(policy, self.config.ptx_context or policy.config.context)
@@ -408,7 +402,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
 def train_policy(
     method: type[PolicyTraining[Any, Any]], config: RLConfig, workspace: Workspace, *, critic: str = "none"
 ) -> Report:
-    """A whole run: load, make the models, rounds until the last, report. Raises UserError, Unhealthy,
+    """A whole run: load, make the models, iterate to the end, report. Raises UserError, Unhealthy,
     Interrupted."""
     title = method.title
     base = open_chat_base(config.base, workspace, purpose=f"{title.upper()} needs a model after sft")
@@ -424,9 +418,8 @@ def train_policy(
     training = start_training(title, PLAN, config, workspace, base.model.config, refused={"tp": cut})
     trainer, models = trainer_and_models(config, workspace, base, reward, critic, training.parallel)
     if trainer.resume():
-        workspace.metrics.forget_after(
-            trainer.progress.step - 1
-        )  # the row of a round stands before its step is counted
+        # An iteration writes its row before its step is counted.
+        workspace.metrics.forget_after(trainer.progress.step - 1)
     else:
         trainer.progress.extra = {"beta": config.beta, "best": None, "history": []}
     say(
@@ -441,20 +434,20 @@ def train_policy(
 
 
 def run_rounds(run: PolicyTraining[Any, Any]) -> None:
-    """Rounds until the last one, or until somebody stops the run. Raises Interrupted, after saving."""
+    """Iterate to the end. Raises Interrupted when the run is asked to stop, after saving."""
     trainer, config = run.trainer, run.config
     with progress_bar(run.title) as bar:
         compiled = config.compile
         while not run.finished:
             line = run.round()
             if compiled:
-                runtime.trim_heap()  # the compiler's, which has seen all forms of a block by now
+                runtime.trim_heap()  # the compiler has seen all shapes of a block by now
                 compiled = False
             bar.update(trainer.progress.step / config.iterations, line)
             if run.parallel.all_reduce_max([float(run.asked())])[0]:
-                if "average" not in run.extra:  # with which all is saved
+                if "average" not in run.extra:  # the run saved everything together with the EMA
                     if run.finished:
-                        run.extra["history"].pop()  # the last round counts no step: it is done again
+                        run.extra["history"].pop()  # the last iteration counts no step: it is repeated
                     trainer.save(protected=run.protected)
                 where = f"saved at round {trainer.progress.step}"
                 raise Interrupted(f"{run.title}: {where}; the same command goes on from there")
@@ -468,7 +461,7 @@ def trainer_and_models(
     critic: str,
     parallel: ParallelContext,
 ) -> tuple[Trainer, RLModels]:
-    """The models of a run, with their adapters, on their processes and compiled; and what trains them."""
+    """The models of a run, with adapters, distributed and compiled; and their trainer."""
     bodies = {"base": base.model, **({"judge": reward} if critic == "separate" else {})}
     adapter = adapters.metadata(config.lora, **bodies)
     precisions = {"precision": config.precision, "policy_precision": config.policy_precision}
@@ -482,8 +475,8 @@ def trainer_and_models(
 def trainer_of(
     models: RLModels, config: RLConfig, workspace: Workspace, base: Loaded, adapter: Mapping[str, Any]
 ) -> Trainer:
-    """What is trained and saved: the policy, a critic if there is one, and an average of the policy's weights
-    if asked for. `adapter` is what a checkpoint says of the adapters (`adapters.metadata`)."""
+    """The trainer of the policy, of a critic if there is one, and of an EMA of the policy's weights if asked
+    for. `adapter` is the adapters' metadata for checkpoints (`adapters.metadata`)."""
     assert base.tokenizer is not None and base.template is not None
     modules: dict[str, nn.Module] = {"model": models.policy}
     if models.critic is not None:
