@@ -341,7 +341,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         ]
 
     def _measure_average(self) -> None:
-        """Sample from the EMA of the weights, score it, and save it; `outcome.result_of` chooses."""
+        """Sample from the EMA of the weights with the last iteration's prompts, score and save it;
+        `outcome.result_of` chooses between it and the best iteration."""
         average = self.trainer.modules.get("average")
         if average is None:
             return
