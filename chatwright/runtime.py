@@ -186,10 +186,10 @@ def one_thread() -> Iterator[None]:
     be called, nothing changes.
 
     After a parallel operation torch's other threads spin, waiting for the next one: for milliseconds where
-    torch was imported before this package (openmp.py). They keep processors busy that threads outside of torch
-    need. OpenMP's number of threads belongs to the calling thread. `torch.set_num_threads` would also set the
-    default of new threads: a thread that first used torch inside the context would keep a single thread for
-    ever.
+    torch was imported before this package (openmp.py). They keep processors busy that threads outside of
+    torch need. OpenMP's number of threads belongs to the calling thread. `torch.set_num_threads` would also
+    set the default of new threads: a thread that first used torch inside the context would keep a single
+    thread for ever.
     """
     # `get_num_threads` must come first: torch sets this thread's number once, at the first such call.
     threads, openmp = torch.get_num_threads(), _openmp()

@@ -26,7 +26,7 @@ class RLConfig:
     iterations: int = 40
     """Iterations of sampling and updating."""
     batch_size: int = 64
-    """Completions sampled per round."""
+    """Completions sampled per iteration."""
     minibatch_size: int = 32
     """Completions per optimiser step."""
     max_prompt_tokens: int = 96

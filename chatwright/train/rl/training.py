@@ -1,4 +1,4 @@
-"""PolicyTraining, shared by PPO and REINFORCE: sample completions, score them, keep the best policy, update.
+"""Iterations, shared by PPO and REINFORCE: sample completions, score them, keep the best policy, update.
 
 A method adds `score_rollouts` (completions -> rollout) and `step` (minibatch -> loss). Everything else is
 here: prompts, the KL coefficient, the health checks (health.py), the choice of the checkpoint, an EMA of the
