@@ -158,6 +158,10 @@ def run(config: Config, workspace: Workspace) -> Report:
     facts: dict[str, Any] = {}
     notes: list[str] = []
     parts = parts_of(config)
+    if not parts:
+        raise UserError(
+            "data: text, dialogues, ratings and comparisons are all empty: name a source for one of them"
+        )
     with whole_directory(workspace.directory / "records") as aside, progress_bar("data") as bar:
         for number, part in enumerate(parts):
             bar.update(number / len(parts), f"{part.name} from {part.sources}")
@@ -168,8 +172,9 @@ def run(config: Config, workspace: Workspace) -> Report:
         bar.update(1.0)
     named = dict.fromkeys(name for part in parts for name in part.sources.split(","))
     licences = {name: source.licence for name in named if (source := find(name)) is not None}
+    held_out = facts.get("documents validation")
     return Report(
-        measures=[Measure("documents held out", None, float(facts["documents validation"]), "context")],
+        measures=[Measure("documents held out", None, float(held_out), "context")] if held_out else [],
         facts=facts,
         notes=[*notes, *(f"licence of {name}: {licence}" for name, licence in licences.items())],
     )

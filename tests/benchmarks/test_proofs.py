@@ -153,7 +153,7 @@ def test_the_table_shows_means_and_failures(tmp_path: Path) -> None:
         },
         "mine/seed-2": {"bestofn": {"curve": curve}, "ppo": {**policy, **band, "gold": 0.4}},
     }
-    stages = frontier.all_gather(samples, "mine")
+    stages = frontier.gathered(samples, "mine")
     text = "\n".join(frontier.table(stages))
     assert "| ppo | 2 | 0.50 ± 0.00 | 0.10 ± 0.00 | 0.350 ± 0.6" in text and "| 0.050 ± 0.6" in text
     assert (

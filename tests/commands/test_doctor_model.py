@@ -14,7 +14,7 @@ from rich.console import Console
 
 from chatwright import files
 from chatwright.chat import NATIVE, ChatTemplate, Message
-from chatwright.commands.doctor import model
+from chatwright.commands.doctor import model as doctor
 from chatwright.data.picture import mask_picture
 from chatwright.language_model import load
 from chatwright.model.config import GPTConfig
@@ -63,10 +63,10 @@ def test_a_model_that_has_learnt_to_stop(good: Path) -> None:
     assert model.template is not None
     known = [Message(role="user", content="hello"), Message(role="assistant", content="Hello there, friend!")]
     encoded = model.template.encode(known, model.tokenizer)
-    assert model._stops(model.model, encoded, model.template, model.tokenizer).level == "ok"
+    assert doctor._stops(model.model, encoded, model.template, model.tokenizer).level == "ok"
     torch.manual_seed(0)
     fresh = GPT(GPTConfig.preset("modern-nano", vocab_size=model.tokenizer.vocab_size, context=256)).eval()
-    assert model._stops(fresh, encoded, model.template, model.tokenizer).level == "warning"
+    assert doctor._stops(fresh, encoded, model.template, model.tokenizer).level == "warning"
 
 
 def test_a_base_model(run: Run, base_dir: Path) -> None:
@@ -155,8 +155,8 @@ def test_templates_that_others_read_otherwise(taught: tuple[GPT, Tokenizer]) -> 
     )  # one token; it is cut behind its first letter
     talk = [Message(role="user", content=word[1:]), Message(role="assistant", content="x")]
     joined = ChatTemplate(NATIVE.source.replace("+ '|>' +", f"+ '|>{word[0]}' +"), "<|end|>")
-    assert model._twin(talk, joined, tokenizer).level == "warning"
-    assert model._twin(talk, NATIVE, tokenizer).level == "ok"
+    assert doctor._twin(talk, joined, tokenizer).level == "warning"
+    assert doctor._twin(talk, NATIVE, tokenizer).level == "ok"
 
 
 def test_a_position_table_of_another_length(taught: tuple[GPT, Tokenizer]) -> None:
@@ -164,9 +164,9 @@ def test_a_position_table_of_another_length(taught: tuple[GPT, Tokenizer]) -> No
     model = GPT(
         GPTConfig.preset("gpt2", vocab_size=tokenizer.vocab_size, context=64, layers=1, width=16, heads=2)
     )
-    assert model._context(model.eval()).level == "ok"
+    assert doctor._context(model.eval()).level == "ok"
     model.positions = torch.nn.Embedding(32, 16)
-    finding = model._context(model)
+    finding = doctor._context(model)
     assert finding.level == "problem" and "32 positions" in finding.text
 
 

@@ -14,6 +14,7 @@ from chatwright import checkpoint, tensor_files
 from chatwright.chat import NATIVE, ChatTemplate
 from chatwright.commands import import_
 from chatwright.config import UserError
+from chatwright.interop import export
 from chatwright.language_model import load, load_parts
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ def test_import_of_a_hugging_face_directory(run: Run, hf_dir: Path, tmp_path: Pa
     code, out, err = run("import", hf_dir, tmp_path / "made")
     assert (code, err) == (0, "") and "the same tokens and the same logits" in out
     moved = Path(shutil.move(tmp_path / "made", tmp_path / "moved"))
-    assert {path.name for path in moved.iterdir()} <= import_.OURS
+    assert {path.name for path in moved.iterdir()} <= export.OURS
     ours, theirs = load(moved), load(hf_dir)
     assert (
         ours.template == theirs.template
@@ -114,7 +115,7 @@ def test_targets_that_cannot_be(run: Run, good: Path, tmp_path: Path) -> None:
 def test_what_reads_back_otherwise_is_not_kept(
     run: Run, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    behaviour, calls = import_.behaviour, []
+    behaviour, calls = export.behaviour, []
 
     def spoilt(parts: Any) -> Any:
         text, talk, logits = behaviour(parts)

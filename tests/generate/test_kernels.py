@@ -34,7 +34,7 @@ from chatwright.generate.kernels.products import (
 )
 from chatwright.generate.kernels.reference import reference, reference_logits, rounded_activations
 from chatwright.generate.runner import Feed
-from chatwright.load import LoadMeter
+from chatwright.machine_load import LoadMeter
 from chatwright.model.gpt import GPT
 
 MakeModel = Callable[..., GPT]

@@ -353,7 +353,7 @@ def test_what_reads_back_otherwise_is_not_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from chatwright.commands import export as verb
+    from chatwright.interop import export as verb
 
     behaviour, calls = verb.behaviour, []
 

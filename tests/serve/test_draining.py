@@ -26,6 +26,7 @@ from chatwright.tokenizer import Tokenizer
 from support.asking import HELLO, STORY, STORY_TEXT, post, reasons_of, text_of
 from support.person import Person
 from support.serving import TinyModel, run_server
+from support.waiting import wait_until
 
 
 def test_draining(tiny: TinyModel) -> None:
@@ -91,7 +92,6 @@ def slow(self):
     return step(self)
 Engine.step = slow
 from chatwright.cli import main
-from support.waiting import wait_until
 sys.exit(main(["serve", {directory!r}, "--port=0", "--name=m", *{options!r}]))
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chatwright.load import LoadMeter
+from chatwright.machine_load import LoadMeter
 from chatwright.train import busy
 from chatwright.train.busy import BusyMeter
 

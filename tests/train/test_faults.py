@@ -130,7 +130,7 @@ def test_a_broken_critic(
     planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learnt: Any
 ) -> None:
     """Its values have nothing to do with the answers."""
-    real = ppo.judged
+    real = ppo.score_rollout
 
     def senseless(*given: Any) -> Any:
         seen = real(*given)
@@ -140,7 +140,7 @@ def test_a_broken_critic(
         )
         return replace(seen, policy_outputs=replace(seen.policy_outputs, values=values))
 
-    monkeypatch.setattr(ppo, "judged", senseless)
+    monkeypatch.setattr(ppo, "score_rollout", senseless)
     config = replace(SMALL, kl_budget=1e9, optim=replace(MINI.optim, learning_rate=1e-5))
     rows = broken_off(planted_bench, config, tmp_path / "ppo", "the critic is worse than a constant")
     assert len(rows) == 15

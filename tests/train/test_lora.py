@@ -26,8 +26,8 @@ from chatwright.model.heads import ScalarModel
 from chatwright.model.lora import LoRAConfig, adapter_names, lora_parameters, without_adapter
 from chatwright.optim import OptimConfig
 from chatwright.stages import ppo, reinforce, reward, sft
-from chatwright.train import loop
-from chatwright.train.loop import FitConfig
+from chatwright.train import loop, stage_training
+from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import PlannedStage
 from chatwright.train.rl import training
@@ -36,6 +36,8 @@ from chatwright.train.rl.rollout import completion_log_probs, sample_completions
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
+from support.launching import cpu_environment, torchrun
+from support.many_lora import lively_model
 
 LORA = LoRAConfig(rank=4, alpha=8.0)
 
@@ -293,9 +295,9 @@ def test_the_best_checkpoint_s_adapter_is_the_one_that_is_written(
     losses = iter([9.0, 8.0, 7.0, 2.0, *[5.0] * 9])
 
     def planted(trainer: Trainer, config: FitConfig, data: Any, step: Any, evaluate: Any, **more: Any) -> Any:
-        return loop.Fit(trainer, config, data, step, lambda: {"held_out_loss": next(losses)}, **more)
+        return Fit(trainer, config, data, step, lambda: {"held_out_loss": next(losses)}, **more)
 
-    monkeypatch.setattr(sft, "Fit", planted)
+    monkeypatch.setattr(stage_training, "Fit", planted)
     fit = FitConfig(steps=8, batch_size=4, compile=False, precision="fp32", evaluate_every=1, keep_best=True)
     config = sft.Config(
         fit=fit, optim=OptimConfig(learning_rate=0.03, schedule="constant"), held_out=4, lora=LORA
@@ -366,7 +368,7 @@ def test_two_processes_are_one(launched: Path, how: str) -> None:
         torch.testing.assert_close(two.tensors("model")[name], tensor, atol=1e-4, rtol=0)
 
 
-def test_a_plan_that_would_cut_adapters_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_plan_that_would_cut_adapters_is_refused(tmp_path: Path) -> None:
     from chatwright.train.parallel.context import MeshShape
     from chatwright.train.parallel.multi_process import MultiProcess
 

@@ -21,7 +21,7 @@ from chatwright.generate.kernels.barrier import SYNC_SIZE
 from chatwright.generate.kernels.dots import GROUP
 from chatwright.generate.kernels.simd import LANES
 from chatwright.generate.runner import Feed
-from chatwright.load import LoadMeter, threads_beside
+from chatwright.machine_load import LoadMeter, threads_beside
 from chatwright.model.gpt import GPT
 
 ROWS = 256

@@ -531,12 +531,12 @@ def test_the_arithmetic_by_hand(arithmetic: Any) -> None:
     big = GPTConfig.preset("gpt3-175b")
     assert arithmetic.block_parameters(big) == 12 * 96 * 12_288**2  # 12 L D^2
     one = arithmetic.Setup("", GPTConfig.preset("gpt2"), 1024 * 8, 8)
-    assert arithmetic.traffic(one) == {"replicas": 0, "shard": 0, "tensor": 0} and one.micro_batches == 1
+    assert arithmetic.traffic(one) == {"copies": 0, "shard": 0, "tensor": 0} and one.micro_batches == 1
     weights = arithmetic.block_parameters(one.shape) + arithmetic.root_parameters(one.shape)
     assert arithmetic.memory(one)["kept"] == 16 * weights
     assert arithmetic.memory(one)["activations"] == 12 * 34 * 1024 * 8 * 768
     two = arithmetic.Setup("", one.shape, 1024 * 8, 1, copies=2)
-    assert two.micro_batches == 4 and arithmetic.traffic(two)["replicas"] == 4 * weights  # 2 x 1/2 x 4 bytes
+    assert two.micro_batches == 4 and arithmetic.traffic(two)["copies"] == 4 * weights  # 2 x 1/2 x 4 bytes
     cut = arithmetic.Setup("", one.shape, 1024 * 8, 8, shard=4)
     assert arithmetic.memory(cut)["kept"] == 4 * weights and cut.micro_batches == 1
     blocks, root = arithmetic.block_parameters(one.shape), arithmetic.root_parameters(one.shape)

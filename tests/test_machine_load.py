@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from chatwright import load
-from chatwright.load import LoadMeter, Reading, threads_beside
+from chatwright import machine_load
+from chatwright.machine_load import LoadMeter, Reading, threads_beside
 
 
 @pytest.fixture
@@ -85,10 +85,10 @@ def test_the_counts_are_those_of_the_processors_that_may_be_used(
         "intr 123 4 5\nctxt 99\n"
     )
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    found = load.read(stat)
+    found = machine_load.read(stat)
     assert found is not None and found.everybody == pytest.approx(1 + 2 + 3 + 4 + 5 + 6 + 7)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {12}, raising=False)
-    found = load.read(stat)
+    found = machine_load.read(stat)
     assert found is not None and found.everybody == pytest.approx(1_000)
 
 
@@ -97,7 +97,7 @@ def test_no_counts_or_strange_ones(tmp_path: Path, text: str | None) -> None:
     stat = tmp_path / "stat"
     if text is not None:
         stat.write_text(text)
-    assert load.read(stat) is None
+    assert machine_load.read(stat) is None
 
 
 @pytest.mark.parametrize(
