@@ -15,7 +15,7 @@ from chatwright.machine_load import LoadMeter, Reading, threads_beside
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that the meter sees; set its only element."""
     now = [100.0]
-    monkeypatch.setattr(load.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(machine_load.time, "perf_counter", lambda: now[0])
     return now
 
 

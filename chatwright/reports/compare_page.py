@@ -76,7 +76,7 @@ def sheets(found: Mapping[str, Any], stage: Mapping[str, Any]) -> Iterator[Sheet
             [_cost(one) for one in stage["cost"]],
         ),
         Sheet(
-            "Completions to the same prompts, not chosen",
+            "Answers to the same prompts, not chosen",
             ("prompt", *_sides(labels, stage["answers"])),
             [_answer(one, stage["answers"]) for one in stage["answers"]],
         ),

@@ -69,7 +69,7 @@ def write_answers(directory: Path, answers: Answered) -> None:
 
 
 def _answers(stage: Stage, config: Any, workspace: Workspace, report: Report) -> Answered | None:
-    """Completions before and after a stage that turns one language model into another; None for other
+    """Answers before and after a stage that turns one language model into another; None for other
     stages."""
     if report.model is None:
         return None
@@ -114,7 +114,7 @@ def _ready(base: Loaded) -> Loaded:
 
 
 def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
-    """Completions of the model that a stage started from and of the one that it made, to the same held-out
+    """Answers of the model that a stage started from and of the one that it made, to the same held-out
     prompts. Raises UserError."""
     after = _ready(open_base(str(workspace.directory / str(report.model)), workspace))
     before = _ready(open_base(config.base, workspace))

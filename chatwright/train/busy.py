@@ -7,8 +7,8 @@ second counts, the share that other programs left for this one:
     left = min(1, (processors - others) / threads)
 
 `processors` are those that this process may run on, `others` how many of them other programs keep busy
-(chatwright/machine_load.py, about once a second), and `threads` how many this program would keep busy. With few
-threads and processors to spare nothing is lost, and all time counts. All time counts on a GPU too.
+(chatwright/machine_load.py, about once a second), and `threads` how many this program would keep busy. With
+few threads and processors to spare nothing is lost, and all time counts. All time counts on a GPU too.
 
 The share agrees with the speed (docs/lab/performance.md, "Beside other programs").
 """

@@ -138,8 +138,12 @@ def test_the_measures_are_those_of_the_answers(save: Save, data: Path, tmp_path:
 def test_models_that_cannot_be_compared_are_refused(save: Save, data: Path, tmp_path: Path) -> None:
     one = save("one", 1)
     other = save("other", 1, tokenizer=Tokenizer.train(["quite another text"], 290))
-    for pair in ((one, other), (save("base", 1, template=False), one)):
-        with pytest.raises(UserError, match="not chat models with one tokenizer"):
+    base = save("base", 1, template=False)
+    for pair, said in (
+        ((one, other), "not chat models with one tokenizer"),
+        ((base, one), "no chat template"),
+    ):
+        with pytest.raises(UserError, match=said):
             evaluate.run(config_of(*pair, data), Workspace(tmp_path / "eval", 5))
     short = replace(config_of(one, one, data), max_prompt_tokens=2)
     with pytest.raises(UserError, match="no held-out prompts"):
