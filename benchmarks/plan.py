@@ -115,6 +115,7 @@ def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
     from chatwright import runtime
     from chatwright.model.gpt import GPT
     from chatwright.stages import pretrain
+    from chatwright.train.held_out import held_out_nats, held_out_rows
     from chatwright.train.planning import timing
     from chatwright.train.planning.plan import predict
     from chatwright.train.trainer import Trainer
@@ -131,9 +132,9 @@ def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
         trainer = Trainer({"model": model}, config.optim, Workspace(Path(directory)), metadata={}, texts={})
         step, dtype, _ = pretrain.fast_step(model, config.fit, alone=True)
         with runtime.evaluating(model), runtime.autocast(dtype):
-            pretrain._sum_of(
+            held_out_nats(
                 model,
-                list(torch.randint(shape.vocab_size, (pretrain.held_out_rows(shape), shape.context + 1))),
+                list(torch.randint(shape.vocab_size, (held_out_rows(shape), shape.context + 1))),
             )
 
         def seconds() -> float:

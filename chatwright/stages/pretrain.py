@@ -176,6 +176,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     held_out = TokenShards.open(directory / "validation", tokenizer)
     shape = shape_of(config, tokenizer.vocab_size)
     context, compiled = shape.context, config.fit.compile
+    windows = Windows(shards, context, SampleOrder(shards.windows(context), workspace.seed))
     training = start_training("pretrain", PLAN, config, workspace, shape, compile_blocks=compiled)
     model = GPT(shape)
     trainer = training.trainer(model, tokenizer, compiling=None)
@@ -190,7 +191,7 @@ def run(config: Config, workspace: Workspace) -> Report:
 
     fitted = training.fit(
         trainer,
-        Windows(shards, context, SampleOrder(shards.windows(context), workspace.seed)),
+        windows,
         train_step,
         evaluate,
         throughput=("tokens", float(context)),

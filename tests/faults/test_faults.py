@@ -82,7 +82,7 @@ def test_ctrl_c_twice_is_immediate(source: Path, tmp_path: Path) -> None:
 def test_a_signal_in_the_first_held_out_measure(source: Path, tmp_path: Path, number: signal.Signals) -> None:
     """It is made to last for a minute; what is left is nothing, and the exit is prompt."""
     program = (
-        "import sys, time; from chatwright import cli; from chatwright.train import pretrain\n"
+        "import sys, time; from chatwright import cli; from chatwright.stages import pretrain\n"
         "def measure(*a, **k):\n    print('measuring', flush=True)\n    [time.sleep(0.01) for _ in "
         "range(6000)]\n"
         "pretrain.held_out_bits_per_byte = measure\nsys.exit(cli.main(sys.argv[1:]))"
