@@ -31,7 +31,11 @@ import safetensors.torch
 import torch
 from miniature import READ, Failed, Side
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "bestofn": "best_of_n",
+    "eval": "evaluate",
+    "lead of the higher rated answer, untrained": "margin of the higher rated answer, untrained",
+}
 """Deliberate renames, OLD's word -> NEW's: this table is where they are recorded. A word is a key in
 metrics.jsonl, result.json, state.json, per_prompt.json and in what `compare --json` prints, or a whole text
 there that stands for a fact: the name of a measure, the verb of a stage, the reason of a stop. No word stands
