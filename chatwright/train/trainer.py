@@ -261,7 +261,7 @@ class Trainer:
         if runtime.is_rank_zero() and self.unfinished.path.is_dir():
             checkpoint.delete(self.unfinished)
 
-    def put_together(self, found: Checkpoint) -> None:
+    def consolidate(self, found: Checkpoint) -> None:
         """Consolidate a sharded checkpoint: a stage's result is an ordinary directory under every plan."""
         self.parallel.flush()
         self.parallel.broadcast_from_rank0(lambda: sharded_to_plain(found))

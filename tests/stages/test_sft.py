@@ -156,7 +156,7 @@ def test_the_miniature_learns_to_answer(sft_bench: Any, babble: Any, learnt: Any
     stopped = sum(answer.finish_reason == "stop" for answer in answers)
     formed = sum(" is " in answer.text for answer in answers)
     learnt("share of answers that stop", stopped / len(answers), above=0.8)
-    learnt("share of answers of the form of the examples", formed / len(answers), above=0.6)
+    learnt("share of answers of the form of the examples", formed / len(answers), above=0.83)
 
 
 def test_the_saved_directory_chats_by_itself(sft_bench: Any, tmp_path: Path) -> None:

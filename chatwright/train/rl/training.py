@@ -363,7 +363,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
                 "the learning rate"
             )
         tax, policy = None, self.models.policy
-        self.trainer.put_together(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
+        self.trainer.consolidate(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
         # What follows is about the result, not the policy of the last iteration.
         if self.text is not None or self.config.lora.rank:
             self.trainer.load_weights(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
