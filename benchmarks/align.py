@@ -56,7 +56,7 @@ import side_by_side
 import torch
 from torch import Tensor, nn
 
-from chatwright import runtime
+from chatwright import memory, runtime
 from chatwright.chat import NATIVE, EncodedChat
 from chatwright.data.examples import Comparison, Dialogue
 from chatwright.data.loader import SampleOrder
@@ -74,9 +74,9 @@ from chatwright.stages import ppo, reward, sft
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.compiled import compile_blocks
 from chatwright.train.preference import rankings
-from chatwright.train.rl import training
 from chatwright.train.rl.models import make_models
 from chatwright.train.rl.rollout import prompts_from
+from chatwright.train.rl.run import trainer_of
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
 
@@ -193,7 +193,7 @@ def near(found: float, expected: float, what: str) -> None:
 
 def trainer(modules: dict[str, nn.Module]) -> Trainer:
     """The stages' own."""
-    runtime.tune_allocator()
+    memory.tune_allocator()
     workspace = Workspace(Path(tempfile.mkdtemp(prefix="bench-align-")), 3)
     return Trainer(modules, OptimConfig(name="adamw", learning_rate=RATE), workspace, metadata={}, texts={})
 
@@ -294,8 +294,8 @@ def ours_ppo(shape: Shape, *, trained: bool = False, compiled: bool = False) -> 
     if compiled:
         print(compile_blocks(*models.computing))
     workspace = Workspace(Path(tempfile.mkdtemp(prefix="bench-align-")), 3)
-    runtime.tune_allocator()
-    trainer = training.trainer_of(models, config, workspace, base, {})
+    memory.tune_allocator()
+    trainer = trainer_of(models, config, workspace, base, {})
     trainer.progress.extra = {"beta": config.beta, "best": None, "history": []}
     run = ppo._Run(config, workspace, trainer, models, base, questions(shape))
 
@@ -645,7 +645,7 @@ def main() -> int:
                 who for who in here if not options.only or who.startswith("ours") or who in options.only
             ]
             names = [f"{options.shape}:{task}:{who}" for who in chosen]
-            found = side_by_side.run_rounds(__file__, names, options.rounds)
+            found = side_by_side.run_iterations(__file__, names, options.rounds)
             samples = {key.rpartition(":")[2]: row for key, row in found.items()}
             ratios |= table(options.shape, task, samples)
             kept[f"{options.shape}/{task}"] = samples

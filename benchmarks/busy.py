@@ -97,13 +97,13 @@ def pretrain() -> Callable[[], float]:
     """A unit of work is a token."""
     import torch
 
-    from chatwright import runtime
+    from chatwright import memory
     from chatwright.optim import OptimConfig
     from chatwright.stages import pretrain as stage
-    from chatwright.train.loop import FitConfig
+    from chatwright.train.fit_config import FitConfig
     from chatwright.train.trainer import Trainer
 
-    runtime.tune_allocator()
+    memory.tune_allocator()
     model = tiny_model().train()
     optim = OptimConfig(learning_rate=0.03, matrix_learning_rate=0.02, momentum=0.8, beta1=0.8)
     trainer = Trainer({"model": model}, optim, workspace(), metadata={}, texts={})
@@ -123,14 +123,14 @@ def sft() -> Callable[[], float]:
     """A unit of work is a token of a conversation."""
     import torch
 
-    from chatwright import runtime
+    from chatwright import memory, runtime
     from chatwright.chat import EncodedChat
     from chatwright.data.packing import batch_rows, pack
     from chatwright.optim import OptimConfig
     from chatwright.stages import sft as stage
     from chatwright.train.trainer import Trainer
 
-    runtime.tune_allocator()
+    memory.tune_allocator()
     model = tiny_model().train()
     trainer = Trainer({"model": model}, OptimConfig(name="adamw"), workspace(), metadata={}, texts={})
     draw, dtype, length = torch.Generator().manual_seed(7), runtime.compute_dtype(), 256
@@ -161,17 +161,17 @@ def ppo() -> Callable[[], float]:
     """A unit of work is an answer."""
     import torch
 
-    from chatwright import runtime
+    from chatwright import memory
     from chatwright.chat import NATIVE
     from chatwright.interop.loaded import Loaded
     from chatwright.model.heads import ScalarModel
     from chatwright.optim import OptimConfig
     from chatwright.stages import ppo as stage
     from chatwright.tokenizer import Tokenizer
-    from chatwright.train.rl import training
     from chatwright.train.rl.models import make_models
+    from chatwright.train.rl.run import trainer_of
 
-    runtime.tune_allocator()
+    memory.tune_allocator()
     text = [f"The number {n} comes after {n - 1}, said the clerk {n % 17} times." for n in range(4_000)]
     base = Loaded(tiny_model(), Tokenizer.train(text, 1_024), NATIVE, "random weights")
     config = stage.Config(
@@ -185,7 +185,7 @@ def ppo() -> Callable[[], float]:
         policy_precision=config.policy_precision,
     )
     place = workspace()
-    trainer = training.trainer_of(models, config, place, base, {})
+    trainer = trainer_of(models, config, place, base, {})
     trainer.progress.extra = {"beta": config.beta, "best": None, "history": []}
     draw = torch.Generator().manual_seed(7)
     prompts = [

@@ -83,7 +83,7 @@ def table_of(config: Any, workspace: Workspace, judges: Mapping[str, Any], third
     )
     if runtime.device().type == "cpu":
         reward.body.use_attention(plain_attention)
-    ask = best_of_n.Judge(
+    ask = best_of_n.Scorer(
         reward, gold_of(getattr(config, "gold", "") or SENTIMENT, workspace.resolve, base), settings
     )
     prompts = best_of_n.held_out_prompts(settings, workspace, base)

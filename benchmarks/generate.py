@@ -485,7 +485,7 @@ def main() -> int:
             ):  # emulated products: minutes for each answer, no peer's best setting
                 names.remove("gpt2/transformers_bf16")
                 print("this processor has no bf16 products: transformers runs in float32 only", flush=True)
-            rounds = side_by_side.run_rounds(__file__, names, options.rounds)
+            rounds = side_by_side.run_iterations(__file__, names, options.rounds)
             ratios = compared(part, rounds)
             _report(part, rounds, ratios)
             results["ratios"] |= ratios

@@ -64,7 +64,11 @@ def run(recipe: recipes.Recipe, root: Path, *, stopped: bool) -> dict[str, Any]:
     }
     if "stopped" in results:
         told = results["stopped"]["facts"]
-        found["in_earnest"] = {"stop": told["rounds"], "kept": told["best"]["step"], "why": told["stopped"]}
+        found["in_earnest"] = {
+            "stop": told["iterations"],
+            "kept": told["best"]["step"],
+            "why": told["stopped"],
+        }
     return found
 
 

@@ -83,7 +83,7 @@ def train(settings: dict[str, Any]) -> dict[str, float]:
     from chatwright import runtime
     from chatwright.optim import OptimConfig
     from chatwright.stages import pretrain
-    from chatwright.train.loop import FitConfig
+    from chatwright.train.fit_config import FitConfig
     from chatwright.train.workspace import Workspace
 
     runtime.set_threads()

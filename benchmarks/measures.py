@@ -99,7 +99,7 @@ class Table:
     prompts, judges."""
 
     base: Loaded
-    ask: best_of_n.Judge
+    ask: best_of_n.Scorer
     prompts: Sequence[Sequence[int]]
     settings: best_of_n.Config
     seed: int
@@ -200,5 +200,5 @@ def replay(
         if diagnosis is not None or last == len(rows) - 1:
             if best is None:
                 break
-            return last, best, diagnosis.text if diagnosis is not None else "all rounds done"
+            return last, best, diagnosis.text if diagnosis is not None else "all iterations done"
     raise ValueError("no round is within the KL budget")

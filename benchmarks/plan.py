@@ -61,7 +61,7 @@ def settings(case: dict[str, Any]) -> Any:
     """The stage's settings of a case."""
     from chatwright.optim import OptimConfig
     from chatwright.stages.pretrain import Config
-    from chatwright.train.loop import FitConfig
+    from chatwright.train.fit_config import FitConfig
 
     fit = FitConfig(
         steps=1000,
@@ -90,11 +90,11 @@ def subject_of(case: dict[str, Any]) -> Any:
 
 def predicted(case: dict[str, Any]) -> dict[str, Any]:
     """Bytes above the baseline and seconds a step, by the planner, in a process that does nothing else."""
-    from chatwright import runtime
+    from chatwright import memory, runtime
     from chatwright.train.planning.plan import choose
 
     runtime.set_threads()
-    runtime.tune_allocator()
+    memory.tune_allocator()
     began = time.monotonic()
     plan = choose(subject_of(case))
     parts = {name: size for name, size in plan.memory.items() if name not in ("allocator", "program")}
@@ -112,7 +112,7 @@ def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
     in between."""
     import torch
 
-    from chatwright import runtime
+    from chatwright import memory, runtime
     from chatwright.model.gpt import GPT
     from chatwright.stages import pretrain
     from chatwright.train.held_out import held_out_nats, held_out_rows
@@ -125,7 +125,7 @@ def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
     config, shape = subject.config, subject.shape
     micro = config.fit.micro_batch or config.fit.batch_size
     runtime.set_threads()
-    runtime.tune_allocator()
+    memory.tune_allocator()
     before = resident("VmRSS")
     model = GPT(shape).to(runtime.device())
     with tempfile.TemporaryDirectory() as directory:
@@ -148,7 +148,7 @@ def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
 
         first = seconds()
         if config.fit.compile:
-            runtime.trim_heap()  # as the stage does
+            memory.trim_heap()  # as the stage does
         spent = [[first, *(seconds() for _ in range(7))][3:]]
         largest = resident("VmHWM") - before
         operations = predict(subject)[1]

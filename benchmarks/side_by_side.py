@@ -122,7 +122,7 @@ def how_ended(code: int) -> str:
         return f"was ended by signal {-code}"
 
 
-def run_rounds(program: str, names: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
+def run_iterations(program: str, names: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
     """Start `python program --contender NAME` for each name; `rounds` rounds in turns. Samples by name.
 
     A peer that dies is named, left out of the samples, and the others go on: llama.cpp for one was seen to

@@ -33,13 +33,13 @@ import side_by_side
 import torch
 from torch import Tensor, nn
 
-from chatwright import optim, runtime
+from chatwright import memory, optim, runtime
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.optim import OptimConfig
 from chatwright.stages import pretrain
 from chatwright.stages.pretrain import TokenBatch
-from chatwright.train.loop import FitConfig
+from chatwright.train.fit_config import FitConfig
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def rounds_of(
 
 def ours(shape: Shape, config: GPTConfig, name: str) -> Callable[[], float]:
     """The stage's own step, with the settings that `chatwright pretrain` takes on this machine."""
-    runtime.tune_allocator()
+    memory.tune_allocator()
     torch.manual_seed(0)
     model = GPT(config)
     model.train()
@@ -323,7 +323,7 @@ def head_memory(which: str) -> float:
 
     from chatwright.objectives.language import chunked_next_token_loss, next_token_loss
 
-    runtime.tune_allocator()
+    memory.tune_allocator()
     torch.manual_seed(0)
     hidden = torch.randn(8, HEAD["rows"] // 8, HEAD["width"], requires_grad=True)
     head = (0.02 * torch.randn(HEAD["vocabulary"], HEAD["width"])).requires_grad_()
@@ -429,7 +429,7 @@ def main() -> int:
     if who:
         return side_by_side.serve_rounds(contenders(shape)[who])
     chosen = [key for key in contenders(shape) if not options.only or key in ("gemm", "ours", *options.only)]
-    found = side_by_side.run_rounds(__file__, [f"{name}:{key}" for key in chosen], options.rounds)
+    found = side_by_side.run_iterations(__file__, [f"{name}:{key}" for key in chosen], options.rounds)
     samples = {key.partition(":")[2]: row for key, row in found.items()}
     ratios = table(name, shape, samples)
     command = " ".join(["python benchmarks/train.py", *sys.argv[1:]])

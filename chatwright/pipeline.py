@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from chatwright import __version__, discovery, runtime
+from chatwright import __version__, discovery, memory, runtime
 from chatwright.config import (
     UserError,
     check_keys,
@@ -136,7 +136,7 @@ def _run_stage(stage: RecipeStage, workspace: Workspace, *, prompt: str) -> None
 
 def _result(stage: RecipeStage, workspace: Workspace, report: Report, clock: _Clock) -> dict[str, Any]:
     """A stage's report in the form of result.json."""
-    spent = {"seconds": clock.seconds, "joules": clock.joules, "memory_bytes": runtime.peak_memory_bytes()}
+    spent = {"seconds": clock.seconds, "joules": clock.joules, "memory_bytes": memory.peak_memory_bytes()}
     closed = extras.close(stage.stage, stage.config, workspace, report, spent)
     return {
         "model": report.model,

@@ -34,6 +34,10 @@ from miniature import READ, Failed, Side
 RENAMED: dict[str, str] = {
     "bestofn": "best_of_n",
     "eval": "evaluate",
+    "rounds": "iterations",
+    "round": "iteration",
+    "all rounds done": "all iterations done",
+    "rival": "baseline_policy",
     "lead of the higher rated answer, untrained": "margin of the higher rated answer, untrained",
 }
 """Deliberate renames, OLD's word -> NEW's: this table is where they are recorded. A word is a key in

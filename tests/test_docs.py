@@ -255,7 +255,7 @@ def unknown_settings(text: str) -> list[str]:
     """
     stages = stage_files()
     nested = {
-        "fit": ("chatwright/train/loop.py", "FitConfig"),
+        "fit": ("chatwright/train/fit_config.py", "FitConfig"),
         "optim": ("chatwright/optim.py", "OptimConfig"),
         "lora": ("chatwright/model/lora.py", "LoRAConfig"),
         "parallel": ("chatwright/train/parallel/context.py", "ParallelConfig"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chatwright import runtime
+from chatwright import memory, runtime
 from chatwright.config import UsageError, UserError
 from chatwright.metrics import console, duration, say
 from chatwright.model.config import PRESETS
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     from chatwright.train.planning.plan import choose
 
     runtime.set_threads()
-    runtime.tune_allocator()
+    memory.tune_allocator()
     plans, refusals = [], []
     for planned in planned_stages(recipe):
         try:

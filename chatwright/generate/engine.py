@@ -1,14 +1,14 @@
 """Requests in, tokens out: one scheduler for the command line, the server, rollouts and evaluation.
 
 Every `step` makes one token for each running sequence (continuous batching: Yu et al. 2022, "Orca", OSDI). A
-sequence is a `Row`. A finished one leaves the batch at once. The prompt of a new one is prefilled in chunks,
+sequence is a `Sequence`. A finished one leaves the batch at once. The prompt of a new one is prefilled in chunks,
 so that a long prompt never delays the running answers by more than `prefill_tokens` (Agrawal et al. 2023,
 "Sarathi", arXiv:2308.16369).
 
 Keys and values are in pages under one memory budget (Kwon et al. 2023, arXiv:2309.06180; pages.py). A prompt
 reuses the pages of every earlier text with the same beginning: a system prompt, the turns before, the K - 1
 other samples of the same prompt. When pages run out, the newest request is preempted: it loses its pages and
-continues later, with its text and its random stream (places.py).
+continues later, with its text and its random stream (scheduler.py).
 
 Apart from rounding, a request's tokens do not depend on the rest of the batch, on the cache or on preemption.
 Every request draws from its own random stream. Matrix products of other sizes add in another order, which
@@ -18,7 +18,8 @@ moves float32 logits by less than 1e-4 (tested).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -26,11 +27,11 @@ from torch import Tensor
 
 from chatwright.config import UserError
 from chatwright.generate.pages import PAGE_TOKENS
-from chatwright.generate.places import Scheduler, Stats
 from chatwright.generate.request import Completion, FinishReason, Handle, OnChange, Piece, Request
-from chatwright.generate.rows import Choice, Row, allowed_tokens
 from chatwright.generate.runner import Feed, Runner
 from chatwright.generate.sampling import BatchSampler
+from chatwright.generate.scheduler import Scheduler, Stats
+from chatwright.generate.sequence import Choice, Sequence, allowed_tokens
 from chatwright.generate.torch_runner import TorchRunner
 from chatwright.model.gpt import GPT
 from chatwright.runtime import one_thread
@@ -45,7 +46,7 @@ IDLE_PREFILL_TOKENS = 4096
 CACHE_BYTES = 2**30
 """Most memory for keys and values, in bytes, when no budget is given. One request that fills the context
 always has room."""
-LOOKUP_ROWS = 4
+LOOKUP_SEQUENCES = 4
 """Most running sequences for which tokens are guessed. Up to 4 a pass over nine tokens per sequence takes
 twice the time of a pass over one (modern-small, one CPU thread: 21 and 44 ms for 1, 41 and 88 ms for 4), so
 that one right guess pays for it. For 16 it takes four times as long (57 and 227 ms)."""
@@ -62,7 +63,7 @@ class Engine:
     runner: computes instead of the model itself (runner.py).
     cache_tokens: the budget for keys and values, in tokens. None takes what `max_batch` requests of
         `max_context` tokens need, but at most CACHE_BYTES. Contiguous copies of the running sequences may
-        take as much again (workbench.py).
+        take as much again (contiguous_cache.py).
     prefill_tokens: most prompt tokens that a step prefills while answers are running.
     lookup: most tokens to guess per step for a greedy answer (speculation.py). The default 0 guesses nothing:
         guesses cost time where a text does not repeat itself, which the caller must know.
@@ -102,12 +103,12 @@ class Engine:
         self.max_batch, self.max_context = max_batch, max_context or context
         self.prefill_tokens, self.lookup = prefill_tokens, lookup
         self.stats = Stats()
-        self._places = Scheduler(self.runner, self.stats, pages=self._pages(cache_tokens), most=max_batch)
+        self._scheduler = Scheduler(self.runner, self.stats, pages=self._pages(cache_tokens), most=max_batch)
         self._stepping = threading.Lock()  # one step at a time; guards the scheduler and everything below
         self._allocated = False
         self._weights: object = None
         self._sampler: BatchSampler | None = None
-        self._sampled: list[Row] = []  # the sequences that `_sampler` was made for
+        self._sampled: list[Sequence] = []  # the sequences that `_sampler` was made for
 
     def _pages(self, cache_tokens: int | None) -> int:
         """The memory budget, in pages."""
@@ -120,33 +121,33 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """The memory budget for keys and values, in bytes; all of it is allocated at the first request."""
-        return self._places.pool.pages * self._places.pool.size * self.runner.token_bytes()
+        return self._scheduler.pool.pages * self._scheduler.pool.size * self.runner.token_bytes()
 
     @property
     def cache_usage(self) -> float:
         """Share of the budget that running requests use, from 0 to 1. Cached prompts that no request uses do
         not count."""
-        return 1.0 - self._places.pool.available / self._places.pool.pages
+        return 1.0 - self._scheduler.pool.available / self._scheduler.pool.pages
 
     @property
     def arrived(self) -> threading.Condition:
         """Held while the queue changes; notified when a request comes."""
-        return self._places.arrived
+        return self._scheduler.arrived
 
     @property
     def waiting(self) -> int:
         """Number of requests that are not yet in the batch."""
-        return len(self._places.waiting)
+        return len(self._scheduler.waiting)
 
     @property
     def active(self) -> int:
         """Number of requests that are being answered."""
-        return sum(row.alive for row in list(self._places.running))
+        return sum(sequence.alive for sequence in list(self._scheduler.running))
 
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._places.waiting) or self.active > 0
+        return bool(self._scheduler.waiting) or self.active > 0
 
     # ---- requests ------------------------------------------------------------------------------------------
 
@@ -162,8 +163,8 @@ class Engine:
         """
         room = self._check(request)
         handle = Handle(request, None if background else self.step, on_change)
-        row = Row.begin(handle, room, self.tokenizer, self.runner.device, self.lookup)
-        self._places.queue(row)
+        sequence = Sequence.begin(handle, room, self.tokenizer, self.runner.device, self.lookup)
+        self._scheduler.queue(sequence)
         return handle
 
     def _check(self, request: Request) -> int:
@@ -196,16 +197,16 @@ class Engine:
             raise UserError("stop texts need an engine with a tokenizer")
         room = min(sampling.max_new_tokens, self.max_context - len(prompt))
         stored = len(prompt) + room - 1  # the last token is never fed
-        if self._places.pool.needed(stored) > self._places.pool.pages:
+        if self._scheduler.pool.needed(stored) > self._scheduler.pool.pages:
             raise UserError(
                 f"a prompt of {len(prompt)} tokens and an answer of up to {room} store up to {stored} "
                 "tokens, but the "
-                f"key-value cache holds {self._places.pool.pages * self._places.pool.size}; lower "
+                f"key-value cache holds {self._scheduler.pool.pages * self._scheduler.pool.size}; lower "
                 "max_new_tokens or raise cache_tokens"
             )
         return room
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def generate(self, requests: abc.Sequence[Request]) -> list[Completion]:
         """Answer all requests; completions in the order of the requests. Raises as `submit` and
         `Handle.result`."""
         handles: list[Handle] = []
@@ -225,7 +226,7 @@ class Engine:
     def forget(self) -> None:
         """Drop every cached prompt; call it after training the model. Running answers continue."""
         with self._stepping:
-            self._places.forget()
+            self._scheduler.forget()
 
     # ---- one step ------------------------------------------------------------------------------------------
 
@@ -238,16 +239,16 @@ class Engine:
         with self._stepping, torch.inference_mode():
             worked, rows = self.busy, self.stats.rows
             try:
-                self._places.release_finished()
+                self._scheduler.release_finished()
                 self._notice_new_weights()
                 self._decode()
-                self._places.release_finished()
+                self._scheduler.release_finished()
                 self._read()
-                if not self._places.running:
+                if not self._scheduler.running:
                     self._sampler, self._sampled = None, []  # frees the sequences that it refers to
                 self.stats.steps += self.stats.rows > rows
             except BaseException as error:
-                self._places.start_over(error)
+                self._scheduler.start_over(error)
                 self._sampler, self._sampled = None, []
                 if not isinstance(error, Exception):  # such as Ctrl-C
                     raise
@@ -255,122 +256,138 @@ class Engine:
 
     def _decode(self) -> None:
         """One token, or several where guesses are right, for every sequence whose prompt is prefilled."""
-        self._places.make_room()
-        rows = [row for row in self._places.running if not row.reading]
-        if not rows:
+        self._scheduler.make_room()
+        sequences = [sequence for sequence in self._scheduler.running if not sequence.reading]
+        if not sequences:
             return
-        self.stats.rows += len(rows)
-        with _blame(rows):
-            guesses = [self._guess(row) if len(rows) <= LOOKUP_ROWS else [] for row in rows]
+        self.stats.rows += len(sequences)
+        with _blame(sequences):
+            guesses = [
+                self._guess(sequence) if len(sequences) <= LOOKUP_SEQUENCES else [] for sequence in sequences
+            ]
             feeds = [
-                Feed([row.tokens[-1], *guess], row.stored, row.pages, 1 + len(guess))
-                for row, guess in zip(rows, guesses, strict=True)
+                Feed([sequence.tokens[-1], *guess], sequence.stored, sequence.pages, 1 + len(guess))
+                for sequence, guess in zip(sequences, guesses, strict=True)
             ]
             logits = self._forward(feeds)
             choices = iter(
-                self._choose([row for row, feed in zip(rows, feeds, strict=True) for _ in feed.ids], logits)
+                self._choose(
+                    [sequence for sequence, feed in zip(sequences, feeds, strict=True) for _ in feed.ids],
+                    logits,
+                )
             )
-            for row, guess in zip(rows, guesses, strict=True):
-                self._take_in(row, guess, [next(choices) for _ in range(1 + len(guess))])
+            for sequence, guess in zip(sequences, guesses, strict=True):
+                self._take_in(sequence, guess, [next(choices) for _ in range(1 + len(guess))])
 
     def _read(self) -> None:
         """Prefill prompts, the oldest first, up to this step's budget of tokens. A sequence whose prompt is
         complete gets its first token."""
-        running = any(not row.reading for row in self._places.running)
+        running = any(not sequence.reading for sequence in self._scheduler.running)
         budget = self.prefill_tokens if running else max(self.prefill_tokens, IDLE_PREFILL_TOKENS)
         while True:
-            self._places.admit(budget - sum(row.pending for row in self._places.running if row.reading))
-            rows, feeds = [], []
-            for row in self._places.running:
-                count = min(row.pending, budget) if row.reading else 0
+            self._scheduler.admit(
+                budget - sum(sequence.pending for sequence in self._scheduler.running if sequence.reading)
+            )
+            sequences, feeds = [], []
+            for sequence in self._scheduler.running:
+                count = min(sequence.pending, budget) if sequence.reading else 0
                 if count:
-                    end = row.stored + count
+                    end = sequence.stored + count
                     feeds.append(
-                        Feed(row.tokens[row.stored : end], row.stored, row.pages, int(end == len(row.tokens)))
+                        Feed(
+                            sequence.tokens[sequence.stored : end],
+                            sequence.stored,
+                            sequence.pages,
+                            int(end == len(sequence.tokens)),
+                        )
                     )
-                    rows.append(row)
+                    sequences.append(sequence)
                     budget -= count
-            if not rows:
+            if not sequences:
                 return
-            self.stats.rows += len(rows)
-            with _blame(rows):
-                self._read_chunks(rows, feeds)
-            self._places.release_finished()
+            self.stats.rows += len(sequences)
+            with _blame(sequences):
+                self._read_chunks(sequences, feeds)
+            self._scheduler.release_finished()
 
-    def _read_chunks(self, rows: list[Row], feeds: list[Feed]) -> None:
+    def _read_chunks(self, sequences: list[Sequence], feeds: list[Feed]) -> None:
         logits = self._forward(feeds)
-        done = [row for row, feed in zip(rows, feeds, strict=True) if feed.wanted]
+        done = [sequence for sequence, feed in zip(sequences, feeds, strict=True) if feed.wanted]
         choices = iter(self._choose(done, logits) if done else [])
-        for row, feed in zip(rows, feeds, strict=True):
-            row.stored += len(feed.ids)
+        for sequence, feed in zip(sequences, feeds, strict=True):
+            sequence.stored += len(feed.ids)
             # A page that is not full enters the prefix cache with the whole prompt, not after each chunk.
-            whole = row.stored if feed.wanted else row.stored - row.stored % self._places.pool.size
-            if not row.private:
-                row.pages = self._places.pool.learn(row.keys[:whole], row.pages)
+            whole = (
+                sequence.stored
+                if feed.wanted
+                else sequence.stored - sequence.stored % self._scheduler.pool.size
+            )
+            if not sequence.private:
+                sequence.pages = self._scheduler.pool.learn(sequence.keys[:whole], sequence.pages)
             if feed.wanted:
-                row.reading = False
-                row.add(next(choices))
-                self.stats.new_tokens += not row.handle.failed
+                sequence.reading = False
+                sequence.add(next(choices))
+                self.stats.new_tokens += not sequence.handle.failed
 
     def _forward(self, feeds: list[Feed]) -> Tensor:
         if not self._allocated:
-            self.runner.allocate(self._places.pool.pages, self._places.pool.size)
+            self.runner.allocate(self._scheduler.pool.pages, self._scheduler.pool.size)
             self._allocated = True
         return self.runner.forward(feeds)
 
-    def _choose(self, rows: list[Row], logits: Tensor) -> list[Choice]:
-        """A token for each row of logits (B, V); a sequence in `rows` may have several."""
-        if self._sampler is None or rows != self._sampled:
-            self._sampled = rows
+    def _choose(self, sequences: list[Sequence], logits: Tensor) -> list[Choice]:
+        """A token for each row of logits (B, V); a sequence in `sequences` may have several."""
+        if self._sampler is None or sequences != self._sampled:
+            self._sampled = sequences
             self._sampler = BatchSampler(
-                [row.sampling for row in rows],
-                [row.generator for row in rows],
-                [row.tokens for row in rows],
-                answered=[len(row.ids) for row in rows],
+                [sequence.sampling for sequence in sequences],
+                [sequence.generator for sequence in sequences],
+                [sequence.tokens for sequence in sequences],
+                answered=[len(sequence.ids) for sequence in sequences],
                 vocab_size=logits.shape[1],
                 device=logits.device,
             )
         with one_thread() if self.runner.own_threads else nullcontext():
-            allowed = allowed_tokens(rows, logits.shape[1])
+            allowed = allowed_tokens(sequences, logits.shape[1])
             tokens, logprobs = self._sampler(logits, None if allowed is None else allowed.to(logits.device))
             tops = self._sampler.alternatives(logits)
         return list(map(Choice, tokens.tolist(), logprobs.tolist(), tops))
 
     # ---- guesses -------------------------------------------------------------------------------------------
 
-    def _guess(self, row: Row) -> list[int]:
+    def _guess(self, sequence: Sequence) -> list[int]:
         """Guess the tokens after the sequence's newest one, and take pages for them; none where pages are
         scarce."""
-        if row.lookup is None:
+        if sequence.lookup is None:
             return []
-        guess = row.lookup.propose(row.tokens, row.room - len(row.ids) - 1)
-        return guess if self._places.room_for_guesses(row, len(guess)) else []
+        guess = sequence.lookup.propose(sequence.tokens, sequence.room - len(sequence.ids) - 1)
+        return guess if self._scheduler.room_for_guesses(sequence, len(guess)) else []
 
-    def _take_in(self, row: Row, guess: list[int], choices: list[Choice]) -> None:
+    def _take_in(self, sequence: Sequence, guess: list[int], choices: list[Choice]) -> None:
         """Add the model's tokens to a sequence, up to and including the first that differs from its guess."""
         accepted = 0
         for number, choice in enumerate(choices):
-            row.add(choice)
-            if row.handle.failed:
+            sequence.add(choice)
+            if sequence.handle.failed:
                 return
-            row.stored += 1
+            sequence.stored += 1
             self.stats.new_tokens += 1
-            if not row.alive or number == len(guess) or choice.token != guess[number]:
+            if not sequence.alive or number == len(guess) or choice.token != guess[number]:
                 break
             accepted += 1
-        if guess and row.lookup is not None:
-            row.lookup.learn(len(guess), accepted)
+        if guess and sequence.lookup is not None:
+            sequence.lookup.learn(len(guess), accepted)
             self.stats.proposed += len(guess)
             self.stats.accepted += accepted
 
     def _notice_new_weights(self) -> None:
         """Drop cached prompts when torch's version counters show that a parameter was written to. Fused
         optimisers do not raise them: hence `forget`."""
-        if self._places.running or not self._places.waiting or not isinstance(self.runner, TorchRunner):
+        if self._scheduler.running or not self._scheduler.waiting or not isinstance(self.runner, TorchRunner):
             return
         weights = self.runner.weights()
         if weights != self._weights:
-            self._places.forget()
+            self._scheduler.forget()
         self._weights = weights
 
 
@@ -382,11 +399,11 @@ def _until_closed(handle: Handle) -> Iterator[Piece]:
 
 
 @contextmanager
-def _blame(rows: Sequence[Row]) -> Iterator[None]:
+def _blame(sequences: abc.Sequence[Sequence]) -> Iterator[None]:
     """An error inside ends these sequences, whose handles then raise it."""
     try:
         yield
     except Exception as error:
-        for row in rows:
-            if row.alive:
-                row.handle._fail(error)
+        for sequence in sequences:
+            if sequence.alive:
+                sequence.handle._fail(error)

@@ -1,6 +1,6 @@
 """The interface between the engine and the code that computes: tokens and pages in, logits out.
 
-Keys and values lie in pages of a few tokens each, one pool per engine. The scheduler (places.py) decides
+Keys and values lie in pages of a few tokens each, one pool per engine. The scheduler (scheduler.py) decides
 which sequence has which page, and pages.py counts the users. A runner has the memory and computes. One runner
 uses torch, on any device and for every shape (torch_runner.py), another compiled CPU kernels (kernels/).
 """

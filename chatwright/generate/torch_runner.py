@@ -1,7 +1,7 @@
 """The runner for every device and every shape: one forward pass of the torch model for many sequences.
 
 A layer writes the new keys and values into their pages. Then it gathers each sequence's pages for torch's
-attention, or adds to a contiguous copy of them (workbench.py). All indices are computed once per pass, not
+attention, or adds to a contiguous copy of them (contiguous_cache.py). All indices are computed once per pass, not
 once per layer.
 """
 
@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from chatwright.config import UserError
+from chatwright.generate.contiguous_cache import ContiguousCache
 from chatwright.generate.runner import Feed
-from chatwright.generate.workbench import ContiguousCache
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import active_adapter
 

@@ -162,10 +162,11 @@ def kl_line(result: Result) -> str:
         else f"spent {number(spent)} nats per answer; no budget was set"
     ]
     if known.get("largest") is not None:
-        parts.append(f"the most in any round was {number(known['largest'])}")
-    if known.get("round") is not None:
-        kept = "nothing was kept" if known.get("kept") is None else f"the best round was {known['kept']}"
-        parts.append(f"ended in round {known['round']}, {kept}")
+        parts.append(f"the most in any iteration was {number(known['largest'])}")
+    ended = known.get("iteration", known.get("round"))  # "round" in runs of before 0.2
+    if ended is not None:
+        kept = "nothing was kept" if known.get("kept") is None else f"the best iteration was {known['kept']}"
+        parts.append(f"ended in iteration {ended}, {kept}")
     return "; ".join([*parts, str(known["stopped"])]) + "."
 
 

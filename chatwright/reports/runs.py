@@ -156,7 +156,7 @@ def _is_known(result: Mapping[str, Any]) -> bool:
     )
     fine = fine and all(finite(value) is not None for value in (result.get("cost") or {}).values())
     budget = result.get("kl_budget") or {}
-    numbers = (budget.get(key) for key in ("spent", "allowed", "largest", "round", "kept"))
+    numbers = (budget.get(key) for key in ("spent", "allowed", "largest", "iteration", "round", "kept"))
     fine = fine and (not budget or {"spent", "allowed", "stopped"} <= set(budget))
     return fine and all(value is None or finite(value) is not None for value in numbers)
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, Self
 
-from chatwright.serve.operation.facts import current, seconds_left, timed_out
+from chatwright.serve.operation.request_context import current, seconds_left, timed_out
 
 if TYPE_CHECKING:
     from chatwright.generate.request import Handle, Piece, Request
@@ -69,7 +69,7 @@ class Answer:
         self._latest = [0.0] * len(self.requests)  # when the newest token of each request came
         self._open = len(self.requests)
         self._left = self._late = False
-        self._facts = current.get()
+        self._context = current.get()
         self._handles: list[Handle] = []
         try:
             for index, request in enumerate(self.requests):
@@ -79,13 +79,13 @@ class Answer:
             raise
         remaining = seconds_left(timeout)
         self._alarm = None if remaining is None else self._loop.call_later(remaining, self._give_up)
-        if self._facts is not None:
-            self._facts.model = model
+        if self._context is not None:
+            self._context.model = model
             # Several answers may share a prompt: it counts once.
             prompts = dict.fromkeys(request.prompt for request in self.requests)
-            self._facts.prompt_tokens += sum(map(len, prompts))
-            if self._facts.keep_texts and decode is not None:
-                self._facts.prompts += map(decode, prompts)
+            self._context.prompt_tokens += sum(map(len, prompts))
+            if self._context.keep_texts and decode is not None:
+                self._context.prompts += map(decode, prompts)
 
     # ---- in the engine's thread ----------------------------------------------------------------------------
 
@@ -113,8 +113,8 @@ class Answer:
                 self._open -= 1
                 self._ended(index, at)
         if not self._open and self._on_end is not None:
-            if self._facts is not None:
-                self._facts.cached_tokens += self.cached_tokens
+            if self._context is not None:
+                self._context.cached_tokens += self.cached_tokens
             if self._alarm is not None:
                 self._alarm.cancel()
             on_end, self._on_end = self._on_end, None
@@ -127,9 +127,9 @@ class Answer:
                 listener.first_token(self._model, at - self.started)
             for _ in range(tokens if before else tokens - 1):
                 listener.next_token(self._model, (at - before) / tokens if before else 0.0)
-        if self._facts is not None:
-            self._facts.completion_tokens += tokens
-            self._facts.first_token = min(self._facts.first_token or at, at)
+        if self._context is not None:
+            self._context.completion_tokens += tokens
+            self._context.first_token = min(self._context.first_token or at, at)
 
     def _ended(self, index: int, at: float) -> None:
         completion = self._handles[index].completion
@@ -138,10 +138,10 @@ class Answer:
             reason = "timeout"
         for listener in self._listeners:
             listener.answered(self._model, reason, at - self.started)
-        if self._facts is not None and self._facts.keep_texts and completion is not None:
-            self._facts.answers.append(completion.text)
-        if self._facts is not None and not self._left:
-            self._facts.finish_reasons.append(reason)
+        if self._context is not None and self._context.keep_texts and completion is not None:
+            self._context.answers.append(completion.text)
+        if self._context is not None and not self._left:
+            self._context.finish_reasons.append(reason)
 
     def _give_up(self) -> None:
         self._late = True
@@ -169,8 +169,8 @@ class Answer:
         self._note()
         if self._open and not self._left:
             self._left = True  # the request's log line does not wait until the engine has noticed
-            if self._facts is not None:
-                self._facts.finish_reasons += ["timeout" if self._late else "cancelled"] * self._open
+            if self._context is not None:
+                self._context.finish_reasons += ["timeout" if self._late else "cancelled"] * self._open
         self.cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:

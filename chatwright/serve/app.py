@@ -23,8 +23,8 @@ from chatwright.serve.document import document
 from chatwright.serve.jobs import JobStore
 from chatwright.serve.operation import login, status
 from chatwright.serve.operation.access_log import AccessLog, AccessLogMiddleware
+from chatwright.serve.operation.auth import Authenticator, AuthMiddleware
 from chatwright.serve.operation.cors import Cors
-from chatwright.serve.operation.doors import AuthMiddleware, Doors
 from chatwright.serve.operation.guard import BodyLimit, Guard
 from chatwright.serve.operation.keys import KeyRing
 from chatwright.serve.operation.lifecycle import DrainMiddleware, Lifecycle
@@ -103,9 +103,9 @@ def create_app(
     app.add_middleware(errors.Crash)
     app.add_middleware(BodyLimit, most=operation.max_body)
     if operation.keys is not None:
-        app.state.doors = doors = Doors(operation.keys)
-        app.include_router(login.routes(doors))
-        app.add_middleware(AuthMiddleware, doors=doors, login=login.page_maker())
+        app.state.authenticator = authenticator = Authenticator(operation.keys)
+        app.include_router(login.routes(authenticator))
+        app.add_middleware(AuthMiddleware, authenticator=authenticator, login=login.page_maker())
     app.add_middleware(
         DrainMiddleware, lifecycle=lifecycle, retry_after=max(1, math.ceil(operation.drain_seconds))
     )

@@ -25,8 +25,8 @@ from chatwright.serve import conversations
 from chatwright.serve.errors import ApiError
 from chatwright.serve.jobs import Job, JobStore
 from chatwright.serve.markdown import render
-from chatwright.serve.operation.facts import facts
 from chatwright.serve.operation.owner import Mine, give_owner
+from chatwright.serve.operation.request_context import context_of
 from chatwright.serve.pool import ModelPool
 
 STUDIO = Path(__file__).parent / "studio"
@@ -57,7 +57,7 @@ def routes(pool: ModelPool, jobs: JobStore, *, save_seconds: float = 1.0) -> API
     @router.get("/")
     @router.get("/c/{conversation}")
     async def page(request: Request, conversation: str = "") -> HTMLResponse:
-        context = {"models": models(), "settings": conversations.Settings(), "key": facts(request).key}
+        context = {"models": models(), "settings": conversations.Settings(), "key": context_of(request).key}
         return HTMLResponse(pages.get_template("chat.html").render(context))
 
     @router.post("/chat/owner")

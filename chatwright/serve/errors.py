@@ -20,7 +20,7 @@ from chatwright.config import UserError
 from chatwright.feedback.store import Full, NotThere, StoreError
 from chatwright.generate.threads import BusyError, ClosedError
 from chatwright.messages import UnreadablePart
-from chatwright.serve.operation.facts import TimedOut
+from chatwright.serve.operation.request_context import TimedOut
 from chatwright.serve.pool import NoMemory, UnknownModel
 from chatwright.serve.service import Busy, TooLong
 

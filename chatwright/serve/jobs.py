@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from chatwright.config import UserError
-from chatwright.serve.operation.facts import current
+from chatwright.serve.operation.request_context import current
 from chatwright.serve.service import Busy
 
 logger = logging.getLogger(__name__)

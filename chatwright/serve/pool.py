@@ -20,7 +20,7 @@ from chatwright.generate.engine import Stats
 from chatwright.generate.threads import ClosedError, EngineThread
 from chatwright.language_model import LanguageModel, load
 from chatwright.serve.footprint import weight_bytes
-from chatwright.serve.operation.facts import current, seconds_left, timed_out
+from chatwright.serve.operation.request_context import current, seconds_left, timed_out
 from chatwright.serve.service import Busy, ChatService, Limits, Listener
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Spec:
 
 
 @dataclass
-class _Place:
+class _Entry:
     """A spec, and its model when it is in memory."""
 
     spec: Spec
@@ -87,7 +87,7 @@ class ModelPool:
             raise UserError(
                 f"the names of the models served must differ: {', '.join(names) or 'none is given'}"
             )
-        self._places = {spec.name: _Place(spec) for spec in specs}
+        self._entries = {spec.name: _Entry(spec) for spec in specs}
         self._budget, self._limits = budget, limits
         self.listeners: list[Listener] = []
         self._loader = loader or (lambda spec: load(spec.source, dtype=spec.dtype))
@@ -104,7 +104,7 @@ class ModelPool:
     @property
     def names(self) -> list[str]:
         """All models, the default one first."""
-        return list(self._places)
+        return list(self._entries)
 
     @property
     def default(self) -> str:
@@ -114,7 +114,7 @@ class ModelPool:
     @property
     def services(self) -> list[ChatService]:
         """The models in memory."""
-        return [place.service for place in self._places.values() if place.service is not None]
+        return [entry.service for entry in self._entries.values() if entry.service is not None]
 
     @property
     def running(self) -> int:
@@ -124,17 +124,17 @@ class ModelPool:
     @property
     def memory(self) -> int:
         """Bytes that the models in memory take."""
-        return sum(place.size for place in self._places.values() if place.service is not None)
+        return sum(entry.size for entry in self._entries.values() if entry.service is not None)
 
     @property
     def unready(self) -> str:
         """Why the default model cannot answer, or "" if it can: if it is in memory, or was evicted."""
-        place = self._place(self.default)
-        if place.problem:
-            return f"{self.default} could not be loaded: {place.problem}"
-        if place.service is not None and not place.service.engine.alive:
+        entry = self._entry(self.default)
+        if entry.problem:
+            return f"{self.default} could not be loaded: {entry.problem}"
+        if entry.service is not None and not entry.service.engine.alive:
             return f"the engine of {self.default} has ended"
-        return "" if place.service is not None or place.size else f"{self.default} is not loaded yet"
+        return "" if entry.service is not None or entry.size else f"{self.default} is not loaded yet"
 
     @property
     def dead(self) -> list[str]:
@@ -143,22 +143,22 @@ class ModelPool:
 
     def size(self, name: str) -> int:
         """Bytes that a model takes; 0 when it is not in memory."""
-        place = self._place(name)
-        return place.size if place.service is not None else 0
+        entry = self._entry(name)
+        return entry.size if entry.service is not None else 0
 
     def stats(self, name: str) -> Stats:
         """Statistics of a model's engines since the server began, evicted engines included."""
-        place = self._place(name)
-        service = place.service
-        return place.past if service is None else _sum(place.past, service.model.engine.stats)
+        entry = self._entry(name)
+        service = entry.service
+        return entry.past if service is None else _sum(entry.past, service.model.engine.stats)
 
     def created(self, name: str) -> int:
         """When the server began to offer the model, in seconds since 1970."""
-        return self._place(name).created
+        return self._entry(name).created
 
     def check(self, name: str) -> None:
         """Raise UnknownModel unless there is a model of this name."""
-        self._place(name)
+        self._entry(name)
 
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[ChatService]:
@@ -167,18 +167,18 @@ class ModelPool:
         Raises UnknownModel, NoMemory, TimedOut, ClosedError when the server stops, and UserError when loading
         fails.
         """
-        place = self._place(name)
+        entry = self._entry(name)
         if (known := current.get()) is not None:
             known.model = name
-        place.users += 1
+        entry.users += 1
         try:
-            if place.service is None:
-                await self._wait_for(place)
-            assert place.service is not None
-            yield place.service
+            if entry.service is None:
+                await self._wait_for(entry)
+            assert entry.service is not None
+            yield entry.service
         finally:
-            place.users -= 1
-            place.last_used = time.monotonic()
+            entry.users -= 1
+            entry.last_used = time.monotonic()
 
     @contextmanager
     def promised(self, name: str) -> Iterator[None]:
@@ -189,52 +189,52 @@ class ModelPool:
         memory yet, the requests that wait for it are counted. Raises UnknownModel, and Busy when no slot is
         free.
         """
-        place = self._place(name)
-        if place.service is not None:
-            with place.service.occupied():
+        entry = self._entry(name)
+        if entry.service is not None:
+            with entry.service.occupied():
                 yield
             return
-        if place.users >= self._limits.max_requests:
-            raise Busy(f"{place.users} requests wait for {name} to be loaded; try again in a moment")
+        if entry.users >= self._limits.max_requests:
+            raise Busy(f"{entry.users} requests wait for {name} to be loaded; try again in a moment")
         yield
 
-    async def _wait_for(self, place: _Place) -> None:
+    async def _wait_for(self, entry: _Entry) -> None:
         """Load the model, or wait for the load that is under way.
 
         A request that ends meanwhile (its time is up, or its client has gone) does not stop the load: a
         thread cannot be stopped, and a second load beside it would take the memory twice.
         """
-        while place.service is None:
-            if place.loading is None:
-                place.loading = asyncio.create_task(self._load_in_turn(place))
+        while entry.service is None:
+            if entry.loading is None:
+                entry.loading = asyncio.create_task(self._load_in_turn(entry))
                 # Reads the exception, or asyncio would log that nobody did.
-                place.loading.add_done_callback(lambda done: done.cancelled() or done.exception())
+                entry.loading.add_done_callback(lambda done: done.cancelled() or done.exception())
             try:
-                await asyncio.wait_for(asyncio.shield(place.loading), seconds_left(self._limits.timeout))
+                await asyncio.wait_for(asyncio.shield(entry.loading), seconds_left(self._limits.timeout))
             except TimeoutError:
                 raise timed_out(self._limits.timeout) from None
 
-    async def _load_in_turn(self, place: _Place) -> None:
+    async def _load_in_turn(self, entry: _Entry) -> None:
         try:
             async with self._loading:
-                await self._load(place)
-            place.problem = ""
+                await self._load(entry)
+            entry.problem = ""
         except Busy:
             raise
         except Exception as error:
-            place.problem = str(error) or type(error).__name__
+            entry.problem = str(error) or type(error).__name__
             raise
         finally:
-            place.loading = None
+            entry.loading = None
 
     def adopt(self, name: str, model: LanguageModel) -> None:
         """Add a model that is in memory already."""
-        place = self._place(name)
+        entry = self._entry(name)
         # The service limits and counts the requests that pass through it. The engine's own limit is for
         # requests that do not.
         engine = EngineThread(model.engine, max_waiting=2 * self._limits.max_requests)
-        place.service = ChatService(model, engine, name=name, limits=self._limits, listeners=self.listeners)
-        place.size = model.memory_bytes
+        entry.service = ChatService(model, engine, name=name, limits=self._limits, listeners=self.listeners)
+        entry.size = model.memory_bytes
 
     def cancel_all(self) -> None:
         """End every answer that is under way."""
@@ -247,59 +247,59 @@ class ModelPool:
         for service in self.services:
             service.close()
 
-    def _place(self, name: str) -> _Place:
-        if name not in self._places:
-            known = ", ".join(map(repr, self._places))
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            known = ", ".join(map(repr, self._entries))
             raise UnknownModel(f"the model {name!r} is not served here; this server has {known}")
-        return self._places[name]
+        return self._entries[name]
 
-    async def _load(self, place: _Place) -> None:
-        expected = place.size or await asyncio.to_thread(weight_bytes, place.spec.source, place.spec.dtype)
-        await self._make_room(place, expected)
+    async def _load(self, entry: _Entry) -> None:
+        expected = entry.size or await asyncio.to_thread(weight_bytes, entry.spec.source, entry.spec.dtype)
+        await self._make_room(entry, expected)
         started = time.monotonic()
-        model = await asyncio.to_thread(self._loaded, place.spec)
+        model = await asyncio.to_thread(self._loaded, entry.spec)
         size = model.memory_bytes
         try:
-            await self._make_room(place, size)  # again: the exact size is known only now
+            await self._make_room(entry, size)  # again: the exact size is known only now
         except NoMemory:
-            place.size = size
+            entry.size = size
             raise
         if self._closed:
             raise ClosedError("the server is stopping")
-        self.adopt(place.spec.name, model)
+        self.adopt(entry.spec.name, model)
         seconds = time.monotonic() - started
-        logger.info("loaded %s in %.1f s: %.2f GB", place.spec.name, seconds, place.size / 1e9)
+        logger.info("loaded %s in %.1f s: %.2f GB", entry.spec.name, seconds, entry.size / 1e9)
 
     def _loaded(self, spec: Spec) -> LanguageModel:
         model = self._loader(spec)
         _ = model.engine  # packs the weights now, not at the first request
         return model
 
-    async def _make_room(self, place: _Place, size: int) -> None:
-        """Evict models until `size` bytes are free for `place`. Raises NoMemory."""
+    async def _make_room(self, entry: _Entry, size: int) -> None:
+        """Evict models until `size` bytes are free for `entry`. Raises NoMemory."""
         if self._budget is None:
             return
         if size > self._budget:
             raise NoMemory(
-                f"{place.spec.name} takes {size / 1e9:.2f} GB, and the budget for models is "
+                f"{entry.spec.name} takes {size / 1e9:.2f} GB, and the budget for models is "
                 f"{self._budget / 1e9:.2f} GB: "
                 "raise --memory_gb, or choose a smaller --dtype"
             )
-        idle = sorted((one for one in self._places.values() if one.service and not one.users), key=_age)
+        idle = sorted((one for one in self._entries.values() if one.service and not one.users), key=_age)
         while self.memory + size > self._budget:
             if not idle:
-                busy = ", ".join(one.spec.name for one in self._places.values() if one.service)
+                busy = ", ".join(one.spec.name for one in self._entries.values() if one.service)
                 raise NoMemory(
-                    f"{place.spec.name} does not fit beside {busy}, which are in use; try again in a moment"
+                    f"{entry.spec.name} does not fit beside {busy}, which are in use; try again in a moment"
                 )
             await self._evict(idle.pop(0))
 
-    async def _evict(self, place: _Place) -> None:
-        service, place.service = place.service, None
+    async def _evict(self, entry: _Entry) -> None:
+        service, entry.service = entry.service, None
         assert service is not None
         await asyncio.to_thread(service.close)
-        place.past = _sum(place.past, service.model.engine.stats)
-        logger.info("put %s away", place.spec.name)
+        entry.past = _sum(entry.past, service.model.engine.stats)
+        logger.info("evicted %s", entry.spec.name)
         del service
         gc.collect()  # models and engines refer to each other, so reference counts never free them
 
@@ -310,8 +310,8 @@ def _sum(one: Stats, other: Stats) -> Stats:
     )
 
 
-def _age(place: _Place) -> float:
-    return place.last_used
+def _age(entry: _Entry) -> float:
+    return entry.last_used
 
 
 def parse_specs(models: Iterable[str], dtype: str) -> list[Spec]:

@@ -60,7 +60,7 @@ class Config:
     """The model that answers."""
     reward: str = field(default="reward", metadata={"input": True})
     """The reward model that chooses."""
-    rival: str = field(default="", metadata={"input": True, "words": ("",)})
+    baseline_policy: str = field(default="", metadata={"input": True, "words": ("",)})
     """A policy that was trained from the same model (the stage ppo, or reinforce): its score and gold beside
     those of best-of-n at the same KL. Empty for none."""
     gold: str = field(default=SENTIMENT, metadata={"input": True, "words": ("", SENTIMENT)})
@@ -97,7 +97,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Judge:
+class Scorer:
     """Reward model and gold measure together."""
 
     reward: ScalarModel
@@ -105,7 +105,7 @@ class Judge:
     config: Config
 
     @classmethod
-    def load(cls, config: Config, workspace: Workspace, base: ChatBase) -> Judge:
+    def load(cls, config: Config, workspace: Workspace, base: ChatBase) -> Scorer:
         """Load both as the settings say. Raises UserError for a reward model that is too weak."""
         found = load_reward(workspace.resolve(config.reward), base, config.min_correlation)
         reward = found.to(runtime.device()).eval()
@@ -128,7 +128,7 @@ class Judge:
 def run(config: Config, workspace: Workspace) -> Report:
     """Sample N answers to each held-out prompt, and measure what choosing among n of them gains."""
     base = _load(config.policy, workspace)
-    judge = Judge.load(config, workspace, base)
+    scorer = Scorer.load(config, workspace, base)
     prompts = held_out_prompts(config, workspace, base)
     parallel = sharing(config, prompts)
     with progress_bar("best_of_n") as bar:
@@ -136,17 +136,21 @@ def run(config: Config, workspace: Workspace) -> Report:
         mine = parallel.local_slice(len(prompts))
         repeated = [prompt for prompt in prompts[mine] for _ in range(config.n)]
         given = answered(base, repeated, config, workspace.seed, first=mine.start * config.n)
-        scores, values = judge(given)
+        scores, values = scorer(given)
         scores = together(scores, parallel).view(-1, config.n)
         values = together(values, parallel).view(-1, config.n) if values is not None else None
         given = all_gather_completions(given, parallel)
         rows = {n: point(scores, values, n, workspace.seed) for n in sizes(config.n)}
         for n, row in rows.items():
             workspace.metrics.write_once(n, row)
-        bar.update(0.9, "the rival" if config.rival else "")
-        rival = rival_of(config, workspace, base, prompts, judge, parallel) if config.rival else None
+        bar.update(0.9, "the baseline policy" if config.baseline_policy else "")
+        baseline = (
+            measured_baseline(config, workspace, base, prompts, scorer, parallel)
+            if config.baseline_policy
+            else None
+        )
         bar.update(1.0)
-    report = report_of(config, rows, rival, optima(scores, values, workspace.seed))
+    report = report_of(config, rows, baseline, optima(scores, values, workspace.seed))
     report.answers = chosen_answers(config, base, prompts, given, scores, values)
     report.facts["tokens"] = int(given.response.sum())
     return report
@@ -229,23 +233,23 @@ def answered(
     )
 
 
-def rival_of(
+def measured_baseline(
     config: Config,
     workspace: Workspace,
     base: ChatBase,
     prompts: Sequence[Sequence[int]],
-    judge: Judge,
+    scorer: Scorer,
     parallel: ParallelContext = SINGLE_PROCESS,
 ) -> dict[str, float]:
     """A trained policy on the same prompts: KL, score and gold with 95 % intervals over prompts."""
-    rival = _load(config.rival, workspace)
-    if rival.tokenizer.fingerprint != base.tokenizer.fingerprint:
-        raise UserError(f"{config.rival} has another tokenizer than {config.policy}")
+    baseline = _load(config.baseline_policy, workspace)
+    if baseline.tokenizer.fingerprint != base.tokenizer.fingerprint:
+        raise UserError(f"{config.baseline_policy} has another tokenizer than {config.policy}")
     mine = parallel.local_slice(len(prompts))
     repeated = [prompt for prompt in prompts[mine] for _ in range(4)]
-    answers = answered(rival, repeated, config, workspace.seed, first=mine.start * 4)
-    scores, values = judge(answers)
-    kl = mean_kl(rival.model, base.model, answers, config.temperature)
+    answers = answered(baseline, repeated, config, workspace.seed, first=mine.start * 4)
+    scores, values = scorer(answers)
+    kl = mean_kl(baseline.model, base.model, answers, config.temperature)
     result = {"kl": parallel.sum([kl * len(repeated)])[0] / (4 * len(prompts))}
     for name, found in (("score", scores), ("gold", values)):
         if found is not None:
@@ -258,11 +262,11 @@ def rival_of(
 def report_of(
     config: Config,
     rows: dict[int, dict[str, float]],
-    rival: dict[str, float] | None,
+    baseline: dict[str, float] | None,
     best: dict[float, dict[str, float]] | None = None,
 ) -> Report:
     """The report: measures of the largest n, and a table with all n, the optimum at each KL coefficient
-    (`optima`) and the baseline policy (`rival`)."""
+    (`optima`) and the `baseline` policy."""
     best = best or {}
     first, last = rows[1], rows[config.n]
     names = [name for name in ("score", "gold") if name in first]
@@ -295,17 +299,21 @@ def report_of(
         "optima": {str(beta): row for beta, row in best.items()},
     }
     notes = []
-    if rival is not None:
-        cells.append([config.rival, f"{rival['kl']:.2f}", *(_interval(rival, name) for name in names)])
-        facts["rival"] = rival
+    if baseline is not None:
+        cells.append(
+            [config.baseline_policy, f"{baseline['kl']:.2f}", *(_interval(baseline, name) for name in names)]
+        )
+        facts["baseline_policy"] = baseline
         for name in names:
-            level = at_kl([(row["kl"], row[name]) for row in rows.values()], rival["kl"])
+            level = at_kl([(row["kl"], row[name]) for row in rows.values()], baseline["kl"])
             reach = (
                 "beyond the largest n"
                 if level is None
-                else f"where best-of-n has {level:.3f} ({rival[name] - level:+.3f})"
+                else f"where best-of-n has {level:.3f} ({baseline[name] - level:+.3f})"
             )
-            notes.append(f"{config.rival}: {name} {rival[name]:.3f} at {rival['kl']:.2f} nats, {reach}")
+            notes.append(
+                f"{config.baseline_policy}: {name} {baseline[name]:.3f} at {baseline['kl']:.2f} nats, {reach}"
+            )
     curves = [Curve(f"Best of n: {name}", [name, f"{name}_low", f"{name}_high"], "step: n") for name in names]
     title = "What choosing among n answers brings (95 % intervals over prompts, bootstrap)"
     return Report(measures, curves, None, facts, notes, [Table(title, ["", "KL, nats", *names], cells)])
@@ -367,4 +375,5 @@ STAGE = Stage(
     metrics=METRICS,
     reads=lambda config: {"dialogues": config.data},
     kl_budget=kl_budget,
+    renamed={"rival": "baseline_policy"},
 )

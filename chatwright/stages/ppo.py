@@ -21,11 +21,12 @@ from chatwright.objectives import policy as objective
 from chatwright.train.api import DETAILS, INSTRUCT, Curve, Paper, Report, Stage, Step, Workspace
 from chatwright.train.rl.config import RENAMED, SHARED_PAPER, RLConfig
 from chatwright.train.rl.metrics import RL_METRICS
-from chatwright.train.rl.models import RLModels, policy_outputs, round_facts, score_rollout, step_facts
+from chatwright.train.rl.models import RLModels, iteration_facts, policy_outputs, score_rollout, step_facts
 from chatwright.train.rl.outcome import kl_budget
 from chatwright.train.rl.rollout import Completions, chosen_rows
+from chatwright.train.rl.run import train_policy
 from chatwright.train.rl.step_program import PLAN
-from chatwright.train.rl.training import PolicyTraining, train_policy
+from chatwright.train.rl.training import PolicyTraining
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Config(RLConfig):
     """Settings of PPO."""
 
     epochs: int = 1
-    """Passes over a round's answers (InstructGPT: 1, the earlier papers: 4)."""
+    """Passes over an iteration's completions (InstructGPT: 1, the earlier papers: 4)."""
     clip: float = 0.2
     """Ratio clip of the policy."""
     value_clip: float = 0.2
-    """How far a value may move per round at full gradient."""
+    """How far a value may move per iteration at full gradient."""
     value_coefficient: float = 0.1
     """Weight of the value loss."""
     discount: float = 1.0
@@ -112,7 +113,7 @@ def score_rollouts(
         rewards, values, mask, discount=config.discount, lam=config.lam
     )
     returns = advantages + values
-    logged = round_facts(seen, beta)
+    logged = iteration_facts(seen, beta)
     logged["explained_variance"] = objective.explained_variance(values, returns, mask)
     whitened = objective.whiten(advantages, mask)
     return Rollout(answers, log_probs, seen.reference, values, seen.scores, whitened, returns), logged

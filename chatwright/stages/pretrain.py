@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from chatwright import runtime
+from chatwright import compiler, runtime
 from chatwright.config import UsageError
 from chatwright.data.shards import TokenShards
 from chatwright.model.compile_friendly import make_compile_friendly
@@ -124,7 +124,7 @@ def fast_step(
     dtype = runtime.compute_dtype(config.precision)
     copies = WorkingCopy(model) if alone and dtype == torch.bfloat16 else None
     used = copies.twin if copies else model
-    if config.compile and runtime.device().type == "cpu" and not runtime.compiler_missing():
+    if config.compile and runtime.device().type == "cpu" and not compiler.compiler_missing():
         make_compile_friendly(used)
     # Computed here: inside the graph they would be recomputed for every layer and every head.
     angles = model.angles(torch.arange(model.config.context, device=runtime.device())[None])
@@ -134,9 +134,9 @@ def fast_step(
             here = tuple(part[:, :, : tokens.shape[1] - 1] for part in angles) if angles else None
             return step(used, TokenBatch(tokens), here).loss  # type: ignore[arg-type]
 
-    compiled, line = runtime.compile_function(loss_of, enabled=config.compile and not is_sharded)
+    compiled, line = compiler.compile_function(loss_of, enabled=config.compile and not is_sharded)
     if is_sharded and config.compile:
-        line = runtime.compiler_missing() or "compile: on, block by block"
+        line = compiler.compiler_missing() or "compile: on, block by block"
 
     def train_step(batch: TokenBatch) -> Step:
         if copies:

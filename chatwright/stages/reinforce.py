@@ -26,11 +26,12 @@ from chatwright.objectives.policy import Baseline
 from chatwright.train.api import Curve, Paper, Report, Stage, Step, Workspace
 from chatwright.train.rl.config import RENAMED, SHARED_PAPER, RLConfig
 from chatwright.train.rl.metrics import RL_METRICS
-from chatwright.train.rl.models import RLModels, policy_outputs, round_facts, score_rollout, step_facts
+from chatwright.train.rl.models import RLModels, iteration_facts, policy_outputs, score_rollout, step_facts
 from chatwright.train.rl.outcome import kl_budget
 from chatwright.train.rl.rollout import Completions, chosen_rows
+from chatwright.train.rl.run import train_policy
 from chatwright.train.rl.step_program import PLAN
-from chatwright.train.rl.training import PolicyTraining, train_policy
+from chatwright.train.rl.training import PolicyTraining
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,15 @@ class Config(RLConfig):
     """Settings of REINFORCE."""
 
     minibatch_size: int = 64
-    """Completions per optimiser step; below batch_size the later steps of a round learn from answers of an
+    """Completions per optimiser step; below batch_size the later steps of an iteration learn from answers of an
     older policy."""
     baseline: Baseline = "mean"
     """What is subtracted from an answer's return: the batch's `mean`, the mean of the other answers to the
     same prompt (`leave-one-out`, RLOO), or `none`."""
     samples_per_prompt: int = 1
-    """Completions to each prompt of a round; leave-one-out needs 2 or more."""
+    """Completions to each prompt of an iteration; leave-one-out needs 2 or more."""
     whiten: bool = True
-    """Divide advantages by their standard deviation over the round."""
+    """Divide advantages by their standard deviation over the iteration."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +67,7 @@ class Config(RLConfig):
 PAPER = (
     *SHARED_PAPER,
     Paper(
-        "steps per round (batch_size / minibatch_size)",
+        "steps per iteration (batch_size / minibatch_size)",
         1,
         "Williams 1992",
         lambda config, facts: config.batch_size // config.minibatch_size,
@@ -109,7 +110,7 @@ def score_rollouts(
     advantages = objective.reinforce_advantages(
         grouped, baseline=config.baseline, scaled=config.whiten
     ).flatten()
-    return Rollout(answers, log_probs, returns, advantages), round_facts(seen, beta)
+    return Rollout(answers, log_probs, returns, advantages), iteration_facts(seen, beta)
 
 
 def step(models: RLModels, batch: Rollout, config: Config) -> Step:
@@ -133,7 +134,7 @@ def step(models: RLModels, batch: Rollout, config: Config) -> Step:
 class _Run(PolicyTraining[Config, Rollout]):
     title = "reinforce"
     rolled = Rollout
-    curves: ClassVar = (Curve("Change of log-probabilities in a round", ["moved"], "nats per token"),)
+    curves: ClassVar = (Curve("Change of log-probabilities in an iteration", ["moved"], "nats per token"),)
 
     @property
     def per_prompt(self) -> int:

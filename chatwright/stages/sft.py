@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.nn import functional as F
 
-from chatwright import runtime
+from chatwright import compiler, runtime
 from chatwright.chat import NATIVE, ChatTemplate
 from chatwright.data.chat_rows import Rows, check_end_is_learnt, learnt_tokens, rows_of
 from chatwright.data.packing import ChatBatch, PackedRow, batch_rows
@@ -120,7 +120,7 @@ Its memory grows with the square of the length."""
 
 def is_compile_friendly(length: int) -> bool:
     """Whether compiled rows of this length take the compile-friendly forms (model/compile_friendly.py)."""
-    return runtime.device().type == "cpu" and runtime.compiler_missing() is None and length <= SHORT
+    return runtime.device().type == "cpu" and compiler.compiler_missing() is None and length <= SHORT
 
 
 def compiled_for(model: GPT, length: int, *, cut: bool = False) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from chatwright import runtime
+from chatwright import compiler, runtime
 from chatwright.model.compile_friendly import use_sigmoid_gelu
 from chatwright.model.gpt import Block
 from chatwright.model.inputs import AttentionInput
@@ -31,7 +31,7 @@ def compile_blocks(*models: nn.Module | None, cut: bool = False) -> str:
     those with dynamic sizes."""
     if cut:
         return "compile: off (torch's compiler fails on the cut products of tp); training runs, slower"
-    compiled, line = runtime.compile_function(Block.forward, sizes_change=True)
+    compiled, line = compiler.compile_function(Block.forward, sizes_change=True)
     if line != "compile: on":
         return line
     import torch._dynamo

@@ -57,7 +57,7 @@ def _looked_up(model: GPT) -> int:
     return tables + (0 if model.positions is None else model.positions.weight.numel())
 
 
-def rounds_spent(
+def iterations_spent(
     rows: Sequence[Mapping[str, Any]],
     prompt: float,
     *,

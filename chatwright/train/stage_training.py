@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from chatwright import runtime
+from chatwright import memory, runtime
 from chatwright.chat import ChatTemplate
 from chatwright.metrics import say
 from chatwright.model.config import GPTConfig
@@ -75,7 +75,7 @@ def start_training(
             refused=refused,
         )
     config = planning.ahead(stage, plan, config, shape, parallel, learnt=learnt)
-    runtime.tune_allocator()
+    memory.tune_allocator()
     torch.manual_seed(runtime.seed_for(workspace.seed, stage))  # for new weights and dropout
     return StageTraining(stage, config, workspace, parallel)
 

@@ -67,7 +67,7 @@ def test_a_peer_that_dies_is_named_and_left_out_and_the_rest_is_measured(
     benchmark: Callable[[str], Any], program: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     names = ["ours_bf16", "llama_q4_0", "llama_q8_0", "llama_bf16"]
-    samples = benchmark("side_by_side").run_rounds(program, [f"decode/{name}" for name in names], 4)
+    samples = benchmark("side_by_side").run_iterations(program, [f"decode/{name}" for name in names], 4)
     assert list(samples) == ["decode/ours_bf16", "decode/llama_bf16"]
     assert all(row["seconds"] == [0.5] * 4 and row["peak_mb"] > 0 for row in samples.values())
     lines = [line for line in capfd.readouterr().out.splitlines() if "LEFT OUT" in line]
@@ -80,7 +80,7 @@ def test_a_peer_that_dies_is_named_and_left_out_and_the_rest_is_measured(
 
 def test_one_of_ours_that_dies_ends_the_benchmark(benchmark: Callable[[str], Any], program: str) -> None:
     with pytest.raises(SystemExit, match="decode/ours_broken was ended by SIGILL"):
-        benchmark("side_by_side").run_rounds(program, ["decode/ours_broken", "decode/llama_bf16"], 4)
+        benchmark("side_by_side").run_iterations(program, ["decode/ours_broken", "decode/llama_bf16"], 4)
 
 
 def test_ratios_are_those_of_the_peers_that_are_left(benchmark: Callable[[str], Any]) -> None:

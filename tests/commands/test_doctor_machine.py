@@ -96,7 +96,7 @@ def test_dtypes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             "warning",
         ]
         assert "CHATWRIGHT_DEVICE=cpu" in found["dtype int4"].remedy
-    monkeypatch.setattr("chatwright.runtime.total_memory_bytes", lambda: 10**12)
+    monkeypatch.setattr("chatwright.memory.total_memory_bytes", lambda: 10**12)
     assert "int8" not in machine._serving(config, 10**8).text
 
 
@@ -146,15 +146,15 @@ def test_more_memory_than_there_is(run: Run, good: Path, monkeypatch: pytest.Mon
     model = load(good).model
     count = model.parameter_count()
     plans = {name: serving(model.config, count, name) for name in NAMED}
-    monkeypatch.setattr("chatwright.runtime.total_memory_bytes", lambda: plans["int4"].total - 1)
+    monkeypatch.setattr("chatwright.memory.total_memory_bytes", lambda: plans["int4"].total - 1)
     assert "use a machine with more memory" in check(run, good, problem="serving")
-    monkeypatch.setattr("chatwright.runtime.total_memory_bytes", lambda: plans["int8"].total)
+    monkeypatch.setattr("chatwright.memory.total_memory_bytes", lambda: plans["int8"].total)
     code, out, _ = run("doctor", good)
     assert code == 0 and findings(out)["serving"] == "warning"
     assert "serve it with --dtype int4; these fit: int8, int4" in out
-    monkeypatch.setattr("chatwright.runtime.total_memory_bytes", lambda: plans["fp32"].total + 10**6)
+    monkeypatch.setattr("chatwright.memory.total_memory_bytes", lambda: plans["fp32"].total + 10**6)
     assert findings(run("doctor", good)[1])["serving"] == "ok"
-    monkeypatch.setattr("chatwright.runtime.total_memory_bytes", lambda: None)
+    monkeypatch.setattr("chatwright.memory.total_memory_bytes", lambda: None)
     assert run("doctor", good)[1].count("this system does not say") == 2
 
 
@@ -165,7 +165,7 @@ def test_too_little_memory_for_training(
     directory = shaped("modern-nano", context=16)  # little for keys and values: it can be served in less
     need = 16 * load(directory).model.parameter_count()
     for have, level in ((need / 0.9 - 100, "warning"), (need / 0.9 + 100, "ok")):
-        monkeypatch.setattr("chatwright.runtime.total_memory_bytes", lambda have=have: have)
+        monkeypatch.setattr("chatwright.memory.total_memory_bytes", lambda have=have: have)
         code, out, _ = run("doctor", directory)
         found = findings(out)
         assert (code, found["training"], found["serving"]) == (0, level, "ok"), out
@@ -295,7 +295,7 @@ def test_models_that_are_too_large_for_a_trial(run: Run, good: Path, monkeypatch
     assert f"`chatwright export {good} FILE.gguf --format gguf` writes it" in out
     monkeypatch.undo()
     monkeypatch.setattr(
-        "chatwright.runtime.total_memory_bytes", lambda: 8 * load(good).model.parameter_count() - 1
+        "chatwright.memory.total_memory_bytes", lambda: 8 * load(good).model.parameter_count() - 1
     )
     assert "two copies take" in run("doctor", good)[1]
 

@@ -99,9 +99,9 @@ def test_recipes_that_are_too_large(
     run: Run, recipe: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = recipe("{pretrain: {tokenizer: ., preset: gpt2}}")
-    monkeypatch.setattr("chatwright.runtime.memory_budget_bytes", lambda: 1e9)
+    monkeypatch.setattr("chatwright.memory.memory_budget_bytes", lambda: 1e9)
     assert "needs " in check(run, path, problem="memory")  # GB, of one sample: gpt2 with AdamW
-    monkeypatch.setattr("chatwright.runtime.memory_budget_bytes", lambda: None)
+    monkeypatch.setattr("chatwright.memory.memory_budget_bytes", lambda: None)
     full = shutil.disk_usage(path.parent)._replace(free=9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     check(run, path, problem="disk")

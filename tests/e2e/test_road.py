@@ -225,7 +225,7 @@ def test_a_changed_setting_of_ppo_runs_ppo_and_eval_again(
         old, new = (files.read_json(copy / name / "result.json") for name in (f"{stage}.old-1", stage))
         assert old["fingerprint"] != new["fingerprint"]
     facts = files.read_json(copy / "ppo" / "result.json")["facts"]
-    assert (facts["rounds"], facts["stopped"]) == (2, "all rounds done")
+    assert (facts["iterations"], facts["stopped"]) == (2, "all iterations done")
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         assert cli.main(["compare", str(road[0]), str(copy), "--json"]) == 0

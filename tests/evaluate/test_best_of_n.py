@@ -183,8 +183,8 @@ def test_the_report_puts_a_rival_beside_the_curve() -> None:
     draw = torch.Generator().manual_seed(1)
     scores = torch.randn(64, 8, generator=draw)
     rows = {n: point(scores, None, n, seed=3) for n in sizes(8)}
-    rival: dict[str, float] = {"kl": rows[4]["kl"], "score": 9.0, "score_low": 8.0, "score_high": 10.0}
-    report = report_of(Config(n=8, rival="ppo"), rows, rival, {1.6: rows[2]})
+    baseline: dict[str, float] = {"kl": rows[4]["kl"], "score": 9.0, "score_low": 8.0, "score_high": 10.0}
+    report = report_of(Config(n=8, baseline_policy="ppo"), rows, baseline, {1.6: rows[2]})
     (table,) = report.tables
     assert [row[0] for row in table.rows] == [
         "best of 1",
@@ -197,7 +197,7 @@ def test_the_report_puts_a_rival_beside_the_curve() -> None:
     assert report.facts["optima"] == {"1.6": rows[2]}
     assert table.columns == ["", "KL, nats", "score"] and table.rows[-1][2] == "9.000 (8.000 to 10.000)"
     assert f"where best-of-n has {rows[4]['score']:.3f}" in report.notes[0]
-    beyond = report_of(Config(n=8, rival="ppo"), rows, {**rival, "kl": 7.0})
+    beyond = report_of(Config(n=8, baseline_policy="ppo"), rows, {**baseline, "kl": 7.0})
     assert "beyond the largest n" in beyond.notes[0]
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatwright.generate.engine import Engine, Piece, Request
-from chatwright.generate.rows import Text
 from chatwright.generate.sampling import Sampling
+from chatwright.generate.sequence import Text
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
 

@@ -494,7 +494,7 @@ import json, sys, threading, time
 import numpy as np
 from chatwright.config import UserError
 from chatwright.generate.grammar import json_schema
-from chatwright.runtime import peak_memory_bytes
+from chatwright.memory import peak_memory_bytes
 from chatwright.tokenizer import Tokenizer
 
 def objects(properties):

@@ -1,4 +1,4 @@
-"""The torch runner by itself: pages against plain passes, whatever lay in them or on the workbench before."""
+"""The torch runner by itself: pages against plain passes, whatever lay in them or in the contiguous cache before."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_numbers_that_are_none_stay_where_they_were(model: GPT, runner: TorchRun
     runner.forward([Feed(B[:2], 0, [0], 0)])
     if many:  # a chunk that is laid out from its pages
         check(model, runner.forward([Feed(B[2:12], 2, [0]), Feed(A[13:30], 13, [2, 3])]), B[:12], A[:30])
-    else:  # rows of the workbench
+    else:  # rows of the contiguous cache
         runner.forward([Feed(B[:2], 0, [1], 0)])
         feeds = [Feed(B[2:3], 2, [0]), Feed(B[2:3], 2, [1]), Feed(A[13:14], 13, [2])]
         check(model, runner.forward(feeds), B[:3], B[:3], A[:14])
@@ -116,7 +116,7 @@ def test_a_copy_is_of_all_pages_of_a_sequence(model: GPT, runner: TorchRunner) -
     torch.testing.assert_close(logits, runner.forward([mixed]), atol=BOUND, rtol=0)
 
 
-def test_room_on_the_workbench_is_for_the_new_tokens_too(model: GPT, runner: TorchRunner) -> None:
+def test_room_in_the_contiguous_cache_is_for_the_new_tokens_too(model: GPT, runner: TorchRunner) -> None:
     runner._bench.most = 8
     runner.forward([Feed(A[:6], 0, [0], 0)])
     check(model, runner.forward([Feed(A[6:8], 6, [0])]), A[:8])

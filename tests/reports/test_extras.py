@@ -65,7 +65,7 @@ def ended(**facts: Any) -> Report:
     return Report(
         [Measure("KL to the SFT model", 0.0, 2.5)],
         model="checkpoints/step-000003",
-        facts={"best": {"step": 3}, "stopped": "all rounds done", **facts},
+        facts={"best": {"step": 3}, "stopped": "all iterations done", **facts},
     )
 
 
@@ -114,9 +114,9 @@ def test_the_kl_budget(stage: Workspace) -> None:
         "spent": 2.5,
         "allowed": 10.0,
         "largest": 11.0,
-        "round": 3,
+        "iteration": 3,
         "kept": 3,
-        "stopped": "all rounds done",
+        "stopped": "all iterations done",
     }
     assert sft.STAGE.kl_budget is None
     nothing = kl_budget(CONFIG, stage, Report(facts={"best": None, "stopped": "broken"}))

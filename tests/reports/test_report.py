@@ -105,7 +105,7 @@ ALIGNED = {
         "spent": 2.5,
         "allowed": 10.0,
         "largest": 4.0,
-        "round": 7,
+        "iteration": 7,
         "kept": 5,
         "stopped": "gold turned | down",
     },
@@ -144,8 +144,8 @@ def test_the_sections_of_an_alignment_stage(tmp_path: Path) -> None:
     assert "The first 10 of 64 held-out prompts" in answers
     assert answers.count(r"| \<b\>no\</b\> | \| yes # \| |") == 10
     assert "| tokens per answer | 10.000 | 12.500 |" in answers and "1.500 nats" in answers
-    assert "spent 2.500 of 10.000 nats per answer; the most in any round was 4.000" in parts["KL budget"]
-    assert r"ended in round 7, the best round was 5; gold turned \| down." in parts["KL budget"]
+    assert "spent 2.500 of 10.000 nats per answer; the most in any iteration was 4.000" in parts["KL budget"]
+    assert r"ended in iteration 7, the best iteration was 5; gold turned \| down." in parts["KL budget"]
     for line in (
         "| time | 1:15 |",
         "1,234 |",

@@ -18,8 +18,8 @@ from chatwright.cli import main as cli
 from chatwright.commands.serve import ServeConfig, check_exposure
 from chatwright.config import UserError
 from chatwright.serve.errors import ApiError
-from chatwright.serve.operation import doors as doors_module
-from chatwright.serve.operation.doors import Attempts, Doors
+from chatwright.serve.operation import auth as auth_module
+from chatwright.serve.operation.auth import Attempts, Authenticator
 from chatwright.serve.operation.keys import Key, KeyRing, digest, line_for, new_key, open_keys, read_keys
 from chatwright.serve.operation.login import safe_way
 from support.serving import DIALOGUES, Running, TinyModel, run_server
@@ -190,7 +190,7 @@ def test_without_a_key_only_the_state_is_told(locked: Running) -> None:
             )
             assert response.json()["error"]["code"] == "invalid_api_key"
             assert response.headers["x-content-type-options"] == "nosniff"
-        doors_of(locked).attempts = Attempts()
+        authenticator_of(locked).attempts = Attempts()
     refused = httpx.post(f"{locked.url}/v1/chat/completions", json=BODY)
     assert (refused.status_code, refused.json()["error"]["type"]) == (401, "invalid_request_error")
     assert httpx.get(f"{locked.url}/health").json() == {"status": "ok"}  # not which models, not what load
@@ -208,9 +208,9 @@ def test_without_a_key_only_the_state_is_told(locked: Running) -> None:
         assert "tiny/taught" not in response.text
 
 
-def doors_of(server: Running) -> Doors:
-    found = server.app.state.doors
-    assert isinstance(found, Doors)
+def authenticator_of(server: Running) -> Authenticator:
+    found = server.app.state.authenticator
+    assert isinstance(found, Authenticator)
     return found
 
 
@@ -322,8 +322,10 @@ def test_the_cookie_is_secure_behind_https(
     with run_server(tiny, api_keys=str(key_file), proxies=proxies) as server:
         cookie = httpx.post(f"{server.url}/login", data={"key": KEY}, headers=forwarded).headers["set-cookie"]
         assert ("Secure" in cookie) is secure
-        doors = doors_of(server)
-        assert [client for client, _ in doors.attempts._good] == ["203.0.113.9" if proxies else "127.0.0.1"]
+        authenticator = authenticator_of(server)
+        assert [client for client, _ in authenticator.attempts._good] == [
+            "203.0.113.9" if proxies else "127.0.0.1"
+        ]
 
 
 def test_the_way_back_stays_here() -> None:
@@ -350,83 +352,89 @@ class Clock:
 
 def test_sessions_end_when_nobody_uses_them(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    doors = Doors(KeyRing(key_file), clock)
-    key = doors.check("c", KEY)
-    first, second = doors.begin(key), doors.begin(key)
-    assert first != second and first.encode() not in b"".join(doors._sessions)
+    authenticator = Authenticator(KeyRing(key_file), clock)
+    key = authenticator.check("c", KEY)
+    first, second = authenticator.begin(key), authenticator.begin(key)
+    assert first != second and first.encode() not in b"".join(authenticator._sessions)
     for _ in range(3):
         clock.now += 11 * 3600
-        assert doors.session(first) is not None  # each use counts anew
-    assert doors.session(second) is None
-    assert doors.session("") is None and doors.session("x") is None
+        assert authenticator.session(first) is not None  # each use counts anew
+    assert authenticator.session(second) is None
+    assert authenticator.session("") is None and authenticator.session("x") is None
     clock.now += 12 * 3600 + 1
-    assert doors.session(first) is None
-    assert not doors._sessions
-    monkeypatch.setattr(doors_module, "MOST_SESSIONS", 3)
-    cookies = [doors.begin(key) for _ in range(5)]
-    assert [doors.session(cookie) is not None for cookie in cookies] == [False, False, True, True, True]
+    assert authenticator.session(first) is None
+    assert not authenticator._sessions
+    monkeypatch.setattr(auth_module, "MOST_SESSIONS", 3)
+    cookies = [authenticator.begin(key) for _ in range(5)]
+    assert [authenticator.session(cookie) is not None for cookie in cookies] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 # ---- guessing ----------------------------------------------------------------------------------------------
 
 
-def attempt(doors: Doors, client: str, key: str) -> Any:
+def attempt(authenticator: Authenticator, client: str, key: str) -> Any:
     try:
-        return doors.check(client, key).name
+        return authenticator.check(client, key).name
     except ApiError as error:
         return error.status, error.headers.get("retry-after")
 
 
 def test_guessing_gets_slower_and_slower(key_file: Path) -> None:
     clock = Clock()
-    doors = Doors(KeyRing(key_file), clock)
-    assert attempt(doors, "1.1.1.1", KEY) == "anna"
-    assert [attempt(doors, "1.1.1.1", f"guess{at}") for at in range(7)] == [(401, None)] * 5 + [
+    authenticator = Authenticator(KeyRing(key_file), clock)
+    assert attempt(authenticator, "1.1.1.1", KEY) == "anna"
+    assert [attempt(authenticator, "1.1.1.1", f"guess{at}") for at in range(7)] == [(401, None)] * 5 + [
         (429, "1")
     ] * 2
-    assert attempt(doors, "1.1.1.1", OTHER) == (429, "1"), (
+    assert attempt(authenticator, "1.1.1.1", OTHER) == (429, "1"), (
         "a right guess is told while the address has to wait"
     )
-    assert attempt(doors, "1.1.1.1", KEY) == "anna"  # a key in use from there goes on
-    assert attempt(doors, "1.1.1.2", "guess") == (401, None)  # others are not concerned
+    assert attempt(authenticator, "1.1.1.1", KEY) == "anna"  # a key in use from there goes on
+    assert attempt(authenticator, "1.1.1.2", "guess") == (401, None)  # others are not concerned
     waits = []
     for _ in range(9):
-        clock.now += doors.attempts.wait("1.1.1.1")
-        assert attempt(doors, "1.1.1.1", "guess") == (401, None)
-        waits.append(int(attempt(doors, "1.1.1.1", "guess")[1]))
+        clock.now += authenticator.attempts.wait("1.1.1.1")
+        assert attempt(authenticator, "1.1.1.1", "guess") == (401, None)
+        waits.append(int(attempt(authenticator, "1.1.1.1", "guess")[1]))
     assert waits == [2, 4, 8, 16, 32, 60, 60, 60, 60]
     clock.now += 60
-    assert attempt(doors, "1.1.1.1", OTHER) == "ben"
+    assert attempt(authenticator, "1.1.1.1", OTHER) == "ben"
     clock.now += 901
-    assert [attempt(doors, "1.1.1.1", "guess") for _ in range(5)] == [(401, None)] * 5  # forgotten
+    assert [attempt(authenticator, "1.1.1.1", "guess") for _ in range(5)] == [(401, None)] * 5  # forgotten
 
 
 def test_a_house_counts_as_one_address(key_file: Path) -> None:
-    doors = Doors(KeyRing(key_file), Clock())
+    authenticator = Authenticator(KeyRing(key_file), Clock())
     for at in range(5):
-        attempt(doors, f"2001:db8:1:1::{at:x}", "guess")
-    assert attempt(doors, "2001:db8:1:1:ffff::1", "guess")[0] == 429
-    assert attempt(doors, "2001:db8:1:2::1", "guess")[0] == 401
+        attempt(authenticator, f"2001:db8:1:1::{at:x}", "guess")
+    assert attempt(authenticator, "2001:db8:1:1:ffff::1", "guess")[0] == 429
+    assert attempt(authenticator, "2001:db8:1:2::1", "guess")[0] == 401
     for _ in range(5):
-        attempt(doors, "::ffff:1.2.3.4", "guess")
-    assert attempt(doors, "1.2.3.4", "guess")[0] == 429
-    assert attempt(doors, "::ffff:1.2.3.5", "guess")[0] == 401
+        attempt(authenticator, "::ffff:1.2.3.4", "guess")
+    assert attempt(authenticator, "1.2.3.4", "guess")[0] == 429
+    assert attempt(authenticator, "::ffff:1.2.3.5", "guess")[0] == 401
 
 
 def test_addresses_do_not_pile_up(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Attempts, "MOST", 10)
-    doors = Doors(KeyRing(key_file), Clock())
+    authenticator = Authenticator(KeyRing(key_file), Clock())
     for at in range(100):
-        attempt(doors, f"10.0.0.{at}", "guess")
-        attempt(doors, f"10.0.0.{at}", KEY)
-    assert len(doors.attempts._failed) == len(doors.attempts._good) == 10
+        attempt(authenticator, f"10.0.0.{at}", "guess")
+        attempt(authenticator, f"10.0.0.{at}", KEY)
+    assert len(authenticator.attempts._failed) == len(authenticator.attempts._good) == 10
 
 
 def test_guessing_over_http(locked: Running) -> None:
     """The form and the header count together; the proxy headers of somebody who is no proxy change
     nothing."""
     statuses = []
-    doors_of(locked).attempts = Attempts(Clock())  # time stands still
+    authenticator_of(locked).attempts = Attempts(Clock())  # time stands still
     for at in range(4):
         headers = {**bearer("guess"), "x-forwarded-for": f"203.0.113.{at}"}
         statuses.append(httpx.get(f"{locked.url}/v1/models", headers=headers).status_code)

@@ -20,8 +20,8 @@ from chatwright.generate.threads import EngineThread
 from chatwright.language_model import LanguageModel
 from chatwright.model.gpt import GPT
 from chatwright.serve.operation.cors import check_origins
-from chatwright.serve.operation.facts import TimedOut
 from chatwright.serve.operation.keys import line_for
+from chatwright.serve.operation.request_context import TimedOut
 from chatwright.serve.pool import ModelPool, Spec
 from chatwright.serve.service import Busy, ChatService, Limits, TooLong, prepare
 from chatwright.tokenizer import Tokenizer

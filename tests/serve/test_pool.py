@@ -16,7 +16,7 @@ from chatwright.generate.sampling import Sampling
 from chatwright.generate.threads import ClosedError
 from chatwright.model.gpt import GPT
 from chatwright.serve import pool as pool_module
-from chatwright.serve.operation.facts import TimedOut
+from chatwright.serve.operation.request_context import TimedOut
 from chatwright.serve.pool import ModelPool, NoMemory, Spec, UnknownModel, parse_specs
 from chatwright.serve.service import ChatService, Limits
 from chatwright.tokenizer import Tokenizer

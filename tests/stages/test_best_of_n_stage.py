@@ -25,7 +25,7 @@ def test_choosing_among_more_answers_pleases_the_reward_model_more(
 ) -> None:
     planted_bench.run(ppo, replace(LEARNING, iterations=5), tmp_path / "ppo")
     bench = planted_bench.with_(ppo=tmp_path / "ppo")
-    found = bench.run(best_of_n, replace(SMALL, rival="ppo"), tmp_path / "bestofn")
+    found = bench.run(best_of_n, replace(SMALL, baseline_policy="ppo"), tmp_path / "bestofn")
     rows = read_metrics(tmp_path / "bestofn" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 4, 8]
     scores = [row["score"] for row in rows]
@@ -33,7 +33,7 @@ def test_choosing_among_more_answers_pleases_the_reward_model_more(
     learnt("best of 8 above one answer", scores[-1] - scores[0], above=0.4)
     assert all(row["score_low"] <= row["score"] <= row["score_high"] for row in rows)
     assert found.model is None and found.measures[0].after == found.facts["curve"]["8"]["score"]
-    learnt("KL of the other policy", found.facts["rival"]["kl"], above=0.0)
+    learnt("KL of the other policy", found.facts["baseline_policy"]["kl"], above=0.0)
     assert "ppo: score" in found.notes[0]
     assert found.answers is not None and len(found.answers.pairs) == 10
     first, best = found.answers.values[best_of_n.SCORE]
@@ -41,7 +41,7 @@ def test_choosing_among_more_answers_pleases_the_reward_model_more(
     assert sum(best) / len(best) == pytest.approx(scores[-1], abs=1e-6) and sum(first) / len(
         first
     ) == pytest.approx(scores[0], abs=1e-6)
-    again = bench.run(best_of_n, replace(SMALL, rival="ppo"), tmp_path / "bestofn")
+    again = bench.run(best_of_n, replace(SMALL, baseline_policy="ppo"), tmp_path / "bestofn")
     assert again.measures == found.measures and read_metrics(tmp_path / "bestofn" / "metrics.jsonl") == rows
     tables = [{"title": one.title, "columns": one.columns, "rows": one.rows} for one in found.tables]
     report.write_stage_report(

@@ -23,7 +23,7 @@ from chatwright.recipe import read_recipe
 from chatwright.stages import best_of_n, classifier, ppo
 from chatwright.stages.classifier import Config, Texts, load_texts, scores_of, step
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.loop import FitConfig
+from chatwright.train.fit_config import FitConfig
 from chatwright.train.rl.models import load_reward
 from chatwright.train.workspace import Report, Unhealthy
 
@@ -128,7 +128,7 @@ def test_ppo_and_best_of_n_follow_it_unchanged(
         save_steps=2,
     )
     report = bench.run(ppo, config, tmp_path / "ppo")
-    assert report.facts["rounds"] == 2 and report.measures
+    assert report.facts["iterations"] == 2 and report.measures
     chosen = best_of_n.Config(
         reward="classifier",
         prompts=4,

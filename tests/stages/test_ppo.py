@@ -24,6 +24,7 @@ from chatwright.model.config import GPTConfig
 from chatwright.stages import ppo
 from chatwright.stages.ppo import Config, score_rollouts
 from chatwright.tokenizer import Tokenizer
+from chatwright.train.rl import run as rl_run
 from chatwright.train.rl import training
 from chatwright.train.rl.models import RLModels, load_reward
 from chatwright.train.rl.rollout import (
@@ -69,7 +70,7 @@ def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: P
     full = LEARNING.optim.learning_rate
     expected = [*(full * n / 4 for n in range(1, 5)), *(full * (1 - n / 8) for n in range(8))]
     assert rates == pytest.approx(expected, abs=1e-6)
-    assert report.facts["stopped"] == "all rounds done"
+    assert report.facts["stopped"] == "all iterations done"
 
     # what is kept is the policy that gave the best answers: sampling again gives their score and KL
     assert best["score"] == pytest.approx(max(row["score"] for row in rows), abs=1e-6)
@@ -125,7 +126,7 @@ def measured_again(bench: Any, saved: Path, round_: int) -> tuple[float, float]:
         temperature=1.0,
         seed_parts=(bench.seed, "ppo", round_),
     )
-    judge = training.load_reward(Path(), base, 0.0)
+    judge = rl_run.load_reward(Path(), base, 0.0)
     models = RLModels(kept.model, base.model, judge, judge)
     _, logged = score_rollouts(models, answers, 0.0, MINI)
     return logged["score"], logged["kl"]
@@ -143,7 +144,7 @@ def test_it_stops_beyond_the_kl_budget_and_keeps_the_best_within(planted_bench: 
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     rows = rows_of(tmp_path / "ppo")
     assert "beyond the budget of 0.4 nats" in report.facts["stopped"]
-    assert report.facts["rounds"] == len(rows) - 1 < 10
+    assert report.facts["iterations"] == len(rows) - 1 < 10
     assert rows[-1]["kl"] > 0.4 and all(row["kl"] <= 0.4 for row in rows[:-1])
     assert report.facts["best"]["kl"] <= 0.4 and report.facts["best"]["step"] < rows[-1]["step"]
     assert (tmp_path / "ppo" / str(report.model) / "model.safetensors").is_file()
@@ -209,7 +210,7 @@ def test_a_sampler_that_disagrees_stops_the_run(
         return real(*arguments, **{**settings, "temperature": 1.3})
 
     monkeypatch.setattr(training, "sample_completions", hotter)
-    with pytest.raises(UserError, match="stopped in round 0: sampler and trainer disagree"):
+    with pytest.raises(UserError, match="stopped in iteration 0: sampler and trainer disagree"):
         planted_bench.run(ppo, MINI, tmp_path / "ppo")
 
 
@@ -315,11 +316,11 @@ def test_a_signal_stops_before_the_next_minibatch(
         return real(*arguments)
 
     monkeypatch.setattr(ppo, "score_rollouts", interrupted)
-    for message in ("saved in round 0, after 0 of its minibatches", "saved at round 2"):
+    for message in ("saved in iteration 0, after 0 of its minibatches", "saved at iteration 2"):
         with pytest.raises(Interrupted, match=message):
             planted_bench.run(ppo, config, tmp_path / "ppo")
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
-    assert len(calls) == 4 and report.facts["rounds"] == 2
+    assert len(calls) == 4 and report.facts["iterations"] == 2
     assert [row["step"] for row in rows_of(tmp_path / "ppo")] == [0, 1, 2]
 
 

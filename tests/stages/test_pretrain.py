@@ -80,7 +80,7 @@ def test_the_report_compares_with_compressors(pretrain_bench: Any) -> None:
 
 
 def vars_of() -> dict[str, Any]:
-    from chatwright.train.loop import FitConfig
+    from chatwright.train.fit_config import FitConfig
 
     return {
         "model": {"context": 64},

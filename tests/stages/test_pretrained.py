@@ -18,7 +18,7 @@ from chatwright.model.config import GPTConfig
 from chatwright.stages import ppo, reward, sft
 from chatwright.stages import tokenizer as tokenizer_stage
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.loop import FitConfig
+from chatwright.train.fit_config import FitConfig
 from chatwright.train.planning.program import PlannedStage
 from chatwright.train.preference import rankings
 from chatwright.train.workspace import Workspace

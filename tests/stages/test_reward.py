@@ -23,7 +23,7 @@ from chatwright.optim import OptimConfig
 from chatwright.stages import reward
 from chatwright.stages.reward import Config, step
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.loop import FitConfig
+from chatwright.train.fit_config import FitConfig
 from chatwright.train.parallel.context import SINGLE_PROCESS
 from chatwright.train.preference.measures import correlation, length_baseline, normalise, score_comparisons
 from chatwright.train.preference.rankings import Rankings, encode_answer, from_ratings

@@ -27,7 +27,7 @@ from chatwright.objectives.language import next_token_loss
 from chatwright.stages import sft
 from chatwright.stages.sft import EXCERPT, excerpt
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.loop import FitConfig
+from chatwright.train.fit_config import FitConfig
 
 
 def dialogues_file(directory: Path, *conversations: list[tuple[str, str]]) -> Path:

@@ -16,13 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from chatwright import discovery, runtime
+from chatwright import compiler, discovery
 from chatwright.config import UsageError
 from chatwright.metrics import read_metrics
 from chatwright.model.gpt import MLP
 from chatwright.optim import OptimConfig
 from chatwright.stages import best_of_n, classifier, ppo, pretrain, reinforce, reward, sft
-from chatwright.train.loop import Fit, FitConfig
+from chatwright.train.fit_config import FitConfig
+from chatwright.train.loop import Fit
 from chatwright.train.parallel.context import ParallelConfig
 from chatwright.train.rl.config import RLConfig
 from chatwright.train.spikes import SpikeConfig
@@ -174,8 +175,8 @@ def watch(patch: pytest.MonkeyPatch) -> Seen:
     patch.setattr(Trainer, "save", watched_save)
     patch.setattr(Fit, "_measure", watched_measure)
     patch.setattr(Fit, "__init__", watched_init)
-    patch.setattr(runtime, "compile_function", compiling)
-    patch.setattr(runtime, "compiler_missing", lambda: None)
+    patch.setattr(compiler, "compile_function", compiling)
+    patch.setattr(compiler, "compiler_missing", lambda: None)
     return seen
 
 

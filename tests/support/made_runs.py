@@ -89,9 +89,9 @@ def write_run(root: Path, *, rate: float, gold: float, kl: list[float], **change
             "spent": kl[-1],
             "allowed": 10.0,
             "largest": max(kl),
-            "round": len(kl) - 1,
+            "iteration": len(kl) - 1,
             "kept": 1,
-            "stopped": "all rounds done",
+            "stopped": "all iterations done",
         },
         "answers": {
             "before": "sft",

@@ -19,7 +19,7 @@ from chatwright.config import build
 from chatwright.discovery import stage_verb
 from chatwright.train import loop
 from chatwright.train.parallel.start import process_group
-from chatwright.train.rl import training
+from chatwright.train.rl import run as rl_run
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.workspace import Workspace
 from support.many import SEED, stopping_after
@@ -31,7 +31,7 @@ def carry_out(one: dict[str, Any]) -> None:
     module = stage_verb(one["stage"]).load()
     config = build(module.Config, one["settings"], where="test")
     stop = one.get("stop", 0)
-    for owner in (loop, training):
+    for owner in (loop, rl_run):
         owner.Stopper = stopping_after(stop) if stop else Stopper  # type: ignore[attr-defined]
     inputs = {name: Path(path) for name, path in one["inputs"].items()}
     workspace = Workspace(Path(one["out"]), SEED, inputs, described=module.STAGE.metrics)
@@ -41,7 +41,7 @@ def carry_out(one: dict[str, Any]) -> None:
         assert stop
         return
     finally:
-        loop.Stopper = training.Stopper = Stopper  # type: ignore[misc, attr-defined]
+        loop.Stopper = rl_run.Stopper = Stopper  # type: ignore[misc, attr-defined]
     assert not stop, "nobody was asked to stop"
     if runtime.is_rank_zero():
         content = {

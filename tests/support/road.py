@@ -23,7 +23,7 @@ from chatwright.optim import OptimConfig
 from chatwright.stages import pretrain, reward, sft
 from chatwright.stages import tokenizer as tokenizer_stage
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.loop import FitConfig
+from chatwright.train.fit_config import FitConfig
 from chatwright.train.workspace import Report, Workspace
 from support.babble import Babble  # the pipeline's and the road's tests use it as well
 from support.planted import plant

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chatwright import runtime
+from chatwright import compiler
 from chatwright.chat import EncodedChat
 from chatwright.data.packing import batch_rows, pack
 from chatwright.generate.engine import Engine
@@ -25,7 +25,7 @@ from chatwright.stages import ppo, sft
 from chatwright.train.compiled import compile_blocks
 from support.planted import MINI
 
-MISSING = runtime.compiler_missing()
+MISSING = compiler.compiler_missing()
 
 
 def outcome(model: ScalarModel, ids: Tensor, lengths: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -83,7 +83,7 @@ def test_with_a_cache_blocks_run_as_they_are(
         return lambda *arguments: calls.append(1) or function(*arguments)
 
     monkeypatch.setattr(torch, "compile", counting)
-    monkeypatch.setattr(runtime, "compiler_missing", lambda: None)
+    monkeypatch.setattr(compiler, "compiler_missing", lambda: None)
     model = lively_gpt(3)
     compile_blocks(model)
     Engine(model).generate([Request((1, 2, 3), Sampling(4), frozenset())])
@@ -111,7 +111,7 @@ def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(
     lively_gpt: Callable[..., GPT], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # the compiler has no part in this
-    monkeypatch.setattr(runtime, "compiler_missing", lambda: None)
+    monkeypatch.setattr(compiler, "compiler_missing", lambda: None)
     model = lively_gpt(3)
     compile_blocks(model)
     other = copy.deepcopy(model)
@@ -130,7 +130,7 @@ def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(
 def test_without_a_compiler_blocks_run_as_they_are(
     lively_gpt: Callable[..., GPT], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "compiler_missing", lambda: "no C++ compiler (g++) is installed")
+    monkeypatch.setattr(compiler, "compiler_missing", lambda: "no C++ compiler (g++) is installed")
     model = lively_gpt(3)
     assert "off (no C++ compiler (g++) is installed)" in compile_blocks(model)
     assert torch.equal(model(torch.arange(5)[None]), lively_gpt(3)(torch.arange(5)[None]))

@@ -19,7 +19,7 @@ from chatwright.model.lora import LoRAConfig, add_lora
 from chatwright.tokenizer import Tokenizer
 from chatwright.trackers import Reporting
 from chatwright.train import cost
-from chatwright.train.cost import EnergyMeter, cost_row, forward_flop, rounds_spent, training_flop
+from chatwright.train.cost import EnergyMeter, cost_row, forward_flop, iterations_spent, training_flop
 
 
 def test_the_formula_by_hand() -> None:
@@ -172,14 +172,14 @@ def test_rounds_by_hand() -> None:
         {"step": 0, "tokens": 20.0, "length": 5.0, "policy_loss": 0.1},
         {"step": 1, "tokens": 20.0, "length": 5.0},
     ]
-    found = rounds_spent(
+    found = iterations_spent(
         rows, 3.0, read=[policy, policy, critic], trained=[policy, critic], epochs=2, text=7.0
     )
     each, other = forward_flop(policy, 8), forward_flop(critic, 8)
     learnt = 2 * 4 * (training_flop(policy, 8) + training_flop(critic, 8))
     assert found == {"tokens": 40.0, "flop": pytest.approx(2 * 4 * (3 * each + other) + learnt + 7.0)}
     broken: list[dict[str, Any]] = [{"step": 0}, {"step": 1, "tokens": None, "length": None}]
-    assert rounds_spent(broken, 3.0, read=[policy], trained=[policy], epochs=1) == {
+    assert iterations_spent(broken, 3.0, read=[policy], trained=[policy], epochs=1) == {
         "tokens": 0.0,
         "flop": 0.0,
     }

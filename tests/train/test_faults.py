@@ -18,6 +18,7 @@ from chatwright.data.examples import Comparison
 from chatwright.metrics import read_metrics
 from chatwright.stages import ppo, reward, sft
 from chatwright.train.parallel import context
+from chatwright.train.rl import run as rl_run
 from chatwright.train.rl import training
 from chatwright.train.rl.models import RLModels
 from chatwright.train.rl.rollout import Completions, completion_log_probs
@@ -49,7 +50,7 @@ def test_a_sampler_at_another_temperature(
     monkeypatch.setattr(
         training, "sample_completions", lambda *given, **named: real(*given, **{**named, "temperature": 1.3})
     )
-    rows = broken_off(planted_bench, SMALL, tmp_path / "ppo", "round 0: sampler and trainer disagree")
+    rows = broken_off(planted_bench, SMALL, tmp_path / "ppo", "iteration 0: sampler and trainer disagree")
     assert rows[-1]["sampler_gap"] > 0.01
 
 
@@ -77,7 +78,7 @@ def test_answers_of_another_model_give_a_negative_kl(
     """The sampler still has old weights, and says the trainer's log-probabilities, so that nothing else would
     show it."""
     made: list[RLModels] = []
-    real_players, real_sample = training.make_models, training.sample_completions
+    real_players, real_sample = rl_run.make_models, training.sample_completions
 
     def moved(*given: Any, **named: Any) -> RLModels:
         models = real_players(*given, **named)
@@ -93,7 +94,7 @@ def test_answers_of_another_model_give_a_negative_kl(
         with torch.no_grad():
             return replace(answers, sampled=completion_log_probs(policy, answers, temperature=1.0)[0])
 
-    monkeypatch.setattr(training, "make_models", moved)
+    monkeypatch.setattr(rl_run, "make_models", moved)
     monkeypatch.setattr(training, "sample_completions", stale)
     config = replace(SMALL, batch_size=96, minibatch_size=96)
     rows = broken_off(planted_bench, config, tmp_path / "ppo", "clearly negative")
@@ -315,7 +316,7 @@ def test_the_command_fails_with_the_diagnosis_and_leaves_a_report(
     ]
     assert cli.main(argv) == 1
     told = capsys.readouterr()
-    assert "ppo stopped in round 0: sampler and trainer disagree" in told.err and "report.md" in told.out
+    assert "ppo stopped in iteration 0: sampler and trainer disagree" in told.err and "report.md" in told.out
     text = (out / "report.md").read_text()
     assert "broken off" in text and "sampler and trainer disagree" in text
     assert (

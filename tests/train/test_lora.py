@@ -30,7 +30,7 @@ from chatwright.train import loop, stage_training
 from chatwright.train.loop import Fit, FitConfig
 from chatwright.train.planning import plan
 from chatwright.train.planning.program import PlannedStage
-from chatwright.train.rl import training
+from chatwright.train.rl import run as rl_run
 from chatwright.train.rl.models import make_models, score_rollout
 from chatwright.train.rl.rollout import completion_log_probs, sample_completions
 from chatwright.train.stopping import Interrupted, Stopper
@@ -63,7 +63,7 @@ def stopped(
     """The checkpoint of a stage that was stopped in its third step."""
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Stopper", AskedAtOnce)
-        patch.setattr(training, "Stopper", AskedAtOnce)
+        patch.setattr(rl_run, "Stopper", AskedAtOnce)
         with pytest.raises(Interrupted):
             bench.run(module, config, directory)
     return checkpoint.checkpoints(directory / "checkpoints")[-1]

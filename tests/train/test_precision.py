@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chatwright import checkpoint, optim, runtime
+from chatwright import checkpoint, compiler, optim
 from chatwright.model.gpt import GPT
 from chatwright.optim import OptimConfig
 from chatwright.stages import pretrain
 from chatwright.stages.pretrain import TokenBatch
-from chatwright.train.loop import FitConfig
+from chatwright.train.fit_config import FitConfig
 from chatwright.train.precision import WorkingCopy
 
 
@@ -110,8 +110,8 @@ def test_norms_and_tables_are_the_models_own(lively_gpt: Callable[..., Any]) -> 
 
 
 @pytest.mark.skipif(
-    runtime.compiler_missing() is not None,
-    reason=f"compiled training not covered: {runtime.compiler_missing()}",
+    compiler.compiler_missing() is not None,
+    reason=f"compiled training not covered: {compiler.compiler_missing()}",
 )
 @pytest.mark.parametrize("name", [pytest.param("muon", marks=pytest.mark.slow), "adamw"])
 def test_the_fast_step_trains_like_the_plain_one(name: Any, lively_gpt: Callable[..., Any]) -> None:

@@ -26,7 +26,7 @@ from chatwright.optim import OptimConfig
 from chatwright.stages import classifier, ppo, pretrain, reinforce, reward, sft
 from chatwright.stages.ppo import Config as PPOConfig
 from chatwright.train import loop
-from chatwright.train.loop import FitConfig
+from chatwright.train.fit_config import FitConfig
 from chatwright.train.rl import training
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import Trainer
@@ -251,7 +251,7 @@ def test_a_round_that_is_stopped_between_any_two_minibatches_goes_on_as_if_nothi
     for done in range(looks - 1):
         directory = tmp_path / f"after {done}"
         sampled.clear()
-        with pytest.raises(Interrupted, match=rf"saved in round 1, after {done} of its minibatches"):
+        with pytest.raises(Interrupted, match=rf"saved in iteration 1, after {done} of its minibatches"):
             run(stage, directory, looks=looks + 1 + done, iterations=2)
         stopped = checkpoint.Checkpoint(directory / "checkpoints" / checkpoint.UNFINISHED)
         assert stopped.state()["progress"]["extra"]["unfinished"]["done"] == done

@@ -19,7 +19,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from chatwright import runtime
+from chatwright import memory, runtime
 from chatwright.chat import Message
 from chatwright.commands.doctor.finding import Finding
 from chatwright.commands.doctor.machine import gigabytes
@@ -108,7 +108,7 @@ def _too_much(count: int) -> str:
             f"it takes {gigabytes(size)}, and {gigabytes(free)} are free in {place} (TMPDIR names another "
             f"place)"
         )
-    have = runtime.total_memory_bytes()
+    have = memory.total_memory_bytes()
     if have is not None and 8 * count > have:
         return f"two copies take {gigabytes(8 * count)} of memory, and there is {gigabytes(have)}"
     return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from chatwright import runtime
+from chatwright import memory, runtime
 from chatwright.commands.doctor.finding import Finding
 from chatwright.config import UserError
 from chatwright.generate.shapes import unsupported
@@ -105,7 +105,7 @@ def _serving(config: GPTConfig, count: int) -> Finding:
     each = ", ".join(f"{name} {gigabytes(plan.total)}" for name, plan in plans.items())
     copies = " and their packed copy" if first.packed or len(plans) > 2 else ""
     text = f"{each}: parameters{copies}, up to {gigabytes(first.cache)} of keys and values"
-    have = runtime.total_memory_bytes()
+    have = memory.total_memory_bytes()
     if have is None:
         return Finding("ok", "serving", f"{text}; how much there is, this system does not say")
     text += f"; there is {gigabytes(have)}"
@@ -126,7 +126,7 @@ def _training(count: int) -> Finding:
     """Memory for training all parameters (16 bytes each), compared with the machine's."""
     need = 16 * count
     text = f"{gigabytes(need)} (weights, gradients, two moments) and activations"
-    have = runtime.total_memory_bytes()
+    have = memory.total_memory_bytes()
     if have is None:
         return Finding("ok", "training", f"{text}; how much there is, this system does not say")
     text += f"; there is {gigabytes(have)}"

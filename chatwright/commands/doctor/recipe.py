@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chatwright import runtime
+from chatwright import compiler, memory
 from chatwright.commands.doctor.finding import Finding
 from chatwright.commands.doctor.machine import gigabytes
 from chatwright.config import UsageError, UserError
@@ -78,7 +78,7 @@ def _portions(stage: RecipeStage) -> Iterator[Finding]:
     length = f"{fit.steps:,} steps" if fit.steps else f"about {fit.seconds / 60:.1f} minutes"
     micro = f" in portions of {fit.micro_batch}" if fit.micro_batch else ""
     yield Finding("ok", stage.name, f"{length} of {fit.batch_size} samples each{micro}")
-    if fit.compile and (missing := runtime.compiler_missing()):
+    if fit.compile and (missing := compiler.compiler_missing()):
         yield Finding(
             "warning", stage.name, f"it would be compiled, but {missing}", "install one: training is faster"
         )
@@ -234,7 +234,7 @@ def _memory(recipe: Recipe, shapes: dict[str, GPTConfig]) -> Iterator[Finding]:
             yield Finding("problem", "memory", str(refusal), "`chatwright plan` shows every stage")
     if plans:
         largest = max(plans, key=lambda plan: plan.total)
-        have = runtime.memory_budget_bytes()
+        have = memory.memory_budget_bytes()
         text = f"about {gigabytes(largest.total)} for {largest.stage}, the largest stage"
         yield Finding(
             "ok", "memory", text + (f"; there is {gigabytes(have)} to give" if have is not None else "")

@@ -17,7 +17,7 @@ from chatwright.language_model import LanguageModel
 from chatwright.serve.api.completions import TokenIds
 from chatwright.serve.api.parameters import Body, Count
 from chatwright.serve.api.reading import to_the_end, unless_gone
-from chatwright.serve.operation.facts import facts, in_time
+from chatwright.serve.operation.request_context import context_of, in_time
 from chatwright.serve.pool import ModelPool
 from chatwright.serve.service import TooLong
 
@@ -85,7 +85,7 @@ def routes(pool: ModelPool) -> APIRouter:
                     async with one_at_a_time:
                         found = [await to_the_end(vector, service.model, ids) for ids in inputs]
             tokens = sum(map(len, inputs))
-            facts(request).prompt_tokens = tokens
+            context_of(request).prompt_tokens = tokens
             return written(body, found, tokens)
 
         return await unless_gone(request, work(), {})

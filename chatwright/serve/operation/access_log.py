@@ -23,8 +23,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatwright.config import UserError
-from chatwright.serve.operation.facts import RequestFacts, current
 from chatwright.serve.operation.lifecycle import Lifecycle
+from chatwright.serve.operation.request_context import RequestContext, current
 from chatwright.serve.operation.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def record(scope: Scope, known: RequestFacts, status: int, seconds: float) -> dict[str, Any]:
+def record(scope: Scope, known: RequestContext, status: int, seconds: float) -> dict[str, Any]:
     """The fields of a request's line."""
     first = None if known.first_token is None else round(1000 * (known.first_token - known.started), 1)
     line: dict[str, Any] = {
@@ -163,8 +163,8 @@ class AccessLogMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        known = self._facts(scope)
-        scope.setdefault("state", {})["facts"] = known
+        known = self._context(scope)
+        scope.setdefault("state", {})["context"] = known
         status = 499  # nginx's number for a client that left before anything was sent
 
         async def noting(message: Message) -> None:
@@ -186,7 +186,7 @@ class AccessLogMiddleware:
             self._telemetry.responded(_method(scope), route_of(scope), status, known.model)
             self._write(scope, known, status)
 
-    def _write(self, scope: Scope, known: RequestFacts, status: int) -> None:
+    def _write(self, scope: Scope, known: RequestContext, status: int) -> None:
         """Add the request's line, at the end of its response or of the job that it started."""
         if (log := self._log) is None:
             return
@@ -199,10 +199,10 @@ class AccessLogMiddleware:
         else:
             known.work.add_done_callback(write)
 
-    def _facts(self, scope: Scope) -> RequestFacts:
+    def _context(self, scope: Scope) -> RequestContext:
         given = Headers(scope=scope).get(REQUEST_ID, "")
         made = given if SANE_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
-        return RequestFacts(made, client=(scope.get("client") or ("",))[0], keep_texts=self._keep_texts)
+        return RequestContext(made, client=(scope.get("client") or ("",))[0], keep_texts=self._keep_texts)
 
 
 def _method(scope: Scope) -> str:

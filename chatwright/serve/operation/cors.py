@@ -1,6 +1,6 @@
 """Which pages of other sites may use /v1: none, unless --cors_origins names them. Other paths stay closed.
 
-/v1 never accepts cookies (doors.py): such a page must send an API key of its own.
+/v1 never accepts cookies (auth.py): such a page must send an API key of its own.
 """
 
 from __future__ import annotations

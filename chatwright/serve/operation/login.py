@@ -17,7 +17,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import Scope
 
 from chatwright.serve.errors import ApiError
-from chatwright.serve.operation.doors import Doors, client_of, cookie_name, cookie_of
+from chatwright.serve.operation.auth import Authenticator, client_of, cookie_name, cookie_of
 
 TEMPLATES = Path(__file__).parents[1] / "studio" / "templates"
 
@@ -37,14 +37,14 @@ def page_maker() -> Callable[..., HTMLResponse]:
     return page
 
 
-def routes(doors: Doors) -> APIRouter:
+def routes(authenticator: Authenticator) -> APIRouter:
     """The routes; they are open to everybody."""
     router = APIRouter(include_in_schema=False)
     page = page_maker()
 
     @router.get("/login")
     async def show(request: Request) -> Response:
-        session = doors.session(cookie_of(request.scope))
+        session = authenticator.session(cookie_of(request.scope))
         return page(request.scope, "/", status=200, name=session.key.name if session else "")
 
     @router.post("/login")
@@ -54,7 +54,7 @@ def routes(doors: Doors) -> APIRouter:
         if not presented:
             return page(request.scope, back, "Give a key.")
         try:
-            key = doors.check(client_of(request.scope), presented)
+            key = authenticator.check(client_of(request.scope), presented)
         except ApiError as error:
             wait = error.headers.get("retry-after", "")
             problem = (
@@ -64,7 +64,7 @@ def routes(doors: Doors) -> APIRouter:
         response = RedirectResponse(back, status_code=303)
         response.set_cookie(
             cookie_name(request.scope),
-            doors.begin(key),
+            authenticator.begin(key),
             httponly=True,
             samesite="strict",
             secure=request.url.scheme == "https",
@@ -73,7 +73,7 @@ def routes(doors: Doors) -> APIRouter:
 
     @router.post("/logout")
     async def go(request: Request) -> Response:
-        doors.end(cookie_of(request.scope))
+        authenticator.end(cookie_of(request.scope))
         response = RedirectResponse("/", status_code=303)
         response.delete_cookie(cookie_name(request.scope), httponly=True, samesite="strict")
         return response

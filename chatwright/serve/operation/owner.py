@@ -17,7 +17,7 @@ from fastapi import Depends, Request, Response
 
 from chatwright.feedback.store import Owned, Store
 from chatwright.serve.errors import ApiError
-from chatwright.serve.operation.facts import facts
+from chatwright.serve.operation.request_context import context_of
 
 COOKIE = "chatwright_owner"
 YEAR = 365 * 24 * 3600
@@ -41,7 +41,7 @@ def owned(request: Request) -> Owned:
             code="no_owner",
         )
     store: Store = request.app.state.store
-    key = facts(request).key
+    key = context_of(request).key
     return store.of(f"{secret} {key}" if key else secret)
 
 

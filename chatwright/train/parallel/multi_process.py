@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class _Door(nn.Module):
+class _Root(nn.Module):
     """Root module of all modules of a trainer. Its forward pass is any function of a stage: DDP and FSDP act
     where a forward pass begins and ends, and stages call more than one method of their models.
     """
@@ -75,7 +75,7 @@ class MultiProcess(ParallelContext):
             mesh_shape.replicas * mesh_shape.shard,
         )
         self.is_sharded = mesh_shape.shard > 1 or mesh_shape.tensor > 1
-        self._door: nn.Module | None = None
+        self._root: nn.Module | None = None
         self._frozen: nn.Module | None = None
         self._alike = True
         self._saving = sharded.Saving()
@@ -91,13 +91,13 @@ class MultiProcess(ParallelContext):
         still = {
             name: one for name, one in modules.items() if not any(p.requires_grad for p in one.parameters())
         }
-        door = _Door({name: one for name, one in modules.items() if name not in still})
+        root = _Root({name: one for name, one in modules.items() if name not in still})
         # Delaying the all-reduce between replicas needs gradients of the same parameters in each micro-batch.
         # General text has none for a critic.
-        self._alike = len(door.parts) == 1
-        blocks = [module for module in door.modules() if isinstance(module, Block)]
+        self._alike = len(root.parts) == 1
+        blocks = [module for module in root.modules() if isinstance(module, Block)]
         if self.mesh_shape.tensor > 1:
-            if adapter_names(door):
+            if adapter_names(root):
                 raise UsageError("parallel.plan tp does not cut adapters: use ddp or fsdp with lora")
             for block in blocks:
                 self._cut_products(block)
@@ -105,20 +105,19 @@ class MultiProcess(ParallelContext):
             for block in blocks:  # one graph for all of them, without FSDP's hooks
                 _compile_for_training(block)
         if self.mesh_shape.shard > 1:
-            self._cut_parameters(door, blocks)
-            self._door = door
+            self._cut_parameters(root, blocks)
+            self._root = root
             if frozen:
-                self._frozen = _Door(frozen)
-            for roof in (
-                *([self._frozen] if self._frozen is not None else []),
-                *map(_Door, ({k: v} for k, v in still.items())),
-            ):
-                self._cut_parameters(roof, [module for module in roof.modules() if isinstance(module, Block)])
+                self._frozen = _Root(frozen)
+            others = [self._frozen] if self._frozen is not None else []
+            others += [_Root({name: one}) for name, one in still.items()]
+            for other in others:
+                self._cut_parameters(other, [part for part in other.modules() if isinstance(part, Block)])
         elif self.mesh_shape.replicas > 1:
             devices = [runtime.device()] if runtime.device().type == "cuda" else None
-            self._door = DistributedDataParallel(door, device_ids=devices, gradient_as_bucket_view=True)
+            self._root = DistributedDataParallel(root, device_ids=devices, gradient_as_bucket_view=True)
         else:
-            self._door = door
+            self._root = root
         if self.data_rank:  # other samples, other dropout
             torch.manual_seed(runtime.seed_for(torch.initial_seed(), "rank", self.data_rank))
 
@@ -145,7 +144,7 @@ class MultiProcess(ParallelContext):
         block.attention.heads //= self.mesh_shape.tensor
         block.attention.kv_heads //= self.mesh_shape.tensor
 
-    def _cut_parameters(self, door: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    def _cut_parameters(self, root: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Make each block an FSDP unit; embeddings, norms and the head belong to the root. The residual
         stream and the root stay in float32, as in one process; only the blocks' products are in bf16."""
         mesh = self.mesh["replicas", "shard"] if self.mesh_shape.replicas > 1 else self.mesh["shard"]
@@ -153,7 +152,7 @@ class MultiProcess(ParallelContext):
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(door, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        fully_shard(root, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
     def optimisers(
         self, modules: Mapping[str, nn.Module], config: OptimConfig
@@ -185,16 +184,16 @@ class MultiProcess(ParallelContext):
         return made
 
     def forward(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        if self._door is None or (
-            not torch.is_grad_enabled() and isinstance(self._door, DistributedDataParallel)
+        if self._root is None or (
+            not torch.is_grad_enabled() and isinstance(self._root, DistributedDataParallel)
         ):
             return function(*arguments)
         # FSDP casts the blocks' parameters to `dtype`, so that even float32 measures must autocast to it.
         with runtime.autocast(self.dtype if self.mesh_shape.shard > 1 else torch.float32):
             if torch.is_grad_enabled() or self._frozen is None:
-                outcome: Any = self._door(function, *arguments)
+                outcome: Any = self._root(function, *arguments)
             else:
-                outcome = self._door(self._frozen, function, *arguments)
+                outcome = self._root(self._frozen, function, *arguments)
         if not torch.is_grad_enabled():
             for module in self._units():
                 module.reshard()  # without a backward pass the whole parameters would stay in memory
@@ -204,8 +203,8 @@ class MultiProcess(ParallelContext):
         return outcome  # type: ignore[no-any-return]
 
     def _units(self) -> list[FSDPModule]:
-        roofs = [roof for roof in (self._door, self._frozen) if roof is not None]
-        return [module for roof in roofs for module in roof.modules() if isinstance(module, FSDPModule)]
+        roots = [root for root in (self._root, self._frozen) if root is not None]
+        return [module for root in roots for module in root.modules() if isinstance(module, FSDPModule)]
 
     def twin(self, model: Model) -> Model:
         return copy.deepcopy(model).requires_grad_(False) if self.is_sharded else model
@@ -221,14 +220,14 @@ class MultiProcess(ParallelContext):
 
     @contextlib.contextmanager
     def accumulating(self, more: bool) -> Iterator[None]:
-        if isinstance(self._door, DistributedDataParallel) and more:
-            with self._door.no_sync():
+        if isinstance(self._root, DistributedDataParallel) and more:
+            with self._root.no_sync():
                 yield
             return
-        if isinstance(self._door, FSDPModule):
-            self._door.set_is_last_backward(not more)
+        if isinstance(self._root, FSDPModule):
+            self._root.set_is_last_backward(not more)
             if self.mesh_shape.replicas > 1 and self._alike:
-                self._door.set_requires_all_reduce(not more)
+                self._root.set_requires_all_reduce(not more)
         yield
 
     def sum(self, values: Sequence[float]) -> list[float]:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 
-from chatwright import runtime
+from chatwright import compiler, runtime
 from chatwright.config import UsageError, UserError
 from chatwright.metrics import console
 from chatwright.model.config import GPTConfig
@@ -46,7 +46,7 @@ def start_parallel(
     check(config, mesh_shape, batch_size=batch_size, micro_batch=micro_batch, shape=shape, named=named)
     if runtime.world_size() == 1:
         return SINGLE_PROCESS
-    can_compile = compile_blocks and runtime.compiler_missing() is None
+    can_compile = compile_blocks and compiler.compiler_missing() is None
     return MultiProcess(mesh_shape, dtype=runtime.compute_dtype(precision), compile_blocks=can_compile)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from chatwright import runtime
+from chatwright import memory, runtime
 from chatwright.config import UserError
 from chatwright.metrics import duration, say
 from chatwright.model.config import GPTConfig
@@ -182,7 +182,7 @@ def choose(
 
     It must fit into the machine's memory, not only the free part: a resumed run then chooses the same.
     """
-    available = available or runtime.memory_budget_bytes()
+    available = available or memory.memory_budget_bytes()
     plan, operations = predict(planned, available=available)
     if not plan.fits:
         if planned.fit is None or planned.fit.micro_batch:
@@ -240,7 +240,7 @@ def rough_seconds(planned: PlannedStage) -> float:
 
 def worth_planning(planned: PlannedStage) -> bool:
     """Whether the run is long enough for a plan; always when CHATWRIGHT_MEMORY is set."""
-    return runtime.memory_is_limited() or rough_seconds(planned) > SMALL
+    return memory.memory_is_limited() or rough_seconds(planned) > SMALL
 
 
 def ahead(

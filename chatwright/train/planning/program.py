@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chatwright import runtime
+from chatwright import compiler, runtime
 from chatwright.model.config import GPTConfig
 
 
@@ -99,7 +99,7 @@ class PlannedStage:
     def compiled(self) -> bool:
         """Whether its step will be compiled here."""
         wanted = self.config.compile if self.fit is None else self.fit.compile
-        return bool(wanted) and runtime.compiler_missing() is None
+        return bool(wanted) and compiler.compiler_missing() is None
 
     @property
     def one_graph(self) -> bool:

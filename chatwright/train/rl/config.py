@@ -48,7 +48,7 @@ class RLConfig:
     kl_budget: float = 10.0
     """Nats per answer beyond which training stops."""
     patience: int = 0
-    """Stop when the mean score of this many rounds has fallen significantly below the highest such mean; 0
+    """Stop when the mean score of this many iterations has fallen significantly below the highest such mean; 0
     never does."""
     gold: str = field(default="", metadata={"input": True, "words": ("", SENTIMENT)})
     """A measure of what is really wanted, that is not trained on: `sentiment` (a lexicon), or the stage of
@@ -78,7 +78,7 @@ class RLConfig:
     """Refuse a reward model whose held-out correlation with the ratings is lower. At 0.36 answers collapsed
     to two tokens, at 0.617 and 0.668 PPO worked (docs/lab/results.md)."""
     min_distinct: float = 0.8
-    """A checkpoint is kept as the best only if distinct-2 is at least this share of the first round's."""
+    """A checkpoint is kept as the best only if distinct-2 is at least this share of the first iteration's."""
     save_steps: int = 10
     """Iterations between checkpoints."""
     keep: int = 2
@@ -91,10 +91,10 @@ class RLConfig:
     """Products of reward model and critic; `auto` takes bf16 where the hardware has it."""
     policy_precision: Literal["auto", "bf16", "fp32"] = "fp32"
     """Products of policy and reference, and of sampling where the CPU's kernels do it (models of 2 M
-    parameters and more). In bf16 a round is a third shorter, and the KL of an answer, a small difference of
+    parameters and more). In bf16 an iteration is a third shorter, and the KL of an answer, a small difference of
     large numbers, has rounding in it."""
     compile: bool = False
-    """Compile the blocks of all models, where there is a C++ compiler: rounds are about a quarter shorter,
+    """Compile the blocks of all models, where there is a C++ compiler: iterations are about a quarter shorter,
     but the first of all on a machine waits a minute or two for it, later runs some seconds."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
@@ -143,7 +143,7 @@ SHARED_PAPER = (
     Paper("optim.beta2", 0.95, INSTRUCT),
     Paper("optim.eps", 1e-5, DETAILS),
     Paper("optim.schedule", "constant", f"{INSTRUCT}: after a warm-up; linear in Ziegler et al. 2019"),
-    Paper("optim.warmup", 0.02, f"{INSTRUCT}: 10 of 500 rounds, from a tenth of the rate"),
+    Paper("optim.warmup", 0.02, f"{INSTRUCT}: 10 of 500 iterations, from a tenth of the rate"),
     Paper("lora.rank", 0, f"{INSTRUCT}: all weights are trained"),
 )
 """InstructGPT's values of the settings that all methods share. The guards (kl_budget, min_correlation,

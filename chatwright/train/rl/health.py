@@ -146,7 +146,7 @@ def _no_end_was_learnt(history: History, limits: Limits) -> Diagnosis | None:
     if len(history) != 3 or any(row["finished"] >= 0.02 for row in history):
         return None
     return Diagnosis(
-        "no answer has come to its end since the start (three rounds): the end token was outside the loss "
+        "no answer has come to its end since the start (three iterations): the end token was outside the loss "
         "of SFT, or "
         "max_new_tokens is far too small (chatwright doctor MODEL shows the loss mask)",
         fatal=True,
@@ -158,7 +158,7 @@ def _critic_is_broken(history: History, limits: Limits) -> Diagnosis | None:
     if len(history) < YOUNG or not all(row.get("explained_variance", 0.0) < -1.0 for row in last):
         return None
     return Diagnosis(
-        "the critic is worse than a constant by far (explained variance under -1 for five rounds): it "
+        "the critic is worse than a constant by far (explained variance under -1 for five iterations): it "
         "misleads the policy; "
         "lower the learning rate or raise value_coefficient",
         fatal=True,
@@ -181,7 +181,7 @@ def _kl_jumps(history: History, limits: Limits) -> Diagnosis | None:
     if rise <= max(3.0, limits.kl_budget / 2) or rise <= 4 * math.hypot(before["kl_error"], now["kl_error"]):
         return None
     return Diagnosis(
-        f"KL jumped from {before['kl']:.1f} to {now['kl']:.1f} nats in one round: an update went much too "
+        f"KL jumped from {before['kl']:.1f} to {now['kl']:.1f} nats in one iteration: an update went much too "
         "far (lower the "
         "learning rate), or template, temperature or padding have changed under way",
         fatal=False,
@@ -192,14 +192,14 @@ def _entropy_is_gone(history: History, limits: Limits) -> Diagnosis | None:
     recent = history[-3:]
     if len(recent) < 3 or not all(row["entropy"] < 0.1 for row in recent):
         return None
-    return Diagnosis("entropy is gone (under 0.1 nats a token for three rounds): collapse", fatal=False)
+    return Diagnosis("entropy is gone (under 0.1 nats a token for three iterations): collapse", fatal=False)
 
 
 def _answers_end_no_more(history: History, limits: Limits) -> Diagnosis | None:
     recent = history[-3:]
     if len(recent) < 3 or not all(row["finished"] < 0.02 for row in recent):
         return None
-    return Diagnosis("no answer comes to its end any more (three rounds)", fatal=False)
+    return Diagnosis("no answer comes to its end any more (three iterations)", fatal=False)
 
 
 def _reward_is_hacked(history: History, limits: Limits) -> Diagnosis | None:
@@ -213,10 +213,11 @@ def _reward_is_hacked(history: History, limits: Limits) -> Diagnosis | None:
     score, gold, length = ((_mean(best, key), _mean(now, key)) for key in ("score", "gold", "length"))
     if score[1] <= score[0]:
         return Diagnosis(
-            f"gold fell from {gold[0]:.3f} to {gold[1]:.3f} since round {peak}, with the score", fatal=False
+            f"gold fell from {gold[0]:.3f} to {gold[1]:.3f} since iteration {peak}, with the score",
+            fatal=False,
         )
     return Diagnosis(
-        f"the reward model is exploited: since round {peak} its score rose from {score[0]:.2f} to "
+        f"the reward model is exploited: since iteration {peak} its score rose from {score[0]:.2f} to "
         f"{score[1]:.2f} while gold "
         f"fell from {gold[0]:.3f} to {gold[1]:.3f}; length {length[0]:.0f} -> {length[1]:.0f} tokens",
         fatal=False,
@@ -234,7 +235,7 @@ def _score_is_past_its_peak(history: History, limits: Limits) -> Diagnosis | Non
         _mean(history[-limits.patience :], "score"),
     )
     return Diagnosis(
-        f"the score is past its peak: {high:.2f} in the rounds from {peak}, {low:.2f} now", fatal=False
+        f"the score is past its peak: {high:.2f} in the iterations from {peak}, {low:.2f} now", fatal=False
     )
 
 

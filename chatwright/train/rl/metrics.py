@@ -139,7 +139,7 @@ SAMPLE_METRICS = in_group(
         when="`gold` is set",
     ),
 )
-"""Metrics that `chatwright/train/rl/models.py::round_facts` and `PolicyTraining.sampled` return."""
+"""Metrics that `chatwright/train/rl/models.py::iteration_facts` and `PolicyTraining.sampled` return."""
 
 UPDATE_METRICS = in_group(
     "RL: the updates of an iteration (the last one has none)",
@@ -174,7 +174,7 @@ UPDATE_METRICS = in_group(
         "disagree (`chatwright/train/rl/health.py::diagnose_ratio`)",
     ),
 )
-"""Metrics that `chatwright/train/rl/models.py::step_facts` and `PolicyTraining.round` log."""
+"""Metrics that `chatwright/train/rl/models.py::step_facts` and `PolicyTraining.iteration` log."""
 
 RL_METRICS = (*OPTIMISER_METRICS, *SAMPLE_METRICS, *UPDATE_METRICS)
 """Metrics of both methods; each adds those of its own loss."""

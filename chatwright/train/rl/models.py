@@ -187,7 +187,7 @@ def _asked(models: RLModels, answers: Completions, config: ScoringConfig) -> Sco
     return Scored(answers, own, reference, scores, penalised)
 
 
-def round_facts(seen: Scored, beta: float) -> dict[str, float]:
+def iteration_facts(seen: Scored, beta: float) -> dict[str, float]:
     """What to log about an iteration's completions, before the updates."""
     answers, own, mask = seen.answers, seen.policy_outputs, seen.answers.response
     kl = torch.where(mask, objective.kl_k1(own.log_probs, seen.reference), 0.0).sum(1)

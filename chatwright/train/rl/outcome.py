@@ -41,14 +41,14 @@ def report_of(
     extra: Mapping[str, Any],
     step: int,
     *,
-    aim: str,
+    selection_metric: str,
     curves: Sequence[Curve] = (),
     tax: tuple[float, float] | None = None,
     trouble: str = "",
     more: Mapping[str, Any] | None = None,
 ) -> Report:
     """The report of a run that has a result, or of one that was stopped as unhealthy (`trouble` says why).
-    `tax` is the perplexity of general text before and after, `aim` the selection metric, `more` further
+    `tax` is the perplexity of general text before and after, `selection_metric` the selection metric, `more` further
     facts."""
     first, result = extra["history"][0], result_of(extra, step)
     measures = []
@@ -65,18 +65,25 @@ def report_of(
     if tax is not None:
         measures.append(Measure("perplexity of general text", *tax, note="per token; the alignment tax"))
     stopped = trouble or extra["stopped"]
-    facts = {"best": extra["best"], "rounds": step - ("average" in extra), "stopped": stopped, **(more or {})}
+    facts = {
+        "best": extra["best"],
+        "iterations": step - ("average" in extra),
+        "stopped": stopped,
+        **(more or {}),
+    }
     notes = []
     if trouble:
-        notes.append(f"broken off: {trouble}; the checkpoint is the state before that round")
+        notes.append(f"broken off: {trouble}; the checkpoint is the state before that iteration")
     elif result is not None and "average" not in extra:
-        notes.append(f"stopped: {stopped}; kept: round {result['step']}, the best {aim} within the KL budget")
+        notes.append(
+            f"stopped: {stopped}; kept: iteration {result['step']}, the best {selection_metric} within the KL budget"
+        )
     else:
         facts["average"] = extra["average"]
         chosen = (
             "the average of the weights"
             if extra["average"]["allowed"]
-            else "the best round: the average was beyond the limits"
+            else "the best iteration: the average was beyond the limits"
         )
         notes.append(f"stopped: {stopped}; kept: {chosen}")
     model = None if result is None or trouble else f"checkpoints/step-{result['step']:06}"
@@ -84,7 +91,7 @@ def report_of(
 
 
 def kl_budget(config: Any, workspace: Workspace, report: Report) -> dict[str, Any]:
-    """{spent, allowed, largest, round, kept, stopped}: nats per completion between the reference and the
+    """{spent, allowed, largest, iteration, kept, stopped}: nats per completion between the reference and the
     policy."""
     rows = [row for row in read_metrics(workspace.directory / "metrics.jsonl") if row.get("kl") is not None]
     best = report.facts.get("best") or {}
@@ -92,7 +99,7 @@ def kl_budget(config: Any, workspace: Workspace, report: Report) -> dict[str, An
         "spent": report.value("KL to the SFT model"),
         "allowed": config.kl_budget,
         "largest": max((row["kl"] for row in rows), default=None),
-        "round": rows[-1]["step"] if rows else None,
+        "iteration": rows[-1]["step"] if rows else None,
         "kept": best.get("step"),
         "stopped": report.facts.get("stopped", ""),
     }

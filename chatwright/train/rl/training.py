@@ -26,26 +26,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from chatwright import optim, runtime
 from chatwright.checkpoint import Checkpoint
 from chatwright.config import UserError
 from chatwright.data.loader import SampleOrder
-from chatwright.data.records import records_of
 from chatwright.interop.loaded import Loaded
-from chatwright.metrics import progress_bar, read_metrics, say
+from chatwright.metrics import read_metrics, say
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives import policy as objective
 from chatwright.train import adapters, cost
-from chatwright.train.base import ChatBase, model_metadata, model_texts, open_chat_base
-from chatwright.train.compiled import compile_blocks
 from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelContext
 from chatwright.train.rl import health
 from chatwright.train.rl.config import RLConfig
-from chatwright.train.rl.ema import copy_weights, ema_of, update_ema
-from chatwright.train.rl.gold import Gold, gold_of
-from chatwright.train.rl.models import RLModels, load_reward, make_models
+from chatwright.train.rl.ema import copy_weights, update_ema
+from chatwright.train.rl.gold import Gold
+from chatwright.train.rl.models import RLModels
 from chatwright.train.rl.outcome import kept, report_of, result_of
 from chatwright.train.rl.ptx import GeneralText, TextBatch, text_step
 from chatwright.train.rl.rollout import (
@@ -56,11 +53,8 @@ from chatwright.train.rl.rollout import (
     from_tensors,
     sample_completions,
     texts_of,
-    training_prompts,
 )
-from chatwright.train.rl.step_program import PLAN
-from chatwright.train.stage_training import start_training
-from chatwright.train.stopping import Interrupted, Stopper
+from chatwright.train.stopping import Interrupted
 from chatwright.train.trainer import Step, Trainer
 from chatwright.train.workspace import Curve, Report, Unhealthy, Workspace
 
@@ -139,7 +133,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         return [best["step"]] if best else []
 
     @property
-    def aim(self) -> str:
+    def selection_metric(self) -> str:
         """The selection metric: the best checkpoint has its highest value."""
         return "gold" if self.gold is not None else "score"
 
@@ -171,7 +165,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
             logged["gold_error"] = float(gold.std() / math.sqrt(len(gold)))
         return rollout, self.parallel.broadcast_from_rank0(lambda: logged)
 
-    def round(self) -> str:
+    def iteration(self) -> str:
         """One iteration: sample, score, keep the best and, unless it is the last one, update. Returns a line
         to show."""
         config, progress = self.config, self.trainer.progress
@@ -186,7 +180,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
             logged["learning_rate"] = self.trainer.optimisers[-1].param_groups[0]["lr"]
         self.workspace.metrics.write(progress.step, logged)
         if last:
-            self.extra["stopped"] = diagnosis.text if diagnosis else "all rounds done"
+            self.extra["stopped"] = diagnosis.text if diagnosis else "all iterations done"
             self._measure_average()
             self.finished = True
             return ""
@@ -230,14 +224,21 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         far."""
         step = self.trainer.progress.step
         self.workspace.metrics.write(step, self.latest)
-        self._save_before_round()
-        text = f"{self.title} stopped in round {step}: {diagnosis.text}"
+        self._save_before_iteration()
+        text = f"{self.title} stopped in iteration {step}: {diagnosis.text}"
         raise Unhealthy(
             text,
-            report_of(self.extra, step, aim=self.aim, curves=self.curves, trouble=text, more=self.spent()),
+            report_of(
+                self.extra,
+                step,
+                selection_metric=self.selection_metric,
+                curves=self.curves,
+                trouble=text,
+                more=self.spent(),
+            ),
         )
 
-    def _save_before_round(self) -> None:
+    def _save_before_iteration(self) -> None:
         """Save so that a resume repeats this iteration."""
         history = self.extra["history"]
         self.extra["history"] = history[:-1]
@@ -253,9 +254,11 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
     def _keep_if_best(self, logged: dict[str, float]) -> None:
         """Save the policy as it was when it sampled, if its numbers are the best so far and allowed."""
         best = self.extra["best"]
-        if self._allowed(logged) and (best is None or logged[self.aim] > best[self.aim]):
+        if self._allowed(logged) and (
+            best is None or logged[self.selection_metric] > best[self.selection_metric]
+        ):
             self.extra["best"] = {"step": self.trainer.progress.step, **kept(logged)}
-            self._save_before_round()
+            self._save_before_iteration()
 
     def _update(self, rollout: Rolled, *, done: int = 0) -> None:
         """Train on the iteration's rollout, in shuffled minibatches; the first `done` are done already.
@@ -297,7 +300,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         Interrupted."""
         self.extra["unfinished"] = {"done": done, "row": self.latest, "first_gap": self.first_gap}
         self.trainer.save(protected=self.protected, mid_step=as_tensors(rollout))
-        where = f"saved in round {self.trainer.progress.step}, after {done} of its minibatches"
+        where = f"saved in iteration {self.trainer.progress.step}, after {done} of its minibatches"
         raise Interrupted(f"{self.title}: {where}; the same command goes on from there")
 
     def _loss(self, batch: Any) -> Step:
@@ -359,7 +362,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         result = result_of(self.extra, step)
         if result is None:
             raise UserError(
-                f"{self.title}: no round gave answers within the KL budget that were varied enough; lower "
+                f"{self.title}: no iteration gave completions within the KL budget that were varied enough; lower "
                 "the learning rate"
             )
         tax, policy = None, self.models.policy
@@ -374,7 +377,9 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         more = self.spent() | adapters.write_adapter(
             policy, self.workspace.directory, base=self.config.base, parallel=self.parallel
         )
-        return report_of(self.extra, step, aim=self.aim, curves=self.curves, tax=tax, more=more)
+        return report_of(
+            self.extra, step, selection_metric=self.selection_metric, curves=self.curves, tax=tax, more=more
+        )
 
     def spent(self) -> dict[str, float]:
         """Completion tokens and floating-point operations of all iterations so far, from their metrics."""
@@ -384,7 +389,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         if self.text is not None and self.config.ptx:
             windows = self.epochs * self.config.batch_size * self.config.ptx_windows
             text = windows * cost.training_flop(policy, self.config.ptx_context or policy.config.context)
-        return cost.rounds_spent(
+        return cost.iterations_spent(
             read_metrics(self.workspace.directory / "metrics.jsonl"),
             sum(map(len, self.prompts)) / len(self.prompts),
             read=[policy, policy, self.models.reward.body, *critics],  # the second one is the reference
@@ -398,100 +403,3 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         with self.models.as_reference() as reference:
             before = text.perplexity(reference)
         return before, text.perplexity(self.models.policy)
-
-
-def train_policy(
-    method: type[PolicyTraining[Any, Any]], config: RLConfig, workspace: Workspace, *, critic: str = "none"
-) -> Report:
-    """A whole run: load, make the models, iterate to the end, report. Raises UserError, Unhealthy,
-    Interrupted."""
-    title = method.title
-    base = open_chat_base(config.base, workspace, purpose=f"{title.upper()} needs a model after sft")
-    reward = load_reward(workspace.resolve(config.reward), base, config.min_correlation)
-    longest = min(config.max_prompt_tokens, base.model.config.context - config.max_new_tokens)
-    records = records_of(workspace.resolve(config.data))
-    prompts = training_prompts(records, base.template, base.tokenizer, longest)
-    gold, text = gold_of(config.gold, workspace.resolve, base), None
-    if config.text:
-        context = config.ptx_context or base.model.config.context
-        text = GeneralText.open(workspace.resolve(config.text), base.tokenizer, context, workspace.seed)
-    cut = f"{title} samples from whole weights, which this plan does not put together: use ddp, fsdp or hsdp"
-    training = start_training(title, PLAN, config, workspace, base.model.config, refused={"tp": cut})
-    trainer, models = trainer_and_models(config, workspace, base, reward, critic, training.parallel)
-    if trainer.resume():
-        # An iteration writes its row before its step is counted.
-        workspace.metrics.forget_after(trainer.progress.step - 1)
-    else:
-        trainer.progress.extra = {"beta": config.beta, "best": None, "history": []}
-    say(
-        f"  {len(prompts):,} prompts; {config.iterations} rounds of {config.batch_size} answers; KL budget "
-        f"{config.kl_budget:g} nats"
-    )
-    with Stopper().listening() as stopper:
-        run = method(config, workspace, trainer, models, base, prompts, gold=gold, text=text)
-        run.asked = lambda: stopper.asked
-        run_rounds(run)
-    return run.report()
-
-
-def run_rounds(run: PolicyTraining[Any, Any]) -> None:
-    """Iterate to the end. Raises Interrupted when the run is asked to stop, after saving."""
-    trainer, config = run.trainer, run.config
-    with progress_bar(run.title) as bar:
-        compiled = config.compile
-        while not run.finished:
-            line = run.round()
-            if compiled:
-                runtime.trim_heap()  # the compiler has seen all shapes of a block by now
-                compiled = False
-            bar.update(trainer.progress.step / config.iterations, line)
-            if run.parallel.all_reduce_max([float(run.asked())])[0]:
-                if "average" not in run.extra:  # the run saved everything together with the EMA
-                    if run.finished:
-                        run.extra["history"].pop()  # the last iteration counts no step: it is repeated
-                    trainer.save(protected=run.protected)
-                where = f"saved at round {trainer.progress.step}"
-                raise Interrupted(f"{run.title}: {where}; the same command goes on from there")
-
-
-def trainer_and_models(
-    config: RLConfig,
-    workspace: Workspace,
-    base: ChatBase,
-    reward: ScalarModel,
-    critic: str,
-    parallel: ParallelContext,
-) -> tuple[Trainer, RLModels]:
-    """The models of a run, with adapters, distributed and compiled; and their trainer."""
-    bodies = {"base": base.model, **({"judge": reward} if critic == "separate" else {})}
-    adapter = adapters.metadata(config.lora, **bodies)
-    precisions = {"precision": config.precision, "policy_precision": config.policy_precision}
-    models = make_models(base, reward, critic, config.lora, **precisions)
-    models.share(parallel)
-    if config.compile:
-        say(f"  {compile_blocks(*models.computing)}")
-    return trainer_of(models, config, workspace, base, adapter), models
-
-
-def trainer_of(
-    models: RLModels, config: RLConfig, workspace: Workspace, base: Loaded, adapter: Mapping[str, Any]
-) -> Trainer:
-    """The trainer of the policy, of a critic if there is one, and of an EMA of the policy's weights if asked
-    for. `adapter` is the adapters' metadata for checkpoints (`adapters.metadata`)."""
-    assert base.tokenizer is not None and base.template is not None
-    modules: dict[str, nn.Module] = {"model": models.policy}
-    if models.critic is not None:
-        modules["critic"] = models.critic
-    if config.ema:
-        modules["average"] = ema_of(models.policy)
-    shape, tokenizer, template = base.model.config, base.tokenizer, base.template
-    return Trainer(
-        modules,
-        config.optim,
-        workspace,
-        metadata=model_metadata("language", shape, tokenizer, template, adapter=adapter),
-        texts=model_texts(tokenizer, template),
-        parallel=models.parallel,
-        frozen=models.frozen,
-        keep=config.keep,
-    )

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import chatwright as cw
-from chatwright import checkpoint, files, runtime, tensor_files
+from chatwright import checkpoint, compiler, files, tensor_files
 from chatwright.config import UsageError
 from chatwright.discovery import current_name
 from chatwright.metrics import TIMED, read_metrics
@@ -77,7 +77,7 @@ STAGES: dict[str, dict[str, Any]] = {
         "max_new_tokens": 12,
         "min_tokens": 1,
         "min_correlation": -1.0,
-        "rival": "ppo",
+        "baseline_policy": "ppo",
     },
 }
 FEW = tuple(STAGES)
@@ -403,8 +403,8 @@ def test_four_processes_in_two_groups_are_one(more: Launches, stage: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    runtime.compiler_missing() is not None,
-    reason=f"compiled blocks are NOT covered: {runtime.compiler_missing()}",
+    compiler.compiler_missing() is not None,
+    reason=f"compiled blocks are NOT covered: {compiler.compiler_missing()}",
 )
 @pytest.mark.parametrize("plan", PLANS)
 def test_compiled_blocks_in_two_processes_are_plain_ones_in_one(inputs: Launches, plan: str) -> None:
@@ -442,7 +442,7 @@ def test_products_cut_in_two_are_whole_ones(
     """SFT and reward model under `tp`, from a model with two key-value heads; slowly, as rounding is soon a
     thousand times as large where the gradient's norm is 16."""
     from chatwright.stages import pretrain
-    from chatwright.train.loop import FitConfig
+    from chatwright.train.fit_config import FitConfig
 
     config = pretrain.Config(
         preset="modern-nano",

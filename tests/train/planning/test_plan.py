@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from chatwright import cli, optim, runtime
+from chatwright import cli, memory, optim
 from chatwright.config import UserError
 from chatwright.discovery import stage_verb
 from chatwright.model.config import GPTConfig
 from chatwright.optim import OptimConfig
 from chatwright.stages import pretrain
-from chatwright.train.loop import FitConfig
+from chatwright.train.fit_config import FitConfig
 from chatwright.train.parallel.context import SINGLE_PROCESS
 from chatwright.train.planning import plan, timing
 from chatwright.train.planning.dry_run import dry_run
@@ -259,14 +259,14 @@ def test_small_runs_are_not_planned() -> None:
 def test_the_memory_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, size in (("8GB", 8e9), ("500m", 5e8), ("2e9", 2e9)):
         monkeypatch.setenv("CHATWRIGHT_MEMORY", text)
-        assert runtime.memory_budget_bytes() == size and runtime.memory_is_limited()
+        assert memory.memory_budget_bytes() == size and memory.memory_is_limited()
     for text in ("much", "-1GB", "0", "inf", "nan"):
         monkeypatch.setenv("CHATWRIGHT_MEMORY", text)
         with pytest.raises(UserError, match="8GB"):
-            runtime.memory_budget_bytes()
+            memory.memory_budget_bytes()
     monkeypatch.delenv("CHATWRIGHT_MEMORY")
-    total = runtime.total_memory_bytes()
-    assert total is None or runtime.memory_budget_bytes() == pytest.approx(0.92 * total)
+    total = memory.total_memory_bytes()
+    assert total is None or memory.memory_budget_bytes() == pytest.approx(0.92 * total)
 
 
 def test_time_is_the_sum_of_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:

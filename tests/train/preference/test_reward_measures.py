@@ -20,7 +20,7 @@ from chatwright.optim import OptimConfig
 from chatwright.stages import reward
 from chatwright.stages.reward import Config
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.loop import FitConfig
+from chatwright.train.fit_config import FitConfig
 from chatwright.train.preference.calibration import pair_reliability
 from chatwright.train.preference.measures import Scored, by_annotator, by_candidates, score_comparisons
 from chatwright.train.preference.rankings import Rankings, demonstrations, own_comparisons, without_annotators

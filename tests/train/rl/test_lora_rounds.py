@@ -20,6 +20,7 @@ from chatwright.model.lora import LoRAConfig, adapter_names, lora_parameters, tr
 from chatwright.optim import OptimConfig
 from chatwright.stages import ppo, reinforce
 from chatwright.stages.ppo import score_rollouts, step
+from chatwright.train.rl import run as rl_run
 from chatwright.train.rl import training
 from chatwright.train.rl.models import make_models, policy_outputs
 from chatwright.train.rl.ptx import GeneralText
@@ -169,7 +170,7 @@ def test_the_average_is_one_of_the_adapter_s_matrices(
 ) -> None:
     """One update a round: the average is 0.5 of what it was and 0.5 of the adapter, three times."""
     met: list[dict[str, torch.Tensor]] = []
-    real_start, real_follow = training.ema_of, training.update_ema
+    real_start, real_follow = rl_run.ema_of, training.update_ema
 
     def remember(policy: Any) -> None:
         met.append({key: value.detach().clone() for key, value in trained_tensors(policy).items()})
@@ -182,7 +183,7 @@ def test_the_average_is_one_of_the_adapter_s_matrices(
         real_follow(average, policy, decay)
         remember(policy)
 
-    monkeypatch.setattr(training, "ema_of", start)
+    monkeypatch.setattr(rl_run, "ema_of", start)
     monkeypatch.setattr(training, "update_ema", watched)
     directory = tmp_path / "ppo"
     report = planted_bench.run(ppo, replace(SMALL, ema=0.5), directory)

@@ -155,7 +155,7 @@ def test_the_average_is_the_result(
     for key, value in saved.items():
         expected = 0.125 * met[0][key] + 0.125 * met[1][key] + 0.25 * met[2][key] + 0.5 * met[3][key]
         torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
-    assert report.model == "checkpoints/step-000004" and report.facts["rounds"] == 3
+    assert report.model == "checkpoints/step-000004" and report.facts["iterations"] == 3
     assert report.measures[0].after == report.facts["average"]["score"]
     assert any("the average of the weights" in note for note in report.notes)
 
@@ -331,7 +331,7 @@ def test_a_run_stops_when_its_score_is_past_its_peak(
     )
     assert "past its peak" in report.facts["stopped"] and report.facts["best"]["step"] == 3
     assert (
-        report.facts["rounds"] == 5
+        report.facts["iterations"] == 5
     )  # mean of 1.5 and 1.0 in the rounds 3 and 4; of rounds 5 and 6 it would be 0.25
 
 

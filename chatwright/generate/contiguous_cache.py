@@ -27,7 +27,7 @@ class ContiguousCache:
         layers, count, self._size, *shape = pages[0].shape
         self.most = (count - 2) * self._size
         # The pages that each row copies; empty for an invalid row.
-        self._places: list[list[int]] = []
+        self._copied: list[list[int]] = []
         self.keys = self.values = zeros((layers, 0, shape[0], 0, shape[1]))
 
     def arrange(self, feeds: Sequence[Feed], tokens: int) -> list[int] | None:
@@ -38,7 +38,7 @@ class ContiguousCache:
         is too small, or when these are a few new sequences beside others that will continue.
         """
         claims = self._claims(feeds)
-        if 2 * len(claims) < len(self._places) and len(feeds) < len(self._places):
+        if 2 * len(claims) < len(self._copied) and len(feeds) < len(self._copied):
             return None
         rows = max(len(feeds), max(claims, default=0) + 1)
         if not self._grow(rows, max(feed.start for feed in feeds) + tokens):
@@ -58,25 +58,25 @@ class ContiguousCache:
             else:
                 order.append(new.pop())
                 self._lay_out(row, feeds[order[-1]])
-        self._places = [list(feeds[number].pages) for number in order]
+        self._copied = [list(feeds[number].pages) for number in order]
         return order
 
     def written(self, pages: Collection[int]) -> None:
         """Invalidate the copies of pages that were written to."""
-        self._places = [place if set(pages).isdisjoint(place) else [] for place in self._places]
+        self._copied = [copied if set(pages).isdisjoint(copied) else [] for copied in self._copied]
 
     def clear(self) -> None:
         """Invalidate all copies."""
-        self._places = []
+        self._copied = []
 
     def _claims(self, feeds: Sequence[Feed]) -> dict[int, int]:
         """Row -> the feed that continues its sequence, where its pages have not been written to otherwise."""
-        owner = {page: row for row, place in enumerate(self._places) for page in place}
+        owner = {page: row for row, copied in enumerate(self._copied) for page in copied}
         claims: dict[int, int] = {}
         for number, feed in enumerate(feeds):
             stored = -(-feed.start // self._size)
             row = owner.get(feed.pages[stored - 1])
-            if row is not None and list(feed.pages[:stored]) == self._places[row][:stored]:
+            if row is not None and list(feed.pages[:stored]) == self._copied[row][:stored]:
                 claims[row] = number
         return claims
 
@@ -102,7 +102,7 @@ class ContiguousCache:
         shape = (layers, rows if fits else 0, heads, room, width)
         self.keys, self.values = (self._zeros(shape) for _ in range(2))
         if not fits:
-            self._places = []
+            self._copied = []
             return False
         for copy, before in zip((self.keys, self.values), found, strict=True):
             copy[:, :kept, :, :old_room] = before[:, :kept, :, :room]

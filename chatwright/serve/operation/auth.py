@@ -24,8 +24,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from chatwright.serve.errors import ApiError
 from chatwright.serve.operation.cors import is_api
-from chatwright.serve.operation.facts import RequestFacts
 from chatwright.serve.operation.keys import Key, KeyRing
+from chatwright.serve.operation.request_context import RequestContext
 
 IDLE_SECONDS = 12 * 3600.0
 """A session ends when it was not used for this long."""
@@ -98,7 +98,7 @@ class Session:
     last_used: float
 
 
-class Doors:
+class Authenticator:
     """Keys, sessions and wrong attempts of one server."""
 
     def __init__(self, keys: KeyRing, clock: Callable[[], float] = time.monotonic) -> None:
@@ -178,9 +178,11 @@ def client_of(scope: Scope) -> str:
 class AuthMiddleware:
     """The auth middleware (ASGI): passes on requests with access, and refuses others."""
 
-    def __init__(self, app: ASGIApp, *, doors: Doors, login: Callable[[Scope, str], ASGIApp]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, authenticator: Authenticator, login: Callable[[Scope, str], ASGIApp]
+    ) -> None:
         """`login` makes the page that asks for a key; its second argument is the path to return to."""
-        self._app, self._doors, self._login = app, doors, login
+        self._app, self._authenticator, self._login = app, authenticator, login
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, ask for a key, or refuse."""
@@ -196,8 +198,8 @@ class AuthMiddleware:
             answer: ASGIApp = self._login(scope, quote(path)) if page else error.response()
             await answer(scope, receive, send)
             return
-        known = scope.get("state", {}).get("facts")
-        if isinstance(known, RequestFacts):
+        known = scope.get("state", {}).get("context")
+        if isinstance(known, RequestContext):
             known.key = key.name
         await self._app(scope, receive, send)
 
@@ -205,8 +207,8 @@ class AuthMiddleware:
         """The key of a request or of its session. Raises ApiError."""
         kind, _, presented = Headers(scope=scope).get("authorization", "").partition(" ")
         if kind.lower() == "bearer" and presented.strip():
-            return self._doors.check(client_of(scope), presented.strip())
-        session = self._doors.session(cookie_of(scope)) if cookies else None
+            return self._authenticator.check(client_of(scope), presented.strip())
+        session = self._authenticator.session(cookie_of(scope)) if cookies else None
         if session is not None:
             return session.key
         if cookies:

@@ -1,9 +1,9 @@
-"""A sequence of the engine (`Row`): a request with its tokens, its pages, its text."""
+"""`Sequence`: a request in the engine, with its tokens, its pages, its text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -63,7 +63,7 @@ class Choice:
 
 
 @dataclass(eq=False)
-class Row:
+class Sequence:
     """A request, from its arrival to its end. It has pages while it is running."""
 
     handle: Handle
@@ -106,7 +106,7 @@ class Row:
     @classmethod
     def begin(
         cls, handle: Handle, room: int, tokenizer: Tokenizer | None, device: torch.device, guesses: int
-    ) -> Row:
+    ) -> Sequence:
         """The sequence of a checked request. `guesses` is the most tokens to guess per step. Guessing is used
         only where it is exact: decoding is greedy, and a token depends on nothing but the model."""
         request, sampling = handle.request, handle.request.sampling
@@ -187,17 +187,17 @@ class Row:
         self.handle._put(text, *new, completion)
 
 
-def allowed_tokens(rows: Sequence[Row], vocab_size: int) -> Bool[Tensor, "B V"] | None:
-    """Mask of the tokens that the rows' grammars allow; None when no row has one. A row whose grammar is at a
+def allowed_tokens(sequences: abc.Sequence[Sequence], vocab_size: int) -> Bool[Tensor, "B V"] | None:
+    """Mask of the tokens that the sequences' grammars allow; None when no sequence has one. A sequence whose grammar is at a
     dead end fails."""
-    if all(row.matcher is None for row in rows):
+    if all(sequence.matcher is None for sequence in sequences):
         return None
-    masks = np.ones((len(rows), vocab_size), dtype=np.bool_)
-    for row, mask in zip(rows, masks, strict=True):
-        if row.matcher is not None:
+    masks = np.ones((len(sequences), vocab_size), dtype=np.bool_)
+    for sequence, mask in zip(sequences, masks, strict=True):
+        if sequence.matcher is not None:
             try:
-                row.matcher.allow(mask)
-            except Exception as error:  # this row fails; the others go on
-                row.handle._fail(error)
+                sequence.matcher.allow(mask)
+            except Exception as error:  # this sequence fails; the others go on
+                sequence.handle._fail(error)
                 mask[:] = True
     return torch.from_numpy(masks)

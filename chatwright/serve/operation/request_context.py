@@ -1,8 +1,8 @@
 """The request context: what is known about the current request, for access log, metrics and time limit.
 
-Each HTTP request has one `RequestFacts`. The access-log middleware makes it; the code that serves the request
+Each HTTP request has one `RequestContext`. The access-log middleware makes it; the code that serves the request
 fills it in. `ModelPool` and `Answer` do so for every interface, through `current`; a route that knows more
-sets it, as in `facts(request).model = ...`.
+sets it, as in `context_of(request).model = ...`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TimedOut(UserError):
 
 
 @dataclass
-class RequestFacts:
+class RequestContext:
     """The request context of one request, from its arrival to the end of its answer."""
 
     id: str
@@ -56,14 +56,14 @@ class RequestFacts:
     """Task that the request started and its response does not wait for. The log line waits for it."""
 
 
-current: ContextVar[RequestFacts | None] = ContextVar("chatwright_request", default=None)
+current: ContextVar[RequestContext | None] = ContextVar("chatwright_request", default=None)
 """The request context of the request that this task works for; None outside of a server."""
 
 
-def facts(request: HTTPConnection) -> RequestFacts:
+def context_of(request: HTTPConnection) -> RequestContext:
     """The request context of a Starlette request; a fresh, unread one if no middleware made one."""
-    known = request.scope.get("state", {}).get("facts")
-    return known if isinstance(known, RequestFacts) else RequestFacts("")
+    known = request.scope.get("state", {}).get("context")
+    return known if isinstance(known, RequestContext) else RequestContext("")
 
 
 def seconds_left(timeout: float, clock: Callable[[], float] = time.monotonic) -> float | None:
