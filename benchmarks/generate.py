@@ -47,8 +47,8 @@ PROMPT, ANSWER, LONG, SEQUENCES, EACH = 96, 128, 512, 16, 64
 PAIRS = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 FILES = Path(__file__).parent / "results" / "models"
 TEXT = (
-    "The history of the city begins with a small settlement on the northern bank of the river, where "
-    "traders met. "
+    "The history of the city begins with a small settlement on the northern bank of the river, where traders "
+    "met. "
 )
 
 

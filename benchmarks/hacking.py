@@ -118,9 +118,8 @@ def verdict(found: Mapping[str, Any]) -> dict[str, float]:
 def table(samples: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A row a seed, Markdown."""
     lines = [
-        "| seed | proxy: correlation | gold before | peak: round, KL, gold | stopped in round | kept: "
-        "round, KL, gold | of the peak "
-        "| of its gain | end: KL, gold | proxy, peak -> end |",
+        "| seed | proxy: correlation | gold before | peak: round, KL, gold | stopped in round | kept: round, "
+        "KL, gold | of the peak | of its gain | end: KL, gold | proxy, peak -> end |",
         "|" + "---|" * 10,
     ]
     for seed, found in samples.items():
@@ -129,12 +128,11 @@ def table(samples: Mapping[str, Mapping[str, Any]]) -> list[str]:
             continue
         told = verdict(found)
         lines.append(
-            f"| {seed} | {found['proxy']['held_out_correlation']:.3f} | {told['start']:.3f} "
-            f"| {told['peak_round']:.0f}, {told['peak_kl']:.1f}, {told['peak']:.3f} | {found['stop']} "
-            f"| {told['kept_round']:.0f}, {told['kept_kl']:.1f}, {told['kept']:.3f} | {told['share']:.2f} | "
-            f"{told['share_of_gain']:.2f} "
-            f"| {told['end_kl']:.1f}, {told['end']:.3f} | {told['proxy_at_peak']:.2f} -> "
-            f"{told['proxy_at_end']:.2f} |"
+            f"| {seed} | {found['proxy']['held_out_correlation']:.3f} | {told['start']:.3f} | "
+            f"{told['peak_round']:.0f}, {told['peak_kl']:.1f}, {told['peak']:.3f} | {found['stop']} | "
+            f"{told['kept_round']:.0f}, {told['kept_kl']:.1f}, {told['kept']:.3f} | {told['share']:.2f} | "
+            f"{told['share_of_gain']:.2f} | {told['end_kl']:.1f}, {told['end']:.3f} | "
+            f"{told['proxy_at_peak']:.2f} -> {told['proxy_at_end']:.2f} |"
         )
     return lines
 

@@ -206,10 +206,9 @@ def main() -> int:
         a, b = row["predicted"], row["happened"]
         print(
             f"{name:24} memory {a['bytes'] / 1e6:6,.0f} of {b['bytes'] / 1e6:6,.0f} MB = "
-            f"{ratios[f'{name}/bytes']:.2f}  (live {a['live'] / 1e6:,.0f})"
-            f"   time {b['predicted']:.3f} of {b['seconds']:.3f} s = {ratios[f'{name}/seconds']:.2f}"
-            f"   before {a['seconds']:.3f} = {ratios[f'{name}/seconds_before']:.2f}, planned in "
-            f"{a['planning']:.0f} s",
+            f"{ratios[f'{name}/bytes']:.2f}  (live {a['live'] / 1e6:,.0f})   time {b['predicted']:.3f} of "
+            f"{b['seconds']:.3f} s = {ratios[f'{name}/seconds']:.2f}   before {a['seconds']:.3f} = "
+            f"{ratios[f'{name}/seconds_before']:.2f}, planned in {a['planning']:.0f} s",
             flush=True,
         )
     bounded = {key: ratio for key, ratio in write(rows).items() if not key.endswith("before")}

@@ -49,11 +49,10 @@ TASKS = (
     "Say hello.",
 )
 PASSAGE = (
-    "The history of the city begins with a small settlement on the northern bank of the river, where "
-    "traders met in spring and "
-    "autumn. A wooden bridge was built, burnt down twice, and was built again in stone. Around it grew a "
-    "market, then walls, and "
-    "at last a university, whose students were feared for their songs. "
+    "The history of the city begins with a small settlement on the northern bank of the river, where traders "
+    "met in spring and autumn. A wooden bridge was built, burnt down twice, and was built again in stone. "
+    "Around it grew a market, then walls, and at last a university, whose students were feared for their "
+    "songs. "
 )
 LENGTHS = ((0, 96), (1, 24), (3, 64), (8, 16))
 """Times that the passage stands before the task, and tokens of the answer."""
@@ -165,8 +164,7 @@ def table(verdict: Verdict, memory: list[tuple[float, float]], title: str) -> st
         ),
         "wrong, lost": f"{verdict.counts.get('answers wrong', 0)}, {verdict.counts.get('answers lost', 0)}",
         "left in the middle; half requests; 429": f"{verdict.counts.get('requests leaves', 0)}; "
-        f"{verdict.counts['half requests']}; "
-        f"{verdict.counts['status 429']}",
+        f"{verdict.counts['half requests']}; {verdict.counts['status 429']}",
         "tokens/s; one client alone": f"{one['tokens_per_second']:.0f}; {one['tokens_per_second_alone']:.0f}",
         "first token, p50, p95, longest (s)": (
             f"{one['first_token_p50']:.2f}, {one['first_token_p95']:.2f}, {one['first_token_max']:.2f}"
@@ -237,8 +235,8 @@ def main() -> int:
         table(
             verdict,
             memory,
-            f"{Path(options.model).name}, {options.dtype}, {options.clients} clients, {options.seconds:.0f} "
-            "s",
+            f"{Path(options.model).name}, {options.dtype}, {options.clients} clients, "
+            f"{options.seconds:.0f} s",
         )
     )
     print(verdict.counts)

@@ -185,8 +185,8 @@ def products() -> dict[str, str]:
     """
     program = (
         "import torch; from torch import mm, randn as r; a = r(512, 512); "
-        "print(torch.backends.cpu.get_cpu_capability());"
-        "b = a.bfloat16(); print('> bf16', flush=True); mm(b, b); print('> fp32', flush=True); mm(a, a)"
+        "print(torch.backends.cpu.get_cpu_capability());b = a.bfloat16(); print('> bf16', flush=True); mm(b, "
+        "b); print('> fp32', flush=True); mm(a, a)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],

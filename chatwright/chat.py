@@ -352,8 +352,7 @@ def _literal_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 NATIVE = ChatTemplate(
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% "
-    "endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    "endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
     end="<|end|>",
 )
 """The template of models trained here: <|user|>Hello<|end|><|assistant|>Hi<|end|>"""
@@ -383,7 +382,7 @@ def fit_context(
     ids = encoded(starts[low])
     if len(ids) > budget:
         raise UserError(
-            f"the message is too long: {len(ids)} tokens with its frame, room for {budget}; "
-            "shorten it, or ask for fewer new tokens"
+            f"the message is too long: {len(ids)} tokens with its frame, room for {budget}; shorten it, or "
+            "ask for fewer new tokens"
         )
     return FittedChat(system + rest[starts[low] :], ids, starts[low])

@@ -138,8 +138,7 @@ class Checkpoint:
         if not _state_is_whole((self.path / "state.json").read_bytes(), files.pop("state.json", None)):
             raise UserError(
                 f"checkpoint {self.path}: state.json is damaged (its checksum differs); if it was edited on "
-                "purpose, "
-                "take the entry state.json out of its `files`"
+                "purpose, take the entry state.json out of its `files`"
             )
         for name, digest in files.items():
             file = self.path / name

@@ -92,8 +92,7 @@ class LanguageModel:
         if model.config.vocab_size < tokenizer.vocab_size:
             raise UserError(
                 f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
-                f"{model.config.vocab_size}: "
-                "they do not belong together"
+                f"{model.config.vocab_size}: they do not belong together"
             )
         self.model, self.tokenizer, self.template, self.name = model.eval(), tokenizer, template, name
         self.dtype = dtype

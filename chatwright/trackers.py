@@ -55,7 +55,7 @@ def _package(name: str) -> Any:
     except ImportError:
         message = (
             f"report.to {name} needs a package: pip install {name} (or all three: pip install "
-            f"'chatwright[metrics]')"
+            "'chatwright[metrics]')"
         )
         raise UsageError(message) from None
 

@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> int:
         argv,
         prog="chatwright compare",
         description="Put runs, or stages of runs, side by side: settings that differ, measures with their "
-        "intervals, curves, cost, "
-        "and the answers to the same prompts. Says what makes the comparison unfair.",
+        "intervals, curves, cost, and the answers to the same prompts. Says what "
+        "makes the comparison unfair.",
         positionals={
             "run+": "Directories of two or more runs (runs/tiny), or of two or more stages (runs/tiny/ppo)."
         },

@@ -47,11 +47,8 @@ def main(argv: Sequence[str]) -> int:
         _negated(argv),
         prog="chatwright export",
         description="Write MODEL in a format that other programs run: weights, shape, tokenizer, "
-        "chat template "
-        "and "
-        "end tokens. What the format cannot say exactly is refused. docs/guide/export.md has the launch "
-        "lines of vLLM and "
-        "Ollama.",
+        "chat template and end tokens. What the format cannot say exactly is refused. docs/guide/export.md "
+        "has the launch lines of vLLM and Ollama.",
         positionals={
             "model": (
                 "A run, a model directory, a Hugging Face directory, smollm2, hf:owner/name or a .gguf file."

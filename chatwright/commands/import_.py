@@ -31,8 +31,7 @@ def main(argv: Sequence[str]) -> int:
         argv,
         prog="chatwright import",
         description="Turn SRC into a model directory of ours: weights in float32, tokenizer, chat template, "
-        "checksums. "
-        "DIR can be moved and copied; `chatwright chat DIR` works.",
+        "checksums. DIR can be moved and copied; `chatwright chat DIR` works.",
         positionals={
             "source": (
                 "A Hugging Face directory, hf:owner/name, a .gguf file, smollm2, or a run or checkpoint of "

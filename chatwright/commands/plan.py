@@ -34,10 +34,8 @@ def main(argv: Sequence[str]) -> int:
         argv,
         prog="chatwright plan",
         description="Predict what each training stage of a recipe, or pre-training a shape, takes on this "
-        "machine: "
-        "memory, "
-        "micro-batch, time. Settings of stages follow as --STAGE.KEY VALUE, of a shape as --pretrain.KEY "
-        "VALUE.",
+        "machine: memory, micro-batch, time. Settings of stages follow as --STAGE.KEY VALUE, of a shape as "
+        "--pretrain.KEY VALUE.",
         presets=list(PRESETS),
     )
     if config.memory_gb < 0:

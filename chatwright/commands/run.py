@@ -43,9 +43,8 @@ def main(argv: Sequence[str]) -> int:
         argv,
         prog="chatwright run",
         description="Run every stage of a recipe; finished stages are skipped. Any setting of a stage can "
-        "be given as --STAGE.KEY VALUE behind the recipe, for example --pretrain.fit.seconds 60; "
-        "`chatwright run RECIPE --help` lists them. Stages that a recipe can have: "
-        f"{', '.join(discovery.stages())}.",
+        "be given as --STAGE.KEY VALUE behind the recipe, for example --pretrain.fit.seconds 60; `chatwright "
+        f"run RECIPE --help` lists them. Stages that a recipe can have: {', '.join(discovery.stages())}.",
     )
     if config.seed >= 0:
         recipe = dataclasses.replace(recipe, seed=config.seed)

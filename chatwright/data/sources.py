@@ -283,6 +283,6 @@ def _cut_column(spec: str) -> tuple[str, str | None]:
 def _wrong_kind(source: Source, kind: Kind) -> UserError:
     others = ", ".join(other.name for other in catalogue() if kind in other.kinds)
     return UserError(
-        f"{source.name} holds {' and '.join(source.kinds)} records, not {kind}; named sources "
-        f"that do: {others or 'none (give a file, a folder or hf:owner/name)'}"
+        f"{source.name} holds {' and '.join(source.kinds)} records, not {kind}; named sources that do: "
+        f"{others or 'none (give a file, a folder or hf:owner/name)'}"
     )

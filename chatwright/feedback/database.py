@@ -195,8 +195,7 @@ def _prepare(engine: Engine, shown: str) -> None:
         if version > VERSION:
             raise StoreError(
                 f"{shown} was written by a newer chatwright (its tables have version {version}, this one "
-                f"knows {VERSION}); "
-                "upgrade, or choose another place with --store"
+                f"knows {VERSION}); upgrade, or choose another place with --store"
             )
         if version < 2:
             _count_sizes(connection)

@@ -44,27 +44,22 @@ class Quota:
             if conversations and 0 < self.max_conversations < count + conversations:
                 raise Full(
                     f"you have {count} conversations here, and this server keeps {self.max_conversations} "
-                    "for each person: "
-                    "delete some that you no longer need, or have --max_conversations raised where the "
-                    "server is started"
+                    "for each person: delete some that you no longer need, or have --max_conversations "
+                    "raised where the server is started"
                 )
             if 0 < self.max_owner_mb * 1e6 < int(size) + more:
                 raise Full(
                     f"your conversations take {int(size) / 1e6:.1f} MB here, and this server keeps "
-                    f"{self.max_owner_mb:g} MB "
-                    "for each person: delete some that you no longer need, or have --max_owner_mb raised "
-                    "where the server is "
-                    "started"
+                    f"{self.max_owner_mb:g} MB for each person: delete some that you no longer need, or have "
+                    "--max_owner_mb raised where the server is started"
                 )
         if self.max_store_mb:
             total = session.execute(select(func.coalesce(func.sum(row.size), 0))).scalar_one()
             if self.max_store_mb * 1e6 < int(total) + more:
                 raise Full(
                     f"this server keeps {self.max_store_mb:g} MB of conversations for all people together, "
-                    "and has "
-                    f"{int(total) / 1e6:.1f} MB: delete some that you no longer need, or have "
-                    "--max_store_mb raised where the "
-                    "server is started"
+                    f"and has {int(total) / 1e6:.1f} MB: delete some that you no longer need, or have "
+                    "--max_store_mb raised where the server is started"
                 )
 
 

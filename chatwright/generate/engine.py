@@ -1,9 +1,9 @@
 """Requests in, tokens out: one scheduler for the command line, the server, rollouts and evaluation.
 
 Every `step` makes one token for each running sequence (continuous batching: Yu et al. 2022, "Orca", OSDI). A
-sequence is a `Sequence`. A finished one leaves the batch at once. The prompt of a new one is prefilled in chunks,
-so that a long prompt never delays the running answers by more than `prefill_tokens` (Agrawal et al. 2023,
-"Sarathi", arXiv:2308.16369).
+sequence is a `Sequence`. A finished one leaves the batch at once. The prompt of a new one is prefilled in
+chunks, so that a long prompt never delays the running answers by more than `prefill_tokens` (Agrawal et al.
+2023, "Sarathi", arXiv:2308.16369).
 
 Keys and values are in pages under one memory budget (Kwon et al. 2023, arXiv:2309.06180; pages.py). A prompt
 reuses the pages of every earlier text with the same beginning: a system prompt, the turns before, the K - 1
@@ -96,8 +96,7 @@ class Engine:
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model only "
-                f"{model.config.vocab_size}: "
-                "they do not belong together"
+                f"{model.config.vocab_size}: they do not belong together"
             )
         self.model, self.tokenizer, self.runner = model, tokenizer, runner or TorchRunner(model)
         self.max_batch, self.max_context = max_batch, max_context or context
@@ -176,9 +175,8 @@ class Engine:
             )
         if len(prompt) > self.max_context - 1:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens, but the context holds {self.max_context} and at "
-                "least one must "
-                "be left for the answer; shorten the prompt"
+                f"the prompt has {len(prompt)} tokens, but the context holds {self.max_context} and at least "
+                "one must be left for the answer; shorten the prompt"
             )
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise UserError(
@@ -186,8 +184,8 @@ class Engine:
             )
         if any(not 0 <= position < len(prompt) or not content for position, content in request.placeholders):
             raise UserError(
-                f"placeholders must be positions in the prompt (0 to {len(prompt) - 1}), each with a hash "
-                "of what it stands for"
+                f"placeholders must be positions in the prompt (0 to {len(prompt) - 1}), each with a hash of "
+                "what it stands for"
             )
         if any(token >= vocab_size for token, _ in sampling.logit_bias):
             raise UserError(
@@ -200,9 +198,9 @@ class Engine:
         if self._scheduler.pool.needed(stored) > self._scheduler.pool.pages:
             raise UserError(
                 f"a prompt of {len(prompt)} tokens and an answer of up to {room} store up to {stored} "
-                "tokens, but the "
-                f"key-value cache holds {self._scheduler.pool.pages * self._scheduler.pool.size}; lower "
-                "max_new_tokens or raise cache_tokens"
+                "tokens, but the key-value cache holds "
+                f"{self._scheduler.pool.pages * self._scheduler.pool.size}; lower max_new_tokens or raise "
+                "cache_tokens"
             )
         return room
 

@@ -98,16 +98,14 @@ def _check_references(schema: Mapping[str, Any], what: str) -> None:
                     if name != "$ref" or not (reference == "#" or reference.startswith("#/")):
                         raise UserError(
                             f"{what}: {name} {reference!r:.80} is not supported; only references into the "
-                            "schema itself are, "
-                            "as in #/$defs/name"
+                            "schema itself are, as in #/$defs/name"
                         )
                     targets.add(reference)
     depth = sum(max(1, *(depth for _, depth in _walk(_target(schema, one, what)))) for one in targets)
     if depth > DEEPEST_REFERENCES:
         raise UserError(
             f"{what}: what its {len(targets)} references lead to is {depth} objects and lists deep "
-            "altogether; "
-            f"at most {DEEPEST_REFERENCES} are read"
+            f"altogether; at most {DEEPEST_REFERENCES} are read"
         )
 
 
@@ -150,6 +148,5 @@ def _check_patterns(schema: Mapping[str, Any], what: str) -> None:
     if joined and count > JOINED_PATTERNS:
         raise UserError(
             f"{what} has {count} patterns and formats, and some of them may have to hold at once (allOf, or "
-            "beside $ref or anyOf): "
-            f"then at most {JOINED_PATTERNS} are read"
+            f"beside $ref or anyOf): then at most {JOINED_PATTERNS} are read"
         )

@@ -188,8 +188,8 @@ class Sequence:
 
 
 def allowed_tokens(sequences: abc.Sequence[Sequence], vocab_size: int) -> Bool[Tensor, "B V"] | None:
-    """Mask of the tokens that the sequences' grammars allow; None when no sequence has one. A sequence whose grammar is at a
-    dead end fails."""
+    """Mask of the tokens that the sequences' grammars allow; None when no sequence has one. A sequence whose
+    grammar is at a dead end fails."""
     if all(sequence.matcher is None for sequence in sequences):
         return None
     masks = np.ones((len(sequences), vocab_size), dtype=np.bool_)

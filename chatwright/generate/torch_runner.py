@@ -1,8 +1,8 @@
 """The runner for every device and every shape: one forward pass of the torch model for many sequences.
 
 A layer writes the new keys and values into their pages. Then it gathers each sequence's pages for torch's
-attention, or adds to a contiguous copy of them (contiguous_cache.py). All indices are computed once per pass, not
-once per layer.
+attention, or adds to a contiguous copy of them (contiguous_cache.py). All indices are computed once per pass,
+not once per layer.
 """
 
 from __future__ import annotations

@@ -118,6 +118,5 @@ def _compare(before: Behaviour, parts: Loaded, written: Path, *, form: Format, d
     agree = float((before[2].argmax(-1) == after[2].argmax(-1)).float().mean())
     return (
         f"Read back: the same tokens; logits differ from the source's by up to {distance:.2g} (the rounding "
-        "of the weights, "
-        f"and nothing else); the likeliest token is the same at {agree:.0%} of the positions."
+        f"of the weights, and nothing else); the likeliest token is the same at {agree:.0%} of the positions."
     )

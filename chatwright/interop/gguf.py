@@ -265,8 +265,7 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer | None:
     if values["tokenizer.ggml.model"] != "gpt2":
         raise UserError(
             f"{where}: its tokenizer is of kind {values['tokenizer.ggml.model']!r:.80}; only byte-level BPE "
-            "('gpt2') is "
-            "supported, load_gguf(..., tokenizer=False) reads the weights alone"
+            "('gpt2') is supported, load_gguf(..., tokenizer=False) reads the weights alone"
         )
     kind = values.get("tokenizer.ggml.pre")
     if not isinstance(kind, str) or kind not in PRE_TOKENIZERS:

@@ -141,8 +141,7 @@ def pre_name(tokenizer: Tokenizer) -> str:
             return name
     raise UserError(
         "the tokenizer cuts text in a way that llama.cpp has no name for, and it would see other tokens "
-        "there (known: "
-        f"{', '.join(reading.PRE_TOKENIZERS)}; tokenizers that chatwright trains now are qwen2)"
+        f"there (known: {', '.join(reading.PRE_TOKENIZERS)}; tokenizers that chatwright trains now are qwen2)"
     )
 
 

@@ -132,8 +132,7 @@ def config_to_hf(config: GPTConfig) -> dict[str, Any]:
     if family in ("llama", "arcee") and config.width % config.heads:
         raise UserError(
             f"the model's width {config.width} is not a multiple of its {config.heads} heads, and "
-            "transformers refuses "
-            f"such a {family}"
+            f"transformers refuses such a {family}"
         )
     return values
 

@@ -45,8 +45,7 @@ def check_shape(config: GPTConfig, carried: GPTConfig, family: str) -> None:
         if mine != theirs:
             raise UserError(
                 f"the model has {field.name} {mine!r}, and {family}, the nearest family, can only say "
-                f"{theirs!r}: "
-                "it would compute something else there"
+                f"{theirs!r}: it would compute something else there"
             )
 
 

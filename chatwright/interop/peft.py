@@ -294,8 +294,8 @@ def _check_base(model: GPT, notes: Mapping[str, str], directory: Path) -> None:
         if notes[_BASE] != own:
             raise UserError(
                 f"{directory}: the adapter was trained on another model of this shape (fingerprint "
-                f"{notes[_BASE][:12]!r}, "
-                f"this model's is {own[:12]!r}); use it with the weights it was trained on"
+                f"{notes[_BASE][:12]!r}, this model's is {own[:12]!r}); use it with the weights it was "
+                "trained on"
             )
 
 

@@ -128,7 +128,7 @@ def _answers(directory: Path, result: Result) -> list[str]:
     pairs, names = files.read_json(file), (answers["before"], answers["after"])
     what = (
         f"The first {len(pairs)} of {answers['prompts']} held-out prompts, not chosen; both sides with the "
-        f"same seeds."
+        "same seeds."
     )
     if not answers["measures"]:  # a reward model's pairs: it does not write answers
         what = f"The first {len(pairs)} held-out pairs of answers that are no tie, not chosen otherwise."

@@ -282,8 +282,7 @@ class ModelPool:
         if size > self._budget:
             raise NoMemory(
                 f"{entry.spec.name} takes {size / 1e9:.2f} GB, and the budget for models is "
-                f"{self._budget / 1e9:.2f} GB: "
-                "raise --memory_gb, or choose a smaller --dtype"
+                f"{self._budget / 1e9:.2f} GB: raise --memory_gb, or choose a smaller --dtype"
             )
         idle = sorted((one for one in self._entries.values() if one.service and not one.users), key=_age)
         while self.memory + size > self._budget:

@@ -108,8 +108,7 @@ def check(config: ServeConfig) -> None:
     if config.dtype not in ("auto", *DTYPES):
         raise UsageError(
             f"--dtype {config.dtype} means chatwright's CPU kernels; with --engine vllm take auto, fp32 or "
-            "bf16, and "
-            "vLLM's own quantisation through --engine_args"
+            "bf16, and vLLM's own quantisation through --engine_args"
         )
 
 

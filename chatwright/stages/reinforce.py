@@ -39,8 +39,8 @@ class Config(RLConfig):
     """Settings of REINFORCE."""
 
     minibatch_size: int = 64
-    """Completions per optimiser step; below batch_size the later steps of an iteration learn from answers of an
-    older policy."""
+    """Completions per optimiser step; below batch_size the later steps of an iteration learn from answers of
+    an older policy."""
     baseline: Baseline = "mean"
     """What is subtracted from an answer's return: the batch's `mean`, the mean of the other answers to the
     same prompt (`leave-one-out`, RLOO), or `none`."""

@@ -167,8 +167,8 @@ def find_demonstrations(config: Config, workspace: Workspace) -> list[Comparison
     found = demonstrations(file, DEMONSTRATIONS) if file is not None and has_records(file) else []
     if not found and config.center_on == "demonstrations":
         raise UserError(
-            f"center_on demonstrations: {file or config.data} has no conversation with an answer; "
-            "name a data stage with dialogues as `data`, or set center_on to answers"
+            f"center_on demonstrations: {file or config.data} has no conversation with an answer; name a "
+            "data stage with dialogues as `data`, or set center_on to answers"
         )
     return found
 

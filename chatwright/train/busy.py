@@ -66,14 +66,13 @@ def note(extra: dict[str, Any], elapsed: float, steps: int) -> str | None:
         return None
     text = (
         f"the machine was busy: other programs took {100 * lost / elapsed:.0f} % of the processor time that "
-        "training "
-        f"could have used; {duration(counted(extra, elapsed))} of the budget took {duration(elapsed)}"
+        f"training could have used; {duration(counted(extra, elapsed))} of the budget took "
+        f"{duration(elapsed)}"
     )
     missing = round(steps * (lost - extra["busy"]["excused"]) / max(elapsed - lost, 1e-9))
     if missing > 0:
         text += (
             f", four times as long at most, so that about {missing} steps are missing beside the {steps} "
-            "made; "
-            "the model is worse for it"
+            "made; the model is worse for it"
         )
     return text

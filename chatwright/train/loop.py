@@ -249,8 +249,7 @@ class Fit(Generic[AnyBatch]):
         if trainer.progress.extra.get("rollbacks", 0) >= config.most:
             raise UserError(
                 f"{self.title}: the loss jumped for good at step {trainer.progress.step}, after "
-                f"{config.most} returns to a "
-                "checkpoint; lower the learning rate, or look for broken samples"
+                f"{config.most} returns to a checkpoint; lower the learning rate, or look for broken samples"
             )
         trainer.roll_back(every=self.config.save_steps, protected=self._protected)
         self._name_best()

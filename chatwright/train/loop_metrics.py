@@ -136,8 +136,8 @@ TOKENS_PER_SECOND = Metric(
     "tokens_per_second",
     "tokens per second",
     "steady",
-    "Speed of the last step. Padding does not count; where rows are packed, their mean number "
-    "of tokens does.",
+    "Speed of the last step. Padding does not count; where rows are packed, their mean number of tokens "
+    "does.",
     unhealthy=SLOWER,
     group="Stages that train in the plain loop",
 )

@@ -142,8 +142,8 @@ class Trainer:
         extra["skipped_in_a_row"] = extra.get("skipped_in_a_row", 0) + 1
         if extra["skipped_in_a_row"] >= 20:
             raise UserError(
-                f"the gradient was not finite in 20 steps in a row (step {self.progress.step}); "
-                "lower the learning rate, or look for broken samples; the last checkpoint is intact"
+                f"the gradient was not finite in 20 steps in a row (step {self.progress.step}); lower the "
+                "learning rate, or look for broken samples; the last checkpoint is intact"
             )
 
     def take_logged(self) -> dict[str, float]:
@@ -296,8 +296,8 @@ class Trainer:
                 if found.step % max(every, 1) == 0 and _is_before_spikes(found):
                     return found
             raise UserError(
-                f"the loss jumped at step {before.step} and there is no checkpoint to return to; "
-                "set fit.save_steps or a smaller fit.save_every"
+                f"the loss jumped at step {before.step} and there is no checkpoint to return to; set "
+                "fit.save_steps or a smaller fit.save_every"
             )
 
         found = self.parallel.broadcast_from_rank0(choose)

@@ -1,4 +1,5 @@
-"""The torch runner by itself: pages against plain passes, whatever lay in them or in the contiguous cache before."""
+"""The torch runner by itself: pages against plain passes, whatever lay in them or in the contiguous cache
+before."""
 
 from __future__ import annotations
 

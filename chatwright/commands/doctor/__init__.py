@@ -41,8 +41,7 @@ def main(argv: Sequence[str]) -> int:
         ),
         positionals={
             "recipe_or_model": "A recipe (a .yaml file, or the name of a built-in one), or a model: a run, "
-            "a model "
-            "directory, smollm2, hf:owner/name or a .gguf file."
+            "a model directory, smollm2, hf:owner/name or a .gguf file."
         },
     )
     name = str(positionals["recipe_or_model"])

@@ -106,7 +106,7 @@ def _too_much(count: int) -> str:
     if size > free:
         return (
             f"it takes {gigabytes(size)}, and {gigabytes(free)} are free in {place} (TMPDIR names another "
-            f"place)"
+            "place)"
         )
     have = memory.total_memory_bytes()
     if have is not None and 8 * count > have:
@@ -180,7 +180,7 @@ def _read_by_transformers(parts: Loaded, written: Path) -> str:
     same = "the same ids of a text and of a conversation" if talk else "the same ids of a text"
     return (
         f"read back by chatwright (equal) and transformers {version}: {same}, logits at most {apart:.1g} "
-        f"apart"
+        "apart"
     )
 
 

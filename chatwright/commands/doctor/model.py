@@ -122,8 +122,7 @@ def _numbers(model: GPT) -> Iterator[Finding]:
         "ok",
         "model",
         f"{count:,} parameters ({count - body:,} in tables of tokens and positions), {shape.layers} layers, "
-        "width "
-        f"{shape.width}, {shape.heads} heads, {shape.position} positions",
+        f"width {shape.width}, {shape.heads} heads, {shape.position} positions",
     )
     broken = [name for name, tensor in model.named_parameters() if not bool(torch.isfinite(tensor).all())]
     if broken:

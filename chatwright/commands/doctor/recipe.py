@@ -184,8 +184,8 @@ def _lengths(stage: RecipeStage, recipe: Recipe, shapes: dict[str, GPTConfig]) -
                 "warning",
                 stage.name,
                 f"{100 * share:.0f} % of the parameters are the token table",
-                f"a smaller vocabulary than {shape.vocab_size:,} (tokenizer.vocab_size) leaves more to "
-                "think with",
+                f"a smaller vocabulary than {shape.vocab_size:,} (tokenizer.vocab_size) leaves more to think "
+                "with",
             )
         if shape.context < 64:
             yield Finding(

@@ -258,8 +258,7 @@ class KernelRunner:
         except (MemoryError, ValueError):
             raise UserError(
                 f"there is no memory for a key-value cache of {pages * size} tokens ({2 * half / 2**20:.0f} "
-                "MiB); "
-                "lower cache_tokens"
+                "MiB); lower cache_tokens"
             ) from None
 
     def copy_page(self, source: int, target: int) -> None:

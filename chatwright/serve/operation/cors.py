@@ -39,8 +39,7 @@ def _origin(text: str) -> str:
     ):
         raise UsageError(
             f"--cors_origins {text!r}: an origin is scheme, host and port, such as https://app.example.org "
-            "or "
-            "http://localhost:3000; there is no sign for all origins"
+            "or http://localhost:3000; there is no sign for all origins"
         )
     host = f"[{host}]" if ":" in host else host
     usual = {"http": 80, "https": 443}[parts.scheme]

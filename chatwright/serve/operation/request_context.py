@@ -1,8 +1,8 @@
 """The request context: what is known about the current request, for access log, metrics and time limit.
 
-Each HTTP request has one `RequestContext`. The access-log middleware makes it; the code that serves the request
-fills it in. `ModelPool` and `Answer` do so for every interface, through `current`; a route that knows more
-sets it, as in `context_of(request).model = ...`.
+Each HTTP request has one `RequestContext`. The access-log middleware makes it; the code that serves the
+request fills it in. `ModelPool` and `Answer` do so for every interface, through `current`; a route that knows
+more sets it, as in `context_of(request).model = ...`.
 """
 
 from __future__ import annotations

@@ -78,8 +78,8 @@ def arrange(config: ParallelConfig, world: int, local: int) -> MeshShape:
         shard = config.shard or local
         if shard < 1 or world % shard or world == shard:
             raise UsageError(
-                f"parallel.plan hsdp: {world} processes are not several groups of {shard}; "
-                "set parallel.shard to a proper divisor, or use fsdp"
+                f"parallel.plan hsdp: {world} processes are not several groups of {shard}; set "
+                "parallel.shard to a proper divisor, or use fsdp"
             )
         return MeshShape(world // shard, shard, 1)
     if plan == "tp":
@@ -118,8 +118,7 @@ def check(
         if getattr(shape, name) % mesh_shape.tensor:
             raise UsageError(
                 f"the model's {name}, {getattr(shape, name)}, cannot be divided among {mesh_shape.tensor} "
-                "processes: "
-                "choose another parallel.tensor"
+                "processes: choose another parallel.tensor"
             )
 
 

@@ -37,8 +37,8 @@ def start_parallel(
     if not under_torchrun:
         if config.plan != "auto":
             raise UsageError(
-                f"parallel.plan {config.plan} needs processes that torchrun starts: "
-                "torchrun --nproc-per-node 2 -m chatwright ... (docs/guide/many-processes.md)"
+                f"parallel.plan {config.plan} needs processes that torchrun starts: torchrun "
+                "--nproc-per-node 2 -m chatwright ... (docs/guide/many-processes.md)"
             )
         arrange(config, 1, 1)  # raises for settings of plans that are not chosen
         return SINGLE_PROCESS

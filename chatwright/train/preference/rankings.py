@@ -248,7 +248,7 @@ def without_annotators(train: list[Comparison], held_out: list[Comparison], name
     ):
         if not found:
             raise UserError(
-                f"held_out_annotators {names}: there are no {what}; hold out others, or raise the "
-                "validation share"
+                f"held_out_annotators {names}: there are no {what}; hold out others, or raise the validation "
+                "share"
             )
     return Split(kept, measured, held_out_annotators)

@@ -115,9 +115,8 @@ def load_texts(config: TextConfig, records: Path) -> Parts:
         if not 0 < good < len(getattr(parts, name)):
             raise UserError(
                 f"classifier: of {len(getattr(parts, name))} texts for {name} {good} are good: both kinds "
-                "are needed; set "
-                f"`threshold` (now {config.threshold:g}) to a rating between good and bad, `neutral` lower, "
-                "or add ratings"
+                f"are needed; set `threshold` (now {config.threshold:g}) to a rating between good and bad, "
+                "`neutral` lower, or add ratings"
             )
     return parts
 

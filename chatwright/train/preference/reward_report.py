@@ -110,8 +110,8 @@ def compare_scores(config: Any, workspace: Workspace, model: str, held_out: Sequ
             scores, _ = score_comparisons(one, rankings, chosen)
         margins.append((scores[:, 0] - scores[:, 1]).tolist())
     prompts = [
-        f"{' / '.join(described(one['content']) for one in pair.prompt)} - higher: {pair.responses[0]} "
-        f"- lower: {pair.responses[1]}"
+        f"{' / '.join(described(one['content']) for one in pair.prompt)} - higher: {pair.responses[0]} - "
+        f"lower: {pair.responses[1]}"
         for pair in chosen
     ]
     pairs = [

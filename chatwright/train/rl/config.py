@@ -48,8 +48,8 @@ class RLConfig:
     kl_budget: float = 10.0
     """Nats per answer beyond which training stops."""
     patience: int = 0
-    """Stop when the mean score of this many iterations has fallen significantly below the highest such mean; 0
-    never does."""
+    """Stop when the mean score of this many iterations has fallen significantly below the highest such mean;
+    0 never does."""
     gold: str = field(default="", metadata={"input": True, "words": ("", SENTIMENT)})
     """A measure of what is really wanted, that is not trained on: `sentiment` (a lexicon), or the stage of
     another reward model. It then chooses the checkpoint to keep, and the run stops when it turns down. Empty
@@ -91,11 +91,11 @@ class RLConfig:
     """Products of reward model and critic; `auto` takes bf16 where the hardware has it."""
     policy_precision: Literal["auto", "bf16", "fp32"] = "fp32"
     """Products of policy and reference, and of sampling where the CPU's kernels do it (models of 2 M
-    parameters and more). In bf16 an iteration is a third shorter, and the KL of an answer, a small difference of
-    large numbers, has rounding in it."""
+    parameters and more). In bf16 an iteration is a third shorter, and the KL of an answer, a small difference
+    of large numbers, has rounding in it."""
     compile: bool = False
-    """Compile the blocks of all models, where there is a C++ compiler: iterations are about a quarter shorter,
-    but the first of all on a machine waits a minute or two for it, later runs some seconds."""
+    """Compile the blocks of all models, where there is a C++ compiler: iterations are about a quarter
+    shorter, but the first of all on a machine waits a minute or two for it, later runs some seconds."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             name="adamw", learning_rate=1e-4, eps=1e-5, schedule="linear", warmup=0.05

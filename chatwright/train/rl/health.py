@@ -90,9 +90,8 @@ def diagnose_ratio(gap: float, rounding: Rounding = FLOAT32) -> Diagnosis | None
         return None
     return Diagnosis(
         f"in the first minibatch, before any update, a token's ratio of new to old probability is {gap:.3g} "
-        "away from 1: the "
-        "log-probabilities of learning are not those of looking back (temperature, dropout, padding, or "
-        "weights that moved)",
+        "away from 1: the log-probabilities of learning are not those of looking back (temperature, dropout, "
+        "padding, or weights that moved)",
         fatal=True,
     )
 
@@ -108,11 +107,10 @@ def diagnose_reward(*, train: float, held_out: float, length: float, pairs: int)
         return None
     biased = abs(length - 0.5) > 2 * error
     return Diagnosis(
-        f"the reward model orders {100 * train:.0f} % of its training pairs rightly and "
-        f"{100 * held_out:.0f} % of {pairs:,} "
-        "held-out ones, which is chance: it knows the training prompts by "
-        f"heart{', or their lengths' if biased else ''} "
-        f"(length alone: {100 * length:.0f} %). More comparisons, fewer passes, or a split by prompt",
+        f"the reward model orders {100 * train:.0f} % of its training pairs rightly and {100 * held_out:.0f} "
+        f"% of {pairs:,} held-out ones, which is chance: it knows the training prompts by "
+        f"heart{', or their lengths' if biased else ''} (length alone: {100 * length:.0f} %). More "
+        "comparisons, fewer passes, or a split by prompt",
         fatal=True,
     )
 
@@ -124,8 +122,8 @@ def _sampler_is_not_the_policy(history: History, limits: Limits) -> Diagnosis | 
     known = "" if rounding == FLOAT32 else " If nothing is, it is bf16: set policy_precision to fp32"
     return Diagnosis(
         f"sampler and trainer disagree on log-probabilities by {now['sampler_gap']:.3g} nats at a token, "
-        f"{now['sampler_error']:.3g} as a "
-        f"root mean square; is the temperature, the template or the padding different in one of them?{known}",
+        f"{now['sampler_error']:.3g} as a root mean square; is the temperature, the template or the padding "
+        f"different in one of them?{known}",
         fatal=True,
     )
 
@@ -136,8 +134,7 @@ def _kl_is_negative(history: History, limits: Limits) -> Diagnosis | None:
         return None
     return Diagnosis(
         f"KL to the reference is {now['kl']:.2f} nats, clearly negative, which no true KL is: the tokens "
-        "were not "
-        "drawn from the policy that is being measured",
+        "were not drawn from the policy that is being measured",
         fatal=True,
     )
 
@@ -146,9 +143,8 @@ def _no_end_was_learnt(history: History, limits: Limits) -> Diagnosis | None:
     if len(history) != 3 or any(row["finished"] >= 0.02 for row in history):
         return None
     return Diagnosis(
-        "no answer has come to its end since the start (three iterations): the end token was outside the loss "
-        "of SFT, or "
-        "max_new_tokens is far too small (chatwright doctor MODEL shows the loss mask)",
+        "no answer has come to its end since the start (three iterations): the end token was outside the "
+        "loss of SFT, or max_new_tokens is far too small (chatwright doctor MODEL shows the loss mask)",
         fatal=True,
     )
 
@@ -159,8 +155,7 @@ def _critic_is_broken(history: History, limits: Limits) -> Diagnosis | None:
         return None
     return Diagnosis(
         "the critic is worse than a constant by far (explained variance under -1 for five iterations): it "
-        "misleads the policy; "
-        "lower the learning rate or raise value_coefficient",
+        "misleads the policy; lower the learning rate or raise value_coefficient",
         fatal=True,
     )
 
@@ -181,9 +176,8 @@ def _kl_jumps(history: History, limits: Limits) -> Diagnosis | None:
     if rise <= max(3.0, limits.kl_budget / 2) or rise <= 4 * math.hypot(before["kl_error"], now["kl_error"]):
         return None
     return Diagnosis(
-        f"KL jumped from {before['kl']:.1f} to {now['kl']:.1f} nats in one iteration: an update went much too "
-        "far (lower the "
-        "learning rate), or template, temperature or padding have changed under way",
+        f"KL jumped from {before['kl']:.1f} to {now['kl']:.1f} nats in one iteration: an update went much "
+        "too far (lower the learning rate), or template, temperature or padding have changed under way",
         fatal=False,
     )
 
@@ -218,8 +212,8 @@ def _reward_is_hacked(history: History, limits: Limits) -> Diagnosis | None:
         )
     return Diagnosis(
         f"the reward model is exploited: since iteration {peak} its score rose from {score[0]:.2f} to "
-        f"{score[1]:.2f} while gold "
-        f"fell from {gold[0]:.3f} to {gold[1]:.3f}; length {length[0]:.0f} -> {length[1]:.0f} tokens",
+        f"{score[1]:.2f} while gold fell from {gold[0]:.3f} to {gold[1]:.3f}; length {length[0]:.0f} -> "
+        f"{length[1]:.0f} tokens",
         fatal=False,
     )
 

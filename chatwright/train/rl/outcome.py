@@ -48,8 +48,8 @@ def report_of(
     more: Mapping[str, Any] | None = None,
 ) -> Report:
     """The report of a run that has a result, or of one that was stopped as unhealthy (`trouble` says why).
-    `tax` is the perplexity of general text before and after, `selection_metric` the selection metric, `more` further
-    facts."""
+    `tax` is the perplexity of general text before and after, `selection_metric` the selection metric, `more`
+    further facts."""
     first, result = extra["history"][0], result_of(extra, step)
     measures = []
     if result is not None:
@@ -76,7 +76,8 @@ def report_of(
         notes.append(f"broken off: {trouble}; the checkpoint is the state before that iteration")
     elif result is not None and "average" not in extra:
         notes.append(
-            f"stopped: {stopped}; kept: iteration {result['step']}, the best {selection_metric} within the KL budget"
+            f"stopped: {stopped}; kept: iteration {result['step']}, the best {selection_metric} within the "
+            "KL budget"
         )
     else:
         facts["average"] = extra["average"]

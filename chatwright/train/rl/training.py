@@ -362,8 +362,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         result = result_of(self.extra, step)
         if result is None:
             raise UserError(
-                f"{self.title}: no iteration gave completions within the KL budget that were varied enough; lower "
-                "the learning rate"
+                f"{self.title}: no iteration gave completions within the KL budget that were varied enough; "
+                "lower the learning rate"
             )
         tax, policy = None, self.models.policy
         self.trainer.consolidate(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
