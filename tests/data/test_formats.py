@@ -19,7 +19,7 @@ from chatwright.chat import check_messages
 from chatwright.config import UserError
 from chatwright.data import formats
 from chatwright.data.examples import Comparison, Dialogue
-from chatwright.data.files import Faults
+from chatwright.data.reading import Faults
 from chatwright.data.sources import comparisons, dialogues
 from chatwright.messages import parts_of, to_openai, write_tool_call
 

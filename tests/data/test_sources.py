@@ -25,7 +25,8 @@ from pyarrow import parquet
 from chatwright.config import UserError
 from chatwright.data import archives, catalogue, files, readers
 from chatwright.data.examples import Comparison, Dialogue, Document, LabelledText, content_id, transcript
-from chatwright.data.sources import dialogues, documents, fetch_archives, labelled_texts, split_of
+from chatwright.data.sources import dialogues, documents, fetch_archives, labelled_texts
+from chatwright.data.splitting import split_of
 
 A, B = "aaaa-1111", "bbbb-2222"  # the two senders of a conversation
 CHAT = [

@@ -16,7 +16,7 @@ from chatwright.config import UserError
 from chatwright.data.examples import LabelledText
 from chatwright.data.loader import SampleOrder
 from chatwright.data.records import read_records
-from chatwright.data.sources import split_of
+from chatwright.data.splitting import split_of
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.preference.rankings import encode_answer, padded
 
