@@ -207,7 +207,7 @@ def _jsonl_rows(path: Path, faults: Faults) -> Iterator[Row]:
                 )
             start, offset = offset, offset + len(line)
             try:
-                text = decode(line, path, start, number)
+                text = decode(line, path, start, number).rstrip("\r\n")
                 row = _parse_object(text, where, lambda: not file.peek(1)) if text.strip() else None
             except UserError as error:
                 faults.met(error)

@@ -176,7 +176,7 @@ def _way(turn: Any) -> Format:
         raise ValueError(
             f"a message must be an object with role and content, found {type(turn).__name__} {turn!r:.40}"
         )
-    found = _present(turn, "role", "from")
+    found = present(turn, "role", "from")
     if len(found) != 1:
         raise ValueError(
             "a message has both role and from"

@@ -114,6 +114,6 @@ def test_as_the_person_sees_it(tmp_path: Path, chat_dir: Path, capsys: pytest.Ca
     for argv in (["data", "--dialogues", file], ["sft", "--data", file, "--base", chat_dir]):
         assert cli.main([*map(str, argv), "--out", str(tmp_path / "out")]) == 1
         err = capsys.readouterr().err
-        assert "mine.jsonl:2: not valid JSON at column 52: the comma before the closing } is" in err
+        assert "mine.jsonl:2: not valid JSON at column 49: the comma before the closing } is" in err
         assert err.count("\n") == 1
     assert not (tmp_path / "out" / "records").exists()

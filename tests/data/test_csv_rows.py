@@ -41,7 +41,7 @@ def test_what_a_program_wrote_is_read_back(
 
 def test_every_kind_of_record(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
-    file.write_text('Question,Answer,id\n"Open, on Sundays?","Yes,\nfrom ten."\n', encoding="utf-8")
+    file.write_text('Question,Answer,id\n"Open, on Sundays?","Yes,\nfrom ten.",3\n', encoding="utf-8")
     one = next(iter(dialogues(str(file))))
     assert [m["content"] for m in one.messages] == ["Open, on Sundays?", "Yes,\nfrom ten."]
     file.write_text("prompt;chosen;rejected;annotator\nHi;Ho;Hu;ann\n")

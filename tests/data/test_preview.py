@@ -103,7 +103,7 @@ def test_what_is_odd_is_counted_and_what_is_broken_named(preview: Preview) -> No
     assert code == 0 and "4 conversations" in out
     assert (
         "  1 without an answer of the assistant (SFT learns nothing from them, PPO takes them as prompts); 1 "
-        "that end with the user's turn (or a tool's), which nobody answers; 1 that repeat another word for word\n"
+        "that end with the user's turn (or a tool's), which nobody answers; 1 that repeat another word "
         in out
     )
     assert "1 that cannot be used; the first: mine.jsonl:5: messages is empty" in out

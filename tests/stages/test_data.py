@@ -249,8 +249,8 @@ def test_odd_records_are_counted_in_one_line(own: Path, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert (
         "  dialogues: 1 without an answer of the assistant (SFT learns nothing from them, PPO takes them as "
-        "prompts); 1 that end with the user's turn (or a tool's), which nobody answers; 2 that repeat another "
-        "word for word\n" in out
+        "prompts); 1 that end with the user's turn (or a tool's), which nobody answers; 2 that repeat "
+        "another word for word\n" in out
     )
     assert (
         "  comparisons: 1 left out, for their answers are the same text; 1 that repeat another word for word"
