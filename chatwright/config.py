@@ -259,7 +259,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def not_a_mapping(value: Any) -> str:
     """The error for a value that stands where a mapping of settings belongs."""
     glued = broken_yaml.glued_colon(value)
-    found = "nothing" if value is None else f"{type(value).__name__} {value!r:.40}"
+    found = "nothing" if value is None else f"{value!r:.60}"
     return f"expected a mapping of settings, found {found}" + (f"; {glued}" if glued else "")
 
 

@@ -59,7 +59,7 @@ def test_a_config_file_with_a_mistake(given: str, tmp_path: Path, capsys: pytest
     assert "mine.yaml:3: not valid YAML at column 1: a tab stands here" in err and err.count("\n") == 1
     file.write_text("base:smollm2\n")
     assert cli.main(["sft", *given.replace("FILE", str(file)).split()]) == 2
-    assert "mine.yaml: expected a mapping of settings, found str 'base:smollm2'; a space belongs" in (
+    assert "mine.yaml: expected a mapping of settings, found 'base:smollm2'; a space belongs" in (
         capsys.readouterr().err
     )
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from chatwright.config import UsageError, UserError, parse
 from chatwright.data import sources
+from chatwright.data.catalogue import find
 from chatwright.data.columns import cut_columns
 from chatwright.data.examples import Comparison, Dialogue, Document, LabelledText
 from chatwright.data.files import RECORD_SUFFIXES, TEXT_SUFFIX, find_files, hub_rows, records
@@ -66,27 +67,30 @@ def main(argv: Sequence[str]) -> int:
 def first_row(spec: str) -> Mapping[str, Any] | None:
     """The columns of the first record of a source, with the names that the user gave them; None for a text
     file or a named source. Raises UserError."""
-    if sources.find(spec) is not None:
+    if find(spec) is not None:
         return None
-    hub = spec.startswith("hf:")
     name, columns = cut_columns(spec.removeprefix("hf:"))
+    faults = Faults(skip=True)
     rows: Iterator[Row]
-    if hub:
+    if spec.startswith("hf:"):
         rows = hub_rows(name, ())
     else:
         path, _ = sources.path_and_columns(spec)
         listed = find_files(path, (TEXT_SUFFIX, *RECORD_SUFFIXES))
         if listed[0].suffix.lower() == TEXT_SUFFIX:
             return None
-        rows = records(listed[0], (), Faults(skip=True))
+        rows = records(listed[0], (), faults)
     rows = columns.renamed(rows, Faults()) if columns.names else rows
-    return next((row for _, row in rows), None)
+    row = next((row for _, row in rows), None)
+    if row is None:
+        raise UserError(faults.first or f"{spec}: nothing to read in it (no record)")
+    return row
 
 
 def kind_of(spec: str, row: Mapping[str, Any] | None) -> str:
     """The setting that reads a source. Raises UserError when its columns do not tell."""
     if row is None:
-        source = sources.find(spec)
+        source = find(spec)
         if source is None:
             return "text"
         return {"dialogue": "dialogues", "labelled": "ratings"}.get(source.kinds[-1], "text")
