@@ -101,7 +101,7 @@ def test_greedy_answers_are_the_same(make_model: MakeModel, preset: str, strengt
         proposed += engine.stats.proposed
         accepted += engine.stats.accepted
         assert engine.stats.new_tokens == len(plain.ids)
-        assert engine._places.pool.available == engine._places.pool.pages
+        assert engine._scheduler.pool.available == engine._scheduler.pool.pages
         # What is stored after wrong guesses is right: another turn reads it.
         more = Request((*prompt, *plain.ids[:20], 3), Sampling(5, temperature=0.0))
         assert engine.generate([more])[0].ids == Engine(model).generate([more])[0].ids
