@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from chatwright.generate.engine import LOOKUP_ROWS, Engine, Request
+from chatwright.generate.engine import LOOKUP_SEQUENCES, Engine, Request
 from chatwright.generate.runner import Feed
 from chatwright.generate.sampling import Sampling
 from chatwright.generate.speculation import PATIENCE, Lookup
@@ -152,6 +152,6 @@ def test_beside_others(make_model: MakeModel) -> None:
     handles = [crowd.submit(request) for request in requests]
     for _ in range(30):
         crowd.step()
-    assert crowd.active > LOOKUP_ROWS
+    assert crowd.active > LOOKUP_SEQUENCES
     assert crowd.stats.proposed == 0
     assert [handle.result().ids for handle in handles] == [one.ids for one in alone]
