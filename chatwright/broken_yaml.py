@@ -13,6 +13,10 @@ GLUED = re.compile(r"\s*(?:- )?([\w.-]+):([^\s:/].*)")
 """A line on which no space stands behind the colon."""
 
 
+LINE_END = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+"""What YAML counts as the end of a line."""
+
+
 class BrokenYaml(ValueError):
     """A text that is no YAML, or YAML that cannot be meant. The message begins with line and column."""
 
@@ -39,7 +43,7 @@ def load(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-        up, why = reason(text.split("\n"), error)
+        up, why = reason(LINE_END.split(text), error)
         raise BrokenYaml(line - up, 1 if up else column, why) from None
     except yaml.reader.ReaderError as error:
         before = text[: error.position]

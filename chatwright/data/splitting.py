@@ -26,9 +26,13 @@ def split_of(id: str, share: float = 0.02) -> Side:
 
     A `share` of the ids, in [0, 1), is validation; a larger share holds out more and releases nothing.
     """
+    return _side_at(position_of(id), share)
+
+
+def _side_at(position: int, share: float) -> Side:
     if not 0.0 <= share < 1.0:
         raise UserError(f"the validation share must be at least 0 and less than 1, not {share}")
-    return "validation" if position_of(id) < share * 2.0**64 else "train"
+    return "validation" if position < share * 2.0**64 else "train"
 
 
 class Splitter:
@@ -45,9 +49,9 @@ class Splitter:
         if id in self.held_out:
             self.seen.add("validation")
             return "validation"
-        side = split_of(id, self.share)
-        self.seen.add(side)
         place = (position_of(id), id)
+        side = _side_at(place[0], self.share)
+        self.seen.add(side)
         self.lowest = min(self.lowest or place, place)
         self.highest = max(self.highest or place, place)
         return side
