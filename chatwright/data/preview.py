@@ -19,7 +19,7 @@ from chatwright.data.reading import Faults, Row
 from chatwright.data.records import HELD_OUT, NAMES, too_few
 from chatwright.data.shapes import Shape, shape_of
 from chatwright.data.splitting import Splitter
-from chatwright.data.tally import Tally
+from chatwright.data.tally import Tally, is_useful
 from chatwright.messages import described
 from chatwright.metrics import say
 
@@ -133,7 +133,7 @@ def preview(spec: str, kind: str, config: Config) -> None:
     held_out = 0
     for record in readers[kind]([spec], faults=faults):
         if tally.keep(record):
-            held_out += splitter.side(record.id) == "validation"
+            held_out += splitter.side(record.id, useful=is_useful(record)) == "validation"
             if tally.records <= config.count:
                 show(record, tally.records)
     say("")
@@ -145,7 +145,7 @@ def preview(spec: str, kind: str, config: Config) -> None:
         say(f"  {line}")
     if faults.count:
         say(f"  {faults.count:,} that cannot be used; the first: {faults.first}")
-    if not splitter.both and not changes:
+    if not splitter.can_split:
         say(f"  the data stage would refuse it: {too_few(kind, tally.records)}")
 
 

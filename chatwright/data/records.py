@@ -18,8 +18,9 @@ from chatwright.data import sources
 from chatwright.data.columns import cut_columns
 from chatwright.data.examples import Document
 from chatwright.data.files import RECORD_SUFFIXES, TEXT_SUFFIX
+from chatwright.data.shapes import LOOKS
 from chatwright.data.splitting import Side, Splitter, split_of
-from chatwright.data.tally import Tally, is_alike
+from chatwright.data.tally import Tally, is_alike, is_useful
 from chatwright.metrics import say
 
 Record = TypeVar("Record")
@@ -66,21 +67,34 @@ def has_records(file: Path) -> bool:
     return file.is_file() or is_record_file(str(file.parent))
 
 
+def of_kind(file: str, kind: str) -> Iterator[Any]:
+    """The records of the user's file. Raises UserError; for records of another kind it says how several kinds
+    are put together."""
+    try:
+        yield from READERS[kind]([file])
+    except UserError as error:
+        if LOOKS not in str(error):
+            raise
+        raise UserError(
+            f"{error}; wanted here is a file of {NAMES[kind]}s. Where a stage needs several kinds, the data "
+            "stage puts them together, as in: chatwright data --dialogues FILE --ratings FILE"
+        ) from None
+
+
 def changes_of(file: str, kind: str) -> Mapping[str, Side]:
     """Which records of the user's file change sides so that there are some on both (splitting.py). Reads only
     as far as that is open. Raises UserError: a broken record, or nothing that could be held out."""
     splitter, total = Splitter(HELD_OUT[kind]), 0
-    for record in READERS[kind]([file]):
+    for record in of_kind(file, kind):
         if is_alike(record):
             continue
         total += 1
-        splitter.side(record.id)
+        splitter.side(record.id, useful=is_useful(record))
         if splitter.both:
             return {}
-    changes = splitter.changes()
-    if not changes:
+    if not splitter.can_split:
         raise UserError(f"{file}: {too_few(kind, total)}")
-    return changes
+    return splitter.changes()
 
 
 def too_few(kind: str, total: int) -> str:

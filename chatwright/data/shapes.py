@@ -19,6 +19,10 @@ ANSWERED = ("completion", "response", "answer")
 """Columns that hold the one answer to a prompt."""
 
 
+LOOKS = "these look like"
+"""Words of the error for records of another kind than the wanted one."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """One kind of records."""
@@ -65,7 +69,7 @@ def hint(row: Mapping[str, Any], wanted: str) -> str:
             "; a column with another name is given behind the file's: FILE#text=COLUMN, or "
             "FILE#prompt=COLUMN,completion=COLUMN (the first line of a .csv file names its columns)"
         )
-    looks = f"; these look like {shape.name} (columns {', '.join(shape.found(row))})"
+    looks = f"; {LOOKS} {shape.name} (columns {', '.join(shape.found(row))})"
     if shape.reads == wanted:
         return looks
     if not shape.reads:

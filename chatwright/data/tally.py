@@ -67,6 +67,11 @@ class Tally:
         return "; ".join(told)
 
 
+def is_useful(record: Any) -> bool:
+    """Whether there is an answer to learn, or to measure, in a record; only conversations may have none."""
+    return not isinstance(record, Dialogue) or any(one["role"] == "assistant" for one in record.messages)
+
+
 def is_alike(record: Any) -> bool:
     """Whether a record is a comparison whose answers are all the same text: nothing can be learnt from it."""
     return isinstance(record, Comparison) and len({text.strip() for text in record.responses}) == 1

@@ -28,7 +28,7 @@ from chatwright.data.preview import main as show_preview
 from chatwright.data.reading import Faults
 from chatwright.data.records import too_few
 from chatwright.data.splitting import Side, Splitter
-from chatwright.data.tally import Tally
+from chatwright.data.tally import Tally, is_useful
 from chatwright.files import whole_directory
 from chatwright.metrics import console, progress_bar, say
 from chatwright.train.api import Measure, Report, Stage, Workspace
@@ -136,7 +136,7 @@ def write_split(
         for record in records:
             line = record.to_json() + "\n"
             if written.tally.keep(record, line):
-                side = splitter.side(record.id)
+                side = splitter.side(record.id, useful=is_useful(record))
                 files[side].write(line)
                 written.counts[side].add(line)
     finally:
@@ -236,8 +236,8 @@ class Done:
         size = f"{(train.bytes + held_out.bytes) / 1e6:.1f} MB; {part.sources}"
         lines = [f"{train.records:,} for training, {held_out.records:,} held out ({size})"]
         if self.written.changes:
-            few = "held out" if "validation" in self.written.changes.values() else "for training"
-            lines[0] += f"; their hashes alone would leave none {few}, so one was taken"
+            for_what = "measure on" if "validation" in self.written.changes.values() else "learn from"
+            lines[0] += f"; their hashes alone would leave nothing to {for_what}, so one was taken"
         lines += filter(None, (self.faults.cut_line(), self.written.tally.line()))
         if self.faults.count:
             lines.append(f"{self.faults.count:,} broken records left out; the first: {self.faults.first}")

@@ -166,6 +166,22 @@ def test_reward_learns_from_a_file_of_comparisons_alone(
     assert facts["comparisons"] > 200 and facts["scores 0 on average"] == "256 demonstrations"
 
 
+def test_what_is_held_out_of_a_small_file_has_an_answer(own: dict[str, Path], tmp_path: Path) -> None:
+    """Whatever the hashes of the conversations without one; where all have none, one of these is taken."""
+    talks = [json.loads(line) for line in own["dialogues"].read_text().splitlines()]
+    bare = [{"prompt": f"p{n}"} for n in range(300)]
+    records = {side: [] for side in ("train", "validation")}
+    for row, one in zip(bare, READERS["dialogues"]([str(write(tmp_path / "b.jsonl", bare))]), strict=True):
+        records[split_of(one.id)].append(row)
+    for mixed in ([*talks[:6], *records["train"][:5]], [*talks[:6], *records["validation"][:2]]):
+        file = write(tmp_path / "mixed.jsonl", mixed)
+        for side in ("train", "validation"):
+            found = list(read_records(file / f"dialogues-{side}.jsonl", Dialogue))
+            assert any(one.messages[-1]["role"] == "assistant" for one in found)
+    file = write(tmp_path / "prompts.jsonl", records["train"][:5])
+    assert len(list(read_records(file / "dialogues-validation.jsonl", Dialogue))) == 1
+
+
 # ---- what a stage may be given directly --------------------------------------------------------------------
 
 
@@ -206,7 +222,7 @@ def test_a_file_of_another_kind_says_which_setting_reads_it(
             "these look like preference pairs (columns prompt, chosen, rejected), "
             "which the setting `comparisons` reads",
         ),
-        ("sft", "--data", "ratings", "which the setting `ratings` reads"),
+        ("sft", "--data", "ratings", "reads; wanted here is a file of conversations. Where a stage needs"),
         ("reward", "--comparisons", "dialogues", "which the setting `dialogues` reads"),
         ("tokenizer", "--data", "ratings", ""),
         ("tokenizer", "--data", "comparisons", "which the setting `comparisons` reads"),
