@@ -270,10 +270,10 @@ def test_a_stage_with_a_condition_is_left_out_until_its_setting_is_given(
 
 def test_conditions_that_make_no_sense_are_named(write: Write) -> None:
     file = write(WHEN)
-    with pytest.raises(UsageError, match="third has settings, but is no part of this run: give --one.label"):
+    with pytest.raises(UsageError, match=r"third has settings, but is no part .* give --one\.label"):
         read_recipe(file, {"third": {"fail": "x"}})
     file = write(WHEN.replace("extra: third", "source: third"))
-    with pytest.raises(UsageError, match="other needs the stage third, which is left out without one.label"):
+    with pytest.raises(UsageError, match=r"other needs the stage third, which is left out .*one\.label"):
         read_recipe(file, {})
     for wrong in ("one.labels", "none.label", "label"):
         file = write(WHEN.replace("when: one.label", f"when: {wrong}"))
