@@ -206,6 +206,8 @@ def run_recipe(
     if until:
         check_keys([until], list(recipe.stages), where="until")
     runtime.set_threads()
+    for name, setting in recipe.left_out.items():
+        say(f"[{name}] no part of this run: there is no {setting} (give --{setting} FILE)")
     results: dict[str, dict[str, Any]] = {}
     inputs: dict[str, Path] = {}
     for stage in recipe.stages.values():

@@ -33,6 +33,8 @@ class First:
 
     size: int = 1
     """A number."""
+    label: str = ""
+    """A word."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Second:
     """The stage to start from."""
     fail: str = ""
     """How to end: error, interrupt, or well."""
+    extra: str = field(default="", metadata={"input": True, "words": ("",)})
+    """A stage that it can do without."""
 
 
 @dataclass
@@ -239,6 +243,42 @@ def test_the_fingerprint_depends_on_everything_that_matters(ran: Ran, tmp_path: 
 def test_mistakes_in_a_recipe_are_named(write: Write, text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         read_recipe(write(text), {})
+
+
+WHEN = """
+stages:
+  one: {use: first, label: ""}
+  other: {use: second, extra: third}
+  third: {use: second, when: one.label}
+"""
+
+
+def test_a_stage_with_a_condition_is_left_out_until_its_setting_is_given(
+    write: Write, ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(WHEN)
+    recipe = read_recipe(file, {})
+    assert list(recipe.stages) == ["one", "other"] and recipe.stages["other"].config.extra == ""
+    run_recipe(recipe, tmp_path / "run")
+    assert ran.stages == ["one", "other"]
+    told = capsys.readouterr().out
+    assert "[third] no part of this run: there is no one.label (give --one.label FILE)" in told
+    whole = read_recipe(file, {"one": {"label": "x"}})
+    assert list(whole.stages) == ["one", "third", "other"] and not whole.left_out
+    assert whole.stages["other"].config.extra == "third"
+
+
+def test_conditions_that_make_no_sense_are_named(write: Write) -> None:
+    file = write(WHEN)
+    with pytest.raises(UsageError, match=r"third has settings, but is no part .* give --one\.label"):
+        read_recipe(file, {"third": {"fail": "x"}})
+    file = write(WHEN.replace("extra: third", "source: third"))
+    with pytest.raises(UsageError, match=r"other needs the stage third, which is left out .*one\.label"):
+        read_recipe(file, {})
+    for wrong in ("one.labels", "none.label", "label"):
+        file = write(WHEN.replace("when: one.label", f"when: {wrong}"))
+        with pytest.raises(UsageError, match=f"`when: {wrong}` names no setting"):
+            read_recipe(file, {})
 
 
 def test_overrides_of_stages_that_are_not_there(write: Write) -> None:
