@@ -197,6 +197,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         throughput=("tokens", float(context)),
         best=("bits_per_byte", "lower"),
         flop_per_sample=training_flop(model, context),
+        samples=windows.order.size,
     )
     made = {"parameters": parameters, "tokens": fitted.samples * context, "how": line}
     return report_of(fitted, made, compressors(config, workspace))

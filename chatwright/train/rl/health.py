@@ -96,11 +96,17 @@ def diagnose_ratio(gap: float, rounding: Rounding = FLOAT32) -> Diagnosis | None
     )
 
 
-def diagnose_reward(*, train: float, held_out: float, length: float, pairs: int) -> Diagnosis | None:
+MORE_COMPARISONS = "More comparisons, fewer passes, or a split by prompt"
+
+
+def diagnose_reward(
+    *, train: float, held_out: float, length: float, pairs: int, cut: str = ""
+) -> Diagnosis | None:
     """Whether a reward model has only learnt its training prompts: its accuracy is good on training pairs
     (`train`), and on `pairs` held-out ones (`held_out`) within two standard errors of chance.
 
-    `length` is the accuracy of length alone on the held-out pairs.
+    `length` is the accuracy of length alone on the held-out pairs. `cut` says what was cut of the answers
+    (`chatwright/data/cuts.py::cause_of`), if anything was.
     """
     error = 0.5 / math.sqrt(max(pairs, 1))
     if train < 0.7 or held_out > 0.5 + 2 * error:
@@ -109,8 +115,8 @@ def diagnose_reward(*, train: float, held_out: float, length: float, pairs: int)
     return Diagnosis(
         f"the reward model orders {100 * train:.0f} % of its training pairs rightly and {100 * held_out:.0f} "
         f"% of {pairs:,} held-out ones, which is chance: it knows the training prompts by "
-        f"heart{', or their lengths' if biased else ''} (length alone: {100 * length:.0f} %). More "
-        "comparisons, fewer passes, or a split by prompt",
+        f"heart{', or their lengths' if biased else ''} (length alone: {100 * length:.0f} %). "
+        + (f"First of all keep the answers whole: {cut}" if cut else MORE_COMPARISONS),
         fatal=True,
     )
 
