@@ -77,6 +77,9 @@ class Limits:
     """Iterations that are averaged to find a peak; 0 looks for no peak of the score."""
     rounding: Rounding = FLOAT32
     """Limits for the precision of the policy's products."""
+    too_short: str = ""
+    """What `max_new_tokens` cuts of people's own answers, and what to set, where it cuts most of them
+    (`chatwright/train/rl/prompts.py::OwnAnswers`)."""
 
 
 def diagnose(history: History, limits: Limits) -> Diagnosis | None:
@@ -148,11 +151,11 @@ def _kl_is_negative(history: History, limits: Limits) -> Diagnosis | None:
 def _no_end_was_learnt(history: History, limits: Limits) -> Diagnosis | None:
     if len(history) != 3 or any(row["finished"] >= 0.02 for row in history):
         return None
-    return Diagnosis(
-        "no answer has come to its end since the start (three iterations): the end token was outside the "
-        "loss of SFT, or max_new_tokens is far too small (chatwright doctor MODEL shows the loss mask)",
-        fatal=True,
+    cause = limits.too_short or (
+        "the end token was outside the loss of SFT (chatwright doctor MODEL shows the loss mask), or the "
+        "model's answers are longer than people's own, and than max_new_tokens"
     )
+    return Diagnosis(f"no answer has come to its end since the start (three iterations): {cause}", fatal=True)
 
 
 def _critic_is_broken(history: History, limits: Limits) -> Diagnosis | None:
@@ -199,7 +202,8 @@ def _answers_end_no_more(history: History, limits: Limits) -> Diagnosis | None:
     recent = history[-3:]
     if len(recent) < 3 or not all(row["finished"] < 0.02 for row in recent):
         return None
-    return Diagnosis("no answer comes to its end any more (three iterations)", fatal=False)
+    cause = f": {limits.too_short}" if limits.too_short else ""
+    return Diagnosis(f"no answer comes to its end any more (three iterations){cause}", fatal=False)
 
 
 def _reward_is_hacked(history: History, limits: Limits) -> Diagnosis | None:

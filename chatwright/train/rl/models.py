@@ -314,7 +314,8 @@ def load_reward(directory: Path, base: Loaded, min_correlation: float) -> Scalar
         raise UserError(
             f"the reward model's correlation with held-out ratings {told}, PPO wants {min_correlation:g}: a "
             "weaker one is exploited, not followed (answers collapse while its score rises). "
-            f"{more} it longer or on more ratings, start it from a better model, or lower min_correlation at your own risk"
+            f"{more} it longer or on more ratings, start it from a better model, or lower min_correlation at "
+            "your own risk"
         )
     found.verify()
     reward = ScalarModel(GPTConfig.from_dict(state["model"]))

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from chatwright import memory
-from chatwright.data.records import records_of
+from chatwright.data.examples import Dialogue
+from chatwright.data.records import read_records, records_of
 from chatwright.interop.loaded import Loaded
 from chatwright.metrics import progress_bar, say
 from chatwright.model.heads import ScalarModel
@@ -20,14 +21,17 @@ from chatwright.train.rl.config import RLConfig
 from chatwright.train.rl.ema import ema_of
 from chatwright.train.rl.gold import gold_of
 from chatwright.train.rl.models import RLModels, load_reward, make_models
+from chatwright.train.rl.prompts import ask
 from chatwright.train.rl.ptx import GeneralText
-from chatwright.train.rl.rollout import training_prompts
 from chatwright.train.rl.step_program import PLAN
 from chatwright.train.rl.training import PolicyTraining
 from chatwright.train.stage_training import start_training
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import Trainer
-from chatwright.train.workspace import Report, Workspace
+from chatwright.train.workspace import Report, Unhealthy, Workspace
+
+MOST_PROMPTS = 4_000
+"""Prompts that are taken from the conversations."""
 
 
 def train_policy(
@@ -38,9 +42,11 @@ def train_policy(
     title = method.title
     base = open_chat_base(config.base, workspace, purpose=f"{title.upper()} needs a model after sft")
     reward = load_reward(workspace.resolve(config.reward), base, config.min_correlation)
-    longest = min(config.max_prompt_tokens, base.model.config.context - config.max_new_tokens)
-    records = records_of(workspace.resolve(config.data))
-    prompts = training_prompts(records, base.template, base.tokenizer, longest)
+    dialogues = list(
+        read_records(records_of(workspace.resolve(config.data)) / "dialogues-train.jsonl", Dialogue)
+    )
+    asked = ask(title, config, dialogues, base, most=MOST_PROMPTS, plan=PLAN)
+    config, prompts = asked.config, asked.prompts
     gold, text = gold_of(config.gold, workspace.resolve, base), None
     if config.text:
         context = config.ptx_context or base.model.config.context
@@ -58,10 +64,18 @@ def train_policy(
         f"budget {config.kl_budget:g} nats"
     )
     with Stopper().listening() as stopper:
-        run = method(config, workspace, trainer, models, base, prompts, gold=gold, text=text)
+        cause = asked.own.cause
+        run = method(config, workspace, trainer, models, base, prompts, gold=gold, text=text, too_short=cause)
+        if len(prompts) < (each := config.batch_size // run.per_prompt):
+            times = f"{each / len(prompts):.1f} times"
+            say(f"  fewer prompts than the {each} of an iteration: each is asked {times} in it")
         run.asked = lambda: stopper.asked
-        run_iterations(run)
-    return run.report()
+        try:
+            run_iterations(run)
+        except Unhealthy as found:
+            asked.tell(found.report)
+            raise
+    return asked.tell(run.report())
 
 
 def run_iterations(run: PolicyTraining[Any, Any]) -> None:
