@@ -71,6 +71,7 @@ stages:
   reward-comparisons:
     use: reward
     comparisons: data
+    k: 16
     ties: half
     held_out_annotators: anna
     max_tokens: 48
