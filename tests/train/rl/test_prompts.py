@@ -90,8 +90,8 @@ def test_prompt_and_answer_share_the_context() -> None:
     with pytest.raises(UserError) as error:
         asked([talk(97, 90)] * 4, context=128)
     assert str(error.value) == (
-        "ppo: no prompt has at most 64 tokens; the shortest has 100, and the model's context (128 tokens) less "
-        "max_new_tokens 64 allows 64: lower max_new_tokens, or shorten the prompts"
+        "ppo: no prompt has at most 64 tokens; the shortest has 100, and the model's context (128 tokens) "
+        "less max_new_tokens 64 allows 64: lower max_new_tokens, or shorten the prompts"
     )
     assert found.config.max_new_tokens == 56 and found.config.max_prompt_tokens == 72
 
@@ -103,7 +103,7 @@ def test_limits_that_leave_no_prompt_say_what_to_set() -> None:
         asked([talk(12, 3)], max_prompt_tokens=8)
     with pytest.raises(UserError, match="raise max_prompt_tokens to 16 or more, or set it to 0"):
         asked([talk(12, 3)], max_prompt_tokens=8)
-    with pytest.raises(UserError, match="max_new_tokens 128 leaves no room .* context of 128: set it to 64"):
+    with pytest.raises(UserError, match=r"max_new_tokens 128 leaves no room .* context of 128: set it to 64"):
         asked([talk(12, 3)], context=128, max_new_tokens=128)
     with pytest.raises(UserError, match="no conversation has a user's turn"):
         asked([Dialogue.of([{"role": "assistant", "content": "a"}])])
