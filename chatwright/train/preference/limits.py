@@ -69,12 +69,10 @@ def split_within(
     none are left."""
     sides = (split.train, split.held_out, split.held_out_annotators)
     encoder.read(answer for side in sides for one in side for answer in one.responses)
-    lengths = [
-        len(encoder.prompt(one.prompt)) + len(encoder.answer(answer)) + 1
-        for side in sides
-        for one in side
-        for answer in one.responses
-    ]
+    lengths = []
+    for one in (one for side in sides for one in side):
+        before = len(encoder.prompt(one.prompt)) + 1
+        lengths += [before + len(encoder.answer(answer)) for answer in one.responses]
     limits = limit_rows(config.max_tokens, lengths, room, "answers in comparisons")
     for length in lengths:
         limits.cuts.saw(length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +12,13 @@ from chatwright import memory
 from chatwright.data.examples import Dialogue
 from chatwright.data.records import read_records, records_of
 from chatwright.interop.loaded import Loaded
-from chatwright.metrics import progress_bar, say
+from chatwright.metrics import duration, progress_bar, say
 from chatwright.model.heads import ScalarModel
 from chatwright.train import adapters
 from chatwright.train.base import ChatBase, model_metadata, model_texts, open_chat_base
 from chatwright.train.compiled import compile_blocks
 from chatwright.train.parallel.context import ParallelContext
+from chatwright.train.planning.budget import seconds
 from chatwright.train.rl.config import RLConfig
 from chatwright.train.rl.ema import ema_of
 from chatwright.train.rl.gold import gold_of
@@ -82,9 +84,12 @@ def run_iterations(run: PolicyTraining[Any, Any]) -> None:
     """Iterate to the end. Raises Interrupted when the run is asked to stop, after saving."""
     trainer, config = run.trainer, run.config
     with progress_bar(run.title) as bar:
-        compiled = config.compile
+        compiled, began = config.compile, time.monotonic()
         while not run.finished:
             line = run.iteration()
+            if began and not run.finished:
+                say_how_long(config, time.monotonic() - began, trainer.progress.step)
+                began = 0.0
             if compiled:
                 memory.trim_heap()  # the compiler has seen all shapes of a block by now
                 compiled = False
@@ -96,6 +101,26 @@ def run_iterations(run: PolicyTraining[Any, Any]) -> None:
                     trainer.save(protected=run.protected)
                 where = f"saved at iteration {trainer.progress.step}"
                 raise Interrupted(f"{run.title}: {where}; the same command goes on from there")
+
+
+LONG = 600.0
+"""Seconds; a run that will take longer says so after its first iteration."""
+
+
+def say_how_long(config: RLConfig, spent: float, done: int) -> None:
+    """Say how long the iterations that are left will take, where that is long, and what makes them shorter.
+    An iteration took `spent` seconds."""
+    left = config.iterations - done
+    if left * spent < LONG:
+        return
+    ways = [
+        f"{name} below {getattr(config, name)}" for name in ("iterations", "batch_size", "max_new_tokens")
+    ]
+    ways += [] if config.lora.rank else ["lora.rank 8"]
+    took = (
+        f"an iteration takes {seconds(spent)}: the {left} that are left take about {duration(left * spent)}"
+    )
+    say(f"  {took}; shorter: {', '.join(ways)}")
 
 
 def trainer_and_models(

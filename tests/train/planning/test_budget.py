@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from chatwright.config import UserError
+from chatwright.model.config import GPTConfig
 from chatwright.model.lora import LoRAConfig
+from chatwright.stages import pretrain, reward, sft
 from chatwright.train.fit_config import FitConfig
+from chatwright.train.planning import plan
 from chatwright.train.planning.budget import FirstSteps, too_short
+from chatwright.train.planning.program import PlannedStage
 
 SETTINGS = SimpleNamespace(
     context=8_192, fit=FitConfig(seconds=75.0, batch_size=8, compile=False), lora=LoRAConfig()
@@ -59,3 +64,21 @@ def test_a_step_that_compiles_does_not_count_and_a_number_of_steps_is_no_budget(
     assert first_steps(100.0, 4.0, compile=True) == 3
     assert first_steps(100.0, 6.0, compile=True) == 2
     assert first_steps(100.0, 100.0, steps=3) == 3
+
+
+@pytest.mark.parametrize(("module", "refused"), [(sft, True), (pretrain, True), (reward, False)])
+def test_a_plan_refuses_a_step_that_takes_longer_than_the_budget(
+    module: Any, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a reward model are shorter than the plan's: there the first steps decide."""
+    monkeypatch.setattr(plan, "seconds_of", lambda *_, **__: predicted)
+    fit = FitConfig(seconds=20.0, batch_size=2, compile=False, precision="fp32")
+    planned = PlannedStage("x", module.PLAN, GPTConfig.preset("modern-nano"), module.Config(fit=fit))
+    predicted = 29.0  # a prediction may be wrong by a half
+    plan._ahead(planned)
+    predicted = 31.0
+    if not refused:
+        plan._ahead(planned)
+        return
+    with pytest.raises(UserError, match=r"x: a step takes 31 s here, so that fit.seconds 20 holds not one"):
+        plan._ahead(planned)
