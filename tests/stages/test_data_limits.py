@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from chatwright.cli import main
 from chatwright.data.examples import Comparison, Dialogue, LabelledText
 from chatwright.files import read_json
 from chatwright.tokenizer import Tokenizer
+from chatwright.train.rl import training
 
 Talk = Sequence[tuple[str, str]]
 FIT = ["--fit.seconds", "0", "--fit.steps", "2", "--fit.batch_size", "2", "--fit.compile", "false"]
@@ -143,10 +145,10 @@ def test_pairs_that_a_limit_makes_equal_are_refused_with_the_value(stage: Any, t
 
 def test_pairs_that_are_left_out_are_told_and_ppo_names_the_cut(stage: Any, tmp_path: Path) -> None:
     equal = [compared(n, f"{SAME}{n} good", f"{SAME}{n} bad") for n in range(6)]
-    data = write_comparisons(tmp_path / "pairs", [*equal, compared(8, "yes", "no"), compared(9, "a", "b")])
+    data = write_comparisons(tmp_path / "pairs", [*equal, *(compared(n, "yes", "no") for n in range(6, 30))])
     code, out, _ = stage("reward", "--comparisons", data, "--max_tokens", "20", *FIT)
-    line = "12 of 16 comparisons are left out: cut at max_tokens 20, their answers are the same; max_tokens "
-    assert code == 0 and line in out and "2 comparisons of 2 answers, 2 held out" in out
+    line = "12 of 60 comparisons are left out: cut at max_tokens 20, their answers are the same; max_tokens "
+    assert code == 0 and line in out and "24 comparisons of 2 answers, 24 held out" in out
     assert "24 that cannot be told from another one of their prompt, left out" in out
     assert line in (tmp_path / "reward" / "report.md").read_text().replace("\\", "")
     assert facts(tmp_path / "reward")["comparisons left out"] == 12
@@ -198,8 +200,9 @@ def test_the_classifier_says_what_it_cuts(stage: Any, tmp_path: Path) -> None:
 def rewarded(stage: Any, tmp_path: Path) -> list[str]:
     """Options of the stages that sample: a reward model, and conversations whose answers have 30 tokens and
     more."""
-    pairs = write_comparisons(tmp_path / "pairs", [compared(n, "yes", "no") for n in range(4)])
-    assert stage("reward", "--comparisons", pairs, *FIT)[0] == 0
+    pairs = write_comparisons(tmp_path / "pairs", [compared(n, "yes", "no") for n in range(24)])
+    code, _, err = stage("reward", "--comparisons", pairs, *FIT)
+    assert code == 0, err
     talks = [[("user", f"say {n}"), ("assistant", f"well {n}, " + "it is so " * 4)] for n in range(12)]
     return ["--reward", str(tmp_path / "reward"), "--data", str(write_talks(tmp_path / "data", talks, talks))]
 
@@ -219,8 +222,8 @@ def test_answers_may_be_as_long_as_those_of_the_data(
     more = {
         "ppo": ONE,
         "reinforce": ONE,
-        "best_of_n": ["--n", "2", "--prompts", "4", "--min_correlation", "-1", "--gold", ""],
-        "evaluate": ["--prompts", "4", "--samples", "1", "--reference", str(chat_dir)],
+        "best_of_n": ["--n", "2", "--prompts", "12", "--min_correlation", "-1", "--gold", ""],
+        "evaluate": ["--prompts", "12", "--samples", "1", "--reference", str(chat_dir)],
     }[verb]
     options = rewarded if verb != "evaluate" else rewarded[2:]
     code, out, _ = stage(verb, *options, *more)
@@ -246,12 +249,20 @@ def test_fewer_prompts_than_completions_are_told(stage: Any, rewarded: list[str]
 
 
 def test_a_run_whose_answers_never_end_blames_the_limit(
-    stage: Any, rewarded: list[str], tmp_path: Path
+    stage: Any, rewarded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An untrained model hardly ever ends an answer of two tokens."""
+    real = training.sample_completions
+
+    def unfinished(*given: Any, **named: Any) -> Any:
+        """An untrained model hardly ever ends an answer of two tokens; here never."""
+        found = real(*given, **named)
+        return replace(found, finished=found.finished & False)
+
+    monkeypatch.setattr(training, "sample_completions", unfinished)
     options = [*ONE, "--iterations", "4", "--max_new_tokens", "2", "--kl_budget", "1000"]
     code, _, err = stage("ppo", *rewarded, *options)
-    assert code == 1 and "no answer has come to its end since the start" in err
+    assert code == 1, _
+    assert "no answer has come to its end since the start" in err
     assert "max_new_tokens 2 cuts 100 % of the conversations' own answers" in err
     assert "outside the loss" not in err
     report = (tmp_path / "ppo" / "report.md").read_text().replace("\\", "")

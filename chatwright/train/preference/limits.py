@@ -99,15 +99,15 @@ def _apart(
                 for cut, answer in zip(long, one.responses, strict=True)
             ),
         )
-        alike = _alike(one, encoder, tolerance, limits) if sum(long) > 1 else set()
+        alike = _alike(one, encoder, tolerance, limits) if any(long) else set()
         limits.cuts.add(ALIKE, len(alike))
         limits.comparisons += 1
         kept = [n for n in range(len(one.responses)) if n not in alike]
         if not alike:
             found.append(one)
         elif len(kept) > 1:
-            answers, scores = ([values[n] for n in kept] for values in (one.responses, one.scores))
-            found.append(replace(one, responses=tuple(answers), scores=tuple(scores)))
+            answers, scores = tuple(one.responses[n] for n in kept), tuple(one.scores[n] for n in kept)
+            found.append(replace(one, responses=answers, scores=scores))
         else:
             limits.dropped += 1
     return found

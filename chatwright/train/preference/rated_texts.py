@@ -161,10 +161,10 @@ def parts_within(
         limits.cuts.saw(before + size + 1)
         if size > limits.limit - 2:
             limits.cuts.add(CUT_END)
-            if is_clear(one, config):
-                beginnings.setdefault(tuple(encoder.answer(one.text)[: limits.limit - 2]), []).append(one)
         elif before + size + 1 > limits.limit:
             limits.cuts.add(CUT_PROMPT)
+        if size >= limits.limit - 2 and is_clear(one, config):
+            beginnings.setdefault(tuple(encoder.answer(one.text)[: limits.limit - 2]), []).append(one)
     alike = {
         one.text
         for group in beginnings.values()

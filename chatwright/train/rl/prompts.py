@@ -226,8 +226,9 @@ def _limits(
 
         room = room_for(stage, plan, shape, prompt + answer, sized, step=2 * STEP)
     if prompt + answer > room.most and not settings.max_new_tokens:
-        # Answers keep at least half of the room, and what the prompts leave.
-        answer = min(answer, max(room.most // 2, room.most - prompt))
+        # Answers may have half of the room, or what the prompts leave; but half of the prompts are to fit.
+        middle = sorted(prompts)[len(prompts) // 2] if prompts else 0
+        answer = min(answer, max(room.most - prompt, min(room.most // 2, room.most - middle), STEP))
     return min(prompt, room.most - answer), answer, room
 
 

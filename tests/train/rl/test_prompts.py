@@ -17,6 +17,7 @@ from chatwright.tokenizer import Tokenizer
 from chatwright.train.planning.program import PlannedStage
 from chatwright.train.rl import prompts
 from chatwright.train.rl.prompts import Asked, OwnAnswers, ask, exchanges_from
+from chatwright.train.rl.run import say_how_long
 from chatwright.train.rl.step_program import PLAN
 from chatwright.train.workspace import Report
 
@@ -85,15 +86,18 @@ def test_one_huge_answer_and_one_huge_prompt_do_not_set_the_limits(
 
 
 def test_prompt_and_answer_share_the_context() -> None:
-    found = asked([talk(97, 50)] * 4, context=128)
-    # answers may take half of it; the prompts, which are longer than the rest, are all left out
+    half = asked([talk(17, 90), talk(18, 90), talk(97, 90)], context=128)
+    assert (half.config.max_prompt_tokens, half.config.max_new_tokens) == (64, 64)
+    assert len(half.prompts) == 2
+    long = asked([talk(97, 50)] * 4, context=128)  # half of it would leave no prompt
+    assert (long.config.max_prompt_tokens, long.config.max_new_tokens) == (100, 28)
+    assert "context, or memory, allows no more" in long.warnings[0]
     with pytest.raises(UserError) as error:
-        asked([talk(97, 90)] * 4, context=128)
+        asked([talk(97, 90)] * 4, context=128, max_new_tokens=64)
     assert str(error.value) == (
         "ppo: no prompt has at most 64 tokens; the shortest has 100, and the model's context (128 tokens) "
         "less max_new_tokens 64 allows 64: lower max_new_tokens, or shorten the prompts"
     )
-    assert found.config.max_new_tokens == 56 and found.config.max_prompt_tokens == 72
 
 
 def test_limits_that_leave_no_prompt_say_what_to_set() -> None:
@@ -132,3 +136,16 @@ def test_the_plan_counts_the_real_lengths() -> None:
     known = ppo.Config(max_prompt_tokens=100, max_new_tokens=60)
     assert PlannedStage("ppo", PLAN, shape, known).rows == (1, 160)
     assert PlannedStage("ppo", PLAN, shape, ppo.Config()).rows == (1, 512)  # not yet known
+
+
+def test_a_run_that_will_be_long_says_so_after_its_first_iteration(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = ppo.Config(iterations=40, max_new_tokens=136)
+    say_how_long(config, 15.0, 1)
+    assert capsys.readouterr().out == ""
+    say_how_long(config, 95.0, 1)
+    assert capsys.readouterr().out.strip() == (
+        "an iteration takes 95 s: the 39 that are left take about 1:01:45; shorter: iterations below 40, "
+        "batch_size below 64, max_new_tokens below 136, lora.rank 8"
+    )
