@@ -133,8 +133,8 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
     dialogues = list(islice(read_records(file, Dialogue), 1_000))
     most = FEW if slow else PROMPTS
     own = own_answers(exchanges_from(dialogues, template, tokenizer, most=most).answers, tokenizer)
-    room = min(report.facts.get("max_new_tokens") or max(LONGEST_ANSWER, own), context // 2)
-    longest = min(report.facts.get("max_prompt_tokens") or context, context - room)
+    room = min(_limit("max_new_tokens", config, report) or max(LONGEST_ANSWER, own), context // 2)
+    longest = min(_limit("max_prompt_tokens", config, report) or context, context - room)
     prompts = prompts_from(dialogues, template, tokenizer, max_tokens=longest, most=most)
     if not prompts:
         raise UserError(f"no prompt in {file} has at most {longest} tokens")
@@ -155,6 +155,11 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
     return side_by_side(
         (config.base, workspace.directory.name), prompts, (sides[0], sides[1]), tokenizer, kl=kl
     )
+
+
+def _limit(name: str, config: Any, report: Report) -> int:
+    """The limit that a stage found in its data, or its setting; 0 where it has none."""
+    return int(report.facts.get(name) or getattr(config, name, 0))
 
 
 def sample(directory: Path, report: Report, prompt: str, seed: int) -> str:

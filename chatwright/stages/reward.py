@@ -129,7 +129,7 @@ class Config:
 
 
 PAPER = (
-    Paper("k", (4, 9), f"{INSTRUCT}, section 3.5", lambda config, facts: facts.get("k")),
+    Paper("k", (4, 9), f"{INSTRUCT}, section 3.5", lambda config, facts: facts.get("k") or config.k or None),
     Paper("passes over the comparisons", 1, INSTRUCT, lambda config, facts: facts.get("epochs")),
     Paper("fit.batch_size", 64, f"{INSTRUCT}: prompts, each with all its answers"),
     Paper("optim.learning_rate", 9e-6, f"{INSTRUCT}: 6B"),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from chatwright.config import UsageError
 from chatwright.data.cuts import check_limit
 from chatwright.model.lora import LoRAConfig
 from chatwright.optim import OptimConfig
-from chatwright.train.paper import DETAILS, INSTRUCT, Paper
+from chatwright.train.paper import DETAILS, INSTRUCT, Facts, Paper
 from chatwright.train.parallel.context import ParallelConfig
 from chatwright.train.rl.gold import SENTIMENT
 
@@ -127,6 +128,13 @@ class RLConfig:
             raise UsageError(f"ema {self.ema:g} must be at least 0 and below 1")
 
 
+def _limit(name: str) -> Callable[[Any, Facts], int | None]:
+    """A limit of a run: the one that came from the data, or the setting; None while it is not known."""
+    return lambda config, facts: facts.get(name) or getattr(config, name) or None
+
+
+PROMPT_LIMIT, ANSWER_LIMIT = _limit("max_prompt_tokens"), _limit("max_new_tokens")
+
 SHARED_PAPER = (
     Paper(
         "answers in all (iterations x batch_size)",
@@ -135,8 +143,8 @@ SHARED_PAPER = (
         lambda config, facts: config.iterations * config.batch_size,
     ),
     Paper("batch_size", 512, INSTRUCT),
-    Paper("max_prompt_tokens", 1_000, INSTRUCT, lambda config, facts: facts.get("max_prompt_tokens")),
-    Paper("max_new_tokens", 1_000, INSTRUCT, lambda config, facts: facts.get("max_new_tokens")),
+    Paper("max_prompt_tokens", 1_000, INSTRUCT, PROMPT_LIMIT),
+    Paper("max_new_tokens", 1_000, INSTRUCT, ANSWER_LIMIT),
     Paper("beta", 0.02, INSTRUCT),
     Paper("kl_target", 0.0, f"{INSTRUCT}: beta is fixed; it adapts in Ziegler et al. 2019"),
     Paper("ptx", 27.8, f"{INSTRUCT}: of a sum over texts, here of a mean over tokens"),
