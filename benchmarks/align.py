@@ -161,7 +161,7 @@ def comparisons(shape: Shape, k: int) -> list[Comparison]:
 
 def rated(k: int) -> reward.Config:
     """Settings of the reward model's batches: every unequal pair counts."""
-    return reward.Config(k=k, margin=0.0)
+    return reward.Config(k=k, tie_tolerance=0.0, max_tokens=80)
 
 
 def encoded(one: Comparison, config: reward.Config) -> list[list[int]]:

@@ -24,6 +24,7 @@ from chatwright.metrics import say
 from chatwright.train import paper
 from chatwright.train.base import open_base
 from chatwright.train.cost import cost_row
+from chatwright.train.rl.prompts import exchanges_from, own_answers
 from chatwright.train.rl.rollout import prompts_from, sample_completions
 from chatwright.train.stage import Stage
 from chatwright.train.workspace import Answered, Report, Workspace
@@ -33,7 +34,7 @@ PROMPTS = 64
 FEW = 16
 """The same for models of WORTH_COMPILING parameters and more on a CPU, where 64 would take minutes."""
 LONGEST_ANSWER = 48
-"""Longest answer, in tokens, for stages without such a setting."""
+"""Longest answer, in tokens, for stages without such a setting: people's own answers may make it longer."""
 
 
 def close(
@@ -127,12 +128,14 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
     ):
         raise UserError(f"{config.base} and the result have not one tokenizer")
     context = after.model.config.context
-    room = min(getattr(config, "max_new_tokens", LONGEST_ANSWER), context // 2)
-    longest = min(getattr(config, "max_prompt_tokens", context), context - room)
     file = records_of(workspace.resolve(config.data)) / "dialogues-validation.jsonl"
     slow = runtime.device().type == "cpu" and after.model.parameter_count() >= WORTH_COMPILING
     dialogues = list(islice(read_records(file, Dialogue), 1_000))
-    prompts = prompts_from(dialogues, template, tokenizer, max_tokens=longest, most=FEW if slow else PROMPTS)
+    most = FEW if slow else PROMPTS
+    own = own_answers(exchanges_from(dialogues, template, tokenizer, most=most).answers, tokenizer)
+    room = min(_limit("max_new_tokens", config, report) or max(LONGEST_ANSWER, own), context // 2)
+    longest = min(_limit("max_prompt_tokens", config, report) or context, context - room)
+    prompts = prompts_from(dialogues, template, tokenizer, max_tokens=longest, most=most)
     if not prompts:
         raise UserError(f"no prompt in {file} has at most {longest} tokens")
     say(f"  asking {config.base} and the result {len(prompts)} held-out prompts")
@@ -152,6 +155,11 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
     return side_by_side(
         (config.base, workspace.directory.name), prompts, (sides[0], sides[1]), tokenizer, kl=kl
     )
+
+
+def _limit(name: str, config: Any, report: Report) -> int:
+    """The limit that a stage found in its data, or its setting; 0 where it has none."""
+    return int(report.facts.get(name) or getattr(config, name, 0))
 
 
 def sample(directory: Path, report: Report, prompt: str, seed: int) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from chatwright import files
 from chatwright.config import UserError
+from chatwright.data.cuts import check_limit
 from chatwright.data.examples import Dialogue
 from chatwright.data.records import read_records, records_of
 from chatwright.evaluate.answers import ENDED, LENGTH, bootstrap_interval, mean_kl, side_by_side
@@ -31,7 +32,8 @@ from chatwright.train.api import (
     open_chat_base,
 )
 from chatwright.train.rl.gold import sentiment
-from chatwright.train.rl.rollout import Completions, distinct, prompts_from, sample_completions, texts_of
+from chatwright.train.rl.prompts import Asked, ask
+from chatwright.train.rl.rollout import Completions, distinct, sample_completions, texts_of
 
 GOLD = "gold sentiment, held-out prompts"
 
@@ -50,12 +52,18 @@ class Config:
     """Number of held-out prompts (fewer when there are fewer)."""
     samples: int = 2
     """Completions per prompt and model."""
-    max_prompt_tokens: int = 96
-    """Longer prompts are left out."""
-    max_new_tokens: int = 32
-    """Length at which an answer is cut off."""
+    max_prompt_tokens: int = 0
+    """Longer prompts are left out; 0: the length that holds 99 % of the data's prompts, as far as the model's
+    context allows."""
+    max_new_tokens: int = 0
+    """Length at which an answer is cut off; 0: the length that holds 99 % of the answers in the data's
+    conversations, as far as the model's context allows."""
     temperature: float = 1.0
     """Sampling temperature."""
+
+    def __post_init__(self) -> None:
+        check_limit("max_prompt_tokens", self.max_prompt_tokens, 1)
+        check_limit("max_new_tokens", self.max_new_tokens, 1)
 
 
 def run(config: Config, workspace: Workspace) -> Report:
@@ -64,7 +72,8 @@ def run(config: Config, workspace: Workspace) -> Report:
     other, tokenizer = reference.tokenizer, policy.tokenizer
     if other is None or other.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{config.policy} and {config.reference} are not chat models with one tokenizer")
-    prompts = held_out_prompts(config, workspace, policy)
+    asked = held_out_prompts(config, workspace, policy)
+    config, prompts = asked.config, asked.prompts
     with progress_bar("evaluate") as bar:
         bar.update(0.0, f"sampling from {config.reference}")
         before = sample(reference.model, policy, prompts, config, workspace.seed)
@@ -85,22 +94,21 @@ def run(config: Config, workspace: Workspace) -> Report:
     report = report_of(
         gold, {side: distinct(found) for side, found in texts.items()}, answers, workspace.seed
     )
-    report.facts["prompts"] = len(prompts)
     report.facts["tokens"] = sum(int(side.response.sum()) for side in (before, after))
-    return report
+    return asked.tell(report)
 
 
-def held_out_prompts(config: Config, workspace: Workspace, base: ChatBase) -> list[list[int]]:
-    """Prompts of held-out conversations. Raises UserError when there are fewer than two."""
+def held_out_prompts(config: Config, workspace: Workspace, base: ChatBase) -> Asked[Config]:
+    """Prompts of held-out conversations, and the limits that hold. Raises UserError when there are fewer than
+    two."""
     records = records_of(workspace.resolve(config.data))
     dialogues = list(read_records(records / "dialogues-validation.jsonl", Dialogue))
-    longest, most = config.max_prompt_tokens, config.prompts
-    prompts = prompts_from(dialogues, base.template, base.tokenizer, max_tokens=longest, most=most)
-    if len(prompts) < 2:
+    asked = ask("evaluate", config, dialogues, base, most=config.prompts)
+    if len(asked.prompts) < 2:
         raise UserError(
-            "there are no held-out prompts short enough; raise max_prompt_tokens or the validation share"
+            "there is only one held-out prompt short enough; raise max_prompt_tokens or the validation share"
         )
-    return prompts
+    return asked
 
 
 def sample(model: GPT, framed: ChatBase, prompts: list[list[int]], config: Config, seed: int) -> Completions:

@@ -70,6 +70,13 @@ def run(config: Config, workspace: Workspace) -> Report:
     text = "\n".join(read_texts(records / "validation.jsonl")).encode()
     compressed = compressed_bits_per_byte(text[:20_000_000])
     per_token = held_out.text_bytes / held_out.tokens
+    notes = []
+    if not config.base and train.text_bytes > config.train_bytes:
+        notes = [
+            f"merges were learnt on the first {config.train_bytes:,} of {train.text_bytes:,} bytes of the "
+            "training documents (train_bytes)"
+        ]
+        say(f"  {notes[0]}")
     say(f"  {tokenizer.vocab_size:,} tokens; {train.tokens:,} training tokens, {held_out.tokens:,} held out")
     return Report(
         measures=[Measure("bytes per token, held out", 1.0, per_token, "higher")],
@@ -81,6 +88,7 @@ def run(config: Config, workspace: Workspace) -> Report:
             "validation_bytes": held_out.text_bytes,
             **compressed,
         },
+        notes=notes,
     )
 
 

@@ -146,7 +146,7 @@ def test_models_that_cannot_be_compared_are_refused(save: Save, data: Path, tmp_
         with pytest.raises(UserError, match=said):
             evaluate.run(config_of(*pair, data), Workspace(tmp_path / "eval", 5))
     short = replace(config_of(one, one, data), max_prompt_tokens=2)
-    with pytest.raises(UserError, match="no held-out prompts"):
+    with pytest.raises(UserError, match="raise max_prompt_tokens to 16 or more"):
         evaluate.run(short, Workspace(tmp_path / "eval", 5))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
@@ -20,10 +19,8 @@ from torch.nn import functional as F
 
 from chatwright import runtime
 from chatwright.chat import ChatTemplate
-from chatwright.config import UserError
 from chatwright.data.examples import Dialogue
 from chatwright.data.loader import WIDTH_STEP, pad
-from chatwright.data.records import read_records
 from chatwright.generate.engine import Engine
 from chatwright.generate.request import Request
 from chatwright.generate.sampling import Sampling
@@ -35,6 +32,7 @@ from chatwright.objectives import policy as objective
 from chatwright.objectives.language import projected_log_probs
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.parallel.context import ParallelContext
+from chatwright.train.rl.prompts import exchanges_from
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -157,33 +155,8 @@ def from_tensors(kind: type[Batch], tensors: Mapping[str, Tensor], prefix: str =
 def prompts_from(
     dialogues: Sequence[Dialogue], template: ChatTemplate, tokenizer: Tokenizer, *, max_tokens: int, most: int
 ) -> list[list[int]]:
-    """Up to `most` prompts: conversations that end with a user's turn, as ids after which the answer begins.
-
-    Each of the first three user turns of a conversation gives one prompt. Prompts longer than `max_tokens`
-    are left out.
-    """
-    prompts: list[list[int]] = []
-    for dialogue in dialogues:
-        turns = [n for n, message in enumerate(dialogue.messages) if message["role"] == "user"]
-        for n in turns[:3]:
-            ids = template.encode(dialogue.messages[: n + 1], tokenizer, add_generation_prompt=True).ids
-            if len(ids) <= max_tokens:
-                prompts.append(ids)
-        if len(prompts) >= most:
-            break
-    return prompts[:most]
-
-
-def training_prompts(
-    records: Path, template: ChatTemplate, tokenizer: Tokenizer, max_tokens: int
-) -> list[list[int]]:
-    """At most 4,000 prompts from a data stage's training dialogues. Raises UserError when none is short
-    enough."""
-    dialogues = list(read_records(records / "dialogues-train.jsonl", Dialogue))
-    prompts = prompts_from(dialogues, template, tokenizer, max_tokens=max_tokens, most=4_000)
-    if not prompts:
-        raise UserError(f"no prompt in {records} has at most {max_tokens} tokens; raise max_prompt_tokens")
-    return prompts
+    """Up to `most` prompts of at most `max_tokens` tokens; longer ones are left out (`exchanges_from`)."""
+    return exchanges_from(dialogues, template, tokenizer, limit=max_tokens, most=most).prompts
 
 
 def sample_completions(
