@@ -21,10 +21,10 @@ from chatwright.data.examples import LabelledText
 from chatwright.interop.loaded import Loaded
 from chatwright.objectives.policy import kl_k1
 from chatwright.stages import best_of_n
-from chatwright.stages.evaluate import bootstrap_interval
 from chatwright.train.preference.measures import correlation
 from chatwright.train.rl import health
 from chatwright.train.rl.rollout import Completions, completion_log_probs, distinct, texts_of
+from chatwright.train.statistics import bootstrap_interval
 
 SAMPLES = 4
 """Completions to each prompt."""

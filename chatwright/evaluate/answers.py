@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
-from chatwright import runtime
 from chatwright.model.gpt import GPT
 from chatwright.objectives.policy import kl_k1
 from chatwright.tokenizer import Tokenizer
@@ -19,15 +17,6 @@ SHOWN = 10
 """Pairs of answers that a report shows: the first ones, unselected."""
 
 LENGTH, ENDED, REPEATS = "tokens per answer", "share that ends", "share of repeated token pairs"
-
-
-def bootstrap_interval(values: Tensor, *, seed: int, draws: int = 2_000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of values (N,), by resampling (Efron 1979)."""
-    generator = runtime.generator("bootstrap", seed)
-    chosen = torch.randint(len(values), (draws, len(values)), generator=generator)
-    means = values.double()[chosen].mean(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def repeats(tokens: Sequence[int]) -> float:

@@ -22,7 +22,7 @@ from chatwright import runtime
 from chatwright.config import UsageError, UserError
 from chatwright.data.examples import Dialogue
 from chatwright.data.records import read_records, records_of
-from chatwright.evaluate.answers import bootstrap_interval, mean_kl, side_by_side
+from chatwright.evaluate.answers import mean_kl, side_by_side
 from chatwright.evaluate.best_of_n import Samples, at_kl, best_of_n, optima, point, sizes
 from chatwright.metrics import progress_bar
 from chatwright.model.attention import plain_attention
@@ -48,6 +48,7 @@ from chatwright.train.rl.metrics import GOLD as GOLD_MEANING
 from chatwright.train.rl.metrics import SCORE as SCORE_MEANING
 from chatwright.train.rl.models import load_reward, score_completions
 from chatwright.train.rl.rollout import Completions, all_gather_completions, prompts_from, sample_completions
+from chatwright.train.statistics import bootstrap_interval
 
 SCORE, GOLD = "reward model's score, best of n", "gold measure, best of n"
 

@@ -14,7 +14,6 @@ from chatwright import checkpoint, files
 from chatwright.chat import NATIVE
 from chatwright.config import UserError
 from chatwright.data.examples import Dialogue
-from chatwright.evaluate.answers import bootstrap_interval
 from chatwright.language_model import load_parts
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
@@ -30,6 +29,7 @@ from chatwright.train.rl.rollout import (
     sample_completions,
     texts_of,
 )
+from chatwright.train.statistics import bootstrap_interval
 from chatwright.train.workspace import Report, Workspace
 
 TOKENIZER = Tokenizer.train(["love hate good bad the cat is " * 3], 300)

@@ -18,6 +18,7 @@ from chatwright.train.compiled import compile_blocks
 from chatwright.train.parallel.context import ParallelContext
 from chatwright.train.rl.config import RLConfig
 from chatwright.train.rl.ema import ema_of
+from chatwright.train.rl.fixed_prompts import prompt_sets
 from chatwright.train.rl.gold import gold_of
 from chatwright.train.rl.models import RLModels, load_reward, make_models
 from chatwright.train.rl.ptx import GeneralText
@@ -40,7 +41,14 @@ def train_policy(
     reward = load_reward(workspace.resolve(config.reward), base, config.min_correlation)
     longest = min(config.max_prompt_tokens, base.model.config.context - config.max_new_tokens)
     records = records_of(workspace.resolve(config.data))
-    prompts = training_prompts(records, base.template, base.tokenizer, longest)
+    prompts = prompt_sets(
+        training_prompts(records, base.template, base.tokenizer, longest),
+        records,
+        base.template,
+        base.tokenizer,
+        longest,
+        config,
+    )
     gold, text = gold_of(config.gold, workspace.resolve, base), None
     if config.text:
         context = config.ptx_context or base.model.config.context
@@ -54,7 +62,7 @@ def train_policy(
     else:
         trainer.progress.extra = {"beta": config.beta, "best": None, "history": []}
     say(
-        f"  {len(prompts):,} prompts; {config.iterations} iterations of {config.batch_size} completions; KL "
+        f"  {len(prompts.training):,} prompts; {config.iterations} iterations of {config.batch_size} completions; KL "
         f"budget {config.kl_budget:g} nats"
     )
     with Stopper().listening() as stopper:
