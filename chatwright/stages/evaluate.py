@@ -1,25 +1,39 @@
-"""Evaluate: two chat models on held-out prompts, by a measure that no training saw.
+"""Evaluate: is a chat model better than the one it came from?  Held-out prompts, and held-out comparisons.
 
-The measure is the lexicon score of VADER (Hutto and Gilbert 2014). It adds up word ratings by rules and knows
-nothing of our reward model. It measures sentiment in words, not quality: a model that only says "love love
-love" scores high, which is why distinct-2, length and KL stand beside it.
+Both models answer the same held-out prompts with the same seeds. What they are measured by depends on what
+there is; what is missing is left out, and the report says so:
+
+* a reward model: its score of the answers, and how often the policy's answer wins against the reference's;
+* comparisons of your own: how often a model gives the answer that people preferred the higher mean
+  log-probability per token. No reward model is in it. The reward model's own accuracy stands beside it;
+* the lexicon VADER (Hutto and Gilbert 2014), where the reward model learnt the sentiment of the built-in
+  ratings, or where `gold` asks for it. It measures pleasant words, not quality.
+
+Each measure has the 95 % interval of the paired difference, by bootstrap over prompts. A rise of a reward
+model's score counts only if the reward model itself is better than guessing on held-out comparisons.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from chatwright import files
-from chatwright.config import UserError
-from chatwright.data.examples import Dialogue
-from chatwright.data.records import read_records, records_of
-from chatwright.evaluate.answers import ENDED, LENGTH, bootstrap_interval, mean_kl, side_by_side
-from chatwright.metrics import progress_bar
+from chatwright import files, runtime
+from chatwright.config import UsageError, UserError, read_yaml
+from chatwright.data.catalogue import find
+from chatwright.data.examples import Comparison, Dialogue
+from chatwright.data.records import has_records, read_records, records_of
+from chatwright.evaluate.answers import ENDED, LENGTH, mean_kl, side_by_side
+from chatwright.evaluate.preferences import ranked_by_policy, ranked_by_reward
+from chatwright.metrics import progress_bar, say
+from chatwright.model.attention import plain_attention
 from chatwright.model.gpt import GPT
+from chatwright.model.heads import ScalarModel
+from chatwright.objectives.preference import Ties
 from chatwright.train.api import (
     Answered,
     ChatBase,
@@ -30,15 +44,23 @@ from chatwright.train.api import (
     open_base,
     open_chat_base,
 )
-from chatwright.train.rl.gold import sentiment
+from chatwright.train.preference.counting import GUESSING, Counted, counted
+from chatwright.train.rl.gold import SENTIMENT, sentiment
+from chatwright.train.rl.models import load_reward
 from chatwright.train.rl.rollout import Completions, distinct, prompts_from, sample_completions, texts_of
+from chatwright.train.statistics import Difference, bootstrap_interval, paired_difference
 
 GOLD = "gold sentiment, held-out prompts"
+REWARD = "reward model's score, held-out prompts"
+WINS = "win rate by the reward model"
+LIKELIER = "own comparisons: the preferred answer is likelier"
+ACCURACY = "reward model's accuracy on own comparisons"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of the comparison of two chat models on held-out prompts."""
+    """Settings of the comparison of two chat models on held-out data."""
 
     policy: str = field(default="ppo", metadata={"input": True})
     """The model to measure."""
@@ -46,6 +68,14 @@ class Config:
     """The model to compare it with; KL is measured from here."""
     data: str = field(default="data", metadata={"input": True})
     """The stage, or directory, with dialogues-validation.jsonl."""
+    reward: str = field(default="reward", metadata={"input": True, "words": ("",)})
+    """The reward model that scores the answers. Left out where there is none; empty for none."""
+    comparisons: str = field(default="data", metadata={"input": True, "words": ("",)})
+    """The stage, or directory, with comparisons-validation.jsonl. Left out where it has none; empty for none.
+    """
+    gold: str = AUTO
+    """A lexicon's measure of the answers besides: `sentiment`, empty for none, or `auto`: where the reward
+    model learnt the built-in ratings of sentiment."""
     prompts: int = 256
     """Number of held-out prompts (fewer when there are fewer)."""
     samples: int = 2
@@ -55,39 +85,93 @@ class Config:
     max_new_tokens: int = 32
     """Length at which an answer is cut off."""
     temperature: float = 1.0
-    """Sampling temperature."""
+    """Sampling temperature of what is measured; KL needs 1, the policy as it is."""
+    unfinished_score: float = -2.0
+    """What an answer without an end token counts instead of the reward model's score."""
+    tie_tolerance: float = 0.5
+    """Comparisons whose scores differ by no more are ties, and left out."""
+
+    def __post_init__(self) -> None:
+        if self.gold not in ("", AUTO, SENTIMENT):
+            raise UsageError(f"gold {self.gold!r} is none of auto, sentiment, and empty for none")
+
+    @property
+    def ties(self) -> Ties:
+        """Ties are left out."""
+        return "leave_out"
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Both models, and their answers to the same prompts."""
+
+    reference: GPT
+    policy: GPT
+    base: ChatBase
+    """Tokenizer and template of both."""
+    prompts: list[list[int]]
+    before: Completions
+    after: Completions
+
+
+@dataclass
+class Found:
+    """What has been measured so far."""
+
+    seed: int
+    report: Report
+    values: dict[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
+    """Numbers of single prompts, for comparisons with other runs."""
+    shown: dict[str, Difference] = field(default_factory=dict)
+    """Differences by which the policy is judged."""
+
+    def add(
+        self, name: str, before: Sequence[float], after: Sequence[float], *, unit: str = "prompts"
+    ) -> None:
+        """A measure with one number per prompt (or pair) and model; higher is better."""
+        difference = paired_difference(before, after, seed=self.seed, unit=unit)
+        interval = bootstrap_interval(torch.tensor(after), seed=self.seed)
+        means = (sum(before) / len(before), sum(after) / len(after))
+        self.report.measures.append(Measure(name, *means, "higher", difference.told(), interval))
+        self.shown[name] = difference
+
+    def left_out(self, what: str, why: str) -> None:
+        """Say that something is not measured."""
+        say(f"  {what} is left out: {why}")
+        self.report.notes.append(f"{what} is left out: {why}")
 
 
 def run(config: Config, workspace: Workspace) -> Report:
-    """Sample answers from both models to the same held-out prompts and compare them."""
+    """Sample answers from both models to the same held-out prompts, and measure all that can be measured."""
+    sides = answered(config, workspace)
+    found = Found(workspace.seed, Report())
+    reward = open_reward(config, workspace, sides.base, found)
+    if reward is not None:
+        by_reward(config, reward, sides, found)
+    by_comparisons(config, workspace, reward, sides, found)
+    if wants_sentiment(config, workspace):
+        by_sentiment(config, sides, found)
+    of_answers(config, sides, found)
+    conclude(reward is not None, found)
+    return found.report
+
+
+def answered(config: Config, workspace: Workspace) -> Sides:
+    """Both models and their answers. Raises UserError when they cannot be compared."""
     policy, reference = open_chat_base(config.policy, workspace), open_base(config.reference, workspace)
     other, tokenizer = reference.tokenizer, policy.tokenizer
     if other is None or other.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{config.policy} and {config.reference} are not chat models with one tokenizer")
+    for model in (policy.model, reference.model):
+        model.to(runtime.device()).eval()
     prompts = held_out_prompts(config, workspace, policy)
     with progress_bar("evaluate") as bar:
         bar.update(0.0, f"sampling from {config.reference}")
         before = sample(reference.model, policy, prompts, config, workspace.seed)
-        bar.update(1 / 3, f"sampling from {config.policy}")
+        bar.update(0.5, f"sampling from {config.policy}")
         after = sample(policy.model, policy, prompts, config, workspace.seed)
-        bar.update(2 / 3, "measuring KL")
-        kl = mean_kl(policy.model, reference.model, after, config.temperature)
         bar.update(1.0)
-    texts = {"before": texts_of(before, tokenizer), "after": texts_of(after, tokenizer)}
-    gold = {
-        side: torch.tensor(sentiment(found)).view(config.samples, -1).mean(0) for side, found in texts.items()
-    }
-    names, values = (
-        (config.reference, config.policy),
-        {GOLD: (gold["before"].tolist(), gold["after"].tolist())},
-    )
-    answers = side_by_side(names, prompts, (before, after), tokenizer, kl=kl, values=values)
-    report = report_of(
-        gold, {side: distinct(found) for side, found in texts.items()}, answers, workspace.seed
-    )
-    report.facts["prompts"] = len(prompts)
-    report.facts["tokens"] = sum(int(side.response.sum()) for side in (before, after))
-    return report
+    return Sides(reference.model, policy.model, policy, prompts, before, after)
 
 
 def held_out_prompts(config: Config, workspace: Workspace, base: ChatBase) -> list[list[int]]:
@@ -116,28 +200,153 @@ def sample(model: GPT, framed: ChatBase, prompts: list[list[int]], config: Confi
     )
 
 
-def report_of(gold: dict[str, Tensor], variety: dict[str, float], answers: Answered, seed: int) -> Report:
-    """The measures of both models, and by how much the gold measure rose."""
-    gain = float((gold["after"] - gold["before"]).mean())
-    low, high = bootstrap_interval(gold["after"] - gold["before"], seed=seed)
-    return Report(
-        measures=[
-            Measure(
-                GOLD,
-                float(gold["before"].mean()),
-                float(gold["after"].mean()),
-                "higher",
-                f"{gain:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}",
-                bootstrap_interval(gold["after"], seed=seed),
-            ),
-            Measure("KL on held-out prompts", 0.0, answers.kl, "context", "nats per answer"),
-            Measure("distinct-2, held-out prompts", variety["before"], variety["after"], "higher"),
-            Measure("answer length", *answers.measures[LENGTH], "context", "tokens"),
-            Measure("answers that come to their end", *answers.measures[ENDED], "higher"),
-        ],
-        facts={"gain": gain, "interval": [low, high], "kl": answers.kl, "distinct_2": variety},
-        answers=answers,
+def open_reward(config: Config, workspace: Workspace, base: ChatBase, found: Found) -> ScalarModel | None:
+    """The reward model, if there is one. Raises UserError for one of another tokenizer."""
+    if not config.reward:
+        return None
+    if config.reward not in workspace.inputs and not Path(config.reward).exists():
+        found.left_out(REWARD, f"there is no stage and no directory {config.reward}")
+        return None
+    directory = workspace.resolve(config.reward)
+    reward = load_reward(directory, base, min_correlation=-1.0).to(runtime.device()).eval()
+    if runtime.device().type == "cpu":
+        reward.body.use_attention(plain_attention)
+    result = directory / "result.json"
+    warned = files.read_json(result).get("warnings", []) if result.is_file() else []
+    found.report.warnings += [f"of the reward model: {text}" for text in warned]
+    return reward
+
+
+@torch.no_grad()
+def by_reward(config: Config, reward: ScalarModel, sides: Sides, found: Found) -> None:
+    """The reward model's score of both sides' answers, and how often the policy's one wins."""
+    scores = []
+    for given in (sides.before, sides.after):
+        parts = torch.split(torch.arange(len(given.ids)), 64)
+        raw = torch.cat([reward.score(given.ids[part], given.real[part]).float() for part in parts])
+        kept = torch.where(given.finished, raw, config.unfinished_score).cpu()
+        scores.append(kept.view(config.samples, -1))
+    before, after = scores
+    means = [side.mean(0).tolist() for side in scores]
+    found.add(REWARD, *means)
+    found.values[REWARD] = (means[0], means[1])
+    wins = ((after > before).float() + 0.5 * (after == before).float()).mean(0).tolist()
+    found.add(WINS, [0.5] * len(wins), wins)
+
+
+def by_comparisons(
+    config: Config, workspace: Workspace, reward: ScalarModel | None, sides: Sides, found: Found
+) -> None:
+    """Own held-out comparisons: how both models rank the answers, and how the reward model does."""
+    comparisons = own_comparisons(config, workspace)
+    if not comparisons:
+        found.left_out("own comparisons", f"{config.comparisons or 'no stage'} has none held out")
+        return
+    template, tokenizer = sides.base.template, sides.base.tokenizer
+    before, after = (
+        counted(ranked_by_policy(model, comparisons, template, tokenizer), config)
+        for model in (sides.reference, sides.policy)
     )
+    if not before.total:
+        found.left_out("own comparisons", "all that are held out are ties")
+        return
+    found.add(LIKELIER, *((one.right / one.pairs).tolist() for one in (before, after)), unit="comparisons")
+    if reward is not None:
+        of_reward(counted(ranked_by_reward(reward, comparisons, template, tokenizer), config), found)
+
+
+def own_comparisons(config: Config, workspace: Workspace) -> list[Comparison]:
+    """The held-out comparisons; empty when there are none."""
+    name = config.comparisons
+    if not name or (name not in workspace.inputs and not Path(name).exists()):
+        return []
+    file = records_of(workspace.resolve(name)) / "comparisons-validation.jsonl"
+    if not has_records(file) or (file.parent.is_file() and name == config.data):
+        return []  # a single file is one kind of records: `data` has conversations
+    return list(read_records(file, Comparison))
+
+
+def of_reward(judged: Counted, found: Found) -> None:
+    """The reward model's accuracy. One that may be guessing says nothing about the policy."""
+    low, high = judged.interval(found.seed)
+    note = f"95 % interval {low:.3f} to {high:.3f}, {judged.total} pairs"
+    found.report.measures.append(Measure(ACCURACY, None, judged.share, "higher", note, (low, high)))
+    found.report.facts["reward_accuracy"] = {"share": judged.share, "interval": [low, high]}
+    if low <= GUESSING:
+        for name in (REWARD, WINS):
+            found.shown.pop(name, None)
+        found.report.warnings.append(
+            f"the reward model was not shown to be better than guessing on {judged.total} held-out comparisons "
+            f"({judged.share:.3f}, {note}): its score and win rate say nothing about what people prefer"
+        )
+
+
+def wants_sentiment(config: Config, workspace: Workspace) -> bool:
+    """Whether the lexicon's measure fits: it is asked for, or the reward model learnt the built-in ratings of
+    sentiment."""
+    if config.gold != AUTO:
+        return config.gold == SENTIMENT
+    settings = _settings(config.data, workspace)
+    rated = [name for name in str(settings.get("ratings") or "").split(",") if name]
+    own = _settings(config.reward, workspace).get("comparisons") if config.reward else None
+    return bool(rated) and not own and all(find(name) is not None for name in rated)
+
+
+def _settings(name: str, workspace: Workspace) -> dict[str, Any]:
+    """The settings of a finished stage of this run; none for a path."""
+    file = workspace.inputs[name] / "config.yaml" if name in workspace.inputs else None
+    return dict(read_yaml(file)) if file is not None and file.is_file() else {}
+
+
+def by_sentiment(config: Config, sides: Sides, found: Found) -> None:
+    """VADER's score of both sides' answers."""
+    texts = [texts_of(side, sides.base.tokenizer) for side in (sides.before, sides.after)]
+    means = [torch.tensor(sentiment(one)).view(config.samples, -1).mean(0).tolist() for one in texts]
+    found.add(GOLD, *means)
+    found.values[GOLD] = (means[0], means[1])
+    shown = found.shown[GOLD]
+    found.report.facts |= {"gain": shown.mean, "interval": list(shown.interval)}
+
+
+def of_answers(config: Config, sides: Sides, found: Found) -> None:
+    """KL, variety, length and ends of the answers; and the answers themselves."""
+    kl = mean_kl(sides.policy, sides.reference, sides.after, config.temperature)
+    names = (config.reference, config.policy)
+    answers: Answered = side_by_side(
+        names, sides.prompts, (sides.before, sides.after), sides.base.tokenizer, kl=kl, values=found.values
+    )
+    variety = [distinct(texts_of(side, sides.base.tokenizer)) for side in (sides.before, sides.after)]
+    found.report.answers = answers
+    found.report.measures += [
+        Measure("KL on held-out prompts", 0.0, kl, "context", "nats per answer"),
+        Measure("distinct-2, held-out prompts", variety[0], variety[1], "higher"),
+        Measure("answer length", *answers.measures[LENGTH], "context", "tokens"),
+        Measure("answers that come to their end", *answers.measures[ENDED], "higher"),
+    ]
+    found.report.facts |= {
+        "kl": kl,
+        "distinct_2": {"before": variety[0], "after": variety[1]},
+        "prompts": len(sides.prompts),
+        "tokens": sum(int(side.response.sum()) for side in (sides.before, sides.after)),
+    }
+
+
+def conclude(scored: bool, found: Found) -> None:
+    """One line on what was shown."""
+    better = [name for name, one in found.shown.items() if one.better]
+    worse = [name for name, one in found.shown.items() if one.worse]
+    parts = [f"better by {', '.join(better)}"] if better else []
+    parts += [f"worse by {', '.join(worse)}"] if worse else []
+    if not parts:
+        parts = [
+            "nothing was shown: no measure has an interval that leaves out 0"
+            if found.shown
+            else "nothing was shown: there is nothing to judge the policy by; name a reward model or comparisons"
+        ]
+    text = f"conclusion: {'; '.join(parts)}"
+    found.report.facts["conclusion"] = {"better": better, "worse": worse}
+    found.report.notes.insert(0, text)
+    say(f"  {text}")
 
 
 def kl_budget(config: Config, workspace: Workspace, report: Report) -> dict[str, Any]:

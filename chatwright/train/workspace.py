@@ -76,7 +76,10 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
     """Other numbers worth keeping: counts, settings that were chosen at run time."""
     notes: list[str] = field(default_factory=list)
-    """Lines for the report: departures, warnings."""
+    """Lines for the report: departures, what was left out."""
+    warnings: list[str] = field(default_factory=list)
+    """What makes the result doubtful, and what to do. They are printed when the stage is done, and stand at
+    the top of the report."""
     tables: list[Table] = field(default_factory=list)
     answers: Answered | None = None
     """Set by stages that sample answers themselves; for the others the pipeline samples from base and result

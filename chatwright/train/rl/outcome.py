@@ -17,6 +17,7 @@ from chatwright.train.rl.fixed_prompts import Answers
 from chatwright.train.statistics import bootstrap_interval, paired_difference
 from chatwright.train.workspace import Curve, Measure, Report, Workspace
 
+SCORE, GOLD = "reward model's score, held-out prompts", "gold measure, held-out prompts"
 KL = "KL to the SFT model"
 
 COMMON = (
@@ -60,13 +61,17 @@ def report_of(
     """
     result = result_of(extra, step)
     stopped = trouble or extra["stopped"]
-    facts = {
+    facts: dict[str, Any] = {
         "best": extra["best"],
         "iterations": step - ("average" in extra),
         "stopped": stopped,
         **(more or {}),
     }
-    measures, notes = held_out_measures(*held_out, seed) if held_out is not None else ([], [])
+    measures, notes = [], []
+    if held_out is not None:
+        measures, notes, facts["held_out"] = held_out_measures(*held_out, seed)
+    elif trouble and result is not None:
+        measures = [Measure(KL, 0.0, result["kl"], "context", note="nats per answer, fixed training prompts")]
     if tax is not None:
         measures.append(Measure("perplexity of general text", *tax, note="per token; the alignment tax"))
     if trouble:
@@ -95,13 +100,15 @@ def _kept(extra: Mapping[str, Any], result: Mapping[str, Any], selection_metric:
     return f"stopped: {stopped}; kept: iteration {result['step']}, {why}"
 
 
-def held_out_measures(before: Answers, after: Answers, seed: int) -> tuple[list[Measure], list[str]]:
-    """Measures of two models on the same held-out prompts, and a line that says whether anything was shown."""
-    measures, notes = [], []
-    for name, key in (
-        ("reward model's score, held-out prompts", "score"),
-        ("gold measure, held-out prompts", "gold"),
-    ):
+def held_out_measures(
+    before: Answers, after: Answers, seed: int
+) -> tuple[list[Measure], list[str], dict[str, Any]]:
+    """Measures of two models on the same held-out prompts, lines on whether anything was shown, and the same
+    as numbers: name of a measure -> {difference, interval, prompts}."""
+    measures: list[Measure] = []
+    notes: list[str] = []
+    facts: dict[str, Any] = {}
+    for key, name in (("score", SCORE), ("gold", GOLD)):
         sides = getattr(before, key), getattr(after, key)
         if not sides[1]:
             continue
@@ -109,8 +116,12 @@ def held_out_measures(before: Answers, after: Answers, seed: int) -> tuple[list[
         interval = bootstrap_interval(torch.tensor(sides[1]), seed=seed)
         means = (before.means()[key], after.means()[key])
         measures.append(Measure(name, *means, "higher", difference.told(), interval))
-        told = "rose" if difference.better else "fell" if difference.worse else "did not change for sure"
-        notes.append(f"{name}: it {told}: {difference.told()}")
+        notes.append(f"{name}: {difference.told()}")
+        facts[key] = {
+            "difference": difference.mean,
+            "interval": list(difference.interval),
+            "prompts": difference.count,
+        }
     kl = after.means()["kl"]
     measures += [
         Measure(KL, 0.0, kl, "context", note="nats per answer, held-out prompts"),
@@ -122,7 +133,7 @@ def held_out_measures(before: Answers, after: Answers, seed: int) -> tuple[list[
             "higher",
         ),
     ]
-    return measures, notes
+    return measures, notes, facts
 
 
 def kl_budget(config: Any, workspace: Workspace, report: Report) -> dict[str, Any]:

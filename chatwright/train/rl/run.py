@@ -62,8 +62,8 @@ def train_policy(
     else:
         trainer.progress.extra = {"beta": config.beta, "best": None, "history": []}
     say(
-        f"  {len(prompts.training):,} prompts; {config.iterations} iterations of {config.batch_size} completions; KL "
-        f"budget {config.kl_budget:g} nats"
+        f"  {len(prompts.training):,} prompts; {config.iterations} iterations of {config.batch_size} "
+        f"completions; KL budget {config.kl_budget:g} nats"
     )
     with Stopper().listening() as stopper:
         run = method(config, workspace, trainer, models, base, prompts, gold=gold, text=text)
