@@ -68,11 +68,10 @@ class Config:
     """The model to compare it with; KL is measured from here."""
     data: str = field(default="data", metadata={"input": True})
     """The stage, or directory, with dialogues-validation.jsonl."""
-    reward: str = field(default="reward", metadata={"input": True, "words": ("",)})
-    """The reward model that scores the answers. Left out where there is none; empty for none."""
+    reward: str = field(default="reward", metadata={"input": True, "words": ("",), "optional": True})
+    """The reward model that scores the answers. Left out where the run has none; empty for none."""
     comparisons: str = field(default="data", metadata={"input": True, "words": ("",)})
-    """The stage, or directory, with comparisons-validation.jsonl. Left out where it has none; empty for none.
-    """
+    """The stage, directory or file with your own comparisons. Left out where it has none; empty for none."""
     gold: str = AUTO
     """A lexicon's measure of the answers besides: `sentiment`, empty for none, or `auto`: where the reward
     model learnt the built-in ratings of sentiment."""
@@ -124,10 +123,10 @@ class Found:
     """Numbers of single prompts, for comparisons with other runs."""
     shown: dict[str, Difference] = field(default_factory=dict)
     """Differences by which the policy is judged."""
+    guessing: bool = False
+    """Whether the reward model may be guessing: its score then counts for nothing."""
 
-    def add(
-        self, name: str, before: Sequence[float], after: Sequence[float], *, unit: str = "prompts"
-    ) -> None:
+    def add(self, name: str, before: Sequence[float], after: Sequence[float], unit: str = "prompts") -> None:
         """A measure with one number per prompt (or pair) and model; higher is better."""
         difference = paired_difference(before, after, seed=self.seed, unit=unit)
         interval = bootstrap_interval(torch.tensor(after), seed=self.seed)
@@ -152,7 +151,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     if wants_sentiment(config, workspace):
         by_sentiment(config, sides, found)
     of_answers(config, sides, found)
-    conclude(reward is not None, found)
+    conclude(found)
     return found.report
 
 
@@ -204,16 +203,19 @@ def open_reward(config: Config, workspace: Workspace, base: ChatBase, found: Fou
     """The reward model, if there is one. Raises UserError for one of another tokenizer."""
     if not config.reward:
         return None
-    if config.reward not in workspace.inputs and not Path(config.reward).exists():
-        found.left_out(REWARD, f"there is no stage and no directory {config.reward}")
+    default = Config.reward
+    if config.reward == default and default not in workspace.inputs and not Path(default).exists():
+        found.left_out("the reward model", "the run has no stage reward")
         return None
     directory = workspace.resolve(config.reward)
     reward = load_reward(directory, base, min_correlation=-1.0).to(runtime.device()).eval()
     if runtime.device().type == "cpu":
         reward.body.use_attention(plain_attention)
     result = directory / "result.json"
-    warned = files.read_json(result).get("warnings", []) if result.is_file() else []
-    found.report.warnings += [f"of the reward model: {text}" for text in warned]
+    known = files.read_json(result) if result.is_file() else {}
+    found.report.warnings += [f"of the reward model: {text}" for text in known.get("warnings", ())]
+    interval = known.get("facts", {}).get("held_out_accuracy_interval")
+    found.guessing = bool(interval) and interval[0] <= GUESSING
     return reward
 
 
@@ -250,18 +252,17 @@ def by_comparisons(
     if not before.total:
         found.left_out("own comparisons", "all that are held out are ties")
         return
-    found.add(LIKELIER, *((one.right / one.pairs).tolist() for one in (before, after)), unit="comparisons")
+    found.add(LIKELIER, *((one.right / one.pairs).tolist() for one in (before, after)), "comparisons")
     if reward is not None:
         of_reward(counted(ranked_by_reward(reward, comparisons, template, tokenizer), config), found)
 
 
 def own_comparisons(config: Config, workspace: Workspace) -> list[Comparison]:
     """The held-out comparisons; empty when there are none."""
-    name = config.comparisons
-    if not name or (name not in workspace.inputs and not Path(name).exists()):
+    if not config.comparisons:
         return []
-    file = records_of(workspace.resolve(name)) / "comparisons-validation.jsonl"
-    if not has_records(file) or (file.parent.is_file() and name == config.data):
+    file = records_of(workspace.resolve(config.comparisons)) / "comparisons-validation.jsonl"
+    if not has_records(file) or (file.parent.is_file() and config.comparisons == config.data):
         return []  # a single file is one kind of records: `data` has conversations
     return list(read_records(file, Comparison))
 
@@ -273,10 +274,9 @@ def of_reward(judged: Counted, found: Found) -> None:
     found.report.measures.append(Measure(ACCURACY, None, judged.share, "higher", note, (low, high)))
     found.report.facts["reward_accuracy"] = {"share": judged.share, "interval": [low, high]}
     if low <= GUESSING:
-        for name in (REWARD, WINS):
-            found.shown.pop(name, None)
+        found.guessing = True
         found.report.warnings.append(
-            f"the reward model was not shown to be better than guessing on {judged.total} held-out comparisons "
+            f"the reward model was not shown to be better than guessing on held-out comparisons "
             f"({judged.share:.3f}, {note}): its score and win rate say nothing about what people prefer"
         )
 
@@ -331,18 +331,19 @@ def of_answers(config: Config, sides: Sides, found: Found) -> None:
     }
 
 
-def conclude(scored: bool, found: Found) -> None:
+def conclude(found: Found) -> None:
     """One line on what was shown."""
-    better = [name for name, one in found.shown.items() if one.better]
-    worse = [name for name, one in found.shown.items() if one.worse]
+    trusted = {
+        name: one for name, one in found.shown.items() if not (found.guessing and name in (REWARD, WINS))
+    }
+    better = [name for name, one in trusted.items() if one.better]
+    worse = [name for name, one in trusted.items() if one.worse]
     parts = [f"better by {', '.join(better)}"] if better else []
     parts += [f"worse by {', '.join(worse)}"] if worse else []
-    if not parts:
-        parts = [
-            "nothing was shown: no measure has an interval that leaves out 0"
-            if found.shown
-            else "nothing was shown: there is nothing to judge the policy by; name a reward model or comparisons"
-        ]
+    if not parts and trusted:
+        parts = ["nothing was shown: no measure has an interval that leaves out 0"]
+    elif not parts:
+        parts = ["nothing was shown: no reward model that is better than guessing, and no own comparisons"]
     text = f"conclusion: {'; '.join(parts)}"
     found.report.facts["conclusion"] = {"better": better, "worse": worse}
     found.report.notes.insert(0, text)

@@ -240,7 +240,9 @@ def run(config: Config, workspace: Workspace) -> Report:
     share = rows.learnt / rows.size
     training = start_training("sft", PLAN, config, workspace, model.config, learnt=share)
     compiling = partial(compiled_for, length=length)
-    trainer = training.trainer(model, base.tokenizer, base.template, compiling=compiling)
+    trainer = training.trainer(
+        model, base.tokenizer, base.template, generation=base.generation, compiling=compiling
+    )
     say(f"  {rows}")
     train_step = training.in_precision(partial(step, model))
     fitted = training.fit(

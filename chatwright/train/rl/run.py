@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from chatwright import memory
+from chatwright import files, memory
 from chatwright.data.records import records_of
 from chatwright.interop.loaded import Loaded
 from chatwright.metrics import progress_bar, say
@@ -69,7 +70,18 @@ def train_policy(
         run = method(config, workspace, trainer, models, base, prompts, gold=gold, text=text)
         run.asked = lambda: stopper.asked
         run_iterations(run)
-    return run.report()
+    report = run.report()
+    report.warnings += doubts_of_reward(workspace.resolve(config.reward))
+    return report
+
+
+def doubts_of_reward(directory: Path) -> list[str]:
+    """What the reward model's own stage warned of: a policy that follows it is as doubtful."""
+    file = directory / "result.json"
+    warned = files.read_json(file).get("warnings", []) if file.is_file() else []
+    return [
+        f"the score is only as good as the reward model, of which its report says: {one}" for one in warned
+    ]
 
 
 def run_iterations(run: PolicyTraining[Any, Any]) -> None:
@@ -128,7 +140,7 @@ def trainer_of(
         config.optim,
         workspace,
         metadata=model_metadata("language", shape, tokenizer, template, adapter=adapter),
-        texts=model_texts(tokenizer, template),
+        texts=model_texts(tokenizer, template, base.generation),
         parallel=models.parallel,
         frozen=models.frozen,
         keep=config.keep,
