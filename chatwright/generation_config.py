@@ -105,3 +105,25 @@ def described(options: Mapping[str, Any]) -> str:
         if name in options and options[name] != idle.get(name)
     ]
     return ", ".join(parts)
+
+
+CHAT_TEMPERATURE = 0.7
+"""What `chatwright chat` takes where neither the user nor the model says a temperature."""
+
+
+def chat_options(own: GenerationConfig | None, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The sampling settings of a chat: the user's, else the model's own, else a temperature of 0.7."""
+    options = own.options() if own is not None else {}
+    return {"temperature": CHAT_TEMPERATURE, **options, **(given or {})}
+
+
+def told(own: GenerationConfig | None, given: Mapping[str, Any] | None = None) -> str:
+    """These settings for people, and where they come from: `temperature 0.2, top-p 0.9 (from ...)`."""
+    options, given = chat_options(own, given), given or {}
+    theirs = {} if own is None else own.options()
+    sources = ["as given"] if given else []
+    if own is not None and set(theirs) - set(given):
+        sources.append(f"from {own.source}")
+    if "temperature" not in {*theirs, *given}:
+        sources.append("chat's default, for the model recommends none")
+    return f"{described(options)} ({'; '.join(sources)})"

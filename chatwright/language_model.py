@@ -83,8 +83,8 @@ def exact_runner(model: GPT, dtype: torch.dtype = torch.float32) -> Runner | Non
 
 
 class LanguageModel:
-    """A GPT that speaks text. Sampling options are those of `chatwright.generate.sampling.Sampling`; those that
-    are not given are the model's own (`generation_config.json`), where it has any."""
+    """A GPT that speaks text. Sampling options are those of `chatwright.generate.sampling.Sampling`; those
+    that are not given are the model's own (`generation_config.json`), where it has any."""
 
     def __init__(
         self,

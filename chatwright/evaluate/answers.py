@@ -37,14 +37,15 @@ def of_each(answers: Completions) -> dict[str, list[float]]:
 
 def side_by_side(
     names: tuple[str, str],
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[str],
     sides: tuple[Completions, Completions],
     tokenizer: Tokenizer,
     *,
     values: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     kl: float | None = None,
+    sampling: str = "",
 ) -> Answered:
-    """Completions of `prompts` before and after. With several answers per prompt, row n belongs to prompt n
+    """Completions of `prompts` (as people read them) before and after, and how they were sampled. With several answers per prompt, row n belongs to prompt n
     modulo their number, and a prompt's numbers are means over its answers. `values` adds further numbers per
     prompt.
     """
@@ -56,12 +57,12 @@ def side_by_side(
     measures = {name: (mean(each[0][name]), mean(each[1][name])) for name in each[0]}
     for n in (1, 2):
         measures[f"distinct-{n}"] = (distinct(texts[0], n), distinct(texts[1], n))
-    readable = [turns(prompt, tokenizer) for prompt in prompts]
     pairs = [
-        {"prompt": readable[n], "before": texts[0][n], "after": texts[1][n]}
+        {"prompt": prompts[n], "before": texts[0][n], "after": texts[1][n]}
         for n in range(min(SHOWN, len(prompts)))
     ]
-    return Answered(names[0], names[1], readable, pairs, {**known, **(values or {})}, measures, kl)
+    every = {**known, **(values or {})}
+    return Answered(names[0], names[1], list(prompts), pairs, every, measures, kl, sampling)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -72,18 +73,6 @@ def mean(values: Sequence[float]) -> float:
 def per_prompt(values: Sequence[float], prompts: int) -> list[float]:
     """Means over the answers to each prompt; answer number n is to prompt n modulo `prompts`."""
     return torch.tensor(values, dtype=torch.float64).view(-1, prompts).mean(0).tolist()  # type: ignore[no-any-return]
-
-
-def turns(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """A prompt for people to read: its turns, separated by ` / `."""
-    controls = set(tokenizer.control_ids.values())
-    parts: list[list[int]] = [[]]
-    for number in ids:
-        if number in controls:
-            parts.append([])
-        else:
-            parts[-1].append(number)
-    return " / ".join(tokenizer.decode(part) for part in parts if part)
 
 
 @torch.no_grad()

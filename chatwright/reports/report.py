@@ -132,6 +132,8 @@ def _answers(directory: Path, result: Result) -> list[str]:
         f"The first {len(pairs)} of {answers['prompts']} held-out prompts, not chosen; both sides with the "
         "same seeds."
     )
+    if answers.get("sampling"):
+        what = f"{what.removesuffix('.')}, sampled at {item(answers['sampling'])}."
     if not answers["measures"]:  # a reward model's pairs: it does not write answers
         what = f"The first {len(pairs)} held-out pairs of answers that are no tie, not chosen otherwise."
     lines = [what, ""]

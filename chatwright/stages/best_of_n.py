@@ -47,7 +47,12 @@ from chatwright.train.rl.gold import SENTIMENT, Gold, gold_of
 from chatwright.train.rl.metrics import GOLD as GOLD_MEANING
 from chatwright.train.rl.metrics import SCORE as SCORE_MEANING
 from chatwright.train.rl.models import load_reward, score_completions
-from chatwright.train.rl.rollout import Completions, all_gather_completions, prompts_from, sample_completions
+from chatwright.train.rl.rollout import (
+    Completions,
+    all_gather_completions,
+    prompts_with_texts,
+    sample_completions,
+)
 from chatwright.train.statistics import bootstrap_interval
 
 SCORE, GOLD = "reward model's score, best of n", "gold measure, best of n"
@@ -130,7 +135,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     """Sample N answers to each held-out prompt, and measure what choosing among n of them gains."""
     base = _load(config.policy, workspace)
     scorer = Scorer.load(config, workspace, base)
-    prompts = held_out_prompts(config, workspace, base)
+    prompts, texts = held_out_prompts(config, workspace, base)
     parallel = sharing(config, prompts)
     with progress_bar("best_of_n") as bar:
         bar.update(0.0, f"{config.n} answers to each of {len(prompts)} prompts")
@@ -152,7 +157,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         )
         bar.update(1.0)
     report = report_of(config, rows, baseline, optima(scores, values, workspace.seed))
-    report.answers = chosen_answers(config, base, prompts, given, scores, values)
+    report.answers = chosen_answers(config, base, texts, given, scores, values)
     report.facts["tokens"] = int(given.response.sum())
     return report
 
@@ -160,7 +165,7 @@ def run(config: Config, workspace: Workspace) -> Report:
 def chosen_answers(
     config: Config,
     base: ChatBase,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[str],
     given: Completions,
     scores: Samples,
     values: Samples | None,
@@ -176,7 +181,8 @@ def chosen_answers(
         f"{config.policy}, the best of {config.n} by {config.reward}",
     )
     sides = (given.rows(runtime.on_device(first)), given.rows(runtime.on_device(best)))
-    return side_by_side(names, prompts, sides, base.tokenizer, values=known)
+    sampling = f"temperature {config.temperature:g}, at most {config.max_new_tokens} tokens"
+    return side_by_side(names, prompts, sides, base.tokenizer, values=known, sampling=sampling)
 
 
 def sharing(config: Config, prompts: Sequence[Sequence[int]]) -> ParallelContext:
@@ -206,17 +212,21 @@ def _load(name: str, workspace: Workspace) -> ChatBase:
     return found
 
 
-def held_out_prompts(config: Config, workspace: Workspace, base: ChatBase) -> list[list[int]]:
-    """Prompts of held-out conversations. Raises UserError when there are fewer than two."""
+def held_out_prompts(
+    config: Config, workspace: Workspace, base: ChatBase
+) -> tuple[list[list[int]], list[str]]:
+    """Prompts of held-out conversations, as ids and as text. Raises UserError when there are fewer than two."""
     records = records_of(workspace.resolve(config.data))
     dialogues = list(read_records(records / "dialogues-validation.jsonl", Dialogue))
     longest = min(config.max_prompt_tokens, base.model.config.context - config.max_new_tokens)
-    prompts = prompts_from(dialogues, base.template, base.tokenizer, max_tokens=longest, most=config.prompts)
+    prompts, texts = prompts_with_texts(
+        dialogues, base.template, base.tokenizer, max_tokens=longest, most=config.prompts
+    )
     if len(prompts) < 2:
         raise UserError(
             "there are no held-out prompts short enough; raise max_prompt_tokens or the validation share"
         )
-    return prompts
+    return prompts, texts
 
 
 def answered(

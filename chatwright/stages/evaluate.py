@@ -16,7 +16,7 @@ model's score counts only if the reward model itself is better than guessing on 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from chatwright.data.examples import Comparison, Dialogue
 from chatwright.data.records import has_records, read_records, records_of
 from chatwright.evaluate.answers import ENDED, LENGTH, mean_kl, side_by_side
 from chatwright.evaluate.preferences import ranked_by_policy, ranked_by_reward
+from chatwright.generation_config import chat_options, told
 from chatwright.metrics import progress_bar, say
 from chatwright.model.attention import plain_attention
 from chatwright.model.gpt import GPT
@@ -47,7 +48,13 @@ from chatwright.train.api import (
 from chatwright.train.preference.counting import GUESSING, Counted, counted
 from chatwright.train.rl.gold import SENTIMENT, sentiment
 from chatwright.train.rl.models import load_reward
-from chatwright.train.rl.rollout import Completions, distinct, prompts_from, sample_completions, texts_of
+from chatwright.train.rl.rollout import (
+    Completions,
+    distinct,
+    prompts_with_texts,
+    sample_completions,
+    texts_of,
+)
 from chatwright.train.statistics import Difference, bootstrap_interval, paired_difference
 
 GOLD = "gold sentiment, held-out prompts"
@@ -109,6 +116,8 @@ class Sides:
     base: ChatBase
     """Tokenizer and template of both."""
     prompts: list[list[int]]
+    texts: list[str]
+    """The prompts as people read them."""
     before: Completions
     after: Completions
 
@@ -163,27 +172,31 @@ def answered(config: Config, workspace: Workspace) -> Sides:
         raise UserError(f"{config.policy} and {config.reference} are not chat models with one tokenizer")
     for model in (policy.model, reference.model):
         model.to(runtime.device()).eval()
-    prompts = held_out_prompts(config, workspace, policy)
+    prompts, texts = held_out_prompts(config, workspace, policy)
     with progress_bar("evaluate") as bar:
         bar.update(0.0, f"sampling from {config.reference}")
         before = sample(reference.model, policy, prompts, config, workspace.seed)
         bar.update(0.5, f"sampling from {config.policy}")
         after = sample(policy.model, policy, prompts, config, workspace.seed)
         bar.update(1.0)
-    return Sides(reference.model, policy.model, policy, prompts, before, after)
+    return Sides(reference.model, policy.model, policy, prompts, texts, before, after)
 
 
-def held_out_prompts(config: Config, workspace: Workspace, base: ChatBase) -> list[list[int]]:
-    """Prompts of held-out conversations. Raises UserError when there are fewer than two."""
+def held_out_prompts(
+    config: Config, workspace: Workspace, base: ChatBase
+) -> tuple[list[list[int]], list[str]]:
+    """Prompts of held-out conversations, as ids and as text. Raises UserError when there are fewer than two."""
     records = records_of(workspace.resolve(config.data))
     dialogues = list(read_records(records / "dialogues-validation.jsonl", Dialogue))
     longest, most = config.max_prompt_tokens, config.prompts
-    prompts = prompts_from(dialogues, base.template, base.tokenizer, max_tokens=longest, most=most)
+    prompts, texts = prompts_with_texts(
+        dialogues, base.template, base.tokenizer, max_tokens=longest, most=most
+    )
     if len(prompts) < 2:
         raise UserError(
             "there are no held-out prompts short enough; raise max_prompt_tokens or the validation share"
         )
-    return prompts
+    return prompts, texts
 
 
 def sample(model: GPT, framed: ChatBase, prompts: list[list[int]], config: Config, seed: int) -> Completions:
@@ -313,8 +326,9 @@ def of_answers(config: Config, sides: Sides, found: Found) -> None:
     kl = mean_kl(sides.policy, sides.reference, sides.after, config.temperature)
     names = (config.reference, config.policy)
     answers: Answered = side_by_side(
-        names, sides.prompts, (sides.before, sides.after), sides.base.tokenizer, kl=kl, values=found.values
+        names, sides.texts, (sides.before, sides.after), sides.base.tokenizer, kl=kl, values=found.values
     )
+    answers = as_in_chat(answers, config, sides, found.seed)
     variety = [distinct(texts_of(side, sides.base.tokenizer)) for side in (sides.before, sides.after)]
     found.report.answers = answers
     found.report.measures += [
@@ -329,6 +343,38 @@ def of_answers(config: Config, sides: Sides, found: Found) -> None:
         "prompts": len(sides.prompts),
         "tokens": sum(int(side.response.sum()) for side in (sides.before, sides.after)),
     }
+
+
+def as_in_chat(answers: Answered, config: Config, sides: Sides, seed: int) -> Answered:
+    """The same with pairs of answers that are sampled as a chat samples them: what a user will see."""
+    own = sides.base.generation
+    options = chat_options(own)
+    temperature = options.pop("temperature")
+    count = len(answers.pairs)
+    told_texts = [
+        texts_of(
+            sample_completions(
+                model,
+                sides.prompts[:count],
+                end=sides.base.tokenizer.control_ids[sides.base.template.end],
+                max_new_tokens=config.max_new_tokens,
+                temperature=temperature,
+                seed_parts=(seed, "as in chat"),
+                filters=options,
+            ),
+            sides.base.tokenizer,
+        )
+        for model in (sides.reference, sides.policy)
+    ]
+    pairs = [
+        {"prompt": prompt, "before": before, "after": after}
+        for prompt, before, after in zip(sides.texts, *told_texts, strict=False)
+    ]
+    sampling = (
+        f"{told(own)}, at most {config.max_new_tokens} tokens (what is measured: temperature "
+        f"{config.temperature:g})"
+    )
+    return replace(answers, pairs=pairs, sampling=sampling)
 
 
 def conclude(found: Found) -> None:

@@ -71,8 +71,8 @@ def model_texts(
     template: ChatTemplate | None = None,
     generation: GenerationConfig | None = None,
 ) -> dict[str, str]:
-    """The files that make a checkpoint self-contained: the tokenizer, and where there are any the chat template
-    and the sampling settings of the model that training started from."""
+    """The files that make a checkpoint self-contained: the tokenizer, and where there are any the chat
+    template and the sampling settings of the model that training started from."""
     texts = {"tokenizer.json": tokenizer.to_json()}
     if template is not None:
         texts["chat_template.jinja"] = template.source

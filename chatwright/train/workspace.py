@@ -63,6 +63,8 @@ class Answered:
     """Name of a measure -> its value over all answers, (before, after): length and diversity."""
     kl: float | None = None
     """KL of the second model from the first on its own answers, nats per answer."""
+    sampling: str = ""
+    """How the answers were sampled, for people: temperature and so on, and the longest answer."""
 
 
 @dataclass

@@ -28,6 +28,7 @@ from chatwright.generate.engine import Engine
 from chatwright.generate.request import Request
 from chatwright.generate.sampling import Sampling
 from chatwright.language_model import exact_runner
+from chatwright.messages import described
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.model.ragged import bucket_size
@@ -154,6 +155,26 @@ def from_tensors(kind: type[Batch], tensors: Mapping[str, Tensor], prefix: str =
     return kind(*values)
 
 
+def prompts_with_texts(
+    dialogues: Sequence[Dialogue], template: ChatTemplate, tokenizer: Tokenizer, *, max_tokens: int, most: int
+) -> tuple[list[list[int]], list[str]]:
+    """`prompts_from`, and each prompt as people read it: its turns, separated by ` / `, without anything that
+    the template adds (control tokens, roles, a system prompt of its own)."""
+    prompts: list[list[int]] = []
+    texts: list[str] = []
+    for dialogue in dialogues:
+        turns = [n for n, message in enumerate(dialogue.messages) if message["role"] == "user"]
+        for n in turns[:3]:
+            messages = dialogue.messages[: n + 1]
+            ids = template.encode(messages, tokenizer, add_generation_prompt=True).ids
+            if len(ids) <= max_tokens:
+                prompts.append(ids)
+                texts.append(" / ".join(described(message["content"]) for message in messages))
+        if len(prompts) >= most:
+            break
+    return prompts[:most], texts[:most]
+
+
 def prompts_from(
     dialogues: Sequence[Dialogue], template: ChatTemplate, tokenizer: Tokenizer, *, max_tokens: int, most: int
 ) -> list[list[int]]:
@@ -162,16 +183,7 @@ def prompts_from(
     Each of the first three user turns of a conversation gives one prompt. Prompts longer than `max_tokens`
     are left out.
     """
-    prompts: list[list[int]] = []
-    for dialogue in dialogues:
-        turns = [n for n, message in enumerate(dialogue.messages) if message["role"] == "user"]
-        for n in turns[:3]:
-            ids = template.encode(dialogue.messages[: n + 1], tokenizer, add_generation_prompt=True).ids
-            if len(ids) <= max_tokens:
-                prompts.append(ids)
-        if len(prompts) >= most:
-            break
-    return prompts[:most]
+    return prompts_with_texts(dialogues, template, tokenizer, max_tokens=max_tokens, most=most)[0]
 
 
 def training_prompts(
@@ -197,8 +209,9 @@ def sample_completions(
     first: int = 0,
     max_batch: int = 64,
     dtype: torch.dtype = torch.float32,
+    filters: Mapping[str, Any] | None = None,
 ) -> Completions:
-    """Sample one completion per prompt.
+    """Sample one completion per prompt. `filters` are further settings of the sampler, such as top-p.
 
     Each has its own random stream, seeded by `seed_parts` and its number. Numbers count from `first`: the
     number of the first prompt, when a process samples only a part of them. On a CPU the compiled kernels
@@ -211,6 +224,7 @@ def sample_completions(
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 seed=runtime.seed_for(*seed_parts, number),
+                **(filters or {}),
             ),
             end_ids=frozenset({end}),
         )

@@ -79,9 +79,7 @@ def doubts_of_reward(directory: Path) -> list[str]:
     """What the reward model's own stage warned of: a policy that follows it is as doubtful."""
     file = directory / "result.json"
     warned = files.read_json(file).get("warnings", []) if file.is_file() else []
-    return [
-        f"the score is only as good as the reward model, of which its report says: {one}" for one in warned
-    ]
+    return [f"the score is only as good as the reward model, whose report says: {one}" for one in warned]
 
 
 def run_iterations(run: PolicyTraining[Any, Any]) -> None:
