@@ -45,9 +45,10 @@ def side_by_side(
     kl: float | None = None,
     sampling: str = "",
 ) -> Answered:
-    """Completions of `prompts` (as people read them) before and after, and how they were sampled. With several answers per prompt, row n belongs to prompt n
-    modulo their number, and a prompt's numbers are means over its answers. `values` adds further numbers per
-    prompt.
+    """Completions of `prompts` (as people read them) before and after, and how they were sampled.
+
+    With several answers per prompt, row n belongs to prompt n modulo their number, and a prompt's numbers are
+    means over its answers. `values` adds further numbers per prompt.
     """
     each, texts = [of_each(side) for side in sides], [texts_of(side, tokenizer) for side in sides]
     known = {

@@ -1,8 +1,8 @@
 """Report extras, added when a stage is done: the paper's settings, answers before and after, KL budget, cost.
 
 Answers are sampled here, so that a stage need not do it: with the usual engine, on held-out prompts, with the
-same seeds for the model before the stage and the model after it, and with the settings of `chatwright chat`: a
-reader sees what a user will see, not what training samples.
+same seeds for the model before the stage and the model after it, and with the settings of `chatwright chat`:
+a reader sees what a user will see, not what training samples.
 """
 
 from __future__ import annotations

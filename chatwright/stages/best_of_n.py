@@ -215,7 +215,7 @@ def _load(name: str, workspace: Workspace) -> ChatBase:
 def held_out_prompts(
     config: Config, workspace: Workspace, base: ChatBase
 ) -> tuple[list[list[int]], list[str]]:
-    """Prompts of held-out conversations, as ids and as text. Raises UserError when there are fewer than two."""
+    """Prompts of held-out conversations, as ids and as text. Raises UserError when there are under two."""
     records = records_of(workspace.resolve(config.data))
     dialogues = list(read_records(records / "dialogues-validation.jsonl", Dialogue))
     longest = min(config.max_prompt_tokens, base.model.config.context - config.max_new_tokens)

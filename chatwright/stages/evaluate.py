@@ -185,7 +185,7 @@ def answered(config: Config, workspace: Workspace) -> Sides:
 def held_out_prompts(
     config: Config, workspace: Workspace, base: ChatBase
 ) -> tuple[list[list[int]], list[str]]:
-    """Prompts of held-out conversations, as ids and as text. Raises UserError when there are fewer than two."""
+    """Prompts of held-out conversations, as ids and as text. Raises UserError when there are under two."""
     records = records_of(workspace.resolve(config.data))
     dialogues = list(read_records(records / "dialogues-validation.jsonl", Dialogue))
     longest, most = config.max_prompt_tokens, config.prompts
