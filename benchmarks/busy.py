@@ -51,7 +51,7 @@ LOOPS = (0, 1, 2)
 SPIN = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 OLD_SPIN = 300_000
 """libgomp's own choice of GOMP_SPINCOUNT, where nobody chooses."""
-SETTLE = 0.5
+SETTLE = 1.5
 """Seconds after a busy loop has started before a round begins."""
 AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
 
