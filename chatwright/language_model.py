@@ -38,6 +38,12 @@ SMOLLM2_SAMPLING = GenerationConfig(temperature=0.2, top_p=0.9, source="the exam
 """SmolLM2's settings. Its file says nothing about sampling; these are those of the model card's example
 (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)."""
 
+SMOLLM2_NOTE = (
+    "smollm2 comes in a package with 4-bit weights (Q4_1, 98 MB). The full ones are "
+    "hf:HuggingFaceTB/SmolLM2-135M-Instruct: about 270 MB from the Hugging Face hub, which needs the network "
+    "once"
+)
+
 SCORED_AT_ONCE = 256
 """Tokens whose logits `score` holds in memory at a time; each has a row of the vocabulary's size."""
 
@@ -360,6 +366,11 @@ def _load_adapted(name: str) -> Loaded:
     load_peft(adapter_directory(Path(name[at + 1 :])), parts.model)
     merge(parts.model)
     return replace(parts, source=name)
+
+
+def note_on(name: str | Path) -> str:
+    """What a person should know about a model of this name before using it; "" for most."""
+    return SMOLLM2_NOTE if str(name).partition("+")[0] == "smollm2" else ""
 
 
 def adapter_directory(path: Path) -> Path:

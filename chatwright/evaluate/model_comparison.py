@@ -21,7 +21,7 @@ from chatwright.config import UserError
 from chatwright.data import sources
 from chatwright.data.files import RECORD_SUFFIXES
 from chatwright.generation_config import chat_options, told
-from chatwright.language_model import find_checkpoint, load
+from chatwright.language_model import find_checkpoint, load, note_on
 from chatwright.messages import Message, described
 from chatwright.metrics import say
 from chatwright.model.attention import plain_attention
@@ -239,6 +239,8 @@ def compare_models(
     answered = []
     for name in names:
         tell(f"  asking {name} {len(prompts)} prompts")
+        if note := note_on(name):
+            tell(f"  {note}")
         one = ask(name, prompts, given, most=most, seed=seed)
         if scorer is not None:
             one = replace(one, scores=scorer.scores(prompts, one.texts))

@@ -77,7 +77,7 @@ class Config:
     """The stage, or directory, with dialogues-validation.jsonl."""
     reward: str = field(default="reward", metadata={"input": True, "words": ("",), "optional": True})
     """The reward model that scores the answers. Left out where the run has none; empty for none."""
-    comparisons: str = field(default="data", metadata={"input": True, "words": ("",)})
+    comparisons: str = field(default="data", metadata={"input": True, "words": ("",), "optional": True})
     """The stage, directory or file with your own comparisons. Left out where it has none; empty for none."""
     gold: str = AUTO
     """A lexicon's measure of the answers besides: `sentiment`, empty for none, or `auto`: where the reward
@@ -216,8 +216,7 @@ def open_reward(config: Config, workspace: Workspace, base: ChatBase, found: Fou
     """The reward model, if there is one. Raises UserError for one of another tokenizer."""
     if not config.reward:
         return None
-    default = Config.reward
-    if config.reward == default and default not in workspace.inputs and not Path(default).exists():
+    if config.reward == Config.reward and not _is_there(config.reward, workspace):
         found.left_out("the reward model", "the run has no stage reward")
         return None
     directory = workspace.resolve(config.reward)
@@ -230,6 +229,12 @@ def open_reward(config: Config, workspace: Workspace, base: ChatBase, found: Fou
     interval = known.get("facts", {}).get("held_out_accuracy_interval")
     found.guessing = bool(interval) and interval[0] <= GUESSING
     return reward
+
+
+def _is_there(name: str, workspace: Workspace) -> bool:
+    """Whether an input may be opened. One that is missing under its default name is left out; another name is
+    a mistake, and `Workspace.resolve` says so."""
+    return name in workspace.inputs or Path(name).exists()
 
 
 @torch.no_grad()
@@ -272,7 +277,8 @@ def by_comparisons(
 
 def own_comparisons(config: Config, workspace: Workspace) -> list[Comparison]:
     """The held-out comparisons; empty when there are none."""
-    if not config.comparisons:
+    name = config.comparisons
+    if not name or (name == Config.comparisons and not _is_there(name, workspace)):
         return []
     file = records_of(workspace.resolve(config.comparisons)) / "comparisons-validation.jsonl"
     if not has_records(file) or (file.parent.is_file() and config.comparisons == config.data):
