@@ -27,6 +27,7 @@ from chatwright.stages import classifier, ppo, pretrain, reinforce, reward, sft
 from chatwright.stages.ppo import Config as PPOConfig
 from chatwright.train import loop
 from chatwright.train.fit_config import FitConfig
+from chatwright.train.rl import run as rl_run
 from chatwright.train.rl import training
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import Trainer
@@ -90,6 +91,9 @@ CASES = {
             min_tokens=1,
             max_repeats=0.9,
             save_steps=2,
+            evaluate_every=2,
+            evaluate_prompts=8,
+            held_out_prompts=8,
             min_correlation=-1.0,
         ),
     ),
@@ -105,6 +109,9 @@ CASES = {
             min_tokens=1,
             max_repeats=0.9,
             save_steps=2,
+            evaluate_every=2,
+            evaluate_prompts=8,
+            held_out_prompts=8,
             min_correlation=-1.0,
             critic="shared",
             ema=0.9,
@@ -128,6 +135,9 @@ CASES = {
             min_tokens=1,
             max_repeats=0.9,
             save_steps=2,
+            evaluate_every=2,
+            evaluate_prompts=8,
+            held_out_prompts=8,
             min_correlation=-1.0,
             samples_per_prompt=2,
             baseline="leave-one-out",
@@ -177,10 +187,10 @@ def run(reward_bench: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any
             def asked(self, value: bool) -> None:
                 assert value is False
 
-        for module in (loop, training):
+        for module in (loop, rl_run):
             monkeypatch.setattr(module, "Stopper", Impatient)
         report = reward_bench.run(case.module, replace(case.config, **changes), directory)
-        for module in (loop, training):
+        for module in (loop, rl_run):
             monkeypatch.setattr(module, "Stopper", Stopper)
         return report
 
