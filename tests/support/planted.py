@@ -60,8 +60,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, words: str = "happy lovely great kind
 def plant_fixed(
     monkeypatch: pytest.MonkeyPatch, told: Sequence[tuple[float, float, float]]
 ) -> list[FixedPrompts]:
-    """The policy's completions of the prompts that choose have these scores, KLs and distinct-2, one after the
-    other; the last ones stay. Returns the sets that are answered, as they are."""
+    """The policy's completions of the prompts that choose have these scores, KLs and distinct-2, one after
+    the other; the last ones stay. Returns the sets that are answered, as they are."""
     real, left, seen = Evaluator.measure, list(told), []
 
     def planted(self: Evaluator, chosen: FixedPrompts) -> Answers:
