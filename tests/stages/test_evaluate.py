@@ -34,6 +34,7 @@ from chatwright.train.rl.rollout import (
 from chatwright.train.statistics import bootstrap_interval
 from chatwright.train.workspace import Report, Workspace
 from support.planted import LEARNING
+from support.road import REWARD
 
 TOKENIZER = Tokenizer.train(["love hate good bad the cat is " * 3], 300)
 Save = Callable[..., Path]
@@ -208,13 +209,16 @@ def test_a_sample_of_a_stage_s_model(save: Save) -> None:
 # ---- own comparisons, and a reward model -------------------------------------------------------------------
 
 
-def comparisons(directory: Path, chosen: list[tuple[str, str]]) -> Path:
-    """A folder of held-out comparisons: (preferred, rejected)."""
-    rows = [
-        Comparison.of([{"role": "user", "content": f"How is the cat number {n}?"}], pair, [1.0, 0.0])
-        for n, pair in enumerate(chosen)
-    ]
-    for side in ("train", "validation"):
+Pairs = Sequence[tuple[int, str, str]]
+
+
+def comparisons(directory: Path, held_out: Pairs, train: Pairs | None = None) -> Path:
+    """A folder of comparisons: (number in the prompt, preferred answer, rejected answer)."""
+    for side, pairs in (("train", train or held_out), ("validation", held_out)):
+        rows = [
+            Comparison.of([{"role": "user", "content": f"How is the cat number {n}?"}], pair, [1.0, 0.0])
+            for n, *pair in pairs
+        ]
         text = "".join(row.to_json() + "\n" for row in rows)
         files.write_text(directory / f"comparisons-{side}.jsonl", text)
     return directory
@@ -242,12 +246,12 @@ def test_likelihoods_rank_as_by_hand(save: Save, tmp_path: Path) -> None:
 
 
 def test_a_policy_that_prefers_what_people_do_is_better(save: Save, data: Path, tmp_path: Path) -> None:
-    own = comparisons(tmp_path / "own", [(" love the cat", " hate the cat")] * 20)
+    own = comparisons(tmp_path / "own", [(n, " love the cat", " hate the cat") for n in range(20)])
     config = replace(config_of(save("two", 2, word=" love"), save("one", 1), data), comparisons=str(own))
     report = evaluate.run(config, Workspace(tmp_path / "eval", 5))
     (likelier,) = [one for one in report.measures if one.name == evaluate.LIKELIER]
     assert (likelier.before, likelier.after) == (0.0, 1.0) or likelier.after == 1.0
-    other = comparisons(tmp_path / "other", [(" hate the cat", " love the cat")] * 20)
+    other = comparisons(tmp_path / "other", [(n, " hate the cat", " love the cat") for n in range(20)])
     worse = evaluate.run(replace(config, comparisons=str(other)), Workspace(tmp_path / "again", 5))
     (unlikelier,) = [one for one in worse.measures if one.name == evaluate.LIKELIER]
     assert unlikelier.after == 1 - likelier.after  # the same numbers, the other way round
@@ -301,17 +305,19 @@ def test_planted_preferences_are_found_and_shuffled_ones_are_not(
     """The same road twice, from the same comparisons: as people gave them, and with each pair both ways."""
     draw = torch.Generator().manual_seed(3)
 
-    def words(side: Sequence[str]) -> str:
-        first, second = (side[int(torch.randint(len(side), (1,), generator=draw))] for _ in range(2))
-        return f"The cat is {first} and {second}."
+    def answer(words: Sequence[str]) -> str:
+        word, plain = (
+            side[int(torch.randint(len(side), (1,), generator=draw))] for side in (words, babble.PLAIN)
+        )
+        return f"The cat is {word} and {plain}."
 
-    pairs = [(words(babble.GOOD), words(babble.BAD)) for _ in range(120)]
-    both = [pair for one in pairs[:60] for pair in (one, one[::-1])]
+    pairs = [(n, answer(babble.GOOD), answer(babble.BAD)) for n in range(120)]
+    both = [pair for n, good, bad in pairs[::2] for pair in ((n, good, bad), (n, bad, good))]
     facts, warned = {}, {}
     for name, chosen in (("planted", pairs), ("shuffled", both)):
-        own = comparisons(tmp_path / name / "own", chosen)
+        own = comparisons(tmp_path / name / "own", chosen[:40], chosen[40:])
         bench = sft_bench.with_(own=own)
-        trained = reward.Config(comparisons="own", k=2)
+        trained = replace(REWARD, comparisons="own", k=2)
         bench.run(reward, trained, tmp_path / name / "reward", held_out_correlation=1.0)
         bench = bench.with_(reward=tmp_path / name / "reward")
         policy = bench.run(ppo, LEARNING, tmp_path / name / "ppo")
