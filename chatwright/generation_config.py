@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class GenerationConfig:
     def of(cls, values: Mapping[str, Any], *, where: str, source: str = FILE) -> GenerationConfig | None:
         """The settings in a file's content; None when there are none. Raises UserError for a value that makes
         no sense."""
-        found = {}
+        found: dict[str, Any] = {}
         for name, (fits, wanted) in _CHECKS.items():
             value = values.get(name)
             if value is None:
@@ -83,7 +83,7 @@ class GenerationConfig:
         return cls.of(values, where=str(file))
 
 
-_CHECKS = {
+_CHECKS: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (
         lambda value: value == 0 or 1e-4 <= value < math.inf,
         "0, or a number of at least 0.0001",

@@ -145,11 +145,13 @@ def ask(
     settings that stand above its own. Raises UserError for a name that is no chat model."""
     model = load(name)
     model.require_template()
-    options = chat_options(model.generation, given)
-    requests = [
-        model.chat_request(list(prompt), max_new_tokens=most, seed=seed + n, **options)[0]
-        for n, prompt in enumerate(prompts)
-    ]
+    options, context = chat_options(model.generation, given), model.model.config.context
+    reserve = max(1, min(most, context // 4))  # as a chat does: a prompt may take the rest of the context
+    requests = []
+    for n, prompt in enumerate(prompts):
+        request, _ = model.chat_request(list(prompt), max_new_tokens=reserve, seed=seed + n, **options)
+        longest = min(most, context - len(request.prompt))
+        requests.append(replace(request, sampling=replace(request.sampling, max_new_tokens=longest)))
     done = model.engine.generate(requests)
     return ModelAnswers(
         name,
@@ -235,7 +237,10 @@ def compare_models(
     tell: Callable[[str], None] = say,
 ) -> ModelComparison:
     """Ask all models, one after the other, and measure. `tell` gets a line for each. Raises UserError."""
-    scorer = TextReward.load(Path(reward)) if reward else None  # before the models answer: that takes a while
+    for name in names:  # before any of them answers: that takes a while
+        if not (Path(name).exists() or name == "smollm2" or name.startswith("hf:") or "+" in name):
+            load(name)  # raises UserError with the names that there are
+    scorer = TextReward.load(Path(reward)) if reward else None
     answered = []
     for name in names:
         tell(f"  asking {name} {len(prompts)} prompts")

@@ -119,7 +119,10 @@ def test_conversations_are_asked_up_to_their_last_question(tmp_path: Path) -> No
         (["OTHER", "no/such/model"], "no model 'no/such/model': it is no directory"),
         (["OTHER", "OTHER", "--prompts", "none.txt"], "--prompts none.txt: there is no such file"),
         (["OTHER", "OTHER", "--prompts", "empty.txt"], "--prompts empty.txt: there is no prompt in it"),
-        (["OTHER", "OTHER", "--reward", "OTHER"], "holds no reward model; name a stage: runs/my/reward"),
+        (
+            ["OTHER", "OTHER", "--reward", "OTHER"],
+            "holds no reward model; name a stage such as runs/my/reward",
+        ),
         (["OTHER", "OTHER", "--reward", "none"], "--reward none holds no reward model"),
         (["OTHER"], "compare takes two to 8 runs, stages or models"),
         (["OTHER", "OTHER", "--count", "0"], "--count 0 must be at least 1"),

@@ -51,11 +51,8 @@ def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: P
     learnt("gain", gain(rows), above=0.5)
     learnt("KL", best["kl"], above=0.05)
     # and the report says so, from prompts that were neither trained on nor had a say in what is kept
-    learnt(
-        "lower end of the gain on held-out prompts",
-        report.facts["held_out"]["score"]["interval"][0],
-        above=0.2,
-    )
+    shown = report.facts["held_out"]["score"]
+    learnt("lower end of the gain on held-out prompts", shown["interval"][0], above=0.2)
     assert (
         abs(rows[0]["kl"]) < 1e-4 and abs(rows[0]["kl_k3"]) < 1e-4
     )  # policy and reference are the same at first
