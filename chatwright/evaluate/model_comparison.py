@@ -114,21 +114,27 @@ def read_prompts(file: str, most: int) -> list[Conversation]:
     """The first `most` prompts: of a text file, one a line; of a file of conversations, each up to its last
     user turn; without a file, those of this module. Raises UserError."""
     if not file:
-        return [(Message(role="user", content=text),) for text in PROMPTS[:most]]
+        return [_question(text) for text in PROMPTS[:most]]
     path = Path(file)
     if not path.is_file():
         raise UserError(f"--prompts {file}: there is no such file")
     if path.suffix.lower() in RECORD_SUFFIXES:
-        found = list(islice(_last_questions(dialogue.messages for dialogue in sources.dialogues(file)), most))
+        found: list[Conversation] = list(
+            islice(_last_questions(dialogue.messages for dialogue in sources.dialogues(file)), most)
+        )
     else:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
             raise UserError(f"--prompts {file} is not UTF-8 text; give one prompt a line") from None
-        found = [(Message(role="user", content=line.strip()),) for line in lines if line.strip()][:most]
+        found = [_question(line.strip()) for line in lines if line.strip()][:most]
     if not found:
         raise UserError(f"--prompts {file}: there is no prompt in it; give one a line, or conversations")
     return found
+
+
+def _question(text: str) -> Conversation:
+    return (Message(role="user", content=text),)
 
 
 def _last_questions(conversations: Iterable[Sequence[Message]]) -> Iterable[Conversation]:
@@ -149,7 +155,10 @@ def ask(
     reserve = max(1, min(most, context // 4))  # as a chat does: a prompt may take the rest of the context
     requests = []
     for n, prompt in enumerate(prompts):
-        request, _ = model.chat_request(list(prompt), max_new_tokens=reserve, seed=seed + n, **options)
+        try:
+            request, _ = model.chat_request(list(prompt), max_new_tokens=reserve, seed=seed + n, **options)
+        except UserError as error:
+            raise UserError(f"{name}, prompt {n + 1} ({shown(prompt):.40}): {error}") from None
         longest = min(most, context - len(request.prompt))
         requests.append(replace(request, sampling=replace(request.sampling, max_new_tokens=longest)))
     done = model.engine.generate(requests)

@@ -248,7 +248,7 @@ def by_reward(config: Config, reward: ScalarModel, sides: Sides, found: Found) -
         scores.append(kept.view(config.samples, -1))
     before, after = scores
     means = [side.mean(0).tolist() for side in scores]
-    found.add(REWARD, *means)
+    found.add(REWARD, means[0], means[1])
     found.values[REWARD] = (means[0], means[1])
     wins = ((after > before).float() + 0.5 * (after == before).float()).mean(0).tolist()
     found.add(WINS, [0.5] * len(wins), wins)
@@ -270,7 +270,8 @@ def by_comparisons(
     if not before.total:
         found.left_out("own comparisons", "all that are held out are ties")
         return
-    found.add(LIKELIER, *((one.right / one.pairs).tolist() for one in (before, after)), "comparisons")
+    likelier = [(one.right / one.pairs).tolist() for one in (before, after)]
+    found.add(LIKELIER, likelier[0], likelier[1], "comparisons")
     if reward is not None:
         of_reward(counted(ranked_by_reward(reward, comparisons, template, tokenizer), config), found)
 
@@ -321,7 +322,7 @@ def by_sentiment(config: Config, sides: Sides, found: Found) -> None:
     """VADER's score of both sides' answers."""
     texts = [texts_of(side, sides.base.tokenizer) for side in (sides.before, sides.after)]
     means = [torch.tensor(sentiment(one)).view(config.samples, -1).mean(0).tolist() for one in texts]
-    found.add(GOLD, *means)
+    found.add(GOLD, means[0], means[1])
     found.values[GOLD] = (means[0], means[1])
     shown = found.shown[GOLD]
     found.report.facts |= {"gain": shown.mean, "interval": list(shown.interval)}

@@ -79,15 +79,15 @@ class Report:
     """Other numbers worth keeping: counts, settings that were chosen at run time."""
     notes: list[str] = field(default_factory=list)
     """Lines for the report: departures, what was left out."""
-    warnings: list[str] = field(default_factory=list)
-    """What makes the result doubtful, and what to do. They are printed when the stage is done, and stand at
-    the top of the report."""
     tables: list[Table] = field(default_factory=list)
     answers: Answered | None = None
     """Set by stages that sample answers themselves; for the others the pipeline samples from base and result
     (reports/extras.py)."""
     pictures: list[str] = field(default_factory=list)
     """Files in the stage's directory to show beside the curves."""
+    warnings: list[str] = field(default_factory=list)
+    """What makes the result doubtful, and what to do. They are printed when the stage is done, and stand at
+    the top of the report."""
 
     def value(self, name: str) -> float | None:
         """The measure's value after the stage; None when there is no measure of this name."""

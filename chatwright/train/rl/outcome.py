@@ -67,7 +67,8 @@ def report_of(
         "stopped": stopped,
         **(more or {}),
     }
-    measures, notes = [], []
+    measures: list[Measure] = []
+    notes: list[str] = []
     if held_out is not None:
         measures, notes, facts["held_out"] = held_out_measures(*held_out, seed)
     elif trouble and result is not None:
