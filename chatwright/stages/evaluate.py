@@ -15,7 +15,6 @@ model's score counts only if the reward model itself is better than guessing on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,10 @@ from chatwright.data.catalogue import find
 from chatwright.data.examples import Comparison, Dialogue
 from chatwright.data.records import has_records, read_records, records_of
 from chatwright.evaluate.answers import ENDED, LENGTH, mean_kl, side_by_side
+from chatwright.evaluate.findings import Findings
 from chatwright.evaluate.preferences import ranked_by_policy, ranked_by_reward
 from chatwright.generation_config import chat_options, told
-from chatwright.metrics import progress_bar, say
+from chatwright.metrics import progress_bar
 from chatwright.model.attention import plain_attention
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
@@ -55,7 +55,6 @@ from chatwright.train.rl.rollout import (
     sample_completions,
     texts_of,
 )
-from chatwright.train.statistics import Difference, bootstrap_interval, paired_difference
 
 GOLD = "gold sentiment, held-out prompts"
 REWARD = "reward model's score, held-out prompts"
@@ -122,37 +121,10 @@ class Sides:
     after: Completions
 
 
-@dataclass
-class Found:
-    """What has been measured so far."""
-
-    seed: int
-    report: Report
-    values: dict[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
-    """Numbers of single prompts, for comparisons with other runs."""
-    shown: dict[str, Difference] = field(default_factory=dict)
-    """Differences by which the policy is judged."""
-    guessing: bool = False
-    """Whether the reward model may be guessing: its score then counts for nothing."""
-
-    def add(self, name: str, before: Sequence[float], after: Sequence[float], unit: str = "prompts") -> None:
-        """A measure with one number per prompt (or pair) and model; higher is better."""
-        difference = paired_difference(before, after, seed=self.seed, unit=unit)
-        interval = bootstrap_interval(torch.tensor(after), seed=self.seed)
-        means = (sum(before) / len(before), sum(after) / len(after))
-        self.report.measures.append(Measure(name, *means, "higher", difference.told(), interval))
-        self.shown[name] = difference
-
-    def left_out(self, what: str, why: str) -> None:
-        """Say that something is not measured."""
-        say(f"  {what} is left out: {why}")
-        self.report.notes.append(f"{what} is left out: {why}")
-
-
 def run(config: Config, workspace: Workspace) -> Report:
     """Sample answers from both models to the same held-out prompts, and measure all that can be measured."""
     sides = answered(config, workspace)
-    found = Found(workspace.seed, Report())
+    found = Findings(workspace.seed)
     reward = open_reward(config, workspace, sides.base, found)
     if reward is not None:
         by_reward(config, reward, sides, found)
@@ -160,7 +132,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     if wants_sentiment(config, workspace):
         by_sentiment(config, sides, found)
     of_answers(config, sides, found)
-    conclude(found)
+    found.conclude()
     return found.report
 
 
@@ -212,12 +184,12 @@ def sample(model: GPT, framed: ChatBase, prompts: list[list[int]], config: Confi
     )
 
 
-def open_reward(config: Config, workspace: Workspace, base: ChatBase, found: Found) -> ScalarModel | None:
+def open_reward(config: Config, workspace: Workspace, base: ChatBase, found: Findings) -> ScalarModel | None:
     """The reward model, if there is one. Raises UserError for one of another tokenizer."""
     if not config.reward:
         return None
     if config.reward == Config.reward and not _is_there(config.reward, workspace):
-        found.left_out("the reward model", "the run has no stage reward")
+        found.left_out("the reward model is", "the run has no stage reward")
         return None
     directory = workspace.resolve(config.reward)
     reward = load_reward(directory, base, min_correlation=-1.0).to(runtime.device()).eval()
@@ -227,7 +199,8 @@ def open_reward(config: Config, workspace: Workspace, base: ChatBase, found: Fou
     known = files.read_json(result) if result.is_file() else {}
     found.report.warnings += [f"of the reward model: {text}" for text in known.get("warnings", ())]
     interval = known.get("facts", {}).get("held_out_accuracy_interval")
-    found.guessing = bool(interval) and interval[0] <= GUESSING
+    if interval and interval[0] <= GUESSING:
+        found.untrusted |= {REWARD, WINS}
     return reward
 
 
@@ -238,7 +211,7 @@ def _is_there(name: str, workspace: Workspace) -> bool:
 
 
 @torch.no_grad()
-def by_reward(config: Config, reward: ScalarModel, sides: Sides, found: Found) -> None:
+def by_reward(config: Config, reward: ScalarModel, sides: Sides, found: Findings) -> None:
     """The reward model's score of both sides' answers, and how often the policy's one wins."""
     scores = []
     for given in (sides.before, sides.after):
@@ -255,12 +228,12 @@ def by_reward(config: Config, reward: ScalarModel, sides: Sides, found: Found) -
 
 
 def by_comparisons(
-    config: Config, workspace: Workspace, reward: ScalarModel | None, sides: Sides, found: Found
+    config: Config, workspace: Workspace, reward: ScalarModel | None, sides: Sides, found: Findings
 ) -> None:
     """Own held-out comparisons: how both models rank the answers, and how the reward model does."""
     comparisons = own_comparisons(config, workspace)
     if not comparisons:
-        found.left_out("own comparisons", f"{config.comparisons or 'no stage'} has none held out")
+        found.left_out("own comparisons are", f"{config.comparisons or 'no stage'} has none held out")
         return
     template, tokenizer = sides.base.template, sides.base.tokenizer
     before, after = (
@@ -268,7 +241,7 @@ def by_comparisons(
         for model in (sides.reference, sides.policy)
     )
     if not before.total:
-        found.left_out("own comparisons", "all that are held out are ties")
+        found.left_out("own comparisons are", "all that are held out are ties")
         return
     likelier = [(one.right / one.pairs).tolist() for one in (before, after)]
     found.add(LIKELIER, likelier[0], likelier[1], "comparisons")
@@ -287,14 +260,14 @@ def own_comparisons(config: Config, workspace: Workspace) -> list[Comparison]:
     return list(read_records(file, Comparison))
 
 
-def of_reward(judged: Counted, found: Found) -> None:
+def of_reward(judged: Counted, found: Findings) -> None:
     """The reward model's accuracy. One that may be guessing says nothing about the policy."""
     low, high = judged.interval(found.seed)
     note = f"95 % interval {low:.3f} to {high:.3f}, {judged.total} pairs"
     found.report.measures.append(Measure(ACCURACY, None, judged.share, "higher", note, (low, high)))
     found.report.facts["reward_accuracy"] = {"share": judged.share, "interval": [low, high]}
     if low <= GUESSING:
-        found.guessing = True
+        found.untrusted |= {REWARD, WINS}
         found.report.warnings.append(
             f"the reward model was not shown to be better than guessing on held-out comparisons "
             f"({judged.share:.3f}, {note}): its score and win rate say nothing about what people prefer"
@@ -318,7 +291,7 @@ def _settings(name: str, workspace: Workspace) -> dict[str, Any]:
     return dict(read_yaml(file)) if file is not None and file.is_file() else {}
 
 
-def by_sentiment(config: Config, sides: Sides, found: Found) -> None:
+def by_sentiment(config: Config, sides: Sides, found: Findings) -> None:
     """VADER's score of both sides' answers."""
     texts = [texts_of(side, sides.base.tokenizer) for side in (sides.before, sides.after)]
     means = [torch.tensor(sentiment(one)).view(config.samples, -1).mean(0).tolist() for one in texts]
@@ -328,7 +301,7 @@ def by_sentiment(config: Config, sides: Sides, found: Found) -> None:
     found.report.facts |= {"gain": shown.mean, "interval": list(shown.interval)}
 
 
-def of_answers(config: Config, sides: Sides, found: Found) -> None:
+def of_answers(config: Config, sides: Sides, found: Findings) -> None:
     """KL, variety, length and ends of the answers; and the answers themselves."""
     kl = mean_kl(sides.policy, sides.reference, sides.after, config.temperature)
     names = (config.reference, config.policy)
@@ -382,25 +355,6 @@ def as_in_chat(answers: Answered, config: Config, sides: Sides, seed: int) -> An
         f"{config.temperature:g})"
     )
     return replace(answers, pairs=pairs, sampling=sampling)
-
-
-def conclude(found: Found) -> None:
-    """One line on what was shown."""
-    trusted = {
-        name: one for name, one in found.shown.items() if not (found.guessing and name in (REWARD, WINS))
-    }
-    better = [name for name, one in trusted.items() if one.better]
-    worse = [name for name, one in trusted.items() if one.worse]
-    parts = [f"better by {', '.join(better)}"] if better else []
-    parts += [f"worse by {', '.join(worse)}"] if worse else []
-    if not parts and trusted:
-        parts = ["nothing was shown: no measure has an interval that leaves out 0"]
-    elif not parts:
-        parts = ["nothing was shown: no reward model that is better than guessing, and no own comparisons"]
-    text = f"conclusion: {'; '.join(parts)}"
-    found.report.facts["conclusion"] = {"better": better, "worse": worse}
-    found.report.notes.insert(0, text)
-    say(f"  {text}")
 
 
 def kl_budget(config: Config, workspace: Workspace, report: Report) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def test_conversations_are_asked_up_to_their_last_question(tmp_path: Path) -> No
             "holds no reward model; name a stage such as runs/my/reward",
         ),
         (["OTHER", "OTHER", "--reward", "none"], "--reward none holds no reward model"),
-        (["OTHER", "OTHER"], "other, prompt 14 (Is it better to learn the piano or the gu"),
+        (["OTHER", "OTHER"], "other, prompt 7 (Write a short thank-you note to a neighb): "),
         (["OTHER"], "compare takes two to 8 runs, stages or models"),
         (["OTHER", "OTHER", "--count", "0"], "--count 0 must be at least 1"),
         (["OTHER", "PRETRAIN", "--count", "2"], "has no chat template: it is a base model"),

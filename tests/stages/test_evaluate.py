@@ -106,7 +106,7 @@ def test_a_model_compared_with_itself_has_changed_nothing(save: Save, data: Path
     assert report.notes[0] == "conclusion: nothing was shown: no measure has an interval that leaves out 0"
     # what is not there is left out with a line
     assert "the reward model is left out: the run has no stage reward" in report.notes
-    assert "own comparisons is left out" in " ".join(report.notes)
+    assert "own comparisons are left out" in " ".join(report.notes)
 
 
 def test_the_measures_are_those_of_the_answers(save: Save, data: Path, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_policy_that_prefers_what_people_do_is_better(save: Save, data: Path, 
     assert unlikelier.after == 1 - likelier.after  # the same numbers, the other way round
     ties = replace(config, tie_tolerance=2.0)
     notes = evaluate.run(ties, Workspace(tmp_path / "ties", 5)).notes
-    assert "own comparisons is left out: all that are held out are ties" in notes
+    assert "own comparisons are left out: all that are held out are ties" in notes
 
 
 def test_a_name_that_is_wrong_is_no_missing_input(save: Save, data: Path, tmp_path: Path) -> None:
