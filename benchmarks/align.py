@@ -74,6 +74,7 @@ from chatwright.stages import ppo, reward, sft
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.compiled import compile_blocks
 from chatwright.train.preference import rankings
+from chatwright.train.rl.fixed_prompts import FixedPrompts, PromptSets
 from chatwright.train.rl.models import make_models
 from chatwright.train.rl.rollout import prompts_from
 from chatwright.train.rl.run import trainer_of
@@ -297,7 +298,9 @@ def ours_ppo(shape: Shape, *, trained: bool = False, compiled: bool = False) -> 
     memory.tune_allocator()
     trainer = trainer_of(models, config, workspace, base, {})
     trainer.progress.extra = {"beta": config.beta, "best": None, "history": []}
-    run = ppo._Run(config, workspace, trainer, models, base, questions(shape))
+    prompts = questions(shape)
+    sets = PromptSets(prompts, FixedPrompts("choosing", prompts, len(prompts)), None)
+    run = ppo._Run(config, workspace, trainer, models, base, sets)
 
     def one_round() -> float:
         started = time.perf_counter()
