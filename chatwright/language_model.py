@@ -19,6 +19,7 @@ from chatwright.generate.engine import Engine
 from chatwright.generate.request import Alternatives, Completion, Piece, Request
 from chatwright.generate.runner import Runner
 from chatwright.generate.sampling import Sampling
+from chatwright.generation_config import GenerationConfig
 from chatwright.interop.loaded import Loaded
 from chatwright.interop.peft import is_adapter, load_peft
 from chatwright.model.config import GPTConfig
@@ -32,6 +33,16 @@ WORTH_COMPILING = 20_000_000
 """Least parameters for which `auto` uses the CPU kernels: smaller models are fast anyway, and then exact."""
 WORTH_COPYING = 2_000_000
 """Least parameters for which `exact_runner` uses them, for many answers at once."""
+
+SMOLLM2_SAMPLING = GenerationConfig(temperature=0.2, top_p=0.9, source="the example of its makers")
+"""SmolLM2's settings. Its file says nothing about sampling; these are those of the model card's example
+(https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)."""
+
+SMOLLM2_NOTE = (
+    "smollm2 comes in a package with 4-bit weights (Q4_1, 98 MB). The full ones are "
+    "hf:HuggingFaceTB/SmolLM2-135M-Instruct: about 270 MB from the Hugging Face hub, which needs the network "
+    "once"
+)
 
 SCORED_AT_ONCE = 256
 """Tokens whose logits `score` holds in memory at a time; each has a row of the vocabulary's size."""
@@ -78,7 +89,8 @@ def exact_runner(model: GPT, dtype: torch.dtype = torch.float32) -> Runner | Non
 
 
 class LanguageModel:
-    """A GPT that speaks text. Sampling options are those of `chatwright.generate.sampling.Sampling`."""
+    """A GPT that speaks text. Sampling options are those of `chatwright.generate.sampling.Sampling`; those
+    that are not given are the model's own (`generation_config.json`), where it has any."""
 
     def __init__(
         self,
@@ -88,14 +100,16 @@ class LanguageModel:
         name: str,
         *,
         dtype: str = "auto",
+        generation: GenerationConfig | None = None,
     ) -> None:
+        """`generation` are the model's own sampling settings, used where the caller gives none."""
         if model.config.vocab_size < tokenizer.vocab_size:
             raise UserError(
                 f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
                 f"{model.config.vocab_size}: they do not belong together"
             )
         self.model, self.tokenizer, self.template, self.name = model.eval(), tokenizer, template, name
-        self.dtype = dtype
+        self.dtype, self.generation = dtype, generation
 
     @cached_property
     def engine(self) -> Engine:
@@ -115,7 +129,14 @@ class LanguageModel:
         twin = sharing_copy(self.model)
         load_peft(adapter_directory(Path(directory)), twin)
         name = name or f"{self.name}+{directory}"
-        return LanguageModel(plain(twin), self.tokenizer, self.template, name, dtype=self.dtype)
+        return LanguageModel(
+            plain(twin), self.tokenizer, self.template, name, dtype=self.dtype, generation=self.generation
+        )
+
+    @property
+    def own_sampling(self) -> dict[str, Any]:
+        """The sampling settings that the model's makers recommend, by name; empty where they say nothing."""
+        return self.generation.options() if self.generation is not None else {}
 
     @property
     def memory_bytes(self) -> int:
@@ -164,7 +185,8 @@ class LanguageModel:
             return torch.nn.functional.normalize(self.model.hidden(tokens)[0].float().mean(0), dim=-1).cpu()
 
     def _request(self, ids: Sequence[int], end_ids: frozenset[int], options: dict[str, Any]) -> Request:
-        return Request(prompt=tuple(ids), sampling=Sampling(**options), end_ids=end_ids)
+        sampling = Sampling(**{**self.own_sampling, **options})
+        return Request(prompt=tuple(ids), sampling=sampling, end_ids=end_ids)
 
     def prompt_request(self, prompt: str, **options: Any) -> Request:
         """The engine's request to continue a text, which counts as the beginning of a document."""
@@ -291,7 +313,7 @@ def load_checkpoint(found: checkpoint.Checkpoint, *, verify: bool = True) -> Loa
         raise UserError(
             f"{found.path}: {tokenizer.vocab_size} tokens in tokenizer.json, {shape.vocab_size} in the model"
         )
-    return Loaded(model, tokenizer, template, str(found.path))
+    return Loaded(model, tokenizer, template, str(found.path), GenerationConfig.load(found.path))
 
 
 def load_parts(name: str | Path) -> Loaded:
@@ -308,7 +330,7 @@ def load_parts(name: str | Path) -> Loaded:
         from chatwright.data.archives import smollm2_gguf
         from chatwright.interop.gguf import load_gguf
 
-        return load_gguf(smollm2_gguf())
+        return replace(load_gguf(smollm2_gguf()), generation=SMOLLM2_SAMPLING)
     if text.startswith("hf:"):
         from chatwright.interop.hf import load_hub
 
@@ -346,6 +368,11 @@ def _load_adapted(name: str) -> Loaded:
     return replace(parts, source=name)
 
 
+def note_on(name: str | Path) -> str:
+    """What a person should know about a model of this name before using it; "" for most."""
+    return SMOLLM2_NOTE if str(name).partition("+")[0] == "smollm2" else ""
+
+
 def adapter_directory(path: Path) -> Path:
     """The adapter's directory: `path` itself, or the folder `adapter` in a finished stage's directory."""
     return path / "adapter" if is_adapter(path / "adapter") else path
@@ -362,5 +389,10 @@ def load(name: str | Path, *, adapter: str | Path | None = None, dtype: str = "a
         raise UserError(f"{name} has no tokenizer.json beside its weights")
     runtime.set_threads()
     return LanguageModel(
-        parts.model.to(runtime.device()), parts.tokenizer, parts.template, str(name), dtype=dtype
+        parts.model.to(runtime.device()),
+        parts.tokenizer,
+        parts.template,
+        str(name),
+        dtype=dtype,
+        generation=parts.generation,
     )

@@ -132,6 +132,8 @@ def _run_stage(stage: RecipeStage, workspace: Workspace, *, prompt: str) -> None
     write_json(finished, result)
     for row in reports.table_rows(stage.name, result) if result["measures"] else []:
         say(f"  {row[1]}: {row[2]} -> {row[3]}" if row[2] != "-" else f"  {row[1]}: {row[3]}")
+    for warning in report.warnings:
+        say(f"  WARNING: {warning}")
 
 
 def _result(stage: RecipeStage, workspace: Workspace, report: Report, clock: _Clock) -> dict[str, Any]:
@@ -148,6 +150,7 @@ def _result(stage: RecipeStage, workspace: Workspace, report: Report, clock: _Cl
         "pictures": report.pictures,
         "facts": report.facts,
         "notes": report.notes,
+        "warnings": report.warnings,
         **closed,
     }
 

@@ -67,7 +67,7 @@ def write_model(parts: Loaded, target: Path, *, source: str) -> None:
     The weights of `parts` are freed before the directory is read back, so that memory for one copy is enough.
     Raises UserError if there is no tokenizer, the disk is full, or what was read back differs.
     """
-    from chatwright import __version__, checkpoint, files
+    from chatwright import __version__, checkpoint, files, generation_config
 
     tokenizer, template = parts.tokenizer, parts.template
     if tokenizer is None:
@@ -87,6 +87,8 @@ def write_model(parts: Loaded, target: Path, *, source: str) -> None:
         )  # refuses a template whose end token is unknown before anything is written
         state |= {"template": template.fingerprint, "end_of_turn": template.end}
         texts["chat_template.jinja"] = template.source
+    if parts.generation is not None:
+        texts[generation_config.FILE] = parts.generation.to_json()
     before = behaviour(parts)
     with files.whole_directory(target) as aside:
         checkpoint.save_checkpoint(

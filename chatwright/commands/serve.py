@@ -140,6 +140,8 @@ def make_pool(model: LanguageModel, source: str, config: ServeConfig) -> ModelPo
 
 def serve(pool: ModelPool, listener: socket.socket, config: ServeConfig) -> int:
     """Serve on `listener` until SIGTERM or Ctrl-C, then finish the work under way. Returns the exit code."""
+    from chatwright.language_model import note_on
+
     app = build_app(pool, config)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -148,6 +150,8 @@ def serve(pool: ModelPool, listener: socket.socket, config: ServeConfig) -> int:
     print(f"  OpenAI API  http://{shown}:{port}/v1", file=sys.stderr)
     if app.state.keys is not None:
         print("  API keys are needed", file=sys.stderr)
+    if note := note_on(pool.default):
+        print(f"  {note}", file=sys.stderr)
     print("Ctrl-C stops.", file=sys.stderr, flush=True)
     try:
         make_server(app, config).run(sockets=[listener])

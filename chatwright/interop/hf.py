@@ -22,6 +22,7 @@ from torch import Tensor
 from chatwright.chat import ChatTemplate, read_template
 from chatwright.config import UserError
 from chatwright.files import read_json
+from chatwright.generation_config import GenerationConfig
 from chatwright.interop.families import config_from_hf, family_of
 from chatwright.interop.loaded import (
     Loaded,
@@ -152,7 +153,8 @@ def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32, tokeni
         raise UserError(
             f"{directory}: {text.vocab_size} tokens in tokenizer.json, {config.vocab_size} in the model"
         )
-    return Loaded(build(config, state), text, template, str(directory))
+    generation = GenerationConfig.load(directory)
+    return Loaded(build(config, state), text, template, str(directory), generation)
 
 
 def _text_side(directory: Path) -> tuple[Tokenizer | None, ChatTemplate | None]:
