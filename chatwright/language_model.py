@@ -24,6 +24,7 @@ from chatwright.interop.peft import is_adapter, load_peft
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import merge, plain, sharing_copy
+from chatwright.model_names import is_pair, near_hub, split_pair, unfinished_stages
 from chatwright.tokenizer import Tokenizer
 
 DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
@@ -88,6 +89,7 @@ class LanguageModel:
         name: str,
         *,
         dtype: str = "auto",
+        source: str = "",
     ) -> None:
         if model.config.vocab_size < tokenizer.vocab_size:
             raise UserError(
@@ -96,6 +98,8 @@ class LanguageModel:
             )
         self.model, self.tokenizer, self.template, self.name = model.eval(), tokenizer, template, name
         self.dtype = dtype
+        self.source = source or name
+        """Where it was found, such as the directory of a checkpoint."""
 
     @cached_property
     def engine(self) -> Engine:
@@ -302,7 +306,7 @@ def load_parts(name: str | Path) -> Loaded:
     merged into it.
     """
     text = str(name)
-    if "+" in text.strip("+") and not Path(text).exists():
+    if is_pair(text):
         return _load_adapted(text)
     if text == "smollm2":
         from chatwright.data.archives import smollm2_gguf
@@ -326,22 +330,29 @@ def load_parts(name: str | Path) -> Loaded:
             from chatwright.interop.hf import load_hf
 
             return load_hf(path)
+        begun = [one for one in unfinished_stages(path) if any((path / one / "checkpoints").glob("step-*"))]
+        if begun:
+            raise UserError(
+                f"{path} has no finished model yet; the stage {begun[-1]} is under way: the command that "
+                f"began it goes on, and {path / begun[-1]} means its newest checkpoint"
+            )
         raise UserError(
             f"{path} holds no model: neither state.json, checkpoints/, a finished stage nor config.json"
         )
+    hint = near_hub(text)
     raise UserError(
-        f"no model {text!r}: it is no directory, and no .gguf file; also known: smollm2, hf:owner/name "
+        f"no model {text!r}: there is no such directory or file{hint}"
+        if hint
+        else f"no model {text!r}: it is no directory, and no .gguf file; also known: smollm2, hf:owner/name "
         "(runs/tiny appears after `chatwright run tiny`)"
     )
 
 
 def _load_adapted(name: str) -> Loaded:
-    """BASE+ADAPTER. Both names may contain a +: the name is split where the rest is a directory, else at the
-    last +."""
-    places = [at for at, character in enumerate(name) if character == "+" and 0 < at < len(name) - 1]
-    at = next((at for at in places if Path(name[at + 1 :]).is_dir()), places[-1])
-    parts = load_parts(name[:at])
-    load_peft(adapter_directory(Path(name[at + 1 :])), parts.model)
+    """BASE+ADAPTER."""
+    base, adapter = split_pair(name)
+    parts = load_parts(base)
+    load_peft(adapter_directory(Path(adapter)), parts.model)
     merge(parts.model)
     return replace(parts, source=name)
 
@@ -361,6 +372,5 @@ def load(name: str | Path, *, adapter: str | Path | None = None, dtype: str = "a
     if parts.tokenizer is None:
         raise UserError(f"{name} has no tokenizer.json beside its weights")
     runtime.set_threads()
-    return LanguageModel(
-        parts.model.to(runtime.device()), parts.tokenizer, parts.template, str(name), dtype=dtype
-    )
+    model = parts.model.to(runtime.device())
+    return LanguageModel(model, parts.tokenizer, parts.template, str(name), dtype=dtype, source=parts.source)

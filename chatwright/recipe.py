@@ -64,8 +64,13 @@ class Recipe:
 
 def input_names(config: Any) -> list[str]:
     """The values of a configuration's input fields, except those that name no input (the field's `words`)."""
+    return [getattr(config, f.name) for f in input_fields(config)]
+
+
+def input_fields(config: Any) -> list[dataclasses.Field[Any]]:
+    """A configuration's input fields, except those whose value names no input (the field's `words`)."""
     fields = [f for f in dataclasses.fields(config) if f.metadata.get("input")]
-    return [value for f in fields if (value := getattr(config, f.name)) not in f.metadata.get("words", ())]
+    return [f for f in fields if getattr(config, f.name) not in f.metadata.get("words", ())]
 
 
 def find_stage(verb: str, *, where: str = "") -> Stage:

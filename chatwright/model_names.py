@@ -1,0 +1,77 @@
+"""The names by which models are asked for: runs, directories, `smollm2`, `hf:owner/name`, BASE+ADAPTER.
+
+language_model.py loads what they mean. Here is what can be said about a name without loading anything.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+from chatwright.checkpoint import Checkpoint
+
+_HUB = re.compile(
+    r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.gguf)(?<!\.jsonl)(?<!\.json)(?<!\.txt)", re.ASCII
+)
+_ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)/?", re.ASCII)
+
+
+def is_pair(name: str) -> bool:
+    """Whether a name means BASE+ADAPTER."""
+    return "+" in name.strip("+") and not Path(name).exists()
+
+
+def split_pair(name: str) -> tuple[str, str]:
+    """The names of base and adapter in BASE+ADAPTER. Both may contain a +: the name is split where the rest
+    is a directory, else at the last +."""
+    places = [at for at, character in enumerate(name) if character == "+" and 0 < at < len(name) - 1]
+    at = next((at for at in places if Path(name[at + 1 :]).is_dir()), places[-1])
+    return name[:at], name[at + 1 :]
+
+
+def is_known(name: str) -> bool:
+    """Whether a name means a model without being a path: `smollm2`, `hf:owner/name`, or BASE+ADAPTER whose
+    parts are there. Nothing is loaded."""
+    if is_pair(name):
+        base, adapter = split_pair(name)
+        return (is_known(base) or Path(base).exists()) and Path(adapter).is_dir()
+    return name == "smollm2" or name.startswith("hf:")
+
+
+def near_hub(name: str) -> str:
+    """The end of an error about a model that is not there: '; did you mean hf:owner/name?' where the name
+    looks like one of the hub, or that of a packaged model; else empty."""
+    address = _ADDRESS.fullmatch(name)
+    if address:
+        return f"; did you mean hf:{address[1]}?"
+    if _HUB.fullmatch(name) and not Path(name).parent.exists() and Path(name).parent.name != "runs":
+        return f"; did you mean hf:{name}?"
+    return "; did you mean smollm2?" if difflib.get_close_matches(name.lower(), ["smollm2"], 1, 0.7) else ""
+
+
+def unfinished(name: str, source: str) -> str:
+    """A line for people where the model `name` comes from a run or a stage that is not finished; else empty.
+
+    `source` is where it was found (`Loaded.source`): the directory of a checkpoint.
+    """
+    path, found = Path(name), Checkpoint(Path(source))
+    if not path.is_dir() or any((path / file).is_file() for file in ("state.json", "result.json")):
+        return ""
+    again = "the command that began it goes on from there"
+    if found.path.parent == path / "checkpoints":
+        return f"{path} is not finished: this is its checkpoint of step {found.step}; {again}"
+    waiting = unfinished_stages(path)
+    if not waiting or not found.path.is_relative_to(path):
+        return ""
+    stage = found.path.relative_to(path).parts[0]
+    return (
+        f"{path} is not finished: {', '.join(waiting)} has no result yet, so this is the model of the stage "
+        f"{stage} (step {found.step}); {again}"
+    )
+
+
+def unfinished_stages(run: Path) -> list[str]:
+    """The names of the stages of a run that were begun and have no result."""
+    begun = sorted(file.parent for file in run.glob("*/clock.json"))
+    return [one.name for one in begun if ".old-" not in one.name and not (one / "result.json").is_file()]
