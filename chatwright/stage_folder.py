@@ -60,26 +60,45 @@ def check_place(directory: Path, *, given: str, example: str) -> None:
     instead = f"name a folder of its own, for example {example}"
     try:
         whole, here = Path(os.path.abspath(directory)), Path.cwd()
-        if here == whole or here.is_relative_to(whole):
+        if here.is_relative_to(whole):
             what = "the folder that you are in" if here == whole else "a folder around the one you are in"
             raise UsageError(f"{given} is {what}; {instead}")
-        if directory.is_symlink():
-            raise UsageError(f"{given} is a link to {os.readlink(directory)}; {instead}")
         if directory.exists() and not directory.is_dir():
             raise UsageError(f"{given} is a file; {instead}")
-        for parent in whole.parents:
-            if parent.exists() and not parent.is_dir():
-                raise UsageError(
-                    f"{given}: {parent} is a file, so that no folder can be made in it; {instead}"
-                )
-            if (parent / CLOCK).is_file():
-                raise UsageError(
-                    f"{given} lies inside {_shown(parent)}, which is a stage's folder; {instead}"
-                )
-        near = next(place for place in (whole, *whole.parents) if place.exists())
     except (OSError, ValueError) as error:  # a name that is too long, a part that may not be looked into
         raise UsageError(f"{given}: {getattr(error, 'strerror', None) or error}; {instead}") from None
-    if not os.access(near, os.W_OK | os.X_OK):
+    _check_around(directory, given, instead)
+    if directory.is_dir() and not os.access(directory, os.W_OK | os.X_OK):
+        raise UsageError(f"{given}: you may not write there; {instead}")
+
+
+def check_file_place(file: Path, *, given: str) -> None:
+    """Raise UsageError when no file can be written to this path: it is a folder or a link, lies inside a
+    stage's folder, or nobody may write there."""
+    instead = "name another file"
+    try:
+        if file.is_dir():
+            raise UsageError(f"{given} is a directory; name a file")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{given}: {getattr(error, 'strerror', None) or error}; {instead}") from None
+    _check_around(file, given, instead)
+
+
+def _check_around(path: Path, given: str, instead: str) -> None:
+    """The part of `check_place` that concerns a path as such, and the folders around it."""
+    try:
+        if path.is_symlink():
+            raise UsageError(f"{given} is a link to {os.readlink(path)}; {instead}")
+        around = Path(os.path.abspath(path)).parents
+        for parent in around:
+            if parent.exists() and not parent.is_dir():
+                raise UsageError(f"{given}: {_shown(parent)} is a file and no folder; {instead}")
+            if (parent / CLOCK).is_file():
+                raise UsageError(f"{given} lies in {_shown(parent)}, the folder of a stage; {instead}")
+        near = next(place for place in around if place.exists())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{given}: {getattr(error, 'strerror', None) or error}; {instead}") from None
+    if not path.exists() and not os.access(near, os.W_OK | os.X_OK):
         raise UsageError(f"{given}: you may not write in {_shown(near)}; {instead}")
 
 
@@ -203,8 +222,8 @@ class StageFolder:
             if unknown:
                 raise UserError(
                     f"settings or inputs of {self.path} have changed, so that it would be moved aside; but "
-                    f"it holds {_listed(unknown)}, which the stage did not write. Move that elsewhere, or name "
-                    f"another folder"
+                    f"it holds {_listed(unknown)}, which the stage did not write. Move that elsewhere, or "
+                    "name another folder"
                 )
             told = self._move_aside()
         self._made = next(

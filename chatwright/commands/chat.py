@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from chatwright.config import UserError, harmless, near_match, parse
+from chatwright.model_names import unfinished
 
 if TYPE_CHECKING:
     from chatwright.chat import Message
@@ -70,8 +71,17 @@ def main(argv: Sequence[str]) -> int:
             stream.reconfigure(errors="replace")
     from chatwright.language_model import load
 
-    chat = TerminalChat(load(str(positionals["model"]), dtype=config.dtype), config, out=sys.stdout)
+    model = load(str(positionals["model"]), dtype=config.dtype)
+    tell_unfinished(model)
+    chat = TerminalChat(model, config, out=sys.stdout)
     return chat.talk() if sys.stdin.isatty() else chat.answer_lines(sys.stdin)
+
+
+def tell_unfinished(model: LanguageModel) -> None:
+    """A line on standard error when a model comes from a run or a stage that is not finished."""
+    told = unfinished(model.name, model.source)
+    if told:
+        print(harmless(told), file=sys.stderr, flush=True)
 
 
 class TerminalChat:

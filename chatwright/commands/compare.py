@@ -46,8 +46,8 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(
             f"{len(paths)} directory given; compare takes two to {MOST}, for example runs/a runs/b"
         )
-    if config.out and Path(config.out).is_dir():
-        raise UsageError(f"--out {config.out} is a directory; give a file, for example comparison.md")
+    if config.out:
+        compare_page.check_target(Path(config.out))
     runs = [read_run(path) for path in paths]
     groups = align(runs)
     found = compare(runs, groups)

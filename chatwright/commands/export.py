@@ -15,6 +15,7 @@ from typing import Literal
 
 from chatwright.config import UsageError, UserError, parse
 from chatwright.interop.export import Format, check_target, write_export
+from chatwright.stage_folder import check_file_place
 
 _NAMES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json"
@@ -63,10 +64,14 @@ def main(argv: Sequence[str]) -> int:
     _check(source, target, config)
     from chatwright.language_model import load_parts
     from chatwright.metrics import say
+    from chatwright.model_names import unfinished
 
     parts = load_parts(source)
     if parts.tokenizer is None:
         raise UserError(f"{source} has no tokenizer beside its weights: nobody could talk to it")
+    told = unfinished(source, parts.source)
+    if told:
+        say(told)
     say(f"{parts.source}: {sum(parameter.numel() for parameter in parts.model.parameters()):,} parameters")
     family, notes = write_export(
         parts, target, form=config.format, dtype=dtype, verify=config.verify, source=source
@@ -100,8 +105,7 @@ def _check(source: str, target: Path, config: ExportConfig) -> None:
         return
     if target.suffix != ".gguf":
         raise UserError(f"{target}: a GGUF model is one file; give it a name that ends with .gguf")
-    if target.is_dir():
-        raise UserError(f"{target} is a directory; name a file")
+    check_file_place(target, given=str(target))
     if target.exists():
         with target.open("rb") as file:
             model = file.read(4) == b"GGUF"

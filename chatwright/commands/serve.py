@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from chatwright.commands.chat import tell_unfinished
 from chatwright.config import UserError, parse
 from chatwright.serve.config import QUOTA, ServeConfig
 
@@ -49,7 +50,9 @@ def main(argv: Sequence[str]) -> int:
         from chatwright.language_model import load
 
         source = str(positionals["model"])
-        return serve(make_pool(load(source, dtype=config.dtype), source, config), listener, config)
+        model = load(source, dtype=config.dtype)
+        tell_unfinished(model)
+        return serve(make_pool(model, source, config), listener, config)
     finally:
         listener.close()
 
