@@ -277,7 +277,7 @@ def weighed(of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Tensor, Ten
     return found.detach(), rows.grad, matrix.grad
 
 
-def written_out(
+def one_by_one(
     rows: Tensor, head: Tensor, targets: Tensor, *, temperature: float = 1.0, softcap: float = 0.0
 ) -> Tensor:
     logits = rows @ head.mT
@@ -289,7 +289,7 @@ def written_out(
 def check_projected(module: ModuleType, temperature: float = 0.7, softcap: float = 3.0) -> None:
     how = {"temperature": temperature, "softcap": softcap}
     found = weighed(lambda x, w, t: module.projected_log_probs(x, w, t, **how))
-    for ours, theirs in zip(found, weighed(lambda x, w, t: written_out(x, w, t, **how)), strict=True):
+    for ours, theirs in zip(found, weighed(lambda x, w, t: one_by_one(x, w, t, **how)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
@@ -325,10 +325,10 @@ def test_wrong_projections_show(mutant: Mutant) -> None:
 
 
 def test_projected_log_probs_under_autocast_have_a_rounded_gradient_alone() -> None:
-    exact = weighed(written_out)
+    exact = weighed(one_by_one)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = weighed(projected_log_probs)
-        rounded = weighed(written_out)
+        rounded = weighed(one_by_one)
     torch.testing.assert_close(found[0], exact[0], atol=1e-5, rtol=0)
     assert float((rounded[0] - exact[0]).abs().max()) > 1e-2
     for ours, theirs in zip(found[1:], exact[1:], strict=True):

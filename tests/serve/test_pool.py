@@ -123,7 +123,7 @@ def test_the_one_unused_longest_makes_room(loader: Loader) -> None:
     pool.close()
 
 
-def test_a_model_in_use_is_never_put_away(loader: Loader) -> None:
+def test_a_model_in_use_is_never_evicted(loader: Loader) -> None:
     pool = ModelPool(specs("a", "b", "c"), budget=int(2.5 * size_of(loader.parts)), loader=loader)
 
     async def check() -> None:

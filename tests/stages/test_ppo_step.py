@@ -25,7 +25,7 @@ END = 5
 PROMPTS = [[7, 8, 9], [11], [20, 21, 22, 23, 24, 25, 26, 27, 28], [40, 41]] * 4
 
 
-def players_of(lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]) -> RLModels:
+def models_of(lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]) -> RLModels:
     """Policy and reference differ, so that there is a KL; the critic is none of the others."""
     return RLModels(lively_gpt(1), lively_gpt(2), lively_scalar(3), lively_scalar(4))
 
@@ -57,7 +57,7 @@ def round_of(models: RLModels, config: Config) -> tuple[Rollout, dict[str, float
 def test_the_first_minibatch_has_ratio_one_and_the_loss_of_its_advantages(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel], temperature: float
 ) -> None:
-    models, config = players_of(lively_gpt, lively_scalar), config_of(temperature=temperature)
+    models, config = models_of(lively_gpt, lively_scalar), config_of(temperature=temperature)
     rollout, logged = round_of(models, config)
     assert logged["sampler_gap"] < 1e-4
     for chosen in torch.arange(16).split(4):
@@ -86,7 +86,7 @@ def test_the_first_minibatch_has_ratio_one_and_the_loss_of_its_advantages(
 def test_a_trainer_at_another_temperature_would_show_in_the_first_ratio(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
-    models = players_of(lively_gpt, lively_scalar)
+    models = models_of(lively_gpt, lively_scalar)
     rollout, _ = round_of(models, config_of(temperature=0.7))
     outcome = step(models, rollout, config_of(temperature=1.0))
     assert abs(float(outcome.logged["ratio"]) / rollout.weight - 1.0) > 0.01
@@ -97,7 +97,7 @@ def test_looking_back_is_what_the_formulas_say(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
     models, config = (
-        players_of(lively_gpt, lively_scalar),
+        models_of(lively_gpt, lively_scalar),
         config_of(unfinished_score=-7.0, lam=0.9, discount=0.97),
     )
     rollout, logged = round_of(models, config)
@@ -132,7 +132,7 @@ def test_looking_back_is_what_the_formulas_say(
 def test_degenerate_answers_get_the_fixed_score(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
-    models = players_of(lively_gpt, lively_scalar)
+    models = models_of(lively_gpt, lively_scalar)
     end_rich = replace(config_of(), min_tokens=3, unfinished_score=-7.0)
     with torch.no_grad():
         models.policy.head.weight[END] *= 8  # it ends early now and then
@@ -148,7 +148,7 @@ def test_degenerate_answers_get_the_fixed_score(
 def test_whitened_rewards_keep_their_mean(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
-    models = players_of(lively_gpt, lively_scalar)
+    models = models_of(lively_gpt, lively_scalar)
     plain, _ = round_of(models, config_of(lam=1.0))
     white, _ = round_of(models, config_of(lam=1.0, whiten_rewards=True))
     mask = plain.answers.response
@@ -165,7 +165,7 @@ def test_whitened_rewards_keep_their_mean(
 def test_the_entropy_bonus_is_subtracted(
     lively_gpt: Callable[..., GPT], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
-    models = players_of(lively_gpt, lively_scalar)
+    models = models_of(lively_gpt, lively_scalar)
     rollout, logged = round_of(models, config_of())
     with torch.no_grad():
         without = step(models, rollout, config_of()).loss / rollout.weight

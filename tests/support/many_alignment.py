@@ -25,7 +25,7 @@ from chatwright.train.workspace import Workspace
 from support.many import SEED, stopping_after
 
 
-def carry_out(one: dict[str, Any]) -> None:
+def train(one: dict[str, Any]) -> None:
     """One stage from where its directory stands, as the pipeline does it; with `stop`, until it has been
     stopped."""
     module = stage_verb(one["stage"]).load()
@@ -58,4 +58,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with process_group():
         for work in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-            carry_out(work)
+            train(work)

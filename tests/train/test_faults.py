@@ -78,10 +78,10 @@ def test_answers_of_another_model_give_a_negative_kl(
     """The sampler still has old weights, and says the trainer's log-probabilities, so that nothing else would
     show it."""
     made: list[RLModels] = []
-    real_players, real_sample = rl_run.make_models, training.sample_completions
+    real_models, real_sample = rl_run.make_models, training.sample_completions
 
     def moved(*given: Any, **named: Any) -> RLModels:
-        models = real_players(*given, **named)
+        models = real_models(*given, **named)
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in models.policy.blocks.parameters():

@@ -30,7 +30,7 @@ from chatwright.train.planning import plan
 from chatwright.train.planning.dry_run import DryRun
 from chatwright.train.planning.program import PlannedStage
 from support.launching import ROOT, cpu_environment, torchrun
-from support.many_alignment import carry_out
+from support.many_alignment import train
 
 PLANS = ("ddp", "fsdp")
 
@@ -164,7 +164,7 @@ class Launches:
 
     def alone(self, stage: str, out: str = "", stop: int = 0) -> None:
         """One process, this one, from where the directory stands."""
-        carry_out(self.work(stage, "auto", out or f"one {stage}", stop))
+        train(self.work(stage, "auto", out or f"one {stage}", stop))
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +320,7 @@ def test_a_result_that_was_in_parts_has_all_that_one_has(launches: Launches) -> 
 )
 def test_plans_that_a_stage_cannot_use_are_refused(inputs: Launches, stage: str, plan: str) -> None:
     with pytest.raises(UsageError, match=rf"parallel\.plan {plan}: {current_name(stage)} .*use ddp"):
-        inputs.alone(stage, "refused") if plan == "auto" else carry_out(inputs.work(stage, plan, "refused"))
+        inputs.alone(stage, "refused") if plan == "auto" else train(inputs.work(stage, plan, "refused"))
     assert not (inputs["refused"] / "checkpoints").exists()
 
 
@@ -347,7 +347,7 @@ def test_what_cannot_be_divided_is_called_by_its_name(
     with pytest.raises(
         UsageError, match=rf"^{setting} cannot be divided among 3 processes: make it a multiple of 3"
     ):
-        carry_out(inputs.work(stage, "ddp", "undivided"))
+        train(inputs.work(stage, "ddp", "undivided"))
 
 
 def test_the_plan_counts_the_copy_that_samples() -> None:

@@ -113,7 +113,7 @@ def test_a_planted_reward_rises_with_a_shared_trunk(planted_bench: Any, tmp_path
     assert set(critic) == {"scalar.weight", "scalar.bias"}
 
 
-def test_make_players_knows_three_kinds_of_critic(
+def test_make_models_knows_three_kinds_of_critic(
     sft_parts: Callable[[], Any], lively_scalar: Callable[..., ScalarModel]
 ) -> None:
     for kind, expected in (("separate", ScalarModel), ("shared", ValueHead), ("none", type(None))):
