@@ -18,8 +18,8 @@ from chatwright.config import UserError
 from chatwright.generate.engine import Engine
 from chatwright.generate.request import Alternatives, Completion, Piece, Request
 from chatwright.generate.runner import Runner
-from chatwright.generate.sampling import Sampling
-from chatwright.interop.loaded import Loaded
+from chatwright.generate.sampling import sampling_from
+from chatwright.interop.loaded import Loaded, located
 from chatwright.interop.peft import is_adapter, load_peft
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
@@ -168,7 +168,7 @@ class LanguageModel:
             return torch.nn.functional.normalize(self.model.hidden(tokens)[0].float().mean(0), dim=-1).cpu()
 
     def _request(self, ids: Sequence[int], end_ids: frozenset[int], options: dict[str, Any]) -> Request:
-        return Request(prompt=tuple(ids), sampling=Sampling(**options), end_ids=end_ids)
+        return Request(prompt=tuple(ids), sampling=sampling_from(options), end_ids=end_ids)
 
     def prompt_request(self, prompt: str, **options: Any) -> Request:
         """The engine's request to continue a text, which counts as the beginning of a document."""
@@ -203,7 +203,8 @@ class LanguageModel:
 
     def chat_request(self, messages: Sequence[Message], **options: Any) -> tuple[Request, FittedChat]:
         """The engine's request for an answer, and what was left of the conversation."""
-        fitted = self.encode_chat(messages, max_new_tokens=int(options.get("max_new_tokens", 128)))
+        longest = sampling_from(options).max_new_tokens
+        fitted = self.encode_chat(messages, max_new_tokens=longest)
         return self._request(fitted.ids, self.require_template().end_ids(self.tokenizer), options), fitted
 
     def chat(self, messages: Sequence[Message], **options: Any) -> str:
@@ -346,6 +347,31 @@ def load_parts(name: str | Path) -> Loaded:
         else f"no model {text!r}: it is no directory, and no .gguf file; also known: smollm2, hf:owner/name "
         "(runs/tiny appears after `chatwright run tiny`)"
     )
+
+
+def shape_of(name: str | Path) -> GPTConfig:
+    """The shape of a model by name (as for `load_parts`), without its weights. Raises UserError."""
+    text, path = str(name), Path(name)
+    if is_pair(text):
+        return shape_of(split_pair(text)[0])
+    if text == "smollm2" or (path.is_file() and path.suffix == ".gguf"):
+        from chatwright.data.archives import smollm2_gguf
+        from chatwright.interop.gguf import gguf_shape
+
+        return gguf_shape(smollm2_gguf() if text == "smollm2" else path)
+    if text.startswith("hf:"):
+        from chatwright.interop.hf import hub_shape
+
+        return hub_shape(text.removeprefix("hf:"))
+    found = find_checkpoint(path) if path.exists() else None
+    if found is not None:
+        with located(str(found.path / "state.json")):
+            return GPTConfig.from_dict(found.state().get("model") or {})
+    if (path / "config.json").is_file():
+        from chatwright.interop.hf import hf_shape
+
+        return hf_shape(path)
+    raise UserError(f"{text!r} is no model whose shape could be read{near_hub(text)}")
 
 
 def _load_adapted(name: str) -> Loaded:

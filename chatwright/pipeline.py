@@ -223,11 +223,11 @@ def check_inputs(stage: RecipeStage, inputs: Collection[str]) -> None:
         if name not in records and is_known(name):
             continue
         if not Path(name).exists():
-            known = ", ".join(inputs) or "none"
+            known = f"a finished stage of this run ({', '.join(inputs) or 'there is none'})"
             hint = "" if name in records else near_hub(name)
             raise UserError(
-                f"{stage.name}: its setting {one.name} is {name!r}, which is neither a finished stage of "
-                f"this run ({known}) nor an existing path{hint}"
+                f"{stage.name}: its setting {one.name} is {name!r}, which is neither {known} nor an existing "
+                f"path{hint}"
             )
 
 

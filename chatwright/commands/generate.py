@@ -134,8 +134,8 @@ def read_prompt(config: GenerateConfig) -> str:
             raise UserError(f"--prompt_file {where}: {error.strerror}") from None
     elif sys.stdin.isatty():
         raise UsageError(
-            "nothing to continue: give a text behind the model (or --prompt TEXT), --prompt_file FILE, or text "
-            "on standard input"
+            "nothing to continue: give a text behind the model (or --prompt TEXT), --prompt_file FILE, or "
+            "text on standard input"
         )
     else:
         where = "standard input"

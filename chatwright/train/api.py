@@ -10,7 +10,8 @@ from chatwright.optim import OptimConfig
 from chatwright.train.adapters import write_adapter
 from chatwright.train.base import ChatBase, open_base, open_chat_base
 from chatwright.train.cost import training_flop
-from chatwright.train.fit_config import FitConfig, Fitted
+from chatwright.train.fit_config import FitConfig
+from chatwright.train.loop import Fitted
 from chatwright.train.loop_metrics import (
     ANSWERS_PER_SECOND,
     FLOP_METRICS,
