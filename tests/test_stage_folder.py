@@ -92,7 +92,6 @@ PLACES = (
     ("runs/a/make/inside", "lies in runs/a/make, the folder of a stage"),
     ("runs/a/make/checkpoints/deep", "lies in runs/a/make, the folder of a stage"),
     ("a" * 300, "File name too long"),
-    ("nul\0byte", "null byte"),
 )
 
 
@@ -105,10 +104,9 @@ def test_places_that_are_no_folder_of_ones_own(run: Run, tmp_path: Path, out: st
     (tmp_path / "dangling").symlink_to("nowhere")
     told = refused(run, tmp_path, "make", "--out", out)
     assert said in told and "for example runs/my/make" in told
-    if "\0" not in out:
-        told = refused(run, tmp_path, "export", "smollm2", out, "--format", "hf")
-        assert said in told and "for example my-model" in told
-        assert said in refused(run, tmp_path, "import", "smollm2", out)
+    told = refused(run, tmp_path, "export", "smollm2", out, "--format", "hf")
+    assert said in told and "for example my-model" in told
+    assert said in refused(run, tmp_path, "import", "smollm2", out)
 
 
 def test_a_place_where_nobody_may_write(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
