@@ -157,7 +157,7 @@ def _unexpected(rest: str, known: Mapping[str, Any], argv: Sequence[str], switch
 def _missing(names: str, parser: Any) -> str:
     options = {action.dest for action in parser._actions if action.option_strings}
     needed = [name.strip() for name in names.split(",")]
-    shown = [f"--{name}" if name in options else name.upper() for name in needed]
+    shown = [f"--{name}" if name in options else name for name in needed]
     return f"{' and '.join(shown)} must be given; {parser.prog} --help tells what"
 
 
