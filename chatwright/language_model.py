@@ -19,8 +19,9 @@ from chatwright.generate.engine import Engine
 from chatwright.generate.request import Alternatives, Completion, Piece, Request
 from chatwright.generate.runner import Runner
 from chatwright.generate.sampling import sampling_from
+from chatwright.interop.adapter_origin import FOLDER, is_adapter
 from chatwright.interop.loaded import Loaded, located
-from chatwright.interop.peft import is_adapter, load_peft
+from chatwright.interop.peft import load_peft
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import merge, plain, sharing_copy
@@ -354,11 +355,12 @@ def shape_of(name: str | Path) -> GPTConfig:
     text, path = str(name), Path(name)
     if is_pair(text):
         return shape_of(split_pair(text)[0])
-    if text == "smollm2" or (path.is_file() and path.suffix == ".gguf"):
-        from chatwright.data.archives import smollm2_gguf
+    if text == "smollm2":  # known without fetching its file
+        return GPTConfig.preset("smollm2-135m")
+    if path.is_file() and path.suffix == ".gguf":
         from chatwright.interop.gguf import gguf_shape
 
-        return gguf_shape(smollm2_gguf() if text == "smollm2" else path)
+        return gguf_shape(path)
     if text.startswith("hf:"):
         from chatwright.interop.hf import hub_shape
 
@@ -385,7 +387,7 @@ def _load_adapted(name: str) -> Loaded:
 
 def adapter_directory(path: Path) -> Path:
     """The adapter's directory: `path` itself, or the folder `adapter` in a finished stage's directory."""
-    return path / "adapter" if is_adapter(path / "adapter") else path
+    return path / FOLDER if is_adapter(path / FOLDER) else path
 
 
 def load(name: str | Path, *, adapter: str | Path | None = None, dtype: str = "auto") -> LanguageModel:
