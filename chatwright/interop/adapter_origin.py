@@ -38,15 +38,15 @@ class Origin:
     name: str
     """The model at the bottom, as chatwright names it: `smollm2`, `hf:owner/name`, a path."""
     hub: str = ""
-    """What transformers and PEFT load it by: a name on the hub, or a directory in their format; empty where
-    there is none."""
+    """What transformers and PEFT load it by: a name on the hub, or a whole path of a directory in their
+    format; empty where there is none."""
     revision: str = ""
     """The commit on the hub, where it is known."""
     weights: str = ""
     """How its weights differ from those that `hub` names; empty where they do not."""
     adapters: tuple[str, ...] = ()
-    """Directories of the adapters that were merged into it before, the first one first; in the header they
-    are relative to the adapter's own."""
+    """Directories of the adapters that were merged into it before, the first one first. In the header this
+    path and others are relative to the adapter's own."""
 
     @property
     def loadable(self) -> str | None:
@@ -71,6 +71,8 @@ def origin_of(base: str, beside: Path) -> Origin:
     if base.startswith("hf:"):
         return Origin(base, base.removeprefix("hf:"), _revision(base.removeprefix("hf:")))
     place = beside / base if (beside / base / "result.json").is_file() else Path(base)
+    if not place.exists():
+        return Origin(base)
     if is_adapter(place / FOLDER):
         return _over(place / FOLDER, read_origin(place / FOLDER) or Origin(str(place.resolve())))
     if (place / "config.json").is_file() and not (place / "state.json").is_file():
@@ -104,8 +106,12 @@ def _revision(name: str) -> str:
 def note_of(origin: Origin, directory: Path) -> str:
     """The note for the header of the adapter in `directory`, with paths relative to it: a run can be
     copied."""
-    adapters = [os.path.relpath(one, directory.resolve()) for one in origin.adapters]
-    return json.dumps(asdict(origin) | {"adapters": adapters})
+
+    def told(place: str) -> str:
+        return os.path.relpath(place, directory.resolve()) if Path(place).is_absolute() else place
+
+    places = {"name": told(origin.name), "hub": told(origin.hub), "adapters": [*map(told, origin.adapters)]}
+    return json.dumps(asdict(origin) | places)
 
 
 def read_origin(directory: Path) -> Origin | None:
@@ -125,8 +131,12 @@ def read_origin(directory: Path) -> Origin | None:
         values = None
     if not _is_sane(values):
         raise UserError(f"{file}: the note {NOTE} in its header is damaged")
-    adapters = tuple(str(Path(os.path.normpath(directory.resolve() / one))) for one in values["adapters"])
-    return Origin(**{**values, "adapters": adapters})
+
+    def whole(place: str) -> str:
+        return os.path.normpath(directory.resolve() / place) if place.startswith("../") else place
+
+    places = {"name": whole(values["name"]), "hub": whole(values["hub"])}
+    return Origin(**{**values, **places, "adapters": tuple(map(whole, values["adapters"]))})
 
 
 def _is_sane(values: Any) -> bool:
