@@ -11,6 +11,9 @@ from pathlib import Path
 
 from chatwright.checkpoint import Checkpoint
 
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""On the Hugging Face hub, the model that `smollm2` has in four bits a number."""
+
 _HUB = re.compile(
     r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.gguf)(?<!\.jsonl)(?<!\.json)(?<!\.txt)", re.ASCII
 )
@@ -48,6 +51,16 @@ def near_hub(name: str) -> str:
     if _HUB.fullmatch(name) and not Path(name).parent.exists() and Path(name).parent.name != "runs":
         return f"; did you mean hf:{name}?"
     return "; did you mean smollm2?" if difflib.get_close_matches(name.lower(), ["smollm2"], 1, 0.7) else ""
+
+
+def weights_note(name: str) -> str:
+    """A line for people where a name means rounded weights; else empty."""
+    if name != "smollm2":
+        return ""
+    return (
+        f"smollm2 has the packaged weights of 4 bits a number (Q4_1); the full ones are hf:{SMOLLM2_HUB} "
+        "(0.3 GB from the hub), and an adapter belongs on those that it was trained over"
+    )
 
 
 def unfinished(name: str, source: str) -> str:

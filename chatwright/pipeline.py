@@ -28,7 +28,7 @@ from chatwright.config import (
 from chatwright.data.records import is_record_file
 from chatwright.files import read_json, sha256, write_json, write_text
 from chatwright.metrics import duration, say
-from chatwright.model_names import is_known, near_hub
+from chatwright.model_names import is_known, near_hub, weights_note
 from chatwright.recipe import Recipe, RecipeStage, input_fields
 from chatwright.reports import extras
 from chatwright.reports import report as reports
@@ -109,6 +109,8 @@ def _begin(stage: RecipeStage, workspace: Workspace, folder: StageFolder) -> str
     check_inputs(stage, workspace.inputs)
     mark = fingerprint(stage, seed, workspace.inputs)
     say(folder.begin(mark) or f"[{stage.name}]")
+    for note in _notes_on_weights(stage):
+        say(f"  {note}")
     _Clock(folder, mark)  # first: it marks the directory with the fingerprint
     write_text(directory / "config.yaml", to_yaml({"use": stage.verb, **to_plain(stage.config)}))
     return mark
@@ -169,9 +171,14 @@ def _result(stage: RecipeStage, workspace: Workspace, report: Report, clock: _Cl
         "tables": [dataclasses.asdict(table) for table in report.tables],
         "pictures": report.pictures,
         "facts": report.facts,
-        "notes": report.notes,
+        "notes": [*report.notes, *_notes_on_weights(stage)],
         **closed,
     }
+
+
+def _notes_on_weights(stage: RecipeStage) -> list[str]:
+    """What is to be said of the weights of models that the stage takes from outside of the run."""
+    return [note for name in dict.fromkeys(stage.inputs) if (note := weights_note(name))]
 
 
 class _Clock:

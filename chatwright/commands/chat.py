@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from chatwright.config import UserError, harmless, near_match, parse
-from chatwright.model_names import unfinished
+from chatwright.model_names import unfinished, weights_note
 
 if TYPE_CHECKING:
     from chatwright.chat import Message
@@ -72,16 +72,17 @@ def main(argv: Sequence[str]) -> int:
     from chatwright.language_model import load
 
     model = load(str(positionals["model"]), dtype=config.dtype)
-    tell_unfinished(model)
+    tell_about(model)
     chat = TerminalChat(model, config, out=sys.stdout)
     return chat.talk() if sys.stdin.isatty() else chat.answer_lines(sys.stdin)
 
 
-def tell_unfinished(model: LanguageModel) -> None:
-    """A line on standard error when a model comes from a run or a stage that is not finished."""
-    told = unfinished(model.name, model.source)
-    if told:
-        print(harmless(told), file=sys.stderr, flush=True)
+def tell_about(model: LanguageModel) -> None:
+    """A line on standard error when a model comes from a run or a stage that is not finished, or has rounded
+    weights."""
+    for told in (unfinished(model.name, model.source), weights_note(model.name)):
+        if told:
+            print(harmless(told), file=sys.stderr, flush=True)
 
 
 class TerminalChat:

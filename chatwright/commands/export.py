@@ -83,14 +83,14 @@ def main(argv: Sequence[str]) -> int:
     _check(source, target, config)
     from chatwright.language_model import load_parts
     from chatwright.metrics import say
-    from chatwright.model_names import unfinished
+    from chatwright.model_names import unfinished, weights_note
 
     parts = load_parts(source)
     if parts.tokenizer is None:
         raise UserError(f"{source} has no tokenizer beside its weights: nobody could talk to it")
-    told = unfinished(source, parts.source)
-    if told:
-        say(told)
+    for told in (unfinished(source, parts.source), weights_note(source)):
+        if told:
+            say(told)
     say(f"{parts.source}: {sum(parameter.numel() for parameter in parts.model.parameters()):,} parameters")
     form: Literal["hf", "gguf"] = "hf" if config.format == "hf" else "gguf"
     family, notes = write_export(parts, target, form=form, dtype=dtype, verify=config.verify, source=source)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatwright.commands.chat import stopping, tell_unfinished
+from chatwright.commands.chat import stopping, tell_about
 from chatwright.config import UsageError, UserError, harmless, parse
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
     from chatwright.language_model import load
 
     model = load(str(positionals["model"]), dtype=config.dtype)
-    tell_unfinished(model)
+    tell_about(model)
     show = harmless if sys.stdout.isatty() else str
     if config.beams:
         return _search(model, prompt, config, show)

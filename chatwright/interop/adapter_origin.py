@@ -18,8 +18,7 @@ import safetensors
 
 from chatwright import files
 from chatwright.config import UserError
-from chatwright.data.archives import SMOLLM2_HUB
-from chatwright.model_names import is_pair, split_pair
+from chatwright.model_names import SMOLLM2_HUB, is_pair, split_pair
 
 SETTINGS, WEIGHTS, README = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FOLDER = "adapter"
