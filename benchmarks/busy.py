@@ -2,8 +2,7 @@
 
     python benchmarks/busy.py                            everything, about 15 minutes
     python benchmarks/busy.py --only pretrain            some of the measures
-    python benchmarks/busy.py --spin now old             also as before OpenMP's threads were told to wait
-                                                         shortly
+    python benchmarks/busy.py --spin now old             also as OpenMP's threads wait by themselves
     python benchmarks/busy.py --spin now 0 100000        other lengths of OpenMP's waiting loop
                                                          (GOMP_SPINCOUNT)
 
@@ -51,8 +50,9 @@ LOOPS = (0, 1, 2)
 SPIN = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 OLD_SPIN = 300_000
 """libgomp's own choice of GOMP_SPINCOUNT, where nobody chooses."""
-SETTLE = 0.5
-"""Seconds after a busy loop has started before a round begins."""
+SETTLE = 1.5
+"""Seconds after busy loops have come or gone before a turn begins: the measured program notices them within
+about a second (chatwright/openmp.py)."""
 AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
 
 
@@ -267,8 +267,7 @@ def busy_loops(count: int) -> Iterator[list[int]]:
         for _ in range(count)
     ]
     try:
-        if loops:
-            time.sleep(SETTLE)
+        time.sleep(SETTLE)
         yield [loop.pid for loop in loops]
     finally:
         for loop in loops:

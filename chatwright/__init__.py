@@ -5,8 +5,8 @@
     model.chat([{"role": "user", "content": "hi"}])
 
 Names are imported when first used, so that `import chatwright` costs next to nothing. Import it before torch
-where you import both: it then tells torch's threads to wait shortly, which keeps training and answering fast
-beside other programs (openmp.py).
+where you import both: on macOS and Windows it then tells torch's threads to wait shortly, which keeps
+training and answering fast beside other programs (openmp.py).
 """
 
 from __future__ import annotations

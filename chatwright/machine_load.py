@@ -16,7 +16,7 @@ from pathlib import Path
 QUIET = 0.05
 """Below this share of the processors others are the system's own housekeeping, and count as nothing."""
 WINDOW = 1.0
-"""Least seconds between two readings: the counts move in steps of 0.01 s."""
+"""Least seconds between two readings, unless told otherwise: the counts move in steps of 0.01 s."""
 STAT = Path("/proc/stat")
 
 
@@ -59,21 +59,28 @@ def read(stat: Path = STAT) -> Reading | None:
 
 
 class LoadMeter:
-    """Processors that other programs keep busy, on average over the last second or so."""
+    """Processors that other programs keep busy, on average over the last `window` seconds or so."""
 
     def __init__(
-        self, reading: Callable[[], Reading | None] = read, *, count: int = 0, alike: int = 1
+        self,
+        reading: Callable[[], Reading | None] = read,
+        *,
+        count: int = 0,
+        alike: int = 1,
+        window: float = WINDOW,
     ) -> None:
         """`count` processors, 0: those that this process may run on. Of the programs `alike` do the same work
-        as this process and belong to it: torchrun starts them together."""
+        as this process and belong to it: torchrun starts them together. `window`: least seconds between two
+        readings."""
         self.reading, self.count, self.alike = reading, count or processors(), alike
+        self.window = window
         self.others = 0.0
         self._before = reading()
 
     def look(self) -> float:
         """`others`, read anew when the last reading is old enough."""
         before = self._before
-        if before is None or time.perf_counter() - before.wall < WINDOW:
+        if before is None or time.perf_counter() - before.wall < self.window:
             return self.others
         now = self.reading()
         if now is not None and now.wall > before.wall:

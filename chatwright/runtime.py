@@ -6,7 +6,6 @@ Only this file asks for CUDA or the rank. Everything works on a laptop's CPU and
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import datetime
 import functools
@@ -21,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from chatwright import openmp
 from chatwright.config import UserError
 
 
@@ -162,18 +162,8 @@ def set_threads(threads: int = 0) -> int:
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = int(asked) if asked.isdigit() and int(asked) > 0 else available
     torch.set_num_threads(threads)
+    openmp.watch(alike=local_world_size())
     return threads
-
-
-@functools.cache
-def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP library that torch computes with; None where it cannot be called (Windows)."""
-    try:
-        library = ctypes.CDLL(None)
-        _ = library.omp_set_num_threads
-    except (OSError, AttributeError, TypeError):
-        return None
-    return library
 
 
 @contextlib.contextmanager
@@ -181,22 +171,22 @@ def one_thread() -> Iterator[None]:
     """Inside the context, torch's operations on the CPU run in the calling thread alone. Where OpenMP cannot
     be called, nothing changes.
 
-    After a parallel operation torch's other threads spin, waiting for the next one: for milliseconds where
-    torch was imported before this package (openmp.py). They keep processors busy that threads outside of
+    After a parallel operation torch's other threads spin for milliseconds, waiting for the next one
+    (openmp.py). They keep processors busy that threads outside of
     torch need. OpenMP's number of threads belongs to the calling thread. `torch.set_num_threads` would also
     set the default of new threads: a thread that first used torch inside the context would keep a single
     thread for ever.
     """
     # `get_num_threads` must come first: torch sets this thread's number once, at the first such call.
-    threads, openmp = torch.get_num_threads(), _openmp()
-    if openmp is None:
+    threads, library = torch.get_num_threads(), openmp.library()
+    if library is None:
         yield
         return
-    openmp.omp_set_num_threads(1)
+    library.omp_set_num_threads(1)
     try:
         yield
     finally:
-        openmp.omp_set_num_threads(threads)
+        library.omp_set_num_threads(threads)
 
 
 def has_bf16() -> bool:

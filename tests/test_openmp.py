@@ -1,49 +1,77 @@
-"""OpenMP's threads wait shortly, from the first import of the package on, unless the user decides
+"""OpenMP's threads wait shortly beside other programs, and long on a free machine, unless the user decides
 otherwise."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 
 import pytest
 
 from chatwright import openmp
+from chatwright.machine_load import LoadMeter, Reading
 
 
-def displayed(program: str, **more: str) -> str:
-    """What the OpenMP library that torch loads says of its settings, when a new process runs `program`."""
-    clean = {key: value for key, value in os.environ.items() if key not in openmp.CHOICES}
+def clean(**more: str) -> dict[str, str]:
+    """The environment without a user's choice."""
+    return {key: value for key, value in os.environ.items() if key not in openmp.CHOICES} | more
+
+
+def printed(program: str, **more: str) -> str:
+    """What a new process prints that runs `program`."""
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=clean | {"OMP_DISPLAY_ENV": "verbose"} | more,
+        env=clean(**more),
         capture_output=True,
         text=True,
         timeout=120,
-        check=True,
+        check=False,
     )
-    found = [line for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line or "KMP_BLOCKTIME" in line]
-    if not found:
-        pytest.skip("torch's OpenMP library does not tell its settings")
-    return " ".join(found)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_torch_loads_openmp_with_short_waiting_loops() -> None:
-    text = displayed("import chatwright; import torch")
-    assert re.search(r"GOMP_SPINCOUNT *= *'1000'|KMP_BLOCKTIME *= *'1(ms)?'", text), text
+SLEEPS = """
+import os, time
+from chatwright import openmp
+import torch
+
+def sleeps(count=200):
+    # How often threads of this process went to sleep while they waited for the next of `count` operations.
+    def switches():
+        total = 0
+        for task in os.listdir("/proc/self/task"):
+            if int(task) != os.getpid():
+                with open(f"/proc/self/task/{task}/status") as lines:
+                    total += sum(int(line.split()[1]) for line in lines if line.startswith("voluntary"))
+        return total
+    x = torch.ones(1 << 18)
+    x.add_(1)
+    before = switches()
+    for _ in range(count):
+        x.add_(1)
+        sum(range(2_000))  # about as long as Python takes between two operations
+    return switches() - before
+
+loops = openmp.ShortLoops()
+long = sleeps()
+loops.begin()
+loops.begin()
+short = sleeps()
+loops.end()
+again = sleeps()
+print(openmp.has_two_lengths(), openmp.processors(), long, short, again)
+"""
 
 
-def test_the_command_line_is_in_time() -> None:
-    """It must not load torch before it has chosen."""
-    program = "import sys; from chatwright import cli; assert 'torch' not in sys.modules; import torch"
-    assert displayed(program) == displayed("import chatwright; import torch")
-
-
-def test_without_the_package_the_loops_are_longer() -> None:
-    """Else the others would prove nothing."""
-    assert displayed("import torch") != displayed("import chatwright; import torch")
+def test_loops_are_short_while_more_threads_than_processors_are_held() -> None:
+    """Threads sleep between most operations then, and hardly ever before and after."""
+    told, count, *sleeps = printed(SLEEPS, OMP_NUM_THREADS="2").split()
+    if told == "False" or int(count) < 2:
+        pytest.skip("torch's OpenMP library is not libgomp, or there is one processor: NOT covered")
+    before, short, after = map(int, sleeps)
+    assert short > 100 and before < short / 2 and after < short / 2, sleeps
 
 
 @pytest.mark.parametrize(
@@ -55,6 +83,30 @@ def test_who_sets_one_of_the_variables_decides(chosen: dict[str, str]) -> None:
     assert environment == chosen
 
 
+@pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
+def test_nothing_is_watched_where_the_user_decides(name: str) -> None:
+    program = "from chatwright import openmp, runtime; runtime.set_threads(); print(openmp.watch())"
+    assert printed(program, **{name: "77" if name[0] == "G" else "active"}) == "False\n"
+
+
+def test_setting_the_threads_begins_the_watch() -> None:
+    program = (
+        "import threading; from chatwright import openmp, runtime; runtime.set_threads();"
+        "runtime.set_threads();"
+        "print(openmp.has_two_lengths(), [one.name for one in threading.enumerate()].count('load'))"
+    )
+    assert printed(program) in ("True 1\n", "False 0\n")
+
+
+def test_libraries_that_read_a_variable_are_told_in_time() -> None:
+    """The command line must not load torch before it has chosen."""
+    program = (
+        "import os, sys; from chatwright import cli; assert 'torch' not in sys.modules;"
+        "print(os.environ['KMP_BLOCKTIME'])"
+    )
+    assert printed(program) == "1\n"
+
+
 def test_nothing_is_set_once_torch_is_loaded() -> None:
     environment: dict[str, str] = {}
     __import__("torch")
@@ -62,13 +114,49 @@ def test_nothing_is_set_once_torch_is_loaded() -> None:
     assert environment == {}
 
 
-def test_both_kinds_of_library_are_told() -> None:
+def test_the_rest_of_the_environment_stays() -> None:
     environment: dict[str, str] = {"HOME": "/home/me"}
     assert _in_a_process_without_torch(environment)
-    assert environment == {"HOME": "/home/me"} | openmp.WAIT_SHORTLY
+    assert environment == {"HOME": "/home/me"} | openmp.BLOCKTIME
 
 
 def _in_a_process_without_torch(environment: dict[str, str]) -> bool:
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(sys.modules, "torch", raising=False)
         return openmp.wait_shortly(environment)
+
+
+# ---- when ------------------------------------------------------------------------------------------------
+
+
+class Remembered(openmp.ShortLoops):
+    """Loops that are only noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short = False
+
+    def begin(self) -> None:
+        self.short = True
+
+    def end(self) -> None:
+        self.short = False
+
+
+def test_loops_follow_the_load_and_do_not_flutter() -> None:
+    """Four processors of which others keep `others` busy, one look after the other."""
+    state = {"wall": 0.0, "everybody": 0.0}
+
+    def reading() -> Reading:
+        return Reading(state["wall"], 0.0, state["everybody"])
+
+    loops = Remembered()
+    watch = openmp.Watch(loops, LoadMeter(reading, count=4, window=-1e9))
+    seen = []
+    for others in (0.0, 0.3, 0.5, 0.3, 0.1, 0.1, 0.3, 0.1, 0.1, 0.1, 0.1, 0.3):
+        state["wall"] += 1.0
+        state["everybody"] += others
+        watch.look()
+        seen.append(loops.short)
+    #  free   0.075  busy    between: as it was            four free looks in a row; between again
+    assert seen == [False, False, *[True] * 8, False, False]

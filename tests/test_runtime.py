@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from chatwright import runtime
+from chatwright import openmp, runtime
 from chatwright.config import UserError
 
 
@@ -130,7 +130,7 @@ def test_what_the_machine_says_of_itself() -> None:
 
 
 def test_one_thread_for_a_while_and_for_nobody_else() -> None:
-    if runtime._openmp() is None:
+    if openmp.library() is None:
         pytest.skip("OpenMP cannot be asked here: that torch's threads do not get in the way is NOT covered")
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from chatwright import files
 from chatwright.chat import NATIVE, ChatTemplate, Message
+from chatwright.commands.doctor import chat as doctor_chat
 from chatwright.commands.doctor import model as doctor
 from chatwright.data.picture import mask_picture
 from chatwright.language_model import load
@@ -63,10 +64,10 @@ def test_a_model_that_has_learnt_to_stop(good: Path) -> None:
     assert model.template is not None
     known = [Message(role="user", content="hello"), Message(role="assistant", content="Hello there, friend!")]
     encoded = model.template.encode(known, model.tokenizer)
-    assert doctor._stops(model.model, encoded, model.template, model.tokenizer).level == "ok"
+    assert doctor_chat._stops(model.model, encoded, model.template, model.tokenizer).level == "ok"
     torch.manual_seed(0)
     fresh = GPT(GPTConfig.preset("modern-nano", vocab_size=model.tokenizer.vocab_size, context=256)).eval()
-    assert doctor._stops(fresh, encoded, model.template, model.tokenizer).level == "warning"
+    assert doctor_chat._stops(fresh, encoded, model.template, model.tokenizer).level == "warning"
 
 
 def test_a_base_model(run: Run, base_dir: Path) -> None:
@@ -155,8 +156,8 @@ def test_templates_that_others_read_otherwise(taught: tuple[GPT, Tokenizer]) -> 
     )  # one token; it is cut behind its first letter
     talk = [Message(role="user", content=word[1:]), Message(role="assistant", content="x")]
     joined = ChatTemplate(NATIVE.source.replace("+ '|>' +", f"+ '|>{word[0]}' +"), "<|end|>")
-    assert doctor._twin(talk, joined, tokenizer).level == "warning"
-    assert doctor._twin(talk, NATIVE, tokenizer).level == "ok"
+    assert doctor_chat._twin(talk, joined, tokenizer).level == "warning"
+    assert doctor_chat._twin(talk, NATIVE, tokenizer).level == "ok"
 
 
 def test_a_position_table_of_another_length(taught: tuple[GPT, Tokenizer]) -> None:

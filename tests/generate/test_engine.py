@@ -166,7 +166,7 @@ def test_waiting_requests_join_as_soon_as_a_place_is_free(make_model: MakeModel)
     for handle, request in zip(handles, requests, strict=True):
         assert handle.result().ids == Engine(model).generate([request])[0].ids
     assert not engine.busy
-    assert engine._places.pool.available == engine._places.pool.pages  # nobody holds memory
+    assert engine._scheduler.pool.available == engine._scheduler.pool.pages  # nobody holds memory
 
 
 def test_one_free_place_among_many_is_given_away_at_once(make_model: MakeModel) -> None:
@@ -331,7 +331,7 @@ def test_an_error_hits_only_the_requests_of_its_step(make_model: MakeModel) -> N
     assert len(first.result().ids) == 12
     hit = engine.submit(good)
     engine.step()
-    engine._places.running[0].tokens[-1] = 13  # as if it had been drawn
+    engine._scheduler.running[0].tokens[-1] = 13  # as if it had been drawn
     with pytest.raises(RuntimeError, match="token 13"):
         hit.result()
     again = engine.generate([good])[0]  # with what is known from before: equal up to rounding

@@ -179,7 +179,7 @@ def test_pages_run_out_and_the_last_request_goes_on_later(make_model: MakeModel)
     handles = [engine.submit(request) for request in requests]
     pieces: list[list[int]] = [[], [], []]
     while engine.step():
-        for row in engine._places.running:
+        for row in engine._scheduler.running:
             pieces[row.number] = list(row.ids)
         assert engine.active <= 3
     assert engine.stats.preempted > 0
@@ -187,7 +187,7 @@ def test_pages_run_out_and_the_last_request_goes_on_later(make_model: MakeModel)
     for request, handle in zip(requests, handles, strict=True):
         assert_equal(handle.result(), fresh(model, request))
         assert [token for piece in handle.pieces() for token in piece.ids] == handle.result().ids
-    assert engine._places.pool.available == engine._places.pool.pages
+    assert engine._scheduler.pool.available == engine._scheduler.pool.pages
 
 
 def test_penalties_survive_the_loss_of_pages(make_model: MakeModel) -> None:
@@ -259,9 +259,9 @@ def test_random_arrivals_in_little_memory_equal_a_fresh_engine(
         engine.step()
         steps += 1
         assert steps < 2_000
-        used = [page for row in engine._places.running for page in row.pages]
-        assert sum(engine._places.pool.users) == len(used)
-    assert engine._places.pool.available == engine._places.pool.pages
+        used = [page for row in engine._scheduler.running for page in row.pages]
+        assert sum(engine._scheduler.pool.users) == len(used)
+    assert engine._scheduler.pool.available == engine._scheduler.pool.pages
     for request, handle, _ in running:
         expected, got = fresh(model, request), handle.result()
         if got.finish_reason == "cancelled":
@@ -357,7 +357,7 @@ def test_an_interrupt_leaves_nothing_behind(make_model: MakeModel, monkeypatch: 
             engine.step()
     with pytest.raises(RuntimeError, match="KeyboardInterrupt"):
         running.result()
-    assert engine._places.pool.available == engine._places.pool.pages
+    assert engine._scheduler.pool.available == engine._scheduler.pool.pages
     assert_equal(engine.generate([request])[0], fresh(model, request))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from chatwright.generate.engine import LOOKUP_ROWS, Engine, Request
+from chatwright.generate.engine import LOOKUP_SEQUENCES, Engine, Request
 from chatwright.generate.runner import Feed
 from chatwright.generate.sampling import Sampling
 from chatwright.generate.speculation import PATIENCE, Lookup
@@ -101,7 +101,7 @@ def test_greedy_answers_are_the_same(make_model: MakeModel, preset: str, strengt
         proposed += engine.stats.proposed
         accepted += engine.stats.accepted
         assert engine.stats.new_tokens == len(plain.ids)
-        assert engine._places.pool.available == engine._places.pool.pages
+        assert engine._scheduler.pool.available == engine._scheduler.pool.pages
         # What is stored after wrong guesses is right: another turn reads it.
         more = Request((*prompt, *plain.ids[:20], 3), Sampling(5, temperature=0.0))
         assert engine.generate([more])[0].ids == Engine(model).generate([more])[0].ids
@@ -152,6 +152,6 @@ def test_beside_others(make_model: MakeModel) -> None:
     handles = [crowd.submit(request) for request in requests]
     for _ in range(30):
         crowd.step()
-    assert crowd.active > LOOKUP_ROWS
+    assert crowd.active > LOOKUP_SEQUENCES
     assert crowd.stats.proposed == 0
     assert [handle.result().ids for handle in handles] == [one.ids for one in alone]

@@ -110,7 +110,7 @@ def test_stop_does_not_wait_for_a_model(tiny: TinyModel, small: LanguageModel) -
         assert me.events(job["id"])[-1]["turn"]["finish_reason"] == "cancelled"
         gate.set()
         wait_until(lambda: me.get("/chat/models")["models"][1]["loaded"], "the model in memory")
-        place = server.app.state.pool._places["small"]
+        place = server.app.state.pool._entries["small"]
         wait_until(lambda: place.users == 0, "the model is let go")
 
 

@@ -107,7 +107,7 @@ def test_a_reader_that_never_comes_back_is_cut_off(tiny: TinyModel, monkeypatch:
             wait_until(lambda: server.app.state.lifecycle.in_flight == 0, "the request to be given up")
             with pytest.raises((AssertionError, ConnectionError)):
                 read_stream(lazy)
-            assert pool._places[LONG_NAME].users == 0  # its model may be put away again
+            assert pool._entries[LONG_NAME].users == 0  # its model may be put away again
         with raw(server, story) as slow:  # this one takes longer than that, but it reads: nobody minds
             begun = time.monotonic()
             assert text_of(read_stream(slow, pause=0.03)) == STORY_TEXT

@@ -58,8 +58,8 @@ class GatedEngine(Engine):
         return super().step()
 
     def _someone_left(self) -> bool:
-        with self._places.arrived:
-            return any(row.handle.cancelled for row in [*self._places.running, *self._places.waiting])
+        with self._scheduler.arrived:
+            return any(row.handle.cancelled for row in [*self._scheduler.running, *self._scheduler.waiting])
 
     def allow(self, steps: float) -> None:
         """Let the engine do so many more steps and then hold it."""

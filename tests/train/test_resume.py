@@ -27,6 +27,7 @@ from chatwright.stages import classifier, ppo, pretrain, reinforce, reward, sft
 from chatwright.stages.ppo import Config as PPOConfig
 from chatwright.train import loop
 from chatwright.train.fit_config import FitConfig
+from chatwright.train.rl import run as rl_run
 from chatwright.train.rl import training
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import Trainer
@@ -177,10 +178,10 @@ def run(reward_bench: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any
             def asked(self, value: bool) -> None:
                 assert value is False
 
-        for module in (loop, training):
+        for module in (loop, rl_run):
             monkeypatch.setattr(module, "Stopper", Impatient)
         report = reward_bench.run(case.module, replace(case.config, **changes), directory)
-        for module in (loop, training):
+        for module in (loop, rl_run):
             monkeypatch.setattr(module, "Stopper", Stopper)
         return report
 
