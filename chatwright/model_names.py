@@ -1,6 +1,7 @@
 """The names by which models are asked for: runs, directories, `smollm2`, `hf:owner/name`, BASE+ADAPTER.
 
-language_model.py loads what they mean. Here is what can be said about a name without loading anything.
+language_model.py loads what they mean. Here is what can be said about a name without loading anything, nor
+importing torch: commands use it before they know that they will need it.
 """
 
 from __future__ import annotations
@@ -8,8 +9,6 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-
-from chatwright.checkpoint import Checkpoint
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """On the Hugging Face hub, the model that `smollm2` has in four bits a number."""
@@ -68,20 +67,26 @@ def unfinished(name: str, source: str) -> str:
 
     `source` is where it was found (`Loaded.source`): the directory of a checkpoint.
     """
-    path, found = Path(name), Checkpoint(Path(source))
+    path, found = Path(name), Path(source)
     if not path.is_dir() or any((path / file).is_file() for file in ("state.json", "result.json")):
         return ""
     again = "the command that began it goes on from there"
-    if found.path.parent == path / "checkpoints":
-        return f"{path} is not finished: this is its checkpoint of step {found.step}; {again}"
+    if found.parent == path / "checkpoints":
+        return f"{path} is not finished: this is its checkpoint of step {_step(found)}; {again}"
     waiting = unfinished_stages(path)
-    if not waiting or not found.path.is_relative_to(path):
+    if not waiting or not found.is_relative_to(path):
         return ""
-    stage = found.path.relative_to(path).parts[0]
+    stage = found.relative_to(path).parts[0]
     return (
         f"{path} is not finished: {', '.join(waiting)} has no result yet, so this is the model of the stage "
-        f"{stage} (step {found.step}); {again}"
+        f"{stage} (step {_step(found)}); {again}"
     )
+
+
+def _step(checkpoint: Path) -> int:
+    """The number in a checkpoint's name."""
+    digits = checkpoint.name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else 0
 
 
 def unfinished_stages(run: Path) -> list[str]:
