@@ -89,10 +89,8 @@ def _nothing(recipe: Recipe) -> str:
         return "nothing to plan: the recipe trains no model"
     name, base = trained[0].name, str(getattr(trained[0].config, "base", ""))
     setting = "--base" if len(recipe.stages) == 1 and name == recipe.name else f"--{name}.base"
-    return (
-        f"nothing to plan: {name} starts from {base!r}, which is no model that is there yet{near_hub(base)}; "
-        f"name one whose shape is known, for example {setting} smollm2"
-    )
+    hint = near_hub(base) or f"; name one whose shape is known, for example {setting} smollm2"
+    return f"nothing to plan: {name} starts from {base!r}, which is no model that is there yet{hint}"
 
 
 def _show(plans: Sequence[Plan]) -> None:
@@ -120,7 +118,11 @@ def _show(plans: Sequence[Plan]) -> None:
     )
     table.add_row("steps", *(f"{plan.expected_steps:,}" if plan.expected_steps else "-" for plan in plans))
     table.add_row(
-        "tokens", *(f"{plan.expected_steps * plan.batch * plan.length / 1e6:,.1f} M" for plan in plans)
+        "tokens",
+        *(
+            f"{plan.expected_steps * plan.batch * plan.length / 1e6:,.1f} M" if plan.expected_steps else "-"
+            for plan in plans
+        ),
     )
     table.add_row(
         "time of the steps",
