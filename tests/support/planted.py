@@ -17,7 +17,7 @@ from chatwright.model.heads import ScalarModel
 from chatwright.optim import OptimConfig
 from chatwright.stages import best_of_n, ppo
 from chatwright.stages.ppo import Config
-from chatwright.train.rl import training
+from chatwright.train.rl import run as rl_run
 
 
 class Planted(ScalarModel):
@@ -52,7 +52,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, words: str = "happy lovely great kind
         model.begin = base.tokenizer.control_ids["<|assistant|>"]
         return model
 
-    for module in (training, best_of_n):
+    for module in (rl_run, best_of_n):
         monkeypatch.setattr(module, "load_reward", planted)
 
 
