@@ -62,8 +62,14 @@ def _list_example(kind: Any) -> str:
 
 
 def hints(parser: Any) -> dict[str, Any]:
-    """The type of each setting of a parser, by its name with dots; None for a group of settings."""
-    return {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    """The type of each setting of a parser, by its name as people write it; None for a group of settings."""
+    return {_written(action): getattr(action, "_typehint", None) for action in parser._actions}
+
+
+def _written(action: Any) -> str:
+    """The name of a setting on the command line. jsonargparse calls my-stage.key my_stage.key inside."""
+    long = [option.removeprefix("--") for option in action.option_strings if option.startswith("--")]
+    return long[0] if long else str(action.dest)
 
 
 def explain(message: str, parser: Any, argv: Sequence[str], switches: Sequence[str] = ()) -> str:
@@ -83,14 +89,15 @@ def explain(message: str, parser: Any, argv: Sequence[str], switches: Sequence[s
     keys = _KEY.findall(message)
     if not keys:
         return _last_lines(message)
-    if "Unable to load config" in message and known.get(keys[-1]) is None:
-        return _group(keys[-1], known)
+    key = next((_written(action) for action in parser._actions if action.dest == keys[-1]), keys[-1])
+    if "Unable to load config" in message and known.get(key) is None:
+        return _group(key, known)
     value = _VALUE.search(message)
-    if value is None or known.get(keys[-1]) is None:
-        return f"--{keys[-1]}: {_plain(message)}"
+    if value is None or known.get(key) is None:
+        return f"--{key}: {_plain(message)}"
     given = value[1].strip().splitlines()
     shown = _YAML.get(given[0], repr(given[0][:80])) if given else "empty"
-    return f"--{keys[-1]} is {shown}; it must be {wanted(known[keys[-1]])}"
+    return f"--{key} is {shown}; it must be {wanted(known[key])}"
 
 
 def unknown_option(word: str, known: Mapping[str, Any]) -> str:

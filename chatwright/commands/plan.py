@@ -1,4 +1,4 @@
-"""Predict memory and time of a recipe's stages, of one stage, or of a model's shape, before a run."""
+"""Predict memory and time of a recipe, a stage or a model's shape, before a run."""
 
 from __future__ import annotations
 
