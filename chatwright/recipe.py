@@ -28,7 +28,9 @@ from chatwright.config import (
     rename_settings,
 )
 from chatwright.discovery import current_name, stage_verb, tell_new_name
+from chatwright.language_model import shape_of as model_shape
 from chatwright.model.config import GPTConfig
+from chatwright.model_names import is_known
 from chatwright.train.planning.program import PlannedStage
 from chatwright.train.stage import Stage, stage_of
 
@@ -69,8 +71,13 @@ class Recipe:
 
 def input_names(config: Any) -> list[str]:
     """The values of a configuration's input fields, except those that name no input (the field's `words`)."""
+    return [getattr(config, f.name) for f in input_fields(config)]
+
+
+def input_fields(config: Any) -> list[dataclasses.Field[Any]]:
+    """A configuration's input fields, except those whose value names no input (the field's `words`)."""
     fields = [f for f in dataclasses.fields(config) if f.metadata.get("input")]
-    return [value for f in fields if (value := getattr(config, f.name)) not in f.metadata.get("words", ())]
+    return [f for f in fields if getattr(config, f.name) not in f.metadata.get("words", ())]
 
 
 def find_stage(verb: str, *, where: str = "") -> Stage:
@@ -238,9 +245,19 @@ def shape_of(entry: RecipeStage, recipe: Recipe, known: Mapping[str, GPTConfig])
     `known`: the shapes of the stages before it. Raises UserError for impossible settings of a model.
     """
     if entry.stage.shape is None:
-        return next((known[name] for name in entry.inputs if name in known), None)
+        inside = next((known[name] for name in entry.inputs if name in known), None)
+        return inside or _shape_of_base(entry)
     source = recipe.stages.get(getattr(entry.config, "tokenizer", ""))
     return entry.stage.shape(entry.config, getattr(source.config, "vocab_size", None) if source else None)
+
+
+def _shape_of_base(entry: RecipeStage) -> GPTConfig | None:
+    """The shape of a base model that no stage of the recipe makes: one that is on the disk, `smollm2`, or on
+    the hub. None where the stage has no such base, or it is not there yet."""
+    base = str(getattr(entry.config, "base", ""))
+    if entry.stage.plan is None or not (is_known(base) or Path(base).exists()):
+        return None
+    return model_shape(base)
 
 
 def planned_stages(recipe: Recipe) -> Iterator[PlannedStage]:

@@ -163,7 +163,8 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
 
 def _limit(name: str, config: Any, report: Report) -> int:
     """The limit that a stage found in its data, or its setting; 0 where it has none."""
-    return int(report.facts.get(name) or getattr(config, name, 0))
+    found: int = report.facts.get(name) or getattr(config, name, 0)
+    return found
 
 
 def sample(directory: Path, report: Report, prompt: str, seed: int) -> str:
