@@ -18,7 +18,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, TypeVar
 
-from chatwright import setting_errors
+from chatwright import broken_yaml, setting_errors
 
 Config = TypeVar("Config")
 
@@ -270,7 +270,7 @@ def _check_nested(cls: Any, values: Mapping[str, Any], where: str) -> None:
     for key, value in values.items():
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
-                raise UsageError(f"{where}.{key}: expected a mapping of settings, found {value!r}")
+                raise UsageError(f"{where}.{key}: {not_a_mapping(value)}")
             _check_nested(hints[key], value, f"{where}.{key}")
 
 
@@ -278,7 +278,9 @@ def check_keys(values: Iterable[str], known: Sequence[str], *, where: str) -> No
     """Raise UsageError naming the nearest known key when `values` has a key that is not in `known`."""
     for key in values:
         if key not in known:
-            raise UsageError(f"{where}: unknown setting {key!r}{near_match(key, known)}")
+            glued = broken_yaml.glued_colon(key)
+            hint = f"; {glued}" if glued else near_match(key, known)
+            raise UsageError(f"{where}: unknown setting {key!r}{hint}")
 
 
 def near_match(word: str, known: Sequence[str]) -> str:
@@ -288,19 +290,36 @@ def near_match(word: str, known: Sequence[str]) -> str:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A mapping from a YAML file. Raises UsageError: missing, not UTF-8, not YAML, not a mapping."""
-    import yaml
-
+    """A mapping from a YAML file. Raises UsageError, with line and likely reason: missing, not UTF-8, not
+    YAML, a key that stands twice, not a mapping."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        values = broken_yaml.load(data.decode("utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: {_one_line(str(error))}") from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{path}:{line}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; save the "
+            "file as UTF-8"
+        ) from None
+    except broken_yaml.BrokenYaml as error:
+        raise UsageError(
+            f"{path}:{error.line}: not valid YAML at column {error.column}: {_one_line(error.reason)}"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
+        raise UsageError(f"{path}: {not_a_mapping(values)}")
     return values
+
+
+def not_a_mapping(value: Any) -> str:
+    """The error for a value that stands where a mapping of settings belongs."""
+    glued = broken_yaml.glued_colon(value)
+    found = "nothing" if value is None else f"{value!r:.60}"
+    return f"expected a mapping of settings, found {found}" + (f"; {glued}" if glued else "")
 
 
 def to_plain(config: Any) -> Any:

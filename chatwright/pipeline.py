@@ -25,7 +25,7 @@ from chatwright.config import (
     to_plain,
     to_yaml,
 )
-from chatwright.data.records import is_record_file
+from chatwright.data.records import own_file
 from chatwright.files import read_json, sha256, write_json, write_text
 from chatwright.metrics import duration, say
 from chatwright.model_names import is_known, near_hub, weights_note
@@ -56,7 +56,7 @@ def fingerprint(stage: RecipeStage, seed: int, inputs: Mapping[str, Path]) -> st
         for name in stage.inputs
         if name in inputs
     }
-    before |= {name: sha256(Path(name)) for name in stage.inputs if is_record_file(name)}
+    before |= {name: sha256(file) for name in stage.inputs if (file := own_file(name)) is not None}
     text = json.dumps([verb, settings, seed, before, __version__], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -23,6 +23,7 @@ from chatwright.config import (
     check_keys,
     make_parser,
     near_match,
+    not_a_mapping,
     parse_given,
     read_yaml,
     rename_settings,
@@ -167,7 +168,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         raise UsageError(f"{path}: `stages` must be a mapping with at least one stage")
     for name, settings in entries.items():
         if settings is not None and not isinstance(settings, dict):
-            raise UsageError(f"{path}: the settings of stage {name} must be a mapping")
+            raise UsageError(
+                f"{path}: the settings of stage {name} must be a mapping: {not_a_mapping(settings)}"
+            )
     return values, {str(name): dict(settings or {}) for name, settings in entries.items()}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from chatwright import checkpoint, runtime
 from chatwright.config import UserError
 from chatwright.data.examples import Dialogue
-from chatwright.data.records import is_record_file, read_records, records_of
+from chatwright.data.records import own_file, read_records, records_of
 from chatwright.evaluate.answers import mean_kl, side_by_side
 from chatwright.files import read_json, sha256, write_json
 from chatwright.generation_config import chat_options, told
@@ -98,8 +98,8 @@ def content(config: Any, workspace: Workspace) -> str | None:
         files = sorted(records_of(workspace.directory).glob("*.jsonl"))
         text = "".join(f"{file.name} {sha256(file)}\n" for file in files)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-    if is_record_file(getattr(config, "data", "")):
-        return sha256(Path(config.data))[:16]
+    if (own := own_file(getattr(config, "data", ""))) is not None:
+        return sha256(own)[:16]
     place = workspace.inputs.get(getattr(config, "data", ""))
     known = read_json(place / "result.json").get("data") if place else None
     return str(known) if known else None
