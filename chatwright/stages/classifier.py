@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,14 +155,20 @@ def fitted_rows(
     return replace(config, max_tokens=limits.limit), parts, limits
 
 
+def load_prompts(records: Path) -> list[tuple[Message, ...]]:
+    """What the texts may be answers to. Raises UserError when there is nothing."""
+    prompts = first_prompts(records / "dialogues-train.jsonl")
+    if not prompts:
+        raise UserError("there are no conversations to take prompts from; set `dialogues` in the data stage")
+    return prompts
+
+
 def run(config: Config, workspace: Workspace) -> Report:
     """Train the classifier, calibrate it, and measure it on held-out texts before and after."""
     base = open_chat_base(config.base, workspace, purpose=PURPOSE)
-    records = records_of(workspace.resolve(config.data))
-    parts, prompts = load_texts(config, records), first_prompts(records / "dialogues-train.jsonl")
-    if not prompts:
-        raise UserError("there are no conversations to take prompts from; set `dialogues` in the data stage")
-    encoder, shape = AnswerEncoder(base.template, base.tokenizer), base.model.config
+    records, shape = records_of(workspace.resolve(config.data)), base.model.config
+    parts, prompts = load_texts(config, records), load_prompts(records)
+    encoder = AnswerEncoder(base.template, base.tokenizer)
     config, parts, limits = fitted_rows(config, parts, prompts, shape, encoder)
     training = start_training("classifier", PLAN, config, workspace, shape)
     model, trainer = scalar_trainer(training, base)

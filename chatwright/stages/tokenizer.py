@@ -70,13 +70,6 @@ def run(config: Config, workspace: Workspace) -> Report:
     text = "\n".join(read_texts(records / "validation.jsonl")).encode()
     compressed = compressed_bits_per_byte(text[:20_000_000])
     per_token = held_out.text_bytes / held_out.tokens
-    notes = []
-    if not config.base and train.text_bytes > config.train_bytes:
-        notes = [
-            f"merges were learnt on the first {config.train_bytes:,} of {train.text_bytes:,} bytes of the "
-            "training documents (train_bytes)"
-        ]
-        say(f"  {notes[0]}")
     say(f"  {tokenizer.vocab_size:,} tokens; {train.tokens:,} training tokens, {held_out.tokens:,} held out")
     return Report(
         measures=[Measure("bytes per token, held out", 1.0, per_token, "higher")],
@@ -88,8 +81,18 @@ def run(config: Config, workspace: Workspace) -> Report:
             "validation_bytes": held_out.text_bytes,
             **compressed,
         },
-        notes=notes,
+        notes=not_read(config, train.text_bytes),
     )
+
+
+def not_read(config: Config, text_bytes: int) -> list[str]:
+    """The line that says that merges were learnt on a part of `text_bytes` of text; also on the console."""
+    if config.base or text_bytes <= config.train_bytes:
+        return []
+    part = f"{config.train_bytes:,} of {text_bytes:,} bytes"
+    line = f"merges were learnt on the first {part} of the training documents (train_bytes)"
+    say(f"  {line}")
+    return [line]
 
 
 STAGE = Stage(config=Config, run=run, plan=None, reads=lambda config: {"text": config.data})

@@ -69,7 +69,8 @@ def test_the_built_in_recipe(run: Run, recipe: Callable[[str], Path], tmp_path: 
         ("{pretrain: {tokenizer: ., model: {layerz: 3}}}", "pretrain", "layerz"),
         ("{data: {}, tokenizer: {vocab_size: 100}}", "recipe", "vocab_size 100 is too small"),
         (
-            "{pretrain: {tokenizer: ., model: {context: 64}}, ppo: {base: pretrain, reward: ., data: .}}",
+            "{pretrain: {tokenizer: ., model: {context: 64}}, ppo: {base: pretrain, reward: ., data: ., "
+            "max_prompt_tokens: 40, max_new_tokens: 32}}",
             "ppo",
             "do not fit into the model's context of 64",
         ),

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from chatwright.cli import main
-from chatwright.data.examples import Comparison, Dialogue, LabelledText
+from chatwright.data.examples import Comparison, Dialogue, Document, LabelledText
 from chatwright.files import read_json
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.rl import training
@@ -267,3 +267,22 @@ def test_a_run_whose_answers_never_end_blames_the_limit(
     assert "outside the loss" not in err
     report = (tmp_path / "ppo" / "report.md").read_text().replace("\\", "")
     assert "each unfinished answer gets unfinished_score -2" in report
+
+
+# ---- tokenizer ---------------------------------------------------------------------------------------------
+
+
+def test_the_tokenizer_says_when_it_learns_from_a_part_of_the_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for side in ("train", "validation"):
+        made = [Document.of(f"text number {n} of {side}") for n in range(50)]
+        (tmp_path / f"{side}.jsonl").write_text("".join(one.to_json() + "\n" for one in made))
+    options = ["tokenizer", "--data", str(tmp_path), "--vocab_size", "300", "--out"]
+    assert main([*options, str(tmp_path / "part"), "--train_bytes", "100"]) == 0
+    total = sum(len(f"text number {n} of train") for n in range(50))
+    line = f"merges were learnt on the first 100 of {total:,} bytes of the training documents (train_bytes)"
+    assert line in capsys.readouterr().out
+    assert line in (tmp_path / "part" / "report.md").read_text().replace("\\", "")
+    assert main([*options, str(tmp_path / "whole")]) == 0
+    assert "merges were learnt" not in capsys.readouterr().out
