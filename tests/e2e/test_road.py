@@ -169,7 +169,7 @@ def test_the_numbers_went_the_right_way(road: tuple[Path, str], learnt: Any) -> 
     assert best["score"] == pytest.approx(top, abs=1e-5)
     names = [one["name"] for one in files.read_json(root / "eval" / "result.json")["measures"]]
     assert {"reward model's score, held-out prompts", "win rate by the reward model"} < set(names)
-    assert "conclusion: " in road[1]
+    assert "conclusion: " in road[1] and "score, held-out prompts (" in road[1]  # with the interval
     facts = files.read_json(root / "eval" / "result.json")["facts"]
     assert facts["interval"][0] <= facts["gain"] <= facts["interval"][1] and facts["kl"] > -0.5
 
