@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 from chatwright.config import UserError
 
@@ -68,7 +68,8 @@ class Splitter:
     def side(self, id: str, *, useful: bool = True) -> Side:
         """The side of the record with this id. Those in `held_out` are validation whatever their hash. There
         is something to learn from, or to measure on, only in those that are `useful`."""
-        place, side = (position_of(id), id), cast("Side", "validation")
+        place = (position_of(id), id)
+        side: Side = "validation"
         stays = id in self.held_out
         if not stays:
             side = _side_at(place[0], self.share)

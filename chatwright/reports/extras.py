@@ -163,8 +163,8 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
 
 def _limit(name: str, config: Any, report: Report) -> int:
     """The limit that a stage found in its data, or its setting; 0 where it has none."""
-    found: int = report.facts.get(name) or getattr(config, name, 0)
-    return found
+    known = report.facts.get(name)
+    return int(known if known else getattr(config, name, 0))
 
 
 def sample(directory: Path, report: Report, prompt: str, seed: int) -> str:

@@ -25,6 +25,7 @@ from chatwright.stages.ppo import Config, score_rollouts
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.rl import run as rl_run
 from chatwright.train.rl import training
+from chatwright.train.rl.fixed_prompts import FixedPrompts, prompt_sets
 from chatwright.train.rl.models import RLModels, load_reward
 from chatwright.train.rl.prompts import exchanges_from
 from chatwright.train.rl.rollout import (
@@ -77,7 +78,7 @@ def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: P
     # what is kept is the best candidate on the fixed prompts, every second iteration and at the end
     chosen = {row["step"]: row["fixed_score"] for row in rows if "fixed_score" in row}
     assert sorted(chosen) == [0, 2, 4, 6, 8, 10, 12]
-    assert best["score"] == max(chosen.values()) and chosen[best["step"]] == best["score"]
+    assert chosen[best["step"]] == max(chosen.values()) == pytest.approx(best["score"], abs=1e-5)
     score_again, kl_again = measured_again(planted_bench, directory / str(report.model))
     assert score_again == pytest.approx(best["score"], abs=1e-4)
     assert kl_again == pytest.approx(best["kl"], abs=1e-3)
@@ -177,6 +178,58 @@ def test_what_is_kept(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.Mo
     # the held-out prompts are answered by the model that training starts from and by the result, no candidate
     assert [one.name for one in seen] == ["held out", *["choosing"] * 4, "held out"]
     assert any("no later candidate was better" in note for note in report.notes) == (kept == 0)
+
+
+def test_measuring_on_fixed_prompts_changes_no_weight(planted_bench: Any, tmp_path: Path) -> None:
+    """Nor any number of the iterations: it has random streams of its own."""
+    config = replace(MINI, iterations=4, batch_size=8, minibatch_size=8, save_steps=4)
+    found = []
+    for every, prompts in ((1, 16), (4, 3)):
+        directory = tmp_path / str(every)
+        changed = replace(config, evaluate_every=every, evaluate_prompts=prompts, held_out_prompts=prompts)
+        planted_bench.run(ppo, changed, directory)
+        rows = [
+            {key: value for key, value in row.items() if not key.startswith("fixed_")}
+            for row in rows_of(directory)
+        ]
+        saved = checkpoint.Checkpoint(directory / "checkpoints" / "step-000004").tensors("model")
+        found.append((rows, saved))
+    (rows, saved), (others, theirs) = found
+    assert rows == others
+    assert all(torch.equal(saved[name], theirs[name]) for name in saved)
+
+
+@pytest.mark.parametrize("left", ["no file", "prompts that are too long"])
+def test_without_held_out_conversations_some_prompts_are_left_out_of_training(
+    left: str, planted_bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(planted_bench.inputs["data"] / "dialogues-train.jsonl", data)
+    if left != "no file":
+        long = Dialogue.of([{"role": "user", "content": "word " * 60}])
+        files.write_text(data / "dialogues-validation.jsonl", long.to_json() + "\n")
+    config = replace(MINI, iterations=1, batch_size=8, minibatch_size=8, held_out_prompts=20)
+    report = planted_bench.with_(data=data).run(ppo, config, tmp_path / "ppo")
+    told = " ".join(capsys.readouterr().out.split())
+    said = "the result is measured on 20 training prompts that are left out of training"
+    assert said in told and any(said in note for note in report.notes)
+    assert report.facts["held_out"]["score"]["prompts"] == 20
+
+    parts = load_parts(planted_bench.inputs["sft"])
+    assert parts.tokenizer is not None and parts.template is not None
+    dialogues = list(read_records(data / "dialogues-train.jsonl", Dialogue))
+    prompts = prompts_from(dialogues, parts.template, parts.tokenizer, max_tokens=40, most=4_000)
+    sets = prompt_sets(prompts, data, parts.template, parts.tokenizer, 40, config)
+    assert sets.held_out is not None and list(sets.held_out.prompts) == prompts[4::5][:20]
+    assert len(sets.training) == len(prompts) - 20
+    assert list(sets.choosing.prompts) == list(sets.training[:32])
+
+
+def test_few_prompts_are_answered_several_times() -> None:
+    few = FixedPrompts("choosing", [[1], [2], [3]], 8)
+    assert few.samples == 3 and few.rows == [[1], [2], [3]] * 3
+    assert FixedPrompts("choosing", [[n] for n in range(8)], 8).samples == 1
 
 
 def test_lucky_iterations_choose_nothing(
@@ -345,7 +398,14 @@ def test_a_signal_stops_before_the_next_minibatch(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"batch_size": 10, "minibatch_size": 4}, {"temperature": 0.0}, {"temperature": -1.0}]
+    "settings",
+    [
+        {"batch_size": 10, "minibatch_size": 4},
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"evaluate_every": 0},
+        {"held_out_prompts": 0},
+    ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from chatwright import language_model
-from chatwright.chat import NATIVE
+from chatwright.chat import NATIVE, ChatTemplate
 from chatwright.data.examples import Dialogue
 from chatwright.generate.engine import Engine, Request
 from chatwright.generate.sampling import Sampling
@@ -23,6 +23,11 @@ from chatwright.train.rl.rollout import (
     completion_log_probs,
     degenerate,
     distinct,
+<<<<<<< HEAD
+=======
+    prompts_from,
+    prompts_with_texts,
+>>>>>>> truth18
     sample_completions,
     texts_of,
     values_before,
@@ -212,6 +217,21 @@ def test_prompts_are_users_turns_with_what_stands_before_them(chat_tokenizer: To
         *found,
         found[0],
     ]
+
+
+def test_a_prompt_is_read_without_what_its_template_adds(chat_tokenizer: Tokenizer) -> None:
+    """No control tokens, roles, or system prompt that nobody wrote: SmolLM2's template has all three."""
+    source = (
+        "<|system|>You are helpful.<|end|>"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>assistant\n{% endif %}"
+    )
+    template = ChatTemplate(source, "<|end|>")
+    turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Bye\n")]
+    dialogue = Dialogue.of([{"role": role, "content": content} for role, content in turns])
+    ids, texts = prompts_with_texts([dialogue], template, chat_tokenizer, max_tokens=200, most=9)
+    assert texts == ["Hi", "Hi / Hello. / Bye\n"] and len(ids) == 2
+    assert "You are helpful" in chat_tokenizer.decode(ids[0])
 
 
 def test_answers_after_an_update_are_those_of_the_new_policy(lively_gpt: Callable[..., GPT]) -> None:
