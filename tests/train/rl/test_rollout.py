@@ -23,11 +23,6 @@ from chatwright.train.rl.rollout import (
     completion_log_probs,
     degenerate,
     distinct,
-<<<<<<< HEAD
-=======
-    prompts_from,
-    prompts_with_texts,
->>>>>>> truth18
     sample_completions,
     texts_of,
     values_before,
@@ -229,7 +224,8 @@ def test_a_prompt_is_read_without_what_its_template_adds(chat_tokenizer: Tokeniz
     template = ChatTemplate(source, "<|end|>")
     turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Bye\n")]
     dialogue = Dialogue.of([{"role": role, "content": content} for role, content in turns])
-    ids, texts = prompts_with_texts([dialogue], template, chat_tokenizer, max_tokens=200, most=9)
+    found = exchanges_from([dialogue], template, chat_tokenizer, limit=200, most=9)
+    ids, texts = found.prompts, found.texts
     assert texts == ["Hi", "Hi / Hello. / Bye\n"] and len(ids) == 2
     assert "You are helpful" in chat_tokenizer.decode(ids[0])
 
