@@ -87,7 +87,8 @@ def table_of(config: Any, workspace: Workspace, judges: Mapping[str, Any], third
     ask = best_of_n.Scorer(
         reward, gold_of(getattr(config, "gold", "") or SENTIMENT, workspace.resolve, base), settings
     )
-    prompts = best_of_n.held_out_prompts(settings, workspace, base)
+    asked = best_of_n.held_out_prompts(settings, workspace, base)
+    settings, prompts = asked.config, asked.prompts
     return measures.Table(
         base, ask, prompts, settings, workspace.seed, judges, ready(third) if third else None
     )

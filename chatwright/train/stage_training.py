@@ -19,6 +19,7 @@ import torch
 
 from chatwright import memory, runtime
 from chatwright.chat import ChatTemplate
+from chatwright.generation_config import GenerationConfig
 from chatwright.metrics import say
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
@@ -107,11 +108,13 @@ class StageTraining(Generic[Settings]):
         template: ChatTemplate | None = None,
         *,
         base: GPT | None = None,
+        generation: GenerationConfig | None = None,
         compiling: Callable[..., str] | None = compile_blocks,
     ) -> Trainer:
         """Prepare a model for training (adapter, device, compilation) and make its trainer.
 
-        `base` is the model whose weights an adapter is trained over, where it is not the model itself.
+        `base` is the model whose weights an adapter is trained over, where it is not the model itself;
+        `generation` are the sampling settings that the result keeps.
         `compiling(model, cut=...)` compiles the model when the settings ask for it, and returns a line about
         it; None leaves compilation to the stage. Raises UserError for impossible adapter settings.
         """
@@ -130,7 +133,7 @@ class StageTraining(Generic[Settings]):
             self.settings.optim,
             self.workspace,
             metadata=model_metadata(kind, model.config, tokenizer, template, adapter=adapter),
-            texts=model_texts(tokenizer, template),
+            texts=model_texts(tokenizer, template, generation),
             keep=fit.keep,
             parallel=self.parallel,
         )
@@ -155,10 +158,14 @@ class StageTraining(Generic[Settings]):
         throughput: tuple[str, float] = ("samples", 1.0),
         best: Best | None = None,
         flop_per_sample: float | None = None,
+        samples: int = 0,
     ) -> Fitted:
-        """Train to the end, measuring before and after. Arguments are those of `loop.Fit`. Raises
-        Interrupted, after saving, when the run is asked to stop."""
-        return Fit(
+        """Train to the end, measuring before and after. `samples` is the number of different ones, where
+        known; other arguments are those of `loop.Fit`. Raises Interrupted, after saving, when the run is
+        asked to stop, and UserError when a budget in seconds does not hold two steps."""
+        if note := few_samples(samples, self.settings.fit.batch_size, "fit.batch_size"):
+            say(f"  {note}")
+        fitted = Fit(
             trainer,
             self.settings.fit,
             batches,
@@ -168,7 +175,20 @@ class StageTraining(Generic[Settings]):
             throughput=throughput,
             best=best,
             flop_per_sample=flop_per_sample,
+            settings=self.settings,
         ).run()
+        fitted.notes.extend([note] if note else [])
+        return fitted
+
+
+def few_samples(samples: int, batch: int, setting: str) -> str:
+    """The line that says that a batch holds the same samples more than once; empty where it does not."""
+    if not 0 < samples < batch:
+        return ""
+    return (
+        f"{samples:,} samples are fewer than a batch of {batch:,}: every step sees each of them "
+        f"{batch / samples:.1f} times; {setting} {samples} would see each once"
+    )
 
 
 def planned_model(kind: type[Model], planned: PlannedStage, shape: GPTConfig) -> Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,14 @@ def check_recipe(name: str) -> list[Finding]:
 
 
 def _inputs(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
-    """Each input must be a stage of the recipe that comes before, a path, or a model by name."""
+    """Each input must be a stage of the recipe that comes before, a path, or a model by name. One that a
+    stage can do without may be missing under its usual name."""
+    left_out = [f.default for f in fields(stage.config) if f.metadata.get("optional")]
     for name in stage.inputs:
         there = Path(name).exists() or is_record_file(name)
         if name in recipe.stages or there or name == "smollm2" or name.startswith("hf:"):
+            continue
+        if name in left_out:
             continue
         known = ", ".join(other for other in recipe.stages if other != stage.name) or "none"
         yield Finding(

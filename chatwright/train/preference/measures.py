@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from chatwright import runtime
 from chatwright.chat import Message
+from chatwright.data.cuts import cause_of
 from chatwright.data.examples import Comparison
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives.preference import Ties, pair_accuracy, pair_wins
+from chatwright.train.preference.counting import Scored
 from chatwright.train.preference.rankings import RankingConfig, Rankings
 from chatwright.train.rl.health import diagnose_reward
 from chatwright.train.trainer import Trainer
@@ -23,13 +23,6 @@ from chatwright.train.workspace import Report, Table, Unhealthy
 
 MOST_ROWS = 20
 """Most annotators that the report names: those with the most comparisons."""
-
-
-class Scored(NamedTuple):
-    """The model's scores and people's labels of some comparisons. Labels are NaN where there is no answer."""
-
-    scores: Float[Tensor, "n k"]
-    labels: Float[Tensor, "n k"]
 
 
 def score_comparisons(model: ScalarModel, rankings: Rankings, chosen: Sequence[Comparison]) -> Scored:
@@ -197,6 +190,7 @@ def refuse_if_learnt_by_heart(
         held_out=report.facts["held_out_accuracy"],
         length=report.measures[1].after or 0.5,
         pairs=pairs,
+        cut=cause_of(report.facts.get("cut")),
     )
     if diagnosis is not None:
         report.model = None  # no other stage may use it

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
@@ -19,11 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from chatwright import runtime
-from chatwright.chat import ChatTemplate
-from chatwright.config import UserError
-from chatwright.data.examples import Dialogue
 from chatwright.data.loader import WIDTH_STEP, pad
-from chatwright.data.records import read_records
 from chatwright.generate.engine import Engine
 from chatwright.generate.request import Request
 from chatwright.generate.sampling import Sampling
@@ -154,38 +149,6 @@ def from_tensors(kind: type[Batch], tensors: Mapping[str, Tensor], prefix: str =
     return kind(*values)
 
 
-def prompts_from(
-    dialogues: Sequence[Dialogue], template: ChatTemplate, tokenizer: Tokenizer, *, max_tokens: int, most: int
-) -> list[list[int]]:
-    """Up to `most` prompts: conversations that end with a user's turn, as ids after which the answer begins.
-
-    Each of the first three user turns of a conversation gives one prompt. Prompts longer than `max_tokens`
-    are left out.
-    """
-    prompts: list[list[int]] = []
-    for dialogue in dialogues:
-        turns = [n for n, message in enumerate(dialogue.messages) if message["role"] == "user"]
-        for n in turns[:3]:
-            ids = template.encode(dialogue.messages[: n + 1], tokenizer, add_generation_prompt=True).ids
-            if len(ids) <= max_tokens:
-                prompts.append(ids)
-        if len(prompts) >= most:
-            break
-    return prompts[:most]
-
-
-def training_prompts(
-    records: Path, template: ChatTemplate, tokenizer: Tokenizer, max_tokens: int
-) -> list[list[int]]:
-    """At most 4,000 prompts from a data stage's training dialogues. Raises UserError when none is short
-    enough."""
-    dialogues = list(read_records(records / "dialogues-train.jsonl", Dialogue))
-    prompts = prompts_from(dialogues, template, tokenizer, max_tokens=max_tokens, most=4_000)
-    if not prompts:
-        raise UserError(f"no prompt in {records} has at most {max_tokens} tokens; raise max_prompt_tokens")
-    return prompts
-
-
 def sample_completions(
     policy: GPT,
     prompts: Sequence[Sequence[int]],
@@ -197,8 +160,9 @@ def sample_completions(
     first: int = 0,
     max_batch: int = 64,
     dtype: torch.dtype = torch.float32,
+    filters: Mapping[str, Any] | None = None,
 ) -> Completions:
-    """Sample one completion per prompt.
+    """Sample one completion per prompt. `filters` are further settings of the sampler, such as top-p.
 
     Each has its own random stream, seeded by `seed_parts` and its number. Numbers count from `first`: the
     number of the first prompt, when a process samples only a part of them. On a CPU the compiled kernels
@@ -211,6 +175,7 @@ def sample_completions(
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 seed=runtime.seed_for(*seed_parts, number),
+                **(filters or {}),
             ),
             end_ids=frozenset({end}),
         )
