@@ -232,7 +232,7 @@ def check_inputs(stage: RecipeStage, inputs: Collection[str]) -> None:
             continue
         if name not in records and is_known(name):
             continue
-        if not Path(name).exists():
+        if not Path(name).exists() and own_file(name) is None:
             known = f"a finished stage of this run ({', '.join(inputs) or 'there is none'})"
             hint = "" if name in records else near_hub(name)
             raise UserError(
