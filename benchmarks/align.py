@@ -74,8 +74,9 @@ from chatwright.stages import ppo, reward, sft
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.compiled import compile_blocks
 from chatwright.train.preference import rankings
+from chatwright.train.rl.fixed_prompts import FixedPrompts, PromptSets
 from chatwright.train.rl.models import make_models
-from chatwright.train.rl.rollout import prompts_from
+from chatwright.train.rl.prompts import exchanges_from
 from chatwright.train.rl.run import trainer_of
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
@@ -261,7 +262,7 @@ def ours_reward(shape: Shape, k: int, *, compiled: bool = False) -> Callable[[],
 def questions(shape: Shape) -> list[list[int]]:
     """Prompts as ids."""
     longest = min(PPO["prompt"], shape.config.context - PPO["answer"])
-    return prompts_from(dialogues(), NATIVE, tokenizer(), max_tokens=longest, most=1_000)
+    return exchanges_from(dialogues(), NATIVE, tokenizer(), limit=longest, most=1_000).prompts
 
 
 def start(shape: Shape, trained: bool) -> Loaded:
@@ -297,7 +298,9 @@ def ours_ppo(shape: Shape, *, trained: bool = False, compiled: bool = False) -> 
     memory.tune_allocator()
     trainer = trainer_of(models, config, workspace, base, {})
     trainer.progress.extra = {"beta": config.beta, "best": None, "history": []}
-    run = ppo._Run(config, workspace, trainer, models, base, questions(shape))
+    prompts = questions(shape)
+    sets = PromptSets(prompts, FixedPrompts("choosing", prompts, len(prompts)), None)
+    run = ppo._Run(config, workspace, trainer, models, base, sets)
 
     def one_round() -> float:
         started = time.perf_counter()

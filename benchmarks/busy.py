@@ -168,6 +168,7 @@ def ppo() -> Callable[[], float]:
     from chatwright.optim import OptimConfig
     from chatwright.stages import ppo as stage
     from chatwright.tokenizer import Tokenizer
+    from chatwright.train.rl.fixed_prompts import FixedPrompts, PromptSets
     from chatwright.train.rl.models import make_models
     from chatwright.train.rl.run import trainer_of
 
@@ -192,7 +193,8 @@ def ppo() -> Callable[[], float]:
         torch.randint(300, 1_000, (int(torch.randint(16, 64, (), generator=draw)),), generator=draw).tolist()
         for _ in range(256)
     ]
-    run = stage._Run(config, place, trainer, models, base, prompts)
+    sets = PromptSets(prompts, FixedPrompts("choosing", prompts, len(prompts)), None)
+    run = stage._Run(config, place, trainer, models, base, sets)
 
     def work() -> float:
         rollout, _ = run.sampled()

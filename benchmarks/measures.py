@@ -21,10 +21,10 @@ from chatwright.data.examples import LabelledText
 from chatwright.interop.loaded import Loaded
 from chatwright.objectives.policy import kl_k1
 from chatwright.stages import best_of_n
-from chatwright.stages.evaluate import bootstrap_interval
 from chatwright.train.preference.measures import correlation
 from chatwright.train.rl import health
 from chatwright.train.rl.rollout import Completions, completion_log_probs, distinct, texts_of
+from chatwright.train.statistics import bootstrap_interval
 
 SAMPLES = 4
 """Completions to each prompt."""
@@ -190,12 +190,14 @@ def replay(
     rows: Sequence[Mapping[str, float]], limits: health.Limits, *, aim: str = "gold"
 ) -> tuple[int, int, str]:
     """What a run with these limits would have done, from the rows of one that went on: the round in which it
-    stops, the round that it keeps (the best `aim` until then, within the KL budget), and why it stops. Raises
-    ValueError when it keeps none."""
+    stops, the round that it keeps (the candidate with the best `fixed_` aim until then, within the KL
+    budget), and why it stops. Raises ValueError when it keeps none."""
     best: int | None = None
-    for last in range(len(rows)):
+    key = f"fixed_{aim}"
+    for last, row in enumerate(rows):
         diagnosis = health.diagnose(rows[: last + 1], limits)
-        if rows[last]["kl"] <= limits.kl_budget and (best is None or rows[last][aim] > rows[best][aim]):
+        candidate = diagnosis is None and key in row and row.get("fixed_kl", 0.0) <= limits.kl_budget
+        if candidate and (best is None or row[key] > rows[best][key]):
             best = last
         if diagnosis is not None or last == len(rows) - 1:
             if best is None:

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from chatwright.config import UserError, harmless, near_match, parse
+from chatwright.model_names import unfinished, weights_note
 
 if TYPE_CHECKING:
     from chatwright.chat import Message
@@ -36,14 +37,24 @@ HELP = """\
 Ctrl-C stops an answer. A message that begins with "/" needs a space before it."""
 
 
+SAMPLED = ("temperature", "top_p", "top_k", "repetition_penalty")
+"""Options that the model's own settings stand in for."""
+
+
 @dataclass(frozen=True)
 class ChatConfig:
     """How the model answers."""
 
-    temperature: float = 0.7
-    """0 always takes the likeliest token; 1 samples from the model as it is."""
-    top_p: float = 1.0
-    """Sample from the likeliest tokens that together have this probability."""
+    temperature: float | None = None
+    """0 always takes the likeliest token; 1 samples from the model as it is. Not given: the model's own
+    (generation_config.json; SmolLM2: 0.2), else 0.7."""
+    top_p: float | None = None
+    """Sample from the likeliest tokens that together have this probability. Not given: the model's own
+    (SmolLM2: 0.9), else 1, which keeps all."""
+    top_k: int | None = None
+    """Sample from this many likeliest tokens; 0 keeps all. Not given: the model's own, else 0."""
+    repetition_penalty: float | None = None
+    """Above 1, tokens of the conversation become less likely. Not given: the model's own, else 1."""
     max_new_tokens: int = 256
     """Longest answer, in tokens."""
     system: str = ""
@@ -70,8 +81,18 @@ def main(argv: Sequence[str]) -> int:
             stream.reconfigure(errors="replace")
     from chatwright.language_model import load
 
-    chat = TerminalChat(load(str(positionals["model"]), dtype=config.dtype), config, out=sys.stdout)
+    model = load(str(positionals["model"]), dtype=config.dtype)
+    tell_about(model)
+    chat = TerminalChat(model, config, out=sys.stdout)
     return chat.talk() if sys.stdin.isatty() else chat.answer_lines(sys.stdin)
+
+
+def tell_about(model: LanguageModel) -> None:
+    """A line on standard error when a model comes from a run or a stage that is not finished, or has rounded
+    weights."""
+    for told in (unfinished(model.name, model.source), weights_note(model.name)):
+        if told:
+            print(harmless(told), file=sys.stderr, flush=True)
 
 
 class TerminalChat:
@@ -82,14 +103,18 @@ class TerminalChat:
         from rich.console import Console
 
         from chatwright.generate.sampling import Sampling
+        from chatwright.generation_config import chat_options, told
+        from chatwright.model_names import weights_note
 
         model.require_template()  # refuses a base model now, not at the first message
         self.model = model
         self.system = config.system
         self.seed = config.seed
+        given = {name: getattr(config, name) for name in SAMPLED if getattr(config, name) is not None}
         self.sampling = Sampling(
-            max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p
+            max_new_tokens=config.max_new_tokens, **chat_options(model.generation, given)
         )
+        self._sampled, self._note = told(model.generation, given), weights_note(model.name)
         self.messages: list[Message] = []
         self._turns = 0
         self._saved: set[Path] = set()
@@ -102,6 +127,9 @@ class TerminalChat:
         with suppress(ImportError):  # not on Windows, whose console has its own line editing
             import readline  # noqa: F401  (gives input() editing and history)
         self._say(f"Chat with {harmless(self.model.name)}. /help lists the commands.")
+        self._say(f"Sampling: {harmless(self._sampled)}.")
+        if self._note:
+            self._say(f"{self._note}.")
         while True:
             try:
                 if not self._handle(input("\nyou> "), label="model> "):

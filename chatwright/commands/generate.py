@@ -7,12 +7,12 @@ shown as pictures, as in `chat`; in a pipe or a file they stay as they are.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from chatwright.commands.chat import stopping
+from chatwright.commands.chat import stopping, tell_about
 from chatwright.config import UsageError, UserError, harmless, parse
 
 if TYPE_CHECKING:
@@ -31,15 +31,16 @@ class GenerateConfig:
     """
     max_new_tokens: int = 128
     """Most tokens to produce; fewer where the context ends earlier."""
-    temperature: float = 1.0
-    """Logits are divided by it; 0 takes the likeliest token (greedy)."""
-    top_k: int = 0
+    temperature: float | None = None
+    """Logits are divided by it; 0 takes the likeliest token (greedy). This and the next four, when not given,
+    are the model's own (generation_config.json); where it has none, temperature 1 and nothing left out."""
+    top_k: int | None = None
     """Keep this many likeliest tokens; 0 keeps all."""
-    top_p: float = 1.0
+    top_p: float | None = None
     """Keep the fewest tokens whose probabilities sum to this; 1 keeps all."""
-    min_p: float = 0.0
+    min_p: float | None = None
     """Drop tokens less likely than this share of the likeliest; 0 keeps all."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     """Makes tokens of the prompt and the answer less likely where above 1."""
     stop: list[str] = field(default_factory=list)
     """Texts that end the continuation and are not part of it: --stop '["\\n\\n", "THE END"]'."""
@@ -86,29 +87,38 @@ def main(argv: Sequence[str]) -> int:
         description=(
             "Continue a text with MODEL, a base model or a chat model (whose chat template is not used here)."
         ),
-        positionals={"model": "A run, a model directory, smollm2, hf:owner/name or a .gguf file."},
+        positionals={
+            "model": "A run, a model directory, smollm2, hf:owner/name or a .gguf file.",
+            "text?": "Text to continue: the same as --prompt.",
+        },
     )
+    if positionals["text"] is not None:
+        if config.prompt is not None or config.prompt_file is not None:
+            raise UsageError("the text to continue is given twice: leave out --prompt or --prompt_file")
+        config = replace(config, prompt=str(positionals["text"]))
     prompt = read_prompt(config)
-    sampling = sampling_of(config)
+    sampling_of(config, {})  # refuses impossible values before the model is loaded
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal's encoding may lack a character
     from chatwright.language_model import load
 
     model = load(str(positionals["model"]), dtype=config.dtype)
+    tell_about(model)
     show = harmless if sys.stdout.isatty() else str
     if config.beams:
         return _search(model, prompt, config, show)
-    return _sample(model, prompt, sampling, config.count, show)
+    return _sample(model, prompt, sampling_of(config, model.own_sampling), config.count, show)
 
 
-def sampling_of(config: GenerateConfig) -> Sampling:
-    """The engine's settings. Raises UsageError for invalid values."""
+def sampling_of(config: GenerateConfig, own: Mapping[str, Any]) -> Sampling:
+    """The engine's settings: those given, else the model's `own`. Raises UsageError for invalid values."""
     from chatwright.generate.sampling import Sampling
 
     names = {one.name for one in fields(Sampling)}
     values = {one.name: getattr(config, one.name) for one in fields(config) if one.name in names}
+    given = {name: value for name, value in values.items() if value is not None}
     try:
-        return Sampling(**{**values, "stop": tuple(config.stop)})
+        return Sampling(**{**own, **given, "stop": tuple(config.stop)})
     except UserError as error:
         raise UsageError(str(error)) from None
 
@@ -126,7 +136,8 @@ def read_prompt(config: GenerateConfig) -> str:
             raise UserError(f"--prompt_file {where}: {error.strerror}") from None
     elif sys.stdin.isatty():
         raise UsageError(
-            "nothing to continue: give --prompt TEXT, --prompt_file FILE, or text on standard input"
+            "nothing to continue: give a text behind the model (or --prompt TEXT), --prompt_file FILE, or "
+            "text on standard input"
         )
     else:
         where = "standard input"

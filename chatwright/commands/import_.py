@@ -46,10 +46,14 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{source} and {target} are the same place")
     from chatwright.language_model import load_parts
     from chatwright.metrics import say
+    from chatwright.model_names import unfinished, weights_note
 
     parts = load_parts(source)
     parameters = sum(parameter.numel() for parameter in parts.model.parameters())
     template = "with a chat template" if parts.template else "without a chat template (a base model)"
+    for told in (unfinished(source, parts.source), weights_note(source)):
+        if told:
+            say(told)
     say(f"{parts.source}: {parameters:,} parameters, {template}")
     write_model(parts, target, source=source)
     verb = "chat" if parts.template else "generate"
@@ -67,7 +71,7 @@ def write_model(parts: Loaded, target: Path, *, source: str) -> None:
     The weights of `parts` are freed before the directory is read back, so that memory for one copy is enough.
     Raises UserError if there is no tokenizer, the disk is full, or what was read back differs.
     """
-    from chatwright import __version__, checkpoint, files
+    from chatwright import __version__, checkpoint, files, generation_config
 
     tokenizer, template = parts.tokenizer, parts.template
     if tokenizer is None:
@@ -87,6 +91,8 @@ def write_model(parts: Loaded, target: Path, *, source: str) -> None:
         )  # refuses a template whose end token is unknown before anything is written
         state |= {"template": template.fingerprint, "end_of_turn": template.end}
         texts["chat_template.jinja"] = template.source
+    if parts.generation is not None:
+        texts[generation_config.FILE] = parts.generation.to_json()
     before = behaviour(parts)
     with files.whole_directory(target) as aside:
         checkpoint.save_checkpoint(

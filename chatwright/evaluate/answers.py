@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
-from chatwright import runtime
 from chatwright.model.gpt import GPT
 from chatwright.objectives.policy import kl_k1
 from chatwright.tokenizer import Tokenizer
@@ -19,15 +17,6 @@ SHOWN = 10
 """Pairs of answers that a report shows: the first ones, unselected."""
 
 LENGTH, ENDED, REPEATS = "tokens per answer", "share that ends", "share of repeated token pairs"
-
-
-def bootstrap_interval(values: Tensor, *, seed: int, draws: int = 2_000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of values (N,), by resampling (Efron 1979)."""
-    generator = runtime.generator("bootstrap", seed)
-    chosen = torch.randint(len(values), (draws, len(values)), generator=generator)
-    means = values.double()[chosen].mean(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def repeats(tokens: Sequence[int]) -> float:
@@ -48,16 +37,18 @@ def of_each(answers: Completions) -> dict[str, list[float]]:
 
 def side_by_side(
     names: tuple[str, str],
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[str],
     sides: tuple[Completions, Completions],
     tokenizer: Tokenizer,
     *,
     values: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     kl: float | None = None,
+    sampling: str = "",
 ) -> Answered:
-    """Completions of `prompts` before and after. With several answers per prompt, row n belongs to prompt n
-    modulo their number, and a prompt's numbers are means over its answers. `values` adds further numbers per
-    prompt.
+    """Completions of `prompts` (as people read them) before and after, and how they were sampled.
+
+    With several answers per prompt, row n belongs to prompt n modulo their number, and a prompt's numbers are
+    means over its answers. `values` adds further numbers per prompt.
     """
     each, texts = [of_each(side) for side in sides], [texts_of(side, tokenizer) for side in sides]
     known = {
@@ -67,12 +58,12 @@ def side_by_side(
     measures = {name: (mean(each[0][name]), mean(each[1][name])) for name in each[0]}
     for n in (1, 2):
         measures[f"distinct-{n}"] = (distinct(texts[0], n), distinct(texts[1], n))
-    readable = [turns(prompt, tokenizer) for prompt in prompts]
     pairs = [
-        {"prompt": readable[n], "before": texts[0][n], "after": texts[1][n]}
+        {"prompt": prompts[n], "before": texts[0][n], "after": texts[1][n]}
         for n in range(min(SHOWN, len(prompts)))
     ]
-    return Answered(names[0], names[1], readable, pairs, {**known, **(values or {})}, measures, kl)
+    every = {**known, **(values or {})}
+    return Answered(names[0], names[1], list(prompts), pairs, every, measures, kl, sampling)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -83,18 +74,6 @@ def mean(values: Sequence[float]) -> float:
 def per_prompt(values: Sequence[float], prompts: int) -> list[float]:
     """Means over the answers to each prompt; answer number n is to prompt n modulo `prompts`."""
     return torch.tensor(values, dtype=torch.float64).view(-1, prompts).mean(0).tolist()  # type: ignore[no-any-return]
-
-
-def turns(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """A prompt for people to read: its turns, separated by ` / `."""
-    controls = set(tokenizer.control_ids.values())
-    parts: list[list[int]] = [[]]
-    for number in ids:
-        if number in controls:
-            parts.append([])
-        else:
-            parts[-1].append(number)
-    return " / ".join(tokenizer.decode(part) for part in parts if part)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from chatwright.evaluate.answers import bootstrap_interval
+from chatwright.train.statistics import bootstrap_interval
 
 Samples = Float[Tensor, "prompts n"]
 

@@ -205,6 +205,8 @@ def plan_hf(parts: Loaded, *, dtype: str = "fp32") -> HFExport:
         values |= ids
         stops = [tokenizer.control_ids[end] for end in dict.fromkeys((ends.sequence, ends.text))]
         generation = {**ids, "eos_token_id": stops, "pad_token_id": tokenizer.end_of_text_id}
+        if parts.generation is not None:
+            generation |= parts.generation.to_values()
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is, in every version
             "bos_token": ends.text,

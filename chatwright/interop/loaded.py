@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from chatwright.chat import ChatTemplate
 from chatwright.config import UserError
+from chatwright.generation_config import GenerationConfig
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
@@ -36,6 +37,8 @@ class Loaded:
     """None when the source has no chat template."""
     source: str
     """Where it came from, for messages."""
+    generation: GenerationConfig | None = None
+    """The sampling settings that its makers recommend; None where they say nothing."""
 
 
 @dataclass(frozen=True)

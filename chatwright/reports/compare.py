@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from chatwright.config import UsageError
-from chatwright.evaluate.answers import SHOWN, bootstrap_interval
+from chatwright.evaluate.answers import SHOWN
 from chatwright.reports import compare_page
 from chatwright.reports.report import COSTS, kl_line
 from chatwright.reports.runs import Run, Stage, finite
+from chatwright.train.statistics import bootstrap_interval
 
 FEWEST = 8
 """Prompts that two stages must share before their difference is tested."""

@@ -1,13 +1,15 @@
 """Report extras, added when a stage is done: the paper's settings, answers before and after, KL budget, cost.
 
-Answers are sampled here, so that a stage need not do it: with the usual engine, on held-out prompts, and with
-the same seeds for the model before the stage and the model after it.
+Answers are sampled here, so that a stage need not do it: with the usual engine, on held-out prompts, with the
+same seeds for the model before the stage and the model after it, and with the settings of `chatwright chat`:
+a reader sees what a user will see, not what training samples.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from typing import Any
 from chatwright import checkpoint, runtime
 from chatwright.config import UserError
 from chatwright.data.examples import Dialogue
-from chatwright.data.records import is_record_file, read_records, records_of
+from chatwright.data.records import own_file, read_records, records_of
 from chatwright.evaluate.answers import mean_kl, side_by_side
 from chatwright.files import read_json, sha256, write_json
+from chatwright.generation_config import chat_options, told
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import WORTH_COMPILING, load
 from chatwright.metrics import say
@@ -25,7 +28,7 @@ from chatwright.train import paper
 from chatwright.train.base import open_base
 from chatwright.train.cost import cost_row
 from chatwright.train.rl.prompts import exchanges_from, own_answers
-from chatwright.train.rl.rollout import prompts_from, sample_completions
+from chatwright.train.rl.rollout import sample_completions
 from chatwright.train.stage import Stage
 from chatwright.train.workspace import Answered, Report, Workspace
 
@@ -56,6 +59,7 @@ def close(
             "prompts": len(answers.prompts),
             "measures": dict(answers.measures),
             "kl": answers.kl,
+            "sampling": answers.sampling,
         }
         write_answers(workspace.directory, answers)
     return result
@@ -94,8 +98,8 @@ def content(config: Any, workspace: Workspace) -> str | None:
         files = sorted(records_of(workspace.directory).glob("*.jsonl"))
         text = "".join(f"{file.name} {sha256(file)}\n" for file in files)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-    if is_record_file(getattr(config, "data", "")):
-        return sha256(Path(config.data))[:16]
+    if (own := own_file(getattr(config, "data", ""))) is not None:
+        return sha256(own)[:16]
     place = workspace.inputs.get(getattr(config, "data", ""))
     known = read_json(place / "result.json").get("data") if place else None
     return str(known) if known else None
@@ -135,31 +139,32 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
     own = own_answers(exchanges_from(dialogues, template, tokenizer, most=most).answers, tokenizer)
     room = min(_limit("max_new_tokens", config, report) or max(LONGEST_ANSWER, own), context // 2)
     longest = min(_limit("max_prompt_tokens", config, report) or context, context - room)
-    prompts = prompts_from(dialogues, template, tokenizer, max_tokens=longest, most=most)
+    found = exchanges_from(dialogues, template, tokenizer, limit=longest, most=most)
+    prompts, texts = found.prompts, found.texts
     if not prompts:
         raise UserError(f"no prompt in {file} has at most {longest} tokens")
     say(f"  asking {config.base} and the result {len(prompts)} held-out prompts")
-    temperature = getattr(config, "temperature", 1.0)
-    sides = [
-        sample_completions(
-            model,
-            prompts,
-            end=tokenizer.control_ids[template.end],
-            max_new_tokens=room,
-            temperature=temperature,
-            seed_parts=(workspace.seed, "before and after"),
-        )
-        for model in (before.model, after.model)
-    ]
-    kl = mean_kl(after.model, before.model, sides[1], temperature)
-    return side_by_side(
-        (config.base, workspace.directory.name), prompts, (sides[0], sides[1]), tokenizer, kl=kl
+    ask = partial(
+        sample_completions,
+        prompts=prompts,
+        end=tokenizer.control_ids[template.end],
+        max_new_tokens=room,
+        seed_parts=(workspace.seed, "before and after"),
     )
+    # As in a chat. KL is that of the policy as it is: without a temperature, and without filters.
+    options = chat_options(after.generation)
+    settings = {"temperature": options.pop("temperature"), "filters": options}
+    sides = (ask(before.model, **settings), ask(after.model, **settings))
+    kl = mean_kl(after.model, before.model, ask(after.model, temperature=1.0), 1.0)
+    sampling = f"{told(after.generation)}, at most {room} tokens"
+    names = (config.base, workspace.directory.name)
+    return side_by_side(names, texts, sides, tokenizer, kl=kl, sampling=sampling)
 
 
 def _limit(name: str, config: Any, report: Report) -> int:
     """The limit that a stage found in its data, or its setting; 0 where it has none."""
-    return int(report.facts.get(name) or getattr(config, name, 0))
+    known = report.facts.get(name)
+    return int(known if known else getattr(config, name, 0))
 
 
 def sample(directory: Path, report: Report, prompt: str, seed: int) -> str:
@@ -173,7 +178,7 @@ def sample(directory: Path, report: Report, prompt: str, seed: int) -> str:
     ):
         return ""
     model = load(str(directory / report.model))
-    options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.7, "top_p": 0.9, "seed": seed}
+    options = {**chat_options(model.generation), "max_new_tokens": 40, "seed": seed}
     if model.template is None:
         return model.generate(prompt, **options)
     return model.chat([{"role": "user", "content": prompt}], **options)

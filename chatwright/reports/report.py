@@ -79,6 +79,8 @@ def write_stage_report(directory: Path, name: str, result: Result) -> None:
     """Write report.md of one stage. A section without content says so; a stage that trains no policy has no
     sections about one."""
     lines = [f"# {item(name)}", "", f"Took {duration(result['seconds'])} (minutes:seconds).", ""]
+    for warning in result.get("warnings", ()):
+        lines += [f"**Warning:** {cell(warning)}", ""]
     lines += table(("measure", "before", "after"), [row[1:4] for row in table_rows(name, result)])
     for one in result.get("tables", ()):
         lines += ["", f"{item(one['title'])}:", "", *table(one["columns"], one["rows"])]
@@ -130,6 +132,8 @@ def _answers(directory: Path, result: Result) -> list[str]:
         f"The first {len(pairs)} of {answers['prompts']} held-out prompts, not chosen; both sides with the "
         "same seeds."
     )
+    if answers.get("sampling"):
+        what = f"{what.removesuffix('.')}, sampled at {item(answers['sampling'])}."
     if not answers["measures"]:  # a reward model's pairs: it does not write answers
         what = f"The first {len(pairs)} held-out pairs of answers that are no tie, not chosen otherwise."
     lines = [what, ""]
@@ -197,6 +201,9 @@ def write_run_report(directory: Path, name: str, results: Mapping[str, Result], 
         ("stage", "measured on held-out data", "before", "after", "time"),
         [row for stage, result in results.items() for row in table_rows(stage, result)],
     )
+    warned = [(stage, text) for stage, result in results.items() for text in result.get("warnings", ())]
+    for stage, text in warned:
+        lines += ["", f"**Warning, {cell(stage)}:** {cell(text)}"]
     lines += ["", f"## One prompt after each stage: {cell(prompt)}", ""]
     for stage, result in results.items():
         if result.get("sample"):

@@ -57,7 +57,9 @@ def routes(pool: ModelPool, jobs: JobStore, *, save_seconds: float = 1.0) -> API
     @router.get("/")
     @router.get("/c/{conversation}")
     async def page(request: Request, conversation: str = "") -> HTMLResponse:
-        context = {"models": models(), "settings": conversations.Settings(), "key": context_of(request).key}
+        own = next((one.model.own_sampling for one in pool.services if one.name == pool.names[0]), {})
+        settings = conversations.Settings.recommended(own)
+        context = {"models": models(), "settings": settings, "key": context_of(request).key}
         return HTMLResponse(pages.get_template("chat.html").render(context))
 
     @router.post("/chat/owner")

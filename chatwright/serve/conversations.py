@@ -15,7 +15,7 @@ GET    /chat/conversations.jsonl        everything, as a file
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Annotated, Any
@@ -56,6 +56,12 @@ class Settings(BaseModel):
     """Below 2^53: JavaScript's numbers are exact up to there."""
     max_tokens: Annotated[int, Field(ge=1)] = 512
     stop: Annotated[list[Text], Field(max_length=16)] = Field(default_factory=list)
+
+    @classmethod
+    def recommended(cls, own: Mapping[str, Any]) -> Settings:
+        """The settings that a page begins with: those that the model's makers recommend, or the defaults."""
+        within = {**own, "temperature": min(own["temperature"], 2.0)} if "temperature" in own else own
+        return cls(**within)
 
     def sampling(self) -> Sampling:
         """The engine's settings. Raises UserError on values that it refuses."""

@@ -23,7 +23,7 @@ from chatwright.config import UsageError, UserError
 from chatwright.data.cuts import check_limit
 from chatwright.data.examples import Dialogue
 from chatwright.data.records import read_records, records_of
-from chatwright.evaluate.answers import bootstrap_interval, mean_kl, side_by_side
+from chatwright.evaluate.answers import mean_kl, side_by_side
 from chatwright.evaluate.best_of_n import Samples, at_kl, best_of_n, optima, point, sizes
 from chatwright.metrics import progress_bar
 from chatwright.model.attention import plain_attention
@@ -50,6 +50,7 @@ from chatwright.train.rl.metrics import SCORE as SCORE_MEANING
 from chatwright.train.rl.models import load_reward, score_completions
 from chatwright.train.rl.prompts import Asked, ask
 from chatwright.train.rl.rollout import Completions, all_gather_completions, sample_completions
+from chatwright.train.statistics import bootstrap_interval
 
 SCORE, GOLD = "reward model's score, best of n", "gold measure, best of n"
 
@@ -158,7 +159,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         )
         bar.update(1.0)
     report = report_of(config, rows, baseline, optima(scores, values, workspace.seed))
-    report.answers = chosen_answers(config, base, prompts, given, scores, values)
+    report.answers = chosen_answers(config, base, asked.texts, given, scores, values)
     report.facts["tokens"] = int(given.response.sum())
     return asked.tell(report)
 
@@ -166,7 +167,7 @@ def run(config: Config, workspace: Workspace) -> Report:
 def chosen_answers(
     config: Config,
     base: ChatBase,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[str],
     given: Completions,
     scores: Samples,
     values: Samples | None,
@@ -182,7 +183,8 @@ def chosen_answers(
         f"{config.policy}, the best of {config.n} by {config.reward}",
     )
     sides = (given.rows(runtime.on_device(first)), given.rows(runtime.on_device(best)))
-    return side_by_side(names, prompts, sides, base.tokenizer, values=known)
+    sampling = f"temperature {config.temperature:g}, at most {config.max_new_tokens} tokens"
+    return side_by_side(names, prompts, sides, base.tokenizer, values=known, sampling=sampling)
 
 
 def sharing(config: Config, prompts: Sequence[Sequence[int]]) -> ParallelContext:

@@ -264,7 +264,9 @@ def run(config: Config, workspace: Workspace) -> Report:
     config, share = replace(config, context=length), rows.learnt / rows.size
     training = start_training("sft", PLAN, config, workspace, model.config, learnt=share)
     compiling = partial(compiled_for, length=length)
-    trainer = training.trainer(model, base.tokenizer, base.template, compiling=compiling)
+    trainer = training.trainer(
+        model, base.tokenizer, base.template, generation=base.generation, compiling=compiling
+    )
     train_step = training.in_precision(partial(step, model))
     fitted = training.fit(
         trainer,

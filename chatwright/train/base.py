@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from chatwright import generation_config
 from chatwright.chat import ChatTemplate
 from chatwright.config import UserError
+from chatwright.generation_config import GenerationConfig
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
 from chatwright.model.config import GPTConfig
@@ -45,7 +47,7 @@ def open_chat_base(
     template = base.template or template
     if template is None:
         raise UserError(f"{name} has no chat template; {purpose}")
-    return ChatBase(base.model, base.tokenizer, template, base.source)
+    return ChatBase(base.model, base.tokenizer, template, base.source, base.generation)
 
 
 def model_metadata(
@@ -64,7 +66,16 @@ def model_metadata(
     return {**known, **(adapter or {})}
 
 
-def model_texts(tokenizer: Tokenizer, template: ChatTemplate | None = None) -> dict[str, str]:
-    """The files that make a checkpoint self-contained: the tokenizer, and the chat template if any."""
+def model_texts(
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None = None,
+    generation: GenerationConfig | None = None,
+) -> dict[str, str]:
+    """The files that make a checkpoint self-contained: the tokenizer, and where there are any the chat
+    template and the sampling settings of the model that training started from."""
     texts = {"tokenizer.json": tokenizer.to_json()}
-    return texts if template is None else {**texts, "chat_template.jinja": template.source}
+    if template is not None:
+        texts["chat_template.jinja"] = template.source
+    if generation is not None:
+        texts[generation_config.FILE] = generation.to_json()
+    return texts

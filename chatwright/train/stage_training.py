@@ -19,6 +19,7 @@ import torch
 
 from chatwright import memory, runtime
 from chatwright.chat import ChatTemplate
+from chatwright.generation_config import GenerationConfig
 from chatwright.metrics import say
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
@@ -107,11 +108,13 @@ class StageTraining(Generic[Settings]):
         template: ChatTemplate | None = None,
         *,
         base: GPT | None = None,
+        generation: GenerationConfig | None = None,
         compiling: Callable[..., str] | None = compile_blocks,
     ) -> Trainer:
         """Prepare a model for training (adapter, device, compilation) and make its trainer.
 
-        `base` is the model whose weights an adapter is trained over, where it is not the model itself.
+        `base` is the model whose weights an adapter is trained over, where it is not the model itself;
+        `generation` are the sampling settings that the result keeps.
         `compiling(model, cut=...)` compiles the model when the settings ask for it, and returns a line about
         it; None leaves compilation to the stage. Raises UserError for impossible adapter settings.
         """
@@ -130,7 +133,7 @@ class StageTraining(Generic[Settings]):
             self.settings.optim,
             self.workspace,
             metadata=model_metadata(kind, model.config, tokenizer, template, adapter=adapter),
-            texts=model_texts(tokenizer, template),
+            texts=model_texts(tokenizer, template, generation),
             keep=fit.keep,
             parallel=self.parallel,
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from chatwright import files
 from chatwright.config import UserError
+from chatwright.data.records import is_record_file
 from chatwright.metrics import Metric, MetricsLog
 from chatwright.trackers import Reporting
 
@@ -63,6 +64,8 @@ class Answered:
     """Name of a measure -> its value over all answers, (before, after): length and diversity."""
     kl: float | None = None
     """KL of the second model from the first on its own answers, nats per answer."""
+    sampling: str = ""
+    """How the answers were sampled, for people: temperature and so on, and the longest answer."""
 
 
 @dataclass
@@ -76,13 +79,16 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
     """Other numbers worth keeping: counts, settings that were chosen at run time."""
     notes: list[str] = field(default_factory=list)
-    """Lines for the report: departures, warnings."""
+    """Lines for the report: departures, what was left out."""
     tables: list[Table] = field(default_factory=list)
     answers: Answered | None = None
     """Set by stages that sample answers themselves; for the others the pipeline samples from base and result
     (reports/extras.py)."""
     pictures: list[str] = field(default_factory=list)
     """Files in the stage's directory to show beside the curves."""
+    warnings: list[str] = field(default_factory=list)
+    """What makes the result doubtful, and what to do. They are printed when the stage is done, and stand at
+    the top of the report."""
 
     def value(self, name: str) -> float | None:
         """The measure's value after the stage; None when there is no measure of this name."""
@@ -125,7 +131,7 @@ class Workspace:
         if name in self.inputs:
             return self.inputs[name]
         path = Path(name)
-        if path.exists():
+        if path.exists() or is_record_file(name):
             return path
         known = ", ".join(self.inputs) or "none"
         raise UserError(f"{name!r} is neither a finished stage of this run ({known}) nor an existing path")

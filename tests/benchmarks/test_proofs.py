@@ -65,11 +65,17 @@ ROW = {
 
 def test_a_replay_keeps_the_best_until_the_gold_turns() -> None:
     gold = [0.2, 0.3, 0.5, 0.6, 0.55, 0.4, 0.3, 0.2, 0.9]
-    rows = [{**ROW, "gold": value, "score": 0.1 * n, "kl": 0.5 * n} for n, value in enumerate(gold)]
+    rows = [
+        {**ROW, "gold": value, "fixed_gold": value, "score": 0.1 * n, "kl": 0.5 * n, "fixed_kl": 0.5 * n}
+        for n, value in enumerate(gold)
+    ]
     stop, kept, why = measures.replay(rows, health.Limits(kl_budget=100.0, patience=2))
     assert (stop, kept) == (5, 3) and "exploited" in why  # 0.55 in rounds 2 and 3, 0.475 in rounds 4 and 5
     assert measures.replay(rows, health.Limits(kl_budget=100.0, patience=9)) == (8, 8, "all iterations done")
     assert measures.replay(rows, health.Limits(kl_budget=0.9, patience=9))[:2] == (2, 1)
+    every = [row if n % 2 else {**row, "fixed_gold": 0.0} for n, row in enumerate(rows)]
+    del every[3]["fixed_gold"]  # the best round is no candidate
+    assert measures.replay(every, health.Limits(kl_budget=100.0, patience=9))[:2] == (8, 5)
     with pytest.raises(ValueError):
         measures.replay([{**rows[0], "kl": 5.0}], health.Limits(kl_budget=1.0))
 

@@ -14,6 +14,7 @@ import pytest
 import chatwright.language_model
 from chatwright.commands.chat import ChatConfig, main
 from chatwright.config import UsageError, UserError, harmless
+from chatwright.generation_config import GenerationConfig
 from support.serving import DIALOGUES, TinyModel
 
 Chat = Callable[..., tuple[int, str, str]]
@@ -193,3 +194,18 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--temperature", "--max_new_tokens", "--system", "--seed", "model"):
         assert option in text
     assert ChatConfig.__doc__
+
+
+def test_the_first_lines_say_how_answers_are_sampled(chat: Chat, tiny: TinyModel) -> None:
+    told = chat("/quit", options=())[2]
+    assert "Sampling: temperature 0.7 (chat's default, for the model recommends none)." in told
+    assert "4-bit" not in told
+    tiny.generation = GenerationConfig(temperature=0.2, top_p=0.9, source="the example of its makers")
+    tiny.name = "smollm2"
+    told = chat("/quit", options=())[2]
+    assert "Sampling: temperature 0.2, top-p 0.9 (from the example of its makers)." in told
+    assert "smollm2 comes in a package with 4-bit weights" in told
+    assert "hf:HuggingFaceTB/SmolLM2-135M-Instruct" in told
+    told = chat("/quit", options=("--temperature=1", "--top_k=3"))[2]
+    assert "Sampling: temperature 1, top-k 3, top-p 0.9 (as given; from the example of its makers)." in told
+    assert chat("hello", piped=True)[1:] == (f"{DIALOGUES['hello']}\n", "")  # only answers in a pipe

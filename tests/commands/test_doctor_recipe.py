@@ -41,7 +41,11 @@ def test_the_built_in_recipe(run: Run, recipe: Callable[[str], Path], tmp_path: 
         ("{data: {text: boolqq}}", "data.text", "did you mean 'boolq'?"),
         ("{data: {dialogues: boolq}}", "data.dialogues", "boolq holds text records, not dialogue"),
         ("{data: {path: empty}}", "data.text", "empty"),
-        ("{data: {dialogues: ''}, sft: {base: smollm2}}", "data", "`dialogues` is empty, but sft"),
+        (
+            "{data: {dialogues: ''}, sft: {base: smollm2, context: 64}}",
+            "data",
+            "`dialogues` is empty, but sft",
+        ),
         ("{data: {ratings: ''}, reward: {base: smollm2}}", "data", "`ratings` is empty, but reward"),
         ("{data: {ratings: ''}, classifier: {base: smollm2}}", "data", "`ratings` is empty, but classifier"),
         (

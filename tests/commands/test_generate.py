@@ -59,7 +59,9 @@ def test_options_are_those_of_sampling() -> None:
         if theirs.name in ("top_logprobs", "presence_penalty", "frequency_penalty", "logit_bias"):
             continue  # OpenAI's, for the server; the verb has repetition_penalty
         assert theirs.name in ours
-        if theirs.name != "stop":  # a list here, a tuple there; both empty
+        if theirs.name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+            assert ours[theirs.name].default is None  # the model's own, else theirs
+        elif theirs.name != "stop":  # a list here, a tuple there; both empty
             assert ours[theirs.name].default == theirs.default
 
 

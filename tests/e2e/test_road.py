@@ -43,7 +43,7 @@ stages:
            optim: {{learning_rate: 0.002}}}}
   ppo: {{iterations: 4, batch_size: 16, minibatch_size: 8, max_prompt_tokens: 40, max_new_tokens: 18,
          min_tokens: 1, min_correlation: 0.3, optim: {{learning_rate: 0.0005}}}}
-  eval: {{prompts: 24, samples: 1, max_prompt_tokens: 40, max_new_tokens: 18}}
+  eval: {{prompts: 24, samples: 1, max_prompt_tokens: 40, max_new_tokens: 18, gold: sentiment}}
 """
 
 
@@ -163,7 +163,13 @@ def test_the_numbers_went_the_right_way(road: tuple[Path, str], learnt: Any) -> 
         before, after = measure(stage)
         learnt(f"{stage}: loss, as a share", after / before, below=bound)
     learnt("reward: accuracy", measure("reward")[1], above=0.8)
-    assert measure("ppo")[1] >= measure("ppo")[0]  # what is kept is the best round, the first among them
+    best = files.read_json(root / "ppo" / "result.json")["facts"]["best"]
+    rows = [row for row in read_metrics(root / "ppo" / "metrics.jsonl") if "fixed_score" in row]
+    top = max(row["fixed_score"] for row in rows)  # the first among them: the SFT model
+    assert best["score"] == pytest.approx(top, abs=1e-5)
+    names = [one["name"] for one in files.read_json(root / "eval" / "result.json")["measures"]]
+    assert {"reward model's score, held-out prompts", "win rate by the reward model"} < set(names)
+    assert "conclusion: " in road[1] and "score, held-out prompts (" in road[1]  # with the interval
     facts = files.read_json(root / "eval" / "result.json")["facts"]
     assert facts["interval"][0] <= facts["gain"] <= facts["interval"][1] and facts["kl"] > -0.5
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chatwright.evaluate.answers import ENDED, LENGTH, REPEATS, per_prompt, repeats, side_by_side, turns
+from chatwright.evaluate.answers import ENDED, LENGTH, REPEATS, per_prompt, repeats, side_by_side
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.rl.rollout import Completions
 
@@ -36,7 +36,7 @@ def test_the_mean_over_the_answers_to_a_prompt() -> None:
 
 
 def test_two_answers_to_each_of_two_prompts() -> None:
-    prompts = [TOKENIZER.encode("a b"), TOKENIZER.encode("c")]
+    prompts = ["a b", "c"]
     first, second = ("a b", "c d", "a b", "c"), ("a a a a", "b", "c d", "d")
     sides = answers(*first), answers(*second, ended=(True, False, True, True))
     found = side_by_side(
@@ -47,7 +47,7 @@ def test_two_answers_to_each_of_two_prompts() -> None:
         ("a b", "a a a a"),
         ("c d", "b"),
     ]
-    assert found.prompts == [turns(prompt, TOKENIZER) for prompt in prompts]
+    assert found.prompts == prompts and [pair["prompt"] for pair in found.pairs] == prompts
     sizes = [[len(TOKENIZER.encode(text)) + 1 for text in side] for side in (first, second)]
     assert found.measures[LENGTH] == pytest.approx([sum(side) / 4 for side in sizes])
     assert found.values[LENGTH][1] == pytest.approx(

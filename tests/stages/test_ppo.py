@@ -16,7 +16,6 @@ import torch
 from chatwright import checkpoint, files
 from chatwright.config import UsageError, UserError
 from chatwright.data.examples import Dialogue
-from chatwright.data.loader import SampleOrder
 from chatwright.data.records import read_records
 from chatwright.language_model import load_parts
 from chatwright.metrics import read_metrics
@@ -26,16 +25,17 @@ from chatwright.stages.ppo import Config, score_rollouts
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.rl import run as rl_run
 from chatwright.train.rl import training
+from chatwright.train.rl.fixed_prompts import FixedPrompts, prompt_sets
 from chatwright.train.rl.models import RLModels, load_reward
+from chatwright.train.rl.prompts import exchanges_from
 from chatwright.train.rl.rollout import (
     Completions,
     completion_log_probs,
-    prompts_from,
     sample_completions,
     texts_of,
 )
 from chatwright.train.stopping import Interrupted
-from support.planted import LEARNING, MINI, gain
+from support.planted import LEARNING, MINI, gain, plant_fixed
 
 
 def rows_of(directory: Path) -> list[dict[str, Any]]:
@@ -51,16 +51,19 @@ def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: P
     best = report.facts["best"]
     learnt("gain", gain(rows), above=0.5)
     learnt("KL", best["kl"], above=0.05)
+    # and the report says so, from prompts that were neither trained on nor had a say in what is kept
+    shown = report.facts["held_out"]["score"]
+    learnt("lower end of the gain on held-out prompts", shown["interval"][0], above=0.2)
     assert (
         abs(rows[0]["kl"]) < 1e-4 and abs(rows[0]["kl_k3"]) < 1e-4
     )  # policy and reference are the same at first
     assert all(row["sampler_gap"] < 1e-4 for row in rows)
-    measured = {measure.name: (measure.before, measure.after) for measure in report.measures}
-    assert measured["reward model's score (training prompts)"] == (
-        pytest.approx(rows[0]["score"], abs=1e-6),
-        best["score"],
-    )
-    assert measured["KL to the SFT model"] == (0.0, best["kl"])
+    (score, kl, *_) = report.measures
+    assert (score.name, kl.name) == ("reward model's score, held-out prompts", "KL to the SFT model")
+    assert score.before is not None and score.after is not None and "nothing was shown" not in score.note
+    assert shown["difference"] == pytest.approx(score.after - score.before, abs=1e-6)
+    assert shown["prompts"] == 60  # all that the miniature has
+    assert kl.before == 0.0 and kl.after == pytest.approx(best["kl"], rel=0.5)
     for row in rows[:-1]:
         assert {"policy_loss", "value_loss", "clip_fraction", "entropy", "explained_variance", "beta"} <= set(
             row
@@ -72,11 +75,13 @@ def test_a_planted_reward_rises_while_kl_is_told(planted_bench: Any, tmp_path: P
     assert rates == pytest.approx(expected, abs=1e-6)
     assert report.facts["stopped"] == "all iterations done"
 
-    # what is kept is the policy that gave the best answers: sampling again gives their score and KL
-    assert best["score"] == pytest.approx(max(row["score"] for row in rows), abs=1e-6)
-    score, kl = measured_again(planted_bench, directory / str(report.model), best["step"])
-    assert score == pytest.approx(best["score"], abs=1e-4)
-    assert kl == pytest.approx(best["kl"], abs=1e-3)
+    # what is kept is the best candidate on the fixed prompts, every second iteration and at the end
+    chosen = {row["step"]: row["fixed_score"] for row in rows if "fixed_score" in row}
+    assert sorted(chosen) == [0, 2, 4, 6, 8, 10, 12]
+    assert chosen[best["step"]] == max(chosen.values()) == pytest.approx(best["score"], abs=1e-5)
+    score_again, kl_again = measured_again(planted_bench, directory / str(report.model))
+    assert score_again == pytest.approx(best["score"], abs=1e-4)
+    assert kl_again == pytest.approx(best["kl"], abs=1e-3)
 
 
 def test_a_policy_in_bf16_rounds_and_no_more(
@@ -111,20 +116,19 @@ def test_a_policy_in_bf16_rounds_and_no_more(
         assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=0.1)
 
 
-def measured_again(bench: Any, saved: Path, round_: int) -> tuple[float, float]:
+def measured_again(bench: Any, saved: Path) -> tuple[float, float]:
+    """Score and KL of a saved policy on the first 32 training prompts, with the seeds of every candidate."""
     kept, base = load_parts(saved), load_parts(bench.inputs["sft"])
     tokenizer, template = kept.tokenizer, kept.template
     assert tokenizer is not None and template is not None
     dialogues = list(read_records(bench.inputs["data"] / "dialogues-train.jsonl", Dialogue))
-    prompts = prompts_from(dialogues, template, tokenizer, max_tokens=40, most=4_000)
-    chosen = SampleOrder(len(prompts), bench.seed).take(round_ * 32, 32)
     answers = sample_completions(
         kept.model,
-        [prompts[n] for n in chosen],
+        exchanges_from(dialogues, template, tokenizer, limit=40, most=32).prompts,
         end=tokenizer.control_ids["<|end|>"],
         max_new_tokens=18,
         temperature=1.0,
-        seed_parts=(bench.seed, "ppo", round_),
+        seed_parts=(bench.seed, "ppo", "choosing"),
     )
     judge = rl_run.load_reward(Path(), base, 0.0)
     models = RLModels(kept.model, base.model, judge, judge)
@@ -139,6 +143,7 @@ def test_it_stops_beyond_the_kl_budget_and_keeps_the_best_within(planted_bench: 
         kl_target=0.0,
         beta=0.0,
         iterations=10,
+        evaluate_every=1,
         optim=replace(MINI.optim, learning_rate=3e-3),
     )
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
@@ -163,23 +168,91 @@ ROUNDS = {
 @pytest.mark.parametrize("name", ROUNDS)
 def test_what_is_kept(planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     told, kept = ROUNDS[name]
-    table = iter(told)
-    variety: list[float] = []
-    real = ppo.score_rollouts
-
-    def planted(*arguments: Any) -> Any:
-        rollout, logged = real(*arguments)
-        score, kl, distinct = next(table)
-        variety.append(distinct)
-        return rollout, {**logged, "score": score, "kl": kl}
-
-    monkeypatch.setattr(ppo, "score_rollouts", planted)
-    monkeypatch.setattr(training, "distinct", lambda texts: variety[-1])
-    config = replace(MINI, iterations=3, batch_size=8, minibatch_size=8)
+    seen = plant_fixed(monkeypatch, told)
+    config = replace(MINI, iterations=3, batch_size=8, minibatch_size=8, evaluate_every=1)
     report = planted_bench.run(ppo, config, tmp_path / "ppo")
     assert len(rows_of(tmp_path / "ppo")) == 4
-    assert report.facts["best"]["step"] == kept and report.facts["best"]["score"] == told[kept][0]
+    best = report.facts["best"]
+    assert best["step"] == kept and best["score"] == pytest.approx(told[kept][0])
     assert report.model == f"checkpoints/step-{kept:06}" and (tmp_path / "ppo" / report.model).is_dir()
+    # the held-out prompts are answered by the model that training starts from and by the result, no candidate
+    assert [one.name for one in seen] == ["held out", *["choosing"] * 4, "held out"]
+    assert any("no later candidate was better" in note for note in report.notes) == (kept == 0)
+
+
+def test_measuring_on_fixed_prompts_changes_no_weight(planted_bench: Any, tmp_path: Path) -> None:
+    """Nor any number of the iterations: it has random streams of its own."""
+    config = replace(MINI, iterations=4, batch_size=8, minibatch_size=8, save_steps=4)
+    found = []
+    for every, prompts in ((1, 16), (4, 3)):
+        directory = tmp_path / str(every)
+        changed = replace(config, evaluate_every=every, evaluate_prompts=prompts, held_out_prompts=prompts)
+        planted_bench.run(ppo, changed, directory)
+        rows = [
+            {key: value for key, value in row.items() if not key.startswith("fixed_")}
+            for row in rows_of(directory)
+        ]
+        saved = checkpoint.Checkpoint(directory / "checkpoints" / "step-000004").tensors("model")
+        found.append((rows, saved))
+    (rows, saved), (others, theirs) = found
+    assert rows == others
+    assert all(torch.equal(saved[name], theirs[name]) for name in saved)
+
+
+@pytest.mark.parametrize("left", ["no file", "prompts that are too long"])
+def test_without_held_out_conversations_some_prompts_are_left_out_of_training(
+    left: str, planted_bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(planted_bench.inputs["data"] / "dialogues-train.jsonl", data)
+    if left != "no file":
+        long = Dialogue.of([{"role": "user", "content": "word " * 60}])
+        files.write_text(data / "dialogues-validation.jsonl", long.to_json() + "\n")
+    config = replace(MINI, iterations=1, batch_size=8, minibatch_size=8, held_out_prompts=20)
+    report = planted_bench.with_(data=data).run(ppo, config, tmp_path / "ppo")
+    told = " ".join(capsys.readouterr().out.split())
+    said = "the result is measured on 20 training prompts that are left out of training"
+    assert said in told and any(said in note for note in report.notes)
+    assert report.facts["held_out"]["score"]["prompts"] == 20
+
+    parts = load_parts(planted_bench.inputs["sft"])
+    assert parts.tokenizer is not None and parts.template is not None
+    dialogues = list(read_records(data / "dialogues-train.jsonl", Dialogue))
+    prompts = prompts_from(dialogues, parts.template, parts.tokenizer, max_tokens=40, most=4_000)
+    sets = prompt_sets(prompts, data, parts.template, parts.tokenizer, 40, config)
+    assert sets.held_out is not None and list(sets.held_out.prompts) == prompts[4::5][:20]
+    assert len(sets.training) == len(prompts) - 20
+    assert list(sets.choosing.prompts) == list(sets.training[:32])
+
+
+def test_few_prompts_are_answered_several_times() -> None:
+    few = FixedPrompts("choosing", [[1], [2], [3]], 8)
+    assert few.samples == 3 and few.rows == [[1], [2], [3]] * 3
+    assert FixedPrompts("choosing", [[n] for n in range(8)], 8).samples == 1
+
+
+def test_lucky_iterations_choose_nothing(
+    planted_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Iterations whose scores jump up and down by chance, and a policy that does not change: neither the
+    choice nor the headline follows the best of them."""
+    scores = iter([-0.73, -0.79, -0.65, -1.00, -0.80, -0.70])
+    real = ppo.score_rollouts
+
+    def noisy(*arguments: Any) -> Any:
+        rollout, logged = real(*arguments)
+        return rollout, {**logged, "score": next(scores)}
+
+    monkeypatch.setattr(ppo, "score_rollouts", noisy)
+    still = replace(MINI.optim, learning_rate=1e-9, warmup=0.0)
+    config = replace(MINI, iterations=5, batch_size=8, minibatch_size=8, evaluate_every=1, optim=still)
+    report = planted_bench.run(ppo, config, tmp_path / "ppo")
+    assert report.facts["best"]["step"] == 0
+    (score,) = [one for one in report.measures if one.name == "reward model's score, held-out prompts"]
+    assert score.before == score.after
+    assert score.note.startswith("nothing was shown, the interval holds 0: +0.000")
+    assert any("nothing was shown" in note for note in report.notes)
 
 
 def test_beta_follows_the_kl(planted_bench: Any, tmp_path: Path) -> None:
@@ -325,7 +398,14 @@ def test_a_signal_stops_before_the_next_minibatch(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"batch_size": 10, "minibatch_size": 4}, {"temperature": 0.0}, {"temperature": -1.0}]
+    "settings",
+    [
+        {"batch_size": 10, "minibatch_size": 4},
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"evaluate_every": 0},
+        {"held_out_prompts": 0},
+    ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from chatwright import checkpoint, files
+from chatwright import checkpoint, cli, files
 from chatwright.chat import NATIVE
 from chatwright.config import UserError
 from chatwright.data.examples import Comparison, LabelledText
@@ -266,3 +266,46 @@ def test_correlation_by_hand() -> None:
 def test_a_base_model_without_a_template_is_refused(pretrain_bench: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no chat template"):
         pretrain_bench.run(reward, Config(base="pretrain"), tmp_path / "reward")
+
+
+def test_length_that_decides_all_is_said_loudly(
+    sft_bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the console and at the top of the report, as a person sees it; and that five pairs are few."""
+    own = tmp_path / "own"
+    own.mkdir()
+    for side, count in (("train", 40), ("validation", 5)):
+        rows = [
+            Comparison.of(
+                [{"role": "user", "content": f"How is the cat number {n}?"}],
+                ["The cat is old and the house is new.", "The cat is old."],
+                [1.0, 0.0],
+            )
+            for n in range(count)
+        ]
+        text = "".join(row.to_json() + "\n" for row in rows)
+        files.write_text(own / f"comparisons-{side}.jsonl", text)
+    given = {
+        "base": sft_bench.inputs["sft"],
+        "comparisons": own,
+        "center_on": "answers",
+        "max_tokens": 48,
+        "fit.steps": 40,
+        "fit.batch_size": 4,
+        "fit.precision": "fp32",
+        "optim.learning_rate": 0.004,
+        "out": tmp_path / "run" / "reward",
+    }
+    arguments = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    assert cli.main(["reward", *arguments]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    report = (tmp_path / "run" / "reward" / "report.md").read_text()
+    for text in (
+        "the longer answer always wins in your 45 pairs: the reward model may have learnt length alone",
+        "only 5 held-out pairs: the accuracy of 1.000 may be anywhere in its 95 % interval 0.57 to 1.00",
+    ):
+        assert f"WARNING: {text}" in told and f"**Warning:** {text}" in report
+    assert "accuracy on held-out pairs (95 % interval 0.566 to 1.000, 5 pairs)" in told
+    facts = files.read_json(tmp_path / "run" / "reward" / "result.json")["facts"]
+    assert facts["held_out_pairs"] == 5
+    assert facts["held_out_accuracy_interval"] == [pytest.approx(0.5655, abs=1e-4), 1.0]

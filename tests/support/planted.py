@@ -18,6 +18,7 @@ from chatwright.optim import OptimConfig
 from chatwright.stages import best_of_n, ppo
 from chatwright.stages.ppo import Config
 from chatwright.train.rl import run as rl_run
+from chatwright.train.rl.fixed_prompts import Answers, Evaluator, FixedPrompts
 
 
 class Planted(ScalarModel):
@@ -56,8 +57,28 @@ def plant(monkeypatch: pytest.MonkeyPatch, words: str = "happy lovely great kind
         monkeypatch.setattr(module, "load_reward", planted)
 
 
+def plant_fixed(
+    monkeypatch: pytest.MonkeyPatch, told: Sequence[tuple[float, float, float]]
+) -> list[FixedPrompts]:
+    """The policy's completions of the prompts that choose have these scores, KLs and distinct-2, one after
+    the other; the last ones stay. Returns the sets that are answered, as they are."""
+    real, left, seen = Evaluator.measure, list(told), []
+
+    def planted(self: Evaluator, chosen: FixedPrompts) -> Answers:
+        seen.append(chosen)
+        found = real(self, chosen)
+        if chosen.name != "choosing":
+            return found
+        score, kl, variety = left.pop(0) if len(left) > 1 else left[0]
+        many = len(found.score)
+        return replace(found, score=[score] * many, kl=[kl] * many, distinct_2=variety)
+
+    monkeypatch.setattr(Evaluator, "measure", planted)
+    return seen
+
+
 def plant_kl(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PPO's rounds say that their KL is 0 before the first update, and 1 nat after it."""
+    """KL is 0 before the first update, and 1 nat after it: in PPO's rounds as on the fixed prompts."""
     real = ppo.score_rollouts
     rounds_seen: list[int] = []
 
@@ -67,6 +88,7 @@ def plant_kl(monkeypatch: pytest.MonkeyPatch) -> None:
         return rollout, {**logged, "kl": float(len(rounds_seen) > 1)}
 
     monkeypatch.setattr(ppo, "score_rollouts", planted)
+    plant_fixed(monkeypatch, [(0.0, 0.0, 0.8), (1.0, 1.0, 0.8)])
 
 
 MINI = Config(
@@ -82,6 +104,9 @@ MINI = Config(
     min_tokens=1,
     max_repeats=0.6,
     save_steps=4,
+    evaluate_every=2,
+    evaluate_prompts=32,
+    held_out_prompts=64,
     # Adam's first steps are of full size whatever the gradient: without warm-up, or at 1e-3, noise alone
     # moves a miniature by 10 nats.
     optim=OptimConfig(learning_rate=4e-4, eps=1e-5, schedule="linear", warmup=0.3),

@@ -51,7 +51,12 @@ class Bench:
         logged = {key for row in read_metrics(directory / "metrics.jsonl") for key in row}
         missing = {metric.name for metric in described if not metric.when} - logged
         assert missing == set(), "never logged: mend the Metric, or say in `when` which runs log it"
-        content = {"model": report.model, "facts": report.facts | facts, "fingerprint": directory.name}
+        content = {
+            "model": report.model,
+            "facts": report.facts | facts,
+            "warnings": report.warnings,
+            "fingerprint": directory.name,
+        }
         files.write_json(directory / "result.json", content)
         return report
 

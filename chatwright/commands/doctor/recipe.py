@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from chatwright.commands.doctor.machine import gigabytes
 from chatwright.config import UsageError, UserError
 from chatwright.data import archives, sources
 from chatwright.data.catalogue import Kind, find
+from chatwright.data.records import is_record_file
 from chatwright.model.config import GPTConfig
 from chatwright.recipe import Recipe, RecipeStage, find_recipe, read_recipe, shape_of
 from chatwright.stages import data
@@ -52,9 +54,14 @@ def check_recipe(name: str) -> list[Finding]:
 
 
 def _inputs(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
-    """Each input must be a stage of the recipe that comes before, a path, or a model by name."""
+    """Each input must be a stage of the recipe that comes before, a path, or a model by name. One that a
+    stage can do without may be missing under its usual name."""
+    left_out = [f.default for f in fields(stage.config) if f.metadata.get("optional")]
     for name in stage.inputs:
-        if name in recipe.stages or Path(name).exists() or name == "smollm2" or name.startswith("hf:"):
+        there = Path(name).exists() or is_record_file(name)
+        if name in recipe.stages or there or name == "smollm2" or name.startswith("hf:"):
+            continue
+        if name in left_out:
             continue
         known = ", ".join(other for other in recipe.stages if other != stage.name) or "none"
         yield Finding(
@@ -86,26 +93,16 @@ def _portions(stage: RecipeStage) -> Iterator[Finding]:
 
 def _data(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
     """The sources of a data stage: whether they exist, are of the right kind, and must be downloaded."""
-    config = stage.config
-    wanted: list[tuple[str, str, Kind, Any]] = [
-        ("text", config.path or config.text, "text", sources.documents),
-        (
-            "dialogues",
-            config.dialogues,
-            "dialogue",
-            partial(sources.dialogues, format=config.dialogue_format),
-        ),
-        ("ratings", config.ratings, "labelled", sources.labelled_texts),
-        (
-            "comparisons",
-            config.comparisons,
-            "comparison",
-            partial(sources.comparisons, format=config.comparison_format),
-        ),
+    config, named = stage.config, data.sources_of(stage.config)
+    wanted: list[tuple[str, Kind, Any]] = [
+        ("text", "text", sources.documents),
+        ("dialogues", "dialogue", partial(sources.dialogues, format=config.dialogue_format)),
+        ("ratings", "labelled", sources.labelled_texts),
+        ("comparisons", "comparison", partial(sources.comparisons, format=config.comparison_format)),
     ]
-    for setting, specs, kind, read in wanted:
-        if specs:
-            for spec in sources.split_specs(specs):
+    for setting, kind, read in wanted:
+        if named[setting]:
+            for spec in sources.split_specs(named[setting]):
                 yield _source(stage, setting, spec, kind, read)
     needed: dict[str, list[str]] = {}
     for other in recipe.stages.values():
@@ -113,8 +110,7 @@ def _data(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
             if source == stage.name:
                 needed.setdefault(records, []).append(other.name)
     for records, users in needed.items():
-        given = config.path or config.text if records == "text" else getattr(config, records)
-        if not given:
+        if not named[records]:
             yield Finding(
                 "problem",
                 stage.name,

@@ -7,7 +7,7 @@ model's context.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Annotated, Any, ClassVar
 
@@ -78,10 +78,10 @@ class ChatRequest(SampledBody):
             raise parameter_error("invalid_value", "top_logprobs needs logprobs: true", "top_logprobs")
         return self
 
-    def sampling(self) -> Sampling:
-        """The engine's settings. Raises UserError on values that it refuses."""
+    def sampling(self, own: Mapping[str, Any]) -> Sampling:
+        """The engine's settings; `own` are the model's. Raises UserError on values that it refuses."""
         most = self.max_completion_tokens or self.max_tokens
-        return self.sampling_with(max_new_tokens=most, top_logprobs=self.top_logprobs or 0)
+        return self.sampling_with(own, max_new_tokens=most, top_logprobs=self.top_logprobs or 0)
 
     def form(self) -> Form:
         """The form that the answer must have. Raises UserError for contradictory settings."""
@@ -192,7 +192,10 @@ def routes(pool: ModelPool) -> APIRouter:
             service = await stack.enter_async_context(pool.use(body.model))
             messages = form.messages([message.plain() for message in body.messages])
             prepared = await service.prepare(
-                messages, body.sampling(), answers=body.answers, grammar=form.grammar
+                messages,
+                body.sampling(service.model.own_sampling),
+                answers=body.answers,
+                grammar=form.grammar,
             )
             reading = Reading(service, prepared, form)
             reading.begin(stack)

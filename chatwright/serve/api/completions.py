@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Annotated, Any, ClassVar
 
@@ -85,10 +85,10 @@ class CompletionRequest(SampledBody):
         several: list[Any] = list(self.prompt)
         return [several] if isinstance(several[0], int) else several
 
-    def sampling(self) -> Sampling:
-        """The engine's settings. Raises UserError on values that it refuses."""
+    def sampling(self, own: Mapping[str, Any]) -> Sampling:
+        """The engine's settings; `own` are the model's. Raises UserError on values that it refuses."""
         most = DEFAULT_NEW_TOKENS if self.max_tokens is None else max(1, self.max_tokens)
-        return self.sampling_with(max_new_tokens=most, top_logprobs=self.logprobs or 0)
+        return self.sampling_with(own, max_new_tokens=most, top_logprobs=self.logprobs or 0)
 
     def encoded(self, model: LanguageModel) -> list[list[int]]:
         """Token ids of the prompts. Raises UserError for ids that are not of the vocabulary."""
@@ -177,7 +177,9 @@ def routes(pool: ModelPool) -> APIRouter:
         async with AsyncExitStack() as stack:
             service = await stack.enter_async_context(pool.use(body.model))
             prompts = await asyncio.to_thread(body.encoded, service.model)
-            prepared = await service.prepare_prompts(prompts, body.sampling(), answers=body.answers)
+            prepared = await service.prepare_prompts(
+                prompts, body.sampling(service.model.own_sampling), answers=body.answers
+            )
             reading = Reading(service, prepared)
             if body.max_tokens != 0:
                 reading.begin(stack)

@@ -99,8 +99,11 @@ class SampledBody(Body):
         """Whether a stream ends with the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling_with(self, *, max_new_tokens: int | None, top_logprobs: int = 0) -> Sampling:
-        """The engine's settings. Raises UserError on values that it refuses."""
+    def sampling_with(
+        self, own: Mapping[str, Any], *, max_new_tokens: int | None, top_logprobs: int = 0
+    ) -> Sampling:
+        """The engine's settings: those of the request, else the model's `own`, else OpenAI's defaults. Raises
+        UserError on values that it refuses."""
         given: dict[str, Any] = {
             "temperature": self.temperature,
             "top_k": self.top_k,
@@ -116,7 +119,8 @@ class SampledBody(Body):
             "seed": self.seed,
         }
         settings = {name: value for name, value in given.items() if value is not None}
-        return Sampling(**{"temperature": 1.0, "max_new_tokens": DEFAULT_NEW_TOKENS, **settings})
+        defaults = {"temperature": 1.0, "max_new_tokens": DEFAULT_NEW_TOKENS, **own}
+        return Sampling(**{**defaults, **settings})
 
     @model_validator(mode="after")
     def _bias_names_tokens(self) -> SampledBody:

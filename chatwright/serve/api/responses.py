@@ -6,6 +6,7 @@ conversation with each request instead.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -194,28 +195,27 @@ class ResponsesRequest(Body):
                 messages = with_turn(messages, item.plain())
         return with_system(messages, self.instructions) if self.instructions else messages
 
-    def echoed(self) -> dict[str, Any]:
+    def echoed(self, sampling: Sampling) -> dict[str, Any]:
         """The settings that a response repeats."""
         choice = self.tool_choice
         return {
             "instructions": self.instructions,
             "model": self.model,
             "max_output_tokens": self.max_output_tokens,
-            "temperature": 1.0 if self.temperature is None else self.temperature,
-            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
             "text": (self.text or TextSettings()).model_dump(by_alias=True, exclude_none=True),
             "tool_choice": choice.model_dump() if isinstance(choice, NamedFunction) else choice or "auto",
             "tools": [one.model_dump() for one in self.tools or ()],
             "parallel_tool_calls": self.parallel_tool_calls is not False,
         }
 
-    def sampling(self) -> Sampling:
-        """The engine's settings. Raises UserError on values that it refuses."""
-        return Sampling(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            max_new_tokens=self.max_output_tokens or DEFAULT_NEW_TOKENS,
-        )
+    def sampling(self, own: Mapping[str, Any]) -> Sampling:
+        """The engine's settings; `own` are the model's. Raises UserError on values that it refuses."""
+        given = {"temperature": self.temperature, "top_p": self.top_p}
+        settings = {name: value for name, value in given.items() if value is not None}
+        most = self.max_output_tokens or DEFAULT_NEW_TOKENS
+        return Sampling(**{"temperature": 1.0, **own, **settings, "max_new_tokens": most})
 
     def form(self) -> Form:
         """The form that the answer must have. Raises UserError for contradictory settings."""
@@ -242,10 +242,11 @@ def routes(pool: ModelPool) -> APIRouter:
             raise UserError("input: there is no message")
         async with AsyncExitStack() as stack:
             service = await stack.enter_async_context(pool.use(body.model))
-            prepared = await service.prepare(form.messages(messages), body.sampling(), grammar=form.grammar)
+            sampling = body.sampling(service.model.own_sampling)
+            prepared = await service.prepare(form.messages(messages), sampling, grammar=form.grammar)
             reading = Reading(service, prepared, form)
             reading.begin(stack)
-            writer = Writer(body.echoed(), reading)
+            writer = Writer(body.echoed(sampling), reading)
             if body.stream:
                 return HeldStream(
                     guarded(writer.events(), writer.failed), stack.pop_all(), headers=reading.headers

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from chatwright import runtime
@@ -17,6 +15,7 @@ from chatwright.data.cuts import cause_of
 from chatwright.data.examples import Comparison
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives.preference import Ties, pair_accuracy, pair_wins
+from chatwright.train.preference.counting import Scored
 from chatwright.train.preference.rankings import RankingConfig, Rankings
 from chatwright.train.rl.health import diagnose_reward
 from chatwright.train.trainer import Trainer
@@ -24,13 +23,6 @@ from chatwright.train.workspace import Report, Table, Unhealthy
 
 MOST_ROWS = 20
 """Most annotators that the report names: those with the most comparisons."""
-
-
-class Scored(NamedTuple):
-    """The model's scores and people's labels of some comparisons. Labels are NaN where there is no answer."""
-
-    scores: Float[Tensor, "n k"]
-    labels: Float[Tensor, "n k"]
 
 
 def score_comparisons(model: ScalarModel, rankings: Rankings, chosen: Sequence[Comparison]) -> Scored:

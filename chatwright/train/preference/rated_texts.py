@@ -18,7 +18,7 @@ from chatwright.data.cuts import Room
 from chatwright.data.examples import LabelledText
 from chatwright.data.loader import SampleOrder
 from chatwright.data.records import read_records
-from chatwright.data.sources import split_of
+from chatwright.data.splitting import split_of
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.preference.limits import CUT_END, CUT_PROMPT, RowLimits, limit_rows
 from chatwright.train.preference.rankings import AnswerEncoder, padded

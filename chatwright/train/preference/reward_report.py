@@ -4,6 +4,7 @@ annotator, and its scores of single pairs before and after."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from chatwright.model.config import GPTConfig
 from chatwright.model.heads import ScalarModel
 from chatwright.train.base import open_chat_base
 from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelContext
-from chatwright.train.preference import calibration, measures
-from chatwright.train.preference.measures import Scored, score_comparisons
+from chatwright.train.preference import calibration, doubts, measures
+from chatwright.train.preference.counting import Scored, counted
+from chatwright.train.preference.measures import score_comparisons
 from chatwright.train.preference.rankings import Rankings, Split
 from chatwright.train.workspace import Answered, Measure, Report, Workspace
 
@@ -35,8 +37,18 @@ def look_closer(
     config: Any,
     workspace: Workspace,
 ) -> None:
-    """Add calibration, accuracy by number of answers and by annotator to the report of a trained model."""
+    """Add to the report of a trained model: the interval of its accuracy and what makes it doubtful,
+    calibration, accuracy by number of answers and by annotator."""
     found = judged(split.held_out)
+    held_out = counted(found, config)
+    low, high = held_out.interval(workspace.seed)
+    report.measures[0] = replace(
+        report.measures[0],
+        note=f"95 % interval {low:.3f} to {high:.3f}, {held_out.total:,} pairs",
+        interval=(low, high),
+    )
+    report.facts |= {"held_out_pairs": held_out.total, "held_out_accuracy_interval": [low, high]}
+    report.warnings += doubts.doubts(found, split, config, workspace.seed)
     raw = found.scores / model.scale.cpu()  # the scale of training, on which sigmoid gives probabilities
     reliable = calibration.pair_reliability(raw, found.labels, config.tie_tolerance, config.ties)
     report.measures.append(

@@ -82,7 +82,16 @@ class RLConfig:
     """Refuse a reward model whose held-out correlation with the ratings is lower. At 0.36 answers collapsed
     to two tokens, at 0.617 and 0.668 PPO worked (docs/lab/results.md)."""
     min_distinct: float = 0.8
-    """A checkpoint is kept as the best only if distinct-2 is at least this share of the first iteration's."""
+    """A checkpoint is kept as the best only if distinct-2 of its answers to the fixed prompts is at least
+    this share of that of the model that training starts from."""
+    evaluate_every: int = 5
+    """Iterations between candidates for the result: the policy answers a fixed set of training prompts,
+    always with the same seeds, and the candidate with the best answers is kept."""
+    evaluate_prompts: int = 64
+    """Prompts in this set; fewer are answered several times each, so that there are as many completions."""
+    held_out_prompts: int = 128
+    """Held-out prompts on which the result is measured beside the model that training starts from; fewer are
+    answered several times each."""
     save_steps: int = 10
     """Iterations between checkpoints."""
     keep: int = 2
@@ -116,6 +125,9 @@ class RLConfig:
             raise UsageError(
                 f"batch_size {self.batch_size} must be a multiple of minibatch_size {self.minibatch_size}"
             )
+        for name in ("evaluate_every", "evaluate_prompts", "held_out_prompts"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} {getattr(self, name)} must be at least 1")
         if self.temperature <= 0:
             raise UsageError("temperature must be above 0: there must be something to choose from")
         if self.ptx and not self.text:

@@ -118,9 +118,9 @@ SAMPLE_METRICS = in_group(
     Metric(
         "distinct_2",
         "share, 0 to 1",
-        "at least `min_distinct` (0.8) of its first value",
+        "near its first value",
         "Different word pairs over all word pairs of the completions.",
-        unhealthy="below: completions repeat one another; such an iteration is never kept as the best",
+        unhealthy="below: completions repeat one another; `fixed_distinct_2` decides what is kept",
     ),
     Metric(
         "gold",
@@ -140,6 +140,46 @@ SAMPLE_METRICS = in_group(
     ),
 )
 """Metrics that `chatwright/train/rl/models.py::iteration_facts` and `PolicyTraining.sampled` return."""
+
+_OFTEN = "the iteration is a multiple of `evaluate_every`, or the last one"
+FIXED_METRICS = in_group(
+    "RL: the policy on the fixed prompts, which choose the checkpoint",
+    Metric(
+        "fixed_score",
+        "score",
+        "rises",
+        "Mean score of the answers to the fixed set of training prompts, always with the same seeds: what "
+        "`score` is, without the luck of other prompts. The candidate with the highest one is kept, unless "
+        "`gold` is set.",
+        unhealthy="steady while `score` jumps up and down: nothing is learnt, the jumps are noise",
+        when=_OFTEN,
+    ),
+    Metric(
+        "fixed_kl",
+        "nats per completion",
+        "as `kl`",
+        "KL of the policy from the reference on these answers.",
+        unhealthy="beyond `kl_budget`: such a candidate is never kept",
+        when=_OFTEN,
+    ),
+    Metric(
+        "fixed_distinct_2",
+        "share, 0 to 1",
+        "at least `min_distinct` (0.8) of its first value",
+        "Different word pairs over all word pairs of these answers.",
+        unhealthy="below: such a candidate is never kept",
+        when=_OFTEN,
+    ),
+    Metric(
+        "fixed_gold",
+        "units of the gold measure",
+        "rises with `fixed_score`",
+        f"{GOLD} Here over these answers; the candidate with the highest one is kept.",
+        unhealthy="falling while `fixed_score` rises: the reward model is exploited",
+        when=f"`gold` is set, and {_OFTEN}",
+    ),
+)
+"""Metrics that `chatwright/train/rl/training.py::PolicyTraining` logs of `fixed_prompts.Answers`."""
 
 UPDATE_METRICS = in_group(
     "RL: the updates of an iteration (the last one has none)",
@@ -176,5 +216,5 @@ UPDATE_METRICS = in_group(
 )
 """Metrics that `chatwright/train/rl/models.py::step_facts` and `PolicyTraining.iteration` log."""
 
-RL_METRICS = (*OPTIMISER_METRICS, *SAMPLE_METRICS, *UPDATE_METRICS)
+RL_METRICS = (*OPTIMISER_METRICS, *SAMPLE_METRICS, *FIXED_METRICS, *UPDATE_METRICS)
 """Metrics of both methods; each adds those of its own loss."""

@@ -317,7 +317,12 @@ def load_reward(directory: Path, base: Loaded, min_correlation: float) -> Scalar
             f"{more} it longer or on more ratings, start it from a better model, or lower min_correlation at "
             "your own risk"
         )
+    return read_reward(found)
+
+
+def read_reward(found: checkpoint.Checkpoint) -> ScalarModel:
+    """The reward model in a checkpoint of kind `reward`. Raises UserError when it is damaged."""
     found.verify()
-    reward = ScalarModel(GPTConfig.from_dict(state["model"]))
+    reward = ScalarModel(GPTConfig.from_dict(found.state()["model"]))
     checkpoint.load_model_tensors(reward, found.tensors("model"), where=str(found.path))
     return reward

@@ -1,30 +1,33 @@
-"""The outcome of an RL run: which policy is the result, and the report."""
+"""The outcome of an RL run: which policy is the result, and the report.
+
+The report's measures are those of the result on held-out prompts, beside those of the model that training
+started from on the same prompts with the same seeds. A difference is said to be one only where the 95 %
+interval of the paired differences leaves out 0.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from chatwright.metrics import read_metrics
+from chatwright.train.rl.fixed_prompts import Answers
+from chatwright.train.statistics import bootstrap_interval, paired_difference
 from chatwright.train.workspace import Curve, Measure, Report, Workspace
 
+SCORE, GOLD = "reward model's score, held-out prompts", "gold measure, held-out prompts"
+KL = "KL to the SFT model"
+
 COMMON = (
-    Curve("Reward model's score", ["score"]),
-    Curve("KL to the SFT model", ["kl", "kl_k3"], "nats per answer"),
+    Curve("Reward model's score", ["score", "fixed_score"]),
+    Curve("KL to the SFT model", ["kl", "kl_k3", "fixed_kl"], "nats per answer"),
     Curve("Entropy", ["entropy"], "nats per token"),
     Curve("Answer length", ["length"], "tokens"),
-    Curve("Gold measure", ["gold"]),
+    Curve("Gold measure", ["gold", "fixed_gold"]),
 )
 """Curves of every method; a curve without numbers is not drawn."""
-
-
-def kept(logged: Mapping[str, float]) -> dict[str, float]:
-    """The logged values that are kept of a policy that may be the result."""
-    return {
-        key: logged[key]
-        for key in ("score", "kl", "distinct_2", "length", "finished", "gold")
-        if key in logged
-    }
 
 
 def result_of(extra: Mapping[str, Any], step: int) -> dict[str, Any] | None:
@@ -43,52 +46,95 @@ def report_of(
     *,
     selection_metric: str,
     curves: Sequence[Curve] = (),
+    held_out: tuple[Answers, Answers] | None = None,
     tax: tuple[float, float] | None = None,
     trouble: str = "",
     more: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    note: str = "",
 ) -> Report:
     """The report of a run that has a result, or of one that was stopped as unhealthy (`trouble` says why).
-    `tax` is the perplexity of general text before and after, `selection_metric` the selection metric, `more`
-    further facts."""
-    first, result = extra["history"][0], result_of(extra, step)
-    measures = []
-    if result is not None:
-        measures = [
-            Measure("reward model's score (training prompts)", first["score"], result["score"], "higher"),
-            Measure("KL to the SFT model", 0.0, result["kl"], "context", note="nats per answer"),
-            Measure("distinct-2 of answers", first["distinct_2"], result["distinct_2"], "higher"),
-        ]
-        if "gold" in result:
-            measures.insert(
-                1, Measure("gold measure (training prompts)", first["gold"], result["gold"], "higher")
-            )
-    if tax is not None:
-        measures.append(Measure("perplexity of general text", *tax, note="per token; the alignment tax"))
+
+    `held_out` are the answers of the model that training started from and of the result to the held-out
+    prompts, `note` says where these come from. `tax` is the perplexity of general text before and after,
+    `selection_metric` what chose the checkpoint, `more` further facts.
+    """
+    result = result_of(extra, step)
     stopped = trouble or extra["stopped"]
-    facts = {
+    facts: dict[str, Any] = {
         "best": extra["best"],
         "iterations": step - ("average" in extra),
         "stopped": stopped,
         **(more or {}),
     }
-    notes = []
+    measures: list[Measure] = []
+    notes: list[str] = []
+    if held_out is not None:
+        measures, notes, facts["held_out"] = held_out_measures(*held_out, seed)
+    elif trouble and result is not None:
+        measures = [Measure(KL, 0.0, result["kl"], "context", note="nats per answer, fixed training prompts")]
+    if tax is not None:
+        measures.append(Measure("perplexity of general text", *tax, note="per token; the alignment tax"))
     if trouble:
-        notes.append(f"broken off: {trouble}; the checkpoint is the state before that iteration")
-    elif result is not None and "average" not in extra:
-        notes.append(
-            f"stopped: {stopped}; kept: iteration {result['step']}, the best {selection_metric} within the "
-            "KL budget"
-        )
-    else:
-        facts["average"] = extra["average"]
-        chosen = (
-            "the average of the weights"
-            if extra["average"]["allowed"]
-            else "the best iteration: the average was beyond the limits"
-        )
-        notes.append(f"stopped: {stopped}; kept: {chosen}")
+        notes = [f"broken off: {trouble}; the checkpoint is the state before that iteration"]
+    elif result is not None:
+        if "average" in extra:
+            facts["average"] = extra["average"]
+        notes.append(_kept(extra, result, selection_metric))
+        if held_out is None:
+            notes.append("nothing was measured: there are no held-out prompts, and too few to leave any out")
+    notes += [note] if note else []
     model = None if result is None or trouble else f"checkpoints/step-{result['step']:06}"
     return Report(measures, [*COMMON, *curves], model, facts, notes)
+
+
+def _kept(extra: Mapping[str, Any], result: Mapping[str, Any], selection_metric: str) -> str:
+    """Why training stopped, and which policy is the result."""
+    stopped, average = extra["stopped"], extra.get("average")
+    if average is not None and average["allowed"]:
+        return f"stopped: {stopped}; kept: the average of the weights"
+    why = f"the best {selection_metric} on the fixed prompts within the KL budget"
+    if average is not None:
+        why = "the best iteration: the average was beyond the limits"
+    elif result["step"] == 0:
+        why = "the model that training started from: no later candidate was better on the fixed prompts"
+    return f"stopped: {stopped}; kept: iteration {result['step']}, {why}"
+
+
+def held_out_measures(
+    before: Answers, after: Answers, seed: int
+) -> tuple[list[Measure], list[str], dict[str, Any]]:
+    """Measures of two models on the same held-out prompts, lines on whether anything was shown, and the same
+    as numbers: name of a measure -> {difference, interval, prompts}."""
+    measures: list[Measure] = []
+    notes: list[str] = []
+    facts: dict[str, Any] = {}
+    for key, name in (("score", SCORE), ("gold", GOLD)):
+        sides = getattr(before, key), getattr(after, key)
+        if not sides[1]:
+            continue
+        difference = paired_difference(*sides, seed=seed)
+        interval = bootstrap_interval(torch.tensor(sides[1]), seed=seed)
+        means = (before.means()[key], after.means()[key])
+        measures.append(Measure(name, *means, "higher", difference.told(), interval))
+        notes.append(f"{name}: {difference.told()}")
+        facts[key] = {
+            "difference": difference.mean,
+            "interval": list(difference.interval),
+            "prompts": difference.count,
+        }
+    kl = after.means()["kl"]
+    measures += [
+        Measure(KL, 0.0, kl, "context", note="nats per answer, held-out prompts"),
+        Measure("distinct-2 of answers, held-out prompts", before.distinct_2, after.distinct_2, "higher"),
+        Measure(
+            "answers that come to their end, held-out prompts",
+            before.means()["finished"],
+            after.means()["finished"],
+            "higher",
+        ),
+    ]
+    return measures, notes, facts
 
 
 def kl_budget(config: Any, workspace: Workspace, report: Report) -> dict[str, Any]:
@@ -97,7 +143,7 @@ def kl_budget(config: Any, workspace: Workspace, report: Report) -> dict[str, An
     rows = [row for row in read_metrics(workspace.directory / "metrics.jsonl") if row.get("kl") is not None]
     best = report.facts.get("best") or {}
     return {
-        "spent": report.value("KL to the SFT model"),
+        "spent": report.value(KL),
         "allowed": config.kl_budget,
         "largest": max((row["kl"] for row in rows), default=None),
         "iteration": rows[-1]["step"] if rows else None,

@@ -14,7 +14,7 @@ from chatwright.chat import ChatTemplate
 from chatwright.config import UserError
 from chatwright.data.cuts import Cuts, Room, length_of_data, rounded_up
 from chatwright.data.examples import Dialogue
-from chatwright.messages import written
+from chatwright.messages import described, written
 from chatwright.metrics import say
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.base import ChatBase
@@ -44,6 +44,8 @@ class Exchanges:
 
     prompts: list[list[int]]
     """Those within the limit, as ids after which the answer begins."""
+    texts: list[str]
+    """The same as people read them: turns separated by ` / `, without anything that the template adds."""
     lengths: list[int]
     """Tokens of all prompts, those that were left out included."""
     answers: list[str]
@@ -55,7 +57,7 @@ def exchanges_from(
 ) -> Exchanges:
     """Up to `most` prompts of at most `limit` tokens (0: any number): conversations that end with a user's
     turn. Each of the first three user turns of a conversation gives one prompt."""
-    found = Exchanges([], [], [])
+    found = Exchanges([], [], [], [])
     for dialogue in dialogues:
         messages = dialogue.messages
         turns = [n for n, message in enumerate(messages) if message["role"] == "user"]
@@ -64,11 +66,12 @@ def exchanges_from(
             found.lengths.append(len(ids))
             if not limit or len(ids) <= limit:
                 found.prompts.append(ids)
+                found.texts.append(" / ".join(described(one["content"]) for one in messages[: n + 1]))
             if n + 1 < len(messages) and messages[n + 1]["role"] == "assistant":
                 found.answers.append(written(messages[n + 1]["content"]))
         if len(found.prompts) >= most:
             break
-    del found.prompts[most:]
+    del found.prompts[most:], found.texts[most:]
     return found
 
 
@@ -123,6 +126,8 @@ class Asked(Generic[Settings]):
 
     config: Settings
     prompts: list[list[int]]
+    texts: list[str]
+    """The prompts as people read them."""
     cuts: Cuts
     own: OwnAnswers
     warnings: list[str] = field(default_factory=list)
@@ -177,11 +182,14 @@ def ask(
     for length in found.lengths:
         cuts.saw(length)
     cuts.add("left out as too long", sum(length > prompt for length in found.lengths))
-    prompts = [ids for ids in found.prompts if len(ids) <= prompt]
+    both = zip(found.prompts, found.texts, strict=True)
+    kept = [(ids, text) for ids, text in both if len(ids) <= prompt]
+    prompts, texts = [ids for ids, _ in kept], [text for _, text in kept]
     if not prompts:
         raise UserError(_none_left(stage, found.lengths, cuts))
     own = OwnAnswers(answer, lengths, room.most - min(map(len, prompts)))
-    asked = Asked(replace(settings, max_prompt_tokens=prompt, max_new_tokens=answer), prompts, cuts, own)
+    limited = replace(settings, max_prompt_tokens=prompt, max_new_tokens=answer)
+    asked = Asked(limited, prompts, texts, cuts, own)
     asked.warnings.extend(_warnings(settings, own))
     for line in [*asked.warnings, str(cuts)]:
         say(f"  {line}")

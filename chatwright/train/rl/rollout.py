@@ -18,8 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from chatwright import runtime
-from chatwright.chat import ChatTemplate
-from chatwright.data.examples import Dialogue
 from chatwright.data.loader import WIDTH_STEP, pad
 from chatwright.generate.engine import Engine
 from chatwright.generate.request import Request
@@ -32,7 +30,6 @@ from chatwright.objectives import policy as objective
 from chatwright.objectives.language import projected_log_probs
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.parallel.context import ParallelContext
-from chatwright.train.rl.prompts import exchanges_from
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -152,13 +149,6 @@ def from_tensors(kind: type[Batch], tensors: Mapping[str, Tensor], prefix: str =
     return kind(*values)
 
 
-def prompts_from(
-    dialogues: Sequence[Dialogue], template: ChatTemplate, tokenizer: Tokenizer, *, max_tokens: int, most: int
-) -> list[list[int]]:
-    """Up to `most` prompts of at most `max_tokens` tokens; longer ones are left out (`exchanges_from`)."""
-    return exchanges_from(dialogues, template, tokenizer, limit=max_tokens, most=most).prompts
-
-
 def sample_completions(
     policy: GPT,
     prompts: Sequence[Sequence[int]],
@@ -170,8 +160,9 @@ def sample_completions(
     first: int = 0,
     max_batch: int = 64,
     dtype: torch.dtype = torch.float32,
+    filters: Mapping[str, Any] | None = None,
 ) -> Completions:
-    """Sample one completion per prompt.
+    """Sample one completion per prompt. `filters` are further settings of the sampler, such as top-p.
 
     Each has its own random stream, seeded by `seed_parts` and its number. Numbers count from `first`: the
     number of the first prompt, when a process samples only a part of them. On a CPU the compiled kernels
@@ -184,6 +175,7 @@ def sample_completions(
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 seed=runtime.seed_for(*seed_parts, number),
+                **(filters or {}),
             ),
             end_ids=frozenset({end}),
         )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from chatwright import memory
+from chatwright import files, memory
 from chatwright.data.examples import Dialogue
 from chatwright.data.records import read_records, records_of
 from chatwright.interop.loaded import Loaded
@@ -21,6 +22,7 @@ from chatwright.train.parallel.context import ParallelContext
 from chatwright.train.planning.budget import seconds
 from chatwright.train.rl.config import RLConfig
 from chatwright.train.rl.ema import ema_of
+from chatwright.train.rl.fixed_prompts import prompt_sets
 from chatwright.train.rl.gold import gold_of
 from chatwright.train.rl.models import RLModels, load_reward, make_models
 from chatwright.train.rl.prompts import ask
@@ -44,11 +46,10 @@ def train_policy(
     title = method.title
     base = open_chat_base(config.base, workspace, purpose=f"{title.upper()} needs a model after sft")
     reward = load_reward(workspace.resolve(config.reward), base, config.min_correlation)
-    dialogues = list(
-        read_records(records_of(workspace.resolve(config.data)) / "dialogues-train.jsonl", Dialogue)
-    )
+    records = records_of(workspace.resolve(config.data))
+    dialogues = list(read_records(records / "dialogues-train.jsonl", Dialogue))
     asked = ask(title, config, dialogues, base, most=MOST_PROMPTS, plan=PLAN)
-    config, prompts = asked.config, asked.prompts
+    config, prompts = asked.config, prompt_sets(asked.prompts, records, base, asked.config)
     gold, text = gold_of(config.gold, workspace.resolve, base), None
     if config.text:
         context = config.ptx_context or base.model.config.context
@@ -62,14 +63,14 @@ def train_policy(
     else:
         trainer.progress.extra = {"beta": config.beta, "best": None, "history": []}
     say(
-        f"  {len(prompts):,} prompts; {config.iterations} iterations of {config.batch_size} completions; KL "
-        f"budget {config.kl_budget:g} nats"
+        f"  {len(prompts.training):,} prompts; {config.iterations} iterations of {config.batch_size} "
+        f"completions; KL budget {config.kl_budget:g} nats"
     )
     with Stopper().listening() as stopper:
         cause = asked.own.cause
         run = method(config, workspace, trainer, models, base, prompts, gold=gold, text=text, too_short=cause)
-        if len(prompts) < (each := config.batch_size // run.per_prompt):
-            times = f"{each / len(prompts):.1f} times"
+        if len(prompts.training) < (each := config.batch_size // run.per_prompt):
+            times = f"{each / len(prompts.training):.1f} times"
             say(f"  fewer prompts than the {each} of an iteration: each is asked {times} in it")
         run.asked = lambda: stopper.asked
         try:
@@ -77,7 +78,16 @@ def train_policy(
         except Unhealthy as found:
             asked.tell(found.report)
             raise
-    return asked.tell(run.report())
+    report = asked.tell(run.report())
+    report.warnings += doubts_of_reward(workspace.resolve(config.reward))
+    return report
+
+
+def doubts_of_reward(directory: Path) -> list[str]:
+    """What the reward model's own stage warned of: a policy that follows it is as doubtful."""
+    file = directory / "result.json"
+    warned = files.read_json(file).get("warnings", []) if file.is_file() else []
+    return [f"the score is only as good as the reward model, whose report says: {one}" for one in warned]
 
 
 def run_iterations(run: PolicyTraining[Any, Any]) -> None:
@@ -159,7 +169,7 @@ def trainer_of(
         config.optim,
         workspace,
         metadata=model_metadata("language", shape, tokenizer, template, adapter=adapter),
-        texts=model_texts(tokenizer, template),
+        texts=model_texts(tokenizer, template, base.generation),
         parallel=models.parallel,
         frozen=models.frozen,
         keep=config.keep,

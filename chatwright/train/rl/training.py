@@ -1,9 +1,9 @@
 """Iterations, shared by PPO and REINFORCE: sample completions, score them, keep the best policy, update.
 
 A method adds `score_rollouts` (completions -> rollout) and `step` (minibatch -> loss). Everything else is
-here: prompts, the KL coefficient, the health checks (health.py), the choice of the checkpoint, an EMA of the
-weights, general text beside the completions (ptx.py), a gold measure (gold.py), resuming, and the report
-(outcome.py).
+here: prompts, the KL coefficient, the health checks (health.py), the choice of the checkpoint by a fixed set
+of prompts (fixed_prompts.py), an EMA of the weights, general text beside the completions (ptx.py), a gold
+measure (gold.py), resuming, and the report (outcome.py).
 
 Many processes share an iteration. Each samples and scores its part of the completions, then all get all of
 them (rollout.py::all_gather_completions): advantages, the KL coefficient and every decision are then those of
@@ -14,8 +14,9 @@ Departures from the papers, each for small reward models that are easily exploit
 * A reward model that is too weak on held-out data is refused.
 * Unfinished and degenerate (very short, repetitive) completions get a fixed score, whatever the reward model
   says.
-* The KL coefficient has a floor, and training stops beyond a KL budget. The result is the best-scoring
-  checkpoint inside that budget whose completions have not lost their variety.
+* The KL coefficient has a floor, and training stops beyond a KL budget. The result is the checkpoint inside
+  that budget that scores best on a fixed set of prompts, and whose completions have not lost their variety.
+  The model that training starts from is one of the candidates.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -41,9 +43,10 @@ from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelContext
 from chatwright.train.rl import health
 from chatwright.train.rl.config import RLConfig
 from chatwright.train.rl.ema import copy_weights, update_ema
+from chatwright.train.rl.fixed_prompts import Answers, Evaluator, PromptSets
 from chatwright.train.rl.gold import Gold
 from chatwright.train.rl.models import RLModels
-from chatwright.train.rl.outcome import kept, report_of, result_of
+from chatwright.train.rl.outcome import report_of, result_of
 from chatwright.train.rl.ptx import GeneralText, TextBatch, text_step
 from chatwright.train.rl.rollout import (
     Completions,
@@ -57,6 +60,9 @@ from chatwright.train.rl.rollout import (
 from chatwright.train.stopping import Interrupted
 from chatwright.train.trainer import Step, Trainer
 from chatwright.train.workspace import Curve, Report, Unhealthy, Workspace
+
+FIXED = ("score", "kl", "distinct_2", "gold")
+"""Measures on the fixed prompts that metrics.jsonl has, each as `fixed_` and its name."""
 
 Settings = TypeVar("Settings", bound=RLConfig)
 Rolled = TypeVar("Rolled", bound=Rollout)
@@ -81,7 +87,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         trainer: Trainer,
         models: RLModels,
         base: Loaded,
-        prompts: Sequence[list[int]],
+        prompts: PromptSets,
         *,
         gold: Gold | None = None,
         text: GeneralText | None = None,
@@ -90,11 +96,15 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         """`too_short` is that of `health.Limits`."""
         self.config, self.workspace, self.trainer, self.models = config, workspace, trainer, models
         self.parallel = trainer.parallel
-        self.prompts, self.order = prompts, SampleOrder(len(prompts), workspace.seed)
+        self.sets, self.prompts = prompts, prompts.training
+        self.order = SampleOrder(len(self.prompts), workspace.seed)
         self.gold, self.text, self.too_short = gold, text, too_short
         assert base.tokenizer is not None and base.template is not None
         self.tokenizer = base.tokenizer
         self.end = base.tokenizer.control_ids[base.template.end]
+        self.evaluator = Evaluator(
+            models, config, self.tokenizer, self.end, (workspace.seed, self.title), gold
+        )
         self.finished = "average" in self.extra  # written at the very end
         self.latest: dict[str, float] = {}
         """What was logged of the current iteration."""
@@ -168,8 +178,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         return rollout, self.parallel.broadcast_from_rank0(lambda: logged)
 
     def iteration(self) -> str:
-        """One iteration: sample, score, keep the best and, unless it is the last one, update. Returns a line
-        to show."""
+        """One iteration: sample, score, measure the policy on the fixed prompts if it is time, keep the best
+        and, unless it is the last one, update. Returns a line to show."""
         config, progress = self.config, self.trainer.progress
         begun = self.extra.get("unfinished")
         rollout, diagnosis = self._gone_on(begun) if begun else self._begun()
@@ -214,7 +224,13 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         )
         if diagnosis is not None and diagnosis.fatal:
             self._break_off(diagnosis)
-        self._keep_if_best(logged)
+        step = self.trainer.progress.step
+        if step == 0 and self.sets.held_out is not None:  # the policy is the reference still
+            self.extra["reference"] = asdict(self.evaluator.measure(self.sets.held_out))
+        if diagnosis is None and (step % self.config.evaluate_every == 0 or step >= self.config.iterations):
+            found = self.evaluator.measure(self.sets.choosing).means()
+            logged |= {f"fixed_{key}": found[key] for key in FIXED if key in found}
+            self._keep_if_best(found)
         return rollout, diagnosis
 
     def _gone_on(self, begun: Mapping[str, Any]) -> tuple[Rolled, None]:
@@ -249,18 +265,22 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         self.trainer.save(protected=self.protected)
         self.extra["history"] = history
 
-    def _allowed(self, logged: dict[str, float]) -> bool:
-        """Whether a policy with these numbers may be the result: within the KL budget, and varied enough."""
-        varied = logged["distinct_2"] >= self.config.min_distinct * self.extra["history"][0]["distinct_2"]
-        return logged["kl"] <= self.config.kl_budget and varied
+    def _allowed(self, found: Mapping[str, float]) -> bool:
+        """Whether a policy with these numbers on the fixed prompts may be the result: within the KL budget,
+        and as varied as `min_distinct` says beside the model that training starts from."""
+        varied = found["distinct_2"] >= self.config.min_distinct * self.extra["first"]["distinct_2"]
+        return found["kl"] <= self.config.kl_budget and varied
 
-    def _keep_if_best(self, logged: dict[str, float]) -> None:
-        """Save the policy as it was when it sampled, if its numbers are the best so far and allowed."""
-        best = self.extra["best"]
-        if self._allowed(logged) and (
-            best is None or logged[self.selection_metric] > best[self.selection_metric]
+    def _keep_if_best(self, found: dict[str, float]) -> None:
+        """Save the policy as it was when it sampled, if its numbers on the fixed prompts are the best so far
+        and allowed."""
+        step, best = self.trainer.progress.step, self.extra["best"]
+        if step == 0:
+            self.extra["first"] = found
+        if self._allowed(found) and (
+            best is None or found[self.selection_metric] > best[self.selection_metric]
         ):
-            self.extra["best"] = {"step": self.trainer.progress.step, **kept(logged)}
+            self.extra["best"] = {"step": step, **found}
             self._save_before_iteration()
 
     def _update(self, rollout: Rolled, *, done: int = 0) -> None:
@@ -347,20 +367,20 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         ]
 
     def _measure_average(self) -> None:
-        """Sample from the EMA of the weights with the last iteration's prompts, score and save it;
-        `outcome.result_of` chooses between it and the best iteration."""
+        """Measure the EMA of the weights on the fixed prompts, and save it; `outcome.result_of` chooses
+        between it and the best iteration."""
         average = self.trainer.modules.get("average")
         if average is None:
             return
         copy_weights(self.models.policy, average)
-        self.trainer.progress.step += 1  # gives it its own random stream and checkpoint
-        _, logged = self.sampled()
-        self.extra["average"] = {"allowed": self._allowed(logged), **kept(logged)}
+        self.trainer.progress.step += 1  # gives it a checkpoint of its own
+        found = self.evaluator.measure(self.sets.choosing).means()
+        self.extra["average"] = {"allowed": self._allowed(found), **found}
         self.trainer.save(final=True, protected=self.protected)
 
     def report(self) -> Report:
-        """The report: how the run changed the policy, by the run's own measures. Raises UserError when there
-        is no result."""
+        """The report: what the result is like on held-out prompts, beside the model that training started
+        from. Raises UserError when there is no result."""
         step = self.trainer.progress.step
         result = result_of(self.extra, step)
         if result is None:
@@ -369,10 +389,10 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
                 "lower the learning rate"
             )
         tax, policy = None, self.models.policy
-        self.trainer.consolidate(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
+        kept = Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}")
+        self.trainer.consolidate(kept)
         # What follows is about the result, not the policy of the last iteration.
-        if self.text is not None or self.config.lora.rank:
-            self.trainer.load_weights(Checkpoint(self.workspace.checkpoints / f"step-{result['step']:06}"))
+        self.trainer.load_weights(kept)
         if self.text is not None:
             say("  measuring what it costs on general text")
             with torch.no_grad():
@@ -381,8 +401,23 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
             policy, self.workspace.directory, base=self.config.base, parallel=self.parallel
         )
         return report_of(
-            self.extra, step, selection_metric=self.selection_metric, curves=self.curves, tax=tax, more=more
+            self.extra,
+            step,
+            selection_metric=self.selection_metric,
+            curves=self.curves,
+            held_out=self._held_out(),
+            tax=tax,
+            more=more,
+            seed=self.workspace.seed,
+            note=self.sets.note,
         )
+
+    def _held_out(self) -> tuple[Answers, Answers] | None:
+        """The reference's and the result's completions of the held-out prompts; None when there are none."""
+        if self.sets.held_out is None or "reference" not in self.extra:
+            return None
+        say(f"  measuring the result on {len(self.sets.held_out.prompts)} held-out prompts")
+        return Answers(**self.extra["reference"]), self.evaluator.measure(self.sets.held_out)
 
     def spent(self) -> dict[str, float]:
         """Completion tokens and floating-point operations of all iterations so far, from their metrics."""

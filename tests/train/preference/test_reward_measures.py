@@ -22,7 +22,8 @@ from chatwright.stages.reward import Config
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.fit_config import FitConfig
 from chatwright.train.preference.calibration import pair_reliability
-from chatwright.train.preference.measures import Scored, by_annotator, by_candidates, score_comparisons
+from chatwright.train.preference.counting import Scored
+from chatwright.train.preference.measures import by_annotator, by_candidates, score_comparisons
 from chatwright.train.preference.rankings import Rankings, demonstrations, own_comparisons, without_annotators
 
 NAN = float("nan")

@@ -193,7 +193,7 @@ def test_the_average_is_one_of_the_adapter_s_matrices(
     for key, value in saved.items():
         expected = 0.125 * met[0][key] + 0.125 * met[1][key] + 0.25 * met[2][key] + 0.5 * met[3][key]
         torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
-    assert report.measures[0].after == report.facts["average"]["score"]
+    assert report.measures[0].name == "reward model's score, held-out prompts"
 
 
 def test_an_average_beyond_the_limits_leaves_the_best_round_s_adapter(

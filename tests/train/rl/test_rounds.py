@@ -156,7 +156,7 @@ def test_the_average_is_the_result(
         expected = 0.125 * met[0][key] + 0.125 * met[1][key] + 0.25 * met[2][key] + 0.5 * met[3][key]
         torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
     assert report.model == "checkpoints/step-000004" and report.facts["iterations"] == 3
-    assert report.measures[0].after == report.facts["average"]["score"]
+    assert report.measures[0].name == "reward model's score, held-out prompts"
     assert any("the average of the weights" in note for note in report.notes)
 
 
@@ -299,7 +299,7 @@ def test_gold_chooses_what_is_kept_and_stops_the_run_when_it_turns(
     """The planted reward model likes bad words, the lexicon good ones: what is kept is from before that."""
     plant(monkeypatch, "sad awful bad cruel bitter dull")
     bench = sft_bench.with_(reward=sft_bench.inputs["sft"])
-    config = replace(LEARNING, gold="sentiment", patience=3)
+    config = replace(LEARNING, gold="sentiment", patience=3, evaluate_every=1)
     report = bench.run(ppo, config, tmp_path / "ppo")
     rows = rows_of(tmp_path / "ppo")
     assert "the reward model is exploited" in report.facts["stopped"] and len(rows) < 13
@@ -309,8 +309,10 @@ def test_gold_chooses_what_is_kept_and_stops_the_run_when_it_turns(
         sum(row["gold"] for row in [*rows[-3:]]) / 3 - report.facts["best"]["gold"],
         below=-0.1,
     )
-    assert report.facts["best"]["gold"] == pytest.approx(max(row["gold"] for row in rows), abs=1e-6)
-    assert [one.name for one in report.measures][1] == "gold measure (training prompts)"
+    chosen = [row["fixed_gold"] for row in rows if "fixed_gold" in row]
+    assert len(chosen) == len(rows) - 1  # an iteration that ends the run is no candidate
+    assert report.facts["best"]["gold"] == pytest.approx(max(chosen), abs=1e-6)
+    assert [one.name for one in report.measures][1] == "gold measure, held-out prompts"
     without = bench.run(ppo, replace(config, gold="", patience=0), tmp_path / "without")
     assert without.facts["best"]["step"] > report.facts["best"]["step"]
 
@@ -327,9 +329,12 @@ def test_a_run_stops_when_its_score_is_past_its_peak(
 
     monkeypatch.setattr(ppo, "score_rollouts", planted)
     report = planted_bench.run(
-        ppo, replace(SMALL, iterations=8, patience=2, min_distinct=0.0, kl_budget=1e9), tmp_path / "ppo"
+        ppo,
+        replace(SMALL, iterations=8, patience=2, min_distinct=0.0, kl_budget=1e9, evaluate_every=1),
+        tmp_path / "ppo",
     )
-    assert "past its peak" in report.facts["stopped"] and report.facts["best"]["step"] == 3
+    assert "past its peak" in report.facts["stopped"]
+    assert ["fixed_score" in row for row in rows_of(tmp_path / "ppo")] == [*[True] * 5, False]
     assert (
         report.facts["iterations"] == 5
     )  # mean of 1.5 and 1.0 in the rounds 3 and 4; of rounds 5 and 6 it would be 0.25
