@@ -33,12 +33,14 @@ def test_better_worse_and_neither(capsys: pytest.CaptureFixture[str]) -> None:
     )
     nothing = conclusion(findings(reward=0.0, likelier=0.0), capsys)
     assert nothing == "nothing was shown: no measure has an interval that leaves out 0"
-    assert conclusion(Findings(seed=1), capsys).startswith("nothing was shown: no reward model better than")
+    assert conclusion(Findings(seed=1), capsys).startswith(
+        "nothing was shown: no reward model that is better than"
+    )
 
 
 def judged(right: int) -> Counted:
     """Right on so many of a hundred pairs."""
-    return Counted(torch.tensor([1.0] * right + [0.0] * (100 - right)), torch.ones(100))
+    return Counted(torch.tensor([1.0] * right + [0.0] * (100 - right)).double(), torch.ones(100).double())
 
 
 @pytest.mark.parametrize(("right", "trusted"), [(90, True), (55, False), (50, False), (20, False)])
