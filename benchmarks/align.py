@@ -76,7 +76,7 @@ from chatwright.train.compiled import compile_blocks
 from chatwright.train.preference import rankings
 from chatwright.train.rl.fixed_prompts import FixedPrompts, PromptSets
 from chatwright.train.rl.models import make_models
-from chatwright.train.rl.rollout import prompts_from
+from chatwright.train.rl.prompts import exchanges_from
 from chatwright.train.rl.run import trainer_of
 from chatwright.train.trainer import Trainer
 from chatwright.train.workspace import Workspace
@@ -162,7 +162,7 @@ def comparisons(shape: Shape, k: int) -> list[Comparison]:
 
 def rated(k: int) -> reward.Config:
     """Settings of the reward model's batches: every unequal pair counts."""
-    return reward.Config(k=k, margin=0.0)
+    return reward.Config(k=k, tie_tolerance=0.0, max_tokens=80)
 
 
 def encoded(one: Comparison, config: reward.Config) -> list[list[int]]:
@@ -262,7 +262,7 @@ def ours_reward(shape: Shape, k: int, *, compiled: bool = False) -> Callable[[],
 def questions(shape: Shape) -> list[list[int]]:
     """Prompts as ids."""
     longest = min(PPO["prompt"], shape.config.context - PPO["answer"])
-    return prompts_from(dialogues(), NATIVE, tokenizer(), max_tokens=longest, most=1_000)
+    return exchanges_from(dialogues(), NATIVE, tokenizer(), limit=longest, most=1_000).prompts
 
 
 def start(shape: Shape, trained: bool) -> Loaded:

@@ -31,6 +31,7 @@ from chatwright import files, pipeline, runtime
 from chatwright import recipe as recipes
 from chatwright.config import UserError
 from chatwright.data import sources
+from chatwright.data.splitting import split_of
 from chatwright.evaluate.best_of_n import at_kl
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
@@ -86,7 +87,8 @@ def table_of(config: Any, workspace: Workspace, judges: Mapping[str, Any], third
     ask = best_of_n.Scorer(
         reward, gold_of(getattr(config, "gold", "") or SENTIMENT, workspace.resolve, base), settings
     )
-    prompts, _ = best_of_n.held_out_prompts(settings, workspace, base)
+    asked = best_of_n.held_out_prompts(settings, workspace, base)
+    settings, prompts = asked.config, asked.prompts
     return measures.Table(
         base, ask, prompts, settings, workspace.seed, judges, ready(third) if third else None
     )
@@ -97,8 +99,7 @@ def word_judge(source: str, share: float = 0.1) -> tuple[measures.WordBag, float
     it."""
     texts = list(sources.labelled_texts(source))
     sides = {
-        side: [one for one in texts if sources.split_of(one.id, share) == side]
-        for side in ("train", "validation")
+        side: [one for one in texts if split_of(one.id, share) == side] for side in ("train", "validation")
     }
     judge = measures.WordBag(sides["train"])
     return judge, judge.agreement(sides["validation"])

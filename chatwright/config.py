@@ -18,6 +18,8 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, TypeVar
 
+from chatwright import broken_yaml, setting_errors
+
 Config = TypeVar("Config")
 
 
@@ -86,10 +88,13 @@ def parse_all(
         check_keys(defaults, [field.name for field in _fields(classes[0])], where=prog)
         parser.set_defaults(dict(defaults))
     switches = set().union(*map(_switches, classes))
+    argv = _with_values(_checked_files(parser, argv), switches)
+    if any(name.endswith("?") for name in positionals or {}):
+        argv = _positionals_first(argv)
     swallowed = io.StringIO()
     try:
         with redirect_stderr(swallowed):
-            namespace = parser.parse_args(_with_values(argv, switches))
+            namespace = parser.parse_args(argv)
             made = parser.instantiate(namespace)
         found = [cls(**{field.name: getattr(made, field.name) for field in _fields(cls)}) for cls in classes]
     except SystemExit as stop:
@@ -97,7 +102,7 @@ def parse_all(
             raise
         raise UsageError(_one_line(swallowed.getvalue())) from None
     except USAGE_ERRORS as error:
-        raise UsageError(_explain(str(error), _option_names(parser))) from None
+        raise UsageError(setting_errors.explain(str(error), parser, argv, sorted(switches))) from None
     former = {old: getattr(namespace, old) for old in renamed or {} if getattr(namespace, old) is not None}
     if former:
         found[0] = build(
@@ -130,17 +135,74 @@ def _bare(name: str) -> str:
 
 def parse_given(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
     """The values given in `argv`, without defaults, nested at the dots of their names. Raises UsageError."""
+    argv = _checked_files(parser, argv)
     swallowed = io.StringIO()
     try:
         with redirect_stderr(swallowed):
-            namespace = parser.parse_args(list(argv), defaults=False)
+            namespace = parser.parse_args(argv, defaults=False)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise UsageError(_one_line(swallowed.getvalue())) from None
     except USAGE_ERRORS as error:
-        raise UsageError(_explain(str(error), _option_names(parser))) from None
+        raise UsageError(setting_errors.explain(str(error), parser, argv)) from None
     return dict(namespace.as_dict())
+
+
+def _checked_files(parser: Any, argv: Sequence[str]) -> list[str]:
+    """`argv` with the content of each file behind --config in place of its name.
+
+    Raises UsageError that names the file: it cannot be read, has unknown settings, or a value of the wrong
+    type. A stage's own config.yaml, which also names the stage (`use`), is accepted by that stage.
+    """
+    found, known = list(argv), setting_errors.hints(parser)
+    for at, word in enumerate(found):
+        option, equals, file = word.partition("=")
+        if option != "--config" or not (equals or at + 1 < len(found)):
+            continue
+        place = at if equals else at + 1
+        file = file if equals else found[place]
+        values = read_yaml(file)
+        stage = values.pop("use", None) if "use" not in known else None
+        if stage is not None and stage != parser.prog.split()[-1]:
+            raise UsageError(
+                f"{file} has the settings of the stage {stage}, not of {parser.prog.split()[-1]}"
+            )
+        _check_known(values, known, file)
+        try:
+            with redirect_stderr(io.StringIO()):
+                parser.parse_object(values, defaults=False)
+        except USAGE_ERRORS as error:
+            said = setting_errors.explain(str(error), parser, [])
+            raise UsageError(f"{file}: {said.removeprefix('--')}") from None
+        found[place] = ("--config=" if equals else "") + (to_yaml(values) if values else "{}")
+    return found
+
+
+def _check_known(values: Mapping[str, Any], known: Mapping[str, Any], where: str, group: str = "") -> None:
+    """Raise UsageError for a key that is no setting, and for a single value in place of a group."""
+    siblings = {name.removeprefix(group).partition(".")[0] for name in known if name.startswith(group)}
+    check_keys(map(str, values), sorted(siblings - {"help", "config", "print_config", "debug"}), where=where)
+    for key, value in values.items():
+        name = f"{group}{key}"
+        if any(one.startswith(f"{name}.") for one in known):
+            if not isinstance(value, Mapping):
+                raise UsageError(f"{where}: {name}: expected a mapping of settings, found {value!r:.80}")
+            _check_known(value, known, where, f"{name}.")
+
+
+def _positionals_first(argv: Sequence[str]) -> list[str]:
+    """`argv`, whose options all have a value, with positional arguments in front: argparse takes an optional
+    one for missing when options stand before it."""
+    first, others, rest = [], [], iter(argv)
+    for word in rest:
+        if not word.startswith("--"):
+            first.append(word)
+            continue
+        others.append(word)
+        if "=" not in word and word not in ("--help", "--debug"):
+            others += [value for value in [next(rest, None)] if value is not None]
+    return first + others
 
 
 def rename_settings(values: Mapping[str, Any], renamed: Mapping[str, str], *, where: str) -> dict[str, Any]:
@@ -195,7 +257,8 @@ def build(cls: type[Config], values: Mapping[str, Any], *, where: str) -> Config
     try:
         namespace = parser.instantiate(parser.parse_object(dict(values)))
     except (*USAGE_ERRORS, KeyError) as error:
-        raise UsageError(f"{where}: {_one_line(str(error))}") from None
+        said = setting_errors.explain(str(error), parser, [])
+        raise UsageError(f"{where}: {said.removeprefix('--')}") from None
     return cls(**{field.name: getattr(namespace, field.name) for field in _fields(cls)})
 
 
@@ -207,7 +270,7 @@ def _check_nested(cls: Any, values: Mapping[str, Any], where: str) -> None:
     for key, value in values.items():
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
-                raise UsageError(f"{where}.{key}: expected a mapping of settings, found {value!r}")
+                raise UsageError(f"{where}.{key}: {not_a_mapping(value)}")
             _check_nested(hints[key], value, f"{where}.{key}")
 
 
@@ -215,7 +278,9 @@ def check_keys(values: Iterable[str], known: Sequence[str], *, where: str) -> No
     """Raise UsageError naming the nearest known key when `values` has a key that is not in `known`."""
     for key in values:
         if key not in known:
-            raise UsageError(f"{where}: unknown setting {key!r}{near_match(key, known)}")
+            glued = broken_yaml.glued_colon(key)
+            hint = f"; {glued}" if glued else near_match(key, known)
+            raise UsageError(f"{where}: unknown setting {key!r}{hint}")
 
 
 def near_match(word: str, known: Sequence[str]) -> str:
@@ -225,19 +290,36 @@ def near_match(word: str, known: Sequence[str]) -> str:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A mapping from a YAML file. Raises UsageError: missing, not UTF-8, not YAML, not a mapping."""
-    import yaml
-
+    """A mapping from a YAML file. Raises UsageError, with line and likely reason: missing, not UTF-8, not
+    YAML, a key that stands twice, not a mapping."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        values = broken_yaml.load(data.decode("utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: {_one_line(str(error))}") from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{path}:{line}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; save the "
+            "file as UTF-8"
+        ) from None
+    except broken_yaml.BrokenYaml as error:
+        raise UsageError(
+            f"{path}:{error.line}: not valid YAML at column {error.column}: {_one_line(error.reason)}"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
+        raise UsageError(f"{path}: {not_a_mapping(values)}")
     return values
+
+
+def not_a_mapping(value: Any) -> str:
+    """The error for a value that stands where a mapping of settings belongs."""
+    glued = broken_yaml.glued_colon(value)
+    found = "nothing" if value is None else f"{value!r:.60}"
+    return f"expected a mapping of settings, found {found}" + (f"; {glued}" if glued else "")
 
 
 def to_plain(config: Any) -> Any:
@@ -258,31 +340,9 @@ def to_yaml(values: Any) -> str:
     return str(yaml.safe_dump(to_plain(values), sort_keys=False, allow_unicode=True, width=110))
 
 
-def _option_names(parser: Any) -> list[str]:
-    names = []
-    for action in parser._actions:
-        names += [option.lstrip("-") for option in action.option_strings if option.startswith("--")]
-    return names
-
-
 def _one_line(text: str) -> str:
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     return re.sub(r"^error: ", "", " ".join(lines[-3:])) or "wrong arguments"
-
-
-def _explain(message: str, options: list[str]) -> str:
-    """jsonargparse's message in one line; for an unknown option, the nearest known one is named."""
-    text = _one_line(message)
-    unknown = re.search(r"[Uu]nrecognized arguments?: (?:--)?([\w.\-]+)", text) or re.search(
-        r"[Kk]ey '([\w.\-]+)' is not expected|does not accept nested key '([\w.\-]+)'", text
-    )
-    if unknown:
-        word = next(group for group in unknown.groups() if group)
-        near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
-        return f"unknown option --{word}" + (
-            f"; did you mean --{near[0]}?" if near else "; --help lists the options"
-        )
-    return text
 
 
 def fail(error: BaseException, *, debug: bool) -> int:

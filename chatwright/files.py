@@ -22,39 +22,55 @@ LARGEST_JSON = 64 << 20
 
 @contextlib.contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that becomes `target` when the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary directory beside `target` that becomes `target` when the block ends without an error.
+
+    Otherwise nothing is left of it, nor of the folders around it that had to be made. Raises UserError when
+    it cannot be written.
+    """
     aside = target.parent / f".{target.name}.{os.getpid()}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        take_place(aside, target)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror or error}; what was there before is intact"
-        ) from error
-    finally:
+    with _parents_of(target):
         shutil.rmtree(aside, ignore_errors=True)
+        try:
+            aside.mkdir()
+            yield aside
+            take_place(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """Path of a temporary file beside `target` that becomes `target` when the block ends without an error."""
+    """Path of a temporary file beside `target` that becomes `target` when the block ends without an error;
+    otherwise as `whole_directory`."""
     aside = target.parent / f".{target.name}.{os.getpid()}.partial"
+    with _parents_of(target):
+        try:
+            yield aside
+            _flush(aside)
+            os.replace(aside, target)
+            _flush(target.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _parents_of(target: Path) -> Iterator[None]:
+    """Make the folders around `target`; those that were made go again when the block fails. An OSError inside
+    becomes a UserError."""
+    made = [place for place in target.parents if not place.exists()]  # innermost first
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        _flush(aside)
-        os.replace(aside, target)
-        _flush(target.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror or error}; what was there before is intact"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+        yield
+    except BaseException as error:
+        for place in made:
+            with contextlib.suppress(OSError):  # not empty: somebody else has put something there meanwhile
+                place.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(
+                f"cannot write {target}: {error.strerror or error}; what was there before is intact"
+            ) from error
+        raise
 
 
 def take_place(aside: Path, target: Path) -> None:
@@ -74,16 +90,17 @@ def take_place(aside: Path, target: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically: a reader sees the old or the new text, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(text, encoding="utf-8")
         _flush(aside)
         os.replace(aside, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

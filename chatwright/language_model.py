@@ -18,13 +18,15 @@ from chatwright.config import UserError
 from chatwright.generate.engine import Engine
 from chatwright.generate.request import Alternatives, Completion, Piece, Request
 from chatwright.generate.runner import Runner
-from chatwright.generate.sampling import Sampling
+from chatwright.generate.sampling import sampling_from
 from chatwright.generation_config import GenerationConfig
-from chatwright.interop.loaded import Loaded
-from chatwright.interop.peft import is_adapter, load_peft
+from chatwright.interop.adapter_origin import FOLDER, is_adapter
+from chatwright.interop.loaded import Loaded, located
+from chatwright.interop.peft import load_peft
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import merge, plain, sharing_copy
+from chatwright.model_names import is_pair, near_hub, split_pair, unfinished_stages
 from chatwright.tokenizer import Tokenizer
 
 DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
@@ -37,12 +39,6 @@ WORTH_COPYING = 2_000_000
 SMOLLM2_SAMPLING = GenerationConfig(temperature=0.2, top_p=0.9, source="the example of its makers")
 """SmolLM2's settings. Its file says nothing about sampling; these are those of the model card's example
 (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)."""
-
-SMOLLM2_NOTE = (
-    "smollm2 comes in a package with 4-bit weights (Q4_1, 98 MB). The full ones are "
-    "hf:HuggingFaceTB/SmolLM2-135M-Instruct: about 270 MB from the Hugging Face hub, which needs the network "
-    "once"
-)
 
 SCORED_AT_ONCE = 256
 """Tokens whose logits `score` holds in memory at a time; each has a row of the vocabulary's size."""
@@ -101,6 +97,7 @@ class LanguageModel:
         *,
         dtype: str = "auto",
         generation: GenerationConfig | None = None,
+        source: str = "",
     ) -> None:
         """`generation` are the model's own sampling settings, used where the caller gives none."""
         if model.config.vocab_size < tokenizer.vocab_size:
@@ -110,6 +107,8 @@ class LanguageModel:
             )
         self.model, self.tokenizer, self.template, self.name = model.eval(), tokenizer, template, name
         self.dtype, self.generation = dtype, generation
+        self.source = source or name
+        """Where it was found, such as the directory of a checkpoint."""
 
     @cached_property
     def engine(self) -> Engine:
@@ -185,7 +184,7 @@ class LanguageModel:
             return torch.nn.functional.normalize(self.model.hidden(tokens)[0].float().mean(0), dim=-1).cpu()
 
     def _request(self, ids: Sequence[int], end_ids: frozenset[int], options: dict[str, Any]) -> Request:
-        sampling = Sampling(**{**self.own_sampling, **options})
+        sampling = sampling_from({**self.own_sampling, **options})
         return Request(prompt=tuple(ids), sampling=sampling, end_ids=end_ids)
 
     def prompt_request(self, prompt: str, **options: Any) -> Request:
@@ -221,7 +220,8 @@ class LanguageModel:
 
     def chat_request(self, messages: Sequence[Message], **options: Any) -> tuple[Request, FittedChat]:
         """The engine's request for an answer, and what was left of the conversation."""
-        fitted = self.encode_chat(messages, max_new_tokens=int(options.get("max_new_tokens", 128)))
+        longest = sampling_from(options).max_new_tokens
+        fitted = self.encode_chat(messages, max_new_tokens=longest)
         return self._request(fitted.ids, self.require_template().end_ids(self.tokenizer), options), fitted
 
     def chat(self, messages: Sequence[Message], **options: Any) -> str:
@@ -324,7 +324,7 @@ def load_parts(name: str | Path) -> Loaded:
     merged into it.
     """
     text = str(name)
-    if "+" in text.strip("+") and not Path(text).exists():
+    if is_pair(text):
         return _load_adapted(text)
     if text == "smollm2":
         from chatwright.data.archives import smollm2_gguf
@@ -348,34 +348,62 @@ def load_parts(name: str | Path) -> Loaded:
             from chatwright.interop.hf import load_hf
 
             return load_hf(path)
+        begun = [one for one in unfinished_stages(path) if any((path / one / "checkpoints").glob("step-*"))]
+        if begun:
+            raise UserError(
+                f"{path} has no finished model yet; the stage {begun[-1]} is under way: the command that "
+                f"began it goes on, and {path / begun[-1]} means its newest checkpoint"
+            )
         raise UserError(
             f"{path} holds no model: neither state.json, checkpoints/, a finished stage nor config.json"
         )
+    hint = near_hub(text)
     raise UserError(
-        f"no model {text!r}: it is no directory, and no .gguf file; also known: smollm2, hf:owner/name "
+        f"no model {text!r}: there is no such directory or file{hint}"
+        if hint
+        else f"no model {text!r}: it is no directory, and no .gguf file; also known: smollm2, hf:owner/name "
         "(runs/tiny appears after `chatwright run tiny`)"
     )
 
 
+def shape_of(name: str | Path) -> GPTConfig:
+    """The shape of a model by name (as for `load_parts`), without its weights. Raises UserError."""
+    text, path = str(name), Path(name)
+    if is_pair(text):
+        return shape_of(split_pair(text)[0])
+    if text == "smollm2":  # known without fetching its file
+        return GPTConfig.preset("smollm2-135m")
+    if path.is_file() and path.suffix == ".gguf":
+        from chatwright.interop.gguf import gguf_shape
+
+        return gguf_shape(path)
+    if text.startswith("hf:"):
+        from chatwright.interop.hf import hub_shape
+
+        return hub_shape(text.removeprefix("hf:"))
+    found = find_checkpoint(path) if path.exists() else None
+    if found is not None:
+        with located(str(found.path / "state.json")):
+            return GPTConfig.from_dict(found.state().get("model") or {})
+    if (path / "config.json").is_file():
+        from chatwright.interop.hf import hf_shape
+
+        return hf_shape(path)
+    raise UserError(f"{text!r} is no model whose shape could be read{near_hub(text)}")
+
+
 def _load_adapted(name: str) -> Loaded:
-    """BASE+ADAPTER. Both names may contain a +: the name is split where the rest is a directory, else at the
-    last +."""
-    places = [at for at, character in enumerate(name) if character == "+" and 0 < at < len(name) - 1]
-    at = next((at for at in places if Path(name[at + 1 :]).is_dir()), places[-1])
-    parts = load_parts(name[:at])
-    load_peft(adapter_directory(Path(name[at + 1 :])), parts.model)
+    """BASE+ADAPTER."""
+    base, adapter = split_pair(name)
+    parts = load_parts(base)
+    load_peft(adapter_directory(Path(adapter)), parts.model)
     merge(parts.model)
     return replace(parts, source=name)
 
 
-def note_on(name: str | Path) -> str:
-    """What a person should know about a model of this name before using it; "" for most."""
-    return SMOLLM2_NOTE if str(name).partition("+")[0] == "smollm2" else ""
-
-
 def adapter_directory(path: Path) -> Path:
     """The adapter's directory: `path` itself, or the folder `adapter` in a finished stage's directory."""
-    return path / "adapter" if is_adapter(path / "adapter") else path
+    return path / FOLDER if is_adapter(path / FOLDER) else path
 
 
 def load(name: str | Path, *, adapter: str | Path | None = None, dtype: str = "auto") -> LanguageModel:
@@ -395,4 +423,5 @@ def load(name: str | Path, *, adapter: str | Path | None = None, dtype: str = "a
         str(name),
         dtype=dtype,
         generation=parts.generation,
+        source=parts.source,
     )

@@ -2,7 +2,8 @@
 
 recipe.py defines the stages and their order. A stage is finished if its directory has a `result.json` whose
 fingerprint (of settings, seed, and the fingerprints of the inputs) equals the current one. A stage whose
-settings have changed is run again; its earlier directory is renamed.
+settings have changed is run again; stage_folder.py says what becomes of its earlier directory. Inputs are
+checked first: a stage that cannot begin leaves the disk as it was.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,15 +25,17 @@ from chatwright.config import (
     to_plain,
     to_yaml,
 )
-from chatwright.data.records import is_record_file
+from chatwright.data.records import own_file
 from chatwright.files import read_json, sha256, write_json, write_text
 from chatwright.metrics import duration, say
-from chatwright.recipe import Recipe, RecipeStage
+from chatwright.model_names import is_known, near_hub, weights_note
+from chatwright.recipe import Recipe, RecipeStage, input_fields
 from chatwright.reports import extras
 from chatwright.reports import report as reports
+from chatwright.stage_folder import CLOCK, StageFolder, check_root
 from chatwright.trackers import Reporting
 from chatwright.train.cost import EnergyMeter
-from chatwright.train.stopping import terminable
+from chatwright.train.stopping import Interrupted, terminable
 from chatwright.train.workspace import Report, Unhealthy, Workspace
 
 
@@ -52,7 +56,7 @@ def fingerprint(stage: RecipeStage, seed: int, inputs: Mapping[str, Path]) -> st
         for name in stage.inputs
         if name in inputs
     }
-    before |= {name: sha256(Path(name)) for name in stage.inputs if is_record_file(name)}
+    before |= {name: sha256(file) for name in stage.inputs if (file := own_file(name)) is not None}
     text = json.dumps([verb, settings, seed, before, __version__], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -81,37 +85,57 @@ def run_stage(
 
 
 def _run_stage(stage: RecipeStage, workspace: Workspace, *, prompt: str) -> None:
+    folder = StageFolder(workspace.directory, stage.verb)
+    with folder.attempt(kept=Interrupted):
+        begin = partial(_begin, stage, workspace, folder)
+        mark = runtime.broadcast_from_rank0(begin) if hasattr(stage.config, "parallel") else begin()
+        if mark is None:
+            return
+        clock = _Clock(folder, mark)
+        report = _run_and_report(stage, workspace, clock)
+        if runtime.is_rank_zero():
+            _conclude(stage, workspace, report, clock, prompt=prompt)
+
+
+def _begin(stage: RecipeStage, workspace: Workspace, folder: StageFolder) -> str | None:
+    """Check the folder and the inputs, then make the folder ready; returns the stage's fingerprint, or None
+    when it is finished. Raises UserError, and nothing is changed."""
     directory, seed = workspace.directory, workspace.seed
+    folder.check()
+    if folder.has_result and folder.is_begun(fingerprint(stage, seed, workspace.inputs)):
+        seconds = read_json(directory / "result.json")["seconds"]
+        say(f"[{stage.name}] finished before, in {duration(seconds)}: skipped")
+        return None
+    check_inputs(stage, workspace.inputs)
     mark = fingerprint(stage, seed, workspace.inputs)
-    finished = directory / "result.json"
+    say(folder.begin(mark) or f"[{stage.name}]")
+    for note in _notes_on_weights(stage):
+        say(f"  {note}")
+    _Clock(folder, mark)  # first: it marks the directory with the fingerprint
+    write_text(directory / "config.yaml", to_yaml({"use": stage.verb, **to_plain(stage.config)}))
+    return mark
 
-    def begin() -> bool:
-        _make_way(directory, mark)
-        if finished.exists():
-            seconds = read_json(finished)["seconds"]
-            say(f"[{stage.name}] finished before, in {duration(seconds)}: skipped")
-            return False
-        say(f"[{stage.name}]")
-        directory.mkdir(parents=True, exist_ok=True)
-        _Clock(directory / "clock.json", mark)  # first: it marks the directory with the fingerprint
-        write_text(directory / "config.yaml", to_yaml({"use": stage.verb, **to_plain(stage.config)}))
-        return True
 
-    if not (runtime.broadcast_from_rank0(begin) if hasattr(stage.config, "parallel") else begin()):
-        return
-    clock = _Clock(directory / "clock.json", mark)
+def _run_and_report(stage: RecipeStage, workspace: Workspace, clock: _Clock) -> Report:
+    """Run the stage; its clock is stopped at the end, however it ends."""
     try:
-        report: Report = stage.stage.run(stage.config, workspace)
+        return stage.stage.run(stage.config, workspace)
     except Unhealthy as found:
         if runtime.is_rank_zero():
-            reports.write_stage_report(directory, stage.name, _result(stage, workspace, found.report, clock))
-            say(f"  {directory / 'report.md'}")
+            result = _result(stage, workspace, found.report, clock)
+            reports.write_stage_report(workspace.directory, stage.name, result)
+            say(f"  {workspace.directory / 'report.md'}")
         raise
     finally:
         workspace.metrics.close()
         clock.stop()
-    if not runtime.is_rank_zero():
-        return
+
+
+def _conclude(
+    stage: RecipeStage, workspace: Workspace, report: Report, clock: _Clock, *, prompt: str
+) -> None:
+    """Write a finished stage's report and its result.json, which is the last."""
+    directory, seed = workspace.directory, workspace.seed
     result = _result(stage, workspace, report, clock)
     sample = report.facts.pop("sample", "") or extras.sample(directory, report, prompt, seed)
     before = {
@@ -120,7 +144,7 @@ def _run_stage(stage: RecipeStage, workspace: Workspace, *, prompt: str) -> None
         if name in stage.inputs
     }
     result = {
-        "fingerprint": mark,
+        "fingerprint": clock.mark,
         "verb": stage.verb,
         **result,
         "sample": sample,
@@ -129,7 +153,7 @@ def _run_stage(stage: RecipeStage, workspace: Workspace, *, prompt: str) -> None
         "inputs": {name: one["fingerprint"] for name, one in before.items()},
     }
     reports.write_stage_report(directory, stage.name, result)
-    write_json(finished, result)
+    write_json(directory / "result.json", result)
     for row in reports.table_rows(stage.name, result) if result["measures"] else []:
         say(f"  {row[1]}: {row[2]} -> {row[3]}" if row[2] != "-" else f"  {row[1]}: {row[3]}")
     for warning in report.warnings:
@@ -149,18 +173,24 @@ def _result(stage: RecipeStage, workspace: Workspace, report: Report, clock: _Cl
         "tables": [dataclasses.asdict(table) for table in report.tables],
         "pictures": report.pictures,
         "facts": report.facts,
-        "notes": report.notes,
+        "notes": [*report.notes, *_notes_on_weights(stage)],
         "warnings": report.warnings,
         **closed,
     }
 
 
+def _notes_on_weights(stage: RecipeStage) -> list[str]:
+    """What is to be said of the weights of models that the stage takes from outside of the run."""
+    return [note for name in dict.fromkeys(stage.inputs) if (note := weights_note(name))]
+
+
 class _Clock:
     """Seconds and joules that a stage has taken, without interruptions; stored on disk between attempts."""
 
-    def __init__(self, file: Path, mark: str) -> None:
-        self.file, self.mark, self.started = file, mark, time.monotonic()
-        earlier = read_json(file) if file.exists() else {}
+    def __init__(self, folder: StageFolder, mark: str) -> None:
+        self.folder, self.file = folder, folder.path / CLOCK
+        self.mark, self.started = mark, time.monotonic()
+        earlier = read_json(self.file) if self.file.exists() else {}
         same = earlier.get("fingerprint") == mark
         self.before = float(earlier["seconds"]) if same else 0.0
         self.burnt, self.meter = float(earlier.get("joules", 0.0)) if same else 0.0, EnergyMeter()
@@ -181,25 +211,34 @@ class _Clock:
             self._write(self.seconds)
 
     def _write(self, seconds: float) -> None:
-        if runtime.is_rank_zero():
-            write_json(self.file, {"fingerprint": self.mark, "seconds": seconds, "joules": self.joules})
+        if not runtime.is_rank_zero():
+            return
+        known = {"verb": self.folder.verb, "files": self.folder.noted()}
+        spent = {"seconds": seconds, "joules": self.joules}
+        write_json(self.file, {"fingerprint": self.mark, **known, **spent})
 
 
-def _make_way(directory: Path, mark: str) -> None:
-    """Rename a directory that was made, or begun, with other settings."""
-    file = directory / "clock.json"
-    if not directory.exists() or all(file.name.startswith(".") for file in directory.iterdir()):
-        return
-    if file.exists() and read_json(file).get("fingerprint") == mark:
-        return
-    number = 1
-    while (aside := directory.with_name(f"{directory.name}.old-{number}")).exists():
-        number += 1
-    directory.rename(aside)
-    say(
-        f"[{directory.name}] settings or inputs have changed: running again; the earlier result is now "
-        f"{aside}"
-    )
+def check_inputs(stage: RecipeStage, inputs: Collection[str]) -> None:
+    """Raise UserError when an input that the stage needs, or that somebody has set, is not there. Nothing of
+    it is read: that it can be used is seen by the stage.
+
+    `inputs` are the stages of this run. A default that names a stage which is not there may be one that is
+    not needed: the stage itself says so.
+    """
+    records = set(stage.stage.reads(stage.config).values())
+    for one in input_fields(stage.config):
+        name = getattr(stage.config, one.name)
+        if name in inputs or (name == one.default and name not in records):
+            continue
+        if name not in records and is_known(name):
+            continue
+        if not Path(name).exists():
+            known = f"a finished stage of this run ({', '.join(inputs) or 'there is none'})"
+            hint = "" if name in records else near_hub(name)
+            raise UserError(
+                f"{stage.name}: its setting {one.name} is {name!r}, which is neither {known} nor an existing "
+                f"path{hint}"
+            )
 
 
 def run_recipe(
@@ -209,6 +248,9 @@ def run_recipe(
     if until:
         check_keys([until], list(recipe.stages), where="until")
     runtime.set_threads()
+    for name, setting in recipe.left_out.items():
+        say(f"[{name}] no part of this run: there is no {setting} (give --{setting} FILE)")
+    runtime.broadcast_from_rank0(partial(_check_all, recipe, root, until))
     results: dict[str, dict[str, Any]] = {}
     inputs: dict[str, Path] = {}
     for stage in recipe.stages.values():
@@ -222,3 +264,16 @@ def run_recipe(
         if stage.name == until:
             break
     return results
+
+
+def _check_all(recipe: Recipe, root: Path, until: str) -> None:
+    """Look at the run's folder, at those of its stages and at the inputs of all that are not finished, so
+    that a mistake in the last stage does not show after hours. Raises UserError."""
+    check_root(root, given=f"the run's folder {root}")
+    for stage in recipe.stages.values():
+        folder = StageFolder(root / stage.name, stage.verb)
+        folder.check()
+        if not folder.has_result:
+            check_inputs(stage, list(recipe.stages))
+        if stage.name == until:
+            return

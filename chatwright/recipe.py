@@ -1,6 +1,9 @@
 """Recipes: the stages of a run, their order and their settings.
 
 A stage's settings name the stages that it needs (fields marked as inputs); the order follows from these.
+
+A stage with `when: data.comparisons` is part of the run only where that setting of another stage is given.
+Other stages may name it as an optional input all the same: they then have none.
 """
 
 from __future__ import annotations
@@ -8,7 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,15 @@ from chatwright.config import (
     check_keys,
     make_parser,
     near_match,
+    not_a_mapping,
     parse_given,
     read_yaml,
     rename_settings,
 )
 from chatwright.discovery import current_name, stage_verb, tell_new_name
+from chatwright.language_model import shape_of as model_shape
 from chatwright.model.config import GPTConfig
+from chatwright.model_names import is_known
 from chatwright.train.planning.program import PlannedStage
 from chatwright.train.stage import Stage, stage_of
 
@@ -60,12 +66,19 @@ class Recipe:
     stages: dict[str, RecipeStage]
     seed: int = 1337
     prompt: str = PROMPT
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Stages that are no part of this run -> the setting (`data.comparisons`) that was not given."""
 
 
 def input_names(config: Any) -> list[str]:
     """The values of a configuration's input fields, except those that name no input (the field's `words`)."""
+    return [getattr(config, f.name) for f in input_fields(config)]
+
+
+def input_fields(config: Any) -> list[dataclasses.Field[Any]]:
+    """A configuration's input fields, except those whose value names no input (the field's `words`)."""
     fields = [f for f in dataclasses.fields(config) if f.metadata.get("input")]
-    return [value for f in fields if (value := getattr(config, f.name)) not in f.metadata.get("words", ())]
+    return [f for f in fields if getattr(config, f.name) not in f.metadata.get("words", ())]
 
 
 def find_stage(verb: str, *, where: str = "") -> Stage:
@@ -94,11 +107,12 @@ def read_recipe(path: Path, overrides: Mapping[str, Mapping[str, Any]]) -> Recip
     values, entries = _read(path)
     check_keys(overrides, list(entries), where=f"{path.name} has no such stage")
     stages = {}
+    conditions = {name: str(settings["when"]) for name, settings in entries.items() if "when" in settings}
     for name, settings in entries.items():
         verb, stage = _stage_named(name, settings, path)
         where = f"{path}: {name}"
         tell_new_name(str(settings.get("use", name)), where=where)
-        given = {key: value for key, value in settings.items() if key != "use"}
+        given = {key: value for key, value in settings.items() if key not in ("use", "when")}
         merged = _merge(rename_settings(given, stage.renamed, where=where), overrides.get(name, {}))
         merged = rename_settings(merged, stage.renamed, where=where)
         stages[name] = RecipeStage(name, verb, build(stage.config, merged, where=where))
@@ -106,7 +120,43 @@ def read_recipe(path: Path, overrides: Mapping[str, Mapping[str, Any]]) -> Recip
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UsageError(f"{path}: seed is {seed!r}; it must be a whole number, at least 0")
     name = str(values.get("name") or path.stem)
-    return Recipe(name, _ordered(stages, str(path)), seed, str(values.get("prompt", PROMPT)))
+    left_out = {one: setting for one, setting in conditions.items() if not _is_given(setting, stages, path)}
+    for one in left_out:
+        if one in overrides:
+            raise UsageError(f"{one} has settings, but is no part of this run: give --{left_out[one]} too")
+    ordered = _ordered(_without(stages, left_out, path), str(path))
+    return Recipe(name, ordered, seed, str(values.get("prompt", PROMPT)), left_out)
+
+
+def _is_given(setting: str, stages: Mapping[str, RecipeStage], path: Path) -> bool:
+    """Whether a setting, written STAGE.KEY, has a value. Raises UsageError when there is no such setting."""
+    stage, _, key = setting.partition(".")
+    if stage not in stages or not hasattr(stages[stage].config, key):
+        raise UsageError(f"{path}: `when: {setting}` names no setting of a stage of this recipe")
+    return bool(getattr(stages[stage].config, key))
+
+
+def _without(
+    stages: Mapping[str, RecipeStage], left_out: Mapping[str, str], path: Path
+) -> dict[str, RecipeStage]:
+    """The stages without those left out; optional inputs that name one of these become empty. Raises
+    UsageError for a stage that cannot do without."""
+    kept = {}
+    for name, stage in stages.items():
+        if name in left_out:
+            continue
+        changes: dict[str, str] = {}
+        for one in dataclasses.fields(stage.config):
+            wanted = getattr(stage.config, one.name)
+            if not one.metadata.get("input") or wanted not in left_out:
+                continue
+            if "" not in one.metadata.get("words", ()):
+                raise UsageError(
+                    f"{path}: {name} needs the stage {wanted}, which is left out without {left_out[wanted]}"
+                )
+            changes[one.name] = ""
+        kept[name] = dataclasses.replace(stage, config=dataclasses.replace(stage.config, **changes))
+    return kept
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -118,7 +168,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         raise UsageError(f"{path}: `stages` must be a mapping with at least one stage")
     for name, settings in entries.items():
         if settings is not None and not isinstance(settings, dict):
-            raise UsageError(f"{path}: the settings of stage {name} must be a mapping")
+            raise UsageError(
+                f"{path}: the settings of stage {name} must be a mapping: {not_a_mapping(settings)}"
+            )
     return values, {str(name): dict(settings or {}) for name, settings in entries.items()}
 
 
@@ -196,9 +248,19 @@ def shape_of(entry: RecipeStage, recipe: Recipe, known: Mapping[str, GPTConfig])
     `known`: the shapes of the stages before it. Raises UserError for impossible settings of a model.
     """
     if entry.stage.shape is None:
-        return next((known[name] for name in entry.inputs if name in known), None)
+        inside = next((known[name] for name in entry.inputs if name in known), None)
+        return inside or _shape_of_base(entry)
     source = recipe.stages.get(getattr(entry.config, "tokenizer", ""))
     return entry.stage.shape(entry.config, getattr(source.config, "vocab_size", None) if source else None)
+
+
+def _shape_of_base(entry: RecipeStage) -> GPTConfig | None:
+    """The shape of a base model that no stage of the recipe makes: one that is on the disk, `smollm2`, or on
+    the hub. None where the stage has no such base, or it is not there yet."""
+    base = str(getattr(entry.config, "base", ""))
+    if entry.stage.plan is None or not (is_known(base) or Path(base).exists()):
+        return None
+    return model_shape(base)
 
 
 def planned_stages(recipe: Recipe) -> Iterator[PlannedStage]:

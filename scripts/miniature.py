@@ -51,10 +51,12 @@ stages:
     fit: {steps: 6, batch_size: 8, compile: false, precision: bf16, log_every: 2, save_every: 1.0e6}
     optim: {name: adamw, learning_rate: 0.001, schedule: cosine, final: 0.1}
   sft:
+    context: 64
     fit: {steps: 120, batch_size: 8, precision: fp32, save_every: 1.0e6, save_steps: 50}
     optim: {learning_rate: 0.004}
   sft-lora:
     use: sft
+    context: 64
     packing: false
     lora: {rank: 4, dropout: 0.1}
     fit: {steps: 20, batch_size: 8, precision: fp32, save_every: 1.0e6, save_steps: 10}
@@ -69,6 +71,7 @@ stages:
   reward-comparisons:
     use: reward
     comparisons: data
+    k: 16
     ties: half
     held_out_annotators: anna
     max_tokens: 48

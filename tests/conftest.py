@@ -72,6 +72,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(LONGEST)))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test begins with the same state of torch's global random stream, its fixtures included: what
+    draws from it without a seed of its own is the same in every run."""
+    torch.manual_seed(0)
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """How long all of it took, and where: `make test` says it, for CONTRIBUTING.md."""
     if not config.option.durations:

@@ -93,7 +93,7 @@ def test_positionals() -> None:
     positionals = {"model": "A model.", "other?": "Another."}
     assert parse(Outer, ["m"], prog="t", positionals=positionals) == (Outer(), {"model": "m", "other": None})
     assert parse(Outer, ["m", "o", "--steps", "1"], prog="t", positionals=positionals)[1]["other"] == "o"
-    with pytest.raises(UsageError, match="model"):
+    with pytest.raises(UsageError, match="model must be given"):
         parse(Outer, [], prog="t", positionals=positionals)
 
 

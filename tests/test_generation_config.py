@@ -15,6 +15,7 @@ from chatwright.config import UserError
 from chatwright.generation_config import GenerationConfig, chat_options, told
 from chatwright.interop.hf_export import plan_hf
 from chatwright.language_model import LanguageModel
+from chatwright.model_names import weights_note
 from chatwright.train.base import ChatBase, model_texts
 
 MAKERS = GenerationConfig(temperature=0.2, top_p=0.9, source="the example of its makers")
@@ -98,10 +99,10 @@ def test_smollm2_has_those_of_its_makers(
     monkeypatch.setattr(gguf, "load_gguf", lambda path: sft_parts())
     model = language_model.load("smollm2")
     assert model.own_sampling == {"temperature": 0.2, "top_p": 0.9}
-    note = language_model.note_on("smollm2")
+    note = weights_note("smollm2")
     assert "4-bit" in note and "hf:HuggingFaceTB/SmolLM2-135M-Instruct" in note and "270 MB" in note
-    assert language_model.note_on("smollm2+runs/my/sft") == note
-    assert language_model.note_on("runs/my/sft") == ""
+    assert weights_note("smollm2+runs/my/sft") == note
+    assert weights_note("runs/my/sft") == ""
 
 
 def test_checkpoints_and_exports_keep_them(sft_parts: Callable[[], Any], tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ class First:
 
     size: int = 1
     """A number."""
+    label: str = ""
+    """A word."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Second:
     """The stage to start from."""
     fail: str = ""
     """How to end: error, interrupt, or well."""
+    extra: str = field(default="", metadata={"input": True, "words": ("",)})
+    """A stage that it can do without."""
 
 
 @dataclass
@@ -241,6 +245,42 @@ def test_mistakes_in_a_recipe_are_named(write: Write, text: str, message: str) -
         read_recipe(write(text), {})
 
 
+WHEN = """
+stages:
+  one: {use: first, label: ""}
+  other: {use: second, extra: third}
+  third: {use: second, when: one.label}
+"""
+
+
+def test_a_stage_with_a_condition_is_left_out_until_its_setting_is_given(
+    write: Write, ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(WHEN)
+    recipe = read_recipe(file, {})
+    assert list(recipe.stages) == ["one", "other"] and recipe.stages["other"].config.extra == ""
+    run_recipe(recipe, tmp_path / "run")
+    assert ran.stages == ["one", "other"]
+    told = capsys.readouterr().out
+    assert "[third] no part of this run: there is no one.label (give --one.label FILE)" in told
+    whole = read_recipe(file, {"one": {"label": "x"}})
+    assert list(whole.stages) == ["one", "third", "other"] and not whole.left_out
+    assert whole.stages["other"].config.extra == "third"
+
+
+def test_conditions_that_make_no_sense_are_named(write: Write) -> None:
+    file = write(WHEN)
+    with pytest.raises(UsageError, match=r"third has settings, but is no part .* give --one\.label"):
+        read_recipe(file, {"third": {"fail": "x"}})
+    file = write(WHEN.replace("extra: third", "source: third"))
+    with pytest.raises(UsageError, match=r"other needs the stage third, which is left out .*one\.label"):
+        read_recipe(file, {})
+    for wrong in ("one.labels", "none.label", "label"):
+        file = write(WHEN.replace("when: one.label", f"when: {wrong}"))
+        with pytest.raises(UsageError, match=f"`when: {wrong}` names no setting"):
+            read_recipe(file, {})
+
+
 def test_overrides_of_stages_that_are_not_there(write: Write) -> None:
     with pytest.raises(UsageError, match=r"no such stage.*'othr'.*did you mean 'other'"):
         read_recipe(write(TWO), {"othr": {"fail": "x"}})
@@ -275,7 +315,7 @@ def test_settings_of_stages_are_options_of_run() -> None:
     assert stages["pretrain"].fit.steps == 5 and stages["pretrain"].fit.compile is False
     assert stages["pretrain"].model["layers"] == 6 and stages["pretrain"].fit.batch_size == 8
     for wrong, said in (
-        (["--ppo.iterations"], "expected one argument"),
+        (["--ppo.iterations"], "has no value"),
         (["extra"], "extra"),
         (["--ppo.iteration", "3"], "did you mean --ppo.iterations"),
         (["--ppo.iterations", "many"], "iterations"),
@@ -360,7 +400,7 @@ def test_one_stage_by_itself_finds_its_inputs_beside_it(ran: Ran, tmp_path: Path
     assert read_json(tmp_path / "other" / "result.json")["measures"][0]["after"] == 3.0
     with pytest.raises(UsageError, match="seed"):
         _stage.main("first", ["--seed", "x"])
-    with pytest.raises(UsageError, match="expected one argument"):
+    with pytest.raises(UsageError, match="has no value"):
         _stage.main("first", ["--out"])
     with pytest.raises(UserError, match="neither a finished stage"):
         _stage.main("second", ["--out", str(tmp_path / "lonely" / "other"), "--source", "nothing"])

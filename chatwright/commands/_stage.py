@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from chatwright import discovery, runtime
@@ -11,6 +12,7 @@ from chatwright.config import UsageError, parse_all
 from chatwright.metrics import say
 from chatwright.pipeline import run_stage
 from chatwright.recipe import PROMPT, RecipeStage
+from chatwright.stage_folder import check_place
 from chatwright.trackers import Reporting
 from chatwright.train.parallel.start import process_group
 from chatwright.train.stage import stage_of
@@ -64,6 +66,9 @@ def main(name: str, argv: Sequence[str]) -> int:
     config, options = found[0], found[1]
     options.report.check()
     directory = Path(options.out or f"runs/my/{verb.name}")
+    if not (stage.preview and found[2].preview):  # which writes nothing
+        check = partial(check_place, directory, given=f"--out {directory}", example=f"runs/my/{verb.name}")
+        runtime.broadcast_from_rank0(check)
     beside = {file.parent.name: file.parent for file in sorted(directory.parent.glob("*/result.json"))}
     beside.pop(directory.name, None)
     runtime.set_threads()

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from chatwright.config import UserError, harmless, near_match, parse
+from chatwright.model_names import unfinished, weights_note
 
 if TYPE_CHECKING:
     from chatwright.chat import Message
@@ -80,8 +81,18 @@ def main(argv: Sequence[str]) -> int:
             stream.reconfigure(errors="replace")
     from chatwright.language_model import load
 
-    chat = TerminalChat(load(str(positionals["model"]), dtype=config.dtype), config, out=sys.stdout)
+    model = load(str(positionals["model"]), dtype=config.dtype)
+    tell_about(model)
+    chat = TerminalChat(model, config, out=sys.stdout)
     return chat.talk() if sys.stdin.isatty() else chat.answer_lines(sys.stdin)
+
+
+def tell_about(model: LanguageModel) -> None:
+    """A line on standard error when a model comes from a run or a stage that is not finished, or has rounded
+    weights."""
+    for told in (unfinished(model.name, model.source), weights_note(model.name)):
+        if told:
+            print(harmless(told), file=sys.stderr, flush=True)
 
 
 class TerminalChat:
@@ -93,7 +104,7 @@ class TerminalChat:
 
         from chatwright.generate.sampling import Sampling
         from chatwright.generation_config import chat_options, told
-        from chatwright.language_model import note_on
+        from chatwright.model_names import weights_note
 
         model.require_template()  # refuses a base model now, not at the first message
         self.model = model
@@ -103,7 +114,7 @@ class TerminalChat:
         self.sampling = Sampling(
             max_new_tokens=config.max_new_tokens, **chat_options(model.generation, given)
         )
-        self._sampled, self._note = told(model.generation, given), note_on(model.name)
+        self._sampled, self._note = told(model.generation, given), weights_note(model.name)
         self.messages: list[Message] = []
         self._turns = 0
         self._saved: set[Path] = set()

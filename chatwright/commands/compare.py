@@ -93,6 +93,8 @@ def _runs(names: Sequence[str], config: Config) -> int:
     from chatwright.reports.compare import align, compare
     from chatwright.reports.runs import read_run
 
+    if config.out:
+        compare_page.check_target(Path(config.out))
     runs = [read_run(Path(name)) for name in names]
     groups = align(runs)
     found = compare(runs, groups)

@@ -9,32 +9,48 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from chatwright.config import UsageError, UserError, parse
-from chatwright.interop.export import Format, check_target, write_export
+from chatwright.interop.export import check_target, write_export
+from chatwright.stage_folder import check_file_place
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NAMES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json"
     r"|chat_template\.jinja|model(-\d{5}-of-\d{5})?\.safetensors"
 )
 """The files of a directory in transformers' format; no other file is ever replaced."""
+_ADAPTERS = re.compile(r"adapter_config\.json|adapter_model\.safetensors|README\.md|base|\d+-[\w.-]+")
+"""The same for adapters in PEFT's format."""
+CLOSE = 1e-3
+"""Most that logits of merged adapters may differ, as a share of the largest: sums are made in another order.
+"""
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     """How a model is written for others."""
 
-    format: Format
+    format: Literal["hf", "gguf", "peft"]
     """hf: a directory for transformers, vLLM, SGLang and others. gguf: one file for llama.cpp, Ollama, LM
-    Studio."""
+    Studio. peft: the adapter of a stage that trained one (`lora.rank`), with those that it was trained over.
+    """
     dtype: Literal["fp32", "f32", "bf16", "q8_0"] = "fp32"
     """Precision of the weights: fp32 (f32 means the same) or bf16; in GGUF also q8_0, eight bits a number and
     a scale for every 32 of them."""
     verify: bool = True
     """Read what was written, compare tokens and logits with the source, and keep nothing that differs."""
+    adapters: Literal["merged", "stacked"] = "merged"
+    """With --format peft, where adapters were trained over one another (PPO's over that of SFT): merged into
+    one of the summed rank, or stacked, one directory each, to be used together."""
+    with_base: bool = False
+    """With --format peft, also write the base model, in transformers' format, to DIR/base. A base that PEFT
+    cannot load by a name is written always."""
     force: bool = False
     """Replace the model that DIR holds. Anything but a model is never replaced."""
 
@@ -59,22 +75,86 @@ def main(argv: Sequence[str]) -> int:
         },
     )
     source, target = str(positionals["model"]), Path(str(positionals["directory"]))
+    if config.format == "peft":
+        return export_adapters(source, target, config)
+    if config.with_base or config.adapters != "merged":
+        raise UsageError("--adapters and --with_base belong to --format peft")
     dtype = _dtype(config)
     _check(source, target, config)
     from chatwright.language_model import load_parts
     from chatwright.metrics import say
+    from chatwright.model_names import unfinished, weights_note
 
     parts = load_parts(source)
     if parts.tokenizer is None:
         raise UserError(f"{source} has no tokenizer beside its weights: nobody could talk to it")
+    for told in (unfinished(source, parts.source), weights_note(source)):
+        if told:
+            say(told)
     say(f"{parts.source}: {sum(parameter.numel() for parameter in parts.model.parameters()):,} parameters")
-    family, notes = write_export(
-        parts, target, form=config.format, dtype=dtype, verify=config.verify, source=source
-    )
+    form: Literal["hf", "gguf"] = "hf" if config.format == "hf" else "gguf"
+    family, notes = write_export(parts, target, form=form, dtype=dtype, verify=config.verify, source=source)
     for note in notes:
         say(note)
     say(f"Written to {target} as {family}, {dtype}. docs/guide/export.md tells how others run it.")
     return 0
+
+
+def export_adapters(source: str, target: Path, config: ExportConfig) -> int:
+    """Write the adapter of the stage `source` for PEFT, with those that it was trained over, and, where it is
+    asked for or needed, the base model. Raises UserError, and DIR is as it was."""
+    from chatwright import files
+    from chatwright.interop.adapter_export import chain_of, write_adapters
+    from chatwright.interop.adapter_origin import is_adapter, sentences
+    from chatwright.language_model import adapter_directory, load_parts
+    from chatwright.metrics import say
+
+    check_target(target, force=config.force, known=lambda name: bool(_ADAPTERS.fullmatch(name)))
+    place = adapter_directory(Path(source))
+    if not is_adapter(place):
+        raise UserError(
+            f"{source} has no adapter: --format peft is for a finished sft, ppo or reinforce stage with "
+            "lora.rank above 0, such as runs/my/sft"
+        )
+    bottom, chain = chain_of(place)
+    with_base = config.with_base or not bottom.hub
+    named = replace(bottom, hub=str((target / "base").resolve()), weights="") if with_base else bottom
+    with files.whole_directory(target) as aside:
+        written = write_adapters(chain, aside, config.adapters, named)
+        if config.verify:
+            say(f"Read back: logits differ by up to {_distance(bottom.name, chain, written):.2g}.")
+        if with_base:
+            parts = load_parts(bottom.name)
+            write_export(
+                parts, aside / "base", form="hf", dtype="fp32", verify=config.verify, source=bottom.name
+            )
+    for text in sentences(named, target):
+        say(text)
+    names = [str(target / one.relative_to(aside)) for one in written]
+    say(f"Written: {', '.join(names)}. PEFT loads the base model from {named.hub}.")
+    return 0
+
+
+def _distance(base: str, before: Sequence[Path], after: Sequence[Path]) -> float:
+    """Largest difference of the logits with the adapters as they were, and as they were written. Raises
+    UserError above CLOSE."""
+    from chatwright.interop.export import behaviour
+    from chatwright.interop.peft import load_peft
+    from chatwright.language_model import load_parts
+    from chatwright.model.lora import merge
+
+    def logits(adapters: Sequence[Path]) -> Tensor:
+        parts = load_parts(base)
+        for one in adapters:
+            load_peft(one, parts.model)
+            merge(parts.model)
+        return behaviour(parts)[2]
+
+    first, second = logits(before), logits(after)
+    distance = float((first - second).abs().max())
+    if distance > CLOSE * float(first.abs().max()):
+        raise UserError(f"what was written differs: logits by up to {distance:.3g}; nothing is kept")
+    return distance
 
 
 def _negated(argv: Sequence[str]) -> list[str]:
@@ -100,8 +180,7 @@ def _check(source: str, target: Path, config: ExportConfig) -> None:
         return
     if target.suffix != ".gguf":
         raise UserError(f"{target}: a GGUF model is one file; give it a name that ends with .gguf")
-    if target.is_dir():
-        raise UserError(f"{target} is a directory; name a file")
+    check_file_place(target, given=str(target))
     if target.exists():
         with target.open("rb") as file:
             model = file.read(4) == b"GGUF"

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatwright.commands.chat import stopping
+from chatwright.commands.chat import stopping, tell_about
 from chatwright.config import UsageError, UserError, harmless, parse
 
 if TYPE_CHECKING:
@@ -87,8 +87,15 @@ def main(argv: Sequence[str]) -> int:
         description=(
             "Continue a text with MODEL, a base model or a chat model (whose chat template is not used here)."
         ),
-        positionals={"model": "A run, a model directory, smollm2, hf:owner/name or a .gguf file."},
+        positionals={
+            "model": "A run, a model directory, smollm2, hf:owner/name or a .gguf file.",
+            "text?": "Text to continue: the same as --prompt.",
+        },
     )
+    if positionals["text"] is not None:
+        if config.prompt is not None or config.prompt_file is not None:
+            raise UsageError("the text to continue is given twice: leave out --prompt or --prompt_file")
+        config = replace(config, prompt=str(positionals["text"]))
     prompt = read_prompt(config)
     sampling_of(config, {})  # refuses impossible values before the model is loaded
     if hasattr(sys.stdout, "reconfigure"):
@@ -96,6 +103,7 @@ def main(argv: Sequence[str]) -> int:
     from chatwright.language_model import load
 
     model = load(str(positionals["model"]), dtype=config.dtype)
+    tell_about(model)
     show = harmless if sys.stdout.isatty() else str
     if config.beams:
         return _search(model, prompt, config, show)
@@ -128,7 +136,8 @@ def read_prompt(config: GenerateConfig) -> str:
             raise UserError(f"--prompt_file {where}: {error.strerror}") from None
     elif sys.stdin.isatty():
         raise UsageError(
-            "nothing to continue: give --prompt TEXT, --prompt_file FILE, or text on standard input"
+            "nothing to continue: give a text behind the model (or --prompt TEXT), --prompt_file FILE, or "
+            "text on standard input"
         )
     else:
         where = "standard input"

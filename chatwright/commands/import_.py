@@ -46,10 +46,14 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{source} and {target} are the same place")
     from chatwright.language_model import load_parts
     from chatwright.metrics import say
+    from chatwright.model_names import unfinished, weights_note
 
     parts = load_parts(source)
     parameters = sum(parameter.numel() for parameter in parts.model.parameters())
     template = "with a chat template" if parts.template else "without a chat template (a base model)"
+    for told in (unfinished(source, parts.source), weights_note(source)):
+        if told:
+            say(told)
     say(f"{parts.source}: {parameters:,} parameters, {template}")
     write_model(parts, target, source=source)
     verb = "chat" if parts.template else "generate"

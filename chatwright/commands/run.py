@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chatwright import discovery
+from chatwright.config import UsageError
 from chatwright.language_model import find_checkpoint
 from chatwright.metrics import console, duration, say
 from chatwright.pipeline import run_recipe
@@ -51,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
     if config.name:
         recipe = dataclasses.replace(recipe, name=config.name)
     root = Path(config.out) / recipe.name
+    if Path(recipe.name).is_absolute() or not Path(recipe.name).parts or ".." in Path(recipe.name).parts:
+        raise UsageError(f"--name {recipe.name} is no name of a run: a run is a folder inside {config.out}")
     config.report.check()
     try:
         results = run_recipe(recipe, root, until=config.until, reporting=config.report)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from chatwright.commands.chat import tell_about
 from chatwright.config import UserError, parse
 from chatwright.serve.config import QUOTA, ServeConfig
 
@@ -49,7 +50,9 @@ def main(argv: Sequence[str]) -> int:
         from chatwright.language_model import load
 
         source = str(positionals["model"])
-        return serve(make_pool(load(source, dtype=config.dtype), source, config), listener, config)
+        model = load(source, dtype=config.dtype)
+        tell_about(model)
+        return serve(make_pool(model, source, config), listener, config)
     finally:
         listener.close()
 
@@ -140,7 +143,7 @@ def make_pool(model: LanguageModel, source: str, config: ServeConfig) -> ModelPo
 
 def serve(pool: ModelPool, listener: socket.socket, config: ServeConfig) -> int:
     """Serve on `listener` until SIGTERM or Ctrl-C, then finish the work under way. Returns the exit code."""
-    from chatwright.language_model import note_on
+    from chatwright.model_names import weights_note
 
     app = build_app(pool, config)
     host, port = listener.getsockname()[:2]
@@ -150,7 +153,7 @@ def serve(pool: ModelPool, listener: socket.socket, config: ServeConfig) -> int:
     print(f"  OpenAI API  http://{shown}:{port}/v1", file=sys.stderr)
     if app.state.keys is not None:
         print("  API keys are needed", file=sys.stderr)
-    if note := note_on(pool.default):
+    if note := weights_note(pool.default):
         print(f"  {note}", file=sys.stderr)
     print("Ctrl-C stops.", file=sys.stderr, flush=True)
     try:

@@ -1,16 +1,27 @@
-"""Files of conversations -> packed rows for SFT, with the number of tokens in the loss."""
+"""Files of conversations -> packed rows for SFT, with the number of tokens in the loss, and a count of what
+was cut."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from chatwright.chat import ChatTemplate
+from chatwright.chat import ChatTemplate, EncodedChat, Message
 from chatwright.config import UserError
+from chatwright.data.cuts import Cuts
 from chatwright.data.examples import Dialogue
 from chatwright.data.loader import SampleOrder
-from chatwright.data.packing import ChatBatch, PackedRow, batch_rows, cut_dialogue, pack
+from chatwright.data.packing import (
+    ChatBatch,
+    PackedRow,
+    batch_rows,
+    cut_and_lost,
+    exchanges_of,
+    pack,
+    whole_dialogue,
+)
 from chatwright.data.records import read_records
 from chatwright.tokenizer import Tokenizer
 
@@ -50,17 +61,41 @@ class Rows:
         )
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation and its ids."""
+
+    messages: tuple[Message, ...]
+    whole: EncodedChat | None
+    """In one piece of any length; None when nobody answers in it."""
+
+
+def conversations_of(file: Path, template: ChatTemplate, tokenizer: Tokenizer) -> Iterator[Conversation]:
+    """The conversations of a file, each turn encoded once."""
+    for dialogue in read_records(file, Dialogue):
+        yield Conversation(dialogue.messages, whole_dialogue(dialogue.messages, template, tokenizer))
+
+
 def rows_of(
-    file: Path, template: ChatTemplate, tokenizer: Tokenizer, length: int, *, packing: bool, limit: int = 0
+    file: Path,
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    packing: bool,
+    limit: int = 0,
+    cuts: Cuts | None = None,
+    read: Iterable[Conversation] = (),
 ) -> list[PackedRow]:
     """The conversations of a file as rows; with `limit` above 0 only the first ones, about `limit` rows of
-    tokens. Raises UserError when there is no answer to learn."""
+    tokens. `read` are the file's conversations, where they are already read. Counts in `cuts` what is cut.
+    Raises UserError when there is no answer to learn."""
+    cuts = cuts or Cuts("conversations", "context", length)
     pieces, tokens = [], 0
-    for dialogue in read_records(file, Dialogue):
-        for piece in cut_dialogue(dialogue.messages, template, tokenizer, length):
-            if any(piece.mask):
-                pieces.append(piece)
-                tokens += len(piece.ids)
+    for one in read or conversations_of(file, template, tokenizer):
+        for piece in pieces_of(one, template, tokenizer, length, cuts):
+            pieces.append(piece)
+            tokens += len(piece.ids)
         if limit and tokens > limit * length:
             break
     if not pieces:
@@ -68,14 +103,46 @@ def rows_of(
     return pack(pieces, length, enabled=packing)
 
 
-def check_end_is_learnt(rows: list[PackedRow], template: ChatTemplate, tokenizer: Tokenizer) -> None:
-    """Raise UserError unless the token that ends an answer is in the loss: else no answer would end."""
+def pieces_of(
+    one: Conversation, template: ChatTemplate, tokenizer: Tokenizer, length: int, cuts: Cuts
+) -> Iterator[EncodedChat]:
+    """A conversation's pieces that have something to learn, of at most `length` tokens."""
+    if one.whole is None or not any(one.whole.mask):
+        cuts.saw(0)
+        cuts.add("left out, for nobody answers", length=False)
+        return
+    cuts.saw(len(one.whole.ids))
+    system, exchanges = exchanges_of(one.messages)
+    if len(system) + sum(map(len, exchanges)) < len(one.messages):
+        cuts.add("without their turns that nobody answers", length=False)
+    if len(one.whole.ids) <= length:
+        yield one.whole
+        return
+    made = list(cut_and_lost(one.messages, template, tokenizer, length))
+    kept = [piece for piece, _ in made if any(piece.mask)]
+    if len(kept) < len(made):
+        cuts.add("with a question that fills a row alone, whose answer is left out")
+    elif any(lost for _, lost in made):
+        cuts.add("with an answer that lost its end")
+    else:
+        cuts.add("cut between exchanges")
+    yield from kept
+
+
+def check_end_is_learnt(
+    rows: list[PackedRow], template: ChatTemplate, tokenizer: Tokenizer, cuts: Cuts | None = None
+) -> None:
+    """Raise UserError unless the token that ends an answer is in the loss: else no answer would end. `cuts`
+    says whether the answers have lost it."""
     end = tokenizer.control_ids[template.end]
-    if not any(flag and token == end for row in rows for token, flag in zip(row.ids, row.mask, strict=True)):
-        raise UserError(
-            f"no training row learns the end token {template.end}: the model would never stop talking. Look "
-            "at the chat template (chatwright doctor MODEL shows the loss mask)"
-        )
+    if any(flag and token == end for row in rows for token, flag in zip(row.ids, row.mask, strict=True)):
+        return
+    why = "look at the chat template (chatwright doctor MODEL shows the loss mask)"
+    if cuts is not None and cuts.advice:
+        why = str(cuts)
+    raise UserError(
+        f"no training row learns the end token {template.end}: the model would never stop talking; {why}"
+    )
 
 
 def learnt_tokens(row: PackedRow) -> int:

@@ -1,8 +1,8 @@
-"""The user's own data: .txt, .jsonl, .json and .parquet files, folders of them, and hub data sets.
+"""The user's own data: .txt, .jsonl, .json, .csv, .tsv, .parquet files, folders of them, hub data sets.
 
-Everything is streamed: memory is bounded by one piece of text, one JSON line (`MAX_RECORD_BYTES`) or one
-batch of Parquet rows. Only a `.json` file (a list of objects) has to be read whole, and is refused above the
-same bound.
+Everything is streamed: memory is bounded by one piece of text, one JSON line or row of a .csv file
+(`MAX_RECORD_BYTES`), or one batch of Parquet rows. Only a `.json` file (a list of objects) has to be read
+whole, and is refused above the same bound.
 """
 
 from __future__ import annotations
@@ -11,43 +11,39 @@ import codecs
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from chatwright.config import UserError
+from chatwright.data import broken_json
+from chatwright.data.csv_rows import CSV_SUFFIXES, csv_rows
+from chatwright.data.reading import Faults, Row, decode, not_utf8, open_bytes
+from chatwright.data.shapes import columns_of, hint
 
-RECORD_SUFFIXES = (".jsonl", ".json", ".parquet")
+RECORD_SUFFIXES = (".jsonl", ".json", ".parquet", *CSV_SUFFIXES)
 TEXT_SUFFIX = ".txt"
 PIECE_CHARS = 8192
 """A longer .txt file becomes several documents, so that a single book still has both a training and a
 held-out part.
 """
+FEWEST_PIECES = 10
+"""A .txt file that is the only one of its source becomes about so many documents even where it is shorter
+than that many times `PIECE_CHARS`, so that what is held out is a small part of it."""
+SHORTEST_PIECE = 200
+"""Characters below which a text is not cut for that reason."""
 MAX_RECORD_BYTES = 256 << 20
 READ_BYTES = 1 << 20
 PARQUET_ROWS = 1024
 
-Row = tuple[str, Mapping[str, Any]]
-"""The record's location ("file.jsonl:12"), and its columns."""
-
-
-@dataclass
-class Faults:
-    """How unusable records are handled: the error is raised, or the record is left out and counted."""
-
-    skip: bool = False
-    count: int = 0
-    """Records that were left out."""
-    first: str = ""
-    """The error of the first of them, with its location."""
-
-    def met(self, error: UserError) -> None:
-        """Raise the error, or count it."""
-        if not self.skip:
-            raise error
-        self.count += 1
-        self.first = self.first or str(error)
+UNREAD = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "save it as .csv (UTF-8)"),
+    **dict.fromkeys((".docx", ".doc", ".odt", ".pdf", ".html", ".htm", ".rtf", ".epub"), "save it as .txt"),
+    **dict.fromkeys((".md", ".rst", ".text", ".log"), "give it the suffix .txt"),
+    **dict.fromkeys((".ndjson", ".jsonlines"), "give it the suffix .jsonl"),
+    **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".7z"), "unpack it first"),
+}
+"""Suffixes that are not read -> what to do."""
 
 
 def find_files(path: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -59,7 +55,13 @@ def find_files(path: Path, suffixes: Sequence[str]) -> list[Path]:
     wanted = ", ".join(suffixes)
     if path.is_file():
         if path.suffix.lower() not in suffixes:
-            raise UserError(f"{path} is not one of the kinds that can be read here: {wanted}")
+            advice = UNREAD.get(path.suffix.lower(), "")
+            if path.suffix.lower() == TEXT_SUFFIX:
+                advice = "a .txt file is text (`text` reads it); conversations and judgements have columns"
+            raise UserError(
+                f"{path} is not one of the kinds that can be read here: {wanted}"
+                + (f"; {advice}" if advice else "")
+            )
         return [path]
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
@@ -80,25 +82,33 @@ def find_files(path: Path, suffixes: Sequence[str]) -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(path).as_posix())
 
 
-def text_pieces(path: Path) -> Iterator[str]:
-    """A UTF-8 .txt file in pieces of at most `PIECE_CHARS` characters (see `pieces`). Raises UserError."""
+def piece_chars(listed: Sequence[Path]) -> int:
+    """The most characters that a document from these .txt files may have; fewer for one short file alone."""
+    if len(listed) != 1 or listed[0].suffix.lower() != TEXT_SUFFIX:
+        return PIECE_CHARS
+    return max(SHORTEST_PIECE, min(PIECE_CHARS, listed[0].stat().st_size // FEWEST_PIECES))
+
+
+def text_pieces(path: Path, longest: int = 0) -> Iterator[str]:
+    """A UTF-8 .txt file in pieces of at most `longest` characters (see `pieces`). Raises UserError."""
 
     def chunks() -> Iterator[bytes]:
-        with _open(path) as file:
+        with open_bytes(path) as file:
             while chunk := file.read(READ_BYTES):
                 yield chunk
 
-    return pieces(chunks(), str(path))
+    return pieces(chunks(), str(path), longest)
 
 
-def pieces(chunks: Iterable[bytes], where: str) -> Iterator[str]:
-    """UTF-8 bytes as pieces of text, cut after a blank line, else after a line, else after a space, else
-    anywhere.
+def pieces(chunks: Iterable[bytes], where: str, longest: int = 0) -> Iterator[str]:
+    """UTF-8 bytes as pieces of at most `longest` characters (0: `PIECE_CHARS`), cut after a blank line, else
+    after a line, else after a space, else anywhere.
 
     The pieces joined are the text (line ends made \\n, a byte order mark taken off), and do not depend on how
     the bytes are chunked. Pieces of white space only are left out. Raises UserError naming the first byte
     that is not UTF-8.
     """
+    longest = longest or PIECE_CHARS
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     pending, offset, first = "", 0, True
@@ -107,14 +117,17 @@ def pieces(chunks: Iterable[bytes], where: str) -> Iterator[str]:
         try:
             text = newlines.decode(decoder.decode(chunk, final), final)
         except UnicodeDecodeError as error:
-            raise _not_utf8(where, offset - held + error.start, error.object[error.start]) from None
+            around = error.object[max(0, error.start - 2) : error.start + 16]
+            raise not_utf8(where, around, offset - held + error.start, error.object[error.start]) from None
+        if "\0" in text:
+            raise not_utf8(where, b"\0", offset + max(0, chunk.find(b"\0")), 0)
         offset += len(chunk)
         if first and text:
             text, first = text.removeprefix("\ufeff"), False
         pending += text
         start = 0
-        while len(pending) - start > PIECE_CHARS:
-            end = _cut(pending, start)
+        while len(pending) - start > longest:
+            end = _cut(pending, start, longest)
             if not pending[start:end].isspace():
                 yield pending[start:end]
             start = end
@@ -129,52 +142,63 @@ def _with_last(chunks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
     yield b"", True
 
 
-def _cut(text: str, start: int) -> int:
-    stop = start + PIECE_CHARS
+def _cut(text: str, start: int, longest: int) -> int:
+    stop = start + longest
     for separator in ("\n\n", "\n", " "):
-        found = text.rfind(separator, start + PIECE_CHARS // 2, stop)
+        found = text.rfind(separator, start + longest // 2, stop)
         if found >= 0:
             return found + len(separator)
     return stop
 
 
-def records(path: Path, columns: Sequence[str], faults: Faults | None = None) -> Iterator[Row]:
-    """The records of a .jsonl, .json or .parquet file with their locations; of Parquet only `columns`, or all
-    when none is named.
+def records(
+    path: Path, columns: Sequence[str], faults: Faults | None = None, instead: Sequence[str] = ()
+) -> Iterator[Row]:
+    """The records of a .jsonl, .json, .csv, .tsv or .parquet file with their locations; of Parquet only
+    `columns`, or all when none is named. A record without them may have a column of `instead`.
 
-    Raises UserError with file and line (or row): broken JSON or Parquet, not UTF-8, a missing column. With
-    `faults` that skip, errors of a single record leave it out instead.
+    Raises UserError with file and line (or row): broken JSON, CSV or Parquet, not UTF-8, a missing column.
+    With `faults` that skip, errors of a single record leave it out instead.
     """
     faults = faults or Faults()
     suffix = path.suffix.lower()
-    rows = {".jsonl": _jsonl_rows, ".json": _json_rows}.get(suffix)
-    if rows is None:
-        yield from _parquet_rows(path, columns)
+    if suffix == ".parquet":
+        yield from _parquet_rows(path, columns, instead)
         return
-    yield from _with_columns(rows(path, faults), columns, faults)
+    if suffix in CSV_SUFFIXES:
+        rows = csv_rows(path, faults, MAX_RECORD_BYTES)
+    else:
+        rows = _jsonl_rows(path, faults) if suffix == ".jsonl" else _json_rows(path, faults)
+    yield from _with_columns(rows, columns, faults, instead)
 
 
-def _with_columns(rows: Iterable[Row], columns: Sequence[str], faults: Faults) -> Iterator[Row]:
+def _with_columns(
+    rows: Iterable[Row], columns: Sequence[str], faults: Faults, instead: Sequence[str] = ()
+) -> Iterator[Row]:
     for where, row in rows:
         try:
-            require_columns(row, columns, where)
+            require_columns(row, columns, where, instead)
         except UserError as error:
             faults.met(error)
         else:
             yield where, row
 
 
-def require_columns(row: Mapping[str, Any] | Sequence[str], columns: Sequence[str], where: str) -> None:
-    """Raise UserError naming the first missing column and the ones found."""
+def require_columns(
+    row: Mapping[str, Any], columns: Sequence[str], where: str, instead: Sequence[str] = ()
+) -> None:
+    """Raise UserError naming the first missing column of texts, and the ones found, unless one of `instead`
+    is there."""
     for column in columns:
-        if column not in row:
-            found = ", ".join(map(str, row)) or "none"
-            raise UserError(f"{where}: no column {column!r}; the columns found are: {found}")
+        if column not in row and not any(name in row for name in instead):
+            raise UserError(
+                f"{where}: no column {column!r}; the columns found are: {columns_of(row)}{hint(row, 'text')}"
+            )
 
 
 def _jsonl_rows(path: Path, faults: Faults) -> Iterator[Row]:
     offset = 0
-    with _open(path) as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_RECORD_BYTES + 1), b""), start=1):
             where = f"{path}:{number}"
             if len(line) > MAX_RECORD_BYTES:
@@ -183,8 +207,8 @@ def _jsonl_rows(path: Path, faults: Faults) -> Iterator[Row]:
                 )
             start, offset = offset, offset + len(line)
             try:
-                text = _decode(line, path, start)
-                row = _parse_object(text, where) if text.strip() else None
+                text = decode(line, path, start, number).rstrip("\r\n")
+                row = _parse_object(text, where, lambda: not file.peek(1)) if text.strip() else None
             except UserError as error:
                 faults.met(error)
                 continue
@@ -193,15 +217,18 @@ def _jsonl_rows(path: Path, faults: Faults) -> Iterator[Row]:
 
 
 def _json_rows(path: Path, faults: Faults) -> Iterator[Row]:
-    with _open(path) as file:
+    with open_bytes(path) as file:
         data = file.read(MAX_RECORD_BYTES + 1)
     if len(data) > MAX_RECORD_BYTES:
         raise UserError(
             f"{path}: over {MAX_RECORD_BYTES >> 20} MiB; write it as .jsonl (one object a line) to stream it"
         )
-    listed = _parse_json(_decode(data, path, 0), str(path))
+    listed = _parse_json(decode(data, path, 0), str(path)) if data.strip() else []
     if not isinstance(listed, list):
-        raise UserError(f"{path}: expected a list of objects; for one object a line use the suffix .jsonl")
+        raise UserError(
+            f"{path}: expected a list of objects, found {type(listed).__name__}; for one object a line use "
+            "the suffix .jsonl"
+        )
     for number, row in enumerate(listed, start=1):
         if isinstance(row, dict):
             yield f"{path}: item {number}", row
@@ -209,31 +236,39 @@ def _json_rows(path: Path, faults: Faults) -> Iterator[Row]:
             faults.met(UserError(f"{path}: item {number} is not an object but {type(row).__name__}"))
 
 
-def _parse_object(text: str, where: str) -> dict[str, Any]:
-    row = _parse_json(text, where)
+def _parse_object(text: str, where: str, is_last: Callable[[], bool]) -> dict[str, Any]:
+    """The object on one line of a file; `is_last` says whether it is the last line."""
+    row = _parse_json(text, where, is_last)
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        more = "; a list of objects is a .json file" if isinstance(row, list) else ""
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}{more}")
     return row
 
 
-def _parse_json(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str, is_last: Callable[[], bool] | None = None) -> Any:
+    """The value of a JSON text: a whole file, or one line of one (then with `is_last`)."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+        lines, last = is_last is not None, is_last is None or is_last()
+        line = "" if lines else f":{error.lineno}"
+        why = broken_json.reason(text, error, lines=lines, last=last)
+        raise UserError(f"{where}{line}: not valid JSON at column {error.colno}: {why}") from None
     except (ValueError, RecursionError) as error:  # a number with thousands of digits; thousands of brackets
         raise UserError(f"{where}: JSON that cannot be read: {error}") from None
 
 
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _parquet_rows(path: Path, columns: Sequence[str], instead: Sequence[str]) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            require_columns(file.schema_arrow.names, columns, str(path))
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=list(columns) or None):
+            names = file.schema_arrow.names
+            require_columns(dict.fromkeys(names, ""), columns, str(path), instead)
+            there = [name for name in columns if name in names]
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=there or None):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", row
@@ -243,13 +278,15 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         ) from None
 
 
-def hub_rows(spec: str, columns: Sequence[str], faults: Faults | None = None) -> Iterator[Row]:
+def hub_rows(
+    spec: str, columns: Sequence[str], faults: Faults | None = None, instead: Sequence[str] = ()
+) -> Iterator[Row]:
     """The records of a hub data set, streamed: `spec` is `owner/name[:config[:split]]` or a local folder.
 
     The split is "train" unless named. Raises UserError: no `datasets`, no such data set, configuration or
     split, no network, no such column (`faults` may have a record without it left out).
     """
-    yield from _with_columns(_hub_rows(spec), columns, faults or Faults())
+    yield from _with_columns(_hub_rows(spec), columns, faults or Faults(), instead)
 
 
 def _hub_rows(spec: str) -> Iterator[Row]:
@@ -288,25 +325,3 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 300 characters."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else "no message"
-
-
-def _open(path: Path) -> io.BufferedReader:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _decode(data: bytes, path: Path, offset: int) -> str:
-    try:
-        return data.decode("utf-8-sig" if offset == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        bom = 3 if offset == 0 and data.startswith(codecs.BOM_UTF8) else 0  # error.start does not count it
-        raise _not_utf8(str(path), offset + bom + error.start, error.object[error.start]) from None
-
-
-def _not_utf8(where: str, offset: int, byte: int) -> UserError:
-    return UserError(
-        f"{where} is not UTF-8: byte 0x{byte:02x} at offset {offset}; convert it, for example: iconv -f "
-        "WINDOWS-1252 -t UTF-8 FILE > NEW (or -f UTF-16, or whatever it was written in)"
-    )

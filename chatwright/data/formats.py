@@ -1,9 +1,7 @@
-"""Records in common formats -> a conversation, or a comparison of answers.
+"""Conversations in common formats -> a conversation of ours. (Comparisons and ratings: preferences.py.)
 
 Only the columns of a record decide its format (null ones count as absent). A record that fits no format, or
 more than one, is refused; a `format` in the settings decides instead.
-
-Conversations, by the columns of a record:
 
 * `messages` or `conversations`, a list of {"role", "content"}: `openai`. Our own records are the same with an
   `id`, which is made anew.
@@ -12,20 +10,14 @@ Conversations, by the columns of a record:
 * `instruction` and `output` (and `input`): `alpaca`, one exchange. The user's turn is Alpaca's standard
   prompt. With the format `alpaca-plain`, which is never chosen by itself, it is the instruction, a blank line
   and the input.
+* `prompt` and `completion`: `prompt-completion`, as TRL has them: both texts, or both lists of messages. A
+  text is the user's turn, and the assistant's. `question` stands for prompt, `response` and `answer` for
+  completion.
+* `prompt` (or `question`) alone: `prompt-only`, a conversation without an answer. PPO takes it as a prompt.
 
 A text in a column `system` stands before the conversation as its system message. OpenAI's `tool_calls`,
 `tool_call_id` and `reasoning_content`, and ShareGPT's `function_call` (JSON with name and arguments),
 become parts of contents (messages.py).
-
-Comparisons, with a column `annotator` where the annotator is known:
-
-* `responses` and `scores`, with `prompt`: `ranked`, K answers. Higher scores are preferred, equal ones tie.
-* `chosen` and `rejected`, with `prompt`: `pairs`, scores 1 and 0. The answers are texts, or messages behind
-  the prompt, which they may repeat.
-* `chosen` and `rejected` alone: `pairs`. Both are lists of messages whose beginning is the same, or texts of
-  turns that begin with "\\n\\nHuman:" and "\\n\\nAssistant:".
-
-A prompt is a text (the user's turn; or such turns) or a list of messages, as above.
 """
 
 from __future__ import annotations
@@ -35,25 +27,37 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from chatwright.data.examples import Comparison, Dialogue
+from chatwright.data.examples import Dialogue
+from chatwright.data.shapes import ANSWERED, ASKED, LISTS, columns_of, hint
 from chatwright.messages import (
     Message,
     Part,
     ToolCallPart,
     check_message,
     is_text,
+    kind_of,
     parts_of,
     text_of,
-    written,
 )
 
-Format = Literal["auto", "openai", "sharegpt", "alpaca", "alpaca-plain"]
+Format = Literal["auto", "openai", "sharegpt", "alpaca", "alpaca-plain", "prompt-completion", "prompt-only"]
 """Format of conversations; `auto` looks at the columns of each record."""
-PreferenceFormat = Literal["auto", "ranked", "pairs"]
-"""Format of comparisons; `auto` looks at the columns of each record."""
+MORE_THAN_PROMPTS = (
+    "completions",
+    "responses",
+    "chosen",
+    "rejected",
+    "instruction",
+    "output",
+    "text",
+    "label",
+)
+"""A record with one of these columns beside a prompt is no prompt alone."""
+LOST = ("context", "input", "history")
+"""Columns beside a prompt and its completion that belong to the prompt, and that we cannot put into it."""
+HH = re.compile(r"\n\n(Human|Assistant):")
+"""How turns begin in Anthropic's helpful-harmless data (Bai et al. 2022)."""
 
-LISTS = ("messages", "conversations")
-"""Columns that hold a list of messages."""
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -93,47 +97,72 @@ def dialogue(row: Mapping[str, Any], format: Format = "auto", column: str = "") 
     """
     if format not in get_args(Format):
         raise ValueError(f"format {format!r} is none of {', '.join(get_args(Format))}")
-    if format == "auto" and _is_alpaca(row, column):
-        format = "alpaca"
+    if format == "auto":
+        format = _format_of(row, column)
     if format in ("alpaca", "alpaca-plain"):
         return Dialogue.of(_alpaca(row, plain=format == "alpaca-plain"))
-    return Dialogue.of(_under_system(row, _turns(row, _list_column(row, column), format)))
+    if format in ("prompt-completion", "prompt-only"):
+        return Dialogue.of(_exchange(row, answered=format == "prompt-completion"))
+    return Dialogue.of(under_system(row, turns_of(row, _list_column(row, column), format)))
 
 
-def _present(row: Mapping[str, Any], *names: str) -> list[str]:
+def present(row: Mapping[str, Any], *names: str) -> list[str]:
     """The named columns that are not null; Parquet and the hub fill absent ones with null."""
     return [name for name in names if row.get(name) is not None]
 
 
-def _is_alpaca(row: Mapping[str, Any], column: str) -> bool:
-    """Whether a record is Alpaca's. Raises ValueError when it could be that and a list of messages."""
-    if column or _present(row, "instruction", "output") != ["instruction", "output"]:
-        return False
-    others = _present(row, *LISTS)
-    if others:
-        raise ValueError(
-            f"columns of two formats: instruction, output and {', '.join(others)}; choose one by `format`, "
-            "or by #column"
-        )
-    return True
+def _format_of(row: Mapping[str, Any], column: str) -> Format:
+    """The format of a record, `auto` for a list of messages. Raises ValueError when it has the columns of two
+    formats, or looks like records of another kind."""
+    if column:
+        return "auto"
+    lists, asked = present(row, *LISTS), present(row, *ASKED)
+    alpaca = present(row, "instruction", "output")
+    answered = present(row, *ANSWERED) if asked else []
+    fits: dict[Format, list[str]] = {
+        "alpaca": alpaca if len(alpaca) == 2 else [],
+        "prompt-completion": [*asked, *answered] if answered else [],
+        "auto": lists,
+    }
+    found = {format: names for format, names in fits.items() if names}
+    if len(found) > 1:
+        named = " and ".join(", ".join(names) for names in found.values())
+        raise ValueError(f"columns of two formats: {named}; choose one by `format`, or by #column")
+    if "prompt-completion" in found and present(row, "label"):
+        raise ValueError(f"these are no conversations{hint(row, 'dialogues')}")
+    if asked and not found and not present(row, *MORE_THAN_PROMPTS):
+        return "prompt-only"
+    return next(iter(found), "auto")
+
+
+def one_of(row: Mapping[str, Any], names: Sequence[str], wanted: str) -> str:
+    """The one of these columns that is there. Raises ValueError unless there is exactly one."""
+    found = present(row, *names)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"both of the columns {', '.join(found)}; choose one: FILE#{names[0]}={found[0]}")
+    raise ValueError(f"no column {names[0]!r}; the columns found are: {columns_of(row)}{hint(row, wanted)}")
 
 
 def _list_column(row: Mapping[str, Any], column: str) -> str:
     """The column with the messages. Raises ValueError unless there is exactly one."""
-    found = [column] if column else _present(row, *LISTS)
+    found = [column] if column else present(row, *LISTS)
     if len(found) == 1 and found[0] in row:
         return found[0]
     if len(found) > 1:
         raise ValueError(f"both of the columns {', '.join(found)}; choose one by #column")
-    wanted = repr(column) if column else "'messages' (or 'conversations', or 'instruction' and 'output')"
-    raise ValueError(f"no column {wanted}; the columns found are: {', '.join(map(str, row)) or 'none'}")
+    others = "'conversations', 'prompt' and 'completion', or 'instruction' and 'output'"
+    wanted = repr(column) if column else f"'messages' (or {others})"
+    raise ValueError(f"no column {wanted}; the columns found are: {columns_of(row)}{hint(row, 'dialogues')}")
 
 
-def _turns(row: Mapping[str, Any], column: str, format: Format = "auto") -> list[Message]:
+def turns_of(row: Mapping[str, Any], column: str, format: Format = "auto") -> list[Message]:
     """The messages in a column, in OpenAI's or ShareGPT's format."""
     listed = row[column]
     if isinstance(listed, str | bytes) or not isinstance(listed, Sequence):
-        raise ValueError(f"{column} must be a list, found {type(listed).__name__}")
+        text = " text or" if column in (*ASKED, *ANSWERED) else ""
+        raise ValueError(f"{column} must be{text} a list of messages, found {kind_of(listed)}")
     if not listed:
         raise ValueError(f"{column} is empty")
     if format == "auto":
@@ -147,7 +176,7 @@ def _way(turn: Any) -> Format:
         raise ValueError(
             f"a message must be an object with role and content, found {type(turn).__name__} {turn!r:.40}"
         )
-    found = _present(turn, "role", "from")
+    found = present(turn, "role", "from")
     if len(found) != 1:
         raise ValueError(
             "a message has both role and from"
@@ -226,7 +255,7 @@ def _refuse_unlearnt(turn: Mapping[str, Any]) -> None:
         )
 
 
-def _under_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+def under_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
     """The conversation, preceded by the system message of the column `system`, if there is one."""
     system = row.get("system")
     if system in (None, ""):
@@ -260,104 +289,56 @@ def _alpaca(row: Mapping[str, Any], *, plain: bool) -> list[Message]:
         {"role": "user", "content": asked},
         {"role": "assistant", "content": str(parts["output"])},
     ]
-    return _under_system(row, turns)
+    return under_system(row, turns)
 
 
-# ---- comparisons -------------------------------------------------------------------------------------------
+# ---- prompts and completions -------------------------------------------------------------------------------
 
 
-HH = re.compile(r"\n\n(Human|Assistant):")
-"""How turns begin in Anthropic's helpful-harmless data (Bai et al. 2022)."""
-
-
-def comparison(row: Mapping[str, Any], format: PreferenceFormat = "auto") -> Comparison:
-    """The comparison of a record. Raises ValueError as `dialogue` does."""
-    if format not in get_args(PreferenceFormat):
-        raise ValueError(f"format {format!r} is none of {', '.join(get_args(PreferenceFormat))}")
-    ranked, pair = (
-        len(_present(row, *names)) == 2 for names in (("responses", "scores"), ("chosen", "rejected"))
-    )
-    if format == "auto":
-        if ranked == pair:
-            found = ", ".join(map(str, row)) or "none"
-            raise ValueError(
-                "columns of two formats: responses, scores and chosen, rejected; choose one by `format`"
-                if ranked
-                else "no columns 'responses' and 'scores', or 'chosen' and 'rejected'; the columns found "
-                f"are: {found}"
-            )
-        format = "ranked" if ranked else "pairs"
-    elif not (ranked if format == "ranked" else pair):
-        wanted = "'responses' and 'scores'" if format == "ranked" else "'chosen' and 'rejected'"
-        raise ValueError(f"no columns {wanted}; the columns found are: {', '.join(map(str, row)) or 'none'}")
-    annotator = _annotator(row)
-    if format == "ranked":
-        return Comparison.of(_prompt(row), row["responses"], row["scores"], annotator)
-    prompt, answers = _pair(row)
-    return Comparison.of(prompt, answers, (1.0, 0.0), annotator)
-
-
-def _annotator(row: Mapping[str, Any]) -> str:
-    """The annotator; numbers count as names."""
-    found = row.get("annotator")
-    if isinstance(found, bool) or not isinstance(found, str | int | None):
-        raise ValueError(f"annotator must be a name or a number, found {type(found).__name__}")
-    return "" if found is None else str(found)
-
-
-def _prompt(row: Mapping[str, Any]) -> list[Message]:
-    """The conversation up to the answers."""
-    prompt = row.get("prompt")
-    if isinstance(prompt, str):
-        if HH.match(prompt):
-            return _spoken(prompt.removesuffix("\n\nAssistant:"))
-        return [{"role": "user", "content": prompt}]
-    if prompt is None:
-        raise ValueError(f"no column 'prompt'; the columns found are: {', '.join(map(str, row))}")
-    return _turns(row, "prompt")
-
-
-def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str]]:
-    """The prompt and both answers, the preferred one first."""
-    kinds = {name: isinstance(row[name], str) for name in ("chosen", "rejected")}
-    if len(set(kinds.values())) == 2:
-        raise ValueError("one of chosen and rejected is a text, the other is not")
-    given = _prompt(row) if row.get("prompt") is not None else None
-    if all(kinds.values()) and given is not None:
-        spoken = isinstance(row["prompt"], str) and HH.match(row["prompt"])
-        return given, [row[name].strip() if spoken else row[name] for name in kinds]
-    if all(kinds.values()):
-        whole = [_spoken(row[name]) for name in kinds]
-    else:
-        whole = [_turns(row, name) for name in kinds]
-    ends = [_behind(turns, given) for turns in whole]
-    prompt = given if given is not None else whole[0][:-1]
-    if given is None and whole[0][:-1] != whole[1][:-1]:
+def _exchange(row: Mapping[str, Any], *, answered: bool) -> list[Message]:
+    """A prompt and its completion, or the prompt alone."""
+    lost = [name for name in LOST if row.get(name)]
+    if lost:
         raise ValueError(
-            "chosen and rejected differ before their last message: they do not answer the same prompt"
+            f"a column `{lost[0]}` stands beside the prompt and would be lost: write such records as "
+            "`messages`, or leave it out on purpose by FILE#prompt=COLUMN,completion=COLUMN"
         )
-    return prompt, ends
+    prompt = prompt_of(row, "dialogues")
+    said = answer_of(row, one_of(row, ANSWERED, "dialogues")) if answered else []
+    return under_system(row, [*prompt, *said])
 
 
-def _behind(turns: list[Message], prompt: list[Message] | None) -> str:
-    """The answer at the end of a conversation that may repeat the prompt."""
-    if prompt is None:
-        if len(turns) < 2:
-            raise ValueError(
-                "without a column 'prompt', chosen and rejected must hold it before their last message"
-            )
-        left = turns[-1:]
-    else:
-        repeated = len(turns) > len(prompt) and turns[: len(prompt)] == prompt
-        left = turns[len(prompt) :] if repeated else turns
-    if len(left) != 1 or left[0]["role"] != "assistant":
-        told = ", ".join(turn["role"] for turn in left) or "nothing"
-        raise ValueError(f"behind the prompt there must be one message of the assistant, found: {told}")
-    return written(left[0]["content"])
+def prompt_of(row: Mapping[str, Any], wanted: str) -> list[Message]:
+    """The conversation up to the answer: a text is the user's turn, or turns in Anthropic's way. `wanted` is
+    the setting that reads the record. Raises ValueError."""
+    name = one_of(row, ASKED, wanted)
+    prompt = row[name]
+    if not isinstance(prompt, str):
+        return turns_of(row, name)
+    if HH.match(prompt):
+        return spoken(prompt.removesuffix("\n\nAssistant:"))
+    if not prompt.strip():
+        raise ValueError(f"{name} is empty")
+    return [{"role": "user", "content": prompt}]
 
 
-def _spoken(text: str) -> list[Message]:
-    """A text of turns that begin with Human: and Assistant: as messages."""
+def answer_of(row: Mapping[str, Any], name: str) -> list[Message]:
+    """The answer in a column: a text is the assistant's turn. Raises ValueError."""
+    answer = row[name]
+    if not isinstance(answer, str):
+        return turns_of(row, name)
+    if not answer.strip():
+        raise ValueError(f"{name} is empty")
+    return [{"role": "assistant", "content": without_space(answer)}]
+
+
+def without_space(answer: str) -> str:
+    """A text without the one space before it that parts it from the prompt in TRL's standard form."""
+    return answer.removeprefix(" ")
+
+
+def spoken(text: str) -> list[Message]:
+    """A text of turns that begin with Human: and Assistant: as messages. Raises ValueError."""
     before, *parts = HH.split(text)
     if before.strip() or not parts:
         raise ValueError(

@@ -3,6 +3,7 @@ apart."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,20 @@ from chatwright.chat import ChatTemplate, EncodedChat, Message
 from chatwright.tokenizer import Tokenizer
 
 
+def whole_dialogue(
+    messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer
+) -> EncodedChat | None:
+    """A conversation as one piece of any length, as `cut_dialogue` makes it; None when nobody answers in it.
+
+    Each turn is encoded once.
+    """
+    if template.concatenates:
+        return next(cut_dialogue(messages, template, tokenizer, sys.maxsize), None)
+    system, exchanges = exchanges_of(messages)
+    held = [message for exchange in exchanges for message in exchange]
+    return template.encode([*system, *held], tokenizer) if held else None
+
+
 def cut_dialogue(
     messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer, context: int
 ) -> Iterator[EncodedChat]:
@@ -23,8 +38,15 @@ def cut_dialogue(
     A leading system message begins every piece. A single exchange that is too long loses its end, and with it
     the end token: an unfinished answer is not taught as finished. Turns after the last answer are left out.
     """
-    system = list(messages[:1]) if messages and messages[0]["role"] == "system" else []
-    exchanges = _exchanges(messages[len(system) :])
+    for piece, _ in cut_and_lost(messages, template, tokenizer, context):
+        yield piece
+
+
+def cut_and_lost(
+    messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer, context: int
+) -> Iterator[tuple[EncodedChat, int]]:
+    """The pieces of `cut_dialogue`, each with the number of tokens of its end that did not fit."""
+    system, exchanges = exchanges_of(messages)
     held: list[Message] = []
     encoded: EncodedChat | None = None
     for exchange in exchanges:
@@ -37,24 +59,26 @@ def cut_dialogue(
             held, encoded = [*held, *exchange], longer
         else:
             assert encoded is not None
-            yield encoded
+            yield encoded, 0
             held, encoded = list(exchange), template.encode([*system, *exchange], tokenizer)
         if len(encoded.ids) > context:
-            yield EncodedChat(encoded.ids[:context], encoded.mask[:context])
+            yield EncodedChat(encoded.ids[:context], encoded.mask[:context]), len(encoded.ids) - context
             held, encoded = [], None
     if encoded is not None:
-        yield encoded
+        yield encoded, 0
 
 
-def _exchanges(messages: Sequence[Message]) -> list[list[Message]]:
-    """Stretches that begin with a user's turn and end with the answer to it."""
+def exchanges_of(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """The leading system message, if there is one, and stretches that begin with a user's turn and end with
+    the answer to it. Other turns are in none of them."""
+    system = list(messages[:1]) if messages and messages[0]["role"] == "system" else []
     stretches: list[list[Message]] = []
-    for message in messages:
+    for message in messages[len(system) :]:
         if message["role"] == "user" and (not stretches or stretches[-1][-1]["role"] == "assistant"):
             stretches.append([])
         if stretches:
             stretches[-1].append(message)
-    return [stretch for stretch in stretches if stretch[-1]["role"] == "assistant"]
+    return system, [stretch for stretch in stretches if stretch[-1]["role"] == "assistant"]
 
 
 @dataclass(frozen=True)

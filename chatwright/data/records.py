@@ -1,39 +1,60 @@
 """Records that stages learn from, read from the data stage's files or directly from the user's file.
 
 The data stage writes `dialogues-train.jsonl`, `dialogues-validation.jsonl` and so on: one JSON object a line.
-A stage that needs only one kind of records takes a single file in place of the stage: `--data mine.jsonl`.
-The same names then mean the two sides of that file: `mine.jsonl/dialogues-train.jsonl` are its conversations
-without the held-out ones. Formats, ids and the split are those of the data stage.
+A stage that needs only one kind of records takes a single file in place of the stage: `--data mine.jsonl`, or
+`--data faq.csv#prompt=Frage,completion=Antwort`. The same names then mean the two sides of that file:
+`mine.jsonl/dialogues-train.jsonl` are its conversations without the held-out ones. Formats, ids and the split
+are those of the data stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from chatwright.config import UserError
 from chatwright.data import sources
+from chatwright.data.columns import cut_columns
 from chatwright.data.examples import Document
-from chatwright.data.files import RECORD_SUFFIXES
+from chatwright.data.files import RECORD_SUFFIXES, TEXT_SUFFIX
+from chatwright.data.shapes import LOOKS
+from chatwright.data.splitting import Side, Splitter, split_of
+from chatwright.data.tally import Tally, is_alike, is_useful
+from chatwright.metrics import say
 
 Record = TypeVar("Record")
 
-HELD_OUT = {"dialogues": 0.02, "comparisons": 0.02, "ratings": 0.1}
+HELD_OUT = {"text": 0.02, "dialogues": 0.02, "comparisons": 0.02, "ratings": 0.1}
 """Kind of records -> the default share that is held out."""
 
-READERS: dict[str, Callable[[str], Iterable[Any]]] = {
+READERS: dict[str, Callable[[Sequence[str]], Iterable[Any]]] = {
+    "text": sources.documents,
     "dialogues": sources.dialogues,
     "comparisons": sources.comparisons,
     "ratings": sources.labelled_texts,
 }
 """Kind of records -> the function that reads a file of them, whatever its format."""
 
+NAMES = {
+    "text": "document",
+    "dialogues": "conversation",
+    "comparisons": "comparison",
+    "ratings": "rated text",
+}
+"""Kind of records -> what one of them is called."""
+
+
+def own_file(name: str) -> Path | None:
+    """The single file of records (.jsonl, .json, .csv, .tsv, .parquet, .txt) that a setting names, perhaps
+    with columns behind a `#`; None when it names something else. Raises UserError for wrong columns."""
+    path = Path(cut_columns(name)[0])
+    return path if path.suffix.lower() in (*RECORD_SUFFIXES, TEXT_SUFFIX) and path.is_file() else None
+
 
 def is_record_file(name: str) -> bool:
-    """Whether a setting names a single file of records (.jsonl, .json, .parquet) and not a directory."""
-    path = Path(name)
-    return path.suffix.lower() in RECORD_SUFFIXES and path.is_file()
+    """Whether a setting names a single file of records and not a directory. Raises UserError."""
+    return own_file(name) is not None
 
 
 def records_of(place: Path) -> Path:
@@ -43,27 +64,65 @@ def records_of(place: Path) -> Path:
 
 def has_records(file: Path) -> bool:
     """Whether the file exists, or is one side of a single file."""
-    return file.is_file() or file.parent.is_file()
+    return file.is_file() or is_record_file(str(file.parent))
 
 
-def side_of_file(file: Path, kind: str, side: str) -> Iterator[Any]:
-    """One side, train or validation, of the records in the user's file. Raises UserError for a broken record,
-    or when there is no record on this side."""
-    total = kept = 0
-    for record in READERS[kind](str(file)):
-        total += 1
-        if sources.split_of(record.id, HELD_OUT[kind]) == side:
-            kept += 1
-            yield record
-    if not kept:
-        lacking = "held out" if side == "validation" else "left to train on"
-        emptied = " ".join(f"--{name} ''" for name in ("text", "dialogues", "ratings") if name != kind)
-        share = "ratings_validation" if kind == "ratings" else "validation"
+def of_kind(file: str, kind: str) -> Iterator[Any]:
+    """The records of the user's file. Raises UserError; for records of another kind it says how several kinds
+    are put together."""
+    try:
+        yield from READERS[kind]([file])
+    except UserError as error:
+        if LOOKS not in str(error):
+            raise
         raise UserError(
-            f"{file}: of its {total} {kind} none is {lacking} ({100 * HELD_OUT[kind]:.0f} % are held out, by "
-            f"a hash of their content); add more, or choose the share: chatwright data {emptied} --{kind} "
-            f"{file} --{share} 0.2"
-        )
+            f"{error}; wanted here is a file of {NAMES[kind]}s. Where a stage needs several kinds, the data "
+            "stage puts them together, as in: chatwright data --dialogues FILE --ratings FILE"
+        ) from None
+
+
+def changes_of(file: str, kind: str) -> Mapping[str, Side]:
+    """Which records of the user's file change sides so that there are some on both (splitting.py). Reads only
+    as far as that is open. Raises UserError: a broken record, or nothing that could be held out."""
+    splitter, total = Splitter(HELD_OUT[kind]), 0
+    for record in of_kind(file, kind):
+        if is_alike(record):
+            continue
+        total += 1
+        splitter.side(record.id, useful=is_useful(record))
+        if splitter.both:
+            return {}
+    if not splitter.can_split:
+        raise UserError(f"{file}: {too_few(kind, total)}")
+    return splitter.changes()
+
+
+def too_few(kind: str, total: int) -> str:
+    """The end of the error for data of which nothing can be held out: `total` records, all with one id."""
+    name = NAMES[kind]
+    if not total:
+        found = "the answers of each comparison in it are the same text"
+    elif total == 1:
+        found = f"it holds one {name} only"
+    elif kind == "comparisons":
+        found = f"its {total} comparisons have one prompt between them, and a prompt is held out as a whole"
+    else:
+        found = f"its {total} {name}s are one and the same"
+    return f"{found}; one must be held out to measure on, and one left to learn from: add more" + (
+        " text (a .txt file of some lines is enough)" if kind == "text" else ""
+    )
+
+
+def side_of_file(file: str, kind: str, side: str) -> Iterator[Any]:
+    """One side, train or validation, of the records in the user's file. What is odd about them is said once,
+    when the training side has been read. Raises UserError for a broken record, or when nothing can be held
+    out."""
+    changes, tally = changes_of(file, kind), Tally()
+    for record in READERS[kind]([file]):
+        if tally.keep(record) and changes.get(record.id, split_of(record.id, HELD_OUT[kind])) == side:
+            yield record
+    if side == "train" and (told := tally.line()):
+        say(f"  {file}: {told}")
 
 
 def read_records(file: Path, kind: type[Record]) -> Iterator[Record]:
@@ -71,22 +130,19 @@ def read_records(file: Path, kind: type[Record]) -> Iterator[Record]:
 
     Raises UserError when it is missing or damaged.
     """
-    if file.parent.is_file():
+    if is_record_file(str(file.parent)):
         name, _, side = file.stem.rpartition("-")
-        if name not in READERS:
-            raise UserError(
-                f"{file.parent} is a single file; documents come from the data stage: --path {file.parent}"
-            )
-        yield from side_of_file(file.parent, name, side)
+        yield from side_of_file(str(file.parent), name or "text", side)
         return
     try:
         with file.open(encoding="utf-8") as lines:
             for line in lines:
                 yield kind.from_json(line)  # type: ignore[attr-defined]
     except FileNotFoundError:
+        setting = setting_for(file)
         raise UserError(
-            f"{file} does not exist; the data stage writes it where its setting `{setting_for(file)}` names "
-            "a source"
+            f"{file} does not exist; the data stage writes it where its setting `{setting}` names a source: "
+            f"chatwright data --{setting} FILE. A single file of your own is named as such, not its folder"
         ) from None
     except (ValueError, OSError) as error:
         raise UserError(f"{file} is damaged: {error}") from None

@@ -192,6 +192,10 @@ class TokenShards:
         """Number of windows of `context` inputs and as many targets; a shard's rest is left out."""
         return sum((len(array) - 1) // context for array in self.arrays)
 
+    def rest(self, context: int) -> int:
+        """Number of tokens that are in no window: less than one at the end of each shard."""
+        return self.tokens - sum((len(array) - 1) // context * context for array in self.arrays)
+
     def window(self, number: int, context: int) -> Int[Tensor, " context+1"]:
         """Tokens number * context ... of the shard that holds it, context + 1 of them."""
         for place, array in enumerate(self.arrays):

@@ -1,38 +1,39 @@
-"""Sources of records: named data sets, the user's files, the hub; and the split.
+"""Sources of records: named data sets, the user's files, the hub.
 
 A source is written as one of
     boolq                                    a name of catalogue.py
     notes/  book.txt  chats.jsonl#turns      a file or a folder; `#column` in place of the usual column
+    faq.csv#prompt=Frage,completion=Antwort  several columns with other names (columns.py)
     hf:owner/name:config:split#column        a hub data set (all but the name optional), or hf:./folder
-and several of them as a comma list or a sequence. Columns looked for in records: `text` for documents, `text`
-and `label` for labelled texts; for dialogues and comparisons those of the formats that `formats.py` knows.
+and several of them as a comma list or a sequence. Columns looked for in records: `text` for documents (or a
+conversation, whose transcript is the text); for dialogues, comparisons and ratings those of the formats that
+formats.py and preferences.py know.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from chatwright.config import UserError, near_match
-from chatwright.data import formats
+from chatwright.data import formats, preferences
 from chatwright.data.archives import Progress, fetch
 from chatwright.data.catalogue import Kind, Source, catalogue, find, names
+from chatwright.data.columns import Columns, cut_columns, split_at_commas
 from chatwright.data.examples import Comparison, Dialogue, Document, LabelledText, transcript
 from chatwright.data.files import (
     RECORD_SUFFIXES,
     TEXT_SUFFIX,
-    Faults,
-    Row,
     find_files,
     hub_rows,
+    piece_chars,
     records,
     text_pieces,
 )
-
-if TYPE_CHECKING:
-    pass
+from chatwright.data.reading import Faults, Row
+from chatwright.data.shapes import LISTS, columns_of, hint
 
 Specs = str | Sequence[str]
 
@@ -45,27 +46,16 @@ class _Identified(Protocol):
 Record = TypeVar("Record", bound=_Identified)
 
 
-def split_of(id: str, share: float = 0.02) -> Literal["train", "validation"]:
-    """The side of a record: a function of its content id alone, so that a held-out record stays held out.
-
-    A `share` of the ids, in [0, 1), is validation; a larger share holds out more and releases nothing.
-    """
-    if not 0.0 <= share < 1.0:
-        raise UserError(f"the validation share must be at least 0 and less than 1, not {share}")
-    digest = hashlib.sha256(b"split:" + id.encode("utf-8")).digest()
-    return "validation" if int.from_bytes(digest[:8], "big") < share * 2.0**64 else "train"
-
-
 def documents(
     specs: Specs, *, faults: Faults | None = None, cache: Path | None = None, progress: Progress | None = None
 ) -> Iterator[Document]:
     """The documents of one or more sources (see the module), in a fixed order.
 
     Passages that a named source repeats appear once; the user's own data is taken as it is, without empty
-    texts. A .txt file longer than `files.PIECE_CHARS` is several documents. Names are looked up, folders
-    listed and archives fetched at the call; reading begins with the first item. Raises UserError: unknown
-    source, unreadable or broken data (with file and line; `faults` may have single records left out), nothing
-    to read.
+    texts. A .txt file longer than `files.piece_chars` is several documents; `faults` counts them. Names are
+    looked up, folders listed and archives fetched at the call; reading begins with the first item. Raises
+    UserError: unknown source, unreadable or broken data (with file and line; `faults` may have single records
+    left out), nothing to read.
     """
     return _chain(
         [(spec, _documents_of(spec, faults, cache, progress)) for spec in split_specs(specs)], faults
@@ -96,7 +86,7 @@ def labelled_texts(
 
 
 def comparisons(
-    specs: Specs, *, format: formats.PreferenceFormat = "auto", faults: Faults | None = None
+    specs: Specs, *, format: preferences.PreferenceFormat = "auto", faults: Faults | None = None
 ) -> Iterator[Comparison]:
     """The comparisons of the user's files or of hub data sets, in a fixed order. Raises UserError as
     `documents` does."""
@@ -104,13 +94,16 @@ def comparisons(
     for spec in listed:
         if (source := find(spec)) is not None:
             raise _wrong_kind(source, "comparison")
-    return _chain(
-        [
-            (spec, _own_records(spec, (), lambda row, _: formats.comparison(row, format), faults))
-            for spec in listed
-        ],
-        faults,
-    )
+
+    def make(row: Mapping[str, Any], column: str) -> Comparison:
+        if column:
+            raise ValueError(
+                f"#{column} names one column, but a comparison has several: "
+                "FILE#prompt=COLUMN,chosen=COLUMN,rejected=COLUMN"
+            )
+        return preferences.comparison(row, format)
+
+    return _chain([(spec, _own_records(spec, make, faults)) for spec in listed], faults)
 
 
 def fetch_archives(
@@ -130,7 +123,7 @@ def split_specs(specs: Specs) -> list[str]:
     UserError.
     """
     if isinstance(specs, str):
-        specs = [specs] if Path(specs).exists() else specs.split(",")
+        specs = [specs] if Path(specs).exists() else split_at_commas(specs)
     listed = [spec.strip() for spec in specs if spec.strip()]
     if not listed:
         raise UserError(f"no data source given; the named ones are: {', '.join(names())}")
@@ -157,7 +150,7 @@ def _dialogues_of(
 ) -> Iterator[Dialogue]:
     source = find(spec)
     if source is None:
-        return _own_records(spec, (), lambda row, column: formats.dialogue(row, format, column), faults)
+        return _own_records(spec, lambda row, column: formats.dialogue(row, format, column), faults)
     if source.dialogue is None:
         raise _wrong_kind(source, "dialogue")
     return _unique(Dialogue.of(messages) for messages in source.dialogue(source.fetch(cache, progress)))
@@ -168,9 +161,7 @@ def _labelled_of(
 ) -> Iterator[LabelledText]:
     source = find(spec)
     if source is None:
-        return _own_records(
-            spec, ("text", "label"), lambda row, column: LabelledText.of(row[column], row["label"]), faults
-        )
+        return _own_records(spec, preferences.rated_text, faults)
     if source.labelled is None:
         raise _wrong_kind(source, "labelled")
     rated = source.labelled(source.fetch(cache, progress))
@@ -178,55 +169,77 @@ def _labelled_of(
 
 
 def _own_documents(spec: str, faults: Faults | None) -> Iterator[Document]:
+    faults = faults or Faults()
     if spec.startswith("hf:"):
-        return _own_records(spec, ("text",), _document_or_none, faults)
-    path, column = _path_and_column(spec)
+        name, columns = cut_columns(spec.removeprefix("hf:"))
+        stream = partial(hub_rows, name, faults=faults, instead=() if columns else LISTS)
+        return _texts(stream, columns, faults)
+    path, columns = path_and_columns(spec)
     listed = find_files(path, (TEXT_SUFFIX, *RECORD_SUFFIXES))
+    longest = piece_chars(listed)
 
     def read() -> Iterator[Document]:
         for file in listed:
             if file.suffix.lower() == TEXT_SUFFIX:
-                yield from (Document.of(piece.strip()) for piece in text_pieces(file))
+                yield from _pieces(file, longest, faults)
             else:
-                name = column or "text"
-                yield from _make(records(file, (name,), faults), name, _document_or_none, faults)
+                rows = partial(records, file, faults=faults, instead=() if columns else LISTS)
+                yield from _texts(rows, columns, faults)
 
     return read()
 
 
+def _pieces(file: Path, longest: int, faults: Faults) -> Iterator[Document]:
+    """The documents of a .txt file; counts them."""
+    faults.text_files, faults.longest = faults.text_files + 1, max(faults.longest, longest)
+    for piece in text_pieces(file, longest):
+        faults.pieces += 1
+        yield Document.of(piece.strip())
+
+
+def _texts(
+    rows: Callable[[Sequence[str]], Iterator[Row]], columns: Columns, faults: Faults
+) -> Iterator[Document]:
+    """Documents from records: the texts of a column, or transcripts of conversations."""
+    wanted = columns.names.get("text", columns.single or "text")
+    if columns.names and "text" not in columns.names:  # a conversation with other names of columns
+        return _make(columns.renamed(rows(()), faults), "text", _document_or_none, faults)
+    return _make(rows((wanted,)), wanted, _document_or_none, faults)
+
+
 def _document_or_none(row: Mapping[str, Any], column: str) -> Document | None:
-    """An empty text is left out rather than refused: it is common in scraped data, and teaches nothing."""
+    """An empty text is left out rather than refused: it is common in scraped data, and teaches nothing. Where
+    there is no text but a conversation, its transcript is the text."""
+    if row.get(column) is None and any(row.get(name) is not None for name in LISTS):
+        chat = formats.dialogue(row)
+        return Document(chat.id, transcript(chat.messages))
+    if column not in row:
+        raise ValueError(f"no column {column!r}; the columns found are: {columns_of(row)}{hint(row, 'text')}")
     text = row[column]
     return None if isinstance(text, str) and not text.strip() else Document.of(text)
 
 
 Make = Callable[[Mapping[str, Any], str], Record | None]
 """Makes one of our records from the columns of another; the second argument is the column that the user
-named, or the usual one."""
+named, "" if none."""
 
 
-def _own_records(
-    spec: str, columns: tuple[str, ...], make: Make[Record], faults: Faults | None = None
-) -> Iterator[Record]:
-    """Records of the user's files or of the hub. A `#column` in the spec replaces the first of `columns`;
-    with empty `columns` all columns are read.
-    """
-    hub = spec.startswith("hf:")
-    if hub:
-        name, column = _cut_column(spec.removeprefix("hf:"))
-    else:
-        path, column = _path_and_column(spec)
-    if columns:
-        columns = (column or columns[0], *columns[1:])
-    chosen = columns[0] if columns else column or ""
-    if hub:
-        return _make(hub_rows(name, columns, faults), chosen, make, faults)
-    listed = find_files(path, RECORD_SUFFIXES)
-    return _make((row for file in listed for row in records(file, columns, faults)), chosen, make, faults)
-
-
-def _make(rows: Iterable[Row], column: str, make: Make[Record], faults: Faults | None) -> Iterator[Record]:
+def _own_records(spec: str, make: Make[Record], faults: Faults | None = None) -> Iterator[Record]:
+    """Records of the user's files or of the hub."""
     faults = faults or Faults()
+    if spec.startswith("hf:"):
+        name, columns = cut_columns(spec.removeprefix("hf:"))
+        rows = hub_rows(name, (), faults)
+    else:
+        path, columns = path_and_columns(spec)
+        listed = find_files(path, RECORD_SUFFIXES)
+        rows = (row for file in listed for row in records(file, (), faults))
+    if columns.names:
+        rows = columns.renamed(rows, faults)
+    return _make(rows, columns.single, make, faults)
+
+
+def _make(rows: Iterable[Row], column: str, make: Make[Record], faults: Faults) -> Iterator[Record]:
     for where, row in rows:
         try:
             record = make(row, column)
@@ -261,23 +274,16 @@ def _chain(plans: Iterable[tuple[str, Iterator[Record]]], faults: Faults | None)
             raise UserError(f"{spec}: nothing to read in it (no record with any text)")
 
 
-def _path_and_column(spec: str) -> tuple[Path, str | None]:
-    """The existing file or folder, and the column named after a `#`. Raises UserError."""
-    name, column = _cut_column(spec)
+def path_and_columns(spec: str) -> tuple[Path, Columns]:
+    """The existing file or folder, and the columns named behind a `#`. Raises UserError."""
+    name, columns = cut_columns(spec)
     path = Path(name).expanduser()
     if not path.exists():
         raise UserError(
             f"{name!r} is neither a file or folder nor a named data source{near_match(name, names())} "
             "(`chatwright data list` describes them; hf:owner/name reads from the Hugging Face hub)"
         )
-    return path, column
-
-
-def _cut_column(spec: str) -> tuple[str, str | None]:
-    if Path(spec).exists() or "#" not in spec:
-        return spec, None
-    name, _, column = spec.rpartition("#")
-    return name, column or None
+    return path, columns
 
 
 def _wrong_kind(source: Source, kind: Kind) -> UserError:

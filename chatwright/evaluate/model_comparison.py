@@ -21,11 +21,12 @@ from chatwright.config import UserError
 from chatwright.data import sources
 from chatwright.data.files import RECORD_SUFFIXES
 from chatwright.generation_config import chat_options, told
-from chatwright.language_model import find_checkpoint, load, note_on
+from chatwright.language_model import find_checkpoint, load
 from chatwright.messages import Message, described
 from chatwright.metrics import say
 from chatwright.model.attention import plain_attention
 from chatwright.model.heads import ScalarModel
+from chatwright.model_names import weights_note
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.preference.rankings import encode_answer, padded
 from chatwright.train.rl.models import read_reward
@@ -253,7 +254,7 @@ def compare_models(
     answered = []
     for name in names:
         tell(f"  asking {name} {len(prompts)} prompts")
-        if note := note_on(name):
+        if note := weights_note(name):
             tell(f"  {note}")
         one = ask(name, prompts, given, most=most, seed=seed)
         if scorer is not None:

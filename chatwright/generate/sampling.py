@@ -23,13 +23,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from chatwright.config import UserError
+from chatwright.config import UserError, near_match
 
 NUCLEUS_WIDTH = 512
 """Top-p sorts this many of the likeliest tokens first, and the whole vocabulary only when their probability
@@ -119,6 +120,16 @@ class Sampling:
     def looks_back(self) -> bool:
         """Whether penalties make a token's choice depend on earlier ones other than through the model."""
         return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
+
+
+def sampling_from(options: Mapping[str, Any]) -> Sampling:
+    """The sampling of options by name: `{"temperature": 0.2}`. Raises UserError for a name that there is
+    none of, with the nearest one, and for values that make no sense."""
+    known = [field.name for field in fields(Sampling)]
+    for name in options:
+        if name not in known:
+            raise UserError(f"sampling has no option {name!r}{near_match(name, known)}")
+    return Sampling(**options)
 
 
 def _pairs(bias: object) -> tuple[tuple[int, float], ...]:

@@ -18,6 +18,7 @@ from chatwright.interop.gguf_export import GGUFExport, plan_gguf, round_gguf
 from chatwright.interop.hf import load_hf
 from chatwright.interop.hf_export import HFExport, plan_hf, round_hf
 from chatwright.interop.loaded import Loaded
+from chatwright.stage_folder import check_place
 
 Behaviour = tuple[list[int], list[int], Tensor]
 
@@ -33,12 +34,12 @@ SAMPLE = "The same text, read twice: naïve café, 12 ÷ 7 — こんにちは.\
 
 
 def check_target(target: Path, *, force: bool, known: Callable[[str], bool] = OURS.__contains__) -> None:
-    """Raise UserError unless `target` can be written without a loss that nobody asked for.
+    """Raise UserError unless `target` is a place for a directory of its own (`stage_folder.check_place`), and
+    can be written without a loss that nobody asked for.
 
     `known` says which files belong to a model and may be replaced.
     """
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file; name a directory")
+    check_place(target, given=str(target), example="my-model")
     names = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
     others = sorted(name for name in names if not known(name))
     if others:

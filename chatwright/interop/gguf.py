@@ -323,6 +323,14 @@ def _template(metadata: _Metadata) -> ChatTemplate | None:
     return chat_template(source, begin=_named(metadata, "bos"), end=_named(metadata, "eos"))
 
 
+def gguf_shape(path: Path) -> GPTConfig:
+    """The shape of the model in a GGUF file, without its weights. Raises UserError."""
+    file = read_gguf(path)
+    tensors = {tensor.name: Stored(tensor.shape, tensor.read) for tensor in file.tensors}
+    with located(str(path)):
+        return _config(_Metadata(file.values, str(path)), tensors)
+
+
 def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: bool = True) -> Loaded:
     """A model out of one GGUF file, dequantised to `dtype` (bfloat16 halves the memory).
 

@@ -33,6 +33,7 @@ from chatwright.interop.loaded import (
     in_memory,
     translate,
 )
+from chatwright.model.config import GPTConfig
 from chatwright.tokenizer import Tokenizer
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
@@ -192,6 +193,25 @@ def _token(value: Any) -> str | None:
     """A token of tokenizer_config.json: its text, or an object with its text."""
     found = value.get("content") if isinstance(value, dict) else value
     return found if isinstance(found, str) else None
+
+
+def hf_shape(directory: Path) -> GPTConfig:
+    """The shape of a model in transformers' format, without its weights. Raises UserError."""
+    file = directory / "config.json"
+    return config_from_hf(_read_json(file), where=str(file))
+
+
+def hub_shape(name: str) -> GPTConfig:
+    """The shape of `owner/name` on the Hugging Face hub, of which only config.json is fetched. Raises
+    UserError."""
+    import huggingface_hub
+
+    try:
+        file = Path(huggingface_hub.hf_hub_download(name, "config.json"))
+    except Exception as error:  # the library and its HTTP client raise kinds without a common ancestor
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"hf:{name} cannot be fetched: {reason}") from None
+    return hf_shape(file.parent)
 
 
 def load_hub(name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Loaded:

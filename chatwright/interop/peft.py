@@ -25,6 +25,17 @@ from torch import Tensor
 
 from chatwright import checkpoint, files, tensor_files
 from chatwright.config import UserError
+from chatwright.interop.adapter_origin import (
+    NOTE,
+    README,
+    SETTINGS,
+    WEIGHTS,
+    Origin,
+    is_adapter,
+    model_card,
+    note_of,
+    read_origin,
+)
 from chatwright.interop.families import FAMILIES, shown
 from chatwright.interop.hf import open_weights
 from chatwright.interop.leaving import family_name
@@ -34,11 +45,10 @@ from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import DEFAULT, Adapter, LoRAConfig
 
-SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-_BASE, _PARTS = "chatwright.base", "chatwright.parts"  # keys of the header's notes
+TENSOR_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+BASE_PRINT, _PARTS = "chatwright.base", "chatwright.parts"  # keys of the header's notes
 
-MOST_NAMES = 4096
+MOSTTENSOR_NAMES = 4096
 """Most names of layers in a setting: PEFT writes as many as a model has linear layers, if it writes them all.
 """
 
@@ -93,11 +103,6 @@ def layers_of(config: GPTConfig) -> dict[str, tuple[str, ...]]:
     return table
 
 
-def is_adapter(directory: Path) -> bool:
-    """Whether there is an adapter in a directory."""
-    return (directory / SETTINGS).is_file()
-
-
 # ---- in ----------------------------------------------------------------------------------------------------
 
 
@@ -125,7 +130,7 @@ def load_peft(directory: str | Path, model: GPT, name: str = DEFAULT) -> None:
     where = str(directory / SETTINGS)
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected an object")
-    settings = _Settings(values, where)
+    settings = AdapterSettings(values, where)
     file = directory / WEIGHTS
     if not file.exists():
         pickle = (directory / "adapter_model.bin").exists()
@@ -136,7 +141,7 @@ def load_peft(directory: str | Path, model: GPT, name: str = DEFAULT) -> None:
         pairs = _pairs(tensors, settings, model.config, str(file))
         shapes = {path: layer.weight.shape for path, layer in lora.linear_layers(model).items()}
         table = layers_of(model.config)
-        notes = _notes(file)
+        notes = header_notes(file)
         for path, pair in pairs.items():
             _check_shapes(path, pair, [shapes[own] for own in table[path]], str(file))
         settings.check_targets(set(pairs), set(table))
@@ -148,7 +153,7 @@ def load_peft(directory: str | Path, model: GPT, name: str = DEFAULT) -> None:
     lora.attach(model, adapters, name)
 
 
-class _Settings:
+class AdapterSettings:
     """`adapter_config.json`, read with care."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
@@ -203,8 +208,8 @@ class _Settings:
 
     def _check_count(self, key: str, names: Sequence[Any] | Mapping[str, Any]) -> None:
         """Each name is compared with each layer."""
-        if len(names) > MOST_NAMES:
-            raise UserError(f"{self.where}: {key} has more than {MOST_NAMES} names")
+        if len(names) > MOSTTENSOR_NAMES:
+            raise UserError(f"{self.where}: {key} has more than {MOSTTENSOR_NAMES} names")
 
     def check_targets(self, found: set[str], known: set[str]) -> None:
         """Whether every layer that is said to have an adapter has one, and no other. What patterns say is not
@@ -241,14 +246,14 @@ def _listed(names: set[str], most: int = 4) -> str:
 
 
 def _pairs(
-    tensors: Mapping[str, Stored], settings: _Settings, shape: GPTConfig, where: str
+    tensors: Mapping[str, Stored], settings: AdapterSettings, shape: GPTConfig, where: str
 ) -> dict[str, _Pair]:
     """The pair of each layer by its full path. Raises UserError for whatever is no pair of a layer of this
     model."""
     found: dict[str, dict[str, Stored]] = {}
     strange = set()
     for name, tensor in tensors.items():
-        matched = _NAME.fullmatch(name)
+        matched = TENSOR_NAME.fullmatch(name)
         if matched:
             found.setdefault(matched[1], {})[matched[2]] = tensor
         else:
@@ -282,21 +287,35 @@ def _check_shapes(path: str, pair: _Pair, layers: Sequence[Sequence[int]], where
             )
 
 
-def _notes(file: Path) -> dict[str, str]:
+def header_notes(file: Path) -> dict[str, str]:
     with safetensors.safe_open(str(file), framework="pt") as opened:
         return dict(opened.metadata() or {})
 
 
 def _check_base(model: GPT, notes: Mapping[str, str], directory: Path) -> None:
-    if _BASE in notes:
+    if BASE_PRINT in notes:
         with lora.without_adapter(model):
             own = checkpoint.fingerprint(lora.merged_tensors(model))
-        if notes[_BASE] != own:
+        if notes[BASE_PRINT] != own:
             raise UserError(
                 f"{directory}: the adapter was trained on another model of this shape (fingerprint "
-                f"{notes[_BASE][:12]!r}, this model's is {own[:12]!r}); use it with the weights it was "
-                "trained on"
+                f"{notes[BASE_PRINT][:12]!r}, this model's is {own[:12]!r}); {_where_it_belongs(directory)}"
             )
+
+
+def _where_it_belongs(directory: Path) -> str:
+    """What to do with an adapter that is refused on other weights."""
+    origin = read_origin(directory)
+    if origin is None:
+        return "use it with the weights it was trained on"
+    right = "+".join((origin.name, *origin.adapters, str(directory)))
+    full = (
+        f". {origin.weights[:1].upper()}{origin.weights[1:]}, those of hf:{origin.hub} are others: an "
+        "adapter for these must be trained over them"
+        if origin.weights and origin.hub
+        else ""
+    )
+    return f"it belongs on {'+'.join((origin.name, *origin.adapters))}: give {right}{full}"
 
 
 def _note_of_parts(
@@ -369,9 +388,17 @@ def _adapter(layer: torch.nn.Linear, config: LoRAConfig, a: Tensor, b: Tensor) -
 # ---- out ---------------------------------------------------------------------------------------------------
 
 
-def write_peft(model: GPT, directory: str | Path, *, base: str = "", name: str = DEFAULT) -> None:
-    """Write one adapter of a model as a directory that PEFT, vLLM and `load_peft` read; `base` names the
-    model it is for.
+def write_peft(
+    model: GPT,
+    directory: str | Path,
+    *,
+    base: str = "",
+    origin: Origin | None = None,
+    name: str = DEFAULT,
+) -> None:
+    """Write one adapter of a model as a directory that PEFT, vLLM and `load_peft` read.
+
+    `origin` says what it was trained over. Without it, `base` names the model that PEFT is to load.
 
     Raises UserError when there is no such adapter, or the disk is full; what was there before is then intact.
     """
@@ -403,7 +430,7 @@ def write_peft(model: GPT, directory: str | Path, *, base: str = "", name: str =
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.removeprefix("hf:") or None,
+        **base_entries(origin or Origin(base, base.removeprefix("hf:"))),
         "r": rank,
         "lora_alpha": _short(alpha),
         "lora_dropout": first.dropout,
@@ -419,14 +446,33 @@ def write_peft(model: GPT, directory: str | Path, *, base: str = "", name: str =
         "init_lora_weights": True,
     }
     with lora.without_adapter(model):
-        notes = {"format": "pt", _BASE: checkpoint.fingerprint(lora.merged_tensors(model))}
+        notes = {"format": "pt", BASE_PRINT: checkpoint.fingerprint(lora.merged_tensors(model))}
     if parts:
         notes[_PARTS] = json.dumps(parts)
-    with files.whole_directory(Path(directory)) as aside:
-        tensor_files.save_tensors(aside / WEIGHTS, tensors, notes)
-        (aside / SETTINGS).write_text(
-            json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+    write_files(Path(directory), tensors, values, notes, origin)
+
+
+def base_entries(origin: Origin) -> dict[str, Any]:
+    """What adapter_config.json says of the base model: a name that PEFT can load, or none."""
+    return {"base_model_name_or_path": origin.loadable, "revision": origin.revision or None}
+
+
+def write_files(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+    notes: Mapping[str, str],
+    origin: Origin | None,
+) -> None:
+    """Write an adapter's files, whole or not at all. Raises UserError."""
+    if origin is not None:
+        notes = {**notes, NOTE: note_of(origin, directory)}
+    with files.whole_directory(directory) as aside:
+        tensor_files.save_tensors(aside / WEIGHTS, tensors, dict(notes))
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        (aside / SETTINGS).write_text(text, encoding="utf-8")
+        if origin is not None:
+            (aside / README).write_text(model_card(origin, directory), encoding="utf-8")
 
 
 def _short(alpha: float) -> float:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from chatwright import files
+from chatwright.config import UserError
 from chatwright.metrics import console, say
 from chatwright.reports.markdown import harmless, item, table
 from chatwright.reports.report import COSTS, number
 from chatwright.reports.runs import Stage
+from chatwright.stage_folder import check_file_place
 
 BARS = "▁▂▃▄▅▆▇█"
 REPEATED = "the same settings, seed, inputs and results"
@@ -197,9 +199,28 @@ def show(found: Mapping[str, Any], out: Path | None) -> None:
         say(f"\nThe comparison with pictures: {out}")
 
 
+HEADING = "# Comparison"
+"""The first line of a comparison: only files that begin with it are replaced."""
+
+
+def check_target(out: Path) -> None:
+    """Raise UserError when the comparison cannot go into this file: it is no place for a file, or holds
+    something else."""
+    check_file_place(out, given=f"--out {out}")
+    if not out.exists():
+        return
+    try:
+        with out.open("rb") as file:
+            ours = file.read(len(HEADING) + 1) == f"{HEADING}\n".encode()
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be read: {error.strerror}") from None
+    if not ours:
+        raise UserError(f"--out {out} exists and is no comparison; name another file")
+
+
 def write(found: Mapping[str, Any], groups: Mapping[str, Sequence[Stage | None]], out: Path) -> None:
     """Write the Markdown file, and a picture of each shared metric beside it. Raises UserError."""
-    lines = ["# Comparison", ""]
+    lines = [HEADING, ""]
     lines += [f"- {run['label']} = {item(run['path'])}" for run in found["runs"]]
     if found["remarks"]:
         lines += [

@@ -17,7 +17,7 @@ from typing import Any
 from chatwright import checkpoint, runtime
 from chatwright.config import UserError
 from chatwright.data.examples import Dialogue
-from chatwright.data.records import is_record_file, read_records, records_of
+from chatwright.data.records import own_file, read_records, records_of
 from chatwright.evaluate.answers import mean_kl, side_by_side
 from chatwright.files import read_json, sha256, write_json
 from chatwright.generation_config import chat_options, told
@@ -27,7 +27,8 @@ from chatwright.metrics import say
 from chatwright.train import paper
 from chatwright.train.base import open_base
 from chatwright.train.cost import cost_row
-from chatwright.train.rl.rollout import prompts_with_texts, sample_completions
+from chatwright.train.rl.prompts import exchanges_from, own_answers
+from chatwright.train.rl.rollout import sample_completions
 from chatwright.train.stage import Stage
 from chatwright.train.workspace import Answered, Report, Workspace
 
@@ -36,7 +37,7 @@ PROMPTS = 64
 FEW = 16
 """The same for models of WORTH_COMPILING parameters and more on a CPU, where 64 would take minutes."""
 LONGEST_ANSWER = 48
-"""Longest answer, in tokens, for stages without such a setting."""
+"""Longest answer, in tokens, for stages without such a setting: people's own answers may make it longer."""
 
 
 def close(
@@ -97,8 +98,8 @@ def content(config: Any, workspace: Workspace) -> str | None:
         files = sorted(records_of(workspace.directory).glob("*.jsonl"))
         text = "".join(f"{file.name} {sha256(file)}\n" for file in files)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-    if is_record_file(getattr(config, "data", "")):
-        return sha256(Path(config.data))[:16]
+    if (own := own_file(getattr(config, "data", ""))) is not None:
+        return sha256(own)[:16]
     place = workspace.inputs.get(getattr(config, "data", ""))
     known = read_json(place / "result.json").get("data") if place else None
     return str(known) if known else None
@@ -131,13 +132,15 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
     ):
         raise UserError(f"{config.base} and the result have not one tokenizer")
     context = after.model.config.context
-    room = min(getattr(config, "max_new_tokens", LONGEST_ANSWER), context // 2)
-    longest = min(getattr(config, "max_prompt_tokens", context), context - room)
     file = records_of(workspace.resolve(config.data)) / "dialogues-validation.jsonl"
     slow = runtime.device().type == "cpu" and after.model.parameter_count() >= WORTH_COMPILING
     dialogues = list(islice(read_records(file, Dialogue), 1_000))
     most = FEW if slow else PROMPTS
-    prompts, texts = prompts_with_texts(dialogues, template, tokenizer, max_tokens=longest, most=most)
+    own = own_answers(exchanges_from(dialogues, template, tokenizer, most=most).answers, tokenizer)
+    room = min(_limit("max_new_tokens", config, report) or max(LONGEST_ANSWER, own), context // 2)
+    longest = min(_limit("max_prompt_tokens", config, report) or context, context - room)
+    found = exchanges_from(dialogues, template, tokenizer, limit=longest, most=most)
+    prompts, texts = found.prompts, found.texts
     if not prompts:
         raise UserError(f"no prompt in {file} has at most {longest} tokens")
     say(f"  asking {config.base} and the result {len(prompts)} held-out prompts")
@@ -156,6 +159,12 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
     sampling = f"{told(after.generation)}, at most {room} tokens"
     names = (config.base, workspace.directory.name)
     return side_by_side(names, texts, sides, tokenizer, kl=kl, sampling=sampling)
+
+
+def _limit(name: str, config: Any, report: Report) -> int:
+    """The limit that a stage found in its data, or its setting; 0 where it has none."""
+    known = report.facts.get(name)
+    return int(known if known else getattr(config, name, 0))
 
 
 def sample(directory: Path, report: Report, prompt: str, seed: int) -> str:

@@ -20,7 +20,8 @@ class ServeConfig:
     port: int = 8000
     """TCP port; 0 picks a free one."""
     name: str | None = None
-    """Name of the model in the interface; default: the name by which it was loaded."""
+    """Name of the model in the interface, which requests give as `model`; default: MODEL as it was written,
+    which requests may give in any case."""
     allowed_hosts: list[str] = field(default_factory=list)
     """Host names the server answers to beside this machine's own. Empty: any name, if `host` is not loopback.
     """

@@ -248,10 +248,16 @@ class ModelPool:
             service.close()
 
     def _entry(self, name: str) -> _Entry:
-        if name not in self._entries:
+        """The model of this name; a model with a name of its own is also found by what it was loaded from, so
+        that clients of before it had one go on to work."""
+        found = self._entries.get(name)
+        if found is not None:
+            return found
+        same = [entry for entry in self._entries.values() if entry.spec.source == name]
+        if len(same) != 1:
             known = ", ".join(map(repr, self._entries))
             raise UnknownModel(f"the model {name!r} is not served here; this server has {known}")
-        return self._entries[name]
+        return same[0]
 
     async def _load(self, entry: _Entry) -> None:
         expected = entry.size or await asyncio.to_thread(weight_bytes, entry.spec.source, entry.spec.dtype)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from chatwright import runtime
 from chatwright.config import UsageError, UserError
+from chatwright.data.cuts import check_limit
 from chatwright.data.examples import Dialogue
 from chatwright.data.records import read_records, records_of
 from chatwright.evaluate.answers import mean_kl, side_by_side
@@ -47,12 +48,8 @@ from chatwright.train.rl.gold import SENTIMENT, Gold, gold_of
 from chatwright.train.rl.metrics import GOLD as GOLD_MEANING
 from chatwright.train.rl.metrics import SCORE as SCORE_MEANING
 from chatwright.train.rl.models import load_reward, score_completions
-from chatwright.train.rl.rollout import (
-    Completions,
-    all_gather_completions,
-    prompts_with_texts,
-    sample_completions,
-)
+from chatwright.train.rl.prompts import Asked, ask
+from chatwright.train.rl.rollout import Completions, all_gather_completions, sample_completions
 from chatwright.train.statistics import bootstrap_interval
 
 SCORE, GOLD = "reward model's score, best of n", "gold measure, best of n"
@@ -78,10 +75,12 @@ class Config:
     """Number of held-out prompts (fewer when there are fewer)."""
     n: int = 16
     """Completions to each prompt, the largest n of the curve."""
-    max_prompt_tokens: int = 96
-    """Longer prompts are left out."""
-    max_new_tokens: int = 32
-    """Length at which an answer is cut off."""
+    max_prompt_tokens: int = 0
+    """Longer prompts are left out; 0: the length that holds 99 % of the data's prompts, as far as the model's
+    context allows."""
+    max_new_tokens: int = 0
+    """Length at which an answer is cut off; 0: the length that holds 99 % of the answers in the data's
+    conversations, as far as the model's context allows."""
     temperature: float = 1.0
     """Sampling temperature."""
     unfinished_score: float = -2.0
@@ -96,6 +95,8 @@ class Config:
     """How processes share the prompts: `ddp`, each with the whole models."""
 
     def __post_init__(self) -> None:
+        check_limit("max_prompt_tokens", self.max_prompt_tokens, 1)
+        check_limit("max_new_tokens", self.max_new_tokens, 1)
         if self.n < 2:
             raise UsageError(f"n is {self.n}; there is nothing to choose from under 2")
         if self.temperature <= 0:
@@ -135,7 +136,8 @@ def run(config: Config, workspace: Workspace) -> Report:
     """Sample N answers to each held-out prompt, and measure what choosing among n of them gains."""
     base = _load(config.policy, workspace)
     scorer = Scorer.load(config, workspace, base)
-    prompts, texts = held_out_prompts(config, workspace, base)
+    asked = held_out_prompts(config, workspace, base)
+    config, prompts = asked.config, asked.prompts
     parallel = sharing(config, prompts)
     with progress_bar("best_of_n") as bar:
         bar.update(0.0, f"{config.n} answers to each of {len(prompts)} prompts")
@@ -157,9 +159,9 @@ def run(config: Config, workspace: Workspace) -> Report:
         )
         bar.update(1.0)
     report = report_of(config, rows, baseline, optima(scores, values, workspace.seed))
-    report.answers = chosen_answers(config, base, texts, given, scores, values)
+    report.answers = chosen_answers(config, base, asked.texts, given, scores, values)
     report.facts["tokens"] = int(given.response.sum())
-    return report
+    return asked.tell(report)
 
 
 def chosen_answers(
@@ -212,21 +214,17 @@ def _load(name: str, workspace: Workspace) -> ChatBase:
     return found
 
 
-def held_out_prompts(
-    config: Config, workspace: Workspace, base: ChatBase
-) -> tuple[list[list[int]], list[str]]:
-    """Prompts of held-out conversations, as ids and as text. Raises UserError when there are under two."""
+def held_out_prompts(config: Config, workspace: Workspace, base: ChatBase) -> Asked[Config]:
+    """Prompts of held-out conversations, and the limits that hold. Raises UserError when there are fewer than
+    two."""
     records = records_of(workspace.resolve(config.data))
     dialogues = list(read_records(records / "dialogues-validation.jsonl", Dialogue))
-    longest = min(config.max_prompt_tokens, base.model.config.context - config.max_new_tokens)
-    prompts, texts = prompts_with_texts(
-        dialogues, base.template, base.tokenizer, max_tokens=longest, most=config.prompts
-    )
-    if len(prompts) < 2:
+    asked = ask("best_of_n", config, dialogues, base, most=config.prompts)
+    if len(asked.prompts) < 2:
         raise UserError(
-            "there are no held-out prompts short enough; raise max_prompt_tokens or the validation share"
+            "there is only one held-out prompt short enough; raise max_prompt_tokens or the validation share"
         )
-    return prompts, texts
+    return asked
 
 
 def answered(

@@ -13,8 +13,9 @@ Departures from the paper:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from chatwright import runtime
 from chatwright.chat import Message
 from chatwright.config import UsageError, UserError
+from chatwright.data.cuts import Room, cause_of, check_limit
 from chatwright.data.examples import LabelledText
 from chatwright.data.records import records_of
 from chatwright.model.heads import ScalarModel
@@ -35,6 +37,7 @@ from chatwright.train.api import (
     Curve,
     FitConfig,
     Fitted,
+    GPTConfig,
     LoRAConfig,
     Measure,
     Metric,
@@ -47,13 +50,23 @@ from chatwright.train.api import (
     Unhealthy,
     Workspace,
     open_chat_base,
+    room_for,
     say,
     start_training,
+    tokens_of_data,
 )
 from chatwright.train.preference import calibration
+from chatwright.train.preference.limits import RowLimits
 from chatwright.train.preference.measures import correlation, example_scores
-from chatwright.train.preference.rankings import first_prompts
-from chatwright.train.preference.rated_texts import Parts, TextBatch, Texts, are_good, load_texts
+from chatwright.train.preference.rankings import AnswerEncoder, first_prompts
+from chatwright.train.preference.rated_texts import (
+    Parts,
+    TextBatch,
+    Texts,
+    are_good,
+    load_texts,
+    parts_within,
+)
 from chatwright.train.preference.scalar import PURPOSE, scalar_program, scalar_trainer
 from chatwright.train.trainer import Trainer
 
@@ -73,8 +86,10 @@ class Config:
     """Texts rated within this of the threshold are neither, and left out."""
     calibration: float = 0.1
     """Share of the training texts that is not trained on: the scale of the scores is fitted to them."""
-    max_tokens: int = 80
-    """Longer prompts lose their beginning, longer texts their end."""
+    max_tokens: int = 0
+    """Tokens of a row, prompt and text: longer prompts lose their beginning, longer texts their end. Good and
+    bad texts that are then the same are left out. 0: the longest text behind the longest prompt, at most the
+    base's context and what memory holds."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Train a low-rank adapter and the scalar head instead of all weights: `lora.rank` above 0."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(seconds=90.0, batch_size=32, compile=False))
@@ -87,6 +102,7 @@ class Config:
     """Optimiser and schedule."""
 
     def __post_init__(self) -> None:
+        check_limit("max_tokens", self.max_tokens, 4)
         if not 0 < self.calibration < 1:
             raise UsageError(f"calibration {self.calibration:g} must lie between 0 and 1")
         if self.neutral < 0:
@@ -112,20 +128,52 @@ def scores_of(model: ScalarModel, texts: Texts, chosen: Sequence[LabelledText]) 
     return torch.cat(found)
 
 
-PLAN = StagePlan(build=scalar_program, rows=lambda config, shape: (1, config.max_tokens))
+PLAN = StagePlan(
+    build=scalar_program,
+    rows=lambda config, shape: (1, tokens_of_data(config.max_tokens, shape)),
+    full_rows=False,
+)
+
+
+def fitted_rows(
+    config: Config,
+    parts: Parts,
+    prompts: Sequence[Sequence[Message]],
+    shape: GPTConfig,
+    encoder: AnswerEncoder,
+) -> tuple[Config, Parts, RowLimits]:
+    """The settings with the real length of a row, the texts that can be learnt from at this length, and what
+    was cut. Raises UserError when there are too few."""
+
+    def room(wanted: int) -> Room:
+        if config.max_tokens:  # an explicit value holds; the plan refuses what does not fit
+            return Room(shape.context, "the base's context")
+        return room_for("classifier", PLAN, shape, wanted, lambda most: replace(config, max_tokens=most))
+
+    parts, limits = parts_within(parts, prompts, encoder, config, room)
+    say(f"  {limits.cuts}")
+    return replace(config, max_tokens=limits.limit), parts, limits
+
+
+def load_prompts(records: Path) -> list[tuple[Message, ...]]:
+    """What the texts may be answers to. Raises UserError when there is nothing."""
+    prompts = first_prompts(records / "dialogues-train.jsonl")
+    if not prompts:
+        raise UserError("there are no conversations to take prompts from; set `dialogues` in the data stage")
+    return prompts
 
 
 def run(config: Config, workspace: Workspace) -> Report:
     """Train the classifier, calibrate it, and measure it on held-out texts before and after."""
     base = open_chat_base(config.base, workspace, purpose=PURPOSE)
-    records = records_of(workspace.resolve(config.data))
-    parts, prompts = load_texts(config, records), first_prompts(records / "dialogues-train.jsonl")
-    if not prompts:
-        raise UserError("there are no conversations to take prompts from; set `dialogues` in the data stage")
-    training = start_training("classifier", PLAN, config, workspace, base.model.config)
+    records, shape = records_of(workspace.resolve(config.data)), base.model.config
+    parts, prompts = load_texts(config, records), load_prompts(records)
+    encoder = AnswerEncoder(base.template, base.tokenizer)
+    config, parts, limits = fitted_rows(config, parts, prompts, shape, encoder)
+    training = start_training("classifier", PLAN, config, workspace, shape)
     model, trainer = scalar_trainer(training, base)
     order = SampleOrder(len(parts.train), workspace.seed)
-    texts = Texts(parts.train, prompts, base.template, base.tokenizer, training.config, order)
+    texts = Texts(parts.train, prompts, base.template, base.tokenizer, training.config, order, encoder)
     say(f"  {parts}")
     asked = training.in_precision(partial(scores_of, model, texts))
 
@@ -140,8 +188,9 @@ def run(config: Config, workspace: Workspace) -> Report:
         lambda: held_out_measures(score, parts, config),
         throughput=("answers", 1.0),
         best=("held_out_loss", "lower"),
+        samples=len(parts.train),
     )
-    report, good = report_of(fitted, parts), are_good(parts.held_out, config)
+    report, good = report_of(fitted, parts, limits), are_good(parts.held_out, config)
     constants = calibrate_once(report, trainer, model, score, parts, config)
     report.model = f"checkpoints/{trainer.save(final=True).path.name}"
     measure(report, fitted.before, held_out_measures(score, parts, config), good)
@@ -166,18 +215,19 @@ def held_out_measures(score: Score, parts: Parts, config: Config) -> dict[str, f
     }
 
 
-def report_of(fitted: Fitted, parts: Parts) -> Report:
+def report_of(fitted: Fitted, parts: Parts, limits: RowLimits) -> Report:
     """Curves and facts; measures are added after calibration."""
     return Report(
         curves=[Curve("Loss of the classifier", ["loss"], "nats per text"), Curve("Accuracy", ["accuracy"])],
         facts={
             "texts": len(parts.train),
+            **limits.facts,
             "steps": fitted.progress.step,
             "held_out_accuracy": fitted.after["held_out_accuracy"],
             "held_out_correlation": fitted.after["held_out_correlation"],
             **fitted.facts,
         },
-        notes=fitted.notes,
+        notes=[*limits.notes, *fitted.notes],
     )
 
 
@@ -232,8 +282,10 @@ def calibrate(
         scale, offset = calibration.platt(scores, positive)
     except ValueError as error:
         report.notes.insert(0, str(error))
+        cut = cause_of(report.facts.get("cut"))
+        more = f"First of all keep the texts whole: {cut}. Or train" if cut else "Train"
         raise Unhealthy(
-            f"classifier: {error}. Train it longer, on more ratings, or start it from a better model", report
+            f"classifier: {error}. {more} it longer, on more ratings, or start it from a better model", report
         ) from None
     with torch.no_grad():  # scale' (y - offset'), where y = s (x - o) is the score so far
         model.offset.add_(offset / model.scale)

@@ -24,6 +24,7 @@ import torch
 from chatwright import files, runtime
 from chatwright.config import UsageError, UserError, read_yaml
 from chatwright.data.catalogue import find
+from chatwright.data.cuts import check_limit
 from chatwright.data.examples import Comparison, Dialogue
 from chatwright.data.records import has_records, read_records, records_of
 from chatwright.evaluate.answers import ENDED, LENGTH, mean_kl, side_by_side
@@ -48,13 +49,8 @@ from chatwright.train.api import (
 from chatwright.train.preference.counting import GUESSING, Counted, counted
 from chatwright.train.rl.gold import SENTIMENT, sentiment
 from chatwright.train.rl.models import load_reward
-from chatwright.train.rl.rollout import (
-    Completions,
-    distinct,
-    prompts_with_texts,
-    sample_completions,
-    texts_of,
-)
+from chatwright.train.rl.prompts import Asked, ask
+from chatwright.train.rl.rollout import Completions, distinct, sample_completions, texts_of
 
 GOLD = "gold sentiment, held-out prompts"
 REWARD = "reward model's score, held-out prompts"
@@ -85,10 +81,12 @@ class Config:
     """Number of held-out prompts (fewer when there are fewer)."""
     samples: int = 2
     """Completions per prompt and model."""
-    max_prompt_tokens: int = 96
-    """Longer prompts are left out."""
-    max_new_tokens: int = 32
-    """Length at which an answer is cut off."""
+    max_prompt_tokens: int = 0
+    """Longer prompts are left out; 0: the length that holds 99 % of the data's prompts, as far as the model's
+    context allows."""
+    max_new_tokens: int = 0
+    """Length at which an answer is cut off; 0: the length that holds 99 % of the answers in the data's
+    conversations, as far as the model's context allows."""
     temperature: float = 1.0
     """Sampling temperature of what is measured; KL needs 1, the policy as it is."""
     unfinished_score: float = -2.0
@@ -99,6 +97,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.gold not in ("", AUTO, SENTIMENT):
             raise UsageError(f"gold {self.gold!r} is none of auto, sentiment, and empty for none")
+        check_limit("max_prompt_tokens", self.max_prompt_tokens, 1)
+        check_limit("max_new_tokens", self.max_new_tokens, 1)
 
     @property
     def ties(self) -> Ties:
@@ -114,9 +114,8 @@ class Sides:
     policy: GPT
     base: ChatBase
     """Tokenizer and template of both."""
-    prompts: list[list[int]]
-    texts: list[str]
-    """The prompts as people read them."""
+    asked: Asked[Config]
+    """The prompts, and the limits that hold."""
     before: Completions
     after: Completions
 
@@ -124,6 +123,7 @@ class Sides:
 def run(config: Config, workspace: Workspace) -> Report:
     """Sample answers from both models to the same held-out prompts, and measure all that can be measured."""
     sides = answered(config, workspace)
+    config = sides.asked.config  # with the limits that hold
     found = Findings(workspace.seed)
     reward = open_reward(config, workspace, sides.base, found)
     if reward is not None:
@@ -133,7 +133,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         by_sentiment(config, sides, found)
     of_answers(config, sides, found)
     found.conclude()
-    return found.report
+    return sides.asked.tell(found.report)
 
 
 def answered(config: Config, workspace: Workspace) -> Sides:
@@ -144,31 +144,28 @@ def answered(config: Config, workspace: Workspace) -> Sides:
         raise UserError(f"{config.policy} and {config.reference} are not chat models with one tokenizer")
     for model in (policy.model, reference.model):
         model.to(runtime.device()).eval()
-    prompts, texts = held_out_prompts(config, workspace, policy)
+    asked = held_out_prompts(config, workspace, policy)
+    config, prompts = asked.config, asked.prompts
     with progress_bar("evaluate") as bar:
         bar.update(0.0, f"sampling from {config.reference}")
         before = sample(reference.model, policy, prompts, config, workspace.seed)
         bar.update(0.5, f"sampling from {config.policy}")
         after = sample(policy.model, policy, prompts, config, workspace.seed)
         bar.update(1.0)
-    return Sides(reference.model, policy.model, policy, prompts, texts, before, after)
+    return Sides(reference.model, policy.model, policy, asked, before, after)
 
 
-def held_out_prompts(
-    config: Config, workspace: Workspace, base: ChatBase
-) -> tuple[list[list[int]], list[str]]:
-    """Prompts of held-out conversations, as ids and as text. Raises UserError when there are under two."""
+def held_out_prompts(config: Config, workspace: Workspace, base: ChatBase) -> Asked[Config]:
+    """Prompts of held-out conversations, and the limits that hold. Raises UserError when there are fewer than
+    two."""
     records = records_of(workspace.resolve(config.data))
     dialogues = list(read_records(records / "dialogues-validation.jsonl", Dialogue))
-    longest, most = config.max_prompt_tokens, config.prompts
-    prompts, texts = prompts_with_texts(
-        dialogues, base.template, base.tokenizer, max_tokens=longest, most=most
-    )
-    if len(prompts) < 2:
+    asked = ask("evaluate", config, dialogues, base, most=config.prompts)
+    if len(asked.prompts) < 2:
         raise UserError(
-            "there are no held-out prompts short enough; raise max_prompt_tokens or the validation share"
+            "there is only one held-out prompt short enough; raise max_prompt_tokens or the validation share"
         )
-    return prompts, texts
+    return asked
 
 
 def sample(model: GPT, framed: ChatBase, prompts: list[list[int]], config: Config, seed: int) -> Completions:
@@ -306,7 +303,12 @@ def of_answers(config: Config, sides: Sides, found: Findings) -> None:
     kl = mean_kl(sides.policy, sides.reference, sides.after, config.temperature)
     names = (config.reference, config.policy)
     answers: Answered = side_by_side(
-        names, sides.texts, (sides.before, sides.after), sides.base.tokenizer, kl=kl, values=found.values
+        names,
+        sides.asked.texts,
+        (sides.before, sides.after),
+        sides.base.tokenizer,
+        kl=kl,
+        values=found.values,
     )
     answers = as_in_chat(answers, config, sides, found.seed)
     variety = [distinct(texts_of(side, sides.base.tokenizer)) for side in (sides.before, sides.after)]
@@ -320,7 +322,7 @@ def of_answers(config: Config, sides: Sides, found: Findings) -> None:
     found.report.facts |= {
         "kl": kl,
         "distinct_2": {"before": variety[0], "after": variety[1]},
-        "prompts": len(sides.prompts),
+        "prompts": len(sides.asked.prompts),
         "tokens": sum(int(side.response.sum()) for side in (sides.before, sides.after)),
     }
 
@@ -335,7 +337,7 @@ def as_in_chat(answers: Answered, config: Config, sides: Sides, seed: int) -> An
         texts_of(
             sample_completions(
                 model,
-                sides.prompts[:count],
+                sides.asked.prompts[:count],
                 end=sides.base.tokenizer.control_ids[sides.base.template.end],
                 max_new_tokens=config.max_new_tokens,
                 temperature=temperature,
@@ -348,7 +350,7 @@ def as_in_chat(answers: Answered, config: Config, sides: Sides, seed: int) -> An
     ]
     pairs = [
         {"prompt": prompt, "before": before, "after": after}
-        for prompt, before, after in zip(sides.texts, *told_texts, strict=False)
+        for prompt, before, after in zip(sides.asked.texts, *told_texts, strict=False)
     ]
     sampling = (
         f"{told(own)}, at most {config.max_new_tokens} tokens (what is measured: temperature "

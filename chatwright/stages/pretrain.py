@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from chatwright import compiler, runtime
-from chatwright.config import UsageError
+from chatwright.config import UsageError, UserError
 from chatwright.data.shards import TokenShards
 from chatwright.model.compile_friendly import make_compile_friendly
 from chatwright.model.gpt import GPT
@@ -176,7 +176,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     held_out = TokenShards.open(directory / "validation", tokenizer)
     shape = shape_of(config, tokenizer.vocab_size)
     context, compiled = shape.context, config.fit.compile
-    windows = Windows(shards, context, SampleOrder(shards.windows(context), workspace.seed))
+    windows = Windows(shards, context, SampleOrder(windows_of(shards, context), workspace.seed))
     training = start_training("pretrain", PLAN, config, workspace, shape, compile_blocks=compiled)
     model = GPT(shape)
     trainer = training.trainer(model, tokenizer, compiling=None)
@@ -197,9 +197,28 @@ def run(config: Config, workspace: Workspace) -> Report:
         throughput=("tokens", float(context)),
         best=("bits_per_byte", "lower"),
         flop_per_sample=training_flop(model, context),
+        samples=windows.order.size,
     )
     made = {"parameters": parameters, "tokens": fitted.samples * context, "how": line}
+    made["tokens in no window"] = shards.rest(context)
     return report_of(fitted, made, compressors(config, workspace))
+
+
+MUCH = 0.01
+"""Share of the training tokens that may be in no window without a line."""
+
+
+def windows_of(shards: TokenShards, context: int) -> int:
+    """The number of training windows; says when much of the text is in none. Raises UserError without any."""
+    windows, rest = shards.windows(context), shards.rest(context)
+    if not windows:
+        raise UserError(
+            f"the training text has {shards.tokens:,} tokens, less than one window of {context}: add "
+            f"text, or set model.context to {max(1, shards.tokens // 8)} or less"
+        )
+    if rest > MUCH * shards.tokens:
+        say(f"  {rest:,} of {shards.tokens:,} training tokens fill no window of {context} and are left out")
+    return windows
 
 
 def compressors(config: Config, workspace: Workspace) -> list[Measure]:

@@ -12,7 +12,7 @@ classifier.py trains another model that PPO can optimise against, on single text
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ import torch
 
 from chatwright import runtime
 from chatwright.config import UsageError, UserError
+from chatwright.data.cuts import Room, check_limit
 from chatwright.data.examples import Comparison
 from chatwright.data.records import has_records, records_of
 from chatwright.model.heads import ScalarModel
@@ -32,9 +33,11 @@ from chatwright.train.api import (
     LOOP_METRICS,
     LOSS_TROUBLE,
     Answered,
+    ChatBase,
     Curve,
     FitConfig,
     Fitted,
+    GPTConfig,
     LoRAConfig,
     Measure,
     Metric,
@@ -48,12 +51,17 @@ from chatwright.train.api import (
     Step,
     Workspace,
     open_chat_base,
+    room_for,
     say,
     start_training,
+    tokens_of_data,
     training_flop,
 )
 from chatwright.train.preference import measures, reward_report
+from chatwright.train.preference.limits import RowLimits, split_within
 from chatwright.train.preference.rankings import (
+    FROM_RATINGS,
+    AnswerEncoder,
     RankedBatch,
     Rankings,
     Split,
@@ -78,9 +86,9 @@ class Config:
     (recipes/hacking.yaml)."""
     comparisons: str = field(default="", metadata={"input": True, "words": ("",)})
     """Your own comparisons instead of ratings: the stage, or directory, with comparisons-*.jsonl."""
-    k: int = 16
-    """Completions per prompt when comparisons are made from ratings (the paper: 4 to 9; here they cost no
-    labeller's time)."""
+    k: int = 0
+    """Answers per prompt when comparisons are made from ratings (the paper: 4 to 9; here they cost no
+    labeller's time). 0: 16, or as many as there are. Your own comparisons have as many as they have."""
     tie_tolerance: float = 0.5
     """Ratings (or scores) closer than this are ties."""
     ties: Ties = "leave_out"
@@ -94,8 +102,10 @@ class Config:
     center_on: Literal["auto", "demonstrations", "answers"] = "auto"
     """What scores 0 on average: people's own answers in the dialogues of `data`, or the training answers;
     auto: the former where there are any. The report says which."""
-    max_tokens: int = 80
-    """Longer prompts lose their beginning, longer answers their end."""
+    max_tokens: int = 0
+    """Tokens of a row, prompt and answer: longer prompts lose their beginning, longer answers their end.
+    Answers that are then the same as another one of their comparison are left out. 0: the longest row of the
+    data, at most the base's context and what memory holds."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Train a low-rank adapter and the scalar head instead of all weights: `lora.rank` above 0."""
     fit: FitConfig = field(
@@ -112,12 +122,14 @@ class Config:
     """How processes share the work."""
 
     def __post_init__(self) -> None:
+        check_limit("max_tokens", self.max_tokens, 4)
+        check_limit("k", self.k, 2)
         if self.held_out_annotators and not self.comparisons:
             raise UsageError("held_out_annotators is for comparisons of your own: ratings name no annotators")
 
 
 PAPER = (
-    Paper("k", (4, 9), f"{INSTRUCT}, section 3.5"),
+    Paper("k", (4, 9), f"{INSTRUCT}, section 3.5", lambda config, facts: facts.get("k") or config.k or None),
     Paper("passes over the comparisons", 1, INSTRUCT, lambda config, facts: facts.get("epochs")),
     Paper("fit.batch_size", 64, f"{INSTRUCT}: prompts, each with all its answers"),
     Paper("optim.learning_rate", 9e-6, f"{INSTRUCT}: 6B"),
@@ -173,19 +185,45 @@ def find_demonstrations(config: Config, workspace: Workspace) -> list[Comparison
     return found
 
 
-PLAN = StagePlan(build=scalar_program, rows=lambda config, shape: (config.k, config.max_tokens))
+def rows_planned(config: Config, shape: GPTConfig) -> tuple[int, int]:
+    """Answers of a comparison, tokens of a row; assumed where they come from data that are not yet read."""
+    return config.k or (2 if config.comparisons else FROM_RATINGS), tokens_of_data(config.max_tokens, shape)
+
+
+PLAN = StagePlan(build=scalar_program, rows=rows_planned, full_rows=False)
+
+
+def fitted_rows(
+    config: Config, split: Split, base: ChatBase, encoder: AnswerEncoder
+) -> tuple[Config, Split, RowLimits]:
+    """The settings with the real number of answers and length of a row, the comparisons that can be learnt
+    from at this length, and what was cut. Raises UserError when there are none."""
+    shape = base.model.config
+    config = replace(config, k=max(len(one.responses) for one in split.train))
+
+    def room(wanted: int) -> Room:
+        if config.max_tokens:  # an explicit value holds; the plan refuses what does not fit
+            return Room(shape.context, "the base's context")
+        return room_for("reward", PLAN, shape, wanted, lambda most: replace(config, max_tokens=most))
+
+    split, limits = split_within(split, encoder, config, room)
+    for line in limits.notes or [str(limits.cuts)]:
+        say(f"  {line}")
+    return replace(config, max_tokens=limits.limit), split, limits
 
 
 def run(config: Config, workspace: Workspace) -> Report:
     """Train the reward model and measure its accuracy on held-out comparisons before and after."""
     base = open_chat_base(config.base, workspace, purpose=PURPOSE)
     split, shown = load_split(config, workspace), find_demonstrations(config, workspace)
+    encoder = AnswerEncoder(base.template, base.tokenizer)
+    config, split, limits = fitted_rows(config, split, base, encoder)
     train, held_out = split.train, split.held_out
+    say(f"  {len(train):,} comparisons of {_sizes(train)} answers, {len(held_out):,} held out")
     training = start_training("reward", PLAN, config, workspace, base.model.config)
     model, trainer = scalar_trainer(training, base)
     order = SampleOrder(len(train), workspace.seed)
-    rankings = Rankings(train, base.template, base.tokenizer, training.config, order)
-    say(f"  {len(train):,} comparisons of {_sizes(train)} answers, {len(held_out):,} held out")
+    rankings = Rankings(train, base.template, base.tokenizer, training.config, order, encoder)
     score = training.in_precision(partial(measures.score_comparisons, model, rankings))
     some = rankings.batch(train[:64])  # to estimate the mean tokens of a comparison and of a row
     tokens, width = float(some.mask.sum()) / len(train[:64]), float(some.mask.sum(1).float().mean())
@@ -194,11 +232,12 @@ def run(config: Config, workspace: Workspace) -> Report:
         rankings,
         training.in_precision(partial(step, model)),
         lambda: measures.held_out_measures(score(held_out), config),
-        throughput=("answers", float(config.k)),
+        throughput=("answers", sum(len(one.responses) for one in train) / len(train)),
         best=("held_out_accuracy", "higher"),
         flop_per_sample=training_flop(model.body, width) * tokens / width,
+        samples=len(train),
     )
-    report = report_of(config, fitted, split, tokens)
+    report = report_of(config, fitted, split, tokens, limits)
     report.model = measures.normalise(trainer, model, rankings, train[:64], training.dtype, shown)
     report.facts["scores 0 on average"] = f"{len(shown)} demonstrations" if shown else "training answers"
     report.facts["sample"] = reward_report.example(model, rankings, training.parallel)
@@ -210,7 +249,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     return report
 
 
-def report_of(config: Config, fitted: Fitted, split: Split, tokens: float) -> Report:
+def report_of(config: Config, fitted: Fitted, split: Split, tokens: float, limits: RowLimits) -> Report:
     """Accuracy and correlation before and after; `tokens` is the mean length of a comparison."""
     guess = measures.length_baseline(split.train, split.held_out, config.tie_tolerance, config.ties)
     return Report(
@@ -222,6 +261,8 @@ def report_of(config: Config, fitted: Fitted, split: Split, tokens: float) -> Re
         curves=[Curve("Reward model loss", ["loss"], "nats per prompt"), Curve("Accuracy", ["accuracy"])],
         facts={
             "comparisons": len(split.train),
+            "k": config.k,
+            **limits.facts,
             "steps": fitted.progress.step,
             "epochs": fitted.samples / len(split.train),
             "tokens": round(fitted.samples * tokens),
@@ -229,7 +270,7 @@ def report_of(config: Config, fitted: Fitted, split: Split, tokens: float) -> Re
             "held_out_accuracy": fitted.after["held_out_accuracy"],
             **fitted.facts,
         },
-        notes=fitted.notes,
+        notes=[*limits.notes, *fitted.notes],
     )
 
 
@@ -247,6 +288,7 @@ def records_read(config: Config) -> dict[str, str]:
 def compare_scores(config: Config, workspace: Workspace, report: Report) -> Answered:
     """The margin of the better one of ten held-out pairs, before training and after."""
     held_out = load_split(config, workspace).held_out
+    config = replace(config, max_tokens=report.facts["max_tokens"])
     return reward_report.compare_scores(config, workspace, str(report.model), held_out)
 
 

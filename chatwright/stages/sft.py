@@ -8,7 +8,7 @@ Departures from the paper:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from chatwright import compiler, runtime
 from chatwright.chat import NATIVE, ChatTemplate
-from chatwright.data.chat_rows import Rows, check_end_is_learnt, learnt_tokens, rows_of
+from chatwright.data.chat_rows import Rows, check_end_is_learnt, conversations_of, learnt_tokens, rows_of
+from chatwright.data.cuts import Cuts, check_limit, length_of_data
 from chatwright.data.packing import ChatBatch, PackedRow, batch_rows
 from chatwright.data.picture import legend, row_picture
 from chatwright.data.records import records_of
@@ -57,6 +58,7 @@ from chatwright.train.api import (
     fake_tokens,
     open_chat_base,
     planned_model,
+    room_for,
     say,
     start_training,
     training_flop,
@@ -74,7 +76,9 @@ class Config:
     data: str = field(default="data", metadata={"input": True})
     """The stage, or directory, with dialogues-train.jsonl and dialogues-validation.jsonl."""
     context: int = 0
-    """Tokens of a row: what is longer is cut, between exchanges; 0 takes the model's whole context."""
+    """Tokens of a row: what is longer is cut, between exchanges. 0: the longest conversation, rounded up to a
+    multiple of 64, at most the model's context and what memory holds; a conversation of more than 1,024
+    tokens and four times the usual length does not count, and is cut."""
     packing: bool = True
     """Let short conversations share a row; they cannot see each other."""
     held_out: int = 128
@@ -89,6 +93,9 @@ class Config:
     """Optimiser and schedule."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How processes share the work."""
+
+    def __post_init__(self) -> None:
+        check_limit("context", self.context, 8)
 
 
 PAPER = (
@@ -147,19 +154,35 @@ def step(model: GPT, batch: ChatBatch) -> Step:
     )
 
 
-def start(config: Config, workspace: Workspace) -> tuple[ChatBase, Path, int]:
-    """The base model, the directory of the conversations, and the tokens of a row. Raises UserError."""
+STEP = 64
+"""A row length that comes from the data is a multiple of this."""
+
+
+def start(config: Config, workspace: Workspace) -> tuple[ChatBase, Path]:
+    """The base model, and the directory of the conversations. Raises UserError."""
     base = open_chat_base(config.base, workspace, template=NATIVE)
     base.template.end_ids(base.tokenizer)
-    context = base.model.config.context
-    return base, records_of(workspace.resolve(config.data)), min(config.context or context, context)
+    return base, records_of(workspace.resolve(config.data))
 
 
-def training_rows(config: Config, workspace: Workspace, base: ChatBase, records: Path, length: int) -> Rows:
-    """The training rows, in their random order. Raises UserError."""
-    file = records / "dialogues-train.jsonl"
-    rows = rows_of(file, base.template, base.tokenizer, length, packing=config.packing)
-    return Rows(rows, length, SampleOrder(len(rows), workspace.seed))
+def training_rows(config: Config, workspace: Workspace, base: ChatBase, records: Path) -> tuple[Rows, Cuts]:
+    """The training rows, in their random order, and what was cut. Their length is the setting `context`, or
+    that of the conversations. Raises UserError."""
+    file, shape = records / "dialogues-train.jsonl", base.model.config
+    cuts = Cuts("conversations", "context", min(config.context or shape.context, shape.context), step=STEP)
+    read = conversations_of(file, base.template, base.tokenizer)
+    if not config.context:
+        read = iter(known := list(read))
+        lengths = [len(one.whole.ids) for one in known if one.whole is not None]
+        wanted = length_of_data(lengths, step=STEP, floor=SHORT) or STEP
+        cuts.room = room_for(
+            "sft", PLAN, shape, wanted, lambda tokens: replace(config, context=tokens), step=STEP
+        )
+        cuts.limit = min(wanted, cuts.room.most)
+    rows = rows_of(
+        file, base.template, base.tokenizer, cuts.limit, packing=config.packing, cuts=cuts, read=read
+    )
+    return Rows(rows, cuts.limit, SampleOrder(len(rows), workspace.seed)), cuts
 
 
 def preview(config: Config, workspace: Workspace, count: int) -> None:
@@ -168,16 +191,16 @@ def preview(config: Config, workspace: Workspace, count: int) -> None:
     Nothing is trained or written. Raises UserError as `run` does. When the end token is not learnt, the rows
     are printed first.
     """
-    base, records, length = start(config, workspace)
-    rows, colours = training_rows(config, workspace, base, records, length), console.is_terminal
+    base, records = start(config, workspace)
+    (rows, cuts), colours = training_rows(config, workspace, base, records), console.is_terminal
     console.print(Text("What the model learns to write is ").append(legend(colours=colours)), soft_wrap=True)
     for number in rows.order.take(0, min(count, len(rows.rows))):
         row = rows.rows[number]
-        held = f"{len(row.ids)} of {length} tokens in {row.documents[-1]} conversations"
+        held = f"{len(row.ids)} of {rows.length} tokens in {row.documents[-1]} conversations"
         say(f"\nrow {number}: {held}, {learnt_tokens(row)} learnt")
         picture = row_picture(row, base.tokenizer, end=base.template.end, colours=colours)
         console.print(picture, soft_wrap=True)
-    say(f"\n{rows}")
+    say(f"\n{rows}\n{cuts}")
     check_end_is_learnt(rows.rows, base.template, base.tokenizer)
 
 
@@ -231,19 +254,19 @@ def held_out_loss(step: Callable[[ChatBatch], Step], rows: list[PackedRow], leng
 
 def run(config: Config, workspace: Workspace) -> Report:
     """Fine-tune on conversations and measure the loss of held-out answers before and after."""
-    base, records, length = start(config, workspace)
+    base, records = start(config, workspace)
     model = base.model.to(runtime.device())
-    rows = training_rows(config, workspace, base, records, length)
-    check_end_is_learnt(rows.rows, base.template, base.tokenizer)
-    file, most = records / "dialogues-validation.jsonl", config.held_out
-    held_out = rows_of(file, base.template, base.tokenizer, length, packing=True, limit=most)[:most]
-    share = rows.learnt / rows.size
+    rows, cuts = training_rows(config, workspace, base, records)
+    say(f"  {rows}\n  {cuts}")
+    check_end_is_learnt(rows.rows, base.template, base.tokenizer, cuts)
+    length, most = rows.length, config.held_out
+    held_out = held_out_rows(records, base, length, most)
+    config, share = replace(config, context=length), rows.learnt / rows.size
     training = start_training("sft", PLAN, config, workspace, model.config, learnt=share)
     compiling = partial(compiled_for, length=length)
     trainer = training.trainer(
         model, base.tokenizer, base.template, generation=base.generation, compiling=compiling
     )
-    say(f"  {rows}")
     train_step = training.in_precision(partial(step, model))
     fitted = training.fit(
         trainer,
@@ -253,12 +276,25 @@ def run(config: Config, workspace: Workspace) -> Report:
         throughput=("tokens", rows.tokens / rows.size * length),
         best=("held_out_loss", "lower"),
         flop_per_sample=training_flop(model, length),
+        samples=len(rows.rows),
     )
-    return report_of(training, fitted, rows, base)
+    return report_of(training, fitted, rows, base, cuts)
 
 
-def report_of(training: StageTraining[Config], fitted: Fitted, rows: Rows, base: ChatBase) -> Report:
-    """The report: held-out loss, amounts of data, and the beginning of the first row."""
+def held_out_rows(records: Path, base: ChatBase, length: int, most: int) -> list[PackedRow]:
+    """At most `most` rows of held-out conversations; says what is cut of them. Raises UserError."""
+    cuts = Cuts("held-out conversations", "context", length, step=STEP)
+    file = records / "dialogues-validation.jsonl"
+    rows = rows_of(file, base.template, base.tokenizer, length, packing=True, limit=most, cuts=cuts)
+    if cuts.causes:
+        say(f"  {cuts}")
+    return rows[:most]
+
+
+def report_of(
+    training: StageTraining[Config], fitted: Fitted, rows: Rows, base: ChatBase, cuts: Cuts
+) -> Report:
+    """The report: held-out loss, amounts of data, what was cut, and the beginning of the first row."""
     filled = rows.tokens / rows.size
     directory, named = training.workspace.directory, training.config.base
     return Report(
@@ -267,6 +303,8 @@ def report_of(training: StageTraining[Config], fitted: Fitted, rows: Rows, base:
         model=fitted.model,
         facts={
             "rows": len(rows.rows),
+            "context": rows.length,
+            "cut": cuts.facts,
             "filled": filled,
             "tokens learnt": rows.learnt,
             "steps": fitted.progress.step,
@@ -275,7 +313,7 @@ def report_of(training: StageTraining[Config], fitted: Fitted, rows: Rows, base:
             **fitted.facts,
             **write_adapter(base.model, directory, base=named, parallel=training.parallel),
         },
-        notes=fitted.notes,
+        notes=[*cuts.notes, *fitted.notes],
         tables=[excerpt(rows.rows[rows.order[0]], base.tokenizer, base.template)],
     )
 

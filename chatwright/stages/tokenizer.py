@@ -81,7 +81,18 @@ def run(config: Config, workspace: Workspace) -> Report:
             "validation_bytes": held_out.text_bytes,
             **compressed,
         },
+        notes=not_read(config, train.text_bytes),
     )
+
+
+def not_read(config: Config, text_bytes: int) -> list[str]:
+    """The line that says that merges were learnt on a part of `text_bytes` of text; also on the console."""
+    if config.base or text_bytes <= config.train_bytes:
+        return []
+    part = f"{config.train_bytes:,} of {text_bytes:,} bytes"
+    line = f"merges were learnt on the first {part} of the training documents (train_bytes)"
+    say(f"  {line}")
+    return [line]
 
 
 STAGE = Stage(config=Config, run=run, plan=None, reads=lambda config: {"text": config.data})

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 
 from chatwright import checkpoint, runtime
 from chatwright.config import to_plain
+from chatwright.interop.adapter_origin import FOLDER, origin_of
 from chatwright.interop.peft import write_peft
 from chatwright.metrics import say
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import LoRAConfig, adapter_names, adapters_of, add_lora, lora_parameters
 from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelContext
-
-FOLDER = "adapter"
-"""Directory of a finished stage's adapter in PEFT's format."""
 
 
 def metadata(config: LoRAConfig, **bases: nn.Module) -> dict[str, Any]:
@@ -64,7 +62,7 @@ def write_adapter(
     model: GPT, directory: Path, *, base: str, parallel: ParallelContext = SINGLE_PROCESS
 ) -> dict[str, Any]:
     """Write the adapter of a stage's model, if it has one, to `directory`/adapter; returns facts for the
-    stage's report."""
+    stage's report. `base` is the stage's setting: another stage of the run, or any model."""
     if not adapter_names(model):
         return {}
     target = directory / FOLDER
@@ -74,7 +72,8 @@ def write_adapter(
 
     def write() -> None:
         shutil.rmtree(target, ignore_errors=True)  # from an earlier run of the same stage
-        write_peft(_whole(model, tensors) if tensors else model, target, base=base)
+        origin = origin_of(base, directory.parent)
+        write_peft(_whole(model, tensors) if tensors else model, target, origin=origin)
 
     runtime.broadcast_from_rank0(write)
     return {"adapter": FOLDER, "trained_parameters": sum(p.numel() for p in lora_parameters(model))}

@@ -21,7 +21,14 @@ from chatwright.train.loop_metrics import (
 )
 from chatwright.train.paper import DETAILS, INSTRUCT, Paper
 from chatwright.train.parallel.context import ParallelConfig, ParallelContext
-from chatwright.train.planning.program import PlannedStage, StagePlan, StepProgram, fake_tokens
+from chatwright.train.planning.limits import room_for
+from chatwright.train.planning.program import (
+    PlannedStage,
+    StagePlan,
+    StepProgram,
+    fake_tokens,
+    tokens_of_data,
+)
 from chatwright.train.stage import Stage, kl_from_base
 from chatwright.train.stage_training import StageTraining, planned_model, start_training
 from chatwright.train.trainer import Step
@@ -64,8 +71,10 @@ __all__ = [
     "open_base",
     "open_chat_base",
     "planned_model",
+    "room_for",
     "say",
     "start_training",
+    "tokens_of_data",
     "training_flop",
     "write_adapter",
 ]

@@ -11,8 +11,7 @@ from chatwright.chat import ChatTemplate
 from chatwright.config import UserError
 from chatwright.generation_config import GenerationConfig
 from chatwright.interop.loaded import Loaded
-from chatwright.language_model import load_parts, note_on
-from chatwright.metrics import say
+from chatwright.language_model import load_parts
 from chatwright.model.config import GPTConfig
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.workspace import Workspace
@@ -43,8 +42,6 @@ def open_chat_base(
     gets `template`. Raises UserError when either is missing; `purpose` ends the message about the template.
     """
     base = open_base(name, workspace)
-    if name not in workspace.inputs and (note := note_on(name)):
-        say(f"  {note}")
     if base.tokenizer is None:
         raise UserError(f"{name} has no tokenizer")
     template = base.template or template

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from chatwright import checkpoint, memory, optim, runtime
 from chatwright.checkpoint import Checkpoint
@@ -18,6 +18,7 @@ from chatwright.config import UsageError, UserError
 from chatwright.metrics import progress_bar, say
 from chatwright.train import busy, cost, spikes
 from chatwright.train.fit_config import FitConfig
+from chatwright.train.planning import budget
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import AnyBatch, Batch, Progress, Step, Trainer
 from chatwright.train.workspace import Measure
@@ -82,11 +83,13 @@ class Fit(Generic[AnyBatch]):
         throughput: tuple[str, float] = ("samples", 1.0),
         best: Best | None = None,
         flop_per_sample: float | None = None,
+        settings: Any = None,
     ) -> None:
         """`step` computes the loss of a micro-batch; `evaluate` measures on held-out data.
 
         `throughput` is the unit of the speed shown and its number per sample: ("tokens", 256.0). `keep_best`
         chooses by `best`. `flop_per_sample` is the number of operations to train on a sample, where known.
+        `settings` are those of the stage, for advice.
         """
         config.check(trainer.optim_config.schedule)
         if config.keep_best and best is None:
@@ -106,6 +109,7 @@ class Fit(Generic[AnyBatch]):
             evaluate,
         )
         self.title, self.throughput = title, throughput
+        self.first_steps = budget.FirstSteps(title, config, settings)
         self.modules = list(trainer.modules.values())
 
     def run(self) -> Fitted:
@@ -154,6 +158,8 @@ class Fit(Generic[AnyBatch]):
                     if not config.steps:
                         busy.remember(progress.extra, spent, lost)
                 progress.joules += self.meter.spent()
+                if progress.step == self.fresh:  # not resumed
+                    self.first_steps.check(progress.step, spent - lost)
                 self._plan()
                 if progress.step % config.log_every == 0 or progress.step == progress.planned:
                     self._log(loss, spent)

@@ -158,10 +158,14 @@ class StageTraining(Generic[Settings]):
         throughput: tuple[str, float] = ("samples", 1.0),
         best: Best | None = None,
         flop_per_sample: float | None = None,
+        samples: int = 0,
     ) -> Fitted:
-        """Train to the end, measuring before and after. Arguments are those of `loop.Fit`. Raises
-        Interrupted, after saving, when the run is asked to stop."""
-        return Fit(
+        """Train to the end, measuring before and after. `samples` is the number of different ones, where
+        known; other arguments are those of `loop.Fit`. Raises Interrupted, after saving, when the run is
+        asked to stop, and UserError when a budget in seconds does not hold two steps."""
+        if note := few_samples(samples, self.settings.fit.batch_size, "fit.batch_size"):
+            say(f"  {note}")
+        fitted = Fit(
             trainer,
             self.settings.fit,
             batches,
@@ -171,7 +175,20 @@ class StageTraining(Generic[Settings]):
             throughput=throughput,
             best=best,
             flop_per_sample=flop_per_sample,
+            settings=self.settings,
         ).run()
+        fitted.notes.extend([note] if note else [])
+        return fitted
+
+
+def few_samples(samples: int, batch: int, setting: str) -> str:
+    """The line that says that a batch holds the same samples more than once; empty where it does not."""
+    if not 0 < samples < batch:
+        return ""
+    return (
+        f"{samples:,} samples are fewer than a batch of {batch:,}: every step sees each of them "
+        f"{batch / samples:.1f} times; {setting} {samples} would see each once"
+    )
 
 
 def planned_model(kind: type[Model], planned: PlannedStage, shape: GPTConfig) -> Model:

@@ -10,6 +10,7 @@ from typing import Any
 
 from chatwright import files
 from chatwright.config import UserError
+from chatwright.data.records import is_record_file
 from chatwright.metrics import Metric, MetricsLog
 from chatwright.trackers import Reporting
 
@@ -130,7 +131,7 @@ class Workspace:
         if name in self.inputs:
             return self.inputs[name]
         path = Path(name)
-        if path.exists():
+        if path.exists() or is_record_file(name):
             return path
         known = ", ".join(self.inputs) or "none"
         raise UserError(f"{name!r} is neither a finished stage of this run ({known}) nor an existing path")

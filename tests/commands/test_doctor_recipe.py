@@ -41,7 +41,11 @@ def test_the_built_in_recipe(run: Run, recipe: Callable[[str], Path], tmp_path: 
         ("{data: {text: boolqq}}", "data.text", "did you mean 'boolq'?"),
         ("{data: {dialogues: boolq}}", "data.dialogues", "boolq holds text records, not dialogue"),
         ("{data: {path: empty}}", "data.text", "empty"),
-        ("{data: {dialogues: ''}, sft: {base: smollm2}}", "data", "`dialogues` is empty, but sft"),
+        (
+            "{data: {dialogues: ''}, sft: {base: smollm2, context: 64}}",
+            "data",
+            "`dialogues` is empty, but sft",
+        ),
         ("{data: {ratings: ''}, reward: {base: smollm2}}", "data", "`ratings` is empty, but reward"),
         ("{data: {ratings: ''}, classifier: {base: smollm2}}", "data", "`ratings` is empty, but classifier"),
         (
@@ -65,7 +69,8 @@ def test_the_built_in_recipe(run: Run, recipe: Callable[[str], Path], tmp_path: 
         ("{pretrain: {tokenizer: ., model: {layerz: 3}}}", "pretrain", "layerz"),
         ("{data: {}, tokenizer: {vocab_size: 100}}", "recipe", "vocab_size 100 is too small"),
         (
-            "{pretrain: {tokenizer: ., model: {context: 64}}, ppo: {base: pretrain, reward: ., data: .}}",
+            "{pretrain: {tokenizer: ., model: {context: 64}}, ppo: {base: pretrain, reward: ., data: ., "
+            "max_prompt_tokens: 40, max_new_tokens: 32}}",
             "ppo",
             "do not fit into the model's context of 64",
         ),

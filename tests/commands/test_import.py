@@ -103,7 +103,7 @@ def test_nothing_is_overwritten_unasked(run: Run, good: Path, base_dir: Path, tm
 def test_targets_that_cannot_be(run: Run, good: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     code, _, err = run("import", good, tmp_path / "file")
-    assert code == 1 and "is a file" in err
+    assert code == 2 and "is a file" in err
     code, _, err = run("import", good, good, "--force")
     assert code == 1 and "same place" in err
     checkpoint.Checkpoint(good).verify()
@@ -129,7 +129,7 @@ def test_what_reads_back_otherwise_is_not_kept(
     monkeypatch.setattr(import_, "behaviour", spoilt)
     code, _, err = run("import", good, tmp_path / "deep" / "made")
     assert code == 1 and f"gives other {what} than its source" in err
-    assert list((tmp_path / "deep").iterdir()) == []
+    assert not (tmp_path / "deep").exists()
 
 
 def test_a_source_without_a_tokenizer(run: Run, hf_dir: Path, tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from pyarrow import parquet
 
 from chatwright.chat import check_messages
 from chatwright.config import UserError
-from chatwright.data import formats
+from chatwright.data import formats, preferences
 from chatwright.data.examples import Comparison, Dialogue
-from chatwright.data.files import Faults
+from chatwright.data.reading import Faults
 from chatwright.data.sources import comparisons, dialogues
 from chatwright.messages import parts_of, to_openai, write_tool_call
 
@@ -292,7 +292,7 @@ def test_images_are_refused_where_records_are_read_for_training() -> None:
 
 def test_an_answer_of_a_pair_is_the_text_that_the_model_says() -> None:
     called = [{"role": "assistant", "content": "", "tool_calls": [CALL]}]
-    read = formats.comparison({"prompt": ASKED[:1], "chosen": called, "rejected": ASKED[1:]})
+    read = preferences.comparison({"prompt": ASKED[:1], "chosen": called, "rejected": ASKED[1:]})
     assert read.responses == (write_tool_call("weather", '{"city": "Oslo", "é": [1]}'), "ho")
 
 
@@ -418,7 +418,7 @@ def test_every_way_to_write_a_pair_gives_the_same_comparison(
     write: Callable[..., Row], turns: list[tuple[str, str]], answers: list[str]
 ) -> None:
     prompt = [{"role": role, "content": text} for role, text in turns]
-    assert formats.comparison(write(prompt, *answers)) == Comparison.of(prompt, answers, (1.0, 0.0))  # type: ignore[arg-type]
+    assert preferences.comparison(write(prompt, *answers)) == Comparison.of(prompt, answers, (1.0, 0.0))  # type: ignore[arg-type]
 
 
 @given(
@@ -436,9 +436,9 @@ def test_rankings_are_ours(
     assert ("annotator" in json.loads(ranked.to_json())) == bool(
         annotator
     )  # older files have none, and still load
-    assert formats.comparison(json.loads(ranked.to_json())) == ranked
+    assert preferences.comparison(json.loads(ranked.to_json())) == ranked
     assert (
-        formats.comparison(
+        preferences.comparison(
             {"prompt": prompt, "responses": list(texts), "scores": list(scores), "annotator": annotator}
         )
         == ranked
@@ -451,10 +451,10 @@ RANKED = {"prompt": "p", "responses": ["a", "b"], "scores": [0, 1]}
 
 def test_a_setting_decides_between_rankings_and_pairs() -> None:
     with pytest.raises(ValueError, match="columns of two formats"):
-        formats.comparison(PAIR | RANKED)
-    assert formats.comparison(PAIR | RANKED, "ranked").scores == (0.0, 1.0)
-    assert formats.comparison(PAIR | RANKED, "pairs").scores == (1.0, 0.0)
-    assert formats.comparison({**PAIR, "annotator": 17}).annotator == "17"
+        preferences.comparison(PAIR | RANKED)
+    assert preferences.comparison(PAIR | RANKED, "ranked").scores == (0.0, 1.0)
+    assert preferences.comparison(PAIR | RANKED, "pairs").scores == (1.0, 0.0)
+    assert preferences.comparison({**PAIR, "annotator": 17}).annotator == "17"
 
 
 @pytest.mark.parametrize(
@@ -469,7 +469,8 @@ def test_a_setting_decides_between_rankings_and_pairs() -> None:
         ({**RANKED, "scores": [0]}, "2 responses but 1 scores"),
         ({**PAIR, "annotator": True}, "annotator must be a name or a number"),
         ({**PAIR, "chosen": ASKED}, "one of chosen and rejected is a text"),
-        ({"chosen": "a", "rejected": "b"}, "texts must begin with"),
+        ({"chosen": "a", "rejected": "b"}, "two texts must begin alike, with the prompt"),
+        ({"chosen": "Hi there", "rejected": "Hi you"}, "write the prompt into a column `prompt`"),
         (
             {"chosen": ASKED, "rejected": [{"role": "user", "content": "other"}, ASKED[1]]},
             "differ before their last message",
@@ -484,7 +485,7 @@ def test_a_setting_decides_between_rankings_and_pairs() -> None:
 )
 def test_comparisons_that_are_not_understood_are_refused(row: Row, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        formats.comparison(row)
+        preferences.comparison(row)
 
 
 def test_comparisons_come_from_files_and_not_from_named_sources(tmp_path: Path) -> None:

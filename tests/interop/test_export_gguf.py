@@ -322,13 +322,14 @@ def test_the_verb(chat_dir: Path, file: Path, capsys: pytest.CaptureFixture[str]
 def test_targets_that_cannot_be(chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "letter.gguf").write_text("Dear Sir")
     (tmp_path / "folder.gguf").mkdir()
-    for name, message in (
-        ("out", "ends with .gguf"),
-        ("folder.gguf", "is a directory"),
-        ("letter.gguf", "is not a GGUF model"),
-        ("letter.gguf/out.gguf", "cannot write"),
+    for name, message, code in (
+        ("out", "ends with .gguf", 1),
+        ("folder.gguf", "is a directory", 2),
+        ("letter.gguf", "is not a GGUF model", 1),
+        ("letter.gguf/out.gguf", "is a file and no folder", 2),
     ):
-        assert cli.main(["export", str(chat_dir), str(tmp_path / name), "--format", "gguf", "--force"]) == 1
+        options = ["--format", "gguf", "--force"]
+        assert cli.main(["export", str(chat_dir), str(tmp_path / name), *options]) == code
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
     assert (tmp_path / "letter.gguf").read_text() == "Dear Sir"

@@ -22,7 +22,8 @@ from chatwright.stages import ppo, pretrain, sft
 from chatwright.tokenizer import Tokenizer
 from chatwright.trackers import Reporting
 from chatwright.train.rl.outcome import kl_budget
-from chatwright.train.rl.rollout import prompts_from, sample_completions, texts_of
+from chatwright.train.rl.prompts import exchanges_from
+from chatwright.train.rl.rollout import sample_completions, texts_of
 from chatwright.train.workspace import Measure, Report, Workspace
 
 TOKENIZER = Tokenizer.train(["love hate good bad the cat is " * 3], 300)
@@ -77,7 +78,7 @@ def test_base_and_result_answer_the_same_prompts_with_the_same_seeds(stage: Work
     pairs = files.read_json(stage.directory / "pairs.json")
     file = stage.inputs["data"] / "records" / "dialogues-validation.jsonl"
     dialogues = [Dialogue.from_json(line) for line in file.read_text().splitlines()]
-    prompts = prompts_from(dialogues, NATIVE, TOKENIZER, max_tokens=40, most=64)
+    prompts = exchanges_from(dialogues, NATIVE, TOKENIZER, limit=40, most=64).prompts
     assert [pair["prompt"] for pair in pairs] == [f"is the cat {n}?" for n in range(10)]
     places = {"before": stage.inputs["sft"], "after": stage.directory / "checkpoints" / "step-000003"}
     for number, (side, place) in enumerate(places.items()):

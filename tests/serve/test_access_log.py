@@ -244,6 +244,16 @@ def test_a_log_that_cannot_be_opened_is_said_at_once(tmp_path: Path) -> None:
         AccessLog(str(tmp_path / "no" / "log"))
 
 
+def test_lines_are_added_to_logs_only(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("precious\n")
+    with pytest.raises(UserError, match=r"notes\.txt is no access log, and would get lines of one"):
+        AccessLog(str(notes))
+    assert notes.read_text() == "precious\n"
+    notes.write_text('{"time": 1}\n')
+    AccessLog(str(notes)).close()
+
+
 def test_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
     log = AccessLog("-")
     log.write({"a": "é\ud800"})

@@ -24,10 +24,10 @@ from chatwright.stages import evaluate, ppo, reward
 from chatwright.stages.evaluate import Config
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.rl.gold import sentiment
+from chatwright.train.rl.prompts import exchanges_from
 from chatwright.train.rl.rollout import (
     completion_log_probs,
     distinct,
-    prompts_from,
     sample_completions,
     texts_of,
 )
@@ -116,7 +116,7 @@ def test_the_measures_are_those_of_the_answers(save: Save, data: Path, tmp_path:
     dialogues = [
         Dialogue.from_json(line) for line in (data / "dialogues-validation.jsonl").read_text().splitlines()
     ]
-    prompts = prompts_from(dialogues, NATIVE, TOKENIZER, max_tokens=40, most=10)
+    prompts = exchanges_from(dialogues, NATIVE, TOKENIZER, limit=40, most=10).prompts
     assert len(prompts) == report.facts["prompts"] == 10
     end = TOKENIZER.control_ids["<|end|>"]
     texts, golds = {}, {}
@@ -165,7 +165,7 @@ def test_models_that_cannot_be_compared_are_refused(save: Save, data: Path, tmp_
         with pytest.raises(UserError, match=said):
             evaluate.run(config_of(*pair, data), Workspace(tmp_path / "eval", 5))
     short = replace(config_of(one, one, data), max_prompt_tokens=2)
-    with pytest.raises(UserError, match="no held-out prompts"):
+    with pytest.raises(UserError, match="raise max_prompt_tokens to 16 or more"):
         evaluate.run(short, Workspace(tmp_path / "eval", 5))
 
 

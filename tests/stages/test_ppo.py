@@ -27,10 +27,10 @@ from chatwright.train.rl import run as rl_run
 from chatwright.train.rl import training
 from chatwright.train.rl.fixed_prompts import FixedPrompts, prompt_sets
 from chatwright.train.rl.models import RLModels, load_reward
+from chatwright.train.rl.prompts import exchanges_from
 from chatwright.train.rl.rollout import (
     Completions,
     completion_log_probs,
-    prompts_from,
     sample_completions,
     texts_of,
 )
@@ -124,7 +124,7 @@ def measured_again(bench: Any, saved: Path) -> tuple[float, float]:
     dialogues = list(read_records(bench.inputs["data"] / "dialogues-train.jsonl", Dialogue))
     answers = sample_completions(
         kept.model,
-        prompts_from(dialogues, template, tokenizer, max_tokens=40, most=32),
+        exchanges_from(dialogues, template, tokenizer, limit=40, most=32).prompts,
         end=tokenizer.control_ids["<|end|>"],
         max_new_tokens=18,
         temperature=1.0,

@@ -148,5 +148,22 @@ def test_the_weight_is_the_number_of_targets_and_targets_follow_their_inputs(
 
 def test_too_little_text_for_one_window_says_so(tokenizer_bench: Any, tmp_path: Path) -> None:
     config = pretrain.Config(preset="modern-nano", model={"context": 10_000_000}, fit=vars_of()["fit"])
-    with pytest.raises(UserError, match="no training samples"):
+    with pytest.raises(
+        UserError, match=r"less than one window of 10000000: add text, or set model.context to"
+    ):
         tokenizer_bench.run(pretrain, config, tmp_path / "pretrain")
+
+
+def test_text_that_fills_no_window_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    shards = shards_of(101, 45)  # one window of 64 of the first shard, none of the second
+    assert pretrain.windows_of(shards, 64) == 1
+    assert "82 of 146 training tokens fill no window of 64 and are left out" in capsys.readouterr().out
+    assert pretrain.windows_of(shards_of(6_401), 64) == 100
+    assert capsys.readouterr().out == ""  # one token
+
+
+def test_text_shorter_than_a_window_names_the_setting() -> None:
+    with pytest.raises(
+        UserError, match=r"has 60 tokens, less than one window of 64: add text, or set model\."
+    ):
+        pretrain.windows_of(shards_of(60), 64)

@@ -11,7 +11,8 @@ from chatwright.optim import OptimConfig
 from chatwright.stages import ppo, reinforce, reward, sft
 from chatwright.train.paper import Paper, beside, shown
 
-FACTS = {"epochs": 2.4}
+FACTS = {"epochs": 2.4, "k": 16, "max_prompt_tokens": 96, "max_new_tokens": 32}
+"""What runs know at their end, limits that came from the data among them."""
 
 
 @pytest.mark.parametrize("module", [sft, reward, ppo, reinforce], ids=lambda module: module.__name__)
@@ -38,9 +39,20 @@ def test_what_is_worked_out_and_what_lies_in_a_setting_of_settings() -> None:
     assert rows["answers in all (iterations x batch_size)"]["same"]
     assert rows["batch_size"]["same"] and rows["minibatch_size"]["same"]
     slow = replace(reward.Config(), optim=OptimConfig(learning_rate=9e-6, schedule="cosine", final=0.1))
-    judged = {row["setting"]: row["same"] for row in beside(reward.PAPER, slow, {"epochs": 1.0})}
+    judged = {row["setting"]: row["same"] for row in beside(reward.PAPER, slow, {"epochs": 1.0, "k": 16})}
     assert judged["optim.learning_rate"] and judged["optim.final"] and judged["passes over the comparisons"]
     assert not judged["k"]  # 16, and the paper has 4 to 9
+
+
+def test_limits_from_the_data_are_those_of_the_run() -> None:
+    def ours(config: ppo.Config, **facts: int) -> dict[str, Any]:
+        return {row["setting"]: row["ours"] for row in beside(ppo.PAPER, config, facts)}
+
+    known = ours(ppo.Config(), max_prompt_tokens=88, max_new_tokens=136)
+    assert (known["max_prompt_tokens"], known["max_new_tokens"]) == (88, 136)
+    assert "max_new_tokens" not in ours(ppo.Config())
+    assert ours(ppo.Config(max_new_tokens=32))["max_new_tokens"] == 32
+    assert next(row["ours"] for row in beside(reward.PAPER, reward.Config(), {"k": 2})) == 2
 
 
 def test_what_is_not_known_of_a_run_is_left_out() -> None:

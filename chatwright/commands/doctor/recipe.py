@@ -15,6 +15,7 @@ from chatwright.commands.doctor.machine import gigabytes
 from chatwright.config import UsageError, UserError
 from chatwright.data import archives, sources
 from chatwright.data.catalogue import Kind, find
+from chatwright.data.records import is_record_file
 from chatwright.model.config import GPTConfig
 from chatwright.recipe import Recipe, RecipeStage, find_recipe, read_recipe, shape_of
 from chatwright.stages import data
@@ -57,7 +58,8 @@ def _inputs(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
     stage can do without may be missing under its usual name."""
     left_out = [f.default for f in fields(stage.config) if f.metadata.get("optional")]
     for name in stage.inputs:
-        if name in recipe.stages or Path(name).exists() or name == "smollm2" or name.startswith("hf:"):
+        there = Path(name).exists() or is_record_file(name)
+        if name in recipe.stages or there or name == "smollm2" or name.startswith("hf:"):
             continue
         if name in left_out:
             continue
@@ -91,26 +93,16 @@ def _portions(stage: RecipeStage) -> Iterator[Finding]:
 
 def _data(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
     """The sources of a data stage: whether they exist, are of the right kind, and must be downloaded."""
-    config = stage.config
-    wanted: list[tuple[str, str, Kind, Any]] = [
-        ("text", config.path or config.text, "text", sources.documents),
-        (
-            "dialogues",
-            config.dialogues,
-            "dialogue",
-            partial(sources.dialogues, format=config.dialogue_format),
-        ),
-        ("ratings", config.ratings, "labelled", sources.labelled_texts),
-        (
-            "comparisons",
-            config.comparisons,
-            "comparison",
-            partial(sources.comparisons, format=config.comparison_format),
-        ),
+    config, named = stage.config, data.sources_of(stage.config)
+    wanted: list[tuple[str, Kind, Any]] = [
+        ("text", "text", sources.documents),
+        ("dialogues", "dialogue", partial(sources.dialogues, format=config.dialogue_format)),
+        ("ratings", "labelled", sources.labelled_texts),
+        ("comparisons", "comparison", partial(sources.comparisons, format=config.comparison_format)),
     ]
-    for setting, specs, kind, read in wanted:
-        if specs:
-            for spec in sources.split_specs(specs):
+    for setting, kind, read in wanted:
+        if named[setting]:
+            for spec in sources.split_specs(named[setting]):
                 yield _source(stage, setting, spec, kind, read)
     needed: dict[str, list[str]] = {}
     for other in recipe.stages.values():
@@ -118,8 +110,7 @@ def _data(stage: RecipeStage, recipe: Recipe) -> Iterator[Finding]:
             if source == stage.name:
                 needed.setdefault(records, []).append(other.name)
     for records, users in needed.items():
-        given = config.path or config.text if records == "text" else getattr(config, records)
-        if not given:
+        if not named[records]:
             yield Finding(
                 "problem",
                 stage.name,

@@ -17,6 +17,7 @@ import threading
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -38,15 +39,33 @@ WAITING_LINES = 10_000
 STREAMS = ("text/event-stream", "application/x-ndjson")
 
 
+def _check_is_log(path: str) -> None:
+    """Raise UserError when the file exists and does not begin with a line of JSON: lines are added to logs
+    only."""
+    file = Path(path)
+    try:
+        if path == "-" or not file.is_file():  # a pipe or a device is not looked into
+            return
+        with file.open("rb") as opened:
+            begin = opened.read(1)
+    except OSError as error:
+        raise UserError(f"--access_log {path}: {error.strerror}") from None
+    if begin not in (b"", b"{"):
+        raise UserError(
+            f"--access_log {path} is no access log, and would get lines of one; name another file"
+        )
+
+
 class AccessLog:
     """A file of JSON lines, or standard error for "-". Any thread may write. Raises UserError when it cannot
-    be opened.
+    be opened, or is no log.
 
     The file is opened again after it was moved away, as logrotate does.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
+        _check_is_log(path)
         self._file = self._open()
         self._torn = False  # whether the last line was cut off in its middle
         self._lost = 0

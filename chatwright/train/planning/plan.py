@@ -21,6 +21,7 @@ from chatwright.metrics import duration, say
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.train.parallel.context import ParallelContext
+from chatwright.train.planning.budget import SURE, too_short
 from chatwright.train.planning.dry_run import DryRun, Operation, dry_run
 from chatwright.train.planning.program import PlannedStage, StagePlan, program_of
 from chatwright.train.planning.timing import SECONDS, seconds_of
@@ -233,9 +234,13 @@ def rough_seconds(planned: PlannedStage) -> float:
     if not planned.steps:
         return float(getattr(planned.fit, "seconds", 0.0))
     rows, length = planned.rows
+    return 6 * parameters_of(planned.shape) * planned.batch * rows * length * planned.steps / ROUGH
+
+
+def parameters_of(shape: GPTConfig) -> int:
+    """Number of parameters of a language model of this shape; needs no memory."""
     with torch.device("meta"):
-        parameters = GPT(planned.shape).parameter_count()
-    return 6 * parameters * planned.batch * rows * length * planned.steps / ROUGH
+        return GPT(shape).parameter_count()
 
 
 def worth_planning(planned: PlannedStage) -> bool:
@@ -254,7 +259,7 @@ def ahead(
 ) -> Any:
     """Print the plan of a stage that is about to start; returns its settings with the micro-batch that fits.
 
-    Raises UserError, in every process, when none fits.
+    Raises UserError, in every process, when none fits, or when a budget in seconds does not hold a step.
     """
     mesh_shape = getattr(parallel, "mesh_shape", None)
     planned = PlannedStage(
@@ -276,8 +281,21 @@ def _ahead(planned: PlannedStage) -> int:
     started = time.monotonic()
     plan = choose(planned, budget=min(SECONDS, SHARE * rough_seconds(planned)))
     besides = "; sampling comes on top" if planned.plan.samples else ""
+    if not planned.plan.full_rows:
+        besides += f"; for rows of {planned.rows[1]} tokens, shorter ones take less"
     say(f"  {plan.line()}{besides} (planned in {time.monotonic() - started:.0f} s)")
+    _check_budget(planned, plan)
     if planned.fit is None or planned.fit.micro_batch or plan.micro == plan.batch:
         return 0
     say(f"  the whole batch of {plan.batch} does not fit; micro-batches of {plan.micro} change no result")
     return plan.micro
+
+
+def _check_budget(planned: PlannedStage, plan: Plan) -> None:
+    """Raise UserError when a step will clearly take longer than the whole budget in seconds."""
+    if planned.steps or not plan.seconds or not planned.plan.full_rows:
+        return
+    if plan.seconds > SURE * plan.budget_seconds and plan.budget_seconds:
+        error = too_short(planned.stage, planned.config, plan.budget_seconds, plan.seconds)
+        if error is not None:
+            raise error

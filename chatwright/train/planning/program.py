@@ -28,9 +28,19 @@ class StepProgram:
     """One batch of the held-out measure, without gradients."""
 
 
+ASSUMED = 512
+"""Tokens of a row whose length comes from the data (`context` or `max_tokens` 0), before the data is read."""
+
+
+def tokens_of_data(limit: int, shape: GPTConfig) -> int:
+    """Tokens of a row: the setting, or `ASSUMED` while it is 0; at most the model's context."""
+    return min(limit or ASSUMED, shape.context)
+
+
 def tokens_of_context(config: Any, shape: GPTConfig) -> tuple[int, int]:
-    """(1, tokens of a row): the setting `context`, or the model's whole context."""
-    return 1, min(getattr(config, "context", 0) or shape.context, shape.context)
+    """(1, tokens of a row): the setting `context` as in `tokens_of_data`; without such a setting the model's
+    whole context."""
+    return 1, tokens_of_data(getattr(config, "context", shape.context), shape)
 
 
 def steps_of_fit(config: Any) -> int:
@@ -48,6 +58,9 @@ class StagePlan:
     """Settings and shape -> rows per sample, tokens per row."""
     steps: Callable[[Any], int] = steps_of_fit
     """Settings -> optimiser steps; 0 where a budget in seconds decides."""
+    full_rows: bool = True
+    """Whether every row is as long as `rows` says. Else that is the longest, and a step takes less time than
+    its plan says."""
     one_graph: bool = False
     """Whether a compiled step is one graph, rather than compiled blocks with eager code between them."""
     holds_records: bool = True

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from chatwright import runtime
 from chatwright.chat import Message
+from chatwright.data.cuts import cause_of
 from chatwright.data.examples import Comparison
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives.preference import Ties, pair_accuracy, pair_wins
@@ -189,6 +190,7 @@ def refuse_if_learnt_by_heart(
         held_out=report.facts["held_out_accuracy"],
         length=report.measures[1].after or 0.5,
         pairs=pairs,
+        cut=cause_of(report.facts.get("cut")),
     )
     if diagnosis is not None:
         report.model = None  # no other stage may use it

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -57,15 +60,58 @@ class RankedBatch:
         return float((pair_wins(self.labels, self.tie_tolerance, self.ties) > 0).flatten(1).any(1).sum())
 
 
+class AnswerEncoder:
+    """Prompts with answers as ids. Each prompt and each answer is tokenised once, and kept."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+        self.template, self.tokenizer = template, tokenizer
+        self._prompts: dict[str, array[int]] = {}
+        self._answers: dict[str, array[int]] = {}
+
+    def read(self, answers: Iterable[str]) -> None:
+        """Tokenise many answers at once, on all cores."""
+        new = list(dict.fromkeys(one for one in answers if one not in self._answers))
+        for start in range(0, len(new), TOGETHER):
+            part = new[start : start + TOGETHER]
+            for text, ids in zip(part, self.tokenizer.encode_batch(part), strict=True):
+                self._answers[text] = array("i", ids)
+
+    def prompt(self, prompt: Sequence[Message]) -> array[int]:
+        """The ids of a prompt, up to where the answer begins."""
+        key = json.dumps(prompt)
+        if key not in self._prompts:
+            encoded = self.template.encode(list(prompt), self.tokenizer, add_generation_prompt=True)
+            self._prompts[key] = array("i", encoded.ids)
+        return self._prompts[key]
+
+    def answer(self, answer: str) -> array[int]:
+        """The ids of an answer, without its end token."""
+        if answer not in self._answers:
+            self._answers[answer] = array("i", self.tokenizer.encode(answer))
+        return self._answers[answer]
+
+    def row(self, prompt: Sequence[Message], answer: str, max_tokens: int = 0) -> list[int]:
+        """Prompt, answer and end token as at most `max_tokens` ids (0: any number).
+
+        An answer stays whole where it fits, and the prompt loses its beginning; what is still too long loses
+        the answer's end. A row always ends with the end token, where it is scored."""
+        before, content = self.prompt(prompt), self.answer(answer)
+        limit = max_tokens or len(before) + len(content) + 2
+        content = content[: limit - 2]
+        room = limit - 1 - len(content)
+        end = self.tokenizer.control_ids[self.template.end]
+        return [*before[len(before) - min(room, len(before)) :], *content, end]
+
+
+TOGETHER = 4096
+"""Answers that are tokenised in one call."""
+
+
 def encode_answer(
     prompt: Sequence[Message], answer: str, template: ChatTemplate, tokenizer: Tokenizer, max_tokens: int
 ) -> list[int]:
-    """Prompt, answer and end token as at most `max_tokens` ids. Both are cut if needed, so that a row always
-    ends with the end token, where it is scored."""
-    before = template.encode(list(prompt), tokenizer, add_generation_prompt=True).ids
-    content = tokenizer.encode(answer)[: max_tokens - 2]
-    room = max_tokens - 1 - len(content)
-    return [*before[len(before) - min(room, len(before)) :], *content, tokenizer.control_ids[template.end]]
+    """One row of `AnswerEncoder`."""
+    return AnswerEncoder(template, tokenizer).row(prompt, answer, max_tokens)
 
 
 def padded(
@@ -141,6 +187,12 @@ class Rankings:
     tokenizer: Tokenizer
     config: RankingConfig
     order: SampleOrder
+    encoder: AnswerEncoder | None = None
+    """Where the answers are already tokenised."""
+
+    @cached_property
+    def _encoder(self) -> AnswerEncoder:
+        return self.encoder or AnswerEncoder(self.template, self.tokenizer)
 
     def take(self, start: int, count: int) -> RankedBatch:
         """Samples start ... start + count - 1."""
@@ -154,9 +206,7 @@ class Rankings:
         for one in chosen:
             for n in range(k):
                 answer = one.responses[n] if n < len(one.responses) else ""
-                rows.append(
-                    encode_answer(one.prompt, answer, self.template, self.tokenizer, config.max_tokens)
-                )
+                rows.append(self._encoder.row(one.prompt, answer, config.max_tokens))
                 labels.append(one.scores[n] if n < len(one.scores) else float("nan"))
         ids, mask = padded(rows, self.tokenizer)
         return RankedBatch(
@@ -183,17 +233,24 @@ def own_comparisons(directory: Path) -> tuple[list[Comparison], list[Comparison]
     return both[0], both[1]
 
 
+FROM_RATINGS = 16
+"""Answers of a comparison made from ratings, where the setting does not say."""
+
+
 def rated_comparisons(
     records: Path, k: int, seed: int, *, labels: int = 0
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """Training and held-out comparisons made from rated texts, for training from `labels` of them (0: all).
-    Raises UserError."""
-    made = []
-    for side, passes in zip(SIDES, (PASSES, 1), strict=True):
+    """Training and held-out comparisons of `k` answers made from rated texts (0: `FROM_RATINGS`, or as many
+    as there are), for training from `labels` of them (0: all). Raises UserError."""
+    sides = {}
+    for side in SIDES:
         texts = list(read_records(records / f"ratings-{side}.jsonl", LabelledText))
-        if side == "train":
-            texts = drawn(texts, labels, seed)
-        made.append(from_ratings(texts, first_prompts(records / f"dialogues-{side}.jsonl"), k, seed, passes))
+        sides[side] = drawn(texts, labels, seed) if side == "train" else texts
+    k = k or max(2, min(FROM_RATINGS, *map(len, sides.values())))
+    made = [
+        from_ratings(sides[side], first_prompts(records / f"dialogues-{side}.jsonl"), k, seed, passes)
+        for side, passes in zip(SIDES, (PASSES, 1), strict=True)
+    ]
     return made[0], made[1]
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from chatwright.config import UsageError
+from chatwright.data.cuts import check_limit
 from chatwright.model.lora import LoRAConfig
 from chatwright.optim import OptimConfig
-from chatwright.train.paper import DETAILS, INSTRUCT, Paper
+from chatwright.train.paper import DETAILS, INSTRUCT, Facts, Paper
 from chatwright.train.parallel.context import ParallelConfig
 from chatwright.train.rl.gold import SENTIMENT
 
@@ -29,10 +31,12 @@ class RLConfig:
     """Completions sampled per iteration."""
     minibatch_size: int = 32
     """Completions per optimiser step."""
-    max_prompt_tokens: int = 96
-    """Prompts longer than this are left out."""
-    max_new_tokens: int = 32
-    """Length at which an answer is cut off."""
+    max_prompt_tokens: int = 0
+    """Prompts longer than this are left out; 0: the length that holds 99 % of the data's prompts, as far as
+    the model's context and memory allow."""
+    max_new_tokens: int = 0
+    """Length at which an answer is cut off, and then gets `unfinished_score`; 0: the length that holds 99 %
+    of the answers in the data's conversations, as far as the model's context and memory allow."""
     temperature: float = 1.0
     """Sampling temperature; logits are divided by it in rollout and in training alike."""
     entropy_coefficient: float = 0.0
@@ -115,6 +119,8 @@ class RLConfig:
     """How processes share the work."""
 
     def __post_init__(self) -> None:
+        check_limit("max_prompt_tokens", self.max_prompt_tokens, 1)
+        check_limit("max_new_tokens", self.max_new_tokens, 1)
         if self.batch_size % self.minibatch_size:
             raise UsageError(
                 f"batch_size {self.batch_size} must be a multiple of minibatch_size {self.minibatch_size}"
@@ -134,6 +140,13 @@ class RLConfig:
             raise UsageError(f"ema {self.ema:g} must be at least 0 and below 1")
 
 
+def _limit(name: str) -> Callable[[Any, Facts], int | None]:
+    """A limit of a run: the one that came from the data, or the setting; None while it is not known."""
+    return lambda config, facts: facts.get(name) or getattr(config, name) or None
+
+
+PROMPT_LIMIT, ANSWER_LIMIT = _limit("max_prompt_tokens"), _limit("max_new_tokens")
+
 SHARED_PAPER = (
     Paper(
         "answers in all (iterations x batch_size)",
@@ -142,8 +155,8 @@ SHARED_PAPER = (
         lambda config, facts: config.iterations * config.batch_size,
     ),
     Paper("batch_size", 512, INSTRUCT),
-    Paper("max_prompt_tokens", 1_000, INSTRUCT),
-    Paper("max_new_tokens", 1_000, INSTRUCT),
+    Paper("max_prompt_tokens", 1_000, INSTRUCT, PROMPT_LIMIT),
+    Paper("max_new_tokens", 1_000, INSTRUCT, ANSWER_LIMIT),
     Paper("beta", 0.02, INSTRUCT),
     Paper("kl_target", 0.0, f"{INSTRUCT}: beta is fixed; it adapts in Ziegler et al. 2019"),
     Paper("ptx", 27.8, f"{INSTRUCT}: of a sum over texts, here of a mean over tokens"),

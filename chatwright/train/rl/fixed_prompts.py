@@ -20,16 +20,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from chatwright.chat import ChatTemplate
 from chatwright.config import UserError
 from chatwright.data.examples import Dialogue
 from chatwright.data.records import has_records, read_records
 from chatwright.metrics import say
 from chatwright.objectives import policy as objective
 from chatwright.tokenizer import Tokenizer
+from chatwright.train.base import ChatBase
 from chatwright.train.rl.gold import Gold
 from chatwright.train.rl.models import RLModels, ScoringConfig, score_rollout
-from chatwright.train.rl.rollout import distinct, prompts_from, sample_completions, texts_of
+from chatwright.train.rl.prompts import exchanges_from
+from chatwright.train.rl.rollout import distinct, sample_completions, texts_of
 
 LEFT_OUT = 5
 """Without held-out conversations, one in so many training prompts is left out of training."""
@@ -72,6 +73,8 @@ class SetSizes(ScoringConfig, Protocol):
     """The settings that decide the sizes of the sets, and how completions are sampled and scored."""
 
     @property
+    def max_prompt_tokens(self) -> int: ...
+    @property
     def max_new_tokens(self) -> int: ...
     @property
     def evaluate_prompts(self) -> int: ...
@@ -79,27 +82,21 @@ class SetSizes(ScoringConfig, Protocol):
     def held_out_prompts(self) -> int: ...
 
 
-def prompt_sets(
-    training: Sequence[list[int]],
-    records: Path,
-    template: ChatTemplate,
-    tokenizer: Tokenizer,
-    max_tokens: int,
-    config: SetSizes,
-) -> PromptSets:
+def prompt_sets(training: Sequence[list[int]], records: Path, base: ChatBase, config: SetSizes) -> PromptSets:
     """Divide the prompts. Held-out ones come from the data stage's held-out conversations. Where there are
     none, every fifth training prompt is left out of training and used instead."""
     file = records / "dialogues-validation.jsonl"
-    held_out = prompts_from(
-        _held_out_dialogues(file), template, tokenizer, max_tokens=max_tokens, most=config.held_out_prompts
-    )
+    limit, most = config.max_prompt_tokens, config.held_out_prompts
+    held_out = exchanges_from(
+        _held_out_dialogues(file), base.template, base.tokenizer, limit=limit, most=most
+    ).prompts
     note = ""
     if not held_out and len(training) >= LEFT_OUT:
         held_out = list(training[LEFT_OUT - 1 :: LEFT_OUT][: config.held_out_prompts])
         out = set(range(LEFT_OUT - 1, len(training), LEFT_OUT)[: config.held_out_prompts])
         training = [prompt for n, prompt in enumerate(training) if n not in out]
         note = (
-            f"there are no held-out conversations with a prompt of at most {max_tokens} tokens: the result "
+            f"there are no held-out conversations with a prompt of at most {limit} tokens: the result "
             f"is measured on {len(held_out)} training prompts that are left out of training"
         )
         say(f"  {note}")

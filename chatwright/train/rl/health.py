@@ -77,6 +77,9 @@ class Limits:
     """Iterations that are averaged to find a peak; 0 looks for no peak of the score."""
     rounding: Rounding = FLOAT32
     """Limits for the precision of the policy's products."""
+    too_short: str = ""
+    """What `max_new_tokens` cuts of people's own answers, and what to set, where it cuts most of them
+    (`chatwright/train/rl/prompts.py::OwnAnswers`)."""
 
 
 def diagnose(history: History, limits: Limits) -> Diagnosis | None:
@@ -96,11 +99,17 @@ def diagnose_ratio(gap: float, rounding: Rounding = FLOAT32) -> Diagnosis | None
     )
 
 
-def diagnose_reward(*, train: float, held_out: float, length: float, pairs: int) -> Diagnosis | None:
+MORE_COMPARISONS = "More comparisons, fewer passes, or a split by prompt"
+
+
+def diagnose_reward(
+    *, train: float, held_out: float, length: float, pairs: int, cut: str = ""
+) -> Diagnosis | None:
     """Whether a reward model has only learnt its training prompts: its accuracy is good on training pairs
     (`train`), and on `pairs` held-out ones (`held_out`) within two standard errors of chance.
 
-    `length` is the accuracy of length alone on the held-out pairs.
+    `length` is the accuracy of length alone on the held-out pairs. `cut` says what was cut of the answers
+    (`chatwright/data/cuts.py::cause_of`), if anything was.
     """
     error = 0.5 / math.sqrt(max(pairs, 1))
     if train < 0.7 or held_out > 0.5 + 2 * error:
@@ -109,8 +118,8 @@ def diagnose_reward(*, train: float, held_out: float, length: float, pairs: int)
     return Diagnosis(
         f"the reward model orders {100 * train:.0f} % of its training pairs rightly and {100 * held_out:.0f} "
         f"% of {pairs:,} held-out ones, which is chance: it knows the training prompts by "
-        f"heart{', or their lengths' if biased else ''} (length alone: {100 * length:.0f} %). More "
-        "comparisons, fewer passes, or a split by prompt",
+        f"heart{', or their lengths' if biased else ''} (length alone: {100 * length:.0f} %). "
+        + (f"First of all keep the answers whole: {cut}" if cut else MORE_COMPARISONS),
         fatal=True,
     )
 
@@ -142,11 +151,11 @@ def _kl_is_negative(history: History, limits: Limits) -> Diagnosis | None:
 def _no_end_was_learnt(history: History, limits: Limits) -> Diagnosis | None:
     if len(history) != 3 or any(row["finished"] >= 0.02 for row in history):
         return None
-    return Diagnosis(
-        "no answer has come to its end since the start (three iterations): the end token was outside the "
-        "loss of SFT, or max_new_tokens is far too small (chatwright doctor MODEL shows the loss mask)",
-        fatal=True,
+    cause = limits.too_short or (
+        "the end token was outside the loss of SFT (chatwright doctor MODEL shows the loss mask), or the "
+        "model's answers are longer than people's own, and than max_new_tokens"
     )
+    return Diagnosis(f"no answer has come to its end since the start (three iterations): {cause}", fatal=True)
 
 
 def _critic_is_broken(history: History, limits: Limits) -> Diagnosis | None:
@@ -193,7 +202,8 @@ def _answers_end_no_more(history: History, limits: Limits) -> Diagnosis | None:
     recent = history[-3:]
     if len(recent) < 3 or not all(row["finished"] < 0.02 for row in recent):
         return None
-    return Diagnosis("no answer comes to its end any more (three iterations)", fatal=False)
+    cause = f": {limits.too_short}" if limits.too_short else ""
+    return Diagnosis(f"no answer comes to its end any more (three iterations){cause}", fatal=False)
 
 
 def _reward_is_hacked(history: History, limits: Limits) -> Diagnosis | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from chatwright import checkpoint, files, runtime
 from chatwright.config import UserError
+from chatwright.data.cuts import cause_of
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import find_checkpoint
 from chatwright.model.attention import plain_attention
@@ -308,10 +309,13 @@ def load_reward(directory: Path, base: Loaded, min_correlation: float) -> Scalar
     quality = facts.get("held_out_correlation")
     if quality is None or quality < min_correlation:
         told = "is not known" if quality is None else f"is {quality:.3f}"
+        cut = cause_of(facts.get("cut"))
+        more = f"First of all keep its answers whole: {cut}. Or train" if cut else "Train"
         raise UserError(
             f"the reward model's correlation with held-out ratings {told}, PPO wants {min_correlation:g}: a "
-            "weaker one is exploited, not followed (answers collapse while its score rises). Train it longer "
-            "or on more ratings, start it from a better model, or lower min_correlation at your own risk"
+            "weaker one is exploited, not followed (answers collapse while its score rises). "
+            f"{more} it longer or on more ratings, start it from a better model, or lower min_correlation at "
+            "your own risk"
         )
     return read_reward(found)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
@@ -19,16 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from chatwright import runtime
-from chatwright.chat import ChatTemplate
-from chatwright.config import UserError
-from chatwright.data.examples import Dialogue
 from chatwright.data.loader import WIDTH_STEP, pad
-from chatwright.data.records import read_records
 from chatwright.generate.engine import Engine
 from chatwright.generate.request import Request
 from chatwright.generate.sampling import Sampling
 from chatwright.language_model import exact_runner
-from chatwright.messages import described
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.model.ragged import bucket_size
@@ -153,49 +147,6 @@ def from_tensors(kind: type[Batch], tensors: Mapping[str, Tensor], prefix: str =
         else:
             values.append(one.bool() if one.dtype == torch.uint8 else one)
     return kind(*values)
-
-
-def prompts_with_texts(
-    dialogues: Sequence[Dialogue], template: ChatTemplate, tokenizer: Tokenizer, *, max_tokens: int, most: int
-) -> tuple[list[list[int]], list[str]]:
-    """`prompts_from`, and each prompt as people read it: its turns, separated by ` / `, without anything that
-    the template adds (control tokens, roles, a system prompt of its own)."""
-    prompts: list[list[int]] = []
-    texts: list[str] = []
-    for dialogue in dialogues:
-        turns = [n for n, message in enumerate(dialogue.messages) if message["role"] == "user"]
-        for n in turns[:3]:
-            messages = dialogue.messages[: n + 1]
-            ids = template.encode(messages, tokenizer, add_generation_prompt=True).ids
-            if len(ids) <= max_tokens:
-                prompts.append(ids)
-                texts.append(" / ".join(described(message["content"]) for message in messages))
-        if len(prompts) >= most:
-            break
-    return prompts[:most], texts[:most]
-
-
-def prompts_from(
-    dialogues: Sequence[Dialogue], template: ChatTemplate, tokenizer: Tokenizer, *, max_tokens: int, most: int
-) -> list[list[int]]:
-    """Up to `most` prompts: conversations that end with a user's turn, as ids after which the answer begins.
-
-    Each of the first three user turns of a conversation gives one prompt. Prompts longer than `max_tokens`
-    are left out.
-    """
-    return prompts_with_texts(dialogues, template, tokenizer, max_tokens=max_tokens, most=most)[0]
-
-
-def training_prompts(
-    records: Path, template: ChatTemplate, tokenizer: Tokenizer, max_tokens: int
-) -> list[list[int]]:
-    """At most 4,000 prompts from a data stage's training dialogues. Raises UserError when none is short
-    enough."""
-    dialogues = list(read_records(records / "dialogues-train.jsonl", Dialogue))
-    prompts = prompts_from(dialogues, template, tokenizer, max_tokens=max_tokens, most=4_000)
-    if not prompts:
-        raise UserError(f"no prompt in {records} has at most {max_tokens} tokens; raise max_prompt_tokens")
-    return prompts
 
 
 def sample_completions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,27 +10,32 @@ from typing import Any
 from torch import nn
 
 from chatwright import files, memory
-from chatwright.data.records import records_of
+from chatwright.data.examples import Dialogue
+from chatwright.data.records import read_records, records_of
 from chatwright.interop.loaded import Loaded
-from chatwright.metrics import progress_bar, say
+from chatwright.metrics import duration, progress_bar, say
 from chatwright.model.heads import ScalarModel
 from chatwright.train import adapters
 from chatwright.train.base import ChatBase, model_metadata, model_texts, open_chat_base
 from chatwright.train.compiled import compile_blocks
 from chatwright.train.parallel.context import ParallelContext
+from chatwright.train.planning.budget import seconds
 from chatwright.train.rl.config import RLConfig
 from chatwright.train.rl.ema import ema_of
 from chatwright.train.rl.fixed_prompts import prompt_sets
 from chatwright.train.rl.gold import gold_of
 from chatwright.train.rl.models import RLModels, load_reward, make_models
+from chatwright.train.rl.prompts import ask
 from chatwright.train.rl.ptx import GeneralText
-from chatwright.train.rl.rollout import training_prompts
 from chatwright.train.rl.step_program import PLAN
 from chatwright.train.rl.training import PolicyTraining
 from chatwright.train.stage_training import start_training
 from chatwright.train.stopping import Interrupted, Stopper
 from chatwright.train.trainer import Trainer
-from chatwright.train.workspace import Report, Workspace
+from chatwright.train.workspace import Report, Unhealthy, Workspace
+
+MOST_PROMPTS = 4_000
+"""Prompts that are taken from the conversations."""
 
 
 def train_policy(
@@ -40,16 +46,10 @@ def train_policy(
     title = method.title
     base = open_chat_base(config.base, workspace, purpose=f"{title.upper()} needs a model after sft")
     reward = load_reward(workspace.resolve(config.reward), base, config.min_correlation)
-    longest = min(config.max_prompt_tokens, base.model.config.context - config.max_new_tokens)
     records = records_of(workspace.resolve(config.data))
-    prompts = prompt_sets(
-        training_prompts(records, base.template, base.tokenizer, longest),
-        records,
-        base.template,
-        base.tokenizer,
-        longest,
-        config,
-    )
+    dialogues = list(read_records(records / "dialogues-train.jsonl", Dialogue))
+    asked = ask(title, config, dialogues, base, most=MOST_PROMPTS, plan=PLAN)
+    config, prompts = asked.config, prompt_sets(asked.prompts, records, base, asked.config)
     gold, text = gold_of(config.gold, workspace.resolve, base), None
     if config.text:
         context = config.ptx_context or base.model.config.context
@@ -67,10 +67,18 @@ def train_policy(
         f"completions; KL budget {config.kl_budget:g} nats"
     )
     with Stopper().listening() as stopper:
-        run = method(config, workspace, trainer, models, base, prompts, gold=gold, text=text)
+        cause = asked.own.cause
+        run = method(config, workspace, trainer, models, base, prompts, gold=gold, text=text, too_short=cause)
+        if len(prompts.training) < (each := config.batch_size // run.per_prompt):
+            times = f"{each / len(prompts.training):.1f} times"
+            say(f"  fewer prompts than the {each} of an iteration: each is asked {times} in it")
         run.asked = lambda: stopper.asked
-        run_iterations(run)
-    report = run.report()
+        try:
+            run_iterations(run)
+        except Unhealthy as found:
+            asked.tell(found.report)
+            raise
+    report = asked.tell(run.report())
     report.warnings += doubts_of_reward(workspace.resolve(config.reward))
     return report
 
@@ -86,9 +94,12 @@ def run_iterations(run: PolicyTraining[Any, Any]) -> None:
     """Iterate to the end. Raises Interrupted when the run is asked to stop, after saving."""
     trainer, config = run.trainer, run.config
     with progress_bar(run.title) as bar:
-        compiled = config.compile
+        compiled, began = config.compile, time.monotonic()
         while not run.finished:
             line = run.iteration()
+            if began and not run.finished:
+                say_how_long(config, time.monotonic() - began, trainer.progress.step)
+                began = 0.0
             if compiled:
                 memory.trim_heap()  # the compiler has seen all shapes of a block by now
                 compiled = False
@@ -100,6 +111,26 @@ def run_iterations(run: PolicyTraining[Any, Any]) -> None:
                     trainer.save(protected=run.protected)
                 where = f"saved at iteration {trainer.progress.step}"
                 raise Interrupted(f"{run.title}: {where}; the same command goes on from there")
+
+
+LONG = 600.0
+"""Seconds; a run that will take longer says so after its first iteration."""
+
+
+def say_how_long(config: RLConfig, spent: float, done: int) -> None:
+    """Say how long the iterations that are left will take, where that is long, and what makes them shorter.
+    An iteration took `spent` seconds."""
+    left = config.iterations - done
+    if left * spent < LONG:
+        return
+    ways = [
+        f"{name} below {getattr(config, name)}" for name in ("iterations", "batch_size", "max_new_tokens")
+    ]
+    ways += [] if config.lora.rank else ["lora.rank 8"]
+    took = (
+        f"an iteration takes {seconds(spent)}: the {left} that are left take about {duration(left * spent)}"
+    )
+    say(f"  {took}; shorter: {', '.join(ways)}")
 
 
 def trainer_and_models(

@@ -13,7 +13,13 @@ from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives.language import projected_log_probs
 from chatwright.train import adapters
-from chatwright.train.planning.program import PlannedStage, StagePlan, StepProgram, fake_tokens
+from chatwright.train.planning.program import (
+    PlannedStage,
+    StagePlan,
+    StepProgram,
+    fake_tokens,
+    tokens_of_data,
+)
 
 
 def step_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
@@ -37,7 +43,7 @@ def step_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
     def step(samples: int) -> Tensor:
         ids = fake_tokens(samples, length)
         # Of general text all positions are learnt from.
-        places = ids.new_zeros(samples * (length if needed.ptx else needed.max_new_tokens))
+        places = ids.new_zeros(samples * (length if needed.ptx else lengths(needed, shape)[1]))
         with runtime.autocast(dtype):
             hidden = policy.hidden_at(ids, places)
             loss = projected_log_probs(hidden, policy.head.weight, places, softcap=shape.logit_softcap).sum()
@@ -46,9 +52,16 @@ def step_program(planned: PlannedStage, shape: GPTConfig) -> StepProgram:
     return StepProgram(trained, step, frozen=frozen, vocabulary=shape.vocab_size)
 
 
+def lengths(config: Any, shape: GPTConfig) -> tuple[int, int]:
+    """Tokens of a prompt and of a completion; half of the assumed row each while they come from data that are
+    not yet read."""
+    assumed = tokens_of_data(0, shape) // 2
+    return config.max_prompt_tokens or assumed, config.max_new_tokens or assumed
+
+
 def rows(config: Any, shape: GPTConfig) -> tuple[int, int]:
     """(1, tokens of a row): prompt and completion, or a window of general text, whichever is longer."""
-    completion = config.max_prompt_tokens + config.max_new_tokens
+    completion = sum(lengths(config, shape))
     text = (config.ptx_context or shape.context) if config.ptx else 0
     return 1, max(completion, text)  # the two passes run one after the other
 

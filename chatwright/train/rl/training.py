@@ -91,12 +91,14 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         *,
         gold: Gold | None = None,
         text: GeneralText | None = None,
+        too_short: str = "",
     ) -> None:
+        """`too_short` is that of `health.Limits`."""
         self.config, self.workspace, self.trainer, self.models = config, workspace, trainer, models
         self.parallel = trainer.parallel
         self.sets, self.prompts = prompts, prompts.training
         self.order = SampleOrder(len(self.prompts), workspace.seed)
-        self.gold, self.text = gold, text
+        self.gold, self.text, self.too_short = gold, text, too_short
         assert base.tokenizer is not None and base.template is not None
         self.tokenizer = base.tokenizer
         self.end = base.tokenizer.control_ids[base.template.end]
@@ -217,7 +219,8 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         self.latest, history = logged, self.extra["history"]
         history.append({key: logged[key] for key in health.WATCHED if key in logged})
         diagnosis = health.diagnose(
-            history, health.Limits(self.config.kl_budget, self.config.patience, self.rounding)
+            history,
+            health.Limits(self.config.kl_budget, self.config.patience, self.rounding, self.too_short),
         )
         if diagnosis is not None and diagnosis.fatal:
             self._break_off(diagnosis)

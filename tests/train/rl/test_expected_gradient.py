@@ -76,7 +76,7 @@ def models(
     add_lora(policy, LoRAConfig(rank=4, alpha=8.0), "policy")
     trained, draw = lora_parameters(policy), torch.Generator().manual_seed(5)
     for one in trained:
-        one.data.add_(0.1 * torch.randn(one.shape, generator=draw))
+        one.data.add_(0.3 * torch.randn(one.shape, generator=draw))
         one.requires_grad_(True)
     return RLModels(policy, None, *judges), trained
 

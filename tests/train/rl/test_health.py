@@ -107,6 +107,23 @@ def test_a_model_that_never_learnt_to_end_is_broken_and_one_that_unlearnt_it_is_
     assert later is not None and not later.fatal
 
 
+def test_answers_that_never_end_blame_the_limit_where_it_cuts_peoples_own() -> None:
+    cause = "max_new_tokens 32 cuts 90 % of the conversations' own answers"
+    limits = Limits(kl_budget=10.0, too_short=cause)
+    found = diagnose([{**HEALTHY, "finished": 0.0}] * 3, limits)
+    assert found is not None and found.fatal and cause in found.text and "outside the loss" not in found.text
+    later = diagnose([HEALTHY, *[{**HEALTHY, "finished": 0.0}] * 3], limits)
+    assert later is not None and cause in later.text
+
+
+def test_a_reward_model_that_knows_by_heart_blames_the_cut_where_answers_were_cut() -> None:
+    known = {"train": 0.95, "held_out": 0.51, "length": 0.5, "pairs": 1000}
+    plain, cut = diagnose_reward(**known), diagnose_reward(**known, cut="30 of 80 answers were cut")
+    assert plain is not None and "More comparisons" in plain.text
+    assert cut is not None and "First of all keep the answers whole: 30 of 80 answers were cut" in cut.text
+    assert "More comparisons" not in cut.text
+
+
 def test_numbers_that_cannot_be_trusted_come_first() -> None:
     found = diagnose([{**HEALTHY, "kl": 99.0, "sampler_error": 1.0}], LIMITS)
     assert found is not None and found.fatal

@@ -17,13 +17,12 @@ from chatwright.generate.sampling import Sampling
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.tokenizer import Tokenizer
+from chatwright.train.rl.prompts import exchanges_from
 from chatwright.train.rl.rollout import (
     Completions,
     completion_log_probs,
     degenerate,
     distinct,
-    prompts_from,
-    prompts_with_texts,
     sample_completions,
     texts_of,
     values_before,
@@ -203,10 +202,16 @@ def test_prompts_are_users_turns_with_what_stands_before_them(chat_tokenizer: To
     def encoded(turns: int) -> list[int]:
         return NATIVE.encode(dialogue.messages[:turns], chat_tokenizer, add_generation_prompt=True).ids
 
-    found = prompts_from([long, dialogue], NATIVE, chat_tokenizer, max_tokens=60, most=10)
+    found = exchanges_from([long, dialogue], NATIVE, chat_tokenizer, limit=60, most=10).prompts
     assert found == [encoded(1), encoded(3), encoded(5)]  # three at most from one conversation
-    assert prompts_from([dialogue], NATIVE, chat_tokenizer, max_tokens=len(encoded(3)), most=10) == found[:2]
-    assert prompts_from([dialogue] * 9, NATIVE, chat_tokenizer, max_tokens=60, most=4) == [*found, found[0]]
+    assert (
+        exchanges_from([dialogue], NATIVE, chat_tokenizer, limit=len(encoded(3)), most=10).prompts
+        == found[:2]
+    )
+    assert exchanges_from([dialogue] * 9, NATIVE, chat_tokenizer, limit=60, most=4).prompts == [
+        *found,
+        found[0],
+    ]
 
 
 def test_a_prompt_is_read_without_what_its_template_adds(chat_tokenizer: Tokenizer) -> None:
@@ -219,7 +224,8 @@ def test_a_prompt_is_read_without_what_its_template_adds(chat_tokenizer: Tokeniz
     template = ChatTemplate(source, "<|end|>")
     turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Bye\n")]
     dialogue = Dialogue.of([{"role": role, "content": content} for role, content in turns])
-    ids, texts = prompts_with_texts([dialogue], template, chat_tokenizer, max_tokens=200, most=9)
+    found = exchanges_from([dialogue], template, chat_tokenizer, limit=200, most=9)
+    ids, texts = found.prompts, found.texts
     assert texts == ["Hi", "Hi / Hello. / Bye\n"] and len(ids) == 2
     assert "You are helpful" in chat_tokenizer.decode(ids[0])
 
