@@ -104,7 +104,6 @@ class TerminalChat:
 
         from chatwright.generate.sampling import Sampling
         from chatwright.generation_config import chat_options, told
-        from chatwright.model_names import weights_note
 
         model.require_template()  # refuses a base model now, not at the first message
         self.model = model
@@ -114,7 +113,7 @@ class TerminalChat:
         self.sampling = Sampling(
             max_new_tokens=config.max_new_tokens, **chat_options(model.generation, given)
         )
-        self._sampled, self._note = told(model.generation, given), weights_note(model.name)
+        self._sampled = told(model.generation, given)
         self.messages: list[Message] = []
         self._turns = 0
         self._saved: set[Path] = set()
@@ -128,8 +127,6 @@ class TerminalChat:
             import readline  # noqa: F401  (gives input() editing and history)
         self._say(f"Chat with {harmless(self.model.name)}. /help lists the commands.")
         self._say(f"Sampling: {harmless(self._sampled)}.")
-        if self._note:
-            self._say(f"{self._note}.")
         while True:
             try:
                 if not self._handle(input("\nyou> "), label="model> "):

@@ -23,6 +23,7 @@ from chatwright.model.config import GPTConfig
 from chatwright.stages import ppo
 from chatwright.stages.ppo import Config, score_rollouts
 from chatwright.tokenizer import Tokenizer
+from chatwright.train.base import open_chat_base
 from chatwright.train.rl import run as rl_run
 from chatwright.train.rl import training
 from chatwright.train.rl.fixed_prompts import FixedPrompts, prompt_sets
@@ -35,6 +36,7 @@ from chatwright.train.rl.rollout import (
     texts_of,
 )
 from chatwright.train.stopping import Interrupted
+from chatwright.train.workspace import Workspace
 from support.planted import LEARNING, MINI, gain, plant_fixed
 
 
@@ -216,11 +218,10 @@ def test_without_held_out_conversations_some_prompts_are_left_out_of_training(
     assert said in told and any(said in note for note in report.notes)
     assert report.facts["held_out"]["score"]["prompts"] == 20
 
-    parts = load_parts(planted_bench.inputs["sft"])
-    assert parts.tokenizer is not None and parts.template is not None
+    base = open_chat_base("sft", Workspace(tmp_path, inputs=planted_bench.inputs))
     dialogues = list(read_records(data / "dialogues-train.jsonl", Dialogue))
-    prompts = prompts_from(dialogues, parts.template, parts.tokenizer, max_tokens=40, most=4_000)
-    sets = prompt_sets(prompts, data, parts.template, parts.tokenizer, 40, config)
+    prompts = exchanges_from(dialogues, base.template, base.tokenizer, limit=40, most=4_000).prompts
+    sets = prompt_sets(prompts, data, base, config)
     assert sets.held_out is not None and list(sets.held_out.prompts) == prompts[4::5][:20]
     assert len(sets.training) == len(prompts) - 20
     assert list(sets.choosing.prompts) == list(sets.training[:32])
