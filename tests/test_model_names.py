@@ -99,7 +99,7 @@ def test_models_elsewhere_are_finished(tmp_path: Path, chat_dir: Path) -> None:
 
 def test_rounded_weights_are_named() -> None:
     assert "Q4_1" in SMOLLM2_MEMBER  # what the note says
-    assert "4 bits a number (Q4_1)" in weights_note("smollm2") and SMOLLM2_HUB in weights_note("smollm2")
+    assert "4-bit weights (Q4_1" in weights_note("smollm2") and SMOLLM2_HUB in weights_note("smollm2")
     assert weights_note(f"hf:{SMOLLM2_HUB}") == weights_note("runs/my") == ""
 
 
