@@ -305,8 +305,8 @@ def measure(
     if low <= commoner:
         report.warnings.append(
             f"nothing was shown: the accuracy is {accuracy:.3f} ({note}), and always saying the commoner "
-            f"class has {commoner:.3f}; do not train a policy on this model before it is better, or before more "
-            "texts are held out"
+            f"class has {commoner:.3f}; do not train a policy on this model before it is better, or before "
+            "more texts are held out"
         )
     report.facts |= {key: after[key] for key in ("held_out_accuracy", "held_out_correlation")}
     report.facts["held_out_accuracy_interval"] = [low, high]
