@@ -247,6 +247,8 @@ def compare_models(
     tell: Callable[[str], None] = say,
 ) -> ModelComparison:
     """Ask all models, one after the other, and measure. `tell` gets a line for each. Raises UserError."""
+    for note in dict.fromkeys(filter(None, map(weights_note, names))):
+        tell(f"  {note}")
     for name in names:  # before any of them answers: that takes a while
         if not (Path(name).exists() or name == "smollm2" or name.startswith("hf:") or "+" in name):
             load(name)  # raises UserError with the names that there are
@@ -254,8 +256,6 @@ def compare_models(
     answered = []
     for name in names:
         tell(f"  asking {name} {len(prompts)} prompts")
-        if note := weights_note(name):
-            tell(f"  {note}")
         one = ask(name, prompts, given, most=most, seed=seed)
         if scorer is not None:
             one = replace(one, scores=scorer.scores(prompts, one.texts))

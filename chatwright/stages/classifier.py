@@ -68,6 +68,7 @@ from chatwright.train.preference.rated_texts import (
     parts_within,
 )
 from chatwright.train.preference.scalar import PURPOSE, scalar_program, scalar_trainer
+from chatwright.train.statistics import wilson_interval
 from chatwright.train.trainer import Trainer
 
 
@@ -297,13 +298,28 @@ def measure(
     report: Report, before: dict[str, float], after: dict[str, float], good: Bool[Tensor, " n"]
 ) -> None:
     """Add the held-out measures of the calibrated classifier to the report."""
-    share = float(good.float().mean())
+    share, accuracy = float(good.float().mean()), after["held_out_accuracy"]
+    commoner = max(share, 1 - share)
+    low, high = wilson_interval(accuracy * len(good), len(good))
+    note = f"95 % interval {low:.3f} to {high:.3f}, {len(good)} texts"
+    if low <= commoner:
+        report.warnings.append(
+            f"nothing was shown: the accuracy is {accuracy:.3f} ({note}), and always saying the commoner "
+            f"class has {commoner:.3f}; do not train a policy on this model before it is better, or before "
+            "more texts are held out"
+        )
     report.facts |= {key: after[key] for key in ("held_out_accuracy", "held_out_correlation")}
+    report.facts["held_out_accuracy_interval"] = [low, high]
     report.measures += [
         Measure(
-            "accuracy on held-out texts", before["held_out_accuracy"], after["held_out_accuracy"], "higher"
+            "accuracy on held-out texts",
+            before["held_out_accuracy"],
+            accuracy,
+            "higher",
+            note,
+            (low, high),
         ),
-        Measure("accuracy of the commoner class", None, max(share, 1 - share), "context"),
+        Measure("accuracy of the commoner class", None, commoner, "context"),
         Measure(
             "loss on held-out texts",
             before["held_out_loss"],

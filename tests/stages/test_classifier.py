@@ -81,6 +81,20 @@ def test_a_planted_mood_is_learnt(trained: tuple[Path, Report], learnt: Any) -> 
     assert report.pictures == ["calibration.png"] and (directory / "calibration.png").is_file()
 
 
+@pytest.mark.parametrize(("accuracy", "warned"), [(0.9, False), (0.65, True), (0.5, True)])
+def test_an_accuracy_that_may_be_that_of_the_commoner_class_is_warned_of(
+    accuracy: float, warned: bool
+) -> None:
+    report, good = Report(), torch.tensor([True] * 60 + [False] * 40)
+    found = {"held_out_accuracy": accuracy, "held_out_loss": 0.5, "held_out_correlation": 0.5}
+    classifier.measure(report, found, found, good)
+    (low, high) = report.facts["held_out_accuracy_interval"]
+    assert low < accuracy < high and report.measures[0].interval == (low, high)
+    assert report.measures[0].note == f"95 % interval {low:.3f} to {high:.3f}, 100 texts"
+    assert len(report.warnings) == warned
+    assert all(one.startswith("nothing was shown: the accuracy is") for one in report.warnings)
+
+
 @pytest.mark.learns
 @torch.no_grad()
 def test_its_score_is_the_calibrated_log_odds(

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import typing
 from pathlib import Path
@@ -136,7 +137,7 @@ def test_former_settings_are_read(name: str, capsys: pytest.CaptureFixture[str],
         told = f"{old} is called {new} now; the former name is read until version 0.3\n"
         assert capsys.readouterr().err == f"{name}: {told}"
         file = tmp_path / "old.yaml"
-        file.write_text(f"stages:\n  it: {{use: {name}, {old}: {value}}}\n", encoding="utf-8")
+        file.write_text(f"stages:\n  it: {{use: {name}, {old}: {json.dumps(value)}}}\n", encoding="utf-8")
         assert setting(read_recipe(file, {}).stages["it"].config, new) == value
         assert capsys.readouterr().err == f"{file}: it: {told}"
         read_recipe(file.with_name("old.yaml"), {"it": {}})
