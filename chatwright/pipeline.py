@@ -86,7 +86,7 @@ def run_stage(
 
 def _run_stage(stage: RecipeStage, workspace: Workspace, *, prompt: str) -> None:
     folder = StageFolder(workspace.directory, stage.verb)
-    with folder.attempt(kept=Interrupted):
+    with folder.attempt(kept=Interrupted, tell=say):
         begin = partial(_begin, stage, workspace, folder)
         mark = runtime.broadcast_from_rank0(begin) if hasattr(stage.config, "parallel") else begin()
         if mark is None:
