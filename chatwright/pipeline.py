@@ -86,7 +86,7 @@ def run_stage(
 
 def _run_stage(stage: RecipeStage, workspace: Workspace, *, prompt: str) -> None:
     folder = StageFolder(workspace.directory, stage.verb)
-    with folder.attempt(kept=Interrupted):
+    with folder.attempt(kept=Interrupted, tell=say):
         begin = partial(_begin, stage, workspace, folder)
         mark = runtime.broadcast_from_rank0(begin) if hasattr(stage.config, "parallel") else begin()
         if mark is None:
@@ -232,7 +232,7 @@ def check_inputs(stage: RecipeStage, inputs: Collection[str]) -> None:
             continue
         if name not in records and is_known(name):
             continue
-        if not Path(name).exists():
+        if not Path(name).exists() and own_file(name) is None:
             known = f"a finished stage of this run ({', '.join(inputs) or 'there is none'})"
             hint = "" if name in records else near_hub(name)
             raise UserError(

@@ -22,7 +22,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,7 @@ class StageFolder:
         return self._mark() == mark
 
     @contextlib.contextmanager
-    def attempt(self, *, kept: type[BaseException]) -> Iterator[None]:
+    def attempt(self, *, kept: type[BaseException], tell: Callable[[str], None]) -> Iterator[None]:
         """An attempt, from before `begin` to its end. If it fails at once, `begin` is taken back, except
         after an exception of the type `kept`, which says that the same command goes on."""
         try:
@@ -201,7 +201,9 @@ class StageFolder:
             self.settle()
             raise
         except BaseException:
-            self.undo()
+            moved = bool(self._renamed)
+            if self.undo() and moved:  # people have read that it was moved
+                tell(f"[{self.path.name}] could not begin: {self.path} is as it was")
             raise
         self.settle()
 

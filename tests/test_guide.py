@@ -48,6 +48,17 @@ def of_stage(name: str, options: str) -> str:
     return re.sub(r"--(\w)", rf"--{name}.\1", options)
 
 
+OWN = " ".join(
+    (
+        "--sft.base small",
+        of_stage("sft", f"{FIT} --held_out 2 --fit.evaluate_every 1"),
+        of_stage("reward", f"{FIT} --fit.evaluate_every 1").replace("--reward.fit.batch_size 2", ""),
+        of_stage("ppo", POLICY),
+        of_stage("evaluate", "--prompts 4 --max_prompt_tokens 40 --max_new_tokens 8"),
+    )
+)
+"""What is added to `run own`, whose stages are others than those of the quickstart's recipe."""
+
 SIZES = {
     "pretrain": f"{FIT} --model '{SHAPE}'",
     "sft": f"{FIT} --held_out 2",
@@ -170,8 +181,8 @@ class Reader:
         if words[:2] == ["chatwright", "serve"]:
             self.serve(words[1:])
         elif words[0] == "chatwright":
-            more = shlex.split(SIZES.get(words[1], ""))
-            if words[1] == "run" and "--data.path" not in words:
+            more = shlex.split(OWN if words[1:3] == ["run", "own"] else SIZES.get(words[1], ""))
+            if words[1:3] == ["run", "tiny"] and "--data.path" not in words:
                 more += ["--data.path", "texts"]
             self.patch.setattr(sys, "stdin", io.StringIO("Hi!\n"))
             assert cli.main([*words[1:], *more]) == 0, command

@@ -241,6 +241,18 @@ def test_options_are_checked(model: LanguageModel, options: dict[str, Any]) -> N
         model.generate("x", **options)
 
 
+def test_an_option_that_there_is_none_of_is_answered_with_the_nearest(model: LanguageModel) -> None:
+    for ask in (model.generate, model.complete):
+        with pytest.raises(
+            UserError, match="sampling has no option 'max_new_token'; did you mean 'max_new_tok"
+        ):
+            ask("hi", max_new_token=3)
+    with pytest.raises(UserError, match="did you mean 'temperature'"):
+        model.chat([{"role": "user", "content": "hi"}], temprature=0.5)
+    with pytest.raises(UserError, match="max_new_tokens is 'many'; it must be a whole number"):
+        model.chat([{"role": "user", "content": "hi"}], max_new_tokens="many")
+
+
 def test_no_random_state_is_touched(model: LanguageModel) -> None:
     before = torch.get_rng_state()
     model.generate("x", max_new_tokens=3, seed=1)

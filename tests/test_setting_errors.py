@@ -97,6 +97,9 @@ FILES: tuple[tuple[bytes, str], ...] = (
     (b"fit: 3", "c.yaml: fit: expected a mapping of settings, found 3"),
     (b"use: reward", "c.yaml has the settings of the stage reward, not of sft"),
     (b"- 3", "c.yaml: expected a mapping of settings"),
+    (b"", "c.yaml: expected a mapping of settings"),
+    (b"base: caf\xe9", "c.yaml:1: not UTF-8"),
+    (b"fit: {steps: 3", "c.yaml:1: not valid YAML"),
 )
 
 

@@ -157,8 +157,11 @@ def test_an_input_that_fails_later_leaves_the_disk_as_it_was(run: Run, tmp_path:
     told = refused(run, tmp_path, "make", "--out", "runs/a/make", "--fail", "input")
     assert told == "the input is no good"
     assert run("make", "--out", "runs/a/make")[0] == 0
-    refused(run, tmp_path, "make", "--out", "runs/a/make", "--fail", "input")
-    assert not list(tmp_path.rglob("*.old-*"))
+    before = disk(tmp_path)
+    code, out, err = run("make", "--out", "runs/a/make", "--fail", "input")
+    assert code == 1 and one_line(err) == "the input is no good"
+    assert "[make] could not begin: runs/a/make is as it was" in out
+    assert disk(tmp_path) == before
 
 
 def test_a_mistake_in_the_last_stage_shows_before_the_first_begins(run: Run, tmp_path: Path) -> None:

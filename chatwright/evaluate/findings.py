@@ -36,8 +36,12 @@ class Findings:
 
     def left_out(self, what: str, why: str) -> None:
         """Say that something is not measured."""
-        say(f"  {what} left out: {why}")
-        self.report.notes.append(f"{what} left out: {why}")
+        self.tell(f"{what} left out: {why}")
+
+    def tell(self, line: str) -> None:
+        """A line on the console and in the report."""
+        say(f"  {line}")
+        self.report.notes.append(line)
 
     def conclude(self) -> None:
         """One line on what was shown, printed and at the head of the notes."""

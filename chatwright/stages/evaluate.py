@@ -47,6 +47,8 @@ from chatwright.train.api import (
     open_chat_base,
 )
 from chatwright.train.preference.counting import GUESSING, Counted, counted
+from chatwright.train.preference.limits import within_context
+from chatwright.train.preference.rankings import AnswerEncoder
 from chatwright.train.rl.gold import SENTIMENT, sentiment
 from chatwright.train.rl.models import load_reward
 from chatwright.train.rl.prompts import Asked, ask
@@ -233,6 +235,15 @@ def by_comparisons(
         found.left_out("own comparisons are", f"{config.comparisons or 'no stage'} has none held out")
         return
     template, tokenizer = sides.base.template, sides.base.tokenizer
+    context = min(sides.policy.config.context, sides.reference.config.context)
+    comparisons, limits = within_context(
+        comparisons, AnswerEncoder(template, tokenizer), config.tie_tolerance, context
+    )
+    for line in limits.notes:
+        found.tell(line)
+    if not comparisons:
+        found.left_out("own comparisons are", "their answers differ only beyond the model's context")
+        return
     before, after = (
         counted(ranked_by_policy(model, comparisons, template, tokenizer), config)
         for model in (sides.reference, sides.policy)

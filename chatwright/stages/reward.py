@@ -23,7 +23,7 @@ from chatwright import runtime
 from chatwright.config import UsageError, UserError
 from chatwright.data.cuts import Room, check_limit
 from chatwright.data.examples import Comparison
-from chatwright.data.records import has_records, records_of
+from chatwright.data.records import has_records, is_record_file, records_of
 from chatwright.model.heads import ScalarModel
 from chatwright.objectives.preference import Ties, bradley_terry_loss, pair_accuracy
 from chatwright.train.api import (
@@ -174,7 +174,7 @@ def find_demonstrations(config: Config, workspace: Workspace) -> list[Comparison
     Raises UserError."""
     if config.center_on == "answers":
         return []
-    there = config.data in workspace.inputs or Path(config.data).exists()
+    there = config.data in workspace.inputs or Path(config.data).exists() or is_record_file(config.data)
     file = records_of(workspace.resolve(config.data)) / "dialogues-train.jsonl" if there else None
     found = demonstrations(file, DEMONSTRATIONS) if file is not None and has_records(file) else []
     if not found and config.center_on == "demonstrations":

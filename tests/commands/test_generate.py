@@ -71,6 +71,16 @@ def test_greedy_is_what_the_model_gives(generate: Generate, tiny: TinyModel) -> 
     assert generate("--prompt", "hello", "--max_new_tokens", "12", "--temperature", "0") == (0, wanted + "\n")
 
 
+def test_the_text_may_stand_behind_the_model(generate: Generate, tiny: TinyModel) -> None:
+    wanted = tiny.generate("hello you", max_new_tokens=6, temperature=0.0)
+    rest = ("--max_new_tokens", "6", "--temperature=0")
+    assert generate("hello you", *rest) == (0, wanted + "\n")
+    assert generate(*rest, "hello you") == (0, wanted + "\n")  # behind the options, too
+    for both in (("hello", "--prompt", "x"), ("hello", "--prompt_file", "x")):
+        with pytest.raises(UsageError, match="the text to continue is given twice"):
+            generate(*both)
+
+
 def test_prompt_from_file_and_standard_input(generate: Generate, tmp_path: Path, tiny: TinyModel) -> None:
     """One line end at the end belongs to the file, not to the prompt; a second one is the writer's."""
     rest = ("--max_new_tokens", "8", "--temperature", "0")

@@ -200,6 +200,19 @@ def test_a_stage_takes_a_csv_file_with_columns_of_other_names(
     assert "Frage" in (tmp_path / "runs/my/sft/report.md").read_text()
 
 
+def test_reward_takes_csv_files_for_comparisons_and_for_demonstrations(
+    chat_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.csv").write_text("q,good,bad\n" + "".join(f"q{n},yes {n},no\n" for n in range(300)))
+    Path("faq.csv").write_text("q,a\n" + "".join(f"q{n},a{n}\n" for n in range(12)))
+    argv = ["reward", "--base", str(chat_dir), "--comparisons", "pairs.csv#prompt=q,chosen=good,rejected=bad"]
+    argv += ["--data", "faq.csv#prompt=q,completion=a", "--fit.steps", "1", "--fit.batch_size", "2"]
+    assert cli.main(argv) == 0
+    facts = read_json(tmp_path / "runs/my/reward/result.json")["facts"]
+    assert facts["comparisons"] > 250 and facts["scores 0 on average"] == "11 demonstrations"
+
+
 def test_the_tokenizer_takes_a_text_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import chatwright
-from chatwright import cli, files
+from chatwright import cli, files, stage_folder
 from chatwright.metrics import read_metrics
 from support.babble import Babble
 from support.waiting import wait_until
@@ -102,6 +102,9 @@ def test_every_stage_finishes_and_reports(road: tuple[Path, str]) -> None:
     for stage in STAGES:
         assert (root / stage / "result.json").is_file() and (root / stage / "report.md").is_file()
         assert (root / stage / "config.yaml").is_file()
+        assert files.read_json(root / stage / "clock.json")["files"] == []  # all are in stage_folder.WRITTEN
+        left = {path.name for path in (root / stage).iterdir()} - stage_folder.WRITTEN
+        assert not left, "what a stage of ours writes belongs into stage_folder.WRITTEN"
         assert f"| {stage} |" in report
         assert f"[{stage}]" in told
     for stage in ("pretrain", "sft", "reward", "ppo"):

@@ -147,7 +147,9 @@ def test_pairs_that_are_left_out_are_told_and_ppo_names_the_cut(stage: Any, tmp_
     equal = [compared(n, f"{SAME}{n} good", f"{SAME}{n} bad") for n in range(6)]
     data = write_comparisons(tmp_path / "pairs", [*equal, *(compared(n, "yes", "no") for n in range(6, 30))])
     code, out, _ = stage("reward", "--comparisons", data, "--max_tokens", "20", *FIT)
-    line = "12 of 60 comparisons are left out: cut at max_tokens 20, their answers are the same; max_tokens "
+    line = (
+        "12 of 60 comparisons are left out: cut at max_tokens 20, their answers are the same; telling them "
+    )
     assert code == 0 and line in out and "24 comparisons of 2 answers, 24 held out" in out
     assert "24 that cannot be told from another one of their prompt, left out" in out
     assert line in (tmp_path / "reward" / "report.md").read_text().replace("\\", "")
@@ -232,10 +234,9 @@ def test_answers_may_be_as_long_as_those_of_the_data(
     assert "nothing was cut: " in out and " prompts, the longest of " in out
     assert facts(tmp_path / verb)["max_new_tokens"] == limit
     code, out, _ = stage(verb, *options, *more, "--max_new_tokens", "8", name="cut")
-    costs = "does not come to its end" if verb == "evaluate" else "gets unfinished_score -2"
     line = (
         f"max_new_tokens 8 cuts 100 % of the conversations' own answers (longest {longest} tokens): each "
-        f"unfinished answer {costs}; set it to {limit}, or to 0 for the data's length"
+        f"unfinished answer gets unfinished_score -2; set it to {limit}, or to 0 for the data's length"
     )
     assert code == 0 and line in out
     assert line in (tmp_path / "cut" / "report.md").read_text().replace("\\", "")

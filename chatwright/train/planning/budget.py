@@ -18,15 +18,18 @@ SURE = 1.5
 that the first steps decide, which are measured."""
 
 
-def too_short(title: str, settings: Any, budget: float, spent: float) -> UserError | None:
-    """The error for a budget in seconds that holds less than `FEWEST` steps of `spent` seconds; else None."""
+def too_short(
+    title: str, settings: Any, budget: float, spent: float, *, least: bool = False
+) -> UserError | None:
+    """The error for a budget in seconds that holds less than `FEWEST` steps of `spent` seconds; else None.
+    With `least` a step takes at least so long."""
     if spent * FEWEST <= budget:
         return None
     enough = math.ceil(ENOUGH * spent)
     held = "not one" if spent > budget else "one"
-    ways = "; ".join(shorter_steps(settings))
+    ways, so_long = "; ".join(shorter_steps(settings)), f"{'at least ' if least else ''}{seconds(spent)}"
     return UserError(
-        f"{title}: a step takes {seconds(spent)} here, so that fit.seconds {budget:g} holds {held}, and "
+        f"{title}: a step takes {so_long} here, so that fit.seconds {budget:g} holds {held}, and "
         f"nothing would be learnt. Set fit.seconds to {enough} or more ({ENOUGH} steps, {duration(enough)}), "
         f"or make steps shorter: {ways}"
     )

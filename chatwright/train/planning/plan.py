@@ -183,15 +183,20 @@ def choose(
 
     It must fit into the machine's memory, not only the free part: a resumed run then chooses the same.
     """
-    available = available or memory.memory_budget_bytes()
+    plan, operations = _fitting(planned, available or memory.memory_budget_bytes())
+    if not timed:
+        return plan
+    return replace(plan, seconds=seconds_of(operations, compiled=planned.one_graph, budget=budget))
+
+
+def _fitting(planned: PlannedStage, available: float | None) -> tuple[Plan, Mapping[Operation, float]]:
+    """The plan with the largest micro-batch that fits, not yet timed, and the operations of a step."""
     plan, operations = predict(planned, available=available)
     if not plan.fits:
         if planned.fit is None or planned.fit.micro_batch:
             raise _refusal(planned, plan)
         plan, operations = _smaller(planned, available)
-    if not timed:
-        return plan
-    return replace(plan, seconds=seconds_of(operations, compiled=planned.one_graph, budget=budget))
+    return plan, operations
 
 
 def _smaller(planned: PlannedStage, available: float | None) -> tuple[Plan, Mapping[Operation, float]]:
@@ -279,7 +284,10 @@ def ahead(
 
 def _ahead(planned: PlannedStage) -> int:
     started = time.monotonic()
-    plan = choose(planned, budget=min(SECONDS, SHARE * rough_seconds(planned)))
+    plan, operations = _fitting(planned, memory.memory_budget_bytes())
+    _check_budget(planned, plan)
+    budget = min(SECONDS, SHARE * rough_seconds(planned))
+    plan = replace(plan, seconds=seconds_of(operations, compiled=planned.one_graph, budget=budget))
     besides = "; sampling comes on top" if planned.plan.samples else ""
     if not planned.plan.full_rows:
         besides += f"; for rows of {planned.rows[1]} tokens, shorter ones take less"
@@ -292,10 +300,20 @@ def _ahead(planned: PlannedStage) -> int:
 
 
 def _check_budget(planned: PlannedStage, plan: Plan) -> None:
-    """Raise UserError when a step will clearly take longer than the whole budget in seconds."""
-    if planned.steps or not plan.seconds or not planned.plan.full_rows:
+    """Raise UserError when a step will clearly take longer than the whole budget in seconds.
+
+    A plan that is not yet timed goes by its operations at the machine's peak: no step is faster, and timing
+    the operations of so long a step would take minutes.
+    """
+    budget, fit = plan.budget_seconds, planned.fit
+    if planned.steps or not budget or fit is None or not planned.plan.full_rows:
         return
-    if plan.seconds > SURE * plan.budget_seconds and plan.budget_seconds:
-        error = too_short(planned.stage, planned.config, plan.budget_seconds, plan.seconds)
+    spent, sure, least = plan.seconds, SURE, False
+    if spent is None:
+        # The peak is measured while other programs run, too.
+        spent = plan.flop / runtime.matmul_peak(runtime.compute_dtype(fit.precision))
+        sure, least = 2 * SURE, True
+    if spent > sure * budget:
+        error = too_short(planned.stage, planned.config, budget, spent, least=least)
         if error is not None:
             raise error

@@ -41,8 +41,8 @@ class RowLimits:
         if not self.dropped:
             return self.cuts.notes
         return [
-            f"{self.dropped:,} of {self.comparisons:,} comparisons are left out: cut at max_tokens "
-            f"{self.limit}, their answers are the same; max_tokens {self.needed} would tell them apart",
+            f"{self.dropped:,} of {self.comparisons:,} comparisons are left out: cut at {self.cuts.setting} "
+            f"{self.limit}, their answers are the same; telling them apart takes {self.needed}",
             *self.cuts.notes,
         ]
 
@@ -68,11 +68,7 @@ def split_within(
     """The comparisons whose answers can be told apart within the limit, and the limit. Raises UserError when
     none are left."""
     sides = (split.train, split.held_out, split.held_out_annotators)
-    encoder.read(answer for side in sides for one in side for answer in one.responses)
-    lengths = []
-    for one in (one for side in sides for one in side):
-        before = len(encoder.prompt(one.prompt)) + 1
-        lengths += [before + len(encoder.answer(answer)) for answer in one.responses]
+    lengths = _lengths([one for side in sides for one in side], encoder)
     limits = limit_rows(config.max_tokens, lengths, room, "answers in comparisons")
     for length in lengths:
         limits.cuts.saw(length)
@@ -81,6 +77,28 @@ def split_within(
         if side and not left:
             raise UserError(_all_alike(name, len(side), limits))
     return Split(*kept), limits
+
+
+def within_context(
+    comparisons: Sequence[Comparison], encoder: AnswerEncoder, tolerance: float, context: int
+) -> tuple[list[Comparison], RowLimits]:
+    """The comparisons, to be measured, whose answers can be told apart within the model's context; and what
+    it cuts."""
+    why = "the model's context"
+    limits = RowLimits(context, Cuts("answers in comparisons", why, context, Room(context, why), STEP))
+    for length in _lengths(comparisons, encoder):
+        limits.cuts.saw(length)
+    return _apart(comparisons, encoder, tolerance, limits), limits
+
+
+def _lengths(comparisons: Sequence[Comparison], encoder: AnswerEncoder) -> list[int]:
+    """Tokens of each answer's whole row: prompt, answer and end token."""
+    encoder.read(answer for one in comparisons for answer in one.responses)
+    lengths = []
+    for one in comparisons:
+        before = len(encoder.prompt(one.prompt)) + 1
+        lengths += [before + len(encoder.answer(answer)) for answer in one.responses]
+    return lengths
 
 
 def _apart(

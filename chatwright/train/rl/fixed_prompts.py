@@ -66,7 +66,7 @@ class PromptSets:
     held_out: FixedPrompts | None
     """Prompts that are not trained on, by which the result is measured; None when there are none at all."""
     note: str = ""
-    """Where the held-out prompts come from, if not from held-out conversations."""
+    """Which held-out prompts are left out, or where they come from, if not from held-out conversations."""
 
 
 class SetSizes(ScoringConfig, Protocol):
@@ -87,10 +87,14 @@ def prompt_sets(training: Sequence[list[int]], records: Path, base: ChatBase, co
     none, every fifth training prompt is left out of training and used instead."""
     file = records / "dialogues-validation.jsonl"
     limit, most = config.max_prompt_tokens, config.held_out_prompts
-    held_out = exchanges_from(
-        _held_out_dialogues(file), base.template, base.tokenizer, limit=limit, most=most
-    ).prompts
-    note = ""
+    found = exchanges_from(_held_out_dialogues(file), base.template, base.tokenizer, limit=limit, most=most)
+    held_out, note = found.prompts, ""
+    if held_out and (longer := sum(length > limit for length in found.lengths)):
+        note = (
+            f"{longer:,} of {len(found.lengths):,} held-out prompts are longer than max_prompt_tokens "
+            f"{limit}, and left out"
+        )
+        say(f"  {note}")
     if not held_out and len(training) >= LEFT_OUT:
         held_out = list(training[LEFT_OUT - 1 :: LEFT_OUT][: config.held_out_prompts])
         out = set(range(LEFT_OUT - 1, len(training), LEFT_OUT)[: config.held_out_prompts])

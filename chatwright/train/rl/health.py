@@ -106,13 +106,14 @@ def diagnose_reward(
     *, train: float, held_out: float, length: float, pairs: int, cut: str = ""
 ) -> Diagnosis | None:
     """Whether a reward model has only learnt its training prompts: its accuracy is good on training pairs
-    (`train`), and on `pairs` held-out ones (`held_out`) within two standard errors of chance.
+    (`train`), and on `pairs` held-out ones (`held_out`) within two standard errors of chance. A model that
+    orders all of them rightly has shown no fault, however few they are.
 
     `length` is the accuracy of length alone on the held-out pairs. `cut` says what was cut of the answers
     (`chatwright/data/cuts.py::cause_of`), if anything was.
     """
     error = 0.5 / math.sqrt(max(pairs, 1))
-    if train < 0.7 or held_out > 0.5 + 2 * error:
+    if train < 0.7 or held_out > min(0.5 + 2 * error, 0.999):
         return None
     biased = abs(length - 0.5) > 2 * error
     return Diagnosis(

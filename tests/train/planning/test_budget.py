@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from chatwright import runtime
 from chatwright.config import UserError
 from chatwright.model.config import GPTConfig
 from chatwright.model.lora import LoRAConfig
@@ -64,6 +65,24 @@ def test_a_step_that_compiles_does_not_count_and_a_number_of_steps_is_no_budget(
     assert first_steps(100.0, 4.0, compile=True) == 3
     assert first_steps(100.0, 6.0, compile=True) == 2
     assert first_steps(100.0, 100.0, steps=3) == 3
+
+
+def test_a_hopeless_step_is_refused_without_timing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its operations at the machine's peak, three times the budget."""
+
+    def timed(*_: Any, **__: Any) -> float:
+        raise AssertionError("timing such a step takes minutes")
+
+    fit = FitConfig(seconds=20.0, batch_size=2, compile=False, precision="fp32")
+    planned = PlannedStage("x", sft.PLAN, GPTConfig.preset("modern-nano"), sft.Config(fit=fit))
+    flop = plan.choose(planned, timed=False).flop
+    monkeypatch.setattr(plan, "seconds_of", timed)
+    monkeypatch.setattr(runtime, "matmul_peak", lambda dtype: flop / 61.0)
+    with pytest.raises(UserError, match=r"x: a step takes at least 61 s here, so that fit.seconds 20 holds"):
+        plan._ahead(planned)
+    monkeypatch.setattr(runtime, "matmul_peak", lambda dtype: flop / 59.0)
+    with pytest.raises(AssertionError, match="takes minutes"):
+        plan._ahead(planned)
 
 
 @pytest.mark.parametrize(("module", "refused"), [(sft, True), (pretrain, True), (reward, False)])

@@ -12,7 +12,7 @@ from chatwright.config import UserError
 from chatwright.data.cuts import Room
 from chatwright.data.examples import Comparison, LabelledText
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.preference.limits import RowLimits, split_within
+from chatwright.train.preference.limits import RowLimits, split_within, within_context
 from chatwright.train.preference.rankings import AnswerEncoder, Split, encode_answer
 from chatwright.train.preference.rated_texts import Parts, parts_within
 
@@ -51,8 +51,8 @@ def test_pairs_that_are_equal_behind_the_cut_are_left_out_and_counted() -> None:
     assert left == [good] and limits.dropped == 1 and limits.comparisons == 3
     first, second = limits.notes
     assert first == (
-        "1 of 3 comparisons are left out: cut at max_tokens 22, their answers are the same; max_tokens 23 "
-        "would tell them apart"
+        "1 of 3 comparisons are left out: cut at max_tokens 22, their answers are the same; telling "
+        "them apart takes 23"
     )
     assert "2 that lost their end; 2 that cannot be told from another one of their prompt" in second
     assert "the longest has 26 tokens: max_tokens 32 keeps all of them whole" in second
@@ -99,6 +99,20 @@ def test_when_none_is_left_the_error_names_the_setting_and_the_value() -> None:
         within(20, equal, most=24)
     with pytest.raises(UserError, match="the base's context allows 22: compare shorter answers, or"):
         within(0, equal, most=22)
+
+
+def test_what_is_measured_is_cut_by_the_model_alone_and_never_refused() -> None:
+    equal, good = pair(SAME + "a", SAME + "b"), pair("yes", "no")
+    encoder = AnswerEncoder(NATIVE, TOKENIZER)
+    assert within_context([equal, good], encoder, 0.5, 64)[0] == [equal, good]
+    left, limits = within_context([equal], encoder, 0.5, 22)
+    assert left == [] and limits.notes[0] == (
+        "1 of 1 comparisons are left out: cut at the model's context 22, their answers are the same; "
+        "telling them apart takes 23"
+    )
+    assert "(the model's context 22; the longest has 26 tokens, the model's context allows 22)" in str(
+        limits.cuts
+    )
 
 
 def test_a_prompt_loses_its_beginning_before_an_answer_loses_its_end() -> None:

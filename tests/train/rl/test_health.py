@@ -201,6 +201,8 @@ def test_a_reward_model_that_knows_its_prompts_by_heart() -> None:
     biased = diagnose_reward(train=0.95, held_out=0.51, length=0.7, pairs=1000)
     assert biased is not None and "or their lengths" in biased.text
     assert diagnose_reward(train=0.95, held_out=0.6, length=0.5, pairs=1000) is None
+    assert diagnose_reward(train=1.0, held_out=1.0, length=0.5, pairs=1) is None  # a small file holds out few
+    assert diagnose_reward(train=1.0, held_out=0.75, length=0.5, pairs=4) is not None
     assert (
         diagnose_reward(train=0.95, held_out=0.6, length=0.5, pairs=20) is not None
     )  # 0.6 of 20 pairs is chance
