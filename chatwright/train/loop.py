@@ -304,7 +304,8 @@ class Fit(Generic[AnyBatch]):
             name = self.best[0]
             notes.append(
                 f"the model is that of step {best['step']}, whose {name} was the best: "
-                f"{best['measures'][name]:.4f}; after the last step ({progress.step}) {after[name]:.4f}"
+                f"{best['measures'][name]:.4f}; after the last step ({progress.step}) {after[name]:.4f}. "
+                "The same held-out data chose it: the best of several measures is a little too good"
             )
             if best["step"] != progress.step:
                 chosen = Checkpoint(trainer.workspace.checkpoints / f"step-{best['step']:06}")

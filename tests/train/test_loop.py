@@ -498,6 +498,7 @@ def test_the_best_checkpoint_is_kept_and_is_the_result(
     )  # the modules have its weights
     assert (step == 8) is torch.equal(kept[-1].tensors("model")["blocks.weight"], bed.model.blocks.weight)
     assert f"the model is that of step {step}, whose measure was the best" in fitted.notes[0]
+    assert "The same held-out data chose it" in fitted.notes[0]
     again = Bed(tmp_path)
     found = best_fit(again, Curve(), better).run()  # a finished run: neither measured nor trained again
     assert (found.checkpoint, found.after) == (fitted.checkpoint, fitted.after)
