@@ -22,8 +22,8 @@ Written by `make docs` from recipes/; do not edit.
 A recipe is a YAML file: a name, a seed, a prompt, and stages with the settings that differ from the defaults
 ([cli.md](cli.md) has these). `chatwright run NAME` runs the ones that come with the program,
 `chatwright run FILE` your own. An entry is a stage of its own name, or the one behind `use`. Stages name
-their inputs, and that decides the order. Copy a recipe, change it, and let
-`chatwright doctor FILE` look at it.
+their inputs, and that decides the order. A stage with `when: data.comparisons` is part of the run only where that
+setting of another stage is given. Copy a recipe, change it, and let `chatwright doctor FILE` look at it.
 """
 
 
@@ -48,17 +48,28 @@ def written(settings: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def whole_recipe(file: Path) -> Recipe:
+    """A recipe with all its stages: settings on which one depends (`when`) are given."""
+    given: dict[str, dict[str, Any]] = {}
+    for setting in read_recipe(file, {}).left_out.values():
+        stage, _, key = setting.partition(".")
+        given.setdefault(stage, {})[key] = "FILE"
+    return read_recipe(file, given)
+
+
 def section(file: Path) -> list[str]:
     """A recipe's part of the page."""
     text = file.read_text(encoding="utf-8")
-    recipe: Recipe = read_recipe(file, {})
+    recipe = whole_recipe(file)
     given = yaml.safe_load(text)["stages"]
     name = file.relative_to(ROOT / "recipes").with_suffix("").as_posix()
     lines = [f"## {name}", "", "```", *header(text), "```", "", f"Seed {recipe.seed}."]
     lines += ["", "| stage | is | settings that it changes |", "|---|---|---|"]
     for entry in recipe.stages.values():
-        changed = written(given[entry.name] or {})
-        lines.append(f"| {entry.name} | {entry.verb} | {changed or '-'} |")
+        settings = dict(given[entry.name] or {})
+        condition = settings.pop("when", None)
+        verb = entry.verb if condition is None else f"{entry.verb}, with {condition} only"
+        lines.append(f"| {entry.name} | {verb} | {written(settings) or '-'} |")
     return [*lines, ""]
 
 

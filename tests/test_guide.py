@@ -299,7 +299,7 @@ def texts_of_the_package() -> list[str]:
 
 
 def is_said(message: str) -> bool:
-    """Whether a text of the program has all pieces of a message, in order. `...`, M and N stand for anything."""
+    """Whether a text of the program has all pieces of a message, in order. `...`, M and N mean anything."""
     pieces = [re.escape(piece.strip()) for piece in re.split(r"\.\.\.|\b[MN]\b|\b8000\b|'\w+'", message)]
     pattern = re.compile(".*".join(piece for piece in pieces if piece), re.DOTALL)
     return any(pattern.search(text) for text in texts_of_the_package())
