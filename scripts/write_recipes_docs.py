@@ -22,8 +22,8 @@ Written by `make docs` from recipes/; do not edit.
 A recipe is a YAML file: a name, a seed, a prompt, and stages with the settings that differ from the defaults
 ([cli.md](cli.md) has these). `chatwright run NAME` runs the ones that come with the program,
 `chatwright run FILE` your own. An entry is a stage of its own name, or the one behind `use`. Stages name
-their inputs, and that decides the order. A stage with `when: data.comparisons` is part of the run only where that
-setting of another stage is given. Copy a recipe, change it, and let `chatwright doctor FILE` look at it.
+their inputs, and that decides the order. A stage with `when: data.comparisons` is part of the run only where
+that setting of another stage is given. Copy a recipe, change it, and let `chatwright doctor FILE` look at it.
 """
 
 
