@@ -113,7 +113,7 @@ def test_metadata_of_weights_count_and_their_order_does_not(same: Any, sides: tu
         ("metrics.jsonl", "0.75", "0.7500001", "row 2, score: 0.75 -> 0.7500001"),
         ("metrics.jsonl", '"score": 0.5', '"reward": 0.5', "row 1, score: only in OLD"),
         ("result.json", '"after": 0.2', '"after": 0.3', "measures.0.after: 0.2 -> 0.3"),
-        ("result.json", '"rounds": 2', '"rounds": 2.0', "facts.rounds: 2 -> 2.0"),
+        ("result.json", '"rounds": 2', '"rounds": 2.0', "facts.iterations: 2 -> 2.0"),
         ("pairs.json", "No.", "No!", "0.after: 'No.' -> 'No!'"),
     ],
 )

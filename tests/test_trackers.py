@@ -18,6 +18,7 @@ import pytest
 from chatwright import trackers
 from chatwright.commands import _stage, run
 from chatwright.config import UsageError
+from chatwright.files import write_json
 from chatwright.metrics import MetricsLog, read_metrics
 from chatwright.pipeline import fingerprint
 from chatwright.recipe import RecipeStage
@@ -140,6 +141,8 @@ def test_the_option_reaches_each_verb_and_changes_no_fingerprint(
         stage: RecipeStage, directory: Path, *, reporting: Reporting, **others: Any
     ) -> dict[str, Any]:
         given.append((stage.name, reporting, fingerprint(stage, others["seed"], {})))
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "clock.json", {"fingerprint": "of a stage"})  # else its run is no run
         return {"seconds": 0.0, "memory_bytes": 0, "measures": [], "curves": []}
 
     monkeypatch.setattr("chatwright.pipeline.run_stage", run_stage)

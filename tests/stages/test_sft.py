@@ -299,7 +299,7 @@ def test_the_preview_shows_what_is_learnt_and_trains_nothing(
 
 def test_a_preview_of_no_rows_and_of_other_stages_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (
-        (["--preview"], "argument --preview: expected one argument"),
+        (["--preview"], "--preview has no value; it must be a whole number"),
         (["--preview", "0"], "--preview 0 is not a whole number above 0: how many samples to show"),
         (["--preview=all"], "all"),
     ):
