@@ -94,12 +94,13 @@ def run_iterations(run: PolicyTraining[Any, Any]) -> None:
     """Iterate to the end. Raises Interrupted when the run is asked to stop, after saving."""
     trainer, config = run.trainer, run.config
     with progress_bar(run.title) as bar:
-        compiled, began = config.compile, time.monotonic()
+        compiled, done = config.compile, 0
         while not run.finished:
+            began = time.monotonic()
             line = run.iteration()
-            if began and not run.finished:
+            done += 1
+            if done == 2 and not run.finished:  # the first one compiles, and measures where the policy begins
                 say_how_long(config, time.monotonic() - began, trainer.progress.step)
-                began = 0.0
             if compiled:
                 memory.trim_heap()  # the compiler has seen all shapes of a block by now
                 compiled = False
@@ -114,7 +115,7 @@ def run_iterations(run: PolicyTraining[Any, Any]) -> None:
 
 
 LONG = 600.0
-"""Seconds; a run that will take longer says so after its first iteration."""
+"""Seconds; a run that will take longer says so after its second iteration."""
 
 
 def say_how_long(config: RLConfig, spent: float, done: int) -> None:
