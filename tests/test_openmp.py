@@ -55,23 +55,28 @@ def sleeps(count=200):
     return switches() - before
 
 loops = openmp.ShortLoops()
-long = sleeps()
-loops.begin()
-loops.begin()
-short = sleeps()
-loops.end()
-again = sleeps()
-print(openmp.has_two_lengths(), openmp.processors(), long, short, again)
+print(openmp.has_two_lengths(), openmp.processors())
+for _ in range(5):
+    long = sleeps()
+    loops.begin()
+    loops.begin()
+    short = sleeps()
+    loops.end()
+    print(long, short, sleeps())
 """
 
 
 def test_loops_are_short_while_more_threads_than_processors_are_held() -> None:
-    """Threads sleep between most operations then, and hardly ever before and after."""
-    told, count, *sleeps = printed(SLEEPS, OMP_NUM_THREADS="2").split()
-    if told == "False" or int(count) < 2:
+    """Threads sleep between most operations then, and hardly ever before and after. One of five tries must
+    show it: on a machine full of other work even a long loop may end before its time has come."""
+    told, *tries = printed(SLEEPS, OMP_NUM_THREADS="2").splitlines()
+    has_two_lengths, count = told.split()
+    if has_two_lengths == "False" or int(count) < 2:
         pytest.skip("torch's OpenMP library is not libgomp, or there is one processor: NOT covered")
-    before, short, after = map(int, sleeps)
-    assert short > 100 and before < short / 2 and after < short / 2, sleeps
+    assert any(
+        short > 100 and before < short / 2 and after < short / 2
+        for before, short, after in (map(int, one.split()) for one in tries)
+    ), tries
 
 
 @pytest.mark.parametrize(
