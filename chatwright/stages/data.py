@@ -282,7 +282,7 @@ def run(config: Config, workspace: Workspace) -> Report:
         raise UserError(
             "data: text, dialogues, ratings and comparisons are all empty: name a source for one of them"
         )
-    if sources_of(config) == BUILT_IN:
+    if AUTO in (config.text, config.dialogues, config.ratings) and sources_of(config) == BUILT_IN:
         say("  no setting names a source: the built-in data (chatwright data list)")
     with whole_directory(workspace.directory / "records") as aside:
         finished = write_parts(parts, aside, config)

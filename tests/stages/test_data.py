@@ -266,3 +266,16 @@ def test_odd_records_are_counted_in_one_line(own: Path, capsys: pytest.CaptureFi
         for _ in read_records(own / f"data/records/comparisons-{side}.jsonl", Comparison)
     )
     assert kept == 10
+
+
+def test_built_in_data_are_told_where_nobody_named_them(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not where a recipe names the very same sources."""
+    file = str(own / "alpaca.jsonl")
+    monkeypatch.setattr(data, "BUILT_IN", {"text": "", "dialogues": file, "ratings": "", "comparisons": ""})
+    line = "no setting names a source: the built-in data"
+    data.run(data.Config(validation=0.2), Workspace(own / "one"))
+    assert line in capsys.readouterr().out
+    data.run(data.Config(text="", dialogues=file, ratings="", validation=0.2), Workspace(own / "two"))
+    assert line not in capsys.readouterr().out
