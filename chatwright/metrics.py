@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from chatwright import runtime
-from chatwright.config import UsageError, UserError
+from chatwright.config import UsageError, UserError, harmless
 from chatwright.trackers import Reporting, Tracker, open_tracker
 
 TIMED = frozenset(
@@ -209,5 +209,6 @@ def progress_bar(title: str) -> Iterator[Bar]:
 
 
 def say(text: str) -> None:
-    """Print a line as it is, without interpreting markup."""
-    console.print(Text(text), soft_wrap=True)
+    """Print a line without interpreting markup. Control characters become visible signs: texts of records,
+    models and file names must not command the terminal."""
+    console.print(Text(harmless(text)), soft_wrap=True)

@@ -119,3 +119,17 @@ def test_what_the_data_stage_would_refuse(preview: Preview) -> None:
     assert preview()[0] == 2
     code, _, err = preview("one.jsonl", "--kind", "ratings")
     assert code == 1 and "no column 'label'" in err
+
+
+def test_texts_do_not_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Colours, titles and cleared screens of a file of somebody else."""
+    file = tmp_path / "escapes.jsonl"
+    rows = (
+        {"prompt": "a\x1b[31mb\x1b]0;title\x07", "completion": "c\x1b[2J\rd\n[bold]e[/bold]"},
+        {"prompt": "x", "completion": "y"},
+    )
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["data", "preview", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\r"} & set(out)
+    assert "a\u241b[31mb" in out and "[bold]e[/bold]" in out
