@@ -43,7 +43,14 @@ WRITTEN = frozenset(
     }
 )
 """What our own stages write into their folders. What others write is noted in clock.json when they end."""
-_CHECKPOINT = re.compile(r"step-\d{6,}|best|unfinished")
+INSIDE = {
+    CHECKPOINTS: re.compile(r"step-\d{6,}|best|unfinished"),
+    "records": re.compile(r"((dialogues|ratings|comparisons)-)?(train|validation)\.jsonl"),
+    "adapter": re.compile(r"adapter_config\.json|adapter_model\.safetensors|README\.md"),
+    "train": re.compile(r"shards\.json|tokens-\d+\.bin"),
+    "validation": re.compile(r"shards\.json|tokens-\d+\.bin"),
+}
+"""What our own stages write into folders of their folders. In others (of trackers) nothing is looked for."""
 _PARTIAL = re.compile(r"\.(partial|gone|old)(\.png)?$")
 """How the names of files end that were not finished."""
 
@@ -338,8 +345,13 @@ class StageFolder:
             known |= {str(name) for name in _object(place / CLOCK).get("files") or ()}
             known |= {str(name) for name in _object(place / RESULT).get("pictures") or ()}
         unknown = [name for name in _visible(place) if name not in known]
-        inside = [name for name in _visible(place / CHECKPOINTS) if not _CHECKPOINT.fullmatch(name)]
-        return unknown + [f"{CHECKPOINTS}/{name}" for name in inside]
+        inside = [
+            f"{folder}/{name}"
+            for folder, ours in INSIDE.items()
+            for name in _visible(place / folder)
+            if not ours.fullmatch(name)
+        ]
+        return unknown + inside
 
     def _clock(self) -> dict[str, Any]:
         return _object(self.path / CLOCK)

@@ -68,9 +68,12 @@ def test_a_result_that_holds_a_users_file_is_not_moved(run: Run, tmp_path: Path)
     assert run("make", "--out", "runs/a/make")[0] == 0  # the same settings: skipped, and nothing is moved
     told = refused(run, tmp_path, "make", "--out", "runs/a/make", "--size", "2")
     assert "it holds notes.txt, which the stage did not write" in told
-    note.rename(tmp_path / "runs/a/make/checkpoints/notes.txt")
-    told = refused(run, tmp_path, "make", "--out", "runs/a/make", "--size", "2")
-    assert "checkpoints/notes.txt" in told
+    for folder in ("checkpoints", "records", "adapter", "train"):
+        (note.parent / folder).mkdir(exist_ok=True)
+        inside = note.rename(note.parent / folder / "notes.txt")
+        told = refused(run, tmp_path, "make", "--out", "runs/a/make", "--size", "2")
+        assert f"{folder}/notes.txt" in told
+        inside.rename(note)
 
 
 def test_a_file_that_only_this_stage_writes_is_known_as_its_own(run: Run, tmp_path: Path) -> None:
