@@ -3,10 +3,10 @@
 torch computes on CPUs with the threads of an OpenMP library. A thread that has done its part of an operation
 waits for the others, and then for the next operation, in a loop that keeps a processor busy. The libraries
 choose long loops: 300,000 turns, which is some milliseconds, in libgomp (torch for Linux), and 200 ms in
-Intel's and LLVM's (torch for Windows and macOS). That is good for a program that is alone on its machine: to
-wake a sleeping thread takes some ten microseconds, a tenth of the time of a small model's operations. Beside
-another program a thread then waits in a loop for one that is not running, and uses up the processor time
-which the other one would need: training falls to a sixteenth of its speed beside a single busy program.
+Intel's and LLVM's (torch for Windows and macOS). That is good for a program that is alone on its machine:
+waking threads that sleep costs a small model a tenth of its speed. Beside another program a thread then waits
+in a loop for one that is not running, and uses up the processor time which the other one would need: training
+falls to a sixteenth of its speed beside a single busy program.
 
 So the loops have two lengths. libgomp itself shortens them to 100 turns while its threads are more than the
 processors. `ShortLoops` brings that about without changing what is computed: it holds threads of OpenMP that
