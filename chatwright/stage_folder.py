@@ -47,8 +47,8 @@ INSIDE = {
     CHECKPOINTS: re.compile(r"step-\d{6,}|best|unfinished"),
     "records": re.compile(r"((dialogues|ratings|comparisons)-)?(train|validation)\.jsonl"),
     "adapter": re.compile(r"adapter_config\.json|adapter_model\.safetensors|README\.md"),
-    "train": re.compile(r"shards\.json|tokens-\d+\.bin"),
-    "validation": re.compile(r"shards\.json|tokens-\d+\.bin"),
+    "train": re.compile(r"shards\.json|tokens-\d+\.(bin|crc32)"),
+    "validation": re.compile(r"shards\.json|tokens-\d+\.(bin|crc32)"),
 }
 """What our own stages write into folders of their folders. In others (of trackers) nothing is looked for."""
 _PARTIAL = re.compile(r"\.(partial|gone|old)(\.png)?$")
