@@ -15,7 +15,8 @@ from typing import Any
 
 from chatwright.config import UserError
 from chatwright.interop.loaded import Rule, located
-from chatwright.model.config import Activation, GPTConfig, RotaryScaling
+from chatwright.model.config import Activation, GPTConfig
+from chatwright.model.rotary_scaling import RotaryScaling
 
 _HEAD = (Rule("lm_head.weight", "head.weight"),)
 

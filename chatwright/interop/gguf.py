@@ -29,7 +29,8 @@ from chatwright.interop.loaded import (
     located,
     translate,
 )
-from chatwright.model.config import GPTConfig, RotaryScaling
+from chatwright.model.config import GPTConfig
+from chatwright.model.rotary_scaling import RotaryScaling
 from chatwright.tokenizer import PATTERN, Tokenizer, library
 
 _ENDS = (

@@ -24,7 +24,8 @@ from chatwright.config import UserError
 from chatwright.interop import gguf as reading
 from chatwright.interop.leaving import check_shape, ends_of, family_name, portable
 from chatwright.interop.loaded import Loaded, Stored, foreign
-from chatwright.model.config import GPTConfig, RotaryScaling
+from chatwright.model.config import GPTConfig
+from chatwright.model.rotary_scaling import RotaryScaling
 from chatwright.tokenizer import PATTERN, Tokenizer
 
 DTYPES = {"f32": Kind.F32, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}

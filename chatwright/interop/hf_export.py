@@ -18,7 +18,8 @@ from chatwright.config import UserError
 from chatwright.interop.families import FAMILIES, config_from_hf
 from chatwright.interop.leaving import check_shape, ends_of, family_name, portable
 from chatwright.interop.loaded import Loaded, Stored, foreign
-from chatwright.model.config import GPTConfig, RotaryScaling
+from chatwright.model.config import GPTConfig
+from chatwright.model.rotary_scaling import RotaryScaling
 from chatwright.tensor_files import save_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

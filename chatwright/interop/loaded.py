@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -125,7 +125,7 @@ def translate(
         raise UserError(
             f"{where}: {config.layers} blocks in the configuration, {len(tensors)} tensors in all"
         )
-    own_shapes = _own_shapes(replace(config, layers=1))  # all blocks are alike
+    own_shapes = _own_shapes(config.with_layers(1))  # the tensors of all blocks are alike
     for layer in range(1, config.layers):
         own_shapes |= {
             name.replace("blocks.0.", f"blocks.{layer}.", 1): shape

@@ -27,8 +27,9 @@ from chatwright.interop.hf import load_hf
 from chatwright.interop.hf_export import config_to_hf, plan_hf
 from chatwright.interop.loaded import Rule, foreign
 from chatwright.language_model import load_parts
-from chatwright.model.config import GPTConfig, RotaryScaling
+from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
+from chatwright.model.rotary_scaling import RotaryScaling
 from chatwright.tokenizer import Tokenizer
 
 from .conftest import (
