@@ -31,7 +31,6 @@ from chatwright.generate.kernels.layout import (
     QUERY_NORM,
     SCORE_CAP,
     SCORE_SCALE,
-    WINDOW,
 )
 from chatwright.generate.kernels.simd import (
     LANES,

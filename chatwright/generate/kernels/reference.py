@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from chatwright.generate.kernels import paths
 from chatwright.generate.kernels.dots import GROUP, ROUNDS_BF16
+from chatwright.generate.kernels.layout import DOWN, MATRICES, OUTPUT, QKV, UP
 from chatwright.generate.kernels.packing import Packed, up_to
 from chatwright.generate.kernels.products import BF16_WEIGHTS, FORMAT, INT8_WEIGHTS, WORD_LIMITS
 from chatwright.generate.kernels.simd import LANES
-from chatwright.generate.kernels.step import DOWN, MATRICES, OUTPUT, QKV, UP
 from chatwright.model.cache import KVCache
 from chatwright.model.gpt import GPT, Block
 
