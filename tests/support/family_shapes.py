@@ -72,7 +72,7 @@ FAMILIES: dict[str, GPTConfig] = {
 
 @torch.no_grad()
 def drawn(config: GPTConfig, seed: int = 0) -> GPT:
-    """A model of this shape with every parameter drawn; logits spread by about 3 before soft cap and scale."""
+    """A model of this shape, every parameter drawn; logits spread by about 3 before soft cap and scale."""
     model = GPT(config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
