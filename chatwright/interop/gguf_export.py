@@ -70,10 +70,21 @@ def _architecture(config: GPTConfig) -> str:
     return "llama"
 
 
+def _has_windows(architecture: str) -> bool:
+    """Whether llama.cpp computes sliding windows there. In phi3 it reads the key and leaves them out."""
+    return architecture != "phi3" and "attention.sliding_window" in ARCHITECTURES[architecture].keys
+
+
+def _without_idle_windows(config: GPTConfig) -> GPTConfig:
+    """The shape without windows that are never full: those of at least the context."""
+    idle = all(window == 0 or window >= config.context for window in config.windows)
+    return replace(config, windows=()) if idle and not config.window_rope_base else config
+
+
 def _refuse_lacks(config: GPTConfig, architecture: str) -> None:
     """Raise UserError for what llama.cpp lacks though metadata could say it."""
     form = ARCHITECTURES[architecture]
-    if config.windows and (architecture == "phi3" or "attention.sliding_window" not in form.keys):
+    if config.windows and not _has_windows(architecture):
         raise UserError(
             f"the model has sliding windows of {max(config.windows)} tokens, and llama.cpp's {architecture}, "
             "the nearest family, lets every token see all earlier ones; --format hf carries them"
@@ -93,6 +104,7 @@ def _refuse_lacks(config: GPTConfig, architecture: str) -> None:
 def metadata_of(config: GPTConfig) -> dict[str, Any]:
     """The keys of the architecture, without its name in front. Raises UserError naming what it cannot say."""
     architecture = _architecture(config)
+    config = config if _has_windows(architecture) else _without_idle_windows(config)
     _refuse_lacks(config, architecture)
     values: dict[str, Any] = {
         "vocab_size": config.vocab_size,

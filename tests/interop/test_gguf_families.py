@@ -214,6 +214,14 @@ def test_what_llama_cpp_lacks(config: GPTConfig, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_windows_that_are_never_full() -> None:
+    """A window of the whole context is none: what Ministral of 8 B has."""
+    wide, none = replace(FAMILIES["mistral"], windows=(0, 160)), replace(FAMILIES["mistral"], windows=())
+    assert metadata_of(wide) == metadata_of(none)
+    with pytest.raises(UserError, match="sliding windows of 160 tokens"):
+        metadata_of(replace(FAMILIES["mistral"], windows=(159, 160)))
+
+
 def test_the_same_angles_said_twice() -> None:
     """A second base that equals the first says nothing more."""
     config = replace(FAMILIES["gemma2"], window_rope_base=FAMILIES["gemma2"].rope_base)
@@ -294,5 +302,5 @@ def test_the_activation_of_a_gptneox_file(file: Path) -> None:
     replace(plan, values={key: one for key, one in plan.values.items() if key != OWN_ACTIVATION}).write(file)
     assert gguf_shape(file).activation == "gelu"
     replace(plan, values={**plan.values, OWN_ACTIVATION: "sine"}).write(file)
-    with pytest.raises(UserError, match="chatwright.activation is 'sine', not gelu or gelu_tanh"):
+    with pytest.raises(UserError, match=r"chatwright\.activation is 'sine', not gelu or gelu_tanh"):
         load_gguf(file)
