@@ -23,7 +23,7 @@ from gguf.quants import dequantize, quantize
 from chatwright.config import UserError
 from chatwright.interop import gguf as reading
 from chatwright.interop.gguf_metadata import Metadata
-from chatwright.interop.gguf_shapes import ARCHITECTURES, OWN_ACTIVATION, config_of, stored
+from chatwright.interop.gguf_shapes import ARCHITECTURES, GELUS, OWN_ACTIVATION, config_of, stored
 from chatwright.interop.leaving import check_shape, ends_of, portable
 from chatwright.interop.loaded import Loaded, Stored, foreign
 from chatwright.model.config import GPTConfig
@@ -128,7 +128,7 @@ def metadata_of(config: GPTConfig) -> dict[str, Any]:
     values |= ARCHITECTURES[architecture].say(config)
     planned = {f"{architecture}.{key}": value for key, value in values.items()}
     planned["general.architecture"] = architecture
-    if architecture == "gptneox":
+    if architecture == "gptneox" and config.activation in GELUS:
         planned[OWN_ACTIVATION] = config.activation
     table = Stored((config.vocab_size, config.width), lambda: torch.empty(0))
     names = ("token_embd.weight",) if config.tied else ("token_embd.weight", "output.weight")

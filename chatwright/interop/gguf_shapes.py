@@ -37,6 +37,7 @@ ROPE_DIVISORS = "rope_freqs.weight"
 """What the rotary rates are divided by, one number a pair: the converter writes Llama 3.1's scaling so."""
 OWN_ACTIVATION = "chatwright.activation"
 """Which GELU a gptneox file means, a key of ours: llama.cpp has none, and computes both out of one table."""
+GELUS = ("gelu", "gelu_tanh")
 LARGEST_HEAD = 1 << 16
 
 
@@ -208,7 +209,7 @@ def _gptneox(metadata: Metadata, shape: Shape) -> Shape:
     """llama.cpp computes either GELU out of its table of 16-bit numbers, whose error is larger than what the
     two differ by. Without a key of ours the exact one is meant: Pythia's, and that of most models."""
     activation = metadata.values.get(OWN_ACTIVATION, "gelu")
-    if activation not in ("gelu", "gelu_tanh"):
+    if activation not in GELUS:
         raise UserError(f"{metadata.where}: {OWN_ACTIVATION} is {activation!r:.80}, not gelu or gelu_tanh")
     return {
         **_rotary(metadata, shape, partial=True),

@@ -72,7 +72,7 @@ FAMILIES: dict[str, GPTConfig] = {
 
 @torch.no_grad()
 def drawn(config: GPTConfig, seed: int = 0) -> GPT:
-    """A model of this shape, every parameter drawn; logits spread by about 3 before soft cap and scale."""
+    """A model of this shape, every parameter drawn; logits spread by about 1 to 3."""
     model = GPT(config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
@@ -84,5 +84,6 @@ def drawn(config: GPTConfig, seed: int = 0) -> GPT:
         else:
             values *= parameter.shape[1] ** -0.5
         parameter.copy_(values)
-    model.head.weight.mul_(3.0)
+    if not config.tied:  # a large table would make every token its own successor
+        model.head.weight.mul_(3.0)
     return model.eval()
