@@ -171,7 +171,7 @@ def partial_rotary_values(config: GPTConfig) -> dict[str, Any]:
 
 
 def rotary_by_layer_values(config: GPTConfig) -> dict[str, Any]:
-    """One object for each kind of layer; `rope_theta` and `rope_scaling` for transformers 4."""
+    """One object for each kind of layer, and `rope_theta` for transformers 4."""
     full = {"rope_theta": config.rope_base, **scaling_values(config.rope_scaling)}
     base = config.window_rope_base or config.rope_base
     windowed = {"rope_theta": base, "rope_type": "default"}

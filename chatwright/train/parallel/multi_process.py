@@ -101,8 +101,8 @@ class MultiProcess(ParallelContext):
                 raise UsageError("parallel.plan tp does not cut adapters: use ddp or fsdp with lora")
             if any(block.attention.norm_whole for block in blocks):
                 raise UsageError(
-                    "parallel.plan tp does not cut norms over all heads' features together (qk_norm_whole): use "
-                    "ddp or fsdp"
+                    "parallel.plan tp does not cut norms over all heads' features together (qk_norm_whole): "
+                    "use ddp or fsdp"
                 )
             for block in blocks:
                 self._cut_products(block)
