@@ -318,8 +318,8 @@ def test_defaults_are_those_of_transformers(name: str) -> None:
     }
     for key in sorted(set(values) - needed):
         rest = {one: value for one, value in values.items() if one != key}
-        if key == "sliding_window" and "sliding_attention" in (values.get("layer_types") or ()):
-            rest.pop("layer_types", None)
+        if key in ("sliding_window", "use_sliding_window"):
+            rest.pop("layer_types", None)  # which say that there are windows
         full = kind(**rest).to_dict()
         assert config_from_hf({**rest, "model_type": values["model_type"]}) == config_from_hf(full), key
 
@@ -405,7 +405,7 @@ def test_a_text_part_of_gemma_3_is_read() -> None:
 
 
 def test_constants_of_old_files_are_left_out() -> None:
-    """Pythia's files have masks and rotary frequencies among the weights, and the old name of the last matrix."""
+    """Pythia's files have masks and rotary frequencies among the weights, and another name of the head."""
     values, tensors = their_config("gpt_neox").to_dict(), dict(theirs("gpt_neox").state_dict())
     tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
     for name in ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"):
@@ -498,7 +498,7 @@ def test_adapters_of_peft_and_their_gradients(name: str, tmp_path: Path) -> None
         logits = wrapped(ids).logits
     model = ours(name)
     load_peft(tmp_path / "adapter", model)
-    assert difference(model(ids), logits.detach()) <= TOLERANCE
+    assert difference(model(ids).detach(), logits.detach()) <= TOLERANCE
     F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     own = math.fsum(float(p.grad.square().sum()) for p in lora_parameters(model) if p.grad is not None)

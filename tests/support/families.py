@@ -36,7 +36,7 @@ def _like_llama(**more: Any) -> dict[str, Any]:
 
 def _like_neox(**more: Any) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    return {**_like_llama(rope_parameters=rope), **more}
+    return {**_like_llama(rope_parameters=rope, hidden_size=64), **more}
 
 
 _WINDOWED = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}

@@ -93,6 +93,7 @@ def _gemma_settings(config: GPTConfig) -> dict[str, Any]:
     del values["hidden_act"]
     return {
         **values,
+        "pad_token_id": None,  # transformers would not train the row of its default, token 0
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": inverse(config.attention_scale or config.head_dim**-0.5, -0.5),
         "final_logit_softcapping": config.logit_softcap or None,

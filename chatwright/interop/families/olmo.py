@@ -30,6 +30,11 @@ def _olmo2_config(settings: Settings) -> GPTConfig:
     return llama_config(settings, eps=1e-5, **_PARTS)
 
 
+def _olmo2_settings(config: GPTConfig) -> dict[str, Any]:
+    # transformers would not train the row of its default, token 1.
+    return {**gated_settings(config), "pad_token_id": None}
+
+
 def _olmo3_config(settings: Settings) -> GPTConfig:
     windows = settings.windows([(layer + 1) % 4 != 0 for layer in range(settings.layers())], 4096)
     rope = rotary_by_layer(settings, windows, base=500_000.0, window_base=None)
@@ -37,8 +42,8 @@ def _olmo3_config(settings: Settings) -> GPTConfig:
 
 
 def _olmo3_settings(config: GPTConfig) -> dict[str, Any]:
-    return {**gated_settings(config), **window_settings(config), **rotary_by_layer_values(config)}
+    return {**_olmo2_settings(config), **window_settings(config), **rotary_by_layer_values(config)}
 
 
-OLMO2 = Family("Olmo2ForCausalLM", _olmo2_config, gated_settings, _RULES)
+OLMO2 = Family("Olmo2ForCausalLM", _olmo2_config, _olmo2_settings, _RULES)
 OLMO3 = Family("Olmo3ForCausalLM", _olmo3_config, _olmo3_settings, _RULES)

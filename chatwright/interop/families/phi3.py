@@ -39,8 +39,9 @@ def _config(settings: Settings) -> GPTConfig:
 
 def _settings(config: GPTConfig) -> dict[str, Any]:
     dropout = {"resid_pdrop": config.dropout, "embd_pdrop": config.dropout}
-    windows = {"sliding_window": max(config.windows, default=None)}
-    return {**gated_settings(config), **partial_rotary_values(config), **windows, **dropout}
+    # transformers' default for pad_token_id may lie beyond the vocabulary.
+    others = {"sliding_window": max(config.windows, default=None), "pad_token_id": None}
+    return {**gated_settings(config), **partial_rotary_values(config), **others, **dropout}
 
 
 PHI3 = Family("Phi3ForCausalLM", _config, _settings, _RULES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from chatwright.config import UserError
 from chatwright.interop.families.family import Family
 from chatwright.interop.families.llama import LLAMA_RULES, gated_settings, llama_config, window_settings
 from chatwright.interop.families.settings import Settings
@@ -28,12 +27,7 @@ def _windows(settings: Settings) -> tuple[int, ...]:
         settings.truth("use_sliding_window", False)
         and settings.values.get("sliding_window", 4096) is not None
     )
-    found = settings.windows([used and layer >= first for layer in range(layers)], 4096)
-    if found and not used:
-        raise UserError(
-            f"{settings.where}: layer_types has sliding_attention, but use_sliding_window is not true"
-        )
-    return found
+    return settings.windows([used and layer >= first for layer in range(layers)], 4096, used=used)
 
 
 def _qwen2_config(settings: Settings) -> GPTConfig:

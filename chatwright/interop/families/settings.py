@@ -79,9 +79,12 @@ class Settings:
             raise UserError(f"{self.where}: num_hidden_layers {layers} is more than {MOST_LAYERS}")
         return layers
 
-    def windows(self, usual: Sequence[bool], size: int | None = None) -> tuple[int, ...]:
+    def windows(
+        self, usual: Sequence[bool], size: int | None = None, *, used: bool = True
+    ) -> tuple[int, ...]:
         """The window of each layer, 0 for full attention. `layer_types` say which layers have one, or `usual`
-        where the settings do not; `size` holds where `sliding_window` is absent."""
+        where the settings do not; `size` holds where `sliding_window` is absent. Where windows are not
+        `used`, as `use_sliding_window` says, none may have one."""
         kinds = self.values.get("layer_types")
         if kinds is None:
             kinds = [KINDS[windowed] for windowed in usual]
@@ -93,6 +96,10 @@ class Settings:
             raise UserError(f"{self.where}: {len(kinds)} layer_types for {len(usual)} layers")
         if KINDS[True] not in kinds:
             return ()
+        if not used:
+            raise UserError(
+                f"{self.where}: layer_types has {KINDS[True]}, but use_sliding_window is not true"
+            )
         window = self.whole("sliding_window", size if "sliding_window" not in self.values else None)
         return tuple(window if kind == KINDS[True] else 0 for kind in kinds)
 

@@ -21,11 +21,7 @@ def _config(settings: Settings) -> GPTConfig:
         raise UserError(f"{settings.where}: no_rope_layers = {shown(rotated)} is not 0 or 1 for each layer")
     rotated = [bool(one) for one in rotated[:layers]]
     used = settings.truth("use_sliding_window", False) and settings.values.get("sliding_window") is not None
-    windows = settings.windows([used and not one for one in rotated])
-    if windows and not used:
-        raise UserError(
-            f"{settings.where}: layer_types has sliding_attention, but use_sliding_window is not true"
-        )
+    windows = settings.windows([used and not one for one in rotated], used=used)
     rope = rotary(settings, base=2_000_000.0)
     return llama_config(settings, tied=True, windows=windows, rotary_layers=tuple(rotated), **rope)
 
@@ -33,6 +29,7 @@ def _config(settings: Settings) -> GPTConfig:
 def _settings(config: GPTConfig) -> dict[str, Any]:
     return {
         **gated_settings(config),
+        "pad_token_id": None,  # transformers' default may lie beyond the vocabulary
         "no_rope_layers": [int(config.is_rotated(layer)) for layer in range(config.layers)],
         "use_sliding_window": bool(config.windows),
         **window_settings(config),
