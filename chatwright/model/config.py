@@ -13,7 +13,7 @@ One dataclass describes every decoder of the lineage. A preset is a row of a pap
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 from chatwright.config import UserError
@@ -103,6 +103,9 @@ class GPTConfig:
     need not know it."""
     dropout: float = 0.0
     """Share of activations dropped in training: embeddings, attention weights, sub-layer outputs."""
+    family: str = field(default="", compare=False)
+    """What transformers calls the family that the model was read as. It changes no number: some families
+    compute the same, and this says by which names a model is written and its adapters call its layers."""
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -182,8 +185,15 @@ class GPTConfig:
         """Raise UserError for settings of norms and biases that contradict each other."""
         if self.qkv_bias is not None and type(self.qkv_bias) is not bool:
             raise UserError(f"model: qkv_bias is {self.qkv_bias!r:.80}, not true, false or null")
-        if self.qkv_bias == self.bias:
-            object.__setattr__(self, "qkv_bias", None)  # one spelling of each shape
+        for name, value, usual in (  # one spelling of each shape
+            ("qkv_bias", self.bias, None),
+            ("attention_scale", self.head_dim**-0.5, 0.0),
+            ("window_rope_base", self.rope_base if self.rope_scaling is None else None, 0.0),
+        ):
+            if getattr(self, name) == value:
+                object.__setattr__(self, name, usual)
+        if not isinstance(self.family, str) or len(self.family) > 100:
+            raise UserError(f"model: family is {self.family!r:.80}, not a name")
         if self.qk_norm_whole and not self.qk_norm:
             raise UserError("model: qk_norm_whole needs qk_norm")
         if (self.branch_norm != "before" or self.parallel) and not self.pre_norm:
@@ -249,7 +259,7 @@ class GPTConfig:
         base = PRESETS[name]
         # Sizes that follow from others do so again: a narrower gpt2 has a narrower MLP.
         usual = {"kv_heads": base.heads, "head_dim": base.width // base.heads, "mlp_width": 4 * base.width}
-        derived = {field: 0 for field, value in usual.items() if getattr(base, field) == value}
+        derived = {name: 0 for name, value in usual.items() if getattr(base, name) == value}
         return replace(base, **{**derived, **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -267,7 +277,7 @@ class GPTConfig:
 
 def _from_fields(cls: type[Shape], values: dict[str, Any]) -> Shape:
     """A dataclass from its fields. Raises UserError when some are unknown or missing."""
-    unknown = sorted(set(values) - {field.name for field in fields(cls)})  # type: ignore[arg-type]
+    unknown = sorted(set(values) - {one.name for one in fields(cls)})  # type: ignore[arg-type]
     if unknown:
         raise UserError(f"model: unknown fields {', '.join(unknown)} (written by a newer chatwright?)")
     try:

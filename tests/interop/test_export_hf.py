@@ -92,8 +92,12 @@ def test_every_rule_can_be_undone(
         own = rule.names(0)[1]
         heads_here = getattr(config, rule.paired) if rule.paired else 1
         rows = [heads_here * 2 * half * (number + 1 if len(own) > 1 else 1) for number in range(len(own))]
+        if rule.by_head:
+            rows = [config.heads * 2 * half] * len(own)
         rest = (columns,) if rule.theirs.endswith("weight") or rule.transposed else ()
         parts = [torch.randn(row, *rest, generator=generator) for row in rows]
+        if rule.plus:  # exact from a half on
+            parts = [part.abs() + 0.5 for part in parts]
         theirs = rule.invert(parts, config)
         assert tuple(theirs.shape) == rule.stored_shape([part.shape for part in parts])
         again = rule.apply(theirs, rows, config)
