@@ -89,9 +89,9 @@ def parse_all(
         parser.set_defaults(dict(defaults))
     stand_ins = typed_texts.StandIns()
     argv = _checked_files(parser, argv, stand_ins)
-    typed = typed_texts.words(argv, setting_errors.hints(parser), stand_ins)
     swallowed = io.StringIO()
     try:
+        typed = typed_texts.words(argv, setting_errors.hints(parser), stand_ins)
         with redirect_stderr(swallowed):
             values = stand_ins.restored(parser.parse_args(typed).as_dict())
         found = [typed_texts.make(cls, values) for cls in classes]
@@ -136,9 +136,9 @@ def parse_given(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
     """The values given in `argv`, without defaults, nested at the dots of their names. Raises UsageError."""
     stand_ins = typed_texts.StandIns()
     argv = _checked_files(parser, argv, stand_ins)
-    typed = typed_texts.words(argv, setting_errors.hints(parser), stand_ins)
     swallowed = io.StringIO()
     try:
+        typed = typed_texts.words(argv, setting_errors.hints(parser), stand_ins)
         with redirect_stderr(swallowed):
             namespace = parser.parse_args(typed, defaults=False)
     except SystemExit as stop:

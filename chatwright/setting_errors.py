@@ -111,9 +111,20 @@ def explain(message: str, parser: Any, argv: Sequence[str]) -> str:
     value = _VALUE.search(message)
     if value is None or known.get(key) is None:
         return f"--{key}: {_plain(message)}"
-    given = value[1].strip().splitlines()
-    shown = _YAML.get(given[0], repr(given[0][:80])) if given else "empty"
+    given = typed if (typed := _typed(key, argv)) is not None else value[1]
+    first = next(iter(given.strip().splitlines()), "")
+    shown = _YAML.get(first, first if first in _YAML.values() else repr(first[:80])) if first else "empty"
     return f"--{key} is {shown}; it must be {wanted(known[key])}"
+
+
+def _typed(key: str, argv: Sequence[str]) -> str | None:
+    """What was typed as the value of an option, the last time; None where it was not."""
+    found = None
+    for number, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        if option == f"--{key}":
+            found = value if equals else next(iter(argv[number + 1 : number + 2]), None)
+    return found
 
 
 def unknown_option(word: str, known: Mapping[str, Any]) -> str:

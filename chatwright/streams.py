@@ -34,6 +34,15 @@ def prepare() -> None:
                 )
 
 
+def meant(text: str) -> str:
+    """A text of the command line as UTF-8, where the locale (LANG=C) could not read it: Python then keeps its
+    bytes as surrogates, which file names need, and which are no text."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # other surrogates: no command line has them
+        return text
+
+
 def _name(encoding: str | None) -> str:
     """The usual name of an encoding."""
     try:

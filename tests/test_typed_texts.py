@@ -145,19 +145,21 @@ def test_texts_of_a_list_are_what_stands_in_it(name: str) -> None:
 
 @pytest.mark.parametrize("text", [one for one in TEXTS if one != "--"])
 def test_a_positional_argument_is_what_was_typed(text: str) -> None:
-    positionals = {"model": "A model.", "text?": "A text."}
+    positionals = {"model": "A model.", "said?": "A text."}
     for argv in (
         ["m", "--text", "null", "--", text],
         *([] if text == "-x" else [["m", text], ["--text", "n", "m", text]]),
     ):
         made, found = parse(Kinds, argv, prog="chatwright kinds", positionals=positionals)
-        assert found == {"model": "m", "text": text}
+        assert found == {"model": "m", "said": text}
         assert made.text in ("null", "n", "x")
 
 
 def test_messages_have_the_value_that_was_typed() -> None:
     with pytest.raises(UsageError, match="--whole is '# one'; it must be a whole number"):
         kinds("--text", "null", "--whole", "# one")
+    with pytest.raises(UsageError, match="^inner.name is true; it must be a text"):
+        kinds("--inner", "{name: on}")
     with pytest.raises(UsageError, match="unexpected 'null': settings are given as --NAME VALUE"):
         kinds("null")
     with pytest.raises(UsageError, match="--text has no value; it must be a text"):
@@ -192,6 +194,8 @@ def settings_of(name: str, module: ModuleType, monkeypatch: pytest.MonkeyPatch) 
 
 COMMANDS = [name for name, module in modules() if hasattr(module, "parse")]
 STAGES = list(discovery.stages())
+BESIDE = {"held_out_annotators": ("--comparisons", "x")}
+"""Settings that need another one -> that."""
 SOME = ("null", "# one", "1e5", "2024-11-30", "[1, 2]", "on", "007", "-5 degrees", "")
 
 
@@ -212,7 +216,7 @@ def check_texts(classes: Sequence[Any], prog: str) -> int:
     names = [name for name, hint in setting_errors.hints(parser).items() if typed_texts.is_text(hint)]
     for name in names:
         for text in SOME:
-            made, refused = parsed_or_refused(classes, [f"--{name}", text], prog)
+            made, refused = parsed_or_refused(classes, [f"--{name}", text, *BESIDE.get(name, ())], prog)
             if refused:
                 assert repr(text) in refused or f" {text}" in refused, (name, text, refused)
                 continue

@@ -117,10 +117,10 @@ def _marked(
     """The conversation. `unlearnt` are the numbers of answers that are not to be learnt, among the last
     `before` messages; marks beside the messages, and our own records' `unlearnt`, add to them."""
     shift = len(messages) - before if before else 0
-    numbers = {number + shift for number in unlearnt}
-    if not marks.is_learnt_at_all(row):
-        numbers = {number for number, message in enumerate(messages) if message["role"] == "assistant"}
-    return Dialogue.of(messages, numbers)
+    listed = marks.unlearnt_by_lists(row, before)
+    numbers = {number + shift for number in (*unlearnt, *listed)}
+    own = {number for number, message in enumerate(messages) if message["role"] == "assistant"}
+    return Dialogue.of(messages, numbers & own if marks.is_learnt_at_all(row) else own)
 
 
 def unlearnt_of(row: Mapping[str, Any], column: str, messages: Sequence[Message]) -> set[int]:

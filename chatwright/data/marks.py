@@ -4,14 +4,15 @@
 |---|---|---|
 | `weight` | OpenAI, mistral-finetune, Together, Fireworks | 0 |
 | `train`, `training` | axolotl (`message_field_training`) | false |
-| `loss`, `loss_scale` | ms-swift | false, 0 |
-| `loss_mask`, `loss_weight`, `trainable`, `learn` | others | false, 0 |
+| `loss`, `loss_scale` | ms-swift, ChatGLM3 | false, 0 |
+| `trainable`, `loss_mask`, `loss_weight`, `train_on_turn`, `learn` | verl; others | false, 0 |
 | `masked`, `ignore_loss` | torchtune; others | true |
 
 A marked answer stays in the conversation: the model reads it, and does not learn to write it. `weight`, and
 the others where they are true or false, may also stand beside the list of messages; they then hold for all
-of its answers. What cannot be done is refused by name: to learn an answer by half, or parts of it
-(`train_detail`), or a mark of which nobody can say what it means.
+of its answers. A list `loss_mask` beside them has one entry a message (LLaMA-Factory). What cannot be done is
+refused by name: to learn an answer by half, or parts of it (`train_detail`), or a mark of which nobody can
+say what it means.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ LEARNT = (
     "train",
     "training",
     "trainable",
+    "train_on_turn",
     "message_field_training",
     "loss",
     "loss_scale",
@@ -37,8 +39,10 @@ NOT_LEARNT = ("masked", "ignore_loss")
 """Marks that are true where it is not."""
 PARTS = ("train_detail", "training_detail", "message_field_training_detail")
 """Marks of parts of a message, by their characters (axolotl's `message_field_training_detail`)."""
-BY_TOKEN = ("loss_mask", "completion_mask", "assistant_masks", "assistant_mask", "train_mask", "weights")
-"""Columns beside the messages that say it of each token, or of each message."""
+BY_MESSAGE = ("loss_mask", "train_mask", "weights")
+"""Lists beside the messages that say it of each message; 1 is learnt."""
+BY_TOKEN = ("completion_mask", "assistant_masks", "assistant_mask")
+"""Lists beside the messages that say it of each token."""
 UNKNOWN = re.compile("(?:^|[_-])(?:un|no)?(?:train|loss|mask|weight|learn|supervis)", re.IGNORECASE)
 """Names of fields that may be marks."""
 USUAL = frozenset(("role", "content", "from", "value", "name", "tool_calls", "tool_call_id"))
@@ -125,10 +129,7 @@ def is_learnt_at_all(row: Mapping[str, Any]) -> bool:
     `is_learnt`, and for marks of single tokens."""
     for name in BY_TOKEN:
         if isinstance(row.get(name), list | tuple) and row[name]:
-            raise ValueError(
-                f"a column `{name}` says piece by piece what is learnt, which is not read: mark whole "
-                "messages, as in {'role': 'assistant', 'content': ..., 'train': false}"
-            )
+            raise ValueError(f"a column `{name}` says of each token what is learnt, which is not read: {FIX}")
     mask = row.get("mask")
     named = [one.strip().lower() for one in mask.split(",")] if isinstance(mask, str) else []
     if any(one and one not in ROLES for one in named):
@@ -138,6 +139,24 @@ def is_learnt_at_all(row: Mapping[str, Any]) -> bool:
         return is_learnt(given)
     except ValueError as error:
         raise ValueError(str(error).replace("a message has", "the record has")) from None
+
+
+def unlearnt_by_lists(row: Mapping[str, Any], messages: int) -> set[int]:
+    """The numbers of messages, of so many, that a list beside them says are not to be learnt. Raises
+    ValueError for a list that is not one of 0 and 1, an entry a message."""
+    found: set[int] = set()
+    for name in BY_MESSAGE:
+        listed = row.get(name)
+        if not isinstance(listed, list | tuple) or not listed:
+            continue
+        said = [truth(one) for one in listed]
+        if len(said) != messages or None in said:
+            raise ValueError(
+                f"a column `{name}` has {len(said)} entries, for {messages} messages; it is read with one "
+                "entry a message, 1 for learnt and 0 for not: leave it out, or mark messages by train: false"
+            )
+        found |= {number for number, learnt in enumerate(said) if not learnt}
+    return found
 
 
 def _is_mark(name: str, value: Any) -> bool:

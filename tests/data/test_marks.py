@@ -36,6 +36,7 @@ MARKS: tuple[dict[str, Any], ...] = (
     {"loss_mask": 0},
     {"loss_weight": 0},
     {"trainable": False},
+    {"train_on_turn": False},
     {"learn": False},
     {"masked": True},
     {"ignore_loss": True},
@@ -132,14 +133,25 @@ def test_a_mark_beside_the_messages_holds_for_all_answers(row: dict[str, Any]) -
     ("row", "said"),
     [
         ({"weight": 0.5}, "the record has weight 0.5"),
-        ({"loss_mask": [0, 1]}, "a column `loss_mask` says piece by piece"),
-        ({"completion_mask": [0, 1]}, "a column `completion_mask`"),
+        (
+            {"loss_mask": [0, 1]},
+            "a column `loss_mask` has 2 entries, for 4 messages; it is read with one entry",
+        ),
+        ({"weights": [0, 1, 0, 0.5]}, "a column `weights` has 4 entries, for 4 messages"),
+        ({"completion_mask": [0, 1]}, "a column `completion_mask` says of each token"),
         ({"mask": "Assistant"}, "a column `mask` with 'Assistant' is not read"),
     ],
 )
 def test_columns_that_cannot_be_followed(row: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said.replace("(", r"\(")):
         dialogue({"messages": talk({}), **row})
+
+
+def test_a_list_beside_the_messages_has_one_entry_a_message() -> None:
+    """As LLaMA-Factory's `loss_mask`."""
+    row = {"messages": talk({}), "loss_mask": [0, 0, 0, 1]}
+    assert dialogue(row).unlearnt == (1,) and dialogue({**row, "system": "s"}).unlearnt == (2,)
+    assert dialogue({"conversations": talk({}, sharegpt=True), "loss_mask": [1, 1, 1, 1]}).unlearnt == ()
 
 
 @pytest.mark.parametrize("row", [{"mask": "User"}, {"loss": 2.3}, {"train": "split"}, {"weight": 1}], ids=str)

@@ -178,7 +178,7 @@ def test_no_picture_or_page_of_the_user_is_replaced(run: Call, tmp_path: Path) -
     picture.rename(name := picture.with_name(picture.name.replace("page", "other")))
     name.write_text("precious")
     before = sorted(one.name for one in tmp_path.iterdir())
-    code, out, err = run("a", "b", "--out", "other.md")
+    code, _, err = run("a", "b", "--out", "other.md")
     assert code == 1 and f"the picture {name.name} would be replaced, which is none of an earlier" in err
     assert name.read_text() == "precious" and sorted(one.name for one in tmp_path.iterdir()) == before
     (tmp_path / "mine.md").write_text("# Mine\n")
