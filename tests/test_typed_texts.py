@@ -158,7 +158,7 @@ def test_a_positional_argument_is_what_was_typed(text: str) -> None:
 def test_messages_have_the_value_that_was_typed() -> None:
     with pytest.raises(UsageError, match="--whole is '# one'; it must be a whole number"):
         kinds("--text", "null", "--whole", "# one")
-    with pytest.raises(UsageError, match="^inner.name is true; it must be a text"):
+    with pytest.raises(UsageError, match=r"^inner\.name is true; it must be a text"):
         kinds("--inner", "{name: on}")
     with pytest.raises(UsageError, match="unexpected 'null': settings are given as --NAME VALUE"):
         kinds("null")

@@ -20,6 +20,9 @@ from chatwright.config import UserError
 from chatwright.data import broken_json
 from chatwright.data.reading import Faults, Row, decode, open_bytes, suffix_of
 
+LINES = ".jsonl"
+"""The suffix of files that should have one object a line."""
+
 
 def json_rows(path: Path, faults: Faults, longest: int) -> Iterator[Row]:
     """The records of a file, which may have at most `longest` bytes in a line, or in all where it has to be
@@ -63,9 +66,14 @@ class _Lines:
         while line := self.file.readline(self.longest + 1):
             self.number += 1
             if len(line) > self.longest:
+                size = f"{self.longest >> 20} MiB"
+                if suffix_of(self.path) == LINES:
+                    raise UserError(
+                        f"{self.path}:{self.number}: a line of more than {size}; one record a line, please"
+                    )
                 raise UserError(
-                    f"{self.path}:{self.number}: a line of more than {self.longest >> 20} MiB; one record a "
-                    "line, please"
+                    f"{self.path}: over {size} in one line; write it as {LINES} (one object a line) to "
+                    "stream it"
                 )
             start, self.offset = self.offset, self.offset + len(line)
             yield self.number, start, line
@@ -108,7 +116,12 @@ class _Whole:
                 f"{self.path}: over {self.longest >> 20} MiB, and its first line is no whole object; write "
                 "it as one object a line (.jsonl) to stream it"
             )
-        text = decode(data, self.path, 0)
+        try:
+            text = decode(data, self.path, 0)
+        except UserError:
+            if self._is_called_lines():
+                return None
+            raise
         if text.lstrip().startswith("["):
             return self._listed(text)
         return self._one_after_the_other(text)
@@ -151,7 +164,7 @@ class _Whole:
         return following.startswith(b"{") and following.endswith(b"}")
 
     def _is_called_lines(self) -> bool:
-        return suffix_of(self.path) == ".jsonl"
+        return suffix_of(self.path) == LINES
 
 
 def _line_rows(numbered: Iterator[tuple[int, int, bytes]], lines: _Lines, faults: Faults) -> Iterator[Row]:

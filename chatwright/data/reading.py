@@ -109,17 +109,24 @@ def open_bytes(path: Path) -> io.BufferedReader:
     UserError: it cannot be opened, or is no text at all."""
     try:
         file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    try:
         begins = file.peek(32)
         if begins.startswith(GZIP):
-            file = io.BufferedReader(_Recoded(gzip.GzipFile(fileobj=file), path))
+            file = io.BufferedReader(_Recoded(gzip.GzipFile(fileobj=file), file, path))
             begins = file.peek(32)
+        for mark, what in OTHERS.items():
+            if begins.startswith(mark):
+                raise UserError(f"{path} is {what}")
     except OSError as error:
+        file.close()
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    for mark, what in OTHERS.items():
-        if begins.startswith(mark):
-            raise UserError(f"{path} is {what}")
+    except UserError:
+        file.close()
+        raise
     encoding = wide_encoding(begins)
-    return io.BufferedReader(_Recoded(file, path, encoding)) if encoding else file
+    return io.BufferedReader(_Recoded(file, file, path, encoding)) if encoding else file
 
 
 def wide_encoding(begins: bytes) -> str:
@@ -138,8 +145,9 @@ def wide_encoding(begins: bytes) -> str:
 class _Recoded(io.RawIOBase):
     """The bytes of a file that is packed, or has another encoding, as UTF-8. Errors are UserErrors."""
 
-    def __init__(self, source: IO[bytes], path: Path, encoding: str = "") -> None:
-        self._source, self._path, self._encoding = source, path, encoding
+    def __init__(self, source: IO[bytes], opened: io.BufferedReader, path: Path, encoding: str = "") -> None:
+        """`source` gives the bytes; `opened` is the file under it, which is closed with this one."""
+        self._source, self._opened, self._path, self._encoding = source, opened, path, encoding
         self._decoder = codecs.getincrementaldecoder(encoding)() if encoding else None
         self._left = b""
 
@@ -173,6 +181,7 @@ class _Recoded(io.RawIOBase):
     def close(self) -> None:
         """Close the file, too."""
         self._source.close()
+        self._opened.close()
         super().close()
 
 

@@ -190,7 +190,7 @@ def test_as_text_a_conversation_has_no_marked_answers(tmp_path: Path) -> None:
     file, faults = write(tmp_path / "a.jsonl", {"messages": talk({"weight": 0})}), Faults()
     (found,) = documents(str(file), faults=faults)
     assert found.text == "q\nr\naaaa" and found.id == dialogue({"messages": talk({})}).id
-    assert faults.wanted_line() == "1 answers marked as not to be learnt are no part of the texts"
+    assert faults.wanted_line() == "1 answers that are marked as not to be learnt are no part of the texts"
 
 
 def test_turns_of_others_that_are_to_be_learnt_are_counted(tmp_path: Path) -> None:
