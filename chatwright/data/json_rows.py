@@ -45,7 +45,8 @@ def json_rows(path: Path, faults: Faults, longest: int) -> Iterator[Row]:
                 faults.met(UserError(f"{where} is not an object but {type(row).__name__}"))
         if rows is not None:
             return
-        rest = io.BufferedReader(io.BytesIO(whole.behind)) if whole.read else file  # type: ignore[arg-type]
+        behind: Any = io.BufferedReader(io.BytesIO(whole.behind))
+        rest: io.BufferedReader = behind if whole.read else file
         again = _Lines(rest, path, longest, number=numbered.number, offset=len(before) + len(line))
         yield from _line_rows(chain([(numbered.number, len(before), line)], again.numbered()), again, faults)
 

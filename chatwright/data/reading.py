@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from chatwright.config import UserError
 
@@ -145,7 +145,9 @@ def wide_encoding(begins: bytes) -> str:
 class _Recoded(io.RawIOBase):
     """The bytes of a file that is packed, or has another encoding, as UTF-8. Errors are UserErrors."""
 
-    def __init__(self, source: IO[bytes], opened: io.BufferedReader, path: Path, encoding: str = "") -> None:
+    def __init__(
+        self, source: io.BufferedIOBase, opened: io.BufferedReader, path: Path, encoding: str = ""
+    ) -> None:
         """`source` gives the bytes; `opened` is the file under it, which is closed with this one."""
         self._source, self._opened, self._path, self._encoding = source, opened, path, encoding
         self._decoder = codecs.getincrementaldecoder(encoding)() if encoding else None
