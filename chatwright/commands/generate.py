@@ -191,6 +191,7 @@ def _sample(
 def _search(model: LanguageModel, prompt: str, config: GenerateConfig, show: Callable[[str], str]) -> int:
     """Print the best continuations of beam search, best first."""
     from chatwright.generate.beam import beam_search
+    from chatwright.generate.sequence import tokens_with_text
 
     request = model.prompt_request(prompt)
     found = beam_search(
@@ -200,10 +201,9 @@ def _search(model: LanguageModel, prompt: str, config: GenerateConfig, show: Cal
         max_new_tokens=config.max_new_tokens,
         end_ids=request.end_ids,
         length_penalty=config.length_penalty,
+        known=tokens_with_text(model.tokenizer, model.model.config.vocab_size),
     )[: config.count]
     for number, (ids, score) in enumerate(found, 1):
         _heading(number, len(found), f", score {score:.3f}")
-        # Ids of the padding rows of the embedding table belong to no token.
-        known = [one for one in ids if one < model.tokenizer.vocab_size]
-        print(show(model.tokenizer.decode(known)), flush=True)
+        print(show(model.tokenizer.decode(ids)), flush=True)
     return 0

@@ -187,6 +187,16 @@ class Sequence:
         self.handle._put(text, *new, completion)
 
 
+def tokens_with_text(tokenizer: Tokenizer | None, vocab_size: int) -> Bool[Tensor, " V"] | None:
+    """Mask of the ids that the tokenizer has a token for; None when all of a model's ids are. Published
+    models often have more rows than tokens, and holes between them: such ids are never to be drawn."""
+    if tokenizer is None:
+        return None
+    known = torch.zeros(vocab_size, dtype=torch.bool)
+    known[list(tokenizer.backend.get_vocab(with_added_tokens=True).values())] = True
+    return None if bool(known.all()) else known
+
+
 def allowed_tokens(sequences: abc.Sequence[Sequence], vocab_size: int) -> Bool[Tensor, "B V"] | None:
     """Mask of the tokens that the sequences' grammars allow; None when no sequence has one. A sequence whose
     grammar is at a dead end fails."""
