@@ -21,8 +21,8 @@ from chatwright import cli
 from chatwright.chat import NATIVE, ChatTemplate, Message
 from chatwright.commands.export import write_export
 from chatwright.config import UserError
-from chatwright.interop import gguf as gguf_reading
 from chatwright.interop.families import FAMILIES
+from chatwright.interop.gguf_shapes import ARCHITECTURES
 from chatwright.interop.hf import load_hf
 from chatwright.interop.hf_export import config_to_hf, plan_hf
 from chatwright.interop.loaded import Rule, foreign
@@ -59,7 +59,7 @@ RULES = {
     (format_, family): rules
     for format_, tables in (
         ("hf", {name: family.rules for name, family in FAMILIES.items()}),
-        ("gguf", gguf_reading.RULES),
+        ("gguf", {name: one.rules for name, one in ARCHITECTURES.items()}),
     )
     for family, rules in tables.items()
 }
