@@ -61,7 +61,7 @@ def _architecture(config: GPTConfig) -> str:
         ("arcee", config.activation == "relu2"),
         ("granite", scaled),
         ("smollm3", bool(config.rotary_layers)),
-        ("phi3", bool(config.rotary_dim)),
+        ("phi3", bool(config.rotary_dim) or config.family == "phi3"),  # a Llama, its matrices fused
         ("qwen2", config.qkv_bias is True),
         ("qwen3", config.qk_norm),
     ):

@@ -73,7 +73,9 @@ def config_of(metadata: Metadata, tensors: dict[str, Stored]) -> GPTConfig:
     }
     if shape["layers"] > len(tensors):  # before a list of that length is made
         raise UserError(f"{metadata.where}: {shape['layers']} blocks in it, {len(tensors)} tensors in all")
-    return GPTConfig(**{**shape, **ARCHITECTURES[metadata.architecture].read(metadata, shape)})
+    form = ARCHITECTURES[metadata.architecture]
+    found = {**shape, **form.read(metadata, shape)}
+    return GPTConfig(**{"family": form.family or metadata.architecture, **found})
 
 
 # ---- what metadata means -----------------------------------------------------------------------------------
@@ -155,6 +157,7 @@ def _olmo2(metadata: Metadata, shape: Shape) -> Shape:
         "qk_norm_whole": True,
         "windows": windows,
         "window_rope_base": base if any(windows) and found["rope_scaling"] else 0.0,
+        "family": "olmo3" if any(windows) else "olmo2",
     }
 
 
@@ -337,6 +340,8 @@ class Architecture:
     """llama.cpp expects the heads to have exactly the width's features."""
     head: Literal["any", "own", "shared"] = "any"
     """llama.cpp wants an output matrix apart from the token table, or none."""
+    family: str = ""
+    """transformers' name for it, where that is another."""
 
 
 _WINDOW_KEYS = frozenset(
@@ -385,6 +390,7 @@ ARCHITECTURES = {
         _gemma3,
         _say_gemma3,
         _WINDOW_KEYS | {"final_logit_softcapping"},
+        family="gemma3_text",
     ),
     "gptneox": Architecture(
         GPTNEOX_RULES,
@@ -393,5 +399,6 @@ ARCHITECTURES = {
         frozenset({"use_parallel_residual"}),
         whole_width=True,
         head="own",
+        family="gpt_neox",
     ),
 }

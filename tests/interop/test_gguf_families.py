@@ -45,6 +45,7 @@ CARRIED: dict[str, tuple[str, GPTConfig]] = {
         ),
     ),
     "phi3": ("phi3", FAMILIES["phi3"]),
+    "phi3-whole-heads": ("phi3", replace(FAMILIES["phi3"], rotary_dim=0, family="phi3")),
     "granite": ("granite", FAMILIES["granite"]),
     "gemma2": ("gemma2", FAMILIES["gemma2"]),
     "gemma3": ("gemma3", FAMILIES["gemma3"]),
@@ -53,6 +54,14 @@ CARRIED: dict[str, tuple[str, GPTConfig]] = {
     "gpt_neox-in-turn": ("gptneox", replace(FAMILIES["gpt_neox-in-turn"], activation="gelu_tanh")),
 }
 """llama.cpp's name for it, and the shape."""
+THEIR_NAMES = {
+    "mistral-without-window": "llama",
+    "phi3-whole-heads": "phi3",
+    "gemma3": "gemma3_text",
+    "gemma3-untied": "gemma3_text",
+    "gpt_neox-in-turn": "gpt_neox",
+}
+"""What transformers calls the family of a file."""
 GELU_TABLE = 2e-2
 """How far logits may be apart where llama.cpp looks GELU up in a table of 16-bit numbers. It has one table,
 with the tanh form: the exact GELU is nearer to that than the table is to itself."""
@@ -88,6 +97,7 @@ def test_read_back(name: str, tokenizer: Tokenizer, file: Path) -> None:
     again = load_gguf(file)
     assert again.model.config == gguf_shape(file) == config
     assert torch.equal(again.model(some_ids()), drawn(config)(some_ids()))
+    assert again.model.config.family == THEIR_NAMES.get(name, name)
 
 
 @pytest.mark.parametrize("name", CARRIED)
