@@ -135,21 +135,21 @@ def naming(param: str) -> Iterator[None]:
 
 
 _FIELD = re.compile("[a-z_][a-z0-9_]*")
-_TAGS = frozenset({"text", "image_url", "input_text", "output_text", "input_image"})
 _TYPES = frozenset({"str", "int", "float", "bool", "list", "dict", "none"})
 
 
 def place_of(parts: Sequence[Any]) -> str:
     """The place of a value in a body, as OpenAI writes it: `messages[0].content`. The names that Pydantic
     gives to the members of a union are left out."""
-    place, before = "", None
+    place, tagged = "", False
     for part in parts:
-        # Behind a number stands the tag of a union: `text` of a content's part that is a text.
-        tag = part in _TAGS and isinstance(before, int)
-        before = part
         if isinstance(part, int):
             place += f"[{part}]"
-        elif _FIELD.fullmatch(part) and part not in _TYPES and not tag:
+        elif tagged:  # such as `text`, the type of a content's part
+            tagged = False
+        elif "tagged-union[" in part:
+            tagged = True
+        elif _FIELD.fullmatch(part) and part not in _TYPES:
             place += f".{part}" if place else part
     return place
 

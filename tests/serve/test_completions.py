@@ -84,8 +84,9 @@ def test_several_prompts_and_answers_keep_their_order(client: openai.OpenAI, ser
 def test_log_probabilities_are_those_of_the_plain_model(client: openai.OpenAI, server: Running) -> None:
     ids = prompt_of(server, "hello")
     choice = client.completions.create(prompt=ids, max_tokens=6, logprobs=3, **ASK).choices[0]
-    assert "".join(choice.logprobs.tokens) == choice.text
-    answered = [*ids, *server.model.tokenizer.encode(choice.text)]
+    assert "".join(choice.logprobs.tokens) == choice.text + "<|end|>"  # which ends the answer
+    end = server.model.tokenizer.control_ids["<|end|>"]
+    answered = [*ids, *server.model.tokenizer.encode(choice.text), end]
     table = reference(server, answered)
     for place, (token, logprob, top) in enumerate(
         zip(
@@ -192,7 +193,7 @@ def test_penalties_and_bias_change_the_answer(client: openai.OpenAI, server: Run
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": ["x"] * 65}, "prompt"),
-        ({"prompt": ["x"] * 33, "n": 2}, "continuations"),
+        ({"prompt": ["x"] * 33, "n": 2}, "at most 64"),
         ({"prompt": [1 << 20]}, "token ids"),
         ({"prompt": "long " * 400}, "context"),
         ({"max_tokens": 0}, "echo"),

@@ -45,7 +45,7 @@ from chatwright.serve.api.reading import (
     new_id,
     unless_gone,
 )
-from chatwright.serve.api.tools import AllowedChoice, Choice, NamedChoice, ToolSpec, refuse_choice
+from chatwright.serve.api.tools import Choice, SomeTools, ToolSpec, refuse_choice
 from chatwright.serve.errors import naming
 from chatwright.serve.pool import ModelPool
 
@@ -81,7 +81,7 @@ class ChatRequest(SampledBody, FormBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[ToolSpec], Field(max_length=MOST_TOOLS)] | None = None
-    tool_choice: Choice | NamedChoice | AllowedChoice | None = None
+    tool_choice: Choice | SomeTools | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
 

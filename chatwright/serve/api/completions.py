@@ -24,7 +24,6 @@ from chatwright.generate.sampling import Sampling
 from chatwright.language_model import LanguageModel
 from chatwright.serve.api.parameters import (
     BOOKKEEPING,
-    MOST_ANSWERS,
     SAMPLERS,
     Nothing,
     SampledBody,
@@ -92,10 +91,6 @@ class CompletionRequest(SampledBody):
     def _something_is_asked_for(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
             raise parameter_error("invalid_value", "max_tokens: 0 makes sense with echo alone", "max_tokens")
-        if len(self.prompts) * self.answers > max(MOST_PROMPTS, MOST_ANSWERS):
-            raise parameter_error(
-                "invalid_value", f"more than {MOST_PROMPTS} continuations in one request", "prompt"
-            )
         return self
 
     @property
@@ -200,7 +195,8 @@ def routes(pool: ModelPool) -> APIRouter:
         async with AsyncExitStack() as stack:
             service = await stack.enter_async_context(pool.use(body.model))
             body.check_bias(service.model.model.config.vocab_size)
-            check_answers(len(body.prompts) * body.answers, service.limits.max_requests)
+            count = len(body.prompts) * body.answers
+            check_answers(count, service.limits.max_requests, "n" if body.answers > 1 else "prompt")
             with naming("prompt"):
                 prompts = await asyncio.to_thread(body.encoded, service.model)
                 sampling = body.sampling(service.model.own_sampling)

@@ -105,12 +105,12 @@ def check_effort(template: ChatTemplate | None, effort: str | None, param: str) 
         raise ApiError(400, message, param=param, code="unsupported_parameter")
 
 
-def check_answers(count: int, most: int) -> None:
+def check_answers(count: int, most: int, param: str = "n") -> None:
     """Raise ApiError for more answers to one request than the server ever gives at a time: waiting is of no
     use."""
     if count > most:
         message = f"{count} answers in one request: this server gives at most {most} (--max_requests)"
-        raise ApiError(400, message, param="n", code="invalid_value")
+        raise ApiError(400, message, param=param, code="invalid_value")
 
 
 class Checked(BaseModel):

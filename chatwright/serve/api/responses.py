@@ -35,7 +35,7 @@ from chatwright.serve.api.parameters import (
 )
 from chatwright.serve.api.reading import STREAM_TOO, HeldStream, Reading, guarded, unless_gone
 from chatwright.serve.api.response_events import Writer
-from chatwright.serve.api.tools import AllowedFunctions, Choice, NamedFunction, ResponseTool, refuse_choice
+from chatwright.serve.api.tools import Choice, ResponseTool, SomeFunctions, refuse_choice
 from chatwright.serve.errors import ApiError, naming
 from chatwright.serve.pool import ModelPool
 
@@ -107,7 +107,7 @@ class ResponsesRequest(Body):
     stream: bool | None = None
     text: TextSettings | None = None
     tools: Annotated[list[ResponseTool], Field(max_length=MOST_TOOLS)] | None = None
-    tool_choice: Choice | NamedFunction | AllowedFunctions | None = None
+    tool_choice: Choice | SomeFunctions | None = None
     parallel_tool_calls: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     include: Annotated[list[Includable], Field(max_length=16)] | None = None

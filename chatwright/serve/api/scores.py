@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 
 from chatwright.config import UserError
@@ -54,7 +54,7 @@ async def scores_of(echo: Echo, reading: Reading) -> Scores:
     found: Sequence[Scored | None] = [None] * len(echo.ids)
     if echo.logprobs is not None:
         texts = [_to_score(echo, number, prepared) for number in range(len(echo.ids))]
-        found = await asyncio.gather(*map(reading.service.scorer.score, texts))
+        found = await _all(reading.service.scorer.score(text) for text in texts)
     echoes = [_echoed(model, *one) for one in zip(echo.prompts, echo.ids, found, strict=True)]
     if not echo.alone:
         return Scores(echoes)
@@ -67,6 +67,16 @@ async def scores_of(echo: Echo, reading: Reading) -> Scores:
         known.completion_tokens += len(answers)
         known.finish_reasons += [one.finish for one in answers]
     return Scores(echoes, answers)
+
+
+async def _all(asked: Iterable[Awaitable[Scored]]) -> list[Scored]:
+    """All scores. If one fails, or nobody waits any more, this still ends only when all have ended."""
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    done = [one for one in found if not isinstance(one, BaseException)]
+    for one in found:
+        if isinstance(one, BaseException):
+            raise one
+    return done
 
 
 def _to_score(echo: Echo, number: int, prepared: Prepared) -> ToScore:

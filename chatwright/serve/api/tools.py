@@ -137,6 +137,8 @@ class AllowedFunctions(Checked):
         return {"type": "allowed_tools", "allowed_tools": allowed}
 
 
+SomeTools = Annotated[NamedChoice | AllowedChoice, Field(discriminator="type")]
+SomeFunctions = Annotated[NamedFunction | AllowedFunctions, Field(discriminator="type")]
 KINDS_OF_CHOICE: Sequence[str] = ("function", "allowed_tools")
 
 
