@@ -161,10 +161,12 @@ def _sample(
     model: LanguageModel, prompt: str, sampling: Sampling, count: int, show: Callable[[str], str]
 ) -> int:
     """Generate all continuations in one batch. The first is printed while it grows, the others after it."""
+    from chatwright.generate.sampling import nth_seed
+
     requests = [model.prompt_request(prompt, **asdict(sampling))] * count
     if sampling.seed is not None:
         requests = [
-            replace(one, sampling=replace(sampling, seed=sampling.seed + number))
+            replace(one, sampling=replace(sampling, seed=nth_seed(sampling.seed, number)))
             for number, one in enumerate(requests)
         ]
     handles = [model.engine.submit(one) for one in requests]
