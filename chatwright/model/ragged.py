@@ -92,7 +92,7 @@ class Ragged:
         mask: Bool[Tensor, "1 1 T T"] | None = None,
     ) -> Float[Tensor, "1 H N K"]:
         """Causal attention within each row, computed by `kernel`. A mask is that of every row."""
-        y = kernel(*(self._pad_heads(x) for x in (q, k, v)), mask)  # (B, H, T, K)
+        y = kernel(self._pad_heads(q), self._pad_heads(k), self._pad_heads(v), mask)  # (B, H, T, K)
         return self.unpad(y.transpose(1, 2)).transpose(1, 2)
 
     def _pad_heads(self, x: Float[Tensor, "1 H N K"]) -> Float[Tensor, "B H T K"]:

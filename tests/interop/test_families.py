@@ -20,6 +20,9 @@ from torch.nn import functional as F
 
 from chatwright import cli
 from chatwright.config import UserError
+from chatwright.generate.engine import Engine, Request
+from chatwright.generate.sampling import Sampling
+from chatwright.generate.torch_runner import TorchRunner
 from chatwright.interop.families import FAMILIES, config_from_hf
 from chatwright.interop.hf import load_hf, state_dict_from_hf
 from chatwright.interop.hf_export import config_to_hf, plan_hf
@@ -148,6 +151,19 @@ def test_every_kernel_gives_the_same(pair: tuple[Any, GPT]) -> None:
     positions = torch.arange(CONTEXT)[None]
     given = tuple(part[:, :, :TOKENS] for part in friendly.angles(positions) or ())  # as pre-training does
     assert difference(friendly.head(friendly.hidden(ids, angles=given or None)), expected) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_the_engine_answers_as_transformers_generates(pair: tuple[Any, GPT]) -> None:
+    """Greedy answers longer than a window, of prompts of different lengths at once, with keys in pages."""
+    other, model = pair
+    prompts = [some_ids(1, length, seed=length)[0].tolist() for length in (3, 25, 11)]
+    engine = Engine(model, runner=TorchRunner(model))
+    found = engine.generate([Request(tuple(prompt), Sampling(20, 0.0)) for prompt in prompts])
+    for prompt, completion in zip(prompts, found, strict=True):
+        whole = other(torch.tensor([[*prompt, *completion.ids]])).logits[0, len(prompt) - 1 : -1]
+        chosen = whole.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+        assert float((whole.amax(-1) - chosen).max()) <= TOLERANCE  # the likeliest, or as likely
 
 
 @pytest.mark.parametrize(
