@@ -110,7 +110,7 @@ class Sequence:
         """The sequence of a checked request. `guesses` is the most tokens to guess per step. Guessing is used
         only where it is exact: decoding is greedy, and a token depends on nothing but the model."""
         request, sampling = handle.request, handle.request.sampling
-        exact = sampling.temperature == 0.0 and not sampling.looks_back and request.grammar is None
+        exact = sampling.greedy and not sampling.looks_back and request.grammar is None
         return cls(
             handle,
             room,
