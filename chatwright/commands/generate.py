@@ -33,7 +33,7 @@ class GenerateConfig:
     """Most tokens to produce; fewer where the context ends earlier."""
     temperature: float | None = None
     """Logits are divided by it; 0 takes the likeliest token (greedy). This and the next four, when not given,
-    are the model's own (generation_config.json); where it has none, temperature 1 and nothing left out."""
+    are the model's own (generation_config.json); where it has none, temperature 0.7 and nothing left out."""
     top_k: int | None = None
     """Keep this many likeliest tokens; 0 keeps all."""
     top_p: float | None = None
@@ -192,6 +192,8 @@ def _sample(
 def _search(model: LanguageModel, prompt: str, config: GenerateConfig, show: Callable[[str], str]) -> int:
     """Print the best continuations of beam search, best first."""
     from chatwright.generate.beam import beam_search
+    from chatwright.generate.engine import known_tokens
+    from chatwright.tokenizer import TextStream
 
     request = model.prompt_request(prompt)
     found = beam_search(
@@ -201,10 +203,11 @@ def _search(model: LanguageModel, prompt: str, config: GenerateConfig, show: Cal
         max_new_tokens=config.max_new_tokens,
         end_ids=request.end_ids,
         length_penalty=config.length_penalty,
+        known=known_tokens(model.model, model.tokenizer),
     )[: config.count]
     for number, (ids, score) in enumerate(found, 1):
         _heading(number, len(found), f", score {score:.3f}")
-        # Ids of the padding rows of the embedding table belong to no token.
-        known = [one for one in ids if one < model.tokenizer.vocab_size]
-        print(show(model.tokenizer.decode(known)), flush=True)
+        stream = TextStream(model.tokenizer, continues=request.continues)
+        text = [stream.push(one) for one in ids if one not in request.end_ids]
+        print(show("".join([*text, stream.flush()])), flush=True)
     return 0

@@ -28,6 +28,7 @@ def beam_search(
     end_ids: Collection[int] = (),
     length_penalty: float = 1.0,
     early_stopping: bool = False,
+    known: Tensor | None = None,
 ) -> list[tuple[list[int], float]]:
     """The best finished continuations of `prompt`, at most `beams`, best first: (new ids, score in nats).
 
@@ -35,6 +36,7 @@ def beam_search(
     sums). early_stopping: stop at `beams` finished continuations; otherwise go on while the best open one, at
     its present
         length, beats the worst finished one.
+    known: (V,), True for ids that a token has (`engine.known_tokens`); others never come out. None: all have.
     An answer ends with an id of `end_ids`, or where `max_new_tokens` or the model's context ends.
     Raises UserError for an empty or too long prompt and for numbers that make no sense.
     """
@@ -61,6 +63,8 @@ def beam_search(
         for length in range(1, limit + 1):
             hidden = model.hidden(inputs, cache=cache)
             logprobs = model.head(hidden[:, -1]).float().log_softmax(-1)
+            if known is not None:
+                logprobs = logprobs.masked_fill(~known, -math.inf)
             origins = search.extend(logprobs, length, last=length == limit)
             if search.done:
                 break

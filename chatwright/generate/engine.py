@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from chatwright.config import UserError
@@ -99,6 +100,7 @@ class Engine:
                 f"{model.config.vocab_size}: they do not belong together"
             )
         self.model, self.tokenizer, self.runner = model, tokenizer, runner or TorchRunner(model)
+        self._known = known_tokens(model, tokenizer)
         self.max_batch, self.max_context = max_batch, max_context or context
         self.prefill_tokens, self.lookup = prefill_tokens, lookup
         self.stats = Stats()
@@ -343,6 +345,7 @@ class Engine:
                 [sequence.tokens for sequence in sequences],
                 answered=[len(sequence.ids) for sequence in sequences],
                 vocab_size=logits.shape[1],
+                known=self._known,
                 device=logits.device,
             )
         with one_thread() if self.runner.own_threads else nullcontext():
@@ -387,6 +390,17 @@ class Engine:
         if weights != self._weights:
             self._scheduler.forget()
         self._weights = weights
+
+
+def known_tokens(model: GPT, tokenizer: Tokenizer | None) -> Bool[Tensor, " V"] | None:
+    """True for the rows of the model's table that a token has; None where all have one, or without a
+    tokenizer."""
+    gaps = tokenizer.unknown_ids(model.config.vocab_size) if tokenizer is not None else []
+    if not gaps:
+        return None
+    known = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    known[gaps] = False
+    return known.to(model.embed.weight.device)
 
 
 def _until_closed(handle: Handle) -> Iterator[Piece]:

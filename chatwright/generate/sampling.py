@@ -179,7 +179,8 @@ class BatchSampler:
 
     settings, generators and histories have an entry per row. A row's history, prompt and answer so far, is
     for its repetition penalty. The last `answered` ids of it are the answer, for the presence and frequency
-    penalties. `__call__` adds the tokens that it draws to both.
+    penalties. `__call__` adds the tokens that it draws to both. `known` is True for the ids that a token has;
+    others are never drawn, and no alternatives. None: all are.
     """
 
     def __init__(
@@ -190,12 +191,14 @@ class BatchSampler:
         *,
         vocab_size: int,
         answered: Sequence[int] | None = None,
+        known: Bool[Tensor, " V"] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
         self.generators = list(generators)
+        self.known = known
         greedy = [sampling.temperature == 0.0 for sampling in settings]
         self.all_greedy = all(greedy)
         self.greedy = torch.tensor(greedy, device=device) if any(greedy) else None
@@ -271,6 +274,8 @@ class BatchSampler:
         allowed: as in `process`.
         """
         logits = logits.float()
+        if self.known is not None:
+            allowed = self.known.expand(logits.shape) if allowed is None else allowed & self.known
         processed = self.process(logits, allowed)
         if self.all_greedy:
             ids = processed.argmax(-1)
@@ -294,7 +299,10 @@ class BatchSampler:
         if not any(self.tops):
             return [[] for _ in self.tops]
         scaled = logits.float() if self.temperature is None else logits.float() / self.temperature
-        values, ids = scaled.log_softmax(-1).topk(min(max(self.tops), logits.shape[1]), dim=-1)
+        logprobs = scaled.log_softmax(-1)
+        if self.known is not None:
+            logprobs = logprobs.masked_fill(~self.known, -math.inf)
+        values, ids = logprobs.topk(min(max(self.tops), logits.shape[1]), dim=-1)
         return [
             [list(zip(row_ids[:most], row_values[:most], strict=True))] if most else []
             for most, row_ids, row_values in zip(self.tops, ids.tolist(), values.tolist(), strict=True)

@@ -2,8 +2,8 @@
 file.
 
 gguf_file.py reads the file, the `gguf` library dequantises its blocks; here they are named and laid out as
-our decoder has them. Carried: the architectures llama, qwen3, arcee and gpt2, with byte-level BPE. Metadata
-that we do not know is refused, because it may change what the model computes.
+our decoder has them. Carried: the architectures llama, qwen3, arcee and gpt2; gguf_tokenizer.py has the
+tokenizers. Metadata that we do not know is refused, because it may change what the model computes.
 """
 
 from __future__ import annotations
@@ -12,25 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from chatwright.chat import ChatTemplate
 from chatwright.config import UserError
 from chatwright.interop.gguf_file import read_gguf
+from chatwright.interop.gguf_tokenizer import named, read_tokenizer
 from chatwright.interop.loaded import (
     Loaded,
     Rule,
     Stored,
     build,
     chat_template,
-    end_of_text,
     located,
     translate,
 )
 from chatwright.model.config import GPTConfig, RotaryScaling
-from chatwright.tokenizer import PATTERN, Tokenizer, library
 
 _ENDS = (
     Rule("token_embd.weight", "embed.weight"),
@@ -117,31 +114,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "use_parallel_residual": (False,),
 }
 
-# How text is cut before merging, by llama.cpp's name for it.
-_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # GPT-2's pattern
-_SINGLE_DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _WORDS])
-
-
-def _split(digits: str) -> pre_tokenizers.Sequence:
-    """The pattern of Llama 3 and Qwen 2, which differ in how many digits stay together."""
-    pattern = PATTERN.replace(r"|\p{N}|", f"|{digits}|")
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-PRE_TOKENIZERS = {
-    "gpt-2": _WORDS,
-    "smollm": _SINGLE_DIGITS,
-    "starcoder": _SINGLE_DIGITS,
-    "llama-bpe": _split(r"\p{N}{1,3}"),
-    "qwen2": _split(r"\p{N}"),
-}
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-"""Token types of llama.cpp. Unused ones fill the vocabulary up to the size of the model's table."""
 ROPE_DIVISORS = "rope_freqs.weight"
 """What the rotary rates are divided by, one number a pair: the converter writes Llama 3.1's scaling so."""
 LARGEST_HEAD = 1 << 16
@@ -181,13 +153,6 @@ class _Metadata:
         if not isinstance(value, float):
             raise UserError(f"{self.where}: {self.architecture}.{name} must be a number, not {value!r:.80}")
         return float(str(np.float32(value)))
-
-    def items(self, name: str, kind: type[Any]) -> list[Any]:
-        """A list of metadata whose items are all of this kind; empty when absent."""
-        found = self.values.get(name, [])
-        if not isinstance(found, list) or any(type(item) is not kind for item in found):
-            raise UserError(f"{self.where}: {name} is damaged: not a list of items of type {kind.__name__}")
-        return found
 
 
 def _config(metadata: _Metadata, tensors: dict[str, Stored]) -> GPTConfig:
@@ -257,70 +222,14 @@ def _scaling(metadata: _Metadata, divisors: Stored | None) -> RotaryScaling | No
     return None if scaling == RotaryScaling("linear") else scaling
 
 
-def _tokenizer(metadata: _Metadata) -> Tokenizer | None:
-    """The tokenizer that the metadata spells out; None when there is none."""
-    values, where = metadata.values, metadata.where
-    if "tokenizer.ggml.model" not in values:
-        return None
-    if values["tokenizer.ggml.model"] != "gpt2":
-        raise UserError(
-            f"{where}: its tokenizer is of kind {values['tokenizer.ggml.model']!r:.80}; only byte-level BPE "
-            "('gpt2') is supported, load_gguf(..., tokenizer=False) reads the weights alone"
-        )
-    kind = values.get("tokenizer.ggml.pre")
-    if not isinstance(kind, str) or kind not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
-        raise UserError(f"{where}: pre-tokenizer {kind!r:.80} is not supported; supported: {known}")
-    tokens, types = (
-        metadata.items("tokenizer.ggml.tokens", str),
-        metadata.items("tokenizer.ggml.token_type", int),
-    )
-    merges = [tuple(merge.split(" ")) for merge in metadata.items("tokenizer.ggml.merges", str)]
-    if not tokens or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
-        raise UserError(f"{where}: its list of tokens is damaged (missing types, or tokens that occur twice)")
-    while types and types[-1] == UNUSED:
-        tokens, types = tokens[:-1], types[:-1]
-    with library(f"{where}: its merges do not fit its tokens"):
-        backend = tokenizers.Tokenizer(
-            models.BPE(
-                vocab={token: number for number, token in enumerate(tokens)},
-                merges=merges,  # type: ignore[arg-type,unused-ignore]
-                ignore_merges=kind
-                == "llama-bpe",  # Llama 3 takes a whole word first, if the vocabulary has it
-            )
-        )
-    backend.pre_tokenizer = PRE_TOKENIZERS[kind]
-    backend.decoder = decoders.ByteLevel()
-    controls = [token for token, type_ in zip(tokens, types, strict=True) if type_ == CONTROL]
-    plain = [token for token, type_ in zip(tokens, types, strict=True) if type_ == USER_DEFINED]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in controls])
-    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
-    end = end_of_text(controls, _named(metadata, "eos"), where=where)
-    return Tokenizer(backend, end_of_text=end, controls=controls)
-
-
-def _named(metadata: _Metadata, role: str) -> str | None:
-    """The token that plays a role (bos, eos), or None."""
-    number, tokens = (
-        metadata.values.get(f"tokenizer.ggml.{role}_token_id"),
-        metadata.items("tokenizer.ggml.tokens", str),
-    )
-    if number is None:
-        return None
-    if type(number) is not int or not 0 <= number < len(tokens):
-        raise UserError(
-            f"{metadata.where}: tokenizer.ggml.{role}_token_id is {number!r:.80}, not one of its tokens"
-        )
-    return str(tokens[number])
-
-
 def _template(metadata: _Metadata) -> ChatTemplate | None:
     source = metadata.values.get("tokenizer.chat_template")
     if not source:
         return None
     if not isinstance(source, str):
         raise UserError(f"{metadata.where}: tokenizer.chat_template is no text")
-    return chat_template(source, begin=_named(metadata, "bos"), end=_named(metadata, "eos"))
+    begin, end = (named(metadata.values, role, metadata.where) for role in ("bos", "eos"))
+    return chat_template(source, begin=begin, end=end)
 
 
 def gguf_shape(path: Path) -> GPTConfig:
@@ -343,7 +252,7 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer
     tensors = {tensor.name: Stored(tensor.shape, tensor.read) for tensor in file.tensors}
     with located(str(path)):
         config = _config(metadata, tensors)
-    text = _tokenizer(metadata) if tokenizer else None
+    text = read_tokenizer(file.values, str(path)) if tokenizer else None
     if text is not None and text.vocab_size > config.vocab_size:
         raise UserError(
             f"{path}: {text.vocab_size} tokens in its tokenizer, {config.vocab_size} in the model"

@@ -41,6 +41,9 @@ def test_a_good_model(run: Run, good: Path) -> None:
         "tokenizer",
         "round trip",
         "controls",
+        "text",
+        "ends",
+        "sampling",
         "context",
         "generation",
         "template",
@@ -68,6 +71,34 @@ def test_a_model_that_has_learnt_to_stop(good: Path) -> None:
     torch.manual_seed(0)
     fresh = GPT(GPTConfig.preset("modern-nano", vocab_size=model.tokenizer.vocab_size, context=256)).eval()
     assert doctor_chat._stops(fresh, encoded, model.template, model.tokenizer).level == "warning"
+
+
+def test_what_the_doctor_says_of_texts(run: Run, good: Path) -> None:
+    """What stands in front of one, what ends an answer, how tokens are chosen, and who says so."""
+    out = " ".join(run("doctor", good)[1].split())
+    assert "in front of a text stands <|endoftext|> (0) (documents are divided by it in training)" in out
+    assert "an answer ends at <|endoftext|> (0): the end of text; <|end|> (5): the chat template" in out
+    assert "where nobody says otherwise: temperature 0.7" in out
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_plain_text_side_by_side_with_transformers(
+    differs: bool, run: Run, hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_dir = shutil.copytree(hf_dir, tmp_path / "hf")
+    settings = json.loads((hf_dir / "tokenizer_config.json").read_text())
+    settings |= {"add_bos_token": True, "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    (hf_dir / "tokenizer_config.json").write_text(json.dumps(settings))
+    (hf_dir / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 99_999]}))
+    if differs:
+        monkeypatch.setattr(Tokenizer, "encode_text", Tokenizer.encode)
+    code, out, _ = run("doctor", hf_dir)
+    out = " ".join(out.split())
+    assert code == 0
+    assert "<|endoftext|> (0) (add_bos_token of tokenizer_config.json)" in out
+    assert "eos_token of tokenizer_config.json, eos_token_id" not in out  # each end once, first come
+    assert "not 99999, for no token has that number" in out
+    assert ("transformers 5 leaves add_bos_token aside" in out) if differs else ("as in transformers" in out)
 
 
 def test_a_base_model(run: Run, base_dir: Path) -> None:

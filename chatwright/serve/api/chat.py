@@ -193,7 +193,7 @@ def routes(pool: ModelPool) -> APIRouter:
             messages = form.messages([message.plain() for message in body.messages])
             prepared = await service.prepare(
                 messages,
-                body.sampling(service.model.own_sampling),
+                body.sampling(service.own_sampling),
                 answers=body.answers,
                 grammar=form.grammar,
             )

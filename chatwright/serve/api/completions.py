@@ -1,7 +1,8 @@
 """POST /v1/completions: continue a text.
 
-A prompt is a text or token ids. A text counts as the beginning of a document: the end-of-text token is put in
-front, as `chatwright generate` does. Token ids are taken as they are. With `echo` the prompt is returned in
+A prompt is a text or token ids. A text begins as the model's texts do: what its makers put in front of one
+(Llama 3's begin token, nothing for Qwen) is put there, as `chatwright generate` does. Token ids are taken as
+they are. With `echo` the prompt is returned in
 front of its continuation, log-probabilities included. Evaluation harnesses use `echo` with `max_tokens` 0 to
 score given texts.
 """
@@ -92,10 +93,7 @@ class CompletionRequest(SampledBody):
 
     def encoded(self, model: LanguageModel) -> list[list[int]]:
         """Token ids of the prompts. Raises UserError for ids that are not of the vocabulary."""
-        start = model.tokenizer.end_of_text_id
-        found = [
-            [start, *model.tokenizer.encode(one)] if isinstance(one, str) else one for one in self.prompts
-        ]
+        found = [model.prompt_ids(one) if isinstance(one, str) else one for one in self.prompts]
         most = model.tokenizer.vocab_size
         if any(max(ids) >= most for ids in found):
             raise UserError(f"prompt: token ids of this model are 0 to {most - 1}")
@@ -159,12 +157,12 @@ class Writer:
 
 def echo_of(model: LanguageModel, given: str | list[int], ids: Sequence[int], logprobs: int | None) -> Whole:
     """A prompt in the form of an answer, with log-probabilities from a forward pass if asked for."""
-    # The end-of-text token put in front of a text is not part of it.
-    shown = 1 if isinstance(given, str) else 0
+    # What is put in front of a text is not part of it.
+    hidden = 0 if not isinstance(given, str) else len(model.tokenizer.frame.begin) if given else len(ids)
     text = given if isinstance(given, str) else model.tokenizer.decode(ids)
     tokens = []
     if logprobs is not None:
-        tokens = [TokenProbability(*scored) for scored in model.score(ids, top=logprobs)][shown:]
+        tokens = [TokenProbability(*scored) for scored in model.score(ids, top=logprobs)][hidden:]
     return Whole(text, tokens)
 
 
@@ -178,7 +176,7 @@ def routes(pool: ModelPool) -> APIRouter:
             service = await stack.enter_async_context(pool.use(body.model))
             prompts = await asyncio.to_thread(body.encoded, service.model)
             prepared = await service.prepare_prompts(
-                prompts, body.sampling(service.model.own_sampling), answers=body.answers
+                prompts, body.sampling(service.own_sampling), answers=body.answers
             )
             reading = Reading(service, prepared)
             if body.max_tokens != 0:

@@ -135,7 +135,8 @@ class Form:
         if not self.calls and self.kind == "text":
             return None
         tokenizer = model.tokenizer
-        end_ids = model.require_template().end_ids(tokenizer)
+        model.require_template()
+        end_ids = model.end_ids
         if self.calls:
             return tool_grammar(tokenizer, end_ids, self.tools, self.choice, self.parallel)
         if self.kind == "json_object":

@@ -242,7 +242,7 @@ def routes(pool: ModelPool) -> APIRouter:
             raise UserError("input: there is no message")
         async with AsyncExitStack() as stack:
             service = await stack.enter_async_context(pool.use(body.model))
-            sampling = body.sampling(service.model.own_sampling)
+            sampling = body.sampling(service.own_sampling)
             prepared = await service.prepare(form.messages(messages), sampling, grammar=form.grammar)
             reading = Reading(service, prepared, form)
             reading.begin(stack)
