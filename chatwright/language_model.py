@@ -199,13 +199,24 @@ class LanguageModel:
         with runtime.evaluating(self.model):
             return torch.nn.functional.normalize(self.model.hidden(tokens)[0].float().mean(0), dim=-1).cpu()
 
-    def _request(self, ids: Sequence[int], options: dict[str, Any], *, continues: bool = False) -> Request:
+    @property
+    def text_end_ids(self) -> frozenset[int]:
+        """The same for a text to continue, which needs no template whose end is known."""
+        try:
+            return self.end_ids
+        except UserError:
+            return self.tokenizer.end_ids
+
+    def _request(
+        self, ids: Sequence[int], ends: frozenset[int], options: dict[str, Any], *, continues: bool = False
+    ) -> Request:
         sampling = sampling_from({**self.own_sampling, **options})
-        return Request(prompt=tuple(ids), sampling=sampling, end_ids=self.end_ids, continues=continues)
+        return Request(prompt=tuple(ids), sampling=sampling, end_ids=ends, continues=continues)
 
     def prompt_request(self, prompt: str, **options: Any) -> Request:
         """The engine's request to continue a text, which begins as the model's texts do."""
-        return self._request(self.prompt_ids(prompt), options, continues=bool(prompt))
+        ids = self.prompt_ids(prompt)
+        return self._request(ids, self.text_end_ids, options, continues=bool(prompt))
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of a text to continue (`Tokenizer.encode_text`). Where nothing stands in front of a text, the
@@ -242,7 +253,7 @@ class LanguageModel:
         """The engine's request for an answer, and what was left of the conversation."""
         longest = sampling_from(options).max_new_tokens
         fitted = self.encode_chat(messages, max_new_tokens=longest)
-        return self._request(fitted.ids, options), fitted
+        return self._request(fitted.ids, self.end_ids, options), fitted
 
     def chat(self, messages: Sequence[Message], **options: Any) -> str:
         """The assistant's answer to a conversation."""

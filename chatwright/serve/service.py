@@ -138,7 +138,7 @@ def prepare_prompts(
     the context."""
     from chatwright.generate.request import Request
 
-    end_ids, controls = model.end_ids, set(model.tokenizer.control_ids.values())
+    end_ids, controls = model.text_end_ids, set(model.tokenizer.control_ids.values())
     requests: list[Request] = []
     for ids in prompts:
         room = model.engine.max_context - len(ids)

@@ -4,11 +4,13 @@ nobody says, and a plain text side by side with transformers."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatwright.commands.doctor.finding import Finding
+from chatwright.config import UserError
 from chatwright.generation_config import told
 from chatwright.language_model import find_checkpoint
 from chatwright.tokenizer import Tokenizer
@@ -50,8 +52,9 @@ def _ends(parts: Loaded, tokenizer: Tokenizer) -> Finding:
     for number, place in tokenizer.frame.ends:
         if number in tokenizer.end_ids:
             places.setdefault(number, []).append(place)
-    if parts.template is not None:
-        for number in parts.template.end_ids(tokenizer) - {tokenizer.end_of_text_id}:
+    with suppress(UserError):  # a template whose end is unknown has a finding of its own
+        ends = parts.template.end_ids(tokenizer) if parts.template is not None else frozenset[int]()
+        for number in ends - {tokenizer.end_of_text_id}:
             places.setdefault(number, []).append("the chat template")
     listed = [f"{_named(tokenizer, number)}: {', '.join(found)}" for number, found in places.items()]
     lost = [str(number) for number, _ in tokenizer.frame.ends if number not in tokenizer.end_ids]
