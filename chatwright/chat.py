@@ -263,6 +263,7 @@ class ChatTemplate:
         self, messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = False
     ) -> EncodedChat:
         """Ids and loss mask of a conversation; with `add_generation_prompt`, up to where the answer begins.
+        A message with `learn` False is not in the mask.
 
         Raises as `render`.
         """
@@ -282,7 +283,7 @@ class ChatTemplate:
         for owner, piece in _stretches(_MARKED.split(text), texts):
             if owner is not None:
                 new = tokenizer.encode(piece)
-                ending = messages[owner]["role"] == "assistant"
+                ending = messages[owner]["role"] == "assistant" and messages[owner].get("learn", True)
                 ids += new
                 mask += [ending] * len(new)
                 continue

@@ -225,11 +225,6 @@ class Tokenizer:
         found[list(self.backend.get_vocab(with_added_tokens=True).values())] = True
         return found
 
-    def unknown_ids(self, rows: int) -> list[int]:
-        """The numbers below `rows`, those of the model's table, that no token has: gaps in the vocabulary,
-        and what fills the table up."""
-        return [*np.flatnonzero(~self.known[:rows]).tolist(), *range(self.vocab_size, rows)]
-
     def encode(self, text: str | bytes, *, continues: bool = False) -> list[int]:
         """Ids of a text. Bytes that are not UTF-8, and lone surrogates, become single-byte tokens.
 

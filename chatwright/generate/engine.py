@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from chatwright.config import UserError
@@ -32,7 +31,7 @@ from chatwright.generate.request import Completion, FinishReason, Handle, OnChan
 from chatwright.generate.runner import Feed, Runner
 from chatwright.generate.sampling import BatchSampler
 from chatwright.generate.scheduler import Scheduler, Stats
-from chatwright.generate.sequence import Choice, Sequence, allowed_tokens
+from chatwright.generate.sequence import Choice, Sequence, allowed_tokens, tokens_with_text
 from chatwright.generate.torch_runner import TorchRunner
 from chatwright.model.gpt import GPT
 from chatwright.runtime import one_thread
@@ -100,11 +99,11 @@ class Engine:
                 f"{model.config.vocab_size}: they do not belong together"
             )
         self.model, self.tokenizer, self.runner = model, tokenizer, runner or TorchRunner(model)
-        self._known = known_tokens(model, tokenizer)
         self.max_batch, self.max_context = max_batch, max_context or context
         self.prefill_tokens, self.lookup = prefill_tokens, lookup
         self.stats = Stats()
         self._scheduler = Scheduler(self.runner, self.stats, pages=self._pages(cache_tokens), most=max_batch)
+        self._known = tokens_with_text(tokenizer, model.config.vocab_size)
         self._stepping = threading.Lock()  # one step at a time; guards the scheduler and everything below
         self._allocated = False
         self._weights: object = None
@@ -345,13 +344,15 @@ class Engine:
                 [sequence.tokens for sequence in sequences],
                 answered=[len(sequence.ids) for sequence in sequences],
                 vocab_size=logits.shape[1],
-                known=self._known,
                 device=logits.device,
             )
         with one_thread() if self.runner.own_threads else nullcontext():
-            allowed = allowed_tokens(sequences, logits.shape[1])
+            known, allowed = self._known, allowed_tokens(sequences, logits.shape[1])
+            if known is not None:
+                known = self._known = known.to(logits.device)
+                allowed = known[None] if allowed is None else allowed.to(logits.device) & known
             tokens, logprobs = self._sampler(logits, None if allowed is None else allowed.to(logits.device))
-            tops = self._sampler.alternatives(logits)
+            tops = self._sampler.alternatives(logits, known)
         return list(map(Choice, tokens.tolist(), logprobs.tolist(), tops))
 
     # ---- guesses -------------------------------------------------------------------------------------------
@@ -390,17 +391,6 @@ class Engine:
         if weights != self._weights:
             self._scheduler.forget()
         self._weights = weights
-
-
-def known_tokens(model: GPT, tokenizer: Tokenizer | None) -> Bool[Tensor, " V"] | None:
-    """True for the rows of the model's table that a token has; None where all have one, or without a
-    tokenizer."""
-    gaps = tokenizer.unknown_ids(model.config.vocab_size) if tokenizer is not None else []
-    if not gaps:
-        return None
-    known = torch.ones(model.config.vocab_size, dtype=torch.bool)
-    known[gaps] = False
-    return known.to(model.embed.weight.device)
 
 
 def _until_closed(handle: Handle) -> Iterator[Piece]:

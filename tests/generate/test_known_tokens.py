@@ -11,10 +11,12 @@ import tokenizers
 import torch
 
 from chatwright.generate.beam import beam_search
-from chatwright.generate.engine import Engine, Request, known_tokens
+from chatwright.generate.engine import Engine, Request
 from chatwright.generate.grammar import regex
 from chatwright.generate.runner import Runner
-from chatwright.generate.sampling import BatchSampler, Sampling
+from chatwright.generate.sampling import Sampling
+from chatwright.generate.scoring import ToScore, score_texts
+from chatwright.generate.sequence import tokens_with_text
 from chatwright.language_model import LanguageModel, make_runner
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
@@ -58,11 +60,11 @@ def runners(model: GPT) -> list[Runner | None]:
 
 
 def test_what_is_known(words: Tokenizer, model: GPT) -> None:
-    assert words.vocab_size == 276 and words.unknown_ids(ROWS) == [*range(264, 275), *range(276, ROWS)]
+    assert words.vocab_size == 276 and (~words.known).nonzero()[0].tolist() == [*range(264, 275)]
     assert words.name(GAP) == "[no token 270]" and words.token_bytes(GAP) == b""
-    known = known_tokens(model, words)
+    known = tokens_with_text(words, ROWS)
     assert known is not None and known.sum() == 265
-    assert known_tokens(model, None) is None
+    assert tokens_with_text(None, ROWS) is None
 
 
 @pytest.mark.parametrize("runner", [0, 1], ids=["torch", "kernels"])
@@ -107,7 +109,7 @@ def test_guesses_are_none(words: Tokenizer, model: GPT) -> None:
 
 
 def test_beams_have_none(words: Tokenizer, model: GPT) -> None:
-    found = beam_search(model, [1, 2], beams=3, max_new_tokens=4, known=known_tokens(model, words))
+    found = beam_search(model, [1, 2], beams=3, max_new_tokens=4, known=tokens_with_text(words, ROWS))
     assert len(found) == 3
     assert all(words.known[one] and math.isfinite(score) for ids, score in found for one in ids)
     assert words.decode(found[0][0]) == "bbbb"
@@ -127,12 +129,12 @@ def test_scores_list_none_as_alternatives(words: Tokenizer, model: GPT) -> None:
     assert logprob == pytest.approx(alternatives[0][1])
 
 
-def test_a_sampler_without_gaps_is_the_same() -> None:
-    """`known` of all ids changes no number."""
-    logits = torch.randn(3, 50)
-    draws = []
-    for known in (None, torch.ones(50, dtype=torch.bool)):
-        generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-        sampler = BatchSampler([Sampling()] * 3, generators, [[]] * 3, vocab_size=50, known=known)
-        draws.append(sampler(logits))
-    assert torch.equal(draws[0][0], draws[1][0]) and torch.equal(draws[0][1], draws[1][1])
+def test_a_token_behind_a_scored_text_is_none(words: Tokenizer, model: GPT) -> None:
+    """The token that scoring draws itself, and its alternatives."""
+    settings = [Sampling(temperature=0.0, top_logprobs=3), *(Sampling(seed=seed) for seed in range(8))]
+    (scored,) = score_texts(model, [ToScore([1, 2], 3, settings)], tokens_with_text(words, ROWS))
+    assert all(words.known[choice.token] for choice in scored.choices)
+    assert scored.choices[0].token == byte(words, "b")
+    assert all(words.known[number] for number, _ in scored.choices[0].top[0])
+    (unbound,) = score_texts(model, [ToScore([1, 2], 3, settings)])
+    assert unbound.choices[0].token == GAP

@@ -26,7 +26,8 @@ from chatwright.interop.gguf_tokenizer import BEGINS, PRE_TOKENIZERS
 from chatwright.interop.gguf_tokenizer_export import pre_name
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
-from chatwright.model.config import GPTConfig, RotaryScaling
+from chatwright.model.config import GPTConfig
+from chatwright.model.rotary_scaling import RotaryScaling
 from chatwright.tokenizer import PATTERN, Tokenizer
 
 from .conftest import GATED, LEARNED, SHAPES, VOCAB, parts_of, random_model
