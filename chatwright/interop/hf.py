@@ -24,12 +24,12 @@ from chatwright.config import UserError
 from chatwright.files import read_json
 from chatwright.generation_config import GenerationConfig
 from chatwright.interop.families import Family, config_from_hf, family_of
+from chatwright.interop.hf_tokenizer import read_tokenizer, special_tokens
 from chatwright.interop.loaded import (
     Loaded,
     Stored,
     build,
     chat_template,
-    end_of_text,
     in_memory,
     translate,
 )
@@ -149,7 +149,7 @@ def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32, tokeni
     """A model directory as `save_pretrained` writes it. Raises UserError when anything in it is not what we
     carry.
 
-    `tokenizer=False` reads the weights alone, for models whose tokenizer is not byte-level BPE.
+    `tokenizer=False` reads the weights alone, for models whose tokenizer is of a kind that is not read.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -174,16 +174,11 @@ def _text_side(directory: Path) -> tuple[Tokenizer | None, ChatTemplate | None]:
     if not file.exists():
         return None, None
     content = _read_json(file)
-    decoder = content.get("decoder")
-    decoders = [decoder, *_listed(decoder.get("decoders"))] if isinstance(decoder, dict) else []
-    if not any(isinstance(one, dict) and one.get("type") == "ByteLevel" for one in decoders):
-        raise UserError(f"{file}: not byte-level BPE; load_hf(..., tokenizer=False) reads the weights alone")
     extra = directory / "tokenizer_config.json"
     settings = _read_json(extra) if extra.exists() else {}
-    begin, end = (_token(settings.get(name)) for name in ("bos_token", "eos_token"))
-    added = [token for token in _listed(content.get("added_tokens")) if isinstance(token, dict)]
-    controls = [str(token.get("content")) for token in added if token.get("special")]
-    tokenizer = Tokenizer.load(file, end_of_text=end_of_text(controls, end, where=str(file)))
+    named = special_tokens(directory, settings)
+    begin, end = named["bos_token"], named["eos_token"]
+    tokenizer = read_tokenizer(directory, content, settings)
     jinja = directory / "chat_template.jinja"
     source = read_template(jinja) if jinja.exists() else settings.get("chat_template")
     if isinstance(source, list):  # several, by name
@@ -192,17 +187,6 @@ def _text_side(directory: Path) -> tuple[Tokenizer | None, ChatTemplate | None]:
     if source and not isinstance(source, str):
         raise UserError(f"{extra}: its chat_template is no text")
     return tokenizer, chat_template(source, begin=begin, end=end) if source else None
-
-
-def _listed(value: Any) -> list[Any]:
-    """A list out of a JSON file; empty when it is something else."""
-    return value if isinstance(value, list) else []
-
-
-def _token(value: Any) -> str | None:
-    """A token of tokenizer_config.json: its text, or an object with its text."""
-    found = value.get("content") if isinstance(value, dict) else value
-    return found if isinstance(found, str) else None
 
 
 def hf_shape(directory: Path) -> GPTConfig:
