@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from chatwright import checkpoint, files, runtime
-from chatwright.chat import ChatTemplate, FittedChat, Message, fit_context
+from chatwright.chat import Beside, ChatTemplate, FittedChat, Message, beside_of, fit_context
 from chatwright.config import UserError
 from chatwright.generate.engine import Engine
 from chatwright.generate.request import Alternatives, Completion, Piece, Request
@@ -212,17 +212,23 @@ class LanguageModel:
             )
         return self.template
 
-    def encode_chat(self, messages: Sequence[Message], *, max_new_tokens: int = 128) -> FittedChat:
-        """Encode a conversation, cut to the context less `max_new_tokens` (at least half of it)."""
+    def encode_chat(
+        self, messages: Sequence[Message], *, max_new_tokens: int = 128, **beside: Unpack[Beside]
+    ) -> FittedChat:
+        """Encode a conversation, cut to the context less `max_new_tokens` (at least half of it). `beside` is
+        what the template is given with it: tools, documents, variables, continue_final_message."""
         context = self.model.config.context
         room = max(context - max_new_tokens, context // 2)
-        return fit_context(messages, self.require_template(), self.tokenizer, room)
+        return fit_context(messages, self.require_template(), self.tokenizer, room, **beside)
 
     def chat_request(self, messages: Sequence[Message], **options: Any) -> tuple[Request, FittedChat]:
-        """The engine's request for an answer, and what was left of the conversation."""
-        longest = sampling_from(options).max_new_tokens
-        fitted = self.encode_chat(messages, max_new_tokens=longest)
-        return self._request(fitted.ids, self.require_template().end_ids(self.tokenizer), options), fitted
+        """The engine's request for an answer, and what was left of the conversation. `options` are those of
+        sampling, and what `encode_chat` gives the template."""
+        beside, options = beside_of(options)
+        template, longest = self.require_template(), sampling_from(options).max_new_tokens
+        fitted = self.encode_chat(messages, max_new_tokens=longest, **beside)
+        request = self._request(fitted.ids, template.end_ids(self.tokenizer), options)
+        return request.stopping(template.stop_texts(self.tokenizer)), fitted
 
     def chat(self, messages: Sequence[Message], **options: Any) -> str:
         """The assistant's answer to a conversation."""
@@ -307,8 +313,10 @@ def load_checkpoint(found: checkpoint.Checkpoint, *, verify: bool = True) -> Loa
         model.head.weight = model.embed.weight
     checkpoint.load_model_tensors(model, tensors, where=str(found.path))
     has_template = (found.path / "chat_template.jinja").is_file()
-    template = ChatTemplate.load(found.path, end=end_of_turn) if has_template else None
+    template = ChatTemplate.load(found.path) if has_template else None
     tokenizer = Tokenizer.load(found.path, end_of_text=end_of_text)
+    if template is not None and end_of_turn and not template.ends(tokenizer).texts:
+        template = ChatTemplate.load(found.path, end=end_of_turn)  # rendering does not show it
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(
             f"{found.path}: {tokenizer.vocab_size} tokens in tokenizer.json, {shape.vocab_size} in the model"

@@ -25,7 +25,14 @@ Behaviour = tuple[list[int], list[int], Tensor]
 Format = Literal["hf", "gguf"]
 
 OURS = frozenset(
-    {"model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json", "chat_template.jinja"}
+    {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "additional_chat_templates",
+    }
 )
 """The files of a model directory: nothing else is ever replaced."""
 

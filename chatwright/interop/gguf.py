@@ -24,11 +24,11 @@ from chatwright.interop.loaded import (
     Rule,
     Stored,
     build,
-    chat_template,
     end_of_text,
     located,
     translate,
 )
+from chatwright.interop.templates import chat_template
 from chatwright.model.config import GPTConfig, RotaryScaling
 from chatwright.tokenizer import PATTERN, Tokenizer, library
 
@@ -320,7 +320,16 @@ def _template(metadata: _Metadata) -> ChatTemplate | None:
         return None
     if not isinstance(source, str):
         raise UserError(f"{metadata.where}: tokenizer.chat_template is no text")
-    return chat_template(source, begin=_named(metadata, "bos"), end=_named(metadata, "eos"))
+    roles = {"unk_token": "unknown", "pad_token": "padding", "sep_token": "seperator", "mask_token": "mask"}
+    others = {name: token for name, role in roles.items() if (token := _named(metadata, role)) is not None}
+    prefix = "tokenizer.chat_template."
+    named = {
+        key.removeprefix(prefix): text
+        for key, text in metadata.values.items()
+        if key.startswith(prefix) and isinstance(text, str)
+    }
+    begin, end = _named(metadata, "bos"), _named(metadata, "eos")
+    return chat_template(source, begin=begin, end=end, others=others, named=named)
 
 
 def gguf_shape(path: Path) -> GPTConfig:

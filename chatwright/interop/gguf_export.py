@@ -273,7 +273,11 @@ def plan_gguf(parts: Loaded, *, dtype: str = "f32") -> GGUFExport:
         if ends.turn:
             values["tokenizer.ggml.eot_token_id"] = tokenizer.control_ids[ends.turn]
     if parts.template is not None:
-        values["tokenizer.chat_template"] = portable(parts.template)
+        template = portable(parts.template)
+        values["tokenizer.chat_template"] = template.source
+        values |= {f"tokenizer.chat_template.{name}": text for name, text in template.named.items()}
+        if template.named:
+            values["tokenizer.chat_templates"] = sorted(template.named)
     return GGUFExport(architecture, values, tensors, kind)
 
 

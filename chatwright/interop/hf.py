@@ -19,7 +19,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from chatwright.chat import ChatTemplate, read_template
+from chatwright.chat import ChatTemplate
 from chatwright.config import UserError
 from chatwright.files import read_json
 from chatwright.generation_config import GenerationConfig
@@ -28,11 +28,11 @@ from chatwright.interop.loaded import (
     Loaded,
     Stored,
     build,
-    chat_template,
     end_of_text,
     in_memory,
     translate,
 )
+from chatwright.interop.templates import template_of, token_text
 from chatwright.model.config import GPTConfig
 from chatwright.tokenizer import Tokenizer
 
@@ -170,29 +170,16 @@ def _text_side(directory: Path) -> tuple[Tokenizer | None, ChatTemplate | None]:
         raise UserError(f"{file}: not byte-level BPE; load_hf(..., tokenizer=False) reads the weights alone")
     extra = directory / "tokenizer_config.json"
     settings = _read_json(extra) if extra.exists() else {}
-    begin, end = (_token(settings.get(name)) for name in ("bos_token", "eos_token"))
+    end = token_text(settings.get("eos_token"))
     added = [token for token in _listed(content.get("added_tokens")) if isinstance(token, dict)]
     controls = [str(token.get("content")) for token in added if token.get("special")]
     tokenizer = Tokenizer.load(file, end_of_text=end_of_text(controls, end, where=str(file)))
-    jinja = directory / "chat_template.jinja"
-    source = read_template(jinja) if jinja.exists() else settings.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        named = {str(one.get("name")): one.get("template") for one in source if isinstance(one, dict)}
-        source = named.get("default")
-    if source and not isinstance(source, str):
-        raise UserError(f"{extra}: its chat_template is no text")
-    return tokenizer, chat_template(source, begin=begin, end=end) if source else None
+    return tokenizer, template_of(directory, settings)
 
 
 def _listed(value: Any) -> list[Any]:
     """A list out of a JSON file; empty when it is something else."""
     return value if isinstance(value, list) else []
-
-
-def _token(value: Any) -> str | None:
-    """A token of tokenizer_config.json: its text, or an object with its text."""
-    found = value.get("content") if isinstance(value, dict) else value
-    return found if isinstance(found, str) else None
 
 
 def hf_shape(directory: Path) -> GPTConfig:

@@ -155,6 +155,7 @@ class HFExport:
         """Write into an existing directory, one file's tensors in memory at a time. Raises OSError: disk
         full."""
         for name, text in self.texts.items():
+            (directory / name).parent.mkdir(exist_ok=True)  # other chat templates have a folder
             (directory / name).write_text(text, encoding="utf-8")
         shards = self._shards(shard_bytes)
         index: dict[str, str] = {}
@@ -223,7 +224,7 @@ def plan_hf(parts: Loaded, *, dtype: str = "fp32") -> HFExport:
             "generation_config.json": _json(generation),
         }
     if parts.template is not None:
-        texts["chat_template.jinja"] = portable(parts.template)
+        texts |= portable(parts.template).files()
     texts["config.json"] = _json(values)
     return HFExport(f"transformers' {family}", texts, tensors, DTYPES[dtype])
 

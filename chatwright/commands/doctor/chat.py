@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from chatwright.messages import written
 from chatwright.metrics import console
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
+from chatwright.turn_ends import TurnEnds
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -37,21 +39,10 @@ def check_chat(
     model: GPT, tokenizer: Tokenizer, template: ChatTemplate, dialogue: str
 ) -> tuple[list[Finding], Text | None]:
     """Findings about the chat template: its end token, its loss mask, and its ids in other programs."""
-    known = template.end in tokenizer.control_ids
-    findings = [
-        Finding(
-            "ok", "template", f"hash {template.fingerprint}, an assistant's turn ends with {template.end}"
-        )
-    ]
-    if not known:
-        return [
-            Finding(
-                "problem",
-                "template",
-                f"it ends turns with {template.end}, which is no control token",
-                "the model cannot stop: use the tokenizer and the template of the same model",
-            )
-        ], None
+    ends = template.ends(tokenizer)
+    findings = [_ends(template, tokenizer)]
+    if findings[0].level == "problem":
+        return findings, None
     messages: Sequence[Message] = SAMPLE
     try:
         try:
@@ -68,10 +59,11 @@ def check_chat(
                 )
             )
         findings += [
-            _end_learnt(encoded, template, tokenizer),
+            _end_learnt(encoded, ends, tokenizer),
             _prefix(messages, template, tokenizer),
             _twin(messages, template, tokenizer),
-            _stops(model, encoded, template, tokenizer),
+            *_abilities(template),
+            *([_stops(model, encoded, ends, tokenizer)] if ends.tokens else []),
         ]
         if dialogue:
             finding, encoded = _dialogues(dialogue, template, tokenizer, model.config.context)
@@ -81,17 +73,69 @@ def check_chat(
             *findings,
             Finding("problem", "template", str(error), "use the template that came with the model"),
         ], None
-    return findings, mask_picture(encoded, tokenizer, end=template.end, colours=console.is_terminal)
+    return findings, mask_picture(encoded, tokenizer, end=ends.last, colours=console.is_terminal)
 
 
-def _end_learnt(encoded: EncodedChat, template: ChatTemplate, tokenizer: Tokenizer) -> Finding:
-    end = tokenizer.control_ids[template.end]
-    ends = sum(flag and token == end for token, flag in zip(encoded.ids, encoded.mask, strict=True))
-    if ends != 2:
+def _ends(template: ChatTemplate, tokenizer: Tokenizer) -> Finding:
+    """What ends a turn."""
+    ends = template.ends(tokenizer)
+    others = f", others: {', '.join(sorted(template.named))}" if template.named else ""
+    told = f"hash {template.fingerprint}{others}, an assistant's turn ends with"
+    if ends.tokens:
+        return Finding("ok", "template", f"{told} {' or '.join(ends.tokens)}")
+    if not ends.last:
+        return Finding(
+            "warning",
+            "template",
+            f"{told} nothing: an answer ends at {tokenizer.end_of_text} alone",
+            "it can be talked to, but not trained: sft wants a template that ends turns",
+        )
+    if re.fullmatch(r"<\S+>", ends.last):
+        return Finding(
+            "problem",
+            "template",
+            f"it ends turns with {ends.last}, which is no control token",
+            "the model cannot stop: use the tokenizer and the template of the same model",
+        )
+    return Finding("ok", "template", f"{told} the text {ends.last!r}, at which an answer is cut")
+
+
+def _abilities(template: ChatTemplate) -> list[Finding]:
+    """What the template writes beside texts."""
+    able = template.abilities
+    known = [
+        name
+        for name, can in (("tools", able.tools), ("tool calls", able.calls), ("thinking", able.thinking))
+        if can
+    ]
+    told = f"it has a form of its own for {', '.join(known)}" if known else "it writes texts alone"
+    return [Finding("ok", "messages", f"{told}; what it has none for is written into the text")]
+
+
+def _end_learnt(encoded: EncodedChat, ends: TurnEnds, tokenizer: Tokenizer) -> Finding:
+    if encoded.doubt:
         return Finding(
             "problem",
             "loss mask",
-            f"{ends} of 2 answers have their end token {template.end} inside the loss",
+            encoded.doubt,
+            "sft would refuse it: put {% generation %} around what the assistant writes in the template",
+        )
+    if ends.tokens:
+        known = {tokenizer.backend.token_to_id(token) for token in ends.tokens}
+        flags = zip(encoded.ids, encoded.mask, strict=True)
+        found = len([flag for token, flag in flags if flag and token in known]) // (
+            1 + (len(ends.texts[0]) > len(ends.last))
+        )
+    else:
+        learnt = tokenizer.decode(
+            [token for token, flag in zip(encoded.ids, encoded.mask, strict=True) if flag]
+        )
+        found = sum(learnt.count(text) for text in ends.texts)
+    if found != 2 and ends.texts:
+        return Finding(
+            "problem",
+            "loss mask",
+            f"{found} of 2 answers have their end token {ends.last} inside the loss",
             "a model trained so would never stop: correct the chat template",
         )
     share = 100 * sum(encoded.mask) / len(encoded.mask)
@@ -129,9 +173,9 @@ def _twin(messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokeni
     return Finding("ok", "elsewhere", "transformers and vLLM get the same ids for the sample")
 
 
-def _stops(model: GPT, encoded: EncodedChat, template: ChatTemplate, tokenizer: Tokenizer) -> Finding:
+def _stops(model: GPT, encoded: EncodedChat, ends: TurnEnds, tokenizer: Tokenizer) -> Finding:
     """The probability of the end token at the end of the sample's answers."""
-    end = tokenizer.control_ids[template.end]
+    end = tokenizer.backend.token_to_id(ends.last)
     if len(encoded.ids) > model.config.context:
         return Finding(
             "warning",

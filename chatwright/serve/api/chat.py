@@ -190,12 +190,13 @@ def routes(pool: ModelPool) -> APIRouter:
         form = body.form()
         async with AsyncExitStack() as stack:
             service = await stack.enter_async_context(pool.use(body.model))
-            messages = form.messages([message.plain() for message in body.messages])
+            messages = form.messages([message.plain() for message in body.messages], service.model)
             prepared = await service.prepare(
                 messages,
                 body.sampling(service.model.own_sampling),
                 answers=body.answers,
                 grammar=form.grammar,
+                beside=form.beside(service.model),
             )
             reading = Reading(service, prepared, form)
             reading.begin(stack)

@@ -243,7 +243,12 @@ def routes(pool: ModelPool) -> APIRouter:
         async with AsyncExitStack() as stack:
             service = await stack.enter_async_context(pool.use(body.model))
             sampling = body.sampling(service.model.own_sampling)
-            prepared = await service.prepare(form.messages(messages), sampling, grammar=form.grammar)
+            prepared = await service.prepare(
+                form.messages(messages, service.model),
+                sampling,
+                grammar=form.grammar,
+                beside=form.beside(service.model),
+            )
             reading = Reading(service, prepared, form)
             reading.begin(stack)
             writer = Writer(body.echoed(sampling), reading)
