@@ -22,7 +22,7 @@ from gguf.quants import dequantize, quantize
 
 from chatwright.config import UserError
 from chatwright.interop import gguf as reading
-from chatwright.interop.leaving import check_shape, ends_of, family_name, portable
+from chatwright.interop.leaving import check_shape, ends_of, exported, family_name
 from chatwright.interop.loaded import Loaded, Stored, foreign
 from chatwright.model.config import GPTConfig, RotaryScaling
 from chatwright.tokenizer import PATTERN, Tokenizer
@@ -273,7 +273,7 @@ def plan_gguf(parts: Loaded, *, dtype: str = "f32") -> GGUFExport:
         if ends.turn:
             values["tokenizer.ggml.eot_token_id"] = tokenizer.control_ids[ends.turn]
     if parts.template is not None:
-        template = portable(parts.template)
+        template = exported(parts.template)
         values["tokenizer.chat_template"] = template.source
         values |= {f"tokenizer.chat_template.{name}": text for name, text in template.named.items()}
         if template.named:

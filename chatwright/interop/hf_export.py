@@ -16,7 +16,7 @@ import torch
 
 from chatwright.config import UserError
 from chatwright.interop.families import FAMILIES, config_from_hf
-from chatwright.interop.leaving import check_shape, ends_of, family_name, portable
+from chatwright.interop.leaving import check_shape, ends_of, exported, family_name
 from chatwright.interop.loaded import Loaded, Stored, foreign
 from chatwright.model.config import GPTConfig, RotaryScaling
 from chatwright.tensor_files import save_tensors
@@ -224,7 +224,7 @@ def plan_hf(parts: Loaded, *, dtype: str = "fp32") -> HFExport:
             "generation_config.json": _json(generation),
         }
     if parts.template is not None:
-        texts |= portable(parts.template).files()
+        texts |= exported(parts.template).files()
     texts["config.json"] = _json(values)
     return HFExport(f"transformers' {family}", texts, tensors, DTYPES[dtype])
 

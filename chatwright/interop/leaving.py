@@ -70,13 +70,17 @@ def ends_of(parts: Loaded, tokenizer: Tokenizer) -> Ends:
     return ends
 
 
-def portable(template: ChatTemplate) -> ChatTemplate:
-    """The template such that it means the same to programs that hand it their own special tokens.
-
-    Here they are undefined: where a text uses one that it does not set itself, it is set to be empty.
-    """
+def exported(template: ChatTemplate) -> ChatTemplate:
+    """The template, and its other templates, such that they mean the same to programs that hand them their
+    own special tokens."""
     others = {name: _portable(text) for name, text in template.named.items()}
-    return ChatTemplate(_portable(template.source), template.end, named=others)
+    return ChatTemplate(portable(template), template.end, named=others)
+
+
+def portable(template: ChatTemplate) -> str:
+    """The text of `exported`. Here special tokens are undefined: where the text uses one that it does not set
+    itself, it is set to be empty."""
+    return _portable(template.source)
 
 
 def _portable(source: str) -> str:
