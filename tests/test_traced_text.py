@@ -182,7 +182,7 @@ BLOCKS = [
     "{% for c in a %}[{{ c }}]{% endfor %}",
     "{% for c in a + 'x' %}{% if c == 'A' %}{% continue %}{% endif %}{{ c }}{% endfor %}",
     "{% set x %}<{{ a }}>{% endset %}{{ x | upper }}{{ x[1:] }}",
-    "{% macro m(x, y='z') %}({{ x }}{{ y }}{{ varargs }}){% endmacro %}{{ m(a) }}{{ m(a, b, a) | trim('(') }}",
+    "{% macro m(x, y='z') %}({{ x }}{{ y }}{{ varargs }}){% endmacro %}{{ m(a) }}{{ m(a, b, a) | trim }}",
     "{% macro m() %}[{{ caller(a) }}]{% endmacro %}{% call(x) m() %}{{ x }}{{ b }}{% endcall %}",
     "{% filter upper %}x{{ a }}y{% endfilter %}",
     "{% set n = namespace(t='') %}{% for x in [a, b] %}{% set n.t = n.t + x + ';' %}{% endfor %}{{ n.t }}",

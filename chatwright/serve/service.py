@@ -106,7 +106,8 @@ def prepare(
     turns are dropped if the rest does not hold the conversation. The answer may use all room that is left, up
     to `max_new_tokens`. With a seed, answer k uses seed + k. `grammar` makes the grammar that constrains the
     answers; `beside` is what the template is given with the messages, such as tools. Raises TooLong if even
-    the last message is too long or `begun` fills the context, UserError if the model's template refuses the conversation.
+    the last message is too long or `begun` fills the context, UserError if the model's template refuses the
+    conversation.
     """
     from chatwright.generate.request import Request
 

@@ -69,8 +69,8 @@ def collection() -> dict[str, str]:
         except (OSError, subprocess.SubprocessError, StopIteration) as error:
             told = getattr(error, "stderr", b"") or b""
             pytest.skip(
-                f"llama.cpp's chat templates could not be fetched ({error} {told[-300:]!r}): THAT PUBLISHED CHAT "
-                "TEMPLATES ARE READ AS TRANSFORMERS READS THEM IS NOT TESTED HERE"
+                f"llama.cpp's chat templates could not be fetched ({error} {told[-300:]!r}): THAT PUBLISHED "
+                "CHAT TEMPLATES ARE READ AS TRANSFORMERS READS THEM IS NOT TESTED HERE"
             )
     found = {file.name.removesuffix(".jinja"): file.read_text("utf-8") for file in place.glob("*.jinja")}
     assert len(found) >= 60, f"{place} holds {len(found)} templates: delete it, so that it is fetched anew"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from chatwright import runtime
 from chatwright.chat import ChatTemplate, EncodedChat, Message
 from chatwright.commands.doctor.finding import Finding
 from chatwright.config import UserError
-from chatwright.data.picture import mask_picture
+from chatwright.data.picture import mask_picture, spelled
 from chatwright.messages import written
 from chatwright.metrics import console
 from chatwright.model.gpt import GPT
@@ -62,7 +63,6 @@ def check_chat(
             _end_learnt(encoded, ends, tokenizer),
             _prefix(messages, template, tokenizer),
             _twin(messages, template, tokenizer),
-            *_abilities(template),
             *([_stops(model, encoded, ends, tokenizer)] if ends.tokens else []),
         ]
         if dialogue:
@@ -80,7 +80,7 @@ def _ends(template: ChatTemplate, tokenizer: Tokenizer) -> Finding:
     """What ends a turn."""
     ends = template.ends(tokenizer)
     others = f", others: {', '.join(sorted(template.named))}" if template.named else ""
-    told = f"hash {template.fingerprint}{others}, an assistant's turn ends with"
+    told = f"hash {template.fingerprint}{others}, it writes {_known(template)}, an assistant's turn ends with"
     if ends.tokens:
         return Finding("ok", "template", f"{told} {' or '.join(ends.tokens)}")
     if not ends.last:
@@ -100,16 +100,11 @@ def _ends(template: ChatTemplate, tokenizer: Tokenizer) -> Finding:
     return Finding("ok", "template", f"{told} the text {ends.last!r}, at which an answer is cut")
 
 
-def _abilities(template: ChatTemplate) -> list[Finding]:
-    """What the template writes beside texts."""
+def _known(template: ChatTemplate) -> str:
+    """What the template has a form of its own for, beside texts."""
     able = template.abilities
-    known = [
-        name
-        for name, can in (("tools", able.tools), ("tool calls", able.calls), ("thinking", able.thinking))
-        if can
-    ]
-    told = f"it has a form of its own for {', '.join(known)}" if known else "it writes texts alone"
-    return [Finding("ok", "messages", f"{told}; what it has none for is written into the text")]
+    forms = (("tools", able.tools), ("tool calls", able.calls), ("thinking", able.thinking))
+    return ", ".join(name for name, can in forms if can) or "texts alone"
 
 
 def _end_learnt(encoded: EncodedChat, ends: TurnEnds, tokenizer: Tokenizer) -> Finding:
@@ -120,17 +115,9 @@ def _end_learnt(encoded: EncodedChat, ends: TurnEnds, tokenizer: Tokenizer) -> F
             encoded.doubt,
             "sft would refuse it: put {% generation %} around what the assistant writes in the template",
         )
-    if ends.tokens:
-        known = {tokenizer.backend.token_to_id(token) for token in ends.tokens}
-        flags = zip(encoded.ids, encoded.mask, strict=True)
-        found = len([flag for token, flag in flags if flag and token in known]) // (
-            1 + (len(ends.texts[0]) > len(ends.last))
-        )
-    else:
-        learnt = tokenizer.decode(
-            [token for token, flag in zip(encoded.ids, encoded.mask, strict=True) if flag]
-        )
-        found = sum(learnt.count(text) for text in ends.texts)
+    learnt = [token for token, flag in zip(encoded.ids, encoded.mask, strict=True) if flag]
+    text = spelled(learnt, tokenizer)
+    found = sum(text.count(end) for end in ends.texts)
     if found != 2 and ends.texts:
         return Finding(
             "problem",
@@ -156,21 +143,51 @@ def _prefix(messages: Sequence[Message], template: ChatTemplate, tokenizer: Toke
 
 
 def _twin(messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer) -> Finding:
-    """Whether programs that tokenize the whole rendered text (transformers, vLLM) get our ids."""
+    """Whether programs that tokenize the rendered text (transformers, vLLM) get our text and our ids."""
     others = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     harmless_ones = [
         Message(role=one["role"], content=written(one["content"]).replace("<|end|>", "the end"))
         for one in messages
     ]
-    theirs = others.encode(template.render(harmless_ones), add_special_tokens=False).ids
-    if list(theirs) != template.encode(harmless_ones, tokenizer).ids:
+    text = template.render(harmless_ones)
+    theirs, version = _theirs(harmless_ones, template)
+    if theirs is not None and theirs != text:
+        return Finding(
+            "problem",
+            "elsewhere",
+            f"the sample is {text!r} here, and {theirs!r} in transformers {version}",
+            "this is a fault of the program: please report it with this model's name",
+        )
+    if others.encode(text, add_special_tokens=False).ids != template.encode(harmless_ones, tokenizer).ids:
         return Finding(
             "warning",
             "elsewhere",
             "programs that tokenize the rendered text get other ids (transformers, vLLM)",
-            "where contents meet the template's text their tokens join; quality may differ a little",
+            "its control tokens are no special tokens of the tokenizer; quality may differ a little",
         )
-    return Finding("ok", "elsewhere", "transformers and vLLM get the same ids for the sample")
+    compared = f" (compared with transformers {version})" if version else ""
+    return Finding(
+        "ok",
+        "elsewhere",
+        f"transformers and vLLM get the same text and ids for the sample{compared}: {text!r}",
+    )
+
+
+def _theirs(messages: Sequence[Message], template: ChatTemplate) -> tuple[str | None, str]:
+    """The sample as transformers renders it, and its version; (None, "") where it is not installed."""
+    if find_spec("transformers") is None:
+        return None, ""
+    import transformers
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    version = str(transformers.__version__)
+    try:
+        texts, _ = render_jinja_template(
+            conversations=[[dict(one) for one in messages]], chat_template=template.source
+        )
+    except Exception as error:  # the template's own, Jinja's, or the library's
+        return f"an error: {' '.join(str(error).split())[:200]}", version
+    return str(texts[0]), version
 
 
 def _stops(model: GPT, encoded: EncodedChat, ends: TurnEnds, tokenizer: Tokenizer) -> Finding:
