@@ -22,7 +22,7 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -30,7 +30,7 @@ from chatwright import turn_ends
 from chatwright.config import UserError
 from chatwright.loss_mask import learnt_of
 from chatwright.messages import ROLES, Message, check_message
-from chatwright.template_abilities import Abilities, independent_turns
+from chatwright.template_abilities import TOOL, Abilities, independent_turns
 from chatwright.template_source import EXTRA, compiled, read_named, read_template
 from chatwright.template_values import (
     Beside,
@@ -163,7 +163,12 @@ class ChatTemplate:
 
     @cached_property
     def _frames(self) -> turn_ends.Frames | None:
-        return turn_ends.frames(lambda messages: self._rendered(enumerate(messages), False, {}))
+        for tools in (None, [TOOL]):  # some templates are for conversations with tools alone
+            given: Beside = {"tools": tools}
+            found = turn_ends.frames(partial(self._text, ask=False, beside=given))
+            if found is not None:
+                return found
+        return None
 
     @cached_property
     def end(self) -> str:
@@ -320,22 +325,20 @@ class ChatTemplate:
             if gap not in self._begins:
                 if len(self._begins) > 1_000:
                     self._begins.clear()
-                self._begins[gap] = self._taken_over(text, messages[:number], beside, low, high)
+                self._begins[gap] = self._taken_over(gap, messages[:number], beside)
             return high - self._begins[gap]
 
         learnt = learnt_of(text, own, ends.texts, begin)
         return EncodedChat(found.ids, learnt.mask(found.spans), learnt.doubt)
 
-    def _taken_over(
-        self, text: str, before: Sequence[Mapping[str, Any]], beside: Beside, low: int, high: int
-    ) -> int:
+    def _taken_over(self, gap: str, before: Sequence[Mapping[str, Any]], beside: Beside) -> int:
         """How many of the template's characters in front of a message the model writes itself."""
         try:
             prompt = self._text(before, True, beside)
         except UserError:
             return 0
-        fits = low <= len(prompt) <= high and str.startswith(text, str.__str__(prompt))
-        return high - len(prompt) if fits else 0
+        asked = turn_ends.tail(prompt)
+        return len(gap) - len(asked) if gap.startswith(asked) else 0
 
     # ---- turns by themselves
 
@@ -366,10 +369,12 @@ class ChatTemplate:
     def joins(self, tokenizer: Tokenizer) -> bool:
         """Whether the ids of a conversation are those of its turns, one after the other: it `concatenates`,
         and no token spans two turns."""
+        if not self.concatenates:
+            return False
         made: dict[str, bool] = tokenizer.__dict__.setdefault("_joining_templates", {})
         if self.source not in made:
             turns = [Message(role=role, content=f"{role} ") for role in ("user", "assistant") * 2]
-            made[self.source] = self.concatenates and self._joins(turns, tokenizer)
+            made[self.source] = self._joins(turns, tokenizer)
         return made[self.source]
 
     def _joins(self, turns: Sequence[Message], tokenizer: Tokenizer) -> bool:

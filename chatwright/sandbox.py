@@ -72,6 +72,7 @@ _APART = frozenset(  # filters that make an item of every character of a text
         "unique",
     )
 )
+_LISTED = frozenset(("count", "length", "tojson"))
 _SIZE, _TIME, _JOIN = (f"chatwright {name}" for name in ("size", "time", "join"))
 """Filters of our own: no template can spell a name with a space."""
 
@@ -211,6 +212,8 @@ def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)  # keeps Jinja's marks on the function
     def checked(*args: Any, **kwargs: Any) -> Any:
+        if name in _LISTED and args and isinstance(args[0], Iterator):
+            return function(*args, **kwargs)  # an error: this is for lists, and an iterator is none
         args, kwargs = _given(args, kwargs)
         _check_sizes((*args, *kwargs.values()), multiply=True)
         if apart and any(isinstance(arg, str) and ITEM * len(arg) > LARGEST for arg in args):

@@ -80,14 +80,14 @@ def origins_in(*values: Any) -> set[int]:
         seen.add(id(value))
         if isinstance(value, Mapping):
             left += (*value.keys(), *value.values())
-        elif isinstance(value, list | tuple | AbstractSet | _VIEWS):
+        elif isinstance(value, _MANY):
             left += value
         elif isinstance(value, Namespace):
             left.append(object.__getattribute__(value, "_Namespace__attrs"))
     return found - {TEMPLATE}
 
 
-_VIEWS = (type({}.values()),)  # views of keys and items are sets
+_MANY = (list, tuple, AbstractSet, type({}.values()))  # views of keys and items are sets
 
 
 def blended(origins: set[int], *, own: bool) -> int:
@@ -259,7 +259,11 @@ class Traced(str):
     # ---- put together
 
     def __add__(self, other: str, /) -> str:
-        return joined((self, other)) if isinstance(other, str) else NotImplemented
+        if not isinstance(other, str):
+            return NotImplemented
+        if hasattr(other, "__html__"):  # markupsafe's Markup escapes what it is added to
+            return safe(joined((escaped(self), other)))
+        return joined((self, other))
 
     def __radd__(self, other: str, /) -> str:
         return joined((other, self)) if isinstance(other, str) else NotImplemented

@@ -161,10 +161,13 @@ def operated(operator: str, compute: Callable[[], Any], left: Any, right: Any) -
     """The result of `left operator right`, with its origins."""
     if operator == "%" and type(left) in (str, Traced) and not _untraced(left, right):
         return percent(left, right)
+    if operator == "+" and isinstance(left, Markup) and isinstance(right, Traced):
+        return safe(left) + right
     result = compute()
-    if is_plain(result) and not _untraced(left, right):
-        return blend(result, left, right)
-    return result
+    if not is_plain(result) or _untraced(left, right):
+        return result
+    made = blend(result, left, right)
+    return safe(made) if isinstance(result, Markup) else made
 
 
 def formatting(value: Any, formatter: string.Formatter) -> Callable[..., str] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from chatwright.config import UserError
@@ -26,6 +26,8 @@ _LIKE_A_TOKEN = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 class Frames:
     """What a template writes around the messages of user, assistant, user, assistant."""
 
+    head: str
+    """In front of the first message."""
     between: str
     """Between the first question and its answer."""
     middle: str
@@ -34,6 +36,8 @@ class Frames:
     """Behind the last answer."""
     call: str = ""
     """Behind a tool call; empty where the template writes none."""
+    inside: str = ""
+    """Between thinking and answer; empty where the template writes no thinking."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +45,18 @@ class TurnEnds:
     """What ends a turn, with a tokenizer."""
 
     texts: tuple[str, ...]
-    """What the template writes there, in whole; empty where it writes nothing. The loss covers it."""
+    """What may end it: control tokens, or one text; empty where the template writes nothing. The loss covers
+    what stands behind an answer up to the first of them."""
     tokens: tuple[str, ...]
-    """Control tokens among them: an answer is finished at each."""
+    """The control tokens at which an answer is finished. (A token that also ends a model's thinking is in
+    `texts` alone.)"""
     last: str
-    """The token, or the text, that is written last; empty where there is none."""
+    """What ends the last turn; empty where nothing does."""
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts at which generation stops: ends without a control token."""
-        return tuple(text for text in self.texts if not any(token in text for token in self.tokens))
+        """Texts at which generation stops: an end without a control token."""
+        return () if self.tokens else self.texts
 
 
 NOTHING = TurnEnds((), (), "")
@@ -61,7 +67,7 @@ _TALK = (
     {"role": "user", "content": "Three?"},
     {"role": "assistant", "content": "Four."},
 )
-CALL = {
+_CALL = {
     "id": "callprobe",
     "type": "function",
     "function": {"name": "probe_tool", "arguments": {"key": "one"}},
@@ -72,28 +78,31 @@ def frames(render: Render) -> Frames | None:
     """The frames of a template; None where it refuses the probes, or does not show where answers are."""
     talk: list[Mapping[str, Any]] = list(_TALK)
     for messages in (talk, [{"role": "system", "content": "Zero."}, *talk], talk[:2]):
-        try:
-            text = render(messages)
-        except UserError:
-            continue
+        text = _tried(render, messages)
         found = _frames(text, len(messages) % 2, len(messages))
         if found is not None:
-            return found
+            return replace(found, call=_behind_call(render), inside=_inside(render))
     return None
 
 
-def call_frame(render: Render) -> str:
-    """What a template writes behind a tool call; empty where it refuses or does not write it."""
-    messages = [
-        {"role": "user", "content": "One?"},
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-    ]
+def _tried(render: Render, messages: Sequence[Mapping[str, Any]]) -> str:
+    """A conversation as a text; empty where the template refuses it."""
     try:
-        text = render(messages)
+        return render(messages)
     except UserError:
         return ""
+
+
+def _behind_call(render: Render) -> str:
+    text = _tried(render, [_TALK[0], {"role": "assistant", "content": "", "tool_calls": [_CALL]}])
     places = _places(text)
-    return _behind(text, places[1][1]) if 1 in places else ""
+    return behind(text, places[1][1]) if 1 in places else ""
+
+
+def _inside(render: Render) -> str:
+    thought = {**_TALK[1], "reasoning_content": "Hmm.", "thinking": "Hmm."}
+    text = str.__str__(_tried(render, [_TALK[0], thought]))
+    return text.partition("Hmm.")[2].partition("Two.")[0] if "Hmm." in text else ""
 
 
 def _places(text: str) -> dict[int, tuple[int, int]]:
@@ -117,16 +126,27 @@ def _frames(text: str, first: int, count: int) -> Frames | None:
     plain = str.__str__(text)
     answer = count - 1
     middle = plain[places[first + 1][1] : places[first + 2][0]] if count - first == 4 else ""
-    return Frames(plain[places[first][1] : places[first + 1][0]], middle, _behind(text, places[answer][1]))
+    between = plain[places[first][1] : places[first + 1][0]]
+    return Frames(plain[: min(places.values())[0]], between, middle, behind(text, places[answer][1]))
 
 
-def _behind(text: str, start: int) -> str:
+def behind(text: str, start: int) -> str:
     """The template's text from `start` on."""
     at = 0
     for size, origin in runs_of(text):
         if origin != TEMPLATE and at >= start and size:
             return str.__getitem__(text, slice(start, at))
         at += size
+    return str.__getitem__(text, slice(start, None))
+
+
+def tail(text: str) -> str:
+    """The template's text behind the last message."""
+    start = at = 0
+    for size, origin in runs_of(text):
+        at += size
+        if origin != TEMPLATE:
+            start = at
     return str.__getitem__(text, slice(start, None))
 
 
@@ -152,7 +172,10 @@ def known(found: Frames | None, tokenizer: Tokenizer) -> TurnEnds:
 
 def of_token(end: str, tokenizer: Tokenizer) -> TurnEnds:
     """A turn that ends with a given token, or a text that is none."""
-    is_token = end in tokenizer.control_ids or tokenizer.backend.token_to_id(end) is not None
+    if not end:
+        return NOTHING
+    added = tokenizer.backend.get_added_tokens_decoder().values()
+    is_token = end in tokenizer.control_ids or any(token.content == end for token in added)
     return TurnEnds((end,), (end,) if is_token else (), end)
 
 
@@ -161,33 +184,43 @@ def _one_of(names: Sequence[str]) -> re.Pattern[str]:
 
 
 def _chosen(found: Frames, token: re.Pattern[str]) -> TurnEnds:
+    opening = _opening(found.head, token)
     common = _common(found.middle, found.last) if found.middle else found.last
     texts: list[str] = []
-    tokens: list[str] = []
+    # The last token that stands behind every answer: several may, and the turn is over with the last.
+    closing = [one[0] for one in token.finditer(common) if one[0] not in opening]
     first = token.search(found.last)
-    if first is not None:
-        run = [first]
-        while following := token.match(common, run[-1].end()):
-            run.append(following)
-        texts.append(found.last[first.start() : run[-1].end()])
-        tokens += [one.group() for one in run]
-    last = tokens[-1] if tokens else ""
-    for frame in (found.middle, found.call):
-        other, between = token.search(frame), token.search(found.between)
-        known_here = any(text in frame for text in texts)
-        ends_turns = frame is found.call or (
-            between is not None and other is not None and between[0] == other[0]
-        )
-        if other is not None and not known_here and ends_turns and (texts or frame is found.middle):
+    if closing:
+        texts.append(closing[-1])
+    elif first is not None and first[0] not in opening:
+        texts.append(first[0])
+    other, between = token.search(found.middle), token.search(found.between)
+    if other is not None and not any(text in found.middle for text in texts):
+        # An end, and not the beginning of the next turn: a question ends with it as well, or nothing begins so.
+        asked = between is not None and between[0] == other[0] and other[0] not in opening
+        if asked or other[0] not in found.head:
             texts.append(other[0])
-            tokens.append(other[0])
-            last = last or other[0]
+    called = [one[0] for one in token.finditer(found.call) if one[0] not in opening]
+    if texts and called and not set(called) & set(texts):
+        texts.append(called[-1])
     if texts:
-        return TurnEnds(tuple(dict.fromkeys(texts)), tuple(dict.fromkeys(tokens)), last)
+        tokens = [text for text in texts if text not in found.inside] or texts[:1]
+        return TurnEnds(tuple(texts), tuple(tokens), texts[0])
     end = found.last.strip()
     if end and common.strip().startswith(end):
         return TurnEnds((end,), (), end)
     return NOTHING
+
+
+def _opening(head: str, token: re.Pattern[str]) -> set[str]:
+    """The control tokens with which a conversation begins, one directly behind the other: no turn ends with
+    them."""
+    found: set[str] = set()
+    at = 0
+    while one := token.match(head, at):
+        found.add(one[0])
+        at = one.end()
+    return found
 
 
 def _common(first: str, second: str) -> str:

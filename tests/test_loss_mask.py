@@ -151,7 +151,7 @@ CASES = {
     "two tokens": (
         COMMAND,
         ["Two.<|END_RESPONSE|><|END_TURN|>", "Four. <|END_RESPONSE|><|END_TURN|>"],
-        ("<|END_RESPONSE|>", "<|END_TURN|>"),
+        ("<|END_TURN|>",),
     ),
 }
 

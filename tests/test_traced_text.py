@@ -3,6 +3,7 @@ nothing that a message wrote counts as the template's."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -186,7 +187,7 @@ BLOCKS = [
     "{% macro m() %}[{{ caller(a) }}]{% endmacro %}{% call(x) m() %}{{ x }}{{ b }}{% endcall %}",
     "{% filter upper %}x{{ a }}y{% endfilter %}",
     "{% set n = namespace(t='') %}{% for x in [a, b] %}{% set n.t = n.t + x + ';' %}{% endfor %}{{ n.t }}",
-    "{% for x in [a, b] recursive %}{{ x }}{% if loop.first %}{{ loop([b]) }}{% endif %}{% endfor %}",
+    "{% for x in [a, b] recursive %}{{ x }}{% if loop.depth == 1 %}{{ loop([b]) }}{% endif %}{% endfor %}",
     "{% block k %}{{ a }}{% endblock %}{{ self.k() }}",
     "{% with x = a ~ b %}{{ x }}{% endwith %}",
     "{% for x in [a, b] %}{{ loop.cycle(x, 'y') }}{{ loop.previtem }}{% endfor %}",
@@ -198,12 +199,18 @@ BLOCKS = [
 SOURCES = ["{{ " + one + " }}" for one in EXPRESSIONS] + BLOCKS
 
 
+@lru_cache
+def compiled(source: str) -> tuple[jinja2.Template, jinja2.Template]:
+    return Sandbox().from_string(source), PLAIN.from_string(source)
+
+
 def rendered(source: str, a: str, b: str) -> tuple[str | None, str | None]:
     """What the sandbox makes of traced texts, and Jinja of plain ones; None for an error."""
     results: list[str | None] = []
+    traced, plain = compiled(source)
     for render in (
-        lambda: sandbox.render(Sandbox().from_string(source), {"a": owned(a, ONE), "b": owned(b, TWO)}),
-        lambda: PLAIN.from_string(source).render(a=a, b=b),
+        lambda: sandbox.render(traced, {"a": owned(a, ONE), "b": owned(b, TWO)}),
+        lambda: plain.render(a=a, b=b),
     ):
         try:
             results.append(render())
@@ -284,9 +291,5 @@ def test_a_text_in_too_many_pieces_is_blended() -> None:
 def test_generation_blocks_are_marked() -> None:
     source = "<a>{% generation %}{{ a }}<e>{% endgeneration %}\n{% generation %}{% endgeneration %}"
     text = sandbox.render(Sandbox().from_string(source), {"a": owned("E", ONE)})
-    assert text == "<a>E<e>\n" and [bool(origin >> 40) for _, origin in runs_of(text)] == [
-        False,
-        True,
-        True,
-        False,
-    ]
+    assert text == "<a>E<e>"
+    assert [bool(origin >> 40) for _, origin in runs_of(text)] == [False, True, True]

@@ -74,7 +74,7 @@ def exported(template: ChatTemplate) -> ChatTemplate:
     """The template, and its other templates, such that they mean the same to programs that hand them their
     own special tokens."""
     others = {name: _portable(text) for name, text in template.named.items()}
-    return ChatTemplate(portable(template), template.end, named=others)
+    return ChatTemplate(portable(template), template.end or None, named=others)
 
 
 def portable(template: ChatTemplate) -> str:

@@ -36,9 +36,18 @@ def _fetch(target: Path) -> None:
     """Write the templates into a folder. Raises OSError, CalledProcessError where they cannot be had."""
     package = f"llama-cpp-python=={_version()}"
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-binary",
+            "llama-cpp-python",
+        ]
         subprocess.run(
-            [*command, "--no-build-isolation", "-d", folder, package],
+            [*command, "-d", folder, package],
             check=True,
             capture_output=True,
             timeout=600,
