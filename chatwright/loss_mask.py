@@ -82,7 +82,8 @@ def learnt_of(
             return Learnt(spans, f"the chat template writes message {number} in several places")
         start, stop = foreign[first].start, foreign[last].stop
         if len(own) > 1 or kind_of(foreign[first].origin) != CONTENT:
-            start = begin(number, foreign[first - 1].stop if first else 0, start)
+            before = [piece.stop for piece in foreign[:first] if message_of(piece.origin) != number]
+            start = begin(number, before[-1] if before else 0, start)
         limit = foreign[last + 1].start if last + 1 < len(foreign) else at
         spans.append(_to_end(text, (start, stop), limit, ends))
     return Learnt(sorted(spans))

@@ -14,7 +14,7 @@ from typing import Any
 
 from chatwright.config import UserError
 from chatwright.tokenizer import Tokenizer
-from chatwright.traced_text import TEMPLATE, UNSURE, message_of, runs_of
+from chatwright.traced_text import GENERATED, TEMPLATE, UNSURE, message_of, runs_of
 
 Render = Callable[[Sequence[Mapping[str, Any]]], str]
 """A conversation as a `Traced` text. Raises UserError where the template refuses it."""
@@ -111,7 +111,7 @@ def _places(text: str) -> dict[int, tuple[int, int]]:
     at = 0
     for size, origin in runs_of(text):
         number = message_of(origin)
-        if origin == UNSURE:
+        if origin & ~GENERATED == UNSURE:
             return {}
         if number is not None and size:
             places[number] = (places[number][0] if number in places else at, at + size)
@@ -134,7 +134,7 @@ def behind(text: str, start: int) -> str:
     """The template's text from `start` on."""
     at = 0
     for size, origin in runs_of(text):
-        if origin != TEMPLATE and at >= start and size:
+        if origin & ~GENERATED != TEMPLATE and at >= start and size:
             return str.__getitem__(text, slice(start, at))
         at += size
     return str.__getitem__(text, slice(start, None))
@@ -145,7 +145,7 @@ def tail(text: str) -> str:
     start = at = 0
     for size, origin in runs_of(text):
         at += size
-        if origin != TEMPLATE:
+        if origin & ~GENERATED != TEMPLATE:
             start = at
     return str.__getitem__(text, slice(start, None))
 
