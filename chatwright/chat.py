@@ -110,7 +110,7 @@ class ChatTemplate:
         self._begins: dict[str, int] = {}
 
     def _same(self) -> tuple[Any, ...]:
-        return self.source, self.end, tuple(sorted(self.named.items()))
+        return self.source, self.end
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ChatTemplate) and self._same() == other._same()
@@ -174,18 +174,21 @@ class ChatTemplate:
     def end(self) -> str:
         """What closes an assistant's turn: a control token, or a text; empty where the template writes
         nothing there. Without a tokenizer this is a guess."""
-        return self._given_end if self._given_end is not None else turn_ends.guessed(self._frames)
+        return self._given_end or turn_ends.guessed(self._frames)
 
     def ends(self, tokenizer: Tokenizer) -> TurnEnds:
-        """What ends an assistant's turn. A given `end` is believed."""
+        """What ends an assistant's turn: what rendering shows, and the given `end`."""
         made: dict[Any, TurnEnds] = tokenizer.__dict__.setdefault("_turn_ends", {})
         key = (self.source, self._given_end)
         if key not in made:
-            if self._given_end is None:
-                made[key] = turn_ends.known(self._frames, tokenizer)
-            else:
-                made[key] = turn_ends.of_token(self._given_end, tokenizer)
+            found = turn_ends.known(self._frames, tokenizer)
+            given = turn_ends.of_token(self._given_end or "", tokenizer)
+            made[key] = found.also(given) if self._writes(self._given_end) else given
         return made[key]
+
+    def _writes(self, end: str | None) -> bool:
+        """Whether rendering shows that the template writes a given end behind an answer."""
+        return not end or (self._frames is not None and end in self._frames.middle + self._frames.last)
 
     def end_ids(self, tokenizer: Tokenizer, more: Iterable[int] = ()) -> frozenset[int]:
         """Ids at which an answer is finished: the ends of a turn that are tokens, the end of text, and

@@ -313,10 +313,8 @@ def load_checkpoint(found: checkpoint.Checkpoint, *, verify: bool = True) -> Loa
         model.head.weight = model.embed.weight
     checkpoint.load_model_tensors(model, tensors, where=str(found.path))
     has_template = (found.path / "chat_template.jinja").is_file()
-    template = ChatTemplate.load(found.path) if has_template else None
+    template = ChatTemplate.load(found.path, end=end_of_turn) if has_template else None
     tokenizer = Tokenizer.load(found.path, end_of_text=end_of_text)
-    if template is not None and end_of_turn and not template.ends(tokenizer).texts:
-        template = ChatTemplate.load(found.path, end=end_of_turn)  # rendering does not show it
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(
             f"{found.path}: {tokenizer.vocab_size} tokens in tokenizer.json, {shape.vocab_size} in the model"

@@ -58,6 +58,11 @@ class TurnEnds:
         """Texts at which generation stops: an end without a control token."""
         return () if self.tokens else self.texts
 
+    def also(self, other: TurnEnds) -> TurnEnds:
+        """These ends, and others."""
+        texts = tuple(dict.fromkeys((*self.texts, *other.texts)))
+        return TurnEnds(texts, tuple(dict.fromkeys((*self.tokens, *other.tokens))), self.last or other.last)
+
 
 NOTHING = TurnEnds((), (), "")
 
@@ -153,7 +158,10 @@ def tail(text: str) -> str:
 def guessed(found: Frames | None) -> str:
     """What ends a turn, without a tokenizer: the first word that looks like a control token, or a text.
     Empty where there is none."""
-    return _chosen(found, _LIKE_A_TOKEN).last if found is not None else ""
+    if found is None:
+        return ""
+    first = _LIKE_A_TOKEN.search(found.last)
+    return first[0] if first is not None else _chosen(found, _one_of([])).last
 
 
 def known(found: Frames | None, tokenizer: Tokenizer) -> TurnEnds:
