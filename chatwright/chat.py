@@ -199,8 +199,7 @@ class ChatTemplate:
             raise UserError(
                 f"the chat template ends turns with {self._given_end}, which the tokenizer does not know"
             )
-        ids = (tokenizer.backend.token_to_id(token) for token in ends.tokens)
-        return frozenset({*ids, tokenizer.end_of_text_id, *more})
+        return frozenset({*ends.ids(tokenizer), tokenizer.end_of_text_id, *more})
 
     def stop_texts(self, tokenizer: Tokenizer) -> tuple[str, ...]:
         """Texts at which generation stops: a turn's end that is no token."""
@@ -217,8 +216,7 @@ class ChatTemplate:
                 f"the chat template ends an answer with {written}: this needs a control token there; "
                 "use a template whose turns end with one (sft writes <|end|> for a base model)"
             )
-        number: int = tokenizer.backend.token_to_id(ends.last)
-        return number
+        return ends.ids(tokenizer)[ends.tokens.index(ends.last) if ends.last in ends.tokens else 0]
 
     def check_end(self, tokenizer: Tokenizer) -> None:
         """Raise UserError unless something ends a turn: a model trained without would never stop."""

@@ -357,7 +357,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             optimized=False,
             extensions=[_Generation, LoopControlExtension],
         )
-        filters = self.filters | tracing.FOLLOWED
+        filters = {**self.filters, **tracing.FOLLOWED}
         self.filters = {name: _checked(name, function) for name, function in filters.items()}
         del self.globals["lipsum"]
         own = {"dict": _Dict(), "namespace": _Namespace, "strftime_now": _strftime_now}

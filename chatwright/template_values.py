@@ -20,6 +20,7 @@ from chatwright.messages import (
     ImagePart,
     Message,
     is_text,
+    parts_of,
     refuse_image,
     text_part,
     to_openai,
@@ -78,7 +79,7 @@ def plain_message(message: Mapping[str, Any], number: int, able: Abilities) -> I
     elif not able.thinking and "thinking" in typed:
         own["content"] = [
             text_part(written([part])) if part["type"] == "thinking" else part
-            for part in own["content"]  # type: ignore[union-attr]
+            for part in parts_of(own["content"])
         ]
         if is_text(own["content"]):
             own["content"] = written(own["content"])

@@ -87,7 +87,7 @@ def origins_in(*values: Any) -> set[int]:
     return found - {TEMPLATE}
 
 
-_MANY = (list, tuple, AbstractSet, type({}.values()))  # views of keys and items are sets
+_MANY: tuple[type, ...] = (list, tuple, AbstractSet, type({}.values()))  # views of keys and items are sets
 
 
 def blended(origins: set[int], *, own: bool) -> int:
@@ -270,8 +270,6 @@ class Traced(str):
 
     def __mul__(self, times: SupportsIndex, /) -> str:
         text = str.__mul__(self, times)
-        if text is NotImplemented:
-            return text
         if len(self._runs) == 1:
             return owned(text, self._runs[0][1])
         many = min(max(0, times.__index__()), MOST_RUNS + 1)
@@ -283,8 +281,8 @@ class Traced(str):
     def join(self, pieces: Iterable[str], /) -> str:
         held = list(pieces)
         str.join(self, held)  # raises what a str raises
-        between = [self] * (2 * len(held) - 1) if held else []
-        between[::2] = held  # type: ignore[call-overload]
+        between: list[str] = [self] * (2 * len(held) - 1) if held else []
+        between[::2] = held
         return joined(between)
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:  # type: ignore[override]

@@ -58,7 +58,7 @@ def is_plain(value: Any) -> bool:
 
 
 @pass_eval_context
-def _join(context: EvalContext, value: Any, d: str = "", attribute: str | int | None = None) -> str:
+def _join(context: EvalContext, value: Any, d: str = "", attribute: str | int | None = None) -> Any:
     if context.autoescape:
         return FILTERS["join"](context, value, d, attribute)
     if attribute is not None:
@@ -66,7 +66,7 @@ def _join(context: EvalContext, value: Any, d: str = "", attribute: str | int | 
     return Traced.join(_lifted(text_of(d)), map(text_of, value))
 
 
-def _indent(s: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+def _indent(s: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> Any:
     if isinstance(s, Markup):
         return FILTERS["indent"](s, width, first, blank)
     by = width if isinstance(width, str) else " " * width
@@ -95,7 +95,7 @@ def _escape(value: Any) -> str:
     return safe(escaped(value)) if isinstance(value, Traced) else FILTERS["escape"](value)
 
 
-def _format(value: Any, *args: Any, **kwargs: Any) -> str:
+def _format(value: Any, *args: Any, **kwargs: Any) -> Any:
     if _untraced(value, args, kwargs) or (args and kwargs):
         return FILTERS["format"](value, *args, **kwargs)
     return percent(text_of(value), kwargs or args)
@@ -161,6 +161,8 @@ def operated(operator: str, compute: Callable[[], Any], left: Any, right: Any) -
     """The result of `left operator right`, with its origins."""
     if operator == "%" and type(left) in (str, Traced) and not _untraced(left, right):
         return percent(left, right)
+    if type(left) is str and type(right) is str:
+        return compute()
     if operator == "+" and isinstance(left, Markup) and isinstance(right, Traced):
         return safe(left) + right
     result = compute()
@@ -178,7 +180,7 @@ def formatting(value: Any, formatter: string.Formatter) -> Callable[..., str] | 
     ):
         return None
     pattern = value.__self__
-    if type(pattern) not in (str, Traced):
+    if not isinstance(pattern, str) or type(pattern) not in (str, Traced):
         return None
     mapped = value.__name__ == "format_map"
 

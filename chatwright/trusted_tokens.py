@@ -84,8 +84,9 @@ class TrustedEncoder:
             return self._apart(text, foreign)
         ids, spans = encoding.ids, encoding.offsets
         if foreign.stops:
-            for number, span in zip(ids, spans, strict=True):
-                if number in self.controls and foreign.touches(*self._core(text, number, span)):
+            controls = self.controls
+            for place in [place for place, number in enumerate(ids) if number in controls]:
+                if foreign.touches(*self._core(text, ids[place], spans[place])):
                     return self._apart(text, foreign)
         return TracedIds(ids, spans)
 
@@ -101,9 +102,10 @@ class TrustedEncoder:
         """The template's control tokens, and between them text without any."""
         result = TracedIds([], [])
         plain, at = str.__str__(text), 0
+        numbers = {name: number for number, name in self.controls.items()}
         for start, stop, name in self._own_controls(plain, foreign):
             self._stretch(text, at, start, result)
-            result.ids.append(self.tokenizer.backend.token_to_id(name))
+            result.ids.append(numbers[name])
             result.spans.append((start, stop))
             at = stop
         self._stretch(text, at, len(plain), result)

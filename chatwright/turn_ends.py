@@ -58,6 +58,11 @@ class TurnEnds:
         """Texts at which generation stops: an end without a control token."""
         return () if self.tokens else self.texts
 
+    def ids(self, tokenizer: Tokenizer) -> list[int]:
+        """The ids of the tokens."""
+        numbers = (tokenizer.backend.token_to_id(token) for token in self.tokens)
+        return [number for number in numbers if number is not None]
+
     def also(self, other: TurnEnds) -> TurnEnds:
         """These ends, and others."""
         texts = tuple(dict.fromkeys((*self.texts, *other.texts)))
@@ -204,7 +209,7 @@ def _chosen(found: Frames, token: re.Pattern[str]) -> TurnEnds:
         texts.append(first[0])
     other, between = token.search(found.middle), token.search(found.between)
     if other is not None and not any(text in found.middle for text in texts):
-        # An end, and not the beginning of the next turn: a question ends with it as well, or nothing begins so.
+        # An end, not the beginning of the next turn: a question ends with it as well, or nothing begins so.
         asked = between is not None and between[0] == other[0] and other[0] not in opening
         if asked or other[0] not in found.head:
             texts.append(other[0])

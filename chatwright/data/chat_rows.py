@@ -135,7 +135,7 @@ def check_end_is_learnt(
     """Raise UserError unless the token that ends an answer is in the loss: else no answer would end. `cuts`
     says whether the answers have lost it."""
     ends = template.ends(tokenizer)
-    tokens = {tokenizer.backend.token_to_id(token) for token in ends.tokens}
+    tokens = set(ends.ids(tokenizer))
     if tokens:
         learnt = (
             token

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 import torch
@@ -63,7 +63,7 @@ def check_chat(
             _end_learnt(encoded, ends, tokenizer),
             _prefix(messages, template, tokenizer),
             _twin(messages, template, tokenizer),
-            *([_stops(model, encoded, ends, tokenizer)] if ends.tokens else []),
+            *([_stops(model, encoded, template, tokenizer)] if ends.tokens else []),
         ]
         if dialogue:
             finding, encoded = _dialogues(dialogue, template, tokenizer, model.config.context)
@@ -181,18 +181,17 @@ def _theirs(messages: Sequence[Message], template: ChatTemplate) -> tuple[str | 
     from transformers.utils.chat_template_utils import render_jinja_template
 
     version = str(transformers.__version__)
+    render: Any = render_jinja_template  # its annotations are incomplete
     try:
-        texts, _ = render_jinja_template(
-            conversations=[[dict(one) for one in messages]], chat_template=template.source
-        )
+        texts, _ = render([[dict(one) for one in messages]], chat_template=template.source)
     except Exception as error:  # the template's own, Jinja's, or the library's
         return f"an error: {' '.join(str(error).split())[:200]}", version
     return str(texts[0]), version
 
 
-def _stops(model: GPT, encoded: EncodedChat, ends: TurnEnds, tokenizer: Tokenizer) -> Finding:
+def _stops(model: GPT, encoded: EncodedChat, template: ChatTemplate, tokenizer: Tokenizer) -> Finding:
     """The probability of the end token at the end of the sample's answers."""
-    end = tokenizer.backend.token_to_id(ends.last)
+    end = template.end_id(tokenizer)
     if len(encoded.ids) > model.config.context:
         return Finding(
             "warning",
