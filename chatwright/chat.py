@@ -304,21 +304,18 @@ class ChatTemplate:
         tokenizer: Tokenizer,
         *,
         add_generation_prompt: bool = False,
-        learn: Sequence[bool] | None = None,
         **beside: Unpack[Beside],
     ) -> EncodedChat:
         """Ids and loss mask of a conversation; with `add_generation_prompt`, up to where the answer begins.
+        A message with `learn` False is not in the mask.
 
-        `learn` says for each message whether it may be learnt; only an assistant's ever is. Raises as
-        `render`.
+        Raises as `render`.
         """
         text = self._text(messages, add_generation_prompt, beside)
         ends = self.ends(tokenizer)
         extra = tuple(token for token in ends.tokens if token not in tokenizer.control_ids)
         found = encoder_of(tokenizer, extra).encode(text)
-        own = [message["role"] == "assistant" for message in messages]
-        if learn is not None:
-            own = [one and wanted for one, wanted in zip(own, learn, strict=True)]
+        own = [one["role"] == "assistant" and bool(one.get("learn", True)) for one in messages]
 
         def begin(number: int, low: int, high: int) -> int:
             """Where the model takes over: behind the generation prompt."""

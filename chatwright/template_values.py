@@ -96,8 +96,9 @@ def _url(part: Mapping[str, Any]) -> str:
 
 
 def _reasoned(message: dict[str, Any]) -> dict[str, Any]:
-    """Without what is null, and with thinking under all names that transformers gives it."""
-    known = {key: value for key, value in message.items() if value is not None}
+    """Without what is null (and our own mark of what is not learnt), and with thinking under all names that
+    transformers gives it."""
+    known = {key: value for key, value in message.items() if value is not None and key != "learn"}
     thought = next((known[name] for name in REASONING if name in known), None)
     return known if thought is None else {"thinking": thought, **known, "reasoning_content": thought}
 

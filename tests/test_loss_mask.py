@@ -254,8 +254,10 @@ def test_tool_calls_are_learnt_with_their_tags() -> None:
 
 
 def test_messages_that_must_not_be_learnt() -> None:
+    marked: list[Any] = [TALK[0], {**TALK[1], "learn": False}, *TALK[2:]]
     for source in (CHATML, SMOLLM3):
-        found = learnt_stretches(made(source), TALK, learn=[True, False, True, True])
+        assert made(source).render(marked) == made(source).render(TALK)
+        found = learnt_stretches(made(source), marked)
         assert len(found) == 1 and "Four. <|im_end|>" in found[0]
 
 
