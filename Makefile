@@ -23,7 +23,7 @@ help:
 	@echo "make test-rounding  tests of what is learnt, with 5 seeds and as other processors round (hours on 2 cores; ARGS=\"--seeds 1\")"
 	@echo "make bench-train  training speed next to transformers and litgpt (15 minutes); bench-learn: how soon it is learnt (an hour)"
 	@echo "make bench-serve  a real server, 64 clients, 5 minutes: nothing lost, nothing mixed up, memory flat (exit code 1 otherwise)"
-	@echo "make docs         write docs/reference/ anew: cli.md, metrics.md, recipes.md"
+	@echo "make docs         write docs/reference/ anew (cli.md, metrics.md, recipes.md) and the parameters in docs/guide/serving.md"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,7 @@ check: install-dev
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/write_cli_docs.py --check
 	$(BIN)/python scripts/write_metrics_docs.py --check
+	$(BIN)/python scripts/write_api_docs.py --check
 	$(BIN)/python scripts/write_recipes_docs.py --check
 
 # llama.cpp, which runs exported GGUF files in the tests: pip compiles it, once. Where that fails, those tests skip and say so.
@@ -85,6 +86,7 @@ test-rounding: install-dev
 docs: install-dev
 	$(BIN)/python scripts/write_cli_docs.py
 	$(BIN)/python scripts/write_metrics_docs.py
+	$(BIN)/python scripts/write_api_docs.py
 	$(BIN)/python scripts/write_recipes_docs.py
 
 # Benchmarks want a quiet machine. benchmarks/README.md has the figures and says how they are made.

@@ -19,6 +19,7 @@ from chatwright.generate.engine import Engine
 from chatwright.generate.request import Alternatives, Completion, Piece, Request
 from chatwright.generate.runner import Runner
 from chatwright.generate.sampling import sampling_from
+from chatwright.generate.scoring import ToScore, score_texts
 from chatwright.generation_config import GenerationConfig
 from chatwright.interop.adapter_origin import FOLDER, is_adapter
 from chatwright.interop.loaded import Loaded, located
@@ -39,9 +40,6 @@ WORTH_COPYING = 2_000_000
 SMOLLM2_SAMPLING = GenerationConfig(temperature=0.2, top_p=0.9, source="the example of its makers")
 """SmolLM2's settings. Its file says nothing about sampling; these are those of the model card's example
 (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)."""
-
-SCORED_AT_ONCE = 256
-"""Tokens whose logits `score` holds in memory at a time; each has a row of the vocabulary's size."""
 
 
 def make_runner(model: GPT, dtype: str) -> Runner | None:
@@ -156,20 +154,7 @@ class LanguageModel:
         The first token has no log-probability: nothing precedes it. Raises UserError for a text beyond the
         context.
         """
-        if not ids:
-            return []
-        tokens = torch.tensor([list(ids)], device=next(self.model.parameters()).device)
-        scored: list[tuple[int, float | None, Alternatives]] = [(ids[0], None, [])]
-        with runtime.evaluating(self.model):
-            hidden = self.model.hidden(tokens)[0, :-1]
-            for start in range(0, len(hidden), SCORED_AT_ONCE):
-                logprobs = self.model.head(hidden[start : start + SCORED_AT_ONCE]).float().log_softmax(-1)
-                following = tokens[0, start + 1 : start + 1 + len(logprobs)]
-                chosen = logprobs.gather(1, following[:, None])[:, 0].tolist()
-                values, places = (found.tolist() for found in logprobs.topk(top, dim=-1))
-                pairs = (list(zip(*both, strict=True)) for both in zip(places, values, strict=True))
-                scored += zip(following.tolist(), chosen, pairs, strict=True)
-        return scored
+        return score_texts(self.model, [ToScore(ids, top)])[0].tokens if ids else []
 
     def embed(self, ids: Sequence[int]) -> Float[Tensor, " width"]:
         """A text as a vector of length 1: the mean of the final hidden states of its tokens.

@@ -88,6 +88,9 @@ class Message(TypedDict):
 
     role: str
     content: Content
+    learn: NotRequired[bool]
+    """False in an answer that is not to be learnt, where a conversation becomes rows of training
+    (data/chat_rows.py); it is nowhere else, and no part of records (examples.py)."""
 
 
 class UnreadablePart(UserError):

@@ -22,7 +22,7 @@ import re
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,6 +48,8 @@ LIMITS = {
 }
 """llguidance's limits for each sequence, with the times that it documents. Beyond them that sequence alone
 fails."""
+LONGEST_CHOICES = 1 << 14
+"""Most characters of all texts of a choice."""
 REMEMBERED = 32
 """Compiled grammars that are kept per tokenizer."""
 
@@ -106,6 +108,18 @@ def regex(tokenizer: Tokenizer, end_ids: Iterable[int], pattern: str) -> Grammar
     if len(pattern) > LONGEST_PATTERN:
         raise UserError(f"{what} has {len(pattern):,} characters; at most {LONGEST_PATTERN} are read")
     return lark(tokenizer, end_ids, llguidance().LLMatcher.grammar_from_regex(pattern), what=what)
+
+
+def one_of(tokenizer: Tokenizer, end_ids: Iterable[int], choices: Sequence[str]) -> Grammar:
+    """One of the given texts. Raises UserError when there are none, or an empty one, or they are too long."""
+    what = "the choice"
+    size = sum(map(len, choices))
+    if not choices or not all(choices):
+        raise UserError(f"{what} needs texts to choose from, none of them empty")
+    if size > LONGEST_CHOICES:
+        raise UserError(f"{what} has {size:,} characters altogether; at most {LONGEST_CHOICES:,} are read")
+    texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in choices)
+    return lark(tokenizer, end_ids, f"start: {texts}", what=what)
 
 
 def lark(tokenizer: Tokenizer, end_ids: Iterable[int], rules: str, *, what: str = "the grammar") -> Grammar:

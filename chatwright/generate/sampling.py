@@ -12,8 +12,8 @@ own, so a request's tokens do not depend on what else is in the batch.
 
 Log-probabilities are those of log_softmax(logits / temperature), *before* the penalties, the bias and the
 filters. A trainer recomputes the same numbers with the same temperature, as policy-gradient methods need.
-Where filters are on, they are not the probabilities of the filtered distribution. At temperature 0 the
-temperature counts as 1.
+Where filters are on, they are not the probabilities of the filtered distribution. At temperature 0, and below
+1e-4, which is greedy as well, the temperature counts as 1.
 
 This file uses log1p, softmax and log_softmax of whole rows, but not log, exp or logsumexp: torch computes
 those with MKL on CPUs, whose threads ignore `runtime.one_thread`.
@@ -32,6 +32,14 @@ from torch import Tensor
 
 from chatwright.config import UserError, near_match
 
+COLDEST = 1e-4
+"""Temperatures below it are greedy. At it, a token is drawn e^20 times less often than one whose logit is
+0.002 higher, so that nothing is to be told from greedy; far below, float32 overflows."""
+SMALLEST_TOP_P = 1e-6
+"""A top_p below it keeps one token, the likeliest, which no vocabulary of up to a million tokens gives less.
+So it is greedy."""
+SEEDS = 2**64
+"""Seeds count modulo this: -1 is the same stream as 2^64 - 1."""
 NUCLEUS_WIDTH = 512
 """Top-p sorts this many of the likeliest tokens first, and the whole vocabulary only when their probability
 does not suffice."""
@@ -44,12 +52,12 @@ class Sampling:
     max_new_tokens: int = 128
     """Most tokens to produce; fewer where the context ends earlier."""
     temperature: float = 1.0
-    """Logits are divided by it; 0 takes the likeliest token (greedy)."""
+    """Logits are divided by it; 0 takes the likeliest token (greedy), and so does all that is below 1e-4."""
     top_k: int = 0
     """Keep this many likeliest tokens; 0 keeps all (Fan et al. 2018, arXiv:1805.04833)."""
     top_p: float = 1.0
-    """Keep the fewest tokens whose probabilities sum to this; 1 keeps all (Holtzman et al. 2020,
-    arXiv:1904.09751)."""
+    """Keep the fewest tokens whose probabilities sum to this; 1 keeps all, 0 the likeliest alone (Holtzman et
+    al. 2020, arXiv:1904.09751)."""
     min_p: float = 0.0
     """Drop tokens less likely than this share of the likeliest; 0 keeps all (Nguyen et al. 2024,
     arXiv:2407.01082)."""
@@ -67,7 +75,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
     seed: int | None = None
-    """Seed of the request's own random stream; None takes a fresh one."""
+    """Seed of the request's own random stream, any whole number of 64 bits; None takes a fresh one."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
@@ -80,11 +88,7 @@ class Sampling:
             ("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number, at least 1"),
             ("temperature", _within(self.temperature, 0.0, math.inf), "a number, 0 (greedy) or more"),
             ("top_k", _whole(self.top_k, 0), "a whole number, at least 0 (0 keeps all tokens)"),
-            (
-                "top_p",
-                _within(self.top_p, 0.0, 1.0) and self.top_p > 0,
-                "above 0 and at most 1 (1 keeps all tokens)",
-            ),
+            ("top_p", _within(self.top_p, 0.0, 1.0), "between 0 (the likeliest token) and 1 (keeps all)"),
             ("min_p", _within(self.min_p, 0.0, 1.0), "between 0 (keeps all tokens) and 1"),
             (
                 "repetition_penalty",
@@ -104,17 +108,23 @@ class Sampling:
             ("top_logprobs", _whole(self.top_logprobs, 0, 21), "a whole number from 0 to 20"),
             (
                 "seed",
-                self.seed is None or _whole(self.seed, 0, 2**63),
-                "a whole number from 0 to 2^63 - 1, or none",
+                self.seed is None or _whole(self.seed, 1 - SEEDS, SEEDS),
+                "a whole number between -2^64 and 2^64, or none",
             ),
         )
         for name, fine, wanted in checks:
             if not fine:
                 raise UserError(f"sampling: {name} is {getattr(self, name)!r}; it must be {wanted}")
-        if 0.0 < self.temperature < 1e-4:
-            raise UserError(
-                f"sampling: temperature {self.temperature} is too small to divide by; use 0 for greedy"
-            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, so that nothing is drawn."""
+        return self.temperature < COLDEST or self.top_p < SMALLEST_TOP_P
+
+    @property
+    def scale(self) -> float:
+        """What logits are divided by for log-probabilities: the temperature; 1 where that counts as 0."""
+        return 1.0 if self.temperature < COLDEST else self.temperature
 
     @property
     def looks_back(self) -> bool:
@@ -164,14 +174,19 @@ def make_generator(sampling: Sampling, device: torch.device | str = "cpu") -> to
 
     Streams are the same on every CPU; other kinds of devices have other streams.
     """
-    if sampling.temperature == 0.0:
+    if sampling.greedy:
         return None
     generator = torch.Generator(device)
     if sampling.seed is None:
         generator.seed()  # from the operating system; the global generator is left alone
     else:
-        generator.manual_seed(sampling.seed)
+        generator.manual_seed(sampling.seed % SEEDS)
     return generator
+
+
+def nth_seed(seed: int, number: int) -> int:
+    """The seed of answer `number` to a request with `seed`: the next ones, and 0 after the largest."""
+    return seed + number if seed + number < SEEDS else seed + number - SEEDS
 
 
 class BatchSampler:
@@ -196,10 +211,10 @@ class BatchSampler:
             return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
         self.generators = list(generators)
-        greedy = [sampling.temperature == 0.0 for sampling in settings]
+        greedy = [sampling.greedy for sampling in settings]
         self.all_greedy = all(greedy)
         self.greedy = torch.tensor(greedy, device=device) if any(greedy) else None
-        temperatures = [sampling.temperature or 1.0 for sampling in settings]
+        temperatures = [sampling.scale for sampling in settings]
         self.temperature = column(temperatures) if any(value != 1.0 for value in temperatures) else None
         # A greedy row takes the likeliest token, which no filter ever drops: it goes unfiltered.
         filters = [Sampling() if cold else sampling for cold, sampling in zip(greedy, settings, strict=True)]
@@ -236,12 +251,13 @@ class BatchSampler:
         self.tops = [sampling.top_logprobs for sampling in settings]
 
     def process(
-        self, logits: Float[Tensor, "B V"], allowed: Bool[Tensor, "B V"] | None = None
+        self, logits: Float[Tensor, "B V"], allowed: Bool[Tensor, "#B V"] | None = None
     ) -> Float[Tensor, "B V"]:
         """Logits of the distribution to draw from; tokens that must not be drawn are -inf. Greedy rows have
         only penalties, bias and grammar applied.
 
-        allowed: True on tokens that the row's grammar allows, at least one of each row; None allows all.
+        allowed: True on tokens that may be drawn, as a row's grammar says, at least one of each row; None
+            allows all.
         """
         x = logits.float()
         if self.seen is not None and self.penalty is not None:
@@ -263,7 +279,7 @@ class BatchSampler:
         return x
 
     def __call__(
-        self, logits: Float[Tensor, "B V"], allowed: Bool[Tensor, "B V"] | None = None
+        self, logits: Float[Tensor, "B V"], allowed: Bool[Tensor, "#B V"] | None = None
     ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
         """A token per row, and its log-probability (see the top of this file), which is not finite where the
         row's logits are not.
@@ -289,12 +305,20 @@ class BatchSampler:
             self.counts[torch.arange(len(ids), device=ids.device), ids] += 1.0
         return ids, logprobs
 
-    def alternatives(self, logits: Float[Tensor, "B V"]) -> list[list[list[tuple[int, float]]]]:
-        """Per row a list whose only entry is its `top_logprobs` likeliest tokens, or an empty list for 0."""
+    def alternatives(
+        self, logits: Float[Tensor, "B V"], known: Bool[Tensor, " V"] | None = None
+    ) -> list[list[list[tuple[int, float]]]]:
+        """Per row a list whose only entry is its `top_logprobs` likeliest tokens, or an empty list for 0.
+
+        known: True on ids that have a token; others are not listed.
+        """
         if not any(self.tops):
             return [[] for _ in self.tops]
         scaled = logits.float() if self.temperature is None else logits.float() / self.temperature
-        values, ids = scaled.log_softmax(-1).topk(min(max(self.tops), logits.shape[1]), dim=-1)
+        logprobs = scaled.log_softmax(-1)
+        if known is not None:
+            logprobs = logprobs.masked_fill(~known, -math.inf)
+        values, ids = logprobs.topk(min(max(self.tops), logits.shape[1]), dim=-1)
         return [
             [list(zip(row_ids[:most], row_values[:most], strict=True))] if most else []
             for most, row_ids, row_values in zip(self.tops, ids.tolist(), values.tolist(), strict=True)

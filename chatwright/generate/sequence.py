@@ -110,7 +110,7 @@ class Sequence:
         """The sequence of a checked request. `guesses` is the most tokens to guess per step. Guessing is used
         only where it is exact: decoding is greedy, and a token depends on nothing but the model."""
         request, sampling = handle.request, handle.request.sampling
-        exact = sampling.temperature == 0.0 and not sampling.looks_back and request.grammar is None
+        exact = sampling.greedy and not sampling.looks_back and request.grammar is None
         return cls(
             handle,
             room,
@@ -185,6 +185,16 @@ class Sequence:
         )
         new = ([choice.token], [choice.logprob], choice.top) if choice else ([], [], [])
         self.handle._put(text, *new, completion)
+
+
+def tokens_with_text(tokenizer: Tokenizer | None, vocab_size: int) -> Bool[Tensor, " V"] | None:
+    """Mask of the ids that the tokenizer has a token for; None when all of a model's ids are. Published
+    models often have more rows than tokens, and holes between them: such ids are never to be drawn."""
+    if tokenizer is None:
+        return None
+    known = torch.zeros(vocab_size, dtype=torch.bool)
+    known[list(tokenizer.backend.get_vocab(with_added_tokens=True).values())] = True
+    return None if bool(known.all()) else known
 
 
 def allowed_tokens(sequences: abc.Sequence[Sequence], vocab_size: int) -> Bool[Tensor, "B V"] | None:

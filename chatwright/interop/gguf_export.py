@@ -22,9 +22,12 @@ from gguf.quants import dequantize, quantize
 
 from chatwright.config import UserError
 from chatwright.interop import gguf as reading
-from chatwright.interop.leaving import check_shape, ends_of, exported, family_name
+from chatwright.interop.gguf_metadata import Metadata
+from chatwright.interop.gguf_shapes import ARCHITECTURES, GELUS, OWN_ACTIVATION, config_of, stored
+from chatwright.interop.leaving import check_shape, ends_of, exported
 from chatwright.interop.loaded import Loaded, Stored, foreign
-from chatwright.model.config import GPTConfig, RotaryScaling
+from chatwright.model.config import GPTConfig
+from chatwright.model.rotary_scaling import RotaryScaling
 from chatwright.tokenizer import PATTERN, Tokenizer
 
 DTYPES = {"f32": Kind.F32, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
@@ -37,19 +40,72 @@ _FILE_TYPES = {
 _POSITIONS = "position_embd.weight"
 
 
+_POST_NORM = (
+    "the model is post-norm (GPT-1), which no architecture of llama.cpp computes; --format hf carries it"
+)
+
+
 def _architecture(config: GPTConfig) -> str:
-    family = family_name(config)
-    if family not in reading.RULES:
+    """The nearest architecture of llama.cpp; whether it carries all of the shape is `metadata_of`'s."""
+    if config.position != "rotary":
+        if not config.pre_norm:
+            raise UserError(_POST_NORM)
+        return "gpt2"
+    own_scores = config.attention_scale not in (0.0, config.head_dim**-0.5)
+    scaled = own_scores or (config.embed_scale, config.residual_scale, config.logit_scale) != (1.0, 1.0, 1.0)
+    for name, fits in (
+        ("gptneox", config.norm == "layer"),
+        ("gemma3", config.branch_norm == "both" and config.qk_norm),
+        ("gemma2", config.branch_norm == "both" or config.activation == "geglu"),
+        ("olmo2", config.branch_norm == "after"),
+        ("arcee", config.activation == "relu2"),
+        ("granite", scaled),
+        ("smollm3", bool(config.rotary_layers)),
+        ("phi3", bool(config.rotary_dim) or config.family == "phi3"),  # a Llama, its matrices fused
+        ("qwen2", config.qkv_bias is True),
+        ("qwen3", config.qk_norm),
+    ):
+        if fits:
+            return name
+    return "llama"
+
+
+def _has_windows(architecture: str) -> bool:
+    """Whether llama.cpp computes sliding windows there. In phi3 it reads the key and leaves them out."""
+    return architecture != "phi3" and "attention.sliding_window" in ARCHITECTURES[architecture].keys
+
+
+def _without_idle_windows(config: GPTConfig) -> GPTConfig:
+    """The shape without windows that are never full: those of at least the context."""
+    idle = all(window == 0 or window >= config.context for window in config.windows)
+    return replace(config, windows=()) if idle and not config.window_rope_base else config
+
+
+def _refuse_lacks(config: GPTConfig, architecture: str) -> None:
+    """Raise UserError for what llama.cpp lacks though metadata could say it."""
+    form = ARCHITECTURES[architecture]
+    if config.windows and not _has_windows(architecture):
         raise UserError(
-            "the model is post-norm (GPT-1), which no architecture of llama.cpp computes; --format hf "
-            "carries it"
+            f"the model has sliding windows of {max(config.windows)} tokens, and llama.cpp's {architecture}, "
+            "the nearest family, lets every token see all earlier ones; --format hf carries them"
         )
-    return family
+    if form.whole_width and config.heads * config.head_dim != config.width:
+        raise UserError(
+            f"the model's {config.heads} heads of {config.head_dim} features are not its width of "
+            f"{config.width}, which llama.cpp's {architecture} expects; --format hf carries it"
+        )
+    if form.head == ("own" if config.tied else "shared"):
+        raise UserError(
+            f"the model has tied {config.tied}, and llama.cpp's {architecture} reads only files "
+            f"{'with' if config.tied else 'without'} an output matrix of its own; --format hf carries it"
+        )
 
 
 def metadata_of(config: GPTConfig) -> dict[str, Any]:
     """The keys of the architecture, without its name in front. Raises UserError naming what it cannot say."""
     architecture = _architecture(config)
+    config = config if _has_windows(architecture) else _without_idle_windows(config)
+    _refuse_lacks(config, architecture)
     values: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "context_length": config.context,
@@ -58,25 +114,48 @@ def metadata_of(config: GPTConfig) -> dict[str, Any]:
         "feed_forward_length": config.mlp_width,
         "attention.head_count": config.heads,
     }
-    if architecture == "gpt2":
-        values["attention.layer_norm_epsilon"] = float(np.float32(config.norm_eps))
-    else:
+    kind = "layer_norm_epsilon" if architecture in ("gpt2", "gptneox") else "layer_norm_rms_epsilon"
+    values[f"attention.{kind}"] = stored(config.norm_eps)
+    if architecture != "gpt2":
         values |= {
             "attention.head_count_kv": config.kv_heads,
             "attention.key_length": config.head_dim,
             "attention.value_length": config.head_dim,
-            "attention.layer_norm_rms_epsilon": float(np.float32(config.norm_eps)),
-            "rope.dimension_count": config.head_dim,
-            "rope.freq_base": float(np.float32(config.rope_base)),
+            "rope.dimension_count": config.rotated,
+            "rope.freq_base": stored(config.rope_base),
             **_rotary(config.rope_scaling),
         }
-    planned = _Planned(architecture, {f"{architecture}.{key}": value for key, value in values.items()})
+    values |= ARCHITECTURES[architecture].say(config)
+    planned = {f"{architecture}.{key}": value for key, value in values.items()}
+    planned["general.architecture"] = architecture
+    if architecture == "gptneox" and config.activation in GELUS:
+        planned[OWN_ACTIVATION] = config.activation
     table = Stored((config.vocab_size, config.width), lambda: torch.empty(0))
     names = ("token_embd.weight",) if config.tied else ("token_embd.weight", "output.weight")
-    carried = reading._config(planned, dict.fromkeys(names, table))
-    # Dropout acts in training only, and a GGUF file is not for training.
-    check_shape(replace(config, dropout=carried.dropout), carried, f"llama.cpp's {architecture}")
-    return planned.values
+    tensors = dict.fromkeys((*names, *map(str, range(config.layers))), table)  # not fewer than blocks
+    carried = config_of(Metadata(planned, "GGUF"), tensors)
+    check_shape(_as_carried(config, carried), carried, f"llama.cpp's {architecture}")
+    del planned["general.architecture"]  # the writer adds it
+    return planned
+
+
+def _as_carried(config: GPTConfig, carried: GPTConfig) -> GPTConfig:
+    """The shape with what `carried` means as well, said in its way.
+
+    Dropout acts in training only, and a GGUF file is not for training. Scales are compared as the file holds
+    them, in 32 bits.
+    """
+    changes: dict[str, Any] = {"dropout": carried.dropout}
+    usual = config.head_dim**-0.5
+    for name in ("embed_scale", "residual_scale", "logit_scale", "attention_scale"):
+        mine, theirs = getattr(config, name), getattr(carried, name)
+        if name == "attention_scale":
+            mine, theirs = mine or usual, theirs or usual
+        if stored(mine) == stored(theirs):
+            changes[name] = getattr(carried, name)
+    if config.window_rope_base == config.rope_base and config.rope_scaling is None:
+        changes["window_rope_base"] = 0.0  # the same angles in all layers
+    return replace(config, **changes)
 
 
 def _rotary(scaling: RotaryScaling | None) -> dict[str, Any]:
@@ -86,20 +165,13 @@ def _rotary(scaling: RotaryScaling | None) -> dict[str, Any]:
         return {}
     values: dict[str, Any] = {
         "rope.scaling.type": scaling.kind,
-        "rope.scaling.factor": float(np.float32(scaling.factor)),
+        "rope.scaling.factor": stored(scaling.factor),
     }
     if scaling.kind == "yarn":
         values["rope.scaling.original_context_length"] = scaling.original_context
-        values["rope.scaling.yarn_beta_slow"] = float(np.float32(scaling.low_turns))
-        values["rope.scaling.yarn_beta_fast"] = float(np.float32(scaling.high_turns))
+        values["rope.scaling.yarn_beta_slow"] = stored(scaling.low_turns)
+        values["rope.scaling.yarn_beta_fast"] = stored(scaling.high_turns)
     return values
-
-
-class _Planned(reading._Metadata):
-    """Metadata that is not in a file yet."""
-
-    def __init__(self, architecture: str, values: dict[str, Any]) -> None:
-        self.where, self.architecture, self.values = "GGUF", architecture, values
 
 
 def kind_of(name: str, shape: tuple[int, ...], wanted: Kind) -> Kind:
@@ -260,7 +332,7 @@ def plan_gguf(parts: Loaded, *, dtype: str = "f32") -> GGUFExport:
     config, kind = parts.model.config, DTYPES[dtype]
     values = metadata_of(config)
     architecture = _architecture(config)
-    tensors = foreign(parts.model, reading.RULES[architecture])
+    tensors = foreign(parts.model, ARCHITECTURES[architecture].rules)
     values |= {
         "general.file_type": int(_FILE_TYPES[kind]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
@@ -304,7 +376,7 @@ def round_gguf(parts: Loaded, dtype: str) -> None:
     config = parts.model.config
     places = {
         own: rule.theirs
-        for rule in reading.RULES[_architecture(config)]
+        for rule in ARCHITECTURES[_architecture(config)].rules
         for own in ((rule.own,) if isinstance(rule.own, str) else rule.own)
     }
     for name, parameter in parts.model.named_parameters():

@@ -1,7 +1,7 @@
 """Models in the format of transformers: `config.json`, safetensors, `tokenizer.json`. Transformers is not
 needed.
 
-Names and settings of the families are in families.py; here is the reading of directories and of the hub.
+Names and settings of the families are in families/; here is the reading of directories and of the hub.
 Pickles are never opened.
 """
 
@@ -23,7 +23,7 @@ from chatwright.chat import ChatTemplate
 from chatwright.config import UserError
 from chatwright.files import read_json
 from chatwright.generation_config import GenerationConfig
-from chatwright.interop.families import config_from_hf, family_of
+from chatwright.interop.families import Family, config_from_hf, family_of
 from chatwright.interop.loaded import (
     Loaded,
     Stored,
@@ -41,7 +41,9 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 # Constants that old versions of transformers saved among the weights: causal masks and rotary frequencies.
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _SHARD = re.compile(r"(?!\.)[\w.-]{1,240}\.safetensors", re.ASCII)
-_CONSTANTS = re.compile(r"(.*\.)?(h\.\d+\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
+_CONSTANTS = re.compile(
+    r"(.*\.)?(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.attention\.(bias|masked_bias)|rotary_emb\.inv_freq)"
+)
 
 
 def state_dict_from_hf(
@@ -58,20 +60,28 @@ def state_dict_from_hf(
     """
     family, config = family_of(values, where), config_from_hf(values, where=where)
     stored = {
-        name: tensor if isinstance(tensor, Stored) else in_memory(tensor)
+        _renamed(name, family): tensor if isinstance(tensor, Stored) else in_memory(tensor)
         for name, tensor in tensors.items()
         if not _CONSTANTS.fullmatch(name)
     }
     rules = family.rules
     if not any(name.startswith(family.base) for name in stored):
         rules = tuple(replace(rule, theirs=rule.theirs.removeprefix(family.base)) for rule in rules)
-    head = stored.pop("lm_head.weight", None) if config.tied else None
+    head = stored.pop(rules[-1].theirs, None) if config.tied else None
     embed = stored.get(rules[0].theirs)
     if head and embed and (head.shape != embed.shape or not torch.equal(head.read(), embed.read())):
         raise UserError(
-            f"{where}: says tie_word_embeddings, but lm_head.weight differs from {rules[0].theirs}"
+            f"{where}: says tie_word_embeddings, but {rules[-1].theirs} differs from {rules[0].theirs}"
         )
     return translate(stored, rules, config, where=where, dtype=dtype)
+
+
+def _renamed(name: str, family: Family) -> str:
+    """A tensor's name as the family's rules have it, where a version of transformers has another."""
+    for theirs, ours in family.renamed:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """Models out, in the format of transformers: config.json, safetensors, tokenizer.json, chat template.
 
-Names and layouts are the readers' tables (families.py), applied backwards. A shape is written only if reading
+Names and layouts are the readers' tables (families/), applied backwards. A shape is written only if reading
 its config.json gives the same shape again, so that whatever a family cannot say is refused and not lost.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,118 +18,24 @@ from chatwright.config import UserError
 from chatwright.interop.families import FAMILIES, config_from_hf
 from chatwright.interop.leaving import check_shape, ends_of, exported, family_name
 from chatwright.interop.loaded import Loaded, Stored, foreign
-from chatwright.model.config import GPTConfig, RotaryScaling
+from chatwright.model.config import GPTConfig
 from chatwright.tensor_files import save_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000
 """A larger model is written in several files with an index, as transformers does."""
-
-_CLASSES = {
-    "openai-gpt": "OpenAIGPTLMHeadModel",
-    "gpt2": "GPT2LMHeadModel",
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "arcee": "ArceeForCausalLM",
-}
-
-
-def _conv1d(config: GPTConfig) -> dict[str, Any]:
-    """What OpenAI GPT and GPT-2 have in common."""
-    return {
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context,
-        "n_ctx": config.context,
-        "n_embd": config.width,
-        "n_layer": config.layers,
-        "n_head": config.heads,
-        "layer_norm_epsilon": config.norm_eps,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "tie_word_embeddings": config.tied,
-    }
-
-
-def _gpt2(config: GPTConfig) -> dict[str, Any]:
-    names = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
-    return {
-        **_conv1d(config),
-        "n_inner": config.mlp_width,
-        "activation_function": names.get(config.activation, "gelu_new"),
-    }
-
-
-def _rotary(scaling: RotaryScaling | None) -> dict[str, Any]:
-    """Families.py's reading of rotary scaling, backwards."""
-    if scaling is None:
-        return {"rope_type": "default"}
-    values: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "linear":
-        return values
-    values["original_max_position_embeddings"] = scaling.original_context
-    if scaling.kind == "llama3":
-        return {**values, "low_freq_factor": scaling.low_turns, "high_freq_factor": scaling.high_turns}
-    return {
-        **values,
-        "beta_slow": scaling.low_turns,
-        "beta_fast": scaling.high_turns,
-        "truncate": scaling.whole_pairs,
-        "attention_factor": scaling.attention_factor,
-    }
-
-
-def _gated(config: GPTConfig) -> dict[str, Any]:
-    """What Llama, Qwen3 and Arcee have in common. The rotary base stands where transformers 5 and 4 look for
-    it."""
-    return {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "relu2" if config.activation == "relu2" else "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_base,
-        "rope_parameters": {"rope_theta": config.rope_base, **_rotary(config.rope_scaling)},
-        "attention_bias": False,
-        "attention_dropout": config.dropout,
-        "tie_word_embeddings": config.tied,
-    }
-
-
-def _llama(config: GPTConfig) -> dict[str, Any]:
-    return {**_gated(config), "mlp_bias": False}
-
-
-def _qwen3(config: GPTConfig) -> dict[str, Any]:
-    return {
-        **_gated(config),
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "max_window_layers": config.layers,
-    }
-
-
-_SETTINGS: dict[str, Callable[[GPTConfig], dict[str, Any]]] = {
-    "openai-gpt": lambda config: {**_conv1d(config), "afn": "gelu"},  # its "gelu" is the tanh approximation
-    "gpt2": _gpt2,
-    "llama": _llama,
-    "qwen3": _qwen3,
-    "arcee": _llama,
-}
+_WHOLE_HEADS = ("llama", "arcee", "gemma2", "gemma3_text", "gpt_neox")
+"""Families for which transformers refuses a width that is no multiple of the heads, though it need not."""
 
 
 def config_to_hf(config: GPTConfig) -> dict[str, Any]:
     """The `config.json` of a shape, without its tokens. Raises UserError naming what the nearest family
     cannot say."""
     family = family_name(config)
-    values = {"model_type": family, "architectures": [_CLASSES[family]], **_SETTINGS[family](config)}
+    entry = FAMILIES[family]
+    values = {"model_type": family, "architectures": [entry.architecture], **entry.settings(config)}
     check_shape(config, config_from_hf(values), f"transformers' {family}")
-    if family in ("llama", "arcee") and config.width % config.heads:
+    if family in _WHOLE_HEADS and config.width % config.heads:
         raise UserError(
             f"the model's width {config.width} is not a multiple of its {config.heads} heads, and "
             f"transformers refuses such a {family}"
@@ -236,5 +142,15 @@ def _json(value: Any) -> str:
 @torch.no_grad()
 def round_hf(parts: Loaded, dtype: str) -> None:
     """Give a model, in place, the values that its weights have after being stored as `dtype`."""
-    for parameter in parts.model.parameters():
-        parameter.copy_(parameter.to(DTYPES[dtype]))
+    config = parts.model.config
+    plus = {
+        name: rule.plus
+        for rule in FAMILIES[family_name(config)].rules
+        for layer in range(config.layers if rule.plus else 0)
+        for name in rule.names(layer)[1]
+    }
+    for name, parameter in parts.model.named_parameters():
+        more = plus.get(name, 0.0)
+        parameter.copy_(
+            (parameter - more).to(DTYPES[dtype]).float() + more if more else parameter.to(DTYPES[dtype])
+        )

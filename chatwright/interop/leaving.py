@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from chatwright.chat import ChatTemplate
 from chatwright.config import UserError
+from chatwright.interop.families import FAMILIES, config_from_hf
 from chatwright.interop.loaded import Loaded, end_of_text
 from chatwright.interop.templates import SPECIAL_TOKENS, with_tokens
 from chatwright.model.config import GPTConfig
@@ -29,25 +30,39 @@ class Ends:
 
 
 def family_name(config: GPTConfig) -> str:
-    """The nearest family of the formats, by transformers' names; whether it carries all of the shape is
-    `check_shape`'s."""
-    if config.position == "rotary":
-        if config.activation == "relu2":
-            return "arcee"
-        return "qwen3" if config.qk_norm else "llama"
-    return "gpt2" if config.pre_norm else "openai-gpt"
+    """The nearest family of the formats, by transformers' names: that of the model, if it can say all of the
+    shape, else the one that loses least. Whether it carries all of it is `check_shape`'s."""
+    lost = {name: len(_lost(config, name)) for name, family in FAMILIES.items() if not family.written_as}
+    return config.family if lost.get(config.family) == 0 else min(lost, key=lost.__getitem__)
+
+
+def _lost(config: GPTConfig, name: str) -> list[str]:
+    """The fields that a model would lose if it were written as this family; all if it could not be read."""
+    try:
+        read = config_from_hf({"model_type": name, **FAMILIES[name].settings(config)})
+    except UserError:
+        return [field.name for field in fields(GPTConfig)]
+    return different(config, read)
+
+
+def different(one: GPTConfig, other: GPTConfig) -> list[str]:
+    """The fields in which two shapes compute different things."""
+    return [
+        field.name
+        for field in fields(GPTConfig)
+        if field.compare and getattr(one, field.name) != getattr(other, field.name)
+    ]
 
 
 def check_shape(config: GPTConfig, carried: GPTConfig, family: str) -> None:
     """Raise UserError unless the shape that the format would be read back as is the one that is to be
     written."""
-    for field in fields(GPTConfig):
-        mine, theirs = getattr(config, field.name), getattr(carried, field.name)
-        if mine != theirs:
-            raise UserError(
-                f"the model has {field.name} {mine!r}, and {family}, the nearest family, can only say "
-                f"{theirs!r}: it would compute something else there"
-            )
+    for name in different(config, carried):
+        mine, theirs = getattr(config, name), getattr(carried, name)
+        raise UserError(
+            f"the model has {name} {mine!r}, and {family}, the nearest family, can only say {theirs!r}: it "
+            "would compute something else there"
+        )
 
 
 def ends_of(parts: Loaded, tokenizer: Tokenizer) -> Ends:

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -120,6 +122,51 @@ def from_user_error(error: UserError) -> ApiError:
     return ApiError(400, str(error))
 
 
+@contextmanager
+def naming(param: str) -> Iterator[None]:
+    """What is refused inside is refused because of this parameter, unless the error names another one."""
+    try:
+        yield
+    except UserError as error:
+        found = from_user_error(error)
+        if found.status == 400:
+            found.param = param
+        raise found from None
+
+
+_FIELD = re.compile("[a-z_][a-z0-9_]*")
+_TYPES = frozenset({"str", "int", "float", "bool", "list", "dict", "none"})
+
+
+def place_of(parts: Sequence[Any]) -> str:
+    """The place of a value in a body, as OpenAI writes it: `messages[0].content`. The names that Pydantic
+    gives to the members of a union are left out."""
+    place, tagged = "", False
+    for part in parts:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif tagged:  # such as `text`, the type of a content's part
+            tagged = False
+        elif "tagged-union[" in part:
+            tagged = True
+        elif _FIELD.fullmatch(part) and part not in _TYPES:
+            place += f".{part}" if place else part
+    return place
+
+
+def _of_validation(errors: Sequence[Any]) -> ApiError:
+    """One of a body's errors: one of our own if there is one, else the one that lies deepest, since the
+    members of a union that are not meant complain about the whole."""
+    known = ("unknown_parameter", "unsupported_parameter", "unsupported_value", "invalid_value")
+    worst = max(errors, key=lambda error: (error["type"] in known, len(error["loc"])))
+    place = place_of([part for part in worst["loc"] if part != "body"])
+    own = worst.get("ctx") or {}
+    place = own.get("param") or ".".join(filter(None, (place, own.get("field"))))
+    code = worst["type"] if worst["type"] in known else "invalid_value"
+    message = worst["msg"] if worst["type"] in known or not place else f"{place}: {worst['msg']}"
+    return ApiError(400, message, param=place or None, code=code)
+
+
 def install(app: FastAPI) -> None:
     """Give every error of `app` the same shape."""
 
@@ -133,13 +180,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        known = first["type"] in ("unknown_parameter", "unsupported_parameter", "unsupported_value")
-        code = first["type"] if known else "invalid_value"
-        message = first["msg"] if known or not place else f"{place}: {first['msg']}"
-        param = (first.get("ctx") or {}).get("param") or place or None
-        return ApiError(400, message, param=param, code=code).response()
+        return _of_validation(error.errors()).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> JSONResponse:

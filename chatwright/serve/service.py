@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from chatwright.config import UserError
 from chatwright.serve.answer import Answer, Listener
+from chatwright.serve.scoring import Scorer
 
 if TYPE_CHECKING:
     from chatwright.chat import Beside, Message
@@ -161,10 +162,15 @@ def _within(sampling: Sampling, room: int) -> Sampling:
 
 def _samples(request: Request, count: int) -> tuple[Request, ...]:
     """The request `count` times, with consecutive seeds if it has a seed."""
+    from chatwright.generate.sampling import nth_seed
+
     seed = request.sampling.seed
     if seed is None:
         return (request,) * count
-    return tuple(replace(request, sampling=replace(request.sampling, seed=seed + n)) for n in range(count))
+    return tuple(
+        replace(request, sampling=replace(request.sampling, seed=nth_seed(seed, number)))
+        for number in range(count)
+    )
 
 
 class ChatService:
@@ -184,6 +190,7 @@ class ChatService:
         """The name under which the model is served."""
         self.engine = engine
         self.limits = limits
+        self.scorer = Scorer(model.model)
         self._listeners = listeners
         self._running: set[Answer] = set()
         self._preparing = 0

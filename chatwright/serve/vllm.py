@@ -32,7 +32,12 @@ have no effect."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 KEY = "VLLM_API_KEY"
 """The environment variable from which vLLM reads its key."""
-FAMILIES = frozenset({"gpt2", "llama", "qwen3", "arcee"})
+FAMILIES = frozenset(
+    {
+        *("gpt2", "gpt_neox", "llama", "arcee", "qwen2", "qwen3", "mistral", "smollm3", "olmo2", "olmo3"),
+        *("phi3", "granite", "gemma2", "gemma3_text"),
+    }
+)
 """The families of exports that vLLM supports; it does not support GPT-1's post-norm decoder."""
 
 

@@ -268,17 +268,17 @@ def own_comparisons(config: Config, workspace: Workspace) -> list[Comparison]:
     return list(read_records(file, Comparison))
 
 
-def of_reward(judged: Counted, found: Findings) -> None:
+def of_reward(scored: Counted, found: Findings) -> None:
     """The reward model's accuracy. One that may be guessing says nothing about the policy."""
-    low, high = judged.interval(found.seed)
-    note = f"95 % interval {low:.3f} to {high:.3f}, {judged.total} pairs"
-    found.report.measures.append(Measure(ACCURACY, None, judged.share, "higher", note, (low, high)))
-    found.report.facts["reward_accuracy"] = {"share": judged.share, "interval": [low, high]}
+    low, high = scored.interval(found.seed)
+    note = f"95 % interval {low:.3f} to {high:.3f}, {scored.total} pairs"
+    found.report.measures.append(Measure(ACCURACY, None, scored.share, "higher", note, (low, high)))
+    found.report.facts["reward_accuracy"] = {"share": scored.share, "interval": [low, high]}
     if low <= GUESSING:
         found.untrusted |= {REWARD, WINS}
         found.report.warnings.append(
             f"the reward model was not shown to be better than guessing on held-out comparisons "
-            f"({judged.share:.3f}, {note}): its score and win rate say nothing about what people prefer"
+            f"({scored.share:.3f}, {note}): its score and win rate say nothing about what people prefer"
         )
 
 

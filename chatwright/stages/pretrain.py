@@ -103,7 +103,7 @@ class Windows:
         )
 
 
-def step(model: GPT, batch: TokenBatch, angles: tuple[Tensor, Tensor] | None = None) -> Step:
+def step(model: GPT, batch: TokenBatch, angles: tuple[Tensor, ...] | None = None) -> Step:
     """Next-token loss of a batch. `angles` are the rotary angles of its positions, where already computed."""
     hidden = model.hidden(batch.tokens[:, :-1], angles=angles)
     loss = chunked_next_token_loss(

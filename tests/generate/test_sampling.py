@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ import torch
 from transformers.generation import logits_process as theirs
 
 from chatwright.config import UserError
-from chatwright.generate.sampling import BatchSampler, Sampling, make_generator, process_logits, sample
+from chatwright.generate.sampling import (
+    BatchSampler,
+    Sampling,
+    make_generator,
+    nth_seed,
+    process_logits,
+    sample,
+)
 
 CHI_SQUARE_1E4 = {7: 29.9, 29: 64.6}
 """Degrees of freedom -> the value that chance exceeds once in 10,000 times."""
@@ -104,6 +112,65 @@ def test_greedy_takes_the_likeliest_after_the_penalty() -> None:
     assert sample(logits, Sampling(temperature=0.0)) == 1
     assert sample(logits, Sampling(temperature=0.0, repetition_penalty=1.2), previous=[1]) == 2
     assert sample(logits, Sampling(temperature=0.0, top_k=1, top_p=0.1, min_p=1.0)) == 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"temperature": one} for one in (1e-320, 1e-45, 1e-38, 1e-30, 1e-8, 9.9e-5)),
+        {"top_p": 0.0},
+        {"top_p": 1e-320},
+        {"top_p": 9e-7, "temperature": 50.0},
+        {"temperature": 1e-8, "top_p": 0.0, "top_k": 5, "min_p": 0.5},
+    ],
+    ids=str,
+)
+def test_as_good_as_greedy(values: dict[str, Any]) -> None:
+    """Also where rounding would make infinities or nothing of it, where tokens tie, and in a mixed batch."""
+    logits = random_logits(1, 90)[0] * 30
+    logits[[7, 50]] = logits.max() + 1
+    cold = Sampling(**values, seed=1)
+    assert cold.greedy
+    assert make_generator(cold) is None
+    greedy = Sampling(temperature=0.0)
+    assert sample(logits, cold) == sample(logits, greedy) == 7
+    settings = [cold, Sampling(seed=3, temperature=2.0), greedy]
+    ids, logprobs = batch(settings, 90)(logits.expand(3, -1))
+    alone, _ = batch(settings[1:2], 90)(logits[None])
+    assert ids.tolist() == [7, alone.item(), 7]
+    assert torch.isfinite(logprobs).all()
+    expected = (logits / cold.scale).log_softmax(-1)[7]
+    torch.testing.assert_close(logprobs[0], expected)
+    if "top_p" not in values:
+        torch.testing.assert_close(logprobs[0], logprobs[2])  # the temperature counts as 1
+
+
+def test_behaviour_is_continuous_where_greedy_begins() -> None:
+    """At the lowest temperature that is drawn with, the likeliest token has all of the probability, and a
+    token 0.002 behind has e^-20 of it."""
+    from chatwright.generate.sampling import COLDEST
+
+    logits = torch.tensor([1.0, 3.0, 2.998, -1.0])
+    sampling = Sampling(temperature=COLDEST, seed=0)
+    assert not sampling.greedy
+    assert {sample(logits, replace(sampling, seed=seed)) for seed in range(200)} == {1}
+    probability = process_logits(logits, [], sampling).softmax(-1)
+    assert probability[1] == pytest.approx(1.0, abs=1e-6)
+    assert probability[2] == pytest.approx(math.exp(-20), rel=0.1)  # float32: 3 - 2.998 has few digits
+    kept = process_logits(logits, [], Sampling(top_p=1e-6))
+    assert torch.isfinite(kept).tolist() == [False, True, False, False]
+
+
+def test_seeds_of_all_64_bits() -> None:
+    def stream(seed: int) -> list[float]:
+        generator = make_generator(Sampling(seed=seed))
+        return torch.rand(4, generator=generator).tolist()
+
+    assert stream(-1) == stream(2**64 - 1) != stream(1)
+    assert stream(-(2**63)) == stream(2**63)
+    known = torch.rand(4, generator=torch.Generator().manual_seed(12345)).tolist()
+    assert stream(12345) == known  # small seeds are as they ever were
+    assert [nth_seed(seed, 2) for seed in (5, -2, 2**64 - 1)] == [7, 0, 1]
 
 
 def test_penalty_sees_the_tokens_drawn_so_far() -> None:
@@ -241,11 +308,10 @@ def test_impossible_tokens_are_never_drawn_and_broken_rows_are_marked() -> None:
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
-        ({"temperature": 1e-9}, "greedy"),
         ({"temperature": "hot"}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_k": True}, "top_k"),
-        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": -0.01}, "top_p"),
         ({"top_p": 1.01}, "top_p"),
         ({"min_p": -0.1}, "min_p"),
         ({"min_p": 1.1}, "min_p"),
@@ -261,8 +327,9 @@ def test_impossible_tokens_are_never_drawn_and_broken_rows_are_marked() -> None:
         ({"logit_bias": "1:2"}, "logit_bias"),
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"top_logprobs": -1}, "top_logprobs"),
-        ({"seed": -1}, "seed"),
-        ({"seed": 2**63}, "seed"),
+        ({"seed": -(2**64)}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": 1.0}, "seed"),
     ],
     ids=str,
 )

@@ -24,7 +24,8 @@ from chatwright.interop.gguf import PRE_TOKENIZERS, load_gguf
 from chatwright.interop.gguf_export import kind_of, metadata_of, plan_gguf, pre_name
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import load_parts
-from chatwright.model.config import GPTConfig, RotaryScaling
+from chatwright.model.config import GPTConfig
+from chatwright.model.rotary_scaling import RotaryScaling
 from chatwright.tokenizer import PATTERN, Tokenizer
 
 from .conftest import GATED, LEARNED, SHAPES, VOCAB, parts_of, random_model

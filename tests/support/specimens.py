@@ -24,7 +24,7 @@ from chatwright.tokenizer import Tokenizer
 from support import broken_files
 
 KINDS = ("gguf", "safetensors", "tokenizer", "config", "index", "template")
-FAMILY_FILES = ("llama", "qwen3", "gpt2", "openai-gpt")
+FAMILY_FILES = ("llama", "qwen3", "gpt2", "openai-gpt", "gemma3_text", "gpt_neox", "smollm3")
 WIDTH = 32
 
 
@@ -54,7 +54,8 @@ def _hf_values(family: str, vocab: int) -> dict[str, Any]:
     }
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    return values | {"rope_parameters": yarn if family == "qwen3" else llama3}
+    scaling = {"qwen3": yarn, "llama": llama3}.get(family, {"rope_type": "default", "rope_theta": 1e4})
+    return values | {"rope_parameters": scaling}
 
 
 def _hf_tensors(values: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -17,9 +17,20 @@ from pydantic import Field, model_validator
 
 from chatwright.generate.sampling import Sampling
 from chatwright.generate.tools import MOST_TOOLS
-from chatwright.serve.api.form import Choice, Form, NamedChoice, ResponseFormat, ToolSpec
+from chatwright.serve.api.form import Form
+from chatwright.serve.api.formats import FormBody
 from chatwright.serve.api.messages import ChatMessage
-from chatwright.serve.api.parameters import Count, SampledBody, parameter_error
+from chatwright.serve.api.parameters import (
+    BOOKKEEPING,
+    SAMPLERS,
+    Count,
+    Effort,
+    Nothing,
+    SampledBody,
+    check_answers,
+    check_effort,
+    parameter_error,
+)
 from chatwright.serve.api.reading import (
     DONE,
     STREAM_TOO,
@@ -34,43 +45,50 @@ from chatwright.serve.api.reading import (
     new_id,
     unless_gone,
 )
+from chatwright.serve.api.tools import Choice, SomeTools, ToolSpec, refuse_choice
+from chatwright.serve.errors import naming
 from chatwright.serve.pool import ModelPool
 
 
-class ChatRequest(SampledBody):
+class ChatRequest(SampledBody, FormBody):
     """Body of POST /v1/chat/completions."""
 
-    refused: ClassVar = {
+    harmless: ClassVar = {
+        **BOOKKEEPING,
+        "prediction": "OpenAI: a guess at the answer, which makes it faster",
+    }
+    refused: ClassVar[Mapping[str, Nothing]] = {
+        **SAMPLERS,
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
         "audio": (),
         "web_search_options": (),
+        "moderation": (),
+        "verbosity": ("medium",),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "documents": ([],),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "echo": (False,),
+        "best_of": (1,),
     }
-    ignored: ClassVar = frozenset(
-        {
-            "user",
-            "metadata",
-            "store",
-            "service_tier",
-            "prediction",
-            "reasoning_effort",
-            "verbosity",
-            "safety_identifier",
-            "prompt_cache_key",
-            "prompt_cache_retention",
-        }
-    )
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     tools: Annotated[list[ToolSpec], Field(max_length=MOST_TOOLS)] | None = None
-    tool_choice: Choice | NamedChoice | None = None
+    tool_choice: Choice | SomeTools | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_choice(cls, data: Any) -> Any:
+        return refuse_choice(data)
 
     @model_validator(mode="after")
     def _logprobs_are_asked_for(self) -> ChatRequest:
@@ -80,17 +98,17 @@ class ChatRequest(SampledBody):
 
     def sampling(self, own: Mapping[str, Any]) -> Sampling:
         """The engine's settings; `own` are the model's. Raises UserError on values that it refuses."""
-        most = self.max_completion_tokens or self.max_tokens
+        both = [one for one in (self.max_completion_tokens, self.max_tokens) if one is not None]
+        most = min(both) if both else None
         return self.sampling_with(own, max_new_tokens=most, top_logprobs=self.top_logprobs or 0)
 
     def form(self) -> Form:
-        """The form that the answer must have. Raises UserError for contradictory settings."""
-        wanted = self.response_format
+        """The form that the answer must have. Raises ApiError for contradictory settings."""
+        choice = self.tool_choice
         return Form.of(
-            wanted.type if wanted else "text",
-            wanted.json_schema.schema_ if wanted and wanted.json_schema else None,
+            self.wanted,
             [one.model_dump() for one in self.tools or ()],
-            self.tool_choice.model_dump() if isinstance(self.tool_choice, NamedChoice) else self.tool_choice,
+            choice if choice is None or isinstance(choice, str) else choice.model_dump(),
             self.parallel_tool_calls,
         )
 
@@ -190,14 +208,18 @@ def routes(pool: ModelPool) -> APIRouter:
         form = body.form()
         async with AsyncExitStack() as stack:
             service = await stack.enter_async_context(pool.use(body.model))
+            body.check_bias(service.model.model.config.vocab_size)
+            check_effort(service.model.template, body.reasoning_effort, "reasoning_effort")
+            check_answers(body.answers, service.limits.max_requests)
             messages = form.messages([message.plain() for message in body.messages], service.model)
-            prepared = await service.prepare(
-                messages,
-                body.sampling(service.model.own_sampling),
-                answers=body.answers,
-                grammar=form.grammar,
-                beside=form.beside(service.model),
-            )
+            with naming("messages"):
+                prepared = await service.prepare(
+                    messages,
+                    body.sampling(service.model.own_sampling),
+                    answers=body.answers,
+                    grammar=form.grammar,
+                    beside=form.beside(service.model),
+                )
             reading = Reading(service, prepared, form)
             reading.begin(stack)
             writer = Writer(body, reading)

@@ -2,8 +2,9 @@
 
 A prompt is a text or token ids. A text counts as the beginning of a document: the end-of-text token is put in
 front, as `chatwright generate` does. Token ids are taken as they are. With `echo` the prompt is returned in
-front of its continuation, log-probabilities included. Evaluation harnesses use `echo` with `max_tokens` 0 to
-score given texts.
+front of its continuation, log-probabilities included. Evaluation harnesses use `echo` with `max_tokens` 0 or
+1 to score given texts: these go, together with those of other clients, through one pass of the model instead
+of the engine (scores.py).
 """
 
 from __future__ import annotations
@@ -21,8 +22,15 @@ from pydantic import Field, model_validator
 from chatwright.config import UserError
 from chatwright.generate.sampling import Sampling
 from chatwright.language_model import LanguageModel
-from chatwright.serve.api.parameters import MOST_ANSWERS, SampledBody, parameter_error
-from chatwright.serve.api.probabilities import TokenProbability
+from chatwright.serve.api.parameters import (
+    BOOKKEEPING,
+    SAMPLERS,
+    Nothing,
+    SampledBody,
+    check_answers,
+    parameter_error,
+)
+from chatwright.serve.api.probabilities import Offsets, TokenProbability
 from chatwright.serve.api.reading import (
     DONE,
     STREAM_TOO,
@@ -32,10 +40,13 @@ from chatwright.serve.api.reading import (
     event,
     guarded,
     new_id,
-    to_the_end,
     unless_gone,
 )
+from chatwright.serve.api.scores import Echo, Scores, scores_of
+from chatwright.serve.errors import naming
+from chatwright.serve.operation.request_context import context_of, in_time
 from chatwright.serve.pool import ModelPool
+from chatwright.tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 16
 """OpenAI's default length of a continuation."""
@@ -47,8 +58,18 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_le
 class CompletionRequest(SampledBody):
     """Body of POST /v1/completions."""
 
-    refused: ClassVar = {"suffix": ("",)}
-    ignored: ClassVar = frozenset({"user", "best_of"})
+    harmless: ClassVar = BOOKKEEPING
+    refused: ClassVar[Mapping[str, Nothing]] = {
+        **SAMPLERS,
+        "suffix": ("",),
+        "best_of": (1,),
+        "response_format": ({"type": "text"},),
+        "structured_outputs": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_choice": (),
+        "json_schema": (),
+    }
 
     prompt: (
         str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
@@ -61,20 +82,15 @@ class CompletionRequest(SampledBody):
     @model_validator(mode="before")
     @classmethod
     def _one_is_the_best_of_itself(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("best_of") not in (None, data.get("n") or 1):
-            raise parameter_error(
-                "unsupported_parameter", "best_of is not supported by this server", "best_of"
-            )
+        """`best_of` as large as `n` asks for nothing."""
+        if isinstance(data, dict) and "best_of" in data and data["best_of"] == data.get("n"):
+            return {name: value for name, value in data.items() if name != "best_of"}
         return data
 
     @model_validator(mode="after")
     def _something_is_asked_for(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
             raise parameter_error("invalid_value", "max_tokens: 0 makes sense with echo alone", "max_tokens")
-        if len(self.prompts) * self.answers > max(MOST_PROMPTS, MOST_ANSWERS):
-            raise parameter_error(
-                "invalid_value", f"more than {MOST_PROMPTS} continuations in one request", "prompt"
-            )
         return self
 
     @property
@@ -94,7 +110,10 @@ class CompletionRequest(SampledBody):
         """Token ids of the prompts. Raises UserError for ids that are not of the vocabulary."""
         start = model.tokenizer.end_of_text_id
         found = [
-            [start, *model.tokenizer.encode(one)] if isinstance(one, str) else one for one in self.prompts
+            [start, *model.tokenizer.encode(_without_name(one, start, model.tokenizer))]
+            if isinstance(one, str)
+            else one
+            for one in self.prompts
         ]
         most = model.tokenizer.vocab_size
         if any(max(ids) >= most for ids in found):
@@ -102,27 +121,35 @@ class CompletionRequest(SampledBody):
         return found
 
 
+def _without_name(text: str, start: int, tokenizer: Tokenizer) -> str:
+    """A text without the name of the token that is put in front anyway: clients that have only texts send a
+    document's begin so (lm-eval with tokenized_requests=False)."""
+    name = next((name for name, number in tokenizer.control_ids.items() if number == start), "")
+    return text.removeprefix(name)
+
+
 class Writer:
     """The objects of one request, whole or in chunks."""
 
-    def __init__(self, body: CompletionRequest, reading: Reading, echoes: Sequence[Whole]) -> None:
-        self._body, self._reading, self._echoes = body, reading, echoes
+    def __init__(self, body: CompletionRequest, reading: Reading, scores: Scores) -> None:
+        self._body, self._reading, self._scores = body, reading, scores
         self._common: dict[str, Any] = {
             "id": new_id("cmpl-"),
             "object": "text_completion",
             "created": int(time.time()),
             "model": body.model,
         }
-        self._lengths = [0] * len(reading.prepared.requests)  # characters written so far, per choice
+        self._offsets = [Offsets(reading.spelling) for _ in reading.prepared.requests]
 
     def echo(self, index: int) -> Whole | None:
         """The echoed prompt of choice `index`, or None."""
-        return self._echoes[index // self._body.answers] if self._echoes else None
+        return self._scores.echoes[index // self._body.answers] if self._scores.echoes else None
 
-    def whole(self, wholes: Sequence[Whole]) -> dict[str, Any]:
+    async def whole(self) -> dict[str, Any]:
         """The body of a completion that is not streamed."""
         choices = []
-        for index, one in enumerate(wholes):
+        answers = self._scores.answers
+        for index, one in enumerate(await self._reading.wholes() if answers is None else answers):
             if echo := self.echo(index):
                 one = Whole(echo.text + one.text, [*echo.tokens, *one.tokens], finish=one.finish)
             choices.append(self._choice(index, one.text, one.tokens, one.finish))
@@ -130,10 +157,12 @@ class Writer:
 
     async def events(self) -> AsyncGenerator[bytes]:
         """Server-sent events."""
-        for index in range(len(self._lengths)):
+        for index in range(len(self._offsets)):
             if echo := self.echo(index):
                 yield self._chunk([self._choice(index, echo.text, echo.tokens, None)])
-        if self._body.max_tokens != 0:
+        for index, one in enumerate(self._scores.answers or ()):
+            yield self._chunk([self._choice(index, one.text, one.tokens, one.finish)])
+        if self._scores.answers is None:
             async with aclosing(self._reading.deltas()) as deltas:
                 async for delta in deltas:
                     if not (delta.text or delta.finish or self._body.logprobs is not None):
@@ -152,20 +181,9 @@ class Writer:
     ) -> dict[str, Any]:
         logprobs = None
         if self._body.logprobs is not None:
-            logprobs = self._reading.spelling.completion(tokens, self._body.logprobs, self._lengths[index])
-            self._lengths[index] += sum(map(len, logprobs["tokens"]))
+            offsets = self._offsets[index]
+            logprobs = self._reading.spelling.completion(tokens, self._body.logprobs, offsets)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-
-
-def echo_of(model: LanguageModel, given: str | list[int], ids: Sequence[int], logprobs: int | None) -> Whole:
-    """A prompt in the form of an answer, with log-probabilities from a forward pass if asked for."""
-    # The end-of-text token put in front of a text is not part of it.
-    shown = 1 if isinstance(given, str) else 0
-    text = given if isinstance(given, str) else model.tokenizer.decode(ids)
-    tokens = []
-    if logprobs is not None:
-        tokens = [TokenProbability(*scored) for scored in model.score(ids, top=logprobs)][shown:]
-    return Whole(text, tokens)
 
 
 def routes(pool: ModelPool) -> APIRouter:
@@ -176,32 +194,34 @@ def routes(pool: ModelPool) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         async with AsyncExitStack() as stack:
             service = await stack.enter_async_context(pool.use(body.model))
-            prompts = await asyncio.to_thread(body.encoded, service.model)
-            prepared = await service.prepare_prompts(
-                prompts, body.sampling(service.model.own_sampling), answers=body.answers
-            )
-            reading = Reading(service, prepared)
-            if body.max_tokens != 0:
+            body.check_bias(service.model.model.config.vocab_size)
+            count = len(body.prompts) * body.answers
+            check_answers(count, service.limits.max_requests, "n" if body.answers > 1 else "prompt")
+            with naming("prompt"):
+                prompts = await asyncio.to_thread(body.encoded, service.model)
+                sampling = body.sampling(service.model.own_sampling)
+                prepared = await service.prepare_prompts(prompts, sampling, answers=body.answers)
+            reading = Reading(service, prepared, ends=True)
+            longest = max(one.sampling.max_new_tokens for one in prepared.requests)
+            most = longest if body.max_tokens != 0 else 0
+            logprobs = body.logprobs if body.echo else None
+            echo = Echo(body.prompts, prompts, logprobs, most, body.answers)
+            if not echo.alone:
                 reading.begin(stack)
             else:  # scoring alone takes up slots too
-                stack.enter_context(service.occupied(len(prompts)))
+                stack.enter_context(service.occupied(len(prepared.requests)))
+                context_of(request).prompt_tokens += prepared.prompt_tokens
 
             async def written() -> Writer:
-                pairs = zip(body.prompts, prompts, strict=True) if body.echo else ()
-                echoes = [
-                    await to_the_end(echo_of, service.model, given, ids, body.logprobs)
-                    for given, ids in pairs
-                ]
-                return Writer(body, reading, echoes)
+                async with in_time(service.limits.timeout):
+                    scores = await scores_of(echo, reading) if body.echo else Scores()
+                return Writer(body, reading, scores)
 
             if body.stream:
                 return HeldStream(guarded((await written()).events()), stack.pop_all())
 
             async def answered() -> dict[str, Any]:
-                writer = await written()
-                if body.max_tokens == 0:
-                    return writer.whole([Whole()] * len(prepared.requests))
-                return writer.whole(await reading.wholes())
+                return await (await written()).whole()
 
             return await unless_gone(request, answered(), {})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -15,8 +15,9 @@ from pydantic import Field
 from chatwright.config import UserError
 from chatwright.language_model import LanguageModel
 from chatwright.serve.api.completions import TokenIds
-from chatwright.serve.api.parameters import Body, Count
+from chatwright.serve.api.parameters import BOOKKEEPING, Body, Count, Nothing
 from chatwright.serve.api.reading import to_the_end, unless_gone
+from chatwright.serve.errors import ApiError, naming
 from chatwright.serve.operation.request_context import context_of, in_time
 from chatwright.serve.pool import ModelPool
 from chatwright.serve.service import TooLong
@@ -28,7 +29,12 @@ Vector = np.ndarray[Any, np.dtype[np.float32]]
 class EmbeddingRequest(Body):
     """Body of POST /v1/embeddings."""
 
-    ignored: ClassVar = frozenset({"user"})
+    harmless: ClassVar = BOOKKEEPING
+    refused: ClassVar[Mapping[str, Nothing]] = {
+        "input_type": (),
+        "truncate_prompt_tokens": (),
+        "embed_dtype": ("float32",),
+    }
 
     model: str
     input: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MOST_INPUTS)]
@@ -50,7 +56,8 @@ def encoded(model: LanguageModel, body: EmbeddingRequest) -> list[list[int]]:
     and dimensions other than the model's width."""
     width, most = model.model.config.width, model.tokenizer.vocab_size
     if body.dimensions not in (None, width):
-        raise UserError(f"dimensions: the vectors of this model have {width}")
+        message = f"dimensions: the vectors of this model have {width}"
+        raise ApiError(400, message, param="dimensions", code="invalid_value")
     inputs = [model.tokenizer.encode(one) if isinstance(one, str) else one for one in body.inputs]
     for number, ids in enumerate(inputs):
         if not ids:
@@ -80,8 +87,9 @@ def routes(pool: ModelPool) -> APIRouter:
         async def work() -> dict[str, Any]:
             async with pool.use(body.model) as service, in_time(service.limits.timeout):
                 with service.occupied():
-                    inputs = await asyncio.to_thread(encoded, service.model, body)
-                    service.check_length(max(map(len, inputs)))
+                    with naming("input"):
+                        inputs = await asyncio.to_thread(encoded, service.model, body)
+                        service.check_length(max(map(len, inputs)))
                     async with one_at_a_time:
                         found = [await to_the_end(vector, service.model, ids) for ids in inputs]
             tokens = sum(map(len, inputs))

@@ -1,16 +1,15 @@
-"""The form that an answer must have (free text, JSON, JSON of a schema, or tool calls), and its grammar."""
+"""The form that an answer must have, and its grammar: free text, JSON, JSON of a schema, a choice, a pattern,
+tool calls."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import TYPE_CHECKING, Any, Literal
 
 from chatwright.chat import Beside, Message
 from chatwright.config import UserError
-from chatwright.generate.grammar import Grammar, json_object, json_schema
+from chatwright.generate.grammar import Grammar, json_object, json_schema, one_of, regex
 from chatwright.generate.tools import (
     Tool,
     ToolChoice,
@@ -21,99 +20,59 @@ from chatwright.generate.tools import (
     tools_prompt,
 )
 from chatwright.serve.api.messages import compact, with_system
+from chatwright.serve.errors import naming
 
 if TYPE_CHECKING:
     from chatwright.language_model import LanguageModel
 
-
-class SchemaFormat(BaseModel):
-    """A JSON schema with its name."""
-
-    model_config = ConfigDict(strict=True)
-    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
-    description: str | None = None
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
-    strict: bool | None = None
-    """Ignored: the answer always keeps to the schema."""
+Kind = Literal["text", "json_object", "json_schema", "choice", "regex"]
 
 
-class ResponseFormat(BaseModel):
-    """`text`, `json_object` (any object) or `json_schema`."""
+@dataclass(frozen=True)
+class Wanted:
+    """The form of the answer's text, as a request asks for it."""
 
-    model_config = ConfigDict(strict=True)
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: SchemaFormat | None = None
-
-
-class FunctionTool(BaseModel):
-    """A function that the model may call."""
-
-    model_config = ConfigDict(strict=True)
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class ToolSpec(BaseModel):
-    """An entry of `tools`."""
-
-    model_config = ConfigDict(strict=True)
-    type: Literal["function"]
-    function: FunctionTool
-
-
-class FunctionName(BaseModel):
-    """Which function."""
-
-    model_config = ConfigDict(strict=True)
-    name: str
-
-
-class NamedChoice(BaseModel):
-    """A `tool_choice` that names the function to call."""
-
-    model_config = ConfigDict(strict=True)
-    type: Literal["function"]
-    function: FunctionName
-
-
-Choice = Literal["none", "auto", "required"]
+    kind: Kind = "text"
+    schema: dict[str, Any] | None = None
+    description: str = ""
+    """What the answer is for: the model is told."""
+    choices: tuple[str, ...] = ()
+    pattern: str = ""
+    param: str = "response_format"
+    """The parameter that asks for it, for messages."""
 
 
 @dataclass(frozen=True)
 class Form:
     """The form asked for, in one shape for all interfaces. Raises UserError for contradictory settings."""
 
-    kind: Literal["text", "json_object", "json_schema"] = "text"
-    schema: dict[str, Any] | None = None
+    wanted: Wanted = Wanted()
     tools: tuple[Tool, ...] = ()
     choice: ToolChoice = "none"
     parallel: bool = True
     """Whether several calls may come in one answer."""
 
     def __post_init__(self) -> None:
-        if self.kind == "json_schema" and self.schema is None:
-            raise UserError("response_format: json_schema needs a schema")
-        if self.kind != "text" and self.calls:
-            raise UserError(
-                "response_format and tools cannot be had in one answer: give tool_choice none, or leave one "
-                "out"
-            )
+        with naming(self.wanted.param):
+            if self.wanted.kind == "json_schema" and self.wanted.schema is None:
+                raise UserError(f"{self.wanted.param}: json_schema needs a schema")
+            if self.wanted.kind != "text" and self.calls:
+                raise UserError(
+                    f"{self.wanted.param} and tools cannot be had in one answer: give tool_choice none, or "
+                    "leave one out"
+                )
 
     @classmethod
-    def of(
-        cls,
-        kind: Literal["text", "json_object", "json_schema"],
-        schema: dict[str, Any] | None,
-        tools: list[dict[str, Any]],
-        choice: Any,
-        parallel: bool | None,
-    ) -> Form:
-        """From the fields of OpenAI's chat interface: tools as {"type": "function", "function": ...}. Raises
-        UserError."""
-        checked = check_tools(tools)
-        return cls(kind, schema, checked, check_tool_choice(choice, checked), parallel is not False)
+    def of(cls, wanted: Wanted, tools: list[dict[str, Any]], choice: Any, parallel: bool | None) -> Form:
+        """From the fields of OpenAI's chat interface: tools as {"type": "function", "function": ...}, the
+        choice as there. Raises ApiError, which names the field."""
+        with naming("tools"):
+            checked = check_tools(tools)
+        with naming("tool_choice"):
+            if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+                checked, choice = _allowed(choice["allowed_tools"], checked)
+            chosen = check_tool_choice(choice, checked)
+        return cls(wanted, checked, chosen, parallel is not False)
 
     @property
     def calls(self) -> bool:
@@ -133,22 +92,48 @@ class Form:
             return list(messages)
         if self.calls:
             return with_system(messages, tools_prompt(self.tools))
-        if self.kind == "json_schema":
-            return with_system(messages, f"Answer with JSON of this schema alone:\n{compact(self.schema)}")
-        if self.kind == "json_object":
-            return with_system(messages, "Answer with a JSON object alone.")
-        return list(messages)
+        told = self._told()
+        return with_system(messages, told) if told else list(messages)
+
+    def _told(self) -> str:
+        """What the model is told about the form of its text; empty for free text."""
+        wanted = self.wanted
+        about = f" {wanted.description}" if wanted.description else ""
+        if wanted.kind == "json_schema":
+            return f"Answer with JSON of this schema alone:{about}\n{compact(wanted.schema)}"
+        if wanted.kind == "json_object":
+            return "Answer with a JSON object alone."
+        if wanted.kind == "choice":
+            return f"Answer with one of these alone: {compact(list(wanted.choices))}"
+        return ""
 
     def grammar(self, model: LanguageModel) -> Grammar | None:
         """The grammar that constrains the answer; None for free text. Takes up to a second for large schemas.
-        Raises UserError."""
-        if not self.calls and self.kind == "text":
+        Raises ApiError, which names the field."""
+        if not self.calls and self.wanted.kind == "text":
             return None
-        tokenizer = model.tokenizer
-        end_ids = model.require_template().end_ids(tokenizer)
-        if self.calls:
-            return tool_grammar(tokenizer, end_ids, self.tools, self.choice, self.parallel)
-        if self.kind == "json_object":
-            return json_object(tokenizer, end_ids)
-        assert self.schema is not None
-        return json_schema(tokenizer, end_ids, self.schema)
+        end_ids = model.require_template().end_ids(model.tokenizer)
+        with naming("tools" if self.calls else self.wanted.param):
+            if self.calls:
+                return tool_grammar(model.tokenizer, end_ids, self.tools, self.choice, self.parallel)
+            return self._text_grammar(model, end_ids)
+
+    def _text_grammar(self, model: LanguageModel, end_ids: frozenset[int]) -> Grammar:
+        wanted = self.wanted
+        if wanted.kind == "json_object":
+            return json_object(model.tokenizer, end_ids)
+        if wanted.kind == "choice":
+            return one_of(model.tokenizer, end_ids, wanted.choices)
+        if wanted.kind == "regex":
+            return regex(model.tokenizer, end_ids, wanted.pattern)
+        assert wanted.schema is not None
+        return json_schema(model.tokenizer, end_ids, wanted.schema)
+
+
+def _allowed(allowed: Mapping[str, Any], tools: Sequence[Tool]) -> tuple[tuple[Tool, ...], str]:
+    """The tools that `allowed_tools` leaves, and the choice among them. Raises UserError."""
+    names = [check_tool_choice(one, tools) for one in allowed["tools"]]
+    kept = tuple(tool for tool in tools if tool in names)
+    if not kept:
+        raise UserError("tool_choice: allowed_tools names no tool; for no calls give none")
+    return kept, str(allowed["mode"])

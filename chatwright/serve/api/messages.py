@@ -7,35 +7,46 @@ a part as well; a model that reads only text refuses it when the prompt is encod
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from chatwright.config import near_match
 from chatwright.messages import Message, check_message, joined, parts_of
-from chatwright.serve.api.parameters import parameter_error
+from chatwright.serve.api.parameters import Checked, Nothing, parameter_error
+
+CACHE_MARKS: Mapping[str, str] = {
+    "cache_control": "marks what Anthropic's prompt cache keeps; the one here needs no marks",
+    "prompt_cache_breakpoint": "marks what OpenAI's prompt cache keeps; the one here needs no marks",
+}
 
 
-class TextPart(BaseModel):
+class TextPart(Checked):
     """One piece of a content that is given as a list."""
 
-    model_config = ConfigDict(strict=True)
+    place: ClassVar[str] = "messages.content"
+    harmless: ClassVar = {**CACHE_MARKS, "annotations": "sources of a text that a model wrote"}
+
     type: Literal["text"]
     text: str
 
 
-class ImageLink(BaseModel):
+class ImageLink(Checked):
     """Where an image is."""
 
-    model_config = ConfigDict(strict=True)
+    place: ClassVar[str] = "messages.content.image_url"
+    harmless: ClassVar = {"detail": "no model here reads images"}
+
     url: Annotated[str, Field(min_length=1)]
 
 
-class ImagePart(BaseModel):
+class ImagePart(Checked):
     """An image among the pieces of a content."""
 
-    model_config = ConfigDict(strict=True)
+    place: ClassVar[str] = "messages.content"
+    harmless: ClassVar = CACHE_MARKS
+
     type: Literal["image_url"]
     image_url: ImageLink
 
@@ -50,33 +61,63 @@ def refuse_parts(content: Any, known: Sequence[str], param: str) -> None:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind not in known:
             message = f"{param}: a part of type {kind!r:.40} is not supported{near_match(kind, known)}"
-            raise parameter_error("unsupported_value", message, param)
+            raise parameter_error("unsupported_value", message, field="content")
 
 
-class CalledFunction(BaseModel):
+class CalledFunction(Checked):
     """Which function an assistant called, and how."""
 
-    model_config = ConfigDict(strict=True)
+    place: ClassVar[str] = "messages.tool_calls.function"
+
     name: Annotated[str, Field(min_length=1, max_length=64)]
     arguments: str
     """JSON, as the model wrote it."""
 
 
-class ToolCall(BaseModel):
+class ToolCall(Checked):
     """A call in an assistant's message that a client sends back."""
 
-    model_config = ConfigDict(strict=True)
+    place: ClassVar[str] = "messages.tool_calls"
+    harmless: ClassVar = {
+        **CACHE_MARKS,
+        "index": "the call's place in a stream",
+        "provider_specific_fields": "LiteLLM's own notes",
+        "extra_content": "notes of Google's interface",
+    }
+
     id: str = ""
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(BaseModel):
-    """One turn. `developer` counts as `system`; fields such as `name` are ignored."""
+class ChatMessage(Checked):
+    """One turn. `developer` counts as `system`."""
 
-    model_config = ConfigDict(strict=True)
+    place: ClassVar[str] = "messages"
+    harmless: ClassVar = {
+        **CACHE_MARKS,
+        "name": "the speaker's or the function's name; no model here is given it",
+        "annotations": "sources of a text that a model wrote",
+        "parsed": "what a client read out of the content, which is sent as well",
+        "id": "the message's identifier at another place",
+        "created_at": "when it was written",
+        "provider_specific_fields": "LiteLLM's own notes",
+    }
+    refused: ClassVar[Mapping[str, Nothing]] = {
+        "audio": ({},),
+        "function_call": ({},),
+        "refusal": ("",),
+        "type": ("text", "message"),
+        "prefix": (False,),
+        "partial": (False,),
+    }
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
+    reasoning_content: str | None = None
+    """What an assistant had thought before it answered."""
+    reasoning: str | None = None
+    """vLLM's and OpenRouter's name for the same."""
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: str | None = None
     _plain: Message = PrivateAttr()
@@ -86,28 +127,28 @@ class ChatMessage(BaseModel):
     def _refuse_others(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        for name in ("function_call", "audio"):
-            if data.get(name):
-                raise parameter_error(
-                    "unsupported_parameter", f"messages: {name} is not supported", "messages"
-                )
         if data.get("content") is None and data.get("role") != "assistant":
-            raise parameter_error("unsupported_value", "messages: content must be text or parts", "messages")
+            message = "messages: content must be text or parts"
+            raise parameter_error("unsupported_value", message, field="content")
         refuse_parts(data.get("content"), PARTS, "messages")
         if data.get("tool_calls") and data.get("role") != "assistant":
-            raise parameter_error(
-                "invalid_value", "messages: only an assistant's message has tool_calls", "messages"
-            )
+            message = "messages: only an assistant's message has tool_calls"
+            raise parameter_error("invalid_value", message, field="tool_calls")
         return data
 
     @model_validator(mode="after")
     def _read(self) -> ChatMessage:
         given = self.model_dump(exclude_none=True)
         role = "system" if self.role == "developer" else self.role
+        thought = given.pop("reasoning", None)
+        given.setdefault("reasoning_content", thought)
+        if given["reasoning_content"] and role != "assistant":
+            message = "messages: only an assistant's message has thoughts"
+            raise parameter_error("invalid_value", message, field="reasoning_content")
         try:
             self._plain = check_message({**given, "role": role, "content": given.get("content", "")})
         except ValueError as error:
-            raise parameter_error("invalid_value", f"messages: {error}", "messages") from None
+            raise parameter_error("invalid_value", f"messages: {error}") from None
         return self
 
     def plain(self) -> Message:

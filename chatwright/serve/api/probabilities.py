@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chatwright.generate.request import Alternatives, Piece
-from chatwright.tokenizer import Tokenizer
+from chatwright.tokenizer import TextStream, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class TokenProbability:
 
 
 def token_probabilities(piece: Piece, end_ids: frozenset[int]) -> Iterator[TokenProbability]:
-    """The tokens of a piece, without the one that ends an answer, which has no text."""
+    """The tokens of a piece, without those of `end_ids`, which have no text."""
     tops: Sequence[Alternatives] = piece.top_logprobs or [[]] * len(piece.ids)
     for token, logprob, top in zip(piece.ids, piece.logprobs, tops, strict=True):
         if token not in end_ids:
@@ -32,14 +32,14 @@ class Spelling:
     """Writes tokens in these shapes: as bytes, and as text, where an incomplete character becomes U+FFFD."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._names = {number: name for name, number in tokenizer.control_ids.items()}
 
     def data(self, token: int) -> bytes:
         """A token's bytes; a control token's name; nothing for the padding rows of the embedding table."""
         if token in self._names:
             return self._names[token].encode()
-        return self._tokenizer.token_bytes(token) if token < self._tokenizer.vocab_size else b""
+        return self.tokenizer.token_bytes(token) if token < self.tokenizer.vocab_size else b""
 
     def text(self, token: int) -> str:
         """A token as text."""
@@ -62,19 +62,13 @@ class Spelling:
             "bytes": list(data),
         }
 
-    def completion(self, tokens: Sequence[TokenProbability], top: int, offset: int) -> dict[str, Any]:
-        """`logprobs` of a completion's choice; `offset`: where its first token begins in the text, in
-        characters."""
-        texts = [self.text(one.token) for one in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
+    def completion(self, tokens: Sequence[TokenProbability], top: int, offsets: Offsets) -> dict[str, Any]:
+        """`logprobs` of a completion's choice; `offsets` counts the characters of its text."""
         return {
-            "tokens": texts,
+            "tokens": [self.text(one.token) for one in tokens],
             "token_logprobs": [_finite(one.logprob) for one in tokens],
             "top_logprobs": [self._likeliest(one, top) for one in tokens] if top else None,
-            "text_offset": offsets,
+            "text_offset": [offsets.next(one.token) for one in tokens],
         }
 
     def _likeliest(self, one: TokenProbability, top: int) -> dict[str, float | None] | None:
@@ -86,6 +80,21 @@ class Spelling:
         for token, logprob in [*one.top[:top], (one.token, one.logprob)]:
             found.setdefault(self.text(token), _finite(logprob))
         return found
+
+
+class Offsets:
+    """Where the tokens of a text begin in it, in characters. A token within a character begins where that one
+    does; a control token has no characters."""
+
+    def __init__(self, spelling: Spelling) -> None:
+        self._spelling, self._stream, self._at = spelling, TextStream(spelling.tokenizer), 0
+
+    def next(self, token: int) -> int:
+        """Where the text's next token begins."""
+        begun = self._at
+        if token < self._spelling.tokenizer.vocab_size:
+            self._at += len(self._stream.push(token))
+        return begun
 
 
 def _finite(logprob: float | None) -> float | None:

@@ -88,13 +88,17 @@ class Whole:
 class Reading:
     """The answers to one request."""
 
-    def __init__(self, service: ChatService, prepared: Prepared, form: Form | None = None) -> None:
-        """`form`: the form of the answers; if it allows tool calls, they are parsed from the text."""
+    def __init__(
+        self, service: ChatService, prepared: Prepared, form: Form | None = None, *, ends: bool = False
+    ) -> None:
+        """`form`: the form of the answers; if it allows tool calls, they are parsed from the text. `ends`:
+        whether the token that ends an answer is listed with the others."""
         self.service, self.prepared = service, prepared
         self.spelling = Spelling(service.model.tokenizer)
         self.headers = {DROPPED_HEADER: str(prepared.dropped)}
         self.new_tokens = self.cached_tokens = 0
         self._answer: Answer | None = None
+        self._ends = ends
         self._tools = [tool.name for tool in form.tools] if form is not None and form.calls else []
 
     @property
@@ -117,7 +121,7 @@ class Reading:
         called = [0] * len(parsers)
         async for index, piece in self._answer:
             self.new_tokens += len(piece.ids)
-            end_ids = self.prepared.requests[index].end_ids
+            end_ids = frozenset() if self._ends else self.prepared.requests[index].end_ids
             tokens = tuple(token_probabilities(piece, end_ids))
             text, calls = piece.text, tuple[CallDelta, ...]()
             if (parser := parsers[index]) is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from chatwright.serve.api.probabilities import TokenProbability
 from chatwright.serve.api.reading import CallDelta, Delta, Reading, Whole, event, new_id
 
 
@@ -17,14 +18,24 @@ class Writer:
     call.
     """
 
-    def __init__(self, settings: dict[str, Any], reading: Reading) -> None:
-        """`settings`: the fields of the request that the response repeats."""
-        self._settings, self._reading = settings, reading
+    def __init__(self, settings: dict[str, Any], reading: Reading, *, logprobs: int | None = None) -> None:
+        """`settings`: the fields of the request that the response repeats. `logprobs`: how many of the
+        likeliest tokens to report at each position; None for no log-probabilities."""
+        self._settings, self._reading, self._logprobs = settings, reading, logprobs
         self._id, self._created = new_id("resp_"), time.time()
         self._items: list[dict[str, Any]] = []
         self._open: int | None = None
         """Index of the item that is being written, or None."""
         self._number = 0
+        self._unsaid: list[TokenProbability] = []
+        """Tokens whose characters are not complete yet."""
+
+    def _spelled(self, tokens: Sequence[TokenProbability]) -> list[dict[str, Any]]:
+        """The log-probabilities of tokens, if they were asked for."""
+        if self._logprobs is None:
+            return []
+        found: list[dict[str, Any]] = self._reading.spelling.chat(tokens, self._logprobs)["content"]
+        return found
 
     def response(self, status: str, **changes: Any) -> dict[str, Any]:
         """The response so far."""
@@ -35,10 +46,8 @@ class Writer:
             "status": status,
             "error": None,
             "incomplete_details": None,
-            "metadata": {},
             "output": self._items,
             "previous_response_id": None,
-            "truncation": "auto",
             "usage": None,
             "store": False,
             **self._settings,
@@ -48,7 +57,9 @@ class Writer:
     def whole(self, one: Whole) -> dict[str, Any]:
         """The response that is not streamed."""
         if one.text.strip() or not one.calls:
-            self._items.append(_message(new_id("msg_"), one.text, "completed"))
+            item = _message(new_id("msg_"), one.text, "completed")
+            item["content"][0]["logprobs"] = self._spelled(one.tokens)
+            self._items.append(item)
         for call in one.calls:
             self._items.append(_call(call.id, call.name, call.arguments, "completed"))
         return self.ended(one.finish)
@@ -100,6 +111,7 @@ class Writer:
 
     def _news(self, delta: Delta) -> list[bytes]:
         events = []
+        self._unsaid += delta.tokens
         if delta.text and (delta.text.strip() or self._writes_text()):
             if not self._writes_text():
                 events += [
@@ -108,13 +120,15 @@ class Writer:
                     self._part("added"),
                 ]
             self._item["content"][0]["text"] += delta.text
+            logprobs, self._unsaid = self._spelled(self._unsaid), []
+            self._item["content"][0]["logprobs"] += logprobs
             events.append(
                 self._event(
                     "response.output_text.delta",
                     **self._place,
                     content_index=0,
                     delta=delta.text,
-                    logprobs=[],
+                    logprobs=logprobs,
                 )
             )
         for call in delta.calls:
@@ -162,11 +176,10 @@ class Writer:
         item = self._item
         item["status"] = "completed"
         if item["type"] == "message":
-            text = item["content"][0]["text"]
+            part = item["content"][0]
+            said = {"text": part["text"], "logprobs": part["logprobs"]}
             events = [
-                self._event(
-                    "response.output_text.done", **self._place, content_index=0, text=text, logprobs=[]
-                ),
+                self._event("response.output_text.done", **self._place, content_index=0, **said),
                 self._part("done"),
             ]
         else:

@@ -57,6 +57,7 @@ from chatwright.train.rl.rollout import (
     sample_completions,
     texts_of,
 )
+from chatwright.train.statistics import standard_error
 from chatwright.train.stopping import Interrupted
 from chatwright.train.trainer import Step, Trainer
 from chatwright.train.workspace import Curve, Report, Unhealthy, Workspace
@@ -174,7 +175,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         if self.gold is not None:
             gold = torch.cat(self.parallel.all_gather(self.gold(answers)))
             logged["gold"] = float(gold.mean())
-            logged["gold_error"] = float(gold.std() / math.sqrt(len(gold)))
+            logged["gold_error"] = standard_error(gold)
         return rollout, self.parallel.broadcast_from_rank0(lambda: logged)
 
     def iteration(self) -> str:
