@@ -16,7 +16,7 @@ import string
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from itertools import groupby, islice
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 from jinja2.utils import Namespace
 from markupsafe import escape
@@ -69,7 +69,7 @@ def origins_in(*values: Any) -> set[int]:
     """The origins of all texts in values and in what they contain, but for the template's."""
     found: set[int] = set()
     seen: set[int] = set()
-    left = list(values)
+    left: list[Any] = list(values)
     while left:
         value = left.pop()
         if isinstance(value, Traced):
@@ -81,7 +81,7 @@ def origins_in(*values: Any) -> set[int]:
         if isinstance(value, Mapping):
             left += (*value.keys(), *value.values())
         elif isinstance(value, _MANY):
-            left += value
+            left += cast(Iterable[Any], value)
         elif isinstance(value, Namespace):
             left.append(object.__getattribute__(value, "_Namespace__attrs"))
     return found - {TEMPLATE}
