@@ -1,5 +1,5 @@
-"""Ids of a text whose characters are partly trusted: as the tokenizers library gives them for the whole, but for
-control tokens that are not the template's."""
+"""Ids of a text whose characters are partly trusted: as the tokenizers library gives them for the whole, but
+for control tokens that are not the template's."""
 
 from __future__ import annotations
 
