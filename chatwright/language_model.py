@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from chatwright import checkpoint, files, runtime
-from chatwright.chat import ChatTemplate, FittedChat, Message, fit_context
+from chatwright.chat import Beside, ChatTemplate, FittedChat, Message, beside_of, fit_context
 from chatwright.config import UserError
 from chatwright.generate.engine import Engine
 from chatwright.generate.request import Alternatives, Completion, Piece, Request
@@ -228,17 +228,23 @@ class LanguageModel:
             )
         return self.template
 
-    def encode_chat(self, messages: Sequence[Message], *, max_new_tokens: int = 128) -> FittedChat:
-        """Encode a conversation, cut to the context less `max_new_tokens` (at least half of it)."""
+    def encode_chat(
+        self, messages: Sequence[Message], *, max_new_tokens: int = 128, **beside: Unpack[Beside]
+    ) -> FittedChat:
+        """Encode a conversation, cut to the context less `max_new_tokens` (at least half of it). `beside` is
+        what the template is given with it: tools, documents, variables, continue_final_message."""
         context = self.model.config.context
         room = max(context - max_new_tokens, context // 2)
-        return fit_context(messages, self.require_template(), self.tokenizer, room)
+        return fit_context(messages, self.require_template(), self.tokenizer, room, **beside)
 
     def chat_request(self, messages: Sequence[Message], **options: Any) -> tuple[Request, FittedChat]:
-        """The engine's request for an answer, and what was left of the conversation."""
-        longest = sampling_from(options).max_new_tokens
-        fitted = self.encode_chat(messages, max_new_tokens=longest)
-        return self._request(fitted.ids, self.end_ids, options), fitted
+        """The engine's request for an answer, and what was left of the conversation. `options` are those of
+        sampling, and what `encode_chat` gives the template."""
+        beside, options = beside_of(options)
+        template, longest = self.require_template(), sampling_from(options).max_new_tokens
+        fitted = self.encode_chat(messages, max_new_tokens=longest, **beside)
+        request = self._request(fitted.ids, self.end_ids, options)
+        return request.stopping(template.stop_texts(self.tokenizer)), fitted
 
     def chat(self, messages: Sequence[Message], **options: Any) -> str:
         """The assistant's answer to a conversation."""

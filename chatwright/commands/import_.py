@@ -87,11 +87,9 @@ def write_model(parts: Loaded, target: Path, *, source: str) -> None:
     }
     texts = {"tokenizer.json": tokenizer.to_json()}
     if template is not None:
-        template.end_ids(
-            tokenizer
-        )  # refuses a template whose end token is unknown before anything is written
-        state |= {"template": template.fingerprint, "end_of_turn": template.end}
-        texts["chat_template.jinja"] = template.source
+        template.end_ids(tokenizer)  # refuses a given end that is unknown, before anything is written
+        state |= {"template": template.fingerprint, "end_of_turn": template.end or None}
+        texts |= template.files()
     if parts.generation is not None:
         texts[generation_config.FILE] = parts.generation.to_json()
     before = behaviour(parts)

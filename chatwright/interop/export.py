@@ -32,6 +32,7 @@ OURS = frozenset(
         "tokenizer.json",
         "chat_template.jinja",
         "generation_config.json",
+        "additional_chat_templates",
     }
 )
 """The files of a model directory: nothing else is ever replaced."""

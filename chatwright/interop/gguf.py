@@ -22,10 +22,10 @@ from chatwright.interop.loaded import (
     Loaded,
     Stored,
     build,
-    chat_template,
     located,
     translate,
 )
+from chatwright.interop.templates import chat_template
 from chatwright.model.config import GPTConfig
 
 
@@ -35,8 +35,20 @@ def _template(metadata: Metadata) -> ChatTemplate | None:
         return None
     if not isinstance(source, str):
         raise UserError(f"{metadata.where}: tokenizer.chat_template is no text")
+    roles = {"unk_token": "unknown", "pad_token": "padding", "sep_token": "seperator", "mask_token": "mask"}
+    others = {
+        name: token
+        for name, role in roles.items()
+        if (token := named(metadata.values, role, metadata.where)) is not None
+    }
+    prefix = "tokenizer.chat_template."
+    further = {
+        key.removeprefix(prefix): text
+        for key, text in metadata.values.items()
+        if key.startswith(prefix) and isinstance(text, str)
+    }
     begin, end = (named(metadata.values, role, metadata.where) for role in ("bos", "eos"))
-    return chat_template(source, begin=begin, end=end)
+    return chat_template(source, begin=begin, end=end, others=others, named=further)
 
 
 def gguf_shape(path: Path) -> GPTConfig:

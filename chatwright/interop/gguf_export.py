@@ -22,7 +22,7 @@ from chatwright.config import UserError
 from chatwright.interop.gguf_metadata import Metadata
 from chatwright.interop.gguf_shapes import ARCHITECTURES, GELUS, OWN_ACTIVATION, config_of, stored
 from chatwright.interop.gguf_tokenizer_export import roles, vocabulary
-from chatwright.interop.leaving import check_shape, ends_of, portable
+from chatwright.interop.leaving import check_shape, ends_of, exported
 from chatwright.interop.loaded import Loaded, Stored, foreign
 from chatwright.model.config import GPTConfig
 from chatwright.model.rotary_scaling import RotaryScaling
@@ -249,7 +249,11 @@ def plan_gguf(parts: Loaded, *, dtype: str = "f32") -> GGUFExport:
         values |= {**words.values, **around.values}
         told = (*words.notes, *around.notes)
     if parts.template is not None:
-        values["tokenizer.chat_template"] = portable(parts.template)
+        template = exported(parts.template)
+        values["tokenizer.chat_template"] = template.source
+        values |= {f"tokenizer.chat_template.{name}": text for name, text in template.named.items()}
+        if template.named:
+            values["tokenizer.chat_templates"] = sorted(template.named)
     return GGUFExport(architecture, values, tensors, kind, told)
 
 

@@ -19,20 +19,20 @@ import safetensors
 import torch
 from torch import Tensor
 
-from chatwright.chat import ChatTemplate, read_template
+from chatwright.chat import ChatTemplate
 from chatwright.config import UserError
 from chatwright.files import read_json
 from chatwright.generation_config import GenerationConfig
 from chatwright.interop.families import Family, config_from_hf, family_of
-from chatwright.interop.hf_tokenizer import read_tokenizer, special_tokens
+from chatwright.interop.hf_tokenizer import read_tokenizer
 from chatwright.interop.loaded import (
     Loaded,
     Stored,
     build,
-    chat_template,
     in_memory,
     translate,
 )
+from chatwright.interop.templates import template_of
 from chatwright.model.config import GPTConfig
 from chatwright.tokenizer import Tokenizer
 
@@ -176,17 +176,7 @@ def _text_side(directory: Path) -> tuple[Tokenizer | None, ChatTemplate | None]:
     content = _read_json(file)
     extra = directory / "tokenizer_config.json"
     settings = _read_json(extra) if extra.exists() else {}
-    named = special_tokens(directory, settings)
-    begin, end = named["bos_token"], named["eos_token"]
-    tokenizer = read_tokenizer(directory, content, settings)
-    jinja = directory / "chat_template.jinja"
-    source = read_template(jinja) if jinja.exists() else settings.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        named = {str(one.get("name")): one.get("template") for one in source if isinstance(one, dict)}
-        source = named.get("default")
-    if source and not isinstance(source, str):
-        raise UserError(f"{extra}: its chat_template is no text")
-    return tokenizer, chat_template(source, begin=begin, end=end) if source else None
+    return read_tokenizer(directory, content, settings), template_of(directory, settings)
 
 
 def hf_shape(directory: Path) -> GPTConfig:

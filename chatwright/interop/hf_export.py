@@ -17,7 +17,7 @@ import torch
 from chatwright.config import UserError
 from chatwright.interop.families import FAMILIES, config_from_hf
 from chatwright.interop.hf_tokenizer_export import tokenizer_files
-from chatwright.interop.leaving import check_shape, ends_of, family_name, portable
+from chatwright.interop.leaving import check_shape, ends_of, exported, family_name
 from chatwright.interop.loaded import Loaded, Stored, foreign
 from chatwright.model.config import GPTConfig
 from chatwright.tensor_files import save_tensors
@@ -62,6 +62,7 @@ class HFExport:
         """Write into an existing directory, one file's tensors in memory at a time. Raises OSError: disk
         full."""
         for name, text in self.texts.items():
+            (directory / name).parent.mkdir(exist_ok=True)  # other chat templates have a folder
             (directory / name).write_text(text, encoding="utf-8")
         shards = self._shards(shard_bytes)
         index: dict[str, str] = {}
@@ -120,7 +121,7 @@ def plan_hf(parts: Loaded, *, dtype: str = "fp32") -> HFExport:
             "generation_config.json": _json(generation),
         }
     if parts.template is not None:
-        texts["chat_template.jinja"] = portable(parts.template)
+        texts |= exported(parts.template).files()
     texts["config.json"] = _json(values)
     return HFExport(f"transformers' {family}", texts, tensors, DTYPES[dtype])
 

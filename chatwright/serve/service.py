@@ -22,7 +22,7 @@ from chatwright.serve.answer import Answer, Listener
 from chatwright.serve.scoring import Scorer
 
 if TYPE_CHECKING:
-    from chatwright.chat import Message
+    from chatwright.chat import Beside, Message
     from chatwright.generate.grammar import Grammar
     from chatwright.generate.request import Request
     from chatwright.generate.sampling import Sampling
@@ -99,25 +99,29 @@ def prepare(
     answers: int = 1,
     grammar: Callable[[LanguageModel], Grammar | None] | None = None,
     begun: str = "",
+    beside: Beside | None = None,
 ) -> Prepared:
     """Encode `messages` and make room for the answer, which continues `begun` if that is given.
 
     A quarter of the context (or `max_new_tokens`, if that is less) is kept free for the answer; the oldest
     turns are dropped if the rest does not hold the conversation. The answer may use all room that is left, up
     to `max_new_tokens`. With a seed, answer k uses seed + k. `grammar` makes the grammar that constrains the
-    answers. Raises TooLong if even the last message is too long or `begun` fills the context, UserError if
-    the model's template refuses the conversation.
+    answers; `beside` is what the template is given with the messages, such as tools. Raises TooLong if even
+    the last message is too long or `begun` fills the context, UserError if the model's template refuses the
+    conversation.
     """
     from chatwright.generate.request import Request
 
     context, template = model.engine.max_context, model.require_template()
     reserve = max(1, min(sampling.max_new_tokens, context // 4))
     begun_ids = model.tokenizer.encode(begun)
+    given: Beside = beside or {}
     try:
-        fitted = model.encode_chat(messages, max_new_tokens=reserve + len(begun_ids))
+        fitted = model.encode_chat(messages, max_new_tokens=reserve + len(begun_ids), **given)
     except UserError as error:
         # Raises UserError if the template was the cause, not the length.
-        template.encode(messages, model.tokenizer, add_generation_prompt=True)
+        asked = not given.get("continue_final_message")
+        template.encode(messages, model.tokenizer, add_generation_prompt=asked, **given)
         raise TooLong(str(error)) from None
     prompt = (*fitted.ids, *begun_ids)
     if len(prompt) >= context:
@@ -128,7 +132,7 @@ def prepare(
         end_ids=model.end_ids,
         grammar=grammar(model) if grammar is not None else None,
         continues=bool(begun),
-    )
+    ).stopping(template.stop_texts(model.tokenizer))
     return Prepared(_samples(request, answers), len(prompt), fitted.dropped)
 
 
@@ -227,10 +231,20 @@ class ChatService:
         answers: int = 1,
         grammar: Callable[[LanguageModel], Grammar | None] | None = None,
         begun: str = "",
+        beside: Beside | None = None,
     ) -> Prepared:
         """`prepare` in a thread, within the limits. Raises UserError, and Busy when no slots are free."""
         sampling = self.limits.cut(sampling)
-        work = partial(prepare, self.model, messages, sampling, answers=answers, grammar=grammar, begun=begun)
+        work = partial(
+            prepare,
+            self.model,
+            messages,
+            sampling,
+            answers=answers,
+            grammar=grammar,
+            begun=begun,
+            beside=beside,
+        )
         return await self._prepared(work, answers)
 
     async def prepare_prompts(

@@ -81,7 +81,7 @@ def model_texts(
     template and the sampling settings of the model that training started from."""
     texts = {"tokenizer.json": tokenizer.to_json()}
     if template is not None:
-        texts["chat_template.jinja"] = template.source
+        texts |= template.files()
     if generation is not None:
         texts[generation_config.FILE] = generation.to_json()
     return texts

@@ -202,7 +202,7 @@ def test_templates_that_others_read_otherwise(taught: tuple[GPT, Tokenizer]) -> 
     )  # one token; it is cut behind its first letter
     talk = [Message(role="user", content=word[1:]), Message(role="assistant", content="x")]
     joined = ChatTemplate(NATIVE.source.replace("+ '|>' +", f"+ '|>{word[0]}' +"), "<|end|>")
-    assert doctor_chat._twin(talk, joined, tokenizer).level == "warning"
+    assert doctor_chat._twin(talk, joined, tokenizer).level == "ok"  # joined here as there
     assert doctor_chat._twin(talk, NATIVE, tokenizer).level == "ok"
 
 
