@@ -110,7 +110,7 @@ def plan_hf(parts: Loaded, *, dtype: str = "fp32") -> HFExport:
         ends = ends_of(parts, tokenizer)
         ids = {"bos_token_id": tokenizer.end_of_text_id, "eos_token_id": tokenizer.control_ids[ends.sequence]}
         values |= ids
-        stops = [tokenizer.control_ids[end] for end in dict.fromkeys((ends.sequence, ends.text))]
+        stops = [tokenizer.control_ids[end] for end in ends.all]
         generation = {**ids, "eos_token_id": stops, "pad_token_id": tokenizer.end_of_text_id}
         if parts.generation is not None:
             generation |= parts.generation.to_values()
