@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from chatwright.chat import NATIVE, ChatTemplate, Message
-from chatwright.serve.api.form import Form
-from chatwright.serve.api.formats import Wanted
+from chatwright.serve.api.form import Form, Wanted
 
 HERMES = (
     "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}{% for m in messages %}<|{{ m.role }}|>"
