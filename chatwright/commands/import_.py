@@ -81,6 +81,7 @@ def write_model(parts: Loaded, target: Path, *, source: str) -> None:
         "model": parts.model.config.to_dict(),
         "tokenizer": tokenizer.fingerprint,
         "end_of_text": tokenizer.end_of_text,
+        "texts": tokenizer.frame.to_state(),
         "source": source,
         "chatwright": __version__,
     }

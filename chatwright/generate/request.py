@@ -33,6 +33,10 @@ class Request:
     grammar: Grammar | None = None
     """The form that the answer must have (grammar.py). Once it is complete and nothing may follow, the answer
     ends without an end id."""
+    continues: bool = False
+    """Whether the answer goes on in the middle of a text. SentencePiece's tokens that begin a word have a
+    space in front, which counts there, and not at the beginning of a text such as an answer in a chat.
+    """
     placeholders: tuple[tuple[int, str], ...] = ()
     """(position in the prompt, hash) of each placeholder token, such as those of an image. Requests whose
     hashes differ at a position share no cached keys and values from there on. The hash must cover all that

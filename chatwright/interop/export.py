@@ -32,6 +32,7 @@ OURS = frozenset(
         "tokenizer.json",
         "chat_template.jinja",
         "additional_chat_templates",
+        "generation_config.json",
     }
 )
 """The files of a model directory: nothing else is ever replaced."""
@@ -63,7 +64,7 @@ def behaviour(parts: Loaded) -> tuple[list[int], list[int], Tensor]:
     """What must stay the same: ids of a text, ids of a conversation, and the logits of both."""
 
     assert parts.tokenizer is not None
-    text = parts.tokenizer.encode(SAMPLE)
+    text = parts.tokenizer.encode_text(SAMPLE)
     talk: list[int] = []
     if parts.template is not None:
         messages = [Message(role="user", content=SAMPLE), Message(role="assistant", content="Yes.")]

@@ -166,7 +166,7 @@ def _gemma(metadata: Metadata, shape: Shape, largest: int) -> Shape:
     own."""
     found = _llama(metadata, shape)
     size = shape["width"] // shape["heads"]
-    own = shape["layers"] == largest and size != found["head_dim"]
+    own = shape["layers"] == largest and size not in (0, found["head_dim"])
     return {
         **found,
         "activation": "geglu",

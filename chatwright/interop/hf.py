@@ -24,15 +24,15 @@ from chatwright.config import UserError
 from chatwright.files import read_json
 from chatwright.generation_config import GenerationConfig
 from chatwright.interop.families import Family, config_from_hf, family_of
+from chatwright.interop.hf_tokenizer import read_tokenizer
 from chatwright.interop.loaded import (
     Loaded,
     Stored,
     build,
-    end_of_text,
     in_memory,
     translate,
 )
-from chatwright.interop.templates import template_of, token_text
+from chatwright.interop.templates import template_of
 from chatwright.model.config import GPTConfig
 from chatwright.tokenizer import Tokenizer
 
@@ -149,7 +149,7 @@ def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32, tokeni
     """A model directory as `save_pretrained` writes it. Raises UserError when anything in it is not what we
     carry.
 
-    `tokenizer=False` reads the weights alone, for models whose tokenizer is not byte-level BPE.
+    `tokenizer=False` reads the weights alone, for models whose tokenizer is of a kind that is not read.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -174,22 +174,9 @@ def _text_side(directory: Path) -> tuple[Tokenizer | None, ChatTemplate | None]:
     if not file.exists():
         return None, None
     content = _read_json(file)
-    decoder = content.get("decoder")
-    decoders = [decoder, *_listed(decoder.get("decoders"))] if isinstance(decoder, dict) else []
-    if not any(isinstance(one, dict) and one.get("type") == "ByteLevel" for one in decoders):
-        raise UserError(f"{file}: not byte-level BPE; load_hf(..., tokenizer=False) reads the weights alone")
     extra = directory / "tokenizer_config.json"
     settings = _read_json(extra) if extra.exists() else {}
-    end = token_text(settings.get("eos_token"))
-    added = [token for token in _listed(content.get("added_tokens")) if isinstance(token, dict)]
-    controls = [str(token.get("content")) for token in added if token.get("special")]
-    tokenizer = Tokenizer.load(file, end_of_text=end_of_text(controls, end, where=str(file)))
-    return tokenizer, template_of(directory, settings)
-
-
-def _listed(value: Any) -> list[Any]:
-    """A list out of a JSON file; empty when it is something else."""
-    return value if isinstance(value, list) else []
+    return read_tokenizer(directory, content, settings), template_of(directory, settings)
 
 
 def hf_shape(directory: Path) -> GPTConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from chatwright.chat import ChatTemplate
+from chatwright.chat import ChatTemplate, Message
 from chatwright.config import UserError
 from chatwright.interop.families import FAMILIES, config_from_hf
 from chatwright.interop.loaded import Loaded, end_of_text
@@ -91,6 +91,21 @@ def ends_of(parts: Loaded, tokenizer: Tokenizer) -> Ends:
     if guessed != ends.text:
         raise UserError(f"its texts end with {ends.text}, which other programs would take to be {guessed}")
     return ends
+
+
+def chats_begin_like_texts(parts: Loaded, tokenizer: Tokenizer) -> bool:
+    """Whether a conversation begins with what stands in front of a text; True for a base model."""
+    if parts.template is None:
+        return True
+    begin = list(tokenizer.frame.begin)
+    for role in ("user", "system"):  # a template may want either first
+        try:
+            message = Message(role=role, content="x")
+            ids = parts.template.encode([message], tokenizer, add_generation_prompt=True).ids
+        except UserError:
+            continue
+        return ids[: len(begin)] == begin
+    return False
 
 
 def exported(template: ChatTemplate) -> ChatTemplate:

@@ -10,8 +10,11 @@ from typing import Any
 from chatwright.chat import ChatTemplate, read_template
 from chatwright.config import UserError
 from chatwright.files import read_json
+from chatwright.interop.hf_tokenizer import token_name
 from chatwright.template_source import EXTRA, read_named
 
+ROLES = {"unk_token": "unknown", "pad_token": "padding", "sep_token": "seperator", "mask_token": "mask"}
+"""The variables of special tokens, as GGUF calls their roles; begin and end are asked for apart."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The variables in which templates of transformers find the special tokens of the tokenizer."""
 
@@ -56,7 +59,7 @@ def template_of(directory: Path, settings: Mapping[str, Any]) -> ChatTemplate | 
     tokens = {
         name: token
         for name in SPECIAL_TOKENS
-        if (token := token_text({**(found if isinstance(found, dict) else {}), **settings}.get(name)))
+        if (token := token_name({**(found if isinstance(found, dict) else {}), **settings}.get(name)))
         is not None
     }
     source = named.pop("default", None)
@@ -95,9 +98,3 @@ def _from_settings(value: Any, directory: Path) -> dict[str, str]:
     ):
         raise UserError(f"{where}: its chat_template is no text")
     return dict(value or {})
-
-
-def token_text(value: Any) -> str | None:
-    """A token of tokenizer_config.json: its text, or an object with its text."""
-    found = value.get("content") if isinstance(value, dict) else value
-    return found if isinstance(found, str) else None

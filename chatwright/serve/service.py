@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chatwright.config import UserError
 from chatwright.serve.answer import Answer, Listener
@@ -129,8 +129,9 @@ def prepare(
     request = Request(
         prompt=prompt,
         sampling=_within(sampling, context - len(prompt)),
-        end_ids=template.end_ids(model.tokenizer),
+        end_ids=model.end_ids,
         grammar=grammar(model) if grammar is not None else None,
+        continues=bool(begun),
     ).stopping(template.stop_texts(model.tokenizer))
     return Prepared(_samples(request, answers), len(prompt), fitted.dropped)
 
@@ -142,9 +143,7 @@ def prepare_prompts(
     the context."""
     from chatwright.generate.request import Request
 
-    end_ids = frozenset({model.tokenizer.end_of_text_id})
-    if model.template is not None:
-        end_ids |= model.template.end_ids(model.tokenizer)
+    end_ids, controls = model.text_end_ids, set(model.tokenizer.control_ids.values())
     requests: list[Request] = []
     for ids in prompts:
         room = model.engine.max_context - len(ids)
@@ -152,7 +151,9 @@ def prepare_prompts(
             raise TooLong(
                 f"the prompt has {len(ids)} tokens, the model's context holds {model.engine.max_context}"
             )
-        requests += _samples(Request(tuple(ids), _within(sampling, room), end_ids), answers)
+        continues = not controls.issuperset(ids)  # control tokens alone are no text that goes on
+        one = Request(tuple(ids), _within(sampling, room), end_ids, continues=continues)
+        requests += _samples(one, answers)
     return Prepared(tuple(requests), sum(map(len, prompts)), 0)
 
 
@@ -184,13 +185,17 @@ class ChatService:
         name: str,
         limits: Limits = Limits(),
         listeners: Sequence[Listener] = (),
+        own_defaults: bool = True,
     ) -> None:
+        """`own_defaults`: whether settings that a request leaves out are the model's own (vLLM's
+        --generation-config auto) or OpenAI's."""
         self.model = model
+        self.own_defaults = own_defaults
         self.name = name
         """The name under which the model is served."""
         self.engine = engine
         self.limits = limits
-        self.scorer = Scorer(model.model)
+        self.scorer = Scorer(model.model, model.known)
         self._listeners = listeners
         self._running: set[Answer] = set()
         self._preparing = 0
@@ -200,6 +205,11 @@ class ChatService:
     def context(self) -> int:
         """The model's window, in tokens."""
         return self.model.engine.max_context
+
+    @property
+    def own_sampling(self) -> dict[str, Any]:
+        """The sampling settings of whatever a request leaves out; empty for OpenAI's defaults."""
+        return self.model.own_sampling if self.own_defaults else {}
 
     @property
     def running(self) -> int:

@@ -20,6 +20,7 @@ from chatwright.generate.runner import Feed
 from chatwright.generate.sampling import Sampling
 from chatwright.generate.shapes import unsupported
 from chatwright.model.gpt import GPT
+from support import families
 from support.family_shapes import FAMILIES, drawn
 
 DTYPES = ("fp32", "bf16", "int8", "int4")
@@ -65,6 +66,16 @@ def test_logits_equal_plain_torch(name: str, dtype: str, layers: int) -> None:
     if dtype == "fp32":
         with torch.no_grad():
             assert (found - model(ids[None])[0]).abs().max() < 1e-4 * scale
+
+
+@pytest.mark.parametrize("name", families.CASES)
+@torch.no_grad()
+def test_logits_equal_transformers(name: str) -> None:
+    """Models that transformers made, read by us, in float32: a prompt, then token by token."""
+    ids, run = some_ids(40), runner(families.ours(name), "fp32")
+    parts = [(0, 33), *((at, at + 1) for at in range(33, 40))]
+    found = torch.cat([run.forward([Feed(ids[a:b].tolist(), a, [5, 0, 9], b - a)]) for a, b in parts])
+    assert (found - families.theirs(name)(ids[None]).logits[0]).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])

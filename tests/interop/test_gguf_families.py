@@ -24,6 +24,7 @@ from chatwright.interop.loaded import Loaded
 from chatwright.model.config import GPTConfig
 from chatwright.model.rotary_scaling import RotaryScaling
 from chatwright.tokenizer import Tokenizer
+from support import families
 from support.family_shapes import FAMILIES, drawn
 
 FOUR = {"layers": 4, "rotary_layers": (True, True, True, False)}
@@ -121,6 +122,21 @@ def test_llama_cpp_says_the_same(name: str, tokenizer: Tokenizer, file: Path) ->
             found = peer.our_greedy(ours, prompt)
             assert peer.their_greedy(theirs, prompt) == found
             assert distance([*prompt, *found]) <= near
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2", "olmo2", "olmo3", "phi3-partial", "granite", "gemma3_text", "gpt_neox"]
+)
+@torch.no_grad()
+def test_from_transformers_to_llama_cpp(name: str, tokenizer: Tokenizer, file: Path) -> None:
+    """A model that transformers made, read and written by us: llama.cpp computes what transformers does."""
+    from . import test_llama_cpp as peer
+
+    plan_gguf(Loaded(families.ours(name), tokenizer, None, "x")).write(file)
+    near = GELU_TABLE if name in ("gemma3_text", "gpt_neox") else 1e-4
+    with peer.running(file, families.CONTEXT) as running:
+        found = peer.their_logits(running, some_ids()[0].tolist())
+    assert np.abs(found - families.theirs(name)(some_ids()[:1]).logits[0].numpy()).max() <= near
 
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3", "gemma3", "gpt_neox"])
@@ -246,6 +262,15 @@ def test_the_same_angles_said_twice() -> None:
 # ---- files of others ---------------------------------------------------------------------------------------
 
 
+def test_the_largest_gemmas_have_a_scale_of_their_own() -> None:
+    """Known by their number of layers: Gemma 2 of 27 B has 46, and 32 heads of 128 for a width of 4608."""
+    shape = {**FAMILIES["gemma2"].to_dict(), "layers": 46, "windows": (9, 0) * 23, "head_dim": 24}
+    large = GPTConfig.from_dict({**shape, "attention_scale": 16**-0.5})
+    assert metadata_of(large)["gemma2.attention.key_length"] == 24
+    with pytest.raises(UserError, match=r"attention_scale 0\.0, and llama\.cpp's gemma2"):
+        metadata_of(replace(large, attention_scale=0.0))
+
+
 @pytest.fixture
 def changed(tokenizer: Tokenizer, file: Path) -> Callable[..., Path]:
     """A family's file with other metadata; None leaves a key out."""
@@ -297,6 +322,10 @@ def test_what_goes_without_saying(changed: Callable[..., Path]) -> None:
         ("qwen2", {"rope.dimension_count": 8}, "rope.dimension_count differs from the head size 16"),
         ("phi3", {"rope.dimension_count": 7}, "rotary_dim 7 is not even"),
         ("smollm3", {"block_count": 1 << 30}, "1073741824 blocks in it"),
+        ("gemma2", {"block_count": 46, "attention.head_count": 99}, "46 blocks in it"),
+        ("granite", {"logit_scale": float("inf")}, "logit_scale 0.0 is not a positive number"),
+        ("granite", {"embedding_scale": float("nan")}, "embed_scale is nan, which no computer can use"),
+        ("gemma3", {"attention.sliding_window": (1 << 31) - 1}, "windows are (2147483647, 0)"),
     ],
 )
 def test_damaged_or_strange(

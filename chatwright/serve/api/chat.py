@@ -215,7 +215,7 @@ def routes(pool: ModelPool) -> APIRouter:
             with naming("messages"):
                 prepared = await service.prepare(
                     messages,
-                    body.sampling(service.model.own_sampling),
+                    body.sampling(service.own_sampling),
                     answers=body.answers,
                     grammar=form.grammar,
                     beside=form.beside(service.model),

@@ -112,7 +112,8 @@ class Form:
         Raises ApiError, which names the field."""
         if not self.calls and self.wanted.kind == "text":
             return None
-        end_ids = model.require_template().end_ids(model.tokenizer)
+        model.require_template()
+        end_ids = model.end_ids
         with naming("tools" if self.calls else self.wanted.param):
             if self.calls:
                 return tool_grammar(model.tokenizer, end_ids, self.tools, self.choice, self.parallel)

@@ -193,7 +193,7 @@ def routes(pool: ModelPool) -> APIRouter:
             service = await stack.enter_async_context(pool.use(body.model))
             effort = body.reasoning.effort if body.reasoning is not None else None
             check_effort(service.model.template, effort, "reasoning.effort")
-            sampling = body.sampling(service.model.own_sampling)
+            sampling = body.sampling(service.own_sampling)
             with naming("input"):
                 prepared = await service.prepare(
                     form.messages(messages, service.model),
