@@ -29,8 +29,8 @@ from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import merge, plain, sharing_copy
 from chatwright.model_names import is_pair, near_hub, split_pair, unfinished_stages
-from chatwright.text_frame import TextFrame
 from chatwright.tokenizer import Tokenizer
+from chatwright.tokenizer.text_frame import TextFrame
 
 DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
 """Types of the weights for generation; see `make_runner`."""

@@ -21,8 +21,8 @@ from chatwright.interop.loaded import Loaded
 from chatwright.language_model import LanguageModel, find_checkpoint, load, load_parts
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
-from chatwright.text_frame import TextFrame
 from chatwright.tokenizer import Tokenizer
+from chatwright.tokenizer.text_frame import TextFrame
 
 HELLO = [Message(role="user", content="Hello")]
 

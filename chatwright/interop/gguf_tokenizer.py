@@ -17,9 +17,9 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from chatwright.config import UserError
 from chatwright.interop.loaded import end_of_text
 from chatwright.interop.spm import merges_of
-from chatwright.text_frame import TextFrame
-from chatwright.token_spelling import SPACE
 from chatwright.tokenizer import PATTERN, Tokenizer, library
+from chatwright.tokenizer.spelling import SPACE
+from chatwright.tokenizer.text_frame import TextFrame
 
 # How text is cut before merging, by llama.cpp's name for it.
 _WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # GPT-2's pattern

@@ -18,9 +18,9 @@ from chatwright.interop import gguf_tokenizer as reading
 from chatwright.interop.leaving import Ends, chats_begin_like_texts
 from chatwright.interop.loaded import Loaded
 from chatwright.interop.spm import scores_of
-from chatwright.token_spelling import BYTE_TOKEN, SPACE
 from chatwright.tokenizer import Tokenizer
-from chatwright.tokenizer_parts import parts_of
+from chatwright.tokenizer.parts import parts_of
+from chatwright.tokenizer.spelling import BYTE_TOKEN, SPACE
 
 
 @dataclass(frozen=True)

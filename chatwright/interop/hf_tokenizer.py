@@ -16,8 +16,8 @@ from chatwright.config import UserError
 from chatwright.files import read_json
 from chatwright.generation_config import end_ids_of
 from chatwright.interop.loaded import end_of_text, located
-from chatwright.text_frame import TextFrame, of_post_processor
 from chatwright.tokenizer import Tokenizer
+from chatwright.tokenizer.text_frame import TextFrame, of_post_processor
 
 ROLES = ("bos_token", "eos_token")
 """The roles of tokens that are read."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from chatwright.interop.leaving import Ends
-from chatwright.text_frame import of_post_processor, template_processing
 from chatwright.tokenizer import Tokenizer
+from chatwright.tokenizer.text_frame import of_post_processor, template_processing
 
 
 @dataclass(frozen=True)

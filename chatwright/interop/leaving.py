@@ -125,7 +125,7 @@ def _portable(source: str) -> str:
     import jinja2
     from jinja2 import meta
 
-    from chatwright.sandbox import Sandbox
+    from chatwright.chat.sandbox import Sandbox
 
     try:
         free = meta.find_undeclared_variables(Sandbox().parse(source)) & set(SPECIAL_TOKENS)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from chatwright.chat import ChatTemplate, read_template
+from chatwright.chat.source import EXTRA, read_named
 from chatwright.config import UserError
 from chatwright.interop.hf_tokenizer import special_tokens
-from chatwright.template_source import EXTRA, read_named
 
 ROLES = {"unk_token": "unknown", "pad_token": "padding", "sep_token": "seperator", "mask_token": "mask"}
 """The variables of special tokens, as GGUF calls their roles; begin and end are asked for apart."""

@@ -21,8 +21,8 @@ from chatwright.data.picture import mask_picture
 from chatwright.language_model import load
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
-from chatwright.text_frame import TextFrame
 from chatwright.tokenizer import Tokenizer
+from chatwright.tokenizer.text_frame import TextFrame
 from support.tooling import Run, check, findings, save
 
 

@@ -13,7 +13,7 @@ from chatwright.serve.api.completions import CompletionRequest
 from chatwright.serve.api.reading import Whole
 from chatwright.serve.api.scores import _echoed
 from chatwright.serve.service import prepare_prompts
-from chatwright.text_frame import TextFrame
+from chatwright.tokenizer.text_frame import TextFrame
 
 TEXT = "How is the cat?"
 

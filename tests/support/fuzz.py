@@ -29,7 +29,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 
-from chatwright import sandbox
+from chatwright.chat import sandbox
 from chatwright.config import UserError
 from support import specimens
 

@@ -13,6 +13,7 @@ import torch
 
 from chatwright import runtime
 from chatwright.chat import ChatTemplate, EncodedChat, Message
+from chatwright.chat.turn_ends import TurnEnds
 from chatwright.commands.doctor.finding import Finding
 from chatwright.config import UserError
 from chatwright.data.picture import mask_picture, spelled
@@ -20,7 +21,6 @@ from chatwright.messages import written
 from chatwright.metrics import console
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
-from chatwright.turn_ends import TurnEnds
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -19,7 +19,7 @@ from jinja2.runtime import BlockReference, LoopContext, Macro
 from jinja2.utils import pass_eval_context
 from markupsafe import Markup
 
-from chatwright.traced_text import (
+from chatwright.chat.traced_text import (
     TEMPLATE,
     UNSURE,
     Traced,

@@ -20,9 +20,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, processors
 
+from chatwright.chat.traced_text import GENERATED, TEMPLATE, runs_of
 from chatwright.config import UserError
 from chatwright.tokenizer import Tokenizer, library
-from chatwright.traced_text import GENERATED, TEMPLATE, runs_of
 
 Span = tuple[int, int]
 

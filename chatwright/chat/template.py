@@ -12,7 +12,7 @@ template, or one of the messages. So there are two differences, and no others:
 And what transformers leaves to its user is done here: a plain text is passed as a list of one text part to a
 template that only goes through lists, several text parts as one text to a template that knows no lists.
 Messages with typed parts (messages.py) become tool calls and thinking as the template has them, or text in
-the form of Hermes where it has none (template_values.py). An image is refused: no model here can read one.
+the form of Hermes where it has none (values.py). An image is refused: no model here can read one.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Unpack
 
-from chatwright import turn_ends
-from chatwright.config import UserError
-from chatwright.loss_mask import learnt_of
-from chatwright.messages import ROLES, Message, check_message
-from chatwright.template_abilities import TOOL, Abilities, independent_turns
-from chatwright.template_source import EXTRA, compiled, read_named, read_template
-from chatwright.template_values import (
+from chatwright.chat import turn_ends
+from chatwright.chat.abilities import TOOL, Abilities, independent_turns
+from chatwright.chat.loss_mask import learnt_of
+from chatwright.chat.source import EXTRA, compiled, read_named, read_template
+from chatwright.chat.trusted_tokens import encoder_of
+from chatwright.chat.turn_ends import TurnEnds
+from chatwright.chat.values import (
     Beside,
     beside_of,
     cut_open,
@@ -42,9 +42,9 @@ from chatwright.template_values import (
     traced_beside,
     traced_message,
 )
+from chatwright.config import UserError
+from chatwright.messages import ROLES, Message, check_message
 from chatwright.tokenizer import Tokenizer
-from chatwright.trusted_tokens import encoder_of
-from chatwright.turn_ends import TurnEnds
 
 __all__ = [
     "NATIVE",
@@ -243,7 +243,7 @@ class ChatTemplate:
         """Messages with their numbers, as they are, to a text whose characters know their origins."""
         import jinja2
 
-        from chatwright import sandbox
+        from chatwright.chat import sandbox
 
         tools, opening = beside.get("tools"), beside.get("continue_final_message")
         source = self.named["tool_use"] if tools is not None and "tool_use" in self.named else self.source

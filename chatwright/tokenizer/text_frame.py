@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from chatwright.config import UserError
-from chatwright.tokenizer_parts import parts_of
+from chatwright.tokenizer.parts import parts_of
 
 TRAINED_HERE = "documents are divided by it in training"
 """Why a text begins with the end-of-text token for models that are trained here."""

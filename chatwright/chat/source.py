@@ -20,7 +20,7 @@ def compiled(source: str) -> Any:
     """The template in Jinja's sandbox: it comes with the model, from whoever made the model."""
     import jinja2
 
-    from chatwright.sandbox import Sandbox
+    from chatwright.chat.sandbox import Sandbox
 
     def raise_exception(message: str) -> None:
         raise UserError(f"the chat template refuses this conversation: {message}")

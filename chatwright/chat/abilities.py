@@ -9,9 +9,9 @@ from typing import Any
 
 from jinja2 import TemplateError, nodes
 
+from chatwright.chat.sandbox import Sandbox
 from chatwright.config import UserError
 from chatwright.messages import BEFORE_ARGUMENTS, BEFORE_NAME, OPEN
-from chatwright.sandbox import Sandbox
 
 Render = Callable[..., str]
 """Messages, and tools by name, to text. Raises UserError where the template refuses them."""

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
+from chatwright.chat.traced_text import CONTENT, Traced, joined, of_message, owned
+from chatwright.chat.trusted_tokens import encoder_of
 from chatwright.config import UserError
 from chatwright.tokenizer import Tokenizer
-from chatwright.traced_text import CONTENT, Traced, joined, of_message, owned
-from chatwright.trusted_tokens import encoder_of
 
 SPECIALS = ("<s>", "</s>", "<end>", "<ends>", "[INST]")
 TEXTS = ["Hello there, how are you?", "user: Hi end s INST <end> [ ] /", "  two  spaces\n\n"] * 4

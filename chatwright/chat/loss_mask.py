@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from chatwright.traced_text import (
+from chatwright.chat.traced_text import (
     BLEND,
     CONTENT,
     GENERATED,

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 
 from chatwright.config import UserError
-from chatwright.token_spelling import decoding_of
 from chatwright.tokenizer import TextStream, Tokenizer
+from chatwright.tokenizer.spelling import decoding_of
 from support.vocabularies import KINDS, TEXTS, sentencepiece
 
 

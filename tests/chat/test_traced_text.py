@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from chatwright import sandbox
-from chatwright.sandbox import Sandbox
-from chatwright.traced_text import (
+from chatwright.chat import sandbox
+from chatwright.chat.sandbox import Sandbox
+from chatwright.chat.traced_text import (
     BLEND,
     CONTENT,
     TEMPLATE,

@@ -13,6 +13,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict, cast
 
+from chatwright.chat.abilities import Abilities
+from chatwright.chat.traced_text import BESIDE, CALL, CONTENT, OTHER, THINKING, of_message, owned
 from chatwright.config import UserError
 from chatwright.messages import (
     ROLES,
@@ -26,8 +28,6 @@ from chatwright.messages import (
     to_openai,
     written,
 )
-from chatwright.template_abilities import Abilities
-from chatwright.traced_text import BESIDE, CALL, CONTENT, OTHER, THINKING, of_message, owned
 
 TRUSTED_ROLES = frozenset(
     (*ROLES, "developer", "function", "ipython", "model", "observation", "tool_response")

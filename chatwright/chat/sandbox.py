@@ -33,8 +33,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from chatwright import tracing
-from chatwright.traced_text import UNSURE, generated, joined, owned, text_of
+from chatwright.chat import tracing
+from chatwright.chat.traced_text import UNSURE, generated, joined, owned, text_of
 
 STEPS = 200_000
 """Most turns of all loops and macros of one rendering. Real templates take a few per message."""

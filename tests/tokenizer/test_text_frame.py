@@ -10,8 +10,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
 from chatwright.config import UserError
-from chatwright.text_frame import TextFrame, of_post_processor, template_processing
 from chatwright.tokenizer import Tokenizer
+from chatwright.tokenizer.text_frame import TextFrame, of_post_processor, template_processing
 from support.vocabularies import byte_level
 
 BEGIN, END = "<|begin|>", "<|end_of_text|>"

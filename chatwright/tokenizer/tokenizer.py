@@ -3,8 +3,8 @@
 
 Training, encoding and the file format are those of the `tokenizers` library, so `tokenizer.json` loads in
 transformers. Added here: any bytes round-trip, and text never becomes a control token, whatever it spells.
-What tokens stand for is in token_spelling.py, what stands around a text in text_frame.py, which files are
-read in tokenizer_parts.py.
+What tokens stand for is in spelling.py, what stands around a text in text_frame.py, which files are read in
+parts.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from chatwright.config import UserError
-from chatwright.text_frame import TRAINED_HERE, TextFrame, of_post_processor
-from chatwright.token_spelling import Decoding, Spelling, byte_alphabet, decoding_of
-from chatwright.tokenizer_parts import MODELS, library, read_content, without_prefix
+from chatwright.tokenizer.parts import MODELS, library, read_content, without_prefix
+from chatwright.tokenizer.spelling import Decoding, Spelling, byte_alphabet, decoding_of
+from chatwright.tokenizer.text_frame import TRAINED_HERE, TextFrame, of_post_processor
 
 __all__ = ["CONTROLS", "END_OF_TEXT", "PATTERN", "TextStream", "Tokenizer", "byte_alphabet", "library"]
 

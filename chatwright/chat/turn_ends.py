@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from chatwright.chat.traced_text import GENERATED, TEMPLATE, UNSURE, message_of, runs_of
 from chatwright.config import UserError
 from chatwright.tokenizer import Tokenizer
-from chatwright.traced_text import GENERATED, TEMPLATE, UNSURE, message_of, runs_of
 
 Render = Callable[[Sequence[Mapping[str, Any]]], str]
 """A conversation as a `Traced` text. Raises UserError where the template refuses it."""
