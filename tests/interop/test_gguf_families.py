@@ -227,7 +227,10 @@ REFUSED: list[tuple[GPTConfig, str]] = [
     (replace(FAMILIES["gemma2"], attention_softcap=0.0), "the model has attention_softcap 0.0"),
     (replace(FAMILIES["gemma2"], embed_scale=3.0), "the model has embed_scale 3.0, and llama.cpp's gemma2"),
     (replace(FAMILIES["gemma2"], windows=(9, 8)), "the model has windows (9, 8), and llama.cpp's gemma2"),
-    (replace(FAMILIES["gemma3"], attention_scale=0.1), "the model has attention_scale 0.1"),
+    (
+        replace(FAMILIES["gemma3"], attention_scale=0.1),
+        "attention_scale 0.1, and llama.cpp's gemma3, the nearest family, can only say 0.2041",
+    ),
     (replace(FAMILIES["gemma3"], window_rope_base=0.0), "the model has window_rope_base 0.0"),
     (replace(FAMILIES["gemma3"], attention_softcap=9.0), "the model has attention_softcap 9.0"),
     (replace(FAMILIES["gemma3"], rope_scaling=YARN), "gemma3 with windows and yarn is not supported"),
