@@ -316,4 +316,6 @@ class GPT(nn.Module):
             else:
                 x = block(x, given)
         x = self.final_norm(x)
-        return x if self.config.logit_scale == 1.0 else x * self.config.logit_scale
+        if self.config.logit_scale != 1.0:
+            x = x * self.config.logit_scale
+        return x  # type: ignore[no-any-return]

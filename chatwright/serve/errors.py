@@ -110,7 +110,9 @@ def from_user_error(error: UserError) -> ApiError:
     if isinstance(error, TimedOut):
         return ApiError(504, str(error), code="timeout")
     if isinstance(error, TooLong):
-        return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+        # Clients such as LiteLLM know this error by OpenAI's words.
+        message = f"This model's maximum context length is exceeded: {error}"
+        return ApiError(400, message, param="messages", code="context_length_exceeded")
     if isinstance(error, UnreadablePart):
         return ApiError(400, str(error), param="messages", code="unsupported_value")
     if isinstance(error, NotThere):

@@ -95,7 +95,7 @@ def test_ids_without_a_token_never_come_out(
     requests = [Request(prompt, sampling) for prompt in prompts(3, hole)]
     for completion in Engine(model, holed).generate(requests):
         assert len(completion.ids) == 30 and set(completion.ids) <= known
-        assert {token for step in completion.alternatives for token, _ in step} <= known
+        assert {token for step in completion.top_logprobs for token, _ in step} <= known
         assert all(np.isfinite(completion.logprobs))
     free = Engine(model).generate(requests)  # without a tokenizer nothing is known of the ids
     assert not set(free[0].ids) <= known

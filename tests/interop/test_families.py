@@ -546,7 +546,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> P
     return place
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+QUICK = ("gemma3_text", "gpt_neox", "phi3")
+"""The families whose parts differ most; the others make the slow form."""
+
+
+@pytest.mark.parametrize(
+    "name", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in ONE_OF_EACH]
+)
 def test_the_verbs(
     name: str,
     folders: Path,
@@ -564,9 +570,9 @@ def test_the_verbs(
         assert code == 0, shown.err
         return shown.out + shown.err
 
-    run("generate", source, "--prompt", "Hello", "--max_new_tokens", "12", "--dtype", "fp32")
+    run("generate", source, "--prompt", "Hello", "--max_new_tokens", "12")
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/quit\n"))
-    run("chat", source, "--max_new_tokens", "5", "--dtype", "fp32")
+    run("chat", source, "--max_new_tokens", "5")
     options = ["--base", source, "--lora.rank", "2", "--context", "64"]
     assert "memory" in run("plan", "sft", *options, "--time", "false")
     steps = ["--fit.seconds", "0", "--fit.steps", "1", "--fit.batch_size", "2", "--fit.compile", "false"]

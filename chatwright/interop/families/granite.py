@@ -32,7 +32,7 @@ def _settings(config: GPTConfig) -> dict[str, Any]:
 
 def inverse(value: float, power: float = -1.0) -> float:
     """x with x ** power = value, a whole number where one fits exactly: what was read is written again."""
-    found = value ** (1.0 / power)
+    found: float = value ** (1.0 / power)
     whole = round(found)
     return whole if whole and float(whole) ** power == value else found
 

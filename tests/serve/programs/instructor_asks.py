@@ -8,7 +8,7 @@ from typing import Literal
 
 import instructor
 import openai
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
 url, model = sys.argv[1:]
 tries: list[str] = []
@@ -16,6 +16,8 @@ tries: list[str] = []
 
 class Mood(BaseModel):
     """How somebody feels."""
+
+    model_config = ConfigDict(extra="forbid")  # a tiny model would write properties of its own for ever
 
     mood: Literal["good", "bad"]
     score: Literal[1, 2, 3]
@@ -43,6 +45,7 @@ for mode in ("TOOLS", "TOOLS_STRICT", "JSON_SCHEMA"):
         max_retries=3,
         temperature=1,
         max_tokens=300,
+        **({"parallel_tool_calls": False} if mode.startswith("TOOLS") else {}),
         messages=[{"role": "user", "content": "hello"}],
     )
     found[mode] = {"tries": len(tries), **answer.model_dump()}
