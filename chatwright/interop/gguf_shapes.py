@@ -318,10 +318,6 @@ def _say_gemma3(config: GPTConfig) -> dict[str, Any]:
     return values
 
 
-def _say_gptneox(config: GPTConfig) -> dict[str, Any]:
-    return {"use_parallel_residual": config.parallel}
-
-
 # ---- the architectures -------------------------------------------------------------------------------------
 
 
@@ -395,7 +391,7 @@ ARCHITECTURES = {
     "gptneox": Architecture(
         GPTNEOX_RULES,
         _gptneox,
-        _say_gptneox,
+        lambda config: {"use_parallel_residual": config.parallel},
         frozenset({"use_parallel_residual"}),
         whole_width=True,
         head="own",
