@@ -209,8 +209,8 @@ def _gemma3(metadata: Metadata, shape: Shape) -> Shape:
 
 
 def _gptneox(metadata: Metadata, shape: Shape) -> Shape:
-    """llama.cpp computes either GELU out of its table of 16-bit numbers, whose error is larger than what the
-    two differ by. Without a key of ours the exact one is meant: Pythia's, and that of most models."""
+    """llama.cpp computes either GELU out of one table of 16-bit numbers, whose error is about what the two
+    differ by. Without a key of ours the exact one is meant: Pythia's, and that of most models."""
     activation = metadata.values.get(OWN_ACTIVATION, "gelu")
     if activation not in GELUS:
         raise UserError(f"{metadata.where}: {OWN_ACTIVATION} is {activation!r:.80}, not gelu or gelu_tanh")

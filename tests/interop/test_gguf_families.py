@@ -65,7 +65,7 @@ THEIR_NAMES = {
 """What transformers calls the family of a file."""
 GELU_TABLE = 2e-2
 """How far logits may be apart where llama.cpp looks GELU up in a table of 16-bit numbers. It has one table,
-with the tanh form: the exact GELU is nearer to that than the table is to itself."""
+with the tanh form. Seen, with logits of deviation 3: 4e-3 for that, 6e-3 for the exact GELU."""
 SCALE = {"granite": 4.0}
 """How many times larger the logits are."""
 
