@@ -131,6 +131,12 @@ def metadata_of(config: GPTConfig) -> dict[str, Any]:
     names = ("token_embd.weight",) if config.tied else ("token_embd.weight", "output.weight")
     tensors = dict.fromkeys((*names, *map(str, range(config.layers))), table)  # not fewer than blocks
     carried = config_of(Metadata(planned, "GGUF"), tensors)
+    mine, theirs = (one.attention_scale or config.head_dim**-0.5 for one in (config, carried))
+    if stored(mine) != stored(theirs):  # in numbers, where the shape says 0 for the usual one
+        raise UserError(
+            f"the model has attention_scale {mine}, and llama.cpp's {architecture}, the nearest family, can "
+            f"only say {theirs}: it would compute something else there"
+        )
     check_shape(_as_carried(config, carried), carried, f"llama.cpp's {architecture}")
     del planned["general.architecture"]  # the writer adds it
     return planned
@@ -142,13 +148,9 @@ def _as_carried(config: GPTConfig, carried: GPTConfig) -> GPTConfig:
     Dropout acts in training only, and a GGUF file is not for training. Scales are compared as the file holds
     them, in 32 bits.
     """
-    changes: dict[str, Any] = {"dropout": carried.dropout}
-    usual = config.head_dim**-0.5
-    for name in ("embed_scale", "residual_scale", "logit_scale", "attention_scale"):
-        mine, theirs = getattr(config, name), getattr(carried, name)
-        if name == "attention_scale":
-            mine, theirs = mine or usual, theirs or usual
-        if stored(mine) == stored(theirs):
+    changes: dict[str, Any] = {"dropout": carried.dropout, "attention_scale": carried.attention_scale}
+    for name in ("embed_scale", "residual_scale", "logit_scale"):
+        if stored(getattr(config, name)) == stored(getattr(carried, name)):
             changes[name] = getattr(carried, name)
     if config.window_rope_base == config.rope_base and config.rope_scaling is None:
         changes["window_rope_base"] = 0.0  # the same angles in all layers

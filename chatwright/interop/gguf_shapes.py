@@ -209,8 +209,8 @@ def _gemma3(metadata: Metadata, shape: Shape) -> Shape:
 
 
 def _gptneox(metadata: Metadata, shape: Shape) -> Shape:
-    """llama.cpp computes either GELU out of its table of 16-bit numbers, whose error is larger than what the
-    two differ by. Without a key of ours the exact one is meant: Pythia's, and that of most models."""
+    """llama.cpp computes either GELU out of one table of 16-bit numbers, whose error is about what the two
+    differ by. Without a key of ours the exact one is meant: Pythia's, and that of most models."""
     activation = metadata.values.get(OWN_ACTIVATION, "gelu")
     if activation not in GELUS:
         raise UserError(f"{metadata.where}: {OWN_ACTIVATION} is {activation!r:.80}, not gelu or gelu_tanh")
@@ -318,10 +318,6 @@ def _say_gemma3(config: GPTConfig) -> dict[str, Any]:
     return values
 
 
-def _say_gptneox(config: GPTConfig) -> dict[str, Any]:
-    return {"use_parallel_residual": config.parallel}
-
-
 # ---- the architectures -------------------------------------------------------------------------------------
 
 
@@ -395,7 +391,7 @@ ARCHITECTURES = {
     "gptneox": Architecture(
         GPTNEOX_RULES,
         _gptneox,
-        _say_gptneox,
+        lambda config: {"use_parallel_residual": config.parallel},
         frozenset({"use_parallel_residual"}),
         whole_width=True,
         head="own",
