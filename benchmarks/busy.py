@@ -3,6 +3,7 @@
     python benchmarks/busy.py                            everything, about 15 minutes
     python benchmarks/busy.py --only pretrain            some of the measures
     python benchmarks/busy.py --spin now old             also as OpenMP's threads wait by themselves
+    python benchmarks/busy.py --alone --spin now old     that alone, beside no loop
     python benchmarks/busy.py --spin now 0 100000        other lengths of OpenMP's waiting loop
                                                          (GOMP_SPINCOUNT)
 
@@ -326,10 +327,10 @@ def environment(spin: str) -> Mapping[str, str]:
 
 
 def measured(
-    name: str, spins: Sequence[str], rounds: int, seconds: float
+    name: str, spins: Sequence[str], beside: Sequence[int], rounds: int, seconds: float
 ) -> dict[str, list[dict[str, float]]]:
     """Rounds in turns; the samples by `SPIN/LOOPS`."""
-    samples: dict[str, list[dict[str, float]]] = {f"{spin}/{loops}": [] for spin in spins for loops in LOOPS}
+    samples: dict[str, list[dict[str, float]]] = {f"{spin}/{loops}": [] for spin in spins for loops in beside}
     with contextlib.ExitStack() as stack:
         contestants = {}
         for spin in spins:
@@ -341,7 +342,7 @@ def measured(
                 )
             )
         for number in range(rounds):
-            for loops in LOOPS:
+            for loops in beside:
                 for spin, contestant in contestants.items():
                     samples[f"{spin}/{loops}"].append(turn(contestant, loops))
             line = "  ".join(f"{key} {1 / rows[-1]['seconds']:,.0f}" for key, rows in samples.items())
@@ -384,6 +385,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="least seconds of a turn")
     parser.add_argument("--spin", nargs="+", default=["now"], help="now, old, or values of GOMP_SPINCOUNT")
+    parser.add_argument("--alone", action="store_true", help="not beside busy loops")
     parser.add_argument("--contender", choices=MEASURES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
@@ -391,13 +393,14 @@ def main() -> int:
     group = AUTOGROUP.read_text().strip() if AUTOGROUP.exists() else "not there"
     load = os.getloadavg()[0]
     print(f"{os.cpu_count()} processors; autogroup: {group}; load before: {load:.2f}", flush=True)
+    beside = LOOPS[:1] if options.alone else LOOPS
     ratios: dict[str, float] = {}
     kept: dict[str, Any] = {}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no busy loop outlives a `kill`
     with tempfile.TemporaryDirectory(prefix="bench-busy-") as directory:
         os.environ["TMPDIR"] = directory  # contenders are ended by force and clean nothing up
         for name in options.only:
-            samples = measured(name, options.spin, options.rounds, options.seconds)
+            samples = measured(name, options.spin, beside, options.rounds, options.seconds)
             ratios |= table(name, samples)
             kept |= {f"{name}/{key}": rows for key, rows in samples.items()}
     command = " ".join(["python benchmarks/busy.py", *sys.argv[1:]])

@@ -108,8 +108,8 @@ def predicted(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """The same of real steps on made-up tokens, by the stage's own step and trainer; and predictions of them
-    in between."""
+    """The same of real steps on made-up tokens, by the stage's own step and trainer; and, `rounds` times,
+    predictions of their time in between. No rounds: memory alone is of interest, no time is predicted."""
     import torch
 
     from chatwright import memory, runtime
@@ -151,7 +151,7 @@ def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
             memory.trim_heap()  # as the stage does
         spent = [[first, *(seconds() for _ in range(7))][3:]]
         largest = resident("VmHWM") - before
-        operations = predict(subject)[1]
+        operations = predict(subject)[1] if rounds else []
         timed: list[tuple[float, float, float]] = []
         for _ in range(rounds):
             products, others = timing.parts_of(operations)
@@ -161,7 +161,7 @@ def happened(case: dict[str, Any], rounds: int) -> dict[str, Any]:
         "bytes": largest,
         "seconds": statistics.median(seconds for round_ in spent for seconds in round_),
         "steps": spent,
-        "predicted": statistics.median(total for total, _, _ in timed),
+        "predicted": statistics.median(total for total, _, _ in timed) if timed else None,
         "timed": timed,
     }
 

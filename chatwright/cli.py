@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
-from chatwright import discovery
+from chatwright import discovery, streams
 from chatwright.config import UsageError, UserError, fail, near_match
 
 FIRST = ("run", "chat", "generate", "serve")
 """The commands that most people type; the help lists them first."""
+PRINTING = ("chat", "generate", "compare", "key")
+"""Commands whose output is what they are for: they end when its reader has gone. All others do their work to
+its end, whoever reads what they say about it."""
 
 
 def usage() -> str:
@@ -39,6 +41,15 @@ def verbs() -> list[str]:
 def _run(verb: str, arguments: Sequence[str]) -> int:
     """Import a verb and run it. Raises UsageError when there is none of that name."""
     command = discovery.commands().get(verb)
+    if command is not None and verb in PRINTING:
+        return int(command.load().main(arguments))
+    with streams.steady("stdout"):
+        return _work(verb, arguments)
+
+
+def _work(verb: str, arguments: Sequence[str]) -> int:
+    """Run a verb that does more than print. Raises UsageError when there is none of that name."""
+    command = discovery.commands().get(verb)
     if command is not None:
         return int(command.load().main(arguments))
     if discovery.current_name(verb) not in discovery.stages():
@@ -51,7 +62,25 @@ def _run(verb: str, arguments: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
+    streams.prepare()
+    with streams.steady("stderr"):
+        try:
+            try:
+                return _answer(arguments)
+            finally:
+                sys.stdout.flush()  # now, for at exit nobody could say anything about an error
+        except UserError as error:
+            return fail(error, debug="--debug" in arguments)
+        except KeyboardInterrupt:
+            print("chatwright: interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            streams.leave(sys.stdout)
+            return 1
+
+
+def _answer(arguments: Sequence[str]) -> int:
+    """What `main` returns for these arguments. Raises UserError."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else 2
@@ -60,17 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"chatwright {__version__}")
         return 0
-    try:
-        return _run(arguments[0], arguments[1:])
-    except UserError as error:
-        return fail(error, debug=debug)
-    except KeyboardInterrupt:
-        print("chatwright: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of the pipe has gone. Without this, flushing the buffer at exit would fail once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return _run(arguments[0], arguments[1:])
 
 
 if __name__ == "__main__":

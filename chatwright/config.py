@@ -18,7 +18,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, TypeVar
 
-from chatwright import broken_yaml, setting_errors
+from chatwright import broken_yaml, setting_errors, typed_texts
 
 Config = TypeVar("Config")
 
@@ -87,28 +87,27 @@ def parse_all(
     if defaults:
         check_keys(defaults, [field.name for field in _fields(classes[0])], where=prog)
         parser.set_defaults(dict(defaults))
-    switches = set().union(*map(_switches, classes))
-    argv = _with_values(_checked_files(parser, argv), switches)
-    if any(name.endswith("?") for name in positionals or {}):
-        argv = _positionals_first(argv)
+    stand_ins = typed_texts.StandIns()
+    argv = _checked_files(parser, argv, stand_ins)
     swallowed = io.StringIO()
     try:
+        typed = typed_texts.words(argv, setting_errors.hints(parser), stand_ins)
         with redirect_stderr(swallowed):
-            namespace = parser.parse_args(argv)
-            made = parser.instantiate(namespace)
-        found = [cls(**{field.name: getattr(made, field.name) for field in _fields(cls)}) for cls in classes]
+            values = stand_ins.restored(parser.parse_args(typed).as_dict())
+        found = [typed_texts.make(cls, values) for cls in classes]
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UsageError(_one_line(swallowed.getvalue())) from None
+        raise UsageError(stand_ins.restored(_one_line(swallowed.getvalue()))) from None
     except USAGE_ERRORS as error:
-        raise UsageError(setting_errors.explain(str(error), parser, argv, sorted(switches))) from None
-    former = {old: getattr(namespace, old) for old in renamed or {} if getattr(namespace, old) is not None}
+        told = stand_ins.restored(str(error))
+        raise UsageError(setting_errors.explain(told, parser, argv)) from None
+    former = {old: values[old] for old in renamed or {} if values[old] is not None}
     if former:
         found[0] = build(
             classes[0], to_plain(found[0]) | rename_settings(former, renamed or {}, where=prog), where=prog
         )
-    return found, {name: getattr(namespace, name) for name in map(_bare, positionals or {})}
+    return found, {name: values[name] for name in map(_bare, positionals or {})}
 
 
 def make_parser(prog: str, description: str, positionals: Mapping[str, str] | None = None) -> Any:
@@ -135,22 +134,25 @@ def _bare(name: str) -> str:
 
 def parse_given(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
     """The values given in `argv`, without defaults, nested at the dots of their names. Raises UsageError."""
-    argv = _checked_files(parser, argv)
+    stand_ins = typed_texts.StandIns()
+    argv = _checked_files(parser, argv, stand_ins)
     swallowed = io.StringIO()
     try:
+        typed = typed_texts.words(argv, setting_errors.hints(parser), stand_ins)
         with redirect_stderr(swallowed):
-            namespace = parser.parse_args(argv, defaults=False)
+            namespace = parser.parse_args(typed, defaults=False)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UsageError(_one_line(swallowed.getvalue())) from None
+        raise UsageError(stand_ins.restored(_one_line(swallowed.getvalue()))) from None
     except USAGE_ERRORS as error:
-        raise UsageError(setting_errors.explain(str(error), parser, argv)) from None
-    return dict(namespace.as_dict())
+        told = stand_ins.restored(str(error))
+        raise UsageError(setting_errors.explain(told, parser, argv)) from None
+    return dict(stand_ins.restored(namespace.as_dict()))
 
 
-def _checked_files(parser: Any, argv: Sequence[str]) -> list[str]:
-    """`argv` with the content of each file behind --config in place of its name.
+def _checked_files(parser: Any, argv: Sequence[str], stand_ins: typed_texts.StandIns) -> list[str]:
+    """`argv` with the content of each file behind --config in place of its name, its texts as stand-ins.
 
     Raises UsageError that names the file: it cannot be read, has unknown settings, or a value of the wrong
     type. A stage's own config.yaml, which also names the stage (`use`), is accepted by that stage.
@@ -170,10 +172,13 @@ def _checked_files(parser: Any, argv: Sequence[str]) -> list[str]:
             )
         _check_known(values, known, file)
         try:
+            values = typed_texts.guarded(values, known, stand_ins)
             with redirect_stderr(io.StringIO()):
                 parser.parse_object(values, defaults=False)
+        except typed_texts.NotText as error:
+            raise UsageError(f"{file}: {error}") from None
         except USAGE_ERRORS as error:
-            said = setting_errors.explain(str(error), parser, [])
+            said = setting_errors.explain(stand_ins.restored(str(error)), parser, [])
             raise UsageError(f"{file}: {said.removeprefix('--')}") from None
         found[place] = ("--config=" if equals else "") + (to_yaml(values) if values else "{}")
     return found
@@ -189,20 +194,6 @@ def _check_known(values: Mapping[str, Any], known: Mapping[str, Any], where: str
             if not isinstance(value, Mapping):
                 raise UsageError(f"{where}: {name}: expected a mapping of settings, found {value!r:.80}")
             _check_known(value, known, where, f"{name}.")
-
-
-def _positionals_first(argv: Sequence[str]) -> list[str]:
-    """`argv`, whose options all have a value, with positional arguments in front: argparse takes an optional
-    one for missing when options stand before it."""
-    first, others, rest = [], [], iter(argv)
-    for word in rest:
-        if not word.startswith("--"):
-            first.append(word)
-            continue
-        others.append(word)
-        if "=" not in word and word not in ("--help", "--debug"):
-            others += [value for value in [next(rest, None)] if value is not None]
-    return first + others
 
 
 def rename_settings(values: Mapping[str, Any], renamed: Mapping[str, str], *, where: str) -> dict[str, Any]:
@@ -223,26 +214,6 @@ def rename_settings(values: Mapping[str, Any], renamed: Mapping[str, str], *, wh
     return found
 
 
-def _switches(cls: Any, prefix: str = "--") -> set[str]:
-    """The boolean options, those of nested settings included."""
-    import typing
-
-    found: set[str] = set()
-    for name, kind in typing.get_type_hints(cls).items():
-        if kind is bool:
-            found.add(f"{prefix}{name}")
-        elif dataclasses.is_dataclass(kind):
-            found |= _switches(kind, f"{prefix}{name}.")
-    return found
-
-
-def _with_values(argv: Sequence[str], switches: set[str]) -> list[str]:
-    """`argv` with `=true` added to boolean options without a value: `--force` means `--force true`."""
-    values = ("true", "false", "yes", "no")
-    alone = [number + 1 == len(argv) or argv[number + 1].lower() not in values for number in range(len(argv))]
-    return [f"{one}=true" if one in switches and bare else one for one, bare in zip(argv, alone, strict=True)]
-
-
 def _fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(cls)
 
@@ -254,12 +225,15 @@ def build(cls: type[Config], values: Mapping[str, Any], *, where: str) -> Config
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, nested_key=None, fail_untyped=False)
     _check_nested(cls, values, where)
+    stand_ins = typed_texts.StandIns()
     try:
-        namespace = parser.instantiate(parser.parse_object(dict(values)))
+        given = typed_texts.guarded(values, setting_errors.hints(parser), stand_ins)
+        return typed_texts.make(cls, stand_ins.restored(parser.parse_object(given).as_dict()))
+    except typed_texts.NotText as error:
+        raise UsageError(f"{where}: {error}") from None
     except (*USAGE_ERRORS, KeyError) as error:
-        said = setting_errors.explain(str(error), parser, [])
+        said = setting_errors.explain(stand_ins.restored(str(error)), parser, [])
         raise UsageError(f"{where}: {said.removeprefix('--')}") from None
-    return cls(**{field.name: getattr(namespace, field.name) for field in _fields(cls)})
 
 
 def _check_nested(cls: Any, values: Mapping[str, Any], where: str) -> None:

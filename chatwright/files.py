@@ -89,11 +89,15 @@ def take_place(aside: Path, target: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: a reader sees the old or the new text, never half of one."""
+    """Write a text file atomically, as UTF-8: a reader sees the old or the new text, never half of one.
+
+    Bytes of file names that the locale could not read (they are surrogates in Python) are written as they
+    were.
+    """
     aside = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="surrogateescape")
         _flush(aside)
         os.replace(aside, path)
     except OSError as error:

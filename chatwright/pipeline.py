@@ -102,6 +102,8 @@ def _begin(stage: RecipeStage, workspace: Workspace, folder: StageFolder) -> str
     when it is finished. Raises UserError, and nothing is changed."""
     directory, seed = workspace.directory, workspace.seed
     folder.check()
+    if folder.can_take_back() and not folder.is_begun(fingerprint(stage, seed, workspace.inputs)):
+        say(folder.take_back())
     if folder.has_result and folder.is_begun(fingerprint(stage, seed, workspace.inputs)):
         seconds = read_json(directory / "result.json")["seconds"]
         say(f"[{stage.name}] finished before, in {duration(seconds)}: skipped")
@@ -194,6 +196,7 @@ class _Clock:
         same = earlier.get("fingerprint") == mark
         self.before = float(earlier["seconds"]) if same else 0.0
         self.burnt, self.meter = float(earlier.get("joules", 0.0)) if same else 0.0, EnergyMeter()
+        self.aside = folder.aside or (str(earlier.get("aside") or "") if same else "")
         self._write(self.before)
 
     @property
@@ -213,7 +216,9 @@ class _Clock:
     def _write(self, seconds: float) -> None:
         if not runtime.is_rank_zero():
             return
-        known = {"verb": self.folder.verb, "files": self.folder.noted()}
+        known: dict[str, Any] = {"verb": self.folder.verb, "files": self.folder.noted()}
+        if self.aside:
+            known["aside"] = self.aside
         spent = {"seconds": seconds, "joules": self.joules}
         write_json(self.file, {"fingerprint": self.mark, **known, **spent})
 

@@ -32,6 +32,7 @@ from chatwright.discovery import current_name, stage_verb, tell_new_name
 from chatwright.language_model import shape_of as model_shape
 from chatwright.model.config import GPTConfig
 from chatwright.model_names import is_known
+from chatwright.setting_errors import not_text
 from chatwright.train.planning.program import PlannedStage
 from chatwright.train.stage import Stage, stage_of
 
@@ -163,6 +164,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """A recipe file's values, and its stages' settings by name. Raises UsageError."""
     values = read_yaml(path)
     check_keys(values, ["name", "seed", "prompt", "stages"], where=str(path))
+    for key in ("name", "prompt"):
+        if not isinstance(values.get(key, ""), str):
+            raise UsageError(f"{path}: {not_text(key, values[key])}")
     entries = values.get("stages")
     if not isinstance(entries, dict) or not entries:
         raise UsageError(f"{path}: `stages` must be a mapping with at least one stage")
@@ -207,7 +211,7 @@ def parse_with_recipe(
     for entry, stage in stages.items():
         parser.add_class_arguments(stage.config, nested_key=entry, fail_untyped=False)
         for old in stage.renamed:
-            parser.add_argument(f"--{entry}.{old}", type=Any, help=argparse.SUPPRESS)
+            parser.add_argument(f"--{entry}.{old}", type=str, default=None, help=argparse.SUPPRESS)
     given = parse_given(parser, argv)
     overrides = {entry: given[entry] for entry in stages if given.get(entry)}
     config = build(cls, {key: given[key] for key in own if key in given}, where=prog)

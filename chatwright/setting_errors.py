@@ -72,11 +72,27 @@ def _written(action: Any) -> str:
     return long[0] if long else str(action.dest)
 
 
-def explain(message: str, parser: Any, argv: Sequence[str], switches: Sequence[str] = ()) -> str:
+def not_text(name: str, value: Any) -> str:
+    """The message for a setting in YAML that must be a text, and that YAML has read as something else."""
+    if value is None:
+        return f"{name} is null; it must be a text: an empty one is written ''"
+    if isinstance(value, Mapping | list | tuple):
+        return f"{name} is {value!r:.80}; it must be a text: put it in quotes"
+    written = _YAML.get(str(value), str(value))
+    kinds = {"bool": "true or false", "int": "a number", "float": "a number"}
+    kind = kinds.get(type(value).__name__, "a date or a time")
+    others = " (and so it reads on, off, yes and no)" if isinstance(value, bool) else ""
+    return (
+        f"{name} is {written}; it must be a text: without quotes, YAML reads this as {kind}{others}; write "
+        f"it as you mean it, in quotes: {name.rpartition('.')[2]}: '{'on' if value is True else written}'"
+    )
+
+
+def explain(message: str, parser: Any, argv: Sequence[str]) -> str:
     """An error of jsonargparse in one line of plain words, with what to do."""
     known = hints(parser)
     if found := re.search(r"[Uu]nrecognized arguments?: (.+)", message, re.DOTALL):
-        return _unexpected(found[1].strip(), known, argv, switches)
+        return _unexpected(found[1].strip(), known, argv)
     for pattern in _UNKNOWN:
         if found := pattern.search(message):
             word = found["word"]
@@ -95,9 +111,20 @@ def explain(message: str, parser: Any, argv: Sequence[str], switches: Sequence[s
     value = _VALUE.search(message)
     if value is None or known.get(key) is None:
         return f"--{key}: {_plain(message)}"
-    given = value[1].strip().splitlines()
-    shown = _YAML.get(given[0], repr(given[0][:80])) if given else "empty"
+    given = typed if (typed := _typed(key, argv)) is not None else value[1]
+    first = next(iter(given.strip().splitlines()), "")
+    shown = _YAML.get(first, first if first in _YAML.values() else repr(first[:80])) if first else "empty"
     return f"--{key} is {shown}; it must be {wanted(known[key])}"
+
+
+def _typed(key: str, argv: Sequence[str]) -> str | None:
+    """What was typed as the value of an option, the last time; None where it was not."""
+    found = None
+    for number, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        if option == f"--{key}":
+            found = value if equals else next(iter(argv[number + 1 : number + 2]), None)
+    return found
 
 
 def unknown_option(word: str, known: Mapping[str, Any]) -> str:
@@ -146,7 +173,7 @@ def _group(name: str, known: Mapping[str, Any]) -> str:
     return f"--{name} is a group of settings, which are given one by one, for example --{example} VALUE"
 
 
-def _unexpected(rest: str, known: Mapping[str, Any], argv: Sequence[str], switches: Sequence[str]) -> str:
+def _unexpected(rest: str, known: Mapping[str, Any], argv: Sequence[str]) -> str:
     """The message for arguments that nothing asks for: an unknown option, or a value without an option."""
     word = rest.split()[0]
     option = re.match(r"--([\w.\-]+)", word)
@@ -155,8 +182,8 @@ def _unexpected(rest: str, known: Mapping[str, Any], argv: Sequence[str], switch
     if word.startswith("-") and len(word) > 1:
         return f"unknown option {word}; options begin with two dashes, and --help lists them"
     at = argv.index(word) if word in argv else 0
-    if at and argv[at - 1].removesuffix("=true") in switches:
-        return f"{argv[at - 1].removesuffix('=true')} is {word!r}; it must be true or false"
+    if at and known.get(argv[at - 1].removeprefix("--")) is bool:
+        return f"{argv[at - 1]} is {word!r}; it must be true or false"
     quotes = "; a value with spaces needs quotes around it" if len(rest.split()) > 1 or at else ""
     return f"unexpected {word!r}: settings are given as --NAME VALUE{quotes}"
 

@@ -13,7 +13,8 @@ A stage that begins anew, because its settings or inputs have changed, does this
 * An unfinished attempt without a checkpoint holds nothing that cost time, and is replaced.
 
 A stage that fails before it has learnt or written anything, as it does when an input is wrong, leaves the
-disk as it was: `StageFolder.undo` takes back the renaming, and the folder that was made.
+disk as it was: `StageFolder.undo` takes back the renaming, and the folder that was made. One that was killed
+then could not; the next start does it (`StageFolder.take_back`).
 """
 
 from __future__ import annotations
@@ -246,6 +247,35 @@ class StageFolder:
         self._before = frozenset(_visible(self.path))
         self._is_new = not self._before
         return told
+
+    @property
+    def aside(self) -> str:
+        """The name of the finished result that `begin` has moved aside, for clock.json; "" where there is
+        none."""
+        return next((to.name for place, to in self._renamed if place == self.path and OLD in to.name), "")
+
+    def can_take_back(self) -> bool:
+        """Whether what lies here is an attempt that has saved and logged nothing, in whose place a finished
+        result lay: it was killed while it began."""
+        aside = str(self._clock().get("aside") or "")
+        if not aside.startswith(f"{self.path.name}{OLD}") or self.has_result or self._has_work():
+            return False
+        return (self.path.with_name(aside) / RESULT).is_file() and not self._unknown(self.path)
+
+    def take_back(self) -> str:
+        """Put the finished result back in its place (`can_take_back`); returns what to tell. Raises
+        UserError."""
+        aside = self.path.with_name(str(self._clock()["aside"]))
+        gone = self._hidden(self.path)
+        try:
+            self.path.rename(gone)
+            aside.rename(self.path)
+        except OSError as error:
+            raise UserError(f"cannot rename {aside} to {self.path}: {error.strerror}") from None
+        shutil.rmtree(gone, ignore_errors=True)
+        return (
+            f"[{self.path.name}] the last start was ended before it saved anything: {aside} is back in place"
+        )
 
     def noted(self) -> list[str]:
         """Names that the stage has written beside those of WRITTEN, for clock.json."""

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from chatwright import pipeline
 from chatwright.config import UserError
 from chatwright.files import whole_directory, whole_file
-from support.small_stages import Run, add_stages, command_line, disk, one_line
+from chatwright.recipe import RecipeStage
+from chatwright.stage_folder import StageFolder
+from chatwright.train.workspace import Workspace
+from support.small_stages import Make, Run, add_stages, command_line, disk, one_line
 
 RECIPE = "name: two\nstages:\n  one: {use: make}\n  two: {use: use, base: one, data: one}\n"
 
@@ -82,6 +86,37 @@ def test_a_file_that_only_this_stage_writes_is_known_as_its_own(run: Run, tmp_pa
     assert clock["files"] == ["made.txt"] and clock["verb"] == "make"
     assert run("make", "--out", "runs/a/make", "--size", "2")[0] == 0
     assert (tmp_path / "runs/a/make.old-1/made.txt").read_text() == "1"
+
+
+def killed(place: Path, size: int) -> None:
+    """A start of `make` that was killed while it loaded: nothing was taken back."""
+    folder = StageFolder(place, "make")
+    assert (
+        pipeline._begin(RecipeStage("make", "make", Make(size)), Workspace(place, 1337), folder) is not None
+    )
+
+
+def test_a_start_that_was_killed_is_taken_back_by_the_next_one(run: Run, tmp_path: Path) -> None:
+    place = tmp_path / "runs/a/make"
+    assert run("make", "--out", "runs/a/make")[0] == 0
+    before = disk(place)
+    killed(place, 2)
+    assert sorted(one.name for one in place.parent.iterdir()) == ["make", "make.old-1"]
+    code, out, _ = run("make", "--out", "runs/a/make")
+    assert code == 0 and "finished before" in out
+    assert "the last start was ended before it saved anything: runs/a/make.old-1 is back in place" in out
+    assert disk(place) == before and sorted(one.name for one in place.parent.iterdir()) == ["make"]
+    killed(place, 2)
+    killed(place, 2)  # the same once more, and then it runs
+    assert run("make", "--out", "runs/a/make", "--size", "2")[0] == 0
+    assert (place / "made.txt").read_text() == "2"
+    assert (tmp_path / "runs/a/make.old-1/made.txt").read_text() == "1"
+    killed(place, 3)
+    assert run("make", "--out", "runs/a/make", "--size", "4")[0] == 0  # other settings again
+    assert [(tmp_path / f"runs/a/make.old-{n}/made.txt").read_text() for n in (1, 2)] == ["1", "2"]
+    killed(place, 5)
+    (place / "notes.txt").write_text("precious")
+    assert "holds notes.txt" in refused(run, tmp_path, "make", "--out", "runs/a/make", "--size", "6")
 
 
 PLACES = (

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from chatwright.config import UserError, harmless, near_match, parse
 from chatwright.model_names import unfinished, weights_note
+from chatwright.streams import meant
 
 if TYPE_CHECKING:
     from chatwright.chat import Message
@@ -75,10 +76,6 @@ def main(argv: Sequence[str]) -> int:
         description="Chat with MODEL in the terminal; text piped in is answered line by line.",
         positionals={"model": "A run, a model directory, smollm2, hf:owner/name or a .gguf file."},
     )
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        # A byte or a character that the terminal's encoding lacks must not crash the chat.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
     from chatwright.language_model import load
 
     model = load(str(positionals["model"]), dtype=config.dtype)
@@ -107,7 +104,7 @@ class TerminalChat:
 
         model.require_template()  # refuses a base model now, not at the first message
         self.model = model
-        self.system = config.system
+        self.system = meant(config.system)
         self.seed = config.seed
         given = {name: getattr(config, name) for name in SAMPLED if getattr(config, name) is not None}
         self.sampling = Sampling(

@@ -110,8 +110,10 @@ def _runs(names: Sequence[str], config: Config) -> int:
 def _models(names: Sequence[str], config: Config) -> int:
     from chatwright.evaluate.model_comparison import compare_models, read_prompts
     from chatwright.metrics import say
-    from chatwright.reports import models_page
+    from chatwright.reports import compare_page, models_page
 
+    if config.out:
+        compare_page.check_target(Path(config.out), models_page.HEADING)
     given = {name: getattr(config, name) for name in SAMPLED if getattr(config, name) is not None}
     found = compare_models(
         names,

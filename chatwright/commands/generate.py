@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatwright.commands.chat import stopping, tell_about
 from chatwright.config import UsageError, UserError, harmless, parse
+from chatwright.streams import meant
 
 if TYPE_CHECKING:
     from chatwright.generate.sampling import Sampling
@@ -33,7 +34,7 @@ class GenerateConfig:
     """Most tokens to produce; fewer where the context ends earlier."""
     temperature: float | None = None
     """Logits are divided by it; 0 takes the likeliest token (greedy). This and the next four, when not given,
-    are the model's own (generation_config.json); where it has none, temperature 1 and nothing left out."""
+    are the model's own (generation_config.json); where it has none, temperature 0.7 and nothing left out."""
     top_k: int | None = None
     """Keep this many likeliest tokens; 0 keeps all."""
     top_p: float | None = None
@@ -98,8 +99,6 @@ def main(argv: Sequence[str]) -> int:
         config = replace(config, prompt=str(positionals["text"]))
     prompt = read_prompt(config)
     sampling_of(config, {})  # refuses impossible values before the model is loaded
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal's encoding may lack a character
     from chatwright.language_model import load
 
     model = load(str(positionals["model"]), dtype=config.dtype)
@@ -118,7 +117,7 @@ def sampling_of(config: GenerateConfig, own: Mapping[str, Any]) -> Sampling:
     values = {one.name: getattr(config, one.name) for one in fields(config) if one.name in names}
     given = {name: value for name, value in values.items() if value is not None}
     try:
-        return Sampling(**{**own, **given, "stop": tuple(config.stop)})
+        return Sampling(**{**own, **given, "stop": tuple(map(meant, config.stop))})
     except UserError as error:
         raise UsageError(str(error)) from None
 
@@ -127,7 +126,7 @@ def read_prompt(config: GenerateConfig) -> str:
     """The text to continue: the option, the file or standard input. Raises UserError when it cannot be
     read."""
     if config.prompt is not None:
-        return config.prompt
+        return meant(config.prompt)
     if config.prompt_file is not None:
         where = config.prompt_file
         try:
@@ -194,6 +193,8 @@ def _sample(
 def _search(model: LanguageModel, prompt: str, config: GenerateConfig, show: Callable[[str], str]) -> int:
     """Print the best continuations of beam search, best first."""
     from chatwright.generate.beam import beam_search
+    from chatwright.generate.sequence import tokens_with_text
+    from chatwright.tokenizer import TextStream
 
     request = model.prompt_request(prompt)
     found = beam_search(
@@ -203,10 +204,11 @@ def _search(model: LanguageModel, prompt: str, config: GenerateConfig, show: Cal
         max_new_tokens=config.max_new_tokens,
         end_ids=request.end_ids,
         length_penalty=config.length_penalty,
+        known=tokens_with_text(model.tokenizer, model.model.config.vocab_size),
     )[: config.count]
     for number, (ids, score) in enumerate(found, 1):
         _heading(number, len(found), f", score {score:.3f}")
-        # Ids of the padding rows of the embedding table belong to no token.
-        known = [one for one in ids if one < model.tokenizer.vocab_size]
-        print(show(model.tokenizer.decode(known)), flush=True)
+        stream = TextStream(model.tokenizer, continues=request.continues)
+        text = [stream.push(one) for one in ids if one not in request.end_ids]
+        print(show("".join([*text, stream.flush()])), flush=True)
     return 0

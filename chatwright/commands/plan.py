@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatwright import discovery, memory, runtime
+from chatwright.commands._plan_lengths import with_lengths
 from chatwright.config import UsageError, UserError, parse_all
 from chatwright.metrics import console, duration, say
 from chatwright.model.config import PRESETS
@@ -40,8 +41,11 @@ def main(argv: Sequence[str]) -> int:
     runtime.set_threads()
     memory.tune_allocator()
     plans, refusals = [], []
-    for planned in planned_stages(recipe):
+    for one in planned_stages(recipe):
         try:
+            planned, lengths = with_lengths(one, recipe)
+            if lengths:
+                say(lengths)
             plans.append(choose(planned, timed=config.time, available=config.memory_gb * 1e9 or None))
         except UserError as refusal:
             refusals.append(str(refusal))

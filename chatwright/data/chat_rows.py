@@ -73,7 +73,20 @@ class Conversation:
 def conversations_of(file: Path, template: ChatTemplate, tokenizer: Tokenizer) -> Iterator[Conversation]:
     """The conversations of a file, each turn encoded once."""
     for dialogue in read_records(file, Dialogue):
-        yield Conversation(dialogue.messages, whole_dialogue(dialogue.messages, template, tokenizer))
+        messages = with_marks(dialogue)
+        yield Conversation(messages, whole_dialogue(messages, template, tokenizer))
+
+
+def with_marks(dialogue: Dialogue) -> tuple[Message, ...]:
+    """The messages, those that are not to be learnt with `learn` False, as `ChatTemplate.encode` takes
+    them."""
+    if not dialogue.unlearnt:
+        return dialogue.messages
+    out = set(dialogue.unlearnt)
+    return tuple(
+        Message(role=one["role"], content=one["content"], learn=False) if number in out else one
+        for number, one in enumerate(dialogue.messages)
+    )
 
 
 def rows_of(
@@ -98,6 +111,11 @@ def rows_of(
             tokens += len(piece.ids)
         if limit and tokens > limit * length:
             break
+    if not pieces and cuts.too_long:
+        raise UserError(
+            f"{file}: nothing is left to learn, for the conversations are too long: none of their answers "
+            f"begins within a row; {cuts}"
+        )
     if not pieces:
         raise UserError(f"{file} holds no conversation with an assistant's answer; nothing to learn from")
     return pack(pieces, length, enabled=packing)
@@ -107,7 +125,7 @@ def pieces_of(
     one: Conversation, template: ChatTemplate, tokenizer: Tokenizer, length: int, cuts: Cuts
 ) -> Iterator[EncodedChat]:
     """A conversation's pieces that have something to learn, of at most `length` tokens."""
-    if one.whole is None or not any(one.whole.mask):
+    if one.whole is None or not has_learnt(one.whole):
         cuts.saw(0)
         cuts.add("left out, for nobody answers", length=False)
         return
@@ -119,8 +137,11 @@ def pieces_of(
         yield one.whole
         return
     made = list(cut_and_lost(one.messages, template, tokenizer, length))
-    kept = [piece for piece, _ in made if any(piece.mask)]
-    if len(kept) < len(made):
+    kept = [piece for piece, _ in made if has_learnt(piece)]
+    marked = any(not message.get("learn", True) for message in one.messages)
+    if len(kept) < len(made) and marked:
+        cuts.add("cut, without the parts in which nothing is learnt")
+    elif len(kept) < len(made):
         cuts.add("with a question that fills a row alone, whose answer is left out")
     elif any(lost for _, lost in made):
         cuts.add("with an answer that lost its end")
@@ -129,20 +150,40 @@ def pieces_of(
     yield from kept
 
 
+def has_learnt(piece: EncodedChat) -> bool:
+    """Whether a piece has anything to learn; its first token is not, for nothing predicts it."""
+    return any(piece.mask[1:])
+
+
 def check_end_is_learnt(
     rows: list[PackedRow], template: ChatTemplate, tokenizer: Tokenizer, cuts: Cuts | None = None
 ) -> None:
     """Raise UserError unless the token that ends an answer is in the loss: else no answer would end. `cuts`
     says whether the answers have lost it."""
-    end = tokenizer.control_ids[template.end]
-    if any(flag and token == end for row in rows for token, flag in zip(row.ids, row.mask, strict=True)):
+    ends = template.ends(tokenizer)
+    tokens = set(ends.ids(tokenizer))
+    if tokens:
+        learnt = (
+            token
+            for row in rows
+            for token, flag in zip(row.ids, row.mask, strict=True)
+            if flag and token in tokens
+        )
+        if any(True for _ in learnt):
+            return
+    elif any(text in _learnt_text(row, tokenizer) for row in rows for text in ends.texts):
         return
     why = "look at the chat template (chatwright doctor MODEL shows the loss mask)"
     if cuts is not None and cuts.advice:
         why = str(cuts)
     raise UserError(
-        f"no training row learns the end token {template.end}: the model would never stop talking; {why}"
+        f"no training row learns the end token {ends.last}: the model would never stop talking; {why}"
     )
+
+
+def _learnt_text(row: PackedRow, tokenizer: Tokenizer) -> str:
+    """What is learnt of a row, as text."""
+    return tokenizer.decode([token for token, flag in zip(row.ids, row.mask, strict=True) if flag])
 
 
 def learnt_tokens(row: PackedRow) -> int:

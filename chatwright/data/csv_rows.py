@@ -15,7 +15,7 @@ from pathlib import Path
 
 from chatwright.config import UserError
 from chatwright.data.columns import KNOWN
-from chatwright.data.reading import Faults, Row, decode, open_bytes
+from chatwright.data.reading import Faults, Row, decode, open_bytes, suffix_of
 
 CSV_SUFFIXES = (".csv", ".tsv")
 SEPARATORS = (",", ";", "\t")
@@ -92,7 +92,7 @@ def _separator(lines: Lines) -> tuple[str, str]:
         if line.lower().startswith("sep=") and len(line.strip()) == 5:  # Excel's own way to say it
             return line.strip()[4], next(lines, "")
         if line.strip():
-            if lines.path.suffix.lower() == ".tsv":
+            if suffix_of(lines.path) == ".tsv":
                 return "\t", line
             return max(SEPARATORS, key=_without_quoted(line).count), line
     raise UserError(f"{lines.path} is empty; its first line must name the columns, such as prompt,completion")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -84,26 +84,42 @@ class Dialogue:
     """Content id of the transcript: the same conversation as a `Document` has the same id."""
     messages: tuple[Message, ...]
     """At least one."""
+    unlearnt: tuple[int, ...] = ()
+    """Numbers, from 0 and rising, of the assistant's messages that are not to be learnt: the model reads them
+    and does not learn to write them. Not written to files where there are none."""
 
     def __post_init__(self) -> None:
         _require_text(self.id, "id")
         object.__setattr__(self, "messages", _check_messages(self.messages, "messages"))
+        object.__setattr__(self, "unlearnt", _check_unlearnt(self.unlearnt, self.messages))
 
     @classmethod
-    def of(cls, messages: Sequence[Message]) -> Dialogue:
+    def of(cls, messages: Sequence[Message], unlearnt: Collection[int] = ()) -> Dialogue:
         """The dialogue of these messages, its id worked out. Raises ValueError."""
         checked = _check_messages(messages, "messages")
-        return cls(content_id(transcript(checked)), checked)
+        return cls(content_id(transcript(checked)), checked, tuple(sorted(unlearnt)))
+
+    @property
+    def answers(self) -> list[int]:
+        """The numbers of the assistant's messages that are to be learnt."""
+        left_out = set(self.unlearnt)
+        return [
+            number
+            for number, message in enumerate(self.messages)
+            if message["role"] == "assistant" and number not in left_out
+        ]
 
     def to_json(self) -> str:
         """One line of JSON."""
-        return _dump({"id": self.id, "messages": list(self.messages)})
+        marked = {"unlearnt": list(self.unlearnt)} if self.unlearnt else {}
+        return _dump({"id": self.id, "messages": list(self.messages), **marked})
 
     @classmethod
     def from_json(cls, line: str) -> Dialogue:
         """The inverse of `to_json`. Raises ValueError."""
-        fields = _load(line, cls, ("id", "messages"))
-        return cls(fields["id"], _sequence(fields["messages"], "messages"))
+        fields = _load(line, cls, ("id", "messages"), optional=("unlearnt",))
+        unlearnt = _sequence(fields.get("unlearnt", ()), "unlearnt")
+        return cls(fields["id"], _sequence(fields["messages"], "messages"), unlearnt)
 
 
 @dataclass(frozen=True)
@@ -199,6 +215,19 @@ def _check_messages(messages: object, name: str) -> tuple[Message, ...]:
     if not checked:
         raise ValueError(f"{name} is empty")
     return checked
+
+
+def _check_unlearnt(numbers: Sequence[object], messages: Sequence[Message]) -> tuple[int, ...]:
+    """The numbers of messages that are not to be learnt, rising. Raises ValueError for others than those of
+    the assistant's messages."""
+    checked: set[int] = set()
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(messages):
+            raise ValueError(f"unlearnt must hold numbers of messages, found {_kind(number)}")
+        if messages[number]["role"] != "assistant":
+            raise ValueError(f"unlearnt names message {number}, which is not the assistant's")
+        checked.add(number)
+    return tuple(sorted(checked))
 
 
 def _sequence(value: object, name: str) -> tuple[Any, ...]:

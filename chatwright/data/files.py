@@ -1,24 +1,23 @@
 """The user's own data: .txt, .jsonl, .json, .csv, .tsv, .parquet files, folders of them, hub data sets.
 
 Everything is streamed: memory is bounded by one piece of text, one JSON line or row of a .csv file
-(`MAX_RECORD_BYTES`), or one batch of Parquet rows. Only a `.json` file (a list of objects) has to be read
-whole, and is refused above the same bound.
+(`MAX_RECORD_BYTES`), or one batch of Parquet rows. Only JSON that is not one object a line has to be read
+whole (json_rows.py), and is refused above the same bound.
 """
 
 from __future__ import annotations
 
 import codecs
 import io
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from chatwright.config import UserError
-from chatwright.data import broken_json
 from chatwright.data.csv_rows import CSV_SUFFIXES, csv_rows
-from chatwright.data.reading import Faults, Row, decode, not_utf8, open_bytes
+from chatwright.data.json_rows import json_rows
+from chatwright.data.reading import Faults, Row, not_utf8, open_bytes, suffix_of
 from chatwright.data.shapes import columns_of, hint
 
 RECORD_SUFFIXES = (".jsonl", ".json", ".parquet", *CSV_SUFFIXES)
@@ -41,7 +40,8 @@ UNREAD = {
     **dict.fromkeys((".docx", ".doc", ".odt", ".pdf", ".html", ".htm", ".rtf", ".epub"), "save it as .txt"),
     **dict.fromkeys((".md", ".rst", ".text", ".log"), "give it the suffix .txt"),
     **dict.fromkeys((".ndjson", ".jsonlines"), "give it the suffix .jsonl"),
-    **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".7z"), "unpack it first"),
+    **dict.fromkeys((".zip", ".bz2", ".xz", ".zst", ".tar", ".7z", ".tgz"), "unpack it first"),
+    ".gz": "its name must say what is packed, as in talks.jsonl.gz",
 }
 """Suffixes that are not read -> what to do."""
 
@@ -54,9 +54,9 @@ def find_files(path: Path, suffixes: Sequence[str]) -> list[Path]:
     """
     wanted = ", ".join(suffixes)
     if path.is_file():
-        if path.suffix.lower() not in suffixes:
+        if suffix_of(path) not in suffixes:
             advice = UNREAD.get(path.suffix.lower(), "")
-            if path.suffix.lower() == TEXT_SUFFIX:
+            if suffix_of(path) == TEXT_SUFFIX:
                 advice = "a .txt file is text (`text` reads it); conversations and judgements have columns"
             raise UserError(
                 f"{path} is not one of the kinds that can be read here: {wanted}"
@@ -72,7 +72,7 @@ def find_files(path: Path, suffixes: Sequence[str]) -> list[Path]:
             if name.startswith("."):
                 continue
             file = Path(folder) / name
-            if file.suffix.lower() in suffixes:
+            if suffix_of(file) in suffixes:
                 found.append(file)
             else:
                 others.add(file.suffix.lower() or name)
@@ -84,7 +84,7 @@ def find_files(path: Path, suffixes: Sequence[str]) -> list[Path]:
 
 def piece_chars(listed: Sequence[Path]) -> int:
     """The most characters that a document from these .txt files may have; fewer for one short file alone."""
-    if len(listed) != 1 or listed[0].suffix.lower() != TEXT_SUFFIX:
+    if len(listed) != 1 or suffix_of(listed[0]) != TEXT_SUFFIX:
         return PIECE_CHARS
     return max(SHORTEST_PIECE, min(PIECE_CHARS, listed[0].stat().st_size // FEWEST_PIECES))
 
@@ -161,14 +161,14 @@ def records(
     With `faults` that skip, errors of a single record leave it out instead.
     """
     faults = faults or Faults()
-    suffix = path.suffix.lower()
+    suffix = suffix_of(path)
     if suffix == ".parquet":
         yield from _parquet_rows(path, columns, instead)
         return
     if suffix in CSV_SUFFIXES:
         rows = csv_rows(path, faults, MAX_RECORD_BYTES)
     else:
-        rows = _jsonl_rows(path, faults) if suffix == ".jsonl" else _json_rows(path, faults)
+        rows = json_rows(path, faults, MAX_RECORD_BYTES)
     yield from _with_columns(rows, columns, faults, instead)
 
 
@@ -194,68 +194,6 @@ def require_columns(
             raise UserError(
                 f"{where}: no column {column!r}; the columns found are: {columns_of(row)}{hint(row, 'text')}"
             )
-
-
-def _jsonl_rows(path: Path, faults: Faults) -> Iterator[Row]:
-    offset = 0
-    with open_bytes(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_RECORD_BYTES + 1), b""), start=1):
-            where = f"{path}:{number}"
-            if len(line) > MAX_RECORD_BYTES:
-                raise UserError(
-                    f"{where}: a line of more than {MAX_RECORD_BYTES >> 20} MiB; one record a line, please"
-                )
-            start, offset = offset, offset + len(line)
-            try:
-                text = decode(line, path, start, number).rstrip("\r\n")
-                row = _parse_object(text, where, lambda: not file.peek(1)) if text.strip() else None
-            except UserError as error:
-                faults.met(error)
-                continue
-            if row is not None:
-                yield where, row
-
-
-def _json_rows(path: Path, faults: Faults) -> Iterator[Row]:
-    with open_bytes(path) as file:
-        data = file.read(MAX_RECORD_BYTES + 1)
-    if len(data) > MAX_RECORD_BYTES:
-        raise UserError(
-            f"{path}: over {MAX_RECORD_BYTES >> 20} MiB; write it as .jsonl (one object a line) to stream it"
-        )
-    listed = _parse_json(decode(data, path, 0), str(path)) if data.strip() else []
-    if not isinstance(listed, list):
-        raise UserError(
-            f"{path}: expected a list of objects, found {type(listed).__name__}; for one object a line use "
-            "the suffix .jsonl"
-        )
-    for number, row in enumerate(listed, start=1):
-        if isinstance(row, dict):
-            yield f"{path}: item {number}", row
-        else:
-            faults.met(UserError(f"{path}: item {number} is not an object but {type(row).__name__}"))
-
-
-def _parse_object(text: str, where: str, is_last: Callable[[], bool]) -> dict[str, Any]:
-    """The object on one line of a file; `is_last` says whether it is the last line."""
-    row = _parse_json(text, where, is_last)
-    if not isinstance(row, dict):
-        more = "; a list of objects is a .json file" if isinstance(row, list) else ""
-        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}{more}")
-    return row
-
-
-def _parse_json(text: str, where: str, is_last: Callable[[], bool] | None = None) -> Any:
-    """The value of a JSON text: a whole file, or one line of one (then with `is_last`)."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        lines, last = is_last is not None, is_last is None or is_last()
-        line = "" if lines else f":{error.lineno}"
-        why = broken_json.reason(text, error, lines=lines, last=last)
-        raise UserError(f"{where}{line}: not valid JSON at column {error.colno}: {why}") from None
-    except (ValueError, RecursionError) as error:  # a number with thousands of digits; thousands of brackets
-        raise UserError(f"{where}: JSON that cannot be read: {error}") from None
 
 
 def _parquet_rows(path: Path, columns: Sequence[str], instead: Sequence[str]) -> Iterator[Row]:

@@ -13,20 +13,23 @@ more than one, is refused; a `format` in the settings decides instead.
 * `prompt` and `completion`: `prompt-completion`, as TRL has them: both texts, or both lists of messages. A
   text is the user's turn, and the assistant's. `question` stands for prompt, `response` and `answer` for
   completion.
+  Answers inside a prompt are read and not learnt, as in TRL.
 * `prompt` (or `question`) alone: `prompt-only`, a conversation without an answer. PPO takes it as a prompt.
 
 A text in a column `system` stands before the conversation as its system message. OpenAI's `tool_calls`,
 `tool_call_id` and `reasoning_content`, and ShareGPT's `function_call` (JSON with name and arguments),
-become parts of contents (messages.py).
+become parts of contents (messages.py). Answers that are marked as not to be learnt stay, and are not learnt
+(marks.py).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from chatwright.data import marks
 from chatwright.data.examples import Dialogue
 from chatwright.data.shapes import ANSWERED, ASKED, LISTS, columns_of, hint
 from chatwright.messages import (
@@ -100,10 +103,41 @@ def dialogue(row: Mapping[str, Any], format: Format = "auto", column: str = "") 
     if format == "auto":
         format = _format_of(row, column)
     if format in ("alpaca", "alpaca-plain"):
-        return Dialogue.of(_alpaca(row, plain=format == "alpaca-plain"))
+        return _marked(row, _alpaca(row, plain=format == "alpaca-plain"))
     if format in ("prompt-completion", "prompt-only"):
-        return Dialogue.of(_exchange(row, answered=format == "prompt-completion"))
-    return Dialogue.of(under_system(row, turns_of(row, _list_column(row, column), format)))
+        return _marked(row, *_exchange(row, answered=format == "prompt-completion"))
+    name = _list_column(row, column)
+    messages = turns_of(row, name, format)
+    return _marked(row, under_system(row, messages), unlearnt_of(row, name, messages), before=len(messages))
+
+
+def _marked(
+    row: Mapping[str, Any], messages: list[Message], unlearnt: Collection[int] = (), *, before: int = 0
+) -> Dialogue:
+    """The conversation. `unlearnt` are the numbers of answers that are not to be learnt, among the last
+    `before` messages; marks beside the messages, and our own records' `unlearnt`, add to them."""
+    shift = len(messages) - before if before else 0
+    listed = marks.unlearnt_by_lists(row, before)
+    numbers = {number + shift for number in (*unlearnt, *listed)}
+    own = {number for number, message in enumerate(messages) if message["role"] == "assistant"}
+    return Dialogue.of(messages, numbers & own if marks.is_learnt_at_all(row) else own)
+
+
+def unlearnt_of(row: Mapping[str, Any], column: str, messages: Sequence[Message]) -> set[int]:
+    """The numbers of the answers in a column that are not to be learnt. Raises ValueError for marks that
+    cannot be followed."""
+    assistants = [message["role"] == "assistant" for message in messages]
+    own = row.get("unlearnt") if column == "messages" else None
+    known = set(own) if isinstance(own, list) and all(type(one) is int for one in own) else set()
+    return marks.unlearnt_in(row[column], assistants) | known
+
+
+def wanted_of_others(row: Mapping[str, Any]) -> int:
+    """How many turns of the user, of tools or of the system are marked as to be learnt; none is."""
+    lists = [value for value in row.values() if isinstance(value, list)]
+    turns = [turn for one in lists for turn in one if isinstance(turn, Mapping)]
+    others = [turn for turn in turns if SPEAKERS.get(str(turn.get("from", turn.get("role")))) != "assistant"]
+    return sum(marks.is_wanted(turn) for turn in others if present(turn, "from", "role"))
 
 
 def present(row: Mapping[str, Any], *names: str) -> list[str]:
@@ -193,7 +227,6 @@ def _message(turn: Any) -> Message:
     """
     if not isinstance(turn, Mapping):
         return check_message(turn)
-    _refuse_unlearnt(turn)
     if found := [name for name in STRUCTURED if turn.get(name)]:
         raise ValueError(
             f"a message has {found[0]}, which is not read: write calls as tool_calls, or leave it out"
@@ -214,7 +247,6 @@ def _said(turn: Any) -> Message:
         raise ValueError(
             f"a message must be an object with from and value, found {type(turn).__name__} {turn!r:.40}"
         )
-    _refuse_unlearnt(turn)
     speaker = turn.get("from")
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise ValueError(f"a message is from {speaker!r}; known: {', '.join(SPEAKERS)}")
@@ -243,16 +275,6 @@ def _called(value: Any) -> list[Part]:
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         parts.append(ToolCallPart(type="tool_call", id="", name=name, arguments=text))
     return parts
-
-
-def _refuse_unlearnt(turn: Mapping[str, Any]) -> None:
-    """Raise ValueError for OpenAI's `weight` 0, which keeps an answer out of the loss: it must not be learnt
-    against its author's intent."""
-    if turn.get("weight") not in (None, 1):
-        raise ValueError(
-            f"a message has weight {turn['weight']!r}: leaving single answers out of the loss is not "
-            "supported"
-        )
 
 
 def under_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
@@ -295,17 +317,22 @@ def _alpaca(row: Mapping[str, Any], *, plain: bool) -> list[Message]:
 # ---- prompts and completions -------------------------------------------------------------------------------
 
 
-def _exchange(row: Mapping[str, Any], *, answered: bool) -> list[Message]:
-    """A prompt and its completion, or the prompt alone."""
+def _exchange(row: Mapping[str, Any], *, answered: bool) -> tuple[list[Message], set[int]]:
+    """A prompt and its completion, or the prompt alone; and the numbers of answers that are not to be learnt:
+    those in the prompt, of which TRL too learns nothing, and the marked ones."""
     lost = [name for name in LOST if row.get(name)]
     if lost:
         raise ValueError(
             f"a column `{lost[0]}` stands beside the prompt and would be lost: write such records as "
             "`messages`, or leave it out on purpose by FILE#prompt=COLUMN,completion=COLUMN"
         )
-    prompt = prompt_of(row, "dialogues")
-    said = answer_of(row, one_of(row, ANSWERED, "dialogues")) if answered else []
-    return under_system(row, [*prompt, *said])
+    prompt = under_system(row, prompt_of(row, "dialogues"))
+    name = one_of(row, ANSWERED, "dialogues") if answered else ""
+    said = answer_of(row, name) if answered else []
+    unlearnt = {number for number, one in enumerate(prompt) if one["role"] == "assistant"} if said else set()
+    if said and not isinstance(row[name], str):
+        unlearnt |= {number + len(prompt) for number in unlearnt_of(row, name, said)}
+    return [*prompt, *said], unlearnt
 
 
 def prompt_of(row: Mapping[str, Any], wanted: str) -> list[Message]:

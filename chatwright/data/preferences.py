@@ -38,6 +38,7 @@ from chatwright.data.formats import (
     under_system,
     without_space,
 )
+from chatwright.data.marks import refuse_unlearnt
 from chatwright.data.shapes import ANSWERED, ASKED, columns_of, hint
 from chatwright.messages import Message, written
 
@@ -66,6 +67,7 @@ def comparison(row: Mapping[str, Any], format: PreferenceFormat = "auto") -> Com
     elif not (ranked if format == "ranked" else pair):
         raise _lacks(row, "'responses' and 'scores'" if format == "ranked" else "'chosen' and 'rejected'")
     annotator = _annotator(row)
+    refuse_unlearnt(row, "chosen", "rejected")
     if format == "ranked":
         prompt = under_system(row, prompt_of(row, "comparisons"))
         return Comparison.of(prompt, row["responses"], row["scores"], annotator)
@@ -154,6 +156,7 @@ def rated_text(row: Mapping[str, Any], column: str = "") -> LabelledText:
     if row.get("label") is None and "label" not in row:
         raise _no_rating(row, "label")
     label = _number(row["label"])
+    refuse_unlearnt(row, *ANSWERED)
     if name in row and (row[name] is not None or not present(row, *ANSWERED)):
         return LabelledText.of(row[name], label)
     turns = answer_of(row, one_of(row, ANSWERED, "ratings"))

@@ -15,7 +15,7 @@ from chatwright.data.examples import Comparison, Dialogue, Document, LabelledTex
 from chatwright.data.files import RECORD_SUFFIXES, TEXT_SUFFIX, find_files, hub_rows, records
 from chatwright.data.formats import Format
 from chatwright.data.preferences import PreferenceFormat
-from chatwright.data.reading import Faults, Row
+from chatwright.data.reading import Faults, Row, suffix_of
 from chatwright.data.records import HELD_OUT, NAMES, too_few
 from chatwright.data.shapes import Shape, shape_of
 from chatwright.data.splitting import Splitter
@@ -77,7 +77,7 @@ def first_row(spec: str) -> Mapping[str, Any] | None:
     else:
         path, _ = sources.path_and_columns(spec)
         listed = find_files(path, (TEXT_SUFFIX, *RECORD_SUFFIXES))
-        if listed[0].suffix.lower() == TEXT_SUFFIX:
+        if suffix_of(listed[0]) == TEXT_SUFFIX:
             return None
         rows = records(listed[0], (), faults)
     rows = columns.renamed(rows, Faults()) if columns.names else rows
@@ -141,7 +141,7 @@ def preview(spec: str, kind: str, config: Config) -> None:
     held_out += "validation" in changes.values()
     noun = NAMES[kind] + ("s" if tally.records != 1 else "")
     say(f"{tally.records:,} {noun}, of which about {held_out:,} would be held out")
-    for line in filter(None, (faults.cut_line(), tally.line())):
+    for line in filter(None, (faults.cut_line(), tally.line(), faults.wanted_line())):
         say(f"  {line}")
     if faults.count:
         say(f"  {faults.count:,} that cannot be used; the first: {faults.first}")
@@ -162,9 +162,11 @@ def shown(record: Any) -> Iterator[tuple[str, str]]:
     if isinstance(record, Document):
         yield "text", f"[[{cut(record.text)}]]"
     elif isinstance(record, Dialogue):
-        for message in record.messages:
-            text = cut(described(message["content"]))
-            yield message["role"], f"[[{text}]]" if message["role"] == "assistant" else text
+        learnt = set(record.answers)
+        for number, message in enumerate(record.messages):
+            text, role = cut(described(message["content"])), message["role"]
+            marked = " (marked as not to be learnt)" if number in record.unlearnt else ""
+            yield f"{role}{marked}", f"[[{text}]]" if number in learnt else text
     elif isinstance(record, LabelledText):
         yield f"rated {record.label:g}", cut(record.text)
     elif isinstance(record, Comparison):

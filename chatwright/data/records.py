@@ -9,7 +9,7 @@ are those of the data stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,17 +18,21 @@ from chatwright.data import sources
 from chatwright.data.columns import cut_columns
 from chatwright.data.examples import Document
 from chatwright.data.files import RECORD_SUFFIXES, TEXT_SUFFIX
+from chatwright.data.reading import Faults, suffix_of
 from chatwright.data.shapes import LOOKS
 from chatwright.data.splitting import Side, Splitter, split_of
-from chatwright.data.tally import Tally, is_alike, is_useful
+from chatwright.data.tally import Tally, is_left_out, is_useful
 from chatwright.metrics import say
 
 Record = TypeVar("Record")
 
 HELD_OUT = {"text": 0.02, "dialogues": 0.02, "comparisons": 0.02, "ratings": 0.1}
-"""Kind of records -> the default share that is held out."""
+"""Kind of records -> the default share that the data stage holds out."""
+VERDICT, FEWEST_HELD_OUT, MOST_SHARE = 0.1, 10, 0.5
+"""Of a single file of comparisons: the share that is held out, and how many prompts at least, as far as they
+are no more than the last share: the fewer there are, the less their accuracy shows."""
 
-READERS: dict[str, Callable[[Sequence[str]], Iterable[Any]]] = {
+READERS: dict[str, Callable[..., Iterable[Any]]] = {
     "text": sources.documents,
     "dialogues": sources.dialogues,
     "comparisons": sources.comparisons,
@@ -49,7 +53,7 @@ def own_file(name: str) -> Path | None:
     """The single file of records (.jsonl, .json, .csv, .tsv, .parquet, .txt) that a setting names, perhaps
     with columns behind a `#`; None when it names something else. Raises UserError for wrong columns."""
     path = Path(cut_columns(name)[0])
-    return path if path.suffix.lower() in (*RECORD_SUFFIXES, TEXT_SUFFIX) and path.is_file() else None
+    return path if suffix_of(path) in (*RECORD_SUFFIXES, TEXT_SUFFIX) and path.is_file() else None
 
 
 def is_record_file(name: str) -> bool:
@@ -81,12 +85,26 @@ def of_kind(file: str, kind: str) -> Iterator[Any]:
         ) from None
 
 
-def changes_of(file: str, kind: str) -> Mapping[str, Side]:
+def share_of(file: str, kind: str) -> float:
+    """The share of the user's file that is held out. A few comparisons are counted, as far as their number
+    decides. Raises UserError: a broken record."""
+    if kind != "comparisons":
+        return HELD_OUT[kind]
+    prompts: set[str] = set()
+    for record in of_kind(file, kind):
+        if not is_left_out(record):
+            prompts.add(record.id)
+        if len(prompts) * VERDICT >= FEWEST_HELD_OUT:
+            return VERDICT
+    return min(MOST_SHARE, FEWEST_HELD_OUT / max(1, len(prompts)))
+
+
+def changes_of(file: str, kind: str, share: float) -> Mapping[str, Side]:
     """Which records of the user's file change sides so that there are some on both (splitting.py). Reads only
     as far as that is open. Raises UserError: a broken record, or nothing that could be held out."""
-    splitter, total = Splitter(HELD_OUT[kind]), 0
+    splitter, total = Splitter(share), 0
     for record in of_kind(file, kind):
-        if is_alike(record):
+        if is_left_out(record):
             continue
         total += 1
         splitter.side(record.id, useful=is_useful(record))
@@ -100,7 +118,9 @@ def changes_of(file: str, kind: str) -> Mapping[str, Side]:
 def too_few(kind: str, total: int) -> str:
     """The end of the error for data of which nothing can be held out: `total` records, all with one id."""
     name = NAMES[kind]
-    if not total:
+    if not total and kind == "dialogues":
+        found = "all answers in it are marked as not to be learnt"
+    elif not total:
         found = "the answers of each comparison in it are the same text"
     elif total == 1:
         found = f"it holds one {name} only"
@@ -117,11 +137,12 @@ def side_of_file(file: str, kind: str, side: str) -> Iterator[Any]:
     """One side, train or validation, of the records in the user's file. What is odd about them is said once,
     when the training side has been read. Raises UserError for a broken record, or when nothing can be held
     out."""
-    changes, tally = changes_of(file, kind), Tally()
-    for record in READERS[kind]([file]):
-        if tally.keep(record) and changes.get(record.id, split_of(record.id, HELD_OUT[kind])) == side:
+    share = share_of(file, kind)
+    changes, tally, faults = changes_of(file, kind, share), Tally(), Faults()
+    for record in READERS[kind]([file], faults=faults):
+        if tally.keep(record) and changes.get(record.id, split_of(record.id, share)) == side:
             yield record
-    if side == "train" and (told := tally.line()):
+    for told in filter(None, (tally.line(), faults.wanted_line())) if side == "train" else ():
         say(f"  {file}: {told}")
 
 

@@ -32,7 +32,7 @@ from chatwright.data.files import (
     records,
     text_pieces,
 )
-from chatwright.data.reading import Faults, Row
+from chatwright.data.reading import Faults, Row, suffix_of
 from chatwright.data.shapes import LISTS, columns_of, hint
 
 Specs = str | Sequence[str]
@@ -150,7 +150,14 @@ def _dialogues_of(
 ) -> Iterator[Dialogue]:
     source = find(spec)
     if source is None:
-        return _own_records(spec, lambda row, column: formats.dialogue(row, format, column), faults)
+        faults = faults or Faults()
+
+        def make(row: Mapping[str, Any], column: str) -> Dialogue:
+            made = formats.dialogue(row, format, column)
+            faults.wanted += formats.wanted_of_others(row)
+            return made
+
+        return _own_records(spec, make, faults)
     if source.dialogue is None:
         raise _wrong_kind(source, "dialogue")
     return _unique(Dialogue.of(messages) for messages in source.dialogue(source.fetch(cache, progress)))
@@ -180,7 +187,7 @@ def _own_documents(spec: str, faults: Faults | None) -> Iterator[Document]:
 
     def read() -> Iterator[Document]:
         for file in listed:
-            if file.suffix.lower() == TEXT_SUFFIX:
+            if suffix_of(file) == TEXT_SUFFIX:
                 yield from _pieces(file, longest, faults)
             else:
                 rows = partial(records, file, faults=faults, instead=() if columns else LISTS)
@@ -202,17 +209,22 @@ def _texts(
 ) -> Iterator[Document]:
     """Documents from records: the texts of a column, or transcripts of conversations."""
     wanted = columns.names.get("text", columns.single or "text")
+    make = partial(_document_or_none, faults=faults)
     if columns.names and "text" not in columns.names:  # a conversation with other names of columns
-        return _make(columns.renamed(rows(()), faults), "text", _document_or_none, faults)
-    return _make(rows((wanted,)), wanted, _document_or_none, faults)
+        return _make(columns.renamed(rows(()), faults), "text", make, faults)
+    return _make(rows((wanted,)), wanted, make, faults)
 
 
-def _document_or_none(row: Mapping[str, Any], column: str) -> Document | None:
+def _document_or_none(row: Mapping[str, Any], column: str, faults: Faults) -> Document | None:
     """An empty text is left out rather than refused: it is common in scraped data, and teaches nothing. Where
-    there is no text but a conversation, its transcript is the text."""
+    there is no text but a conversation, its transcript is the text, without answers that are marked as not to
+    be learnt; the id is that of the whole, so that it is on the same side of the split."""
     if row.get(column) is None and any(row.get(name) is not None for name in LISTS):
         chat = formats.dialogue(row)
-        return Document(chat.id, transcript(chat.messages))
+        faults.unlearnt += len(chat.unlearnt)
+        learnt = [one for number, one in enumerate(chat.messages) if number not in chat.unlearnt]
+        text = transcript(learnt)
+        return Document(chat.id, text) if text.strip() else None
     if column not in row:
         raise ValueError(f"no column {column!r}; the columns found are: {columns_of(row)}{hint(row, 'text')}")
     text = row[column]

@@ -28,15 +28,24 @@ class Tally:
     """Comparisons whose answers are all the same text; they are left out."""
     repeated: int = 0
     """Records that stood there before, word for word."""
+    unlearnt: int = 0
+    """Answers that are not to be learnt, in conversations with others that are."""
+    partly: int = 0
+    """The conversations that these are in."""
+    wholly: int = 0
+    """Conversations all of whose answers are marked so; they are left out."""
     _seen: set[int] = field(default_factory=set)
 
     def keep(self, record: Any, line: str = "") -> bool:
         """Count a record; returns False when it is to be left out. `line` is its JSON, where it is known."""
-        if is_alike(record):
-            self.alike += 1
+        if is_left_out(record):
+            self.alike += is_alike(record)
+            self.wholly += is_unlearnt(record)
             return False
         self.records += 1
         if isinstance(record, Dialogue):
+            self.unlearnt += len(record.unlearnt)
+            self.partly += bool(record.unlearnt)
             roles = [message["role"] for message in record.messages]
             self.unanswered += "assistant" not in roles
             self.open_ended += "assistant" in roles and roles[-1] != "assistant"
@@ -61,6 +70,13 @@ class Tally:
             )
         if self.alike:
             told.append(f"{self.alike:,} left out, for their answers are the same text")
+        if self.wholly:
+            told.append(f"{self.wholly:,} left out, for all their answers are marked as not to be learnt")
+        if self.unlearnt:
+            told.append(
+                f"{self.unlearnt:,} answers in {self.partly:,} of them are not learnt but read as context: "
+                "they are marked so, or stand in a prompt"
+            )
         if self.repeated:
             among = f" (among the first {REMEMBERED:,})" if len(self._seen) >= REMEMBERED else ""
             told.append(f"{self.repeated:,} that repeat another word for word{among}")
@@ -69,9 +85,19 @@ class Tally:
 
 def is_useful(record: Any) -> bool:
     """Whether there is an answer to learn, or to measure, in a record; only conversations may have none."""
-    return not isinstance(record, Dialogue) or any(one["role"] == "assistant" for one in record.messages)
+    return not isinstance(record, Dialogue) or bool(record.answers)
 
 
 def is_alike(record: Any) -> bool:
     """Whether a record is a comparison whose answers are all the same text: nothing can be learnt from it."""
     return isinstance(record, Comparison) and len({text.strip() for text in record.responses}) == 1
+
+
+def is_unlearnt(record: Any) -> bool:
+    """Whether a record is a conversation all of whose answers are marked as not to be learnt."""
+    return isinstance(record, Dialogue) and bool(record.unlearnt) and not record.answers
+
+
+def is_left_out(record: Any) -> bool:
+    """Whether a record is left out, because nothing can, or is to, be learnt from it."""
+    return is_alike(record) or is_unlearnt(record)

@@ -22,7 +22,7 @@ class Findings:
     values: dict[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
     """Numbers of single prompts, for comparisons with other runs."""
     shown: dict[str, Difference] = field(default_factory=dict)
-    """Differences by which the second model is judged."""
+    """Differences that decide whether the second model is better."""
     untrusted: set[str] = field(default_factory=set)
     """Measures that count for nothing: those of a reward model that may be guessing."""
 

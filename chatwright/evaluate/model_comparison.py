@@ -20,6 +20,7 @@ from chatwright.chat import ChatTemplate
 from chatwright.config import UserError
 from chatwright.data import sources
 from chatwright.data.files import RECORD_SUFFIXES
+from chatwright.data.reading import decode, open_bytes, suffix_of
 from chatwright.generation_config import chat_options, told
 from chatwright.language_model import find_checkpoint, load
 from chatwright.messages import Message, described
@@ -119,15 +120,16 @@ def read_prompts(file: str, most: int) -> list[Conversation]:
     path = Path(file)
     if not path.is_file():
         raise UserError(f"--prompts {file}: there is no such file")
-    if path.suffix.lower() in RECORD_SUFFIXES:
+    if suffix_of(path) in RECORD_SUFFIXES:
         found: list[Conversation] = list(
             islice(_last_questions(dialogue.messages for dialogue in sources.dialogues(file)), most)
         )
     else:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise UserError(f"--prompts {file} is not UTF-8 text; give one prompt a line") from None
+            with open_bytes(path) as opened:
+                lines = decode(opened.read(), path, 0).splitlines()
+        except UserError as error:
+            raise UserError(f"--prompts: {error}; give one prompt a line") from None
         found = [_question(line.strip()) for line in lines if line.strip()][:most]
     if not found:
         raise UserError(f"--prompts {file}: there is no prompt in it; give one a line, or conversations")

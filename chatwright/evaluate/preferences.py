@@ -19,7 +19,7 @@ from chatwright.data.loader import WIDTH_STEP, pad
 from chatwright.model.gpt import GPT
 from chatwright.model.heads import ScalarModel
 from chatwright.tokenizer import Tokenizer
-from chatwright.train.preference.counting import Scored
+from chatwright.train.preference.counting import ScoredComparisons
 from chatwright.train.preference.rankings import encode_answer
 from chatwright.train.rl.rollout import Completions, completion_log_probs
 
@@ -29,7 +29,7 @@ AT_ONCE = 16
 
 def ranked_by_policy(
     model: GPT, comparisons: Sequence[Comparison], template: ChatTemplate, tokenizer: Tokenizer
-) -> Scored:
+) -> ScoredComparisons:
     """Mean log-probability per token of each answer, nats; the end token counts."""
 
     def scores(rows: list[list[int]], answers: list[int]) -> Tensor:
@@ -42,7 +42,7 @@ def ranked_by_policy(
 
 def ranked_by_reward(
     model: ScalarModel, comparisons: Sequence[Comparison], template: ChatTemplate, tokenizer: Tokenizer
-) -> Scored:
+) -> ScoredComparisons:
     """The reward model's score of each answer."""
 
     def scores(rows: list[list[int]], answers: list[int]) -> Tensor:
@@ -59,7 +59,7 @@ def _ranked(
     template: ChatTemplate,
     tokenizer: Tokenizer,
     context: int,
-) -> Scored:
+) -> ScoredComparisons:
     """Apply `scores` (rows of ids, tokens of each row's answer -> numbers) to all answers."""
     rows, lengths, places = [], [], []
     for n, one in enumerate(comparisons):
@@ -75,7 +75,7 @@ def _ranked(
     values, labels = torch.zeros(len(comparisons), k), torch.full((len(comparisons), k), float("nan"))
     for (n, place), value in zip(places, found, strict=True):
         values[n, place], labels[n, place] = value, comparisons[n].scores[place]
-    return Scored(values, labels)
+    return ScoredComparisons(values, labels)
 
 
 def _completions(rows: list[list[int]], answers: list[int]) -> Completions:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection, Sequence
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from chatwright.config import UserError
@@ -28,6 +29,7 @@ def beam_search(
     end_ids: Collection[int] = (),
     length_penalty: float = 1.0,
     early_stopping: bool = False,
+    known: Bool[Tensor, " V"] | None = None,
 ) -> list[tuple[list[int], float]]:
     """The best finished continuations of `prompt`, at most `beams`, best first: (new ids, score in nats).
 
@@ -35,6 +37,7 @@ def beam_search(
     sums). early_stopping: stop at `beams` finished continuations; otherwise go on while the best open one, at
     its present
         length, beats the worst finished one.
+    known: True on ids that have a token (sequence.py::tokens_with_text); the others are never taken.
     An answer ends with an id of `end_ids`, or where `max_new_tokens` or the model's context ends.
     Raises UserError for an empty or too long prompt and for numbers that make no sense.
     """
@@ -61,6 +64,8 @@ def beam_search(
         for length in range(1, limit + 1):
             hidden = model.hidden(inputs, cache=cache)
             logprobs = model.head(hidden[:, -1]).float().log_softmax(-1)
+            if known is not None:
+                logprobs = logprobs.masked_fill(~known.to(logprobs.device), -math.inf)
             origins = search.extend(logprobs, length, last=length == limit)
             if search.done:
                 break

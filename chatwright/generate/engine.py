@@ -31,7 +31,7 @@ from chatwright.generate.request import Completion, FinishReason, Handle, OnChan
 from chatwright.generate.runner import Feed, Runner
 from chatwright.generate.sampling import BatchSampler
 from chatwright.generate.scheduler import Scheduler, Stats
-from chatwright.generate.sequence import Choice, Sequence, allowed_tokens
+from chatwright.generate.sequence import Choice, Sequence, allowed_tokens, tokens_with_text
 from chatwright.generate.torch_runner import TorchRunner
 from chatwright.model.gpt import GPT
 from chatwright.runtime import one_thread
@@ -103,6 +103,7 @@ class Engine:
         self.prefill_tokens, self.lookup = prefill_tokens, lookup
         self.stats = Stats()
         self._scheduler = Scheduler(self.runner, self.stats, pages=self._pages(cache_tokens), most=max_batch)
+        self._known = tokens_with_text(tokenizer, model.config.vocab_size)
         self._stepping = threading.Lock()  # one step at a time; guards the scheduler and everything below
         self._allocated = False
         self._weights: object = None
@@ -346,9 +347,12 @@ class Engine:
                 device=logits.device,
             )
         with one_thread() if self.runner.own_threads else nullcontext():
-            allowed = allowed_tokens(sequences, logits.shape[1])
+            known, allowed = self._known, allowed_tokens(sequences, logits.shape[1])
+            if known is not None:
+                known = self._known = known.to(logits.device)
+                allowed = known[None] if allowed is None else allowed.to(logits.device) & known
             tokens, logprobs = self._sampler(logits, None if allowed is None else allowed.to(logits.device))
-            tops = self._sampler.alternatives(logits)
+            tops = self._sampler.alternatives(logits, known)
         return list(map(Choice, tokens.tolist(), logprobs.tolist(), tops))
 
     # ---- guesses -------------------------------------------------------------------------------------------

@@ -251,12 +251,13 @@ class BatchSampler:
         self.tops = [sampling.top_logprobs for sampling in settings]
 
     def process(
-        self, logits: Float[Tensor, "B V"], allowed: Bool[Tensor, "B V"] | None = None
+        self, logits: Float[Tensor, "B V"], allowed: Bool[Tensor, "#B V"] | None = None
     ) -> Float[Tensor, "B V"]:
         """Logits of the distribution to draw from; tokens that must not be drawn are -inf. Greedy rows have
         only penalties, bias and grammar applied.
 
-        allowed: True on tokens that the row's grammar allows, at least one of each row; None allows all.
+        allowed: True on tokens that may be drawn, as a row's grammar says, at least one of each row; None
+            allows all.
         """
         x = logits.float()
         if self.seen is not None and self.penalty is not None:
@@ -278,7 +279,7 @@ class BatchSampler:
         return x
 
     def __call__(
-        self, logits: Float[Tensor, "B V"], allowed: Bool[Tensor, "B V"] | None = None
+        self, logits: Float[Tensor, "B V"], allowed: Bool[Tensor, "#B V"] | None = None
     ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
         """A token per row, and its log-probability (see the top of this file), which is not finite where the
         row's logits are not.
@@ -304,12 +305,20 @@ class BatchSampler:
             self.counts[torch.arange(len(ids), device=ids.device), ids] += 1.0
         return ids, logprobs
 
-    def alternatives(self, logits: Float[Tensor, "B V"]) -> list[list[list[tuple[int, float]]]]:
-        """Per row a list whose only entry is its `top_logprobs` likeliest tokens, or an empty list for 0."""
+    def alternatives(
+        self, logits: Float[Tensor, "B V"], known: Bool[Tensor, " V"] | None = None
+    ) -> list[list[list[tuple[int, float]]]]:
+        """Per row a list whose only entry is its `top_logprobs` likeliest tokens, or an empty list for 0.
+
+        known: True on ids that have a token; others are not listed.
+        """
         if not any(self.tops):
             return [[] for _ in self.tops]
         scaled = logits.float() if self.temperature is None else logits.float() / self.temperature
-        values, ids = scaled.log_softmax(-1).topk(min(max(self.tops), logits.shape[1]), dim=-1)
+        logprobs = scaled.log_softmax(-1)
+        if known is not None:
+            logprobs = logprobs.masked_fill(~known, -math.inf)
+        values, ids = logprobs.topk(min(max(self.tops), logits.shape[1]), dim=-1)
         return [
             [list(zip(row_ids[:most], row_values[:most], strict=True))] if most else []
             for most, row_ids, row_values in zip(self.tops, ids.tolist(), values.tolist(), strict=True)

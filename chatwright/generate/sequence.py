@@ -25,15 +25,23 @@ class Text:
     """A sequence's text: whole characters, up to the first stop text. A possible beginning of a stop text is
     held back."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
-        self.stream, self.stops, self.vocab_size = TextStream(tokenizer), stops, tokenizer.vocab_size
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...], *, continues: bool = False) -> None:
+        self.stream = TextStream(tokenizer, continues=continues)
+        self.stops, self.vocab_size = stops, tokenizer.vocab_size
         self.held = ""
         self.reach = max(map(len, stops), default=1) - 1
 
     def push(self, token: int) -> tuple[str, bool]:
         """The new text after `token`, and whether a stop text has come."""
         # A model's vocabulary may be padded beyond the tokenizer's last id; such ids have no text.
-        return self._release(self.stream.push(token) if token < self.vocab_size else "", final=False)
+        text, stopped = self._release(self.stream.push(token) if token < self.vocab_size else "", final=False)
+        if self.stops and not stopped and (pending := self.stream.pending()):
+            # Were this the end, the held text would be all: a stop text in it ends the answer now.
+            whole = self.held + pending
+            cuts = [at for at in map(whole.find, self.stops) if at >= 0]
+            if cuts:
+                return text + whole[: min(cuts)], True
+        return text, stopped
 
     def flush(self) -> tuple[str, bool]:
         """The remaining text, when no more tokens come."""
@@ -115,7 +123,10 @@ class Sequence:
             handle,
             room,
             make_generator(sampling, device),
-            Text(tokenizer, sampling.stop) if tokenizer is not None else None,
+            # What a grammar has checked are all bytes of the answer, its first space included.
+            Text(tokenizer, sampling.stop, continues=request.continues or request.grammar is not None)
+            if tokenizer is not None
+            else None,
             Lookup(guesses) if guesses and exact else None,
             request.grammar.start() if request.grammar is not None else None,
             list(request.prompt),
@@ -185,6 +196,16 @@ class Sequence:
         )
         new = ([choice.token], [choice.logprob], choice.top) if choice else ([], [], [])
         self.handle._put(text, *new, completion)
+
+
+def tokens_with_text(tokenizer: Tokenizer | None, vocab_size: int) -> Bool[Tensor, " V"] | None:
+    """Mask of the ids that the tokenizer has a token for; None when all of a model's ids are. Published
+    models often have more rows than tokens, and holes between them: such ids are never to be drawn."""
+    if tokenizer is None:
+        return None
+    known = torch.zeros(vocab_size, dtype=torch.bool)
+    known[list(tokenizer.backend.get_vocab(with_added_tokens=True).values())] = True
+    return None if bool(known.all()) else known
 
 
 def allowed_tokens(sequences: abc.Sequence[Sequence], vocab_size: int) -> Bool[Tensor, "B V"] | None:

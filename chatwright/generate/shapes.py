@@ -10,8 +10,6 @@ def unsupported(config: GPTConfig) -> str | None:
     for wrong, reason in (
         (not config.pre_norm, "post-norm blocks"),
         (config.position == "sinusoidal", "sinusoidal positions"),
-        (config.activation == "gelu", "the exact GELU"),
-        (bool(config.logit_softcap), "a soft cap on logits"),
         (config.head_dim % 2 == 1, "an odd head size"),
     ):
         if wrong:

@@ -18,6 +18,7 @@ from torch import Tensor
 from chatwright.config import UserError
 from chatwright.generate.contiguous_cache import ContiguousCache
 from chatwright.generate.runner import Feed
+from chatwright.model.cache import stored_mask
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import active_adapter
 
@@ -86,12 +87,12 @@ class PagedCache:
         bench.flatten(0, 2).index_copy_(0, self._on_bench, new.flatten(0, 2).to(bench.dtype))
         return bench[: len(new), :, : self.span].to(new.dtype)
 
-    def attention_mask(self, tokens: int) -> Bool[Tensor, "B 1 T S"] | None:
-        """True where a new token may attend: its own row up to itself. None: plain causal."""
-        if self.fresh:
+    def attention_mask(self, tokens: int, window: int = 0) -> Bool[Tensor, "B 1 T S"] | None:
+        """True where a new token may attend: its own row up to itself, within the window. None: plain
+        causal."""
+        if self.fresh and not 0 < window < tokens:
             return None  # padding is on the right, where no real token attends
-        stored = torch.arange(self.span, device=self.lengths.device)
-        return (stored[None, None, :] <= self._column[:, :, None])[:, None]
+        return stored_mask(self._column, self.span, window)
 
     def advance(self, tokens: Tensor | int) -> None:
         """Does nothing: the scheduler counts."""

@@ -1,13 +1,13 @@
 """Models out, in the format of transformers: config.json, safetensors, tokenizer.json, chat template.
 
-Names and layouts are the readers' tables (families.py), applied backwards. A shape is written only if reading
+Names and layouts are the readers' tables (families/), applied backwards. A shape is written only if reading
 its config.json gives the same shape again, so that whatever a family cannot say is refused and not lost.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,120 +16,27 @@ import torch
 
 from chatwright.config import UserError
 from chatwright.interop.families import FAMILIES, config_from_hf
-from chatwright.interop.leaving import check_shape, ends_of, family_name, portable
+from chatwright.interop.hf_tokenizer_export import tokenizer_files
+from chatwright.interop.leaving import check_shape, ends_of, exported, family_name
 from chatwright.interop.loaded import Loaded, Stored, foreign
-from chatwright.model.config import GPTConfig, RotaryScaling
+from chatwright.model.config import GPTConfig
 from chatwright.tensor_files import save_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000
 """A larger model is written in several files with an index, as transformers does."""
-
-_CLASSES = {
-    "openai-gpt": "OpenAIGPTLMHeadModel",
-    "gpt2": "GPT2LMHeadModel",
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "arcee": "ArceeForCausalLM",
-}
-
-
-def _conv1d(config: GPTConfig) -> dict[str, Any]:
-    """What OpenAI GPT and GPT-2 have in common."""
-    return {
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context,
-        "n_ctx": config.context,
-        "n_embd": config.width,
-        "n_layer": config.layers,
-        "n_head": config.heads,
-        "layer_norm_epsilon": config.norm_eps,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "tie_word_embeddings": config.tied,
-    }
-
-
-def _gpt2(config: GPTConfig) -> dict[str, Any]:
-    names = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
-    return {
-        **_conv1d(config),
-        "n_inner": config.mlp_width,
-        "activation_function": names.get(config.activation, "gelu_new"),
-    }
-
-
-def _rotary(scaling: RotaryScaling | None) -> dict[str, Any]:
-    """Families.py's reading of rotary scaling, backwards."""
-    if scaling is None:
-        return {"rope_type": "default"}
-    values: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "linear":
-        return values
-    values["original_max_position_embeddings"] = scaling.original_context
-    if scaling.kind == "llama3":
-        return {**values, "low_freq_factor": scaling.low_turns, "high_freq_factor": scaling.high_turns}
-    return {
-        **values,
-        "beta_slow": scaling.low_turns,
-        "beta_fast": scaling.high_turns,
-        "truncate": scaling.whole_pairs,
-        "attention_factor": scaling.attention_factor,
-    }
-
-
-def _gated(config: GPTConfig) -> dict[str, Any]:
-    """What Llama, Qwen3 and Arcee have in common. The rotary base stands where transformers 5 and 4 look for
-    it."""
-    return {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "relu2" if config.activation == "relu2" else "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_base,
-        "rope_parameters": {"rope_theta": config.rope_base, **_rotary(config.rope_scaling)},
-        "attention_bias": False,
-        "attention_dropout": config.dropout,
-        "tie_word_embeddings": config.tied,
-    }
-
-
-def _llama(config: GPTConfig) -> dict[str, Any]:
-    return {**_gated(config), "mlp_bias": False}
-
-
-def _qwen3(config: GPTConfig) -> dict[str, Any]:
-    return {
-        **_gated(config),
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "max_window_layers": config.layers,
-    }
-
-
-_SETTINGS: dict[str, Callable[[GPTConfig], dict[str, Any]]] = {
-    "openai-gpt": lambda config: {**_conv1d(config), "afn": "gelu"},  # its "gelu" is the tanh approximation
-    "gpt2": _gpt2,
-    "llama": _llama,
-    "qwen3": _qwen3,
-    "arcee": _llama,
-}
+_WHOLE_HEADS = ("llama", "arcee", "gemma2", "gemma3_text", "gpt_neox")
+"""Families for which transformers refuses a width that is no multiple of the heads, though it need not."""
 
 
 def config_to_hf(config: GPTConfig) -> dict[str, Any]:
     """The `config.json` of a shape, without its tokens. Raises UserError naming what the nearest family
     cannot say."""
     family = family_name(config)
-    values = {"model_type": family, "architectures": [_CLASSES[family]], **_SETTINGS[family](config)}
+    entry = FAMILIES[family]
+    values = {"model_type": family, "architectures": [entry.architecture], **entry.settings(config)}
     check_shape(config, config_from_hf(values), f"transformers' {family}")
-    if family in ("llama", "arcee") and config.width % config.heads:
+    if family in _WHOLE_HEADS and config.width % config.heads:
         raise UserError(
             f"the model's width {config.width} is not a multiple of its {config.heads} heads, and "
             f"transformers refuses such a {family}"
@@ -155,6 +62,7 @@ class HFExport:
         """Write into an existing directory, one file's tensors in memory at a time. Raises OSError: disk
         full."""
         for name, text in self.texts.items():
+            (directory / name).parent.mkdir(exist_ok=True)  # other chat templates have a folder
             (directory / name).write_text(text, encoding="utf-8")
         shards = self._shards(shard_bytes)
         index: dict[str, str] = {}
@@ -201,29 +109,19 @@ def plan_hf(parts: Loaded, *, dtype: str = "fp32") -> HFExport:
     if parts.tokenizer is not None:
         tokenizer = parts.tokenizer
         ends = ends_of(parts, tokenizer)
-        ids = {"bos_token_id": tokenizer.end_of_text_id, "eos_token_id": tokenizer.control_ids[ends.sequence]}
-        values |= ids
-        stops = [tokenizer.control_ids[end] for end in dict.fromkeys((ends.sequence, ends.text))]
-        generation = {**ids, "eos_token_id": stops, "pad_token_id": tokenizer.end_of_text_id}
+        around = tokenizer_files(tokenizer, ends)
+        values |= around.ids
+        generation = {**around.ids, "eos_token_id": around.stops, "pad_token_id": tokenizer.end_of_text_id}
         if parts.generation is not None:
             generation |= parts.generation.to_values()
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is, in every version
-            "bos_token": ends.text,
-            "eos_token": ends.sequence,
-            "pad_token": ends.text,
-            "add_bos_token": False,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": config.context,
-        }
+        settings = {**around.settings, "model_max_length": config.context}
         texts |= {
-            "tokenizer.json": tokenizer.to_json(),
+            "tokenizer.json": around.content,
             "tokenizer_config.json": _json(settings),
             "generation_config.json": _json(generation),
         }
     if parts.template is not None:
-        texts["chat_template.jinja"] = portable(parts.template)
+        texts |= exported(parts.template).files()
     texts["config.json"] = _json(values)
     return HFExport(f"transformers' {family}", texts, tensors, DTYPES[dtype])
 
@@ -235,5 +133,15 @@ def _json(value: Any) -> str:
 @torch.no_grad()
 def round_hf(parts: Loaded, dtype: str) -> None:
     """Give a model, in place, the values that its weights have after being stored as `dtype`."""
-    for parameter in parts.model.parameters():
-        parameter.copy_(parameter.to(DTYPES[dtype]))
+    config = parts.model.config
+    plus = {
+        name: rule.plus
+        for rule in FAMILIES[family_name(config)].rules
+        for layer in range(config.layers if rule.plus else 0)
+        for name in rule.names(layer)[1]
+    }
+    for name, parameter in parts.model.named_parameters():
+        more = plus.get(name, 0.0)
+        parameter.copy_(
+            (parameter - more).to(DTYPES[dtype]).float() + more if more else parameter.to(DTYPES[dtype])
+        )

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from chatwright.chat import ChatTemplate
+from chatwright.chat import ChatTemplate, Message
 from chatwright.config import UserError
+from chatwright.interop.families import FAMILIES, config_from_hf
 from chatwright.interop.loaded import Loaded, end_of_text
+from chatwright.interop.templates import SPECIAL_TOKENS, with_tokens
 from chatwright.model.config import GPTConfig
 from chatwright.tokenizer import Tokenizer
 
@@ -28,25 +30,39 @@ class Ends:
 
 
 def family_name(config: GPTConfig) -> str:
-    """The nearest family of the formats, by transformers' names; whether it carries all of the shape is
-    `check_shape`'s."""
-    if config.position == "rotary":
-        if config.activation == "relu2":
-            return "arcee"
-        return "qwen3" if config.qk_norm else "llama"
-    return "gpt2" if config.pre_norm else "openai-gpt"
+    """The nearest family of the formats, by transformers' names: that of the model, if it can say all of the
+    shape, else the one that loses least. Whether it carries all of it is `check_shape`'s."""
+    lost = {name: len(_lost(config, name)) for name, family in FAMILIES.items() if not family.written_as}
+    return config.family if lost.get(config.family) == 0 else min(lost, key=lost.__getitem__)
+
+
+def _lost(config: GPTConfig, name: str) -> list[str]:
+    """The fields that a model would lose if it were written as this family; all if it could not be read."""
+    try:
+        read = config_from_hf({"model_type": name, **FAMILIES[name].settings(config)})
+    except UserError:
+        return [field.name for field in fields(GPTConfig)]
+    return different(config, read)
+
+
+def different(one: GPTConfig, other: GPTConfig) -> list[str]:
+    """The fields in which two shapes compute different things."""
+    return [
+        field.name
+        for field in fields(GPTConfig)
+        if field.compare and getattr(one, field.name) != getattr(other, field.name)
+    ]
 
 
 def check_shape(config: GPTConfig, carried: GPTConfig, family: str) -> None:
     """Raise UserError unless the shape that the format would be read back as is the one that is to be
     written."""
-    for field in fields(GPTConfig):
-        mine, theirs = getattr(config, field.name), getattr(carried, field.name)
-        if mine != theirs:
-            raise UserError(
-                f"the model has {field.name} {mine!r}, and {family}, the nearest family, can only say "
-                f"{theirs!r}: it would compute something else there"
-            )
+    for name in different(config, carried):
+        mine, theirs = getattr(config, name), getattr(carried, name)
+        raise UserError(
+            f"the model has {name} {mine!r}, and {family}, the nearest family, can only say {theirs!r}: it "
+            "would compute something else there"
+        )
 
 
 def ends_of(parts: Loaded, tokenizer: Tokenizer) -> Ends:
@@ -57,31 +73,54 @@ def ends_of(parts: Loaded, tokenizer: Tokenizer) -> Ends:
     )
     if size > rows:
         raise UserError(f"the tokenizer has {size} tokens and the model {rows}: they do not belong together")
+    turn = None
     if parts.template is not None:
-        parts.template.end_ids(tokenizer)  # a template whose end nobody knows is refused
-    ends = Ends(parts.template.end if parts.template else None, tokenizer.end_of_text)
+        parts.template.end_ids(tokenizer)  # a given end that nobody knows is refused
+        tokens = parts.template.ends(tokenizer).tokens
+        turn = next((token for token in reversed(tokens) if token in tokenizer.control_ids), None)
+    ends = Ends(turn, tokenizer.end_of_text)
     guessed = end_of_text(tokenizer.controls, ends.sequence, where=parts.source)
     if guessed != ends.text:
         raise UserError(f"its texts end with {ends.text}, which other programs would take to be {guessed}")
     return ends
 
 
-def portable(template: ChatTemplate) -> str:
-    """The template's text such that it means the same to programs that hand it their own bos_token and
-    eos_token.
+def chats_begin_like_texts(parts: Loaded, tokenizer: Tokenizer) -> bool:
+    """Whether a conversation begins with what stands in front of a text; True for a base model."""
+    if parts.template is None:
+        return True
+    begin = list(tokenizer.frame.begin)
+    for role in ("user", "system"):  # a template may want either first
+        try:
+            message = Message(role=role, content="x")
+            ids = parts.template.encode([message], tokenizer, add_generation_prompt=True).ids
+        except UserError:
+            continue
+        return ids[: len(begin)] == begin
+    return False
 
-    Ours renders with both empty: where the text uses one that it does not set itself, it is set to be empty.
-    """
+
+def exported(template: ChatTemplate) -> ChatTemplate:
+    """The template, and its other templates, such that they mean the same to programs that hand them their
+    own special tokens."""
+    others = {name: _portable(text) for name, text in template.named.items()}
+    return ChatTemplate(portable(template), template.end or None, named=others)
+
+
+def portable(template: ChatTemplate) -> str:
+    """The text of `exported`. Here special tokens are undefined: where the text uses one that it does not set
+    itself, it is set to be empty."""
+    return _portable(template.source)
+
+
+def _portable(source: str) -> str:
     import jinja2
     from jinja2 import meta
 
+    from chatwright.sandbox import Sandbox
+
     try:
-        syntax = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template.source)
-    except (
-        jinja2.TemplateError,
-        RecursionError,
-    ):  # tags that only transformers has: nothing is known about the text
+        free = meta.find_undeclared_variables(Sandbox().parse(source)) & set(SPECIAL_TOKENS)
+    except (jinja2.TemplateError, RecursionError):  # nothing is known about the text
         free = {"bos_token", "eos_token"}
-    else:
-        free = meta.find_undeclared_variables(syntax) & {"bos_token", "eos_token"}
-    return "".join(f"{{%- set {name} = '' -%}}" for name in sorted(free)) + template.source
+    return with_tokens(source, dict.fromkeys(sorted(free), ""))

@@ -7,10 +7,9 @@ whole file are checked before a single number is read, and nothing is skipped in
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -71,12 +70,17 @@ class Rule:
     theirs: str
     own: str | tuple[str, ...]
     """Several when theirs is fused: ours follow one another along dimension 0 (the outputs of a linear
-    layer)."""
+    layer), as wholes or head by head."""
     transposed: bool = False
     """Theirs is (inputs, outputs), as in GPT-2's Conv1D; ours, like torch's, is (outputs, inputs)."""
     paired: Literal["heads", "kv_heads"] | None = None
     """Rotary pairs lie side by side (x_0 with x_1), as llama.cpp stores Llama's; ours are (x_i, x_{i + K/2}).
     Names the configuration's number of heads in this tensor."""
+    by_head: bool = False
+    """Several of ours follow one another within each head, and not as wholes (GPT-NeoX)."""
+    plus: float = 0.0
+    """Ours is theirs plus this number: Gemma's norms store their weights less one. A weight below 1/2 that
+    was trained here loses some last bits when it is written, 6e-8 at most."""
 
     def names(self, layer: int) -> tuple[str, tuple[str, ...]]:
         """Their name and ours for one block."""
@@ -96,15 +100,34 @@ class Rule:
             heads = getattr(config, self.paired)
             pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])  # (H, K / 2, 2, D)
             tensor = pairs.transpose(1, 2).reshape(tensor.shape)
-        return tuple(torch.split(tensor, list(rows)))
+        if self.plus:
+            tensor = tensor.float() + self.plus
+        return self.split(tensor, rows, config)
+
+    def split(self, tensor: Tensor, rows: Sequence[int], config: GPTConfig) -> tuple[Tensor, ...]:
+        """The rows of a fused matrix (outputs, ...) apart."""
+        if not self.by_head:
+            return tuple(torch.split(tensor, list(rows)))
+        by_head = tensor.reshape(config.heads, len(rows), config.head_dim, *tensor.shape[1:])
+        return tuple(part.reshape(-1, *tensor.shape[1:]) for part in by_head.unbind(1))
+
+    def join(self, parts: Sequence[Tensor], config: GPTConfig) -> Tensor:
+        """Undoes `split`."""
+        if not self.by_head:
+            return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        shape = parts[0].shape[1:]
+        heads = [part.reshape(config.heads, config.head_dim, *shape) for part in parts]
+        return torch.stack(heads, 1).reshape(-1, *shape)
 
     def invert(self, parts: Sequence[Tensor], config: GPTConfig) -> Tensor:
         """Ours -> theirs: stack ours along dimension 0, pair the rotary halves, transpose. Undoes `apply`."""
-        tensor = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        tensor = self.join(parts, config)
         if self.paired:
             heads = getattr(config, self.paired)
             halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])  # (H, 2, K / 2, D)
             tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        if self.plus:
+            tensor = tensor - self.plus
         return tensor.T if self.transposed else tensor
 
 
@@ -125,7 +148,7 @@ def translate(
         raise UserError(
             f"{where}: {config.layers} blocks in the configuration, {len(tensors)} tensors in all"
         )
-    own_shapes = _own_shapes(replace(config, layers=1))  # all blocks are alike
+    own_shapes = _own_shapes(config.with_layers(1))  # the tensors of all blocks are alike
     for layer in range(1, config.layers):
         own_shapes |= {
             name.replace("blocks.0.", f"blocks.{layer}.", 1): shape
@@ -253,18 +276,3 @@ def end_of_text(controls: Iterable[str], end_of_sequence: str | None, *, where: 
         if name is not None and name in names:
             return name
     raise UserError(f"{where}: none of the tokenizer's control tokens ends a text; name one as its eos_token")
-
-
-def chat_template(source: str, *, begin: str | None, end: str | None) -> ChatTemplate:
-    """A template from elsewhere. `begin` and `end` are its begin- and end-of-sequence tokens, None where
-    unknown.
-
-    Templates may speak of them as `bos_token` and `eos_token`; these are written into the text, so that the
-    template means the same wherever it is rendered.
-    """
-    values = {"bos_token": begin, "eos_token": end}
-    used = [name for name in values if re.search(rf"\b{name}\b", source)]
-    source = "".join(f"{{%- set {name} = {values[name] or ''!r} -%}}" for name in used) + source
-    if end is not None and end in source:
-        return ChatTemplate(source, end)
-    return ChatTemplate.from_source(source)

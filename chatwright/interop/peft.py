@@ -1,7 +1,7 @@
 """Adapters in the format of PEFT (`adapter_config.json`, `adapter_model.safetensors`), in and out. PEFT is
 not needed.
 
-PEFT names matrices by the layers of transformers, so that the families' tables (families.py) say what belongs
+PEFT names matrices by the layers of transformers, so that the families' tables (families/) say what belongs
 where. GPT-1 and GPT-2 there have query, key and value in one layer, c_attn. An adapter of it has one A for
 the three: read, each of ours gets a copy of that A and its rows of B, which computes the same. Written, ours
 with an A each become one of the summed rank, with the As one above the other and the Bs as blocks on a
@@ -39,7 +39,7 @@ from chatwright.interop.adapter_origin import (
 from chatwright.interop.families import FAMILIES, shown
 from chatwright.interop.hf import open_weights
 from chatwright.interop.leaving import family_name
-from chatwright.interop.loaded import Stored, located
+from chatwright.interop.loaded import Rule, Stored, located
 from chatwright.model import lora
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
@@ -93,13 +93,20 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 def layers_of(config: GPTConfig) -> dict[str, tuple[str, ...]]:
     """PEFT's path of each linear layer of the blocks -> ours, several where theirs is fused."""
+    return {path: own for path, (_, own) in _layers(config).items()}
+
+
+def _layers(config: GPTConfig) -> dict[str, tuple[Rule, tuple[str, ...]]]:
+    """The same with the rule that says how the rows of ours lie in theirs."""
     ends = tuple(f".{path}.weight" for path in lora.LAYERS.values())
-    table: dict[str, tuple[str, ...]] = {}
+    rules = FAMILIES[family_name(config)].rules
+    table: dict[str, tuple[Rule, tuple[str, ...]]] = {}
     for layer in range(config.layers):
-        for rule in FAMILIES[family_name(config)].rules:
+        for rule in rules:
             theirs, own = rule.names(layer)
             if all(name.endswith(ends) for name in own):
-                table[theirs.removesuffix(".weight")] = tuple(name.removesuffix(".weight") for name in own)
+                paths = tuple(name.removesuffix(".weight") for name in own)
+                table[theirs.removesuffix(".weight")] = rule, paths
     return table
 
 
@@ -140,16 +147,16 @@ def load_peft(directory: str | Path, model: GPT, name: str = DEFAULT) -> None:
         tensors = open_weights(file, stack)
         pairs = _pairs(tensors, settings, model.config, str(file))
         shapes = {path: layer.weight.shape for path, layer in lora.linear_layers(model).items()}
-        table = layers_of(model.config)
+        table = _layers(model.config)
         notes = header_notes(file)
         for path, pair in pairs.items():
-            _check_shapes(path, pair, [shapes[own] for own in table[path]], str(file))
+            _check_shapes(path, pair, [shapes[own] for own in table[path][1]], str(file))
         settings.check_targets(set(pairs), set(table))
         _check_base(model, notes, directory)
-        split = _note_of_parts(notes, pairs, table, str(file))
+        split = _note_of_parts(notes, pairs, layers_of(model.config), str(file))
         adapters: dict[str, Adapter] = {}
         for path, pair in pairs.items():
-            adapters |= _adapters(model, table[path], pair, split.get(path), str(file))
+            adapters |= _adapters(model, *table[path], pair, split.get(path), str(file))
     lora.attach(model, adapters, name)
 
 
@@ -343,12 +350,12 @@ def _note_of_parts(
 
 
 def _adapters(
-    model: GPT, own: Sequence[str], pair: _Pair, ranks: Mapping[str, int] | None, where: str
+    model: GPT, rule: Rule, own: Sequence[str], pair: _Pair, ranks: Mapping[str, int] | None, where: str
 ) -> dict[str, Adapter]:
     """Our layers' adapters out of one of theirs: with a copy of A each, or a block each."""
     layers = {path: model.get_submodule(path) for path in own}
     sizes = [int(layer.out_features) for layer in layers.values()]  # type: ignore[arg-type]
-    rows = dict(zip(own, torch.split(pair.b.read(), sizes), strict=True))
+    rows = dict(zip(own, rule.split(pair.b.read(), sizes, model.config), strict=True))
     whole, config, made, start = pair.a.read(), pair.config, {}, 0
     for path in own:
         a, b, own_config = whole, rows[path], config
@@ -404,21 +411,19 @@ def write_peft(
     """
     adapters = lora.adapters_of(model, name)
     first = next(iter(adapters.values())).config
-    table = layers_of(model.config)
+    table = _layers(model.config)
     stabilised = all(one.config.rank_stabilised for one in adapters.values())
     tensors: dict[str, Tensor] = {}
     configs: dict[str, LoRAConfig] = {}
     parts: dict[str, dict[str, int]] = {}
-    for path, own in table.items():
+    for path, (rule, own) in table.items():
         chosen = {one: adapters[one] for one in own if one in adapters}
         if not chosen:
             continue
         sizes = [model.get_submodule(one).out_features for one in own]
         a, b, config, blocks = _fused(chosen, dict(zip(own, sizes, strict=True)))  # type: ignore[arg-type]
-        (
-            tensors[f"base_model.model.{path}.lora_A.weight"],
-            tensors[f"base_model.model.{path}.lora_B.weight"],
-        ) = a, b
+        tensors[f"base_model.model.{path}.lora_A.weight"] = a
+        tensors[f"base_model.model.{path}.lora_B.weight"] = rule.join(torch.split(b, sizes), model.config)  # type: ignore[arg-type]
         alpha = config.alpha if config.rank_stabilised == stabilised else config.scale * config.rank
         configs[path] = replace(config, alpha=alpha)
         if blocks:

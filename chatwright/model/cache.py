@@ -32,13 +32,24 @@ class Cache(Protocol):
         """Store one layer's new keys and values; returns all of the rows, old and new."""
         ...
 
-    def attention_mask(self, tokens: int) -> Bool[Tensor, "B 1 T S"] | None:
-        """What new tokens may attend to; None for plain causal attention among them."""
+    def attention_mask(self, tokens: int, window: int = 0) -> Bool[Tensor, "B 1 T S"] | None:
+        """What new tokens may attend to; None for plain causal attention among them. With a window, to the
+        last `window` tokens, themselves included."""
         ...
 
     def advance(self, tokens: Tensor | int) -> None:
         """Count the new tokens as stored, after all layers have written."""
         ...
+
+
+def stored_mask(columns: Int[Tensor, "B T"], span: int, window: int = 0) -> Bool[Tensor, "B 1 T S"]:
+    """Which of `span` stored tokens a token at each of the columns may attend to: up to itself, and no
+    further back than the window, if there is one."""
+    stored = torch.arange(span, device=columns.device)[None, None, :]
+    allowed = stored <= columns[:, :, None]
+    if window:
+        allowed &= stored > columns[:, :, None] - window
+    return allowed[:, None]
 
 
 class KVCache:
@@ -91,10 +102,10 @@ class KVCache:
         self.values[layer].scatter_(2, index, values.to(self.values.dtype))
         return self.keys[layer, :, :, :span].to(keys.dtype), self.values[layer, :, :, :span].to(values.dtype)
 
-    def attention_mask(self, tokens: int) -> Bool[Tensor, "B 1 T S"]:
-        """True where a new token may attend: to its own row, up to itself."""
-        stored = torch.arange(self.longest + tokens, device=self.lengths.device)
-        return (stored[None, None, :] <= self._columns(tokens)[:, :, None])[:, None]
+    def attention_mask(self, tokens: int, window: int = 0) -> Bool[Tensor, "B 1 T S"]:
+        """True where a new token may attend: to its own row, up to itself, and no further back than the
+        window."""
+        return stored_mask(self._columns(tokens), self.longest + tokens, window)
 
     def advance(self, tokens: Tensor | int) -> None:
         """Count `tokens` (a number, or one per row) as stored, after all layers have written."""

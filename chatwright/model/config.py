@@ -13,82 +13,17 @@ One dataclass describes every decoder of the lineage. A preset is a row of a pap
 from __future__ import annotations
 
 import difflib
-import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 from chatwright.config import UserError
+from chatwright.model.rotary_scaling import LARGEST, RotaryScaling, check_kinds
 
 Shape = TypeVar("Shape")
 Position = Literal["learned", "sinusoidal", "rotary"]
 Norm = Literal["layer", "rms"]
-Activation = Literal["gelu", "gelu_tanh", "swiglu", "relu2"]
-LARGEST = 1 << 30
-"""Upper bound of every size. Beyond it the bytes of a matrix could not be counted in 64 bits."""
-
-
-@dataclass(frozen=True)
-class RotaryScaling:
-    """How rotary positions are stretched in models that read longer texts than they were first trained on.
-
-    Pairs of features that make many turns within the original context tell where a word stands in its
-    sentence; pairs that make less than one turn tell where the sentence stands. `linear` slows all pairs by
-    `factor`, `llama3` and `yarn` only the slow ones. The equations are in model/rotary.py.
-    """
-
-    kind: Literal["linear", "llama3", "yarn"]
-    factor: float = 1.0
-    """How many times longer the new context is."""
-    original_context: int = 0
-    """Context of the first training, in tokens (llama3 and yarn)."""
-    low_turns: float = 1.0
-    """Pairs with fewer turns in the original context are slowed; llama3: low_freq_factor, yarn: beta_slow."""
-    high_turns: float = 4.0
-    """Pairs with more turns stay as they are; llama3: high_freq_factor, yarn: beta_fast, usually 32."""
-    whole_pairs: bool = True
-    """yarn: round the two limits outwards to whole pairs."""
-    attention_factor: float = 1.0
-    """Factor on cosine and sine, so that scores grow by its square. Usual for yarn: 1 + ln(factor) / 10."""
-    divisors: tuple[float, ...] = ()
-    """Divide the rate of each pair by these first: the `rope_freqs` of GGUF files, which store Llama 3.1's
-    scaling in this way. Empty means none."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "divisors", tuple(self.divisors))
-        _check_kinds(self, "rope_scaling.")
-        if self.kind not in ("linear", "llama3", "yarn"):
-            raise UserError(f"model: rope_scaling.kind is {self.kind!r}; it can be linear, llama3, yarn")
-        positive = (self.factor, self.low_turns, self.high_turns, self.attention_factor, *self.divisors)
-        if not all(isinstance(value, int | float) and 0.0 < value < math.inf for value in positive):
-            raise UserError("model: the numbers of rope_scaling must be positive")
-        if self.kind != "linear" and not 1 <= self.original_context <= LARGEST:
-            raise UserError(
-                f"model: {self.kind} scaling needs an original_context, not {self.original_context}"
-            )
-        if self.kind != "linear" and self.low_turns >= self.high_turns:
-            raise UserError(
-                f"model: rope_scaling: {self.low_turns} is no limit below {self.high_turns} turns"
-            )
-
-    @staticmethod
-    def usual_attention_factor(factor: float, share: float = 1.0) -> float:
-        """YaRN's factor on cosine and sine, 1 + share x ln(factor) / 10 (arXiv:2309.00071, eq. 22)."""
-        return 1.0 + 0.1 * share * math.log(factor) if factor > 1.0 else 1.0
-
-
-def _check_kinds(config: Any, prefix: str = "") -> None:
-    """Raise UserError unless every field has its declared type: the values may come from any file."""
-    numbers: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
-    for field in fields(config):
-        allowed = numbers.get(str(field.type))
-        value: Any = getattr(config, field.name)
-        if allowed is None:
-            continue
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise UserError(f"model: {prefix}{field.name} is {value!r:.80}, not of type {field.type}")
-        # Neither NaN nor infinite, nor a whole number beyond floats.
-        if float in allowed and not abs(getattr(config, field.name)) < 1e300:
-            raise UserError(f"model: {prefix}{field.name} is {value!r:.80}, which no computer can use")
+Activation = Literal["gelu", "gelu_tanh", "swiglu", "geglu", "relu2"]
+BranchNorm = Literal["before", "after", "both"]
 
 
 @dataclass(frozen=True)
@@ -117,29 +52,64 @@ class GPTConfig:
     """Base of the rotary angles (arXiv:2104.09864)."""
     rope_scaling: RotaryScaling | None = None
     """How rotary positions are stretched beyond an earlier context; None: not at all."""
+    rotary_dim: int = 0
+    """Features of a head that are rotated, the first ones; 0 means all (GPT-NeoX rotates a quarter)."""
+    rotary_layers: tuple[bool, ...] = ()
+    """For each layer, whether positions are rotated there; empty: everywhere (SmolLM3: not in every 4th)."""
+    windows: tuple[int, ...] = ()
+    """For each layer, how many tokens a token attends to, itself included; 0: to all. Empty: no layer has a
+    window (sliding-window attention, Mistral, arXiv:2310.06825, section 2)."""
+    window_rope_base: float = 0.0
+    """Base of the rotary angles in layers with a window, which are then not stretched by `rope_scaling`; 0:
+    the same angles as in all layers (Gemma 3, arXiv:2503.19786, section 2)."""
     norm: Norm = "layer"
     """Layer norm (arXiv:1607.06450) or RMS norm (arXiv:1910.07467)."""
     norm_eps: float = 1e-5
     """Added to the variance."""
     pre_norm: bool = True
     """Normalise the input of each sub-layer (GPT-2), or the sum behind it (GPT-1: without a final norm)."""
+    branch_norm: BranchNorm = "before"
+    """With `pre_norm`: normalise the input of each sub-layer, its output before it is added to the residual
+    stream (`after`: OLMo 2, arXiv:2501.00656, section 3.2), or `both` (Gemma 2)."""
+    parallel: bool = False
+    """With `pre_norm`: attention and MLP read the same residual stream and are added together (GPT-NeoX,
+    arXiv:2204.06745, section 2.1.2)."""
     activation: Activation = "gelu_tanh"
-    """Non-linearity of the MLP; `swiglu` adds a gate matrix (arXiv:2002.05202), `relu2` is max(x, 0)^2."""
+    """Non-linearity of the MLP; `swiglu` and `geglu` add a gate matrix (arXiv:2002.05202), through SiLU
+    or the tanh form of GELU; `relu2` is max(x, 0)^2."""
     bias: bool = True
     """Biases in the linear layers."""
+    qkv_bias: bool | None = None
+    """Biases of queries, keys and values; None: as `bias` says (Qwen 2 has these alone)."""
     qk_norm: bool = False
     """RMS-normalise queries and keys, per head, before the rotation."""
+    qk_norm_whole: bool = False
+    """With `qk_norm`: over the features of all heads together (OLMo 2)."""
     tied: bool = True
     """The output matrix is the token embedding."""
     logit_softcap: float = 0.0
     """Soft cap c on logits, c tanh(logit / c) (Gemma 2, arXiv:2408.00118, section 2); 0 for none. No preset
     has one: of the families that other programs run, only Gemma's do."""
+    attention_softcap: float = 0.0
+    """The same for attention scores, before the softmax; 0 for none."""
+    attention_scale: float = 0.0
+    """Factor on the scores q k; 0 means head_dim ** -0.5."""
+    embed_scale: float = 1.0
+    """Factor on token embeddings (Gemma: the square root of the width). The output matrix is not scaled."""
+    residual_scale: float = 1.0
+    """Factor on what each sub-layer adds to the residual stream (Granite, arXiv:2407.13739)."""
+    logit_scale: float = 1.0
+    """Factor on logits. It multiplies the final hidden states, so that whoever applies the output matrix
+    need not know it."""
     dropout: float = 0.0
     """Share of activations dropped in training: embeddings, attention weights, sub-layer outputs."""
+    family: str = field(default="", compare=False)
+    """What transformers calls the family that the model was read as. It changes no number: some families
+    compute the same, and this says by which names a model is written and its adapters call its layers."""
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
-        _check_kinds(self)
+        check_kinds(self)
         if not self.kv_heads:
             set_(self, "kv_heads", self.heads)
         if self.heads < 1 or self.layers < 1 or self.width < 1:
@@ -166,12 +136,19 @@ class GPTConfig:
         for name, choices in (
             ("position", ("learned", "sinusoidal", "rotary")),
             ("norm", ("layer", "rms")),
-            ("activation", ("gelu", "gelu_tanh", "swiglu", "relu2")),
+            ("activation", ("gelu", "gelu_tanh", "swiglu", "geglu", "relu2")),
+            ("branch_norm", ("before", "after", "both")),
         ):
             if getattr(self, name) not in choices:
                 raise UserError(f"model: {name} is {getattr(self, name)!r}; it can be {', '.join(choices)}")
-        if not 0.0 <= self.logit_softcap < float("inf"):
-            raise UserError(f"model: logit_softcap {self.logit_softcap} is neither 0 nor a positive number")
+        self._check_layers()
+        self._check_branches()
+        for name in ("logit_softcap", "attention_softcap", "attention_scale"):
+            if getattr(self, name) < 0.0:
+                raise UserError(f"model: {name} {getattr(self, name)} is neither 0 nor a positive number")
+        for name in ("embed_scale", "residual_scale", "logit_scale"):
+            if getattr(self, name) <= 0.0:
+                raise UserError(f"model: {name} {getattr(self, name)} is not a positive number")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model: dropout {self.dropout} is not in [0, 1)")
 
@@ -186,17 +163,91 @@ class GPTConfig:
                 f"model: {self.heads} heads of size {self.head_dim} are more than {LARGEST} features"
             )
 
+    def _check_layers(self) -> None:
+        """Raise UserError for lists that are not of one value a layer; what says nothing becomes empty."""
+        for name, kind, usual in (("windows", int, 0), ("rotary_layers", bool, True)):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or any(type(value) is not kind for value in values):
+                raise UserError(f"model: {name} is {values!r:.80}, not a list of {kind.__name__} values")
+            if values and len(values) != self.layers:
+                raise UserError(f"model: {len(values)} {name} for {self.layers} layers; give one a layer")
+            object.__setattr__(self, name, () if all(value == usual for value in values) else tuple(values))
+        if any(not 0 <= window <= LARGEST for window in self.windows):
+            raise UserError(f"model: windows are {self.windows!r:.80}; each can be 0 to {LARGEST}")
+        if self.window_rope_base and not (self.windows and self.position == "rotary"):
+            raise UserError("model: window_rope_base is for rotary positions in layers with windows")
+        if self.window_rope_base < 0.0:
+            raise UserError(f"model: window_rope_base {self.window_rope_base} is negative")
+        if (self.rotary_layers or self.rotary_dim) and self.position != "rotary":
+            raise UserError("model: rotary_layers and rotary_dim are for rotary positions")
+
+    def _check_branches(self) -> None:
+        """Raise UserError for settings of norms and biases that contradict each other."""
+        if self.qkv_bias is not None and type(self.qkv_bias) is not bool:
+            raise UserError(f"model: qkv_bias is {self.qkv_bias!r:.80}, not true, false or null")
+        for name, value, usual in (  # one spelling of each shape
+            ("qkv_bias", self.bias, None),
+            ("attention_scale", self.head_dim**-0.5, 0.0),
+            ("window_rope_base", self.rope_base if self.rope_scaling is None else None, 0.0),
+        ):
+            if getattr(self, name) == value:
+                object.__setattr__(self, name, usual)
+        if not isinstance(self.family, str) or len(self.family) > 100:
+            raise UserError(f"model: family is {self.family!r:.80}, not a name")
+        if self.qk_norm_whole and not self.qk_norm:
+            raise UserError("model: qk_norm_whole needs qk_norm")
+        if (self.branch_norm != "before" or self.parallel) and not self.pre_norm:
+            raise UserError("model: branch_norm and parallel are for pre_norm")
+        if self.branch_norm != "before" and self.parallel:
+            raise UserError(f"model: parallel goes with branch_norm before, not {self.branch_norm}")
+
     def _check_rotary(self) -> None:
         """Raise UserError for settings of rotary positions that contradict each other."""
         if self.head_dim % 2:
             raise UserError(f"model: rotary positions need an even head_dim, not {self.head_dim}")
+        if self.rotary_dim == self.head_dim:
+            object.__setattr__(self, "rotary_dim", 0)
+        if self.rotary_dim % 2 or not 0 <= self.rotary_dim < self.head_dim:
+            raise UserError(f"model: rotary_dim {self.rotary_dim} is not even and up to {self.head_dim}")
         scaling = self.rope_scaling
         if not self.rope_base > (1.0 if scaling is not None and scaling.kind == "yarn" else 0.0):
             raise UserError(f"model: rope_base {self.rope_base} is too small")
-        if scaling is not None and len(scaling.divisors) not in (0, self.head_dim // 2):
+        if scaling is not None and len(scaling.divisors) not in (0, self.rotated // 2):
             raise UserError(
-                f"model: {len(scaling.divisors)} divisors of rotary rates for {self.head_dim // 2} pairs"
+                f"model: {len(scaling.divisors)} divisors of rotary rates for {self.rotated // 2} pairs"
             )
+
+    @property
+    def rotated(self) -> int:
+        """Features of a head that are rotated, with rotary positions."""
+        return self.rotary_dim or self.head_dim
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate matrix."""
+        return self.activation in ("swiglu", "geglu")
+
+    def window(self, layer: int) -> int:
+        """How many tokens a token attends to in this layer, itself included; 0: all."""
+        return self.windows[layer] if self.windows else 0
+
+    def is_rotated(self, layer: int) -> bool:
+        """Whether this layer rotates positions."""
+        return self.position == "rotary" and (not self.rotary_layers or self.rotary_layers[layer])
+
+    def with_layers(self, layers: int) -> GPTConfig:
+        """The shape with another number of layers; what is said of single layers is repeated or cut off."""
+        repeated = {
+            name: (getattr(self, name) * -(-layers // self.layers))[:layers]
+            for name in ("windows", "rotary_layers")
+        }
+        base = self.window_rope_base if any(repeated["windows"]) else 0.0
+        return replace(self, layers=layers, window_rope_base=base, **repeated)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GPTConfig:
@@ -208,7 +259,7 @@ class GPTConfig:
         base = PRESETS[name]
         # Sizes that follow from others do so again: a narrower gpt2 has a narrower MLP.
         usual = {"kv_heads": base.heads, "head_dim": base.width // base.heads, "mlp_width": 4 * base.width}
-        derived = {field: 0 for field, value in usual.items() if getattr(base, field) == value}
+        derived = {name: 0 for name, value in usual.items() if getattr(base, name) == value}
         return replace(base, **{**derived, **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -226,7 +277,7 @@ class GPTConfig:
 
 def _from_fields(cls: type[Shape], values: dict[str, Any]) -> Shape:
     """A dataclass from its fields. Raises UserError when some are unknown or missing."""
-    unknown = sorted(set(values) - {field.name for field in fields(cls)})  # type: ignore[arg-type]
+    unknown = sorted(set(values) - {one.name for one in fields(cls)})  # type: ignore[arg-type]
     if unknown:
         raise UserError(f"model: unknown fields {', '.join(unknown)} (written by a newer chatwright?)")
     try:

@@ -1,11 +1,11 @@
-"""The decoder of the whole lineage: GPT-1, GPT-2, GPT-3, Llama, Qwen3. Read it from top to bottom.
+"""The decoder of the whole lineage, GPT-1 to GPT-3, and of its open relatives. Read it from top to bottom.
 
     ids -> token embedding (+ position) -> blocks of [attention, MLP] -> (norm) -> logits
 
-Shapes: B batch, T tokens of this call, S tokens to attend to, H query heads, G key/value heads, K head size,
-D width, V vocabulary. Masks are True where a token counts. The model knows no device, optimiser or file
-format. Forms of its parts for a compiler or a processor are put in from outside (compile_friendly.py,
-attention.py).
+Its configuration says which parts a model has (config.py). Shapes: B batch, T tokens of this call, S tokens
+to attend to, H query heads, G key/value heads, K head size, D width, V vocabulary. Masks are True where a
+token counts. The model knows no device, optimiser or file format. Forms of its parts for a compiler or a
+processor are put in from outside (compile_friendly.py, attention.py).
 """
 
 from __future__ import annotations
@@ -25,65 +25,49 @@ from chatwright.model.attention import CausalAttention, fused_attention
 from chatwright.model.cache import Cache
 from chatwright.model.config import GPTConfig
 from chatwright.model.inference_linear import InferenceLinear
-from chatwright.model.inputs import AttentionInput, attention_input
+from chatwright.model.inputs import AttentionInput, attention_input, block_inputs
+from chatwright.model.norms import RMSNorm, norm
 from chatwright.model.ragged import gather, pad_to_bucket
 from chatwright.model.rotary import rotary_angles, rotary_rates, rotate, sinusoids
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return y.to(x.dtype) * self.weight.to(x.dtype)
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm in float32, whatever the precision of input and weight (arXiv:1607.06450, eq. 4)."""
-
-    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        assert self.weight is not None and self.bias is not None
-        shape = self.normalized_shape
-        return F.layer_norm(x.float(), shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
-
-
-def norm(config: GPTConfig) -> nn.Module:
-    """The norm layer that the configuration asks for."""
-    if config.norm == "rms":
-        return RMSNorm(config.width, config.norm_eps)
-    return LayerNorm(config.width, eps=config.norm_eps)
-
-
 class Attention(nn.Module):
-    """Causal self-attention, softmax(q k^T / sqrt(K)) v, in H heads; H / G of them share keys and values."""
+    """Causal self-attention, softmax(q k^T / sqrt(K)) v, in H heads; H / G of them share keys and values.
+
+    What the kernels of attention.py do not know, another scale of the scores, is a factor on the queries.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.dropout = config.dropout
-        self.query = nn.Linear(config.width, config.heads * config.head_dim, bias=config.bias)
-        self.key = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.bias)
-        self.value = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.bias)
-        self.output = nn.Linear(config.heads * config.head_dim, config.width, bias=config.bias)
-        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.scale = config.attention_scale * config.head_dim**0.5 if config.attention_scale else 1.0
+        self.softcap, self.norm_whole = config.attention_softcap, config.qk_norm_whole
+        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.query = nn.Linear(config.width, queries, bias=config.has_qkv_bias)
+        self.key = nn.Linear(config.width, keys, bias=config.has_qkv_bias)
+        self.value = nn.Linear(config.width, keys, bias=config.has_qkv_bias)
+        self.output = nn.Linear(queries, config.width, bias=config.bias)
+        if not config.qk_norm_whole:
+            queries = keys = config.head_dim
+        self.query_norm = RMSNorm(queries, config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(keys, config.norm_eps) if config.qk_norm else None
         self.kernel: CausalAttention = fused_attention
 
     def forward(self, x: Float[Tensor, "B T D"], inputs: AttentionInput) -> Float[Tensor, "B T D"]:
         batch, tokens, _ = x.shape
-        q = self.query(x).view(batch, tokens, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, K)
-        k = self.key(x).view(batch, tokens, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
-        v = self.value(x).view(batch, tokens, self.kv_heads, self.head_dim).transpose(1, 2)
-        if self.query_norm is not None and self.key_norm is not None:
+        q, k, v = self.query(x), self.key(x), self.value(x)  # (B, T, H x K), (B, T, G x K) twice
+        if self.query_norm is not None and self.key_norm is not None and self.norm_whole:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q = q.view(batch, tokens, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, K)
+        k = k.view(batch, tokens, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
+        v = v.view(batch, tokens, self.kv_heads, self.head_dim).transpose(1, 2)
+        if self.query_norm is not None and self.key_norm is not None and not self.norm_whole:
             q, k = self.query_norm(q), self.key_norm(k)
         if inputs.angles is not None:
             q, k = rotate(q, *inputs.angles), rotate(k, *inputs.angles)
+        if self.scale != 1.0:
+            q = q * self.scale
         y = self.attend(q, k, v, inputs).transpose(1, 2)  # (B, T, H, K)
         y = y.reshape(batch, tokens, self.heads * self.head_dim)
         if inputs.output_indices is not None:
@@ -92,14 +76,16 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInput) -> Float[Tensor, "B H T K"]:
         """softmax(q k^T / sqrt(K)) v, over a cache, over rows without padding, or over the rows as given."""
+        kernel = self.kernel
         if inputs.cache is not None:
             k, v = inputs.cache.extend(inputs.layer, k, v)  # (B, G, S, K)
-            return fused_attention(q, k, v, inputs.mask)
-        kernel = self.kernel
-        if self.training and self.dropout:  # only the fused kernel can drop attention weights
+            kernel = fused_attention
+        elif self.training and self.dropout:  # only the fused kernel can drop attention weights
             kernel = partial(fused_attention, dropout=self.dropout)
+        if self.softcap:
+            kernel = partial(kernel, softcap=self.softcap)
         if inputs.ragged is not None:
-            return inputs.ragged.attention(q, k, v, kernel)
+            return inputs.ragged.attention(q, k, v, kernel, inputs.mask)
         return kernel(q, k, v, inputs.mask)
 
 
@@ -113,17 +99,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": gelu_tanh,
     "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, arXiv:2109.08668
     "swiglu": F.silu,
+    "geglu": gelu_tanh,
 }
 
 
 class MLP(nn.Module):
-    """down(f(up x)); with SwiGLU down(silu(gate x) * up x) (Shazeer 2020, arXiv:2002.05202)."""
+    """down(f(up x)); with a gate down(f(gate x) * up x) (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        gated = config.activation == "swiglu"
-        self.gate = nn.Linear(config.width, config.mlp_width, bias=config.bias) if gated else None
+        self.gate = nn.Linear(config.width, config.mlp_width, bias=config.bias) if config.gated else None
         self.up = nn.Linear(config.width, config.mlp_width, bias=config.bias)
         self.down = nn.Linear(config.mlp_width, config.width, bias=config.bias)
 
@@ -134,30 +120,35 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to the residual stream, with a norm before (GPT-2) or after it (GPT-1).
+    """Attention, then MLP, each added to the residual stream; with `parallel` both read the same stream.
 
-    With `inputs.output_indices` the result is (1, M, D): the output matrix and the MLP, most of the work, are
-    computed for these tokens alone.
+    Norms stand before each branch (GPT-2), behind it (OLMo 2), on both sides (Gemma 2), or behind the sum
+    (GPT-1). With `inputs.output_indices` the result is (1, M, D): the output matrix and the MLP, most of the
+    work, are computed for these tokens alone.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.pre_norm = config.pre_norm
-        self.attention_norm = norm(config)
+        self.pre_norm, self.parallel, self.scale = config.pre_norm, config.parallel, config.residual_scale
+        self.attention_norm = norm(config) if config.branch_norm != "after" else nn.Identity()
         self.attention = Attention(config)
-        self.mlp_norm = norm(config)
+        self.attention_out_norm = norm(config) if config.branch_norm != "before" else nn.Identity()
+        self.mlp_norm = norm(config) if config.branch_norm != "after" else nn.Identity()
         self.mlp = MLP(config)
+        self.mlp_out_norm = norm(config) if config.branch_norm != "before" else nn.Identity()
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "B T D"], inputs: AttentionInput) -> Float[Tensor, "B T D"]:
-        y = self.drop(self.attention(self.attention_norm(x) if self.pre_norm else x, inputs))
+        y = self.attention(self.attention_norm(x) if self.pre_norm else x, inputs)
         if inputs.output_indices is not None:
             x = gather(x, inputs.output_indices)
-        x = x + y
-        if self.pre_norm:
-            return x + self.drop(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
-        x = self.attention_norm(x)
-        return self.mlp_norm(x + self.drop(self.mlp(x)))  # type: ignore[no-any-return]
+        z = x if self.parallel else None
+        x = torch.add(x, self.drop(self.attention_out_norm(y)), alpha=self.scale)
+        if not self.pre_norm:
+            x = self.attention_norm(x)
+            return self.mlp_norm(x + self.drop(self.mlp(x)))  # type: ignore[no-any-return]
+        z = self.mlp_out_norm(self.mlp(self.mlp_norm(x if z is None else z)))
+        return torch.add(x, self.drop(z), alpha=self.scale)
 
 
 class Head(InferenceLinear):
@@ -196,7 +187,8 @@ class GPT(nn.Module):
         """Normal(0, 0.02) (Radford et al. 2018, section 4.1), smaller for what writes to the residual stream.
 
         GPT-2 divides these matrices by sqrt(2 x layers) (section 2.3). The `rms` family starts them at zero,
-        so that every block is the identity at first, and scales all other matrices by their fan-in.
+        so that every block is the identity at first (unless a norm stands behind them, whose slope at zero
+        is huge), and scales all other matrices by their fan-in.
         """
         config = self.config
         for name, parameter in self.named_parameters():
@@ -205,7 +197,7 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 parameter.zero_()
             elif name.endswith(("attention.output.weight", "mlp.down.weight")):
-                if config.norm == "rms":
+                if config.norm == "rms" and config.branch_norm == "before":
                     parameter.zero_()
                 else:
                     parameter.normal_(0.0, 0.02 / math.sqrt(2 * config.layers))
@@ -227,11 +219,14 @@ class GPT(nn.Module):
             total -= self.embed.weight.numel() + (self.positions.weight.numel() if self.positions else 0)
         return total
 
-    def angles(self, positions: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor] | None:
-        """Cosine and sine of rotary positions, (B, 1, T, K / 2) each; None for other kinds of positions."""
+    def angles(self, positions: Int[Tensor, "B T"]) -> tuple[Tensor, ...] | None:
+        """Cosine and sine of rotary positions, (B, 1, T, R / 2) each, then those of layers with a window if
+        these have a base of their own; None for other kinds of positions."""
         if self.config.position != "rotary":
             return None
-        return rotary_angles(positions, *rotary_rates(self.config, positions.device))
+        kinds = (False, True) if self.config.window_rope_base else (False,)
+        rates = (rotary_rates(self.config, positions.device, windowed=kind) for kind in kinds)
+        return tuple(part for one in rates for part in rotary_angles(positions, *one))
 
     def forward(
         self,
@@ -255,7 +250,7 @@ class GPT(nn.Module):
         positions: Int[Tensor, "B T"] | None = None,
         documents: Int[Tensor, "B T"] | None = None,
         cache: Cache | None = None,
-        angles: tuple[Tensor, Tensor] | None = None,
+        angles: tuple[Tensor, ...] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Final hidden states, the input of the output matrix.
 
@@ -306,6 +301,8 @@ class GPT(nn.Module):
     def _decode(self, ids: Int[Tensor, "B T"], inputs: AttentionInput) -> Float[Tensor, "B T D"]:
         """Embedding, blocks, final norm; (1, N, D) of rows without padding, (1, M, D) of M output indices."""
         x = self.embed(ids if inputs.ragged is None else inputs.ragged.unpad(ids))
+        if self.config.embed_scale != 1.0:
+            x = x * self.config.embed_scale
         if self.positions is not None:
             x = x + self.positions(inputs.positions.clamp(max=self.config.context - 1))
         elif self.config.position == "sinusoidal":
@@ -313,11 +310,12 @@ class GPT(nn.Module):
         x = self.drop(x)
         if inputs.angles is None:
             inputs = inputs._replace(angles=self.angles(inputs.positions))
-        inner = inputs._replace(output_indices=None)  # all but the last block compute every token
-        for layer, block in enumerate(self.blocks):
-            given = (inner if layer < len(self.blocks) - 1 else inputs)._replace(layer=layer)
+        for block, given in zip(self.blocks, block_inputs(inputs, self.config), strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, given, use_reentrant=False)
             else:
                 x = block(x, given)
-        return self.final_norm(x)  # type: ignore[no-any-return]
+        x = self.final_norm(x)
+        if self.config.logit_scale != 1.0:
+            x = x * self.config.logit_scale
+        return x  # type: ignore[no-any-return]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from chatwright.model.cache import Cache
+from chatwright.model.config import GPTConfig
 from chatwright.model.ragged import Ragged
 
 
@@ -21,8 +22,10 @@ class AttentionInput(NamedTuple):
 
     positions: Int[Tensor, "B T"]
     """Position of each token in its sequence."""
-    angles: tuple[Float[Tensor, "B 1 T K/2"], Float[Tensor, "B 1 T K/2"]] | None = None
-    """Cosine and sine of the rotary positions; None for other kinds of positions."""
+    angles: tuple[Tensor, ...] | None = None
+    """Cosine and sine of the rotary positions, (B, 1, T, R / 2) each; None for other kinds of positions, and
+    for blocks that do not rotate. Before they are given to single blocks, those of layers with a window may
+    stand behind them (`GPT.angles`)."""
     mask: Bool[Tensor, "B 1 T S"] | None = None
     """True where a token may attend to another. None: to itself and to all earlier ones."""
     ragged: Ragged | None = None
@@ -42,7 +45,7 @@ def attention_input(
     positions: Int[Tensor, "B T"] | None = None,
     documents: Int[Tensor, "B T"] | None = None,
     cache: Cache | None = None,
-    angles: tuple[Tensor, Tensor] | None = None,
+    angles: tuple[Tensor, ...] | None = None,
 ) -> AttentionInput:
     """What the arguments of `GPT.hidden` say. Raises ValueError for `lengths` together with another one."""
     if lengths is not None:
@@ -53,6 +56,42 @@ def attention_input(
     if positions is None:
         positions = token_positions(ids, mask, cache.lengths if cache is not None else None)
     return AttentionInput(positions, angles, attention_mask(ids, mask, documents, cache), cache=cache)
+
+
+def block_inputs(inputs: AttentionInput, config: GPTConfig) -> list[AttentionInput]:
+    """What each block is given: its number, its mask, its angles. Only the last has output indices, for all
+    others compute every token."""
+    masks = {window: window_mask(inputs, window) for window in dict.fromkeys((0, *config.windows))}
+    found = []
+    for layer in range(config.layers):
+        window, angles = config.window(layer), inputs.angles
+        if angles is not None:
+            angles = angles[-2:] if window else angles[:2]
+        found.append(
+            inputs._replace(
+                layer=layer,
+                mask=masks[window],
+                angles=angles if config.is_rotated(layer) else None,
+                output_indices=inputs.output_indices if layer == config.layers - 1 else None,
+            )
+        )
+    return found
+
+
+def window_mask(inputs: AttentionInput, window: int) -> Bool[Tensor, "B 1 T S"] | None:
+    """Which token may attend to which in layers with this window (0: they have none). None: to itself and to
+    all earlier ones. A text's tokens, or those of a packed document, stand side by side: columns count
+    them."""
+    if not window:
+        return inputs.mask
+    tokens = inputs.positions.shape[1] if inputs.ragged is None else inputs.ragged.width
+    if inputs.cache is not None:
+        return inputs.cache.attention_mask(tokens, window)
+    if tokens <= window:
+        return inputs.mask
+    near = torch.ones(tokens, tokens, dtype=torch.bool, device=inputs.positions.device)
+    near = near.tril().triu(1 - window)[None, None]  # (1, 1, T, T)
+    return near if inputs.mask is None else inputs.mask & near
 
 
 def token_positions(

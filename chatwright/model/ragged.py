@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -89,9 +89,10 @@ class Ragged:
         k: Float[Tensor, "1 G N K"],
         v: Float[Tensor, "1 G N K"],
         kernel: CausalAttention,
+        mask: Bool[Tensor, "1 1 T T"] | None = None,
     ) -> Float[Tensor, "1 H N K"]:
-        """Causal attention within each row, computed by `kernel`."""
-        y = kernel(*(self._pad_heads(x) for x in (q, k, v)))  # (B, H, T, K)
+        """Causal attention within each row, computed by `kernel`. A mask is that of every row."""
+        y = kernel(self._pad_heads(q), self._pad_heads(k), self._pad_heads(v), mask)  # (B, H, T, K)
         return self.unpad(y.transpose(1, 2)).transpose(1, 2)
 
     def _pad_heads(self, x: Float[Tensor, "1 H N K"]) -> Float[Tensor, "B H T K"]:

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from chatwright.model.config import GPTConfig, RotaryScaling
+from chatwright.model.config import GPTConfig
+from chatwright.model.rotary_scaling import RotaryScaling
 
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:
@@ -24,15 +25,19 @@ def sinusoids(positions: Tensor, width: int) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
-def rotary_rates(config: GPTConfig, device: torch.device | None = None) -> tuple[Tensor, float]:
-    """Angle per position of each pair, (K / 2,) in float32, and the factor on cosine and sine.
+def rotary_rates(
+    config: GPTConfig, device: torch.device | None = None, *, windowed: bool = False
+) -> tuple[Tensor, float]:
+    """Angle per position of each pair, (R / 2,) in float32, and the factor on cosine and sine.
 
-    base ** (-2 i / K) (Su et al. 2021, arXiv:2104.09864, eq. 15), then as `config.rope_scaling` says.
+    base ** (-2 i / R) (Su et al. 2021, arXiv:2104.09864, eq. 15), then as `config.rope_scaling` says. R
+    features of a head are rotated. With `windowed` those of the layers with a window, to which
+    `config.window_rope_base` may give a base of their own.
     """
-    rates = config.rope_base ** -(
-        torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    )
-    scaling = config.rope_scaling
+    own = windowed and config.window_rope_base
+    base, size = own or config.rope_base, config.rotated
+    rates = base ** -(torch.arange(0, size, 2, device=device).float() / size)
+    scaling = None if own else config.rope_scaling
     if scaling is None:
         return rates, 1.0
     if scaling.divisors:
@@ -40,7 +45,7 @@ def rotary_rates(config: GPTConfig, device: torch.device | None = None) -> tuple
     if scaling.kind == "llama3":
         rates = _by_wavelength(rates, scaling)
     elif scaling.kind == "yarn":
-        stretched = _stretched(config.rope_base, config.head_dim, scaling, device)
+        stretched = _stretched(config.rope_base, size, scaling, device)
         rates = rates * (1 - stretched) + rates / scaling.factor * stretched
     else:
         rates = rates / scaling.factor  # Chen et al. 2023, arXiv:2306.15595, eq. 4
@@ -54,26 +59,26 @@ def _by_wavelength(rates: Tensor, scaling: RotaryScaling) -> Tensor:
     return rates * kept + rates / scaling.factor * (1 - kept)
 
 
-def _stretched(base: float, head_dim: int, scaling: RotaryScaling, device: torch.device | None) -> Tensor:
+def _stretched(base: float, size: int, scaling: RotaryScaling, device: torch.device | None) -> Tensor:
     """YaRN's ramp, 0 to 1: how far each pair is interpolated (Peng et al. 2023, arXiv:2309.00071, sec. 3.2).
 
     It runs over the number of the pair, as in the authors' program; in the paper it runs over its turns.
     """
 
     def pair(turns: float) -> float:  # the pair that turns this often within the original context
-        return head_dim * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
+        return size * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = pair(scaling.high_turns), pair(scaling.low_turns)
     if scaling.whole_pairs:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, size - 1)
     if low == high:
         high += 0.001
-    return ((torch.arange(head_dim // 2, device=device).float() - low) / (high - low)).clamp(0, 1)
+    return ((torch.arange(size // 2, device=device).float() - low) / (high - low)).clamp(0, 1)
 
 
 def rotary_angles(positions: Tensor, rates: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(B, T) and (K / 2,) -> cos and sin, each (B, 1, T, K / 2), in float32, times `factor`."""
+    """(B, T) and (R / 2,) -> cos and sin, each (B, 1, T, R / 2), in float32, times `factor`."""
     angles = (positions[..., None].float() * rates)[:, None]
     if factor == 1.0:
         return angles.cos(), angles.sin()
@@ -81,6 +86,10 @@ def rotary_angles(positions: Tensor, rates: Tensor, factor: float = 1.0) -> tupl
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + K/2}) of (B, H, T, K) by its angle: the order of Llama and Qwen."""
+    """Turn each pair (x_i, x_{i + R/2}) of the first R features of (B, H, T, K) by its angle: the order of
+    Llama, Qwen and GPT-NeoX. The other features stay."""
+    size = 2 * cos.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat((rotate(x[..., :size], cos, sin), x[..., size:]), dim=-1)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

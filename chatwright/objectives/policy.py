@@ -25,13 +25,29 @@ def masked_mean(values: Values, mask: Mask) -> Float[Tensor, ""]:
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
+def all_equal(values: Float[Tensor, "*places n"]) -> Bool[Tensor, "*places 1"]:
+    """Whether all values along the last dimension are one number; so are a single one, and none at all.
+
+    Exact, and asked before a deviation is divided by: the mean of equal numbers is rounded, so that each
+    differs from it by a rounding error, which a division by their tiny deviation makes as large as a real
+    difference. A lower bound on the deviation would hide this only where it also hides small differences
+    that are true.
+    """
+    if not values.shape[-1]:
+        return torch.ones((*values.shape[:-1], 1), dtype=torch.bool, device=values.device)
+    return (values == values[..., :1]).all(-1, keepdim=True)
+
+
 def whiten(values: Values, mask: Mask, *, shift_mean: bool = True, correction: int = 0) -> Values:
-    """Scale to variance 1 over the mask and, with `shift_mean`, to mean 0; 0 outside the mask.
+    """Scale to variance 1 over the mask and, with `shift_mean`, to mean 0; 0 outside the mask. Equal values
+    become exactly 0; without `shift_mean` they stay as they are.
 
     `shift_mean=False` keeps the mean, as reward whitening must (Ziegler et al. 2019 code; arXiv:2403.17031,
     4.7). The variance of n values is divided by n - `correction`: 0 as in OpenAI's code, 1 (Bessel) as in
     TRL's.
     """
+    if bool(all_equal(values[mask])):
+        return torch.where(mask, torch.zeros_like(values) if shift_mean else values, 0.0)
     mean = masked_mean(values, mask)
     variance = masked_mean((values - mean).square(), mask)
     if correction:
@@ -109,15 +125,20 @@ def reinforce_advantages(
     mean of the K - 1 other completions of the same prompt, which is unbiased (RLOO: Ahmadian et al. 2024,
     arXiv:2402.14740; Kool et al. 2019). `none` subtracts nothing (Williams 1992 with b = 0). `scaled` then
     divides by the standard deviation over the batch, so that the step length does not depend on the unit of
-    the score. Raises ValueError for leave-one-out with K = 1.
+    the score. Equal returns have advantage 0, exactly: of a prompt with `leave-one-out`, of the batch with
+    `mean`; and of the batch with `none` where it is scaled, for there is no deviation to divide by. Raises
+    ValueError for leave-one-out with K = 1.
     """
     k = returns.shape[1]
     if baseline == "leave-one-out":
         if k < 2:
             raise ValueError("leave-one-out needs at least two answers to each prompt")
         advantages = returns - (returns.sum(1, keepdim=True) - returns) / (k - 1)
+        advantages = torch.where(all_equal(returns), 0.0, advantages)
     else:
         advantages = returns - (returns.mean() if baseline == "mean" else 0.0)
+        if (scaled or baseline == "mean") and bool(all_equal(returns.flatten())):
+            return torch.zeros_like(returns)
     return advantages / (advantages.std(correction=0) + 1e-8) if scaled else advantages
 
 
@@ -164,9 +185,9 @@ def value_loss(values: Values, old: Values, returns: Values, mask: Mask, *, clip
 
 def explained_variance(values: Values, returns: Values, mask: Mask) -> float:
     """1 - Var(R - V) / Var(R) over the mask: 1 is a perfect critic, 0 a constant one, below 0 a harmful
-    one."""
+    one. 0 where all returns are equal: there is nothing to explain."""
     target, error = returns[mask], (returns - values)[mask]
-    if len(target) < 2 or float(target.var()) == 0.0:
+    if bool(all_equal(target)) or float(target.var()) == 0.0:
         return 0.0
     return float(1 - error.var() / target.var())
 

@@ -203,15 +203,15 @@ HEADING = "# Comparison"
 """The first line of a comparison: only files that begin with it are replaced."""
 
 
-def check_target(out: Path) -> None:
+def check_target(out: Path, heading: str = HEADING) -> None:
     """Raise UserError when the comparison cannot go into this file: it is no place for a file, or holds
-    something else."""
+    something else than one, which begins with `heading`."""
     check_file_place(out, given=f"--out {out}")
     if not out.exists():
         return
     try:
         with out.open("rb") as file:
-            ours = file.read(len(HEADING) + 1) == f"{HEADING}\n".encode()
+            ours = file.read(len(heading) + 1) == f"{heading}\n".encode()
     except OSError as error:
         raise UserError(f"--out {out} cannot be read: {error.strerror}") from None
     if not ours:
@@ -219,7 +219,9 @@ def check_target(out: Path) -> None:
 
 
 def write(found: Mapping[str, Any], groups: Mapping[str, Sequence[Stage | None]], out: Path) -> None:
-    """Write the Markdown file, and a picture of each shared metric beside it. Raises UserError."""
+    """Write the Markdown file, and a picture of each shared metric beside it. Raises UserError, and nothing
+    is written, where a picture would replace another file than one of an earlier comparison in `out`."""
+    check_pictures(found, out)
     lines = [HEADING, ""]
     lines += [f"- {run['label']} = {item(run['path'])}" for run in found["runs"]]
     if found["remarks"]:
@@ -234,7 +236,7 @@ def write(found: Mapping[str, Any], groups: Mapping[str, Sequence[Stage | None]]
         for sheet in sheets(found, stage):
             lines += ["", f"{sheet.title}:", "", *table(sheet.columns, sheet.rows)]
         for curve in () if stage["same"] else stage["curves"]:
-            name = f"{plain(out.stem)}-{plain(stage['stage'])}-{plain(curve['metric'])}.png"
+            name = picture_name(out, stage, curve)
             series = [
                 (run["label"], one.points(curve["metric"]) if one else [])
                 for run, one in zip(found["runs"], groups[stage["stage"]], strict=True)
@@ -242,6 +244,25 @@ def write(found: Mapping[str, Any], groups: Mapping[str, Sequence[Stage | None]]
             overlay(out.parent / name, curve, series)
             lines += ["", f"![{item(curve['metric'])}]({name})"]
     files.write_text(out, "\n".join(lines) + "\n")
+
+
+def picture_name(out: Path, stage: Mapping[str, Any], curve: Mapping[str, Any]) -> str:
+    """The name of the picture of one metric, beside `out`."""
+    return f"{plain(out.stem)}-{plain(stage['stage'])}-{plain(curve['metric'])}.png"
+
+
+def check_pictures(found: Mapping[str, Any], out: Path) -> None:
+    """Raise UserError when a picture of the comparison would replace a file that is none of an earlier
+    comparison in `out`."""
+    known = set(re.findall(r"!\[.*?\]\((.+?)\)", out.read_text(encoding="utf-8"))) if out.is_file() else set()
+    for stage in found["stages"]:
+        for curve in () if stage["same"] else stage["curves"]:
+            name = picture_name(out, stage, curve)
+            if (out.parent / name).exists() and name not in known:
+                raise UserError(
+                    f"--out {out}: the picture {out.parent / name} would be replaced, which is none of an "
+                    f"earlier comparison in {out.name}; name another file"
+                )
 
 
 def plain(text: str) -> str:

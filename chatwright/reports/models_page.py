@@ -71,9 +71,13 @@ def show(found: ModelComparison, out: Path | None) -> None:
         say(f"The comparison as a page: {out}")
 
 
+HEADING = "# Models side by side"
+"""The first line of a comparison of models: only files that begin with it are replaced."""
+
+
 def write(found: ModelComparison, out: Path) -> None:
     """Write the Markdown file."""
-    lines = ["# Models side by side", "", *(f"- {item(line)}" for line in heads(found))]
+    lines = [HEADING, "", *(f"- {item(line)}" for line in heads(found))]
     for sheet in sheets(found):
         lines += ["", f"{sheet.title}:", "", *table(sheet.columns, sheet.rows)]
     files.write_text(out, "\n".join(lines) + "\n")

@@ -62,7 +62,7 @@ def packed_bytes(config: GPTConfig, dtype: str) -> int:
     thousand numbers)."""
     width, heads = config.width, config.heads
     attended = heads * _up_to(config.head_dim, GROUP)
-    up = (2 if config.activation == "swiglu" else 1) * _up_to(config.mlp_width, TILE)
+    up = (2 if config.gated else 1) * _up_to(config.mlp_width, TILE)
     block = _matrix((heads + 2 * config.kv_heads) * config.head_dim, width, dtype) + _matrix(
         width, attended, dtype
     )

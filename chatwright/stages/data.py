@@ -227,6 +227,9 @@ class Done:
             "without an answer": tally.unanswered,
             "ending with the user's turn": tally.open_ended,
             "repeated": tally.repeated,
+            "left out, all answers marked": tally.wholly,
+            "answers marked as not to be learnt": tally.unlearnt,
+            "turns of others marked as to be learnt": self.faults.wanted,
         }
         return facts | {f"{name} {what}": count for what, count in odd.items() if count}
 
@@ -238,7 +241,8 @@ class Done:
         if self.written.changes:
             for_what = "measure on" if "validation" in self.written.changes.values() else "learn from"
             lines[0] += f"; their hashes alone would leave nothing to {for_what}, so one was taken"
-        lines += filter(None, (self.faults.cut_line(), self.written.tally.line()))
+        faults = self.faults
+        lines += filter(None, (faults.cut_line(), self.written.tally.line(), faults.wanted_line()))
         if self.faults.count:
             lines.append(f"{self.faults.count:,} broken records left out; the first: {self.faults.first}")
         return [f"{part.name}: {line}" for line in lines]

@@ -176,7 +176,7 @@ def sample(model: GPT, framed: ChatBase, prompts: list[list[int]], config: Confi
     return sample_completions(
         model,
         prompts * config.samples,
-        end=framed.tokenizer.control_ids[framed.template.end],
+        end=framed.template.end_id(framed.tokenizer),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         seed_parts=(seed, "eval"),
@@ -268,17 +268,17 @@ def own_comparisons(config: Config, workspace: Workspace) -> list[Comparison]:
     return list(read_records(file, Comparison))
 
 
-def of_reward(judged: Counted, found: Findings) -> None:
+def of_reward(scored: Counted, found: Findings) -> None:
     """The reward model's accuracy. One that may be guessing says nothing about the policy."""
-    low, high = judged.interval(found.seed)
-    note = f"95 % interval {low:.3f} to {high:.3f}, {judged.total} pairs"
-    found.report.measures.append(Measure(ACCURACY, None, judged.share, "higher", note, (low, high)))
-    found.report.facts["reward_accuracy"] = {"share": judged.share, "interval": [low, high]}
+    low, high = scored.interval(found.seed)
+    note = f"95 % interval {low:.3f} to {high:.3f}, {scored.total} pairs"
+    found.report.measures.append(Measure(ACCURACY, None, scored.share, "higher", note, (low, high)))
+    found.report.facts["reward_accuracy"] = {"share": scored.share, "interval": [low, high]}
     if low <= GUESSING:
         found.untrusted |= {REWARD, WINS}
         found.report.warnings.append(
             f"the reward model was not shown to be better than guessing on held-out comparisons "
-            f"({judged.share:.3f}, {note}): its score and win rate say nothing about what people prefer"
+            f"({scored.share:.3f}, {note}): its score and win rate say nothing about what people prefer"
         )
 
 
@@ -349,7 +349,7 @@ def as_in_chat(answers: Answered, config: Config, sides: Sides, seed: int) -> An
             sample_completions(
                 model,
                 sides.asked.prompts[:count],
-                end=sides.base.tokenizer.control_ids[sides.base.template.end],
+                end=sides.base.template.end_id(sides.base.tokenizer),
                 max_new_tokens=config.max_new_tokens,
                 temperature=temperature,
                 seed_parts=(seed, "as in chat"),

@@ -68,6 +68,7 @@ from chatwright.train.preference.rankings import (
     demonstrations,
     own_comparisons,
     rated_comparisons,
+    refuse_ties,
     without_annotators,
 )
 from chatwright.train.preference.scalar import PURPOSE, scalar_program, scalar_trainer
@@ -164,8 +165,10 @@ def load_split(config: Config, workspace: Workspace) -> Split:
         train, held_out = rated_comparisons(
             records_of(workspace.resolve(config.data)), config.k, workspace.seed, labels=config.labels
         )
+        refuse_ties(train, config)
         return Split(train, held_out, [])
     train, held_out = own_comparisons(records_of(workspace.resolve(config.comparisons)))
+    refuse_ties(train, config)
     return without_annotators(train, held_out, config.held_out_annotators)
 
 
@@ -242,9 +245,9 @@ def run(config: Config, workspace: Workspace) -> Report:
     report.facts["scores 0 on average"] = f"{len(shown)} demonstrations" if shown else "training answers"
     report.facts["sample"] = reward_report.example(model, rankings, training.parallel)
     with runtime.evaluating(model):
-        judged = partial(training.parallel.forward, score)
-        reward_report.look_closer(report, model, judged, split, config, workspace)
-        accuracy = measures.accuracy_of(judged(train[:64]), config)
+        scored = partial(training.parallel.forward, score)
+        reward_report.look_closer(report, model, scored, split, config, workspace)
+        accuracy = measures.accuracy_of(scored(train[:64]), config)
     measures.refuse_if_learnt_by_heart(report, accuracy, held_out, config)
     return report
 

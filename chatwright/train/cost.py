@@ -26,8 +26,8 @@ def training_flop(model: GPT, length: float) -> float:
 
     Per token 6 N + 12 L H Q T (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): N parameters that are
     factors of a product, L layers, H heads of size Q, T = `length`. A multiplication and an addition count as
-    two; the causal half of attention is counted whole, as in the paper; what is computed twice (activation
-    checkpointing) counts once.
+    two; the causal half of attention is counted whole, as in the paper, and so is what lies outside of a
+    window, for it is computed and masked; what is computed twice (activation checkpointing) counts once.
 
     A frozen parameter has no gradient, which saves two of the six operations. Under an adapter the embedding
     tables are frozen as well.

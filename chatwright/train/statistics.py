@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,8 +24,21 @@ FEW_PAIRS = 30
 Interval = tuple[float, float]
 
 
+def standard_error(values: Tensor) -> float:
+    """Standard error of the mean of values (N,). 0 for equal values, and for a single one, which shows no
+    spread."""
+    if len(values) < 2 or bool((values == values[0]).all()):
+        return 0.0
+    return float(values.std() / math.sqrt(len(values)))
+
+
 def bootstrap_interval(values: Tensor, *, seed: int, draws: int = 2_000) -> Interval:
-    """95 % percentile interval of the mean of values (N,), by resampling (Efron 1979)."""
+    """95 % percentile interval of the mean of values (N,), by resampling (Efron 1979). Equal values have an
+    interval without width; without any it is 0 to 0."""
+    if not len(values):
+        return 0.0, 0.0
+    if bool((values == values[0]).all()):
+        return float(values[0]), float(values[0])
     generator = runtime.generator("bootstrap", seed)
     chosen = torch.randint(len(values), (draws, len(values)), generator=generator)
     means = values.double()[chosen].mean(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,42 @@ def test_a_recipe_that_starts_from_a_model_is_planned(run: Run, chat_dir: Path, 
     )
     code, out, err = run("plan", "mine.yaml", "--time", "false", "--sft.lora.rank", "2")
     assert (code, err) == (0, "") and "sft" in out and "ppo" in out
+
+
+def write(file: Path, *rows: object) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_lengths_come_from_the_data_where_they_are_there(run: Run, chat_dir: Path, tmp_path: Path) -> None:
+    said = {"role": "assistant", "content": "b" * 140}  # 40 tokens and 6 around them
+    talks = write(
+        tmp_path / "t.jsonl", *([{"messages": [{"role": "user", "content": f"{n}"}, said]} for n in range(9)])
+    )
+    pairs = write(
+        tmp_path / "p.jsonl", *({"prompt": f"{n}", "chosen": "a" * 35, "rejected": "b"} for n in range(9))
+    )
+    code, out, _ = run("plan", "sft", "--base", chat_dir, "--data", talks, "--time", "false")
+    assert (
+        code == 0
+        and f"sft: rows of 64 tokens, estimated from 9 records of {talks} (3.5 bytes a token)" in out
+    )
+    assert "64 tokens" in row(out, "batch")
+    code, out, _ = run("plan", "reward", "--base", chat_dir, "--comparisons", pairs, "--time", "false")
+    assert code == 0 and f"reward: rows of 64 tokens, estimated from 18 records of {pairs}" in out
+    code, out, _ = run("plan", "sft", "--base", chat_dir, "--time", "false")
+    assert code == 0 and "tokens are assumed, for their length comes from data that no setting names" in out
+    assert "--context sets it" in out
+    code, out, _ = run("plan", "sft", "--base", chat_dir, "--context", "32", "--time", "false")
+    assert code == 0 and "tokens, estimated" not in out and "assumed" not in out
+    (tmp_path / "mine.yaml").write_text(
+        f"stages:\n  data: {{dialogues: ''}}\n  sft: {{base: {chat_dir}}}\n"
+        "  ppo: {base: sft, reward: sft}\n"
+    )
+    code, out, _ = run("plan", "mine.yaml", "--time", "false", "--data.dialogues", talks)
+    assert code == 0 and f"sft: rows of 64 tokens, estimated from 9 records of {talks}" in out
+    assert "ppo: rows of 128 tokens, estimated" in out  # 64 for the prompt, 64 for the completion
+    assert run("plan", "sft", "--base", chat_dir, "--data", write(talks, 3), "--time", "false")[0] == 1
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_a_json_file(tmp_path: Path) -> None:
             '[\n {"text": "a"},\n {"text": "b"},\n]\n',
             r":4: .* column 1: the comma before the closing \] is one",
         ),
-        ('{"text": "a"}\n{"text": "b"}\n', r":2: .* column 1: .*a file of one object a line is a \.jsonl"),
+        ('{"text": "a"}\n{"text": "b"},\n', r":2: .* column 14: a comma stands behind the object"),
         ('[\n {"text": "a"}\n {"text": "b"}\n]', r":3: .* column 2: a comma is missing"),
         ('[{"text": "a"},\n {"text"', r":2: .*the file ends too early: was it cut off"),
         ("[{'text': 'a'}]", r":1: .* column 3: single quotes"),
@@ -83,7 +83,7 @@ def test_a_json_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("encoding", "said"),
-    [("utf-16", "it looks like UTF-16"), ("utf-16-le", "it looks like UTF-16"), ("latin-1", "WINDOWS-1252")],
+    [("utf-32-le", "it looks like UTF-16"), ("latin-1", "WINDOWS-1252")],
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt"])
 def test_other_encodings(tmp_path: Path, encoding: str, said: str, suffix: str) -> None:

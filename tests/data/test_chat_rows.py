@@ -9,8 +9,8 @@ import pytest
 
 from chatwright.chat import NATIVE, ChatTemplate, Message
 from chatwright.config import UserError
-from chatwright.data.chat_rows import conversations_of, rows_of
-from chatwright.data.cuts import Cuts
+from chatwright.data.chat_rows import conversations_of, learnt_tokens, rows_of
+from chatwright.data.cuts import Cuts, Room
 from chatwright.data.examples import Dialogue
 from chatwright.data.packing import cut_dialogue, whole_dialogue
 from chatwright.tokenizer import Tokenizer
@@ -92,3 +92,23 @@ def test_a_file_without_answers_is_refused_as_before(tmp_path: Path) -> None:
     file = write(tmp_path, [turn("user", "q")])
     with pytest.raises(UserError, match="no conversation with an assistant's answer"):
         counted(file, 20)
+
+
+def test_conversations_that_are_all_too_long_say_so(tmp_path: Path) -> None:
+    file = write(tmp_path, exchange(question=30), exchange(question=40))
+    cuts = Cuts("conversations", "context", 20, Room(20, "the model's context"))
+    with pytest.raises(UserError) as error:
+        rows_of(file, NATIVE, TOKENIZER, 20, packing=True, cuts=cuts)
+    assert f"{file}: nothing is left to learn, for the conversations are too long" in str(error.value)
+    assert "of 2 conversations: 2 with a question that fills a row alone" in str(error.value)
+    assert "context 20; the longest has 47 tokens, the model's context allows 20" in str(error.value)
+    with pytest.raises(UserError, match="holds no conversation with an assistant's answer"):
+        rows_of(write(tmp_path, [turn("user", "q" * 99)]), NATIVE, TOKENIZER, 20, packing=True)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_no_row_is_without_anything_to_learn(packing: bool, tmp_path: Path) -> None:
+    file = write(tmp_path, *([*exchange(question=n), *exchange(question=60 - n)] for n in range(1, 60, 3)))
+    for length in (9, 20, 40, 60, 80):
+        rows = rows_of(file, NATIVE, TOKENIZER, length, packing=packing)
+        assert all(learnt_tokens(row) > 0 for row in rows)

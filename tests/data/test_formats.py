@@ -206,9 +206,9 @@ def test_a_setting_decides_where_a_record_fits_two_formats() -> None:
             "a tool call must be an object",
         ),
         (
-            {"messages": [*ASKED[:1], {**ASKED[1], "weight": 0}]},
+            {"messages": [*ASKED[:1], {**ASKED[1], "weight": 0.5}]},
             "auto",
-            "weight 0: leaving single answers out",
+            "weight 0.5: an answer is learnt or not",
         ),
         (
             {"system": "a", "messages": [{"role": "system", "content": "b"}, *ASKED]},

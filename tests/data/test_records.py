@@ -13,12 +13,16 @@ from chatwright import cli
 from chatwright.config import UserError
 from chatwright.data.examples import Comparison, Dialogue, Document, LabelledText
 from chatwright.data.records import (
+    FEWEST_HELD_OUT,
     HELD_OUT,
+    MOST_SHARE,
     READERS,
+    VERDICT,
     has_records,
     is_record_file,
     read_records,
     records_of,
+    share_of,
 )
 from chatwright.data.splitting import position_of, split_of
 from chatwright.files import read_json
@@ -55,7 +59,8 @@ def test_a_file_gives_what_the_data_stage_makes_of_it(
     own: dict[str, Path], kind: str, tmp_path: Path
 ) -> None:
     settings = {"text": "", "dialogues": "", "ratings": "", kind: str(own[kind])}
-    report = data.run(data.Config(**settings), Workspace(tmp_path / "data"))
+    share = VERDICT if kind == "comparisons" else data.Config.validation
+    report = data.run(data.Config(validation=share, **settings), Workspace(tmp_path / "data"))
     assert report.measures == [] and report.facts[f"{_named(kind)} train"] > 200
     for side in ("train", "validation"):
         name = f"{kind}-{side}.jsonl"
@@ -99,9 +104,8 @@ def test_of_a_small_file_the_record_with_the_smallest_hash_is_held_out(
     agrees."""
     rows = [json.loads(line) for line in own[kind].read_text().splitlines()]
     made = READERS[kind]([str(own[kind])])
-    few = [row for row, one in zip(rows, made, strict=True) if split_of(one.id, HELD_OUT[kind]) == "train"][
-        :8
-    ]
+    share = MOST_SHARE if kind == "comparisons" else HELD_OUT[kind]
+    few = [row for row, one in zip(rows, made, strict=True) if split_of(one.id, share) == "train"][:8]
     held = set()
     for number, listed in enumerate((few, few[::-1])):
         file = write(tmp_path / f"few{number}.jsonl", listed)
@@ -114,11 +118,26 @@ def test_of_a_small_file_the_record_with_the_smallest_hash_is_held_out(
         assert min(everything, key=lambda one: position_of(one.id)) == sides["validation"][0]
         held.add(sides["validation"][0].id)
         settings = {"text": "", "dialogues": "", "ratings": "", kind: str(file)}
-        data.run(data.Config(**settings), Workspace(tmp_path / f"data{number}"))
+        data.run(data.Config(validation=share, **settings), Workspace(tmp_path / f"data{number}"))
         records = records_of(tmp_path / f"data{number}")
         for side, found in sides.items():
             assert list(read_records(records / f"{kind}-{side}.jsonl", KINDS[kind])) == found
     assert len(held) == 1
+
+
+@pytest.mark.parametrize(("prompts", "share"), [(300, 0.1), (100, 0.1), (40, 0.25), (20, 0.5), (6, 0.5)])
+def test_of_a_file_of_comparisons_enough_is_held_out_for_a_verdict(
+    prompts: int, share: float, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"p{n}", "chosen": f"a{m}", "rejected": "b"} for n in range(prompts) for m in range(2)]
+    file = write(tmp_path / "pairs.jsonl", [*rows, {"prompt": "tie", "chosen": "b", "rejected": "b"}])
+    assert share_of(str(file), "comparisons") == share
+    train, held_out = own_comparisons(file)
+    assert len(train) + len(held_out) == 2 * prompts
+    assert not {one.id for one in train} & {one.id for one in held_out}
+    if prompts >= 40:
+        assert len({one.id for one in held_out}) >= FEWEST_HELD_OUT / 2
+    assert share_of(str(file), "dialogues") == HELD_OUT["dialogues"]
 
 
 def test_a_stage_without_its_records_names_the_setting(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_better_worse_and_neither(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def judged(right: int) -> Counted:
+def scored(right: int) -> Counted:
     """Right on so many of a hundred pairs."""
     return Counted(torch.tensor([1.0] * right + [0.0] * (100 - right)).double(), torch.ones(100).double())
 
@@ -48,7 +48,7 @@ def test_the_score_of_a_guessing_reward_model_counts_for_nothing(
     right: int, trusted: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = findings(reward=1.0, likelier=0.0)
-    of_reward(judged(right), found)
+    of_reward(scored(right), found)
     assert found.report.measures[-1].name == ACCURACY and found.report.measures[-1].after == right / 100
     assert found.untrusted == (set() if trusted else {REWARD, WINS})
     assert len(found.report.warnings) == (not trusted)

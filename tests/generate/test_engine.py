@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from chatwright.config import UserError
@@ -19,6 +21,7 @@ from chatwright.tokenizer import Tokenizer
 SHAPES: dict[str, dict[str, Any]] = {
     "modern-nano": {},
     "gpt2": {
+        "preset": "gpt2",
         "layers": 2,
         "width": 32,
         "heads": 4,
@@ -27,8 +30,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "mlp_width": 64,
         "vocab_size": 512,
     },
+    "windows": {
+        "windows": (5, 0),
+        "window_rope_base": 100.0,
+        "branch_norm": "both",
+        "attention_softcap": 3.0,
+        "attention_scale": 0.3,
+        "embed_scale": 3.0,
+    },
 }
-"""Rotary and learned positions, small."""
+"""Rotary and learned positions, small; windows shorter than prompts and answers, and a soft cap on scores."""
 BOUND = 1e-4
 """Most that float32 logits or log-probabilities may differ between ways of computing them (engine.py)."""
 
@@ -50,7 +61,7 @@ def uncached_logits(model: GPT, sequence: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("preset", list(SHAPES))
 def test_greedy_is_the_argmax_of_uncached_passes(make_model: MakeModel, preset: str) -> None:
-    model = make_model(preset, context=160, **SHAPES[preset])
+    model = make_model(context=160, **SHAPES[preset])
     prompt = (5, 9, 200)
     sampling = Sampling(max_new_tokens=90, temperature=0.0)  # more than a fresh cache has room for
     ids = Engine(model).generate([Request(prompt, sampling)])[0].ids
@@ -62,6 +73,32 @@ def test_greedy_is_the_argmax_of_uncached_passes(make_model: MakeModel, preset: 
         sequence.append(token)
     whole = uncached_logits(model, [*prompt, *ids])
     assert whole[len(prompt) - 1 : -1].argmax(-1).tolist() == ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_without_a_token_never_come_out(
+    make_model: MakeModel, tokenizer: Tokenizer, temperature: float
+) -> None:
+    """Published models have more rows than tokens, and tokenizers have holes: however likely such ids are."""
+    model = make_model(vocab_size=tokenizer.vocab_size + 40)
+    content = json.loads(tokenizer.to_json())
+    hole = content["model"]["vocab"].pop("z")
+    content["model"]["vocab"]["z"] = tokenizer.vocab_size + 20
+    holed = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))
+    known = set(holed.backend.get_vocab(with_added_tokens=True).values())
+    beyond = tokenizer.vocab_size + 30
+    assert len(known) == tokenizer.vocab_size and not {hole, beyond} & known
+    with torch.no_grad():  # a hole, and a row beyond the tokenizer, are the likeliest everywhere
+        model.head.weight[hole] = 5 * model.head.weight[:2].sum(0)
+        model.head.weight[beyond] = -model.head.weight[hole]
+    sampling = Sampling(30, temperature, top_logprobs=3, seed=1, logit_bias=((hole, 50.0),))
+    requests = [Request(prompt, sampling) for prompt in prompts(3, hole)]
+    for completion in Engine(model, holed).generate(requests):
+        assert len(completion.ids) == 30 and set(completion.ids) <= known
+        assert {token for step in completion.top_logprobs for token, _ in step} <= known
+        assert all(np.isfinite(completion.logprobs))
+    free = Engine(model).generate(requests)  # without a tokenizer nothing is known of the ids
+    assert not set(free[0].ids) <= known
 
 
 def test_logprobs_equal_those_of_a_full_pass(make_model: MakeModel) -> None:
@@ -247,7 +284,7 @@ def test_leaving_a_stream_cancels_it(make_model: MakeModel) -> None:
 
 @pytest.mark.parametrize("preset", list(SHAPES))
 def test_the_context_ends_an_answer(make_model: MakeModel, preset: str) -> None:
-    model = make_model(preset, context=24, **SHAPES[preset])
+    model = make_model(context=24, **SHAPES[preset])
     requests = [Request(tuple(range(1, size + 1)), Sampling(100, seed=size)) for size in (23, 20, 3)]
     others = [Request((at, 2), Sampling(15, seed=at)) for at in range(13)]
     # Among so many, full rows stay in the batch for a while beside those that go on.

@@ -18,7 +18,17 @@ from llvmlite import ir
 from numba import njit, typeof
 
 from chatwright.config import UserError
-from chatwright.generate.kernels import KernelRunner, compiling, dots, packing, paths, simd, step
+from chatwright.generate.kernels import (
+    KernelRunner,
+    attention,
+    compiling,
+    dots,
+    layout,
+    packing,
+    paths,
+    simd,
+    step,
+)
 from chatwright.generate.kernels.products import (
     ADDS,
     BF16_WEIGHTS,
@@ -323,7 +333,6 @@ def test_shapes_that_the_kernels_lack_are_refused(make_model: MakeModel) -> None
     for changes, reason in (
         ({"preset": "gpt1", "layers": 1, "width": 32, "heads": 2, "vocab_size": 50}, "post-norm"),
         ({"position": "sinusoidal"}, "sinusoidal"),
-        ({"logit_softcap": 15.0}, "soft cap"),
     ):
         with pytest.raises(UserError, match=reason):
             KernelRunner(make_model(**changes), "bf16")
@@ -411,7 +420,7 @@ def test_products_equal_plain_torch(dtype: str, path: str, make_model: MakeModel
         pytest.skip(reason)
     packed = packing.pack(shape(make_model, "gpt2"), dtype)
     draw = torch.Generator().manual_seed(2)
-    for number in (*range(step.MATRICES), len(packed.plan) - 2):
+    for number in (*range(layout.MATRICES), len(packed.plan) - 2):
         plan = packed.plan[number]
         weights, kind = packed.matrix(number), int(plan[FORMAT])
         outputs, inputs = weights.shape
@@ -456,12 +465,14 @@ def test_one_compilation_serves_every_model(make_model: MakeModel) -> None:
 def test_compiled_code_counts_no_references() -> None:
     """Two threads that count the same arrays in their loops wait for each other: a third of the time of a
     long prompt, once."""
-    attend = njit(**compiling._OPTIONS)(step._attend.py_func)
-    whole, real = np.zeros(step.DIMS, np.int64), np.zeros(64, np.float32)
+    attend = njit(**compiling._OPTIONS)(attention.attend.py_func)
+    whole, real = np.zeros(layout.DIMS, np.int64), np.zeros(64, np.float32)
     attend(
         0,
         1,
         whole,
+        real,
+        0,
         0,
         0,
         real,

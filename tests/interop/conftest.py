@@ -12,8 +12,9 @@ import transformers
 from chatwright.chat import NATIVE, Message
 from chatwright.commands.export import write_export
 from chatwright.interop.loaded import Loaded
-from chatwright.model.config import GPTConfig, RotaryScaling
+from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
+from chatwright.model.rotary_scaling import RotaryScaling
 from chatwright.tokenizer import Tokenizer
 
 TEXTS = (

@@ -21,14 +21,15 @@ from chatwright import cli
 from chatwright.chat import NATIVE, ChatTemplate, Message
 from chatwright.commands.export import write_export
 from chatwright.config import UserError
-from chatwright.interop import gguf as gguf_reading
 from chatwright.interop.families import FAMILIES
+from chatwright.interop.gguf_shapes import ARCHITECTURES
 from chatwright.interop.hf import load_hf
 from chatwright.interop.hf_export import config_to_hf, plan_hf
 from chatwright.interop.loaded import Rule, foreign
 from chatwright.language_model import load_parts
-from chatwright.model.config import GPTConfig, RotaryScaling
+from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
+from chatwright.model.rotary_scaling import RotaryScaling
 from chatwright.tokenizer import Tokenizer
 
 from .conftest import (
@@ -58,7 +59,7 @@ RULES = {
     (format_, family): rules
     for format_, tables in (
         ("hf", {name: family.rules for name, family in FAMILIES.items()}),
-        ("gguf", gguf_reading.RULES),
+        ("gguf", {name: one.rules for name, one in ARCHITECTURES.items()}),
     )
     for family, rules in tables.items()
 }
@@ -91,8 +92,12 @@ def test_every_rule_can_be_undone(
         own = rule.names(0)[1]
         heads_here = getattr(config, rule.paired) if rule.paired else 1
         rows = [heads_here * 2 * half * (number + 1 if len(own) > 1 else 1) for number in range(len(own))]
+        if rule.by_head:
+            rows = [config.heads * 2 * half] * len(own)
         rest = (columns,) if rule.theirs.endswith("weight") or rule.transposed else ()
         parts = [torch.randn(row, *rest, generator=generator) for row in rows]
+        if rule.plus:  # exact from a half on
+            parts = [part.abs() + 0.5 for part in parts]
         theirs = rule.invert(parts, config)
         assert tuple(theirs.shape) == rule.stored_shape([part.shape for part in parts])
         again = rule.apply(theirs, rows, config)

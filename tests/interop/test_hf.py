@@ -156,8 +156,9 @@ REFUSED = [
     (LLAMA, {"vocab_size": None}, "vocab_size must be a positive whole number, not null"),
     (LLAMA, {"rms_norm_eps": "small"}, "rms_norm_eps must be a number"),
     (LLAMA, {"num_key_value_heads": 3}, "not a multiple of kv_heads 3"),
-    (QWEN3, {"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
-    (QWEN3, {"use_sliding_window": True, "max_window_layers": 1}, "sliding-window"),
+    (QWEN3, {"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window is not true"),
+    (QWEN3, {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types = "),
+    (QWEN3, {"use_sliding_window": 1.5}, "use_sliding_window = 1.5"),
     (GPT2, {"activation_function": "relu"}, 'activation_function = "relu"'),
     (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = true"),
     (GPT2, {"scale_attn_weights": False}, "scale_attn_weights = false"),
@@ -183,7 +184,10 @@ def test_refused(base: dict[str, Any], change: dict[str, Any], message: str, tmp
         (LLAMA, {"head_dim": None}, "head_dim", 8),
         (LLAMA, {"num_key_value_heads": None}, "kv_heads", 2),
         (QWEN3, {"use_sliding_window": True, "max_window_layers": 2}, "qk_norm", True),
-        (QWEN3, {"use_sliding_window": False, "sliding_window": 4}, "qk_norm", True),
+        (QWEN3, {"use_sliding_window": False, "sliding_window": 4}, "windows", ()),
+        (QWEN3, {"use_sliding_window": True, "max_window_layers": 1}, "windows", (0, 4096)),
+        (QWEN3, {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 4}, "windows", (4, 4)),
+        (QWEN3, {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, "windows", ()),
         (GPT2, {"n_inner": 40}, "mlp_width", 40),
         (GPT2, {"activation_function": "gelu"}, "activation", "gelu"),
         (GPT2, {"activation_function": "gelu_pytorch_tanh"}, "activation", "gelu_tanh"),
@@ -342,8 +346,10 @@ def test_tokenizer_that_does_not_fit(llama: Path, tokenizer: Tokenizer) -> None:
     tokenizer.save(llama)
     file = llama / "tokenizer.json"
     content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "decoder": {"type": "Metaspace"}}))
-    assert "not byte-level BPE" in error_of(llama)
+    file.write_text(json.dumps({**content, "decoder": {"type": "WordPiece", "prefix": "#"}}))
+    assert "its decoder 'WordPiece' is not supported" in error_of(llama)
+    file.write_text(json.dumps({**content, "decoder": None}))
+    assert "it has no decoder" in error_of(llama)
     load_hf(llama, tokenizer=False)
     file.write_text(json.dumps(content))
     save(llama, {**LLAMA, "vocab_size": 270})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,8 @@ from chatwright.config import UserError
 from chatwright.model.config import PRESETS, GPTConfig
 
 SMALL: dict[str, Any] = {"vocab_size": 11, "context": 8, "layers": 1, "width": 12, "heads": 3}
+TWO: dict[str, Any] = {**SMALL, "layers": 2}
+ROTARY: dict[str, Any] = {"position": "rotary"}
 
 
 def test_derived_sizes() -> None:
@@ -74,13 +76,39 @@ def test_hopeless_preset_lists_all() -> None:
         ({"norm": "batch"}, "norm is 'batch'; it can be layer, rms"),
         ({"activation": "relu"}, "activation is 'relu'; it can be gelu,"),
         ({"logit_softcap": -1.0}, "logit_softcap -1.0 is neither"),
+        ({"attention_softcap": -1.0}, "attention_softcap -1.0 is neither"),
+        ({"attention_scale": -1.0}, "attention_scale -1.0 is neither"),
+        ({"embed_scale": 0.0}, "embed_scale 0.0 is not a positive number"),
+        ({"residual_scale": -1.0}, "residual_scale -1.0 is not a positive number"),
+        ({"logit_scale": 0.0}, "logit_scale 0.0 is not a positive number"),
+        ({"windows": (4, 0, 0)}, "3 windows for 2 layers; give one a layer"),
+        ({"windows": (4, -1)}, "windows are (4, -1); each can be 0 to"),
+        ({"windows": (4, 1.5)}, "windows is (4, 1.5), not a list of int values"),
+        ({"windows": 4}, "windows is 4, not a list of int values"),
+        ({**ROTARY, "rotary_layers": (1, 0)}, "rotary_layers is (1, 0), not a list of bool values"),
+        ({"rotary_layers": (True, False)}, "rotary_layers and rotary_dim are for rotary positions"),
+        ({"rotary_dim": 2}, "rotary_layers and rotary_dim are for rotary positions"),
+        ({**ROTARY, "rotary_dim": 3}, "rotary_dim 3 is not even and up to 4"),
+        ({**ROTARY, "rotary_dim": 6}, "rotary_dim 6 is not even and up to 4"),
+        (
+            {**ROTARY, "window_rope_base": 1e6},
+            "window_rope_base is for rotary positions in layers with windows",
+        ),
+        ({**ROTARY, "windows": (4, 0), "window_rope_base": -1.0}, "window_rope_base -1.0 is negative"),
+        ({"qkv_bias": 1}, "qkv_bias is 1, not true, false or null"),
+        ({"qk_norm_whole": True}, "qk_norm_whole needs qk_norm"),
+        ({"branch_norm": "behind"}, "branch_norm is 'behind'; it can be before, after, both"),
+        ({"branch_norm": "after", "pre_norm": False}, "branch_norm and parallel are for pre_norm"),
+        ({"parallel": True, "pre_norm": False}, "branch_norm and parallel are for pre_norm"),
+        ({"parallel": True, "branch_norm": "both"}, "parallel goes with branch_norm before, not both"),
+        ({"family": 3}, "family is 3, not a name"),
         ({"dropout": 1.0}, "dropout 1.0 is not in"),
         ({"dropout": -0.1}, "dropout -0.1 is not in"),
     ],
 )
 def test_impossible_shapes(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        GPTConfig(**{**SMALL, **changes})
+        GPTConfig(**{**TWO, **changes})
     assert message in str(caught.value)
 
 
@@ -91,12 +119,34 @@ def test_unknown_and_missing_fields() -> None:
         GPTConfig.from_dict({key: value for key, value in SMALL.items() if key != "vocab_size"})
 
 
+def test_each_shape_has_one_spelling() -> None:
+    """What says nothing is as if it were not given, so that equal shapes are equal."""
+    plain = GPTConfig(**TWO, **ROTARY)
+    said = {"windows": [0, 0], "rotary_layers": [True, True], "rotary_dim": 4, "qkv_bias": True}
+    assert GPTConfig(**TWO, **ROTARY, **said, attention_scale=0.5) == plain
+    windowed = GPTConfig(**TWO, **ROTARY, windows=(3, 0), window_rope_base=1e4)
+    assert windowed.windows == (3, 0) and windowed.window_rope_base == 0.0  # the other layers' base
+    assert replace(plain, family="llama") == plain  # a name computes nothing
+
+
+def test_another_number_of_layers_repeats_what_is_said_of_each() -> None:
+    config = GPTConfig(
+        **{**TWO, **ROTARY, "layers": 3},
+        windows=(5, 5, 0),
+        rotary_layers=(False, True, True),
+        window_rope_base=9.0,
+    )
+    assert config.with_layers(5).windows == (5, 5, 0, 5, 5)
+    assert config.with_layers(4).rotary_layers == (False, True, True, False)
+    assert replace(config, windows=(0, 5, 5)).with_layers(1).window_rope_base == 0.0
+
+
 @given(
     heads=st.integers(1, 6),
     groups=st.integers(1, 4),
     head_dim=st.integers(1, 8).map(lambda half: 2 * half),
     position=st.sampled_from(["learned", "sinusoidal", "rotary"]),
-    activation=st.sampled_from(["gelu", "gelu_tanh", "swiglu", "relu2"]),
+    activation=st.sampled_from(["gelu", "gelu_tanh", "swiglu", "geglu", "relu2"]),
 )
 def test_every_possible_shape_survives_json(
     heads: int, groups: int, head_dim: int, position: Any, activation: Any

@@ -14,17 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from chatwright.config import UserError
-from chatwright.model.attention import blocked_attention
+from chatwright.model.attention import blocked_attention, fused_attention, plain_attention
 from chatwright.model.cache import KVCache
 from chatwright.model.compile_friendly import gelu_sigmoid, make_compile_friendly
 from chatwright.model.config import GPTConfig
-from chatwright.model.gpt import (
-    GPT,
-    MLP,
-    LayerNorm,
-    RMSNorm,
-)
+from chatwright.model.gpt import GPT, MLP
 from chatwright.model.inputs import token_positions
+from chatwright.model.norms import LayerNorm, RMSNorm
 from chatwright.model.rotary import rotary_angles, rotate, sinusoids
 
 TOLERANCE = 1e-5  # float32, logits of order one, the same model on the same numbers in another arrangement
@@ -43,6 +39,51 @@ CONFIGS: dict[str, GPTConfig] = {
     ),
     "rotary, grouped, QK-norm": GPTConfig.preset(
         "modern-nano", vocab_size=31, context=24, width=16, heads=4, head_dim=6, mlp_width=20
+    ),
+    "windows, norms on both sides, scales and caps": GPTConfig.preset(
+        "modern-nano",
+        vocab_size=31,
+        context=24,
+        width=16,
+        heads=4,
+        head_dim=6,
+        mlp_width=20,
+        layers=3,
+        windows=(3, 0, 4),
+        window_rope_base=100.0,
+        branch_norm="both",
+        activation="geglu",
+        attention_softcap=2.0,
+        attention_scale=0.3,
+        logit_softcap=4.0,
+        embed_scale=2.0,
+    ),
+    "norms behind, whole QK-norm, partly rotated": GPTConfig.preset(
+        "modern-nano",
+        vocab_size=31,
+        context=24,
+        width=16,
+        heads=4,
+        head_dim=6,
+        mlp_width=20,
+        branch_norm="after",
+        qk_norm_whole=True,
+        rotary_dim=2,
+        rotary_layers=(True, False),
+        qkv_bias=True,
+        residual_scale=0.5,
+        logit_scale=2.0,
+    ),
+    "parallel": GPTConfig(
+        vocab_size=31,
+        context=24,
+        layers=2,
+        width=16,
+        heads=2,
+        position="rotary",
+        rotary_dim=4,
+        parallel=True,
+        tied=False,
     ),
 }
 
@@ -306,11 +347,89 @@ def test_norm_placement_and_positions_make_a_difference() -> None:
         {"norm": "rms"},
         {"qk_norm": True},
         {"heads": 4, "kv_heads": 4, "head_dim": 4},
+        {"windows": (3, 0)},
+        {"attention_softcap": 1.0},
+        {"attention_scale": 0.1},
+        {"embed_scale": 2.0},
     ]
     for change in changes:
         other = make(replace(base, **change))
         other.load_state_dict(weights, strict=False)
         assert not close(other(ids), expected), change
+
+
+@torch.no_grad()
+def test_each_option_of_rotary_and_pre_norm_models_makes_a_difference() -> None:
+    base = replace(CONFIGS["rotary, grouped, QK-norm"], windows=(3, 0))
+    weights, ids = make(base).state_dict(), some_ids(1, 8)
+    expected = make(base)(ids)
+    changes: list[dict[str, Any]] = [
+        {"windows": (4, 0)},
+        {"windows": (0, 3)},
+        {"window_rope_base": 10.0},
+        {"rotary_dim": 2},
+        {"rotary_layers": (False, True)},
+        {"branch_norm": "both"},
+        {"branch_norm": "after"},
+        {"parallel": True},
+        {"qk_norm": False},
+        {"qk_norm_whole": True},
+        {"qkv_bias": True},
+        {"activation": "geglu"},
+        {"residual_scale": 0.5},
+        {"logit_scale": 0.5},
+    ]
+    for change in changes:
+        other = make(replace(base, **change))
+        fitting = {
+            name: tensor
+            for name, tensor in weights.items()
+            if other.state_dict().get(name, tensor).shape == tensor.shape
+        }
+        other.load_state_dict(fitting, strict=False)
+        assert not close(other(ids), expected), change
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", [fused_attention, blocked_attention, plain_attention])
+def test_a_window_sees_the_last_tokens_and_no_more(kernel: Any) -> None:
+    """With windows of 3 in two layers, token 9 hears of tokens 5 to 9: twice two back, and itself."""
+    model = make(replace(CONFIGS["rotary, grouped, QK-norm"], windows=(3, 3)))
+    model.use_attention(kernel)
+    ids = some_ids(1, 10)
+    last = model(ids)[0, 9]
+    for place in range(10):
+        other = ids.clone()
+        other[0, place] = (other[0, place] + 1) % 31
+        assert bool((model(other)[0, 9] - last).abs().max() > 1e-6) == (place >= 5), place
+
+
+@torch.no_grad()
+def test_a_window_as_long_as_the_text_is_none() -> None:
+    base = CONFIGS["rotary, grouped, QK-norm"]
+    model, other = make(base), make(replace(base, windows=(8, 9)))
+    assert torch.equal(model(some_ids(2, 8)), other(some_ids(2, 8)))
+
+
+@torch.no_grad()
+def test_soft_capped_scores_by_hand() -> None:
+    """One head of size 4 without a mask: softmax(c tanh(q k / (c sqrt(4)))) v, row by row."""
+    q, k, v = torch.randn(3, 1, 1, 5, 4, generator=torch.Generator().manual_seed(0)) * 2
+    rows = []
+    for row in range(5):
+        scores = (k[0, 0, : row + 1] @ q[0, 0, row]) / 2
+        rows.append((1.5 * (scores / 1.5).tanh()).softmax(0) @ v[0, 0, : row + 1])
+    for kernel in (fused_attention, blocked_attention, plain_attention):
+        assert close(kernel(q, k, v, softcap=1.5)[0, 0], torch.stack(rows))  # type: ignore[operator]
+        assert not close(kernel(q, k, v)[0, 0], torch.stack(rows))  # type: ignore[operator]
+
+
+def test_blocks_with_a_norm_behind_do_not_start_at_zero() -> None:
+    """Where the norm's slope is a thousand: RMS norm of zeros has the slope 1 / sqrt(eps)."""
+    base = CONFIGS["rotary, grouped, QK-norm"]
+    for branch_norm, starts_at_zero in (("before", True), ("after", False), ("both", False)):
+        model = GPT(replace(base, branch_norm=branch_norm))  # type: ignore[arg-type]
+        assert bool((model.blocks[0].mlp.down.weight == 0).all()) == starts_at_zero
 
 
 @torch.no_grad()

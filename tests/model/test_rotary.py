@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from chatwright.config import UserError
-from chatwright.model.config import GPTConfig, RotaryScaling
+from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.rotary import rotary_rates
+from chatwright.model.rotary_scaling import RotaryScaling
 
 BASE = GPTConfig.preset(
     "modern-nano", vocab_size=31, width=16, heads=2, head_dim=8, mlp_width=20, rope_base=1e4

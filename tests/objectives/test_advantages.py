@@ -292,3 +292,90 @@ def test_the_expected_gradient_is_that_of_the_expected_return(baseline: policy.B
         total -= gradient * float(log_probs.detach().sum().exp())
     shortened = 1 - 1 / 4 if baseline == "mean" else 1.0  # the answer's own return is in the mean
     torch.testing.assert_close(total, shortened * exact)
+
+
+# ---- equal returns -----------------------------------------------------------------------------------------
+
+EQUAL = (0.1, 0.3, 0.35, 0.7, 1.1, -2.3, 1e3 / 3, 1e-30, 0.0, 3e7)
+SHAPES = ((1, 1), (1, 2), (1, 8), (3, 7), (7, 3), (32, 8), (64, 4), (1000, 3))
+
+
+def check_equal_returns(module: ModuleType) -> None:
+    for value in EQUAL:
+        for shape in SHAPES:
+            returns = torch.full(shape, value)
+            for baseline in ("mean", "leave-one-out") if shape[1] > 1 else ("mean",):
+                for scaled in (False, True):
+                    found = module.reinforce_advantages(returns, baseline=baseline, scaled=scaled)
+                    assert torch.equal(found, torch.zeros(shape)), (value, shape, baseline, scaled)
+            assert not module.reinforce_advantages(returns, baseline="none", scaled=True).any()
+            mask = torch.ones(shape, dtype=torch.bool)
+            for correction in (0, 1):
+                assert not module.whiten(returns, mask, correction=correction).any()
+                assert torch.equal(
+                    module.whiten(returns, mask, shift_mean=False, correction=correction), returns
+                )
+
+
+def test_equal_returns_give_no_advantage() -> None:
+    check_equal_returns(policy)
+
+
+WRONG_EQUAL = [
+    *mutants(
+        policy.whiten, {"whitening divides a rounding error": ("bool(all_equal(values[mask]))", "False")}
+    ),
+    *mutants(
+        policy.reinforce_advantages,
+        {
+            "answers of a prompt": ("torch.where(all_equal(returns), 0.0, advantages)", "advantages"),
+            "answers of the batch": ("bool(all_equal(returns.flatten()))", "False"),
+        },
+    ),
+    *mutants(policy.all_equal, {"nearly equal is not asked for": (".all(-1,", ".any(-1,")}),
+]
+
+
+@pytest.mark.parametrize("mutant", WRONG_EQUAL[:-1], ids=str)
+def test_without_the_exact_comparison_rounding_becomes_an_advantage(mutant: Mutant) -> None:
+    mutant.must_fail(check_equal_returns)
+
+
+def check_small_differences(module: ModuleType) -> None:
+    returns = torch.tensor([[0.7, 0.7, 0.7], [0.0, 0.3, 0.9]])
+    for scaled in (False, True):
+        found = module.reinforce_advantages(returns, baseline="leave-one-out", scaled=scaled)
+        assert torch.equal(found[0], torch.zeros(3)) and found[1].abs().max() > 0.1
+    # Not equal, however near: the smallest difference that float32 has is kept.
+    near = torch.tensor([[1.0, 1.0, torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)).item()]])
+    assert module.reinforce_advantages(near, baseline="mean").abs().max() > 0
+    assert module.reinforce_advantages(near, baseline="leave-one-out").abs().max() > 0
+    assert module.whiten(near, torch.ones(1, 3, dtype=torch.bool)).abs().max() > 0
+
+
+def test_small_differences_are_kept() -> None:
+    check_small_differences(policy)
+
+
+@pytest.mark.parametrize("mutant", WRONG_EQUAL[-1:], ids=str)
+def test_a_bound_that_hides_differences_shows(mutant: Mutant) -> None:
+    mutant.must_fail(check_small_differences)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (0, 3)])
+@pytest.mark.parametrize("filled", [0, 1, 10])
+def test_single_values_and_empty_answers_give_no_nan(shape: tuple[int, int], filled: int) -> None:
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask.view(-1)[:filled] = True
+    values = torch.rand(shape)
+    for correction in (0, 1):
+        for shift in (False, True):
+            assert policy.whiten(values, mask, shift_mean=shift, correction=correction).isfinite().all()
+    rewards = policy.token_rewards(torch.rand(shape[0]), values, values, mask, beta=0.1)
+    advantages = policy.generalized_advantages(rewards, values, mask)
+    assert advantages.isfinite().all()
+    assert policy.policy_loss(values, values, advantages, mask).loss.isfinite()
+    assert policy.value_loss(values, values, advantages, mask).loss.isfinite()
+    assert math.isfinite(policy.explained_variance(values, advantages, mask))
+    for value in EQUAL:
+        assert policy.explained_variance(values, torch.full(shape, value), mask) == 0.0

@@ -170,6 +170,23 @@ def test_three_runs_and_two_stages_of_different_kinds(tmp_path: Path) -> None:
     assert found["remarks"] == ["ppo / sft: different kinds of stages (A ppo, B sft)"]
 
 
+def test_no_picture_or_page_of_the_user_is_replaced(run: Call, tmp_path: Path) -> None:
+    write_both(tmp_path)
+    assert run("a", "b", "--out", "page.md")[0] == 0
+    picture = sorted(tmp_path.glob("page-*.png"))[0]
+    assert run("a", "b", "--out", "page.md")[0] == 0  # those of the earlier comparison are
+    picture.rename(name := picture.with_name(picture.name.replace("page", "other")))
+    name.write_text("precious")
+    before = sorted(one.name for one in tmp_path.iterdir())
+    code, _, err = run("a", "b", "--out", "other.md")
+    assert code == 1 and f"the picture {name.name} would be replaced, which is none of an earlier" in err
+    assert name.read_text() == "precious" and sorted(one.name for one in tmp_path.iterdir()) == before
+    (tmp_path / "mine.md").write_text("# Mine\n")
+    for arguments in (("a", "b"), ("smollm2", "smollm2")):  # of models, before any of them is loaded
+        code, _, err = run(*arguments, "--out", "mine.md")
+        assert code == 1 and "--out mine.md exists and is no comparison; name another file" in err
+
+
 def test_what_is_refused(run: Call, tmp_path: Path) -> None:
     _, b = write_both(tmp_path)
     (tmp_path / "empty").mkdir()

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chatwright.train.statistics import FEWEST, Difference, paired_difference, wilson_interval
+from chatwright.train.statistics import (
+    FEWEST,
+    Difference,
+    bootstrap_interval,
+    paired_difference,
+    standard_error,
+    wilson_interval,
+)
 
 
 def test_wilson_is_that_of_the_book() -> None:
@@ -41,4 +48,19 @@ def test_what_says_nothing() -> None:
     assert not paired_difference([], [], seed=1).better
     assert Difference(0.5, (0.1, 0.9), 20, "comparisons").told() == (
         "+0.500, 95 % interval +0.100 to +0.900, 20 comparisons"
+    )
+
+
+def test_equal_values_have_no_spread() -> None:
+    for value in (0.1, 0.7, 1e3 / 3, -2.3):
+        for count in (1, 2, 7, 1000):
+            values = torch.full((count,), value)
+            assert standard_error(values) == 0.0
+            assert bootstrap_interval(values, seed=1) == (float(values[0]), float(values[0]))
+            same = paired_difference(values.tolist(), values.tolist(), seed=1)
+            assert (same.mean, same.interval) == (0.0, (0.0, 0.0)) and not same.better and not same.worse
+    assert standard_error(torch.tensor([1.0, 3.0])) == pytest.approx(1.0)
+    assert standard_error(torch.tensor([])) == 0.0 and bootstrap_interval(torch.tensor([]), seed=1) == (
+        0.0,
+        0.0,
     )

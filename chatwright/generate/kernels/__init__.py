@@ -8,6 +8,8 @@ run.
     paths.py     which kind this processor is
     packing.py   a model's weights as fp32, bf16, int8 or int4, in the order in which they are read
     products.py  matrix products
+    layout.py    where the step finds what it is told
+    attention.py attention over pages of keys and values
     step.py      the whole model for a few tokens, run by all threads together
     runner.py    what the engine talks to
     reference.py the same numbers by plain torch, for tests

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from chatwright.config import UserError
 from chatwright.generate.kernels.dots import GROUP
+from chatwright.generate.kernels.layout import BLOCK_COLUMNS
 from chatwright.generate.kernels.products import (
     ADDS,
     BF16_WEIGHTS,
@@ -116,8 +117,9 @@ class Packed:
     token table."""
     vectors: np.ndarray[tuple[int], np.dtype[np.float32]]
     """Norm weights and biases."""
-    norms: np.ndarray[tuple[int, int], np.dtype[np.int64]]
-    """(layers + 1, 4) places of norm vectors in `vectors`."""
+    blocks: np.ndarray[tuple[int, int], np.dtype[np.int64]]
+    """A row per block and one behind them (see layout.py): places of norm vectors in `vectors`, window,
+    angles."""
     positions: int
     """Place of the (context, D rounded up to 32) position table in `vectors`; -1 without one."""
 
@@ -258,19 +260,41 @@ def _interleaved(gate: Tensor, up: Tensor) -> Tensor:
     return both.flatten(0, 2)
 
 
-def _norm_place(packer: _Packer, norm: torch.nn.Module | None) -> int:
-    if norm is None:
+def _norm_place(packer: _Packer, norm: torch.nn.Module | None, scale: float = 1.0) -> int:
+    """Where a norm lies, its output times `scale`; -1 for none."""
+    if norm is None or isinstance(norm, torch.nn.Identity):
         return -1
     weight, bias = norm.weight, getattr(norm, "bias", None)
     assert isinstance(weight, Tensor)
-    return packer.vector(weight, bias) if isinstance(bias, Tensor) else packer.vector(weight)
+    parts = (weight, bias) if isinstance(bias, Tensor) else (weight,)
+    return packer.vector(*(part.detach().float() * scale for part in parts))
 
 
-def _pack_block(packer: _Packer, block: Block, dtype: str) -> list[int]:
-    """The four matrices of a block; the places of its norms."""
-    attention, mlp = block.attention, block.mlp
+def _angle_table(config: GPTConfig, layer: int) -> int:
+    """Which table of rotary angles a layer uses (`GPT.angles`): -1 for none."""
+    if not config.is_rotated(layer):
+        return -1
+    return int(bool(config.window(layer) and config.window_rope_base))
+
+
+def _pack_block(packer: _Packer, model: GPT, layer: int, dtype: str) -> list[int]:
+    """The four matrices of a block; its row of the table.
+
+    The factor on what a branch adds to the residual stream stands in the norm behind it. Where there is none,
+    the kernels multiply the matrix's input by it (layout.py), and here the bias: matrices stay as they are,
+    or their rounding would be another one.
+    """
+    config, block = model.config, model.blocks[layer]
+    assert isinstance(block, Block)
+    attention, mlp, scale = block.attention, block.mlp, config.residual_scale
+    adds = config.branch_norm == "before"
+
+    def bias_of(linear: torch.nn.Linear) -> Tensor | None:
+        found: Tensor | None = linear.bias
+        return found if found is None or not adds else found.detach() * scale
+
     packer.matrix(*_joined(attention), dtype)
-    packer.matrix(_output(attention), attention.output.bias, dtype, adds=True)
+    packer.matrix(_output(attention), bias_of(attention.output), dtype, adds=adds)
     if mlp.gate is None:
         packer.matrix(mlp.up.weight, mlp.up.bias, dtype)
     else:
@@ -278,9 +302,15 @@ def _pack_block(packer: _Packer, block: Block, dtype: str) -> list[int]:
         if mlp.up.bias is not None:
             bias = _interleaved(mlp.gate.bias[:, None], mlp.up.bias[:, None])[:, 0]
         packer.matrix(_interleaved(mlp.gate.weight, mlp.up.weight), bias, dtype, together=2)
-    packer.matrix(mlp.down.weight, mlp.down.bias, dtype, adds=True)
+    packer.matrix(mlp.down.weight, bias_of(mlp.down), dtype, adds=adds)
     norms = (block.attention_norm, block.mlp_norm, attention.query_norm, attention.key_norm)
-    return [_norm_place(packer, norm) for norm in norms]
+    return [
+        *(_norm_place(packer, norm) for norm in norms),
+        _norm_place(packer, block.attention_out_norm, scale),
+        _norm_place(packer, block.mlp_out_norm, scale),
+        config.window(layer),
+        _angle_table(config, layer),
+    ]
 
 
 @torch.no_grad()
@@ -294,13 +324,15 @@ def pack(model: GPT, dtype: str) -> Packed:
         raise UserError(f"the CPU kernels cannot run a model with {reason}")
     model = plain(model)  # what is read here are matrices, not what layers compute
     packer = _Packer()
-    norms = [_pack_block(packer, block, dtype) for block in model.blocks]  # type: ignore[arg-type]
+    config = model.config
+    blocks = [_pack_block(packer, model, layer, dtype) for layer in range(config.layers)]
     packer.matrix(model.head.weight, None, "int8" if dtype == "int4" else dtype)
-    if model.config.tied:
+    if config.tied:
         packer.plan.append(packer.plan[-1])
     else:
         packer.matrix(model.embed.weight, None, "fp32" if dtype == "fp32" else "bf16")
-    norms.append([_norm_place(packer, model.final_norm), -1, -1, -1])
+    final = _norm_place(packer, model.final_norm, config.logit_scale)
+    blocks.append([final, *[-1] * (BLOCK_COLUMNS - 1)])
     positions = -1
     if model.positions is not None:
         table = model.positions.weight
@@ -308,10 +340,10 @@ def pack(model: GPT, dtype: str) -> Packed:
             torch.nn.functional.pad(table, (0, up_to(table.shape[1], GROUP) - table.shape[1])).flatten()
         )
     return Packed(
-        model.config,
+        config,
         packer.arena(),
         np.array(packer.plan, dtype=np.int64),
         torch.cat([*packer.vectors, torch.zeros(LANES)]).numpy(),
-        np.array(norms, dtype=np.int64),
+        np.array(blocks, dtype=np.int64),
         positions,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 
 from chatwright.generate.kernels import paths
 from chatwright.generate.kernels.dots import GROUP, ROUNDS_BF16
+from chatwright.generate.kernels.layout import DOWN, MATRICES, OUTPUT, QKV, UP
 from chatwright.generate.kernels.packing import Packed, up_to
 from chatwright.generate.kernels.products import BF16_WEIGHTS, FORMAT, INT8_WEIGHTS, WORD_LIMITS
 from chatwright.generate.kernels.simd import LANES
-from chatwright.generate.kernels.step import DOWN, MATRICES, OUTPUT, QKV, UP
 from chatwright.model.cache import KVCache
 from chatwright.model.gpt import GPT, Block
 
@@ -34,12 +35,12 @@ def rounded_activations(x: Tensor, kind: int, path: str) -> Tensor:
     return rounded.flatten(-2)[..., :width]
 
 
-def _round_inputs(kind: int, path: str, heads: int = 1) -> Any:
+def _round_inputs(kind: int, path: str, heads: int = 1, scale: float = 1.0) -> Any:
     """For the output matrix of attention each head is padded to whole groups, so no group has parts of two
-    heads."""
+    heads. Inputs are multiplied by `scale` before they are rounded."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        parts = inputs[0].view(*inputs[0].shape[:-1], heads, -1)
+        parts = (inputs[0] * scale).view(*inputs[0].shape[:-1], heads, -1)
         return (rounded_activations(parts, kind, path).flatten(-2),)
 
     return hook
@@ -63,12 +64,34 @@ def _restore(block: Block, matrices: list[Tensor]) -> None:
     mlp.down.weight.copy_(matrices[DOWN][: mlp.down.out_features, : mlp.down.in_features])
 
 
+def _move_scales(plain: GPT) -> float:
+    """Put the scales of branches and logits where packing.py has them; the one on the inputs of matrices that
+    write to the residual stream is given back."""
+    config, before = plain.config, plain.config.branch_norm == "before"
+    plain.config = replace(config, logit_scale=1.0)
+    _multiply(plain.final_norm, config.logit_scale)
+    for block in plain.blocks:
+        assert isinstance(block, Block)
+        block.scale = 1.0
+        for norm in (block.attention_out_norm, block.mlp_out_norm):
+            _multiply(norm, config.residual_scale)  # there are none where they stand before
+        for linear in (block.attention.output, block.mlp.down):
+            if before and linear.bias is not None:
+                linear.bias.mul_(config.residual_scale)
+    return config.residual_scale if before else 1.0
+
+
+def _multiply(norm: nn.Module, scale: float) -> None:
+    for parameter in norm.parameters():
+        parameter.mul_(scale)
+
+
 @torch.no_grad()
 def reference(model: GPT, packed: Packed, path: str) -> GPT:
     """A copy of the model with the packed weights read back, and the matrices' inputs rounded as the kernels'
     path does."""
     plain = copy.deepcopy(model).float().eval()
-    kinds = packed.plan[:, FORMAT]
+    kinds, scale = packed.plan[:, FORMAT], _move_scales(plain)
     for number, block in enumerate(plain.blocks):
         assert isinstance(block, Block)
         first = number * MATRICES
@@ -76,7 +99,8 @@ def reference(model: GPT, packed: Packed, path: str) -> GPT:
         for module in block.modules():
             if isinstance(module, nn.Linear):
                 heads = block.attention.heads if module is block.attention.output else 1
-                module.register_forward_pre_hook(_round_inputs(int(kinds[first]), path, heads))
+                own = scale if module in (block.attention.output, block.mlp.down) else 1.0
+                module.register_forward_pre_hook(_round_inputs(int(kinds[first]), path, heads, own))
     size, width, last = model.config.vocab_size, model.config.width, len(packed.plan) - 1
     plain.head.weight.copy_(packed.matrix(last - 1)[:size, :width])
     plain.embed.weight.copy_(packed.matrix(last)[:size, :width])  # the same once more, where they are one

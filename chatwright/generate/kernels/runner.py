@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chatwright import runtime
 from chatwright.config import UserError
-from chatwright.generate.kernels import packing, paths, step
+from chatwright.generate.kernels import layout, packing, paths, step
 from chatwright.generate.kernels.barrier import SYNC_SIZE
 from chatwright.generate.kernels.dots import GROUP
 from chatwright.generate.kernels.simd import LANES
@@ -24,6 +24,13 @@ from chatwright.generate.runner import Feed
 from chatwright.machine_load import LoadMeter, threads_beside
 from chatwright.model.gpt import GPT
 
+_ACTIVATIONS = {
+    "swiglu": layout.SWIGLU,
+    "gelu_tanh": layout.GELU_TANH,
+    "relu2": layout.RELU2,
+    "geglu": layout.GEGLU,
+    "gelu": layout.GELU,
+}
 ROWS = 256
 """Tokens that one compiled call takes at most; more go in several."""
 
@@ -158,7 +165,7 @@ class KernelRunner:
         self.team = Team(threads or torch.get_num_threads())
         self._load = None if threads else LoadMeter(alike=runtime.local_world_size())
         weakref.finalize(self, self.team.close)  # the threads end when nobody has the runner any more
-        self._dims = self._describe()
+        self._dims, self._numbers = self._describe(), self._describe_numbers()
         self._buffers(ROWS)
         self._pages = 0
 
@@ -180,66 +187,80 @@ class KernelRunner:
 
     def _describe(self) -> np.ndarray:
         config = self.config
-        dims = np.zeros(step.DIMS, dtype=np.int64)
-        head_stride = packing.up_to(config.head_dim, GROUP)
+        dims = np.zeros(layout.DIMS, dtype=np.int64)
         qkv = (config.heads + 2 * config.kv_heads) * config.head_dim
-        activation = {"swiglu": step.SWIGLU, "gelu_tanh": step.GELU_TANH, "relu2": step.RELU2}[
-            config.activation
-        ]
+        qk_norm = layout.HEAD_QK_NORM if config.qk_norm else layout.NO_QK_NORM
         for place, value in (
-            (step.WIDTH, config.width),
-            (step.STRIDE, packing.up_to(config.width, GROUP)),
-            (step.LAYERS, config.layers),
-            (step.HEADS, config.heads),
-            (step.KV_HEADS, config.kv_heads),
-            (step.HEAD_DIM, config.head_dim),
-            (step.HEAD_STRIDE, head_stride),
-            (step.MLP_STRIDE, packing.up_to(config.mlp_width, GROUP)),
-            (step.QKV_STRIDE, packing.up_to(qkv, LANES)),
-            (step.LOGIT_STRIDE, packing.up_to(config.vocab_size, LANES)),
-            (step.NORM, step.RMS if config.norm == "rms" else step.LAYER),
-            (step.ACTIVATION, activation),
-            (step.QK_NORM, int(config.qk_norm)),
-            (step.ROTARY, int(config.position == "rotary")),
-            (step.BF16_CACHE, int(self.dtype != "fp32")),
-            (step.POSITIONS, self.packed.positions),
+            (layout.WIDTH, config.width),
+            (layout.STRIDE, packing.up_to(config.width, GROUP)),
+            (layout.LAYERS, config.layers),
+            (layout.HEADS, config.heads),
+            (layout.KV_HEADS, config.kv_heads),
+            (layout.HEAD_DIM, config.head_dim),
+            (layout.HEAD_STRIDE, packing.up_to(config.head_dim, GROUP)),
+            (layout.MLP_STRIDE, packing.up_to(config.mlp_width, GROUP)),
+            (layout.QKV_STRIDE, packing.up_to(qkv, LANES)),
+            (layout.LOGIT_STRIDE, packing.up_to(config.vocab_size, LANES)),
+            (layout.NORM, layout.RMS if config.norm == "rms" else layout.LAYER),
+            (layout.ACTIVATION, _ACTIVATIONS[config.activation]),
+            (layout.QK_NORM, layout.WHOLE_QK_NORM if config.qk_norm_whole else qk_norm),
+            (layout.PAIRS, config.rotated // 2 if config.position == "rotary" else 0),
+            (layout.BF16_CACHE, int(self.dtype != "fp32")),
+            (layout.POSITIONS, self.packed.positions),
+            (layout.PARALLEL, int(config.parallel)),
         ):
             dims[place] = value
         return dims
 
+    def _describe_numbers(self) -> np.ndarray:
+        config = self.config
+        numbers = np.zeros(layout.NUMBERS, dtype=np.float32)
+        usual = np.float32(1.0) / np.sqrt(np.float32(config.head_dim))
+        for place, value in (
+            (layout.EPS, config.norm_eps),
+            (layout.EMBED_SCALE, config.embed_scale),
+            (layout.SCORE_SCALE, config.attention_scale or usual),
+            (layout.SCORE_CAP, config.attention_softcap),
+            # Where a norm stands behind a branch, that has the factor.
+            (layout.BRANCH_SCALE, config.residual_scale if config.branch_norm == "before" else 1.0),
+            (layout.LOGIT_CAP, config.logit_softcap),
+        ):
+            numbers[place] = value
+        return numbers
+
     def _buffers(self, rows: int) -> None:
         """What the kernels write between products; padding stays zero."""
         dims, threads = self._dims, self.team.threads
-        attended = int(dims[step.HEADS] * dims[step.HEAD_STRIDE])
-        widest = max(int(dims[step.STRIDE]), attended, int(dims[step.MLP_STRIDE]))
-        up = int(self.packed.plan[step.UP, 4]) * LANES
+        attended = int(dims[layout.HEADS] * dims[layout.HEAD_STRIDE])
+        widest = max(int(dims[layout.STRIDE]), attended, int(dims[layout.MLP_STRIDE]))
+        up = int(self.packed.plan[layout.UP, 4]) * LANES
 
         def zeros(*shape: int) -> np.ndarray:
             made = packing.on_boundary(4 * math.prod(shape)).view(np.float32).reshape(shape)
             made.fill(0.0)
             return made
 
-        self._x = zeros(rows * int(dims[step.STRIDE]))
-        self._normed = zeros(threads, rows * int(dims[step.STRIDE]))
+        self._x = zeros(rows * int(dims[layout.STRIDE]))
+        self._normed = zeros(threads, rows * int(dims[layout.STRIDE]))
         self._words = zeros(threads, rows * widest // 2).view(np.uint8)  # up to two bytes each
         self._factors = zeros(threads, rows * widest // GROUP)
         self._sums = zeros(threads, rows * widest // GROUP)
-        self._qkv = zeros(rows * int(dims[step.QKV_STRIDE]) + GROUP)
+        self._qkv = zeros(rows * int(dims[layout.QKV_STRIDE]) + GROUP)
         self._attended = zeros(rows * attended)
         self._raw = zeros(rows * up)
-        self._hidden = zeros(rows * int(dims[step.MLP_STRIDE]))
+        self._hidden = zeros(rows * int(dims[layout.MLP_STRIDE]))
         self._every = np.arange(rows, dtype=np.int64)
         self._sync = np.zeros(SYNC_SIZE, dtype=np.int64)
 
     def token_bytes(self) -> int:
         """Memory of a token's keys and values."""
-        item = 2 if self._dims[step.BF16_CACHE] else 4
-        return int(2 * self.config.layers * self.config.kv_heads * self._dims[step.HEAD_STRIDE] * item)
+        item = 2 if self._dims[layout.BF16_CACHE] else 4
+        return int(2 * self.config.layers * self.config.kv_heads * self._dims[layout.HEAD_STRIDE] * item)
 
     def weight_bytes(self) -> int:
         """The packed weights, which lie beside the model's parameters."""
         packed = self.packed
-        return int(packed.arena.nbytes + packed.vectors.nbytes + packed.norms.nbytes)
+        return int(packed.arena.nbytes + packed.vectors.nbytes + packed.blocks.nbytes)
 
     def allocate(self, pages: int, size: int) -> None:
         """Room for `pages` pages. Raises UserError for a page size other than the kernels', or without the
@@ -247,7 +268,7 @@ class KernelRunner:
         if size != LANES:
             raise UserError(f"the CPU kernels have pages of {LANES} tokens, not {size}")
         self._pages = pages
-        self._dims[step.PAGES] = pages
+        self._dims[layout.PAGES] = pages
         half = pages * size * self.token_bytes() // 2
         try:
             # Untouched memory costs nothing, and numbers that were never written are never read.
@@ -270,7 +291,7 @@ class KernelRunner:
     def forward(self, feeds: Sequence[Feed]) -> Float[Tensor, "wanted vocab"]:
         """Logits behind the wanted tokens; see `Runner`."""
         ids, positions, pages, asked = _flattened(feeds)
-        logits = np.empty((len(asked), int(self._dims[step.LOGIT_STRIDE])), dtype=np.float32)
+        logits = np.empty((len(asked), int(self._dims[layout.LOGIT_STRIDE])), dtype=np.float32)
         # In order: the tokens of a sequence that are cut apart find their predecessors stored.
         for start in range(0, len(ids), ROWS):
             end = min(start + ROWS, len(ids))
@@ -287,8 +308,11 @@ class KernelRunner:
             return
         self._turned = packing.up_to(longest, 1024)
         angles = self._angles(torch.arange(self._turned)[None])
-        assert angles is not None
-        self._cos, self._sin = (part.flatten().contiguous().numpy() for part in angles)
+        assert angles is not None  # cosines and sines, of one or two tables
+        self._cos, self._sin = (
+            torch.cat([part.flatten() for part in angles[which::2]]).numpy() for which in range(2)
+        )
+        self._dims[layout.ANGLE_ROWS] = self._turned
 
     def _rows(
         self,
@@ -301,7 +325,7 @@ class KernelRunner:
         """One compiled call: up to ROWS tokens."""
         self._turn(int(positions.max()) + 1)
         path, threads = paths.typed(self.path), self.working()
-        packed, eps = self.packed, np.float32(self.config.norm_eps)
+        packed = self.packed
 
         def job(thread: int) -> None:
             step.forward(
@@ -310,11 +334,11 @@ class KernelRunner:
                 threads,
                 self._sync,
                 self._dims,
-                eps,
+                self._numbers,
                 packed.arena,
                 packed.plan,
                 packed.vectors,
-                packed.norms,
+                packed.blocks,
                 ids,
                 positions,
                 pages,

@@ -337,6 +337,19 @@ def keep_first(typing: Any, value: Any, count: Any, other: Any) -> Any:
     return F32(F32, types.int64, types.float32), code
 
 
+@intrinsic
+def drop_first(typing: Any, value: Any, count: Any, other: Any) -> Any:
+    """`other` in the first `count` lanes, `value` in the rest."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value, count, other = args
+        lanes = ir.Constant(WIDE_I32, list(range(LANES)))
+        dropped = builder.icmp_signed("<", lanes, copies(builder, builder.trunc(count, INT32), LANES))
+        return builder.select(dropped, copies(builder, other, LANES), value)
+
+    return F32(F32, types.int64, types.float32), code
+
+
 _ROUNDER = np.float32(12_582_912.0)  # 1.5 * 2^23: adding it rounds to a whole number, held in the lowest bits
 _PER_LN2, _LN2_HIGH, _LN2_LOW = (
     np.float32(1.4426950408889634),
@@ -373,3 +386,40 @@ def exp(x):
     p = fma(p, r, splat(np.float32(1.0)))
     p = fma(p, r, splat(np.float32(1.0)))
     return _scale_by_power(p, power)
+
+
+@njit(forceinline=True)
+def sigmoid(x):
+    """1 / (1 + e^-x)"""
+    one = splat(np.float32(1.0))
+    return divide(one, add(one, exp(subtract(splat(np.float32(0.0)), x))))
+
+
+@njit(forceinline=True)
+def capped(x, cap):
+    """cap tanh(x / cap), as 2 cap sigmoid(2 x / cap) - cap: to about 2e-7 of the cap."""
+    bent = sigmoid(multiply(x, splat(np.float32(2.0) / cap)))
+    return fma(bent, splat(np.float32(2.0) * cap), splat(-cap))
+
+
+_ERFC = tuple(np.float32(n) for n in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592))
+
+
+@njit(forceinline=True)
+def gelu(x):
+    """x Phi(x) (arXiv:1606.08415), as max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, to about 2e-7 of x.
+
+    erfc by Abramowitz and Stegun 1964, eq. 7.1.26.
+    """
+    size = larger(x, subtract(splat(np.float32(0.0)), x))
+    z = multiply(size, splat(np.float32(0.7071067811865476)))
+    one = splat(np.float32(1.0))
+    t = divide(one, fma(z, splat(np.float32(0.3275911)), one))
+    p = splat(_ERFC[0])
+    p = fma(p, t, splat(_ERFC[1]))
+    p = fma(p, t, splat(_ERFC[2]))
+    p = fma(p, t, splat(_ERFC[3]))
+    p = fma(p, t, splat(_ERFC[4]))
+    tail = multiply(multiply(p, t), exp(subtract(splat(np.float32(0.0)), multiply(z, z))))
+    positive = larger(x, splat(np.float32(0.0)))
+    return subtract(positive, multiply(multiply(size, splat(np.float32(0.5))), tail))

@@ -7,10 +7,6 @@ well.
 A row is a token of any sequence: decoding of many sequences, a piece of a prompt, and guesses to be checked
 all look alike. The keys and values of all rows are stored before any row looks at them, and a row looks at
 what stands before it.
-
-Keys lie so that one vector has sixteen tokens of one page, values so that it has sixteen features of one
-token; a page is sixteen tokens. As bfloat16 two neighbours share a lane: keys feature 2 i with 2 i + 1,
-values i with 16 + i of thirty-two.
 """
 
 from __future__ import annotations
@@ -18,9 +14,47 @@ from __future__ import annotations
 import numpy as np
 from numba import typeof, types
 
+from chatwright.generate.kernels.attention import attend, norm_whole, part, place
 from chatwright.generate.kernels.barrier import meet
 from chatwright.generate.kernels.compiling import entry, inlined, inner
 from chatwright.generate.kernels.dots import GROUP
+from chatwright.generate.kernels.layout import (
+    ACTIVATION,
+    ALONE,
+    ATTENTION_NORM,
+    ATTENTION_OUT_NORM,
+    BRANCH_SCALE,
+    DOWN,
+    EMBED_SCALE,
+    EPS,
+    GEGLU,
+    GELU,
+    HEAD_STRIDE,
+    HEADS,
+    KV_HEADS,
+    LAYER,
+    LAYERS,
+    LOGIT_CAP,
+    LOGIT_STRIDE,
+    MATRICES,
+    MLP_NORM,
+    MLP_OUT_NORM,
+    MLP_STRIDE,
+    NORM,
+    OUTPUT,
+    PARALLEL,
+    POSITIONS,
+    QK_NORM,
+    QKV,
+    QKV_STRIDE,
+    RELU2,
+    STRIDE,
+    SWIGLU,
+    UP,
+    WHOLE_QK_NORM,
+    WIDTH,
+    WINDOW,
+)
 from chatwright.generate.kernels.products import (
     BF16_WEIGHTS,
     F32_WEIGHTS,
@@ -37,66 +71,21 @@ from chatwright.generate.kernels.products import (
 from chatwright.generate.kernels.simd import (
     LANES,
     add,
-    divide,
-    even_bf16,
-    exp,
-    fetch_ahead,
+    capped,
     fma,
+    gelu,
     keep_first,
     larger,
-    largest,
     load,
-    load_int,
     multiply,
-    odd_bf16,
     read_one,
     read_one_bf16,
+    sigmoid,
     splat,
-    spread,
     store,
-    store_one,
-    store_one_bf16,
     subtract,
     total,
 )
-
-(
-    WIDTH,
-    STRIDE,
-    LAYERS,
-    HEADS,
-    KV_HEADS,
-    HEAD_DIM,
-    HEAD_STRIDE,
-    MLP_STRIDE,
-    QKV_STRIDE,
-    LOGIT_STRIDE,
-    NORM,
-    ACTIVATION,
-    QK_NORM,
-    ROTARY,
-    PAGES,
-    BF16_CACHE,
-    POSITIONS,
-    DIMS,
-) = range(18)
-"""Indices into `dims`. Strides are widths rounded up to 32, heads apart. POSITIONS is the place of the
-position table in `vectors`, -1 without one."""
-RMS, LAYER = range(2)
-SWIGLU, GELU_TANH, RELU2 = range(3)
-QKV, OUTPUT, UP, DOWN, MATRICES = range(5)
-"""Matrices of a layer in the plan; then follow the output matrix and the token table (once more, where they
-are one)."""
-ATTENTION_NORM, MLP_NORM, QUERY_NORM, KEY_NORM, NORMS = range(5)
-"""Norm vectors of a layer: places in `vectors`. The last row of the table has the final norm."""
-ALONE = 4
-"""Up to so many rows every thread normalises and rounds all of them for itself."""
-
-
-@inlined
-def _part(count, thread, threads):
-    """This thread's share of `count` things: from, to."""
-    return count * thread // threads, count * (thread + 1) // threads
 
 
 @inlined
@@ -125,44 +114,43 @@ def _row_norm(kind, x, at, width, eps, vectors, norm, out, out_at):
 
 
 @inner
-def _normalise(thread, threads, sync, dims, eps, x, which, count, vectors, norm, out):
-    """Rows which[0] to which[count - 1] of x, normalised, to the rows of out[slot]; the slot."""
+def _normalise(thread, threads, sync, dims, numbers, x, which, count, vectors, norm, out):
+    """Rows which[0] to which[count - 1] of x, normalised (as they are where `norm` is -1), to the rows of
+    out[slot]; the slot."""
     shared = count > ALONE and threads > 1
     slot = 0 if shared else thread
-    first, last = _part(count, thread, threads) if shared else (0, count)
-    stride = dims[STRIDE]
+    first, last = part(count, thread, threads) if shared else (0, count)
+    stride, eps = dims[STRIDE], numbers[EPS]
     for row in range(first, last):
-        _row_norm(
-            dims[NORM], x, which[row] * stride, dims[WIDTH], eps, vectors, norm, out[slot], row * stride
-        )
+        if norm >= 0:
+            _row_norm(
+                dims[NORM], x, which[row] * stride, dims[WIDTH], eps, vectors, norm, out[slot], row * stride
+            )
+        else:
+            for i in range(0, stride, LANES):
+                store(out[slot], row * stride + i, load(x, which[row] * stride + i))
     if shared:
         meet(sync, threads)
     return slot
 
 
-@inlined
-def _head_norm(x, at, size, eps, vectors, norm):
-    squares = np.float32(0.0)
-    for i in range(size):
-        squares += x[at + i] * x[at + i]
-    scale = np.float32(1.0) / np.sqrt(squares / np.float32(size) + eps)
-    for i in range(size):
-        x[at + i] = x[at + i] * scale * vectors[norm + i]
-
-
-@inlined
-def _rotate(x, at, half, cos, sin, angle):
-    """Turn the pairs (i, i + half): Su et al. 2021, arXiv:2104.09864, eq. 15."""
-    for i in range(half):
-        a, b = x[at + i], x[at + half + i]
-        c, s = cos[angle + i], sin[angle + i]
-        x[at + i] = a * c - b * s
-        x[at + half + i] = b * c + a * s
+@inner
+def _add_normed(thread, threads, sync, dims, numbers, branch, rows, vectors, norm, x):
+    """Normalise what a branch gave, in place, and add it to the residual stream."""
+    first, last = part(rows, thread, threads)
+    stride = dims[STRIDE]
+    for row in range(first, last):
+        at = row * stride
+        _row_norm(dims[NORM], branch, at, dims[WIDTH], numbers[EPS], vectors, norm, branch, at)
+        for i in range(at, at + dims[WIDTH], LANES):
+            store(x, i, add(load(x, i), load(branch, i)))
+    meet(sync, threads)
 
 
 @inner
-def _embed(matrix, dims, arena, vectors, ids, positions, first, last, x):
-    """Rows `first` to `last` of x: a row of the token table each, and of the position table."""
+def _embed(matrix, dims, scale, arena, vectors, ids, positions, first, last, x):
+    """Rows `first` to `last` of x: a row of the token table each, times `scale`, plus one of the position
+    table."""
     kind, weights, scales, groups = matrix[FORMAT], matrix[WEIGHTS], matrix[SCALES], matrix[GROUPS]
     for row in range(first, last):
         tile, lane = ids[row] // LANES, ids[row] % LANES
@@ -178,191 +166,42 @@ def _embed(matrix, dims, arena, vectors, ids, positions, first, last, x):
                 word = i % GROUP // 4
                 whole = np.int8(arena[weights + group * 512 + word * 64 + lane * 4 + i % 4])
                 value = np.float32(whole) * read_one_bf16(arena, scales + (group * LANES + lane) * 2)
+            value *= scale
             if dims[POSITIONS] >= 0:
                 value += vectors[dims[POSITIONS] + positions[row] * dims[STRIDE] + i]
             x[at + i] = value
 
 
-@inner
-def _place(dims, eps, vectors, norms, layer, first, last, qkv, cos, sin, positions, pages, keys, values):
-    """Normalise and rotate queries and keys; write keys and values into their pages. A unit is a head of a
-    row."""
-    heads, groups, size, room = dims[HEADS], dims[KV_HEADS], dims[HEAD_DIM], dims[HEAD_STRIDE]
-    narrow = dims[BF16_CACHE] != 0
-    item = 2 if narrow else 4
-    for unit in range(first, last):
-        row, head = unit // (heads + groups), unit % (heads + groups)
-        at = row * dims[QKV_STRIDE] + head * size
-        if dims[QK_NORM]:
-            _head_norm(qkv, at, size, eps, vectors, norms[layer, QUERY_NORM if head < heads else KEY_NORM])
-        if dims[ROTARY]:
-            _rotate(qkv, at, size // 2, cos, sin, positions[row] * (size // 2))
-        if head < heads:
-            continue
-        position = positions[row]
-        token = position % LANES
-        base = (
-            ((layer * dims[PAGES] + pages[row, position // LANES]) * groups + head - heads)
-            * room
-            * LANES
-            * item
-        )
-        value_at = at + groups * size
-        for i in range(size):
-            if narrow:
-                store_one_bf16(keys, base + (i // 2 * 32 + token * 2 + i % 2) * 2, qkv[at + i])
-            else:
-                store_one(keys, base + (i * LANES + token) * 4, qkv[at + i])
-        for i in range(room):  # the padding is read with the rest: whatever lies there now might be no number
-            value = qkv[value_at + i] if i < size else np.float32(0.0)
-            if narrow:
-                lane = i // 32 * 32 + i % 16 * 2 + i % 32 // 16
-                store_one_bf16(values, base + (token * room + lane) * 2, value)
-            else:
-                store_one(values, base + (token * room + i) * 4, value)
-
-
 @inlined
-def _similarities(narrow, keys, base, qkv, query, size, values, ahead):
-    """q k for the sixteen tokens of the page at `base`. Meanwhile the page at `ahead`, unless that is -1, is
-    brought near."""
-    a = b = c = d = splat(np.float32(0.0))  # sums apart, because an addition must wait for the one before
-    if narrow:
-        for i in range(0, size - 2, 4):
-            if ahead >= 0:
-                fetch_ahead(keys, ahead + i * 32)
-                fetch_ahead(keys, ahead + i * 32 + 64)
-                fetch_ahead(values, ahead + i * 32)
-                fetch_ahead(values, ahead + i * 32 + 64)
-            pair = load_int(keys, base + i * 32)
-            a = fma(even_bf16(pair), spread(qkv, query + i), a)
-            b = fma(odd_bf16(pair), spread(qkv, query + i + 1), b)
-            pair = load_int(keys, base + i * 32 + 64)
-            c = fma(even_bf16(pair), spread(qkv, query + i + 2), c)
-            d = fma(odd_bf16(pair), spread(qkv, query + i + 3), d)
-        if size % 4:
-            pair = load_int(keys, base + (size - 2) * 32)
-            a = fma(even_bf16(pair), spread(qkv, query + size - 2), a)
-            b = fma(odd_bf16(pair), spread(qkv, query + size - 1), b)
-    else:
-        for i in range(0, size, 2):
-            a = fma(load(keys, base + i * 64), spread(qkv, query + i), a)
-            b = fma(load(keys, base + i * 64 + 64), spread(qkv, query + i + 1), b)
-    return add(add(a, b), add(c, d))
-
-
-@inlined
-def _page_ahead(pages, positions, row, next_row, rows, number, head, together):
-    """The page that a head asks for while it looks at its own page `number`, of those that `next_row` needs;
-    -1 for none.
-
-    The heads that share keys share the asking. What the row before has as well is near already: in a prompt
-    that is every page.
-    """
-    if next_row >= rows or number % together != head % together or number * LANES > positions[next_row]:
-        return -1
-    page = pages[next_row, number]
-    return -1 if next_row > 0 and pages[next_row - 1, number] == page else page
+def _gelu_tanh(x):
+    """0.5 x (1 + tanh u) = x sigmoid(2 u): arXiv:1606.08415, section 2"""
+    inner = multiply(x, fma(multiply(x, x), splat(np.float32(0.044715)), splat(np.float32(1.0))))
+    return multiply(x, sigmoid(multiply(inner, splat(np.float32(1.5957691216057308)))))
 
 
 @inner
-def _attend(thread, threads, dims, layer, rows, qkv, positions, pages, keys, values, scores, attended):
-    """softmax(q k^T / sqrt(K)) v: this thread's share of all heads of all rows.
-
-    Many rows are dealt out in turn, because in a prompt the later ones have more to look at.
-    """
-    heads, groups, size, room = dims[HEADS], dims[KV_HEADS], dims[HEAD_DIM], dims[HEAD_STRIDE]
-    narrow, together = dims[BF16_CACHE] != 0, heads // groups
-    page_bytes = room * LANES * (2 if narrow else 4)
-    scale = splat(np.float32(1.0) / np.sqrt(np.float32(size)))
-    start, step = (thread, threads) if rows > ALONE else (0, 1)
-    first, last = (
-        (0, (rows - thread + threads - 1) // threads * heads)
-        if rows > ALONE
-        else _part(rows * heads, thread, threads)
-    )
-    for unit in range(first, last):
-        row, head = start + unit // heads * step, unit % heads
-        group = head // together
-        query = row * dims[QKV_STRIDE] + head * size
-        tokens = positions[row] + 1
-        used = (tokens + LANES - 1) // LANES
-        next_row, next_group = (row, group + 1) if group + 1 < groups else (row + step, 0)
-        tops = splat(np.float32(-np.inf))
-        for number in range(used):
-            base = ((layer * dims[PAGES] + pages[row, number]) * groups + group) * page_bytes
-            ahead = _page_ahead(pages, positions, row, next_row, rows, number, head, together)
-            if ahead >= 0:
-                ahead = ((layer * dims[PAGES] + ahead) * groups + next_group) * page_bytes
-            a = _similarities(narrow, keys, base, qkv, query, size, values, ahead)
-            a = keep_first(multiply(a, scale), tokens - number * LANES, np.float32(-np.inf))
-            store(scores, number * LANES, a)
-            tops = larger(tops, a)
-        top = splat(largest(tops))
-        sums = splat(np.float32(0.0))
-        for number in range(used):
-            weight = exp(subtract(load(scores, number * LANES), top))
-            weight = keep_first(weight, tokens - number * LANES, np.float32(0.0))
-            store(scores, number * LANES, weight)
-            sums = add(sums, weight)
-        inverse = splat(np.float32(1.0) / total(sums))
-        out = (row * heads + head) * room
-        for chunk in range(0, room, 32):
-            a = b = c = d = splat(np.float32(0.0))
-            for number in range(used):
-                base = ((layer * dims[PAGES] + pages[row, number]) * groups + group) * page_bytes
-                inside = min(LANES, tokens - number * LANES)
-                if narrow:
-                    at, line = base + chunk * 2, room * 2
-                    for token in range(0, inside - 1, 2):
-                        pair, weight = (
-                            load_int(values, at + token * line),
-                            spread(scores, number * LANES + token),
-                        )
-                        a, b = fma(even_bf16(pair), weight, a), fma(odd_bf16(pair), weight, b)
-                        pair, weight = (
-                            load_int(values, at + (token + 1) * line),
-                            spread(scores, number * LANES + token + 1),
-                        )
-                        c, d = fma(even_bf16(pair), weight, c), fma(odd_bf16(pair), weight, d)
-                    if inside % 2:
-                        pair, weight = (
-                            load_int(values, at + (inside - 1) * line),
-                            spread(scores, number * LANES + inside - 1),
-                        )
-                        a, b = fma(even_bf16(pair), weight, a), fma(odd_bf16(pair), weight, b)
-                else:
-                    for token in range(inside):
-                        at = base + (token * room + chunk) * 4
-                        weight = spread(scores, number * LANES + token)
-                        a, b = fma(load(values, at), weight, a), fma(load(values, at + 64), weight, b)
-            store(attended, out + chunk, multiply(add(a, c), inverse))
-            store(attended, out + chunk + LANES, multiply(add(b, d), inverse))
-
-
-@inlined
-def _sigmoid(x):
-    one = splat(np.float32(1.0))
-    return divide(one, add(one, exp(subtract(splat(np.float32(0.0)), x))))
-
-
-@inner
-def _activate(kind, raw, raw_stride, rows, first, last, hidden, stride):
-    """The non-linearity of the hidden tiles `first` to `last`. With a gate, tiles of `raw` come in pairs:
-    gate, up."""
+def _activate(kind, scale, raw, raw_stride, rows, first, last, hidden, stride):
+    """The non-linearity of the hidden tiles `first` to `last`, times `scale`. With a gate, tiles of `raw`
+    come in pairs: gate, up."""
+    gated = kind in (SWIGLU, GEGLU)
     for row in range(rows):
         for tile in range(first, last):
-            if kind == SWIGLU:
+            if gated:
                 at = row * raw_stride + 2 * tile * LANES
                 x = load(raw, at)
-                x = multiply(multiply(x, _sigmoid(x)), load(raw, at + LANES))
-            elif kind == RELU2:
-                x = larger(load(raw, row * raw_stride + tile * LANES), splat(np.float32(0.0)))
-                x = multiply(x, x)
-            else:  # 0.5 x (1 + tanh u) = x sigmoid(2 u): arXiv:1606.08415, section 2
+                x = _gelu_tanh(x) if kind == GEGLU else multiply(x, sigmoid(x))
+                x = multiply(x, load(raw, at + LANES))
+            else:
                 x = load(raw, row * raw_stride + tile * LANES)
-                inner = multiply(x, fma(multiply(x, x), splat(np.float32(0.044715)), splat(np.float32(1.0))))
-                x = multiply(x, _sigmoid(multiply(inner, splat(np.float32(1.5957691216057308)))))
+                if kind == RELU2:
+                    x = larger(x, splat(np.float32(0.0)))
+                    x = multiply(x, x)
+                elif kind == GELU:
+                    x = gelu(x)
+                else:
+                    x = _gelu_tanh(x)
+            if scale != np.float32(1.0):
+                x = multiply(x, splat(scale))
             store(hidden, row * stride + tile * LANES, x)
 
 
@@ -374,7 +213,7 @@ def _multiply(
     shared = rows > ALONE and threads > 1
     slot = 0 if shared else thread
     if takes_words(path, matrix[FORMAT]):
-        first, last = _part(rows, thread, threads) if shared else (0, rows)
+        first, last = part(rows, thread, threads) if shared else (0, rows)
         quantise(
             path,
             matrix[FORMAT],
@@ -390,7 +229,7 @@ def _multiply(
         if shared:
             meet(sync, threads)
     together = matrix[TOGETHER]
-    first, last = _part(matrix[TILES] // together, thread, threads)
+    first, last = part(matrix[TILES] // together, thread, threads)
     product(
         path,
         arena,
@@ -423,6 +262,63 @@ def _move_up(wanted, x, x_stride, qkv, qkv_stride, positions, pages):
             qkv[to * qkv_stride + column] = qkv[row * qkv_stride + column]
 
 
+@inner
+def _cap(cap, rows, first, last, logits, stride):
+    """The soft cap on the tiles `first` to `last` of the logits."""
+    for row in range(rows):
+        for tile in range(first, last):
+            at = row * stride + tile * LANES
+            store(logits, at, capped(load(logits, at), cap))
+
+
+@inner
+def _up(
+    path,
+    thread,
+    threads,
+    sync,
+    dims,
+    numbers,
+    arena,
+    matrix,
+    vectors,
+    norm,
+    every,
+    x,
+    rows,
+    normed,
+    words,
+    factors,
+    sums,
+    raw,
+    hidden,
+):
+    """The first half of the MLP, from the residual stream to its hidden features."""
+    slot = _normalise(thread, threads, sync, dims, numbers, x, every, rows, vectors, norm, normed)
+    raw_stride = matrix[TILES] * LANES
+    _multiply(
+        path,
+        thread,
+        threads,
+        sync,
+        arena,
+        matrix,
+        normed[slot],
+        dims[STRIDE],
+        words,
+        factors,
+        sums,
+        rows,
+        raw,
+        raw_stride,
+        vectors,
+    )
+    # the tiles that this thread has just made
+    a, b = part(matrix[TILES] // matrix[TOGETHER], thread, threads)
+    _activate(dims[ACTIVATION], numbers[BRANCH_SCALE], raw, raw_stride, rows, a, b, hidden, dims[MLP_STRIDE])
+    meet(sync, threads)
+
+
 @entry
 def forward(
     path,
@@ -430,11 +326,11 @@ def forward(
     threads,
     sync,
     dims,
-    eps,
+    numbers,
     arena,
     plan,
     vectors,
-    norms,
+    blocks,
     ids,
     positions,
     pages,
@@ -459,21 +355,31 @@ def forward(
     """One thread's part of the forward pass of some tokens ("rows").
 
     ids, positions: (rows,). pages: (rows, most) page numbers. wanted: rows whose logits are asked for, in
-    order; positions and pages are theirs in the end. every: 0, 1, 2, ... cos, sin: (positions, K / 2), flat.
-    keys, values: bytes. logits: (wanted, LOGIT_STRIDE), flat. The rest is for what is computed on the way;
-    normed, words, factors, sums and scores have a first dimension of threads.
+    order; positions and pages are theirs in the end. every: 0, 1, 2, ... cos, sin: (tables, ANGLE_ROWS,
+    PAIRS), flat. keys, values: bytes. logits: (wanted, LOGIT_STRIDE), flat. The rest is for what is computed
+    on the way; normed, words, factors, sums and scores have a first dimension of threads.
     """
     rows, count = len(ids), len(wanted)
     stride, layers = dims[STRIDE], dims[LAYERS]
     heads_stride = dims[HEADS] * dims[HEAD_STRIDE]
     units = rows * (dims[HEADS] + dims[KV_HEADS])
-    a, b = _part(rows, thread, threads)
-    _embed(plan[layers * MATRICES + 1], dims, arena, vectors, ids, positions, a, b, x)
+    a, b = part(rows, thread, threads)
+    _embed(plan[layers * MATRICES + 1], dims, numbers[EMBED_SCALE], arena, vectors, ids, positions, a, b, x)
     meet(sync, threads)
     for layer in range(layers):
         matrix = plan[layer * MATRICES + QKV]
         slot = _normalise(
-            thread, threads, sync, dims, eps, x, every, rows, vectors, norms[layer, ATTENTION_NORM], normed
+            thread,
+            threads,
+            sync,
+            dims,
+            numbers,
+            x,
+            every,
+            rows,
+            vectors,
+            blocks[layer, ATTENTION_NORM],
+            normed,
         )
         _multiply(
             path,
@@ -493,8 +399,12 @@ def forward(
             vectors,
         )
         meet(sync, threads)
-        a, b = _part(units, thread, threads)
-        _place(dims, eps, vectors, norms, layer, a, b, qkv, cos, sin, positions, pages, keys, values)
+        if dims[QK_NORM] == WHOLE_QK_NORM:
+            a, b = part(rows, thread, threads)
+            norm_whole(dims, numbers, vectors, blocks, layer, a, b, qkv)
+            meet(sync, threads)
+        a, b = part(units, thread, threads)
+        place(dims, numbers, vectors, blocks, layer, a, b, qkv, cos, sin, positions, pages, keys, values)
         meet(sync, threads)
         if (
             layer == layers - 1 and count < rows
@@ -503,79 +413,115 @@ def forward(
                 _move_up(wanted, x, stride, qkv, dims[QKV_STRIDE], positions, pages)
             meet(sync, threads)
             rows, wanted = count, every
-        _attend(
-            thread, threads, dims, layer, rows, qkv, positions, pages, keys, values, scores[thread], attended
+        attend(
+            thread,
+            threads,
+            dims,
+            numbers,
+            layer,
+            blocks[layer, WINDOW],
+            rows,
+            qkv,
+            positions,
+            pages,
+            keys,
+            values,
+            scores[thread],
+            attended,
         )
         meet(sync, threads)
-        matrix = plan[layer * MATRICES + OUTPUT]
+        up, norm = plan[layer * MATRICES + UP], blocks[layer, MLP_NORM]
+        if dims[PARALLEL]:  # before attention's part is added to x
+            _up(
+                path,
+                thread,
+                threads,
+                sync,
+                dims,
+                numbers,
+                arena,
+                up,
+                vectors,
+                norm,
+                every,
+                x,
+                rows,
+                normed,
+                words,
+                factors,
+                sums,
+                raw,
+                hidden,
+            )
+        # Where a norm stands behind a branch, its output first goes to normed[0], which rests meanwhile.
+        behind = blocks[layer, ATTENTION_OUT_NORM]
         _multiply(
             path,
             thread,
             threads,
             sync,
             arena,
-            matrix,
+            plan[layer * MATRICES + OUTPUT],
             attended,
             heads_stride,
             words,
             factors,
             sums,
             rows,
-            x,
+            x if behind < 0 else normed[0],
             stride,
             vectors,
         )
         meet(sync, threads)
-        matrix = plan[layer * MATRICES + UP]
-        slot = _normalise(
-            thread, threads, sync, dims, eps, x, every, rows, vectors, norms[layer, MLP_NORM], normed
-        )
-        raw_stride = matrix[TILES] * LANES
+        if behind >= 0:
+            _add_normed(thread, threads, sync, dims, numbers, normed[0], rows, vectors, behind, x)
+        if not dims[PARALLEL]:
+            _up(
+                path,
+                thread,
+                threads,
+                sync,
+                dims,
+                numbers,
+                arena,
+                up,
+                vectors,
+                norm,
+                every,
+                x,
+                rows,
+                normed,
+                words,
+                factors,
+                sums,
+                raw,
+                hidden,
+            )
+        behind = blocks[layer, MLP_OUT_NORM]
         _multiply(
             path,
             thread,
             threads,
             sync,
             arena,
-            matrix,
-            normed[slot],
-            stride,
-            words,
-            factors,
-            sums,
-            rows,
-            raw,
-            raw_stride,
-            vectors,
-        )
-        a, b = _part(
-            matrix[TILES] // matrix[TOGETHER], thread, threads
-        )  # the tiles that this thread has just made
-        _activate(dims[ACTIVATION], raw, raw_stride, rows, a, b, hidden, dims[MLP_STRIDE])
-        meet(sync, threads)
-        matrix = plan[layer * MATRICES + DOWN]
-        _multiply(
-            path,
-            thread,
-            threads,
-            sync,
-            arena,
-            matrix,
+            plan[layer * MATRICES + DOWN],
             hidden,
             dims[MLP_STRIDE],
             words,
             factors,
             sums,
             rows,
-            x,
+            x if behind < 0 else normed[0],
             stride,
             vectors,
         )
         meet(sync, threads)
+        if behind >= 0:
+            _add_normed(thread, threads, sync, dims, numbers, normed[0], rows, vectors, behind, x)
     if count:
         matrix = plan[layers * MATRICES]
         slot = _normalise(
-            thread, threads, sync, dims, eps, x, wanted, count, vectors, norms[layers, 0], normed
+            thread, threads, sync, dims, numbers, x, wanted, count, vectors, blocks[layers, 0], normed
         )
         _multiply(
             path,
@@ -594,6 +540,9 @@ def forward(
             dims[LOGIT_STRIDE],
             vectors,
         )
+        if numbers[LOGIT_CAP] > np.float32(0.0):
+            a, b = part(matrix[TILES], thread, threads)  # the tiles that this thread has just made
+            _cap(numbers[LOGIT_CAP], count, a, b, logits, dims[LOGIT_STRIDE])
 
 
 def compile_for(path: tuple[int, ...]) -> None:
@@ -608,7 +557,7 @@ def compile_for(path: tuple[int, ...]) -> None:
             whole,
             one[whole],
             one[whole],
-            real,
+            one[real],
             one[byte],
             two[whole],
             one[real],

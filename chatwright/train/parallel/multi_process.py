@@ -99,6 +99,11 @@ class MultiProcess(ParallelContext):
         if self.mesh_shape.tensor > 1:
             if adapter_names(root):
                 raise UsageError("parallel.plan tp does not cut adapters: use ddp or fsdp with lora")
+            if any(block.attention.norm_whole for block in blocks):
+                raise UsageError(
+                    "parallel.plan tp does not cut norms over all heads' features together (qk_norm_whole): "
+                    "use ddp or fsdp"
+                )
             for block in blocks:
                 self._cut_products(block)
         if self.compile_blocks and self.is_sharded:

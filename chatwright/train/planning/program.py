@@ -6,7 +6,7 @@ A stage file puts one `StagePlan` into its STAGE, so that the planner (plan.py) 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ class PlannedStage:
 
 def program_of(planned: PlannedStage) -> Callable[[int], StepProgram]:
     """A function that builds the stage's program with a given number of layers, inside a dry run."""
-    return lambda layers: planned.plan.build(planned, replace(planned.shape, layers=layers))
+    return lambda layers: planned.plan.build(planned, planned.shape.with_layers(layers))
 
 
 def fake_tokens(rows: int, length: int) -> Tensor:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from chatwright import runtime
+from chatwright.objectives.policy import all_equal
 from chatwright.objectives.preference import Ties, logistic_loss, pair_wins
 
 BINS = 10
@@ -85,6 +86,8 @@ def platt(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> tuple[fl
     others = len(positive) - count
     if not count or not others:
         raise ValueError("texts of one class only: there is nothing to tell apart")
+    if bool(all_equal(scores)):
+        raise ValueError("all scores are the same: they tell nothing")
     target = torch.where(positive, (count + 1) / (count + 2), 1 / (others + 2))
     middle, parallel = scores.mean(), scores.std().clamp(min=1e-12)
     rows = torch.stack([(scores - middle) / parallel, torch.ones_like(scores)], 1)

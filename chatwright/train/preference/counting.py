@@ -17,7 +17,7 @@ GUESSING = 0.5
 """Share of pairs that guessing orders rightly."""
 
 
-class Scored(NamedTuple):
+class ScoredComparisons(NamedTuple):
     """The model's scores and people's labels of some comparisons. Labels are NaN where there is no answer."""
 
     scores: Float[Tensor, "n k"]
@@ -63,11 +63,11 @@ class Counted:
         return low, high
 
 
-def counted(judged: Scored, config: TieConfig) -> Counted:
+def counted(scored: ScoredComparisons, config: TieConfig) -> Counted:
     """Count the right pairs of each comparison."""
     each = [
         pair_accuracy(scores[None], labels[None], config.tie_tolerance, config.ties)
-        for scores, labels in zip(*judged, strict=True)
+        for scores, labels in zip(*scored, strict=True)
     ]
     known = [(right, pairs) for right, pairs in each if pairs]
     right, pairs = (torch.tensor([pair[side] for pair in known], dtype=torch.float64) for side in (0, 1))

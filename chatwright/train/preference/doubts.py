@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from chatwright.data.examples import Comparison
-from chatwright.train.preference.counting import GUESSING, Counted, Scored, counted
+from chatwright.train.preference.counting import GUESSING, Counted, ScoredComparisons, counted
 from chatwright.train.preference.rankings import RankingConfig, Split
 from chatwright.train.statistics import FEW_PAIRS, paired_difference
 
@@ -20,7 +20,7 @@ NEARLY_ALL = 0.95
 """Share of pairs that length alone decides from which it may be all that was learnt."""
 
 
-def by_length(comparisons: Sequence[Comparison], *, longer: bool) -> Scored:
+def by_length(comparisons: Sequence[Comparison], *, longer: bool) -> ScoredComparisons:
     """The comparisons, each answer scored by its length in characters alone."""
     k = max(len(one.responses) for one in comparisons)
     sign = 1.0 if longer else -1.0
@@ -28,15 +28,15 @@ def by_length(comparisons: Sequence[Comparison], *, longer: bool) -> Scored:
     def padded(values: Sequence[float], filler: float) -> list[float]:
         return [*values, *[filler] * (k - len(values))]
 
-    return Scored(
+    return ScoredComparisons(
         torch.tensor([padded([sign * len(text) for text in one.responses], 0.0) for one in comparisons]),
         torch.tensor([padded(list(one.scores), float("nan")) for one in comparisons]),
     )
 
 
-def doubts(judged: Scored, split: Split, config: RankingConfig, seed: int) -> list[str]:
+def doubts(scored: ScoredComparisons, split: Split, config: RankingConfig, seed: int) -> list[str]:
     """Warnings about a trained reward model, from its scores of the held-out comparisons."""
-    return [*of_chance(counted(judged, config), seed), *of_length(judged, split, config, seed)]
+    return [*of_chance(counted(scored, config), seed), *of_length(scored, split, config, seed)]
 
 
 def of_chance(found: Counted, seed: int) -> list[str]:
@@ -57,7 +57,7 @@ def of_chance(found: Counted, seed: int) -> list[str]:
     return []
 
 
-def of_length(judged: Scored, split: Split, config: RankingConfig, seed: int) -> list[str]:
+def of_length(scored: ScoredComparisons, split: Split, config: RankingConfig, seed: int) -> list[str]:
     """Whether the model may have learnt nothing but which answer is longer (or shorter)."""
     train = counted(by_length(split.train, longer=True), config)
     longer = train.share >= GUESSING
@@ -74,7 +74,7 @@ def of_length(judged: Scored, split: Split, config: RankingConfig, seed: int) ->
     if of_all.interval(seed)[0] <= GUESSING:
         return []  # length says nothing here
     alone = counted(by_length(split.held_out, longer=longer), config)
-    own = counted(judged, config)
+    own = counted(scored, config)
     gain = paired_difference(
         (alone.right / alone.pairs).tolist(), (own.right / own.pairs).tolist(), seed=seed, unit="comparisons"
     )

@@ -14,8 +14,9 @@ from chatwright.chat import Message
 from chatwright.data.cuts import cause_of
 from chatwright.data.examples import Comparison
 from chatwright.model.heads import ScalarModel
+from chatwright.objectives.policy import all_equal
 from chatwright.objectives.preference import Ties, pair_accuracy, pair_wins
-from chatwright.train.preference.counting import Scored
+from chatwright.train.preference.counting import GUESSING, ScoredComparisons
 from chatwright.train.preference.rankings import RankingConfig, Rankings
 from chatwright.train.rl.health import diagnose_reward
 from chatwright.train.trainer import Trainer
@@ -25,7 +26,9 @@ MOST_ROWS = 20
 """Most annotators that the report names: those with the most comparisons."""
 
 
-def score_comparisons(model: ScalarModel, rankings: Rankings, chosen: Sequence[Comparison]) -> Scored:
+def score_comparisons(
+    model: ScalarModel, rankings: Rankings, chosen: Sequence[Comparison]
+) -> ScoredComparisons:
     """Scores and labels of comparisons of up to K answers."""
     scores, labels = [], []
     k = max(len(one.responses) for one in chosen)
@@ -33,27 +36,29 @@ def score_comparisons(model: ScalarModel, rankings: Rankings, chosen: Sequence[C
         batch = runtime.on_device(rankings.batch(chosen[start : start + 16], k))
         scores.append(model.score(batch.ids, batch.mask).view(batch.labels.shape).float().cpu())
         labels.append(batch.labels.cpu())
-    return Scored(torch.cat(scores), torch.cat(labels))
+    return ScoredComparisons(torch.cat(scores), torch.cat(labels))
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's correlation."""
+    """Pearson's correlation; 0 where one side is all the same number, which goes with nothing."""
+    if bool(all_equal(a)) or bool(all_equal(b)):  # else their rounding errors would be correlated
+        return 0.0
     a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
     return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12))
 
 
-def accuracy_of(judged: Scored, config: RankingConfig) -> float:
-    """Share of the pairs that the scores order as people did."""
-    right, pairs = pair_accuracy(*judged, config.tie_tolerance, config.ties)
-    return right / max(pairs, 1)
+def accuracy_of(scored: ScoredComparisons, config: RankingConfig) -> float:
+    """Share of the pairs that the scores order as people did; that of guessing where all answers tie."""
+    right, pairs = pair_accuracy(*scored, config.tie_tolerance, config.ties)
+    return right / pairs if pairs else GUESSING
 
 
-def held_out_measures(judged: Scored, config: RankingConfig) -> dict[str, float]:
+def held_out_measures(scored: ScoredComparisons, config: RankingConfig) -> dict[str, float]:
     """Accuracy on held-out pairs, and correlation with people's ratings."""
-    known = ~judged.labels.isnan()
+    known = ~scored.labels.isnan()
     return {
-        "held_out_accuracy": accuracy_of(judged, config),
-        "held_out_correlation": correlation(judged.scores[known], judged.labels[known]),
+        "held_out_accuracy": accuracy_of(scored, config),
+        "held_out_correlation": correlation(scored.scores[known], scored.labels[known]),
     }
 
 
@@ -63,7 +68,8 @@ def length_baseline(
     tie_tolerance: float,
     ties: Ties = "leave_out",
 ) -> float:
-    """Accuracy of "the longer (or the shorter) answer wins", whichever is better on the training pairs."""
+    """Accuracy of "the longer (or the shorter) answer wins", whichever is better on the training pairs. 0.5
+    where all answers tie: no pair shows anything."""
 
     def accuracy(comparisons: Sequence[Comparison]) -> float:
         right = pairs = 0.0
@@ -71,7 +77,7 @@ def length_baseline(
             lengths = torch.tensor([[float(len(answer)) for answer in one.responses]])
             won, count = pair_accuracy(lengths, torch.tensor([one.scores]), tie_tolerance, ties)
             right, pairs = right + won, pairs + count
-        return right / max(pairs, 1.0)
+        return right / pairs if pairs else GUESSING
 
     longer = accuracy(held_out)
     return longer if accuracy(train) >= 0.5 else 1 - longer
@@ -81,13 +87,13 @@ def length_baseline(
 
 
 def accuracy_rows(
-    judged: Scored, groups: Iterable[tuple[str, Sequence[int]]], config: RankingConfig
+    scored: ScoredComparisons, groups: Iterable[tuple[str, Sequence[int]]], config: RankingConfig
 ) -> list[list[str]]:
     """Table rows (name, prompts, pairs, accuracy) for groups of comparisons, given by their indices. The
     error is the standard error over prompts, for the pairs of a prompt are not independent."""
     rows = []
     for name, numbers in groups:
-        part = Scored(*(values[list(numbers)] for values in judged))
+        part = ScoredComparisons(*(values[list(numbers)] for values in scored))
         each = [
             pair_accuracy(one[None], label[None], config.tie_tolerance, config.ties)
             for one, label in zip(*part, strict=True)
@@ -101,11 +107,11 @@ def accuracy_rows(
     return rows
 
 
-def by_candidates(judged: Scored, config: RankingConfig) -> Table:
+def by_candidates(scored: ScoredComparisons, config: RankingConfig) -> Table:
     """Accuracy for each number of answers that were ranked together."""
-    sizes = (~judged.labels.isnan()).sum(1).tolist()
+    sizes = (~scored.labels.isnan()).sum(1).tolist()
     groups = [(str(k), [n for n, size in enumerate(sizes) if size == k]) for k in sorted(set(sizes))]
-    rows = accuracy_rows(judged, groups, config)
+    rows = accuracy_rows(scored, groups, config)
     return Table(
         "Accuracy on held-out prompts, by number of answers",
         ["answers", "prompts", "pairs", "accuracy"],
@@ -114,9 +120,9 @@ def by_candidates(judged: Scored, config: RankingConfig) -> Table:
 
 
 def by_annotator(
-    judged: Scored,
+    scored: ScoredComparisons,
     comparisons: Sequence[Comparison],
-    held_out_annotators: Scored | None,
+    held_out_annotators: ScoredComparisons | None,
     strange: Sequence[Comparison],
     config: RankingConfig,
 ) -> Table | None:
@@ -124,7 +130,7 @@ def by_annotator(
     named."""
     rows: list[list[str]] = []
     for kind, found, asked in (
-        ("in training", judged, comparisons),
+        ("in training", scored, comparisons),
         ("held out", held_out_annotators, strange),
     ):
         names: dict[str, list[int]] = {}
@@ -159,9 +165,10 @@ def normalise(
 ) -> str:
     """Shift and scale the scores, save, and return the checkpoint's name.
 
-    The standard deviation of the `chosen` training answers becomes 1. The mean score of the demonstrations'
-    first answers becomes 0 (Ouyang et al. 2022, section 3.5); without demonstrations, that of the training
-    answers. This is done once: a stage that is run again afterwards keeps its constants.
+    The standard deviation of the `chosen` training answers becomes 1; equal scores keep their scale. The mean
+    score of the demonstrations' first answers becomes 0 (Ouyang et al. 2022, section 3.5); without
+    demonstrations, that of the training answers. This is done once: a stage that is run again afterwards
+    keeps its constants.
     """
     with runtime.evaluating(model), runtime.autocast(dtype):
         ask = partial(trainer.parallel.forward, score_comparisons, model, rankings)
@@ -169,7 +176,7 @@ def normalise(
         scores = scores[~labels.isnan()]
         zero = ask(demonstrations).scores[:, 0].mean() if demonstrations else scores.mean()
     with torch.no_grad():
-        deviation = scores.std().clamp(min=1e-6)
+        deviation = torch.ones(()) if bool(all_equal(scores)) else scores.std().clamp(min=1e-6)
         model.offset.add_(zero / model.scale)
         model.scale.div_(deviation)
     saved = trainer.save(final=True)

@@ -22,7 +22,7 @@ from chatwright.data.examples import Comparison, Dialogue, LabelledText
 from chatwright.data.loader import WIDTH_STEP, SampleOrder, pad
 from chatwright.data.records import read_records
 from chatwright.messages import described, written
-from chatwright.objectives.preference import Ties, pair_wins
+from chatwright.objectives.preference import Ties, pair_wins, preferred_pairs
 from chatwright.tokenizer import Tokenizer
 
 SIDES = ("train", "validation")
@@ -99,7 +99,7 @@ class AnswerEncoder:
         limit = max_tokens or len(before) + len(content) + 2
         content = content[: limit - 2]
         room = limit - 1 - len(content)
-        end = self.tokenizer.control_ids[self.template.end]
+        end = self.template.end_id(self.tokenizer)
         return [*before[len(before) - min(room, len(before)) :], *content, end]
 
 
@@ -131,12 +131,12 @@ def first_prompts(file: Path, most: int = 2_000) -> list[tuple[Message, ...]]:
 
 
 def demonstrations(file: Path, most: int) -> list[Comparison]:
-    """Up to `most` answers written by people, each the first of a conversation. They are compared with
-    nothing: the second answer is empty, and is there because a comparison needs two."""
+    """Up to `most` answers written by people, each the first of a conversation that is to be learnt. They are
+    compared with nothing: the second answer is empty, and is there because a comparison needs two."""
     found = []
     for dialogue in read_records(file, Dialogue):
         roles = [message["role"] for message in dialogue.messages]
-        place = roles.index("assistant") if "assistant" in roles else 0
+        place = next(iter(dialogue.answers), 0)
         if "user" in roles[:place]:
             found.append(
                 Comparison.of(
@@ -264,6 +264,17 @@ def drawn(texts: list[LabelledText], labels: int, seed: int) -> list[LabelledTex
     return [
         texts[n] for n in sorted(SampleOrder(len(texts), runtime.seed_for(seed, "labels")).take(0, labels))
     ]
+
+
+def refuse_ties(train: Sequence[Comparison], config: RankingConfig) -> None:
+    """Raise UserError when no training comparison says that one answer is better than another."""
+    if any(preferred_pairs(torch.tensor([one.scores]), config.tie_tolerance).any() for one in train):
+        return
+    within = f" within tie_tolerance {config.tie_tolerance:g}" if config.tie_tolerance else ""
+    raise UserError(
+        f"all {len(train):,} training comparisons are ties{within}: no answer is preferred to another, and "
+        "there is nothing to learn; look at their scores"
+    )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from chatwright.model.heads import ScalarModel
 from chatwright.train.base import open_chat_base
 from chatwright.train.parallel.context import SINGLE_PROCESS, ParallelContext
 from chatwright.train.preference import calibration, doubts, measures
-from chatwright.train.preference.counting import Scored, counted
+from chatwright.train.preference.counting import ScoredComparisons, counted
 from chatwright.train.preference.measures import score_comparisons
 from chatwright.train.preference.rankings import Rankings, Split
 from chatwright.train.workspace import Answered, Measure, Report, Workspace
@@ -32,14 +32,14 @@ PAIRS_SHOWN = 10
 def look_closer(
     report: Report,
     model: ScalarModel,
-    judged: Callable[[Sequence[Comparison]], Scored],
+    scored: Callable[[Sequence[Comparison]], ScoredComparisons],
     split: Split,
     config: Any,
     workspace: Workspace,
 ) -> None:
     """Add to the report of a trained model: the interval of its accuracy and what makes it doubtful,
     calibration, accuracy by number of answers and by annotator."""
-    found = judged(split.held_out)
+    found = scored(split.held_out)
     held_out = counted(found, config)
     low, high = held_out.interval(workspace.seed)
     report.measures[0] = replace(
@@ -65,7 +65,7 @@ def look_closer(
         calibration.draw(workspace.directory, reliable, low=0.5, what="share preferred by people")
     )
     report.tables.append(measures.by_candidates(found, config))
-    held_out_annotators = judged(split.held_out_annotators) if split.held_out_annotators else None
+    held_out_annotators = scored(split.held_out_annotators) if split.held_out_annotators else None
     if held_out_annotators is not None:
         accuracy = measures.accuracy_of(held_out_annotators, config)
         report.measures.insert(

@@ -39,6 +39,7 @@ from chatwright.train.rl.rollout import (
     degenerate,
     values_before,
 )
+from chatwright.train.statistics import standard_error
 
 PORTION = 64
 """Completions per forward pass when rollouts are scored; bounds the memory of the logits."""
@@ -175,12 +176,12 @@ def _score_rollout(models: RLModels, answers: Completions, config: ScoringConfig
     """Score in micro-batches. Not with many processes: their micro-batches might differ in number, and all
     must take part in each forward pass of a sharded model."""
     if models.parallel.together:
-        return _asked(models, answers, config)
+        return _score_part(models, answers, config)
     micro_batches = torch.split(torch.arange(len(answers.ids)), PORTION)
-    return concat([_asked(models, answers.rows(chosen), config) for chosen in micro_batches])
+    return concat([_score_part(models, answers.rows(chosen), config) for chosen in micro_batches])
 
 
-def _asked(models: RLModels, answers: Completions, config: ScoringConfig) -> Scored:
+def _score_part(models: RLModels, answers: Completions, config: ScoringConfig) -> Scored:
     own = policy_outputs(models, answers, config.temperature)
     with models.as_reference() as model, runtime.autocast(models.policy_dtype):
         reference, _ = completion_log_probs(model, answers, temperature=config.temperature)
@@ -196,16 +197,16 @@ def iteration_facts(seen: Scored, beta: float) -> dict[str, float]:
     k3 = torch.where(mask, objective.kl_k3(own.log_probs, seen.reference), 0.0).sum(1)
     return {
         "score": float(seen.scores.mean()),
-        "score_error": float(seen.scores.std() / math.sqrt(len(seen.scores))),
+        "score_error": standard_error(seen.scores),
         "kl": float(kl.mean()),
         "kl_k3": float(k3.mean()),
-        "kl_error": float(kl.std() / math.sqrt(len(kl))),
+        "kl_error": standard_error(kl),
         "entropy": float(objective.masked_mean(own.entropy, mask)),
         "length": float(mask.sum(1).float().mean()),
         "finished": float(answers.finished.float().mean()),
         "degenerate": float(seen.penalised.float().mean()),
-        "sampler_gap": float(gaps.abs().max()),
-        "sampler_error": float(gaps.square().mean().sqrt()),
+        "sampler_gap": float(gaps.abs().max()) if len(gaps) else 0.0,
+        "sampler_error": float(gaps.square().mean().sqrt()) if len(gaps) else 0.0,
         "tokens": float(mask.sum()),
         "beta": beta,
     }

@@ -57,6 +57,7 @@ from chatwright.train.rl.rollout import (
     sample_completions,
     texts_of,
 )
+from chatwright.train.statistics import standard_error
 from chatwright.train.stopping import Interrupted
 from chatwright.train.trainer import Step, Trainer
 from chatwright.train.workspace import Curve, Report, Unhealthy, Workspace
@@ -101,7 +102,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         self.gold, self.text, self.too_short = gold, text, too_short
         assert base.tokenizer is not None and base.template is not None
         self.tokenizer = base.tokenizer
-        self.end = base.tokenizer.control_ids[base.template.end]
+        self.end = base.template.end_id(base.tokenizer)
         self.evaluator = Evaluator(
             models, config, self.tokenizer, self.end, (workspace.seed, self.title), gold
         )
@@ -174,7 +175,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         if self.gold is not None:
             gold = torch.cat(self.parallel.all_gather(self.gold(answers)))
             logged["gold"] = float(gold.mean())
-            logged["gold_error"] = float(gold.std() / math.sqrt(len(gold)))
+            logged["gold_error"] = standard_error(gold)
         return rollout, self.parallel.broadcast_from_rank0(lambda: logged)
 
     def iteration(self) -> str:

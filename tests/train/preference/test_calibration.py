@@ -95,3 +95,15 @@ def test_the_picture(tmp_path: Path) -> None:
     name = draw(tmp_path, found, low=0.5, what="share")
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1e3 / 3])
+def test_scores_that_are_all_the_same_tell_nothing(value: float) -> None:
+    scores, positive = torch.full((7,), value), torch.tensor([True, False, True, False, True, True, False])
+    with pytest.raises(ValueError, match="all scores are the same: they tell nothing"):
+        platt(scores, positive)
+    assert math.isfinite(reliability(scores.sigmoid(), positive.float()).error)
+    ties = torch.full((2, 3), value)
+    assert pair_reliability(ties, ties).error == 0.0  # no pair counts
+    assert pair_reliability(ties, torch.tensor([[1.0, 0.0, 2.0]] * 2)).error == 0.0  # half are right, as said
+    assert reliability(torch.tensor([]), torch.tensor([])).error == 0.0

@@ -9,7 +9,7 @@ import torch
 
 from chatwright.data.examples import Comparison
 from chatwright.stages.reward import Config
-from chatwright.train.preference.counting import Scored, counted
+from chatwright.train.preference.counting import ScoredComparisons, counted
 from chatwright.train.preference.doubts import by_length, doubts
 from chatwright.train.preference.rankings import Split
 
@@ -28,14 +28,14 @@ def pairs(count: int, *, longer: int) -> list[Comparison]:
     ]
 
 
-def judged(right: Sequence[bool]) -> Scored:
+def scores_of(right: Sequence[bool]) -> ScoredComparisons:
     """A model's scores: the chosen answer first."""
     scores = torch.tensor([[1.0, 0.0] if one else [0.0, 1.0] for one in right])
-    return Scored(scores, torch.tensor([[1.0, 0.0]] * len(right)))
+    return ScoredComparisons(scores, torch.tensor([[1.0, 0.0]] * len(right)))
 
 
 def warnings(right: int, held_out: list[Comparison], train: list[Comparison]) -> list[str]:
-    scored = judged([n < right for n in range(len(held_out))])
+    scored = scores_of([n < right for n in range(len(held_out))])
     return doubts(scored, Split(train, held_out, []), CONFIG, seed=1)
 
 
@@ -82,7 +82,7 @@ def test_a_model_no_better_than_length_is_warned_of() -> None:
 def test_an_interval_of_pairs_that_belong_together() -> None:
     """Four answers a prompt: six pairs that are right or wrong together count as one, not as six."""
     scores = torch.tensor([[3.0, 2.0, 1.0, 0.0] if n < 30 else [0.0, 1.0, 2.0, 3.0] for n in range(40)])
-    found = counted(Scored(scores, torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 40)), CONFIG)
+    found = counted(ScoredComparisons(scores, torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 40)), CONFIG)
     assert (found.total, found.share) == (240, 0.75)
     low, high = found.interval(seed=1)
     assert low == pytest.approx(0.75 - 1.96 * (0.75 * 0.25 / 40) ** 0.5, abs=0.03)

@@ -22,8 +22,16 @@ from chatwright.stages.reward import Config
 from chatwright.tokenizer import Tokenizer
 from chatwright.train.fit_config import FitConfig
 from chatwright.train.preference.calibration import pair_reliability
-from chatwright.train.preference.counting import Scored
-from chatwright.train.preference.measures import by_annotator, by_candidates, score_comparisons
+from chatwright.train.preference.counting import ScoredComparisons
+from chatwright.train.preference.measures import (
+    accuracy_of,
+    by_annotator,
+    by_candidates,
+    correlation,
+    held_out_measures,
+    length_baseline,
+    score_comparisons,
+)
 from chatwright.train.preference.rankings import Rankings, demonstrations, own_comparisons, without_annotators
 
 NAN = float("nan")
@@ -149,7 +157,7 @@ def test_the_stage_measures_annotators_that_it_did_not_learn_from(
 
 # ---- tables ------------------------------------------------------------------------------------------------
 
-JUDGED = Scored(
+SCORED = ScoredComparisons(
     torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]),
     torch.tensor([[3.0, 2.0, 1.0], [1.0, 0.0, NAN], [1.0, 0.0, NAN]]),
 )
@@ -158,9 +166,9 @@ JUDGED = Scored(
 def test_accuracy_by_number_of_answers_by_hand() -> None:
     # three answers: 3 of 3 pairs; two answers: one prompt right, one wrong, deviation sqrt(1/2), over sqrt(2)
     # prompts = 0.5
-    table = by_candidates(JUDGED, Config(tie_tolerance=0.0))
+    table = by_candidates(SCORED, Config(tie_tolerance=0.0))
     assert table.rows == [["2", "2", "2", "0.500 ± 0.500"], ["3", "1", "3", "1.000"]]
-    assert by_candidates(JUDGED, Config(tie_tolerance=1.0)).rows == [
+    assert by_candidates(SCORED, Config(tie_tolerance=1.0)).rows == [
         ["2", "2", "0", "-"],
         ["3", "1", "1", "1.000"],
     ]
@@ -168,13 +176,13 @@ def test_accuracy_by_number_of_answers_by_hand() -> None:
 
 def test_accuracy_by_annotator_by_hand() -> None:
     asked = [by("ann"), by("bob"), by("ann")]
-    table = by_annotator(JUDGED, asked, None, [], Config(tie_tolerance=0.0))
+    table = by_annotator(SCORED, asked, None, [], Config(tie_tolerance=0.0))
     assert table is not None
     assert table.rows == [
         ["in training", "ann", "2", "4", "1.000 ± 0.000"],
         ["in training", "bob", "1", "1", "0.000"],
     ]
-    assert by_annotator(JUDGED, [by(""), by(""), by("")], None, [], Config()) is None
+    assert by_annotator(SCORED, [by(""), by(""), by("")], None, [], Config()) is None
 
 
 # ---- where scores begin ------------------------------------------------------------------------------------
@@ -263,3 +271,25 @@ def test_demonstrations_that_are_asked_for_must_be_there(tmp_path: Path) -> None
 def test_empty_files_of_comparisons_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"comparisons-validation\.jsonl is empty"):
         own_comparisons(write(tmp_path, [by("")], []))
+
+
+# ---- ties, and a single value ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1e3 / 3])
+def test_what_is_all_the_same_is_correlated_with_nothing(value: float) -> None:
+    same, other = torch.full((7,), value), torch.linspace(0, 1e6, 7)
+    assert correlation(same, other) == correlation(other, same) == correlation(same, same) == 0.0
+    assert correlation(torch.tensor([value]), torch.tensor([1.0])) == 0.0
+    assert correlation(torch.tensor([]), torch.tensor([])) == 0.0
+    assert correlation(other, 2 * other + 1) == pytest.approx(1.0)
+
+
+def test_ties_alone_show_nothing() -> None:
+    ties = ScoredComparisons(torch.tensor([[0.3, 0.1], [0.2, 0.2]]), torch.full((2, 2), 0.5))
+    found = held_out_measures(ties, Config())
+    assert found == {"held_out_accuracy": 0.5, "held_out_correlation": 0.0}
+    assert accuracy_of(ties, Config(ties="half")) == 0.5
+    tied = [by("", "1", ("short", 1.0), ("a longer one", 1.0))]
+    assert length_baseline(tied, tied, 0.0) == 0.5
+    assert by_candidates(ties, Config()).rows == [["2", "2", "0", "-"]]
