@@ -11,7 +11,7 @@ ARGS   ?=
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart chat serve check test test-all test-rounding docs clean browser peers bench-train bench-learn bench-plan bench-encode bench-generate bench-serve bench-align bench-busy
+.PHONY: help install install-dev quickstart chat serve check test test-all test-rounding docs clean browser peers clients bench-train bench-learn bench-plan bench-encode bench-generate bench-serve bench-score bench-align bench-busy
 
 help:
 	@echo "make quickstart   install, fetch data, train the whole road (10 to 20 minutes on 2 cores)"
@@ -64,6 +64,12 @@ $(VENV)/.installed-peers: $(VENV)/.installed-dev
 	@if sh scripts/install_peers.sh $(BIN)/python -c constraints.txt $(PIP_ARGS); then touch $@; fi
 
 peers: $(VENV)/.installed-peers
+
+# Clients that come with many packages of their own (scripts/clients.txt), in an environment of their own: some of them hold packages
+# down that the others here want newer. 1.1 GB, two minutes; without them their tests (tests/serve/test_other_clients.py) skip and say so.
+clients:
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install -q -r scripts/clients.txt
 
 # Chromium for the browser tests. Without apt-get (or without the rights) those tests skip and say so.
 browser:
@@ -126,6 +132,9 @@ bench-align: $(VENV)/.installed-bench
 
 bench-serve: install-dev
 	$(BIN)/python benchmarks/serve.py $(ARGS)
+
+bench-score: install-dev
+	$(BIN)/python benchmarks/score.py $(ARGS)
 
 bench-busy: install-dev
 	$(BIN)/python benchmarks/busy.py --spin now old $(ARGS)

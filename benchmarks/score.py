@@ -169,6 +169,7 @@ def main() -> int:
     )
     parser.add_argument("--model", default="smollm2", help="a model's name or path")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--contenders", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     options = parser.parse_args()
     shared = Path(tempfile.gettempdir()) / "chatwright-score.json"
@@ -196,10 +197,11 @@ def main() -> int:
         )
         shared.write_text(json.dumps({"ids": ids, "url": url, "exported": exported}), encoding="utf-8")
         print(f"largest difference: {check(options.model, ids, url, exported):.1e} nats")
-        samples = side_by_side.run_iterations(__file__, NAMES, options.rounds)
+        samples = side_by_side.run_iterations(__file__, options.contenders, options.rounds)
     ratios = {
         name: side_by_side.median_ratio(samples[ours]["seconds"], samples[theirs]["seconds"])
         for name, (ours, theirs) in PAIRS.items()
+        if ours in samples and theirs in samples
     }
     for name, ratio in ratios.items():
         print(f"{name}: {1 / ratio:.2f} times transformers' time")

@@ -6,7 +6,7 @@ and stands in no table fails here.
 
 from __future__ import annotations
 
-import itertools
+import copy
 import json
 import sys
 import typing
@@ -24,7 +24,7 @@ from openai.types.responses.response_create_params import ResponseCreateParamsBa
 
 from chatwright.generate.sampling import Sampling
 from chatwright.serve.api.chat import ChatRequest
-from chatwright.serve.api.parameters import check_effort
+from chatwright.serve.api.parameters import effort_variables
 from chatwright.serve.errors import ApiError
 from support.serving import DIALOGUES, Running, TinyModel, run_server
 
@@ -143,7 +143,13 @@ def test_refused_parameters_are_named(server: Running, route: str) -> None:
 def test_an_honoured_parameter_of_the_wrong_kind_is_named(server: Running, route: str) -> None:
     for name in write_api_docs.honoured(write_api_docs.BODIES[route]):
         error = ask(server, route, **{name: {"no": "sense"}}).json().get("error")
-        if name in ("metadata", "guided_json", "json_schema", "logit_bias"):  # objects, of whatever holds
+        if name in (
+            "metadata",
+            "guided_json",
+            "json_schema",
+            "logit_bias",
+            "chat_template_kwargs",
+        ):  # objects, of whatever holds
             continue
         assert error is not None, name
         assert error["param"].partition(".")[0].partition("[")[0] == name, error
@@ -322,20 +328,50 @@ def test_responses_give_log_probabilities(server: Running) -> None:
     assert done["logprobs"] == tokens
 
 
-def test_effort_is_refused_where_a_template_decides_about_thinking(server: Running) -> None:
-    for param, source in itertools.product(
-        ("reasoning_effort", "reasoning.effort"), ("{{ enable_thinking }}", "{{ reasoning_effort }}")
-    ):
-        with pytest.raises(ApiError, match="leave it out") as caught:
-            check_effort(SimpleNamespace(source=source), "low", param)  # type: ignore[arg-type]
-        assert (caught.value.param, caught.value.code) == (param, "unsupported_parameter")
-        check_effort(SimpleNamespace(source=source), None, param)  # type: ignore[arg-type]
-    check_effort(None, "low", "reasoning_effort")
+def test_effort_reaches_a_template_that_knows_of_thinking(server: Running) -> None:
+    def variables(source: str, effort: str | None) -> dict[str, Any]:
+        return effort_variables(SimpleNamespace(source=source), effort, "reasoning_effort")  # type: ignore[arg-type]
+
+    assert variables("{{ reasoning_effort }}", "high") == {"reasoning_effort": "high"}
+    assert variables("{{ enable_thinking }}", "none") == {"enable_thinking": False}
+    assert variables("{{ enable_thinking }}", "medium") == {"enable_thinking": True}
+    assert variables("{{ enable_thinking }}", None) == variables("{{ messages }}", "low") == {}
+    with pytest.raises(ApiError, match="turned off \\(none\\) or left on \\(medium\\)") as caught:
+        variables("{{ enable_thinking }}", "low")
+    assert (caught.value.param, caught.value.code) == ("reasoning_effort", "unsupported_value")
     for route, more in (
         ("POST /v1/chat/completions", {"reasoning_effort": "none"}),
         ("POST /v1/responses", {"reasoning": {"effort": "high", "summary": "auto"}}),
     ):
         assert without_ids(said(ask(server, route, **more))) == without_ids(said(ask(server, route)))
+
+
+def test_variables_and_documents_of_a_template(tiny: TinyModel) -> None:
+    assert tiny.template is not None
+    own = copy.copy(tiny.template)
+    opening = "{% if enable_thinking is defined and not enable_thinking %}no thoughts {% endif %}"
+    opening += "{% for one in documents or [] %}{{ one.text }}{% endfor %}"
+    own.source = opening + own.source
+    tiny.template = own
+    route = "POST /v1/chat/completions"
+    with run_server(tiny) as server:
+
+        def tokens(**more: Any) -> int:
+            response = ask(server, route, max_tokens=1, **more)
+            assert response.status_code == 200, response.text
+            return int(response.json()["usage"]["prompt_tokens"])
+
+        off = tokens(chat_template_kwargs={"enable_thinking": False})
+        assert off == tokens(reasoning_effort="none") > tokens() == tokens(reasoning_effort="medium")
+        assert tokens(chat_template_kwargs={}) == tokens(documents=[]) == tokens()
+        assert tokens(documents=[{"text": "a small fact"}]) > tokens()
+        error = ask(server, route, chat_template_kwargs={"messages": []}).json()["error"]
+        assert (error["param"], error["type"]) == ("messages", "invalid_request_error")
+
+
+def test_documents_are_refused_where_a_template_has_no_place_for_them(server: Running) -> None:
+    error = ask(server, "POST /v1/chat/completions", documents=[{"text": "x"}]).json()["error"]
+    assert (error["param"], error["code"]) == ("documents", "unsupported_parameter")
 
 
 def test_tokens_of_the_model_s_own_defaults() -> None:

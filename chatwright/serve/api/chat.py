@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field, model_validator
 
+from chatwright.chat import Beside, ChatTemplate
 from chatwright.generate.sampling import Sampling
 from chatwright.generate.tools import MOST_TOOLS
 from chatwright.serve.api.form import Form
@@ -28,7 +29,7 @@ from chatwright.serve.api.parameters import (
     Nothing,
     SampledBody,
     check_answers,
-    check_effort,
+    effort_variables,
     parameter_error,
 )
 from chatwright.serve.api.reading import (
@@ -46,8 +47,11 @@ from chatwright.serve.api.reading import (
     unless_gone,
 )
 from chatwright.serve.api.tools import Choice, SomeTools, ToolSpec, refuse_choice
-from chatwright.serve.errors import naming
+from chatwright.serve.errors import ApiError, naming
 from chatwright.serve.pool import ModelPool
+
+MOST_VARIABLES = 64
+MOST_DOCUMENTS = 256
 
 
 class ChatRequest(SampledBody, FormBody):
@@ -67,8 +71,6 @@ class ChatRequest(SampledBody, FormBody):
         "moderation": (),
         "verbosity": ("medium",),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
-        "documents": ([],),
         "add_generation_prompt": (True,),
         "continue_final_message": (False,),
         "echo": (False,),
@@ -84,6 +86,10 @@ class ChatRequest(SampledBody, FormBody):
     tool_choice: Choice | SomeTools | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MOST_VARIABLES)] | None = None
+    """Variables of the chat template (vLLM, llama.cpp)."""
+    documents: Annotated[list[dict[str, Any]], Field(max_length=MOST_DOCUMENTS)] | None = None
+    """Documents for a chat template that has a place for them (vLLM)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -101,6 +107,17 @@ class ChatRequest(SampledBody, FormBody):
         both = [one for one in (self.max_completion_tokens, self.max_tokens) if one is not None]
         most = min(both) if both else None
         return self.sampling_with(own, max_new_tokens=most, top_logprobs=self.top_logprobs or 0)
+
+    def beside(self, template: ChatTemplate | None) -> Beside:
+        """What the template is given with the messages. Raises ApiError for documents that it has no place
+        for, and as `effort_variables`."""
+        if self.documents and (template is None or "documents" not in template.source):
+            message = "documents: this model's chat template has no place for them; put them into a message"
+            raise ApiError(400, message, param="documents", code="unsupported_parameter")
+        effort = effort_variables(template, self.reasoning_effort, "reasoning_effort")
+        found = Beside(documents=self.documents) if self.documents else Beside()
+        variables = {**effort, **(self.chat_template_kwargs or {})}
+        return Beside(**found, variables=variables) if variables else found
 
     def form(self) -> Form:
         """The form that the answer must have. Raises ApiError for contradictory settings."""
@@ -209,8 +226,8 @@ def routes(pool: ModelPool) -> APIRouter:
         async with AsyncExitStack() as stack:
             service = await stack.enter_async_context(pool.use(body.model))
             body.check_bias(service.model.model.config.vocab_size)
-            check_effort(service.model.template, body.reasoning_effort, "reasoning_effort")
             check_answers(body.answers, service.limits.max_requests)
+            beside = body.beside(service.model.template)
             messages = form.messages([message.plain() for message in body.messages], service.model)
             with naming("messages"):
                 prepared = await service.prepare(
@@ -218,7 +235,7 @@ def routes(pool: ModelPool) -> APIRouter:
                     body.sampling(service.own_sampling),
                     answers=body.answers,
                     grammar=form.grammar,
-                    beside=form.beside(service.model),
+                    beside={**form.beside(service.model), **beside},
                 )
             reading = Reading(service, prepared, form)
             reading.begin(stack)

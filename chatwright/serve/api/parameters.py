@@ -96,13 +96,22 @@ def parameter_error(
     return PydanticCustomError(code, "{message}", context)  # type: ignore[arg-type]
 
 
-def check_effort(template: ChatTemplate | None, effort: str | None, param: str) -> None:
-    """Raise ApiError where a template knows about thinking and the request says how much is wanted: that is
-    not carried out. To a model that does not think, the effort makes no difference."""
+def effort_variables(template: ChatTemplate | None, effort: str | None, param: str) -> dict[str, Any]:
+    """The variables of a chat template that say how much the model is to think. A template that has none
+    belongs to a model to which the effort makes no difference.
+
+    Raises ApiError where thinking can only be turned on or off, and the request asks for another amount.
+    """
     source = template.source if template is not None else ""
-    if effort is not None and ("reasoning_effort" in source or "enable_thinking" in source):
-        message = f"{param} is not supported: this model's template decides how much it thinks; leave it out"
-        raise ApiError(400, message, param=param, code="unsupported_parameter")
+    if effort is None:
+        return {}
+    switch = {"enable_thinking": effort != "none"} if "enable_thinking" in source else {}
+    if "reasoning_effort" in source:
+        return {"reasoning_effort": effort, **switch}
+    if switch and effort not in ("none", "medium"):
+        message = f"{param}: this model's thinking can only be turned off (none) or left on (medium)"
+        raise ApiError(400, message, param=param, code="unsupported_value")
+    return switch
 
 
 def check_answers(count: int, most: int, param: str = "n") -> None:

@@ -31,7 +31,7 @@ from chatwright.serve.api.parameters import (
     Effort,
     Nothing,
     Share,
-    check_effort,
+    effort_variables,
 )
 from chatwright.serve.api.reading import STREAM_TOO, HeldStream, Reading, guarded, unless_gone
 from chatwright.serve.api.response_events import Writer
@@ -192,14 +192,14 @@ def routes(pool: ModelPool) -> APIRouter:
         async with AsyncExitStack() as stack:
             service = await stack.enter_async_context(pool.use(body.model))
             effort = body.reasoning.effort if body.reasoning is not None else None
-            check_effort(service.model.template, effort, "reasoning.effort")
+            variables = effort_variables(service.model.template, effort, "reasoning.effort")
             sampling = body.sampling(service.own_sampling)
             with naming("input"):
                 prepared = await service.prepare(
                     form.messages(messages, service.model),
                     sampling,
                     grammar=form.grammar,
-                    beside=form.beside(service.model),
+                    beside={**form.beside(service.model), **({"variables": variables} if variables else {})},
                 )
             if body.truncation == "disabled" and prepared.dropped:
                 message = "the conversation is too long for the model's context, and truncation is disabled"
