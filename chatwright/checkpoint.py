@@ -177,8 +177,10 @@ def save_checkpoint(
         for name, content in tensors.items():
             save_tensors(aside / f"{name}.safetensors", content)
         for file_name, text in (texts or {}).items():
+            (aside / file_name).parent.mkdir(exist_ok=True)  # other chat templates have a folder
             (aside / file_name).write_text(text, encoding="utf-8")
-        write_state(aside, state)
+        below = {name: sha256(aside / name) for name in texts or {} if "/" in name}
+        write_state(aside, state, below)
     return Checkpoint(target)
 
 

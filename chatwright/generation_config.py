@@ -2,15 +2,17 @@
 
 A small model can be coherent at its makers' temperature and talk nonsense at another one. So these settings
 travel with a model: they are read with it, kept in checkpoints that are trained from it, written when it is
-exported, and used wherever the user says nothing else. As in vLLM, keys that are not sampling settings
-(`eos_token_id`, `max_length` ...) are not read here.
+exported, and used wherever the user says nothing else: in chats, on pages, in texts that are continued and
+behind the server's interface alike. Where the makers say nothing, the temperature is DEFAULT_TEMPERATURE. As
+in vLLM, keys that are not sampling settings (`max_length` ...) are not read; `eos_token_id` is, by
+`end_ids_of`, for it belongs to the tokenizer.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -64,11 +66,14 @@ class GenerationConfig:
             value = values.get(name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+            number = None if isinstance(value, bool) or not isinstance(value, int | float) else value
+            if number is None or not fits(number):
                 raise UserError(f"{where}: {name} is {value!r}; it must be {wanted}: mend it or take it out")
-            found[name] = value
+            found |= _meant(name, number)
         if values.get("do_sample") is False:
             found["temperature"] = 0.0
+        elif values.get("do_sample") is True:  # transformers samples at 1 where nothing else is said
+            found.setdefault("temperature", 1.0)
         return cls(**found, source=source) if found else None
 
     @classmethod
@@ -84,16 +89,42 @@ class GenerationConfig:
 
 
 _CHECKS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (
-        lambda value: value == 0 or 1e-4 <= value < math.inf,
-        "0, or a number of at least 0.0001",
+    "temperature": (lambda value: 0 <= value < math.inf, "0, or a number above it"),
+    "top_k": (
+        lambda value: -1 <= value < math.inf and value == int(value),
+        "a whole number of at least 0, or -1 for all",
     ),
-    "top_k": (lambda value: value >= 0 and value == int(value), "a whole number of at least 0"),
-    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "top_p": (lambda value: 0 <= value <= 1, "between 0 and 1"),
     "min_p": (lambda value: 0 <= value <= 1, "between 0 and 1"),
     "repetition_penalty": (lambda value: 0 < value < math.inf, "a number above 0"),
 }
 """Setting -> whether a number is possible, and which are."""
+LEAST_TEMPERATURE = 1e-4
+"""Below, dividing by the temperature leaves nothing but the likeliest token: it is read as 0."""
+
+
+def _meant(name: str, value: float) -> dict[str, Any]:
+    """A setting of a file as the sampler has it: -1 keeps all tokens, a `top_p` of 0 the likeliest alone."""
+    if name == "top_k":
+        return {"top_k": max(0, int(value))}
+    if name == "top_p" and value == 0:
+        return {"top_k": 1}
+    if name == "temperature" and value < LEAST_TEMPERATURE:
+        return {"temperature": 0.0}
+    return {name: value}
+
+
+def end_ids_of(values: Mapping[str, Any], where: str) -> Iterator[int]:
+    """The ids that end an answer by `eos_token_id` of a generation_config.json or config.json: a number, or a
+    list of numbers. Negative ones stand for none. Raises UserError for anything else."""
+    found = values.get("eos_token_id")
+    for one in found if isinstance(found, list) else [found]:
+        if one is None:
+            continue
+        if type(one) is not int:
+            raise UserError(f"{where}: eos_token_id is {str(found)[:80]}; it must be ids of tokens")
+        if 0 <= one < 1 << 31:
+            yield one
 
 
 def described(options: Mapping[str, Any]) -> str:
@@ -107,14 +138,20 @@ def described(options: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-CHAT_TEMPERATURE = 0.7
-"""What `chatwright chat` takes where neither the user nor the model says a temperature."""
+DEFAULT_TEMPERATURE = 0.7
+"""What is taken wherever neither the user nor the model says a temperature. At 1 a small model draws from
+the whole vocabulary so often beside the point that its answers make no sense."""
+
+
+def own_default() -> GenerationConfig:
+    """What models that are trained here recommend, where the model that they began from says nothing."""
+    return GenerationConfig(temperature=DEFAULT_TEMPERATURE)
 
 
 def chat_options(own: GenerationConfig | None, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The sampling settings of a chat: the user's, else the model's own, else a temperature of 0.7."""
+    """The sampling settings: the user's, else the model's own, else a temperature of DEFAULT_TEMPERATURE."""
     options = own.options() if own is not None else {}
-    return {"temperature": CHAT_TEMPERATURE, **options, **(given or {})}
+    return {"temperature": DEFAULT_TEMPERATURE, **options, **(given or {})}
 
 
 def told(own: GenerationConfig | None, given: Mapping[str, Any] | None = None) -> str:
@@ -125,5 +162,5 @@ def told(own: GenerationConfig | None, given: Mapping[str, Any] | None = None) -
     if own is not None and set(theirs) - set(given):
         sources.append(f"from {own.source}")
     if "temperature" not in {*theirs, *given}:
-        sources.append("chat's default, for the model recommends none")
+        sources.append("the default, for the model recommends none")
     return f"{described(options)} ({'; '.join(sources)})"

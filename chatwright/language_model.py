@@ -6,21 +6,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from chatwright import checkpoint, files, runtime
-from chatwright.chat import ChatTemplate, FittedChat, Message, fit_context
+from chatwright.chat import Beside, ChatTemplate, FittedChat, Message, beside_of, fit_context
 from chatwright.config import UserError
 from chatwright.generate.engine import Engine
 from chatwright.generate.request import Alternatives, Completion, Piece, Request
 from chatwright.generate.runner import Runner
 from chatwright.generate.sampling import sampling_from
 from chatwright.generate.scoring import ToScore, score_texts
-from chatwright.generation_config import GenerationConfig
+from chatwright.generate.sequence import tokens_with_text
+from chatwright.generation_config import GenerationConfig, chat_options
 from chatwright.interop.adapter_origin import FOLDER, is_adapter
 from chatwright.interop.loaded import Loaded, located
 from chatwright.interop.peft import load_peft
@@ -28,6 +29,7 @@ from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
 from chatwright.model.lora import merge, plain, sharing_copy
 from chatwright.model_names import is_pair, near_hub, split_pair, unfinished_stages
+from chatwright.text_frame import TextFrame
 from chatwright.tokenizer import Tokenizer
 
 DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
@@ -83,8 +85,9 @@ def exact_runner(model: GPT, dtype: torch.dtype = torch.float32) -> Runner | Non
 
 
 class LanguageModel:
-    """A GPT that speaks text. Sampling options are those of `chatwright.generate.sampling.Sampling`; those
-    that are not given are the model's own (`generation_config.json`), where it has any."""
+    """A GPT that speaks text. Sampling options are those of `chatwright.generate.sampling.Sampling`. Those
+    that are not given are the model's own (`generation_config.json`); where it has none, the temperature is
+    0.7 (chatwright/generation_config.py)."""
 
     def __init__(
         self,
@@ -132,8 +135,21 @@ class LanguageModel:
 
     @property
     def own_sampling(self) -> dict[str, Any]:
-        """The sampling settings that the model's makers recommend, by name; empty where they say nothing."""
-        return self.generation.options() if self.generation is not None else {}
+        """The sampling settings that hold where nothing else is asked for, by name: those that the model's
+        makers recommend; a temperature of 0.7 where they say none."""
+        return chat_options(self.generation)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end an answer, in a chat and in a text: all that the tokenizer, the makers' settings and
+        the chat template name. Raises UserError for a template whose end the tokenizer does not know."""
+        own = self.tokenizer.end_ids
+        return own if self.template is None else own | self.template.end_ids(self.tokenizer)
+
+    @cached_property
+    def known(self) -> Bool[Tensor, " V"] | None:
+        """True for the rows of the model's table that a token has; None where all have one."""
+        return tokens_with_text(self.tokenizer, self.model.config.vocab_size)
 
     @property
     def memory_bytes(self) -> int:
@@ -154,7 +170,7 @@ class LanguageModel:
         The first token has no log-probability: nothing precedes it. Raises UserError for a text beyond the
         context.
         """
-        return score_texts(self.model, [ToScore(ids, top)])[0].tokens if ids else []
+        return score_texts(self.model, [ToScore(ids, top)], self.known)[0].tokens if ids else []
 
     def embed(self, ids: Sequence[int]) -> Float[Tensor, " width"]:
         """A text as a vector of length 1: the mean of the final hidden states of its tokens.
@@ -168,14 +184,29 @@ class LanguageModel:
         with runtime.evaluating(self.model):
             return torch.nn.functional.normalize(self.model.hidden(tokens)[0].float().mean(0), dim=-1).cpu()
 
-    def _request(self, ids: Sequence[int], end_ids: frozenset[int], options: dict[str, Any]) -> Request:
+    @property
+    def text_end_ids(self) -> frozenset[int]:
+        """The same for a text to continue, which needs no template whose end is known."""
+        try:
+            return self.end_ids
+        except UserError:
+            return self.tokenizer.end_ids
+
+    def _request(
+        self, ids: Sequence[int], ends: frozenset[int], options: dict[str, Any], *, continues: bool = False
+    ) -> Request:
         sampling = sampling_from({**self.own_sampling, **options})
-        return Request(prompt=tuple(ids), sampling=sampling, end_ids=end_ids)
+        return Request(prompt=tuple(ids), sampling=sampling, end_ids=ends, continues=continues)
 
     def prompt_request(self, prompt: str, **options: Any) -> Request:
-        """The engine's request to continue a text, which counts as the beginning of a document."""
-        ids = [self.tokenizer.end_of_text_id, *self.tokenizer.encode(prompt)]
-        return self._request(ids, frozenset({self.tokenizer.end_of_text_id}), options)
+        """The engine's request to continue a text, which begins as the model's texts do."""
+        ids = self.prompt_ids(prompt)
+        return self._request(ids, self.text_end_ids, options, continues=bool(prompt))
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Ids of a text to continue (`Tokenizer.encode_text`). Where nothing stands in front of a text, the
+        empty one is the end-of-text token: a text begins where another ended."""
+        return self.tokenizer.encode_text(prompt) or [self.tokenizer.end_of_text_id]
 
     def complete(self, prompt: str, **options: Any) -> Completion:
         """Continue a text; returns the continuation with ids, log-probabilities and the reason of its end."""
@@ -197,17 +228,23 @@ class LanguageModel:
             )
         return self.template
 
-    def encode_chat(self, messages: Sequence[Message], *, max_new_tokens: int = 128) -> FittedChat:
-        """Encode a conversation, cut to the context less `max_new_tokens` (at least half of it)."""
+    def encode_chat(
+        self, messages: Sequence[Message], *, max_new_tokens: int = 128, **beside: Unpack[Beside]
+    ) -> FittedChat:
+        """Encode a conversation, cut to the context less `max_new_tokens` (at least half of it). `beside` is
+        what the template is given with it: tools, documents, variables, continue_final_message."""
         context = self.model.config.context
         room = max(context - max_new_tokens, context // 2)
-        return fit_context(messages, self.require_template(), self.tokenizer, room)
+        return fit_context(messages, self.require_template(), self.tokenizer, room, **beside)
 
     def chat_request(self, messages: Sequence[Message], **options: Any) -> tuple[Request, FittedChat]:
-        """The engine's request for an answer, and what was left of the conversation."""
-        longest = sampling_from(options).max_new_tokens
-        fitted = self.encode_chat(messages, max_new_tokens=longest)
-        return self._request(fitted.ids, self.require_template().end_ids(self.tokenizer), options), fitted
+        """The engine's request for an answer, and what was left of the conversation. `options` are those of
+        sampling, and what `encode_chat` gives the template."""
+        beside, options = beside_of(options)
+        template, longest = self.require_template(), sampling_from(options).max_new_tokens
+        fitted = self.encode_chat(messages, max_new_tokens=longest, **beside)
+        request = self._request(fitted.ids, self.end_ids, options)
+        return request.stopping(template.stop_texts(self.tokenizer)), fitted
 
     def chat(self, messages: Sequence[Message], **options: Any) -> str:
         """The assistant's answer to a conversation."""
@@ -274,6 +311,7 @@ def load_checkpoint(found: checkpoint.Checkpoint, *, verify: bool = True) -> Loa
         found.verify()
     if not isinstance(state.get("model"), dict):
         raise UserError(f"{found.path / 'state.json'} does not describe a model")
+    where = str(found.path / "state.json")
     end_of_turn, end_of_text = (state.get(name) for name in ("end_of_turn", "end_of_text"))
     if not all(token is None or isinstance(token, str) for token in (end_of_turn, end_of_text)):
         raise UserError(f"{found.path / 'state.json'}: end_of_turn and end_of_text must be names of tokens")
@@ -293,12 +331,19 @@ def load_checkpoint(found: checkpoint.Checkpoint, *, verify: bool = True) -> Loa
     checkpoint.load_model_tensors(model, tensors, where=str(found.path))
     has_template = (found.path / "chat_template.jinja").is_file()
     template = ChatTemplate.load(found.path, end=end_of_turn) if has_template else None
-    tokenizer = Tokenizer.load(found.path, end_of_text=end_of_text)
+    tokenizer = _tokenizer_of(found.path, end_of_text, TextFrame.of_state(state.get("texts"), where))
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(
             f"{found.path}: {tokenizer.vocab_size} tokens in tokenizer.json, {shape.vocab_size} in the model"
         )
     return Loaded(model, tokenizer, template, str(found.path), GenerationConfig.load(found.path))
+
+
+def _tokenizer_of(directory: Path, end_of_text: str | None, frame: TextFrame | None) -> Tokenizer:
+    """The tokenizer of a checkpoint. Where its state.json does not say what stands around a text, as before
+    version 1.4, tokenizer.json does."""
+    with located(str(directory / "tokenizer.json")):
+        return Tokenizer.load(directory, end_of_text=end_of_text, frame=frame)
 
 
 def load_parts(name: str | Path) -> Loaded:

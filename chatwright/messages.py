@@ -304,7 +304,7 @@ def write_thinking(thinking: str) -> str:
 
 def written(content: Content) -> str:
     """The content as a text-only model reads or writes it. Raises UnreadablePart for an image."""
-    return _written(content, _refuse_image)
+    return _written(content, refuse_image)
 
 
 def described(content: Content) -> str:
@@ -339,7 +339,7 @@ def _piece(part: Part, image: Callable[[ImagePart], str]) -> str:
             return write_thinking(part["thinking"])
 
 
-def _refuse_image(part: ImagePart) -> str:
+def refuse_image(part: ImagePart) -> str:
     raise UnreadablePart(
         f"a message holds an image ({part['url'][:40]}), and this model reads text only: leave the image out"
     )

@@ -1,5 +1,10 @@
 """The sandbox for chat templates, which come with a model and are not trusted.
 
+What templates find in it is what transformers gives them (its chat_template_utils.py): Jinja's immutable
+sandbox with loop controls, {% generation %} blocks, `tojson`, `raise_exception`, `strftime_now`, and a
+`dict` and a `namespace` of its own. Only `lipsum`, endless text on demand, is missing. Texts keep their
+origins (traced_text.py): `render` says who wrote each character of its result.
+
 Jinja's own immutable sandbox keeps a template from Python's attributes. This file adds limits, so that a
 template can neither run for ever nor fill the memory. A rendering has budgets for the turns of loops and
 macros, for processor time, and for the size of everything that it makes; a single text or list is limited
@@ -12,18 +17,24 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import datetime
 from itertools import islice
 from typing import Any
 
 from jinja2 import Template, TemplateRuntimeError, nodes, pass_eval_context
 from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
 from jinja2.runtime import LoopContext, Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
+
+from chatwright import tracing
+from chatwright.traced_text import UNSURE, generated, joined, owned, text_of
 
 STEPS = 200_000
 """Most turns of all loops and macros of one rendering. Real templates take a few per message."""
@@ -42,7 +53,7 @@ the other."""
 SECONDS = 2.0
 """Most processor time for one rendering, in seconds."""
 
-_APART = frozenset(
+_APART = frozenset(  # filters that make an item of every character of a text
     (
         "batch",
         "groupby",
@@ -61,7 +72,9 @@ _APART = frozenset(
         "unique",
     )
 )
-_SIZE, _TIME = "chatwright size", "chatwright time"  # no template can spell a name with a space
+_LISTED = frozenset(("count", "length", "tojson"))
+_SIZE, _TIME, _JOIN = (f"chatwright {name}" for name in ("size", "time", "join"))
+"""Filters of our own: no template can spell a name with a space."""
 
 
 class _Budget:
@@ -112,9 +125,9 @@ def _wrote(characters: int) -> None:
 
 @pass_eval_context  # makes Jinja write constants at run time too, where the budget counts them
 def _written(_: Any, value: Any) -> Any:
-    """`value`, which an expression is about to write, counted."""
+    """The text of `value`, which an expression is about to write, counted."""
     _wrote(_weight(value) + 1)
-    return value
+    return text_of(value)
 
 
 def _weight(*values: Any) -> int:
@@ -193,19 +206,21 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
     return tuple(map(_counted, args)), {name: _counted(arg) for name, arg in kwargs.items()}
 
 
-def _checked(function: Callable[..., Any], *, apart: bool) -> Callable[..., Any]:
-    """`function` with checks of its arguments and result. `apart`: a filter that makes an item of every
-    character of a text."""
+def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter with checks of its arguments and result, whose texts keep their origins."""
+    apart = name in _APART
 
     @functools.wraps(function)  # keeps Jinja's marks on the function
     def checked(*args: Any, **kwargs: Any) -> Any:
+        if name in _LISTED and args and isinstance(args[0], Iterator):
+            return function(*args, **kwargs)  # an error: this is for lists, and an iterator is none
         args, kwargs = _given(args, kwargs)
         _check_sizes((*args, *kwargs.values()), multiply=True)
         if apart and any(isinstance(arg, str) and ITEM * len(arg) > LARGEST for arg in args):
             raise SecurityError(f"it takes a text of more than {LARGEST // ITEM:,} characters apart")
-        if function.__name__ == "do_format":
+        if name == "format":
             _check_format(args[0])
-        return _bounded(function(*args, **kwargs))
+        return _bounded(tracing.filtered(name, function, args, kwargs))
 
     return checked
 
@@ -222,7 +237,11 @@ def _weighed(function: Any) -> Any:
 
 class _Guard(NodeTransformer):
     """Adds the checks to a parsed template: a tick in each loop and macro, a size check for each `~`,
-    comparison, slice and key of a dict, and the count of plain text."""
+    comparison, slice and key of a dict, and the count of plain text. A `~` becomes a filter that keeps
+    origins, unless the template switches the escapes for HTML on (`escapes`)."""
+
+    def __init__(self, escapes: bool) -> None:
+        self.escapes = escapes
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         return self._ticking(node)
@@ -236,7 +255,8 @@ class _Guard(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> Any:
         self.generic_visit(node)
         node.nodes = [self._through(_SIZE, one) for one in node.nodes]
-        return self._through(_SIZE, node)
+        joined = node if self.escapes else self._through(_JOIN, nodes.List(node.nodes, lineno=node.lineno))
+        return self._through(_SIZE, joined)
 
     def visit_Compare(self, node: nodes.Compare) -> Any:
         self.generic_visit(node)
@@ -272,20 +292,77 @@ class _Guard(NodeTransformer):
         return node  # type: ignore[no-any-return]
 
 
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}: what the assistant writes, for the loss mask."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_generated"), [], [], body).set_lineno(line)
+
+    def _generated(self, caller: Macro) -> str:
+        return generated(caller())
+
+
+class _Dict:
+    """`dict` as templates of transformers have it: without the attributes of the type."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        """As `dict.fromkeys`."""
+        return dict.fromkeys(*args, **kwargs)
+
+
+class _Namespace(Namespace):
+    """`namespace` as templates of transformers have it: no name begins with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # an attribute may be called `self`
+        for name in dict(*args[1:], **kwargs):
+            _check_attribute(name)
+        Namespace.__init__(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace has no attribute {name!r:.80}: it begins with an underscore")
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
 class Sandbox(ImmutableSandboxedEnvironment):
     """Jinja's immutable sandbox with budgets; render inside `budget()`."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
+    concat = staticmethod(joined)
+    escapes = False
+    """Whether the template that was read last switches the escapes for HTML on: then nobody knows who wrote
+    what."""
 
     def __init__(self, **functions: Callable[..., Any]) -> None:
         """`functions`: those that templates may call by name."""
-        super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=_written, optimized=False)
-        self.filters = {
-            name: _checked(function, apart=name in _APART) for name, function in self.filters.items()
-        }
-        del self.globals["lipsum"]  # endless text on demand
-        self.globals.update(functions)
-        self.filters |= {_SIZE: _bounded, _TIME: _timed}
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            finalize=_written,
+            optimized=False,
+            extensions=[_Generation, LoopControlExtension],
+        )
+        filters = {**self.filters, **tracing.FOLLOWED}
+        self.filters = {name: _checked(name, function) for name, function in filters.items()}
+        del self.globals["lipsum"]
+        own = {"dict": _Dict(), "namespace": _Namespace, "strftime_now": _strftime_now}
+        self.globals.update({**own, **functions})
+        self.filters |= {_SIZE: _bounded, _TIME: _timed, _JOIN: _concatenated}
         self.tests = {name: _weighed(function) for name, function in self.tests.items()}
         self.tick, self.wrote = _tick, _wrote
 
@@ -312,7 +389,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 and _weight(many) * times > LARGEST
             ):
                 raise SecurityError(f"it makes a {type(many).__name__} {_TOO_LARGE}")
-        return _bounded(super().call_binop(context, operator, left, right))
+        compute = super().call_binop
+        return _bounded(
+            tracing.operated(operator, lambda: compute(context, operator, left, right), left, right)
+        )
+
+    def wrap_str_format(self, value: Any) -> Any:
+        """A text's method `format`, which must not reach what the sandbox forbids."""
+        return tracing.formatting(value, SandboxedFormatter(self)) or super().wrap_str_format(value)
 
     def call(__self, __context: Any, __function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, RUF100
         """A call in the template, with checked arguments and result. (A macro may have an argument
@@ -323,13 +407,24 @@ class Sandbox(ImmutableSandboxedEnvironment):
         _check_sizes((owner, *args, *kwargs.values()), multiply=not isinstance(__function, Macro))
         if getattr(__function, "__name__", "") in ("format", "format_map"):
             _check_format(owner)
-        return _bounded(super().call(__context, __function, *args, **kwargs))
+        function = tracing.followed(__function, args, kwargs)
+        result = super().call(__context, function, *args, **kwargs)
+        return _bounded(tracing.called(function, result, args, kwargs))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return _Guard().visit(super()._parse(source, name, filename))  # type: ignore[no-any-return]
+        tree = super()._parse(source, name, filename)
+        self.escapes = any(tree.find_all((nodes.ScopedEvalContextModifier, nodes.EvalContextModifier)))
+        return _Guard(self.escapes).visit(tree)  # type: ignore[no-any-return]
+
+
+def _concatenated(values: Iterable[Any]) -> str:
+    """`a ~ b ~ c`."""
+    return joined(map(text_of, values))
 
 
 def render(template: Template, values: Mapping[str, Any]) -> str:
-    """`template` rendered within a budget."""
+    """`template` rendered within a budget. The result is a `Traced` text (traced_text.py), or a plain one
+    where all of it is the template's."""
     with budget():
-        return template.render(**values)
+        text = template.render(**values)
+    return owned(text, UNSURE) if getattr(template.environment, "escapes", False) else text

@@ -1,25 +1,32 @@
-"""Byte-level BPE: text <-> token ids (Sennrich et al. 2016, arXiv:1508.07909; bytes as in Radford et al.
-2019, 2.2).
+"""Text <-> token ids: byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes as in Radford et al.
+2019, 2.2), and SentencePiece's vocabularies (Kudo & Richardson 2018, arXiv:1808.06226) from elsewhere.
 
 Training, encoding and the file format are those of the `tokenizers` library, so `tokenizer.json` loads in
 transformers. Added here: any bytes round-trip, and text never becomes a control token, whatever it spells.
+What tokens stand for is in token_spelling.py, what stands around a text in text_frame.py, which files are
+read in tokenizer_parts.py.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from chatwright.config import UserError
+from chatwright.text_frame import TRAINED_HERE, TextFrame, of_post_processor
+from chatwright.token_spelling import Decoding, Spelling, byte_alphabet, decoding_of
+from chatwright.tokenizer_parts import MODELS, library, read_content, without_prefix
+
+__all__ = ["CONTROLS", "END_OF_TEXT", "PATTERN", "TextStream", "Tokenizer", "byte_alphabet", "library"]
 
 END_OF_TEXT = "<|endoftext|>"
 CONTROLS = (
@@ -35,13 +42,7 @@ CONTROLS = (
 """Control tokens of a tokenizer trained here: between documents, around turns, and room for what comes later.
 """
 
-LARGEST_FILE = 64 << 20
-"""Most bytes of a tokenizer.json; published ones have up to 35 MB."""
 LARGEST_VOCABULARY = 1 << 24
-NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Sequence")
-PRE_TOKENIZERS = ("ByteLevel", "Split", "Digits", "Punctuation", "Sequence")
-"""The parts that a tokenizer.json may have. Others of the library can make texts any number of times longer,
-or end the process when they are damaged; no byte-level BPE needs them."""
 
 PATTERN = (
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -56,14 +57,6 @@ apostrophe counts as an s there.
 """
 
 
-def byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in byte-level BPE -> that byte (GPT-2's table)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    table = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return table | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
 class Tokenizer:
     """Text to ids and back. `controls` are the tokens that text can never produce."""
 
@@ -73,7 +66,12 @@ class Tokenizer:
         *,
         end_of_text: str = END_OF_TEXT,
         controls: Sequence[str] | None = None,
+        frame: TextFrame | None = None,
+        decoding: Decoding | None = None,
     ) -> None:
+        """`frame` says what stands around a text; by default the backend's post-processor, and where it has
+        none the end-of-text token in front, for tokenizers that are trained here. `decoding` is what the
+        backend's decoder does, by default. Raises UserError when a name or a number has no token."""
         special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
         self.controls = tuple(controls if controls is not None else special)
         if end_of_text not in self.controls:
@@ -92,6 +90,46 @@ class Tokenizer:
                 raise UserError(f"the tokenizer's vocabulary lacks its control token {control!r}")
             self.control_ids[control] = number
         self.end_of_text_id = self.control_ids[end_of_text]
+        self._decoding = decoding or decoding_of(_parts_of(backend), "the tokenizer")
+        self.frame = self._checked(frame or self._own_frame())
+        """What stands around a text, and what ends an answer."""
+
+    def _own_frame(self) -> TextFrame:
+        """What the backend's post-processor says; the end-of-text token for tokenizers trained here, which
+        have none."""
+        found = of_post_processor(_parts_of(self.backend), "the tokenizer")
+        if found is None and set(CONTROLS) <= set(self.controls):
+            found = TextFrame((self.control_ids[END_OF_TEXT],), source=TRAINED_HERE)
+        return found or TextFrame(source="tokenizer.json puts nothing there")
+
+    def _checked(self, frame: TextFrame) -> TextFrame:
+        for number in (*frame.begin, *frame.close):
+            if not (0 <= number < self.vocab_size and self.known[number]):
+                raise UserError(f"the tokenizer puts the id {number} around a text, and has no such token")
+        return frame
+
+    def framed(self, frame: TextFrame) -> Tokenizer:
+        """The same tokenizer with other things around a text. Raises UserError for ids without a token."""
+        return Tokenizer(
+            self.backend,
+            end_of_text=self.end_of_text,
+            controls=self.controls,
+            frame=frame,
+            decoding=self._decoding,
+        )
+
+    def dividing_documents(self) -> Tokenizer:
+        """The same tokenizer with the end-of-text token in front of every text, as token shards have it
+        (chatwright/data/shards.py): that of models that are pre-trained here."""
+        return self.framed(replace(self.frame, begin=(self.end_of_text_id,), close=(), source=TRAINED_HERE))
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end an answer: the end of text, and whatever else the model's makers name. Numbers that no
+        token has are left out: they never come out of a model."""
+        named = (number for number, _ in self.frame.ends)
+        known = (number for number in named if number < self.vocab_size and self.known[number])
+        return frozenset({self.end_of_text_id, *known})
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, show_progress: bool = False) -> Tokenizer:
@@ -121,15 +159,19 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def load(cls, path: str | Path, *, end_of_text: str | None = None) -> Tokenizer:
+    def load(
+        cls, path: str | Path, *, end_of_text: str | None = None, frame: TextFrame | None = None
+    ) -> Tokenizer:
         """From a `tokenizer.json` or a directory that has one. Raises UserError when missing or broken.
 
         `end_of_text` names the token between documents; by default the first of the usual names that exists.
+        `frame` as in `__init__`.
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
-        content = _read(file)
-        _check_parts(content, str(file))
+        content = read_content(file)
+        decoding = decoding_of(content, str(file))
+        own = of_post_processor(content, str(file))
         with library(f"{file} is not a tokenizer"):
             backend = tokenizers.Tokenizer.from_str(
                 json.dumps(content)
@@ -137,8 +179,10 @@ class Tokenizer:
             # An encoded text is its own ids: none more, none less.
             backend.no_padding()
             backend.no_truncation()
-        if not isinstance(backend.model, models.BPE):
-            raise UserError(f"{file} is a tokenizer of kind {type(backend.model).__name__}, not BPE")
+        if type(backend.model).__name__ not in MODELS:
+            raise UserError(
+                f"{file} is a tokenizer of kind {type(backend.model).__name__}, not {' or '.join(MODELS)}"
+            )
         if end_of_text is None:
             names = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
             usual = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
@@ -147,7 +191,7 @@ class Tokenizer:
                 raise UserError(
                     f"{file}: none of its special tokens ({', '.join(names) or 'none'}) ends a text"
                 )
-        return cls(backend, end_of_text=end_of_text)
+        return cls(backend, end_of_text=end_of_text, frame=frame or own, decoding=decoding)
 
     def save(self, directory: str | Path) -> Path:
         """Write `tokenizer.json` into a directory; returns its path."""
@@ -168,28 +212,45 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change with any change of the tokenizer's behaviour."""
-        content = json.dumps(json.loads(self.to_json()), sort_keys=True)
+        parts = json.loads(self.to_json())
+        if set(CONTROLS) <= set(self.controls):  # one trained here has no post-processor until it is exported
+            parts["post_processor"] = None
+        content = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
-    def encode(self, text: str | bytes) -> list[int]:
+    @cached_property
+    def known(self) -> NDArray[np.bool_]:
+        """(vocab_size,): True for the ids that a token has."""
+        found = np.zeros(self.vocab_size, dtype=np.bool_)
+        found[list(self.backend.get_vocab(with_added_tokens=True).values())] = True
+        return found
+
+    def encode(self, text: str | bytes, *, continues: bool = False) -> list[int]:
         """Ids of a text. Bytes that are not UTF-8, and lone surrogates, become single-byte tokens.
 
-        Raises UserError when such a byte has no token; every byte has one in tokenizers that are trained
-        here.
+        Some tokenizers put a space in front of a text; `continues` says that this one goes on where another
+        ended, and gets none. Raises UserError when such a byte has no token; every byte has one in tokenizers
+        that are trained here.
         """
+        backend = self._continuing if continues else self.backend
         if isinstance(text, str):
             try:
                 with library("the tokenizer fails on this text", TypeError):
-                    return list(self.backend.encode(text, add_special_tokens=False).ids)
+                    return list(backend.encode(text, add_special_tokens=False).ids)
             except TypeError:  # a lone surrogate, which the library cannot take
                 text = text.encode("utf-8", errors="surrogatepass")
         ids: list[int] = []
-        for piece in _valid_pieces(text):
+        for number, piece in enumerate(_valid_pieces(text)):
             if isinstance(piece, str):
-                ids += self.encode(piece)
+                ids += self.encode(piece, continues=continues or number > 0)
             else:
                 ids += [self._byte_id(byte) for byte in piece]
         return ids
+
+    def encode_text(self, text: str | bytes) -> list[int]:
+        """Ids of a text as the model is used to read it: what its makers put in front of a text and behind it
+        included (`frame`), as transformers' tokenizers give it. Raises UserError as `encode`."""
+        return [*self.frame.begin, *self.encode(text), *self.frame.close]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, on all cores."""
@@ -203,34 +264,42 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that the ids stand for; control tokens stand for none."""
-        return b"".join(self._token_bytes[number] for number in ids)
+        return self.spelling.bytes_of(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; bytes that do not form UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return self.spelling.decode(ids)
 
     def token_bytes(self, number: int) -> bytes:
-        """The bytes of one token."""
-        return self._token_bytes[number]
+        """The bytes of one token; a piece that begins a word begins with a space."""
+        return self.spelling.data[number]
 
     def name(self, number: int) -> str:
         """A token as the vocabulary spells it, for people to look at."""
-        return str(self.backend.id_to_token(number))
+        return str(self.backend.id_to_token(number) or f"[no token {number}]")
 
     @cached_property
-    def _token_bytes(self) -> list[bytes]:
-        table = byte_alphabet()
-        controls = set(self.control_ids.values())
-        added = {number: token.content for number, token in self.backend.get_added_tokens_decoder().items()}
-        result = [b""] * (max(self.backend.get_vocab(with_added_tokens=True).values()) + 1)
-        for token, number in self.backend.get_vocab(with_added_tokens=True).items():
-            if number in controls:
-                continue
-            if number in added or any(character not in table for character in token):
-                result[number] = token.encode("utf-8")
-            else:
-                result[number] = bytes(table[character] for character in token)
-        return result
+    def spelling(self) -> Spelling:
+        """What each token stands for."""
+        return Spelling(
+            self.backend.get_vocab(with_added_tokens=True),
+            self.vocab_size,
+            nothing=self.control_ids.values(),
+            added=self.backend.get_added_tokens_decoder(),
+            decoding=self._decoding,
+        )
+
+    @cached_property
+    def _continuing(self) -> tokenizers.Tokenizer:
+        """The backend for texts that go on: without the space that some put in front of a text."""
+        content = without_prefix(_parts_of(self.backend))
+        if content is None:
+            return self.backend
+        whole = json.loads(self.to_json()) | content
+        with library("the tokenizer fails"):
+            backend = tokenizers.Tokenizer.from_str(json.dumps(whole))
+        backend.encode_special_tokens = True
+        return backend
 
     def _byte_id(self, byte: int) -> int:
         """The id of a single byte. Raises UserError when there is none: vocabularies that were learnt without
@@ -243,73 +312,21 @@ class Tokenizer:
     @cached_property
     def _byte_ids(self) -> dict[int, int]:
         """The id of each single byte that has one."""
-        found = {byte: self.backend.token_to_id(character) for character, byte in byte_alphabet().items()}
-        return {byte: number for byte, number in found.items() if number is not None}
+        return self.spelling.byte_ids(self.backend.get_vocab(with_added_tokens=True))
 
 
-@contextmanager
-def library(trouble: str, *passing: type[Exception]) -> Iterator[None]:
-    """Errors of the tokenizers library, its panics included, become a UserError that says what the trouble
-    is."""
-    try:
-        yield
-    except BaseException as error:  # the library raises bare Exception; a panic of its Rust is not even that
-        own = isinstance(error, Exception) or type(error).__name__ == "PanicException"
-        if not own or isinstance(
-            error, passing
-        ):  # what is not the library's passes: Ctrl-C, a signal that ends a stage
-            raise
-        raise UserError(f"{trouble} ({error})") from None
+def _parts_of(backend: tokenizers.Tokenizer) -> dict[str, object]:
+    """The parts of a tokenizer, but for its model and its tokens, as tokenizer.json has them."""
+    bare = tokenizers.Tokenizer(models.BPE())
+    for place in PARTS:
+        part = getattr(backend, place)
+        if part is not None:
+            setattr(bare, place, part)
+    content = json.loads(bare.to_str())
+    return {place: content.get(place) for place in PARTS}
 
 
-def _read(file: Path) -> Any:
-    """What a tokenizer.json says."""
-    try:
-        if file.stat().st_size > LARGEST_FILE:
-            raise UserError(f"{file} is larger than {LARGEST_FILE >> 20} MB: no tokenizer is")
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not a tokenizer ({error})") from None
-
-
-def _check_parts(content: Any, where: str) -> None:
-    """Whether a tokenizer.json holds what we know. Raises UserError naming the part that we do not."""
-    if not isinstance(content, dict):
-        raise UserError(f"{where} is not a tokenizer")
-    for place, known in (("normalizer", NORMALIZERS), ("pre_tokenizer", PRE_TOKENIZERS)):
-        kinds = list(_kinds(content.get(place)))
-        strange = [kind for kind in kinds if kind not in known]
-        if strange:
-            raise UserError(
-                f"{where}: its {place} {strange[0]!r:.80} is not supported, only {', '.join(known)}"
-            )
-        if len(kinds) > 16 or kinds.count("ByteLevel") > 1:
-            raise UserError(f"{where}: its {place} has too many parts")
-    repeats = sum(
-        len(one["single"])
-        for one in _parts(content.get("post_processor"))
-        if isinstance(one.get("single"), list)
-    )
-    if repeats > 16:
-        raise UserError(f"{where}: its post_processor has too many parts")
-
-
-def _parts(value: Any) -> Iterator[dict[str, Any]]:
-    """The objects that make up a part of a tokenizer.json: itself, and those of a sequence."""
-    left = [value]
-    while left:
-        one = left.pop()
-        if isinstance(one, dict):
-            yield one
-            for name in ("normalizers", "pretokenizers", "processors"):
-                inner = one.get(name)
-                left += inner if isinstance(inner, list) else []
-
-
-def _kinds(value: Any) -> Iterator[str]:
-    return (str(one.get("type"))[:80] for one in _parts(value))
+PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
 def _valid_pieces(data: bytes) -> Iterator[str | bytes]:
@@ -326,16 +343,24 @@ def _valid_pieces(data: bytes) -> Iterator[str | bytes]:
 
 
 class TextStream:
-    """Text from ids that come one by one; a character is given out once all its bytes have come."""
+    """Text from ids that come one by one; a character is given out once all its bytes have come.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    All pieces together are what `Tokenizer.decode` gives. `continues` says that the ids go on in the middle
+    of a text: a space that the first one begins with then counts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, continues: bool = False) -> None:
+        self._decoder = tokenizer.spelling.decoder(continues=continues)
 
     def push(self, number: int) -> str:
         """The text that this id completes; may be empty."""
-        return self._decoder.decode(self._tokenizer.token_bytes(number))
+        return self._decoder.push(number)
 
     def flush(self) -> str:
         """What is left; an unfinished character becomes U+FFFD."""
-        return self._decoder.decode(b"", final=True)
+        return self._decoder.flush()
+
+    def pending(self) -> str:
+        """Whole characters that are held back, because the next id may yet make them none; it is what `flush`
+        would give now."""
+        return self._decoder.pending()

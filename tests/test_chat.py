@@ -3,6 +3,7 @@ fail."""
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatwright import chat
 from chatwright.chat import (
     NATIVE,
     ROLES,
@@ -104,16 +104,6 @@ def test_contents_come_back_from_between_the_control_tokens(messages: list[Messa
     assert stretches[1::2] == [[]] * len(messages)
 
 
-def test_a_content_that_guesses_the_marks() -> None:
-    """Contents never enter the rendered text, so even someone who knows the mark of this process gains
-    nothing."""
-    mark = chat._MARK
-    messages = say(f"{mark}x1x{mark}", f"{mark}x0x{mark}<|end|>", "x")
-    ids = NATIVE.encode(messages, TOKENIZER).ids
-    assert controls_of(ids) == controls_of(NATIVE.encode(say("a", "b", "c"), TOKENIZER).ids)
-    assert mark.encode() in TOKENIZER.decode_bytes(ids)
-
-
 # Mask
 
 
@@ -132,8 +122,13 @@ def test_the_mask_stops_behind_the_end_token(messages: list[Message]) -> None:
     """CHATML writes a line break behind each end: it is the template's, never learnt."""
     encoded = CHATML.encode(messages, TOKENIZER)
     learnt = [number for number, flag in zip(encoded.ids, encoded.mask, strict=True) if flag]
-    answers = [TOKENIZER.encode(message["content"]) for message in messages if message["role"] == "assistant"]
-    assert learnt == [number for answer in answers for number in [*answer, END]]
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    # A token that begins with the template's line break and goes on with the answer is learnt, too.
+    wanted = b"".join(
+        rb"\n?" + re.escape(answer.encode("utf-8", errors="surrogatepass")) + b"<END>" for answer in answers
+    )
+    found = b"".join(b"<END>" if number == END else TOKENIZER.token_bytes(number) for number in learnt)
+    assert re.fullmatch(wanted, found)
 
 
 def test_a_prompt_has_nothing_to_learn_after_the_last_answer() -> None:
@@ -209,8 +204,7 @@ def test_rendering_is_transformers(template: ChatTemplate, tmp_path: Path) -> No
             wanted = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
             assert template.render(messages, add_generation_prompt=ask) == wanted
             ids = theirs.apply_chat_template(messages, add_generation_prompt=ask, return_dict=False)
-            if template is not TRIMMING:
-                assert template.encode(messages, TOKENIZER, add_generation_prompt=ask).ids == ids
+            assert template.encode(messages, TOKENIZER, add_generation_prompt=ask).ids == ids
 
 
 # Messages
@@ -346,13 +340,9 @@ def test_parts_with_nothing_between_them_are_one_text_for_the_tokenizer() -> Non
     word = TOKENIZER.encode("Hello")
     assert len(word) < len(TOKENIZER.encode("Hel") + TOKENIZER.encode("lo"))
     assert LISTING.encode(texts("Hel", "lo"), TOKENIZER).ids[1:-1] == word
-    # Two messages stay two texts where a template writes nothing between them; so does a content written
-    # twice.
+    # So are two messages with nothing between them, as in transformers.
     bare = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}<|end|>", "<|end|>")
-    apart = TOKENIZER.encode("Hel") + TOKENIZER.encode("lo")
-    assert bare.encode(say("Hel", "lo"), TOKENIZER).ids == [*apart, END]
-    twice = ChatTemplate("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "<|end|>")
-    assert twice.encode(say("Hel"), TOKENIZER).ids == TOKENIZER.encode("Hel") * 2
+    assert bare.encode(say("Hel", "lo"), TOKENIZER).ids == [*word, END]
 
 
 @pytest.mark.parametrize("template", [LISTING, EITHER], ids=["listing", "either"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import torch
 from chatwright import checkpoint, files
 from chatwright.chat import NATIVE, Message
 from chatwright.checkpoint import Checkpoint
+from chatwright.commands.import_ import write_model
 from chatwright.config import UserError
 from chatwright.interop.loaded import Loaded
 from chatwright.language_model import LanguageModel, find_checkpoint, load, load_parts
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
+from chatwright.text_frame import TextFrame
 from chatwright.tokenizer import Tokenizer
 
 HELLO = [Message(role="user", content="Hello")]
@@ -267,3 +270,58 @@ def test_a_result_cannot_point_outside_of_its_directory(chat_dir: Path, tmp_path
         (stage / "result.json").write_text(json.dumps({"model": outside}))
         with pytest.raises(UserError, match="outside of its directory"):
             find_checkpoint(stage)
+
+
+# How a text begins, and where an answer ends
+
+
+def begun(model: LanguageModel, frame: TextFrame) -> LanguageModel:
+    return LanguageModel(model.model, model.tokenizer.framed(frame), model.template, "x")
+
+
+def test_a_text_begins_as_its_makers_say(model: LanguageModel) -> None:
+    ids = model.tokenizer.encode("Hello")
+    begin, close = model.tokenizer.control_ids["<|system|>"], model.tokenizer.control_ids["<|tool|>"]
+    assert begun(model, TextFrame()).prompt_request("Hello").prompt == (*ids,)
+    framed = begun(model, TextFrame((begin, begin), (close,)))
+    assert framed.prompt_request("Hello").prompt == (begin, begin, *ids, close)
+    typed = framed.prompt_request("<|system|>").prompt  # text stays text
+    assert typed == (begin, begin, *model.tokenizer.encode("<|system|>"), close) and len(typed) > 4
+
+
+def test_the_empty_text_can_be_continued_by_every_model(model: LanguageModel) -> None:
+    """Where nothing stands in front of a text, one begins where another ended."""
+    nothing = begun(model, TextFrame()).prompt_request("")
+    assert nothing.prompt == (model.tokenizer.end_of_text_id,) and not nothing.continues
+    assert model.prompt_request("Hello").continues
+
+
+def test_all_ends_end_an_answer(model: LanguageModel) -> None:
+    """In a chat and in a text: the end of text, the template's, and those that the makers name."""
+    tool = model.tokenizer.control_ids["<|tool|>"]
+    named = begun(model, model.tokenizer.frame.with_ends([tool, 10**6], "generation_config.json"))
+    expected = {model.tokenizer.end_of_text_id, model.tokenizer.control_ids["<|end|>"], tool}
+    assert named.prompt_request("Hello").end_ids == expected
+    assert named.chat_request(HELLO)[0].end_ids == expected == named.end_ids
+
+
+def test_a_checkpoint_keeps_what_stands_around_a_text(chat_dir: Path, tmp_path: Path) -> None:
+    parts = load_parts(chat_dir)
+    assert parts.tokenizer is not None
+    tool = parts.tokenizer.control_ids["<|tool|>"]
+    frame = TextFrame((tool,), (), ((tool, "config.json"),), "add_bos_token")
+    write_model(replace(parts, tokenizer=parts.tokenizer.framed(frame)), tmp_path / "m", source="x")
+    again = load_parts(tmp_path / "m").tokenizer
+    assert again is not None and again.frame == frame and again.encode_text("")[0] == tool
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_as_before(chat_dir: Path, tmp_path: Path) -> None:
+    """Its state.json says nothing of texts; models trained here began with the end-of-text token."""
+    shutil.copytree(chat_dir, tmp_path / "old")
+    state = json.loads((tmp_path / "old" / "state.json").read_text())
+    for name in ("texts", "end_of_text"):
+        state.pop(name, None)
+    state["files"].pop("state.json")
+    (tmp_path / "old" / "state.json").write_text(json.dumps(state))
+    old = load_parts(tmp_path / "old").tokenizer
+    assert old is not None and old.encode_text("")[:1] == [old.end_of_text_id]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _NAMES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json"
-    r"|chat_template\.jinja|model(-\d{5}-of-\d{5})?\.safetensors"
+    r"|chat_template\.jinja|additional_chat_templates|model(-\d{5}-of-\d{5})?\.safetensors"
 )
 """The files of a directory in transformers' format; no other file is ever replaced."""
 _ADAPTERS = re.compile(r"adapter_config\.json|adapter_model\.safetensors|README\.md|base|\d+-[\w.-]+")

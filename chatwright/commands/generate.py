@@ -34,7 +34,7 @@ class GenerateConfig:
     """Most tokens to produce; fewer where the context ends earlier."""
     temperature: float | None = None
     """Logits are divided by it; 0 takes the likeliest token (greedy). This and the next four, when not given,
-    are the model's own (generation_config.json); where it has none, temperature 1 and nothing left out."""
+    are the model's own (generation_config.json); where it has none, temperature 0.7 and nothing left out."""
     top_k: int | None = None
     """Keep this many likeliest tokens; 0 keeps all."""
     top_p: float | None = None
@@ -194,6 +194,7 @@ def _search(model: LanguageModel, prompt: str, config: GenerateConfig, show: Cal
     """Print the best continuations of beam search, best first."""
     from chatwright.generate.beam import beam_search
     from chatwright.generate.sequence import tokens_with_text
+    from chatwright.tokenizer import TextStream
 
     request = model.prompt_request(prompt)
     found = beam_search(
@@ -207,5 +208,7 @@ def _search(model: LanguageModel, prompt: str, config: GenerateConfig, show: Cal
     )[: config.count]
     for number, (ids, score) in enumerate(found, 1):
         _heading(number, len(found), f", score {score:.3f}")
-        print(show(model.tokenizer.decode(ids)), flush=True)
+        stream = TextStream(model.tokenizer, continues=request.continues)
+        text = [stream.push(one) for one in ids if one not in request.end_ids]
+        print(show("".join([*text, stream.flush()])), flush=True)
     return 0

@@ -81,16 +81,15 @@ def write_model(parts: Loaded, target: Path, *, source: str) -> None:
         "model": parts.model.config.to_dict(),
         "tokenizer": tokenizer.fingerprint,
         "end_of_text": tokenizer.end_of_text,
+        "texts": tokenizer.frame.to_state(),
         "source": source,
         "chatwright": __version__,
     }
     texts = {"tokenizer.json": tokenizer.to_json()}
     if template is not None:
-        template.end_ids(
-            tokenizer
-        )  # refuses a template whose end token is unknown before anything is written
-        state |= {"template": template.fingerprint, "end_of_turn": template.end}
-        texts["chat_template.jinja"] = template.source
+        template.end_ids(tokenizer)  # refuses a given end that is unknown, before anything is written
+        state |= {"template": template.fingerprint, "end_of_turn": template.end or None}
+        texts |= template.files()
     if parts.generation is not None:
         texts[generation_config.FILE] = parts.generation.to_json()
     before = behaviour(parts)

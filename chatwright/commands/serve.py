@@ -136,7 +136,7 @@ def make_pool(model: LanguageModel, source: str, config: ServeConfig) -> ModelPo
     specs = [Spec(config.name or model.name, source, config.dtype), *parse_specs(config.models, config.dtype)]
     budget = int(config.memory_gb * 1e9) or None
     limits = Limits(config.max_requests, config.max_new_tokens, config.max_prompt_tokens, config.timeout)
-    pool = ModelPool(specs, budget=budget, limits=limits)
+    pool = ModelPool(specs, budget=budget, limits=limits, own_defaults=config.defaults == "model")
     pool.adopt(pool.default, model)
     return pool
 

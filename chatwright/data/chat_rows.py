@@ -160,15 +160,30 @@ def check_end_is_learnt(
 ) -> None:
     """Raise UserError unless the token that ends an answer is in the loss: else no answer would end. `cuts`
     says whether the answers have lost it."""
-    end = tokenizer.control_ids[template.end]
-    if any(flag and token == end for row in rows for token, flag in zip(row.ids, row.mask, strict=True)):
+    ends = template.ends(tokenizer)
+    tokens = set(ends.ids(tokenizer))
+    if tokens:
+        learnt = (
+            token
+            for row in rows
+            for token, flag in zip(row.ids, row.mask, strict=True)
+            if flag and token in tokens
+        )
+        if any(True for _ in learnt):
+            return
+    elif any(text in _learnt_text(row, tokenizer) for row in rows for text in ends.texts):
         return
     why = "look at the chat template (chatwright doctor MODEL shows the loss mask)"
     if cuts is not None and cuts.advice:
         why = str(cuts)
     raise UserError(
-        f"no training row learns the end token {template.end}: the model would never stop talking; {why}"
+        f"no training row learns the end token {ends.last}: the model would never stop talking; {why}"
     )
+
+
+def _learnt_text(row: PackedRow, tokenizer: Tokenizer) -> str:
+    """What is learnt of a row, as text."""
+    return tokenizer.decode([token for token, flag in zip(row.ids, row.mask, strict=True) if flag])
 
 
 def learnt_tokens(row: PackedRow) -> int:

@@ -12,7 +12,19 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from chatwright.chat import ChatTemplate, EncodedChat, Message
+from chatwright.config import UserError
 from chatwright.tokenizer import Tokenizer
+
+
+def learnable(template: ChatTemplate, messages: Sequence[Message], tokenizer: Tokenizer) -> EncodedChat:
+    """A conversation with its loss mask. Raises UserError where nobody knows what the assistant wrote."""
+    encoded = template.encode(messages, tokenizer)
+    if encoded.doubt:
+        raise UserError(
+            f"{encoded.doubt}, so that nobody can tell what the assistant wrote, and nothing is learnt from "
+            "it; use a chat template with {% generation %} around what the assistant writes"
+        )
+    return encoded
 
 
 def whole_dialogue(
@@ -22,11 +34,11 @@ def whole_dialogue(
 
     Each turn is encoded once.
     """
-    if template.concatenates:
+    if template.joins(tokenizer):
         return next(cut_dialogue(messages, template, tokenizer, sys.maxsize), None)
     system, exchanges = exchanges_of(messages)
     held = [message for exchange in exchanges for message in exchange]
-    return template.encode([*system, *held], tokenizer) if held else None
+    return learnable(template, [*system, *held], tokenizer) if held else None
 
 
 def cut_dialogue(
@@ -50,17 +62,17 @@ def cut_and_lost(
     held: list[Message] = []
     encoded: EncodedChat | None = None
     for exchange in exchanges:
-        if encoded is not None and template.concatenates:
-            new = template.encode(exchange, tokenizer)
+        if encoded is not None and template.joins(tokenizer):
+            new = learnable(template, exchange, tokenizer)
             longer = EncodedChat(encoded.ids + new.ids, encoded.mask + new.mask)
         else:
-            longer = template.encode([*system, *held, *exchange], tokenizer)
+            longer = learnable(template, [*system, *held, *exchange], tokenizer)
         if len(longer.ids) <= context or not held:
             held, encoded = [*held, *exchange], longer
         else:
             assert encoded is not None
             yield encoded, 0
-            held, encoded = list(exchange), template.encode([*system, *exchange], tokenizer)
+            held, encoded = list(exchange), learnable(template, [*system, *exchange], tokenizer)
         if len(encoded.ids) > context:
             yield EncodedChat(encoded.ids[:context], encoded.mask[:context]), len(encoded.ids) - context
             held, encoded = [], None

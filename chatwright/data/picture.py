@@ -40,7 +40,7 @@ def mask_picture(encoded: EncodedChat, tokenizer: Tokenizer, *, end: str, colour
         stop = start
         while stop < len(encoded.ids) and encoded.mask[stop] == encoded.mask[start]:
             stop += 1
-        text = harmless(_spelled(encoded.ids[start:stop], tokenizer))
+        text = harmless(spelled(encoded.ids[start:stop], tokenizer))
         if encoded.mask[start]:
             picture.append(text if colours else f"[[{text}]]", style=LEARNT)
         else:
@@ -75,7 +75,7 @@ def row_picture(row: PackedRow, tokenizer: Tokenizer, *, end: str, colours: bool
     return Text("\n--------\n").join(pictures)
 
 
-def _spelled(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+def spelled(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """Text of ids with control tokens by name; bytes of neighbouring tokens are joined before they are
     decoded."""
     names = {number: name for name, number in tokenizer.control_ids.items()}

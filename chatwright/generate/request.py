@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from chatwright.config import UserError
@@ -33,10 +33,21 @@ class Request:
     grammar: Grammar | None = None
     """The form that the answer must have (grammar.py). Once it is complete and nothing may follow, the answer
     ends without an end id."""
+    continues: bool = False
+    """Whether the answer goes on in the middle of a text. SentencePiece's tokens that begin a word have a
+    space in front, which counts there, and not at the beginning of a text such as an answer in a chat.
+    """
     placeholders: tuple[tuple[int, str], ...] = ()
     """(position in the prompt, hash) of each placeholder token, such as those of an image. Requests whose
     hashes differ at a position share no cached keys and values from there on. The hash must cover all that
     the embeddings at these positions are computed from."""
+
+    def stopping(self, texts: Iterable[str]) -> Request:
+        """The same, which stops at these texts too."""
+        new = tuple(text for text in texts if text not in self.sampling.stop)
+        if not new:
+            return self
+        return replace(self, sampling=replace(self.sampling, stop=(*self.sampling.stop, *new)))
 
 
 @dataclass(frozen=True)

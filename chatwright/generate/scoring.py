@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from chatwright import runtime
@@ -46,8 +46,14 @@ class Scored:
     """The tokens behind the text, one for each sampling."""
 
 
-def score_texts(model: GPT, texts: Sequence[ToScore]) -> list[Scored]:
-    """The scores of the texts, from one forward pass. Raises UserError for a text beyond the context."""
+def score_texts(
+    model: GPT, texts: Sequence[ToScore], known: Bool[Tensor, " V"] | None = None
+) -> list[Scored]:
+    """The scores of the texts, from one forward pass. Raises UserError for a text beyond the context.
+
+    known: True on ids that have a token (sequence.py::tokens_with_text); the others are neither drawn nor
+    among the likeliest. None: all have.
+    """
     if not texts:
         return []
     lengths = [len(text.ids) for text in texts]
@@ -67,7 +73,7 @@ def score_texts(model: GPT, texts: Sequence[ToScore]) -> list[Scored]:
         for start in range(0, len(asked), SCORED_AT_ONCE):
             part = asked[start : start + SCORED_AT_ONCE]
             index = torch.tensor([number * longest + column for number, column in part], device=device)
-            _score(model.head(hidden[index]).float(), part, texts, scored)
+            _score(model.head(hidden[index]).float(), part, texts, scored, known)
     return scored
 
 
@@ -76,12 +82,15 @@ def _score(
     asked: Sequence[tuple[int, int]],
     texts: Sequence[ToScore],
     scored: Sequence[Scored],
+    known: Bool[Tensor, " V"] | None,
 ) -> None:
     """Add to `scored` what the logits behind these tokens say."""
     following = [_following(texts[number].ids, column) for number, column in asked]
     chosen = logits.gather(1, torch.tensor(following, device=logits.device)[:, None])
     top = max(texts[number].top for number, _ in asked)
-    values, tokens = logits.topk(top, dim=-1) if top != 1 else logits.max(-1, keepdim=True)
+    known = None if known is None else known.to(logits.device)
+    listed = logits if known is None else logits.masked_fill(~known, -torch.inf)
+    values, tokens = listed.topk(top, dim=-1) if top != 1 else listed.max(-1, keepdim=True)
     total = logits.logsumexp(-1, keepdim=True)
     found = (chosen - total)[:, 0].tolist(), tokens.tolist(), (values - total).tolist()
     for row, (number, column) in enumerate(asked):
@@ -90,7 +99,7 @@ def _score(
             pairs = list(likeliest)[: text.top]
             scored[number].tokens.append((following[row], found[0][row], pairs))
         else:
-            scored[number].choices += _choose(logits[row], text)
+            scored[number].choices += _choose(logits[row], text, known)
 
 
 def _following(ids: Sequence[int], column: int) -> int:
@@ -98,7 +107,7 @@ def _following(ids: Sequence[int], column: int) -> int:
     return ids[column + 1] if column + 1 < len(ids) else 0
 
 
-def _choose(logits: Float[Tensor, " V"], text: ToScore) -> list[Choice]:
+def _choose(logits: Float[Tensor, " V"], text: ToScore, known: Bool[Tensor, " V"] | None) -> list[Choice]:
     """A token for each sampling, as the engine chooses the first one behind a prompt."""
     count = len(text.samplings)
     sampler = BatchSampler(
@@ -109,5 +118,5 @@ def _choose(logits: Float[Tensor, " V"], text: ToScore) -> list[Choice]:
         device=logits.device,
     )
     rows = logits.expand(count, -1)
-    ids, logprobs = sampler(rows)
-    return list(map(Choice, ids.tolist(), logprobs.tolist(), sampler.alternatives(rows)))
+    ids, logprobs = sampler(rows, None if known is None else known[None])
+    return list(map(Choice, ids.tolist(), logprobs.tolist(), sampler.alternatives(rows, known)))

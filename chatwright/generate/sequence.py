@@ -25,15 +25,23 @@ class Text:
     """A sequence's text: whole characters, up to the first stop text. A possible beginning of a stop text is
     held back."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
-        self.stream, self.stops, self.vocab_size = TextStream(tokenizer), stops, tokenizer.vocab_size
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...], *, continues: bool = False) -> None:
+        self.stream = TextStream(tokenizer, continues=continues)
+        self.stops, self.vocab_size = stops, tokenizer.vocab_size
         self.held = ""
         self.reach = max(map(len, stops), default=1) - 1
 
     def push(self, token: int) -> tuple[str, bool]:
         """The new text after `token`, and whether a stop text has come."""
         # A model's vocabulary may be padded beyond the tokenizer's last id; such ids have no text.
-        return self._release(self.stream.push(token) if token < self.vocab_size else "", final=False)
+        text, stopped = self._release(self.stream.push(token) if token < self.vocab_size else "", final=False)
+        if self.stops and not stopped and (pending := self.stream.pending()):
+            # Were this the end, the held text would be all: a stop text in it ends the answer now.
+            whole = self.held + pending
+            cuts = [at for at in map(whole.find, self.stops) if at >= 0]
+            if cuts:
+                return text + whole[: min(cuts)], True
+        return text, stopped
 
     def flush(self) -> tuple[str, bool]:
         """The remaining text, when no more tokens come."""
@@ -115,7 +123,10 @@ class Sequence:
             handle,
             room,
             make_generator(sampling, device),
-            Text(tokenizer, sampling.stop) if tokenizer is not None else None,
+            # What a grammar has checked are all bytes of the answer, its first space included.
+            Text(tokenizer, sampling.stop, continues=request.continues or request.grammar is not None)
+            if tokenizer is not None
+            else None,
             Lookup(guesses) if guesses and exact else None,
             request.grammar.start() if request.grammar is not None else None,
             list(request.prompt),

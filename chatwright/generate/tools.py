@@ -131,24 +131,26 @@ def check_tool_choice(choice: Any, tools: Sequence[Tool]) -> ToolChoice:
     return found
 
 
+def described(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """The tools as OpenAI's interface has them."""
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": tool.name,
+                "description": tool.description,
+                "parameters": dict(tool.parameters),
+            },
+        }
+        for tool in tools
+    ]
+
+
 def tools_prompt(tools: Sequence[Tool]) -> str:
     """A system message's text about the tools, for models whose template has none. Empty without tools."""
     if not tools:
         return ""
-    listed = "\n".join(
-        json.dumps(
-            {
-                "type": "function",
-                "function": {
-                    "name": tool.name,
-                    "description": tool.description,
-                    "parameters": tool.parameters,
-                },
-            },
-            ensure_ascii=False,
-        )
-        for tool in tools
-    )
+    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in described(tools))
     return (
         "# Tools\n\n"
         "You can call functions to help with the user's request. Their signatures stand between <tools> and "

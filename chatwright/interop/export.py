@@ -25,7 +25,15 @@ Behaviour = tuple[list[int], list[int], Tensor]
 Format = Literal["hf", "gguf"]
 
 OURS = frozenset(
-    {"model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json", "chat_template.jinja"}
+    {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "additional_chat_templates",
+    }
 )
 """The files of a model directory: nothing else is ever replaced."""
 
@@ -56,7 +64,7 @@ def behaviour(parts: Loaded) -> tuple[list[int], list[int], Tensor]:
     """What must stay the same: ids of a text, ids of a conversation, and the logits of both."""
 
     assert parts.tokenizer is not None
-    text = parts.tokenizer.encode(SAMPLE)
+    text = parts.tokenizer.encode_text(SAMPLE)
     talk: list[int] = []
     if parts.template is not None:
         messages = [Message(role="user", content=SAMPLE), Message(role="assistant", content="Yes.")]

@@ -2,117 +2,31 @@
 file.
 
 gguf_file.py reads the file, the `gguf` library dequantises its blocks; gguf_shapes.py says what architectures
-are carried, what their metadata means and what their tensors are called. Here is the tokenizer, byte-level
-BPE, and what puts all together.
+are carried, what their metadata means and what their tensors are called; gguf_tokenizer.py has the tokenizer.
+Here is the chat template, and what puts all together.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import tokenizers
 import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from chatwright.chat import ChatTemplate
 from chatwright.config import UserError
 from chatwright.interop.gguf_file import read_gguf
 from chatwright.interop.gguf_metadata import Metadata
 from chatwright.interop.gguf_shapes import ARCHITECTURES, config_of, known_metadata
+from chatwright.interop.gguf_tokenizer import named, read_tokenizer
 from chatwright.interop.loaded import (
     Loaded,
     Stored,
     build,
-    chat_template,
-    end_of_text,
     located,
     translate,
 )
+from chatwright.interop.templates import ROLES, chat_template
 from chatwright.model.config import GPTConfig
-from chatwright.tokenizer import PATTERN, Tokenizer, library
-
-# How text is cut before merging, by llama.cpp's name for it.
-_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # GPT-2's pattern
-_SINGLE_DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _WORDS])
-
-
-def _split(digits: str) -> pre_tokenizers.Sequence:
-    """The pattern of Llama 3 and Qwen 2, which differ in how many digits stay together."""
-    pattern = PATTERN.replace(r"|\p{N}|", f"|{digits}|")
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-PRE_TOKENIZERS = {
-    "gpt-2": _WORDS,
-    "smollm": _SINGLE_DIGITS,
-    "starcoder": _SINGLE_DIGITS,
-    "llama-bpe": _split(r"\p{N}{1,3}"),
-    "qwen2": _split(r"\p{N}"),
-}
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-"""Token types of llama.cpp. Unused ones fill the vocabulary up to the size of the model's table."""
-
-
-def _tokenizer(metadata: Metadata) -> Tokenizer | None:
-    """The tokenizer that the metadata spells out; None when there is none."""
-    values, where = metadata.values, metadata.where
-    if "tokenizer.ggml.model" not in values:
-        return None
-    if values["tokenizer.ggml.model"] != "gpt2":
-        raise UserError(
-            f"{where}: its tokenizer is of kind {values['tokenizer.ggml.model']!r:.80}; only byte-level BPE "
-            "('gpt2') is supported, load_gguf(..., tokenizer=False) reads the weights alone"
-        )
-    kind = values.get("tokenizer.ggml.pre")
-    if not isinstance(kind, str) or kind not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
-        raise UserError(f"{where}: pre-tokenizer {kind!r:.80} is not supported; supported: {known}")
-    tokens, types = (
-        metadata.items("tokenizer.ggml.tokens", str),
-        metadata.items("tokenizer.ggml.token_type", int),
-    )
-    merges = [tuple(merge.split(" ")) for merge in metadata.items("tokenizer.ggml.merges", str)]
-    if not tokens or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
-        raise UserError(f"{where}: its list of tokens is damaged (missing types, or tokens that occur twice)")
-    while types and types[-1] == UNUSED:
-        tokens, types = tokens[:-1], types[:-1]
-    with library(f"{where}: its merges do not fit its tokens"):
-        backend = tokenizers.Tokenizer(
-            models.BPE(
-                vocab={token: number for number, token in enumerate(tokens)},
-                merges=merges,  # type: ignore[arg-type,unused-ignore]
-                ignore_merges=kind
-                == "llama-bpe",  # Llama 3 takes a whole word first, if the vocabulary has it
-            )
-        )
-    backend.pre_tokenizer = PRE_TOKENIZERS[kind]
-    backend.decoder = decoders.ByteLevel()
-    controls = [token for token, type_ in zip(tokens, types, strict=True) if type_ == CONTROL]
-    plain = [token for token, type_ in zip(tokens, types, strict=True) if type_ == USER_DEFINED]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in controls])
-    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
-    end = end_of_text(controls, _named(metadata, "eos"), where=where)
-    return Tokenizer(backend, end_of_text=end, controls=controls)
-
-
-def _named(metadata: Metadata, role: str) -> str | None:
-    """The token that plays a role (bos, eos), or None."""
-    number, tokens = (
-        metadata.values.get(f"tokenizer.ggml.{role}_token_id"),
-        metadata.items("tokenizer.ggml.tokens", str),
-    )
-    if number is None:
-        return None
-    if type(number) is not int or not 0 <= number < len(tokens):
-        raise UserError(
-            f"{metadata.where}: tokenizer.ggml.{role}_token_id is {number!r:.80}, not one of its tokens"
-        )
-    return str(tokens[number])
 
 
 def _template(metadata: Metadata) -> ChatTemplate | None:
@@ -121,7 +35,19 @@ def _template(metadata: Metadata) -> ChatTemplate | None:
         return None
     if not isinstance(source, str):
         raise UserError(f"{metadata.where}: tokenizer.chat_template is no text")
-    return chat_template(source, begin=_named(metadata, "bos"), end=_named(metadata, "eos"))
+    others = {
+        name: token
+        for name, role in ROLES.items()
+        if (token := named(metadata.values, role, metadata.where)) is not None
+    }
+    prefix = "tokenizer.chat_template."
+    further = {
+        key.removeprefix(prefix): text
+        for key, text in metadata.values.items()
+        if key.startswith(prefix) and isinstance(text, str)
+    }
+    begin, end = (named(metadata.values, role, metadata.where) for role in ("bos", "eos"))
+    return chat_template(source, begin=begin, end=end, others=others, named=further)
 
 
 def gguf_shape(path: Path) -> GPTConfig:
@@ -144,7 +70,7 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer
     tensors = {tensor.name: Stored(tensor.shape, tensor.read) for tensor in file.tensors}
     with located(str(path)):
         config = config_of(metadata, tensors)
-    text = _tokenizer(metadata) if tokenizer else None
+    text = read_tokenizer(file.values, str(path)) if tokenizer else None
     if text is not None and text.vocab_size > config.vocab_size:
         raise UserError(
             f"{path}: {text.vocab_size} tokens in its tokenizer, {config.vocab_size} in the model"

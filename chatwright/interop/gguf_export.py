@@ -7,7 +7,6 @@ be written.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,20 +14,18 @@ from typing import Any
 
 import gguf
 import numpy as np
-import tokenizers
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 
 from chatwright.config import UserError
-from chatwright.interop import gguf as reading
 from chatwright.interop.gguf_metadata import Metadata
 from chatwright.interop.gguf_shapes import ARCHITECTURES, GELUS, OWN_ACTIVATION, config_of, stored
-from chatwright.interop.leaving import check_shape, ends_of, portable
+from chatwright.interop.gguf_tokenizer_export import roles, vocabulary
+from chatwright.interop.leaving import check_shape, ends_of, exported
 from chatwright.interop.loaded import Loaded, Stored, foreign
 from chatwright.model.config import GPTConfig
 from chatwright.model.rotary_scaling import RotaryScaling
-from chatwright.tokenizer import PATTERN, Tokenizer
 
 DTYPES = {"f32": Kind.F32, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
 _FILE_TYPES = {
@@ -183,101 +180,6 @@ def kind_of(name: str, shape: tuple[int, ...], wanted: Kind) -> Kind:
     return Kind.F32 if shape[-1] % block else wanted
 
 
-# ---- tokenizer ---------------------------------------------------------------------------------------------
-
-
-def _pre_tokenizer(backend: tokenizers.Tokenizer) -> Any:
-    """How a tokenizer cuts text, as JSON, without what changes no ids.
-
-    Contractions are spelled out: llama.cpp reads the published (?i:'s|'t|...) so too (see PATTERN for the
-    difference).
-    """
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(one) for key, one in value.items() if key != "trim_offsets"}
-        if isinstance(value, str):
-            return value.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", PATTERN.partition("|[^")[0])
-        return [plain(one) for one in value] if isinstance(value, list) else value
-
-    return plain(json.loads(backend.to_str())["pre_tokenizer"])
-
-
-def pre_name(tokenizer: Tokenizer) -> str:
-    """llama.cpp's name for how a tokenizer cuts text before merging. Raises UserError when it has none."""
-    wanted = _pre_tokenizer(tokenizer.backend)
-    for name, pre_tokenizer in reading.PRE_TOKENIZERS.items():
-        known = tokenizers.Tokenizer(tokenizers.models.BPE())
-        known.pre_tokenizer = pre_tokenizer
-        if _pre_tokenizer(known) == wanted:
-            return name
-    raise UserError(
-        "the tokenizer cuts text in a way that llama.cpp has no name for, and it would see other tokens "
-        f"there (known: {', '.join(reading.PRE_TOKENIZERS)}; tokenizers that chatwright trains now are qwen2)"
-    )
-
-
-def _check_tokenizer(content: Mapping[str, Any], pre: str) -> None:
-    """Raise UserError for what llama.cpp's byte-level BPE does not do."""
-    model = content["model"]
-    if model.get("type") != "BPE":
-        raise UserError(
-            f"the tokenizer is of type {model.get('type')}, and only byte-level BPE can be written"
-        )
-    if content.get("normalizer"):
-        kind = content["normalizer"].get("type")
-        raise UserError(f"the tokenizer normalises text first ({kind}), which llama.cpp does not")
-    for name in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-        if model.get(name):
-            raise UserError(f"the tokenizer has {name} = {model[name]!r}, which llama.cpp's BPE does not")
-    whole_words = pre == "llama-bpe"
-    if bool(model.get("ignore_merges")) != whole_words:
-        raise UserError(
-            f"the tokenizer has ignore_merges = {not whole_words}, and llama.cpp's {pre} means {whole_words}"
-        )
-    for token in content.get("added_tokens", []):
-        strange = [
-            name for name in ("single_word", "lstrip", "rstrip") if token.get(name) and not token["special"]
-        ]
-        if strange:
-            raise UserError(
-                f"the tokenizer's {token['content']!r} has {strange[0]}, which llama.cpp does not"
-            )
-
-
-def vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
-    """The tokenizer's keys, with names for all `size` rows of the model's table. Raises UserError for what
-    llama.cpp would do otherwise."""
-    content, pre = json.loads(tokenizer.to_json()), pre_name(tokenizer)
-    _check_tokenizer(content, pre)
-    kinds = {
-        token["id"]: reading.CONTROL if token["special"] else reading.USER_DEFINED
-        for token in content.get("added_tokens", [])
-    }
-    spelling = {
-        number: token for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items()
-    }
-    tokens = [spelling.get(number, f"[PAD{number}]") for number in range(size)]
-    if len(set(tokens)) != size:
-        raise UserError("the tokenizer has tokens called [PAD...], as llama.cpp calls the unused ones")
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in content["model"]["merges"]]
-    if not pairs:
-        raise UserError("the tokenizer has not a single merge, and llama.cpp reads none without")
-    if any(" " in part for pair in pairs for part in pair):
-        raise UserError("the tokenizer merges pieces with spaces in them: it is not byte-level BPE")
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [
-            kinds.get(number, reading.NORMAL) if number in spelling else reading.UNUSED
-            for number in range(size)
-        ],
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in pairs],
-        "tokenizer.ggml.add_bos_token": False,
-    }
-
-
 # ---- the file ----------------------------------------------------------------------------------------------
 
 
@@ -289,6 +191,8 @@ class GGUFExport:
     values: Mapping[str, Any]
     tensors: Mapping[str, Stored]
     kind: Kind
+    told: tuple[str, ...] = ()
+    """What there is to say about the tokenizer."""
 
     @property
     def family(self) -> str:
@@ -297,14 +201,15 @@ class GGUFExport:
 
     @property
     def notes(self) -> list[str]:
-        """What there is to say: which matrices stay in float32 because their rows cannot be cut into
-        blocks."""
+        """What there is to say: what llama.cpp's tokenizer does otherwise, which matrices stay in float32
+        because their rows cannot be cut into blocks."""
         block, _ = gguf.GGML_QUANT_SIZES[self.kind]
         left = [name for name, one in self.tensors.items() if len(one.shape) > 1 and one.shape[-1] % block]
         left = [name for name in left if name != _POSITIONS]
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
         kind, names = self.kind.name.lower(), ", ".join(left[:3])
-        return [f"In float32, as {kind} wants rows of a multiple of {block}: {names}{more}."] if left else []
+        wide = f"In float32, as {kind} wants rows of a multiple of {block}: {names}{more}."
+        return [*self.told, *([wide] if left else [])]
 
     def write(self, path: Path) -> None:
         """Write the file, one tensor in memory at a time. Raises OSError when the disk is full."""
@@ -337,16 +242,19 @@ def plan_gguf(parts: Loaded, *, dtype: str = "f32") -> GGUFExport:
         "general.file_type": int(_FILE_TYPES[kind]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
+    told: tuple[str, ...] = ()
     if parts.tokenizer is not None:
-        tokenizer, ends = parts.tokenizer, ends_of(parts, parts.tokenizer)
-        values |= vocabulary(tokenizer, config.vocab_size)
-        values["tokenizer.ggml.bos_token_id"] = tokenizer.end_of_text_id
-        values["tokenizer.ggml.eos_token_id"] = tokenizer.control_ids[ends.sequence]
-        if ends.turn:
-            values["tokenizer.ggml.eot_token_id"] = tokenizer.control_ids[ends.turn]
+        words = vocabulary(parts.tokenizer, config.vocab_size)
+        around = roles(parts, parts.tokenizer, ends_of(parts, parts.tokenizer))
+        values |= {**words.values, **around.values}
+        told = (*words.notes, *around.notes)
     if parts.template is not None:
-        values["tokenizer.chat_template"] = portable(parts.template)
-    return GGUFExport(architecture, values, tensors, kind)
+        template = exported(parts.template)
+        values["tokenizer.chat_template"] = template.source
+        values |= {f"tokenizer.chat_template.{name}": text for name, text in template.named.items()}
+        if template.named:
+            values["tokenizer.chat_templates"] = sorted(template.named)
+    return GGUFExport(architecture, values, tensors, kind, told)
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

@@ -19,20 +19,20 @@ import safetensors
 import torch
 from torch import Tensor
 
-from chatwright.chat import ChatTemplate, read_template
+from chatwright.chat import ChatTemplate
 from chatwright.config import UserError
 from chatwright.files import read_json
 from chatwright.generation_config import GenerationConfig
 from chatwright.interop.families import Family, config_from_hf, family_of
+from chatwright.interop.hf_tokenizer import read_tokenizer
 from chatwright.interop.loaded import (
     Loaded,
     Stored,
     build,
-    chat_template,
-    end_of_text,
     in_memory,
     translate,
 )
+from chatwright.interop.templates import template_of
 from chatwright.model.config import GPTConfig
 from chatwright.tokenizer import Tokenizer
 
@@ -149,7 +149,7 @@ def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32, tokeni
     """A model directory as `save_pretrained` writes it. Raises UserError when anything in it is not what we
     carry.
 
-    `tokenizer=False` reads the weights alone, for models whose tokenizer is not byte-level BPE.
+    `tokenizer=False` reads the weights alone, for models whose tokenizer is of a kind that is not read.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -174,35 +174,9 @@ def _text_side(directory: Path) -> tuple[Tokenizer | None, ChatTemplate | None]:
     if not file.exists():
         return None, None
     content = _read_json(file)
-    decoder = content.get("decoder")
-    decoders = [decoder, *_listed(decoder.get("decoders"))] if isinstance(decoder, dict) else []
-    if not any(isinstance(one, dict) and one.get("type") == "ByteLevel" for one in decoders):
-        raise UserError(f"{file}: not byte-level BPE; load_hf(..., tokenizer=False) reads the weights alone")
     extra = directory / "tokenizer_config.json"
     settings = _read_json(extra) if extra.exists() else {}
-    begin, end = (_token(settings.get(name)) for name in ("bos_token", "eos_token"))
-    added = [token for token in _listed(content.get("added_tokens")) if isinstance(token, dict)]
-    controls = [str(token.get("content")) for token in added if token.get("special")]
-    tokenizer = Tokenizer.load(file, end_of_text=end_of_text(controls, end, where=str(file)))
-    jinja = directory / "chat_template.jinja"
-    source = read_template(jinja) if jinja.exists() else settings.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        named = {str(one.get("name")): one.get("template") for one in source if isinstance(one, dict)}
-        source = named.get("default")
-    if source and not isinstance(source, str):
-        raise UserError(f"{extra}: its chat_template is no text")
-    return tokenizer, chat_template(source, begin=begin, end=end) if source else None
-
-
-def _listed(value: Any) -> list[Any]:
-    """A list out of a JSON file; empty when it is something else."""
-    return value if isinstance(value, list) else []
-
-
-def _token(value: Any) -> str | None:
-    """A token of tokenizer_config.json: its text, or an object with its text."""
-    found = value.get("content") if isinstance(value, dict) else value
-    return found if isinstance(found, str) else None
+    return read_tokenizer(directory, content, settings), template_of(directory, settings)
 
 
 def hf_shape(directory: Path) -> GPTConfig:

@@ -16,7 +16,8 @@ import torch
 
 from chatwright.config import UserError
 from chatwright.interop.families import FAMILIES, config_from_hf
-from chatwright.interop.leaving import check_shape, ends_of, family_name, portable
+from chatwright.interop.hf_tokenizer_export import tokenizer_files
+from chatwright.interop.leaving import check_shape, ends_of, exported, family_name
 from chatwright.interop.loaded import Loaded, Stored, foreign
 from chatwright.model.config import GPTConfig
 from chatwright.tensor_files import save_tensors
@@ -61,6 +62,7 @@ class HFExport:
         """Write into an existing directory, one file's tensors in memory at a time. Raises OSError: disk
         full."""
         for name, text in self.texts.items():
+            (directory / name).parent.mkdir(exist_ok=True)  # other chat templates have a folder
             (directory / name).write_text(text, encoding="utf-8")
         shards = self._shards(shard_bytes)
         index: dict[str, str] = {}
@@ -107,29 +109,19 @@ def plan_hf(parts: Loaded, *, dtype: str = "fp32") -> HFExport:
     if parts.tokenizer is not None:
         tokenizer = parts.tokenizer
         ends = ends_of(parts, tokenizer)
-        ids = {"bos_token_id": tokenizer.end_of_text_id, "eos_token_id": tokenizer.control_ids[ends.sequence]}
-        values |= ids
-        stops = [tokenizer.control_ids[end] for end in dict.fromkeys((ends.sequence, ends.text))]
-        generation = {**ids, "eos_token_id": stops, "pad_token_id": tokenizer.end_of_text_id}
+        around = tokenizer_files(tokenizer, ends)
+        values |= around.ids
+        generation = {**around.ids, "eos_token_id": around.stops, "pad_token_id": tokenizer.end_of_text_id}
         if parts.generation is not None:
             generation |= parts.generation.to_values()
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is, in every version
-            "bos_token": ends.text,
-            "eos_token": ends.sequence,
-            "pad_token": ends.text,
-            "add_bos_token": False,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": config.context,
-        }
+        settings = {**around.settings, "model_max_length": config.context}
         texts |= {
-            "tokenizer.json": tokenizer.to_json(),
+            "tokenizer.json": around.content,
             "tokenizer_config.json": _json(settings),
             "generation_config.json": _json(generation),
         }
     if parts.template is not None:
-        texts["chat_template.jinja"] = portable(parts.template)
+        texts |= exported(parts.template).files()
     texts["config.json"] = _json(values)
     return HFExport(f"transformers' {family}", texts, tensors, DTYPES[dtype])
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from chatwright.chat import ChatTemplate
+from chatwright.chat import ChatTemplate, Message
 from chatwright.config import UserError
 from chatwright.interop.families import FAMILIES, config_from_hf
 from chatwright.interop.loaded import Loaded, end_of_text
+from chatwright.interop.templates import SPECIAL_TOKENS, with_tokens
 from chatwright.model.config import GPTConfig
 from chatwright.tokenizer import Tokenizer
 
@@ -21,6 +22,13 @@ class Ends:
     """Closes an assistant's turn; None for a base model."""
     text: str
     """Stands between documents."""
+    others: tuple[str, ...] = ()
+    """What else closes an assistant's turn."""
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Where generation stops."""
+        return tuple(dict.fromkeys((self.sequence, *self.others, self.text)))
 
     @property
     def sequence(self) -> str:
@@ -72,31 +80,55 @@ def ends_of(parts: Loaded, tokenizer: Tokenizer) -> Ends:
     )
     if size > rows:
         raise UserError(f"the tokenizer has {size} tokens and the model {rows}: they do not belong together")
+    turns: list[str] = []
     if parts.template is not None:
-        parts.template.end_ids(tokenizer)  # a template whose end nobody knows is refused
-    ends = Ends(parts.template.end if parts.template else None, tokenizer.end_of_text)
+        parts.template.end_ids(tokenizer)  # a given end that nobody knows is refused
+        found = parts.template.ends(tokenizer)
+        named = sorted(found.tokens, key=lambda token: token != found.last)  # the last one's first
+        turns = [token for token in named if token in tokenizer.control_ids]
+    ends = Ends(turns[0] if turns else None, tokenizer.end_of_text, tuple(turns[1:]))
     guessed = end_of_text(tokenizer.controls, ends.sequence, where=parts.source)
     if guessed != ends.text:
         raise UserError(f"its texts end with {ends.text}, which other programs would take to be {guessed}")
     return ends
 
 
-def portable(template: ChatTemplate) -> str:
-    """The template's text such that it means the same to programs that hand it their own bos_token and
-    eos_token.
+def chats_begin_like_texts(parts: Loaded, tokenizer: Tokenizer) -> bool:
+    """Whether a conversation begins with what stands in front of a text; True for a base model."""
+    if parts.template is None:
+        return True
+    begin = list(tokenizer.frame.begin)
+    for role in ("user", "system"):  # a template may want either first
+        try:
+            message = Message(role=role, content="x")
+            ids = parts.template.encode([message], tokenizer, add_generation_prompt=True).ids
+        except UserError:
+            continue
+        return ids[: len(begin)] == begin
+    return False
 
-    Ours renders with both empty: where the text uses one that it does not set itself, it is set to be empty.
-    """
+
+def exported(template: ChatTemplate) -> ChatTemplate:
+    """The template, and its other templates, such that they mean the same to programs that hand them their
+    own special tokens."""
+    others = {name: _portable(text) for name, text in template.named.items()}
+    return ChatTemplate(portable(template), template.end or None, named=others)
+
+
+def portable(template: ChatTemplate) -> str:
+    """The text of `exported`. Here special tokens are undefined: where the text uses one that it does not set
+    itself, it is set to be empty."""
+    return _portable(template.source)
+
+
+def _portable(source: str) -> str:
     import jinja2
     from jinja2 import meta
 
+    from chatwright.sandbox import Sandbox
+
     try:
-        syntax = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template.source)
-    except (
-        jinja2.TemplateError,
-        RecursionError,
-    ):  # tags that only transformers has: nothing is known about the text
+        free = meta.find_undeclared_variables(Sandbox().parse(source)) & set(SPECIAL_TOKENS)
+    except (jinja2.TemplateError, RecursionError):  # nothing is known about the text
         free = {"bos_token", "eos_token"}
-    else:
-        free = meta.find_undeclared_variables(syntax) & {"bos_token", "eos_token"}
-    return "".join(f"{{%- set {name} = '' -%}}" for name in sorted(free)) + template.source
+    return with_tokens(source, dict.fromkeys(sorted(free), ""))

@@ -7,7 +7,6 @@ whole file are checked before a single number is read, and nothing is skipped in
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -277,18 +276,3 @@ def end_of_text(controls: Iterable[str], end_of_sequence: str | None, *, where: 
         if name is not None and name in names:
             return name
     raise UserError(f"{where}: none of the tokenizer's control tokens ends a text; name one as its eos_token")
-
-
-def chat_template(source: str, *, begin: str | None, end: str | None) -> ChatTemplate:
-    """A template from elsewhere. `begin` and `end` are its begin- and end-of-sequence tokens, None where
-    unknown.
-
-    Templates may speak of them as `bos_token` and `eos_token`; these are written into the text, so that the
-    template means the same wherever it is rendered.
-    """
-    values = {"bos_token": begin, "eos_token": end}
-    used = [name for name in values if re.search(rf"\b{name}\b", source)]
-    source = "".join(f"{{%- set {name} = {values[name] or ''!r} -%}}" for name in used) + source
-    if end is not None and end in source:
-        return ChatTemplate(source, end)
-    return ChatTemplate.from_source(source)

@@ -147,7 +147,7 @@ def _asked(config: Any, workspace: Workspace, report: Report) -> Answered:
     ask = partial(
         sample_completions,
         prompts=prompts,
-        end=tokenizer.control_ids[template.end],
+        end=template.end_id(tokenizer),
         max_new_tokens=room,
         seed_parts=(workspace.seed, "before and after"),
     )

@@ -61,6 +61,9 @@ class ServeConfig:
     """Largest request, in bytes; larger ones are refused with status 413."""
     max_new_tokens: int = 0
     """Longest answer, in tokens; requests for longer ones are cut to it. 0: the context is the only limit."""
+    defaults: Literal["model", "openai"] = "model"
+    """Sampling settings that a request leaves out: the model's own (generation_config.json, else temperature
+    0.7), or OpenAI's (temperature 1, nothing left out)."""
     max_prompt_tokens: int = 0
     """Longest prompt, in tokens; longer ones are refused with status 400. 0: the context is the only limit.
     """

@@ -60,8 +60,8 @@ class Settings(BaseModel):
     @classmethod
     def recommended(cls, own: Mapping[str, Any]) -> Settings:
         """The settings that a page begins with: those that the model's makers recommend, or the defaults."""
-        within = {**own, "temperature": min(own["temperature"], 2.0)} if "temperature" in own else own
-        return cls(**within)
+        most = {"temperature": 2.0, "repetition_penalty": 10.0}  # where the page's fields end
+        return cls(**{name: min(value, most.get(name, value)) for name, value in own.items()})
 
     def sampling(self) -> Sampling:
         """The engine's settings. Raises UserError on values that it refuses."""

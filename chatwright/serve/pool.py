@@ -68,8 +68,8 @@ class ModelPool:
     """Models by name. The first is the default one, used where no model is named.
 
     budget: most bytes for weights, packed weights, and keys and values of all models in memory; None: no
-    limit. limits: those of each model for its clients. loader: makes a model from a spec; it blocks and is
-    called in a thread.
+    limit. limits: those of each model for its clients. own_defaults: as in `ChatService`. loader: makes a
+    model from a spec; it blocks and is called in a thread.
 
     Objects appended to `listeners` receive the timings of answers.
     """
@@ -80,6 +80,7 @@ class ModelPool:
         *,
         budget: int | None = None,
         limits: Limits = Limits(),  # noqa: B008 (frozen)
+        own_defaults: bool = True,
         loader: Callable[[Spec], LanguageModel] | None = None,
     ) -> None:
         names = [spec.name for spec in specs]
@@ -88,7 +89,7 @@ class ModelPool:
                 f"the names of the models served must differ: {', '.join(names) or 'none is given'}"
             )
         self._entries = {spec.name: _Entry(spec) for spec in specs}
-        self._budget, self._limits = budget, limits
+        self._budget, self._limits, self._own_defaults = budget, limits, own_defaults
         self.listeners: list[Listener] = []
         self._loader = loader or (lambda spec: load(spec.source, dtype=spec.dtype))
         self._loading = asyncio.Lock()  # one at a time: two loads at once could both count on the same memory
@@ -233,7 +234,14 @@ class ModelPool:
         # The service limits and counts the requests that pass through it. The engine's own limit is for
         # requests that do not.
         engine = EngineThread(model.engine, max_waiting=2 * self._limits.max_requests)
-        entry.service = ChatService(model, engine, name=name, limits=self._limits, listeners=self.listeners)
+        entry.service = ChatService(
+            model,
+            engine,
+            name=name,
+            limits=self._limits,
+            listeners=self.listeners,
+            own_defaults=self._own_defaults,
+        )
         entry.size = model.memory_bytes
 
     def cancel_all(self) -> None:

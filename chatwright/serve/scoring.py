@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from chatwright.generate.scoring import Scored, ToScore
     from chatwright.model.gpt import GPT
 
@@ -28,8 +30,9 @@ class _Job:
 class Scorer:
     """Scores texts with one model. Use it within one event loop."""
 
-    def __init__(self, model: GPT) -> None:
-        self._model = model
+    def __init__(self, model: GPT, known: Tensor | None = None) -> None:
+        """`known` as in `score_texts`."""
+        self._model, self._known = model, known
         self._waiting: deque[_Job] = deque()
         self._worker: asyncio.Task[None] | None = None
 
@@ -60,7 +63,7 @@ class Scorer:
             jobs = self._next_pass()
             texts = [job.text for job in jobs]
             try:
-                found = await asyncio.to_thread(score_texts, self._model, texts)
+                found = await asyncio.to_thread(score_texts, self._model, texts, self._known)
             except BaseException as error:
                 for job in jobs:
                     _fail(job.result, error)

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chatwright.config import UserError
 from chatwright.serve.answer import Answer, Listener
 from chatwright.serve.scoring import Scorer
 
 if TYPE_CHECKING:
-    from chatwright.chat import Message
+    from chatwright.chat import Beside, Message
     from chatwright.generate.grammar import Grammar
     from chatwright.generate.request import Request
     from chatwright.generate.sampling import Sampling
@@ -99,25 +99,29 @@ def prepare(
     answers: int = 1,
     grammar: Callable[[LanguageModel], Grammar | None] | None = None,
     begun: str = "",
+    beside: Beside | None = None,
 ) -> Prepared:
     """Encode `messages` and make room for the answer, which continues `begun` if that is given.
 
     A quarter of the context (or `max_new_tokens`, if that is less) is kept free for the answer; the oldest
     turns are dropped if the rest does not hold the conversation. The answer may use all room that is left, up
     to `max_new_tokens`. With a seed, answer k uses seed + k. `grammar` makes the grammar that constrains the
-    answers. Raises TooLong if even the last message is too long or `begun` fills the context, UserError if
-    the model's template refuses the conversation.
+    answers; `beside` is what the template is given with the messages, such as tools. Raises TooLong if even
+    the last message is too long or `begun` fills the context, UserError if the model's template refuses the
+    conversation.
     """
     from chatwright.generate.request import Request
 
     context, template = model.engine.max_context, model.require_template()
     reserve = max(1, min(sampling.max_new_tokens, context // 4))
     begun_ids = model.tokenizer.encode(begun)
+    given: Beside = beside or {}
     try:
-        fitted = model.encode_chat(messages, max_new_tokens=reserve + len(begun_ids))
+        fitted = model.encode_chat(messages, max_new_tokens=reserve + len(begun_ids), **given)
     except UserError as error:
         # Raises UserError if the template was the cause, not the length.
-        template.encode(messages, model.tokenizer, add_generation_prompt=True)
+        asked = not given.get("continue_final_message")
+        template.encode(messages, model.tokenizer, add_generation_prompt=asked, **given)
         raise TooLong(str(error)) from None
     prompt = (*fitted.ids, *begun_ids)
     if len(prompt) >= context:
@@ -125,9 +129,10 @@ def prepare(
     request = Request(
         prompt=prompt,
         sampling=_within(sampling, context - len(prompt)),
-        end_ids=template.end_ids(model.tokenizer),
+        end_ids=model.end_ids,
         grammar=grammar(model) if grammar is not None else None,
-    )
+        continues=bool(begun),
+    ).stopping(template.stop_texts(model.tokenizer))
     return Prepared(_samples(request, answers), len(prompt), fitted.dropped)
 
 
@@ -138,9 +143,7 @@ def prepare_prompts(
     the context."""
     from chatwright.generate.request import Request
 
-    end_ids = frozenset({model.tokenizer.end_of_text_id})
-    if model.template is not None:
-        end_ids |= model.template.end_ids(model.tokenizer)
+    end_ids, controls = model.text_end_ids, set(model.tokenizer.control_ids.values())
     requests: list[Request] = []
     for ids in prompts:
         room = model.engine.max_context - len(ids)
@@ -148,7 +151,9 @@ def prepare_prompts(
             raise TooLong(
                 f"the prompt has {len(ids)} tokens, the model's context holds {model.engine.max_context}"
             )
-        requests += _samples(Request(tuple(ids), _within(sampling, room), end_ids), answers)
+        continues = not controls.issuperset(ids)  # control tokens alone are no text that goes on
+        one = Request(tuple(ids), _within(sampling, room), end_ids, continues=continues)
+        requests += _samples(one, answers)
     return Prepared(tuple(requests), sum(map(len, prompts)), 0)
 
 
@@ -180,13 +185,17 @@ class ChatService:
         name: str,
         limits: Limits = Limits(),
         listeners: Sequence[Listener] = (),
+        own_defaults: bool = True,
     ) -> None:
+        """`own_defaults`: whether settings that a request leaves out are the model's own (vLLM's
+        --generation-config auto) or OpenAI's."""
         self.model = model
+        self.own_defaults = own_defaults
         self.name = name
         """The name under which the model is served."""
         self.engine = engine
         self.limits = limits
-        self.scorer = Scorer(model.model)
+        self.scorer = Scorer(model.model, model.known)
         self._listeners = listeners
         self._running: set[Answer] = set()
         self._preparing = 0
@@ -196,6 +205,11 @@ class ChatService:
     def context(self) -> int:
         """The model's window, in tokens."""
         return self.model.engine.max_context
+
+    @property
+    def own_sampling(self) -> dict[str, Any]:
+        """The sampling settings of whatever a request leaves out; empty for OpenAI's defaults."""
+        return self.model.own_sampling if self.own_defaults else {}
 
     @property
     def running(self) -> int:
@@ -217,10 +231,20 @@ class ChatService:
         answers: int = 1,
         grammar: Callable[[LanguageModel], Grammar | None] | None = None,
         begun: str = "",
+        beside: Beside | None = None,
     ) -> Prepared:
         """`prepare` in a thread, within the limits. Raises UserError, and Busy when no slots are free."""
         sampling = self.limits.cut(sampling)
-        work = partial(prepare, self.model, messages, sampling, answers=answers, grammar=grammar, begun=begun)
+        work = partial(
+            prepare,
+            self.model,
+            messages,
+            sampling,
+            answers=answers,
+            grammar=grammar,
+            begun=begun,
+            beside=beside,
+        )
         return await self._prepared(work, answers)
 
     async def prepare_prompts(

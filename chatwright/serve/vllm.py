@@ -26,7 +26,7 @@ from chatwright.serve.operation.guard import is_loopback
 if TYPE_CHECKING:
     from chatwright.serve.config import ServeConfig
 
-CARRIED = frozenset({"host", "port", "name", "dtype", "insecure", "engine", "engine_args"})
+CARRIED = frozenset({"host", "port", "name", "dtype", "insecure", "defaults", "engine", "engine_args"})
 """Settings of `serve` that take effect here or in vLLM. A change of any other one is refused, since it would
 have no effect."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -160,11 +160,14 @@ def exported(source: str, dtype: str) -> Path:
     if (target / "config.json").is_file():  # the export is complete: it appears whole or not at all
         print(f"exported before: {target}", file=sys.stderr)
         return target
+    from chatwright.generation_config import own_default
     from chatwright.interop.export import write_export
     from chatwright.interop.leaving import family_name
     from chatwright.language_model import WORTH_COMPILING, load_parts
 
     parts = load_parts(source)
+    if parts.generation is None:  # vLLM's own default would be a temperature of 1
+        parts = dataclasses.replace(parts, generation=own_default())
     if parts.tokenizer is None:
         raise UserError(f"{source} has no tokenizer beside its weights: nobody could talk to it")
     family = family_name(parts.model.config)
@@ -216,6 +219,7 @@ def command(handed: Handed, name: str, config: ServeConfig) -> list[str]:
         "--served-model-name": name,
         "--max-model-len": handed.context,
         "--dtype": handed.dtype,
+        "--generation-config": "vllm" if config.defaults == "openai" else None,  # auto: the model's own
     }
     given = [str(part) for option, value in options.items() if value is not None for part in (option, value)]
     return ["serve", handed.model, *given, *config.engine_args]

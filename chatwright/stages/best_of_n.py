@@ -234,7 +234,7 @@ def answered(
     return sample_completions(
         base.model,
         prompts,
-        end=base.tokenizer.control_ids[base.template.end],
+        end=base.template.end_id(base.tokenizer),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         seed_parts=(seed, "bestofn"),

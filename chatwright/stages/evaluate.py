@@ -176,7 +176,7 @@ def sample(model: GPT, framed: ChatBase, prompts: list[list[int]], config: Confi
     return sample_completions(
         model,
         prompts * config.samples,
-        end=framed.tokenizer.control_ids[framed.template.end],
+        end=framed.template.end_id(framed.tokenizer),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         seed_parts=(seed, "eval"),
@@ -349,7 +349,7 @@ def as_in_chat(answers: Answered, config: Config, sides: Sides, seed: int) -> An
             sample_completions(
                 model,
                 sides.asked.prompts[:count],
-                end=sides.base.tokenizer.control_ids[sides.base.template.end],
+                end=sides.base.template.end_id(sides.base.tokenizer),
                 max_new_tokens=config.max_new_tokens,
                 temperature=temperature,
                 seed_parts=(seed, "as in chat"),

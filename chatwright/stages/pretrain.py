@@ -171,7 +171,7 @@ PLAN = StagePlan(build=step_program, one_graph=True, holds_records=False)
 def run(config: Config, workspace: Workspace) -> Report:
     """Train a new model on token shards and measure bits per byte on held-out text before and after."""
     directory = workspace.resolve(config.tokenizer)
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = Tokenizer.load(directory).dividing_documents()
     shards = TokenShards.open(directory / "train", tokenizer)
     held_out = TokenShards.open(directory / "validation", tokenizer)
     shape = shape_of(config, tokenizer.vocab_size)

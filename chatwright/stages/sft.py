@@ -161,7 +161,7 @@ STEP = 64
 def start(config: Config, workspace: Workspace) -> tuple[ChatBase, Path]:
     """The base model, and the directory of the conversations. Raises UserError."""
     base = open_chat_base(config.base, workspace, template=NATIVE)
-    base.template.end_ids(base.tokenizer)
+    base.template.check_end(base.tokenizer)
     return base, records_of(workspace.resolve(config.data))
 
 
@@ -198,7 +198,9 @@ def preview(config: Config, workspace: Workspace, count: int) -> None:
         row = rows.rows[number]
         held = f"{len(row.ids)} of {rows.length} tokens in {row.documents[-1]} conversations"
         say(f"\nrow {number}: {held}, {learnt_tokens(row)} learnt")
-        picture = row_picture(row, base.tokenizer, end=base.template.end, colours=colours)
+        picture = row_picture(
+            row, base.tokenizer, end=base.template.ends(base.tokenizer).last, colours=colours
+        )
         console.print(picture, soft_wrap=True)
     say(f"\n{rows}\n{cuts}")
     check_end_is_learnt(rows.rows, base.template, base.tokenizer)
@@ -210,7 +212,7 @@ EXCERPT = 600
 
 def excerpt(row: PackedRow, tokenizer: Tokenizer, template: ChatTemplate) -> Table:
     """The beginning of a row with its loss mask, for the report."""
-    text = row_picture(row, tokenizer, end=template.end, colours=False).plain
+    text = row_picture(row, tokenizer, end=template.ends(tokenizer).last, colours=False).plain
     cut = text if len(text) <= EXCERPT else f"{text[:EXCERPT]} ..."
     return Table(
         "The beginning of the first row; what stands in [[ ]] is learnt",

@@ -60,7 +60,13 @@ def model_metadata(
 ) -> dict[str, Any]:
     """Metadata of a model for a checkpoint's state.json. `kind` is `language` or `reward`, `adapter` comes
     from `adapters.metadata`."""
-    known = {"kind": kind, "model": shape.to_dict(), "tokenizer": tokenizer.fingerprint}
+    known = {
+        "kind": kind,
+        "model": shape.to_dict(),
+        "tokenizer": tokenizer.fingerprint,
+        "end_of_text": tokenizer.end_of_text,
+        "texts": tokenizer.frame.to_state(),
+    }
     if template is not None:
         known["template"] = template.fingerprint
     return {**known, **(adapter or {})}
@@ -75,7 +81,7 @@ def model_texts(
     template and the sampling settings of the model that training started from."""
     texts = {"tokenizer.json": tokenizer.to_json()}
     if template is not None:
-        texts["chat_template.jinja"] = template.source
+        texts |= template.files()
     if generation is not None:
         texts[generation_config.FILE] = generation.to_json()
     return texts

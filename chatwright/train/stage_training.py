@@ -19,7 +19,7 @@ import torch
 
 from chatwright import memory, runtime
 from chatwright.chat import ChatTemplate
-from chatwright.generation_config import GenerationConfig
+from chatwright.generation_config import GenerationConfig, own_default
 from chatwright.metrics import say
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
@@ -114,7 +114,7 @@ class StageTraining(Generic[Settings]):
         """Prepare a model for training (adapter, device, compilation) and make its trainer.
 
         `base` is the model whose weights an adapter is trained over, where it is not the model itself;
-        `generation` are the sampling settings that the result keeps.
+        `generation` are the sampling settings that the result keeps; by default our own.
         `compiling(model, cut=...)` compiles the model when the settings ask for it, and returns a line about
         it; None leaves compilation to the stage. Raises UserError for impossible adapter settings.
         """
@@ -128,12 +128,13 @@ class StageTraining(Generic[Settings]):
         if compiling is not None and fit.compile:
             say(f"  {compiling(model, cut=self.parallel.is_tensor_parallel)}")
         kind = "language" if isinstance(model, GPT) else "reward"
+        recommended = generation or (own_default() if kind == "language" else None)
         return Trainer(
             {"model": model},
             self.settings.optim,
             self.workspace,
             metadata=model_metadata(kind, model.config, tokenizer, template, adapter=adapter),
-            texts=model_texts(tokenizer, template, generation),
+            texts=model_texts(tokenizer, template, recommended),
             keep=fit.keep,
             parallel=self.parallel,
         )

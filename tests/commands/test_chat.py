@@ -198,7 +198,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_first_lines_say_how_answers_are_sampled(chat: Chat, tiny: TinyModel) -> None:
     told = chat("/quit", options=())[2]
-    assert "Sampling: temperature 0.7 (chat's default, for the model recommends none)." in told
+    assert "Sampling: temperature 0.7 (the default, for the model recommends none)." in told
     assert "4-bit" not in told
     tiny.generation = GenerationConfig(temperature=0.2, top_p=0.9, source="the example of its makers")
     tiny.name = "smollm2"

@@ -16,10 +16,12 @@ from chatwright import files
 from chatwright.chat import NATIVE, ChatTemplate, Message
 from chatwright.commands.doctor import chat as doctor_chat
 from chatwright.commands.doctor import model as doctor
+from chatwright.commands.doctor import text as doctor_text
 from chatwright.data.picture import mask_picture
 from chatwright.language_model import load
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
+from chatwright.text_frame import TextFrame
 from chatwright.tokenizer import Tokenizer
 from support.tooling import Run, check, findings, save
 
@@ -41,6 +43,9 @@ def test_a_good_model(run: Run, good: Path) -> None:
         "tokenizer",
         "round trip",
         "controls",
+        "text",
+        "ends",
+        "sampling",
         "context",
         "generation",
         "template",
@@ -68,6 +73,47 @@ def test_a_model_that_has_learnt_to_stop(good: Path) -> None:
     torch.manual_seed(0)
     fresh = GPT(GPTConfig.preset("modern-nano", vocab_size=model.tokenizer.vocab_size, context=256)).eval()
     assert doctor_chat._stops(fresh, encoded, model.template, model.tokenizer).level == "warning"
+
+
+def test_what_the_doctor_says_of_texts(run: Run, good: Path) -> None:
+    """What stands in front of one, what ends an answer, how tokens are chosen, and who says so."""
+    out = " ".join(run("doctor", good)[1].split())
+    assert "in front of a text stands <|endoftext|> (0) (documents are divided by it in training)" in out
+    assert "an answer ends at <|endoftext|> (0): the end of text; <|end|> (5): the chat template" in out
+    assert "where nobody says otherwise: temperature 0.7" in out
+
+
+def test_a_plain_text_side_by_side_with_transformers(run: Run, hf_dir: Path, tmp_path: Path) -> None:
+    hf_dir = shutil.copytree(hf_dir, tmp_path / "hf")
+    settings = json.loads((hf_dir / "tokenizer_config.json").read_text())
+    content = json.loads((hf_dir / "tokenizer.json").read_text())
+    begin = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    known = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
+    single = [begin, {"Sequence": {"id": "A", "type_id": 0}}]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single,
+        "special_tokens": known,
+    }
+    (hf_dir / "tokenizer.json").write_text(json.dumps(content))
+    settings |= {"add_bos_token": True, "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    (hf_dir / "tokenizer_config.json").write_text(json.dumps(settings))
+    (hf_dir / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 99_999]}))
+    code, out, _ = run("doctor", hf_dir)
+    out = " ".join(out.split())
+    assert code == 0
+    assert "<|endoftext|> (0) (the post_processor of tokenizer.json)" in out
+    assert "eos_token of tokenizer_config.json, eos_token_id" not in out  # each end once, first come
+    assert "not 99999, 50256, for no token has that number" in out  # transformers' own for GPT-2
+    assert "<|endoftext|> T" in out and ", as in transformers" in out
+    tokenizer = load(hf_dir).tokenizer.framed(TextFrame())
+    found = doctor_text._beside(tokenizer, str(hf_dir))
+    assert found is not None and found.level == "warning"
+    assert (
+        "here and <|endoftext|> T" in found.text
+        and "transformers 5 leaves add_bos_token aside" in found.remedy
+    )
 
 
 def test_a_base_model(run: Run, base_dir: Path) -> None:
@@ -156,7 +202,7 @@ def test_templates_that_others_read_otherwise(taught: tuple[GPT, Tokenizer]) -> 
     )  # one token; it is cut behind its first letter
     talk = [Message(role="user", content=word[1:]), Message(role="assistant", content="x")]
     joined = ChatTemplate(NATIVE.source.replace("+ '|>' +", f"+ '|>{word[0]}' +"), "<|end|>")
-    assert doctor_chat._twin(talk, joined, tokenizer).level == "warning"
+    assert doctor_chat._twin(talk, joined, tokenizer).level == "ok"  # joined here as there
     assert doctor_chat._twin(talk, NATIVE, tokenizer).level == "ok"
 
 
@@ -233,8 +279,9 @@ def test_a_tokenizer_that_makes_control_tokens_of_text(
 ) -> None:
     encode = Tokenizer.encode
 
-    def spoilt(self: Tokenizer, text: str | bytes) -> list[int]:
-        return list(self.control_ids.values()) if text == "".join(self.controls) else encode(self, text)
+    def spoilt(self: Tokenizer, text: str | bytes, *, continues: bool = False) -> list[int]:
+        spelled = "".join(self.controls)
+        return list(self.control_ids.values()) if text == spelled else encode(self, text, continues=continues)
 
     monkeypatch.setattr(Tokenizer, "encode", spoilt)
     assert "users could fake turns" in check(run, good, problem="controls")

@@ -107,7 +107,7 @@ def test_no_prompt_at_all(generate: Generate, tmp_path: Path) -> None:
 
 
 def test_seeds_repeat_and_count_counts_them_up(generate: Generate) -> None:
-    rest = ("--prompt", "x", "--max_new_tokens", "10", "--temperature", "1.5")
+    rest = ("--prompt", "Once", "--max_new_tokens", "10", "--temperature", "1.5")
     one = generate(*rest, "--seed", "5")[1]
     two = generate(*rest, "--seed", "6")[1]
     assert one != two and generate(*rest, "--seed", "5")[1] == one
@@ -238,6 +238,6 @@ def test_ctrl_c_stops_and_says_so_by_its_exit_code(
         return step()
 
     monkeypatch.setattr(tiny.engine, "step", pressed)
-    code, out = generate("--prompt", "x", "--max_new_tokens", "100", "--temperature", "0")
+    code, out = generate("--prompt", "Once", "--max_new_tokens", "100", "--temperature", "0")
     assert code == 130 and out.endswith("\n") and len(steps) < 10
     assert tiny.engine.active == 0

@@ -13,6 +13,7 @@ from chatwright.generate.sampling import Sampling
 from chatwright.generate.sequence import Text
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
+from support.vocabularies import sentencepiece
 
 MakeModel = Callable[..., GPT]
 
@@ -131,3 +132,32 @@ def test_streamed_text_of_random_bytes_equals_the_final_one(
         known = [token for token in completion.ids if token < tokenizer.vocab_size]  # the table is padded
         assert tokenizer.decode(known).startswith(completion.text)
         assert len(completion.text) > 20
+
+
+PIECES = Tokenizer(sentencepiece("llama"), end_of_text="</s>")
+
+
+def spoken(text: Text, ids: list[int]) -> tuple[list[str], bool]:
+    """What each token brings, up to where a stop text ends the answer."""
+    said = []
+    for number in ids:
+        new, stopped = text.push(number)
+        said.append(new)
+        if stopped:
+            return said, True
+    return [*said, text.flush()[0]], False
+
+
+def test_a_line_end_that_is_a_byte_token_stops_at_once() -> None:
+    """SentencePiece's byte tokens are held back until their run ends; a stop text must not wait for that."""
+    newline = PIECES.backend.token_to_id("<0x0A>")
+    the = PIECES.encode("the")
+    assert spoken(Text(PIECES, ("\n",)), [*the, newline, *the]) == (["the", ""], True)
+    assert spoken(Text(PIECES, ("e\n\n",)), [*the, newline, newline, *the])[0] == ["th", "", ""]
+    assert spoken(Text(PIECES, ()), [*the, newline, *the])[0] == ["the", "", "\n the", ""]
+
+
+def test_an_answer_in_the_middle_of_a_text_keeps_its_space() -> None:
+    the = PIECES.encode("the")
+    assert spoken(Text(PIECES, ()), the)[0][0] == "the"
+    assert spoken(Text(PIECES, (), continues=True), the)[0][0] == " the"

@@ -3,7 +3,6 @@ does not."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,25 +89,6 @@ def spells_a_control(messages: list[Message], tokenizer: Tokenizer) -> bool:
     return any(control in message["content"] for message in messages for control in tokenizer.controls)
 
 
-def joins(template: ChatTemplate, messages: list[Message], tokenizer: Tokenizer, *, prompt: bool) -> bool:
-    """Whether, between two control tokens, text and contents have other tokens together than one by one."""
-    marked = [
-        Message(role=one["role"], content=f"\ue000{number}\ue001") for number, one in enumerate(messages)
-    ]
-    frame = template.render(marked, add_generation_prompt=prompt)
-    controls = "|".join(re.escape(control) for control in tokenizer.controls)
-    for stretch in re.split(controls, frame):
-        pieces = [
-            messages[int(piece[1:-1])]["content"] if piece.startswith("\ue000") else piece
-            for piece in re.split("(\ue000\\d+\ue001)", stretch)
-        ]
-        if tokenizer.encode("".join(pieces)) != [
-            token for piece in pieces for token in tokenizer.encode(piece)
-        ]:
-            return True
-    return False
-
-
 @given(messages=CHATS, prompt=st.booleans())
 @settings(max_examples=300)
 def test_conversations_have_the_same_ids(
@@ -123,29 +103,24 @@ def test_conversations_have_the_same_ids(
 
 @given(messages=CHATS, prompt=st.booleans())
 @settings(max_examples=300)
-def test_ids_differ_exactly_where_tokens_join(
+def test_conversations_whose_tokens_join_have_the_same_ids(
     twins: dict[str, Any], tokenizer: Tokenizer, messages: list[Message], prompt: bool
 ) -> None:
-    """With text beside the contents: equal if and only if each stretch between control tokens has the same
-    tokens whole and in pieces."""
+    """With text beside the contents, whose tokens join with theirs."""
     assume(not spells_a_control(messages, tokenizer))
     ours = WORDY.encode(messages, tokenizer, add_generation_prompt=prompt).ids
-    theirs = their_ids(twins["wordy"], messages, prompt=prompt)
-    assert (theirs == ours) != joins(WORDY, messages, tokenizer, prompt=prompt)
+    assert their_ids(twins["wordy"], messages, prompt=prompt) == ours
 
 
 def test_where_ids_differ(twins: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """The two exceptions, one of each: a control token that is spelled out, and tokens that join at a
-    border."""
+    """The exception: a control token that is spelled out. Tokens that join at a border are none."""
     spelled = [Message(role="user", content="<|end|>")]
     assert tokenizer.control_ids["<|end|>"] in their_ids(twins["native"], spelled)[1:2]
     assert NATIVE.encode(spelled, tokenizer).ids.count(tokenizer.control_ids["<|end|>"]) == 1
     joined = [Message(role="user", content="you")]  # "user: " and "you", but " you" is a token
-    assert joins(WORDY, joined, tokenizer, prompt=False) and not joins(
-        NATIVE, joined, tokenizer, prompt=False
-    )
     assert their_ids(twins["native"], joined) == NATIVE.encode(joined, tokenizer).ids
-    assert their_ids(twins["wordy"], joined) != WORDY.encode(joined, tokenizer).ids
+    assert their_ids(twins["wordy"], joined) == WORDY.encode(joined, tokenizer).ids
+    assert WORDY.encode(joined, tokenizer).ids[:3] != tokenizer.encode("user: ") + tokenizer.encode("you")[:1]
     assert twins["wordy"].decode(their_ids(twins["wordy"], joined)) == "user: you\n<|end|>\n"
 
 

@@ -12,7 +12,8 @@ import torch
 from gguf.quants import quantize
 
 from chatwright.config import UserError
-from chatwright.interop.gguf import PRE_TOKENIZERS, load_gguf
+from chatwright.interop.gguf import load_gguf
+from chatwright.interop.gguf_tokenizer import PRE_TOKENIZERS
 from chatwright.tokenizer import Tokenizer, byte_alphabet
 
 WORDS = ["th", "the", "Ġthe", "Ġa", "12", "123", "ĠĠ"]
@@ -188,7 +189,7 @@ def test_template(file: Path) -> None:
 
 
 def test_weights_alone(file: Path) -> None:
-    write(file, {"tokenizer.ggml.model": "llama"})
+    write(file, {"tokenizer.ggml.model": "bert"})
     assert "tokenizer=False) reads the weights alone" in error_of(file)
     loaded = load_gguf(file, tokenizer=False)
     assert (loaded.tokenizer, loaded.template) == (None, None)

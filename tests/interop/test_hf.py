@@ -346,8 +346,10 @@ def test_tokenizer_that_does_not_fit(llama: Path, tokenizer: Tokenizer) -> None:
     tokenizer.save(llama)
     file = llama / "tokenizer.json"
     content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "decoder": {"type": "Metaspace"}}))
-    assert "not byte-level BPE" in error_of(llama)
+    file.write_text(json.dumps({**content, "decoder": {"type": "WordPiece", "prefix": "#"}}))
+    assert "its decoder 'WordPiece' is not supported" in error_of(llama)
+    file.write_text(json.dumps({**content, "decoder": None}))
+    assert "it has no decoder" in error_of(llama)
     load_hf(llama, tokenizer=False)
     file.write_text(json.dumps(content))
     save(llama, {**LLAMA, "vocab_size": 270})

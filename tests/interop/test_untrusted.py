@@ -164,24 +164,46 @@ PARTS: list[tuple[str, Any, str]] = [
         {"type": "Precompiled", "precompiled_charsmap": "//////8="},
         "normalizer 'Precompiled' is not supported",
     ),
-    ("normalizer", {"type": "Prepend", "prepend": "z"}, "normalizer 'Prepend' is not supported"),
+    (
+        "normalizer",
+        {"type": "Prepend", "prepend": "z" * 17},
+        "its normalizer puts 17 characters in front of a text",
+    ),
     (
         "normalizer",
         {
             "type": "Sequence",
             "normalizers": [
                 {"type": "NFC"},
-                {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"},
+                {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 4},
+                {"type": "Replace", "pattern": {"Regex": "a*"}, "content": "aaa"},
             ],
         },
-        "normalizer 'Replace' is not supported",
+        "its normalizer could make a text 16 times as long",
     ),
+    (
+        "normalizer",
+        {"type": "Replace", "pattern": {"String": ""}, "content": "a"},
+        "its normalizer replaces the empty text",
+    ),
+    ("normalizer", {"type": "Replace", "pattern": "a", "content": "a"}, "normalizer Replace is damaged"),
     (
         "pre_tokenizer",
         {"type": "Sequence", "pretokenizers": [LEVEL, LEVEL]},
         "pre_tokenizer has too many parts",
     ),
-    ("pre_tokenizer", {"type": "Metaspace"}, "pre_tokenizer 'Metaspace' is not supported"),
+    ("pre_tokenizer", {"type": "Whitespace"}, "pre_tokenizer 'Whitespace' is not supported"),
+    ("decoder", {"type": "CTC"}, "its decoder 'CTC' is not supported"),
+    (
+        "post_processor",
+        {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {"x": {"id": "x", "ids": [70_000], "tokens": ["x"]}},
+        },
+        "puts the id 70000 around a text, and has no such token",
+    ),
     (
         "post_processor",
         {"type": "Sequence", "processors": [{"type": "TemplateProcessing", "single": [{}] * 17}]},

@@ -196,10 +196,20 @@ def _value(value: Any) -> bytes:
         return struct.pack(f"<I{code}", _CODES[code], value)
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_text, value))
+    if isinstance(value, list) and any(isinstance(item, float) for item in value):
+        reals = [_within_float32(item) for item in value if isinstance(item, int | float)]
+        return struct.pack(f"<IIQ{len(reals)}f", 9, 6, len(reals), *reals)
     if isinstance(value, list):
         numbers = [item & 0xFFFFFFFF for item in value if isinstance(item, int)]
         return struct.pack(f"<IIQ{len(numbers)}I", 9, 4, len(numbers), *numbers)
     return struct.pack("<I", 8) + _text(value if isinstance(value, str) else repr(value))
+
+
+def _within_float32(value: float) -> float:
+    try:
+        return struct.unpack("<f", struct.pack("<f", value))[0]  # type: ignore[no-any-return]
+    except OverflowError:
+        return float("inf")
 
 
 def gguf_bytes(

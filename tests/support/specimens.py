@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 
 from chatwright import checkpoint
 from chatwright.chat import NATIVE
@@ -20,8 +21,9 @@ from chatwright.interop.gguf import load_gguf
 from chatwright.language_model import load_parts
 from chatwright.model.config import GPTConfig
 from chatwright.model.gpt import GPT
-from chatwright.tokenizer import Tokenizer
+from chatwright.tokenizer import CONTROLS, Tokenizer
 from support import broken_files
+from support.vocabularies import sentencepiece
 
 KINDS = ("gguf", "safetensors", "tokenizer", "config", "index", "template")
 FAMILY_FILES = ("llama", "qwen3", "gpt2", "openai-gpt", "gemma3_text", "gpt_neox", "smollm3")
@@ -135,6 +137,8 @@ class Specimens:
         self.place = place
         self.tokenizer = Tokenizer.train(["Hello there, how are you today? I am fine, thank you."] * 4, 300)
         self.tokens = json.loads(self.tokenizer.to_json())
+        self.pieces = json.loads(_pieces().to_str())
+        """A vocabulary of SentencePiece's kind."""
         self.settings = {
             "bos_token": "<|endoftext|>",
             "eos_token": {"content": "<|end|>"},
@@ -144,6 +148,10 @@ class Specimens:
             values = _hf_values(family, self.tokenizer.vocab_size)
             self._hf(place / family, values)
             save_file(_hf_tensors(values), place / family / "model.safetensors")
+        values = _hf_values("llama", 400)
+        self._hf(place / "spm", values)
+        save_file(_hf_tensors(values), place / "spm" / "model.safetensors")
+        (place / "spm" / "tokenizer.json").write_text(json.dumps(self.pieces))
         values = _hf_values("llama", self.tokenizer.vocab_size)
         self._hf(place / "shards", values)
         tensors = load_file(place / "llama" / "model.safetensors")
@@ -167,6 +175,7 @@ class Specimens:
             "model": model.config.to_dict(),
             "end_of_turn": "<|end|>",
             "end_of_text": "<|endoftext|>",
+            "texts": self.tokenizer.frame.to_state(),
         }
         texts = {"tokenizer.json": self.tokenizer.to_json(), "chat_template.jinja": NATIVE.source}
         checkpoint.save_checkpoint(
@@ -174,9 +183,12 @@ class Specimens:
         )
         self.state = {**card, "files": {}}
         self.gguf = _gguf_parts(self.tokenizer)
-        (place / "m.gguf").write_bytes(broken_files.gguf_bytes(*self.gguf)[0])
-        assert load_gguf(place / "m.gguf").tokenizer is not None
-        for name in (*FAMILY_FILES, "shards", "own"):
+        values, tensors, data = _gguf_parts(Tokenizer(_pieces(), end_of_text="</s>"))
+        self.gguf_pieces = (values | _sentencepiece_keys(_pieces()), tensors, data)
+        for parts in (self.gguf, self.gguf_pieces):
+            (place / "m.gguf").write_bytes(broken_files.gguf_bytes(*parts)[0])
+            assert load_gguf(place / "m.gguf").tokenizer is not None
+        for name in (*FAMILY_FILES, "shards", "spm", "own"):
             assert load_parts(place / name).tokenizer is not None
 
     def _hf(self, directory: Path, values: dict[str, Any]) -> None:
@@ -188,7 +200,7 @@ class Specimens:
     def damaged(self, kind: str, random: Random, work: Path) -> Path:
         """A model with one damaged file, in the empty directory `work`."""
         if kind == "gguf" or (kind == "template" and random.random() < 0.2):
-            values, tensors, data = self.gguf
+            values, tensors, data = random.choice((self.gguf, self.gguf_pieces))
             file = work / "m.gguf"
             if kind == "template":
                 values = {
@@ -215,7 +227,8 @@ class Specimens:
         return "model.safetensors", size.to_bytes(8, "little") + header + data[8 + length :], model
 
     def _tokenizer(self, random: Random) -> tuple[str, bytes, str]:
-        model = random.choice(("llama", "own"))
+        model = random.choice(("llama", "own", "spm"))
+        tokens = self.pieces if model == "spm" else self.tokens
         if random.random() < 0.15:
             return (
                 "tokenizer_config.json",
@@ -225,12 +238,12 @@ class Specimens:
         if random.random() < 0.3:
             return (
                 "tokenizer.json",
-                broken_files.damage_bytes(random, json.dumps(self.tokens).encode(), head=1_500),
+                broken_files.damage_bytes(random, json.dumps(tokens).encode(), head=1_500),
                 model,
             )
-        content = broken_files.damage_json(random, self.tokens)
+        content = broken_files.damage_json(random, tokens)
         if random.random() < 0.6:
-            content = dict([*self.tokens.items(), _strange_part(random)])
+            content = dict([*tokens.items(), _strange_part(random)])
         return "tokenizer.json", broken_files.json_text(random, content), model
 
     def _config(self, random: Random) -> tuple[str, bytes, str]:
@@ -273,6 +286,31 @@ class Specimens:
             (work / "state.json").unlink()
         (work / name).write_bytes(content)
         return work
+
+
+def _pieces() -> Any:
+    """A vocabulary of SentencePiece's kind, with the control tokens of the template."""
+    backend = sentencepiece("llama", size=100, extra=tuple(CONTROLS))
+    tokens = [("<s>", 1), ("</s>", 2)]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair=None, special_tokens=tokens)
+    return backend
+
+
+def _sentencepiece_keys(backend: Any) -> dict[str, Any]:
+    """What a GGUF file says of such a vocabulary."""
+    vocab = backend.get_vocab(with_added_tokens=True)
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    special = {token.content for token in backend.get_added_tokens_decoder().values()}
+    kinds = [3 if token in special else 6 if token.startswith("<0x") else 1 for token in tokens]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.scores": [-float(number) for number in range(len(tokens))],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.add_space_prefix": True,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
 
 
 def _strange_part(random: Random) -> tuple[str, Any]:
@@ -398,6 +436,45 @@ def _strange_part(random: Random) -> tuple[str, Any]:
                 },
             ),
             (
+                "post_processor",
+                {
+                    "type": "TemplateProcessing",
+                    "single": [
+                        {"SpecialToken": {"id": content, "type_id": 0}},
+                        {"Sequence": {"id": "A", "type_id": 0}},
+                    ],
+                    "pair": [],
+                    "special_tokens": {content: {"id": content, "ids": [big % 2**32], "tokens": [content]}},
+                },
+            ),
+            (
+                "post_processor",
+                {"type": "BertProcessing", "sep": [content, big % 2**32], "cls": [content, 1]},
+            ),
+            (
+                "decoder",
+                {
+                    "type": "Sequence",
+                    "decoders": [
+                        {"type": "Replace", "pattern": {"String": content}, "content": "y" * (big % 40)},
+                        {"type": "ByteFallback"},
+                        {"type": "Fuse"},
+                        {"type": "Strip", "content": " ", "start": big, "stop": 0},
+                    ],
+                },
+            ),
+            (
+                "normalizer",
+                {
+                    "type": "Sequence",
+                    "normalizers": [
+                        {"type": "Prepend", "prepend": content},
+                        {"type": "Replace", "pattern": {"String": " "}, "content": content},
+                        {"type": "Strip", "strip_left": True, "strip_right": False},
+                    ],
+                },
+            ),
+            (
                 "decoder",
                 {
                     "type": "Sequence",
@@ -408,8 +485,8 @@ def _strange_part(random: Random) -> tuple[str, Any]:
                 "model",
                 {
                     "type": "Unigram",
-                    "unk_id": big,
-                    "vocab": [["a", -1.0], ["b", -2.0]],
+                    "unk_id": random.choice((big, 0, None)),
+                    "vocab": [["a", -1.0], [random.choice(("b", "a", "", "<0x41>")), -2.0], ["</s>", 0.0]],
                     "byte_fallback": True,
                 },
             ),

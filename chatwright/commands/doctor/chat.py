@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 import torch
@@ -13,11 +15,12 @@ from chatwright import runtime
 from chatwright.chat import ChatTemplate, EncodedChat, Message
 from chatwright.commands.doctor.finding import Finding
 from chatwright.config import UserError
-from chatwright.data.picture import mask_picture
+from chatwright.data.picture import mask_picture, spelled
 from chatwright.messages import written
 from chatwright.metrics import console
 from chatwright.model.gpt import GPT
 from chatwright.tokenizer import Tokenizer
+from chatwright.turn_ends import TurnEnds
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -37,21 +40,10 @@ def check_chat(
     model: GPT, tokenizer: Tokenizer, template: ChatTemplate, dialogue: str
 ) -> tuple[list[Finding], Text | None]:
     """Findings about the chat template: its end token, its loss mask, and its ids in other programs."""
-    known = template.end in tokenizer.control_ids
-    findings = [
-        Finding(
-            "ok", "template", f"hash {template.fingerprint}, an assistant's turn ends with {template.end}"
-        )
-    ]
-    if not known:
-        return [
-            Finding(
-                "problem",
-                "template",
-                f"it ends turns with {template.end}, which is no control token",
-                "the model cannot stop: use the tokenizer and the template of the same model",
-            )
-        ], None
+    ends = template.ends(tokenizer)
+    findings = [_ends(template, tokenizer)]
+    if findings[0].level == "problem":
+        return findings, None
     messages: Sequence[Message] = SAMPLE
     try:
         try:
@@ -68,10 +60,10 @@ def check_chat(
                 )
             )
         findings += [
-            _end_learnt(encoded, template, tokenizer),
+            _end_learnt(encoded, ends, tokenizer),
             _prefix(messages, template, tokenizer),
             _twin(messages, template, tokenizer),
-            _stops(model, encoded, template, tokenizer),
+            *([_stops(model, encoded, template, tokenizer)] if ends.tokens else []),
         ]
         if dialogue:
             finding, encoded = _dialogues(dialogue, template, tokenizer, model.config.context)
@@ -81,17 +73,56 @@ def check_chat(
             *findings,
             Finding("problem", "template", str(error), "use the template that came with the model"),
         ], None
-    return findings, mask_picture(encoded, tokenizer, end=template.end, colours=console.is_terminal)
+    return findings, mask_picture(encoded, tokenizer, end=ends.last, colours=console.is_terminal)
 
 
-def _end_learnt(encoded: EncodedChat, template: ChatTemplate, tokenizer: Tokenizer) -> Finding:
-    end = tokenizer.control_ids[template.end]
-    ends = sum(flag and token == end for token, flag in zip(encoded.ids, encoded.mask, strict=True))
-    if ends != 2:
+def _ends(template: ChatTemplate, tokenizer: Tokenizer) -> Finding:
+    """What ends a turn."""
+    ends = template.ends(tokenizer)
+    others = f", others: {', '.join(sorted(template.named))}" if template.named else ""
+    told = f"hash {template.fingerprint}{others}, it writes {_known(template)}, an assistant's turn ends with"
+    if ends.tokens:
+        return Finding("ok", "template", f"{told} {' or '.join(ends.tokens)}")
+    if not ends.last:
+        return Finding(
+            "warning",
+            "template",
+            f"{told} nothing: an answer ends at {tokenizer.end_of_text} alone",
+            "it can be talked to, but not trained: sft wants a template that ends turns",
+        )
+    if re.fullmatch(r"<\S+>", ends.last):
+        return Finding(
+            "problem",
+            "template",
+            f"it ends turns with {ends.last}, which is no control token",
+            "the model cannot stop: use the tokenizer and the template of the same model",
+        )
+    return Finding("ok", "template", f"{told} the text {ends.last!r}, at which an answer is cut")
+
+
+def _known(template: ChatTemplate) -> str:
+    """What the template has a form of its own for, beside texts."""
+    able = template.abilities
+    forms = (("tools", able.tools), ("tool calls", able.calls), ("thinking", able.thinking))
+    return ", ".join(name for name, can in forms if can) or "texts alone"
+
+
+def _end_learnt(encoded: EncodedChat, ends: TurnEnds, tokenizer: Tokenizer) -> Finding:
+    if encoded.doubt:
         return Finding(
             "problem",
             "loss mask",
-            f"{ends} of 2 answers have their end token {template.end} inside the loss",
+            encoded.doubt,
+            "sft would refuse it: put {% generation %} around what the assistant writes in the template",
+        )
+    learnt = [token for token, flag in zip(encoded.ids, encoded.mask, strict=True) if flag]
+    text = spelled(learnt, tokenizer)
+    found = sum(text.count(end) for end in ends.texts)
+    if found != 2 and ends.texts:
+        return Finding(
+            "problem",
+            "loss mask",
+            f"{found} of 2 answers have their end token {ends.last} inside the loss",
             "a model trained so would never stop: correct the chat template",
         )
     share = 100 * sum(encoded.mask) / len(encoded.mask)
@@ -112,26 +143,55 @@ def _prefix(messages: Sequence[Message], template: ChatTemplate, tokenizer: Toke
 
 
 def _twin(messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer) -> Finding:
-    """Whether programs that tokenize the whole rendered text (transformers, vLLM) get our ids."""
+    """Whether programs that tokenize the rendered text (transformers, vLLM) get our text and our ids."""
     others = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     harmless_ones = [
         Message(role=one["role"], content=written(one["content"]).replace("<|end|>", "the end"))
         for one in messages
     ]
-    theirs = others.encode(template.render(harmless_ones), add_special_tokens=False).ids
-    if list(theirs) != template.encode(harmless_ones, tokenizer).ids:
+    text = template.render(harmless_ones)
+    theirs, version = _theirs(harmless_ones, template)
+    if theirs is not None and theirs != text:
+        return Finding(
+            "problem",
+            "elsewhere",
+            f"the sample is {text!r} here, and {theirs!r} in transformers {version}",
+            "this is a fault of the program: please report it with this model's name",
+        )
+    if others.encode(text, add_special_tokens=False).ids != template.encode(harmless_ones, tokenizer).ids:
         return Finding(
             "warning",
             "elsewhere",
             "programs that tokenize the rendered text get other ids (transformers, vLLM)",
-            "where contents meet the template's text their tokens join; quality may differ a little",
+            "its control tokens are no special tokens of the tokenizer; quality may differ a little",
         )
-    return Finding("ok", "elsewhere", "transformers and vLLM get the same ids for the sample")
+    compared = f" (compared with transformers {version})" if version else ""
+    return Finding(
+        "ok",
+        "elsewhere",
+        f"transformers and vLLM get the same text and ids for the sample{compared}: {text!r}",
+    )
+
+
+def _theirs(messages: Sequence[Message], template: ChatTemplate) -> tuple[str | None, str]:
+    """The sample as transformers renders it, and its version; (None, "") where it is not installed."""
+    if find_spec("transformers") is None:
+        return None, ""
+    import transformers
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    version = str(transformers.__version__)
+    render: Any = render_jinja_template  # its annotations are incomplete
+    try:
+        texts, _ = render([[dict(one) for one in messages]], chat_template=template.source)
+    except Exception as error:  # the template's own, Jinja's, or the library's
+        return f"an error: {' '.join(str(error).split())[:200]}", version
+    return str(texts[0]), version
 
 
 def _stops(model: GPT, encoded: EncodedChat, template: ChatTemplate, tokenizer: Tokenizer) -> Finding:
     """The probability of the end token at the end of the sample's answers."""
-    end = tokenizer.control_ids[template.end]
+    end = template.end_id(tokenizer)
     if len(encoded.ids) > model.config.context:
         return Finding(
             "warning",

@@ -160,8 +160,8 @@ def _read_by_transformers(parts: Loaded, written: Path) -> str:
     except Exception as error:  # the possible errors have no narrower common class
         raise _Differs(f"transformers {version} refuses it: {' '.join(str(error).split())[:200]}") from None
     sample = text_of(TALK[-1]["content"])
-    text = parts.tokenizer.encode(sample)
-    if tokenizer.encode(sample, add_special_tokens=False) != text:
+    text = parts.tokenizer.encode_text(sample)
+    if tokenizer.encode(sample) != text:
         raise _Differs(f"transformers {version} gets other ids of a text")
     talk: Sequence[int] = []
     if parts.template is not None:

@@ -16,6 +16,7 @@ from chatwright.commands.doctor.chat import check_chat
 from chatwright.commands.doctor.export import check_export
 from chatwright.commands.doctor.finding import Finding
 from chatwright.commands.doctor.machine import check_machine
+from chatwright.commands.doctor.text import check_text
 from chatwright.config import UserError
 from chatwright.files import read_json
 from chatwright.generate.engine import Engine
@@ -70,7 +71,8 @@ def check_model(name: str, dialogue: str = "") -> tuple[list[Finding], Text | No
                 "put the tokenizer.json that it was trained with beside them",
             ),
         ], None
-    findings += [*_tokenizer(parts, name), _context(parts.model), _generation(parts.model, parts.tokenizer)]
+    findings += [*_tokenizer(parts, name), *check_text(parts, name)]
+    findings += [_context(parts.model), _generation(parts.model, parts.tokenizer)]
     picture: Text | None = None
     if parts.template is None:
         findings.append(Finding("ok", "template", "none: a base model (chatwright generate; chatwright sft)"))
@@ -251,7 +253,7 @@ def _context(model: GPT) -> Finding:
 
 def _generation(model: GPT, tokenizer: Tokenizer) -> Finding:
     """Whether the engine (token by token, with a cache) has the probabilities of one forward pass."""
-    prompt = [tokenizer.end_of_text_id, *tokenizer.encode("Once upon a time")]
+    prompt = tokenizer.encode_text("Once upon a time")
     request = Request(tuple(prompt), Sampling(max_new_tokens=12, temperature=0.0))
     try:
         done = Engine(model, tokenizer).generate([request])[0]

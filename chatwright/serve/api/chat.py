@@ -211,13 +211,14 @@ def routes(pool: ModelPool) -> APIRouter:
             body.check_bias(service.model.model.config.vocab_size)
             check_effort(service.model.template, body.reasoning_effort, "reasoning_effort")
             check_answers(body.answers, service.limits.max_requests)
-            messages = form.messages([message.plain() for message in body.messages])
+            messages = form.messages([message.plain() for message in body.messages], service.model)
             with naming("messages"):
                 prepared = await service.prepare(
                     messages,
-                    body.sampling(service.model.own_sampling),
+                    body.sampling(service.own_sampling),
                     answers=body.answers,
                     grammar=form.grammar,
+                    beside=form.beside(service.model),
                 )
             reading = Reading(service, prepared, form)
             reading.begin(stack)

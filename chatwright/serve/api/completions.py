@@ -1,10 +1,10 @@
 """POST /v1/completions: continue a text.
 
-A prompt is a text or token ids. A text counts as the beginning of a document: the end-of-text token is put in
-front, as `chatwright generate` does. Token ids are taken as they are. With `echo` the prompt is returned in
-front of its continuation, log-probabilities included. Evaluation harnesses use `echo` with `max_tokens` 0 or
-1 to score given texts: these go, together with those of other clients, through one pass of the model instead
-of the engine (scores.py).
+A prompt is a text or token ids. A text begins as the model's texts do: what its makers put in front of one
+(Llama 3's begin token, nothing for Qwen) is put there, as `chatwright generate` does. Token ids are taken as
+they are. With `echo` the prompt is returned in front of its continuation, log-probabilities included.
+Evaluation harnesses use `echo` with `max_tokens` 0 or 1 to score given texts: these go, together with those
+of other clients, through one pass of the model instead of the engine (scores.py).
 """
 
 from __future__ import annotations
@@ -108,11 +108,8 @@ class CompletionRequest(SampledBody):
 
     def encoded(self, model: LanguageModel) -> list[list[int]]:
         """Token ids of the prompts. Raises UserError for ids that are not of the vocabulary."""
-        start = model.tokenizer.end_of_text_id
         found = [
-            [start, *model.tokenizer.encode(_without_name(one, start, model.tokenizer))]
-            if isinstance(one, str)
-            else one
+            model.prompt_ids(_without_begin(one, model.tokenizer)) if isinstance(one, str) else one
             for one in self.prompts
         ]
         most = model.tokenizer.vocab_size
@@ -121,11 +118,10 @@ class CompletionRequest(SampledBody):
         return found
 
 
-def _without_name(text: str, start: int, tokenizer: Tokenizer) -> str:
-    """A text without the name of the token that is put in front anyway: clients that have only texts send a
-    document's begin so (lm-eval with tokenized_requests=False)."""
-    name = next((name for name, number in tokenizer.control_ids.items() if number == start), "")
-    return text.removeprefix(name)
+def _without_begin(text: str, tokenizer: Tokenizer) -> str:
+    """A text without the names of the tokens that are put in front anyway: clients that have only texts send
+    a document's begin so (lm-eval with tokenized_requests=False)."""
+    return text.removeprefix("".join(map(tokenizer.name, tokenizer.frame.begin)))
 
 
 class Writer:
@@ -199,7 +195,7 @@ def routes(pool: ModelPool) -> APIRouter:
             check_answers(count, service.limits.max_requests, "n" if body.answers > 1 else "prompt")
             with naming("prompt"):
                 prompts = await asyncio.to_thread(body.encoded, service.model)
-                sampling = body.sampling(service.model.own_sampling)
+                sampling = body.sampling(service.own_sampling)
                 prepared = await service.prepare_prompts(prompts, sampling, answers=body.answers)
             reading = Reading(service, prepared, ends=True)
             longest = max(one.sampling.max_new_tokens for one in prepared.requests)

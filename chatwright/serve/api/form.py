@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from chatwright.chat import Message
+from chatwright.chat import Beside, Message
 from chatwright.config import UserError
 from chatwright.generate.grammar import Grammar, json_object, json_schema, one_of, regex
 from chatwright.generate.tools import (
@@ -15,6 +15,7 @@ from chatwright.generate.tools import (
     ToolChoice,
     check_tool_choice,
     check_tools,
+    described,
     tool_grammar,
     tools_prompt,
 )
@@ -78,8 +79,17 @@ class Form:
         """Whether the answer may contain tool calls."""
         return bool(self.tools) and self.choice != "none"
 
-    def messages(self, messages: Sequence[Message]) -> list[Message]:
-        """The conversation, with a description of the tools or of the form in its system message."""
+    def beside(self, model: LanguageModel) -> Beside:
+        """What the model's chat template is given with the messages: the tools, where it has a form of its
+        own for them and writes calls as they are read here (generate/tool_calls.py)."""
+        able = model.require_template().abilities
+        return Beside(tools=described(self.tools)) if self.calls and able.tools and able.hermes else Beside()
+
+    def messages(self, messages: Sequence[Message], model: LanguageModel) -> list[Message]:
+        """The conversation, with a description of the tools or of the form in its system message, unless the
+        template writes that of the tools."""
+        if self.beside(model):
+            return list(messages)
         if self.calls:
             return with_system(messages, tools_prompt(self.tools))
         told = self._told()
@@ -102,7 +112,8 @@ class Form:
         Raises ApiError, which names the field."""
         if not self.calls and self.wanted.kind == "text":
             return None
-        end_ids = model.require_template().end_ids(model.tokenizer)
+        model.require_template()
+        end_ids = model.end_ids
         with naming("tools" if self.calls else self.wanted.param):
             if self.calls:
                 return tool_grammar(model.tokenizer, end_ids, self.tools, self.choice, self.parallel)

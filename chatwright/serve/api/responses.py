@@ -193,9 +193,14 @@ def routes(pool: ModelPool) -> APIRouter:
             service = await stack.enter_async_context(pool.use(body.model))
             effort = body.reasoning.effort if body.reasoning is not None else None
             check_effort(service.model.template, effort, "reasoning.effort")
-            sampling = body.sampling(service.model.own_sampling)
+            sampling = body.sampling(service.own_sampling)
             with naming("input"):
-                prepared = await service.prepare(form.messages(messages), sampling, grammar=form.grammar)
+                prepared = await service.prepare(
+                    form.messages(messages, service.model),
+                    sampling,
+                    grammar=form.grammar,
+                    beside=form.beside(service.model),
+                )
             if body.truncation == "disabled" and prepared.dropped:
                 message = "the conversation is too long for the model's context, and truncation is disabled"
                 raise ApiError(400, message, param="input", code="context_length_exceeded")

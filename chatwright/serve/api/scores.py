@@ -103,7 +103,7 @@ def _answer(model: LanguageModel, request: Request, choice: Choice) -> Whole:
         raise UserError("the model's logits are not finite (did its training diverge?)")
     text, stopped, ended = "", False, choice.token in request.end_ids
     if not ended:
-        stream = Text(model.tokenizer, request.sampling.stop)
+        stream = Text(model.tokenizer, request.sampling.stop, continues=request.continues)
         text, stopped = stream.push(choice.token)
         if not stopped:
             rest, stopped = stream.flush()

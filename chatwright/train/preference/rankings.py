@@ -99,7 +99,7 @@ class AnswerEncoder:
         limit = max_tokens or len(before) + len(content) + 2
         content = content[: limit - 2]
         room = limit - 1 - len(content)
-        end = self.tokenizer.control_ids[self.template.end]
+        end = self.template.end_id(self.tokenizer)
         return [*before[len(before) - min(room, len(before)) :], *content, end]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from chatwright import files, memory
 from chatwright.data.examples import Dialogue
 from chatwright.data.records import read_records, records_of
+from chatwright.generation_config import own_default
 from chatwright.interop.loaded import Loaded
 from chatwright.metrics import duration, progress_bar, say
 from chatwright.model.heads import ScalarModel
@@ -170,7 +171,7 @@ def trainer_of(
         config.optim,
         workspace,
         metadata=model_metadata("language", shape, tokenizer, template, adapter=adapter),
-        texts=model_texts(tokenizer, template, base.generation),
+        texts=model_texts(tokenizer, template, base.generation or own_default()),
         parallel=models.parallel,
         frozen=models.frozen,
         keep=config.keep,

@@ -102,7 +102,7 @@ class PolicyTraining(ABC, Generic[Settings, Rolled]):
         self.gold, self.text, self.too_short = gold, text, too_short
         assert base.tokenizer is not None and base.template is not None
         self.tokenizer = base.tokenizer
-        self.end = base.tokenizer.control_ids[base.template.end]
+        self.end = base.template.end_id(base.tokenizer)
         self.evaluator = Evaluator(
             models, config, self.tokenizer, self.end, (workspace.seed, self.title), gold
         )
