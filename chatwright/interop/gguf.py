@@ -25,7 +25,7 @@ from chatwright.interop.loaded import (
     located,
     translate,
 )
-from chatwright.interop.templates import chat_template
+from chatwright.interop.templates import ROLES, chat_template
 from chatwright.model.config import GPTConfig
 
 
@@ -35,10 +35,9 @@ def _template(metadata: Metadata) -> ChatTemplate | None:
         return None
     if not isinstance(source, str):
         raise UserError(f"{metadata.where}: tokenizer.chat_template is no text")
-    roles = {"unk_token": "unknown", "pad_token": "padding", "sep_token": "seperator", "mask_token": "mask"}
     others = {
         name: token
-        for name, role in roles.items()
+        for name, role in ROLES.items()
         if (token := named(metadata.values, role, metadata.where)) is not None
     }
     prefix = "tokenizer.chat_template."

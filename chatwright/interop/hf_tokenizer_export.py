@@ -42,7 +42,8 @@ def tokenizer_files(tokenizer: Tokenizer, ends: Ends) -> TokenizerFiles:
         # Else they would contradict the post-processor, which says more, where these two are obeyed.
         settings |= {"add_bos_token": bool(frame.begin), "add_eos_token": bool(frame.close)}
     others = sorted(tokenizer.end_ids - {end, tokenizer.end_of_text_id})
-    stops = list(dict.fromkeys((end, tokenizer.end_of_text_id, *others)))
+    turns = [tokenizer.control_ids[one] for one in ends.all if one in tokenizer.control_ids]
+    stops = list(dict.fromkeys((end, *turns, tokenizer.end_of_text_id, *others)))
     ids = {"bos_token_id": begin, "eos_token_id": end}
     return TokenizerFiles(_content(tokenizer), settings, ids, stops)
 

@@ -22,6 +22,13 @@ class Ends:
     """Closes an assistant's turn; None for a base model."""
     text: str
     """Stands between documents."""
+    others: tuple[str, ...] = ()
+    """What else closes an assistant's turn."""
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Where generation stops."""
+        return tuple(dict.fromkeys((self.sequence, *self.others, self.text)))
 
     @property
     def sequence(self) -> str:
@@ -73,12 +80,13 @@ def ends_of(parts: Loaded, tokenizer: Tokenizer) -> Ends:
     )
     if size > rows:
         raise UserError(f"the tokenizer has {size} tokens and the model {rows}: they do not belong together")
-    turn = None
+    turns: list[str] = []
     if parts.template is not None:
         parts.template.end_ids(tokenizer)  # a given end that nobody knows is refused
-        tokens = parts.template.ends(tokenizer).tokens
-        turn = next((token for token in reversed(tokens) if token in tokenizer.control_ids), None)
-    ends = Ends(turn, tokenizer.end_of_text)
+        found = parts.template.ends(tokenizer)
+        named = sorted(found.tokens, key=lambda token: token != found.last)  # the last one's first
+        turns = [token for token in named if token in tokenizer.control_ids]
+    ends = Ends(turns[0] if turns else None, tokenizer.end_of_text, tuple(turns[1:]))
     guessed = end_of_text(tokenizer.controls, ends.sequence, where=parts.source)
     if guessed != ends.text:
         raise UserError(f"its texts end with {ends.text}, which other programs would take to be {guessed}")

@@ -12,6 +12,8 @@ from chatwright.config import UserError
 from chatwright.interop.hf_tokenizer import special_tokens
 from chatwright.template_source import EXTRA, read_named
 
+ROLES = {"unk_token": "unknown", "pad_token": "padding", "sep_token": "seperator", "mask_token": "mask"}
+"""The variables of special tokens, as GGUF calls their roles; begin and end are asked for apart."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The variables in which templates of transformers find the special tokens of the tokenizer."""
 

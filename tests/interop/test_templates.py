@@ -160,3 +160,15 @@ def test_a_last_message_that_stays_open(tokenizer: Tokenizer, tmp_path: Path) ->
                 continue_final_message=True,
                 add_generation_prompt=not wrong,
             )
+
+
+def test_all_ends_of_a_turn_are_told_to_others(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """`eos_token_id` of generation_config.json has all of them, the last turn's first."""
+    source = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if loop.last and m.role == 'assistant' %}"
+        "<|reserved_0|>{% else %}<|end|>{% endif %}{% endfor %}"
+    )
+    parts = replace(parts_of(SHAPES["llama"], tokenizer), template=ChatTemplate(source))
+    written = json.loads((export_hf(parts, tmp_path / "out") / "generation_config.json").read_text())
+    ids = [tokenizer.control_ids[name] for name in ("<|reserved_0|>", "<|end|>", "<|endoftext|>")]
+    assert written["eos_token_id"] == ids

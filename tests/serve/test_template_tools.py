@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from chatwright.chat import NATIVE, ChatTemplate, Message
-from chatwright.serve.api.form import Form
+from chatwright.serve.api.form import Form, Wanted
 
 HERMES = (
     "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}{% for m in messages %}<|{{ m.role }}|>"
@@ -23,7 +23,7 @@ TALK = [Message(role="user", content="What time is it?")]
 
 def asked(source: str, choice: str = "auto") -> tuple[Any, list[Message]]:
     model: Any = SimpleNamespace(require_template=lambda: ChatTemplate(source))
-    form = Form.of("text", None, TOOLS, choice, None)
+    form = Form.of(Wanted(), TOOLS, choice, None)
     return form.beside(model), form.messages(TALK, model)
 
 
