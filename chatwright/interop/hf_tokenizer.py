@@ -68,7 +68,7 @@ def read_tokenizer(directory: Path, content: Mapping[str, Any], settings: Mappin
     if own is None and any(settings.get(name) for name in SWITCHES):
         frame = _by_switches(tokenizer, named, settings, where)
     end = named["eos_token"]
-    number = tokenizer.backend.token_to_id(end) if end is not None else None
+    number = _number(tokenizer, end)
     if number is not None:
         frame = frame.with_ends([number], "eos_token of tokenizer_config.json")
     for name in (generation_config.FILE, "config.json"):
@@ -79,6 +79,14 @@ def read_tokenizer(directory: Path, content: Mapping[str, Any], settings: Mappin
                 frame = frame.with_ends(ids, f"eos_token_id of {name}")
     with located(where):
         return tokenizer.framed(frame)
+
+
+def _number(tokenizer: Tokenizer, name: str | None) -> int | None:
+    """The id of a token by its name; None where there is none."""
+    try:
+        return tokenizer.backend.token_to_id(name) if name is not None else None
+    except UnicodeEncodeError:  # a lone surrogate, which no token has
+        return None
 
 
 def _check_kind(content: Mapping[str, Any], file: Path) -> None:
@@ -100,7 +108,7 @@ def _by_switches(
         if not settings.get(switch) or name is None:
             ids.append(())
             continue
-        number = tokenizer.backend.token_to_id(name)
+        number = _number(tokenizer, name)
         if number is None:
             raise UserError(f"{where}: {switch} is on, and the tokenizer has no token {name!r:.80} ({role})")
         ids.append((number,))

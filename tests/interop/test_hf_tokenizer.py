@@ -127,6 +127,9 @@ def test_what_contradicts_itself_is_named(tmp_path: Path) -> None:
     path = directory(tmp_path, byte_level(), {"add_bos_token": True, "bos_token": "<nowhere>"})
     with pytest.raises(UserError, match=r"add_bos_token is on, and the tokenizer has no token '<nowhere>'"):
         ours_of(path)
+    path = directory(tmp_path, byte_level(), {"add_bos_token": True, "bos_token": "\ud800"})
+    with pytest.raises(UserError, match=r"the tokenizer has no token '.ud800'"):
+        ours_of(path)
     path = directory(tmp_path, byte_level(), {}, generation_config={"eos_token_id": "</s>"})
     with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is </s>; it must be ids"):
         ours_of(path)

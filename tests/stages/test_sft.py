@@ -167,6 +167,7 @@ def test_the_saved_directory_chats_by_itself(sft_bench: Any, tmp_path: Path) -> 
     shutil.copytree(sft_bench.inputs["sft"] / result["model"], copied)
     assert sorted(file.name for file in copied.iterdir()) == [
         "chat_template.jinja",
+        "generation_config.json",
         "model.safetensors",
         "state.json",
         "tokenizer.json",

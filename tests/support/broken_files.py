@@ -208,7 +208,7 @@ def _value(value: Any) -> bytes:
 def _within_float32(value: float) -> float:
     try:
         return struct.unpack("<f", struct.pack("<f", value))[0]  # type: ignore[no-any-return]
-    except OverflowError:
+    except (OverflowError, struct.error):  # an integer beyond all floats
         return float("inf")
 
 

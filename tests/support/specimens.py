@@ -52,7 +52,7 @@ def _hf_values(family: str, vocab: int) -> dict[str, Any]:
         "intermediate_size": 32,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
-        "hidden_act": "gelu" if family == "gpt_neox" else "silu",
+        "hidden_act": {"gpt_neox": "gelu", "gemma3_text": "gelu_pytorch_tanh"}.get(family, "silu"),
     }
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

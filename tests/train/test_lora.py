@@ -90,6 +90,7 @@ def test_an_adapter_learns_and_the_result_is_a_model_like_any(
     assert sorted(file.name for file in saved.iterdir()) == [
         "adapter.safetensors",
         "chat_template.jinja",
+        "generation_config.json",
         "model.safetensors",
         "state.json",
         "tokenizer.json",
