@@ -189,6 +189,7 @@ def unknown_recipes(text: str) -> list[str]:
 def unknown_presets(text: str) -> list[str]:
     presets = {
         *mapping_keys("chatwright/model/config.py", "PRESETS"),
+        *mapping_keys("chatwright/interop/families/__init__.py", "FAMILIES"),
         "smollm2",
     }  # smollm2: a MODEL, not a shape
     words = re.findall(r"`((?:gpt[0-9]|modern|smollm)[\w.-]*)`", text) + re.findall(

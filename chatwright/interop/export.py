@@ -31,8 +31,8 @@ OURS = frozenset(
         "state.json",
         "tokenizer.json",
         "chat_template.jinja",
-        "additional_chat_templates",
         "generation_config.json",
+        "additional_chat_templates",
     }
 )
 """The files of a model directory: nothing else is ever replaced."""

@@ -7,7 +7,7 @@ transformers and vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,17 @@ does not. transformers 4 obeyed them for some families, and llama.cpp's converte
 them aside where there is a tokenizer.json."""
 
 
-def special_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, str | None]:
-    """The names of the begin- and the end-of-sequence token, from tokenizer_config.json or, in older
-    directories, special_tokens_map.json; None where there is none."""
+def special_tokens(
+    directory: Path, settings: Mapping[str, Any], roles: Sequence[str] = ROLES
+) -> dict[str, str | None]:
+    """The names of the tokens that play these roles, from tokenizer_config.json or, in older directories,
+    special_tokens_map.json; None where there is none."""
     older: Any = {}
     file = directory / "special_tokens_map.json"
-    if file.is_file() and not all(name in settings for name in ROLES):
+    if file.is_file() and not all(name in settings for name in roles):
         older = read_json(file)
     older = older if isinstance(older, dict) else {}
-    return {name: token_name(settings[name] if name in settings else older.get(name)) for name in ROLES}
+    return {name: token_name(settings[name] if name in settings else older.get(name)) for name in roles}
 
 
 def token_name(value: Any) -> str | None:

@@ -9,8 +9,7 @@ from typing import Any
 
 from chatwright.chat import ChatTemplate, read_template
 from chatwright.config import UserError
-from chatwright.files import read_json
-from chatwright.interop.hf_tokenizer import token_name
+from chatwright.interop.hf_tokenizer import special_tokens
 from chatwright.template_source import EXTRA, read_named
 
 ROLES = {"unk_token": "unknown", "pad_token": "padding", "sep_token": "seperator", "mask_token": "mask"}
@@ -54,14 +53,8 @@ def template_of(directory: Path, settings: Mapping[str, Any]) -> ChatTemplate | 
     named = _from_files(directory) or _from_settings(settings.get("chat_template"), directory)
     if not named:
         return None
-    extra = directory / "special_tokens_map.json"
-    found = read_json(extra) if extra.exists() else {}
-    tokens = {
-        name: token
-        for name in SPECIAL_TOKENS
-        if (token := token_name({**(found if isinstance(found, dict) else {}), **settings}.get(name)))
-        is not None
-    }
+    found = special_tokens(directory, settings, SPECIAL_TOKENS)
+    tokens = {name: token for name, token in found.items() if token is not None}
     source = named.pop("default", None)
     return chat_template(
         no_default(named) if source is None else source,

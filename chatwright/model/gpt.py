@@ -318,4 +318,4 @@ class GPT(nn.Module):
         x = self.final_norm(x)
         if self.config.logit_scale != 1.0:
             x = x * self.config.logit_scale
-        return x
+        return x  # type: ignore[no-any-return]

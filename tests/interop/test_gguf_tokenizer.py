@@ -21,8 +21,9 @@ from chatwright.interop import gguf_tokenizer as reading
 from chatwright.interop.gguf import load_gguf
 from chatwright.interop.gguf_export import plan_gguf
 from chatwright.interop.gguf_tokenizer_export import pre_name, vocabulary
-from chatwright.interop.loaded import Loaded, chat_template
+from chatwright.interop.loaded import Loaded
 from chatwright.interop.spm import merges_of, scores_of
+from chatwright.interop.templates import chat_template
 from chatwright.tokenizer import Tokenizer
 from support.vocabularies import LINES, TEXTS, byte_level, sentencepiece
 

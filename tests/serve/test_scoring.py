@@ -142,7 +142,7 @@ class Passes:
         self.texts: list[list[tuple[int, ...]]] = []
         monkeypatch.setattr(passes, "score_texts", self)
 
-    def __call__(self, model: GPT, texts: Sequence[ToScore]) -> list[Scored]:
+    def __call__(self, model: GPT, texts: Sequence[ToScore], known: Any = None) -> list[Scored]:
         self.texts.append([tuple(text.ids) for text in texts])
         assert self.open.wait(PATIENCE)
         return self.real(model, texts)
@@ -203,7 +203,7 @@ def test_what_nobody_waits_for_is_not_scored(server: Running, monkeypatch: pytes
 
 
 def test_a_failing_pass_fails_its_own_texts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(model: Any, texts: Sequence[ToScore]) -> list[Scored]:
+    def broken(model: Any, texts: Sequence[ToScore], known: Any = None) -> list[Scored]:
         if any(text.ids == [7] for text in texts):
             raise ValueError("broken")
         return [Scored([(text.ids[0], None, [])]) for text in texts]
