@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from chatwright import checkpoint, files
-from chatwright.chat import NATIVE, Message
+from chatwright.chat import NATIVE, ChatTemplate, Message
 from chatwright.checkpoint import Checkpoint
 from chatwright.commands.import_ import write_model
 from chatwright.config import UserError
@@ -325,3 +325,47 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_as_before(chat_dir: Path, tm
     (tmp_path / "old" / "state.json").write_text(json.dumps(state))
     old = load_parts(tmp_path / "old").tokenizer
     assert old is not None and old.encode_text("")[:1] == [old.end_of_text_id]
+
+
+# What a chat template is given
+
+
+def with_template(model: LanguageModel, source: str) -> LanguageModel:
+    return LanguageModel(model.model, model.tokenizer, ChatTemplate(source), "x")
+
+
+def test_an_answer_stops_at_the_text_that_ends_a_turn(model: LanguageModel) -> None:
+    own = with_template(
+        model,
+        "{% for m in messages %}[{{ m.role | upper }}]{{ m.content }}[/{{ m.role | upper }}]{% endfor %}",
+    )
+    request, _ = own.chat_request(HELLO, max_new_tokens=4, stop=("x",))
+    assert request.sampling.stop == ("x", "[/ASSISTANT]")
+    assert model.chat_request(HELLO, max_new_tokens=4)[0].sampling.stop == ()
+
+
+def test_tools_documents_and_variables_reach_the_template(model: LanguageModel) -> None:
+    own = with_template(model, NATIVE.source + "{{ tools | length }}{{ documents[0].title }}{{ tone }}")
+    given: dict[str, Any] = {"tools": [{}, {}], "documents": [{"title": "T"}], "variables": {"tone": "loud"}}
+    request, _ = own.chat_request(HELLO, max_new_tokens=4, temperature=0.0, **given)
+    assert model.tokenizer.decode(request.prompt).endswith("2Tloud") and request.sampling.temperature == 0.0
+    assert isinstance(own.chat(HELLO, max_new_tokens=1, **given), str)
+
+
+def test_a_last_message_that_the_model_goes_on_with(model: LanguageModel) -> None:
+    begun = [*HELLO, Message(role="assistant", content="I am ")]
+    request, _ = model.chat_request(begun, max_new_tokens=4, continue_final_message=True)
+    assert request.prompt == tuple(NATIVE.encode(begun, model.tokenizer).ids[:-1])
+
+
+def test_a_message_reaches_the_template_as_it_is(model: LanguageModel) -> None:
+    """With what stands beside its content; in our own form only where the template has none for it."""
+    talk: list[Any] = [{"role": "user", "content": "Hello", "name": "Ann"}]
+    own = with_template(
+        model, "{% for m in messages %}<|user|>{{ m.name }}: {{ m.content }}<|end|>{% endfor %}"
+    )
+    assert model.tokenizer.decode(own.chat_request(talk, max_new_tokens=4)[0].prompt) == "Ann: Hello"
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    talk.append({"role": "assistant", "content": None, "tool_calls": [call]})
+    prompt = model.tokenizer.decode(model.chat_request(talk, max_new_tokens=4)[0].prompt)
+    assert '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>' in prompt
