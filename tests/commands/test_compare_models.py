@@ -52,7 +52,7 @@ def test_a_model_beside_a_stage(run: Call, sft_bench: Any, other: Path, tmp_path
     code, out, err = run(other, sft, "--prompts", "ask.txt", "--max_new_tokens", 12, "--out", "page.md")
     assert (code, err) == (0, "")
     assert f"A = {other}, sampled at temperature 0.25, top-k 5 (from generation_config.json), at most" in out
-    assert f"B = {sft}, sampled at temperature 0.7 (chat's default, for the model recommends none)" in out
+    assert f"B = {sft}, sampled at temperature 0.7 (from generation_config.json)" in out
     page = (tmp_path / "page.md").read_text()  # the terminal may break a cell of a table anywhere
     for word in ("How is the cat number 5?", "words per answer", "share that ends", "distinct-2", "B - A"):
         assert word in page

@@ -344,7 +344,7 @@ def test_bad_bodies(me: Person) -> None:
         (f"{path}/answers", model),
         (f"{path}/answers", {**model, "parent": made["leaf"], "continues": made["leaf"]}),
         (f"{path}/answers", {**model, "continues": made["leaf"]}),
-        (f"{path}/answers", {**model, "parent": made["leaf"], "settings": {"temperature": 0.00001}}),
+        (f"{path}/answers", {**model, "parent": made["leaf"], "settings": {"temperature": -0.00001}}),
     ]
     for where, body in bad:
         assert me.post(where, body, expect=400)["error"]["message"], body

@@ -152,7 +152,7 @@ def test_embeddings_and_scoring_take_up_places_and_time(
         raise UserError("let go")
 
     monkeypatch.setattr(LanguageModel, "embed", held)
-    monkeypatch.setattr(LanguageModel, "score", held)
+    monkeypatch.setattr("chatwright.generate.scoring.score_texts", held)
     vectors = ("/v1/embeddings", {"model": "tiny/taught", "input": "hello"})
     scores = (
         "/v1/completions",

@@ -148,7 +148,7 @@ def test_the_measures_are_those_of_the_answers(save: Save, data: Path, tmp_path:
     )
     assert [pair["after"] for pair in report.answers.pairs] == texts_of(chat, TOKENIZER)
     assert [pair["prompt"] for pair in report.answers.pairs] == [f"is the cat {n}?" for n in range(10)]
-    assert report.answers.sampling.startswith("temperature 0.7 (chat's default") and (
+    assert report.answers.sampling.startswith("temperature 0.7 (the default") and (
         "(what is measured: temperature 1)" in report.answers.sampling
     )
     assert evaluate.run(config, Workspace(tmp_path / "again", 5)).measures == report.measures
