@@ -238,6 +238,7 @@ def test_no_checkpoint_in_parts_holds_a_pickle(launches: Launches) -> None:
         if file.is_file()
     ]
     assert sorted(files) == [
+        "generation_config.json",
         "shard-00001-model-00001-of-00001.safetensors",
         "shard-00002-model-00001-of-00001.safetensors",
         "state.json",
@@ -271,7 +272,7 @@ def test_a_run_in_parts_is_a_model_to_chat_with(launches: Launches) -> None:
     """At the end, and in the middle of it."""
     assert {
         file.name for file in checkpoint.checkpoints(launches["handed on"] / "checkpoints")[-1].path.iterdir()
-    } == {"model.safetensors", "state.json", "tokenizer.json"}
+    } == {"generation_config.json", "model.safetensors", "state.json", "tokenizer.json"}
     for directory in (launches["handed on"], launches["fsdp"] / "checkpoints" / f"step-{PART:06}"):
         logits = load_parts(directory).model(torch.tensor([[1, 2, 3]]))
         assert logits.shape[:2] == (1, 3) and bool(logits.isfinite().all())
