@@ -42,6 +42,8 @@ LARGEST = 1 << 22
 """Most characters of a text and of the whole output, and the largest number that may set a size."""
 ITEM = 16
 """Weight of a list's item, in characters: about the memory that it takes."""
+LONGEST_FORMAT = 1_000
+"""Most characters of a format for the time."""
 ARGUMENTS = 1_000
 """Most arguments of one call."""
 _TOO_LARGE = f"of more than {LARGEST:,} characters, an item counted as {ITEM}"
@@ -343,6 +345,10 @@ def _check_attribute(name: Any) -> None:
 
 
 def _strftime_now(format: str) -> str:
+    """The time of day. Raises SecurityError for a long format: the system's function takes memory of hundreds
+    of times its length, before anybody can weigh the result."""
+    if len(format) > LONGEST_FORMAT:
+        raise SecurityError(f"it writes the time by a format of more than {LONGEST_FORMAT:,} characters")
     return datetime.now().strftime(format)
 
 

@@ -105,7 +105,7 @@ class ChatTemplate:
         given. Raises UserError for a name that cannot be a file's."""
         self.source, self._given_end, self.named = source, end, dict(named or {})
         for name in self.named:
-            if not re.fullmatch(r"\w[\w.-]*", name):
+            if not re.fullmatch(r"\w[\w.-]{0,99}", name):
                 raise UserError(f"a chat template has the name {name!r:.80}, which cannot be that of a file")
         self._begins: dict[str, int] = {}
 

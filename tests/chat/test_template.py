@@ -495,10 +495,12 @@ HOSTILE = [
     "{{ ('%s' * 4000) % (('y' * 4000000,) * 4000) }}",
     "{{ ('{0}' * 4000).format('y' * 4000000) }}",
     "{{ range(99999) | join('y' * 4000000) }}",
+    "{{ strftime_now('%99999d' * 40000) }}",
     "{{ range(99999) | map('string') | join('y' * 4000000) }}",
     "{{ ('y' * 4000000).join((['x'] * 9999) | reverse) }}",
     "{{ ([1] * 4000000) | groupby('a') }}",
     "{{ ([1] * 200000) | groupby('a') }}",
+    "{% set x = messages[0].content * 30000 %}" + "{% set x = x + x[1:] %}" * 400,
     # Texts that are taken apart, each character for itself.
     *(
         "{{ ('y' * 4000000) | " + end + " }}"

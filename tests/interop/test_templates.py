@@ -4,6 +4,7 @@ is written."""
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,14 @@ def test_a_damaged_template_of_another_name_is_found(tokenizer: Tokenizer, tmp_p
         load_parts(tmp_path / "ours")
 
 
-def test_a_name_that_leads_elsewhere_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    named = [*NAMED, {"name": "../../x", "template": "x"}]
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "..", "", "x" * 300])
+def test_a_name_that_leads_elsewhere_is_refused(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """No file has such a name: it leads out of the directory, or is too long."""
+    named = [*NAMED, {"name": name, "template": "x"}]
     directory = with_settings(tmp_path / "model", tokenizer, chat_template=named)
-    with pytest.raises(UserError, match=r"has the name '\.\./\.\./x', which cannot be that of a file"):
+    with pytest.raises(
+        UserError, match=re.escape(f"has the name {name!r:.80}, which cannot be that of a file")
+    ):
         load_hf(directory)
 
 
