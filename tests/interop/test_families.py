@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from starlette.testclient import TestClient
 from torch import Tensor
 from torch.nn import functional as F
 
-from chatwright import cli
+from chatwright import cli, load
+from chatwright.commands.serve import ServeConfig, build_app, make_pool
 from chatwright.config import UserError
 from chatwright.generate.engine import Engine, Request
 from chatwright.generate.sampling import Sampling
@@ -580,3 +582,30 @@ def test_the_verbs(
     run("sft", *options, *steps, *talks, "--out", "run")
     run("export", "run", "out", "--format", "hf")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == name
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_the_server_answers_as_the_model_does(name: str, folders: Path) -> None:
+    """The text of a greedy answer, and the log-probabilities that a conversation's next token has."""
+    model = load(str(folders / name), dtype="fp32")
+    talk = [{"role": "user", "content": "Hello"}]
+    config = ServeConfig(store="none")
+    body = {
+        "model": "m",
+        "messages": talk,
+        "temperature": 0,
+        "max_tokens": 6,
+        "logprobs": True,
+        "top_logprobs": 3,
+    }
+    app = build_app(make_pool(model, "m", config), config)
+    with TestClient(app, base_url="http://localhost") as client:
+        response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    assert choice["message"]["content"] == model.chat(talk, temperature=0.0, max_new_tokens=6)
+    ids = model.require_template().encode(talk, model.tokenizer, add_generation_prompt=True).ids
+    logprobs = model.logits([ids])[0, -1].log_softmax(-1)
+    likeliest = (logprobs if model.known is None else logprobs[model.known]).topk(3).values
+    found = [one["logprob"] for one in choice["logprobs"]["content"][0]["top_logprobs"]]
+    assert found == pytest.approx(likeliest.tolist(), abs=1e-4)
