@@ -143,9 +143,14 @@ class Spelling:
     """What each token of a vocabulary stands for."""
 
     def __init__(
-        self, vocabulary: Mapping[str, int], size: int, *, nothing: Iterable[int], added: Iterable[int],
+        self,
+        vocabulary: Mapping[str, int],
+        size: int,
+        *,
+        nothing: Iterable[int],
+        added: Iterable[int],
         decoding: Decoding,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`nothing` are the tokens that stand for no text (controls), `added` those that are spelled as they
         are."""
         self.decoding = decoding

@@ -71,10 +71,22 @@ def test_a_marked_answer_is_known(mark: dict[str, Any], sharegpt: bool) -> None:
 
 @pytest.mark.parametrize(
     "mark",
-    [{}, {"weight": 1}, {"weight": None}, {"train": True}, {"loss": 1.0}, {"masked": False}, {"name": "bot"},
-     {"do_train": True}, {"training_set": "a"}, {"loss": ""}, {"constraint": False}, {"train_id": 12}],
+    [
+        {},
+        {"weight": 1},
+        {"weight": None},
+        {"train": True},
+        {"loss": 1.0},
+        {"masked": False},
+        {"name": "bot"},
+        {"do_train": True},
+        {"training_set": "a"},
+        {"loss": ""},
+        {"constraint": False},
+        {"train_id": 12},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_says_nothing_changes_nothing(mark: dict[str, Any]) -> None:
     found = dialogue({"messages": talk(mark)})
     assert found.unlearnt == () and "unlearnt" not in found.to_json()
@@ -260,11 +272,16 @@ def test_a_piece_with_nothing_to_learn_is_no_row(tmp_path: Path) -> None:
 
 def test_the_data_stage_and_sft(tmp_path: Path, chat_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
-        {"messages": [
-            {"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": SECRET * 3, "weight": 0},
-            {"role": "user", "content": "again"}, {"role": "assistant", "content": f"answer {n}"},
-        ]} for n in range(30)
-    ]  # fmt: skip
+        {
+            "messages": [
+                {"role": "user", "content": f"q{n}"},
+                {"role": "assistant", "content": SECRET * 3, "weight": 0},
+                {"role": "user", "content": "again"},
+                {"role": "assistant", "content": f"answer {n}"},
+            ]
+        }
+        for n in range(30)
+    ]
     rows.append(
         {
             "messages": [

@@ -124,13 +124,16 @@ def filled(text: str, system: str = "s", call: str = "t") -> list[dict[str, Any]
     return [
         {"role": "system", "content": system},
         {"role": "user", "content": text},
-        {"role": "assistant", "content": text, "reasoning_content": call, "tool_calls": [
-            {"id": "call00001", "type": "function", "function": function}
-        ]},
+        {
+            "role": "assistant",
+            "content": text,
+            "reasoning_content": call,
+            "tool_calls": [{"id": "call00001", "type": "function", "function": function}],
+        },
         {"role": "tool", "content": text, "name": "f", "tool_call_id": "call00001"},
         {"role": "assistant", "content": text},
         {"role": "user", "content": text},
-    ]  # fmt: skip
+    ]
 
 
 def test_no_text_becomes_a_control_token() -> None:
@@ -147,9 +150,12 @@ def test_no_text_becomes_a_control_token() -> None:
                 text, system, call = ("v" + "".join(drawn.choices(parts, k=6)) + "w" for _ in range(3))
                 texts = dict(zip("abc", (text, system, call), strict=True))
                 hostile = [
-                    {key: texts.get(value, value) if key != "tool_calls" else filled("", "", call)[2][key]
-                     for key, value in one.items()} for one in talk
-                ]  # fmt: skip
+                    {
+                        key: texts.get(value, value) if key != "tool_calls" else filled("", "", call)[2][key]
+                        for key, value in one.items()
+                    }
+                    for one in talk
+                ]
                 if "</think>" not in text + call:
                     assert controls_of(name, hostile, tools=tools) == wanted, (name, hostile)
 

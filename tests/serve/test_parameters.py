@@ -255,7 +255,7 @@ def test_more_answers_than_the_server_gives_at_a_time_are_no_matter_of_waiting(t
         ({"nonsense": None}, "nonsense"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_errors_name_the_field(server: Running, change: dict[str, Any], param: str) -> None:
     response = ask(server, "POST /v1/chat/completions", **change)
     assert response.status_code == 400, response.text
@@ -286,10 +286,19 @@ def test_what_other_programs_put_into_messages_is_taken(server: Running) -> None
     marked = {"type": "text", "text": "hello", "cache_control": {"type": "ephemeral"}}
     turns = [
         {"role": "user", "content": "hello", "name": "anna", "type": "text"},
-        {"role": "assistant", "content": "Hm.", "refusal": None, "audio": None, "function_call": None,
-         "tool_calls": None, "annotations": [], "parsed": None, "provider_specific_fields": {"a": 1}},
+        {
+            "role": "assistant",
+            "content": "Hm.",
+            "refusal": None,
+            "audio": None,
+            "function_call": None,
+            "tool_calls": None,
+            "annotations": [],
+            "parsed": None,
+            "provider_specific_fields": {"a": 1},
+        },
         {"role": "user", "content": [marked]},
-    ]  # fmt: skip
+    ]
     assert said(ask(server, "POST /v1/chat/completions", messages=turns))
 
 

@@ -190,9 +190,13 @@ def test_allowed_tools(client: openai.OpenAI) -> None:
     one = {"type": "function", "name": "other"}
     allowed = {"type": "allowed_tools", "mode": "required", "tools": [one]}
     made = client.responses.create(
-        model="tiny/taught", input="hello", tools=tools, tool_choice=allowed, max_output_tokens=120,
+        model="tiny/taught",
+        input="hello",
+        tools=tools,
+        tool_choice=allowed,
+        max_output_tokens=120,
         parallel_tool_calls=False,
-    )  # fmt: skip
+    )
     assert [item.name for item in made.output] == ["other"]
 
 
