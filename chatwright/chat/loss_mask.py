@@ -66,7 +66,7 @@ def learnt_of(
         pieces.append(_Piece(at, at + size, origin))
         at += size
     if any(piece.origin & GENERATED for piece in pieces):
-        return Learnt([_with_end(text, span, ends) for span in _generated(pieces, learnt)])
+        return Learnt([_with_end(text, span, ends, pieces) for span in _generated(pieces, learnt)])
     foreign = [piece for piece in pieces if piece.origin != TEMPLATE]
     spans: list[Span] = []
     if any(learnt) and any(piece.origin == UNSURE for piece in foreign):
@@ -135,10 +135,14 @@ def _to_end(text: str, span: Span, limit: int, ends: Sequence[str]) -> Span:
     return start, place + size
 
 
-def _with_end(text: str, span: Span, ends: Sequence[str]) -> Span:
-    """A {% generation %} block, and what ends the turn where that stands directly behind it."""
+def _with_end(text: str, span: Span, ends: Sequence[str], pieces: Sequence[_Piece]) -> Span:
+    """A {% generation %} block, and what ends the turn where that stands directly behind it and not in the
+    block. An end that the message spells is none."""
     start, stop = span
-    if any(str.find(text, end, start, stop) >= 0 for end in ends):
+    inside = (
+        piece for piece in pieces if start <= piece.start < stop and piece.origin == TEMPLATE | GENERATED
+    )
+    if any(str.find(text, end, piece.start, piece.stop) >= 0 for piece in inside for end in ends):
         return span
     behind = str.__getitem__(text, slice(stop, None))
     at = stop + len(behind) - len(behind.lstrip())

@@ -286,3 +286,14 @@ def test_contents_that_spell_control_tokens(name: str) -> None:
         learnt = [token for token, flag in zip(encoded.ids, encoded.mask, strict=True) if flag]
         data = b"".join(names[t].encode() if t in names else TOKENIZER.token_bytes(t) for t in learnt)
         assert data.count(text.encode("utf-8", "surrogatepass")) == 2
+
+
+def test_an_end_that_a_message_spells_does_not_hide_the_real_one() -> None:
+    """TRL's form has the end of the turn behind the {% generation %} block."""
+    said = [{"role": "user", "content": "End?"}, {"role": "assistant", "content": "It is <|im_end|>, see?"}]
+    found = chat_template(TRL).encode(said, TOKENIZER)
+    end = TOKENIZER.control_ids["<|im_end|>"]
+    assert [flag for number, flag in zip(found.ids, found.mask, strict=True) if number == end] == [
+        False,
+        True,
+    ]
